@@ -1,0 +1,82 @@
+# `make test` and `make demo` each set up all they need in .venv, once; what changed since is done again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch's builder looks for ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+KERNELS := $(wildcard csrc/*)
+CUDA_SOURCES := $(wildcard csrc/*.cu)
+PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types cuda-check unit bench-ops clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@echo "make TARGET   (PYTHON=python3.12 chooses the Python of .venv)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(VENV)/.installed ## set up .venv: torch, torchvision, refdet with its compiled kernels
+
+demo: env ## the whole pipeline on the embedded dataset, into demo/
+	@echo "==> demo: replacing demo/, then build-split, audit, train, evaluate, extract, evaluate on REFER"
+	@rm -rf demo
+	@$(BIN)/refdet demo --out demo
+
+test: lint types cuda-check unit ## style, types, CUDA compilation where there is nvcc, and all tests
+	@echo "==> test: all passed"
+
+lint: env
+	@echo "==> lint: ruff check, ruff format"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: env
+	@echo "==> types: mypy"
+	@$(BIN)/mypy refdet refer cli
+
+unit: env
+	@echo "==> unit: pytest"
+	@$(BIN)/pytest
+
+bench-ops: env ## the native operations beside torchvision's
+	@echo "==> bench-ops: nms"
+	@$(BIN)/python benchmarks/nms.py
+	@echo "==> bench-ops: RoI pooling"
+	@$(BIN)/python benchmarks/pooling.py
+
+ifneq ($(shell command -v nvcc),)
+cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)
+else
+cuda-check:
+	@echo "==> cuda-check: no nvcc here, csrc/*.cu are not compiled"
+endif
+
+build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*.h) $(VENV)/.torch | env
+	@echo "==> cuda-check: compiling $< with nvcc (about a minute)"
+	@mkdir -p $(@D)
+	@nvcc -std=c++20 --expt-relaxed-constexpr -c $< -o $@ \
+	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*("-I" + i for i in p()))' 2>/dev/null)
+
+$(VENV)/.torch:
+	@echo "==> env 1/3: making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "error: refdet needs Python 3.10 or newer; choose one with make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> env 2/3: installing torch and torchvision (gigabytes; some minutes)"
+	@$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja "torch>=2.11" "torchvision>=0.26"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(PACKAGE)
+	@echo "==> env 3/3: installing refdet, editable, with its kernels and the tools to test it"
+	@if command -v $${CXX:-c++} >/dev/null; then export REFDET_REQUIRE_EXT=1; \
+	  else echo "==> env: no C++ compiler, refdet goes without its kernels (same results, slower)"; fi; \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+clean: ## remove what was built, and demo/; .venv stays
+	@echo "==> clean: removing build/, dist/, demo/, caches and the compiled kernels"
+	@rm -rf build dist demo *.egg-info refdet/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.installed
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

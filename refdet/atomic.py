@@ -1,0 +1,56 @@
+"""Files that are either wholly there or not at all, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes ``path`` when the block ends without an error.
+
+    The temporary file lies in the folder of ``path`` (made if it is not there), since only within one file
+    system is renaming atomic, and keeps its suffix, since some writers choose their format by it. It is
+    flushed to the disk before it takes the place of ``path``: after a power cut the file has its old contents
+    or its new ones. On any exception it is removed and ``path`` stays as it was.
+
+    Yields:
+        the temporary path; the block must write a file there.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``, not the temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)  # the rename itself
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is not None and Path(error.filename) == temporary:
+            error.filename = str(path)
+        raise
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write ``obj`` as indented JSON, keys in their own order, atomically."""
+    text = json.dumps(obj, indent=2) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

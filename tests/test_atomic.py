@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from refdet.atomic import atomic_path, write_json
+
+
+def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "values.npz"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent and temporary.suffix == ".npz"
+        temporary.write_text("text")
+        assert not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["values.npz"]
+    assert target.read_text() == "text"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "values.txt"
+    target.write_text("old")
+    with pytest.raises(error), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["values.txt"]
+    assert target.read_text() == "old"
+
+
+def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "values.txt"
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(target):
+        pass  # nothing was written
+    assert caught.value.filename == str(target)
+
+
+def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"z": 1, "a": [1.5, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"z": 1, "a": [1.5, None]}
+    assert text.index("z") < text.index("a") and text.endswith("}\n")
+
+
+def test_what_is_no_json_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BUILD = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built where no compiler works."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("refdet", "refer", "cli", "csrc"):
+        for path in (REPOSITORY / name).rglob("*"):
+            if path.is_file() and path.suffix not in (".pyc", ".so"):
+                copy = source / path.relative_to(REPOSITORY)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    environment = {**os.environ, "CC": "/nonexistent", "CXX": "/nonexistent", "REFDET_BUILD_CUDA": "0"}
+    environment.pop("REFDET_REQUIRE_EXT", None)
+    done = subprocess.run([*BUILD, "--wheel-dir", folder, source], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
+    expected = {
+        f"{installed}/{path.relative_to(REPOSITORY / folder).as_posix()}"
+        for folder, installed in (("refdet", "refdet"), ("refer", "refer"), ("cli", "refdet/cli"))
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".typed", ".html")
+    }
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == expected
+
+
+def test_the_wheel_works_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path / "site")
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import refdet.cli.main, refdet.ops._library, refer
+for module in (refdet, refer, refdet.cli.main):
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+assert refdet.ops._library.DEVICES == frozenset()
+sys.argv = ["refdet", "--version"]
+refdet.cli.main.main()
+"""
+    # -S: without the .pth file that makes an editable installation shadow the wheel
+    site = Path(pytest.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refdet, version ")
