@@ -1,0 +1,19 @@
+// What the CPU and the CUDA kernel of nms ask of their arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace refdet {
+
+inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
+  TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be (N, 4), got ", boxes.sizes());
+  TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "nms: scores must be (", boxes.size(0),
+              ",) like the boxes, got ", scores.sizes());
+  TORCH_CHECK(boxes.scalar_type() == at::kFloat && scores.scalar_type() == at::kFloat,
+              "nms: boxes and scores must be float32, got ", boxes.scalar_type(), " and ", scores.scalar_type());
+  TORCH_CHECK(boxes.device() == scores.device(), "nms: boxes are on ", boxes.device(), ", scores on ",
+              scores.device());
+  TORCH_CHECK(iou_threshold >= 0 && iou_threshold <= 1, "nms: iou_threshold must be in 0..1, got ", iou_threshold);
+}
+
+}  // namespace refdet

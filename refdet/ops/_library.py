@@ -1,0 +1,38 @@
+"""Loads refdet/_C, the compiled kernels, where they were built."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+
+def load(folder: Path) -> frozenset[str]:
+    """Load the kernels in ``folder`` as ``torch.ops.refdet`` and tell for which device types there are some.
+
+    None where the extension was not built, where it cannot be loaded (it was built with another torch, say;
+    a warning tells), or with ``REFDET_NO_EXT=1`` in the environment. The functions of `refdet.ops` then do
+    without.
+    """
+    path = folder / f"_C{EXTENSION_SUFFIXES[0]}"
+    if os.environ.get("REFDET_NO_EXT") == "1" or not path.exists():
+        return frozenset()
+    try:
+        torch.ops.load_library(path)
+        cuda = torch.ops.refdet.has_cuda()
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            f"{path.name} does not load with torch {torch.__version__}; plain PyTorch does its work, slower. "
+            f"Install refdet again to rebuild it. ({reason})",
+            stacklevel=2,
+        )
+        return frozenset()
+    return frozenset(("cpu", "cuda") if cuda else ("cpu",))
+
+
+DEVICES = load(Path(__file__).resolve().parents[1])
+"""Device types with compiled kernels."""

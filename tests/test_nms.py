@@ -1,0 +1,199 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from refdet.ops._library import DEVICES, load
+from refdet.ops.nms import BLOCK, nms, nms_plain
+
+compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
+cuda = pytest.mark.skipif(not torch.cuda.is_available() or "cuda" not in DEVICES, reason="no GPU, or no kernels for it")
+both = pytest.mark.parametrize("function", [nms, nms_plain])
+
+
+def brute_force(boxes: Tensor, scores: Tensor, threshold: float, max_keep: int) -> list[int]:
+    """Greedy suppression over all pairs, in numpy, one float32 operation at a time."""
+    box, score = boxes.numpy(), scores.numpy()
+    x1, y1, x2, y2 = box.T
+    area = (x2 - x1) * (y2 - y1)
+    kept: list[int] = []
+    for i in sorted(range(len(box)), key=lambda i: (np.inf if np.isnan(score[i]) else -score[i], i)):
+        width = np.maximum(np.minimum(x2[i], x2[kept]) - np.maximum(x1[i], x1[kept]), np.float32(0))
+        height = np.maximum(np.minimum(y2[i], y2[kept]) - np.maximum(y1[i], y1[kept]), np.float32(0))
+        overlap = width * height
+        with np.errstate(invalid="ignore"):
+            iou = overlap / (area[i] + area[kept] - overlap)
+        if not (iou > np.float32(threshold)).any():
+            kept.append(i)
+    return kept if max_keep < 0 else kept[:max_keep]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, float, int]:
+    """Boxes on a grid or anywhere, some empty or NaN; scores with ties, infinities, NaN and both zeros."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    count = draw(st.sampled_from([0, 1, 2, 7, 63, 64, 65, 129, 300]))
+    corner = random.uniform(0, draw(st.sampled_from([4, 40, 400])), (count, 2))
+    boxes = np.hstack((corner, corner + random.uniform(0, 30, (count, 2))))
+    if draw(st.booleans()):
+        boxes = boxes.round()
+    scores = random.random(count)
+    if draw(st.booleans()):
+        scores = np.round(scores, 1)
+    if draw(st.booleans()):
+        odd = random.random(count) < 0.2
+        scores[odd] = random.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, -1.0], odd.sum())
+        boxes[random.random((count, 4)) < 0.02] = np.nan
+    threshold = draw(st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
+    max_keep = draw(st.sampled_from([-1, 0, 1, 20, 1000]))
+    return torch.from_numpy(boxes).float(), torch.from_numpy(scores).float(), threshold, max_keep
+
+
+@both
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_is_the_brute_force(function: Callable[..., Tensor], problem: tuple[Tensor, Tensor, float, int]) -> None:
+    assert function(*problem).tolist() == brute_force(*problem)
+
+
+def clustered(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    centre = torch.randint(0, 300, (count, 2), generator=random).float()
+    size = torch.rand(count, 2, generator=random) * 60 + 5
+    return torch.cat((centre - size / 2, centre + size / 2), dim=1), torch.rand(count, generator=random)
+
+
+@both
+def test_many_blocks_and_an_early_stop(function: Callable[..., Tensor]) -> None:
+    boxes, scores = clustered(3 * BLOCK + 11)
+    everything = function(boxes, scores, 0.5)
+    assert len(everything) > BLOCK // 2
+    assert everything.tolist() == torchvision.ops.nms(boxes, scores, 0.5).tolist()
+    for stop in (1, BLOCK // 2, len(everything) - 1):
+        assert function(boxes, scores, 0.5, stop).tolist() == everything[:stop].tolist()
+
+
+@both
+def test_an_iou_of_exactly_the_threshold_is_not_above_it(function: Callable[..., Tensor]) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, 3, 1], [0, 0, 4, 1]])  # IoU with the first: 3/10 and 4/10
+    assert function(boxes, torch.tensor([3.0, 2, 1]), 0.3).tolist() == [0, 1]
+
+
+@both
+def test_ties_go_by_index(function: Callable[..., Tensor]) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]])
+    assert function(boxes, torch.tensor([-0.0, 0.0, 0.0]), 0.5).tolist() == [0, 1]
+
+
+def test_strided_and_other_types() -> None:
+    boxes, scores = clustered(200)
+    expected = nms(boxes, scores, 0.5)
+    wide = torch.zeros(200, 8)
+    wide[:, ::2] = boxes
+    assert nms(wide[:, ::2], scores, 0.5).equal(expected)
+    assert nms(boxes.t().contiguous().t(), scores.expand(3, 200).t()[:, 0], 0.5).equal(expected)
+    assert nms(boxes.double(), scores.double(), 0.5).equal(expected)
+    assert nms(boxes.requires_grad_(), scores, 0.5).equal(expected)
+    half = boxes.detach().half()
+    assert nms(half, scores, 0.5).equal(nms(half.float(), scores, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "threshold", "error", "text"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3), 0.5, ValueError, r"boxes \(N, 4\), got \(3, 5\)"),
+        (torch.zeros(4), torch.zeros(1), 0.5, ValueError, r"boxes \(N, 4\), got \(4,\)"),
+        (torch.zeros(3, 4), torch.zeros(2), 0.5, ValueError, r"scores \(3,\), one a box, got \(2,\)"),
+        (torch.zeros(3, 4), torch.zeros(3, 1), 0.5, ValueError, r"scores \(3,\)"),
+        (torch.zeros(3, 4), torch.zeros(3).long(), 0.5, TypeError, "floating-point"),
+        (torch.zeros(3, 4), torch.zeros(3, device="meta"), 0.5, ValueError, "one device"),
+        (torch.zeros(3, 4), torch.zeros(3), 1.5, ValueError, "0..1, got 1.5"),
+        (torch.zeros(3, 4), torch.zeros(3), float("nan"), ValueError, "0..1, got nan"),
+    ],
+)
+def test_bad_arguments(boxes: Tensor, scores: Tensor, threshold: float, error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        nms(boxes, scores, threshold)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("boxes", "scores"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3)),
+        (torch.zeros(3, 4), torch.zeros(2)),
+        (torch.zeros(3, 4).double(), torch.zeros(3).double()),
+    ],
+)
+def test_the_kernel_checks_for_itself(boxes: Tensor, scores: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="nms: "):
+        torch.ops.refdet.nms(boxes, scores, 0.5, -1)
+
+
+@compiled
+def test_the_operator_is_registered_well() -> None:
+    boxes, scores = clustered(50)
+    torch.library.opcheck(torch.ops.refdet.nms.default, (boxes, scores, 0.5, 10))
+
+
+@compiled
+def test_traces_with_a_size_that_depends_on_the_data() -> None:
+    def chosen(boxes: Tensor, scores: Tensor) -> Tensor:
+        return boxes[nms(boxes, scores, 0.5, 10)] * 2
+
+    boxes, scores = clustered(50)
+    traced = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert traced(boxes, scores).equal(chosen(boxes, scores))
+
+
+def test_without_the_extension_the_answer_is_the_same() -> None:
+    script = """
+import torch
+from refdet.ops._library import DEVICES, load
+from refdet.ops.nms import nms
+assert not DEVICES
+boxes = torch.arange(400.0).reshape(100, 4) % 37
+boxes[:, 2:] += boxes[:, :2]
+print(nms(boxes, boxes[:, 0] / 37, 0.5).tolist())
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=env).stdout
+        for text, env in (
+            (script, {**os.environ, "REFDET_NO_EXT": "1"}),
+            (script.replace("assert not DEVICES", ""), dict(os.environ)),
+        )
+    ]
+    assert found[0] == found[1]
+
+
+def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:
+    assert load(tmp_path) == frozenset()
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="Install refdet again"):
+        assert load(tmp_path) == frozenset()
+
+
+@cuda
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_cuda_is_the_brute_force(problem: tuple[Tensor, Tensor, float, int]) -> None:
+    boxes, scores, threshold, max_keep = problem
+    assert nms(boxes.cuda(), scores.cuda(), threshold, max_keep).tolist() == brute_force(*problem)
+
+
+@cuda
+@pytest.mark.parametrize("max_keep", [-1, 1, 1000])
+def test_cuda_over_many_slabs(max_keep: int) -> None:
+    boxes, scores = clustered(7001)
+    found = nms(boxes.cuda(), scores.cuda(), 0.5, max_keep)
+    assert found.cpu().equal(nms(boxes, scores, 0.5, max_keep))
