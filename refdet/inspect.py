@@ -1,0 +1,141 @@
+"""What a file of ours holds: a split, a checkpoint or a store, and its provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from refdet.data.coco import CocoIndex, read_json
+from refdet.errors import InputError
+from refdet.provenance import Provenance
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Describe an instances JSON, a run directory (or a file in one) or a store.
+
+    Returns:
+        a JSON object: "kind" is "split", "checkpoint" or "store", "path", then what it holds, and
+        "provenance" (an object, or None where the file has none).
+
+    Raises:
+        InputError: there is no such file, it is none of these, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _checkpoint(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.name in ("model.json", "model.safetensors"):
+        return _checkpoint(path.parent)
+    with path.open("rb") as file:
+        start = file.read(len(HDF5_MAGIC))
+    if start == HDF5_MAGIC:
+        return _store(path)
+    if start.lstrip()[:1] == b"{":
+        return _split(path)
+    raise InputError(f"{path}: neither an instances JSON, a run directory nor a store of features")
+
+
+def _split(path: Path) -> dict[str, Any]:
+    index = CocoIndex.load(path)
+    annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
+    return {
+        "kind": "split",
+        "path": str(path),
+        "images": len(index.images),
+        "images_without_annotations": sum(not of_image for of_image in index.annotations.values()),
+        "annotations": len(index.raw["annotations"]),
+        "crowds": sum(annotation.iscrowd for annotation in annotations),
+        "without_segmentation": sum(annotation.segmentation is None for annotation in annotations),
+        "categories": len(index.categories),
+        "dropped": index.dropped,
+        "provenance": Provenance.of_instances(index).to_json(),
+    }
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    weights = folder / "model.safetensors"
+    for needed in (folder / "model.json", weights):
+        if not needed.is_file():
+            raise InputError(f"{folder}: no {needed.name} in it; a run directory of refdet train has one")
+    model = read_json(folder / "model.json")
+    if not isinstance(model, dict):
+        raise InputError(f"{folder / 'model.json'}: not an object")
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # not a mapping
+            dtypes = sorted({part.get_dtype() for part in slices})
+            numbers = sum(math.prod(part.get_shape()) for part in slices)
+    except SafetensorError as error:
+        raise InputError(f"{weights}: damaged ({error})") from None
+    categories = model.get("categories")
+    return {
+        "kind": "checkpoint",
+        "path": str(folder),
+        "step": model.get("step"),
+        "recipe": model.get("recipe"),
+        "categories": len(categories) if isinstance(categories, list | dict) else None,
+        "tensors": len(slices),
+        "numbers": numbers,
+        "dtypes": dtypes,
+        "provenance": _provenance(folder / "model.json", model.get("provenance")),
+    }
+
+
+def _store(path: Path) -> dict[str, Any]:
+    try:
+        with h5py.File(path, "r") as file:
+            schema = file.attrs.get("schema")
+            if not (isinstance(schema, str) and schema.startswith("refdet-features/")):
+                raise InputError(f"{path}: HDF5, but no store of refdet (its schema is {schema!r:.40})")
+            images = file["images"]
+            errors = [text for text in images["error"].asstr()[:] if text]
+            classes = _attribute(path, file, "classes")
+            return {
+                "kind": "store",
+                "path": str(path),
+                "schema": schema,
+                "complete": bool(file.attrs.get("complete", False)),
+                "images": len(images["id"]),
+                "images_with_errors": len(errors),
+                "regions": len(file["regions/box"]),
+                "masks": int(np.count_nonzero(np.diff(file["regions/mask_start"][:]))),
+                "ann_ids": "ann_id" in file["regions"],
+                "features": {
+                    name: {"width": data.shape[1], "dtype": str(data.dtype)}
+                    for name, data in file.get("features", {}).items()
+                },
+                "categories": len(classes) if isinstance(classes, list) else None,
+                "options": _attribute(path, file, "options"),
+                "provenance": _provenance(path, _attribute(path, file, "provenance")),
+            }
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _attribute(path: Path, file: h5py.File, name: str) -> Any:
+    text = file.attrs.get(name)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: its attribute {name!r} is not JSON") from None
+
+
+def _provenance(path: Path, value: Any) -> dict[str, Any] | None:
+    if not value:
+        return None
+    try:
+        return Provenance.from_json(value).to_json()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

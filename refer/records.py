@@ -1,0 +1,64 @@
+"""The records of REFER and COCO files as they stand on disk."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Sentence(TypedDict):
+    """One expression for a ref."""
+
+    sent_id: int
+    sent: str
+    raw: str
+    tokens: list[str]
+
+
+class Ref(TypedDict):
+    """One referred object: the annotation ``ann_id`` of image ``image_id``."""
+
+    ref_id: int
+    ann_id: int
+    category_id: int
+    image_id: int
+    file_name: str
+    split: str
+    sent_ids: list[int]
+    sentences: list[Sentence]
+
+
+class Annotation(TypedDict, total=False):
+    """One COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+    segmentation: Any
+
+
+class Image(TypedDict, total=False):
+    """One COCO image."""
+
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+class Category(TypedDict, total=False):
+    """One COCO category."""
+
+    id: int
+    name: str
+    supercategory: str
+
+
+class Instances(TypedDict):
+    """What is read of ``instances.json``."""
+
+    images: list[Image]
+    annotations: list[Annotation]
+    categories: list[Category]

@@ -1,0 +1,64 @@
+"""Provenance: what a file says about itself, and that it is not believed when it was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError
+from refdet.provenance import EDITED, UNKNOWN, Provenance, image_ids_sha256
+
+BUILT = Provenance(
+    "all.json", "ab" * 32, 2, 0, image_ids_sha256([5, 10]), {"refcoco/unc/val": {"images": 3, "found": 1}}
+)
+
+
+def write(path: Path, ids: list[int], info: dict[str, Any]) -> CocoIndex:
+    images = [{"id": i, "height": 4, "width": 4} for i in ids]
+    path.write_text(json.dumps({"info": info, "images": images, "annotations": [], "categories": []}))
+    return CocoIndex.load(path)
+
+
+def test_hash_of_ids_is_what_sort_and_sha256sum_give() -> None:
+    assert image_ids_sha256([10, 9]) == hashlib.sha256(b"9\n10\n").hexdigest()
+    assert image_ids_sha256([9, 10]) != image_ids_sha256([910])
+
+
+def test_round_trip_through_json() -> None:
+    value = BUILT.with_weights("imagenet")
+    assert Provenance.from_json(json.loads(json.dumps(value.to_json()))) == value
+    assert value.weights == "imagenet" and BUILT.weights is None
+    line = value.one_line()
+    assert "\n" not in line and "refcoco/unc/val" in line and "imagenet" in line
+
+
+def test_a_file_of_someone_else(tmp_path: Path) -> None:
+    index = write(tmp_path / "f.json", [10, 5], {})
+    found = Provenance.of_instances(index)
+    assert found.excluded == {} and found.note == UNKNOWN and found.source == "f.json" and found.images == 2
+    assert found.source_sha256 == hashlib.sha256((tmp_path / "f.json").read_bytes()).hexdigest()
+
+
+def test_a_built_split_is_believed_only_with_its_own_images(tmp_path: Path) -> None:
+    info = {"refdet": BUILT.to_json()}
+    assert Provenance.of_instances(write(tmp_path / "f.json", [10, 5], info)) == BUILT
+    edited = Provenance.of_instances(write(tmp_path / "f.json", [10, 5, 6], info))
+    assert edited.excluded == {} and edited.note == EDITED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"images": "2"}, {"extra": 1}, {"excluded": []}, {"excluded": {"a": {"b": "c"}}}, {"weights": 3}],
+)
+def test_wrong_fields_are_refused(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(InputError, match="provenance"):
+        Provenance.from_json(BUILT.to_json() | change)
+    with pytest.raises(InputError, match="f.json: info.refdet"):
+        Provenance.of_instances(write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json() | change}))
+    with pytest.raises(InputError, match="images"):
+        Provenance.from_json({"source": "x"})

@@ -1,0 +1,213 @@
+"""REFER: the API's answers, and the files it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refer import REFER, ReferDataError, ReferError, ReferNotFoundError, available, read_refs
+
+
+def ref(ref_id: int, ann_id: int, image_id: int, split: str, category_id: int = 1) -> dict[str, Any]:
+    sentence = {"sent_id": 10 * ref_id, "sent": "red dog", "raw": "Red dog", "tokens": ["red", "dog"]}
+    return {
+        "ref_id": ref_id, "ann_id": ann_id, "category_id": category_id, "image_id": image_id, "split": split,
+        "file_name": "x.jpg", "sent_ids": [10 * ref_id], "sentences": [sentence],
+    }  # fmt: skip
+
+
+REFS = [ref(0, 7, 3, "train"), ref(1, 8, 3, "testA", 2), ref(2, 9, 4, "testB"), ref(3, 6, 4, "val")]
+
+
+def write(root: Path, refs: Any, split_by: str = "unc", dataset: str = "refcoco", protocol: int = 2) -> Path:
+    folder = root / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = [
+        {"id": i, "image_id": image, "category_id": 2 if i == 8 else 1, "bbox": [0, 0, 4, 2],
+         "segmentation": [[0, 0, 4, 0, 4, 2, 0, 2], [0, 0, 2, 0, 2, 2, 0, 2]]}
+        for i, image in ((6, 4), (7, 3), (8, 3), (9, 4), (11, 5))
+    ]  # fmt: skip
+    images = [{"id": i, "file_name": "", "height": 6, "width": 8} for i in (3, 4, 5)]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    (folder / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    data = refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=protocol)
+    (folder / f"refs({split_by}).p").write_bytes(data)
+    return root
+
+
+def test_ids_and_records(tmp_path: Path) -> None:
+    r = REFER(write(tmp_path, REFS), "refcoco", "unc")
+    assert r.getRefIds() == [0, 1, 2, 3]
+    assert r.getRefIds(split="test") == [1, 2] and r.getRefIds(split="testA") == [1]
+    assert r.getRefIds(split="train") == [0] and r.getRefIds(split="testC") == []
+    assert r.getRefIds(image_ids=[4, 5], cat_ids=1) == [2, 3] and r.getRefIds(ref_ids=[3, 0]) == [0, 3]
+    assert r.getAnnIds() == [6, 7, 8, 9, 11] and r.getAnnIds(image_ids=3) == [7, 8]
+    assert r.getAnnIds(ref_ids=[1, 2]) == [8, 9] and r.getAnnIds(cat_ids=[2]) == [8]
+    assert r.getImgIds() == [3, 4, 5] and r.getImgIds([2, 3]) == [4] and r.getCatIds() == [1, 2]
+    assert r.loadRefs(2) == [REFS[2]] and r.loadCats([2, 1]) == ["cat", "dog"]
+    assert [a["id"] for a in r.loadAnns([9, 6])] == [9, 6] and r.loadImgs(5)[0]["width"] == 8
+    assert r.refToAnn[1]["id"] == 8 and r.annToRef[9]["ref_id"] == 2 and r.sentToTokens[10] == ["red", "dog"]
+    assert [x["ref_id"] for x in r.imgToRefs[3]] == [0, 1] and [x["ref_id"] for x in r.catToRefs[2]] == [1]
+    assert r.Sents[20]["raw"] == "Red dog" and r.sentToRef[20]["ref_id"] == 2 and len(r.imgToAnns[4]) == 2
+    with pytest.raises(ReferDataError, match="no split 'tset'; there is testA, testB, train, val"):
+        r.getRefIds(split="tset")
+    with pytest.raises(ReferDataError, match="no ref with id 99"):
+        r.loadRefs([0, 99])
+
+
+def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
+    r = REFER(write(tmp_path, REFS))
+    assert r.getRefBox(0) == [0, 0, 4, 2]
+    found = r.getMask(r.loadRefs(0)[0])
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:2, :4] = 1
+    assert np.array_equal(found["mask"], expected) and found["area"] == 8
+    r.refToAnn[0]["segmentation"] = {"size": [6, 8], "counts": [0, 3, 45]}
+    assert r.getMask(r.loadRefs(0)[0])["mask"][:3, 0].tolist() == [1, 1, 1]
+    r.refToAnn[0]["segmentation"] = {"size": [6, 8]}
+    with pytest.raises(ReferDataError, match="annotation 7"):
+        r.getMask(r.loadRefs(0)[0])
+
+
+def test_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, REFS)
+    write(tmp_path, REFS, "umd", "refcocog")
+    write(tmp_path, REFS, "google", "refcocog")
+    (tmp_path / "images").mkdir()
+    assert available(tmp_path) == [("refcoco", "unc"), ("refcocog", "google"), ("refcocog", "umd")]
+    with pytest.raises(ReferNotFoundError, match="'flowers'; there is refcoco, refcocog"):
+        REFER(tmp_path, "flowers")
+    with pytest.raises(ReferNotFoundError, match="split_by google, umd"):
+        REFER(tmp_path, "refcocog", "unc")
+    with pytest.raises(ReferNotFoundError, match="folder above"):
+        REFER(tmp_path / "refcoco")
+    with pytest.raises(ReferNotFoundError, match="no such folder"):
+        available(tmp_path / "nowhere")
+    (tmp_path / "refcoco" / "instances.json").unlink()
+    with pytest.raises(ReferNotFoundError, match="instances.json"):
+        REFER(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ann_id": 99}, "ref 3 points to annotation 99"),
+        ({"image_id": 5}, "ref 3 is on image 5, its annotation 6 on image 4"),
+        ({"image_id": 77}, "image 77"),
+        ({"ref_id": 0}, "ref_id 0 is there twice"),
+        ({"ref_id": "3"}, "'ref_id' is '3'"),
+        ({"split": None}, "'split'"),
+        ({"sentences": [{"sent_id": 1}]}, "'sent' is missing"),
+        ({"sentences": ["red"]}, "sentence of ref 3"),
+    ],
+)
+def test_a_bad_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
+    write(tmp_path, [*REFS[:3], REFS[3] | change])
+    with pytest.raises(ReferDataError) as caught:
+        REFER(tmp_path)
+    assert text in str(caught.value) and "refcoco" in str(caught.value)
+
+
+class Hostile:
+    """Unpickling this runs a command."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_hostile_pickles_are_refused_by_name(tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, [Hostile()], protocol=protocol)
+    with pytest.raises(ReferDataError, match=r"refs\(unc\).p: asks for (posix|nt)\.system"):
+        read_refs(tmp_path, "refcoco", "unc")
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize("data", [np.int64(3), np.float32(1), np.zeros(3), REFER, len, Path("x")])
+def test_other_objects_are_refused(tmp_path: Path, data: Any) -> None:
+    write(tmp_path, [REFS[0] | {"ref_id": data}])
+    with pytest.raises(ReferDataError, match="asks for"):
+        read_refs(tmp_path, "refcoco", "unc")
+
+
+@pytest.mark.parametrize("data", [b"", b"no pickle", b"\x80\x04\x95", b"cos\nsystem\n(S'true'\ntR.", b"}.", b"K\x01."])
+def test_bytes_that_are_no_refs(tmp_path: Path, data: bytes) -> None:
+    write(tmp_path, data)
+    with pytest.raises(ReferDataError, match=r"refs\(unc\).p"):
+        read_refs(tmp_path, "refcoco", "unc")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    cut=st.integers(0, 10**6),
+    flip=st.integers(0, 10**6),
+    byte=st.integers(0, 255),
+    protocol=st.sampled_from([0, 2]),
+)
+def test_damaged_pickles_load_or_are_refer_errors(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flip: int, byte: int, protocol: int
+) -> None:
+    whole = pickle.dumps(REFS, protocol=protocol)
+    with pytest.raises(ReferDataError):
+        read_refs(write(tmp_path_factory.mktemp("cut"), whole[: cut % len(whole)]), "refcoco", "unc")
+    changed = bytearray(whole)
+    changed[flip % len(whole)] = byte
+    try:
+        read_refs(write(tmp_path_factory.mktemp("flip"), bytes(changed)), "refcoco", "unc")
+    except ReferError as error:
+        assert "\n" not in str(error) or "refs(unc).p" in str(error)
+
+
+def test_python_2_pickle_with_byte_strings_and_sets(tmp_path: Path) -> None:
+    # [{'ref_id': 1, ..., 'split': 'caf\xe9', 'x': set([1])}] as Python 2 writes it, protocol 0
+    text = (b"(lp0\n(dp1\nS'ref_id'\nI1\nsS'ann_id'\nI7\nsS'category_id'\nL1L\nsS'image_id'\nI3\n"
+            b"sS'split'\nS'caf\\xe9'\nsS'sentences'\n(lsS'x'\nc__builtin__\nset\n((lI1\natRsa.")  # fmt: skip
+    [one] = read_refs(write(tmp_path, text), "refcoco", "unc")
+    assert one["split"] == "caf\xe9" and one["category_id"] == 1 and one["x"] == {1}  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    "text", ["{\n,}", "[]", "{}", '{"images": [{"id": "3"}], "annotations": [], "categories": []}']
+)
+def test_bad_instances(tmp_path: Path, text: str) -> None:
+    write(tmp_path, REFS)
+    (tmp_path / "refcoco" / "instances.json").write_text(text)
+    with pytest.raises(ReferDataError, match="instances.json"):
+        REFER(tmp_path)
+
+
+def test_real_refs(shared: Path) -> None:
+    root = shared / "data/coco_mini/refer"
+    assert available(root) == [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
+    counts = {name: len(REFER(root, name, by).getRefIds()) for name, by in available(root)}
+    assert counts == {"refcoco": 12, "refcoco+": 12, "refcocog": 6}
+    r = REFER(root, "refcoco", "unc")
+    for one in r.loadRefs(r.getRefIds()):
+        assert r.getMask(one)["area"] == pytest.approx(r.refToAnn[one["ref_id"]]["area"], rel=0.05, abs=30)
+
+
+def test_the_embedded_dataset_loads(shapes_root: Path) -> None:
+    pairs = available(shapes_root / "refer")
+    assert ("refcoco", "unc") in pairs and ("refcocog", "umd") in pairs
+    for dataset, split_by in pairs:
+        r = REFER(shapes_root / "refer", dataset, split_by)
+        assert r.getRefIds(split="train") and r.getRefIds(split="val")
+        assert r.getMask(r.loadRefs(r.getRefIds()[0])[0])["area"] > 0
+
+
+def test_refer_needs_neither_torch_nor_refdet() -> None:
+    code = "import refer, sys; sys.exit(bool({'torch', 'refdet'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,248 @@
+"""build-split and audit: nothing held out remains, nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refdet.cli import audit as audit_command
+from refdet.cli import build_split as build_command
+
+from refdet.data.coco import CocoIndex
+from refdet.data.splits import audit, build_split, coco_numbers, held_out
+from refdet.errors import InputError
+from refdet.provenance import Provenance, file_sha256, image_ids_sha256
+from refer import ReferError
+
+Refs = dict[tuple[str, str], list[tuple[int, str]]]
+
+
+def write_refs(root: Path, refs: Refs) -> Path:
+    for (dataset, split_by), pairs in refs.items():
+        (root / dataset).mkdir(parents=True, exist_ok=True)
+        records = [
+            {"ref_id": n, "ann_id": n, "category_id": 1, "image_id": image, "split": split, "sentences": []}
+            for n, (image, split) in enumerate(pairs)
+        ]
+        (root / dataset / f"refs({split_by}).p").write_bytes(pickle.dumps(records, protocol=2))
+    return root
+
+
+def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None) -> dict[str, Any]:
+    return {
+        "info": {"description": "d\u00e9j\u00e0 vu"},
+        "licenses": [{"id": 4}],
+        "extra": {"kept": [1.5, None]},
+        "images": [{"id": i, "height": 9, "width": 9, "file_name": (names or {}).get(i, ""), "x": i} for i in ids],
+        "annotations": [
+            {"id": n, "image_id": owner, "category_id": 1, "bbox": [0, 0, 0.1 + n, 5], "y": [n]}
+            for n, owner in enumerate(owners)
+        ],
+        "categories": [{"id": 1, "name": "dog", "z": 1}],
+    }
+
+
+def write(path: Path, data: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+SPLITS = ["train", "val", "testA", "testB", "test"]
+PAIRS = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "google")]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_nothing_held_out_remains_and_all_else_is_verbatim(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("split")
+    ids = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=15, unique=True))
+    owners = data.draw(st.lists(st.sampled_from(ids), max_size=20))
+    entry = st.tuples(st.integers(1, 40), st.sampled_from(SPLITS))
+    refs = {pair: data.draw(st.lists(entry, max_size=8)) for pair in PAIRS}
+    refs["refcoco", "unc"].append((40, "val"))  # something to hold out, in no file
+    forbidden = {image for pairs in refs.values() for image, split in pairs if split != "train"}
+    root = write_refs(tmp_path / "refer", refs)
+    before = coco(ids, owners)
+    source, out = write(tmp_path / "all.json", before), tmp_path / "out.json"
+    leaking = audit(source, root)
+    assert leaking.leaked == sorted(forbidden & set(ids))
+    if set(ids) <= forbidden:
+        with pytest.raises(InputError, match="no image left"):
+            build_split(source, root, out)
+        assert not out.exists()
+        return
+
+    report = build_split(source, root, out).report
+    after = json.loads(out.read_text())
+    provenance = Provenance.from_json(after["info"].pop("refdet"))
+    assert list(after) == list(before)
+    assert after == before | {
+        "images": [image for image in before["images"] if image["id"] not in forbidden],
+        "annotations": [a for a in before["annotations"] if a["image_id"] not in forbidden],
+    }
+    assert report == json.loads((tmp_path / "out.report.json").read_text())
+    assert report["removed_image_ids"] == sorted(forbidden & set(ids))
+    assert report["images_before"] - report["images_removed"] == report["images_after"] == len(after["images"])
+    assert report["annotations_after"] == provenance.annotations == len(after["annotations"])
+    for pair, pairs in refs.items():
+        for split in {split for _, split in pairs} - {"train"}:
+            images = {image for image, name in pairs if name == split}
+            expected = {"images": len(images), "found": len(images & set(ids))}
+            assert report["excluded"]["/".join((*pair, split))] == expected
+    assert provenance.excluded == report["excluded"] and provenance.source_sha256 == file_sha256(source)
+    assert provenance.image_ids_sha256 == image_ids_sha256(i for i in ids if i not in forbidden)
+    assert audit(out, root).leaked == [] and CocoIndex.load(out).images
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Path]:
+    """An instances file of images 1..6 and a REFER root."""
+    root = write_refs(
+        tmp_path / "refer",
+        {
+            ("refcoco", "unc"): [(1, "train"), (2, "val"), (3, "testA")],
+            ("refcocog", "google"): [(4, "train"), (4, "val"), (5, "val")],
+            ("refclef", "unc"): [(6, "test")],
+        },
+    )
+    return write(tmp_path / "all.json", coco([6, 5, 4, 3, 2, 1], [1, 2, 2, 3, 6])), root
+
+
+def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = world
+    everything = build_split(source, root, tmp_path / "a.json")
+    assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
+    assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
+    assert any("refcocog/google/val: 1 of its 2 images hold train refs" in text for text in everything.notes)
+    some = build_split(source, root, tmp_path / "b.json", ["refcoco:unc:testA", "refcocog:google"])
+    assert some.report["removed_image_ids"] == [3, 4, 5]
+    assert list(some.report["excluded"]) == ["refcoco/unc/testA", "refcocog/google/val"]
+    assert audit(some.out, root).leaked == [2]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "text"),
+    [
+        ("refcoco:umd", "choose from refcoco:unc, refcocog:google"),
+        ("refclef:unc", "choose from refcoco:unc"),
+        ("refcoco:unc:testC", "choose from testA, train, val"),
+        ("refcoco", "DATASET:SPLIT_BY"),
+        ("refcoco:unc:", "DATASET:SPLIT_BY"),
+    ],
+)
+def test_unknown_exclude_lists_the_choices(world: tuple[Path, Path], tmp_path: Path, exclude: str, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build_split(*world, tmp_path / "o.json", [exclude])
+    assert text in str(caught.value) and exclude.split(":")[0] in str(caught.value)
+    assert not list(tmp_path.glob("*o*.json"))
+
+
+def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = world
+    first = build_split(source, root, tmp_path / "a.json", ["refcoco:unc:val"])
+    second = build_split(first.out, root, tmp_path / "b.json", ["refcoco:unc:testA"])
+    provenance = Provenance.of_instances(CocoIndex.load(second.out))
+    assert set(provenance.excluded) == {"refcoco/unc/val", "refcoco/unc/testA"}
+    assert provenance.source == "a.json" and provenance.images == 4
+
+
+def test_existing_outputs_are_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("o.json", "o.report.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(InputError, match="exists; choose another --out or remove it"):
+            build_split(*world, tmp_path / "o.json")
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
+def test_none_found_is_noted_and_roots_without_refs_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = world
+    other = write(tmp_path / "other.json", coco([100], [100]))
+    assert any("none of its images" in text for text in build_split(other, root, tmp_path / "o.json").notes)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no DATASET"):
+        held_out(tmp_path / "empty")
+    with pytest.raises(InputError, match="nothing is there to hold out"):
+        held_out(write_refs(tmp_path / "t", {("refcoco", "unc"): [(1, "train")]}))
+    with pytest.raises(ReferError, match="nowhere"):
+        held_out(tmp_path / "nowhere")
+    (root / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02")
+    with pytest.raises(ReferError, match=r"refs\(unc\).p"):  # an unread split must never count as clean
+        audit(source, root)
+
+
+def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_path: Path) -> None:
+    _, root = world
+    names = {70: "COCO_train2014_000000000002.jpg", 71: "000000000077.jpg", 72: "dir/000000000003.jpg"}
+    source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71]))
+    assert audit(source, root).leaked == []
+    source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71], names))
+    found = audit(source, root)
+    assert found.leaked == [70, 72] and any("image 70: 2" in text for text in found.notes)
+    assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
+    assert coco_numbers(9, "COCO_train2014_000000000009.jpg") == {9} and coco_numbers(9, "8.jpg") == {9}
+
+
+def test_annotations_left_of_removed_images_are_a_leak(world: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = world
+    data = coco([1, 6], [1, 2, 2])
+    found = audit(write(tmp_path / "seed.json", data), root)
+    assert found.leaked == [2] and found.to_json()["splits"]["refcoco/unc/val"]["annotations"] == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [3]}', '{"images": [], "annotations": [{}]}'])
+def test_audit_of_bad_files(world: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(InputError, match="bad.json"):
+        audit(tmp_path / "bad.json", world[1])
+
+
+def test_commands(world: tuple[Path, Path], tmp_path: Path) -> None:
+    from refdet.cli.main import main
+
+    source, root = world
+    common = ["--refer-root", str(root)]
+    out = str(tmp_path / "o.json")
+    run = CliRunner().invoke
+    done = run(main, ["build-split", "--instances", str(source), "--out", out, *common, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["removed_image_ids"] == [2, 3, 4, 5]
+    again = run(main, ["build-split", "--instances", str(source), "--out", out, *common])
+    assert again.exit_code == 2 and "exists" in again.stderr
+    clean = run(main, ["audit", "--instances", out, *common])
+    assert clean.exit_code == 0 and "clean: 2 images against 4 val/test images of 3 splits" in clean.stdout
+    assert image_ids_sha256([1, 6]) in clean.stdout
+    leaking = run(main, ["audit", "--instances", str(source), *common])
+    assert leaking.exit_code == 1 and "4 held-out images leak" in leaking.stderr
+    as_json = run(main, ["audit", "--instances", str(source), *common, "--json"])
+    assert as_json.exit_code == 1 and json.loads(as_json.stdout)["leaked_image_ids"] == [2, 3, 4, 5]
+    assert build_command.command.name == "build-split" and audit_command.command.name == "audit"
+
+
+def test_real_data(shared: Path, tmp_path: Path) -> None:
+    mini = shared / "data/coco_mini"
+    source = mini / "annotations/instances_train2017.json"
+    leaking = [100667, 212679, 322517, 370162, 379349]
+    assert audit(source, mini / "refer").leaked == leaking
+    result = build_split(source, mini / "refer", tmp_path / "clean.json")
+    report = result.report
+    assert report["removed_image_ids"] == leaking and report["images_after"] == 75
+    assert (report["annotations_before"], report["annotations_after"]) == (739, 653)
+    assert audit(result.out, mini / "refer").leaked == []
+    assert audit(mini / "annotations/instances_val2017.json", mini / "refer").leaked == []
+
+
+def test_embedded_dataset(shapes_root: Path, tmp_path: Path) -> None:
+    source = shapes_root / "annotations/instances_train2014.json"
+    found = audit(source, shapes_root / "refer")
+    assert 0 < len(found.leaked) < found.images
+    result = build_split(source, shapes_root / "refer", tmp_path / "clean.json")
+    assert result.report["images_removed"] == len(found.leaked)
+    assert audit(result.out, shapes_root / "refer").leaked == []
