@@ -1,0 +1,91 @@
+"""The embedded dataset: drawn scenes with referring expressions, in the layouts of COCO 2014 and REFER.
+
+Everything is drawn from a seed, so nothing is downloaded; the readers of real data read it unchanged.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from refdet.data.shapes.coco_files import Picture, annotation_ids, file_name, write_instances
+from refdet.data.shapes.paint import paint
+from refdet.data.shapes.refer_files import write_refer
+from refdet.data.shapes.scene import Plan, draw_scene
+from refdet.errors import InputError
+
+TRAIN_IMAGES = 800
+LEAST_IMAGES = 20
+_LARGEST_IMAGE_ID = 581_929  # of COCO 2014
+
+__all__ = ["LEAST_IMAGES", "TRAIN_IMAGES", "write"]
+
+
+def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
+    """Write the dataset into the folder `out` and return it.
+
+    Args:
+        out: a folder that does not exist or is empty.
+        seed: same seed, same bytes; >= 0.
+        images: number of train2014 images, 800 if None; val2014 has a fifth of it.
+
+    Raises:
+        InputError: `out` holds something, `seed` is negative, or `images` too few for all splits of REFER.
+    """
+    out = Path(out)
+    train = TRAIN_IMAGES if images is None else images
+    if train < LEAST_IMAGES:
+        raise InputError(f"images={train} is too few for all REFER splits; ask for {LEAST_IMAGES} or more")
+    if seed < 0:
+        raise InputError(f"seed={seed} is negative; choose 0 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists; choose another --out or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Drawn beside the goal and renamed at the end: `out` is never half a dataset.
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write_all(part, seed, train)
+        part.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_all(out: Path, seed: int, train: int) -> None:
+    val = max(2, train // 5)
+    rng = np.random.default_rng([seed, 0])
+    ids = (1 + rng.choice(_LARGEST_IMAGE_ID, train + val, replace=False)).tolist()
+    train_pictures = _draw_split(out, "train2014", ids[:train], [seed, 1], first_annotation=1001)
+    val_pictures = _draw_split(out, "val2014", ids[train:], [seed, 2], first_annotation=1_000_001)
+    annotations = out / "annotations"
+    write_instances(annotations / "instances_train2014.json", train_pictures)
+    write_instances(annotations / "instances_val2014.json", val_pictures)
+    minival = {p.id for p in val_pictures[::2]}
+    write_instances(annotations / "instances_minival2014.json", val_pictures, minival)
+    rest = {p.id for p in val_pictures} - minival
+    write_instances(annotations / "instances_valminusminival2014.json", val_pictures, rest)
+    write_refer(out / "refer", train_pictures, rng)
+
+
+def _draw_split(out: Path, split: str, ids: list[int], seed: list[int], first_annotation: int) -> list[Picture]:
+    """Draw and save the images of a COCO split, each from its own random stream."""
+    folder = out / split
+    folder.mkdir()
+    pictures: list[Picture] = []
+    next_annotation = first_annotation
+    for index, image_id in enumerate(ids):
+        rng = np.random.default_rng([*seed, index])
+        scene = draw_scene(rng, Plan.of_index(index))
+        name = file_name(split, image_id)
+        paint(scene, rng).save(folder / name, quality=92, subsampling=0)
+        numbers = annotation_ids(scene.things, image_id, next_annotation)
+        next_annotation += len(scene.things) + int(rng.integers(1, 40))
+        pictures.append(Picture(image_id, name, scene.height, scene.width, scene.things, numbers))
+    return pictures

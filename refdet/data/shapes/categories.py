@@ -1,0 +1,45 @@
+"""What can be drawn: the categories with their COCO ids, and the colours with their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Category:
+    """A category as it stands in an instances file. Ids have gaps, as COCO's have."""
+
+    id: int
+    name: str
+    supercategory: str
+
+
+CATEGORIES: tuple[Category, ...] = (
+    Category(1, "person", "person"),
+    Category(3, "circle", "round"),
+    Category(7, "ring", "round"),
+    Category(13, "moon", "round"),
+    Category(18, "square", "polygon"),
+    Category(27, "triangle", "polygon"),
+    Category(44, "star", "symbol"),
+    Category(52, "cross", "symbol"),
+    Category(67, "heart", "symbol"),
+    Category(90, "arrow", "symbol"),
+)
+
+PERSON = CATEGORIES[0]
+
+# RGB, far enough from each other (and from the muted backgrounds) to be named without doubt after JPEG.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 32, 36),
+    "orange": (246, 138, 22),
+    "yellow": (246, 226, 48),
+    "green": (34, 156, 56),
+    "blue": (38, 76, 214),
+    "purple": (128, 36, 160),
+    "pink": (250, 134, 192),
+    "white": (246, 246, 242),
+}
+
+# The same three numbers in a greyscale picture; nobody names them.
+GREYS: tuple[int, ...] = (18, 56, 204, 244)

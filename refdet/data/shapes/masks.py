@@ -1,0 +1,118 @@
+"""Between polygons, masks and the two forms of `segmentation` in a COCO file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.shapes.outlines import Outline, area, clip
+
+
+def flat(points: np.ndarray) -> list[float]:
+    """(K, 2) points as COCO writes a polygon: [x0, y0, x1, y1, ...] with two decimals."""
+    return [round(float(v), 2) for v in points.reshape(-1)]
+
+
+def rasterise(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
+    """Union of COCO polygons as pycocotools fills them: bool (height, width)."""
+    if not polygons:
+        return np.zeros((height, width), dtype=bool)
+    rles = coco_mask.frPyObjects(polygons, height, width)
+    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+
+
+def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list[float]], list[list[float]]]:
+    """(parts, holes) of a placed outline, clipped to the picture and rounded as they are written."""
+
+    def inside(pieces: tuple[np.ndarray, ...]) -> list[list[float]]:
+        cut = [clip(p, height, width) for p in pieces]
+        return [flat(p) for p in cut if len(p) >= 3 and area(p) >= 1.0]
+
+    return inside(outline.parts), inside(outline.holes)
+
+
+def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
+    """Follow the pixel edges of a bool (H, W) mask.
+
+    Returns the outer boundaries, one COCO polygon a 4-connected part with corners on the pixel grid (so
+    that pycocotools fills exactly the mask), and whether the mask has a hole, which polygons cannot say.
+    """
+    padded = np.pad(mask, 1)
+    core = padded[1:-1, 1:-1]
+    # Edges run with the mask on their right: along the top of a pixel to the right, down its right side, ...
+    step: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    sides = (
+        (padded[:-2, 1:-1], (0, 0), (1, 0)),
+        (padded[1:-1, 2:], (1, 0), (0, 1)),
+        (padded[2:, 1:-1], (1, 1), (-1, 0)),
+        (padded[1:-1, :-2], (0, 1), (0, -1)),
+    )
+    for neighbour, (x0, y0), move in sides:
+        for y, x in np.argwhere(core & ~neighbour).tolist():
+            step.setdefault((x + x0, y + y0), []).append(move)
+    polygons: list[list[float]] = []
+    hole = False
+    while step:
+        start = next(iter(step))
+        corners, doubled_area = _loop(step, start)
+        if doubled_area > 0:
+            polygons.append([float(v) for corner in corners for v in corner])
+        else:
+            hole = True
+    return polygons, hole
+
+
+def _loop(
+    step: dict[tuple[int, int], list[tuple[int, int]]], start: tuple[int, int]
+) -> tuple[list[tuple[int, int]], int]:
+    """Take one closed loop out of `step`: its corners, and twice its area (negative around a hole)."""
+    x, y = start
+    heading = (0, 0)
+    corners: list[tuple[int, int]] = []
+    doubled_area = 0
+    while True:
+        moves = step[x, y]
+        # Two ways on where pixels touch by a corner: turning right stays with the pixel at hand.
+        right = (-heading[1], heading[0])
+        move = right if right in moves else moves[0]
+        moves.remove(move)
+        if not moves:
+            del step[x, y]
+        if move != heading:
+            corners.append((x, y))
+        doubled_area += x * move[1] - y * move[0]
+        x, y, heading = x + move[0], y + move[1], move
+        # Back at the start, unless the boundary touches itself there and still has to turn right and go on.
+        if (x, y) == start and (-heading[1], heading[0]) not in step.get(start, []):
+            break
+    if len(corners) > 1 and _direction(corners[0], corners[1]) == heading:
+        corners = corners[1:]
+    return corners, doubled_area
+
+
+def _direction(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return int(np.sign(b[0] - a[0])), int(np.sign(b[1] - a[1]))
+
+
+def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's uncompressed RLE of a bool (H, W) mask: run lengths down the columns, the first of zeros."""
+    pixels = mask.reshape(-1, order="F")
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], ends, [pixels.size]])).tolist()
+    if pixels[0]:
+        runs = [0, *runs]
+    return {"counts": [int(r) for r in runs], "size": [int(s) for s in mask.shape]}
+
+
+def segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
+    """What stands in the file for a mask: polygons, or RLE where it has a hole."""
+    polygons, hole = trace(mask)
+    return uncompressed_rle(mask) if hole else polygons
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Half-open x1 y1 x2 y2 of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,0 +1,136 @@
+"""What a referring expression says, and which things of a scene it can mean.
+
+Every word has a clear and a borderline range ("small" at 32 px is arguable). An expression is read twice,
+strictly and loosely; it is used only if both readings give one and the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refdet.data.shapes.scene import Thing
+
+# Pixels: longest side of the box at which small ends and large begins, and how far from it the word is clear.
+SMALL, LARGE, SIZE_MARGIN = 31.0, 45.0, 3.0
+# "biggest" and "smallest": ratio of the longest sides. Positions: pixels between box centres.
+SIZE_RATIO, PLACE_MARGIN = 1.2, 8.0
+# "next to": pixels between the boxes.
+NEAR, NEAR_MARGIN = 16.0, 8.0
+
+SIDES = ("left", "right", "top", "bottom")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+DIRECTIONS = ("left of", "right of", "above", "below")
+NEXT_TO = "next to"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The content of an expression; what is None is not said.
+
+    `size` is small, large, smallest or biggest; `place` one of SIDES or CORNERS and `rank` counts from there;
+    `relation` is one of DIRECTIONS or NEXT_TO and then `other` says what to.
+    """
+
+    category: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    place: str | None = None
+    rank: int = 1
+    relation: str | None = None
+    other: Meaning | None = None
+
+
+def centre(thing: Thing) -> tuple[float, float]:
+    """Centre of the box, x y in pixels."""
+    return (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
+
+
+def side(thing: Thing) -> float:
+    """Longest side of the box in pixels."""
+    return max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
+
+
+def referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
+    """Index of the one thing the expression means, None where it means none or could mean several."""
+    strict = matches(meaning, things, loose=False)
+    return strict[0] if len(strict) == 1 and strict == matches(meaning, things, loose=True) else None
+
+
+def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+    """Indices of the things that fit: clearly (`loose` False) or arguably (True). A crowd is never meant."""
+    fitting = _described(meaning, things, loose)
+    if meaning.size in ("smallest", "biggest") or meaning.place is not None:
+        # Clearly the leftmost star: left of all that are arguably stars. Arguably: of all that clearly are.
+        rivals = _described(meaning, things, not loose)
+        fitting = [i for i in fitting if _outdoes(meaning, things, i, [j for j in rivals if j != i], loose)]
+    if meaning.relation is not None and meaning.other is not None:
+        anchor = referent(meaning.other, things)
+        if anchor is None:
+            return []
+        fitting = [i for i in fitting if i != anchor and related(meaning.relation, things[i], things[anchor], loose)]
+    return fitting
+
+
+def _described(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+    give = SIZE_MARGIN if loose else -SIZE_MARGIN
+    found = []
+    for i, thing in enumerate(things):
+        if thing.crowd or meaning.category not in (None, thing.category.name):
+            continue
+        if meaning.colour not in (None, thing.colour):
+            continue
+        if meaning.size == "small" and side(thing) > SMALL + give:
+            continue
+        if meaning.size == "large" and side(thing) < LARGE - give:
+            continue
+        found.append(i)
+    return found
+
+
+def _outdoes(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[int], loose: bool) -> bool:
+    """Whether thing i is the smallest, the biggest, or at the place that `meaning` names, among its rivals.
+
+    Strictly there have to be rivals: nobody says "the left star" where there is one star.
+    """
+    if not rivals:
+        return loose
+    if meaning.size in ("smallest", "biggest"):
+        ratio = 1 / SIZE_RATIO if loose else SIZE_RATIO
+        smallest = meaning.size == "smallest"
+        for j in rivals:
+            low, high = (i, j) if smallest else (j, i)
+            if side(things[low]) * ratio > side(things[high]):
+                return False
+        return True
+    words = (meaning.place or "").split()
+    if len(words) == 2:
+        return all(_rank_fits(things, i, rivals, word, 1, loose) for word in words)
+    return _rank_fits(things, i, rivals, words[0], meaning.rank, loose)
+
+
+def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, rank: int, loose: bool) -> bool:
+    axis = 0 if place in ("left", "right") else 1
+    sign = 1 if place in ("left", "top") else -1
+    gaps = [sign * (centre(things[j])[axis] - centre(things[i])[axis]) for j in rivals]
+    before = sum(gap < -PLACE_MARGIN for gap in gaps)
+    after = sum(gap > PLACE_MARGIN for gap in gaps)
+    if loose:
+        return before <= rank - 1 <= len(rivals) - after
+    # The last of them is not called the second or third: that needs one more behind it.
+    return before == rank - 1 and before + after == len(rivals) and (rank == 1 or after > 0)
+
+
+def related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
+    """Whether the relation holds between the two boxes: by their centres, or their gap for "next to"."""
+    if relation == NEXT_TO:
+        a, b = thing.box, anchor.box
+        gap = max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0.0)
+        return gap <= NEAR + (NEAR_MARGIN if loose else -NEAR_MARGIN)
+    (x, y), (ax, ay) = centre(thing), centre(anchor)
+    dx, dy = x - ax, y - ay
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    # Mostly in that direction: within about 40 degrees of it clearly, 60 arguably.
+    if loose:
+        return along > 2 and along >= 0.6 * abs(across)
+    return along >= 12 and along >= 1.2 * abs(across)

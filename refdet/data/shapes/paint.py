@@ -1,0 +1,60 @@
+"""Paint a scene: a muted textured background, and shapes with a shade and a dark rim."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from PIL import Image
+
+from refdet.data.shapes.scene import Scene
+
+TEXTURES = ("gradient", "clouds", "stripes", "checks")
+
+
+def _muted(rng: np.random.Generator) -> np.ndarray:
+    rgb = colorsys.hsv_to_rgb(float(rng.random()), float(rng.uniform(0.05, 0.28)), float(rng.uniform(0.36, 0.62)))
+    return 255 * np.array(rgb)
+
+
+def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """float64 (height, width, 3), 0..255: two muted colours mixed by a texture, with a little grain."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
+    angle = float(rng.uniform(0, 2 * np.pi))
+    along = x * np.cos(angle) + y * np.sin(angle)
+    if texture == "gradient":
+        mix = (along - along.min()) / (along.max() - along.min())
+    elif texture == "clouds":
+        coarse = Image.fromarray(rng.random((6, 8)).astype(np.float32))
+        mix = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    elif texture == "stripes":
+        mix = (np.sin(along * 2 * np.pi / float(rng.uniform(7, 22))) > 0).astype(np.float64)
+    else:
+        cell = float(rng.uniform(7, 20))
+        across = y * np.cos(angle) - x * np.sin(angle)
+        mix = ((np.floor(along / cell) + np.floor(across / cell)) % 2).astype(np.float64)
+    first, second = _muted(rng), _muted(rng)
+    second = first + (second - first) * (0.5 if texture in ("stripes", "checks") else 1.0)
+    grain = rng.normal(0, float(rng.uniform(1, 6)), (height, width, 1))
+    return first + np.clip(mix, 0, 1)[..., None] * (second - first) + grain
+
+
+def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """The picture of a scene, mode RGB, or L for a greyscale scene."""
+    picture = background(rng, scene.height, scene.width)
+    padded = np.pad(scene.owner, 1, mode="edge")
+    rim = np.zeros(scene.owner.shape, dtype=bool)
+    for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+        rim |= neighbour != scene.owner
+    for i, thing in enumerate(scene.things):
+        if thing.crowd:
+            rim &= scene.owner != i  # its shapes are so small that they would be nothing but rim
+    slope = np.linspace(1.05, 0.92, scene.height)[:, None]
+    grain = rng.normal(1.0, 0.025, scene.owner.shape)
+    shade = np.where(rim, 0.62, slope * grain)
+    for i, thing in enumerate(scene.things):
+        mine = scene.owner == i
+        picture[mine] = shade[mine][:, None] * np.array(thing.rgb, dtype=np.float64)
+    image = Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+    return image.convert("L") if scene.grey else image

@@ -1,0 +1,139 @@
+"""Referring expressions for a thing: its true meanings, and English for them in each dataset's manner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from refdet.data.shapes.meaning import CORNERS, DIRECTIONS, NEXT_TO, SIDES, Meaning, referent, related
+from refdet.data.shapes.scene import Thing
+
+ORDINALS = {2: "second", 3: "third"}
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How one dataset speaks: in full phrases or not, with locations or not, how often of what."""
+
+    full: bool
+    locations: bool
+    weights: tuple[float, float, float]  # plain attributes, place in the picture, relation to another thing
+
+
+REFCOCO = Manner(full=False, locations=True, weights=(0.35, 0.45, 0.2))
+# The annotators of RefCOCO+ were not allowed to use location words.
+REFCOCO_PLUS = Manner(full=False, locations=False, weights=(0.7, 0.0, 0.3))
+REFCOCOG = Manner(full=True, locations=True, weights=(0.3, 0.2, 0.5))
+
+
+def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list[Meaning], ...]:
+    """All meanings that are true of things[target] alone: (plain, place, relation)."""
+    thing = things[target]
+    name, colour = thing.category.name, thing.colour
+    bases = [Meaning(name)] + ([Meaning(name, colour)] if colour is not None else [])
+    sized = [replace(base, size=size) for base in bases for size in ("small", "large", "smallest", "biggest")]
+    if manner.full:
+        # Long expressions say all that can be said: a colour at least.
+        bases, sized = bases[-1:], [m for m in sized if m.colour == colour]
+    plain = bases + sized
+    place: list[Meaning] = []
+    if manner.locations:
+        spots = [(p, 1) for p in SIDES + CORNERS] + [(p, rank) for p in SIDES for rank in ORDINALS]
+        place = [replace(base, place=p, rank=rank) for base in bases for p, rank in spots]
+        if not any(t.crowd for t in things):
+            place += [Meaning(place=p) for p in SIDES]
+    relation: list[Meaning] = []
+    for j, anchor in enumerate(things):
+        if j == target or anchor.crowd:
+            continue
+        known = _shortest(j, things)
+        if known is None:
+            continue
+        for word in (*DIRECTIONS, NEXT_TO) if manner.locations else (NEXT_TO,):
+            if related(word, thing, anchor, loose=False):
+                told = [m for m in plain if m.size not in ("smallest", "biggest")]
+                relation += [replace(m, relation=word, other=known) for m in told]
+
+    def true(candidates: list[Meaning]) -> list[Meaning]:
+        return [m for m in candidates if referent(m, things) == target]
+
+    return true(plain), true(place), true(relation)
+
+
+def can_be_meant(target: int, things: Sequence[Thing], manner: Manner) -> bool:
+    """Whether `meanings` finds any. The shortest, which most things have, answers it sooner."""
+    return _shortest(target, things) is not None or any(meanings(target, things, manner))
+
+
+def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
+    name, colour = things[target].category.name, things[target].colour
+    options = [Meaning(name, colour), Meaning(name), Meaning(name, size="small"), Meaning(name, size="large")]
+    return next((m for m in options if referent(m, things) == target), None)
+
+
+def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], manner: Manner, count: int) -> list[Meaning]:
+    """Up to `count` different meanings, their kinds drawn by the weights; [] where there is none."""
+    left = [list(kind) for kind in options]
+    chosen: list[Meaning] = []
+    while len(chosen) < count:
+        weights = np.array([w if kind else 0.0 for w, kind in zip(manner.weights, left, strict=True)])
+        if weights.sum() == 0:
+            break
+        kind = left[int(rng.choice(3, p=weights / weights.sum()))]
+        chosen.append(kind.pop(int(rng.integers(len(kind)))))
+    return chosen
+
+
+def noun_phrase(meaning: Meaning) -> str:
+    """Size, colour and category: "small red star", or "shape" where no category is said."""
+    return " ".join(w for w in (meaning.size, meaning.colour, meaning.category or "shape") if w)
+
+
+def sentence(rng: np.random.Generator, meaning: Meaning, manner: Manner) -> str:
+    """One of the ways to say it: lower case, words separated by one blank."""
+    noun = noun_phrase(meaning)
+    if meaning.relation is not None and meaning.other is not None:
+        other = noun_phrase(meaning.other)
+        if manner.full:
+            return f"the {noun} that is {_pick(rng, _LONG[meaning.relation])} the {other}"
+        return f"{noun} {_pick(rng, _SHORT[meaning.relation])} {_pick(rng, ('the ', ''))}{other}"
+    if meaning.place is not None:
+        place, end = meaning.place, _pick(rng, (" in the picture", " in the image")) if manner.full else ""
+        article = "the " if manner.full else _pick(rng, ("", "", "the "))
+        if meaning.rank > 1:
+            return f"{article}{ORDINALS[meaning.rank]} {noun} from the {place}{end}"
+        if " " in place:
+            upper = place.replace("top", "upper").replace("bottom", "lower")
+            return f"{article}{_pick(rng, (place, upper))} {noun}{end}"
+        return f"{article}{_pick(rng, _SIDE_WORDS[place])} {noun}{end}"
+    if manner.full:
+        return _pick(rng, (f"the {noun} in the picture", f"the only {noun}", f"a {noun} in this image"))
+    return _pick(rng, (noun, noun, f"the {noun}"))
+
+
+_SIDE_WORDS = {
+    "left": ("left", "leftmost", "far left"),
+    "right": ("right", "rightmost", "far right"),
+    "top": ("top", "topmost", "highest"),
+    "bottom": ("bottom", "lowest"),
+}
+_SHORT = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    NEXT_TO: ("next to", "beside", "by"),
+}
+_LONG = {
+    "left of": ("to the left of", "on the left of"),
+    "right of": ("to the right of", "on the right of"),
+    "above": ("above", "higher up than"),
+    "below": ("below", "lower down than"),
+    NEXT_TO: ("next to", "right beside", "close to"),
+}
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]

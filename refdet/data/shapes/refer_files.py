@@ -1,0 +1,83 @@
+"""The folders of RefCOCO, RefCOCO+ and RefCOCOg: refs pickles and their instances.json."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet.data.shapes import refer_splits
+from refdet.data.shapes.coco_files import Picture, write_instances
+from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Manner, choose, meanings, sentence
+from refdet.data.shapes.refer_splits import Referred
+
+
+def ref_records(
+    rng: np.random.Generator, objects: Sequence[Referred], manner: Manner, counts: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """One record an object, as in REFER's pickles, with `counts` (least, most) sentences each.
+
+    There are fewer than were drawn where the object cannot be meant in so many ways.
+    """
+    records: list[dict[str, Any]] = []
+    sent_id = 0
+    for ref_id, referred in enumerate(objects):
+        picture, thing = referred.picture, referred.thing
+        options = meanings(thing, picture.things, manner)
+        chosen = choose(rng, options, manner, int(rng.integers(counts[0], counts[1] + 1)))
+        sents: list[str] = []
+        for k in range(max(counts[0], len(chosen))):
+            # A thing that can be meant in one way only is said twice: both annotators had the same idea.
+            sents.append(sentence(rng, chosen[k % len(chosen)], manner))
+        sentences = [
+            {"tokens": s.split(), "raw": _raw(rng, s, manner), "sent_id": sent_id + k, "sent": s}
+            for k, s in enumerate(sents)
+        ]
+        sent_id += len(sents)
+        records.append(
+            {
+                "sent_ids": [s["sent_id"] for s in sentences],
+                "file_name": f"{picture.file_name.removesuffix('.jpg')}_{thing}.jpg",
+                "ann_id": picture.annotation_ids[thing],
+                "ref_id": ref_id,
+                "image_id": picture.id,
+                "split": referred.split,
+                "sentences": sentences,
+                "category_id": picture.things[thing].category.id,
+            }
+        )
+    return records
+
+
+def _raw(rng: np.random.Generator, sent: str, manner: Manner) -> str:
+    """What the annotator typed: the sentence, at times with a capital and a full stop."""
+    if manner.full:
+        return sent[0].upper() + sent[1:] + "."
+    return sent.capitalize() if rng.random() < 0.2 else sent
+
+
+def _with_splits(records: list[dict[str, Any]], splits: list[str]) -> list[dict[str, Any]]:
+    return [{**record, "split": split} for record, split in zip(records, splits, strict=True)]
+
+
+def _write_dataset(folder: Path, pictures: Sequence[Picture], refs: dict[str, list[dict[str, Any]]]) -> None:
+    image_ids = {record["image_id"] for records in refs.values() for record in records}
+    write_instances(folder / "instances.json", pictures, image_ids)
+    for split_by, records in refs.items():
+        # Protocol 2: what the published files have, readable by Python 2 code as well.
+        (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(records, protocol=2))
+
+
+def write_refer(root: Path, pictures: Sequence[Picture], rng: np.random.Generator) -> None:
+    """Write root/refcoco, root/refcoco+ and root/refcocog over these train2014 pictures."""
+    objects = refer_splits.unc(rng, pictures)
+    refs = ref_records(rng, objects, REFCOCO, (2, 4))
+    by_object = _with_splits(refs, refer_splits.google(rng, len(refs), test=True))
+    _write_dataset(root / "refcoco", pictures, {"unc": refs, "google": by_object})
+    _write_dataset(root / "refcoco+", pictures, {"unc": ref_records(rng, objects, REFCOCO_PLUS, (2, 4))})
+    refs = ref_records(rng, refer_splits.umd(rng, pictures), REFCOCOG, (1, 2))
+    by_object = _with_splits(refs, refer_splits.google(rng, len(refs), test=False))
+    _write_dataset(root / "refcocog", pictures, {"umd": refs, "google": by_object})

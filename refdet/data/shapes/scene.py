@@ -1,0 +1,241 @@
+"""Scenes: which shapes, where, what hides what. Nothing is painted or worded here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refdet.data.shapes import masks
+from refdet.data.shapes.categories import CATEGORIES, COLOURS, GREYS, PERSON, Category
+from refdet.data.shapes.outlines import area, place, unit_outline
+
+Box = tuple[float, float, float, float]
+
+SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
+SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))
+LEAST_VISIBLE = 0.62
+_CROWD = 254
+_NOTHING = 255
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One annotated thing: what of it can be seen.
+
+    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` that mask's pixels, `rgb` the
+    paint; `colour` is its name, None in a greyscale picture. A crowd is one Thing for the whole cluster.
+    """
+
+    category: Category
+    colour: str | None
+    rgb: tuple[int, int, int]
+    box: Box
+    area: int
+    segmentation: list[list[float]] | dict[str, Any]
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The things of a picture in the order they are painted, and whose each pixel is.
+
+    `owner` is uint8 (height, width): index into `things`, or 255 for background. A crowd is the last thing.
+    """
+
+    height: int
+    width: int
+    grey: bool
+    things: tuple[Thing, ...]
+    owner: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scene is asked to have: a greyscale file, a crowd, several persons."""
+
+    grey: bool
+    crowd: bool
+    persons: bool
+
+    @staticmethod
+    def of_index(index: int) -> Plan:
+        """Fixed shares by position in the split, so that small sets have every kind too."""
+        return Plan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A shape before others cover it: `box` is around `mask`, `whole` its area on an endless canvas."""
+
+    category: Category
+    colour: str
+    rgb: tuple[int, int, int]
+    mask: np.ndarray
+    box: Box
+    polygons: list[list[float]]
+    holed: bool
+    whole: float
+
+
+def draw_scene(rng: np.random.Generator, plan: Plan) -> Scene:
+    """A scene that keeps to `plan`: 3 to 8 shapes, each visible for the most part."""
+    while True:
+        scene = _try_scene(rng, plan)
+        if scene is not None:
+            return scene
+
+
+def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
+    height, width = SIZES[int(rng.integers(len(SIZES)))]
+    theme = PERSON if plan.persons else CATEGORIES[int(rng.integers(1, len(CATEGORIES)))]
+    repeats = int(rng.integers(2, 4))
+    wanted = [theme] * repeats
+    for _ in range(int(rng.integers(3, 9)) - repeats):
+        wanted.append(CATEGORIES[int(rng.integers(len(CATEGORIES)))])
+    crowd = _draw_crowd(rng, plan, wanted, height, width) if plan.crowd else None
+
+    # Large shapes tend to be painted first, or they would hide the small ones.
+    sizes = rng.choice(len(SIDES), size=len(wanted), p=(0.3, 0.45, 0.25))
+    order = np.argsort(-sizes + rng.normal(0, 0.7, len(wanted)), kind="stable")
+    drawn: list[_Drawn] = []
+    owner = np.full((height, width), _NOTHING, dtype=np.uint8)
+    if crowd is not None:
+        owner[crowd.mask] = _CROWD
+    for k in order.tolist():
+        for _ in range(30):
+            shape = _draw_shape(rng, wanted[k], SIDES[int(sizes[k])], plan.grey, height, width)
+            if shape is not None and _fits(shape, drawn, owner):
+                owner[shape.mask] = len(drawn)
+                drawn.append(shape)
+                break
+    if len(drawn) < 3 or sum(d.category == theme for d in drawn) < 2:
+        return None
+    if not 0.12 < float(np.mean(owner != _NOTHING)) < 0.6:
+        return None
+    things = [_thing(shape, owner == i, plan.grey) for i, shape in enumerate(drawn)]
+    if crowd is not None:
+        owner[owner == _CROWD] = len(things)
+        things.append(_thing(crowd, crowd.mask, plan.grey, crowd=True))
+    return Scene(height, width, plan.grey, tuple(things), owner)
+
+
+def _paint_for(rng: np.random.Generator, grey: bool) -> tuple[str, tuple[int, int, int]]:
+    if grey:
+        level = GREYS[int(rng.integers(len(GREYS)))]
+        return str(level), (level, level, level)
+    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+    return name, COLOURS[name]
+
+
+def _draw_shape(
+    rng: np.random.Generator,
+    category: Category,
+    sides: tuple[float, float],
+    grey: bool,
+    height: int,
+    width: int,
+) -> _Drawn | None:
+    side = float(rng.uniform(*sides))
+    if category == PERSON:
+        side *= 1.15  # a person is narrow: as many pixels as the others
+    size = (side * float(rng.uniform(0.92, 1.08)), side * float(rng.uniform(0.92, 1.08)))
+    angle = math.radians(float(rng.uniform(-20, 20)) * (0.5 if category == PERSON else 1.0))
+    # One in eight sticks out of the picture.
+    margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
+    centre = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
+    colour, rgb = _paint_for(rng, grey)
+    return _rasterised(category, colour, rgb, centre, size, angle, height, width)
+
+
+def _rasterised(
+    category: Category,
+    colour: str,
+    rgb: tuple[int, int, int],
+    centre: tuple[float, float],
+    size: tuple[float, float],
+    angle: float,
+    height: int,
+    width: int,
+) -> _Drawn | None:
+    outline = place(unit_outline(category.name), centre, size, angle)
+    polygons, holes = masks.drawn_polygons(outline, height, width)
+    whole = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
+    mask = masks.rasterise(polygons, height, width)
+    if holes:
+        mask &= ~masks.rasterise(holes, height, width)
+    if not mask.any():
+        return None
+    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), whole)
+
+
+def _fits(shape: _Drawn, drawn: list[_Drawn], owner: np.ndarray) -> bool:
+    """Whether the shape, painted on top, leaves everything recognisable (itself too, at the border)."""
+    if shape.mask.sum() < LEAST_VISIBLE * shape.whole or (owner[shape.mask] == _CROWD).any():
+        return False
+    for i, other in enumerate(drawn):
+        if _iou(shape.box, other.box) == 0:
+            continue
+        before = owner == i
+        after = before & ~shape.mask
+        touched = int(before.sum()) != int(after.sum())
+        # Two shapes that overlap must differ, and not in the paint by too little to see where one ends.
+        contrast = max(abs(a - b) for a, b in zip(shape.rgb, other.rgb, strict=True))
+        if touched and (shape.category == other.category or contrast < 60):
+            return False
+        if after.sum() < LEAST_VISIBLE * other.whole:
+            return False
+        if _iou(shape.box, masks.box_of(after)) > (0.12 if shape.category == other.category else 0.32):
+            return False
+    return True
+
+
+def _iou(a: Box, b: Box) -> float:
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    if wide <= 0 or high <= 0:
+        return 0.0
+    both = wide * high
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def _draw_crowd(rng: np.random.Generator, plan: Plan, wanted: list[Category], height: int, width: int) -> _Drawn:
+    """A cluster of tiny shapes of a category the scene has nowhere else."""
+    free = [c for c in CATEGORIES if c not in wanted]
+    category = free[int(rng.integers(len(free)))]
+    colour, rgb = _paint_for(rng, plan.grey)
+    columns, rows = int(rng.integers(4, 6)), int(rng.integers(2, 4))
+    pitch = 13.0
+    left = float(rng.uniform(8, width - 8 - columns * pitch))
+    top = float(rng.uniform(8, height - 8 - rows * pitch))
+    mask = np.zeros((height, width), dtype=bool)
+    for row in range(rows):
+        for column in range(columns):
+            x, y = rng.uniform(-2, 2, 2).tolist()
+            centre = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
+            size = float(rng.uniform(10, 13))
+            one = _rasterised(category, colour, rgb, centre, (size, size), 0.0, height, width)
+            if one is not None:
+                mask |= one.mask
+    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
+
+
+def _thing(shape: _Drawn, visible: np.ndarray, grey: bool, crowd: bool = False) -> Thing:
+    parts: list[list[float]] | dict[str, Any]
+    if crowd:
+        parts = masks.uncompressed_rle(visible)
+    elif shape.holed or not np.array_equal(visible, shape.mask):
+        parts = masks.segmentation(visible)
+    else:
+        parts = shape.polygons
+    return Thing(
+        shape.category,
+        None if grey else shape.colour,
+        shape.rgb,
+        masks.box_of(visible),
+        int(visible.sum()),
+        parts,
+        crowd,
+    )
