@@ -1,0 +1,59 @@
+"""Box arithmetic. Boxes are half-open ``x1 y1 x2 y2`` in pixels, so a width is ``x2 - x1``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; beyond it exp() only overflows.
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Areas (N,) of boxes (N, 4) in square pixels."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Areas (N, M) of the overlap of every box of a (N, 4) with every box of b (M, 4)."""
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    return (bottom_right - top_left).clamp(min=0).prod(dim=2)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union (N, M) of boxes a (N, 4) and b (M, 4); 0 where both have no area."""
+    overlap = intersection(a, b)
+    union = area(a)[:, None] + area(b)[None, :] - overlap
+    return torch.where(union > 0, overlap / union.clamp(min=1e-12), torch.zeros_like(overlap))
+
+
+def clip(boxes: Tensor, height: float, width: float) -> Tensor:
+    """Boxes (..., 4) cut to an image of the given size in pixels."""
+    x = boxes[..., 0::2].clamp(0, width)
+    y = boxes[..., 1::2].clamp(0, height)
+    return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Deltas (N, 4) that move anchors (N, 4) onto boxes (N, 4).
+
+    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)`` on centres and sizes, likewise y and h:
+    Girshick et al., "Rich feature hierarchies", appendix C; the weights are those of Fast R-CNN.
+    """
+    anchor_size = anchors[:, 2:] - anchors[:, :2]
+    size = boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + 0.5 * size - anchors[:, :2] - 0.5 * anchor_size) / anchor_size
+    deltas = torch.cat((shift, torch.log(size / anchor_size)), dim=1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Boxes (..., 4) that deltas (..., 4) make of anchors (..., 4): the inverse of `encode`."""
+    deltas = deltas / deltas.new_tensor(weights)
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
+    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE))
+    return torch.cat((centre - half, centre + half), dim=-1)

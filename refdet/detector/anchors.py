@@ -1,0 +1,53 @@
+"""Anchors: the boxes that the region proposal network scores and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Anchors about the origin: (len(ratios) * len(sizes), 4), ratios outer, sizes inner.
+
+    Args:
+        sizes: sides in pixels of the square of equal area.
+        ratios: height over width.
+    """
+    size = torch.tensor(sizes, dtype=torch.float32).repeat(len(ratios))
+    root = torch.tensor(ratios, dtype=torch.float32).sqrt().repeat_interleave(len(sizes))
+    half = torch.stack((size / root, size * root), dim=1) / 2
+    return torch.cat((-half, half), dim=1)
+
+
+class Anchors(nn.Module):
+    """The anchors of every cell of every map.
+
+    Args:
+        sizes: for each map the sizes of its anchors, in pixels of the network's input.
+        ratios: height over width, the same on each map.
+        strides: of the maps, in pixels.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[float]], ratios: Sequence[float], strides: Sequence[int]) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.per_cell = len(sizes[0]) * len(ratios)
+        for level, level_sizes in enumerate(sizes):
+            self.register_buffer(f"cell{level}", cell_anchors(level_sizes, ratios), persistent=False)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors (H * W * A, 4) of each map (B, C, H, W), row by row, the A anchors of a cell together.
+
+        Cell (0, 0) stands at its middle, stride / 2, where RoIAlign reads it too.
+        """
+        anchors = []
+        for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
+            height, width = x.shape[-2:]
+            ys = (torch.arange(height, device=x.device, dtype=torch.float32) + 0.5) * stride
+            xs = (torch.arange(width, device=x.device, dtype=torch.float32) + 0.5) * stride
+            y, x_ = torch.meshgrid(ys, xs, indexing="ij")
+            centres = torch.stack((x_, y, x_, y), dim=-1).reshape(-1, 1, 4)
+            anchors.append((centres + self.get_buffer(f"cell{level}")).reshape(-1, 4))
+        return anchors

@@ -1,0 +1,162 @@
+"""The second stage: what is in a RoI, where exactly, and which of its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refdet.detector.fpn import FeaturePyramid
+from refdet.ops.pooling import pyramid_roi_align, roi_align
+
+POOL_SIZE = 7
+
+
+@dataclass(frozen=True)
+class RoiFeatures:
+    """Features of K RoIs.
+
+    Attributes:
+        pool5: (K, C) mean over the 7x7 cells pooled from the map.
+        fc7: (K, D) what classes and boxes are predicted from.
+        spatial: (K, D', 7, 7) what masks are predicted from.
+    """
+
+    pool5: Tensor
+    fc7: Tensor
+    spatial: Tensor
+
+    def __getitem__(self, rows: Tensor) -> RoiFeatures:
+        return RoiFeatures(self.pool5[rows], self.fc7[rows], self.spatial[rows])
+
+
+class RoiHead(Protocol):
+    """What the detector asks of a head; `C4Head` and `PyramidHead` answer."""
+
+    mask_size: int
+
+    def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
+        """Features of rois (K, 5)."""
+
+    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
+
+    def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
+        """Mask logits (K, m, m), in float32, of the class (1..classes) that `labels` (K,) names for each."""
+
+
+class BoxPredictor(nn.Module):
+    """Two linear layers: classes, and deltas for each class."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, classes + 1)
+        self.delta = nn.Linear(channels, (classes + 1) * 4)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.normal_(self.delta.weight, std=0.001)
+        nn.init.zeros_(self.score.bias)
+        nn.init.zeros_(self.delta.bias)
+
+    def forward(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """fc7 (K, D) -> logits (K, classes + 1) and deltas (K, classes + 1, 4), in float32."""
+        deltas = self.delta(fc7).float()
+        return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
+
+
+class MaskPredictor(nn.Module):
+    """Convolutions, one 2x2 up-sampling, and a 1x1 that has a mask for each class."""
+
+    def __init__(self, in_channels: int, channels: int, classes: int, convolutions: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
+            in_channels = channels
+        layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
+        self.hidden = nn.Sequential(*layers)
+        self.logits = nn.Conv2d(channels, classes + 1, 1)
+        for layer in (*self.hidden, self.logits):
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.logits.weight, std=0.001)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
+        hidden = self.hidden(x)
+        # only the wanted class of each RoI is computed, not all of them
+        weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
+        bias = self.logits.bias[labels].float()  # type: ignore[index]
+        return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
+
+
+class C4Head(nn.Module):
+    """conv5 of the ResNet on 7x7 RoIs of the conv4 map; masks of 14x14 from its output.
+
+    Args:
+        conv5: the last stage, with stride 1, from `in_channels` to `out_channels`.
+    """
+
+    mask_size = 2 * POOL_SIZE
+
+    def __init__(
+        self, conv5: nn.Module, out_channels: int, stride: int, classes: int, mask_channels: int, masks: bool
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv5 = conv5
+        self.box = BoxPredictor(out_channels, classes)
+        self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
+
+    def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
+        """Features of rois (K, 5) from the one map (B, C, H, W)."""
+        pooled = roi_align(maps[0], rois, POOL_SIZE, self.stride)
+        spatial = self.conv5(pooled)
+        return RoiFeatures(pooled.mean((2, 3)), spatial.mean((2, 3)), spatial)
+
+    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RoiHead`."""
+        return self.box(fc7)
+
+    def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        if self.mask is None:
+            raise ValueError("this detector has no mask branch")
+        return self.mask(features.spatial, labels)
+
+
+class PyramidHead(nn.Module):
+    """Two linear layers on 7x7 RoIs of the pyramid; masks of 28x28 by convolutions on 14x14 RoIs."""
+
+    mask_size = 4 * POOL_SIZE
+
+    def __init__(self, channels: int, hidden: int, classes: int, mask_channels: int, masks: bool) -> None:
+        super().__init__()
+        self.strides = FeaturePyramid.strides[:4]
+        self.fc6 = nn.Linear(channels * POOL_SIZE**2, hidden)
+        self.fc7 = nn.Linear(hidden, hidden)
+        for layer in (self.fc6, self.fc7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        self.box = BoxPredictor(hidden, classes)
+        self.mask = MaskPredictor(channels, mask_channels, classes, convolutions=4) if masks else None
+
+    def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
+        """Features of rois (K, 5) from the four finest maps of the pyramid."""
+        pooled = pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
+        fc7 = F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+        return RoiFeatures(pooled.mean((2, 3)), fc7, pooled)
+
+    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RoiHead`."""
+        return self.box(fc7)
+
+    def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        if self.mask is None:
+            raise ValueError("this detector has no mask branch")
+        return self.mask(pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides), labels)

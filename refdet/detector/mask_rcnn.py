@@ -1,0 +1,229 @@
+"""Mask R-CNN (He et al., 2017), put together: backbone, proposals, second stage.
+
+Images enter as a padded batch with the true size of each. Boxes here are in pixels of the network's
+input; `refdet.detector.inference` goes from and to original images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refdet import boxes as box_ops
+from refdet.detector.anchors import Anchors
+from refdet.detector.fpn import FeaturePyramid
+from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
+from refdet.detector.proposals import ProposalNetwork
+from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
+from refdet.detector.targets import BACKGROUND, mask_targets, match, sample
+from refdet.ground_truth import GroundTruth
+from refdet.ops.nms import nms
+from refdet.recipe import Recipe
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+SMOOTH_L1_BETA = 1.0
+
+Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of one image, best first.
+
+    Attributes:
+        boxes: (n, 4) half-open xyxy, pixels of the network's input, inside the image.
+        scores: (n,) class probabilities.
+        labels: (n,) int64, 1..classes.
+        masks: (n, m, m) probabilities on the box, or None without a mask branch.
+        pool5, fc7: (n, C), (n, D) features of the boxes.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None
+    pool5: Tensor
+    fc7: Tensor
+
+
+class MaskRCNN(nn.Module):
+    """The detector. `losses` trains it; `detect` and `describe` use it, in eval mode.
+
+    Args:
+        recipe: says which network; ``recipe.model.norm`` must be frozen or batch.
+        classes: number of object classes, without background.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        super().__init__()
+        model = recipe.model
+        self.recipe, self.classes = recipe, classes
+        norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
+        pyramid = model.neck == "fpn"
+        strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, 1)
+        self.backbone = ResNet(model.depth, model.width, norm, strides)
+        channels = self.backbone.channels
+        self.head: RoiHead
+        if pyramid:
+            self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
+            anchors = Anchors([[size] for size in model.anchor_sizes], model.anchor_ratios, FeaturePyramid.strides)
+            self.rpn = ProposalNetwork(model.fpn_channels, model.rpn_channels, anchors, recipe.proposals)
+            self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
+        else:
+            self.neck = None
+            anchors = Anchors([model.anchor_sizes], model.anchor_ratios, [model.stride])
+            self.rpn = ProposalNetwork(channels[2], model.rpn_channels, anchors, recipe.proposals)
+            conv5 = self.backbone.get_submodule("layer4")  # conv5 works on the RoIs, so it belongs to the head
+            del self.backbone.layer4
+            self.head = C4Head(conv5, channels[3], model.stride, classes, model.mask_channels, model.masks)
+        if model.norm == "frozen":
+            for part in (self.backbone.conv1, self.backbone.layer1):
+                part.requires_grad_(False)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) -> the conv4 map, or the five maps of the pyramid."""
+        if self.neck is None:
+            return [self.backbone(images, 3)[-1]]
+        return self.neck(self.backbone(images, 4))
+
+    def losses(
+        self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """The five (without masks four) terms of the loss, each a scalar; their sum is to be minimised.
+
+        Args:
+            images: (B, 3, H, W), normalised and zero-padded below and right.
+            generator: draws the samples of anchors and RoIs, on the device of the images.
+        """
+        maps = self.maps(images)
+        output = self.rpn(maps)
+        losses = self.rpn.losses(output, targets, generator)
+        rois, labels, matched = self._sample_rois(self.rpn.propose(output, sizes), targets, generator)
+        features = self.head.features(maps, rois)
+        logits, deltas = self.head.classify(features.fc7)
+        losses["score"] = F.cross_entropy(logits, labels)
+        positive = (labels > 0).nonzero()[:, 0]
+        wanted = torch.cat([t.boxes for t in targets])[matched[positive]]
+        losses["box"] = F.smooth_l1_loss(
+            deltas[positive, labels[positive]],
+            box_ops.encode(wanted, rois[positive, 1:], DELTA_WEIGHTS),
+            beta=SMOOTH_L1_BETA,
+            reduction="sum",
+        ) / max(len(labels), 1)
+        if self.recipe.model.masks:
+            losses["mask"] = self._mask_loss(maps, rois, labels, matched, features, positive, targets)
+        return losses
+
+    def _sample_rois(
+        self, proposals: Sequence[Tensor], targets: Sequence[GroundTruth], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """RoIs (K, 5) of the batch, their labels (K,), and the object of each (K,), counted over the batch."""
+        options = self.recipe.head
+        rois, labels, matches, first = [], [], [], 0
+        for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
+            boxes = torch.cat((boxes, target.boxes))  # so that each object has a RoI from the first step on
+            kinds, matched = match(boxes, target, options.positive_iou, options.positive_iou, best_for_each=False)
+            positive, negative = sample(kinds, options.samples, options.positive_fraction, generator)
+            chosen = torch.cat((positive, negative))
+            label = torch.full_like(chosen, BACKGROUND)
+            label[: len(positive)] = target.labels[matched[positive]]
+            rois.append(F.pad(boxes[chosen], (1, 0), value=image))
+            labels.append(label)
+            matches.append(matched[chosen] + first)
+            first += len(target.boxes)
+        return torch.cat(rois), torch.cat(labels), torch.cat(matches)
+
+    def _mask_loss(
+        self, maps: list[Tensor], rois: Tensor, labels: Tensor, matched: Tensor,
+        features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
+    ) -> Tensor:  # fmt: skip
+        """Mean binary cross entropy over the cells of the positive RoIs' masks of their class."""
+        logits = self.head.mask_logits(maps, rois[positive], features[positive], labels[positive])
+        wanted, first = torch.zeros_like(logits), 0
+        for image, target in enumerate(targets):
+            rows = (rois[positive, 0] == image).nonzero()[:, 0]
+            objects = matched[positive[rows]] - first
+            wanted[rows] = mask_targets(rois[positive[rows], 1:], objects, target, self.head.mask_size)
+            first += len(target.boxes)
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / max(logits.numel(), 1)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, sizes: Sizes, score_threshold: float, nms_threshold: float, max_regions: int
+    ) -> list[Detections]:
+        """Detections of each image.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            score_threshold: class probability that a detection must exceed.
+            nms_threshold: IoU above which the lower of two detections of a class goes.
+            max_regions: how many are kept over all classes.
+        """
+        maps = self.maps(images)
+        proposals = self.rpn.propose(self.rpn(maps), sizes)
+        rois = _with_index(proposals)
+        logits, deltas = self.head.classify(self.head.features(maps, rois).fc7)
+        scores = logits.softmax(dim=1)[:, 1:]
+        boxes = box_ops.decode(deltas[:, 1:], rois[:, None, 1:], DELTA_WEIGHTS)
+        found, counts = [], [len(p) for p in proposals]
+        for image_boxes, image_scores, (height, width) in zip(
+            boxes.split(counts), scores.split(counts), sizes, strict=True
+        ):
+            clipped = box_ops.clip(image_boxes, height, width)
+            found.append(_select(clipped, image_scores, score_threshold, nms_threshold, max_regions))
+        return self._finish(maps, found)
+
+    def _finish(self, maps: list[Tensor], found: list[tuple[Tensor, Tensor, Tensor]]) -> list[Detections]:
+        """Features and masks of the boxes that were kept."""
+        rois = _with_index([boxes for boxes, _, _ in found])
+        features = self.head.features(maps, rois)
+        masks = None
+        if self.recipe.model.masks:
+            labels = torch.cat([label for _, _, label in found])
+            masks = self.head.mask_logits(maps, rois, features, labels).sigmoid()
+        detections, first = [], 0
+        for boxes, scores, labels in found:
+            rows = slice(first, first + len(boxes))
+            first += len(boxes)
+            mask = None if masks is None else masks[rows]
+            detections.append(
+                Detections(boxes, scores, labels, mask, features.pool5[rows].float(), features.fc7[rows].float())
+            )
+        return detections
+
+    @torch.no_grad()
+    def describe(self, images: Tensor, boxes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """pool5 (n, C) and fc7 (n, D) of given boxes (n, 4) of each image, in float32."""
+        features = self.head.features(self.maps(images), _with_index(boxes))
+        counts = [len(b) for b in boxes]
+        pairs = zip(features.pool5.float().split(counts), features.fc7.float().split(counts), strict=True)
+        return list(pairs)
+
+
+def _with_index(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes (n, 4) of each image -> (K, 5) rows of image index and box."""
+    return torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
+
+
+def _select(
+    boxes: Tensor, scores: Tensor, score_threshold: float, nms_threshold: float, max_regions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class."""
+    kept_boxes, kept_scores, kept_labels = [], [], []
+    solid = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
+    candidates = (scores > score_threshold) & solid
+    for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
+        rows = candidates[:, label].nonzero()[:, 0]
+        kept = rows[nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions)]
+        kept_boxes.append(boxes[kept, label])
+        kept_scores.append(scores[kept, label])
+        kept_labels.append(torch.full_like(kept, label + 1))
+    if not kept_boxes:
+        return boxes.new_zeros(0, 4), scores.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    all_boxes, all_scores, all_labels = torch.cat(kept_boxes), torch.cat(kept_scores), torch.cat(kept_labels)
+    best = all_scores.argsort(descending=True, stable=True)[:max_regions]
+    return all_boxes[best], all_scores[best], all_labels[best]

@@ -1,0 +1,135 @@
+"""ResNet (He et al., 2015), of any width, as four stages that the detector puts where it needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+Norm = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and affine terms never change: a scale and a shift for each channel.
+
+    The tensors have BatchNorm2d's names, so either loads the other's.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> (N, C, H, W)."""
+        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
+        scale = weight * (self.get_buffer("running_var") + self.eps).rsqrt()
+        shift = bias - self.get_buffer("running_mean") * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; for ResNet-18 and 34."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.downsample = _shortcut(in_channels, channels, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return torch.relu(y + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 and a shortcut; the stride sits on the 3x3, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = norm(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = norm(channels * self.expansion)
+        self.downsample = _shortcut(in_channels, channels * self.expansion, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + self.downsample(x))
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+
+class ResNet(nn.Module):
+    """Stem and stages of a ResNet. `forward` runs the stem and the stages that `stages` names.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        width: channels of the first stage (64 in the paper).
+        norm: makes the normalisation of a number of channels.
+        strides: of the four stages.
+    """
+
+    def __init__(self, depth: int, width: int, norm: Norm, strides: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        block = BasicBlock if depth < 50 else Bottleneck
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = norm(width)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))
+        in_channels = width
+        for stage, (count, stride) in enumerate(zip(BLOCKS[depth], strides, strict=True)):
+            blocks = []
+            for index in range(count):
+                blocks.append(block(in_channels, width * 2**stage, stride if index == 0 else 1, norm))
+                in_channels = self.channels[stage]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        _initialise(self)
+
+    def forward(self, images: Tensor, stages: int) -> list[Tensor]:
+        """Maps of the first `stages` stages.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            stages: how many of the four to run.
+        Returns:
+            `stages` maps (B, channels[i], H / s, W / s), where s is 4 and grows with the strides.
+        """
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for stage in range(stages):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+            maps.append(x)
+        return maps
+
+
+def _initialise(network: nn.Module) -> None:
+    """He initialisation; the last norm of a block starts at 0, so that a block starts as its shortcut
+    (Goyal et al., "Accurate, large minibatch SGD", section 5.1). Frozen norms are left as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        last = {BasicBlock: "bn2", Bottleneck: "bn3"}.get(type(module))
+        if last and isinstance(norm := module.get_submodule(last), nn.BatchNorm2d):
+            nn.init.zeros_(norm.weight)

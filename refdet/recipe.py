@@ -1,0 +1,265 @@
+"""The recipe: everything that defines a training run, as a typed value; YAML on disk, JSON in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refdet.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network."""
+
+    depth: int = 50  # of the ResNet: 18, 34, 50, 101 or 152
+    width: int = 64  # channels of its first stage; 64 is the published network
+    neck: str = "c4"  # c4: conv5 runs on the RoIs; fpn: a feature pyramid and a two-layer head
+    stride: int = 16  # of the C4 map, 16 or 8 pixels; a pyramid has 4 to 64 whatever this says
+    norm: str = "auto"  # frozen, batch, or auto: frozen where weights are given, batch from scratch
+    masks: bool = True  # without the mask branch it is a Faster R-CNN
+    fpn_channels: int = 256
+    fpn_hidden: int = 1024  # width of the two-layer head of the pyramid, and of its fc7
+    rpn_channels: int = 512
+    mask_channels: int = 256
+    # sides of square anchors in pixels of the network's input; with a pyramid one for each level
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How an image becomes the network's input: RGB in 0..255, minus mean, over std."""
+
+    short_sides: tuple[int, ...] = (600,)  # one is drawn for each training image; the last serves at test
+    long_side: int = 1000  # an image that would be longer is made smaller
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class ProposalOptions:
+    """The region proposal network: how anchors are labelled and proposals chosen."""
+
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    samples: int = 256  # anchors an image that enter the loss
+    positive_fraction: float = 0.5
+    nms_threshold: float = 0.7
+    train_candidates: int = 2000  # best scores (of each level) before NMS
+    train_proposals: int = 1000  # an image, after NMS
+    test_candidates: int = 1000
+    test_proposals: int = 300
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The second stage: how RoIs are sampled in training."""
+
+    positive_iou: float = 0.5
+    samples: int = 256  # RoIs an image that enter the loss
+    positive_fraction: float = 0.25
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The optimisation."""
+
+    steps: int = 90000
+    batch_size: int = 8  # images a step
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0001
+    warmup_steps: int = 500
+    lr_drops: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate falls to a tenth
+    clip_norm: float = 10.0  # of the whole gradient; 0 leaves it alone
+    flip: bool = True
+    bf16: bool = False
+    workers: int = 2
+    seed: int = 0
+    save_every: int = 1000  # steps
+    log_every: int = 20
+    reset_predictors: bool = False  # with --weights of other classes: train the last layers anew
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run in full. `load` reads one, `with_changes` applies ``--set``."""
+
+    name: str = "custom"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    input: InputOptions = field(default_factory=InputOptions)
+    proposals: ProposalOptions = field(default_factory=ProposalOptions)
+    head: HeadOptions = field(default_factory=HeadOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        model, train = self.model, self.train
+        _one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
+        _one_of("model.neck", model.neck, ("c4", "fpn"))
+        _one_of("model.stride", model.stride, (8, 16))
+        _one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
+        if model.neck == "fpn" and len(model.anchor_sizes) != 5:
+            raise InputError("model.anchor_sizes: a pyramid has 5 levels and takes one size for each")
+        for name in ("width", "rpn_channels", "mask_channels", "fpn_channels", "fpn_hidden"):
+            _positive(f"model.{name}", getattr(model, name))
+        for name in ("steps", "batch_size", "lr", "save_every", "log_every"):
+            _positive(f"train.{name}", getattr(train, name))
+        for name in ("samples", "train_candidates", "train_proposals", "test_candidates", "test_proposals"):
+            _positive(f"proposals.{name}", getattr(self.proposals, name))
+        _positive("head.samples", self.head.samples)
+        for key, values in (
+            ("input.short_sides", self.input.short_sides),
+            ("model.anchor_sizes", model.anchor_sizes),
+            ("model.anchor_ratios", model.anchor_ratios),
+            ("input.std", self.input.std),
+        ):
+            if not values:
+                raise InputError(f"{key}: at least one value is needed")
+            for value in values:
+                _positive(key, value)
+        _positive("input.long_side", self.input.long_side)
+        if train.workers < 0:
+            raise InputError("train.workers: 0 or more")
+
+    def with_changes(self, assignments: Sequence[str]) -> Recipe:
+        """The recipe after ``key=value`` assignments such as ``train.steps=50`` (values are YAML).
+
+        Raises:
+            InputError: an assignment without ``=``, an unknown key, a value of the wrong type.
+        """
+        tree = self.to_dict()
+        for assignment in assignments:
+            key, separator, text = assignment.partition("=")
+            if not separator:
+                raise InputError(f"--set {assignment}: write key=value, such as train.steps=500")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"--set {assignment}: the value is not YAML") from error
+            *parents, leaf = key.strip().split(".")
+            place: Any = tree
+            for parent in parents:
+                place = place.get(parent) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
+                raise InputError(_unknown(key))
+            place[leaf] = value
+        return from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as YAML and JSON take them."""
+        return {
+            k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
+            for k, part in dataclasses.asdict(self).items()
+        }
+
+
+def from_dict(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe that a tree of plain values describes; what is absent has its default.
+
+    Raises:
+        InputError: an unknown key or a value of the wrong type, with its name.
+    """
+    return _build(Recipe, tree, "")
+
+
+def load(name_or_path: str) -> Recipe:
+    """A recipe shipped with refdet, by name, or one in a YAML file.
+
+    Raises:
+        InputError: no such recipe or file, or not a recipe.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"--recipe {name_or_path}: no such file")
+        text, default_name = path.read_text(encoding="utf-8"), path.stem
+    elif name_or_path in names():
+        text = (resources.files("refdet.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        default_name = name_or_path
+    else:
+        raise InputError(f"--recipe {name_or_path}: neither a .yaml file nor one of {', '.join(names())}")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{name_or_path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{name_or_path}: a recipe is a YAML mapping")
+    try:
+        return from_dict({"name": default_name, **tree})
+    except InputError as error:
+        raise InputError(f"{name_or_path}: {error}") from error
+
+
+def names() -> list[str]:
+    """The recipes shipped with refdet."""
+    files = resources.files("refdet.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def _keys(cls: Any = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key that ``--set`` takes."""
+    keys: list[str] = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys += _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
+    return f"{key}: no such recipe key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{prefix.rstrip('.')}: a mapping of options is needed, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise InputError(_unknown(key))
+        kind = hints[name]
+        values[name] = _build(kind, value, key + ".") if dataclasses.is_dataclass(kind) else _typed(key, value, kind)
+    return cls(**values)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """The value as the field's type, or an error that says which type is wanted."""
+    if typing.get_origin(kind) is tuple:
+        wanted = typing.get_args(kind)
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if wanted[-1] is types.EllipsisType or wanted[-1] is Ellipsis:
+            wanted = (wanted[0],) * len(items)
+        if len(items) != len(wanted):
+            raise InputError(f"{key}: {len(wanted)} values are needed, not {value!r}")
+        return tuple(_typed(key, item, of) for item, of in zip(items, wanted, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{key}: {kind.__name__} expected, not {value!r}")
+    return value
+
+
+def _one_of(key: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}: one of {', '.join(map(str, choices))}, not {value}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{key}: more than 0 is needed, not {value}")

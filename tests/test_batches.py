@@ -1,0 +1,122 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from refdet import recipe as recipes
+from refdet.data.batches import Batch, TrainingBatches, exact_batches
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.images import ImageError, ImageSource, input_size
+from refdet.errors import InputError
+from refdet.recipe import InputOptions, Recipe
+
+
+def write_dataset(root: Path, sizes: list[tuple[int, int]]) -> tuple[CocoIndex, ImageSource]:
+    """Images of given (height, width), each with one square object and one crowd, and one without objects."""
+    (root / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for image, (height, width) in enumerate([*sizes, (50, 50)], start=1):
+        Image.new("RGB", (width, height), (image, 0, 0)).save(root / "images" / f"{image}.png")
+        images.append({"id": image, "file_name": f"{image}.png", "height": height, "width": width})
+        if image > len(sizes):
+            continue
+        square = {"bbox": [4, 6, 20, 20], "segmentation": [[4, 6, 24, 6, 24, 26, 4, 26]], "area": 400}
+        crowd = {"bbox": [30, 6, 10, 10], "segmentation": {"size": [height, width], "counts": [height * width]}}
+        annotations.append({"id": image, "image_id": image, "category_id": 7, "iscrowd": 0, **square})
+        annotations.append({"id": 1000 + image, "image_id": image, "category_id": 7, "iscrowd": 1, **crowd})
+    file = root / "instances.json"
+    categories = [{"id": 7, "name": "square", "supercategory": "shape"}]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return CocoIndex.load(file), ImageSource.open(root / "images")
+
+
+def small_recipe(*changes: str) -> Recipe:
+    return recipes.load("demo").with_changes(["train.batch_size=3", "train.steps=100", *changes])
+
+
+def test_an_epoch_has_each_annotated_image_once(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, [(50, 60)] * 6 + [(60, 50)] * 6)
+    batches = TrainingBatches(index, source, small_recipe())
+    for epoch in range(2):
+        seen = [i for step in range(4) for i in batches[epoch * 4 + step].image_ids]
+        assert sorted(seen) == list(range(1, 13))
+    shapes = {batches[step].images.shape for step in range(4)}
+    assert len(shapes) == 2  # landscape and portrait apart
+    assert [batches[s].image_ids for s in range(4)] != [batches[s + 4].image_ids for s in range(4)]
+
+
+def test_few_images_make_a_batch_by_repetition(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, [(50, 60)] * 2)
+    assert set(TrainingBatches(index, source, small_recipe())[5].image_ids) == {1, 2}
+
+
+def test_a_step_is_the_same_whoever_asks_and_differs_with_the_seed(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, [(50, 60)] * 9)
+    one, other = (TrainingBatches(index, source, small_recipe()) for _ in range(2))
+    _ = other[0]
+    assert torch.equal(one[7].images, other[7].images) and one[7].image_ids == other[7].image_ids
+    third = TrainingBatches(index, source, small_recipe("train.seed=1"))
+    assert any(third[s].image_ids != one[s].image_ids for s in range(3))
+
+
+def test_boxes_follow_the_image(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, [(50, 100)] * 3)
+    batches = TrainingBatches(index, source, small_recipe("input.short_sides=[100]", "input.long_side=400"))
+    seen: Counter[bool] = Counter()
+    for step in range(6):
+        batch = batches[step]
+        assert isinstance(batch, Batch)
+        assert batch.sizes == [(100, 200)] * 3
+        for truth in batch.targets:
+            mirrored = truth.flipped_width is not None
+            seen[mirrored] += 1
+            expected = [200 - 48, 12, 200 - 8, 52] if mirrored else [8, 12, 48, 52]
+            assert truth.boxes.tolist() == [expected]
+            assert truth.labels.tolist() == [1]
+            assert truth.crowds.tolist() == [[200 - 80, 12, 200 - 60, 32] if mirrored else [60, 12, 80, 32]]
+            assert truth.scale == (2.0, 2.0)
+            assert len(truth.masks or []) == 1
+    assert seen[True] > 3 and seen[False] > 3
+
+
+def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, [(50, 60), (40, 60), (50, 52)])
+    batch = TrainingBatches(index, source, small_recipe("input.short_sides=[50]"))[0]
+    for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
+        assert image[:, height:].eq(0).all() and image[:, :, width:].eq(0).all()
+        assert image[:, :height, :width].ne(0).all()
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    index, _ = write_dataset(tmp_path, [(50, 60)] * 3)
+    (tmp_path / "images" / "2.png").write_bytes(b"broken")
+    found = TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())[0]
+    assert isinstance(found, ImageError) and "2.png" in str(found)
+    (tmp_path / "images" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 images .* the first is 2\.png"):
+        TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(20, 25), st.integers(20, 25)), max_size=40),
+    st.integers(1, 5),
+)
+def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
+    records = [ImageRecord(i, "", *size) for i, size in enumerate(sizes)]
+    options = InputOptions(short_sides=(20,), long_side=40)
+    batches = exact_batches(records, options, batch_size)
+    assert sorted(r.id for batch in batches for r in batch) == list(range(len(sizes)))
+    unfilled = []
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        shapes = {(s.height, s.width) for s in (input_size(r.height, r.width, options) for r in batch)}
+        assert len(shapes) == 1
+        assert [r.id for r in batch] == sorted(r.id for r in batch)
+        unfilled += list(shapes) if len(batch) < batch_size else []
+    assert len(set(unfilled)) == len(unfilled)  # no two batches that could have been one

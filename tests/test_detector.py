@@ -1,0 +1,251 @@
+"""The detector as a whole: shapes, invariances, and its loss against formulas written out."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torchvision.models import resnet18, resnet50
+
+from refdet import recipe as recipes
+from refdet.data.coco import ImageRecord
+from refdet.detector.anchors import Anchors, cell_anchors
+from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.resnet import ResNet
+from refdet.detector.targets import BACKGROUND, OBJECT, match
+from refdet.ground_truth import GroundTruth
+from refdet.ops.pooling import pyramid_roi_align, roi_align
+from refdet.recipe import Recipe
+
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
+         "model.neck=c4", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
+PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
+VARIANTS = {
+    "c4": [],
+    "c4-bottleneck": ["model.depth=50"],
+    "c4-stride16": ["model.stride=16"],
+    "fpn": PYRAMID,
+    "frozen": ["model.norm=frozen"],
+}
+CATEGORY_IDS = [1, 3, 7, 44]
+
+
+def small_recipe(*changes: str) -> Recipe:
+    return recipes.load("demo").with_changes([*SMALL, *changes])
+
+
+def small_model(*changes: str) -> MaskRCNN:
+    torch.manual_seed(0)
+    model = MaskRCNN(small_recipe(*changes), len(CATEGORY_IDS))
+    with torch.no_grad():  # untrained layers say almost nothing: make them speak
+        for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
+            layer.weight.mul_(8)
+        if model.head.mask is not None:
+            model.head.mask.logits.weight.mul_(100)
+    return model.eval()
+
+
+def some_images(count: int, height: int = 96, width: int = 128) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 255, (height, width, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def records_of(images: list[np.ndarray]) -> list[ImageRecord]:
+    return [ImageRecord(i, f"{i}.jpg", *image.shape[:2]) for i, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_image_has_the_same_regions_whatever_its_batch(variant: str) -> None:
+    model, images = small_model(*VARIANTS[variant]), some_images(4)
+    records, options = records_of(images), DetectOptions(score_threshold=0.1, max_regions=30)
+    together = detect_batch(model, images, records, CATEGORY_IDS, options)
+    alone = [detect_batch(model, [i], [r], CATEGORY_IDS, options)[0] for i, r in zip(images, records, strict=True)]
+    for a, b in zip(together, alone, strict=True):
+        assert len(a) == len(b) > 3
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
+        np.testing.assert_array_equal(a.category_ids, b.category_ids)
+        assert a.masks == b.masks
+        for name in ("pool5", "fc7"):
+            error = np.linalg.norm(a.features[name] - b.features[name]) / np.linalg.norm(b.features[name])
+            assert error < 1e-4
+
+
+def test_regions_are_well_formed() -> None:
+    model, images = small_model(), some_images(2, height=70, width=90)
+    for regions in detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.05)):
+        assert 0 < len(regions) <= 100
+        assert (regions.boxes[:, :2] >= 0).all()
+        assert (regions.boxes[:, 2] <= 90 + 1e-3).all() and (regions.boxes[:, 3] <= 70 + 1e-3).all()
+        assert (regions.boxes[:, 2:] > regions.boxes[:, :2]).all()
+        assert set(regions.category_ids.tolist()) <= set(CATEGORY_IDS)
+        assert (np.diff(regions.scores) <= 0).all() and (regions.scores > 0.05).all()
+        assert regions.features["pool5"].shape == (len(regions), 8 * 4)
+        assert regions.features["fc7"].shape == (len(regions), 8 * 8)
+
+
+def test_features_of_given_boxes_are_those_of_detections() -> None:
+    model, images = small_model(), some_images(3)
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions())
+    described = describe_boxes(model, images, [r.boxes for r in found])
+    for regions, features in zip(found, described, strict=True):
+        for name in ("pool5", "fc7"):
+            np.testing.assert_allclose(features[name], regions.features[name], rtol=1e-3, atol=1e-4)
+
+
+def test_no_region_and_no_box_are_not_an_error() -> None:
+    model, images = small_model(), some_images(2)
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(score_threshold=0.9999))
+    assert [len(r) for r in found] == [0, 0]
+    described = describe_boxes(model, images, [np.zeros((0, 4)), np.array([[1, 1, 30, 30]])])
+    assert [d["fc7"].shape for d in described] == [(0, 64), (1, 64)]
+
+
+def test_images_of_different_input_size_are_refused() -> None:
+    images = [*some_images(1), *some_images(1, 96, 160)]
+    with pytest.raises(ValueError, match="exact_batches"):
+        detect_batch(small_model(), images, records_of(images), CATEGORY_IDS, DetectOptions())
+
+
+def test_max_regions_and_threshold_are_kept() -> None:
+    model, images = small_model(), some_images(1)
+    few = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.1, max_regions=5))[0]
+    many = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.1))[0]
+    assert len(few) == 5 and len(many) > 5
+    np.testing.assert_allclose(few.boxes, many.boxes[:5], atol=1e-3)
+
+
+def test_without_masks_there_is_no_mask_branch() -> None:
+    model, images = small_model("model.masks=false"), some_images(1)
+    assert not [name for name in model.state_dict() if "mask" in name]
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions())[0]
+    assert len(found) and found.masks is None
+
+
+def test_bfloat16_is_close() -> None:
+    model, images = small_model(), some_images(1)
+    boxes = [np.array([[5, 5, 60, 70], [30, 10, 100, 90]], np.float32)]
+    exact = describe_boxes(model, images, boxes)[0]["fc7"]
+    rough = describe_boxes(model, images, boxes, bf16=True)[0]["fc7"]
+    assert rough.dtype == np.float32
+    cosine = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
+    assert (cosine > 0.999).all() and not np.array_equal(exact, rough)
+
+
+@pytest.mark.parametrize(("depth", "theirs"), [(18, resnet18), (50, resnet50)])
+def test_resnet_is_torchvisions(depth: int, theirs: type) -> None:
+    torch.manual_seed(0)
+    reference = theirs(weights=None).eval()
+    ours = ResNet(depth, 64, torch.nn.BatchNorm2d, (1, 2, 2, 2)).eval()
+    weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    ours.load_state_dict(weights)
+    x = torch.randn(1, 3, 64, 64)
+    stem = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
+    expected = reference.layer4(reference.layer3(reference.layer2(reference.layer1(stem))))
+    torch.testing.assert_close(ours(x, 4)[-1], expected)
+
+
+def test_frozen_norm_is_batch_norm_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    batch, frozen = small_model("model.norm=batch"), small_model("model.norm=frozen")
+    for module in batch.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    frozen.load_state_dict(batch.state_dict(), strict=False)
+    x = torch.randn(1, 3, 96, 128)
+    torch.testing.assert_close(frozen.maps(x)[0], batch.maps(x)[0], atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in frozen.backbone.layer1.parameters())
+
+
+def test_cell_anchors_have_the_area_and_the_ratio_asked_for() -> None:
+    anchors = cell_anchors([16, 32], [0.5, 2.0])
+    width, height = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
+    torch.testing.assert_close((width * height).sqrt(), torch.tensor([16.0, 32, 16, 32]))
+    torch.testing.assert_close(height / width, torch.tensor([0.5, 0.5, 2, 2]))
+
+
+def test_anchors_stand_in_the_order_of_the_scores() -> None:
+    maps = [torch.zeros(1, 1, 2, 3)]
+    anchors = Anchors([[8.0, 16.0]], [1.0], [10])(maps)[0]
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    expected = [[x, y] for y in (5, 15) for x in (5, 15, 25) for _ in range(2)]
+    assert centres.tolist() == expected
+
+
+def test_roi_align_reads_a_linear_map_exactly() -> None:
+    y, x = torch.meshgrid(torch.arange(12) + 0.5, torch.arange(20) + 0.5, indexing="ij")
+    ramp = torch.stack((x, y))[None] * 8  # the value of a cell is the position of its middle in pixels
+    rois = torch.tensor([[0, 20.0, 16.0, 90.0, 72.0]])
+    found = roi_align(ramp, rois, 7, 8)[0]
+    torch.testing.assert_close(found[0, 0], 20 + (torch.arange(7) + 0.5) * 10)
+    torch.testing.assert_close(found[1, :, 0], 16 + (torch.arange(7) + 0.5) * 8)
+
+
+def test_pyramid_reads_each_roi_from_its_level() -> None:
+    maps = [torch.full((1, 1, 256 // 2**level, 256 // 2**level), float(level)) for level in range(4)]
+    rois = torch.tensor([[0, 0.0, 0.0, side, side] for side in (40, 111, 112, 224, 448, 1000)])
+    found = pyramid_roi_align(maps, rois, 1, (4, 8, 16, 32))
+    # a box of 40 px wants a finer level than there is
+    assert found.flatten().tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def truth_for_loss() -> list[GroundTruth]:
+    return [
+        GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0)),
+        GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0)),
+    ]
+
+
+def test_rpn_losses_are_their_formulas() -> None:
+    """All anchors are sampled, so the loss is a sum that can be written out in float64."""
+    model = small_model("model.masks=false", "proposals.samples=100000", "proposals.positive_fraction=1.0")
+    output, truths = model.rpn(model.maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
+    found = model.rpn.losses(output, truths, None)
+    score, box, count = 0.0, 0.0, 0
+    for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
+        kinds, _ = match(output.anchors, truth, 0.7, 0.3, best_for_each=True)
+        for anchor in range(len(kinds)):
+            probability = 1 / (1 + torch.exp(-logits[anchor]))
+            if kinds[anchor] == OBJECT:
+                score -= torch.log(probability)
+                x1, y1, x2, y2 = output.anchors[anchor].double().tolist()
+                w, h = x2 - x1, y2 - y1
+                wanted = [(35 - (x1 + x2) / 2) / w, (35 - (y1 + y2) / 2) / h, np.log(50 / w), np.log(50 / h)]
+                for d, t in zip(deltas[anchor], wanted, strict=True):
+                    distance = abs(d - t)
+                    box += 4.5 * distance**2 if distance < 1 / 9 else distance - 0.5 / 9
+            elif kinds[anchor] == BACKGROUND:
+                score -= torch.log(1 - probability)
+            count += int(kinds[anchor] in (OBJECT, BACKGROUND))
+    torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
+
+
+def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
+    for variant in ("c4", "fpn"):
+        model = small_model(*VARIANTS[variant]).train()
+        mask = np.zeros((96, 128), np.uint8, order="F")
+        mask[10:60, 10:60] = 1
+        rle = coco_mask.encode(mask)
+        truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
+        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+        assert set(losses) == {"rpn_score", "rpn_box", "score", "box", "mask"}
+        torch.stack(list(losses.values())).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_batch_without_objects_trains_on_background_alone() -> None:
+    model = small_model().train()
+    empty = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
+    losses = model.losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
+    assert losses["box"].item() == losses["mask"].item() == losses["rpn_box"].item() == 0
+    assert losses["score"].item() > 0
+    torch.stack(list(losses.values())).sum().backward()
+
+
+def test_masks_are_computed_for_the_labelled_class() -> None:
+    predictor = small_model().head.mask
+    x, labels = torch.randn(3, 64, 7, 7), torch.tensor([1, 4, 2])
+    every_class = predictor.logits(predictor.hidden(x))
+    torch.testing.assert_close(predictor(x, labels), every_class[torch.arange(3), labels], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,103 @@
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refdet.data.coco import ImageRecord
+from refdet.data.images import ImageError, ImageSource, InputSize, input_size, network_input
+from refdet.errors import InputError
+from refdet.recipe import InputOptions
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+def some_pixels(height: int = 6, width: int = 9) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "given"),
+    [
+        ("a.png", "a.png"),
+        ("sub/a.png", "a.png"),
+        ("000000000009.jpg", "COCO_train2014_000000000009.jpg"),
+        ("COCO_train2014_000000000009.jpg", "000000000009.jpg"),
+        ("COCO_val2014_000000000009.jpg", ""),
+        ("a.png", "elsewhere/a.png"),
+    ],
+)
+def test_an_image_is_found_in_a_folder_and_in_a_zip(tmp_path: Path, on_disk: str, given: str) -> None:
+    pixels, record = some_pixels(), ImageRecord(9, given, 6, 9)
+    write_png(tmp_path / "images" / on_disk, pixels)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "images" / on_disk, f"train2014/{on_disk}")
+    for path in (tmp_path / "images", tmp_path / "images.zip"):
+        source = ImageSource.open(path)
+        np.testing.assert_array_equal(source.read(record), pixels)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(record), pixels)
+
+
+def test_greyscale_becomes_rgb(tmp_path: Path) -> None:
+    grey = some_pixels()[:, :, 0]
+    write_png(tmp_path / "a.png", grey)
+    found = ImageSource.open(tmp_path).read(ImageRecord(1, "a.png", 6, 9))
+    np.testing.assert_array_equal(found, np.stack([grey] * 3, axis=2))
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    write_png(tmp_path / "whole.png", some_pixels(60, 90))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no image")
+    source = ImageSource.open(tmp_path)
+    for name in ("cut.png", "empty.png", "text.png"):
+        with pytest.raises(ImageError, match=name):
+            source.read(ImageRecord(1, name, 60, 90))
+    with pytest.raises(ImageError, match="is 90x60, but the instances file says 100x60"):
+        source.read(ImageRecord(1, "whole.png", 60, 100))
+    with pytest.raises(ImageError, match="no file for image 12 .*none.png.*000000000012.jpg"):
+        source.read(ImageRecord(12, "none.png", 60, 90))
+
+
+def test_bad_sources_are_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    for name in ("broken.zip", "missing"):
+        with pytest.raises(InputError, match=name):
+            ImageSource.open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(480, 640, (600, 800)), (640, 480, (800, 600)), (300, 1000, (300, 1000)), (100, 2000, (50, 1000))],
+)
+def test_short_side_unless_the_long_one_would_be_too_long(height: int, width: int, expected: tuple[int, int]) -> None:
+    size = input_size(height, width, InputOptions(short_sides=(600,), long_side=1000))
+    assert (size.height, size.width) == expected
+    assert size.scale == (size.width / width, size.height / height)
+
+
+def test_an_image_of_a_pixel_keeps_one() -> None:
+    assert input_size(1, 5000, InputOptions()).height == 1
+
+
+def test_normalisation() -> None:
+    options = InputOptions(mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 8.0))
+    pixels = some_pixels()
+    found = network_input(pixels, InputSize(6, 9, 1.0, 1.0), options)
+    expected = (pixels.astype(np.float64) - [1, 2, 3]) / [2, 4, 8]
+    np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1), rtol=1e-6)
+
+
+def test_resizing_a_ramp_keeps_it_a_ramp() -> None:
+    ramp = np.repeat(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(8, axis=0)
+    options = InputOptions(mean=(0, 0, 0), std=(1, 1, 1))
+    found = network_input(ramp, InputSize(16, 40, 2.0, 2.0), options)
+    assert found.shape == (3, 16, 40)
+    torch.testing.assert_close(found[0, 0, 2:-2].diff(), torch.full((35,), 5.0), atol=1e-3, rtol=0)

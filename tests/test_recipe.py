@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from refdet import recipe
+from refdet.errors import InputError
+
+
+def test_every_shipped_recipe_loads_and_has_its_name() -> None:
+    assert {"demo", "c4-res50", "c4-res101", "fpn-res50"} <= set(recipe.names())
+    for name in recipe.names():
+        assert recipe.load(name).name == name
+
+
+def test_yaml_and_json_forms_round_trip(tmp_path: Path) -> None:
+    before = recipe.load("demo").with_changes(["train.lr=0.125", "input.short_sides=[100, 120]"])
+    assert recipe.from_dict(before.to_dict()) == before
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(before.to_dict()))
+    assert recipe.load(str(file)) == before
+
+
+def test_a_yaml_file_without_a_name_has_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_text("train: {steps: 7}\n")
+    assert recipe.load(str(file)).name == "mine"
+    assert recipe.load(str(file)).train.steps == 7
+
+
+def test_set_takes_yaml_values() -> None:
+    changed = recipe.load("demo").with_changes(["train.lr=1e-3", "model.masks=false", "train.lr_drops=[0.5]"])
+    assert changed.train.lr == 0.001
+    assert changed.model.masks is False
+    assert changed.train.lr_drops == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("train.stpes=5", ["train.stpes", "train.steps"]),
+        ("steps=5", ["steps", "train.steps"]),
+        ("train=5", ["train"]),
+        ("train.steps.more=5", ["train.steps.more"]),
+        ("train.steps", ["key=value"]),
+        ("train.steps=many", ["train.steps", "int"]),
+        ("train.steps=true", ["train.steps", "int"]),
+        ("train.steps=0", ["train.steps", "more than 0"]),
+        ("train.lr=.nan", ["train.lr"]),
+        ("train.lr=[", ["YAML"]),
+        ("model.depth=42", ["model.depth", "101"]),
+        ("model.neck=bifpn", ["model.neck", "c4"]),
+        ("input.mean=[1, 2]", ["input.mean", "3 values"]),
+        ("model.anchor_sizes=[]", ["model.anchor_sizes"]),
+        ("train.workers=-1", ["train.workers"]),
+    ],
+)
+def test_a_wrong_assignment_is_named(assignment: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.load("demo").with_changes([assignment])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1", "trian: {}", "model: 5", "train: {steps: soon}"])
+def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match="odd.yaml") as caught:
+        recipe.load(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="demo"):
+        recipe.load("c4-res500")
+    with pytest.raises(InputError, match="no such file"):
+        recipe.load(str(tmp_path / "none.yaml"))
