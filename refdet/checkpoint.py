@@ -1,0 +1,158 @@
+"""Checkpoints: the run directory that `train` writes and every other command takes.
+
+``model.safetensors`` holds the weights, ``model.json`` what they mean (recipe, categories, provenance, step),
+``state/`` what resuming needs. Each file is replaced whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from refdet.atomic import atomic_path, write_json
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.errors import InputError
+from refdet.provenance import Provenance
+from refdet.recipe import Recipe, from_dict
+
+MODEL, META, STATE = "model.safetensors", "model.json", "state"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What weights mean: ``model.json``."""
+
+    recipe: Recipe
+    categories: tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
+    provenance: Provenance
+    step: int
+
+    @property
+    def category_ids(self) -> list[int]:
+        """COCO ids of the labels 1, 2, ..."""
+        return [category for category, _ in self.categories]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "categories": [{"id": id_, "name": name} for id_, name in self.categories],
+            "provenance": self.provenance.to_json(),
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Meta:
+        """The inverse of `to_json`. Raises KeyError, TypeError or InputError where something is wrong."""
+        categories = tuple((int(c["id"]), str(c["name"])) for c in tree["categories"])
+        return cls(from_dict(tree["recipe"]), categories, Provenance.from_json(tree["provenance"]), int(tree["step"]))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained detector and what its weights mean."""
+
+    model: MaskRCNN
+    meta: Meta
+    path: Path
+
+
+def run_directory(path: str | Path) -> Path:
+    """The run directory that a path names: itself, or the folder of its model file.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    path = Path(path)
+    folder = path.parent if path.name in (MODEL, META) else path
+    for name in (META, MODEL):
+        if not (folder / name).is_file():
+            raise InputError(f"--checkpoint {path}: no {name} there; give a run directory that `refdet train` wrote")
+    return folder
+
+
+def load_meta(path: str | Path) -> Meta:
+    """What the weights of a run directory mean.
+
+    Raises:
+        InputError: no checkpoint, or a damaged ``model.json``.
+    """
+    file = run_directory(path) / META
+    try:
+        return Meta.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not a checkpoint's model.json ({type(error).__name__}: {error})") from error
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """The detector of a run directory, in eval mode, channels_last.
+
+    Raises:
+        InputError: no checkpoint, a damaged one, or weights that do not fit its recipe.
+    """
+    folder, meta = run_directory(path), load_meta(path)
+    model = MaskRCNN(meta.recipe, len(meta.categories))
+    load_weights(model, read_tensors(folder / MODEL)[0], folder / MODEL)
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return Checkpoint(model, meta, folder)
+
+
+def load_weights(model: MaskRCNN, tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = ()) -> None:
+    """Put tensors into a model, all of them, but for names that begin with one of `skip`.
+
+    Raises:
+        InputError: a tensor is missing, left over, or of another shape.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(skip)} if skip else (
+        model.state_dict()
+    )  # fmt: skip
+    given = {name: value for name, value in tensors.items() if not skip or not name.startswith(skip)}
+    # a frozen norm and a batch norm differ by a counter alone
+    own = {name: value for name, value in own.items() if not name.endswith("num_batches_tracked")}
+    given = {name: value for name, value in given.items() if not name.endswith("num_batches_tracked")}
+    wrong = [f"{name} is missing" for name in own if name not in given]
+    wrong += [f"{name} is not of this network" for name in given if name not in own]
+    wrong += [
+        f"{name} is {tuple(given[name].shape)}, the recipe wants {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if wrong:
+        raise InputError(f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such)")
+    model.load_state_dict(given, strict=False)
+
+
+def save(folder: Path, model: MaskRCNN, meta: Meta) -> None:
+    """Write ``model.safetensors`` and ``model.json``."""
+    write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
+    write_json(folder / META, meta.to_json())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,0 +1,281 @@
+"""Training: a recipe, an instances file and images make a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from refdet import checkpoint
+from refdet.atomic import atomic_path
+from refdet.checkpoint import Meta
+from refdet.data.batches import Batch, TrainingBatches
+from refdet.data.coco import CocoIndex
+from refdet.data.images import ImageSource
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.errors import InputError, WorkError
+from refdet.provenance import Provenance, file_sha256
+from refdet.recipe import Recipe
+from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum
+
+METRICS = "metrics.jsonl"
+# layers that depend on the classes; `train.reset_predictors` starts them anew
+PREDICTORS = ("head.box.", "head.mask.logits.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run went."""
+
+    steps: int
+    seconds: float
+    images_per_second: float
+    loss: float  # mean over the last steps logged
+
+
+def train(
+    recipe: Recipe,
+    instances: Path,
+    images: Path,
+    out: Path,
+    weights: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> Summary:
+    """Train a detector.
+
+    Args:
+        recipe: what to train; ``model.norm`` auto becomes frozen with `weights` and batch without.
+        instances: the split, a COCO instances JSON.
+        images: folder or zip of its images.
+        out: the run directory, new unless `resume`.
+        weights: run directory of a detector to start from.
+        resume: go on with the run in `out`.
+        device: such as "cuda"; the best there is when None.
+
+    Raises:
+        InputError: something given does not fit.
+        WorkError: the loss is not finite, or the run was stopped (what was done is kept).
+    """
+    recipe = _resolved(recipe, weights)
+    # without masks nothing needs a segmentation
+    index = CocoIndex.load(instances, need_segmentation=recipe.model.masks)
+    source = ImageSource.open(images)
+    batches = TrainingBatches(index, source, recipe)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    provenance = Provenance.of_instances(index)
+    if weights is not None:
+        folder = checkpoint.run_directory(weights)
+        provenance = provenance.with_weights(
+            f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
+            f"{checkpoint.load_meta(folder).provenance.one_line()})"
+        )
+    meta = Meta(recipe, tuple(index.categories.items()), provenance, 0)
+    torch.manual_seed(recipe.train.seed)
+    model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if resume:
+        return _resume(model, meta, batches, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists; choose another, remove it, or go on with it by --resume")
+    if weights is not None:
+        _start_from(model, meta, weights)
+    out.mkdir(parents=True, exist_ok=True)
+    return _run(model, meta, batches, out, optimiser(model, recipe.train), first=0)
+
+
+def _resolved(recipe: Recipe, weights: Path | None) -> Recipe:
+    if recipe.model.norm != "auto":
+        return recipe
+    norm = "batch" if weights is None else checkpoint.load_meta(weights).recipe.model.norm
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
+
+
+def _start_from(model: MaskRCNN, meta: Meta, weights: Path) -> None:
+    folder, reset = checkpoint.run_directory(weights), meta.recipe.train.reset_predictors
+    theirs = checkpoint.load_meta(folder).categories
+    if theirs != meta.categories and not reset:
+        raise InputError(
+            f"--weights {weights}: {_difference(theirs, meta.categories)}; keep all but its last layers with "
+            "--set train.reset_predictors=true"
+        )
+    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
+    checkpoint.load_weights(model, tensors, folder / checkpoint.MODEL, skip=PREDICTORS if reset else ())
+
+
+def _difference(theirs: tuple, ours: tuple) -> str:
+    if len(theirs) != len(ours):
+        return f"the checkpoint has {len(theirs)} classes, the instances file {len(ours)}"
+    first = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
+    return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
+
+
+def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path) -> Summary:
+    """Go on with the newest state of a run; from the start if it had none yet."""
+    states = sorted((out / checkpoint.STATE).glob("step-*.safetensors"))
+    if not states:
+        if (out / checkpoint.META).exists():
+            raise InputError(f"--resume: {out} holds weights but no state/ to go on from")
+        out.mkdir(parents=True, exist_ok=True)
+        return _run(model, meta, batches, out, optimiser(model, meta.recipe.train), first=0)
+    tensors, metadata = checkpoint.read_tensors(states[-1])
+    try:
+        before = Meta.from_json(json.loads(metadata["meta"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{states[-1]}: not the state of a run ({error})") from error
+    _check_same_run(before, meta, out)
+    weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    model.load_state_dict(weights)
+    sgd = optimiser(model, meta.recipe.train)
+    momentum = {name.removeprefix("momentum/"): t for name, t in tensors.items() if name.startswith("momentum/")}
+    restore_momentum(model, sgd, momentum)
+    # the run's own provenance: it may name the weights it started from
+    meta = dataclasses.replace(meta, provenance=before.provenance)
+    return _run(model, meta, batches, out, sgd, first=before.step)
+
+
+def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
+    if before.categories != now.categories:
+        raise InputError(f"--resume {out}: {_difference(before.categories, now.categories)}")
+    if before.provenance.image_ids_sha256 != now.provenance.image_ids_sha256:
+        raise InputError(f"--resume {out}: the run was started with the images of another instances file")
+    # what may change without making it another run
+    free = {"workers", "save_every", "log_every"}
+    for part, options in before.recipe.to_dict().items():
+        other = now.recipe.to_dict()[part]
+        if part == "name" or options == other:
+            continue
+        for key in options:
+            if options[key] != other[key] and key not in free:
+                raise InputError(
+                    f"--resume {out}: {part}.{key} was {options[key]} and is now {other[key]}; "
+                    "give the recipe the run was started with"
+                )
+
+
+def _run(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, sgd: torch.optim.SGD, first: int) -> Summary:
+    options, device = meta.recipe.train, next(model.parameters()).device
+    if first >= options.steps:
+        checkpoint.save(out, model, dataclasses.replace(meta, step=first))
+        return Summary(first, 0.0, 0.0, math.nan)
+    _forget_after(out / METRICS, first)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, options.steps),
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=False,
+    )
+    generator = torch.Generator(device)
+    started, window, losses = time.perf_counter(), time.perf_counter(), []
+    step, loss = first, math.nan
+    model.train()
+    with (
+        _stop_on_sigterm() as stopped,
+        SummaryWriter(str(out), purge_step=first) as board,
+        (out / METRICS).open("a", encoding="utf-8") as log,
+        tqdm(total=options.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
+    ):
+        for batch in loader:
+            if not isinstance(batch, Batch):
+                raise InputError(f"{batch} (training stopped at step {step})")
+            # seeded by the step, so that a resumed run draws what an undisturbed one draws
+            generator.manual_seed(options.seed * 1_000_003 + step)
+            terms = _step(model, sgd, batch, learning_rate(step, options), options.clip_norm, generator)
+            losses.append(terms)
+            step += 1
+            bar.update()
+            if step % options.log_every == 0 or step == options.steps:
+                seconds, window = time.perf_counter() - window, time.perf_counter()
+                row = {k: sum(t[k] for t in losses) / len(losses) for k in terms}
+                row = {"loss": sum(row.values()), **row, "lr": learning_rate(step - 1, options)}
+                row["images_per_second"] = len(losses) * options.batch_size / seconds
+                log.write(json.dumps({"step": step, **row}) + "\n")
+                log.flush()
+                for name, value in row.items():
+                    board.add_scalar(f"train/{name}", value, step)
+                loss = row["loss"]
+                bar.set_postfix_str(f"loss {loss:.3f}, {row['images_per_second']:.1f} images/s")
+                losses = []
+            if step % options.save_every == 0 or step == options.steps or stopped.is_set():
+                _save(out, model, sgd, dataclasses.replace(meta, step=step))
+            if stopped.is_set() and step < options.steps:
+                raise WorkError(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
+    seconds = time.perf_counter() - started
+    return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
+
+
+def _step(
+    model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, clip_norm: float, generator: torch.Generator
+) -> dict[str, float]:
+    """One update. Returns the terms of the loss."""
+    device = generator.device
+    images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    targets = [target.to(device) for target in batch.targets]
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.recipe.train.bf16):
+        losses = model.losses(images, batch.sizes, targets, generator)
+    total = torch.stack(list(losses.values())).sum()
+    terms = {name: value.item() for name, value in losses.items()}
+    if not all(map(math.isfinite, terms.values())):
+        bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
+        raise WorkError(
+            f"the loss is not finite ({bad}) on images {', '.join(map(str, batch.image_ids))}; "
+            "lower train.lr, or look at these images; the last checkpoint is kept"
+        )
+    for group in sgd.param_groups:
+        group["lr"] = rate
+    sgd.zero_grad(set_to_none=True)
+    total.backward()
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    sgd.step()
+    return terms
+
+
+def _save(out: Path, model: MaskRCNN, sgd: torch.optim.SGD, meta: Meta) -> None:
+    """Write the state, then the model; then remove older states. The state alone is enough to go on."""
+    folder = out / checkpoint.STATE
+    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
+    path = folder / f"step-{meta.step:08d}.safetensors"
+    checkpoint.write_tensors(path, tensors, {"meta": json.dumps(meta.to_json())})
+    checkpoint.save(out, model, meta)
+    for old in folder.glob("step-*.safetensors"):
+        if old != path:
+            old.unlink()
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the rows that a resumed run writes again."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic_path(metrics) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that a scheduler's notice becomes a clean save."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)

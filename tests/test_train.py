@@ -1,0 +1,197 @@
+"""Training on the embedded dataset, at a size that takes seconds."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from refdet import checkpoint, recipe
+from refdet.checkpoint import read_tensors
+from refdet.data.coco import CocoIndex
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.errors import InputError, WorkError
+from refdet.evaluate.detection import evaluate
+from refdet.recipe import Recipe
+from refdet.schedule import learning_rate, optimiser
+from refdet.train import Summary, train
+
+TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.workers=0",
+        "head.samples=8", "train.warmup_steps=2", "train.log_every=2", "input.short_sides=[80]"]  # fmt: skip
+
+
+def tiny_recipe(*changes: str) -> Recipe:
+    return recipe.load("demo").with_changes([*TINY, *changes])
+
+
+def run(root: Path, out: Path, *changes: str, **more: object) -> Summary:
+    instances = root / "annotations" / "instances_val2014.json"
+    return train(tiny_recipe(*changes), instances, root / "val2014", out, **more)  # type: ignore[arg-type]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: Path) -> None:
+    summary = run(shapes_root, tmp_path / "run", "train.steps=4")
+    assert summary.steps == 4 and summary.loss > 0
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert {"loss", "rpn_score", "rpn_box", "score", "box", "mask", "lr", "images_per_second"} <= set(rows[0])
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    loaded = checkpoint.load(tmp_path / "run")
+    index = CocoIndex.load(shapes_root / "annotations" / "instances_val2014.json")
+    assert loaded.meta.step == 4
+    assert dict(loaded.meta.categories) == index.categories
+    assert loaded.meta.provenance.images == len(index.images)
+    assert not loaded.model.training
+    found = evaluate(
+        tmp_path / "run", shapes_root / "annotations" / "instances_minival2014.json", shapes_root / "val2014"
+    )
+    assert 0 <= found["bbox"]["AP50"] <= 1 and 0 <= found["segm"]["AP50"] <= 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_is_the_same_run(shapes_root: Path, tmp_path: Path, workers: int) -> None:
+    run(shapes_root, tmp_path / "whole", "train.steps=6", "train.save_every=3")
+    shutil.copytree(shapes_root / "val2014", tmp_path / "images")
+    broken = sorted((tmp_path / "images").glob("*.jpg"))
+    instances = shapes_root / "annotations" / "instances_val2014.json"
+    changes = tiny_recipe("train.steps=6", "train.save_every=3", f"train.workers={workers}")
+
+    # die in the second half: step 5 meets an image that is gone bad
+    from refdet.data.batches import TrainingBatches
+    from refdet.data.images import ImageSource
+
+    batches = TrainingBatches(CocoIndex.load(instances), ImageSource.open(tmp_path / "images"), changes)
+    early = {i for step in range(4) for i in batches[step].image_ids}
+    late = [i for step in (4, 5) for i in batches[step].image_ids if i not in early]
+    victim = next(p for p in broken if int(p.stem.split("_")[-1]) == late[0])
+    good = victim.read_bytes()
+    victim.write_bytes(b"gone")
+    with pytest.raises(InputError, match=victim.name):
+        train(changes, instances, tmp_path / "images", tmp_path / "halves")
+    assert checkpoint.load_meta(tmp_path / "halves").step == 3
+    victim.write_bytes(good)
+    train(changes, instances, tmp_path / "images", tmp_path / "halves", resume=True)
+
+    whole, _ = read_tensors(tmp_path / "whole" / "model.safetensors")
+    halves, _ = read_tensors(tmp_path / "halves" / "model.safetensors")
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, halves[name]), name
+    assert [r["step"] for r in metrics(tmp_path / "halves")] == [2, 4, 6]
+    assert [r["loss"] for r in metrics(tmp_path / "halves")][-1] == metrics(tmp_path / "whole")[-1]["loss"]
+
+
+def test_sigterm_saves_and_resume_finishes(shapes_root: Path, tmp_path: Path) -> None:
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(WorkError, match=r"stopped by SIGTERM after step \d+, which is saved"):
+        run(shapes_root, tmp_path / "run", "train.steps=5000", "train.save_every=5000")
+    reached = checkpoint.load_meta(tmp_path / "run").step
+    assert 0 < reached < 5000
+    with pytest.raises(InputError, match=r"train\.steps was 5000"):
+        run(shapes_root, tmp_path / "run", f"train.steps={reached + 1}", resume=True)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_finished_run_resumed_is_finished(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "run", "train.steps=2")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert run(shapes_root, tmp_path / "run", "train.steps=2", resume=True).steps == 2
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, calls = MaskRCNN.losses, []
+
+    def blow_up(self: MaskRCNN, *given: object) -> dict:
+        calls.append(given)
+        terms = losses(self, *given)  # type: ignore[arg-type]
+        return {**terms, "box": terms["box"] * float("inf")} if len(calls) == 4 else terms
+
+    monkeypatch.setattr(MaskRCNN, "losses", blow_up)
+    with pytest.raises(WorkError, match=r"not finite \(box\) on images \d+, \d+;"):
+        run(shapes_root, tmp_path / "run", "train.steps=6", "train.save_every=2")
+    kept, _ = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert checkpoint.load_meta(tmp_path / "run").step == 2
+    assert all(t.isfinite().all() for t in kept.values())
+
+
+def test_what_does_not_fit_is_refused(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "run", "train.steps=2")
+    with pytest.raises(InputError, match="exists; choose another"):
+        run(shapes_root, tmp_path / "run", "train.steps=2")
+    with pytest.raises(InputError, match=r"model\.width was 8 and is now 16"):
+        run(shapes_root, tmp_path / "run", "train.steps=2", "model.width=16", resume=True)
+    fewer = json.loads((shapes_root / "annotations" / "instances_val2014.json").read_text())
+    gone = fewer["categories"].pop()["id"]
+    fewer["annotations"] = [a for a in fewer["annotations"] if a["category_id"] != gone]
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    with pytest.raises(InputError, match=r"the checkpoint has \d+ classes, the instances file \d+; .*reset_predictors"):
+        train(tiny_recipe(), tmp_path / "fewer.json", shapes_root / "val2014", tmp_path / "b", weights=tmp_path / "run")
+    with pytest.raises(InputError, match="classes"):
+        evaluate(tmp_path / "run", tmp_path / "fewer.json", shapes_root / "val2014")
+    with pytest.raises(InputError, match="no model.json there"):
+        evaluate(tmp_path, tmp_path / "fewer.json", shapes_root / "val2014")
+    for annotation in fewer["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(fewer))
+    with pytest.raises(InputError, match=r"model\.masks=false"):
+        train(tiny_recipe(), tmp_path / "boxes.json", shapes_root / "val2014", tmp_path / "b")
+    boxes_only = tiny_recipe("model.masks=false", "train.steps=1")
+    train(boxes_only, tmp_path / "boxes.json", shapes_root / "val2014", tmp_path / "b")
+    assert not [name for name in read_tensors(tmp_path / "b" / "model.safetensors")[0] if "mask" in name]
+
+
+def test_weights_start_a_run_and_stand_in_its_provenance(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "first", "train.steps=2")
+    run(shapes_root, tmp_path / "second", "train.steps=1", "train.lr=1e-9", weights=tmp_path / "first")
+    before, _ = read_tensors(tmp_path / "first" / "model.safetensors")
+    after, _ = read_tensors(tmp_path / "second" / "model.safetensors")
+    torch.testing.assert_close(after["backbone.conv1.weight"], before["backbone.conv1.weight"], atol=1e-5, rtol=0)
+    weights = checkpoint.load_meta(tmp_path / "second").provenance.weights
+    assert weights is not None and weights.startswith("first (sha256 ")
+    reset = ["train.steps=1", "train.lr=1e-9", "train.reset_predictors=true"]
+    run(shapes_root, tmp_path / "third", *reset, weights=tmp_path / "first")
+    third, _ = read_tensors(tmp_path / "third" / "model.safetensors")
+    assert not torch.allclose(third["head.box.score.weight"], before["head.box.score.weight"])
+    torch.testing.assert_close(third["backbone.conv1.weight"], before["backbone.conv1.weight"], atol=1e-5, rtol=0)
+
+
+def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "run", "train.steps=1")
+    model, meta = tmp_path / "run" / "model.safetensors", tmp_path / "run" / "model.json"
+    tree = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**tree, "categories": tree["categories"][:-1]}))
+    with pytest.raises(InputError, match=r"the weights do not fit the recipe: .* is \(\d+, "):
+        checkpoint.load(tmp_path / "run")
+    meta.write_text(json.dumps({"recipe": {}}))
+    with pytest.raises(InputError, match=r"model\.json"):
+        checkpoint.load(tmp_path / "run")
+    meta.write_text(json.dumps(tree))
+    model.write_bytes(model.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        checkpoint.load(tmp_path / "run")
+
+
+def test_learning_rate() -> None:
+    options = tiny_recipe("train.lr=1", "train.steps=100", "train.warmup_steps=10", "train.lr_drops=[0.5, 0.75]").train
+    rates = [round(learning_rate(step, options), 6) for step in (0, 5, 10, 49, 50, 74, 75, 99)]
+    assert rates == [0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    model = MaskRCNN(tiny_recipe(), 3)
+    decayed, free = optimiser(model, tiny_recipe().train).param_groups
+    assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
