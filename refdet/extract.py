@@ -1,0 +1,203 @@
+"""Extraction: the regions and features of a list of images, by a trained detector, into a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.coco import Annotation, CocoIndex, ImageRecord
+from refdet.data.refs import choose_splits
+from refdet.data.segmentations import to_rle
+from refdet.errors import InputError, WorkError
+from refdet.regions import Regions
+from refdet.shard_work import Compute, Summary, extract
+from refdet.shards import Plan
+from refdet.store import Header
+
+if TYPE_CHECKING:
+    from refdet.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of an extraction and their annotations.
+
+    Attributes:
+        records: in the order they get in the store.
+        index: the instances file they are in.
+        name: where they come from, as it is kept in the store.
+    """
+
+    records: list[ImageRecord]
+    index: CocoIndex
+    name: str
+
+    @classmethod
+    def of_instances(cls, path: Path) -> ImageList:
+        """All images of an instances file, in its order."""
+        index = CocoIndex.load(path)
+        return cls(list(index.images.values()), index, path.name)
+
+    @classmethod
+    def of_refer(cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = ()) -> ImageList:
+        """The images of the refs of some splits (all splits by default), by ascending id.
+
+        Raises:
+            InputError: no such split, or a ref is on an image that instances.json lacks.
+            refer.ReferError: the refs cannot be read.
+        """
+        from refer import read_refs
+
+        refs = read_refs(root, dataset, split_by)
+        chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
+        index = CocoIndex.load(root / dataset / "instances.json")
+        ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
+        lost = [i for i in ids if i not in index.images]
+        if lost:
+            raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
+        return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What is extracted; see the options of ``refdet extract-features``."""
+
+    regions: str = "detections"
+    features: tuple[str, ...] = ("pool5", "fc7")
+    dtype: str = "float32"
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.3
+    max_regions: int = 100
+    precision: str = "float32"
+
+
+def extract_features(
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    image_list: ImageList,
+    options: ExtractOptions,
+    batch_size: int = 4,
+    workers: int = 2,
+    device: str = "auto",
+    resume: bool = False,
+) -> Summary:
+    """Regions and features of images by a trained detector, into the store ``out``.
+
+    Arguments:
+        checkpoint: run directory; images: folder or zip.
+        device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
+
+    Raises:
+        InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
+        WorkError: see `extract`; or the device has too little memory for the batch.
+    """
+    import torch
+
+    from refdet import checkpoint as checkpoints
+    from refdet.data.batches import exact_batches
+    from refdet.data.images import ImageSource, candidate_names
+    from refdet.detector.inference import FEATURES
+    from refdet.provenance import file_sha256
+
+    for name in options.features:
+        if name not in FEATURES:
+            raise InputError(f"--features {name}: no such feature; there is {', '.join(FEATURES)}")
+    records, source = image_list.records, ImageSource.open(images)
+    if not any(source.find(record) for record in records):
+        tried = ", ".join(candidate_names(records[0])) if records else "no image is in the list"
+        raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
+                         f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
+    detector = checkpoints.load(checkpoint, device)
+    meta, given = detector.meta, options.regions == "annotations"
+    what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
+                            "precision": options.precision}  # fmt: skip
+    if given:
+        what["instances_sha256"] = file_sha256(image_list.index.path)
+    else:
+        what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
+                 "max_regions": options.max_regions}  # fmt: skip
+    what |= {
+        "image_list": image_list.name,
+        "image_list_sha256": records_sha256(records),
+        "checkpoint_sha256": file_sha256(detector.path / checkpoints.MODEL),
+    }
+    plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given)
+    categories = image_list.index.categories if given else dict(meta.categories)
+    classes = [{"id": id_, "name": name} for id_, name in categories.items()]
+    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    compute = _annotated(detector, image_list.index, options) if given else _detected(detector, options)
+    batches = exact_batches(records, meta.recipe.input, batch_size)
+    try:
+        with torch.inference_mode():
+            return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
+    except torch.cuda.OutOfMemoryError as error:
+        raise WorkError(f"{device} has too little memory for --batch-size {batch_size}; what is finished is kept: "
+                        "continue with a smaller one and --resume") from error  # fmt: skip
+
+
+def _detected(detector: Checkpoint, options: ExtractOptions) -> Compute:
+    from refdet.detector.inference import DetectOptions, detect_batch
+
+    settings = DetectOptions(options.score_threshold, options.nms_threshold, options.max_regions, options.features)
+    bf16 = options.precision == "bfloat16"
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
+        return detect_batch(detector.model, images, batch, detector.meta.category_ids, settings, bf16)
+
+    return compute
+
+
+def _annotated(detector: Checkpoint, index: CocoIndex, options: ExtractOptions) -> Compute:
+    from refdet.detector.inference import describe_boxes
+
+    bf16 = options.precision == "bfloat16"
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
+        bare = [annotated_regions(record, index.annotations[record.id]) for record in batch]
+        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, bf16)
+        return [replace(r, features=features) for r, features in zip(bare, found, strict=True)]
+
+    return compute
+
+
+def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
+    """The annotated objects of an image as regions of score 1, without features; crowds are left out.
+
+    Boxes are clipped to the image. An object without a segmentation gets its box as its mask.
+    """
+    objects = [a for a in annotations if not a.iscrowd]
+    size = (record.height, record.width)
+    boxes = np.array([a.box for a in objects], np.float64).reshape(-1, 4)
+    boxes = boxes.clip(0, [record.width, record.height] * 2)
+    masks = []
+    for annotation, (x1, y1, x2, y2) in zip(objects, boxes.tolist(), strict=True):
+        outline = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]
+        masks.append(coco_mask.merge([to_rle(outline, *size)])["counts"])
+    return Regions(
+        record.id, record.file_name, *size,
+        boxes=boxes.astype(np.float32),
+        scores=np.ones(len(objects), np.float32),
+        category_ids=np.array([a.category_id for a in objects], np.int64),
+        ann_ids=np.array([a.id for a in objects], np.int64),
+        masks=tuple(masks),
+    )  # fmt: skip
+
+
+def records_sha256(records: Sequence[ImageRecord]) -> str:
+    """SHA-256 of an image list: ids, names, sizes and order."""
+    lines = (f"{r.id}\t{r.file_name}\t{r.height}\t{r.width}\n" for r in records)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

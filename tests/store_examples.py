@@ -1,0 +1,29 @@
+"""Regions that look like a detector's, for the tests of what stores them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refdet import shards, store
+from refdet.data.coco import ImageRecord
+from refdet.regions import Regions
+
+HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {"source": "x.json"}, {"dtype": "float32"})
+PLAN = shards.Plan({"dtype": "float32", "score_threshold": 0.05}, ("fc7", "pool5"), "float32", True, True)
+
+
+def make_regions(image_id: int, n: int, seed: int = 0) -> Regions:
+    random = np.random.default_rng([seed, image_id])
+    return Regions(
+        image_id, f"ümlaut_{image_id}.jpg", 40 + image_id % 7, 50,
+        boxes=random.random((n, 4), np.float32),
+        scores=random.random(n, np.float32),
+        category_ids=random.integers(1, 90, n),
+        ann_ids=random.integers(1, 2**40, n),
+        masks=tuple(random.bytes(int(random.integers(0, 9))) for _ in range(n)),
+        features={"pool5": random.random((n, 4), np.float32), "fc7": random.random((n, 6), np.float32)},
+    )  # fmt: skip
+
+
+def record(regions: Regions) -> ImageRecord:
+    return ImageRecord(regions.image_id, regions.file_name, regions.height, regions.width)

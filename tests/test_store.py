@@ -1,0 +1,225 @@
+"""The store: what is written is read, whole or not at all, the same bytes for the same regions."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_examples import HEADER, PLAN, make_regions, record
+
+from refdet import shards, store
+from refdet.errors import InputError, WorkError
+from refdet.regions import Regions
+
+
+def assert_equal(a: Regions, b: Regions) -> None:
+    for name in ("image_id", "file_name", "height", "width", "error"):
+        assert getattr(a, name) == getattr(b, name)
+    for name in ("boxes", "scores", "category_ids"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        assert getattr(a, name).dtype == getattr(b, name).dtype
+    assert (a.masks or ()) == (b.masks or ())
+    if len(a):
+        np.testing.assert_array_equal(a.ann_ids, b.ann_ids)
+        for feature, values in a.features.items():
+            np.testing.assert_array_equal(values, b.features[feature])
+
+
+def write(out: Path, images: list[Regions], cuts: list[list[int]]) -> None:
+    """A store of images whose shards hold the images at these places."""
+    with shards.begin(out, PLAN, resume=True) as parts:
+        assert parts is not None
+        for places in cuts:
+            parts.write([images[i] for i in places])
+        parts.merge([record(image) for image in images], HEADER)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(counts=st.lists(st.integers(0, 4), max_size=7), data=st.data())
+def test_round_trip_in_any_order_of_work(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], data: st.DataObject
+) -> None:
+    images = [
+        make_regions(10 + i, n) if n else Regions.empty(10 + i, "a.jpg", 3, 4, "no fïle") for i, n in enumerate(counts)
+    ]
+    order = data.draw(st.permutations(range(len(images))))
+    size = data.draw(st.integers(1, 4))
+    folder = tmp_path_factory.mktemp("store")
+    write(folder / "a.h5", images, [list(order[i : i + size]) for i in range(0, len(order), size)])
+    assert [path.name for path in folder.iterdir()] == ["a.h5"]
+    with store.open(folder / "a.h5") as found:
+        assert list(found) == [image.image_id for image in images]
+        assert len(found) == len(images)
+        assert found.regions == sum(counts)
+        row = 0
+        for image in images:
+            assert_equal(image, found[image.image_id])
+            assert found.rows(image.image_id) == range(row, row + len(image))
+            for place in range(len(image)):
+                assert found.region(row) == (image.image_id, place)
+                row += 1
+        assert found.errors == {image.image_id: "no fïle" for image in images if not len(image)}
+        with pytest.raises(IndexError):
+            found.region(row)
+        with pytest.raises(KeyError):
+            found[9]
+
+
+def test_layout_is_the_published_schema(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5", [make_regions(1, 2), make_regions(2, 3)], [[1], [0]])
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert set(file.attrs) == {"schema", "classes", "recipe", "provenance", "options", "complete"}
+        assert file.attrs["schema"] == "refdet-features/1"
+        assert bool(file.attrs["complete"])
+        kinds = {name: (file[name].dtype.name, file[name].shape) for group in file.values() for name in
+                 (f"{group.name[1:]}/{key}" for key in group)}  # fmt: skip
+        counts = kinds.pop("regions/mask_counts")
+        assert counts[0] == "uint8"
+        assert h5py.check_string_dtype(file["images/file_name"].dtype).encoding == "utf-8"
+    assert kinds == {
+        "images/id": ("int64", (2,)), "images/file_name": ("object", (2,)), "images/error": ("object", (2,)),
+        "images/height": ("int32", (2,)), "images/width": ("int32", (2,)), "images/region_start": ("int64", (3,)),
+        "regions/box": ("float32", (5, 4)), "regions/score": ("float32", (5,)),
+        "regions/category_id": ("int64", (5,)), "regions/ann_id": ("int64", (5,)),
+        "regions/mask_start": ("int64", (6,)),
+        "features/pool5": ("float32", (5, 4)), "features/fc7": ("float32", (5, 6)),
+    }  # fmt: skip
+
+
+def test_same_regions_give_the_same_bytes_whatever_the_order_of_the_work(tmp_path: Path) -> None:
+    images = [make_regions(i, 1 + i % 3) for i in range(9)]
+    for name, cuts in (("a.h5", [list(range(9))]), ("b.h5", [[8, 0], [3], [7, 6, 5], [1, 2, 4]])):
+        write(tmp_path / name, images, cuts)
+    digests = {hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("a.h5", "b.h5")}
+    assert len(digests) == 1
+
+
+def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
+    plan = replace(PLAN, dtype="float16")
+    image = make_regions(1, 3)
+    with shards.begin(tmp_path / "a.h5", plan, resume=False) as parts:
+        assert parts is not None
+        parts.write([image])
+        parts.merge([record(image)], HEADER)
+    with store.open(tmp_path / "a.h5") as found:
+        assert found[1].features["fc7"].dtype == np.float16
+        np.testing.assert_array_equal(found[1].features["fc7"], image.features["fc7"].astype(np.float16))
+        np.testing.assert_array_equal(found[1].boxes, image.boxes)
+        assert found.read(1, features=()).features == {}
+
+
+def test_an_image_that_was_never_computed_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+        assert parts is not None
+        parts.write([make_regions(1, 2)])
+        parts.merge([record(make_regions(1, 2)), record(make_regions(2, 2))], HEADER)
+    assert not (tmp_path / "a.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_text("no HDF5"), "not a readable HDF5 file"),
+        (lambda path: h5py.File(path, "w").close(), "no schema"),
+        (lambda path: _attributes(path, schema="refdet-features/9"), "refdet-features/9"),
+        (lambda path: _attributes(path, schema=store.SCHEMA), "lacks attribute classes"),
+        (lambda path: _damage(path, "complete"), "not complete"),
+        (lambda path: _damage(path, "classes"), "damaged"),
+        (lambda path: _cut(path), "not a readable HDF5 file"),
+    ],
+)
+def test_what_is_no_store_is_refused_by_name(tmp_path: Path, make: object, says: str) -> None:
+    path = tmp_path / "bad.h5"
+    make(path)  # type: ignore[operator]
+    with pytest.raises(InputError, match=says) as raised:
+        store.open(path)
+    assert "bad.h5" in str(raised.value)
+
+
+def _attributes(path: Path, **values: object) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs.update(values)
+
+
+def _damage(path: Path, name: str) -> None:
+    write(path, [make_regions(1, 2)], [[0]])
+    with h5py.File(path, "a") as file:
+        file.attrs[name] = False if name == "complete" else "{"
+
+
+def _cut(path: Path) -> None:
+    write(path, [make_regions(1, 2)], [[0]])
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [make_regions(1, 2), make_regions(2, 2)]
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full_at = pytest.raises(WorkError, match=r"000001.npz: no space left.*--resume")
+    with full_at, shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+        assert parts is not None
+        parts.write(images[:1])
+        monkeypatch.setattr(np, "savez", full)
+        parts.write(images[1:])
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.npz", "lock", "plan.json"]
+    with shards.begin(tmp_path / "a.h5", PLAN, resume=True) as parts:
+        assert parts is not None
+        assert parts.done == {1}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("Can't write data (file write failed: time = now, errno = 28, error message = 'No space left')"),
+        RuntimeError("Can't decrement id ref count (unable to close file, errno = 28, error message = 'No space')"),
+    ],
+)
+def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    image = make_regions(1, 2)
+
+    def full(self: object, regions: Regions) -> None:
+        raise error
+
+    full_at = pytest.raises(WorkError, match=r"a.h5: no space left.*--resume")
+    with full_at, shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+        assert parts is not None
+        parts.write([image])
+        with monkeypatch.context() as patch:
+            patch.setattr(store.StoreWriter, "put", full)
+            parts.merge([record(image)], HEADER)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5.parts"]
+    with shards.begin(tmp_path / "a.h5", PLAN, resume=True) as parts:
+        assert parts is not None
+        parts.merge([record(image)], HEADER)
+    with store.open(tmp_path / "a.h5") as found:
+        assert_equal(found[1], image)
+
+
+def test_too_little_space_is_seen_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shards.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(WorkError, match="no space left"):
+        write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    with shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+        assert parts is not None
+        parts.write([make_regions(1, 2)])
+    shard = tmp_path / "a.h5.parts" / "000000.npz"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(WorkError, match="000000.npz: damaged"), shards.begin(tmp_path / "a.h5", PLAN, resume=True):
+        pass
