@@ -1,0 +1,51 @@
+"""What the commands share: the --json option and the three ways of printing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(command: F) -> F:
+    """Give a command ``--json``, passed to it as ``as_json``: then its JSON is all that stands on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def echo_json(obj: Any) -> None:
+    """Print ``obj`` as JSON on stdout."""
+    click.echo(json.dumps(obj, indent=2))
+
+
+def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+    """Print rows of equal length on stdout in aligned columns; columns of numbers are flush right."""
+    lines = [header, *rows] if header else rows
+    for row in lines:
+        if len(row) != len(lines[0]):
+            raise ValueError(f"rows of {len(lines[0])} and of {len(row)} columns in one table")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [all(map(_is_number, column)) for column in zip(*rows, strict=True)]
+    for row in lines:
+        cells = (
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numeric or [False] * len(widths), strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def note(text: str) -> None:
+    """Print one line for people on stderr."""
+    click.echo(text, err=True)
+
+
+def _is_number(text: str) -> bool:
+    digits = text.strip().rstrip("%")
+    try:
+        float(digits.replace(",", ""))
+    except ValueError:
+        return digits in ("", "-")
+    return True

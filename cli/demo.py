@@ -1,0 +1,54 @@
+"""``refdet demo``: all of it on the embedded dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import echo_json, echo_table, json_option
+
+
+@click.command("demo")
+@click.option("--out", type=Path, default=Path("demo"), show_default=True, help="Folder to make.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the images and the training."
+)
+@click.option("--images", type=int, help="Train images to draw; 800 by default.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=20.")
+@json_option
+def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], as_json: bool) -> None:
+    """Draw a dataset, then split, audit, train, evaluate, extract and report on it; a few minutes."""
+    import sys
+    from contextlib import redirect_stdout
+
+    from refdet.demo import demo
+
+    from .main import main
+
+    def run(args: list[str], output: Path | None = None) -> None:
+        if output is None:
+            main(args, standalone_mode=False)
+            return
+        with output.open("w", encoding="utf-8") as file, redirect_stdout(file):
+            main(args, standalone_mode=False)
+
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        metrics = demo(out, run, click.echo, seed, images, changes)
+    if as_json:
+        echo_json(metrics)
+        return
+    click.echo("\n--- results")
+    rates = [
+        (f"{name} AP50 on val2014", metrics["detection"][kind]) for kind, name in (("bbox", "box"), ("segm", "mask"))
+    ]
+    rows = [(name, f"{values['AP50']:.3f}") for name, values in rates if values]
+    rows += [
+        (f"recall@0.5 on {dataset} {split}", f"{values['referent_recall']['0.5']:.3f}")
+        for dataset, splits in metrics["refer"].items()
+        for split, values in splits.items()
+    ]
+    echo_table(rows)
+    click.echo()
+    echo_table([(name, f"{seconds:.1f}") for name, seconds in metrics["seconds"].items()], header=("step", "seconds"))
+    click.echo(f"\nnumbers: {out / 'metrics.json'}\nreport:  {out / 'report.html'}  (open it in a browser)")

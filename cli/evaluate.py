@@ -1,0 +1,31 @@
+"""``refdet evaluate``: COCO box and mask AP of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import echo_json, echo_table, json_option
+
+
+@click.command("evaluate")
+@click.option("--checkpoint", type=Path, required=True, help="Run directory.")
+@click.option("--instances", type=Path, required=True, help="COCO instances JSON to evaluate on.")
+@click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
+@json_option
+def command(
+    checkpoint: Path, instances: Path, images: Path, batch_size: int, device: str | None, as_json: bool
+) -> None:
+    """Box and mask AP of a detector on an instances file."""
+    from refdet.evaluate.average_precision import METRICS
+    from refdet.evaluate.detection import evaluate
+
+    found = evaluate(checkpoint, instances, images, batch_size, device)
+    if as_json:
+        echo_json(found)
+    else:
+        rows = [(kind, *(f"{values[name]:.3f}" for name in METRICS)) for kind, values in found.items() if values]
+        echo_table(rows, header=("", *METRICS))

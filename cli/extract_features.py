@@ -1,0 +1,80 @@
+"""``refdet extract-features``: regions and features into an HDF5 store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from refdet.errors import InputError
+
+from .common import echo_json, echo_table, json_option, note
+
+
+@click.command("extract-features")
+@click.option("--checkpoint", type=Path, required=True, help="Run directory.")
+@click.option("--images", type=Path, required=True, help="Folder or zip of the images.")
+@click.option("--out", type=Path, required=True, help="HDF5 file to write.")
+@click.option("--refer-root", type=Path, help="Folder of the REFER data; with --dataset and --split-by.")
+@click.option("--dataset", help="refcoco, refcoco+ or refcocog.")
+@click.option("--split-by", help="unc, umd or google.")
+@click.option("--split", "splits", multiple=True, help="Splits, with commas between; all by default.")
+@click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
+@click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
+@click.option("--features", default="pool5,fc7", show_default=True, help="Which features, with commas between.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
+@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto is the best there is.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--resume", is_flag=True, help="Continue from the shards of a run that was stopped.")
+@json_option
+def command(
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    refer_root: Path | None,
+    dataset: str | None,
+    split_by: str | None,
+    splits: tuple[str, ...],
+    instances: Path | None,
+    regions: str,
+    features: str,
+    dtype: str,
+    score_threshold: float,
+    nms_threshold: float,
+    max_regions: int,
+    batch_size: int,
+    workers: int,
+    device: str,
+    precision: str,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Boxes, masks and features of the images of REFER splits (or of an instances file), as HDF5."""
+    from dataclasses import asdict
+
+    from refdet.extract import ExtractOptions, ImageList, extract_features
+
+    if refer_root is not None and dataset and split_by and instances is None:
+        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits)
+    elif instances is not None and not (refer_root or dataset or split_by or splits):
+        image_list = ImageList.of_instances(instances)
+    else:
+        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+    names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
+    options = ExtractOptions(regions, names, dtype, score_threshold, nms_threshold, max_regions, precision)
+    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
+    if done.computed == 0:
+        note(f"{out} is complete")
+    if done.errors:
+        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why")
+    if as_json:
+        echo_json(asdict(done))
+        return
+    speed = f"{done.computed / done.seconds:.2f}" if done.computed else "-"
+    row = (str(done.images), str(done.regions), str(done.errors), speed, f"{done.bytes / 2**20:.1f} MiB")
+    echo_table([row], header=("images", "regions", "errors", "images/s", "file"))

@@ -1,0 +1,50 @@
+"""``refdet train``: a split and a recipe make a detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import echo_json, echo_table, json_option
+
+
+@click.command("train")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|YAML", help="A shipped recipe, or a YAML file.")
+@click.option("--instances", type=Path, required=True, help="COCO instances JSON, such as build-split writes.")
+@click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
+@click.option("--out", type=Path, required=True, help="Run directory to write.")
+@click.option("--weights", type=Path, help="Run directory of a detector to start from.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=500.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
+@json_option
+def command(
+    recipe_name: str,
+    instances: Path,
+    images: Path,
+    out: Path,
+    weights: Path | None,
+    changes: tuple[str, ...],
+    resume: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Train a Mask R-CNN on a split."""
+    import dataclasses
+
+    from refdet import recipe
+    from refdet.train import train
+
+    chosen = recipe.load(recipe_name).with_changes(changes)
+    summary = train(chosen, instances, images, out, weights, resume, device)
+    if as_json:
+        echo_json(dataclasses.asdict(summary))
+    else:
+        rows = [
+            ("steps", str(summary.steps)),
+            ("seconds", f"{summary.seconds:.0f}"),
+            ("images/s", f"{summary.images_per_second:.1f}"),
+            ("last loss", f"{summary.loss:.3f}"),
+        ]
+        echo_table(rows, header=("trained", str(out)))

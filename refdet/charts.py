@@ -1,0 +1,129 @@
+"""Line charts as inline SVG: no script, no file, colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 44  # margins of the plot in units of the view box
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        name: as it stands in the legend.
+        points: (x, y), ascending in x; those that are not finite are left out.
+        style: 0 to 5, which of the page's series colours.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: int
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a chart's axes say, and how large it is.
+
+    Attributes:
+        x_label, y_label: what is measured, with its unit.
+        x_ticks: where the ticks of x are, None for round numbers.
+        y_range: lowest and highest y, None for that of the points.
+        log_y: y is logarithmic; points that are not positive are left out.
+        width, height: of the view box.
+    """
+
+    x_label: str
+    y_label: str
+    x_ticks: Sequence[float] | None = None
+    y_range: tuple[float, float] | None = None
+    log_y: bool = False
+    width: int = 580
+    height: int = 340
+
+
+def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> str:
+    """An ``<svg>`` of lines over axes with ticks.
+
+    Arguments:
+        title, description: for those who cannot see it.
+        dots: mark each point; hovering over it tells its values.
+    """
+    lines = [(s, [p for p in s.points if _shown(p, axes.log_y)]) for s in series]
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points]
+    if not xs:
+        return ""
+    x_ticks = list(axes.x_ticks) if axes.x_ticks else linear_ticks(min(xs), max(xs), 6)
+    y_low, y_high = axes.y_range or (min(ys), max(ys))
+    y_ticks = log_ticks(y_low, y_high) if axes.log_y else linear_ticks(y_low, y_high, 6)
+    to_x = _scale(min(*xs, *x_ticks), max(*xs, *x_ticks), LEFT, axes.width - RIGHT, False)
+    low, high = min(y_low, *y_ticks), max(y_high, *y_ticks)
+    to_y = _scale(low, high, axes.height - BOTTOM, TOP, axes.log_y)
+    bottom, right = axes.height - BOTTOM, axes.width - RIGHT
+    parts = [
+        f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>",
+        f'<text x="2" y="13">{escape(axes.y_label)}</text>',
+        f'<text x="{right}" y="{axes.height - 6}" text-anchor="end">{escape(axes.x_label)}</text>',
+    ]
+    for tick in y_ticks:
+        at = f"{to_y(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{at}" dy=".35em" text-anchor="end">{_number(tick)}</text>')
+    for tick in x_ticks:
+        at = f"{to_x(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{bottom}" y2="{bottom + 5}"/>')
+        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{_number(tick)}</text>')
+    for line, points in reversed(lines):  # the first lies on top
+        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="s{line.style}" points="{path}"/>')
+        for x, y in points if dots else ():
+            told = f"{escape(line.name)}: {y:.3f} at {_number(x)}"
+            place = f'cx="{to_x(x):.1f}" cy="{to_y(y):.1f}"'
+            parts.append(f'<circle class="s{line.style}" r="4.5" {place}><title>{told}</title></circle>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def legend(series: Sequence[Series]) -> str:
+    """The names of the lines beside their colours."""
+    items = (f'<li><i class="s{s.style}"></i>{escape(s.name)}</li>' for s in series)
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def linear_ticks(low: float, high: float, about: int) -> list[float]:
+    """About so many multiples of 1, 2 or 5 times a power of ten, from at or under ``low`` to at or over ``high``."""
+    span = (high - low) or abs(high) or 1.0
+    rough = span / max(about - 1, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from at or under ``low`` to at or over ``high``, both positive."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    under = [t for t in ticks if t <= low * 1.001]
+    over = [t for t in ticks if t >= high * 0.999]
+    return [t for t in ticks if under[-1] <= t <= over[0]]
+
+
+def _shown(point: tuple[float, float], log_y: bool) -> bool:
+    return all(map(math.isfinite, point)) and (point[1] > 0 or not log_y)
+
+
+def _scale(low: float, high: float, start: float, end: float, log: bool) -> Callable[[float], float]:
+    """Maps values between ``low`` and ``high`` to coordinates between ``start`` and ``end``."""
+    bend = math.log if log else float
+    first, last = bend(low), bend(high)
+    return lambda value: start + (bend(value) - first) / ((last - first) or 1.0) * (end - start)
+
+
+def _number(value: float) -> str:
+    return f"{value:.10g}"

@@ -1,0 +1,194 @@
+"""The HTML report of a run: one file with everything in it, to be read without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from . import __version__
+from . import report_sections as sections
+from .atomic import atomic_path
+from .data.coco import ImageRecord
+from .errors import InputError
+from .report_pictures import picture
+from .report_scenes import Scene, hardest, sample, scenes
+from .report_sections import Step
+
+__all__ = ["Inputs", "ReferPart", "Step", "write"]
+
+
+@dataclass(frozen=True)
+class ReferPart:
+    """What is known about one dataset of REFER: the store of its regions, and evaluate-on-refer's metrics.json."""
+
+    features: Path
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a report is made of.
+
+    Attributes:
+        run: run directory of the detector.
+        refer_root: folder of the REFER data.
+        images: folder or zip of the images of the stores.
+        parts: the datasets of REFER.
+        detection: what ``refdet evaluate --json`` prints; None leaves its section out.
+        instances: the file the detector was trained on, to be audited again; None leaves that out.
+        source: the file which that was made from, audited beside it.
+        steps: the commands that led here; their section is left out where there are none.
+        pictures: about how many images to show; a third as many of the worst ones are added.
+    """
+
+    run: Path
+    refer_root: Path
+    images: Path
+    parts: Sequence[ReferPart]
+    detection: Mapping[str, Any] | None = None
+    instances: Path | None = None
+    source: Path | None = None
+    steps: Sequence[Step] = ()
+    pictures: int = 12
+
+
+def write(out: Path, inputs: Inputs, title: str = "refdet: regions for referring expressions") -> None:
+    """Write the report to the file ``out``.
+
+    Raises:
+        InputError: ``out`` exists, or an input is not there or damaged.
+        refer.ReferError: the refs cannot be read.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; choose another --out or remove it")
+    page = html(inputs, title)
+    with atomic_path(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def html(inputs: Inputs, title: str) -> str:
+    """The report as text; see `write`."""
+    meta = _read_json(inputs.run / "model.json")
+    log = _read_log(inputs.run / "metrics.jsonl")
+    audit, source_audit = _audits(inputs)
+    if audit is not None and audit["image_ids_sha256"] != meta["provenance"]["image_ids_sha256"]:
+        raise InputError(f"{inputs.instances}: not the images that {inputs.run} was trained on; give that file")
+    metrics = [part.metrics for part in inputs.parts]
+    body: list[tuple[str, str, str]] = []  # id, heading, HTML
+    if inputs.steps:
+        body.append(("steps", "What happened", sections.steps_section(inputs.steps)))
+    proof = sections.leak_section(meta["provenance"], audit, source_audit)
+    body.append(("leak", "Nothing leaked" if audit and audit["clean"] else "What it was trained on", proof))
+    if inputs.detection is not None:
+        body.append(("detection", "How well it detects", sections.detection_section(inputs.detection)))
+    if metrics:
+        body.append(("refer", "How well it serves referring expressions", sections.refer_section(metrics)))
+    if log:
+        body.append(("loss", "How it learned", sections.loss_section(log)))
+    if metrics:
+        body.append(("pictures", "What it sees", _pictures(inputs)))
+    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in body)
+    text = "\n".join(
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(heading)}</h2>\n{content}</section>'
+        for name, heading, content in body
+    )
+    model = f"A Mask R-CNN ({meta['recipe'].get('name') or 'own'} recipe, {meta['step']} steps)"
+    subtitle = f"{model} finds the objects of an image, each with a box, a mask and features, for models that "
+    subtitle += "understand phrases such as “the small red star”."
+    if audit and audit["clean"]:
+        subtitle += " It has never seen the images of REFER that it is judged on."
+    return Template(_template()).substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        links=links,
+        body=sections.tiles(_highlights(inputs.detection, metrics, audit)) + text,
+        footer=f"Written by refdet {escape(__version__)}. Rates are from 0 to 1, as in metrics.json.",
+    )
+
+
+def _template() -> str:
+    return (resources.files("refdet") / "report_template.html").read_text(encoding="utf-8")
+
+
+def _highlights(
+    detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], audit: Mapping[str, Any] | None
+) -> list[tuple[str, str]]:
+    found = []
+    for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
+        if detection is not None and detection.get(kind):
+            found.append((sections.number(detection[kind]["AP50"]), f"{name} on the val images"))
+    recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
+    if recalls:
+        found.append((sections.number(min(recalls)), f"referent recall at IoU 0.5, lowest of {len(recalls)} splits"))
+    if audit is not None:
+        leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
+        found.append((str(leaked), f"of {held_out} held-out images in the training file"))
+    return found
+
+
+def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    from .data.splits import audit
+
+    paths = (inputs.instances, inputs.source if inputs.instances is not None else None)
+    first, second = (None if path is None else audit(path, inputs.refer_root).to_json() for path in paths)
+    return first, second
+
+
+def _pictures(inputs: Inputs) -> str:
+    from .data.images import ImageSource  # brings torch
+
+    every: list[Scene] = []
+    for part in inputs.parts:
+        about = part.metrics
+        splits = sections.split_names(about)
+        every += scenes(part.features, inputs.refer_root, about["dataset"], about["split_by"], splits)
+    source = ImageSource.open(inputs.images)
+
+    def gallery(chosen: Sequence[Scene]) -> str:
+        figures = []
+        for scene in chosen:
+            of = scene.regions
+            record = ImageRecord(id=of.image_id, file_name=of.file_name, height=of.height, width=of.width)
+            figures.append(picture(scene, source.read(record)))
+        return f'<div class="gallery">{"".join(figures)}</div>'
+
+    shown = sample(every, inputs.pictures)
+    worst = hardest(every, inputs.pictures // 3)
+    text = f"""<p>Coloured regions are those that a sentence refers to; the number tells which. Grey ones are the other
+regions that the detector is fairly sure of, with their category and score. A dashed box marks an object without a
+region of IoU 0.5 or more: missed. These images are evenly spaced through their splits, not picked by result.</p>
+{gallery(shown)}"""
+    if worst:
+        missed = sum(
+            not one.found for scene in {s.regions.image_id: s for s in every}.values() for one in scene.referred
+        )
+        text += f"""<h3>Where it fails</h3>
+<p>The images with the objects found worst, worst first, of those with a missed one ({missed} missed in all). They
+tell what to improve: objects too small, too covered, or too much alike.</p>
+{gallery(worst)}"""
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there; give a run directory that refdet train wrote") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; none where the run directory has no log, as after import."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path}: a line is not JSON ({error})") from None

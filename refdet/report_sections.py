@@ -1,0 +1,240 @@
+"""The sections of the report, each a function from values to HTML. No files, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from .charts import Axes, Series, legend, line_chart
+
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
+# The losses in metrics.jsonl, and what a newcomer may call them.
+LOSSES = (
+    ("loss", "total"),
+    ("score", "class: which category is it?"),
+    ("box", "box: where exactly?"),
+    ("mask", "mask: which pixels?"),
+    ("rpn_score", "proposals: is anything here?"),
+    ("rpn_box", "proposals: roughly where?"),
+)
+
+IOU_FIGURE = """<svg class="iou" viewBox="0 0 480 118" role="img"
+ aria-label="Three pairs of boxes with IoU 0.5, 0.7 and 0.9">
+<g fill="none">
+<rect class="truth" x="12" y="4" width="84" height="84"/><rect class="region" x="40" y="4" width="84" height="84"/>
+<rect class="truth" x="182" y="4" width="84" height="84"/><rect class="region" x="197" y="4" width="84" height="84"/>
+<rect class="truth" x="346" y="4" width="84" height="84"/><rect class="region" x="350.4" y="4" width="84" height="84"/>
+</g>
+<g fill="currentColor" font-size="14" text-anchor="middle">
+<text x="68" y="109">IoU 0.5</text><text x="231" y="109">IoU 0.7</text><text x="390" y="109">IoU 0.9</text>
+</g></svg>"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that was run.
+
+    Attributes:
+        name: "build-split".
+        about: what it is for, one sentence.
+        commands: the command lines.
+        seconds: how long they took together.
+    """
+
+    name: str
+    about: str
+    commands: tuple[str, ...]
+    seconds: float
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A rate for people; a dash where there is nothing to rate (None, or COCO's -1)."""
+    return "–" if value is None or value < 0 else f"{value:.{digits}f}"
+
+
+def split_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The splits of evaluate-on-refer's metrics in the order people expect: train, val, then the tests."""
+    return sorted(metrics["splits"], key=lambda name: (name != "train", name != "val", name))
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], groups: str = "") -> str:
+    """A table whose first column names the rows. All is text but ``groups``, a row of HTML above the header."""
+    first, *others = header
+    names = f'<th class="text" scope="col">{escape(first)}</th>'
+    names += "".join(f'<th scope="col">{escape(name)}</th>' for name in others)
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<p class="soft small">{escape(caption)}</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<thead>{groups}<tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    )
+
+
+def tiles(values: Sequence[tuple[str, str]]) -> str:
+    """The few numbers that matter, large: (value, what it is)."""
+    cells = (f'<div class="tile"><b>{escape(v)}</b><span>{escape(what)}</span></div>' for v, what in values)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def steps_section(steps: Sequence[Step]) -> str:
+    """The commands in their order, with their share of the time."""
+    longest = max((step.seconds for step in steps), default=0.0) or 1.0
+    items = "\n".join(
+        f"<li><h3>{i}. {escape(step.name)} <span>{_seconds(step.seconds)}</span></h3>"
+        f'<div class="share" style="width:{100 * step.seconds / longest:.1f}%"></div>'
+        f"<p>{escape(step.about)}</p>"
+        + "".join(f"<pre><code>{escape(c)}</code></pre>" for c in step.commands)
+        + "</li>"
+        for i, step in enumerate(steps, 1)
+    )
+    total = _seconds(sum(step.seconds for step in steps))
+    return f"""<p>These commands were run one after the other, {total} in all; the bars compare their times. With your
+own images the same commands do the same work: only the paths change.</p>
+<ol class="steps">{items}</ol>"""
+
+
+def leak_section(
+    provenance: Mapping[str, Any], audit: Mapping[str, Any] | None, source_audit: Mapping[str, Any] | None
+) -> str:
+    """What the detector was trained on, and that none of REFER's val and test images is among it.
+
+    Arguments:
+        provenance: of the detector.
+        audit: `refdet.data.splits.AuditResult` as JSON, of the file it was trained on.
+        source_audit: the same of the file which that was made from.
+    """
+    parts = [
+        "<p>All images of RefCOCO, RefCOCO+ and RefCOCOg lie inside COCO train2014, so a detector trained on all of "
+        "that has already seen the answers of the val and test images: its regions there are better than on images "
+        "that are really new. This is a <em>leak</em>. <code>build-split</code> takes those images and their "
+        "annotations out before training, <code>audit</code> checks it.</p>"
+    ]
+    if audit is not None:
+        parts.append(_verdict(audit, source_audit))
+        header, rows = ["held-out split", "its images"], []
+        if source_audit is not None:
+            header.append("in the original file")
+        header.append("in the training file")
+        for name, leak in audit["splits"].items():
+            before = [] if source_audit is None else [str(source_audit["splits"][name]["leaked"])]
+            rows.append([name, str(leak["images"]), *before, str(leak["leaked"])])
+        caption = "How many images of each held-out split are in the file; splits share images, so the sum is larger"
+        parts.append(table(caption, header, rows))
+    note = f" <b>{escape(provenance['note'])}</b>." if provenance.get("note") else ""
+    weights = escape(str(provenance.get("weights") or "nothing: random weights"))
+    parts.append(
+        f'<p class="small hash"><b>Provenance of the detector.</b> Trained on {provenance["images"]} images with '
+        f"{provenance['annotations']} annotations of <code>{escape(provenance['source'])}</code>, started from "
+        f"{weights}.{note} SHA-256 of the source file <code>{provenance['source_sha256']}</code>, "
+        f"of the image ids <code>{provenance['image_ids_sha256']}</code>. "
+        "The same record stands in the split, the checkpoint, the feature files and the metrics.</p>"
+    )
+    return "\n".join(parts)
+
+
+def _verdict(audit: Mapping[str, Any], source_audit: Mapping[str, Any] | None) -> str:
+    leaked = len(audit["leaked_image_ids"])
+    held_out = audit["held_out_images"]
+    if leaked:
+        text = f'<b class="bad">Leak: {leaked} of the {held_out} held-out images are in the training file.</b>'
+    else:
+        text = f'<b class="good">Clean: none of the {held_out} held-out images is in the training file.</b>'
+    if source_audit is not None:
+        before, after = source_audit["images"], audit["images"]
+        there = len(source_audit["leaked_image_ids"])
+        text += f" The original file had {before} images, {there} of them held out; {after} were left to train on."
+    return f"<p>{text}</p>"
+
+
+def detection_section(detection: Mapping[str, Any]) -> str:
+    """COCO's numbers of boxes and masks."""
+    kinds = (("bbox", "boxes"), ("segm", "masks"))
+    rows = [[name, *(number(detection[k][ap]) for ap in AP_NAMES)] for k, name in kinds if detection.get(k)]
+    return f"""<p><b>AP</b>, average precision, sums up how many objects are found and how many of the finds are right,
+from 0 to 1. A find is right if its category is and if it overlaps the object enough: <b>IoU</b>, the area in common
+divided by the area of both together, must reach a threshold. AP50 asks for 0.5, AP75 for 0.75; AP is the mean over
+thresholds from 0.5 to 0.95. APs, APm and APl are AP of small, medium and large objects (under 32², under 96² and
+over 96² pixels).</p>
+{IOU_FIGURE}
+{table("COCO average precision on the val images; a dash: no object of that size", ["", *AP_NAMES], rows)}"""
+
+
+def refer_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of each split of each dataset, and how they fall with the IoU asked for."""
+    rows = []
+    for part in metrics:
+        for split in split_names(part):
+            values = part["splits"][split]
+            box, mask = values["detection"]["bbox"], values["detection"]["segm"]
+            recall = values["referent_recall"]
+            rows.append(
+                [f"{part['dataset']} {part['split_by']} {split}"]
+                + [str(values[name]) for name in ("images", "refs", "sentences")]
+                + [number(box["AP50"]), number(mask["AP50"] if mask else None)]
+                + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
+            )
+    groups = (
+        '<tr class="groups"><td></td><th colspan="3" scope="colgroup">how many</th>'
+        '<th colspan="2" scope="colgroup">AP50</th>'
+        '<th colspan="5" scope="colgroup">referent recall at IoU</th><th></th></tr>'
+    )
+    header = ["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"]
+    return f"""<p>A <b>ref</b> is one object that people referred to, with several <b>sentences</b> each.
+<b>Referent recall</b> is the share of refs with at least one region over the object with the IoU asked for. It is the
+ceiling of every model that picks one of these regions: what has no region cannot be picked.</p>
+{table("The regions on the images of each split, measured", header, rows, groups)}
+<h3>Recall when more overlap is asked for</h3>
+<p class="soft small">Left: rough boxes count. Right: only nearly perfect ones do. Where the lines fall, boxes are found
+but not tight.</p>
+{_recall_charts(metrics)}"""
+
+
+def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(split for part in metrics for split in split_names(part)))
+    style = {name: 1 + i % 5 for i, name in enumerate(names)}
+    x_ticks = [float(t) for t in THRESHOLDS]
+    axes = Axes("IoU asked for", "share of refs with a region", x_ticks, (0.0, 1.0), width=340, height=250)
+    charts = []
+    for part in metrics:
+        splits = part["splits"]
+        series = [
+            Series(name, [(float(t), splits[name]["referent_recall"][t]) for t in THRESHOLDS], style[name])
+            for name in split_names(part)
+        ]
+        title = f"{part['dataset']} {part['split_by']}"
+        told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
+        svg = line_chart(f"Referent recall of {title} by IoU", told, series, axes, dots=True)
+        charts.append(
+            f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{legend(series)}{svg}</figure>'
+        )
+    return f'<div class="panels">{"".join(charts)}</div>'
+
+
+def loss_section(log: Sequence[Mapping[str, float]]) -> str:
+    """The loss curve. ``log``: the lines of metrics.jsonl."""
+    series = [
+        Series(name, [(line["step"], line[key]) for line in log if key in line], style)
+        for style, (key, name) in enumerate(LOSSES)
+        if any(key in line for line in log)
+    ]
+    axes = Axes("training step", "loss (logarithmic)", log_y=True)
+    first, last = log[0], log[-1]
+    told = f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
+    return f"""<p>The <b>loss</b> says how wrong the network is on the images it trains on; training lowers it step by
+step. The total is the sum of five terms, one for each question the network learns to answer. {told}
+On this scale equal distances are equal ratios, so that small terms can be seen beside large ones.</p>
+<figure class="chart">{line_chart("Training loss by step", told, series, axes)}{legend(series)}</figure>"""
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.05:
+        return "under 0.1 s"
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60:02d} s"

@@ -1,0 +1,109 @@
+"""The demo at a tiny scale: every command runs, and what it leaves behind is complete."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from refdet.cli.main import main
+
+from refdet import store
+from refdet.demo import demo
+from refdet.errors import InputError, WorkError
+
+STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "evaluate-on-refer"]
+TINY = ("train.steps=8", "train.batch_size=2", "train.workers=0", "train.log_every=4", "model.width=8")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    out = tmp_path_factory.mktemp("demo") / "it"
+    changes = [word for change in TINY for word in ("--set", change)]
+    args = ["demo", "--out", str(out), "--seed", "3", "--images", "40", "--json", *changes]
+    return out, CliRunner().invoke(main, args, catch_exceptions=False)
+
+
+def test_metrics_hold_all_numbers(done: tuple[Path, Result]) -> None:
+    out, result = done
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert json.loads(result.stdout) == metrics  # nothing else is on stdout
+    assert set(metrics) == {"detection", "refer", "provenance", "seconds", "seed", "versions"}
+    assert set(metrics["detection"]) == {"bbox", "segm"}
+    assert all(rate is None or 0 <= rate <= 1 for rate in metrics["detection"]["bbox"].values())
+    assert {name: set(splits) for name, splits in metrics["refer"].items()} == {
+        "refcoco/unc": {"val", "testA", "testB"},
+        "refcoco+/unc": {"val", "testA", "testB"},
+        "refcocog/umd": {"val", "test"},
+    }
+    assert all("referent_recall" in split for splits in metrics["refer"].values() for split in splits.values())
+    assert list(metrics["seconds"]) == [*STEPS, "total"]
+    assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][step] for step in STEPS))
+    assert metrics["seed"] == 3 and {"refdet", "torch"} <= set(metrics["versions"])
+
+
+def test_provenance_goes_all_the_way(done: tuple[Path, Result]) -> None:
+    out, _ = done
+    written = json.loads((out / "split.json").read_text())["info"]["refdet"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["provenance"]["image_ids_sha256"] == written["image_ids_sha256"]
+    assert "refcocog/umd/test" in metrics["provenance"]["excluded"]
+
+
+def test_stores_are_of_held_out_images_alone(done: tuple[Path, Result]) -> None:
+    out, _ = done
+    trained_on = {image["id"] for image in json.loads((out / "split.json").read_text())["images"]}
+    for name in ("refcoco", "refcoco+", "refcocog"):
+        with store.open(out / "features" / f"{name}.h5") as regions:
+            assert len(regions) and not trained_on & set(regions)
+
+
+def test_commands_are_shown_and_recorded(done: tuple[Path, Result]) -> None:
+    out, result = done
+    for step in STEPS[1:]:
+        assert f"$ refdet {step} " in result.stderr
+    assert "held-out images leak into it" in result.stderr and "as it should be" in result.stderr
+    seed = json.loads((out / "run" / "model.json").read_text())["recipe"]["train"]["seed"]
+    assert seed == 3
+
+
+def test_report_shows_every_command(done: tuple[Path, Result]) -> None:
+    class Code(HTMLParser):
+        text = ""
+
+        def handle_data(self, data: str) -> None:
+            self.text += data
+
+    page = Code()
+    page.feed((done[0] / "report.html").read_text(encoding="utf-8"))
+    assert all(f"refdet {step} " in page.text for step in STEPS[1:])
+    assert "Clean: none of the" in page.text
+
+
+def test_an_existing_folder_is_refused_untouched(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path)])
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert f"{tmp_path} exists; choose another --out or remove it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "told"), [(("--set", "train.stepz=8"), "train.steps"), (("--images", "3"), "too few")]
+)
+def test_bad_arguments_are_told_before_anything_is_drawn(tmp_path: Path, args: tuple[str, ...], told: str) -> None:
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out"), *args])
+    assert result.exit_code == 2 and told in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_blind_audit_is_not_believed(tmp_path: Path) -> None:
+    """If audit no longer saw the leak of the original file, its "clean" would mean nothing."""
+    with pytest.raises(WorkError, match="audit found none"):
+        demo(tmp_path / "out", lambda args, output=None: None, lambda text: None, images=20)
+
+
+def test_errors_of_commands_come_through(tmp_path: Path) -> None:
+    def run(args: list[str], output: Path | None = None) -> None:
+        raise InputError(f"{args[0]} failed")
+
+    with pytest.raises(InputError, match="build-split failed"):
+        demo(tmp_path / "out", run, lambda text: None, images=20)
