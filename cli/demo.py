@@ -22,6 +22,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     import sys
     from contextlib import redirect_stdout
 
+    from refdet.atomic import full_disk
     from refdet.demo import demo
 
     from .main import main
@@ -33,7 +34,8 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
         with output.open("w", encoding="utf-8") as file, redirect_stdout(file):
             main(args, standalone_mode=False)
 
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+    mend = "free some space, remove it and run it again"
+    with full_disk(out, mend), redirect_stdout(sys.stderr if as_json else sys.stdout):
         metrics = demo(out, run, click.echo, seed, images, changes)
     if as_json:
         echo_json(metrics)

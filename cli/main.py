@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -14,7 +13,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 import refdet
-from refdet.errors import RefdetError
+from refdet.errors import RefdetError, is_disk_full
 
 # In the order of the work; `--help` shows them so. Each is the `command` of the module of its name.
 COMMANDS = (
@@ -31,7 +30,6 @@ COMMANDS = (
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # What these say about a path is the user's to mend; any other OSError is the machine's.
 INPUT_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LazyGroup(click.Group):
@@ -89,13 +87,14 @@ def describe(error: Exception) -> tuple[int, str]:
         return error.exit_code, error.format_message().rstrip(".") + hint
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message()
-    # h5py and safetensors tell of a full disk in their text alone.
-    if getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error):
+    if is_disk_full(error):
         where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return FAILED, f"disk full{where}; free some space and run it again (what was finished is kept)"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         code = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            return code, f"{where}is a file where a folder is needed; choose another --out"
         return code, where + (error.strerror or str(error))
     from refer import ReferError  # here, since it brings numpy
 

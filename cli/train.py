@@ -34,10 +34,12 @@ def command(
     import dataclasses
 
     from refdet import recipe
+    from refdet.atomic import full_disk
     from refdet.train import train
 
     chosen = recipe.load(recipe_name).with_changes(changes)
-    summary = train(chosen, instances, images, out, weights, resume, device)
+    with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):
+        summary = train(chosen, instances, images, out, weights, resume, device)
     if as_json:
         echo_json(dataclasses.asdict(summary))
     else:
@@ -45,6 +47,7 @@ def command(
             ("steps", str(summary.steps)),
             ("seconds", f"{summary.seconds:.0f}"),
             ("images/s", f"{summary.images_per_second:.1f}"),
-            ("last loss", f"{summary.loss:.3f}"),
         ]
+        if summary.loss is not None:
+            rows.append(("last loss", f"{summary.loss:.3f}"))
         echo_table(rows, header=("trained", str(out)))

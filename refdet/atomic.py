@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from refdet.errors import WorkError, is_disk_full
 
 
 @contextmanager
@@ -36,9 +39,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)  # the rename itself
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None and Path(error.filename) == temporary:
+        named = error.filename if isinstance(error, OSError) else None
+        if named is None and is_disk_full(error):  # some writers name no file or have an exception of their own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if isinstance(error, OSError) and named is not None and Path(named) == temporary:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def full_disk(path: Path, mend: str) -> Iterator[None]:
+    """Turn "no space left" into a WorkError that names the file, or else ``path``, and ends with ``mend``."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error) or isinstance(error, WorkError):
+            raise
+        name = error.filename if isinstance(error, OSError) and error.filename else path
+        raise WorkError(f"{name}: no space left on the disk; {mend}") from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:

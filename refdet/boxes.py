@@ -18,9 +18,10 @@ def area(boxes: Tensor) -> Tensor:
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
     """Areas (N, M) of the overlap of every box of a (N, 4) with every box of b (M, 4)."""
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    return (bottom_right - top_left).clamp(min=0).prod(dim=2)
+    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(dim=1)
+    bx1, by1, bx2, by2 = b[:, :, None].transpose(0, 2).unbind(dim=1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    return width * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:

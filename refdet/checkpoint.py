@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def run_directory(path: str | Path) -> Path:
     folder = path.parent if path.name in (MODEL, META) else path
     for name in (META, MODEL):
         if not (folder / name).is_file():
-            raise InputError(f"--checkpoint {path}: no {name} there; give a run directory that `refdet train` wrote")
+            raise InputError(f"{path}: no {name} there; give a run directory that `refdet train` wrote")
     return folder
 
 
@@ -91,7 +92,7 @@ def load_meta(path: str | Path) -> Meta:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a checkpoint's model.json ({type(error).__name__}: {error})") from error
+        raise InputError(f"{file}: not a checkpoint's model.json; give another run directory") from error
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -128,7 +129,10 @@ def load_weights(model: MaskRCNN, tensors: Mapping[str, Tensor], source: Path, s
         if name in given and given[name].shape != value.shape
     ]
     if wrong:
-        raise InputError(f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such)")
+        raise InputError(
+            f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such); are model.json and "
+            "model.safetensors of different runs?"
+        )
     model.load_state_dict(given, strict=False)
 
 
@@ -143,6 +147,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata))
+        umask = os.umask(0)  # safetensors makes files that only their owner reads
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

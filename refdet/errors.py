@@ -1,5 +1,8 @@
 """The two ways a command can fail; the command line turns each into one line and an exit code."""
 
+import errno
+import os
+
 
 class RefdetError(Exception):
     """An error whose message is written for the user: it names the culprit and the mend."""
@@ -17,3 +20,11 @@ class WorkError(RefdetError):
     """The work itself failed: a non-finite loss, a full disk, a leak found. Exit code 1."""
 
     exit_code = 1
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error comes of a full disk or quota; HDF5 and safetensors say so in their text alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return any(f"errno = {number}," in str(error) or os.strerror(number) in str(error) for number in full)

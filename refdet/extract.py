@@ -50,7 +50,7 @@ class ImageList:
         """The images of the refs of some splits (all splits by default), by ascending id.
 
         Raises:
-            InputError: no such split, or a ref is on an image that instances.json lacks.
+            InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
             refer.ReferError: the refs cannot be read.
         """
         from refer import read_refs
@@ -62,6 +62,11 @@ class ImageList:
         lost = [i for i in ids if i not in index.images]
         if lost:
             raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
+        annotations = {annotation["id"] for annotation in index.raw["annotations"]}
+        stray = [ref for ref in refs if ref["split"] in chosen and ref["ann_id"] not in annotations]
+        if stray:
+            raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
+                             f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
         return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
 
 
@@ -105,23 +110,21 @@ def extract_features(
     from refdet.data.batches import exact_batches
     from refdet.data.images import ImageSource, candidate_names
     from refdet.detector.inference import FEATURES
+    from refdet.device import usable_device
     from refdet.provenance import file_sha256
 
     for name in options.features:
         if name not in FEATURES:
             raise InputError(f"--features {name}: no such feature; there is {', '.join(FEATURES)}")
     records, source = image_list.records, ImageSource.open(images)
+    if not records:
+        raise InputError(f"{image_list.index.path}: no image in it to extract")
     if not any(source.find(record) for record in records):
-        tried = ", ".join(candidate_names(records[0])) if records else "no image is in the list"
+        tried = ", ".join(candidate_names(records[0]))
         raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
                          f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
-    detector = checkpoints.load(checkpoint, device)
+    where = usable_device(device)
+    detector = checkpoints.load(checkpoint, where)
     meta, given = detector.meta, options.regions == "annotations"
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision}  # fmt: skip
@@ -145,7 +148,7 @@ def extract_features(
         with torch.inference_mode():
             return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
     except torch.cuda.OutOfMemoryError as error:
-        raise WorkError(f"{device} has too little memory for --batch-size {batch_size}; what is finished is kept: "
+        raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; what is finished is kept: "
                         "continue with a smaller one and --resume") from error  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def _store(path: Path) -> dict[str, Any]:
                 "options": _attribute(path, file, "options"),
                 "provenance": _provenance(path, _attribute(path, file, "provenance")),
             }
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError) as error:
         raise InputError(f"{path}: damaged ({error})") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ class ModelOptions:
     width: int = 64  # channels of its first stage; 64 is the published network
     neck: str = "c4"  # c4: conv5 runs on the RoIs; fpn: a feature pyramid and a two-layer head
     stride: int = 16  # of the C4 map, 16 or 8 pixels; a pyramid has 4 to 64 whatever this says
-    norm: str = "auto"  # frozen, batch, or auto: frozen where weights are given, batch from scratch
+    norm: str = "auto"  # frozen, batch, or auto: that of the weights given, batch from scratch
     masks: bool = True  # without the mask branch it is a Faster R-CNN
     fpn_channels: int = 256
     fpn_hidden: int = 1024  # width of the two-layer head of the pyramid, and of its fc7
@@ -40,7 +41,7 @@ class ModelOptions:
 class InputOptions:
     """How an image becomes the network's input: RGB in 0..255, minus mean, over std."""
 
-    short_sides: tuple[int, ...] = (600,)  # one is drawn for each training image; the last serves at test
+    short_sides: tuple[int, ...] = (600,)  # one is drawn for each training step; the last serves at test
     long_side: int = 1000  # an image that would be longer is made smaller
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -79,7 +80,7 @@ class TrainOptions:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0001
-    warmup_steps: int = 500
+    warmup_steps: int = 500  # a fifth of the run at most
     lr_drops: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate falls to a tenth
     clip_norm: float = 10.0  # of the whole gradient; 0 leaves it alone
     flip: bool = True
@@ -128,8 +129,19 @@ class Recipe:
             for value in values:
                 _positive(key, value)
         _positive("input.long_side", self.input.long_side)
-        if train.workers < 0:
-            raise InputError("train.workers: 0 or more")
+        for key in ("workers", "seed", "warmup_steps", "momentum", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(train, key) < math.inf:
+                raise InputError(f"train.{key}: 0 or more is needed, not {getattr(train, key)}")
+        for part, keys in (
+            ("proposals", ("positive_iou", "negative_iou", "positive_fraction", "nms_threshold")),
+            ("head", ("positive_iou", "positive_fraction")),
+        ):
+            for key in keys:
+                value = getattr(getattr(self, part), key)
+                if not 0 <= value <= 1:
+                    raise InputError(f"{part}.{key}: 0 to 1 is needed, not {value}")
+        if self.proposals.negative_iou > self.proposals.positive_iou:
+            raise InputError("proposals.negative_iou: must not exceed proposals.positive_iou")
 
     def with_changes(self, assignments: Sequence[str]) -> Recipe:
         """The recipe after ``key=value`` assignments such as ``train.steps=50`` (values are YAML).
@@ -182,7 +194,8 @@ def load(name_or_path: str) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise InputError(f"--recipe {name_or_path}: no such file")
-        text, default_name = path.read_text(encoding="utf-8"), path.stem
+        text: str | bytes = path.read_bytes()
+        default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         default_name = name_or_path
@@ -261,5 +274,5 @@ def _one_of(key: str, value: object, choices: Sequence[object]) -> None:
 
 
 def _positive(key: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise InputError(f"{key}: more than 0 is needed, not {value}")

@@ -21,10 +21,13 @@ def optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.SGD:
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of a step, counted from 0: a linear warm-up from a tenth, then a tenth at each drop."""
-    rate = options.lr
-    if step < options.warmup_steps:
-        rate *= 0.1 + 0.9 * step / options.warmup_steps
+    """The rate of a step, counted from 0: a linear warm-up from a tenth, then a tenth at each drop.
+
+    The warm-up takes a fifth of the run at most, so that a run cut short by ``train.steps`` still learns.
+    """
+    rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
+    if step < warmup:
+        rate *= 0.1 + 0.9 * step / warmup
     passed = sum(step >= drop * options.steps for drop in options.lr_drops)
     return rate * 0.1**passed
 

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.atomic import atomic_path, write_json
+from refdet.atomic import atomic_path, full_disk, write_json
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
-from refdet.store import Columns, Header, ImageRow, full_disk
+from refdet.store import Columns, Header, ImageRow
 
 _SHARD = re.compile(r"\d{6}\.npz")
 _LOCK = "lock"

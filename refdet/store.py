@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 
 from refdet.atomic import atomic_path
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError
 from refdet.regions import Regions
 
 SCHEMA = "refdet-features/1"
@@ -165,20 +164,6 @@ def create(path: Path, header: Header, columns: Columns, images: Sequence[ImageR
         writer.finish()
 
 
-@contextmanager
-def full_disk(path: Path, mend: str) -> Iterator[None]:
-    """Turn "no space left" into a WorkError that names ``path`` and ends with ``mend``."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # HDF5 hides the errno in its message, and reports some failures on closing as RuntimeError.
-        full = (errno.ENOSPC, errno.EDQUOT)
-        told = any(f"errno = {number}," in str(error) for number in full) or "No space left" in str(error)
-        if told or (isinstance(error, OSError) and error.errno in full):
-            raise WorkError(f"{path}: no space left on the disk; {mend}") from error
-        raise
-
-
 class Store:
     """A complete file of regions, read as needed; made by `open`.
 
@@ -262,10 +247,16 @@ class Store:
             image_id: KeyError for an image that is not in the store.
             features: those to read, None for all of the store's.
         """
-        i = self._at[image_id]
         rows = self.rows(image_id)
+        try:
+            return self._read(image_id, rows, self.feature_names if features is None else features)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+
+    def _read(self, image_id: int, rows: range, features: Sequence[str]) -> Regions:
+        i = self._at[image_id]
         part = slice(rows.start, rows.stop)
-        table, names = self._file["regions"], self.feature_names if features is None else features
+        table = self._file["regions"]
         masks = None
         if self.has_masks:
             starts = table["mask_start"][rows.start : rows.stop + 1]
@@ -282,7 +273,7 @@ class Store:
             category_ids=table["category_id"][part],
             ann_ids=table["ann_id"][part] if self.has_ann_ids else None,
             masks=masks,
-            features={name: self._file[f"features/{name}"][part] for name in names},
+            features={name: self._file[f"features/{name}"][part] for name in features},
             error=str(self._errors[i]),
         )
 
@@ -316,7 +307,7 @@ def open(path: str | Path) -> Store:
         return Store(path, file)
     except BaseException as error:
         file.close()
-        if isinstance(error, (OSError, ValueError, KeyError)):  # damaged inside
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)):  # damaged inside
             raise InputError(f"{path}: damaged: {error}; extract it again") from None
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import signal
@@ -25,6 +26,7 @@ from refdet.data.batches import Batch, TrainingBatches
 from refdet.data.coco import CocoIndex
 from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import usable_device
 from refdet.errors import InputError, WorkError
 from refdet.provenance import Provenance, file_sha256
 from refdet.recipe import Recipe
@@ -42,7 +44,7 @@ class Summary:
     steps: int
     seconds: float
     images_per_second: float
-    loss: float  # mean over the last steps logged
+    loss: float | None  # mean over the last steps logged; None if there was nothing left to do
 
 
 def train(
@@ -69,12 +71,14 @@ def train(
         InputError: something given does not fit.
         WorkError: the loss is not finite, or the run was stopped (what was done is kept).
     """
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists; choose another, remove it, or go on with it by --resume")
     recipe = _resolved(recipe, weights)
     # without masks nothing needs a segmentation
     index = CocoIndex.load(instances, need_segmentation=recipe.model.masks)
     source = ImageSource.open(images)
     batches = TrainingBatches(index, source, recipe)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(device)
     provenance = Provenance.of_instances(index)
     if weights is not None:
         folder = checkpoint.run_directory(weights)
@@ -86,9 +90,7 @@ def train(
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if resume:
-        return _resume(model, meta, batches, out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists; choose another, remove it, or go on with it by --resume")
+        return _resume(model, meta, batches, out, weights)
     if weights is not None:
         _start_from(model, meta, weights)
     out.mkdir(parents=True, exist_ok=True)
@@ -121,12 +123,14 @@ def _difference(theirs: tuple, ours: tuple) -> str:
     return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
 
 
-def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path) -> Summary:
+def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
     """Go on with the newest state of a run; from the start if it had none yet."""
     states = sorted((out / checkpoint.STATE).glob("step-*.safetensors"))
     if not states:
         if (out / checkpoint.META).exists():
             raise InputError(f"--resume: {out} holds weights but no state/ to go on from")
+        if weights is not None:
+            _start_from(model, meta, weights)
         out.mkdir(parents=True, exist_ok=True)
         return _run(model, meta, batches, out, optimiser(model, meta.recipe.train), first=0)
     tensors, metadata = checkpoint.read_tensors(states[-1])
@@ -135,8 +139,7 @@ def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path) ->
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{states[-1]}: not the state of a run ({error})") from error
     _check_same_run(before, meta, out)
-    weights = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-    model.load_state_dict(weights)
+    model.load_state_dict({name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
     sgd = optimiser(model, meta.recipe.train)
     momentum = {name.removeprefix("momentum/"): t for name, t in tensors.items() if name.startswith("momentum/")}
     restore_momentum(model, sgd, momentum)
@@ -150,6 +153,8 @@ def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
         raise InputError(f"--resume {out}: {_difference(before.categories, now.categories)}")
     if before.provenance.image_ids_sha256 != now.provenance.image_ids_sha256:
         raise InputError(f"--resume {out}: the run was started with the images of another instances file")
+    if before.provenance.annotations != now.provenance.annotations:
+        raise InputError(f"--resume {out}: the run was started with other annotations of these images")
     # what may change without making it another run
     free = {"workers", "save_every", "log_every"}
     for part, options in before.recipe.to_dict().items():
@@ -168,29 +173,35 @@ def _run(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, sgd: 
     options, device = meta.recipe.train, next(model.parameters()).device
     if first >= options.steps:
         checkpoint.save(out, model, dataclasses.replace(meta, step=first))
-        return Summary(first, 0.0, 0.0, math.nan)
+        return Summary(first, 0.0, 0.0, None)
     _forget_after(out / METRICS, first)
+    for left_behind in (*out.glob(".model.*"), *(out / checkpoint.STATE).glob(".step-*")):
+        left_behind.unlink()  # by a run that was killed while it saved
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=range(first, options.steps),
         num_workers=options.workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=False,
+        worker_init_fn=_ignore_sigterm,
     )
     generator = torch.Generator(device)
     started, window, losses = time.perf_counter(), time.perf_counter(), []
-    step, loss = first, math.nan
+    step = first
+    loss: float | None = None
     model.train()
     with (
         _stop_on_sigterm() as stopped,
-        SummaryWriter(str(out), purge_step=first) as board,
+        _frozen_objects(),
+        SummaryWriter(str(out), purge_step=first + 1 if first else None) as board,
         (out / METRICS).open("a", encoding="utf-8") as log,
         tqdm(total=options.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
     ):
         for batch in loader:
             if not isinstance(batch, Batch):
-                raise InputError(f"{batch} (training stopped at step {step})")
+                raise InputError(
+                    f"{batch} (training stopped at step {step}; with a good file there, go on with --resume)"
+                )
             # seeded by the step, so that a resumed run draws what an undisturbed one draws
             generator.manual_seed(options.seed * 1_000_003 + step)
             terms = _step(model, sgd, batch, learning_rate(step, options), options.clip_norm, generator)
@@ -207,11 +218,13 @@ def _run(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, sgd: 
                 for name, value in row.items():
                     board.add_scalar(f"train/{name}", value, step)
                 loss = row["loss"]
-                bar.set_postfix_str(f"loss {loss:.3f}, {row['images_per_second']:.1f} images/s")
+                parts = " ".join(f"{name} {row[name]:.2f}" for name in terms)
+                bar.set_postfix_str(f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}")
                 losses = []
-            if step % options.save_every == 0 or step == options.steps or stopped.is_set():
+            stop = stopped.is_set()
+            if step % options.save_every == 0 or step == options.steps or stop:
                 _save(out, model, sgd, dataclasses.replace(meta, step=step))
-            if stopped.is_set() and step < options.steps:
+            if stop and step < options.steps:
                 raise WorkError(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
     seconds = time.perf_counter() - started
     return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
@@ -230,18 +243,23 @@ def _step(
     terms = {name: value.item() for name, value in losses.items()}
     if not all(map(math.isfinite, terms.values())):
         bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
-        raise WorkError(
-            f"the loss is not finite ({bad}) on images {', '.join(map(str, batch.image_ids))}; "
-            "lower train.lr, or look at these images; the last checkpoint is kept"
-        )
+        raise _not_finite(f"loss is not finite ({bad})", batch)
     for group in sgd.param_groups:
         group["lr"] = rate
     sgd.zero_grad(set_to_none=True)
     total.backward()
-    if clip_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
+    if not norm.isfinite():
+        raise _not_finite("gradient is not finite", batch)
     sgd.step()
     return terms
+
+
+def _not_finite(what: str, batch: Batch) -> WorkError:
+    return WorkError(
+        f"the {what} on images {', '.join(map(str, batch.image_ids))}; "
+        "lower train.lr, or look at these images; the last checkpoint is kept"
+    )
 
 
 def _save(out: Path, model: MaskRCNN, sgd: torch.optim.SGD, meta: Meta) -> None:
@@ -265,6 +283,21 @@ def _forget_after(metrics: Path, step: int) -> None:
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     with atomic_path(metrics) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+@contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """Hide what there is from the garbage collector, whose walks would copy it into every worker process."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _ignore_sigterm(_: int) -> None:
+    """For worker processes: a scheduler signals them all, and the run needs them until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

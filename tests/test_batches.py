@@ -11,7 +11,8 @@ from PIL import Image
 from refdet import recipe as recipes
 from refdet.data.batches import Batch, TrainingBatches, exact_batches
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.images import ImageError, ImageSource, input_size
+from refdet.data.images import ImageError, ImageSource
+from refdet.data.inputs import input_size
 from refdet.errors import InputError
 from refdet.recipe import InputOptions, Recipe
 

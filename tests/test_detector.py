@@ -6,6 +6,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.models import resnet18, resnet50
 
+from refdet import boxes as box_ops
 from refdet import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.detector.anchors import Anchors, cell_anchors
@@ -14,6 +15,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.resnet import ResNet
 from refdet.detector.targets import BACKGROUND, OBJECT, match
 from refdet.ground_truth import GroundTruth
+from refdet.ops.masks import mask_coverage
 from refdet.ops.pooling import pyramid_roi_align, roi_align
 from refdet.recipe import Recipe
 
@@ -221,12 +223,83 @@ def test_rpn_losses_are_their_formulas() -> None:
     torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
 
 
+def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
+    mask = np.zeros((96, 128), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return coco_mask.encode(mask)
+
+
+def test_second_stage_losses_are_their_formulas() -> None:
+    """Two images with objects; every RoI is sampled, so that the losses can be written out in float64."""
+    model = small_model("head.samples=100000", "head.positive_fraction=1.0", "proposals.test_proposals=150")
+    objects = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]]
+    labels = [[2], [4, 1]]
+    truths = [
+        GroundTruth(
+            torch.tensor(boxes, dtype=torch.float32), torch.tensor(label), [square_mask(*b) for b in boxes],
+            torch.zeros(0, 4), (1.0, 1.0),
+        )
+        for boxes, label in zip(objects, labels, strict=True)
+    ]  # fmt: skip
+    images, sizes = torch.randn(2, 3, 96, 128), [(96, 128)] * 2
+    found = model.losses(images, sizes, truths)
+
+    maps = model.maps(images)
+    score, box, mask, count, cells = 0.0, 0.0, 0.0, 0, 0
+    for image, proposals in enumerate(model.rpn.propose(model.rpn(maps), sizes)):
+        for roi in torch.cat((proposals, truths[image].boxes)):
+            overlaps = box_ops.iou(roi[None], truths[image].boxes)[0]
+            best = int(overlaps.argmax())
+            label = labels[image][best] if overlaps[best] >= 0.5 else 0
+            row = torch.cat((torch.tensor([image]), roi))[None]
+            features = model.head.features(maps, row)
+            logits, deltas = (t.double() for t in model.head.classify(features.fc7))
+            score -= logits[0].log_softmax(0)[label]
+            count += 1
+            if not label:
+                continue
+            x1, y1, x2, y2 = roi.double().tolist()
+            a1, b1, a2, b2 = objects[image][best]
+            w, h = x2 - x1, y2 - y1
+            wanted = [
+                10 * ((a1 + a2) / 2 - (x1 + x2) / 2) / w, 10 * ((b1 + b2) / 2 - (y1 + y2) / 2) / h,
+                5 * np.log((a2 - a1) / w), 5 * np.log((b2 - b1) / h),
+            ]  # fmt: skip
+            for d, t in zip(deltas[0, label], wanted, strict=True):
+                box += 0.5 * (d - t) ** 2 if abs(d - t) < 1 else abs(d - t) - 0.5
+            cell = mask_coverage(truths[image].masks[best], roi[None], 14)[0] >= 0.5
+            p = model.head.mask_logits(maps, row, features, torch.tensor([label]))[0].double().sigmoid()
+            mask -= torch.where(cell, p.log(), (1 - p).log()).sum()
+            cells += cell.numel()
+    assert count > 100 and cells > 14 * 14 * 3
+    for name, expected in (("score", score / count), ("box", box / count), ("mask", mask / cells)):
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["c4", "fpn"])
+def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
+    model = small_model(*VARIANTS[variant]).train()
+    truth = GroundTruth(
+        torch.tensor([[10.0, 10, 60, 60]]),
+        torch.tensor([2]),
+        [square_mask(10, 10, 60, 60)],
+        torch.zeros(0, 4),
+        (1.0, 1.0),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    images = some_images(2)
+    found = detect_batch(model.eval(), images, records_of(images), CATEGORY_IDS, DetectOptions(), bf16=True)
+    assert all(len(r) and r.boxes.dtype == np.float32 and np.isfinite(r.boxes).all() for r in found)
+
+
 def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
     for variant in ("c4", "fpn"):
         model = small_model(*VARIANTS[variant]).train()
-        mask = np.zeros((96, 128), np.uint8, order="F")
-        mask[10:60, 10:60] = 1
-        rle = coco_mask.encode(mask)
+        rle = square_mask(10, 10, 60, 60)
         truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
         losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
         assert set(losses) == {"rpn_score", "rpn_box", "score", "box", "mask"}

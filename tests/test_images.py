@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageError, ImageSource, InputSize, input_size, network_input
+from refdet.data.images import ImageError, ImageSource
+from refdet.data.inputs import InputSize, input_size, network_input
 from refdet.errors import InputError
 from refdet.recipe import InputOptions
 

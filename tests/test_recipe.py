@@ -53,6 +53,11 @@ def test_set_takes_yaml_values() -> None:
         ("input.mean=[1, 2]", ["input.mean", "3 values"]),
         ("model.anchor_sizes=[]", ["model.anchor_sizes"]),
         ("train.workers=-1", ["train.workers"]),
+        ("train.seed=-1", ["train.seed"]),
+        ("train.lr=.inf", ["train.lr"]),
+        ("proposals.nms_threshold=2", ["proposals.nms_threshold", "0 to 1"]),
+        ("proposals.negative_iou=0.9", ["proposals.negative_iou", "proposals.positive_iou"]),
+        ("head.positive_fraction=3", ["head.positive_fraction"]),
     ],
 )
 def test_a_wrong_assignment_is_named(assignment: str, words: list[str]) -> None:

@@ -1,18 +1,21 @@
 """Training on the embedded dataset, at a size that takes seconds."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+import refdet.train as train_module
 from refdet import checkpoint, recipe
 from refdet.checkpoint import read_tensors
+from refdet.data.batches import TrainingBatches
 from refdet.data.coco import CocoIndex
+from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, WorkError
 from refdet.evaluate.detection import evaluate
@@ -65,9 +68,6 @@ def test_a_resumed_run_is_the_same_run(shapes_root: Path, tmp_path: Path, worker
     changes = tiny_recipe("train.steps=6", "train.save_every=3", f"train.workers={workers}")
 
     # die in the second half: step 5 meets an image that is gone bad
-    from refdet.data.batches import TrainingBatches
-    from refdet.data.images import ImageSource
-
     batches = TrainingBatches(CocoIndex.load(instances), ImageSource.open(tmp_path / "images"), changes)
     early = {i for step in range(4) for i in batches[step].image_ids}
     late = [i for step in (4, 5) for i in batches[step].image_ids if i not in early]
@@ -89,16 +89,61 @@ def test_a_resumed_run_is_the_same_run(shapes_root: Path, tmp_path: Path, worker
     assert [r["loss"] for r in metrics(tmp_path / "halves")][-1] == metrics(tmp_path / "whole")[-1]["loss"]
 
 
-def test_sigterm_saves_and_resume_finishes(shapes_root: Path, tmp_path: Path) -> None:
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    with pytest.raises(WorkError, match=r"stopped by SIGTERM after step \d+, which is saved"):
-        run(shapes_root, tmp_path / "run", "train.steps=5000", "train.save_every=5000")
-    reached = checkpoint.load_meta(tmp_path / "run").step
-    assert 0 < reached < 5000
-    with pytest.raises(InputError, match=r"train\.steps was 5000"):
-        run(shapes_root, tmp_path / "run", f"train.steps={reached + 1}", resume=True)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_what_was_done(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    steps, calls = train_module._step, []
+
+    def with_notice(*given: object) -> dict:
+        calls.append(given)
+        if len(calls) == 3:  # as a scheduler does it: to every process of the job
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(*given)  # type: ignore[arg-type]
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train_module, "_step", with_notice)
+    changes = ["train.steps=6", "train.save_every=5000", f"train.workers={workers}"]
+    with pytest.raises(WorkError, match=r"stopped by SIGTERM after step 3, which is saved"):
+        run(shapes_root, tmp_path / "run", *changes)
+    assert checkpoint.load_meta(tmp_path / "run").step == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"train\.steps was 6"):
+        run(shapes_root, tmp_path / "run", "train.steps=9", resume=True)
+    assert run(shapes_root, tmp_path / "run", *changes, resume=True).steps == 6
+
+
+def test_resume_before_the_first_save_starts_from_the_weights_given(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "first", "train.steps=2")
+    still = ["train.steps=1", "train.lr=1e-9"]
+    run(shapes_root, tmp_path / "second", *still, weights=tmp_path / "first", resume=True)
+    before, _ = read_tensors(tmp_path / "first" / "model.safetensors")
+    after, _ = read_tensors(tmp_path / "second" / "model.safetensors")
+    torch.testing.assert_close(after["head.fc6.weight"], before["head.fc6.weight"], atol=1e-5, rtol=0)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, calls = MaskRCNN.losses, []
+
+    def blow_up(self: MaskRCNN, *given: object) -> dict:
+        calls.append(given)
+        terms = losses(self, *given)  # type: ignore[arg-type]
+        if len(calls) < 4:
+            return terms
+        weight = self.rpn.conv.weight
+        return {**terms, "box": terms["box"] + (weight - weight.detach()).abs().sqrt().sum()}  # slope of sqrt at 0
+
+    monkeypatch.setattr(MaskRCNN, "losses", blow_up)
+    with pytest.raises(WorkError, match=r"gradient is not finite on images \d+, \d+;"):
+        run(shapes_root, tmp_path / "run", "train.steps=6", "train.save_every=3")
+    assert checkpoint.load_meta(tmp_path / "run").step == 3
+    kept, _ = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert all(t.isfinite().all() for t in kept.values())
 
 
 def test_a_finished_run_resumed_is_finished(shapes_root: Path, tmp_path: Path) -> None:
@@ -187,6 +232,8 @@ def test_learning_rate() -> None:
     options = tiny_recipe("train.lr=1", "train.steps=100", "train.warmup_steps=10", "train.lr_drops=[0.5, 0.75]").train
     rates = [round(learning_rate(step, options), 6) for step in (0, 5, 10, 49, 50, 74, 75, 99)]
     assert rates == [0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    short = tiny_recipe("train.lr=1", "train.steps=10", "train.warmup_steps=500", "train.lr_drops=[0.9]").train
+    assert [round(learning_rate(step, short), 6) for step in (0, 1, 2, 8, 9)] == [0.1, 0.55, 1, 1, 0.1]
 
 
 def test_biases_and_norms_do_not_decay() -> None:

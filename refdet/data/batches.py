@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refdet.boxes import clip
-from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.images import ImageError, ImageSource, input_size, network_input
+from refdet.data.coco import Annotation, CocoIndex, ImageRecord
+from refdet.data.images import ImageSource
+from refdet.data.inputs import input_size, network_input
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.ground_truth import GroundTruth
@@ -27,6 +28,10 @@ class Batch:
     sizes: list[tuple[int, int]]  # (height, width) of each without padding
     targets: list[GroundTruth]
     image_ids: list[int]
+
+    def pin_memory(self) -> Batch:
+        """The same with the images in memory from which a GPU can be fed while it works; called by the DataLoader."""
+        return replace(self, images=self.images.pin_memory())
 
 
 def pad_together(images: Sequence[Tensor]) -> Tensor:
@@ -53,31 +58,30 @@ class TrainingBatches(Dataset):
         self.source, self.recipe = source, recipe
         self.labels = {category: label for label, category in enumerate(index.categories, start=1)}
         self.annotations = index.annotations
-        self.records = [r for r in index.images.values() if any(not a.iscrowd for a in index.annotations[r.id])]
+        self.records = [r for r in index.images.values() if self._objects(r.id)]
         if not self.records:
             raise InputError(f"{index.path}: no image has an annotation to train on")
-        missing = [r for r in self.records if source.find(r) is None]
-        if missing:
-            raise InputError(
-                f"--images {source.path}: {len(missing)} of the {len(self.records)} images of {index.path.name} "
-                f"are not there, the first is {missing[0].file_name or missing[0].id}"
-            )
+        source.check(self.records, index.path)
+        self._landscape = np.array([r.width >= r.height for r in self.records])
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
 
     def __len__(self) -> int:
         return self.recipe.train.steps
 
-    def __getitem__(self, step: int) -> Batch | ImageError:
-        """The batch of a step, or the error of an image that cannot be read: an exception raised in a worker
+    def __getitem__(self, step: int) -> Batch | InputError:
+        """The batch of a step, or the error of an image that cannot be used: an exception raised in a worker
         process would reach the user wrapped in a traceback."""
         options, epoch_steps = self.recipe.input, max(len(self.records) // self.recipe.train.batch_size, 1)
         epoch, position = divmod(step, epoch_steps)
-        rows = self._epoch(epoch)[position]
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._epoch(epoch))
+        rows = self._plan[1][position]
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
         short_side = int(random.choice(options.short_sides))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
         try:
             examples = [self._example(self.records[r], short_side, bool(f)) for r, f in zip(rows, flips, strict=True)]
-        except ImageError as error:
+        except InputError as error:
             return error
         images = [image for image, _ in examples]
         return Batch(
@@ -94,7 +98,7 @@ class TrainingBatches(Dataset):
         order = random.permutation(len(self.records))
         if len(order) < size:
             return [np.resize(order, size)]
-        landscape = np.array([self.records[r].width >= self.records[r].height for r in order])
+        landscape = self._landscape[order]
         batches, rest = [], []
         for group in (order[landscape], order[~landscape]):
             whole = len(group) // size * size
@@ -104,14 +108,17 @@ class TrainingBatches(Dataset):
         batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
+    def _objects(self, image_id: int) -> list[Annotation]:
+        """What is trained on: no crowds, and with masks nothing without one, which would teach that it has none."""
+        masks = self.recipe.model.masks
+        return [a for a in self.annotations[image_id] if not a.iscrowd and not (masks and a.segmentation is None)]
+
     def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[Tensor, GroundTruth]:
         options = self.recipe.input
         size = input_size(record.height, record.width, options, short_side)
         image = network_input(self.source.read(record), size, options)
         annotations = self.annotations[record.id]
-        objects = [a for a in annotations if not a.iscrowd]
-        if self.recipe.model.masks:  # an object without a mask would teach that it has none
-            objects = [a for a in objects if a.segmentation is not None]
+        objects = self._objects(record.id)
         scale = torch.tensor([*size.scale, *size.scale])
         boxes = clip(_stack([a.box for a in objects]), record.height, record.width) * scale
         crowds = clip(_stack([a.box for a in annotations if a.iscrowd]), record.height, record.width) * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refdet.data.segmentations import rle_pixels
 from refdet.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]
 
@@ -75,7 +79,7 @@ class CocoIndex:
         """Read and check an instances JSON.
 
         Annotations whose box has no area, is not finite or lies wholly outside the image are left out and
-        listed in ``dropped``, as are polygons of fewer than three points.
+        listed in ``dropped``, as are polygons of fewer than three points; a line of the log says how many.
 
         Arguments:
             path: the file.
@@ -100,6 +104,11 @@ class CocoIndex:
             images = _images(path, raw["images"])
             annotations, dropped = _annotations(path, raw["annotations"], images, categories)
         index = cls(path, info, images, annotations, categories, supercategories, raw, dropped)
+        if dropped:
+            log.warning(
+                "note: %s: %d annotations cannot be used as they are (the first: %s); refdet inspect lists them",
+                path, len(dropped), dropped[0],
+            )  # fmt: skip
         if need_segmentation and raw["annotations"]:
             found = any(a.segmentation is not None for of_image in annotations.values() for a in of_image)
             if not found:
@@ -266,6 +275,9 @@ def _segmentation(path: Path, value: object, image: ImageRecord, what: str) -> t
                                  f"{image.height * image.width}")  # fmt: skip
         elif not isinstance(counts, str):
             raise InputError(f"{path}: {what}: its RLE has no 'counts' (a list or a string)")
+        elif rle_pixels(counts) != image.height * image.width:
+            raise InputError(f"{path}: {what}: its RLE is damaged: it does not cover the {image.height * image.width} "
+                             "pixels of its image")  # fmt: skip
         return value, 0
     if not isinstance(value, list):
         raise InputError(f"{path}: {what}: 'segmentation' is a {_kind(value)}, it must be polygons or an RLE")

@@ -1,22 +1,26 @@
-"""Image files: where they are, how they are read, and how they become the network's input."""
+"""Image files: where they are, and how they are read."""
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from PIL import Image, UnidentifiedImageError
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.recipe import InputOptions
+
+# what Pillow and zipfile raise for damaged, encrypted and hostile files
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
+    zipfile.BadZipFile, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class ImageError(InputError):
@@ -65,6 +69,19 @@ class ImageSource:
                 return self._names[name]
         return None
 
+    def check(self, records: Sequence[ImageRecord], listed_in: Path) -> None:
+        """See that every image is there, before hours of work find out.
+
+        Raises:
+            InputError: how many are not, and the first.
+        """
+        missing = [record for record in records if self.find(record) is None]
+        if missing:
+            raise InputError(
+                f"--images {self.path}: {len(missing)} of the {len(records)} images of {listed_in.name} are not there, "
+                f"the first is {missing[0].file_name or missing[0].id}; give the folder or zip that holds them all"
+            )
+
     def read(self, record: ImageRecord) -> np.ndarray:
         """The image as (H, W, 3) uint8 RGB, of the height and width that the record gives.
 
@@ -81,8 +98,12 @@ class ImageSource:
             data = self._bytes(name)
             with Image.open(io.BytesIO(data)) as image:
                 pixels = np.array(image.convert("RGB"))  # a copy: torch wants it writable
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise ImageError(f"{self.path / name}: not a readable image ({error})") from error
+        except _UNREADABLE as error:
+            # Pillow's own text for this one is the address of a buffer
+            why = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+            raise ImageError(
+                f"{self.path / name}: not a readable image ({why}); replace it, or take it out of the instances file"
+            ) from error
         if pixels.shape[:2] != (record.height, record.width):
             raise ImageError(
                 f"{self.path / name}: is {pixels.shape[1]}x{pixels.shape[0]}, but the instances file says "
@@ -115,37 +136,3 @@ def _by_name(paths: object) -> dict[str, str]:
         names[path] = path
         names.setdefault(os.path.basename(path), path)
     return names
-
-
-@dataclass(frozen=True)
-class InputSize:
-    """Size in pixels of an image as the network sees it, and what it was scaled by."""
-
-    height: int
-    width: int
-    scale_x: float
-    scale_y: float
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """(sx, sy): pixels of the network's input for one of the original image."""
-        return self.scale_x, self.scale_y
-
-
-def input_size(height: int, width: int, options: InputOptions, short_side: int | None = None) -> InputSize:
-    """The size that an image is brought to: short side as the recipe says, unless the long one would be too long."""
-    short = short_side if short_side is not None else options.short_sides[-1]
-    scale = min(short / min(height, width), options.long_side / max(height, width))
-    new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
-    return InputSize(new_height, new_width, new_width / width, new_height / height)
-
-
-def network_input(pixels: np.ndarray, size: InputSize, options: InputOptions) -> Tensor:
-    """(H, W, 3) uint8 RGB -> (3, size.height, size.width) float32, resized (bilinear) and normalised."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    if image.shape[1:] != (size.height, size.width):
-        image = F.interpolate(
-            image[None], size=(size.height, size.width), mode="bilinear", align_corners=False, antialias=True
-        )[0]
-    mean, std = torch.tensor(options.mean), torch.tensor(options.std)
-    return (image - mean[:, None, None]) / std[:, None, None]

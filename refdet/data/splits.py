@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ def build_split(
             raise InputError(f"{path} exists; choose another --out or remove it")
     splits, notes = held_out(refer_root, exclude)
     index = CocoIndex.load(instances)
+    if not index.images:
+        raise InputError(f"{instances}: no image in it to split")
     numbers = {image.id: coco_numbers(image.id, image.file_name) for image in index.images.values()}
     by_split = {split.name: _hits(numbers, split.image_ids) for split in splits}
     removed = frozenset().union(*by_split.values())
@@ -220,7 +223,12 @@ def audit(instances: str | Path, refer_root: str | Path) -> AuditResult:
     if not isinstance(raw, dict) or not isinstance(raw.get("images"), list):
         raise InputError(f"{path}: no list 'images' in it; is it a COCO instances JSON?")
     images = _entries(path, raw["images"], "images", "id")
+    if not images:
+        raise InputError(f"{path}: no image in it to audit")
     numbers = {image["id"]: coco_numbers(image["id"], str(image.get("file_name") or "")) for image in images}
+    if len(numbers) < len(images):  # one could hide the other
+        twice = next(id_ for id_, count in Counter(image["id"] for image in images).items() if count > 1)
+        raise InputError(f"{path}: image id {twice} is there twice; give each image one entry")
     ids_sha256 = image_ids_sha256(numbers)
     per_image: dict[int, int] = {}
     for annotation in _entries(path, raw.get("annotations") or [], "annotations", "image_id"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refdet.data.coco import ImageRecord
-from refdet.data.images import InputSize, input_size, network_input
+from refdet.data.inputs import InputSize, input_size, network_input
 from refdet.detector.mask_rcnn import Detections, MaskRCNN
 from refdet.ops.masks import masks_to_rle
 from refdet.recipe import InputOptions

@@ -105,7 +105,7 @@ class MaskRCNN(nn.Module):
         rois, labels, matched = self._sample_rois(self.rpn.propose(output, sizes), targets, generator)
         features = self.head.features(maps, rois)
         logits, deltas = self.head.classify(features.fc7)
-        losses["score"] = F.cross_entropy(logits, labels)
+        losses["score"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
         positive = (labels > 0).nonzero()[:, 0]
         wanted = torch.cat([t.boxes for t in targets])[matched[positive]]
         losses["box"] = F.smooth_l1_loss(

@@ -40,7 +40,10 @@ def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
 def coco_ap(
     index: CocoIndex, image_ids: Sequence[int], results: Sequence[dict[str, Any]], kind: str
 ) -> dict[str, float]:
-    """AP of results on images, exactly as pycocotools has it on the file.
+    """AP of results on images, exactly as pycocotools has it.
+
+    For "segm" a result's size is the area of its mask, as in COCO's own evaluation, not that of its box. An
+    annotation without a segmentation has its box as its mask.
 
     Args:
         index: the annotations.
@@ -51,29 +54,37 @@ def coco_ap(
         AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 where the images
         have no such object.
     """
-    # COCOeval wants a segmentation in each annotation even for boxes, and writes into what it is given
-    annotations = []
-    for annotation in index.raw["annotations"]:
-        copy = dict(annotation)
-        if kind == "bbox":
-            copy["segmentation"] = []
-        copy.setdefault("iscrowd", 0)
-        copy.setdefault("area", copy["bbox"][2] * copy["bbox"][3])
-        annotations.append(copy)
+    wanted, other = set(image_ids), "segmentation" if kind == "bbox" else "bbox"
+    # COCO takes the size of a result from its box if it has one, so only what is judged is given
+    found = [{k: v for k, v in r.items() if k != other} for r in results if r["image_id"] in wanted]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {**index.raw, "annotations": annotations}
+        truth.dataset = {**index.raw, "annotations": _annotations(index, kind)}
         truth.createIndex()
-        wanted = set(image_ids)
-        found = [dict(r) for r in results if r["image_id"] in wanted]
-        if kind == "bbox":
-            found = [{k: v for k, v in r.items() if k != "segmentation"} for r in found]
+        detected = truth.loadRes(found) if found else COCO()
         if not found:
-            present = any(index.annotations[i] for i in image_ids)
-            return dict.fromkeys(METRICS, 0.0 if present else -1.0)
-        evaluation = COCOeval(truth, truth.loadRes(found), kind)
+            detected.dataset = {**truth.dataset, "annotations": []}
+            detected.createIndex()
+        evaluation = COCOeval(truth, detected, kind)
         evaluation.params.imgIds = sorted(wanted)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
+
+
+def _annotations(index: CocoIndex, kind: str) -> list[dict[str, Any]]:
+    """Copies of the annotations, since COCOeval writes into what it is given, with what it needs to be there."""
+    checked = {a.id: a for of_image in index.annotations.values() for a in of_image}
+    annotations = []
+    for annotation in index.raw["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        copy: dict[str, Any] = {"iscrowd": 0, "area": w * h, **annotation}
+        if kind == "bbox":
+            copy["segmentation"] = []
+        elif (known := checked.get(annotation["id"])) is None:
+            continue  # it has no area
+        else:
+            copy["segmentation"] = known.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
+        annotations.append(copy)
+    return annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from refdet import checkpoint
@@ -13,6 +12,7 @@ from refdet.data.batches import exact_batches
 from refdet.data.coco import CocoIndex
 from refdet.data.images import ImageSource
 from refdet.detector.inference import DetectOptions, detect_batch
+from refdet.device import usable_device
 from refdet.errors import InputError
 from refdet.evaluate.average_precision import coco_ap, coco_results
 
@@ -27,8 +27,12 @@ def evaluate(
     Raises:
         InputError: the detector's categories are not those of the file, or an image cannot be read.
     """
+    loaded = checkpoint.load(run, usable_device(device))
     index, source = CocoIndex.load(instances), ImageSource.open(images)
-    loaded = checkpoint.load(run, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    records = list(index.images.values())
+    if not records:
+        raise InputError(f"{instances}: no image in it to evaluate on")
+    source.check(records, instances)
     ours, theirs = dict(loaded.meta.categories), index.categories
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
@@ -38,7 +42,6 @@ def evaluate(
         )
     options = DetectOptions(features=())
     results: list[dict[str, Any]] = []
-    records = list(index.images.values())
     with tqdm(total=len(records), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
         for batch in exact_batches(records, loaded.meta.recipe.input, batch_size):
             pixels = [source.read(record) for record in batch]

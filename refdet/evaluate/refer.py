@@ -55,6 +55,8 @@ def evaluate_on_refer(
         index = CocoIndex.load(refer_root / dataset / "instances.json")
         made = None
         if predictions is not None:
+            if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refer.data["refs"]):
+                raise InputError(f"{where}: a sent_id is there twice, so a prediction for it is ambiguous; renumber")
             images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
             made = load_predictions(predictions, store, images)
         for split in chosen:
