@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import __version__
-from .atomic import write_json
-from .errors import InputError, WorkError
-from .report import Inputs, ReferPart, Step, write
+from refdet import __version__
+from refdet.atomic import write_json
+from refdet.errors import InputError, WorkError
+from refdet.report import Inputs, ReferPart, Step, write
 
 DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
 
@@ -93,8 +93,8 @@ def demo(
         InputError: ``out`` exists, or an argument is wrong.
         WorkError: a step did not do what it is for.
     """
-    from . import recipe
-    from .data import shapes
+    from refdet import recipe
+    from refdet.data import shapes
 
     recipe.load("demo").with_changes(changes)  # a wrong one is told now, not after minutes
     if out.exists():
@@ -161,9 +161,8 @@ def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
 
 
 def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]:
+    from refdet.data.refs import choose_splits
     from refer import REFER
-
-    from .data.refs import choose_splits
 
     refs = REFER(refer_root, dataset, split_by).data["refs"]
     return choose_splits(refs, (), str(refer_root / dataset), skip=("train",))

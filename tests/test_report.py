@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet import report, store
-from refdet.charts import Axes, Series, line_chart, linear_ticks, log_ticks
 from refdet.data.coco import CocoIndex
 from refdet.data.segmentations import to_rle
 from refdet.data.splits import build_split
@@ -24,8 +23,9 @@ from refdet.errors import InputError
 from refdet.evaluate.refer import evaluate_on_refer
 from refdet.regions import Regions
 from refdet.report import Inputs, ReferPart, Step
-from refdet.report_pictures import COLOURS, LONG_SIDE, Key, draw
-from refdet.report_scenes import Referred, Scene, hardest, sample, scenes
+from refdet.report.charts import Axes, Series, line_chart, linear_ticks, log_ticks
+from refdet.report.pictures import COLOURS, LONG_SIDE, Key, draw
+from refdet.report.scenes import Referred, Scene, hardest, sample, scenes
 from refer import REFER
 
 HOSTILE = "the <script>alert('x')</script> & \"that\""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .charts import Axes, Series, legend, line_chart
+from refdet.report.charts import Axes, Series, legend, line_chart
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")

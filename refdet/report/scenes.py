@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from refdet import store as stores
+from refdet.evaluate.metrics import box_iou
+from refdet.regions import Regions
 from refer import REFER
-
-from . import store as stores
-from .evaluate.metrics import box_iou
-from .regions import Regions
 
 FOUND = 0.5  # IoU from which a referred object counts as found, as everywhere in the field
 

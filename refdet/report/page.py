@@ -11,14 +11,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from . import __version__
-from . import report_sections as sections
-from .atomic import atomic_path
-from .data.coco import ImageRecord
-from .errors import InputError
-from .report_pictures import picture
-from .report_scenes import Scene, hardest, sample, scenes
-from .report_sections import Step
+from refdet import __version__
+from refdet.atomic import atomic_path
+from refdet.data.coco import ImageRecord
+from refdet.errors import InputError
+from refdet.report import sections
+from refdet.report.pictures import picture
+from refdet.report.scenes import Scene, hardest, sample, scenes
+from refdet.report.sections import Step
 
 __all__ = ["Inputs", "ReferPart", "Step", "write"]
 
@@ -113,7 +113,7 @@ def html(inputs: Inputs, title: str) -> str:
 
 
 def _template() -> str:
-    return (resources.files("refdet") / "report_template.html").read_text(encoding="utf-8")
+    return (resources.files("refdet.report") / "template.html").read_text(encoding="utf-8")
 
 
 def _highlights(
@@ -133,7 +133,7 @@ def _highlights(
 
 
 def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    from .data.splits import audit
+    from refdet.data.splits import audit
 
     paths = (inputs.instances, inputs.source if inputs.instances is not None else None)
     first, second = (None if path is None else audit(path, inputs.refer_root).to_json() for path in paths)
@@ -141,7 +141,7 @@ def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
 
 
 def _pictures(inputs: Inputs) -> str:
-    from .data.images import ImageSource  # brings torch
+    from refdet.data.images import ImageSource  # brings torch
 
     every: list[Scene] = []
     for part in inputs.parts:

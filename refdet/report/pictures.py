@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
-from .report_scenes import Scene
+from refdet.report.scenes import Scene
 
 LONG_SIDE = 720  # pixels of a picture in the report: sharp on a dense screen, some 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only where a sentence refers to them

@@ -1,0 +1,6 @@
+"""The HTML report of a run: one file, no network."""
+
+from refdet.report.page import Inputs, ReferPart, write
+from refdet.report.sections import Step
+
+__all__ = ["Inputs", "ReferPart", "Step", "write"]
