@@ -38,6 +38,12 @@ def clip(boxes: Tensor, height: float, width: float) -> Tensor:
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
+def cut(boxes: Tensor, height: float, width: float) -> Tensor:
+    """Boxes (..., 4) cut at the borders of the image; one that lies wholly outside gets a side of less than 0."""
+    limit = boxes.new_tensor([width, height])
+    return torch.cat((boxes[..., :2].clamp(min=0), torch.minimum(boxes[..., 2:], limit)), dim=-1)
+
+
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
     """Deltas (N, 4) that move anchors (N, 4) onto boxes (N, 4).
 
@@ -51,10 +57,15 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, f
     return deltas * deltas.new_tensor(weights)
 
 
-def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """Boxes (..., 4) that deltas (..., 4) make of anchors (..., 4): the inverse of `encode`."""
+def decode(
+    deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float], max_log_scale: float = MAX_LOG_SCALE
+) -> Tensor:
+    """Boxes (..., 4) that deltas (..., 4) make of anchors (..., 4): the inverse of `encode`.
+
+    A box grows at most by ``exp(max_log_scale)``.
+    """
     deltas = deltas / deltas.new_tensor(weights)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
-    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE))
+    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))
     return torch.cat((centre - half, centre + half), dim=-1)

@@ -19,7 +19,7 @@ class GroundTruth:
         crowds: (K, 4) boxes of crowds, in pixels of the network's input: what lies in them is neither
             object nor background.
         scale: (sx, sy), pixels of the network's input for one of the original image.
-        flipped_width: the width of the network's input where the image was mirrored, else None.
+        flipped_width: the width of the original image where it was mirrored, else None.
     """
 
     boxes: Tensor

@@ -28,23 +28,30 @@ class ModelOptions:
     stride: int = 16  # of the C4 map, 16 or 8 pixels; a pyramid has 4 to 64 whatever this says
     norm: str = "auto"  # frozen, batch, or auto: that of the weights given, batch from scratch
     masks: bool = True  # without the mask branch it is a Faster R-CNN
+    stride_in_1x1: bool = False  # a bottleneck's stride: on its first 1x1 as in Caffe, or on its 3x3
+    inclusive: bool = False  # the seed's box arithmetic: widths of x2 - x1 + 1; see refdet.frames
+    pooling: str = "align"  # of a C4 network: align (RoIAlign), or the seed's crop and crop_align
     fpn_channels: int = 256
     fpn_hidden: int = 1024  # width of the two-layer head of the pyramid, and of its fc7
     rpn_channels: int = 512
     mask_channels: int = 256
+    seed_ranking: bool = False  # which of equal scores comes first; see refdet.detector.ranking
     # sides of square anchors in pixels of the network's input; with a pyramid one for each level
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
+    rounded_anchors: bool = False  # sides in whole multiples as in the seed; needs sizes in multiples of 16
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How an image becomes the network's input: RGB in 0..255, minus mean, over std."""
+    """How an image becomes the network's input: 0..255, minus mean, over std."""
 
     short_sides: tuple[int, ...] = (600,)  # one is drawn for each training step; the last serves at test
     long_side: int = 1000  # an image that would be longer is made smaller
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    order: str = "rgb"  # of the channels, mean and std: rgb or bgr
+    resize: str = "antialias"  # or opencv: plain bilinear, sampled at the scale itself
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ProposalOptions:
     train_proposals: int = 1000  # an image, after NMS
     test_candidates: int = 1000
     test_proposals: int = 300
+    inside_only: bool = False  # anchors that stick out of the image are not trained
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class HeadOptions:
     positive_iou: float = 0.5
     samples: int = 256  # RoIs an image that enter the loss
     positive_fraction: float = 0.25
+    add_truth: bool = True  # the annotated boxes are RoIs too; if not, only where no proposal is positive
+    refill: bool = False  # where there are too few RoIs, some are drawn twice
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class TrainOptions:
     seed: int = 0
     save_every: int = 1000  # steps
     log_every: int = 20
+    loaded_rate: float = 1.0  # with --weights: what the rate of the layers that they hold is multiplied by
     reset_predictors: bool = False  # with --weights of other classes: train the last layers anew
 
 
@@ -109,6 +120,13 @@ class Recipe:
         _one_of("model.neck", model.neck, ("c4", "fpn"))
         _one_of("model.stride", model.stride, (8, 16))
         _one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
+        _one_of("model.pooling", model.pooling, ("align", "crop", "crop_align"))
+        _one_of("input.order", self.input.order, ("rgb", "bgr"))
+        _one_of("input.resize", self.input.resize, ("antialias", "opencv"))
+        if model.neck == "fpn" and model.pooling != "align":
+            raise InputError("model.pooling: a pyramid has align alone")
+        if model.rounded_anchors and any(size % 16 for size in model.anchor_sizes):
+            raise InputError("model.rounded_anchors: model.anchor_sizes must be multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: a pyramid has 5 levels and takes one size for each")
         for name in ("width", "rpn_channels", "mask_channels", "fpn_channels", "fpn_hidden"):
@@ -129,7 +147,7 @@ class Recipe:
             for value in values:
                 _positive(key, value)
         _positive("input.long_side", self.input.long_side)
-        for key in ("workers", "seed", "warmup_steps", "momentum", "weight_decay", "clip_norm"):
+        for key in ("workers", "seed", "warmup_steps", "momentum", "weight_decay", "clip_norm", "loaded_rate"):
             if not 0 <= getattr(train, key) < math.inf:
                 raise InputError(f"train.{key}: 0 or more is needed, not {getattr(train, key)}")
         for part, keys in (
@@ -187,6 +205,8 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
 def load(name_or_path: str) -> Recipe:
     """A recipe shipped with refdet, by name, or one in a YAML file.
 
+    A file holds what differs from the defaults, or from the shipped recipe that its key ``base`` names.
+
     Raises:
         InputError: no such recipe or file, or not a recipe.
     """
@@ -207,10 +227,21 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise InputError(f"{name_or_path}: a recipe is a YAML mapping")
+    base = tree.pop("base", None)
+    if base is not None and base not in names():
+        raise InputError(f"{name_or_path}: base: one of {', '.join(names())}, not {base!r}")
     try:
-        return from_dict({"name": default_name, **tree})
+        whole = _over(load(base).to_dict(), tree) if base else tree
+        return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error
+
+
+def _over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree `base` with the values of `changes` in their places."""
+    parts = {k: {**base[k], **v} if isinstance(base.get(k), dict) and isinstance(v, dict) else v
+             for k, v in changes.items()}  # fmt: skip
+    return {**base, **parts}
 
 
 def names() -> list[str]:

@@ -9,8 +9,9 @@ from PIL import Image
 
 from refdet.data.coco import ImageRecord
 from refdet.data.images import ImageError, ImageSource
-from refdet.data.inputs import InputSize, input_size, network_input
+from refdet.data.inputs import input_size, network_input
 from refdet.errors import InputError
+from refdet.frames import InputSize
 from refdet.recipe import InputOptions
 
 
@@ -91,7 +92,7 @@ def test_an_image_of_a_pixel_keeps_one() -> None:
 def test_normalisation() -> None:
     options = InputOptions(mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 8.0))
     pixels = some_pixels()
-    found = network_input(pixels, InputSize(6, 9, 1.0, 1.0), options)
+    found = network_input(pixels, InputSize(6, 9, 1.0, 1.0, 6, 9), options)
     expected = (pixels.astype(np.float64) - [1, 2, 3]) / [2, 4, 8]
     np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1), rtol=1e-6)
 
@@ -99,6 +100,38 @@ def test_normalisation() -> None:
 def test_resizing_a_ramp_keeps_it_a_ramp() -> None:
     ramp = np.repeat(np.arange(0, 200, 10, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(8, axis=0)
     options = InputOptions(mean=(0, 0, 0), std=(1, 1, 1))
-    found = network_input(ramp, InputSize(16, 40, 2.0, 2.0), options)
+    found = network_input(ramp, InputSize(16, 40, 2.0, 2.0, 8, 20), options)
     assert found.shape == (3, 16, 40)
     torch.testing.assert_close(found[0, 0, 2:-2].diff(), torch.full((35,), 5.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (427, 640), (333, 500), (200, 900), (1, 7)])
+def test_the_seeds_size_and_scale(height: int, width: int) -> None:
+    options = InputOptions(short_sides=(600,), long_side=1000, resize="opencv")
+    scale = 600 / min(height, width)
+    if np.round(scale * max(height, width)) > 1000:
+        scale = 1000 / max(height, width)
+    size = input_size(height, width, options)
+    assert size.scale == (scale, scale)
+    assert (size.height, size.width) == (max(round(height * scale), 1), max(round(width * scale), 1))
+
+
+def test_the_seeds_resize_is_bilinear_at_the_scale_itself() -> None:
+    """In float64, pixel by pixel: position (i + 1/2) / scale - 1/2, borders repeated; BGR, minus the mean."""
+    options = InputOptions(
+        short_sides=(23,), long_side=1000, mean=(10.5, 20.25, 30.125), std=(1, 1, 1), order="bgr", resize="opencv"
+    )
+    pixels = np.random.default_rng(0).integers(0, 255, (17, 29, 3), dtype=np.uint8)
+    size = input_size(17, 29, options)
+    assert size.width / 29 != size.scale_x  # the ratio of the sizes would be another scale
+    found = network_input(pixels, size, options).numpy()
+    source = pixels[:, :, ::-1].astype(np.float64) - [10.5, 20.25, 30.125]
+    for y in range(size.height):
+        for x in range(size.width):
+            v = min(max((y + 0.5) / size.scale_y - 0.5, 0), 16)
+            u = min(max((x + 0.5) / size.scale_x - 0.5, 0), 28)
+            top, left = int(v), int(u)
+            below, right = min(top + 1, 16), min(left + 1, 28)
+            upper = source[top, left] * (1 - u + left) + source[top, right] * (u - left)
+            lower = source[below, left] * (1 - u + left) + source[below, right] * (u - left)
+            np.testing.assert_allclose(found[:, y, x], upper * (1 - v + top) + lower * (v - top), atol=1e-4)

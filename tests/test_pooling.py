@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torchvision.ops import roi_align as reference
 
-from refdet.ops.pooling import roi_align
+from refdet.ops.pooling import roi_align, roi_crop
 
 
 def some_rois(seed: int, count: int) -> torch.Tensor:
@@ -52,3 +53,47 @@ def test_the_layout_of_the_map_does_not_matter(layout: torch.memory_format) -> N
     x = torch.randn(2, 8, 12, 16)
     rois = some_rois(1, 6)
     torch.testing.assert_close(roi_align(x.contiguous(memory_format=layout), rois, 7, 8), roi_align(x, rois, 7, 8))
+
+
+def crop_by_grid_sample(x: torch.Tensor, rois: torch.Tensor, size: int, stride: float) -> torch.Tensor:
+    """The seed's way: an affine grid from corner to corner, sampled with zeros outside."""
+    height, width = x.shape[2:]
+    crops = []
+    for image, *corners in rois.tolist():
+        x1, y1, x2, y2 = (value / stride for value in corners)
+        theta = torch.tensor(
+            [[(x2 - x1) / (width - 1), 0, (x1 + x2 - width + 1) / (width - 1)],
+             [0, (y2 - y1) / (height - 1), (y1 + y2 - height + 1) / (height - 1)]], dtype=x.dtype
+        )  # fmt: skip
+        grid = F.affine_grid(theta[None], [1, 1, size, size], align_corners=True)
+        crops.append(F.grid_sample(x[int(image)][None], grid, padding_mode="zeros", align_corners=True))
+    return torch.cat(crops)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_crop_is_grid_samples(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 5, 9, 13, generator=generator, dtype=torch.float64)
+    corners = torch.rand(6, 4, generator=generator, dtype=torch.float64) * 300 - 60  # some outside, some reversed
+    rois = torch.cat((torch.randint(2, (6, 1), generator=generator).double(), corners), 1)
+    torch.testing.assert_close(roi_crop(x, rois, 7, 16), crop_by_grid_sample(x, rois, 7, 16))
+
+
+def test_the_crop_is_roi_align_on_a_wider_box() -> None:
+    """One sample a cell, on a box 7/6 as wide, half a cell further, on a map with a row and a column of zeros more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 12, 15, generator=generator)
+    corners = torch.tensor([[10.0, 20, 90, 100], [3, 4, 9, 11], [150, 100, 239, 191]])
+    centre, half = (corners[:, :2] + corners[:, 2:]) / 2, (corners[:, 2:] - corners[:, :2]) / 2 * 7 / 6
+    wider = torch.cat((centre - half, centre + half), 1) / 16 + 0.5
+    padded = F.pad(x, (0, 1, 0, 1))
+    wanted = reference(padded, [wider], 7, 1.0, sampling_ratio=1, aligned=True)
+    rois = torch.cat((torch.zeros(3, 1), corners), 1)
+    torch.testing.assert_close(roi_crop(x, rois, 7, 16), wanted, atol=1e-5, rtol=0)
+
+
+def test_gradients_of_the_crop_are_right() -> None:
+    x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 3.0, 5, 37, 40], [0, -20, -20, 60, 70]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: roi_crop(t, rois, 3, 8), x)

@@ -83,3 +83,14 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         recipe.load("c4-res500")
     with pytest.raises(InputError, match="no such file"):
         recipe.load(str(tmp_path / "none.yaml"))
+
+
+def test_a_file_changes_its_base(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: seed-c4-res101\ninput: {short_sides: [400]}\ntrain: {lr: 0.002}\n")
+    found, base = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("seed-c4-res101")
+    assert found.name == "mine" and found.input.short_sides == (400,) and found.train.lr == 0.002
+    assert found.model == base.model and found.input.mean == base.input.mean
+    assert recipe.load("seed-c4-res50").model.depth == 50 and recipe.load("seed-c4-res50").model.inclusive
+    (tmp_path / "bad.yaml").write_text("base: nothing\n")
+    with pytest.raises(InputError, match="base: one of .*seed-c4-res101"):
+        recipe.load(str(tmp_path / "bad.yaml"))

@@ -2,7 +2,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from refdet.detector.targets import BACKGROUND, IGNORED, OBJECT, mask_targets, match, sample
+from refdet.detector.targets import BACKGROUND, IGNORED, OBJECT, inside, mask_targets, match, sample
+from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 
 
@@ -59,6 +60,37 @@ def test_sample_counts() -> None:
     assert len(positive) == 1 and len(negative) == 63
 
 
+def test_refilled_samples_have_the_count_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([OBJECT] * 3 + [BACKGROUND] * 5 + [IGNORED] * 4)
+    positive, negative = sample(kinds, 64, 0.25, generator, refill=True)
+    assert sorted(positive.tolist()) == [0, 1, 2]  # objects are drawn once
+    assert len(negative) == 61 and set(negative.tolist()) == {3, 4, 5, 6, 7}
+    positive, negative = sample(kinds[:3], 64, 0.25, generator, refill=True)  # no background: objects fill up
+    assert len(positive) == 64 and set(positive.tolist()) == {0, 1, 2} and len(negative) == 0
+    positive, negative = sample(torch.full((5,), IGNORED), 64, 0.25, generator, refill=True)
+    assert len(positive) == len(negative) == 0
+    many = torch.tensor([OBJECT] * 50 + [BACKGROUND] * 100)
+    positive, negative = sample(many, 64, 0.25, generator, refill=True)
+    assert len(positive) == len(set(positive.tolist())) == 16 and len(set(negative.tolist())) == 48
+
+
+def test_inside_the_image() -> None:
+    boxes = torch.tensor([[0.0, 0, 20, 10], [-1, 0, 5, 5], [0, 0, 21, 5], [0, 0, 5, 11]])
+    assert inside(boxes, height=10, width=20).tolist() == [True, False, False, False]
+
+
+def test_inclusive_rois_get_the_mask_under_their_pixels() -> None:
+    """At scale 2 the seed's RoI 0..38 is the pixels 0..19 of the image."""
+    mask = np.zeros((20, 40), np.uint8)
+    mask[:, :10] = 1
+    truth = truth_of([[0, 0, 20, 40]], masks=[coco_mask.encode(np.asfortranarray(mask))], scale=(2.0, 2.0))
+    seed = BoxConvention(inclusive=True)
+    roi = seed.scale(torch.tensor([[0.0, 0, 20, 20]]), (2.0, 2.0))
+    assert roi.tolist() == [[0, 0, 39, 39]]
+    assert mask_targets(roi, torch.tensor([0]), truth, 2, seed)[0].tolist() == [[1, 0]] * 2
+
+
 def test_mask_targets_go_through_scale_and_mirror() -> None:
     mask = np.zeros((20, 40), np.uint8)
     mask[:, :10] = 1  # the left quarter
@@ -67,7 +99,7 @@ def test_mask_targets_go_through_scale_and_mirror() -> None:
     plain = truth_of([[0, 0, 20, 40]], masks=[rle], scale=(2.0, 2.0))
     found = mask_targets(roi, torch.tensor([0]), plain, 4)
     assert found[0].tolist() == [[1, 0, 0, 0]] * 4
-    mirrored = truth_of([[60, 0, 80, 40]], masks=[rle], scale=(2.0, 2.0), flipped_width=80.0)
+    mirrored = truth_of([[60, 0, 80, 40]], masks=[rle], scale=(2.0, 2.0), flipped_width=40.0)
     assert mask_targets(roi, torch.tensor([0]), mirrored, 4)[0].tolist() == [[0, 0, 0, 1]] * 4
     right_half = torch.tensor([[40.0, 0, 80, 40]])
     assert mask_targets(right_half, torch.tensor([0]), mirrored, 2)[0].tolist() == [[0, 1]] * 2

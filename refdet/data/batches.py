@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from refdet.boxes import clip
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.data.images import ImageSource
 from refdet.data.inputs import input_size, network_input
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
+from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.recipe import InputOptions, Recipe
 
@@ -114,22 +114,25 @@ class TrainingBatches(Dataset):
         return [a for a in self.annotations[image_id] if not a.iscrowd and not (masks and a.segmentation is None)]
 
     def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[Tensor, GroundTruth]:
-        options = self.recipe.input
+        options, convention = self.recipe.input, BoxConvention(self.recipe.model.inclusive)
         size = input_size(record.height, record.width, options, short_side)
-        image = network_input(self.source.read(record), size, options)
+        pixels = self.source.read(record)
         annotations = self.annotations[record.id]
         objects = self._objects(record.id)
-        scale = torch.tensor([*size.scale, *size.scale])
-        boxes = clip(_stack([a.box for a in objects]), record.height, record.width) * scale
-        crowds = clip(_stack([a.box for a in annotations if a.iscrowd]), record.height, record.width) * scale
+        boxes, crowds = (
+            convention.clip(_stack([a.box for a in kind]), record.height, record.width)
+            for kind in (objects, [a for a in annotations if a.iscrowd])
+        )
         if flip:
-            image = image.flip(2)
-            boxes, crowds = _mirror(boxes, size.width), _mirror(crowds, size.width)
+            pixels = pixels[:, ::-1]
+            boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
+        image = network_input(pixels, size, options)
+        boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None
         if self.recipe.model.masks:
             masks = [to_rle(a.segmentation, record.height, record.width) for a in objects if a.segmentation]
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
-        return image, GroundTruth(boxes, labels, masks, crowds, size.scale, float(size.width) if flip else None)
+        return image, GroundTruth(boxes, labels, masks, crowds, size.scale, float(record.width) if flip else None)
 
 
 def _stack(boxes: Sequence[tuple[float, float, float, float]]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.detector.fpn import FeaturePyramid
-from refdet.ops.pooling import pyramid_roi_align, roi_align
+from refdet.ops.pooling import pyramid_roi_align, roi_align, roi_crop
 
 POOL_SIZE = 7
 
@@ -35,7 +35,10 @@ class RoiFeatures:
 
 
 class RoiHead(Protocol):
-    """What the detector asks of a head; `C4Head` and `PyramidHead` answer."""
+    """What the detector asks of a head; `C4Head` and `PyramidHead` answer.
+
+    RoIs (K, 5) are rows of image index and the corners to pool at, in pixels of the network's input.
+    """
 
     mask_size: int
 
@@ -98,23 +101,31 @@ class C4Head(nn.Module):
     """conv5 of the ResNet on 7x7 RoIs of the conv4 map; masks of 14x14 from its output.
 
     Args:
-        conv5: the last stage, with stride 1, from `in_channels` to `out_channels`.
+        conv5: the last stage, with stride 1, from the map to `out_channels`.
+        crop: pool by the seed's crop, not by RoIAlign.
     """
 
     mask_size = 2 * POOL_SIZE
 
     def __init__(
-        self, conv5: nn.Module, out_channels: int, stride: int, classes: int, mask_channels: int, masks: bool
+        self,
+        conv5: nn.Module,
+        out_channels: int,
+        stride: int,
+        classes: int,
+        mask_channels: int,
+        masks: bool,
+        crop: bool = False,
     ) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.crop = stride, crop
         self.conv5 = conv5
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5) from the one map (B, C, H, W)."""
-        pooled = roi_align(maps[0], rois, POOL_SIZE, self.stride)
+        pooled = (roi_crop if self.crop else roi_align)(maps[0], rois, POOL_SIZE, self.stride)
         spatial = self.conv5(pooled)
         return RoiFeatures(pooled.mean((2, 3)), spatial.mean((2, 3)), spatial)
 

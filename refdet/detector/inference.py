@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from refdet.data.coco import ImageRecord
-from refdet.data.inputs import InputSize, input_size, network_input
+from refdet.data.inputs import input_size, network_input
 from refdet.detector.mask_rcnn import Detections, MaskRCNN
+from refdet.frames import InputSize
 from refdet.ops.masks import masks_to_rle
 from refdet.recipe import InputOptions
 from refdet.regions import Regions
@@ -27,6 +28,20 @@ class DetectOptions:
     nms_threshold: float = 0.3
     max_regions: int = 100
     features: tuple[str, ...] = FEATURES
+    at_least_one: bool = False  # lower the threshold by 0.1 until an image has a detection
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the network says of n given boxes of an image.
+
+    Attributes:
+        features: name -> (n, width) float32.
+        masks: n RLE ``counts`` of the image, or None where no classes were given.
+    """
+
+    features: dict[str, np.ndarray]
+    masks: tuple[bytes, ...] | None
 
 
 def detect_batch(
@@ -45,13 +60,12 @@ def detect_batch(
         category_ids: COCO id of label 1, 2, ...
         bf16: run the network in bfloat16; what leaves it is float32.
     """
-    size, inputs = _inputs(model, images)
+    sizes, inputs = _inputs(model, images)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         found = model.detect(
-            inputs, [(size.height, size.width)] * len(images),
-            options.score_threshold, options.nms_threshold, options.max_regions,
-        )  # fmt: skip
-    return [_regions(d, r, size, category_ids, options) for d, r in zip(found, records, strict=True)]
+            inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one
+        )
+    return [_regions(d, r, category_ids, options) for d, r in zip(found, records, strict=True)]
 
 
 def describe_boxes(
@@ -59,47 +73,50 @@ def describe_boxes(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     features: Sequence[str] = FEATURES,
+    labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
-) -> list[dict[str, np.ndarray]]:
-    """Features of given boxes of images whose inputs have one exact size.
+) -> list[Description]:
+    """Features, and with `labels` masks, of given boxes of images whose inputs have one exact size.
 
     Args:
         images: (H, W, 3) uint8 RGB each.
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
         features: names, of `FEATURES`.
-    Returns:
-        for each image name -> (n, width) float32.
+        labels: (n,) each, 1..classes: the class whose mask is wanted.
     """
-    size, inputs = _inputs(model, images)
-    scale = inputs.new_tensor([*size.scale, *size.scale])
-    scaled = [torch.as_tensor(b, dtype=torch.float32, device=inputs.device).reshape(-1, 4) * scale for b in boxes]
+    sizes, inputs = _inputs(model, images)
+    rows = [torch.as_tensor(b, dtype=torch.float32, device=inputs.device).reshape(-1, 4) for b in boxes]
+    classes = None if labels is None else [torch.as_tensor(n, device=inputs.device).long() for n in labels]
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        described = model.describe(inputs, scaled)
-    return [_named(pool5, fc7, features) for pool5, fc7 in described]
+        described = model.describe(inputs, sizes, rows, classes)
+    found = []
+    for each, box, size in zip(described, rows, sizes, strict=True):
+        masks = None
+        if each.masks is not None:
+            masks = tuple(masks_to_rle(each.masks, box, size.image_height, size.image_width))
+        found.append(Description(_named(each.pool5, each.fc7, features), masks))
+    return found
 
 
-def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[InputSize, Tensor]:
-    """The one input size of images and their inputs (B, 3, H, W) on the model's device."""
+def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
+    """The input sizes of images, all the same, and their inputs (B, 3, H, W) on the model's device."""
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(f"one input size for a batch, not {sizes}; see refdet.data.batches.exact_batches")
     device = next(model.parameters()).device
     inputs = torch.stack([network_input(i, s, options) for i, s in zip(images, sizes, strict=True)])
-    return sizes[0], inputs.to(device, memory_format=torch.channels_last)
+    return sizes, inputs.to(device, memory_format=torch.channels_last)
 
 
-def _regions(
-    found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], options: DetectOptions
-) -> Regions:
-    boxes = found.boxes / found.boxes.new_tensor([*size.scale, *size.scale])
+def _regions(found: Detections, record: ImageRecord, category_ids: Sequence[int], options: DetectOptions) -> Regions:
     masks = None
     if found.masks is not None:
-        masks = tuple(masks_to_rle(found.masks, boxes, record.height, record.width))
+        masks = tuple(masks_to_rle(found.masks, found.boxes, record.height, record.width))
     ids = np.asarray(category_ids, np.int64)
     return Regions(
         record.id, record.file_name, record.height, record.width,
-        boxes=boxes.cpu().numpy(),
+        boxes=found.boxes.cpu().numpy(),
         scores=found.scores.cpu().numpy(),
         category_ids=ids[found.labels.cpu().numpy() - 1],
         masks=masks,

@@ -1,7 +1,7 @@
 """Mask R-CNN (He et al., 2017), put together: backbone, proposals, second stage.
 
-Images enter as a padded batch with the true size of each. Boxes here are in pixels of the network's
-input; `refdet.detector.inference` goes from and to original images.
+Images enter as a padded batch with the true size of each. RoIs are in pixels of the network's input; what is
+detected, and the boxes that are described, in pixels of the original image.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from refdet.detector.anchors import Anchors
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
 from refdet.detector.proposals import ProposalNetwork
+from refdet.detector.ranking import ranked_nms
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
-from refdet.detector.targets import BACKGROUND, mask_targets, match, sample
+from refdet.detector.targets import BACKGROUND, OBJECT, mask_targets, match, sample
+from refdet.frames import BoxConvention, InputSize
 from refdet.ground_truth import GroundTruth
-from refdet.ops.nms import nms
 from refdet.recipe import Recipe
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -35,7 +36,7 @@ class Detections:
     """The detections of one image, best first.
 
     Attributes:
-        boxes: (n, 4) half-open xyxy, pixels of the network's input, inside the image.
+        boxes: (n, 4) half-open xyxy, pixels of the original image, inside it.
         scores: (n,) class probabilities.
         labels: (n,) int64, 1..classes.
         masks: (n, m, m) probabilities on the box, or None without a mask branch.
@@ -50,6 +51,20 @@ class Detections:
     fc7: Tensor
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is in n given boxes of one image.
+
+    Attributes:
+        pool5, fc7: (n, C), (n, D) features, float32.
+        masks: (n, m, m) probabilities on the box, or None where no classes were given.
+    """
+
+    pool5: Tensor
+    fc7: Tensor
+    masks: Tensor | None
+
+
 class MaskRCNN(nn.Module):
     """The detector. `losses` trains it; `detect` and `describe` use it, in eval mode.
 
@@ -62,24 +77,31 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
+        self.convention = BoxConvention(model.inclusive)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid = model.neck == "fpn"
         strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, 1)
-        self.backbone = ResNet(model.depth, model.width, norm, strides)
+        self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1)
         channels = self.backbone.channels
         self.head: RoiHead
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
-            anchors = Anchors([[size] for size in model.anchor_sizes], model.anchor_ratios, FeaturePyramid.strides)
-            self.rpn = ProposalNetwork(model.fpn_channels, model.rpn_channels, anchors, recipe.proposals)
+            levels: list[tuple[float, ...]] = [(size,) for size in model.anchor_sizes]
+            map_strides: tuple[int, ...] = FeaturePyramid.strides
+            map_channels = model.fpn_channels
             self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
         else:
             self.neck = None
-            anchors = Anchors([model.anchor_sizes], model.anchor_ratios, [model.stride])
-            self.rpn = ProposalNetwork(channels[2], model.rpn_channels, anchors, recipe.proposals)
+            levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[2]
             conv5 = self.backbone.get_submodule("layer4")  # conv5 works on the RoIs, so it belongs to the head
             del self.backbone.layer4
-            self.head = C4Head(conv5, channels[3], model.stride, classes, model.mask_channels, model.masks)
+            self.head = C4Head(
+                conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling != "align"
+            )
+        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
+        self.rpn = ProposalNetwork(
+            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.seed_ranking
+        )
         if model.norm == "frozen":
             for part in (self.backbone.conv1, self.backbone.layer1):
                 part.requires_grad_(False)
@@ -101,9 +123,10 @@ class MaskRCNN(nn.Module):
         """
         maps = self.maps(images)
         output = self.rpn(maps)
-        losses = self.rpn.losses(output, targets, generator)
+        losses = self.rpn.losses(output, sizes, targets, generator)
         rois, labels, matched = self._sample_rois(self.rpn.propose(output, sizes), targets, generator)
-        features = self.head.features(maps, rois)
+        pooled_at = self._corners(rois, maps, images)
+        features = self.head.features(maps, pooled_at)
         logits, deltas = self.head.classify(features.fc7)
         losses["score"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
         positive = (labels > 0).nonzero()[:, 0]
@@ -115,7 +138,7 @@ class MaskRCNN(nn.Module):
             reduction="sum",
         ) / max(len(labels), 1)
         if self.recipe.model.masks:
-            losses["mask"] = self._mask_loss(maps, rois, labels, matched, features, positive, targets)
+            losses["mask"] = self._mask_loss(maps, rois, pooled_at, labels, matched, features, positive, targets)
         return losses
 
     def _sample_rois(
@@ -125,9 +148,13 @@ class MaskRCNN(nn.Module):
         options = self.recipe.head
         rois, labels, matches, first = [], [], [], 0
         for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
-            boxes = torch.cat((boxes, target.boxes))  # so that each object has a RoI from the first step on
+            if options.add_truth:  # so that each object has a RoI from the first step on
+                boxes = torch.cat((boxes, target.boxes))
             kinds, matched = match(boxes, target, options.positive_iou, options.positive_iou, best_for_each=False)
-            positive, negative = sample(kinds, options.samples, options.positive_fraction, generator)
+            if not options.add_truth and not (kinds == OBJECT).any():
+                boxes = torch.cat((boxes, target.boxes))
+                kinds, matched = match(boxes, target, options.positive_iou, options.positive_iou, best_for_each=False)
+            positive, negative = sample(kinds, options.samples, options.positive_fraction, generator, options.refill)
             chosen = torch.cat((positive, negative))
             label = torch.full_like(chosen, BACKGROUND)
             label[: len(positive)] = target.labels[matched[positive]]
@@ -138,70 +165,124 @@ class MaskRCNN(nn.Module):
         return torch.cat(rois), torch.cat(labels), torch.cat(matches)
 
     def _mask_loss(
-        self, maps: list[Tensor], rois: Tensor, labels: Tensor, matched: Tensor,
+        self, maps: list[Tensor], rois: Tensor, pooled_at: Tensor, labels: Tensor, matched: Tensor,
         features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
     ) -> Tensor:  # fmt: skip
         """Mean binary cross entropy over the cells of the positive RoIs' masks of their class."""
-        logits = self.head.mask_logits(maps, rois[positive], features[positive], labels[positive])
+        logits = self.head.mask_logits(maps, pooled_at[positive], features[positive], labels[positive])
         wanted, first = torch.zeros_like(logits), 0
         for image, target in enumerate(targets):
             rows = (rois[positive, 0] == image).nonzero()[:, 0]
             objects = matched[positive[rows]] - first
-            wanted[rows] = mask_targets(rois[positive[rows], 1:], objects, target, self.head.mask_size)
+            wanted[rows] = mask_targets(rois[positive[rows], 1:], objects, target, self.head.mask_size, self.convention)
             first += len(target.boxes)
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / max(logits.numel(), 1)
 
     @torch.no_grad()
     def detect(
-        self, images: Tensor, sizes: Sizes, score_threshold: float, nms_threshold: float, max_regions: int
+        self,
+        images: Tensor,
+        sizes: Sequence[InputSize],
+        score_threshold: float,
+        nms_threshold: float,
+        max_regions: int,
+        at_least_one: bool = False,
     ) -> list[Detections]:
         """Detections of each image.
 
         Args:
             images: (B, 3, H, W), normalised.
-            score_threshold: class probability that a detection must exceed.
+            score_threshold: class probability that a detection must reach.
             nms_threshold: IoU above which the lower of two detections of a class goes.
             max_regions: how many are kept over all classes.
+            at_least_one: lower the threshold by 0.1 for an image, as often as it needs to have a detection.
         """
         maps = self.maps(images)
-        proposals = self.rpn.propose(self.rpn(maps), sizes)
+        proposals = self.rpn.propose(self.rpn(maps), [(size.height, size.width) for size in sizes])
         rois = _with_index(proposals)
-        logits, deltas = self.head.classify(self.head.features(maps, rois).fc7)
-        scores = logits.softmax(dim=1)[:, 1:]
-        boxes = box_ops.decode(deltas[:, 1:], rois[:, None, 1:], DELTA_WEIGHTS)
-        found, counts = [], [len(p) for p in proposals]
-        for image_boxes, image_scores, (height, width) in zip(
-            boxes.split(counts), scores.split(counts), sizes, strict=True
+        logits, deltas = self.head.classify(self.head.features(maps, self._corners(rois, maps, images)).fc7)
+        counts = [len(p) for p in proposals]
+        scores = logits.softmax(dim=1)[:, 1:].split(counts)
+        found = []
+        for boxes, image_deltas, image_scores, size in zip(
+            proposals, deltas[:, 1:].split(counts), scores, sizes, strict=True
         ):
-            clipped = box_ops.clip(image_boxes, height, width)
-            found.append(_select(clipped, image_scores, score_threshold, nms_threshold, max_regions))
-        return self._finish(maps, found)
-
-    def _finish(self, maps: list[Tensor], found: list[tuple[Tensor, Tensor, Tensor]]) -> list[Detections]:
-        """Features and masks of the boxes that were kept."""
-        rois = _with_index([boxes for boxes, _, _ in found])
-        features = self.head.features(maps, rois)
-        masks = None
-        if self.recipe.model.masks:
-            labels = torch.cat([label for _, _, label in found])
-            masks = self.head.mask_logits(maps, rois, features, labels).sigmoid()
-        detections, first = [], 0
-        for boxes, scores, labels in found:
-            rows = slice(first, first + len(boxes))
-            first += len(boxes)
-            mask = None if masks is None else masks[rows]
-            detections.append(
-                Detections(boxes, scores, labels, mask, features.pool5[rows].float(), features.fc7[rows].float())
+            anchors = self.convention.unscale(boxes, size.scale)[:, None]
+            decoded = self.convention.decode(image_deltas, anchors, DELTA_WEIGHTS)
+            inside = box_ops.cut(decoded, size.image_height, size.image_width)
+            found.append(
+                _select(
+                    inside,
+                    image_scores,
+                    score_threshold,
+                    nms_threshold,
+                    max_regions,
+                    at_least_one,
+                    self.recipe.model.seed_ranking,
+                )
             )
-        return detections
+        return self._finish(maps, images, sizes, found)
+
+    def _finish(
+        self,
+        maps: list[Tensor],
+        images: Tensor,
+        sizes: Sequence[InputSize],
+        found: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> list[Detections]:
+        """Features and masks of the boxes that were kept."""
+        labels = [label for _, _, label in found] if self.recipe.model.masks else None
+        described = self._describe(maps, images, sizes, [boxes for boxes, _, _ in found], labels)
+        return [
+            Detections(boxes, scores, label, each.masks, each.pool5, each.fc7)
+            for (boxes, scores, label), each in zip(found, described, strict=True)
+        ]
 
     @torch.no_grad()
-    def describe(self, images: Tensor, boxes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """pool5 (n, C) and fc7 (n, D) of given boxes (n, 4) of each image, in float32."""
-        features = self.head.features(self.maps(images), _with_index(boxes))
-        counts = [len(b) for b in boxes]
+    def describe(
+        self,
+        images: Tensor,
+        sizes: Sequence[InputSize],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor] | None = None,
+    ) -> list[Described]:
+        """Features, and with `labels` masks, of given boxes of each image.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
+            labels: (n,) of each image, 1..classes: of which class the masks are to be.
+        """
+        return self._describe(self.maps(images), images, sizes, boxes, labels)
+
+    def _describe(
+        self,
+        maps: list[Tensor],
+        images: Tensor,
+        sizes: Sequence[InputSize],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor] | None,
+    ) -> list[Described]:
+        scaled = [self.convention.scale(b, size.scale) for b, size in zip(boxes, sizes, strict=True)]
+        rois = self._corners(_with_index(scaled), maps, images)
+        features, counts = self.head.features(maps, rois), [len(b) for b in boxes]
+        masks: Sequence[Tensor | None] = [None] * len(boxes)
+        if labels is not None:
+            masks = self.head.mask_logits(maps, rois, features, torch.cat(list(labels))).sigmoid().split(counts)
         pairs = zip(features.pool5.float().split(counts), features.fc7.float().split(counts), strict=True)
-        return list(pairs)
+        return [Described(pool5, fc7, mask) for (pool5, fc7), mask in zip(pairs, masks, strict=True)]
+
+    def _corners(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
+        """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""
+        corners = self.convention.corners(rois[:, 1:])
+        if self.recipe.model.pooling == "crop_align":
+            # the seed's variant: the first and last pixel of the image lie on the first and last cell of the map
+            sides = [
+                (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
+                for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
+            ]
+            corners = corners * corners.new_tensor([sides[1], sides[0]] * 2)
+        return torch.cat((rois[:, :1], corners), dim=1)
 
 
 def _with_index(boxes: Sequence[Tensor]) -> Tensor:
@@ -210,15 +291,25 @@ def _with_index(boxes: Sequence[Tensor]) -> Tensor:
 
 
 def _select(
-    boxes: Tensor, scores: Tensor, score_threshold: float, nms_threshold: float, max_regions: int
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    nms_threshold: float,
+    max_regions: int,
+    at_least_one: bool,
+    seed_ranking: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class."""
+    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area."""
     kept_boxes, kept_scores, kept_labels = [], [], []
     solid = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
-    candidates = (scores > score_threshold) & solid
+    if at_least_one and solid.any():  # MAttNet's rule, by its own steps of 0.1
+        highest = scores[solid].amax().item()
+        while highest < score_threshold:
+            score_threshold -= 0.1
+    candidates = (scores >= score_threshold) & solid
     for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
         rows = candidates[:, label].nonzero()[:, 0]
-        kept = rows[nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions)]
+        kept = rows[ranked_nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions, seed_ranking)]
         kept_boxes.append(boxes[kept, label])
         kept_scores.append(scores[kept, label])
         kept_labels.append(torch.full_like(kept, label + 1))

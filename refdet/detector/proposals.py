@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from refdet import boxes as box_ops
 from refdet.detector.anchors import Anchors
-from refdet.detector.targets import match, sample
+from refdet.detector.ranking import best_anchors, ranked_nms
+from refdet.detector.targets import IGNORED, inside, match, sample
+from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
-from refdet.ops.nms import nms
 from refdet.recipe import ProposalOptions
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -41,9 +42,18 @@ class RpnOutput:
 class ProposalNetwork(nn.Module):
     """One 3x3 convolution and two 1x1, the same on each map."""
 
-    def __init__(self, in_channels: int, channels: int, anchors: Anchors, options: ProposalOptions) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        anchors: Anchors,
+        options: ProposalOptions,
+        convention: BoxConvention,
+        seed_ranking: bool,
+    ) -> None:
         super().__init__()
         self.anchors, self.options = anchors, options
+        self.convention, self.seed_ranking = convention, seed_ranking
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, anchors.per_cell, 1)
         self.delta = nn.Conv2d(channels, anchors.per_cell * 4, 1)
@@ -79,14 +89,14 @@ class ProposalNetwork(nn.Module):
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
-            scores, order = output.logits[:, level].topk(min(candidates, level_size), dim=1)
+            scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.seed_ranking)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
-            decoded = box_ops.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS)
+            decoded = self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS)
             for image, (height, width) in enumerate(sizes):
-                boxes = box_ops.clip(decoded[image], height, width)
+                boxes = self.convention.clip(decoded[image], height, width)
                 solid = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(dim=1)
                 boxes, score = boxes[solid], scores[image][solid]
-                kept = nms(boxes, score, options.nms_threshold, count)
+                kept = ranked_nms(boxes, score, options.nms_threshold, count, self.seed_ranking)
                 chosen[image].append((boxes[kept], score[kept]))
         proposals = []
         for levels in chosen:
@@ -95,17 +105,32 @@ class ProposalNetwork(nn.Module):
             proposals.append(boxes[best])
         return proposals
 
+    def label(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
+        """Which anchors (N, 4) of an image of (height, width) are trained as what; see `match`."""
+        options = self.options
+        if not options.inside_only:
+            return match(anchors, target, options.positive_iou, options.negative_iou, best_for_each=True)
+        rows = inside(anchors, *size).nonzero()[:, 0]
+        kinds = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
+        matched = torch.zeros_like(kinds)
+        kinds[rows], matched[rows] = match(
+            anchors[rows], target, options.positive_iou, options.negative_iou, best_for_each=True
+        )
+        return kinds, matched
+
     def losses(
-        self, output: RpnOutput, targets: Sequence[GroundTruth], generator: torch.Generator | None
+        self,
+        output: RpnOutput,
+        sizes: Sequence[tuple[int, int]],
+        targets: Sequence[GroundTruth],
+        generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         """Binary cross entropy over sampled anchors, smooth L1 over the positive of them; both are sums
         divided by the number of sampled anchors."""
         options = self.options
         score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0
-        for logits, deltas, target in zip(output.logits, output.deltas, targets, strict=True):
-            kinds, matched = match(
-                output.anchors, target, options.positive_iou, options.negative_iou, best_for_each=True
-            )
+        for logits, deltas, size, target in zip(output.logits, output.deltas, sizes, targets, strict=True):
+            kinds, matched = self.label(output.anchors, size, target)
             positive, negative = sample(kinds, options.samples, options.positive_fraction, generator)
             chosen = torch.cat((positive, negative))
             wanted_scores = torch.zeros_like(logits[chosen])

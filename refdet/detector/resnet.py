@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -25,11 +26,9 @@ class FrozenBatchNorm(nn.Module):
             self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, C, H, W)."""
-        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
-        scale = weight * (self.get_buffer("running_var") + self.eps).rsqrt()
-        shift = bias - self.get_buffer("running_mean") * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+        """x (N, C, H, W) -> (N, C, H, W), in the type of x; the arithmetic is float32 whatever that is."""
+        mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
 
 class BasicBlock(nn.Module):
@@ -37,7 +36,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = norm(channels)
@@ -53,15 +52,15 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut; the stride sits on the 3x3, as in torchvision."""
+    """1x1, 3x3, 1x1 and a shortcut; the stride sits on the 3x3 as in torchvision, or on the first 1x1 as in Caffe."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias=False)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1 if stride_in_1x1 else stride, padding=1, bias=False)
         self.bn2 = norm(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = norm(channels * self.expansion)
@@ -89,9 +88,12 @@ class ResNet(nn.Module):
         width: channels of the first stage (64 in the paper).
         norm: makes the normalisation of a number of channels.
         strides: of the four stages.
+        stride_in_1x1: where a bottleneck has its stride; nothing to a network of basic blocks.
     """
 
-    def __init__(self, depth: int, width: int, norm: Norm, strides: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, depth: int, width: int, norm: Norm, strides: tuple[int, int, int, int], stride_in_1x1: bool = False
+    ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
@@ -102,7 +104,8 @@ class ResNet(nn.Module):
         for stage, (count, stride) in enumerate(zip(BLOCKS[depth], strides, strict=True)):
             blocks = []
             for index in range(count):
-                blocks.append(block(in_channels, width * 2**stage, stride if index == 0 else 1, norm))
+                block_stride = stride if index == 0 else 1
+                blocks.append(block(in_channels, width * 2**stage, block_stride, norm, stride_in_1x1))
                 in_channels = self.channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self)

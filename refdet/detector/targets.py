@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from refdet import boxes as box_ops
+from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.ops.masks import mask_coverage
 
@@ -46,23 +47,38 @@ def match(
     return kinds, matched
 
 
+def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Which of boxes (N, 4) lie in an image of this size, (N,) bool."""
+    return ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= boxes.new_tensor([width, height]))).all(dim=1)
+
+
 def sample(
-    kinds: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None
+    kinds: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None, refill: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Indices of at most `count` random candidates: (P,) objects, a fraction at most, and (Q,) background."""
-    positive = _choose(kinds == OBJECT, int(count * positive_fraction), generator)
-    negative = _choose(kinds == BACKGROUND, count - len(positive), generator)
-    return positive, negative
+    """Indices of random candidates: (P,) objects and (Q,) background.
+
+    Args:
+        count: at most so many, and a fraction of `positive_fraction` at most are objects.
+        refill: give exactly `count`, drawing some twice where the background is too small; where there is none,
+            they are all objects, as in the seed.
+    """
+    objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (OBJECT, BACKGROUND))
+    everything = refill and len(background) == 0
+    positive = _choose(objects, count if everything else int(count * positive_fraction), generator, everything)
+    return positive, _choose(background, count - len(positive), generator, refill)
 
 
-def _choose(mask: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    found = mask.nonzero()[:, 0]
-    if len(found) <= count:
-        return found
-    return found[torch.randperm(len(found), generator=generator, device=found.device)[:count]]
+def _choose(found: Tensor, count: int, generator: torch.Generator | None, refill: bool) -> Tensor:
+    if len(found) > count:
+        return found[torch.randperm(len(found), generator=generator, device=found.device)[:count]]
+    if refill and 0 < len(found) < count:
+        return found[torch.randint(len(found), (count,), generator=generator, device=found.device)]
+    return found
 
 
-def mask_targets(rois: Tensor, objects: Tensor, truth: GroundTruth, size: int) -> Tensor:
+def mask_targets(
+    rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: BoxConvention | None = None
+) -> Tensor:
     """The masks that RoIs should get.
 
     Each cell is 1 where the object covers at least half of it; the coverage is exact, measured in the
@@ -72,15 +88,17 @@ def mask_targets(rois: Tensor, objects: Tensor, truth: GroundTruth, size: int) -
         rois: (P, 4) in pixels of the network's input.
         objects: (P,) index of the object of each RoI.
         size: side m of a mask.
+        convention: of the RoIs; half-open by default.
     Returns:
         (P, m, m) float32 of 0 and 1.
     """
     if truth.masks is None:
         raise ValueError("these targets were made without masks")
-    boxes = rois.detach().cpu().clone()
+    boxes = (convention or BoxConvention()).unscale(rois.detach().cpu(), truth.scale)
     if truth.flipped_width is not None:
-        boxes[:, 0::2] = truth.flipped_width - boxes[:, [2, 0]]
-    boxes = boxes / boxes.new_tensor([*truth.scale, *truth.scale])
+        boxes = torch.stack(
+            (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
+        )
     found = torch.zeros(len(rois), size, size)
     for index in objects.unique().tolist():
         rows = (objects == index).nonzero()[:, 0].cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ def roi_align(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
+    """The crop of the seed (lichengunc/mask-faster-rcnn): one bilinear sample a cell, the first and the last of
+    each row and column on the corners of the RoI, position 0 of the map being the middle of its first cell.
+
+    Outside the map everything is 0. Arguments and result as for `roi_align`.
+    """
+    values = x if x.dtype == torch.float64 else x.float()
+    pooled = _sum_of_rows(values, rois.to(values.dtype), stride, size, _crop_axis)
+    return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
 def _roi_align_by_rows(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     """The same as a weighted sum of rows of the map.
 
@@ -39,13 +50,20 @@ def _roi_align_by_rows(x: Tensor, rois: Tensor, size: int, stride: float) -> Ten
     rows about its 4 samples: an embedding bag. PyTorch runs that with SIMD along C and in parallel, forward and
     backward, where torchvision walks the map channel by channel; `benchmarks/pooling.py` has both.
     """
+    return _sum_of_rows(x, rois, stride, size, _axis)
+
+
+def _sum_of_rows(
+    x: Tensor, rois: Tensor, stride: float, size: int, axis: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Cells (K, C, size, size) of rois (K, 5), each the sum of the rows of the map that `axis` weighs."""
     count, height, width = len(rois), x.shape[2], x.shape[3]
-    x_cells, x_weights = _axis(rois[:, 1] / stride, rois[:, 3] / stride, size, width)
-    y_cells, y_weights = _axis(rois[:, 2] / stride, rois[:, 4] / stride, size, height)
+    x_cells, x_weights = axis(rois[:, 1] / stride, rois[:, 3] / stride, size, width)
+    y_cells, y_weights = axis(rois[:, 2] / stride, rois[:, 4] / stride, size, height)
     image = rois[:, 0].long()[:, None, None, None, None] * (height * width)
     rows = image + y_cells[:, :, None, :, None] * width + x_cells[:, None, :, None, :]
     weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
-    bag = (2 * SAMPLES) ** 2
+    bag = x_cells.shape[2] * y_cells.shape[2]
     table = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     pooled = F.embedding_bag(rows.reshape(-1, bag), table, per_sample_weights=weights.reshape(-1, bag), mode="sum")
     return pooled.reshape(count, size, size, x.shape[1]).permute(0, 3, 1, 2)
@@ -67,6 +85,19 @@ def _axis(low: Tensor, high: Tensor, size: int, limit: int) -> tuple[Tensor, Ten
     cells = torch.stack((cell, (cell + 1).clamp(max=limit - 1)), dim=-1)
     weights = torch.stack((1 - fraction, fraction), dim=-1) * inside[..., None] / SAMPLES
     return cells.reshape(-1, size, 2 * SAMPLES), weights.reshape(-1, size, 2 * SAMPLES)
+
+
+def _crop_axis(low: Tensor, high: Tensor, size: int, limit: int) -> tuple[Tensor, Tensor]:
+    """As `_axis` for `roi_crop`: positions and weights, both (K, size, 2)."""
+    steps = torch.arange(size, device=low.device, dtype=low.dtype) / (size - 1)
+    # far outside nothing is read; the clamp keeps the conversion to integers defined
+    position = (low[:, None] + (high - low)[:, None] * steps).clamp(-2, limit + 1)
+    floor = position.floor()
+    fraction = position - floor
+    cells = torch.stack((floor.long(), floor.long() + 1), dim=-1)
+    inside = (cells >= 0) & (cells < limit)
+    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside
+    return cells.clamp(0, limit - 1), weights
 
 
 def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:

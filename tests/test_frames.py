@@ -1,0 +1,100 @@
+"""The seed's inclusive arithmetic, written out with its +1s, against half-open boxes and `BoxConvention`."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refdet import boxes as box_ops
+from refdet.frames import BoxConvention
+from refdet.ops.nms import nms
+
+SEED, OURS = BoxConvention(inclusive=True), BoxConvention()
+ONE = torch.tensor([0.0, 0, 1, 1], dtype=torch.float64)
+
+
+def inclusive_boxes(seed: int, count: int) -> np.ndarray:
+    """Boxes from their first to their last pixel, float64."""
+    random = np.random.default_rng(seed)
+    first = random.uniform(0, 300, (count, 2))
+    return np.concatenate((first, first + random.uniform(0, 200, (count, 2))), axis=1)
+
+
+def half_open(boxes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(boxes) + ONE
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_overlaps_are_those_with_plus_one(seed: int) -> None:
+    a, b = inclusive_boxes(seed, 6), inclusive_boxes(seed + 1, 5)
+    found = box_ops.iou(half_open(a), half_open(b)).numpy()
+    for i, (ax1, ay1, ax2, ay2) in enumerate(a):
+        for j, (bx1, by1, bx2, by2) in enumerate(b):
+            width = max(min(ax2, bx2) - max(ax1, bx1) + 1, 0)
+            height = max(min(ay2, by2) - max(ay1, by1) + 1, 0)
+            areas = (ax2 - ax1 + 1) * (ay2 - ay1 + 1) + (bx2 - bx1 + 1) * (by2 - by1 + 1)
+            assert found[i, j] == pytest.approx(width * height / (areas - width * height), abs=1e-12)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_decoding_forgets_the_one(seed: int) -> None:
+    anchors, deltas = inclusive_boxes(seed, 6), np.random.default_rng(seed).normal(0, 0.5, (6, 4))
+    found = (SEED.decode(torch.from_numpy(deltas), half_open(anchors), (1, 1, 1, 1)) - ONE).numpy()
+    widths, heights = anchors[:, 2] - anchors[:, 0] + 1, anchors[:, 3] - anchors[:, 1] + 1
+    x, y = anchors[:, 0] + widths / 2 + deltas[:, 0] * widths, anchors[:, 1] + heights / 2 + deltas[:, 1] * heights
+    w, h = widths * np.exp(deltas[:, 2]), heights * np.exp(deltas[:, 3])
+    np.testing.assert_allclose(found, np.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), 1), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_targets_are_those_with_plus_one(seed: int) -> None:
+    anchors, boxes = inclusive_boxes(seed, 6), inclusive_boxes(seed + 1, 6)
+    found = box_ops.encode(half_open(boxes), half_open(anchors), (1, 1, 1, 1)).numpy()
+    aw, ah = anchors[:, 2] - anchors[:, 0] + 1, anchors[:, 3] - anchors[:, 1] + 1
+    bw, bh = boxes[:, 2] - boxes[:, 0] + 1, boxes[:, 3] - boxes[:, 1] + 1
+    dx = (boxes[:, 0] + bw / 2 - anchors[:, 0] - aw / 2) / aw
+    dy = (boxes[:, 1] + bh / 2 - anchors[:, 1] - ah / 2) / ah
+    np.testing.assert_allclose(found, np.stack((dx, dy, np.log(bw / aw), np.log(bh / ah)), 1), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.3, 4))
+def test_the_last_pixel_is_scaled_and_pooled(seed: int, scale: float) -> None:
+    boxes = inclusive_boxes(seed, 4)
+    scaled = SEED.scale(half_open(boxes), (scale, scale))
+    np.testing.assert_allclose(SEED.corners(scaled).numpy(), boxes * scale, atol=1e-9)
+    np.testing.assert_allclose(SEED.unscale(scaled, (scale, scale)).numpy(), boxes + ONE.numpy(), atol=1e-9)
+    assert torch.equal(OURS.scale(half_open(boxes), (scale, scale)), half_open(boxes) * scale)
+
+
+def test_clipping_keeps_a_pixel() -> None:
+    boxes = torch.tensor([[-9.0, -9, 500, 500], [120, 50, 130, 60], [-30, 10, -20, 20]])
+    found = SEED.clip(boxes, height=80, width=100)
+    assert (found - ONE.float()).tolist() == [[0, 0, 99, 79], [99, 50, 99, 59], [0, 10, 0, 19]]
+
+
+def test_a_huge_delta_stays_finite() -> None:
+    found = SEED.decode(torch.tensor([[0.0, 0, 1e9, 1e9]]), torch.tensor([[0.0, 0, 16, 16]]), (1, 1, 1, 1))
+    assert found.isfinite().all()
+    assert SEED.clip(found, 80, 100).tolist() == [[0, 0, 100, 80]]
+
+
+def test_nms_of_half_open_boxes_is_the_seeds() -> None:
+    boxes = inclusive_boxes(3, 200)
+    scores = np.random.default_rng(4).permutation(200) / 200
+    kept: list[int] = []
+    for row in np.argsort(-scores):
+        x1, y1, x2, y2 = boxes[row]
+        for other in kept:
+            a1, b1, a2, b2 = boxes[other]
+            overlap = max(min(x2, a2) - max(x1, a1) + 1, 0) * max(min(y2, b2) - max(y1, b1) + 1, 0)
+            areas = (x2 - x1 + 1) * (y2 - y1 + 1) + (a2 - a1 + 1) * (b2 - b1 + 1)
+            if overlap / (areas - overlap) > 0.3:
+                break
+        else:
+            kept.append(row)
+    assert nms(half_open(boxes).float(), torch.from_numpy(scores).float(), 0.3).tolist() == kept
