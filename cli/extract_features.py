@@ -21,10 +21,15 @@ from .common import echo_json, echo_table, json_option, note
 @click.option("--split", "splits", multiple=True, help="Splits, with commas between; all by default.")
 @click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
 @click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
+@click.option(
+    "--masks", type=click.Choice(["annotated", "predicted"]), default="annotated", show_default=True,
+    help="Of annotations: theirs, or the detector's for their boxes.",
+)  # fmt: skip
 @click.option("--features", default="pool5,fc7", show_default=True, help="Which features, with commas between.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
+@click.option("--at-least-one", is_flag=True, help="Lower the threshold by 0.1 until an image has a region.")
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
@@ -42,10 +47,12 @@ def command(
     splits: tuple[str, ...],
     instances: Path | None,
     regions: str,
+    masks: str,
     features: str,
     dtype: str,
     score_threshold: float,
     nms_threshold: float,
+    at_least_one: bool,
     max_regions: int,
     batch_size: int,
     workers: int,
@@ -66,8 +73,13 @@ def command(
     else:
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
-    options = ExtractOptions(regions, names, dtype, score_threshold, nms_threshold, max_regions, precision)
-    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
+    options = ExtractOptions(
+        regions, names, dtype, score_threshold, nms_threshold, max_regions, precision, at_least_one, masks
+    )
+    extraction = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
+    done = extraction.summary
+    for line in extraction.warnings:
+        note(line)
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:

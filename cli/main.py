@@ -19,6 +19,7 @@ from refdet.errors import RefdetError, is_disk_full
 COMMANDS = (
     "build-split",
     "audit",
+    "import-weights",
     "train",
     "evaluate",
     "extract-features",

@@ -35,6 +35,7 @@ class Meta:
     categories: tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
     provenance: Provenance
     step: int
+    untrained: tuple[str, ...] = ()  # beginnings of the names of parameters that nobody trained
 
     @property
     def category_ids(self) -> list[int]:
@@ -48,13 +49,26 @@ class Meta:
             "categories": [{"id": id_, "name": name} for id_, name in self.categories],
             "provenance": self.provenance.to_json(),
             "step": self.step,
+            "untrained": list(self.untrained),
         }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Meta:
         """The inverse of `to_json`. Raises KeyError, TypeError or InputError where something is wrong."""
         categories = tuple((int(c["id"]), str(c["name"])) for c in tree["categories"])
-        return cls(from_dict(tree["recipe"]), categories, Provenance.from_json(tree["provenance"]), int(tree["step"]))
+        untrained = tuple(str(part) for part in tree.get("untrained", ()))
+        provenance = Provenance.from_json(tree["provenance"])
+        return cls(from_dict(tree["recipe"]), categories, provenance, int(tree["step"]), untrained)
+
+    def warnings(self) -> list[str]:
+        """What everyone who uses these weights should be told, a line each."""
+        lines = []
+        if self.provenance.is_unknown:
+            lines.append(f"detector: {self.provenance.note}")
+        if self.untrained:
+            parts = ", ".join(part.rstrip(".") for part in self.untrained)
+            lines.append(f"detector: its {parts} are not trained; only features of given boxes mean something")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class ImageList:
             InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
             refer.ReferError: the refs cannot be read.
         """
-        from refer import read_refs
+        from refer import read_refs, target_ids
 
         refs = read_refs(root, dataset, split_by)
         chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
@@ -63,7 +63,7 @@ class ImageList:
         if lost:
             raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
         annotations = {annotation["id"] for annotation in index.raw["annotations"]}
-        stray = [ref for ref in refs if ref["split"] in chosen and ref["ann_id"] not in annotations]
+        stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
         if stray:
             raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
                              f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
@@ -81,6 +81,16 @@ class ExtractOptions:
     nms_threshold: float = 0.3
     max_regions: int = 100
     precision: str = "float32"
+    at_least_one: bool = False
+    masks: str = "annotated"  # of annotations: theirs, or "predicted" by the detector for their boxes
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was done, and what the user should know about the detector, a line each."""
+
+    summary: Summary
+    warnings: list[str]
 
 
 def extract_features(
@@ -93,7 +103,7 @@ def extract_features(
     workers: int = 2,
     device: str = "auto",
     resume: bool = False,
-) -> Summary:
+) -> Extraction:
     """Regions and features of images by a trained detector, into the store ``out``.
 
     Arguments:
@@ -130,9 +140,10 @@ def extract_features(
                             "precision": options.precision}  # fmt: skip
     if given:
         what["instances_sha256"] = file_sha256(image_list.index.path)
+        what["masks"] = options.masks
     else:
         what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
-                 "max_regions": options.max_regions}  # fmt: skip
+                 "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
     what |= {
         "image_list": image_list.name,
         "image_list_sha256": records_sha256(records),
@@ -141,21 +152,26 @@ def extract_features(
     plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given)
     categories = image_list.index.categories if given else dict(meta.categories)
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
+    if options.masks == "predicted" and not (given and meta.recipe.model.masks):
+        raise InputError("--masks predicted: needs --regions annotations and a detector with a mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
     compute = _annotated(detector, image_list.index, options) if given else _detected(detector, options)
     batches = exact_batches(records, meta.recipe.input, batch_size)
     try:
         with torch.inference_mode():
-            return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
+            done = extract(out, plan, header, batches, records, source.read, compute, resume, workers)
     except torch.cuda.OutOfMemoryError as error:
         raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; what is finished is kept: "
                         "continue with a smaller one and --resume") from error  # fmt: skip
+    return Extraction(done, meta.warnings())
 
 
 def _detected(detector: Checkpoint, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import DetectOptions, detect_batch
 
-    settings = DetectOptions(options.score_threshold, options.nms_threshold, options.max_regions, options.features)
+    settings = DetectOptions(
+        options.score_threshold, options.nms_threshold, options.max_regions, options.features, options.at_least_one
+    )
     bf16 = options.precision == "bfloat16"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
@@ -168,11 +184,22 @@ def _annotated(detector: Checkpoint, index: CocoIndex, options: ExtractOptions) 
     from refdet.detector.inference import describe_boxes
 
     bf16 = options.precision == "bfloat16"
+    label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
+    predicted = options.masks == "predicted"
+    if predicted and (strange := sorted(index.categories.keys() - label_of.keys())):
+        raise InputError(f"--masks predicted: {index.path} has category {strange[0]} ({index.categories[strange[0]]}), "
+                         "which the detector does not know")  # fmt: skip
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
         bare = [annotated_regions(record, index.annotations[record.id]) for record in batch]
-        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, bf16)
-        return [replace(r, features=features) for r, features in zip(bare, found, strict=True)]
+        labels = (
+            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
+        )
+        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels, bf16)
+        return [
+            replace(r, features=f.features, masks=r.masks if f.masks is None else f.masks)
+            for r, f in zip(bare, found, strict=True)
+        ]
 
     return compute
 

@@ -22,7 +22,8 @@ class Provenance:
     """Where training images come from and which REFER splits are not among them.
 
     Attributes:
-        source: name of the instances file the images were taken from.
+        source: name of the instances file the images were taken from; this, the two hashes and the counts
+            are empty for imported weights whose training data nobody knows.
         source_sha256: SHA-256 of that file.
         images, annotations: how many were left to train on.
         image_ids_sha256: `image_ids_sha256` of those images.
@@ -62,6 +63,16 @@ class Provenance:
             raise InputError("provenance: a field has the wrong type; build the split again")
         return result
 
+    @classmethod
+    def imported(cls, name: str, sha256: str) -> Provenance:
+        """Of a foreign checkpoint of which nobody says what it was trained on."""
+        return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, training data unknown")
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether not even the images are known."""
+        return not self.image_ids_sha256
+
     def with_weights(self, text: str) -> Provenance:
         """The same with ``weights`` set to what training started from."""
         return replace(self, weights=text)
@@ -94,6 +105,8 @@ class Provenance:
 
     def one_line(self) -> str:
         """The gist for people."""
+        if self.is_unknown:
+            return self.note
         parts = [f"{self.images} images of {self.source}"]
         if self.excluded:
             parts.append("without " + ", ".join(sorted(self.excluded)))

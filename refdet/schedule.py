@@ -8,16 +8,34 @@ from torch import Tensor, nn
 from refdet.recipe import TrainOptions
 
 
-def optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.SGD:
+def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> torch.optim.SGD:
     """SGD with momentum; weight decay on the weights of convolutions and linear layers alone, since it would
-    only push biases and the scales of norms towards nothing."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    only push biases and the scales of norms towards nothing.
+
+    Args:
+        fresh: where training starts from weights, the beginnings of the names of what they did not hold: the rest
+            learns at ``options.loaded_rate`` times the rate. None where it starts from nothing.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
+            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            factor = 1.0 if fresh is None or name.startswith(fresh) else options.loaded_rate
+            groups.setdefault((decay, factor), []).append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "weight_decay": decay, "rate": factor}
+            for (decay, factor), parameters in groups.items()
+        ],
+        lr=options.lr,
+        momentum=options.momentum,
+    )
+
+
+def set_rate(sgd: torch.optim.SGD, rate: float) -> None:
+    """Give each group of an `optimiser` its part of a rate."""
+    for group in sgd.param_groups:
+        group["lr"] = rate * group["rate"]
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -30,11 +30,10 @@ from refdet.device import usable_device
 from refdet.errors import InputError, WorkError
 from refdet.provenance import Provenance, file_sha256
 from refdet.recipe import Recipe
-from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum
+from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum, set_rate
+from refdet.start import difference, load_start
 
 METRICS = "metrics.jsonl"
-# layers that depend on the classes; `train.reset_predictors` starts them anew
-PREDICTORS = ("head.box.", "head.mask.logits.")
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,13 @@ def train(
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if resume:
         return _resume(model, meta, batches, out, weights)
-    if weights is not None:
-        _start_from(model, meta, weights)
+    return _begin(model, meta, batches, out, weights)
+
+
+def _begin(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
+    fresh = None if weights is None else load_start(model, meta, weights)
     out.mkdir(parents=True, exist_ok=True)
-    return _run(model, meta, batches, out, optimiser(model, recipe.train), first=0)
+    return _run(model, meta, batches, out, optimiser(model, meta.recipe.train, fresh), fresh, first=0)
 
 
 def _resolved(recipe: Recipe, weights: Path | None) -> Recipe:
@@ -104,53 +106,33 @@ def _resolved(recipe: Recipe, weights: Path | None) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
 
 
-def _start_from(model: MaskRCNN, meta: Meta, weights: Path) -> None:
-    folder, reset = checkpoint.run_directory(weights), meta.recipe.train.reset_predictors
-    theirs = checkpoint.load_meta(folder).categories
-    if theirs != meta.categories and not reset:
-        raise InputError(
-            f"--weights {weights}: {_difference(theirs, meta.categories)}; keep all but its last layers with "
-            "--set train.reset_predictors=true"
-        )
-    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
-    checkpoint.load_weights(model, tensors, folder / checkpoint.MODEL, skip=PREDICTORS if reset else ())
-
-
-def _difference(theirs: tuple, ours: tuple) -> str:
-    if len(theirs) != len(ours):
-        return f"the checkpoint has {len(theirs)} classes, the instances file {len(ours)}"
-    first = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
-    return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
-
-
 def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
     """Go on with the newest state of a run; from the start if it had none yet."""
     states = sorted((out / checkpoint.STATE).glob("step-*.safetensors"))
     if not states:
         if (out / checkpoint.META).exists():
             raise InputError(f"--resume: {out} holds weights but no state/ to go on from")
-        if weights is not None:
-            _start_from(model, meta, weights)
-        out.mkdir(parents=True, exist_ok=True)
-        return _run(model, meta, batches, out, optimiser(model, meta.recipe.train), first=0)
+        return _begin(model, meta, batches, out, weights)
     tensors, metadata = checkpoint.read_tensors(states[-1])
     try:
         before = Meta.from_json(json.loads(metadata["meta"]))
+        fresh = json.loads(metadata["fresh"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{states[-1]}: not the state of a run ({error})") from error
     _check_same_run(before, meta, out)
     model.load_state_dict({name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
-    sgd = optimiser(model, meta.recipe.train)
+    fresh = None if fresh is None else tuple(fresh)
+    sgd = optimiser(model, meta.recipe.train, fresh)
     momentum = {name.removeprefix("momentum/"): t for name, t in tensors.items() if name.startswith("momentum/")}
     restore_momentum(model, sgd, momentum)
     # the run's own provenance: it may name the weights it started from
     meta = dataclasses.replace(meta, provenance=before.provenance)
-    return _run(model, meta, batches, out, sgd, first=before.step)
+    return _run(model, meta, batches, out, sgd, fresh, first=before.step)
 
 
 def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
     if before.categories != now.categories:
-        raise InputError(f"--resume {out}: {_difference(before.categories, now.categories)}")
+        raise InputError(f"--resume {out}: {difference(before.categories, now.categories)}")
     if before.provenance.image_ids_sha256 != now.provenance.image_ids_sha256:
         raise InputError(f"--resume {out}: the run was started with the images of another instances file")
     if before.provenance.annotations != now.provenance.annotations:
@@ -169,7 +151,15 @@ def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
                 )
 
 
-def _run(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, sgd: torch.optim.SGD, first: int) -> Summary:
+def _run(
+    model: MaskRCNN,
+    meta: Meta,
+    batches: TrainingBatches,
+    out: Path,
+    sgd: torch.optim.SGD,
+    fresh: tuple[str, ...] | None,
+    first: int,
+) -> Summary:
     options, device = meta.recipe.train, next(model.parameters()).device
     if first >= options.steps:
         checkpoint.save(out, model, dataclasses.replace(meta, step=first))
@@ -223,7 +213,7 @@ def _run(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, sgd: 
                 losses = []
             stop = stopped.is_set()
             if step % options.save_every == 0 or step == options.steps or stop:
-                _save(out, model, sgd, dataclasses.replace(meta, step=step))
+                _save(out, model, sgd, dataclasses.replace(meta, step=step), fresh)
             if stop and step < options.steps:
                 raise WorkError(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
     seconds = time.perf_counter() - started
@@ -244,8 +234,7 @@ def _step(
     if not all(map(math.isfinite, terms.values())):
         bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
         raise _not_finite(f"loss is not finite ({bad})", batch)
-    for group in sgd.param_groups:
-        group["lr"] = rate
+    set_rate(sgd, rate)
     sgd.zero_grad(set_to_none=True)
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
@@ -262,13 +251,13 @@ def _not_finite(what: str, batch: Batch) -> WorkError:
     )
 
 
-def _save(out: Path, model: MaskRCNN, sgd: torch.optim.SGD, meta: Meta) -> None:
+def _save(out: Path, model: MaskRCNN, sgd: torch.optim.SGD, meta: Meta, fresh: tuple[str, ...] | None) -> None:
     """Write the state, then the model; then remove older states. The state alone is enough to go on."""
     folder = out / checkpoint.STATE
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
     path = folder / f"step-{meta.step:08d}.safetensors"
-    checkpoint.write_tensors(path, tensors, {"meta": json.dumps(meta.to_json())})
+    checkpoint.write_tensors(path, tensors, {"meta": json.dumps(meta.to_json()), "fresh": json.dumps(fresh)})
     checkpoint.save(out, model, meta)
     for old in folder.glob("step-*.safetensors"):
         if old != path:

@@ -62,3 +62,9 @@ def test_wrong_fields_are_refused(tmp_path: Path, change: dict) -> None:
         Provenance.of_instances(write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json() | change}))
     with pytest.raises(InputError, match="images"):
         Provenance.from_json({"source": "x"})
+
+
+def test_imported_weights_say_that_nothing_is_known() -> None:
+    found = Provenance.imported("res101.pth", "ab" * 32)
+    assert found.is_unknown and Provenance.from_json(found.to_json()) == found
+    assert found.one_line() == f"imported: res101.pth, sha256 {'ab' * 32}, training data unknown"

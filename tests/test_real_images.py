@@ -5,6 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from pycocotools import mask
+from refdet.cli.main import main
 
 from refdet import checkpoint, recipe, store
 from refdet.data.coco import CocoIndex
@@ -71,3 +75,48 @@ def test_training_on_real_images_lowers_the_loss(shared: Path, tmp_path: Path) -
     train(chosen, root / "annotations" / "instances_train2017.json", root / "train2017", tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: Path) -> None:
+    """Through the commands, with the seed's arithmetic, MAttNet's threshold and the detector's masks of annotations."""
+    root = shared / "data" / "coco_mini"
+    tree = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    tree["images"] = tree["images"][:3]
+    kept = {image["id"] for image in tree["images"]}
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in kept]
+    (tmp_path / "three.json").write_text(json.dumps(tree))
+    changes = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[160]"]
+    chosen = recipe.load("seed-c4-res50").with_changes(changes)
+    torch.manual_seed(0)
+    categories = tuple((c["id"], c["name"]) for c in tree["categories"])
+    meta = checkpoint.Meta(chosen, categories, Provenance.imported("seed.pth", "ab" * 32), 0)
+    model = MaskRCNN(chosen, len(categories))
+    with torch.no_grad():
+        for parameter in model.head.box.parameters():  # type: ignore[attr-defined]  # both heads have one
+            parameter.zero_()  # each class as likely as the background: 1 / 81
+    checkpoint.save(tmp_path / "run", model, meta)
+    common = ["extract-features", "--checkpoint", str(tmp_path / "run"), "--images", str(root / "train2017"),
+              "--instances", str(tmp_path / "three.json")]  # fmt: skip
+    said = "detector: imported: seed.pth, sha256 abab"
+    run = CliRunner().invoke(
+        main, [*common, "--out", str(tmp_path / "d.h5"), "--score-threshold", "0.65", "--at-least-one"]
+    )
+    assert run.exit_code == 0 and said in run.output and "training data unknown" in run.output
+    with store.open(tmp_path / "d.h5") as file:
+        for image_id in file:
+            regions = file[image_id]
+            assert len(regions) == 100
+            np.testing.assert_allclose(regions.scores, 1 / 81, rtol=1e-5)
+            assert (regions.boxes[:, 2:] > regions.boxes[:, :2]).all() and (regions.boxes >= 0).all()
+            assert (regions.boxes <= [regions.width, regions.height] * 2).all()
+    run = CliRunner().invoke(
+        main, [*common, "--out", str(tmp_path / "a.h5"), "--regions", "annotations", "--masks", "predicted"]
+    )
+    assert run.exit_code == 0, run.output
+    with store.open(tmp_path / "a.h5") as file:
+        regions = file[next(iter(file))]
+        areas = mask.area(regions.rles())
+        sizes = (regions.boxes[:, 2:] - regions.boxes[:, :2]).prod(axis=1)
+        assert (areas <= sizes * 1.1 + 4).all()
+    run = CliRunner().invoke(main, [*common, "--out", str(tmp_path / "n.h5"), "--masks", "predicted"])
+    assert run.exit_code == 2 and "--regions annotations" in run.output

@@ -1,0 +1,35 @@
+"""``refdet import-weights``: a published checkpoint as a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import echo_json, echo_table, json_option, note
+
+
+@click.command("import-weights")
+@click.option("--from", "source", type=Path, required=True, help="Checkpoint of the seed, or of an ImageNet ResNet.")
+@click.option("--out", type=Path, required=True, help="Run directory to write.")
+@click.option("--trained-on", type=Path, help="The split it was trained on, where you know it.")
+@click.option("--style", type=click.Choice(["caffe", "torchvision"]), help="Of an ImageNet ResNet; told by default.")
+@json_option
+def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
+    """Make a run directory of lichengunc/mask-faster-rcnn's checkpoints and of ImageNet ResNets."""
+    from dataclasses import asdict
+
+    from refdet.import_weights import import_weights
+
+    done = import_weights(source, out, trained_on, style)
+    note(f"{source.name} is {done.kind}")
+    if done.untrained:
+        note(
+            f"it has no {', '.join(part.rstrip('.') for part in done.untrained)}: start a training from it (--weights)"
+        )
+    note(f"trained on: {done.provenance.one_line()}")
+    if as_json:
+        echo_json(asdict(done))
+        return
+    row = (done.recipe, str(done.classes), f"{done.numbers:,}", str(out))
+    echo_table([row], header=("recipe", "classes", "numbers", "run directory"))

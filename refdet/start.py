@@ -1,0 +1,79 @@
+"""The start of a training from weights: what of them fits, and what begins anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from refdet import checkpoint
+from refdet.checkpoint import Meta
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.errors import InputError
+from refdet.recipe import Recipe
+
+# layers that depend on the classes; `train.reset_predictors` starts them anew
+PREDICTORS = ("head.box.", "head.mask.logits.")
+MASK_BRANCH = "head.mask."
+
+
+def load_start(model: MaskRCNN, meta: Meta, weights: Path) -> tuple[str, ...]:
+    """Put the weights of a run directory into a new model.
+
+    Taken is all that someone trained: of an imported ImageNet network its convolutions, of a Faster R-CNN all but the
+    mask branch. Classes must agree, unless the layers that depend on them begin anew anyway.
+
+    Returns:
+        beginnings of the names of what begins anew.
+
+    Raises:
+        InputError: the weights are of another network, other classes, or another style of input.
+    """
+    folder = checkpoint.run_directory(weights)
+    theirs = checkpoint.load_meta(folder)
+    _check_style(theirs.recipe, meta.recipe, weights)
+    fresh = theirs.untrained
+    if meta.recipe.train.reset_predictors:
+        fresh += PREDICTORS
+    if meta.recipe.model.masks and not theirs.recipe.model.masks:
+        fresh += (MASK_BRANCH,)
+    elif theirs.recipe.model.masks and not meta.recipe.model.masks:
+        fresh += (MASK_BRANCH,)  # taken by nobody
+    if theirs.categories != meta.categories and not any("head.box.".startswith(part) for part in fresh):
+        raise InputError(
+            f"--weights {weights}: {difference(theirs.categories, meta.categories)}; keep all but its last layers with "
+            "--set train.reset_predictors=true"
+        )
+    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
+    if theirs.recipe.model.neck != meta.recipe.model.neck and theirs.untrained:
+        tensors = _for_pyramid(tensors)
+        fresh += ("neck.", "head.")
+    checkpoint.load_weights(model, tensors, folder / checkpoint.MODEL, skip=fresh)
+    return fresh
+
+
+def difference(theirs: tuple, ours: tuple) -> str:
+    """Where the categories of a checkpoint differ from those of an instances file, for people."""
+    if len(theirs) != len(ours):
+        return f"the checkpoint has {len(theirs)} classes, the instances file {len(ours)}"
+    first = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
+    return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
+
+
+def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An imported ResNet, whose conv5 stands in the head of a C4 network, for one that has it in the backbone."""
+    return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
+
+
+def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:
+    """Weights know the range and the order of the channels, and where the stride is, though no shape shows it."""
+    mends = []
+    for part, key in (
+        ("input", "order"), ("input", "mean"), ("input", "std"), ("model", "stride_in_1x1"),
+    ):  # fmt: skip
+        before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
+        if before != now:
+            value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()
+            mends.append(f"--set {part}.{key}={value}")
+    if mends:
+        raise InputError(f"--weights {weights}: trained in another style than the recipe's; add {' '.join(mends)}")
