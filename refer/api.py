@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
+from . import drawing
+from .checks import box_of
 from .errors import ReferDataError
-from .files import read_instances, read_refs
+from .files import is_generalized, read_instances, read_refs, refs_file
 from .masks import decode
-from .records import Annotation, Image, Ref, Sentence
+from .plain_files import no_garbage_collection
+from .records import Annotation, Image, Ref, Sentence, target_ids
+from .table import frame
+
+if TYPE_CHECKING:
+    import pandas
 
 Ids = int | Iterable[int]
 _Record = TypeVar("_Record")
 
 # The splits of the published data. A dataset that lacks one of them simply has no refs in it.
 _SPLITS = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
+_IMAGE_DIRS = {"refclef": ("images/saiapr_tc-12",)}
+_COCO_DIRS = ("images/mscoco/images/train2014", "images/train2014")
 
 
 class REFER:
-    """One dataset of referring expressions under one division into splits.
+    """One dataset of referring expressions under one division into splits. Its length and items are its refs.
 
     Arguments:
         data_root: the folder that holds the folder ``dataset``.
-        dataset: "refcoco", "refcoco+", "refcocog" or any other folder of the same layout.
-        splitBy: who divided it: "unc", "google", "umd", ...
+        dataset: "refclef", "refcoco", "refcoco+", "refcocog", "grefcoco" or any other folder of that layout.
+        splitBy: who divided it: "unc", "google", "umd", "berkeley", ...
 
     Attributes:
         data: "dataset", "refs", "images", "annotations", "categories" as in the files.
@@ -34,85 +46,117 @@ class REFER:
         refToAnn, annToRef: ref id -> annotation, annotation id -> ref.
         catToRefs: category id -> list of refs.
         sentToRef, sentToTokens: sentence id -> ref, -> list of tokens.
-        DATA_DIR, IMAGE_DIR: where the original API looks for the files of the dataset and for COCO's images.
+        ROOT_DIR, DATA_DIR, IMAGE_DIR: the folders of this module, of the dataset, and of the images.
+        generalized: whether this is gRefCOCO, where a ref means any number of annotations and none. There
+            ``refToAnn`` and ``annToRef`` hold lists, as in gRefCOCO's own API, `getRefBox` gives a list of boxes
+            and `getMask` the union; all these are empty for a ref without a target.
 
     Raises:
-        ReferNotFoundError: no such dataset, split or file; lists what there is.
+        ReferNotFoundError: no such dataset, split or file; lists what there is, and how to get it.
         ReferDataError: a damaged file, or a ref without its annotation or image.
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "refcoco", splitBy: str = "unc") -> None:
-        self.DATA_DIR = str(Path(data_root) / dataset)
-        self.IMAGE_DIR = str(Path(data_root) / "images" / "mscoco" / "images" / "train2014")
-        refs = read_refs(data_root, dataset, splitBy)
-        instances = read_instances(data_root, dataset)
-        self.data: dict[str, Any] = {"dataset": dataset, "refs": refs, **instances}
+        with no_garbage_collection():
+            self.generalized = is_generalized(refs_file(data_root, dataset, splitBy))
+            refs = read_refs(data_root, dataset, splitBy)
+            self.ROOT_DIR = str(Path(__file__).resolve().parent)
+            self.DATA_DIR = str(Path(data_root) / dataset)
+            folders = [Path(data_root) / folder for folder in _IMAGE_DIRS.get(dataset, _COCO_DIRS)]
+            self.IMAGE_DIR = str(next((folder for folder in folders if folder.is_dir()), folders[0]))
+            self.data: dict[str, Any] = {"dataset": dataset, "refs": refs, **read_instances(data_root, dataset)}
+            self.createIndex()
 
-        self.Anns: dict[int, Annotation] = {ann["id"]: ann for ann in instances["annotations"]}
-        self.Imgs: dict[int, Image] = {image["id"]: image for image in instances["images"]}
-        self.Cats: dict[int, str] = {category["id"]: category["name"] for category in instances["categories"]}
+    def createIndex(self) -> None:
+        """Make the index attributes from ``data`` anew, say after refs were taken out of ``data["refs"]``."""
+        self.Anns: dict[int, Annotation] = {ann["id"]: ann for ann in self.data["annotations"]}
+        self.Imgs: dict[int, Image] = {image["id"]: image for image in self.data["images"]}
+        self.Cats: dict[int, str] = {category["id"]: category["name"] for category in self.data["categories"]}
         self.imgToAnns: dict[int, list[Annotation]] = {}
-        for ann in instances["annotations"]:
-            self.imgToAnns.setdefault(ann["image_id"], []).append(ann)
+        of_image = self.imgToAnns.setdefault
+        for ann in self.data["annotations"]:
+            of_image(ann["image_id"], []).append(ann)
 
         self.Refs: dict[int, Ref] = {}
         self.Sents: dict[int, Sentence] = {}
         self.imgToRefs: dict[int, list[Ref]] = {}
         self.catToRefs: dict[int, list[Ref]] = {}
-        self.refToAnn: dict[int, Annotation] = {}
-        self.annToRef: dict[int, Ref] = {}
+        self.refToAnn: dict[int, Any] = {}
+        self.annToRef: dict[int, Any] = {}
         self.sentToRef: dict[int, Ref] = {}
         self.sentToTokens: dict[int, list[str]] = {}
-        for ref in refs:
+        for ref in self.data["refs"]:
             self._add(ref)
 
     def _add(self, ref: Ref) -> None:
-        ref_id, ann_id, image_id = ref["ref_id"], ref["ann_id"], ref["image_id"]
-        ann = self.Anns.get(ann_id)
-        if ann is None:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} points to annotation {ann_id}, "
-                                 "which is not in instances.json")  # fmt: skip
+        ref_id, image_id = ref["ref_id"], ref["image_id"]
         if image_id not in self.Imgs:
             raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} is on image {image_id}, "
                                  "which is not in instances.json")  # fmt: skip
-        if ann["image_id"] != image_id:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} is on image {image_id}, "
-                                 f"its annotation {ann_id} on image {ann['image_id']}")  # fmt: skip
+        anns = [self._target(ref, ann_id) for ann_id in target_ids(ref)]
         self.Refs[ref_id] = ref
         self.imgToRefs.setdefault(image_id, []).append(ref)
-        self.catToRefs.setdefault(ref["category_id"], []).append(ref)
-        self.refToAnn[ref_id] = ann
-        self.annToRef[ann_id] = ref
+        for category_id in dict.fromkeys(ref["category_id"]) if self.generalized else (ref["category_id"],):
+            self.catToRefs.setdefault(category_id, []).append(ref)
+        self.refToAnn[ref_id] = anns if self.generalized else anns[0]
+        for ann in anns:
+            if self.generalized:
+                self.annToRef.setdefault(ann["id"], []).append(ref)
+            else:
+                self.annToRef[ann["id"]] = ref
         for sentence in ref["sentences"]:
-            self.Sents[sentence["sent_id"]] = sentence
-            self.sentToRef[sentence["sent_id"]] = ref
-            self.sentToTokens[sentence["sent_id"]] = sentence["tokens"]
+            sent_id = sentence["sent_id"]
+            self.Sents[sent_id] = sentence
+            self.sentToRef[sent_id] = ref
+            self.sentToTokens[sent_id] = sentence["tokens"]
 
-    def getRefIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str = "") -> list[int]:
-        """Ids of the refs that pass every filter given, in the order of the file.
+    def _target(self, ref: Ref, ann_id: int) -> Annotation:
+        ann = self.Anns.get(ann_id)
+        if ann is None:
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} points to annotation {ann_id}, "
+                                 "which is not in instances.json")  # fmt: skip
+        if ann["image_id"] != ref["image_id"]:
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} is on image {ref['image_id']}, "
+                                 f"its annotation {ann_id} on image {ann['image_id']}")  # fmt: skip
+        return ann
+
+    def __len__(self) -> int:
+        return len(self.data["refs"])
+
+    def __iter__(self) -> Iterator[Ref]:
+        return iter(self.data["refs"])
+
+    def __repr__(self) -> str:
+        return f"REFER({self.DATA_DIR!r}: {len(self)} refs, {len(self.Sents)} sentences, {len(self.Imgs)} images)"
+
+    def getRefIds(
+        self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str | Iterable[str] = ""
+    ) -> list[int]:
+        """Ids of the refs that pass every filter given, in the order of the images given, else of the file.
 
         Arguments:
             image_ids, cat_ids, ref_ids: one id or several; none means no filter.
-            split: "train", "val", "testA", ...; "test" means every test split, "testA" those with an A after
-                "test", as in the original. "" means no filter.
+            split: "train", "val", "testA", ..., or several; "test" means every test split, "testA" those with
+                an A after "test", as in the original. "" means no filter.
 
         Raises:
             ReferDataError: there is no such split.
         """
-        images, cats, ids = set(_ids(image_ids)), set(_ids(cat_ids)), set(_ids(ref_ids))
-        splits = self._splits(split)
+        images, cats, ids = _ids(image_ids), set(_ids(cat_ids)), set(_ids(ref_ids))
+        asked = [name for name in ([split] if isinstance(split, str) else split) if name]
+        splits = {name for one in asked for name in self._splits(one)}
+        refs = [ref for one in dict.fromkeys(images) for ref in self.imgToRefs.get(one, [])] if images else list(self)
+        if cats:
+            of_cats = {ref["ref_id"] for cat in cats for ref in self.catToRefs.get(cat, [])}
+            refs = [ref for ref in refs if ref["ref_id"] in of_cats]
         return [
-            ref["ref_id"]
-            for ref in self.data["refs"]
-            if (not images or ref["image_id"] in images)
-            and (not cats or ref["category_id"] in cats)
-            and (not ids or ref["ref_id"] in ids)
-            and (not split or ref["split"] in splits)
-        ]
+            ref["ref_id"] for ref in refs
+            if (not ids or ref["ref_id"] in ids) and (not asked or ref["split"] in splits)
+        ]  # fmt: skip
 
     def _splits(self, asked: str) -> set[str]:
-        there = {ref["split"] for ref in self.data["refs"]}
-        if asked and asked not in there and asked not in _SPLITS:
+        there = {ref["split"] for ref in self}
+        if asked not in there and asked not in _SPLITS:
             raise ReferDataError(f"{self.DATA_DIR}: no split {asked!r}; there is {', '.join(sorted(there))}")
         tests = {name for name in there if name.startswith("test")}
         if asked == "test":
@@ -122,16 +166,16 @@ class REFER:
         return {asked}
 
     def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
-        """Ids of the annotations that pass every filter given, in the order of the file."""
-        images, cats = set(_ids(image_ids)), set(_ids(cat_ids))
-        ids = {ref["ann_id"] for ref in self.loadRefs(ref_ids)}
+        """Ids of the annotations that pass every filter given, in the order of the images given, else of the file."""
+        images, cats, refs = _ids(image_ids), set(_ids(cat_ids)), self.loadRefs(ref_ids)
+        ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
+        anns = self.data["annotations"]
+        if images:
+            anns = [ann for one in dict.fromkeys(images) for ann in self.imgToAnns.get(one, [])]
         return [
-            ann["id"]
-            for ann in self.data["annotations"]
-            if (not images or ann["image_id"] in images)
-            and (not cats or ann.get("category_id") in cats)
-            and (not ids or ann["id"] in ids)
-        ]
+            ann["id"] for ann in anns
+            if (not cats or ann.get("category_id") in cats) and (not refs or ann["id"] in ids)
+        ]  # fmt: skip
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
         """Ids of the images of these refs, each once; of all images where no ref is given."""
@@ -158,36 +202,90 @@ class REFER:
         """The names of these categories; ReferDataError names one that is not there."""
         return _load(self.Cats, cat_ids, "category")
 
-    def getRefBox(self, ref_id: int) -> list[float]:
-        """The box of the referred object, ``[x, y, width, height]`` in pixels."""
-        [ref] = self.loadRefs(ref_id)
-        ann = self.refToAnn[ref["ref_id"]]
-        if "bbox" not in ann:
-            raise ReferDataError(f"{self.DATA_DIR}: annotation {ann['id']} has no bbox")
-        return ann["bbox"]
+    def getRefBox(self, ref_id: int) -> list[Any]:
+        """The box of the referred object, ``[x, y, width, height]`` in pixels; in gRefCOCO a list of such boxes."""
+        boxes = [box_of(self.DATA_DIR, ann) for ann in self._anns(*self.loadRefs(ref_id))]
+        return boxes if self.generalized else boxes[0]
 
     def getMask(self, ref: Ref) -> dict[str, Any]:
         """The mask of the referred object.
 
         Returns:
             "mask": (height, width) uint8, 1 inside; "area": its pixels. The mask is the union of the parts of
-            the object; the original adds them up, which differs only where they overlap.
+            the object; the original adds them up, which differs only where they overlap. In gRefCOCO it is the
+            union of all targets but crowds, as in its own API, and zero where there is none.
         """
-        ann = self.refToAnn[ref["ref_id"]]
-        image = self.Imgs[ref["image_id"]]
+        image = self._image(ref)
+        anns = self._anns(ref)
+        if self.generalized:
+            anns = [ann for ann in anns if not ann.get("iscrowd")]
+        masks = [self._mask(ann, image) for ann in anns] or [self._decode(f"image {image['id']}", [], image)]
+        if len({mask.shape for mask in masks}) > 1:
+            raise ReferDataError(f"{self.DATA_DIR}: the masks of ref {ref['ref_id']} are of different sizes")
+        mask = np.bitwise_or.reduce(masks)
+        return {"mask": mask, "area": int(mask.sum())}
+
+    def _mask(self, ann: Annotation, image: Image) -> np.ndarray:
         if not ann.get("segmentation"):
             raise ReferDataError(f"{self.DATA_DIR}: annotation {ann['id']} has no segmentation")
+        return self._decode(f"annotation {ann['id']}", ann["segmentation"], image)
+
+    def _decode(self, what: str, segmentation: Any, image: Image) -> np.ndarray:
         try:
-            mask = decode(ann["segmentation"], image["height"], image["width"])
-        except KeyError as error:
-            raise ReferDataError(f"{self.DATA_DIR}: image {image['id']} has no {error}") from None
+            return decode(segmentation, image["height"], image["width"])
         except ReferDataError as error:
-            raise ReferDataError(f"{self.DATA_DIR}: annotation {ann['id']}: {error}") from None
-        return {"mask": mask, "area": int(mask.sum())}
+            raise ReferDataError(f"{self.DATA_DIR}: {what}: {error}") from None
+
+    def _anns(self, ref: Ref) -> list[Annotation]:
+        found = self.refToAnn[ref["ref_id"]]
+        return found if self.generalized else [found]
+
+    def _image(self, ref: Ref) -> Image:
+        image = self.Imgs[ref["image_id"]]
+        for key in ("height", "width"):
+            if key not in image:
+                raise ReferDataError(f"{self.DATA_DIR}: image {image['id']} has no {key!r}")
+        return image
+
+    def showRef(self, ref: Ref, seg_box: str = "seg") -> None:
+        """Draw the image into pyplot's current axes and the object on it, and print the sentences.
+
+        Arguments:
+            seg_box: "seg" draws the outline, "box" the box, as in the original.
+
+        Raises:
+            ReferError: matplotlib is not installed.
+            ReferNotFoundError: the image is not in ``IMAGE_DIR``.
+        """
+        if seg_box not in ("seg", "box"):
+            raise ReferDataError(f"seg_box is {seg_box!r}, it must be 'seg' or 'box'")
+        ax, image = drawing.axes(), self._image(ref)
+        drawing.draw_image(ax, self.IMAGE_DIR, image)
+        for position, sentence in enumerate(ref["sentences"], start=1):
+            print(f"{position}. {sentence['sent']}")
+        for ann in self._anns(ref):
+            if seg_box == "box":
+                drawing.draw_box(ax, box_of(self.DATA_DIR, ann))
+            else:
+                mask = self._mask(ann, image)  # which also checks the polygons
+                drawing.draw_outline(ax, ann["segmentation"], mask)
+
+    def showMask(self, ref: Ref) -> None:
+        """Draw the mask of `getMask` into pyplot's current axes; ReferError if matplotlib is not installed."""
+        mask = self.getMask(ref)["mask"]
+        drawing.axes().imshow(mask)
+
+    def frame(self) -> pandas.DataFrame:
+        """A pandas table with a row a sentence; see `refer.table.frame` for its columns."""
+        return frame(self)
 
 
 def _ids(ids: Ids) -> list[int]:
-    return list(ids) if isinstance(ids, Iterable) else [ids]
+    try:
+        # operator.index takes numpy's integers too
+        return [operator.index(one) for one in (ids if isinstance(ids, Iterable) else [ids])]
+    except TypeError:
+        raise ReferDataError(f"ids are integers or lists of integers, not {ids!r:.40}") from None
 
 
 def _load(records: Mapping[int, _Record], ids: Ids, what: str) -> list[_Record]:

@@ -1,25 +1,24 @@
 """Finding, reading and checking the files below a REFER data root.
 
-ROOT/DATASET/refs(SPLIT_BY).p      a pickled list of refs
-ROOT/DATASET/instances.json        the COCO annotations the refs point to
+ROOT/DATASET/refs(SPLIT_BY).p        a pickled list of refs
+ROOT/DATASET/grefs(SPLIT_BY).json    gRefCOCO: the same as JSON; a ref may have no or several annotations
+ROOT/DATASET/instances.json          the COCO annotations the refs point to
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from .checks import check_fields, check_ids, check_refs
 from .errors import ReferDataError, ReferNotFoundError
-from .records import Instances, Ref
+from .plain_files import no_garbage_collection, read_json
+from .published import how_to_get
+from .records import NO_TARGET, Instances, Ref
 from .unpickle import read_plain_pickle
 
-_REFS_FILE = re.compile(r"refs\((?P<split_by>[^()]+)\)\.p")
-_REF_FIELDS: dict[str, type] = {
-    "ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list
-}  # fmt: skip
-_SENTENCE_FIELDS: dict[str, type] = {"sent_id": int, "sent": str, "tokens": list}
+_REFS_FILE = re.compile(r"(refs\((?P<split_by>[^()]+)\)\.p)|(grefs\((?P<generalized>[^()]+)\)\.(p|json))")
 
 
 def available(root: str | Path) -> list[tuple[str, str]]:
@@ -27,44 +26,47 @@ def available(root: str | Path) -> list[tuple[str, str]]:
 
     Raises:
         ReferNotFoundError: the root is no folder.
+        ReferDataError: a folder cannot be read.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise ReferNotFoundError(f"{root}: no such folder of REFER data")
-    found = []
-    for folder in root.iterdir():
-        if folder.is_dir():
-            matches = (_REFS_FILE.fullmatch(file.name) for file in folder.iterdir() if file.is_file())
-            found += [(folder.name, match["split_by"]) for match in matches if match]
-    return sorted(found)
+    return sorted(_find(Path(root)))
 
 
 def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
     """The checked refs of one dataset and split_by, in the order of the file.
 
+    ``ann_id`` and ``category_id`` are lists in gRefCOCO's files, [-1] where a ref has no target (`target_ids`).
+
     Raises:
-        ReferNotFoundError: there is no such dataset or split_by; the message lists what there is.
+        ReferNotFoundError: there is no such dataset or split_by; the message lists what there is, and for a
+            published dataset says how to get it.
         ReferDataError: the file is damaged, a field is missing or of the wrong type, or a ref id is there
             twice.
     """
-    root = Path(root)
-    pairs = available(root)
-    if (dataset, split_by) not in pairs:
-        raise ReferNotFoundError(_not_there(root, dataset, split_by, pairs))
-    path = root / dataset / f"refs({split_by}).p"
-    refs = read_plain_pickle(path)
-    if not isinstance(refs, list):
-        raise ReferDataError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
-    seen: set[int] = set()
-    for position, ref in enumerate(refs):
-        _check(path, f"ref number {position}", ref, _REF_FIELDS)
-        ref_id = ref["ref_id"]
-        if ref_id in seen:
-            raise ReferDataError(f"{path}: ref_id {ref_id} is there twice")
-        seen.add(ref_id)
-        for sentence in ref["sentences"]:
-            _check(path, f"a sentence of ref {ref_id}", sentence, _SENTENCE_FIELDS)
+    path = refs_file(root, dataset, split_by)
+    with no_garbage_collection():
+        refs = read_plain_pickle(path) if path.suffix == ".p" else read_json(path)
+        generalized = is_generalized(path)
+        if generalized and isinstance(refs, list):
+            refs = [_with_lists(ref) for ref in refs]
+        check_refs(path, refs, generalized)
     return refs
+
+
+def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
+    """The file of the refs of one dataset and split_by; ReferNotFoundError as of `read_refs`."""
+    root = Path(root)
+    if not root.is_dir():
+        hint = how_to_get(root, dataset, split_by)
+        raise ReferNotFoundError(f"{root}: no such folder of REFER data{'; ' * bool(hint)}{hint}")
+    found = _find(root)
+    if (dataset, split_by) not in found:
+        raise ReferNotFoundError(_not_there(root, dataset, split_by, sorted(found)))
+    return found[dataset, split_by]
+
+
+def is_generalized(path: Path) -> bool:
+    """Whether the refs of a file may have no or several targets."""
+    return path.name.startswith("grefs")
 
 
 def read_instances(root: str | Path, dataset: str) -> Instances:
@@ -76,52 +78,63 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
             integer id or one that is there twice.
     """
     path = Path(root) / dataset / "instances.json"
-    try:
-        instances = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ReferNotFoundError(f"{path}: no such file; it comes with the refs of {dataset}") from None
-    except json.JSONDecodeError as error:
-        raise ReferDataError(f"{path}: malformed JSON in line {error.lineno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ReferDataError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(instances, dict):
-        raise ReferDataError(f"{path}: holds a {type(instances).__name__}, not a COCO instances object")
-    fields: dict[str, dict[str, type]] = {
-        "images": {"id": int},
-        "annotations": {"id": int, "image_id": int},
-        "categories": {"id": int, "name": str},
-    }
-    for key, wanted in fields.items():
-        if not isinstance(instances.get(key), list):
-            raise ReferDataError(f"{path}: no list {key!r} in it")
-        seen: set[int] = set()
-        for position, entry in enumerate(instances[key]):
-            _check(path, f"{key}[{position}]", entry, wanted)
-            if entry["id"] in seen:
-                raise ReferDataError(f"{path}: {key}: id {entry['id']} is there twice")
-            seen.add(entry["id"])
+    with no_garbage_collection():
+        try:
+            instances = read_json(path)
+        except ReferNotFoundError:
+            raise ReferNotFoundError(f"{path}: no such file; it comes in one archive with the refs") from None
+        if not isinstance(instances, dict):
+            raise ReferDataError(f"{path}: holds a {type(instances).__name__}, not a COCO instances object")
+        fields: dict[str, dict[str, type]] = {
+            "images": {"id": int},
+            "annotations": {"id": int, "image_id": int},
+            "categories": {"id": int, "name": str},
+        }
+        for key, wanted in fields.items():
+            if not isinstance(instances.get(key), list):
+                raise ReferDataError(f"{path}: no list {key!r} in it")
+            check_fields(path, f"{key}[{{}}]", instances[key], wanted)
+            check_ids(path, f"{key}: id", [entry["id"] for entry in instances[key]])
     return Instances(
         images=instances["images"], annotations=instances["annotations"], categories=instances["categories"]
     )
 
 
-def _check(path: Path, what: str, entry: Any, wanted: dict[str, type]) -> None:
-    if not isinstance(entry, dict):
-        raise ReferDataError(f"{path}: {what} is a {type(entry).__name__}, not a dictionary")
-    for key, kind in wanted.items():
-        value = entry.get(key)
-        if type(value) is not kind:  # True is an int to isinstance
-            shown = f"is {value!r:.40}" if key in entry else "is missing"
-            raise ReferDataError(f"{path}: {what}: {key!r} {shown}, it must be of type {kind.__name__}")
+def _find(root: Path) -> dict[tuple[str, str], Path]:
+    if not root.is_dir():
+        raise ReferNotFoundError(f"{root}: no such folder of REFER data")
+    found: dict[tuple[str, str], Path] = {}
+    try:
+        # refs before grefs and .json before .p, should a folder hold both
+        files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
+        for file in sorted(files, key=lambda file: (is_generalized(file), file.suffix)):
+            match = _REFS_FILE.fullmatch(file.name)
+            split_by = match and (match["split_by"] or match["generalized"])
+            # A name that cannot be printed could not be named in an error or in a report either.
+            if split_by and file.is_file() and f"{file.parent.name}{split_by}".isprintable():
+                found.setdefault((file.parent.name, split_by), file)
+    except OSError as error:
+        raise ReferDataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
+    return found
+
+
+def _with_lists(ref: Any) -> Any:
+    """The ref with lists in the fields that gRefCOCO may hold as a single number, and one way to say "none"."""
+    if not isinstance(ref, dict):
+        return ref
+    lists = {key: [ref[key]] if type(ref[key]) is int else ref[key] for key in ("ann_id", "category_id") if key in ref}
+    return ref | {key: value if value != [] else [NO_TARGET] for key, value in lists.items()}
 
 
 def _not_there(root: Path, dataset: str, split_by: str, pairs: list[tuple[str, str]]) -> str:
     if any(_REFS_FILE.fullmatch(file.name) for file in root.iterdir()):
         return f"{root}: this is the folder of one dataset; give the folder above it"
+    hint = how_to_get(root, dataset, split_by)
+    hint = f"; {hint}" if hint else ""
     if not pairs:
-        return f"{root}: no DATASET/refs(SPLIT_BY).p below it; is it the folder of the REFER data?"
+        return f"{root}: no DATASET/refs(SPLIT_BY).p below it; is it the folder of the REFER data?{hint[1:]}"
     split_bys = [by for name, by in pairs if name == dataset]
     if split_bys:
-        return f"{root / dataset}: no refs({split_by}).p; there is split_by {', '.join(split_bys)}"
+        return f"{root / dataset}: no refs({split_by}).p; there is split_by {', '.join(split_bys)}{hint}"
     names = sorted({name for name, _ in pairs})
-    return f"{root}: no dataset {dataset!r}; there is {', '.join(names)}"
+    return f"{root}: no dataset {dataset!r}; there is {', '.join(names)}{hint}"

@@ -9,34 +9,95 @@ from pycocotools import mask as coco_mask
 
 from .errors import ReferDataError
 
+_MOST_PIXELS = 2**28
+# pycocotools walks along every edge of a polygon pixel by pixel, so one that ends far away would take for ever.
+_FARTHEST = 10_000
 
-def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
+
+def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
     """The mask of a segmentation.
 
     Arguments:
         segmentation: polygons ``[[x, y, ...], ...]`` in pixels, one RLE (compressed or not), or a list of
-            RLEs; the mask is the union of the parts. Polygons of fewer than three points enclose nothing.
+            RLEs, as RefClef has them; the mask is the union of the parts. Polygons of fewer than three points
+            enclose nothing.
         height, width: size of the image in pixels.
 
     Returns:
-        (height, width) uint8, 1 inside.
+        (height, width) uint8, 1 inside; RLEs are of the size that they say themselves.
 
     Raises:
-        ReferDataError: the segmentation is neither, or cannot be decoded.
+        ReferDataError: the segmentation is neither, or damaged.
     """
+    _check_size(height, width)
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    rles = []
-    try:
-        for part in parts:
-            if isinstance(part, list):
-                if len(part) >= 6:
-                    rles += coco_mask.frPyObjects([part], height, width)
-            elif isinstance(part["counts"], list):
-                rles.append(coco_mask.frPyObjects(part, *part["size"]))
-            else:
-                rles.append(part)
-        if not rles:
-            return np.zeros((height, width), np.uint8)
-        return np.asarray(coco_mask.decode(coco_mask.merge(rles)), np.uint8)
-    except Exception as error:  # pycocotools raises plain Exception
-        raise ReferDataError(f"a segmentation cannot be decoded ({type(error).__name__}: {error})") from None
+    rles: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, list):
+            _check_polygon(part, height, width)
+            if len(part) >= 6:
+                rles += coco_mask.frPyObjects([part], height, width)
+        elif isinstance(part, dict):
+            rles.append(_rle(part))
+        else:
+            raise ReferDataError(f"a segmentation is polygons or RLEs, not a {type(part).__name__}")
+    if not rles:
+        return np.zeros((height, width), np.uint8)
+    if any(list(rle["size"]) != list(rles[0]["size"]) for rle in rles):
+        raise ReferDataError("the parts of a segmentation are of different sizes")
+    return np.asarray(coco_mask.decode(coco_mask.merge(rles)), np.uint8)
+
+
+def _check_polygon(polygon: list[Any], height: int, width: int) -> None:
+    farthest = _FARTHEST + max(height, width)
+    numbers = set(map(type, polygon)) <= {int, float} and all(-farthest <= value <= farthest for value in polygon)
+    if not numbers or len(polygon) % 2:
+        raise ReferDataError("a polygon must be numbers [x, y, x, y, ...] on or near its image")
+
+
+def _check_size(height: Any, width: Any) -> None:
+    if not (type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= _MOST_PIXELS):
+        raise ReferDataError("there is no usable height and width")
+
+
+def _rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """A checked and compressed RLE: pycocotools writes beyond its memory for some bad ones."""
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, list) or len(size) != 2:
+        raise ReferDataError("an RLE has no size [height, width]")
+    _check_size(*size)
+    pixels = size[0] * size[1]
+    if isinstance(counts, list):
+        if not set(map(type, counts)) <= {int} or min(counts, default=0) < 0 or sum(counts) != pixels:
+            raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
+        compressed: dict[str, Any] = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+        return compressed
+    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    if not isinstance(data, bytes) or _pixels(data) != pixels:
+        raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
+    return {"size": size, "counts": data}
+
+
+def _pixels(counts: bytes) -> int:
+    """How many pixels a compressed RLE covers, inside and outside of its mask; -1 for one that is damaged.
+
+    Coding (rleFrString in COCO's maskApi.c): groups of five bits, lowest first, in characters from "0" on, the
+    sixth bit telling that more follow; from the fourth number on it is the difference to the number two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        code = byte - 48
+        if not 0 <= code < 64 or shift > 30:
+            return -1
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            return -1
+        value = shift = 0
+    return -1 if shift else sum(runs)

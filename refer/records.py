@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+# What gRefCOCO has for the annotation and the category of a ref without a target.
+NO_TARGET = -1
+
 
 class Sentence(TypedDict):
     """One expression for a ref."""
@@ -15,11 +18,14 @@ class Sentence(TypedDict):
 
 
 class Ref(TypedDict):
-    """One referred object: the annotation ``ann_id`` of image ``image_id``."""
+    """One referred object: the annotation ``ann_id`` of image ``image_id``.
+
+    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] where nothing is meant.
+    """
 
     ref_id: int
-    ann_id: int
-    category_id: int
+    ann_id: Any
+    category_id: Any
     image_id: int
     file_name: str
     split: str
@@ -62,3 +68,9 @@ class Instances(TypedDict):
     images: list[Image]
     annotations: list[Annotation]
     categories: list[Category]
+
+
+def target_ids(ref: Ref) -> list[int]:
+    """The annotations a ref means: one, or in gRefCOCO any number and none."""
+    ids = ref["ann_id"]
+    return [ids] if not isinstance(ids, list) else [one for one in ids if one != NO_TARGET]

@@ -14,37 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refer_examples import REFS, write
 
 from refer import REFER, ReferDataError, ReferError, ReferNotFoundError, available, read_refs
-
-
-def ref(ref_id: int, ann_id: int, image_id: int, split: str, category_id: int = 1) -> dict[str, Any]:
-    sentence = {"sent_id": 10 * ref_id, "sent": "red dog", "raw": "Red dog", "tokens": ["red", "dog"]}
-    return {
-        "ref_id": ref_id, "ann_id": ann_id, "category_id": category_id, "image_id": image_id, "split": split,
-        "file_name": "x.jpg", "sent_ids": [10 * ref_id], "sentences": [sentence],
-    }  # fmt: skip
-
-
-REFS = [ref(0, 7, 3, "train"), ref(1, 8, 3, "testA", 2), ref(2, 9, 4, "testB"), ref(3, 6, 4, "val")]
-
-
-def write(root: Path, refs: Any, split_by: str = "unc", dataset: str = "refcoco", protocol: int = 2) -> Path:
-    folder = root / dataset
-    folder.mkdir(parents=True, exist_ok=True)
-    annotations = [
-        {"id": i, "image_id": image, "category_id": 2 if i == 8 else 1, "bbox": [0, 0, 4, 2],
-         "segmentation": [[0, 0, 4, 0, 4, 2, 0, 2], [0, 0, 2, 0, 2, 2, 0, 2]]}
-        for i, image in ((6, 4), (7, 3), (8, 3), (9, 4), (11, 5))
-    ]  # fmt: skip
-    images = [{"id": i, "file_name": "", "height": 6, "width": 8} for i in (3, 4, 5)]
-    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
-    (folder / "instances.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    data = refs if isinstance(refs, bytes) else pickle.dumps(refs, protocol=protocol)
-    (folder / f"refs({split_by}).p").write_bytes(data)
-    return root
+from refer.published import COUNTS
 
 
 def test_ids_and_records(tmp_path: Path) -> None:
@@ -53,6 +26,9 @@ def test_ids_and_records(tmp_path: Path) -> None:
     assert r.getRefIds(split="test") == [1, 2] and r.getRefIds(split="testA") == [1]
     assert r.getRefIds(split="train") == [0] and r.getRefIds(split="testC") == []
     assert r.getRefIds(image_ids=[4, 5], cat_ids=1) == [2, 3] and r.getRefIds(ref_ids=[3, 0]) == [0, 3]
+    assert r.getRefIds(image_ids=[4, 3, 4, 99]) == [2, 3, 0, 1] and r.getRefIds(cat_ids=[9]) == []
+    assert r.getRefIds(split=["train", "val"]) == [0, 3] and r.getRefIds(image_ids=np.array([3])) == [0, 1]
+    assert r.getAnnIds(image_ids=[4, 3], ref_ids=[0, 3]) == [6, 7] and r.getAnnIds(np.int64(4)) == [6, 9]
     assert r.getAnnIds() == [6, 7, 8, 9, 11] and r.getAnnIds(image_ids=3) == [7, 8]
     assert r.getAnnIds(ref_ids=[1, 2]) == [8, 9] and r.getAnnIds(cat_ids=[2]) == [8]
     assert r.getImgIds() == [3, 4, 5] and r.getImgIds([2, 3]) == [4] and r.getCatIds() == [1, 2]
@@ -67,24 +43,76 @@ def test_ids_and_records(tmp_path: Path) -> None:
         r.loadRefs([0, 99])
 
 
-def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
-    r = REFER(write(tmp_path, REFS))
-    assert r.getRefBox(0) == [0, 0, 4, 2]
-    found = r.getMask(r.loadRefs(0)[0])
-    expected = np.zeros((6, 8), np.uint8)
-    expected[:2, :4] = 1
-    assert np.array_equal(found["mask"], expected) and found["area"] == 8
-    r.refToAnn[0]["segmentation"] = {"size": [6, 8], "counts": [0, 3, 45]}
-    assert r.getMask(r.loadRefs(0)[0])["mask"][:3, 0].tolist() == [1, 1, 1]
-    r.refToAnn[0]["segmentation"] = {"size": [6, 8]}
-    with pytest.raises(ReferDataError, match="annotation 7"):
-        r.getMask(r.loadRefs(0)[0])
+@pytest.mark.parametrize("ids", ["12", [1, "2"], 1.5, None, [[1]]])
+def test_ids_that_are_none(tmp_path: Path, ids: Any) -> None:
+    r = REFER(write(tmp_path))
+    for ask in (r.getRefIds, r.getAnnIds, r.getImgIds, r.loadRefs, r.loadAnns, r.loadImgs, r.loadCats):
+        with pytest.raises(ReferDataError, match="ids are integers or lists of integers"):
+            ask(ids)
+
+
+def test_a_sequence_of_refs(tmp_path: Path) -> None:
+    r = REFER(write(tmp_path), "refcoco", "unc")
+    assert len(r) == 4 and list(r) == REFS and "4 refs, 4 sentences, 3 images" in repr(r)
+    assert r.data["dataset"] == "refcoco" and [image["id"] for image in r.data["images"]] == [3, 4, 5]
+    assert str(tmp_path / "refcoco") == r.DATA_DIR and (Path(r.ROOT_DIR) / "api.py").is_file()
+    assert str(tmp_path / "images/mscoco/images/train2014") == r.IMAGE_DIR
+    (tmp_path / "images/train2014").mkdir(parents=True)
+    assert str(tmp_path / "images/train2014") == REFER(tmp_path).IMAGE_DIR
+    r.data["refs"] = r.data["refs"][:1]
+    r.createIndex()
+    assert list(r.Refs) == [0] and list(r.sentToRef) == [0] and list(r.annToRef) == [7] and list(r.imgToRefs) == [3]
+
+
+def test_a_table(tmp_path: Path) -> None:
+    refs = [
+        *REFS[:2],
+        REFS[2] | {"sentences": [REFS[2]["sentences"][0], {"sent_id": 99, "sent": "b", "tokens": ["b"]}]},
+    ]
+    table = REFER(write(tmp_path, refs)).frame()
+    assert table["sent_id"].tolist() == [0, 10, 20, 99] and table["sent"].tolist() == ["red dog"] * 3 + ["b"]
+    assert table["category"].tolist() == ["dog", "cat", "dog", "dog"] and table["targets"].tolist() == [1] * 4
+    assert table["tokens"][0] == ["red", "dog"] and table["file_name"].tolist() == ["3.jpg", "3.jpg", "4.jpg", "4.jpg"]
+    assert table[["x", "y", "width", "height"]].iloc[1].tolist() == [2, 0, 4, 2]
+    counts = table.groupby("split")["sent_id"].count()
+    assert counts.to_dict() == {"train": 1, "testA": 1, "testB": 2}
+    assert len(REFER(write(tmp_path, [])).frame()) == 0
+
+
+def test_a_dataset_that_is_missing_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ReferNotFoundError) as caught:
+        REFER(tmp_path / "data", "refcoco", "unc")
+    said = str(caught.value)
+    assert "no such folder" in said and "refcoco.zip" in said and str(tmp_path / "data" / "refcoco") in said
+    assert "train 42404 refs on 16994 images" in said and "testB 1810 refs on 750 images" in said
+    with pytest.raises(ReferNotFoundError, match=r"is it the folder of .*\?.*refcoco\+\.zip.*val 3805 refs"):
+        REFER(tmp_path, "refcoco+", "unc")
+    write(tmp_path)
+    with pytest.raises(ReferNotFoundError, match=r"is split_by unc; unpack refcoco\.zip.*test 5000 refs on 4527"):
+        REFER(tmp_path, "refcoco", "google")
+    with pytest.raises(ReferNotFoundError, match=r"there is refcoco; unpack refcocog\.zip.*test 5023 refs on 2600"):
+        REFER(tmp_path, "refcocog", "umd")
+    with pytest.raises(ReferNotFoundError, match=r"refs\(google\)\.p, refs\(umd\)\.p are.*by google and by umd"):
+        REFER(tmp_path, "refcocog", "unc")
+    with pytest.raises(ReferNotFoundError, match=r"refclef\.zip.*saiapr_tc-12\.zip"):
+        REFER(tmp_path, "refclef", "berkeley")
+    with pytest.raises(ReferNotFoundError, match=r"grefs\(unc\)\.json.*278232 sentences"):
+        REFER(tmp_path, "grefcoco", "unc")
+
+
+def test_the_published_counts_are_those_of_the_real_splits(shared: Path) -> None:
+    real = json.loads((shared / "data/refer_split_images.json").read_text())
+    assert len(real) == 7
+    for name, split in real.items():
+        dataset, split_by, which = name.split("/")
+        counts = COUNTS[dataset, split_by][which]
+        assert counts == (split["num_refs"], len(split["images"]), split["num_sentences"])
 
 
 def test_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, REFS)
-    write(tmp_path, REFS, "umd", "refcocog")
-    write(tmp_path, REFS, "google", "refcocog")
+    write(tmp_path, REFS, "refs(umd).p", "refcocog")
+    write(tmp_path, REFS, "refs(google).p", "refcocog")
     (tmp_path / "images").mkdir()
     assert available(tmp_path) == [("refcoco", "unc"), ("refcocog", "google"), ("refcocog", "umd")]
     with pytest.raises(ReferNotFoundError, match="'flowers'; there is refcoco, refcocog"):
@@ -95,6 +123,10 @@ def test_what_is_there(tmp_path: Path) -> None:
         REFER(tmp_path / "refcoco")
     with pytest.raises(ReferNotFoundError, match="no such folder"):
         available(tmp_path / "nowhere")
+    strange = tmp_path / os.fsdecode(b"\xff") / "refs(unc).p"  # whose name no report could print
+    strange.parent.mkdir()
+    strange.write_bytes(b"")
+    assert len(available(tmp_path)) == 3
     (tmp_path / "refcoco" / "instances.json").unlink()
     with pytest.raises(ReferNotFoundError, match="instances.json"):
         REFER(tmp_path)
@@ -208,6 +240,6 @@ def test_the_embedded_dataset_loads(shapes_root: Path) -> None:
         assert r.getMask(r.loadRefs(r.getRefIds()[0])[0])["area"] > 0
 
 
-def test_refer_needs_neither_torch_nor_refdet() -> None:
-    code = "import refer, sys; sys.exit(bool({'torch', 'refdet'} & set(sys.modules)))"
+def test_refer_brings_nothing_heavy() -> None:
+    code = "import refer, sys; sys.exit(bool({'torch', 'refdet', 'pandas', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

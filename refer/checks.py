@@ -1,0 +1,182 @@
+"""Whether records have the fields they must have. Good ones are told by the column, which is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from .errors import ReferDataError
+
+_REF: dict[str, type] = {
+    "ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list
+}  # fmt: skip
+_GENERALIZED: dict[str, type] = _REF | {"ann_id": list, "category_id": list}
+_REF_MAY: dict[str, type] = {"file_name": str, "sent_ids": list}
+_SENTENCE: dict[str, type] = {"sent_id": int, "sent": str, "tokens": list}
+_SENTENCE_MAY: dict[str, type] = {"raw": str}
+_DEEPEST = 16
+_LARGEST = 1e9  # pixels
+
+
+def check_refs(path: Path, refs: Any, generalized: bool) -> None:
+    """Check the refs of a file, whose ``ann_id`` and ``category_id`` are lists where it is generalized.
+
+    Raises:
+        ReferDataError: a field is missing or of the wrong type, an id beyond 64 bits or a ref id there twice; it
+            names the ref.
+    """
+    if not isinstance(refs, list):
+        raise ReferDataError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
+    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF, _REF_MAY)
+    check_ids(path, "ref_id", [ref["ref_id"] for ref in refs])
+    sentences = list(chain.from_iterable(map(itemgetter("sentences"), refs)))
+    words = _words(refs, sentences)
+    if words is None:
+        for ref in refs:
+            what = f"a sentence of ref {ref['ref_id']}"
+            check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_MAY)
+    _check_numbers(path, refs, generalized)
+    if path.suffix == ".json":  # pickles are read with 64 bits at most
+        _check_size(path, "image_id", list(map(itemgetter("image_id"), refs)))
+        _check_size(path, "sent_id", list(map(itemgetter("sent_id"), sentences)))
+    for split in {ref["split"] for ref in refs}:
+        if not split.isprintable():  # it becomes part of reports and messages
+            raise ReferDataError(f"{path}: {_shown(split)} cannot be the name of a split")
+    if not _is_text(words):
+        for ref in refs:
+            if not _is_text(_words([ref], ref["sentences"])):
+                raise ReferDataError(f"{path}: ref {ref['ref_id']}: a token is no string, or half a character in one")
+    if not _KNOWN.issuperset(chain.from_iterable(chain(refs, sentences))):
+        for ref in refs:
+            for entry in (ref, *ref["sentences"]):
+                _check_rest(path, ref, entry)
+
+
+def check_fields(
+    path: Path, what: str, entries: Sequence[Any], must: dict[str, type], may: dict[str, type] | None = None
+) -> None:
+    """Check that entries are dictionaries with these fields of these types.
+
+    Arguments:
+        what: names an entry in the error; ``{}`` in it is replaced by the entry's position.
+        must, may: fields that have to be there, and that need not.
+    """
+    may = may or {}
+    if _are_good(entries, must, may):
+        return
+    for position, entry in enumerate(entries):
+        where = what.replace("{}", str(position))
+        if not isinstance(entry, dict):
+            raise ReferDataError(f"{path}: {where} is a {type(entry).__name__}, not a dictionary")
+        for key, kind in (must | {key: kind for key, kind in may.items() if key in entry}).items():
+            value = entry.get(key)
+            if type(value) is not kind:  # True is an int to isinstance
+                wrong = f"is {_shown(value)}" if key in entry else "is missing"
+                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}, it must be of type {kind.__name__}")
+
+
+def check_ids(path: Path, what: str, ids: Sequence[int]) -> None:
+    """Check that ids are there once each, and are of 64 bits."""
+    _check_size(path, what, ids)
+    if len(set(ids)) < len(ids):
+        seen: set[int] = set()
+        for one in ids:
+            if one in seen:
+                raise ReferDataError(f"{path}: {what} {one} is there twice")
+            seen.add(one)
+
+
+def _check_numbers(path: Path, refs: Sequence[dict[str, Any]], generalized: bool) -> None:
+    listed = {"sent_ids", "ann_id", "category_id"} if generalized else {"sent_ids"}
+    for key in listed:
+        values = [ref[key] for ref in refs if key in ref]
+        if not set(map(type, chain.from_iterable(values))) <= {int}:
+            wrong = next(ref["ref_id"] for ref in refs if not set(map(type, ref.get(key, ()))) <= {int})
+            raise ReferDataError(f"{path}: ref {wrong}: {key!r} holds something that is no integer")
+        _check_size(path, key, list(chain.from_iterable(values)))
+
+
+def _check_size(path: Path, what: str, ids: Sequence[int]) -> None:
+    if ids and (min(ids) < -(2**63) or max(ids) >= 2**63):
+        raise ReferDataError(f"{path}: {what} {_shown(max(ids, key=abs))} has more than 64 bits")
+
+
+def _are_good(entries: Sequence[Any], must: dict[str, type], may: dict[str, type]) -> bool:
+    if not set(map(type, entries)) <= {dict}:
+        return False
+    try:
+        required = all(set(map(type, map(itemgetter(key), entries))) <= {kind} for key, kind in must.items())
+    except KeyError:
+        return False
+    return required and all(
+        {type(entry[key]) for entry in entries if key in entry} <= {kind} for key, kind in may.items()
+    )
+
+
+def _words(refs: Sequence[dict[str, Any]], sentences: Sequence[Any]) -> list[Any] | None:
+    """All that should be strings; None where a sentence lacks a field, or has one of the wrong type."""
+    words: list[Any] = [ref.get("file_name", "") for ref in refs]
+    try:
+        for sentence in sentences:  # one pass over all fields: each pass has to fetch every sentence from the memory
+            sent_id, text, tokens, raw = (
+                sentence["sent_id"],
+                sentence["sent"],
+                sentence["tokens"],
+                sentence.get("raw", ""),
+            )
+            if type(sent_id) is not int or type(text) is not str or type(tokens) is not list or type(raw) is not str:
+                return None
+            words.append(text)
+            words.append(raw)
+            words += tokens
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return None
+    return words
+
+
+def _is_text(words: list[Any] | None) -> bool:
+    try:
+        text = "".join(words or ())
+        return text.isascii() or bool(text.encode())
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def _check_rest(path: Path, ref: dict[str, Any], entry: dict[Any, Any]) -> None:
+    for key in entry.keys() - _KNOWN:
+        if not _is_shallow(entry[key], _DEEPEST, set()):
+            raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_shown(key)} is nested too deeply, or in itself")
+
+
+def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
+    if not isinstance(value, list | tuple | dict | set | frozenset) or (id(value), levels) in seen:
+        return True
+    if levels == 0:
+        return False
+    seen.add((id(value), levels))  # what is shared is looked at once for each level
+    return all(_is_shallow(one, levels - 1, seen) for one in (value.values() if isinstance(value, dict) else value))
+
+
+def _shown(value: Any) -> str:
+    # The repr of what is nested can take for ever.
+    if isinstance(value, str):
+        return ascii(value[:40])
+    return f"{value!r:.40}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+
+
+_KNOWN = frozenset(_REF) | frozenset(_REF_MAY) | frozenset(_SENTENCE) | frozenset(_SENTENCE_MAY)
+
+
+def box_of(where: str, annotation: Any) -> list[float]:
+    """The box of an annotation, ``[x, y, width, height]`` in pixels; ReferDataError if it has none."""
+    box = annotation.get("bbox")
+    if box is None:
+        raise ReferDataError(f"{where}: annotation {annotation['id']} has no bbox")
+    if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
+        raise ReferDataError(f"{where}: the bbox of annotation {annotation['id']} is not four numbers")
+    if not all(-_LARGEST < value < _LARGEST for value in box):
+        raise ReferDataError(f"{where}: the bbox of annotation {annotation['id']} is not finite")
+    return box

@@ -1,0 +1,60 @@
+"""The published datasets: which archive holds them, and how many refs, images and sentences a whole one has.
+
+Counts: Yu et al., "Modeling Context in Referring Expressions" (2016) and its data page, for the umd division
+Nagaraja et al. (2016), for gRefCOCO Liu, Ding and Jiang, "GRES" (2023).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Counts(NamedTuple):
+    """What a whole split holds; ``sentences`` is None where it was not published."""
+
+    refs: int
+    images: int
+    sentences: int | None = None
+
+
+ARCHIVES = {name: f"{name}.zip" for name in ("refclef", "refcoco", "refcoco+", "refcocog")}
+COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
+    ("refcoco", "unc"): {
+        "train": Counts(42404, 16994), "val": Counts(3811, 1500, 10834),
+        "testA": Counts(1975, 750, 5657), "testB": Counts(1810, 750, 5095),
+    },
+    ("refcoco", "google"): {"train": Counts(40000, 19213), "val": Counts(5000, 4559), "test": Counts(5000, 4527)},
+    ("refcoco+", "unc"): {
+        "train": Counts(42278, 16992), "val": Counts(3805, 1500, 10758),
+        "testA": Counts(1975, 750, 5726), "testB": Counts(1798, 750, 4889),
+    },
+    ("refcocog", "umd"): {
+        "train": Counts(42226, 21899), "val": Counts(2573, 1300, 4896), "test": Counts(5023, 2600),
+    },
+    ("refcocog", "google"): {"train": Counts(44822, 24698), "val": Counts(5000, 4650)},
+}  # fmt: skip
+_IN_WORDS = {
+    "refclef": "about 20000 images, which are not COCO's but saiapr_tc-12.zip, divided by unc and by berkeley",
+    "grefcoco": "278232 sentences on 19994 images, divided by unc",
+}
+
+
+def how_to_get(root: Path, dataset: str, split_by: str) -> str:
+    """One sentence: which archive is needed, where it goes and what is in it; "" for a dataset that is not known."""
+    divided = sorted(by for name, by in COUNTS if name == dataset)
+    if dataset == "grefcoco":
+        source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"
+    elif dataset in ARCHIVES:
+        names = [split_by] if split_by in divided or not divided else divided
+        files = ", ".join(["instances.json", *(f"refs({name}).p" for name in names)])
+        source = f"unpack {ARCHIVES[dataset]} (github.com/lichengunc/refer) such that {files} are in"
+    else:
+        return ""
+    if split_by in divided or len(divided) == 1:
+        by = split_by if split_by in divided else divided[0]
+        splits = (f"{split} {c.refs} refs on {c.images} images" for split, c in COUNTS[dataset, by].items())
+        counts = f"divided by {by}: {', '.join(splits)}"
+    else:
+        counts = _IN_WORDS.get(dataset) or f"divided by {' and by '.join(divided)}"
+    return f"{source} {root / dataset}; whole, it is {counts}"

@@ -1,0 +1,46 @@
+"""The refs of a dataset as a pandas table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .checks import box_of
+from .errors import ReferError
+from .records import target_ids
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .api import REFER
+
+_COLUMNS = ("sent_id", "sent", "tokens", "ref_id", "split", "image_id", "file_name", "ann_id", "category_id",
+            "category", "targets", "x", "y", "width", "height")  # fmt: skip
+
+
+def frame(refer: REFER) -> pandas.DataFrame:
+    """A table with a row a sentence, in the order of the file.
+
+    Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``, ``image_id``, ``file_name`` (of the
+    image; None where the file gives none), ``ann_id``, ``category_id``, ``category`` (lists in gRefCOCO),
+    ``targets`` (how many objects are meant) and the box ``x y width height`` in pixels (NaN unless just one is).
+
+    Raises:
+        ReferError: pandas is not installed.
+        ReferDataError: an annotation has no usable box.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ReferError("frame needs pandas: pip install pandas") from None
+    rows: list[tuple[Any, ...]] = []
+    for ref in refer:
+        targets = target_ids(ref)
+        box = box_of(refer.DATA_DIR, refer.Anns[targets[0]]) if len(targets) == 1 else [float("nan")] * 4
+        category: Any = refer.Cats.get(ref["category_id"]) if not refer.generalized else [
+            refer.Cats.get(one) for one in ref["category_id"] if targets
+        ]  # fmt: skip
+        image = refer.Imgs[ref["image_id"]]
+        common = (ref["ref_id"], ref["split"], ref["image_id"], image.get("file_name"), ref["ann_id"],
+                  ref["category_id"], category, len(targets), *box)  # fmt: skip
+        rows += [(one["sent_id"], one["sent"], one["tokens"], *common) for one in ref["sentences"]]
+    return pandas.DataFrame(rows, columns=list(_COLUMNS))

@@ -1,0 +1,68 @@
+"""gRefCOCO: refs with several targets and none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refer_examples import GREFS, REFS, write
+
+from refer import REFER, ReferDataError, available, target_ids
+
+
+def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
+    single = GREFS[2] | {"ann_id": 9, "category_id": 1}  # a number where others have a list
+    nothing = GREFS[1] | {"ann_id": [], "category_id": []}
+    write(tmp_path, [GREFS[0], nothing, single, GREFS[3]], "grefs(unc).json", "grefcoco")
+    assert available(tmp_path) == [("grefcoco", "unc")]
+    r = REFER(tmp_path, "grefcoco", "unc")
+    assert r.generalized and list(r) == GREFS and [target_ids(one) for one in r] == [[7, 8], [], [9], [6, 9]]
+    assert [[ann["id"] for ann in r.refToAnn[i]] for i in range(4)] == [[7, 8], [], [9], [6, 9]]
+    assert [one["ref_id"] for one in r.annToRef[9]] == [2, 3] and -1 not in r.annToRef
+    assert r.getRefIds(cat_ids=2) == [0] and r.getRefIds(cat_ids=-1) == [1] and r.getRefIds(cat_ids=1) == [0, 2, 3]
+    assert r.getAnnIds(ref_ids=[0, 3]) == [6, 7, 8, 9] and r.getAnnIds(ref_ids=1) == []
+    assert r.getRefBox(0) == [[1, 0, 4, 2], [2, 0, 4, 2]] and r.getRefBox(1) == [] and len(r.getRefBox(2)) == 1
+    both = r.getMask(r.Refs[3])["mask"]
+    alone = [r.getMask(GREFS[3] | {"ref_id": i})["mask"] for i in (2,)]
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:2, :4] = 1
+    expected[:4, :4] = 1  # of annotation 9: the square, which holds the one of annotation 6
+    assert np.array_equal(both, expected) and np.array_equal(alone[0], expected)
+    empty = r.getMask(r.Refs[1])
+    assert empty["area"] == 0 and empty["mask"].shape == (6, 8) and not empty["mask"].any()
+    r.Anns[9]["iscrowd"] = 1  # gRefCOCO's own API leaves crowds out
+    assert r.getMask(r.Refs[3])["area"] == 10
+    table = r.frame()
+    assert table["targets"].tolist() == [2, 0, 1, 2] and table["category"].tolist() == [
+        ["dog", "cat"],
+        [],
+        ["dog"],
+        ["dog"] * 2,
+    ]
+    assert table["x"].isna().tolist() == [True, True, False, True]
+
+
+def test_generalized_refs_as_a_pickle_and_beside_others(tmp_path: Path) -> None:
+    write(tmp_path, GREFS, "grefs(unc).p", "grefcoco")
+    assert list(REFER(tmp_path, "grefcoco")) == GREFS
+    write(tmp_path, REFS, "refs(unc).p", "grefcoco")
+    assert available(tmp_path) == [("grefcoco", "unc")] and list(REFER(tmp_path, "grefcoco")) == REFS
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ann_id": [9, 99]}, "points to annotation 99"),
+        ({"ann_id": [9, 7]}, "annotation 7 on image 3"),
+        ({"ann_id": [9.0]}, "'ann_id' holds something that is no integer"),
+        ({"ann_id": "9"}, "'ann_id' is '9', it must be of type list"),
+        ({"category_id": None}, "'category_id' is None"),
+        ({"category_id": [[1]]}, "'category_id' holds"),
+    ],
+)
+def test_a_bad_generalized_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:
+    write(tmp_path, [GREFS[0], GREFS[2] | change], "grefs(unc).json", "grefcoco")
+    with pytest.raises(ReferDataError) as caught:
+        REFER(tmp_path, "grefcoco", "unc")
+    assert text in str(caught.value) and "grefcoco" in str(caught.value)

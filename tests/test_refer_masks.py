@@ -1,0 +1,92 @@
+"""Boxes and masks of refs, with RefClef's RLEs, and those that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from refer_examples import REFS, refclef, write
+
+from refer import REFER, ReferDataError, available
+from refer.masks import decode
+
+
+def test_refclef(tmp_path: Path) -> None:
+    refclef(tmp_path)
+    assert available(tmp_path) == [("refclef", "berkeley"), ("refclef", "unc")]
+    r = REFER(tmp_path, "refclef", "berkeley")
+    assert str(tmp_path / "images/saiapr_tc-12") == r.IMAGE_DIR
+    found = r.getMask(r.Refs[0])
+    assert found["area"] == 27 and found["mask"].dtype == np.uint8
+    assert found["mask"][:3].all() and found["mask"][:, 7].all() and not found["mask"][3:, :7].any()
+    assert r.getRefIds(split="testA") == [1, 4] and r.getRefIds(split="testB") == [2, 4]
+    assert r.getRefIds(split="testAB") == [4] and r.getRefIds(split="test") == [1, 2, 4]
+    r.Anns[7]["segmentation"][0]["size"] = [8, 6]
+    with pytest.raises(ReferDataError, match="annotation 7: the parts of a segmentation are of different sizes"):
+        r.getMask(r.Refs[0])
+
+
+BAD_SEGMENTATIONS = [
+    "x", 5, {"size": [6, 8]}, {"counts": [48]}, {"size": [6, 8], "counts": [47]}, {"size": [6, 8], "counts": [-1, 49]},
+    {"size": [6, 8], "counts": [1.5, 46.5]}, {"size": [6, 8], "counts": "~~~~"}, {"size": [6, 8], "counts": "oooo"},
+    {"size": [6, 8], "counts": ""}, {"size": [6, 8], "counts": "caf\xe9"}, {"size": [10**9, 10**9], "counts": [10**18]},
+    {"size": [6, -8], "counts": [48]}, {"size": ["6", 8], "counts": [48]}, {"size": 6, "counts": [48]},
+    [[0, 0, 1, 1, 2]], [[0, 0, 10**12, 0, 10**12, 10**12]], [[0, 0, float("nan"), 0, 1, 1]], [["0"] * 6],
+    [[0, 0, float("inf"), 0, 1, 1]], [None], [[None] * 6], [[0, 0, 4, 0, 4, 2], {"size": [3, 3], "counts": [9]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("segmentation", BAD_SEGMENTATIONS, ids=ascii)
+def test_a_bad_segmentation_is_named(tmp_path: Path, segmentation: Any) -> None:
+    r = REFER(write(tmp_path))
+    r.refToAnn[0]["segmentation"] = segmentation
+    with pytest.raises(ReferDataError, match="refcoco: annotation 7"):
+        r.getMask(r.Refs[0])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_masks_are_those_of_pycocotools(data: st.DataObject, height: int, width: int) -> None:
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    mask = np.asfortranarray(np.random.default_rng(seed).random((height, width)) < data.draw(st.floats(0, 1)))
+    rle = coco_mask.encode(mask.astype(np.uint8))
+    runs = np.diff(np.flatnonzero(np.diff(np.r_[2, mask.ravel("F"), 2]))).tolist()
+    counts = runs if not mask[0, 0] else [0, *runs]
+    for segmentation in (rle, rle | {"counts": rle["counts"].decode()}, {"size": [height, width], "counts": counts}):
+        assert np.array_equal(decode(segmentation, height, width), mask)
+    point = st.floats(-5, 45, width=32)
+    polygons = data.draw(st.lists(st.lists(point, min_size=6, max_size=6), max_size=3))
+    union = (
+        coco_mask.decode(coco_mask.frPyObjects(polygons, height, width)).max(axis=2)
+        if polygons
+        else np.zeros(mask.shape)
+    )
+    assert np.array_equal(decode(polygons, height, width), union)
+
+
+@pytest.mark.parametrize("box", [None, "x", [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [1, 2, 3, 10**400]])
+def test_a_bad_box_is_named(tmp_path: Path, box: Any) -> None:
+    r = REFER(write(tmp_path))
+    r.refToAnn[0]["bbox"] = box
+    for ask in (lambda: r.getRefBox(0), r.frame):
+        with pytest.raises(ReferDataError, match="annotation 7"):
+            ask()
+
+
+def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
+    r = REFER(write(tmp_path, REFS))
+    assert r.getRefBox(0) == [1, 0, 4, 2]
+    found = r.getMask(r.loadRefs(0)[0])
+    expected = np.zeros((6, 8), np.uint8)
+    expected[:2, :4] = expected[:4, :2] = 1
+    assert np.array_equal(found["mask"], expected) and found["area"] == 12
+    r.refToAnn[0]["segmentation"] = {"size": [6, 8], "counts": [0, 3, 45]}
+    assert r.getMask(r.loadRefs(0)[0])["mask"][:3, 0].tolist() == [1, 1, 1]
+    r.refToAnn[0]["segmentation"] = {"size": [6, 8]}
+    with pytest.raises(ReferDataError, match="annotation 7"):
+        r.getMask(r.loadRefs(0)[0])
