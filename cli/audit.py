@@ -2,40 +2,163 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from refdet.errors import WorkError
 
 from .common import echo_json, echo_table, json_option, note
 
+if TYPE_CHECKING:
+    from refdet.audit import ProvenanceAudit
+    from refdet.data.copies import ContentResult
+    from refdet.data.leaks import AuditResult
+
 SHOWN = 10
 
 
 @click.command("audit")
-@click.option("--instances", required=True, metavar="F.json", help="COCO instances file to look through.")
+@click.option("--instances", metavar="F.json", help="COCO instances file or list of images to look through.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder of DATASET/refs(SPLIT_BY).p.")
+@click.option("--checkpoint", metavar="RUN_DIR", help="Detector to audit by its provenance.")
+@click.option("--features", metavar="F.h5", help="Store whose detector to audit by its provenance.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="DATASET:SPLIT_BY[:SPLIT,...]",
+    help="Look for these only; may be repeated. Default: val and test of all under --refer-root.",
+)
+@click.option("--trust-weights", is_flag=True, help="The weights the detector started from saw no held-out image.")
+@click.option("--by-content", is_flag=True, help="Also look for copies under other ids, by what the images show.")
+@click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --by-content.")
+@click.option("--refer-images", metavar="DIR", help="The same of the held-out images.  [default: --images]")
 @json_option
-def command(instances: str, refer_root: str, as_json: bool) -> None:
-    """Look for REFER's val and test images in an instances file: exit 0 if it is clean, 1 if it leaks."""
-    from refdet.data.splits import audit
+def command(
+    instances: str | None,
+    refer_root: str,
+    checkpoint: str | None,
+    features: str | None,
+    exclude: tuple[str, ...],
+    trust_weights: bool,
+    by_content: bool,
+    images: str | None,
+    refer_images: str | None,
+    as_json: bool,
+) -> None:
+    """Look for REFER's val and test images among training images: exit 0 if these are clean, 1 if they leak.
 
-    result = audit(instances, refer_root)
-    for text in result.notes:
+    The images are those of F.json. Of a checkpoint or a store the provenance says what was trained on; together with
+    F.json, the file that was, it is proven. A store of val images is no leak: its detector is what counts.
+    """
+    if instances is None and checkpoint is None and features is None:
+        raise click.UsageError("nothing to audit: give --instances, --checkpoint or --features")
+    if checkpoint is not None and features is not None:
+        raise click.UsageError("--checkpoint and --features: audit them one after the other")
+    if by_content and (instances is None or images is None):
+        raise click.UsageError("--by-content needs --instances and --images")
+    if not by_content and (images is not None or refer_images is not None):
+        raise click.UsageError("--images and --refer-images are for --by-content; add it or leave them out")
+    detector = checkpoint if checkpoint is not None else features
+    if trust_weights and detector is None:
+        raise click.UsageError("--trust-weights is for --checkpoint and --features")
+    by_provenance: ProvenanceAudit | None = None
+    result: AuditResult | None = None
+    content: ContentResult | None = None
+    if detector is not None:
+        from refdet.audit import audit_provenance
+
+        by_provenance = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
+        result, notes = by_provenance.proof, by_provenance.notes
+    elif instances is not None:
+        from refdet.data.leaks import audit
+
+        result = audit(instances, refer_root, exclude)
+        notes = result.notes
+    if instances is not None and images is not None:
+        from refdet.data.copies import audit_content
+
+        content = audit_content(instances, refer_root, images, refer_images, exclude)
+        notes = notes + content.notes()
+    for text in notes:
         note(f"note: {text}")
     if as_json:
-        echo_json(result.to_json())
+        tree = result.to_json() if by_provenance is None and result is not None else {}
+        if by_provenance is not None:
+            tree = by_provenance.to_json()
+        if content is not None:
+            tree |= {"clean": tree["clean"] and not content.copies, "content": content.to_json()}
+        echo_json(tree)
     else:
-        rows: list[tuple[str, ...]] = []
-        for leak in result.splits:
-            ids = " ".join(map(str, leak.image_ids[:SHOWN])) + (" ..." if len(leak.image_ids) > SHOWN else "")
-            rows.append((leak.name, str(leak.images), str(len(leak.image_ids)), str(leak.annotations), ids))
+        _tables(result, by_provenance, content)
+    _raise_leaks(instances, result, by_provenance, content)
+    if not as_json:
+        click.echo("\n" + "\n".join(_verdict(result, by_provenance, content)))
+
+
+def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
+    rows: list[tuple[str, ...]]
+    if result is not None:
+        rows = [
+            (leak.name, str(leak.images), str(len(leak.image_ids)), str(leak.annotations), _some(leak.image_ids))
+            for leak in result.splits
+        ]
         echo_table(rows, ("split", "images", "leaked", "annotations", "image ids"))
-    if result.leaked:
+    elif detector is not None:
+        rows = [
+            (claim.name, str(claim.images), "no" if claim.uncovered else "yes", str(claim.uncovered))
+            for claim in detector.claims
+        ]
+        echo_table(rows, ("split", "images", "excluded, it says", "images not excluded"))
+    if content is not None and content.copies:
+        click.echo()
+        rows = [
+            (str(copy.image), str(copy.refer_image_id), str(copy.bits), f"{copy.correlation:.3f}",
+             "mirrored" if copy.mirrored else "", " ".join(copy.splits))
+            for copy in content.copies
+        ]  # fmt: skip
+        echo_table(rows, ("image", "copy of", "bits", "correlation", "", "splits"))
+
+
+def _some(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids[:SHOWN])) + (" ..." if len(ids) > SHOWN else "")
+
+
+def _raise_leaks(
+    instances: str | None, result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None
+) -> None:
+    if detector is not None and detector.problem:
+        raise WorkError(detector.problem)
+    if result is not None and result.leaked:
         raise WorkError(
             f"{instances}: {len(result.leaked)} held-out images leak into it; make a clean file with refdet build-split"
         )
-    if not as_json:
-        click.echo(
-            f"\nclean: {result.images} images against {result.held_out_images} val/test images of "
-            f"{len(result.splits)} splits\nimage_ids_sha256 {result.image_ids_sha256}"
+    if content is not None and content.copies:
+        count = len({copy.image for copy in content.copies})
+        raise WorkError(
+            f"{instances}: {count} of its images are copies of held-out ones under other ids; look at them and take "
+            "them out"
         )
+
+
+def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
+    lines = []
+    if detector is not None and detector.provenance is not None:
+        who = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
+        if result is None:
+            lines.append(f"clean, by what {who} says of itself: {detector.provenance.one_line()}")
+            lines.append("that is its claim; --instances with the file it was trained on makes it a proof")
+        else:
+            lines.append(f"proven: {who} was trained on the images of this file, whose ids have the same hash")
+    if result is not None:
+        lines.append(
+            f"clean: {result.images} images against {result.held_out_images} val/test images of "
+            f"{len(result.splits)} splits"
+        )
+        if result.unidentified:
+            lines.append(f"but for {result.unidentified} images of which the ids say nothing")
+        lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
+    if content is not None:
+        lines.append(f"no copies: {content.compared} images compared with {content.refer_compared} held-out ones")
+    return lines

@@ -8,31 +8,49 @@ from .common import echo_json, echo_table, json_option, note
 
 
 @click.command("build-split")
-@click.option("--instances", required=True, metavar="F.json", help="COCO instances file to filter.")
+@click.option("--instances", required=True, metavar="F.json", help="COCO instances file or list of images to filter.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder of DATASET/refs(SPLIT_BY).p.")
-@click.option("--out", required=True, metavar="OUT.json", help="Instances file to write.")
+@click.option("--out", required=True, metavar="OUT.json", help="File to write, in the form of F.json.")
 @click.option(
     "--exclude",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
     help="Leave out only these; may be repeated. Default: val and test of all under --refer-root.",
 )
+@click.option(
+    "--keep-only",
+    multiple=True,
+    metavar="DATASET:SPLIT_BY[:SPLIT,...]",
+    help="The reverse: keep the images of these splits and no others; may be repeated.",
+)
 @json_option
-def command(instances: str, refer_root: str, out: str, exclude: tuple[str, ...], as_json: bool) -> None:
-    """Write an instances file without REFER's val and test images and their annotations."""
+def command(
+    instances: str, refer_root: str, out: str, exclude: tuple[str, ...], keep_only: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a list of training images without REFER's val and test images and their annotations.
+
+    F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
+    with an id or a file name a line. Images are known by their COCO ids, whatever their files are called.
+    """
     from refdet.data.splits import build_split
 
-    result = build_split(instances, refer_root, out, exclude)
+    result = build_split(instances, refer_root, out, exclude, keep_only)
     for text in result.notes:
         note(f"note: {text}")
     report = result.report
     if as_json:
         echo_json(report)
         return
-    rows: list[tuple[str, ...]] = [(name, str(n["images"]), str(n["found"])) for name, n in report["excluded"].items()]
-    echo_table(rows, ("held out", "images", "found"))
+    counts = report["kept" if keep_only else "excluded"]
+    rows: list[tuple[str, ...]] = [
+        (name, str(n["images"]), str(n["found"]), str(n["images"] - n["found"])) for name, n in counts.items()
+    ]
+    echo_table(rows, ("kept" if keep_only else "held out", "images", "found", "not found"))
     click.echo()
-    counted = ("images", "annotations")
-    rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in counted]
+    rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in ("images", "annotations")]
     echo_table(rows, ("", "before", "after"))
-    click.echo(f"\nwrote {result.out} and {result.report_path}")
+    click.echo(
+        f"\nof {report['refer_images']} images {'to keep' if keep_only else 'held out'} {report['refer_images_found']} "
+        f"were found, {report['refer_images_missing']} are not in {instances}"
+        f"\nwrote {result.out} and {result.report_path}"
+    )

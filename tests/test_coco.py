@@ -66,6 +66,8 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
         ([-5, 1, 5, 4], "outside"),
         ([1, 1, math.nan, 4], "not finite"),
         ([1, 1, math.inf, 4], "not finite"),
+        ([10**400, 1, 1.5, 4], "not finite"),
+        ([1e308, 1, 1e308, 4], "not finite"),
     ],
 )
 def test_boxes_that_are_none_are_left_out_and_listed(tmp_path: Path, bbox: list, reason: str) -> None:

@@ -15,7 +15,10 @@ from refdet.cli import audit as audit_command
 from refdet.cli import build_split as build_command
 
 from refdet.data.coco import CocoIndex
-from refdet.data.splits import audit, build_split, coco_numbers, held_out
+from refdet.data.coco_numbers import coco_numbers
+from refdet.data.held_out import held_out
+from refdet.data.leaks import audit
+from refdet.data.splits import build_split
 from refdet.errors import InputError
 from refdet.provenance import Provenance, file_sha256, image_ids_sha256
 from refer import ReferError
@@ -188,7 +191,8 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     found = audit(source, root)
     assert found.leaked == [70, 72] and any("image 70: 2" in text for text in found.notes)
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
-    assert coco_numbers(9, "COCO_train2014_000000000009.jpg") == {9} and coco_numbers(9, "8.jpg") == {9}
+    assert coco_numbers({"file_name": "COCO_train2014_000000000009.jpg"}, 9) == {9}
+    assert coco_numbers({"file_name": "8.jpg"}, 9) == {9}
 
 
 def test_annotations_left_of_removed_images_are_a_leak(world: tuple[Path, Path], tmp_path: Path) -> None:
@@ -246,3 +250,39 @@ def test_embedded_dataset(shapes_root: Path, tmp_path: Path) -> None:
     result = build_split(source, shapes_root / "refer", tmp_path / "clean.json")
     assert result.report["images_removed"] == len(found.leaked)
     assert audit(result.out, shapes_root / "refer").leaked == []
+
+
+SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "annotation twice": ("annotations", {"id": 1}, "annotation id 1 is there twice"),
+    "category": ("annotations", {"category_id": 7}, "annotation 0 has category 7"),
+    "image": ("annotations", {"image_id": 99}, "image 99, which is not in the file"),
+    "box": ("annotations", {"bbox": [1, 2, "3", 4]}, "annotation 0: 'bbox'"),
+    "polygon": ("annotations", {"segmentation": [[1, 2, 3]]}, "annotation 0: a polygon"),
+    "size of a mask": ("annotations", {"segmentation": {"size": [4, 4], "counts": [16]}}, "its image is [9, 9]"),
+    "damaged mask": ("annotations", {"segmentation": {"size": [9, 9], "counts": "@@@"}}, "its RLE is damaged"),
+    "no mask": ("annotations", {"segmentation": {"size": [9], "counts": []}}, "must be [height, width]"),
+    "crowd": ("annotations", {"iscrowd": 2}, "'iscrowd' is 2"),
+    "area": ("annotations", {"area": "big"}, "'area' is 'big'"),
+    "height": ("images", {"height": 0}, "its size is 9x0"),
+    "name": ("images", {"file_name": 3}, "'file_name' is a int"),
+    "category name": ("categories", {"name": None}, "category 1 has no name"),
+}
+
+
+@pytest.mark.parametrize("first", ["annotations", "categories", "images"])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_training_would_refuse_is_refused_in_any_order_of_keys(
+    world: tuple[Path, Path], tmp_path: Path, kind: str, first: str
+) -> None:
+    where, change, says = SPOILT[kind]
+    data = coco([6, 1], [1, 6])
+    data[where][0].update(change)
+    source = write(tmp_path / "bad.json", {first: data[first]} | data)
+    for work in (lambda: build_split(source, world[1], tmp_path / "o.json"), lambda: CocoIndex.load(source)):
+        with pytest.raises(InputError) as caught:
+            work()
+        assert "bad.json" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        build_split(source, world[1], tmp_path / "o.json")
+    assert says in str(caught.value)
+    assert not (tmp_path / "o.json").exists()

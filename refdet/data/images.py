@@ -95,7 +95,7 @@ class ImageSource:
         if name is None:
             raise ImageError(f"{self.path}: no file for image {record.id} (tried {', '.join(candidate_names(record))})")
         try:
-            data = self._bytes(name)
+            data = self.data(name)
             with Image.open(io.BytesIO(data)) as image:
                 pixels = np.array(image.convert("RGB"))  # a copy: torch wants it writable
         except _UNREADABLE as error:
@@ -111,7 +111,8 @@ class ImageSource:
             )
         return pixels
 
-    def _bytes(self, name: str) -> bytes:
+    def data(self, name: str) -> bytes:
+        """The bytes of a file under a name that `find` gave; threads may call it together."""
         if self.path.is_dir():
             return (self.path / name).read_bytes()
         # an open zip must not be shared with a forked worker: both would move one file position

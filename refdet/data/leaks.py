@@ -1,0 +1,160 @@
+"""What of REFER's val and test images is in a list of training images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.data.coco_numbers import bare_number, is_visual_genome
+from refdet.data.held_out import held_out
+from refdet.data.image_lists import INSTANCES, ImageList, Listed, read_image_list
+from refdet.provenance import file_sha256, image_ids_sha256
+
+
+@dataclass(frozen=True)
+class SplitLeak:
+    """What of one held-out split is in a list.
+
+    Attributes:
+        name: "refcoco/unc/val"; images: how many images it has.
+        image_ids: ids in the list of the images that are in it, ascending.
+        annotations: how many annotations of the list are on those images.
+    """
+
+    name: str
+    images: int
+    image_ids: list[int]
+    annotations: int
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What `audit` found.
+
+    Attributes:
+        form: of the list; see `refdet.data.image_lists`.
+        images: how many entries it has; unidentified: those of them of which nothing says what image of COCO
+            they are.
+        file_sha256: of the file; image_ids_sha256: of the ids in it.
+        held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
+        splits: the same for each split; notes: remarks for people.
+    """
+
+    form: str
+    images: int
+    unidentified: int
+    file_sha256: str
+    image_ids_sha256: str
+    held_out_images: int
+    splits: list[SplitLeak]
+    leaked: list[int]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "clean": not self.leaked,
+            "form": self.form,
+            "images": self.images,
+            "unidentified": self.unidentified,
+            "file_sha256": self.file_sha256,
+            "image_ids_sha256": self.image_ids_sha256,
+            "held_out_images": self.held_out_images,
+            "splits": {
+                leak.name: {
+                    "images": leak.images,
+                    "leaked": len(leak.image_ids),
+                    "annotations": leak.annotations,
+                    "image_ids": leak.image_ids,
+                }
+                for leak in self.splits
+            },
+            "leaked_image_ids": self.leaked,
+            "notes": self.notes,
+        }
+
+
+def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] = ()) -> AuditResult:
+    """Look for images of REFER's val and test splits in a list of images.
+
+    Annotations count too: one whose image was removed but which stayed in the file is a leak.
+
+    Arguments:
+        instances: an instances JSON or another list; see `refdet.data.image_lists`.
+        refer_root, exclude: what to look for; see `held_out`.
+
+    Raises:
+        InputError: the file is no such list.
+        refer.ReferError: bad REFER data.
+    """
+    splits, notes = held_out(refer_root, exclude)
+    images = read_image_list(instances)
+    notes += remarks(images)
+    per_image = Counter(entry.image_id for entry in images.annotations)
+    stray = per_image.keys() - images.ids
+    if stray:
+        count = sum(per_image[image_id] for image_id in stray)
+        notes.append(f"{images.path}: {count} annotations are of images that are not in it")
+    leaks = []
+    everything = frozenset().union(*(split.image_ids for split in splits))
+    suspects = [image for image in images.images if not everything.isdisjoint(image.numbers)]
+    for split in splits:
+        ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
+        ids |= stray & split.image_ids
+        leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
+    return AuditResult(
+        form=images.form,
+        images=len(images.images),
+        unidentified=sum(_is_unidentified(image) for image in images.images),
+        file_sha256=file_sha256(images.path),
+        image_ids_sha256=image_ids_sha256(images.ids),
+        held_out_images=len(everything),
+        splits=leaks,
+        leaked=sorted({image_id for leak in leaks for image_id in leak.image_ids}),
+        notes=notes,
+    )
+
+
+def numbers_of(images: Iterable[Listed]) -> frozenset[int]:
+    """The COCO numbers of all of them."""
+    return frozenset().union(*(image.numbers for image in images))
+
+
+def remarks(images: ImageList) -> list[str]:
+    """What people should know of how the images of a list are known, a line each."""
+    path, lines = images.path, []
+    other = [image for image in images.images if len(image.numbers) > 1]
+    if other:
+        first = other[0]
+        number = max(first.numbers - {first.id})
+        lines.append(
+            f"{path}: {len(other)} images have an id that is not the number in their file name "
+            f"(image {first.id}: {number}); an image is held out if either number is"
+        )
+    none = [image for image in images.images if image.not_coco]
+    if none:
+        lines.append(f"{path}: {len(none)} images are none of COCO's, it says (coco_id null)")
+    unidentified = [image for image in images.images if _is_unidentified(image)]
+    if unidentified:
+        first = unidentified[0]
+        known = sum(is_visual_genome(image.name) for image in unidentified)
+        genome = f" ({known} of them Visual Genome's own, whose image_data.json has COCO ids)" if known else ""
+        lines.append(
+            f"{path}: {len(unidentified)} entries have no COCO image id{genome}, the first is {first.name!r:.60}: "
+            "ids say nothing of them, audit --by-content does"
+        )
+    if images.form != INSTANCES:
+        bare = [image for image in images.images if bare_number(image.name) in image.numbers]
+        if bare:
+            lines.append(
+                f"{path}: {len(bare)} names are mere numbers, the first is {bare[0].name!r:.60}: they are taken as "
+                "COCO image ids"
+            )
+    return lines
+
+
+def _is_unidentified(image: Listed) -> bool:
+    return not image.numbers and not image.not_coco

@@ -1,0 +1,242 @@
+"""audit: of the real splits' ids, of checkpoints and stores by their provenance; published counts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from refdet.cli.main import main
+from safetensors.numpy import save_file
+from test_splits import coco, write, write_refs
+
+from refdet.audit import audit_provenance
+from refdet.data.held_out import held_out
+from refdet.data.leaks import audit
+from refdet.data.published import counts_of, differences
+from refdet.data.splits import build_split
+from refdet.errors import InputError
+from refdet.provenance import Provenance
+from refer.published import COUNTS, Counts
+
+
+def test_all_real_ids_are_found_in_a_file_as_large_as_train2014(shared: Path, tmp_path: Path) -> None:
+    real = json.loads((shared / "data/refer_split_images.json").read_text())
+    refs: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for name, split in real.items():
+        dataset, split_by, which = name.split("/")
+        refs.setdefault((dataset, split_by), []).extend((image, which) for image in split["images"])
+    root = write_refs(tmp_path / "refer", refs)
+    held = {image for split in real.values() for image in split["images"]}
+    assert len(held) == 4190
+    chance = random.Random(0)
+    others = chance.sample(sorted(set(range(1, 581_930)) - held), 82_783 - len(held))
+    ids = [*held, *others]
+    chance.shuffle(ids)
+    owners = chance.sample(ids, 2000)
+    source = write(tmp_path / "train2014.json", coco(ids, owners))
+    found = audit(source, root)
+    assert set(found.leaked) == held and found.held_out_images == 4190
+    assert {leak.name: len(leak.image_ids) for leak in found.splits} == {
+        name: len(set(split["images"])) for name, split in real.items()
+    }
+    result = build_split(source, root, tmp_path / "out.json")
+    report = result.report
+    assert set(report["removed_image_ids"]) == held and report["images_after"] == 82_783 - 4190
+    assert (report["refer_images_found"], report["refer_images_missing"]) == (4190, 0)
+    assert report["annotations_after"] == sum(owner not in held for owner in owners)
+    assert audit(result.out, root).leaked == []
+    # and none of them is in a file of other images
+    clean = build_split(write(tmp_path / "others.json", coco(others, [])), root, tmp_path / "same.json").report
+    assert (clean["images_removed"], clean["refer_images_found"], clean["refer_images_missing"]) == (0, 0, 4190)
+
+
+def test_counts_per_split_on_real_images(shared: Path, tmp_path: Path) -> None:
+    mini = shared / "data/coco_mini"
+    source = mini / "annotations/instances_train2017.json"
+    names = {image["id"] for image in json.loads(source.read_text())["images"]}
+    real = json.loads((shared / "data/refer_split_images.json").read_text())
+    expected = {name: len(names & set(split["images"])) for name, split in real.items()}
+    found = audit(source, mini / "refer")
+    assert {leak.name: len(leak.image_ids) for leak in found.splits} == {n: k for n, k in expected.items() if k}
+    assert len(found.leaked) == 5
+    result = build_split(mini / "annotations/instances_val2017.json", mini / "refer", tmp_path / "val.json")
+    assert result.report["images_removed"] == 0
+
+
+def test_exclude_narrows(tmp_path: Path) -> None:
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
+    source = write(tmp_path / "f.json", coco([2, 3, 4], []))
+    assert audit(source, root, ["refcoco:unc:testA"]).leaked == [3]
+    part = build_split(source, root, tmp_path / "part.json", ["refcoco:unc:testA"])
+    assert audit(part.out, root, ["refcoco:unc:testA"]).leaked == [] and audit(part.out, root).leaked == [2]
+
+
+def test_missing_standard_splits_are_told(tmp_path: Path) -> None:
+    _, notes = held_out(write_refs(tmp_path / "a", {("refcoco+", "unc"): [(2, "val")]}))
+    assert [note for note in notes if "no refcocog/umd there" in note] and not any("refcoco/unc" in n for n in notes)
+    _, notes = held_out(write_refs(tmp_path / "b", {("refcocog", "umd"): [(2, "val")]}))
+    assert [note for note in notes if "no refcoco/unc nor refcoco+/unc there" in note]
+    _, notes = held_out(tmp_path / "b", ["refcocog:umd"])
+    assert notes == []
+
+
+def real_size(dataset: str, split_by: str) -> dict[str, Counts]:
+    return {split: Counts(*(n or 0 for n in counts)) for split, counts in COUNTS[dataset, split_by].items()}
+
+
+def test_published_counts() -> None:
+    for dataset, split_by in COUNTS:
+        found = real_size(dataset, split_by)
+        assert differences(dataset, split_by, found) == []
+        small = {split: Counts(counts.refs // 3, 5, 9) for split, counts in found.items()}
+        assert differences(dataset, split_by, small) == []  # somebody's sample
+    found = real_size("refcoco", "unc")
+    found["val"] = found["val"]._replace(refs=3800, images=1499)
+    [line] = differences("refcoco", "unc", found)
+    assert line.startswith("refcoco/unc/val: 3,800 refs instead of 3,811, 1,499 images instead of 1,500, which")
+    del found["testB"]
+    assert any("testB: 0 refs instead of 1,810" in line for line in differences("refcoco", "unc", found))
+    assert differences("mine", "unc", {"val": Counts(1, 1, 1)}) == []
+
+
+def test_a_damaged_download_is_a_note(tmp_path: Path) -> None:
+    root = write_refs(tmp_path / "refer", {("refcocog", "umd"): [(n % 1299 + 1, "val") for n in range(2573)]})
+    notes = held_out(root)[1]
+    assert any("refcocog/umd/val: 1,299 images instead of 1,300, 0 sentences instead of 4,896" in n for n in notes)
+    assert any("damaged download?" in note for note in notes)
+    refs: Any = [{"split": "val", "image_id": 1, "sentences": [1, 2]}, {"split": "val", "image_id": 1, "sentences": []}]
+    assert counts_of(refs) == {"val": Counts(2, 1, 2)}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """A REFER root, a clean split and the run directory of a detector trained on it."""
+    root = write_refs(
+        tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")], ("refcoco+", "unc"): [(2, "val")]}
+    )
+    source = write(tmp_path / "all.json", coco([1, 2, 3, 4], [1, 2, 4]))
+    split = build_split(source, root, tmp_path / "split.json").out
+    yield root, split, run_directory(tmp_path / "run", provenance_of(split))
+
+
+def provenance_of(split: Path) -> dict[str, Any]:
+    return json.loads(split.read_text())["info"]["refdet"]
+
+
+def run_directory(folder: Path, provenance: dict[str, Any] | None) -> Path:
+    folder.mkdir()
+    save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps({"step": 1, "categories": [], "provenance": provenance}))
+    return folder
+
+
+def test_a_checkpoint_claims_and_with_its_split_proves(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, run = trained
+    claim = audit_provenance(run, root)
+    assert claim.problem == "" and not claim.proven and [c.uncovered for c in claim.claims] == [0, 0, 0]
+    proof = audit_provenance(run, root, split)
+    assert proof.proven and proof.to_json()["clean"] and proof.to_json()["audit"]["images"] == 2
+    other = audit_provenance(run, root, tmp_path / "all.json")
+    assert not other.proven and "was not trained on" in other.problem
+    dirty = run_directory(tmp_path / "dirty", Provenance.from_json(provenance_of(split)).to_json())
+    tree = json.loads((dirty / "model.json").read_text())
+    tree["provenance"]["image_ids_sha256"] = audit(tmp_path / "all.json", root).image_ids_sha256
+    (dirty / "model.json").write_text(json.dumps(tree))
+    leaking = audit_provenance(dirty, root, tmp_path / "all.json")  # it claims what the file disproves
+    assert not leaking.proven and "2 held-out images leak" in leaking.problem
+    assert audit_provenance(dirty, root).problem == ""
+
+
+def test_a_claim_covers_what_it_excluded_and_no_more(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, _ = trained
+    written = provenance_of(split)
+    del written["excluded"]["refcoco+/unc/val"]  # its image is that of refcoco/unc/val
+    assert audit_provenance(run_directory(tmp_path / "a", written), root).problem == ""
+    del written["excluded"]["refcoco/unc/testA"]
+    open_ = audit_provenance(run_directory(tmp_path / "b", written), root)
+    assert "does not exclude refcoco/unc/testA (1 of 1 images)" in open_.problem
+    assert audit_provenance(tmp_path / "b", root, exclude=["refcoco:unc:val"]).problem == ""
+    written["excluded"]["refcoco/unc/val"]["images"] = 7  # another val than that of this root
+    assert "refcoco/unc/val" in audit_provenance(run_directory(tmp_path / "c", written), root).problem
+
+
+def test_unknown_training_data_is_no_clean_bill(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, _ = trained
+    unknown = Provenance.imported("res101.pth", "ab" * 32).to_json()
+    for name, provenance in (("a", None), ("b", unknown), ("c", provenance_of(split) | {"excluded": {}})):
+        run = run_directory(tmp_path / name, provenance)
+        assert "training data unknown" in audit_provenance(run, root).problem
+    assert audit_provenance(tmp_path / "c", root, split).proven  # the file says more than the claim
+    done = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path / "b"), "--refer-root", str(root)])
+    assert done.exit_code == 1 and "training data unknown: imported: res101.pth" in done.stderr
+
+
+def test_first_weights_count_too(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, _ = trained
+    run = run_directory(tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"})
+    found = audit_provenance(run, root, split)
+    assert (
+        not found.proven and "res101.pth, training data unknown" in found.problem and "--trust-weights" in found.problem
+    )
+    trusted = audit_provenance(run, root, split, trust_weights=True)
+    assert trusted.proven and any("on your word" in note for note in trusted.notes)
+
+
+def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, _ = trained
+    store = tmp_path / "f.h5"
+    text = h5py.string_dtype()
+    with h5py.File(store, "w") as file:
+        file.attrs["schema"] = "refdet-features/1"
+        file.attrs["classes"] = "[]"
+        file.attrs["options"] = "{}"
+        file.attrs["provenance"] = json.dumps(provenance_of(split))
+        file["images/id"] = np.array([2, 3])  # both held out
+        file.create_dataset("images/error", data=["", ""], dtype=text)
+        file["regions/box"] = np.zeros((0, 4), np.float32)
+        file["regions/mask_start"] = np.zeros(1, np.int64)
+    found = audit_provenance(store, root, split)
+    assert found.kind == "store" and found.proven
+    other = audit_provenance(store, root, tmp_path / "all.json")
+    assert other.problem.startswith(f"the detector of {store}: was not trained on")
+    with h5py.File(store, "a") as file:
+        del file.attrs["provenance"]
+    assert "it has no provenance" in audit_provenance(store, root).problem
+    with pytest.raises(InputError, match="audit such a file with --instances"):
+        audit_provenance(split, root)
+
+
+def test_commands(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, split, run = (str(path) for path in trained)
+    call = CliRunner().invoke
+    common = ["--refer-root", root]
+    claim = call(main, ["audit", "--checkpoint", run, *common])
+    assert claim.exit_code == 0 and "that is its claim" in claim.stdout and "proven" not in claim.stdout
+    proof = call(main, ["audit", "--checkpoint", run, "--instances", split, *common])
+    assert proof.exit_code == 0 and f"proven: {run} was trained on the images of this file" in proof.stdout
+    as_json = call(main, ["audit", "--checkpoint", run, "--instances", split, *common, "--json"])
+    assert as_json.exit_code == 0 and json.loads(as_json.stdout)["proven"] is True
+    wrong = call(main, ["audit", "--checkpoint", run, "--instances", str(tmp_path / "all.json"), *common, "--json"])
+    assert wrong.exit_code == 1 and json.loads(wrong.stdout)["clean"] is False and "was not trained on" in wrong.stderr
+    for arguments, text in (
+        ([], "nothing to audit"),
+        (["--checkpoint", run, "--features", run], "one after the other"),
+        (["--instances", split, "--by-content"], "needs --instances and --images"),
+        (["--instances", split, "--images", run], "are for --by-content"),
+        (["--instances", split, "--trust-weights"], "--trust-weights is for"),
+        (["--checkpoint", str(tmp_path)], "no model.json"),
+        (["--features", str(tmp_path / "no.h5")], "no such file"),
+        (["--checkpoint", split], "audit such a file with --instances"),
+    ):
+        done = call(main, ["audit", *arguments, *common])
+        assert done.exit_code == 2 and text in done.stderr and "Traceback" not in done.output
+    kept = call(main, ["build-split", "--instances", str(tmp_path / "all.json"), *common,
+                       "--out", str(tmp_path / "val.json"), "--keep-only", "refcoco:unc:val"])  # fmt: skip
+    assert kept.exit_code == 0 and "of 1 images to keep 1 were found, 0 are not in" in kept.stdout

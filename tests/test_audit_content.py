@@ -1,0 +1,168 @@
+"""audit --by-content: copies under other ids are found, different images are not."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image, ImageOps
+from refdet.cli.main import main
+from test_splits import coco, write, write_refs
+
+from refdet.data.copies import audit_content
+from refdet.data.perceptual_hash import BITS, hashes, matches, thumbnail
+from refdet.errors import InputError
+
+
+def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:
+    """A picture of patches of colour, another one for every seed."""
+    random = np.random.default_rng(seed)
+    patches = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def resized(image: Image.Image, scale: float) -> Image.Image:
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def cropped(image: Image.Image, share: float) -> Image.Image:
+    x, y = round(image.width * share), round(image.height * share)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+COPIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "0.3 of the size": lambda image: jpeg(resized(image, 0.3)),
+    "twice the size": lambda image: jpeg(resized(image, 2)),
+    "square": lambda image: jpeg(image.resize((224, 224), Image.Resampling.BILINEAR)),
+    "quality 30": lambda image: jpeg(image, 30),
+    "quality 95": lambda image: jpeg(image, 95),
+    "grey": lambda image: jpeg(image.convert("L")),
+    "cropped by a hundredth": lambda image: jpeg(cropped(image, 0.01)),
+    "mirrored": lambda image: jpeg(ImageOps.mirror(image)),
+}
+
+
+def stacked(files: list[bytes]) -> np.ndarray:
+    return np.stack([thumbnail(data) for data in files])
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_real_copies_are_found_and_no_others(shared: Path, kind: str) -> None:
+    paths = sorted((shared / "data/coco_mini").glob("*2017/*.jpg"))[::4]
+    originals = stacked([path.read_bytes() for path in paths])
+    copies = stacked([COPIES[kind](Image.open(path).convert("RGB")) for path in paths])
+    found = matches(copies, originals)
+    assert [(match.first, match.second) for match in found] == [(n, n) for n in range(len(paths))]
+    assert all(match.mirrored == (kind == "mirrored") for match in found)
+
+
+def test_all_real_images_are_different(shared: Path) -> None:
+    paths = sorted((shared / "data/coco_mini").glob("*2017/*.jpg"))
+    pictures = stacked([path.read_bytes() for path in paths])
+    assert [(m.first, m.second, m.bits) for m in matches(pictures, pictures)] == [(n, n, 0) for n in range(159)]
+
+
+def test_hashes_follow_the_definition_of_the_dct() -> None:
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 256, (32, 32)).astype(np.uint8)
+    low = np.zeros((12, 12))
+    for u in range(12):  # the definition of DCT-II, in float64
+        for v in range(12):
+            y, x = np.mgrid[:32, :32]
+            waves = np.cos(np.pi * (2 * y + 1) * u / 64) * np.cos(np.pi * (2 * x + 1) * v / 64)
+            low[u, v] = (picture * waves).sum()
+    flat = low.ravel()[1:]
+    [got] = hashes(picture[None])
+    assert got.shape == (BITS,) and np.array_equal(got, np.where(flat > np.median(flat), 1, -1))
+
+
+def test_matches_equal_a_plain_comparison_of_all_pairs() -> None:
+    random = np.random.default_rng(1)
+    first = random.integers(0, 256, (40, 32, 32), dtype=np.uint8)
+    second = np.concatenate([first[5:9, :, ::-1], first[20:22], random.integers(0, 256, (9, 32, 32), dtype=np.uint8)])
+    found = {(match.first, match.second, match.mirrored) for match in matches(first, second)}
+    assert found == {(5, 0, True), (6, 1, True), (7, 2, True), (8, 3, True), (20, 4, False), (21, 5, False)}
+    assert matches(first[:0], second) == [] and matches(first, second[:0]) == []
+
+
+def test_a_picture_of_one_colour_matches_nothing() -> None:
+    plain = np.full((2, 32, 32), 7, np.uint8)
+    assert matches(plain, plain) == []
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A list of images 10 to 14, REFER holding out images 1 to 3, and a folder; 12 and 13 are copies of 1 and 2."""
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val"), (2, "testA"), (3, "val")]})
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in (1, 2, 3, 10, 11):
+        (folder / f"{number:012d}.jpg").write_bytes(jpeg(scene(number)))
+    (folder / "000000000012.jpg").write_bytes(jpeg(resized(scene(1), 0.5), 60))
+    scene(2).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "000000000013.png")
+    (folder / "000000000014.jpg").write_bytes(b"no image")
+    data = coco([10, 11, 12, 13, 14, 15], [], {13: "000000000013.png"})
+    return write(tmp_path / "f.json", data), root, folder
+
+
+def test_copies_missing_and_damaged_files(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, root, folder = world
+    found = audit_content(source, root, folder)
+    assert [(copy.image, copy.refer_image_id, copy.splits, copy.mirrored) for copy in found.copies] == [
+        (12, 1, ["refcoco/unc/val"], False),
+        (13, 2, ["refcoco/unc/testA"], True),
+    ]
+    assert (found.compared, found.missing, found.unreadable) == (4, [15], [14]) and found.refer_compared == 3
+    assert any("1 images of the list have no file, the first is 15" in note for note in found.notes())
+    assert [copy.image for copy in audit_content(source, root, folder, exclude=["refcoco:unc:testA"]).copies] == [13]
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in folder.iterdir():
+            file.write(path, f"train/{path.name}")
+    assert audit_content(source, root, archive, folder) == found == audit_content(source, root, folder, archive)
+
+
+def test_held_out_ids_are_left_to_the_audit_by_id_and_names_are_enough(
+    world: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    _, root, folder = world
+    names = tmp_path / "names.txt"
+    names.write_text("000000000001.jpg\n000000000010.jpg\nkitchen.jpg\n")
+    (folder / "kitchen.jpg").write_bytes(jpeg(scene(3), 50))
+    found = audit_content(names, root, folder)
+    assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [("kitchen.jpg", 3)] and found.compared == 2
+
+
+def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, root, folder = world
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="none of the 3 held-out images.*--refer-images"):
+        audit_content(source, root, folder, tmp_path / "empty")
+    with pytest.raises(InputError, match="--images .*empty: none of the 6 images"):
+        audit_content(source, root, tmp_path / "empty", folder)
+    with pytest.raises(InputError, match="--refer-images .*nowhere: no such folder"):
+        audit_content(source, root, folder, tmp_path / "nowhere")
+
+
+def test_command(world: tuple[Path, Path, Path]) -> None:
+    source, root, folder = (str(path) for path in world)
+    arguments = ["audit", "--instances", source, "--refer-root", root, "--by-content", "--images", folder]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "2 of its images are copies of held-out ones" in done.stderr
+    assert "mirrored" in done.stdout and "Traceback" not in done.output
+    as_json = CliRunner().invoke(main, [*arguments, "--json"])
+    tree = json.loads(as_json.stdout)
+    assert tree["clean"] is False and tree["leaked_image_ids"] == []
+    assert [copy["image"] for copy in tree["content"]["copies"]] == [12, 13]
