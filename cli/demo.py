@@ -50,6 +50,13 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
         for dataset, splits in metrics["refer"].items()
         for split, values in splits.items()
     ]
+    rows += [
+        (f"{who}, accuracy@0.5 on {dataset} {split}", f"{values['comprehension'][name]:.3f}")
+        for who, name in (("listener", "accuracy@0.5"), ("guessing", "guessing@0.5"))
+        for dataset, splits in metrics["refer"].items()
+        for split, values in splits.items()
+        if "comprehension" in values
+    ]
     echo_table(rows)
     click.echo()
     echo_table([(name, f"{seconds:.1f}") for name, seconds in metrics["seconds"].items()], header=("step", "seconds"))

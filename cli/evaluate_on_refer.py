@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,54 +11,87 @@ from refdet.errors import InputError
 
 from .common import echo_json, echo_table, json_option, note
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLES = {
+    "recall_by_regions": "recall@0.5 by regions kept",
+    "recall_by_regions_with_category": "the same, of the right category",
+    "comprehension": "comprehension: boxes",
+    "segmentation": "comprehension: masks",
+    "generalized": "gRefCOCO",
+    "language": "expressions",
+}
+
 
 @click.command("evaluate-on-refer")
 @click.option("--features", type=Path, required=True, help="Store that extract-features wrote.")
 @click.option("--refer-root", type=Path, required=True, help="Folder of the REFER data.")
-@click.option("--dataset", required=True, help="refcoco, refcoco+ or refcocog.")
+@click.option("--dataset", required=True, help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", required=True, help="unc, umd or google.")
 @click.option("--split", "splits", multiple=True, help="Splits, with commas between; all but train by default.")
 @click.option("--predictions", type=Path, help="JSON of a model's answers, for comprehension and segmentation.")
-@click.option("--out", type=Path, required=True, help="Folder for metrics.json.")
+@click.option("--expressions", type=Path, help="JSON of a model's expressions, for BLEU, ROUGE-L, CIDEr and METEOR.")
+@click.option(
+    "--protocol", type=click.Choice(["standard", "mattnet"]), default="standard", show_default=True,
+    help="How the IoU of boxes is computed: mattnet as MAttNet's code does.",
+)  # fmt: skip
+@click.option("--out", type=Path, required=True, help="Folder for metrics.json, metrics.csv and recall.svg.")
 @json_option
-def command(
-    features: Path,
-    refer_root: Path,
-    dataset: str,
-    split_by: str,
-    splits: tuple[str, ...],
-    predictions: Path | None,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Detection AP, referent recall and, given predictions, comprehension and segmentation metrics."""
-    from refdet.atomic import write_json
+def command(out: Path, as_json: bool, **given: Any) -> None:
+    """Detection AP, referent recall and, given a model's answers, how good these are."""
     from refdet.evaluate.refer import evaluate_on_refer
+    from refdet.evaluate.tables import frame, tables, write
     from refdet.provenance import Provenance
 
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")
-    metrics = evaluate_on_refer(features, refer_root, dataset, split_by, splits, predictions)
-    write_json(path, metrics)
+    metrics = evaluate_on_refer(**given)
+    write(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
-        missing = values.get("comprehension", {}).get("missing", 0)
-        if missing:
-            note(f"{split}: {missing} of {values['sentences']} sentences have no prediction and count as wrong")
+        for group, what in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
+            missing = values.get(group, {}).get("missing", 0)
+            if missing:
+                note(f"{split}: {missing} of {values[what]} {what} have no answer and count as wrong")
+        if values.get("language", {}).get("METEOR", 0) is None:
+            note(f"{split}: no METEOR, and words split at blanks: java is not on the PATH")
     if as_json:
         echo_json(metrics)
         return
-    header = ["split", "images", "refs", "sentences", "box AP", "AP50", "mask AP", "recall@0.5", "@0.9", "best IoU"]
-    if predictions is not None:
-        header += ["accuracy@0.5", "overall IoU"]
-    rows = []
-    for split, values in metrics["splits"].items():
-        box, mask, recall = values["detection"]["bbox"], values["detection"]["segm"], values["referent_recall"]
-        numbers = [box["AP"], box["AP50"], mask and mask["AP"], recall["0.5"], recall["0.9"], recall["mean_best_iou"]]
-        if predictions is not None:
-            segmentation = values["segmentation"]
-            numbers += [values["comprehension"]["accuracy@0.5"], segmentation and segmentation["overall_iou"]]
-        counts = (str(values[name]) for name in ("images", "refs", "sentences"))
-        rows.append((split, *counts, *("-" if n is None else f"{n:.3f}" for n in numbers)))
-    echo_table(rows, header=tuple(header))
+    found = tables(frame(metrics))
+    echo_table(*_overview(found))
+    for group, title in TITLES.items():
+        if group in found:
+            click.echo(f"\n{title}")
+            echo_table(*_as_text(found[group]))
+
+
+def _overview(found: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    import pandas as pd
+
+    recall = found["referent_recall"]
+    columns = {
+        **found["counts"],
+        "box AP": found["detection.bbox"]["AP"],
+        "AP50": found["detection.bbox"]["AP50"],
+        "mask AP": found["detection.segm"]["AP"] if "detection.segm" in found else float("nan"),
+        "recall@0.5": recall["0.5"],
+        "@0.9": recall["0.9"],
+        "with category": recall["with_category@0.5"],
+        "best IoU": recall["mean_best_iou"],
+    }
+    table = pd.DataFrame(columns, index=found["counts"].index)
+    return _as_text(table)
+
+
+def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Rows and header for `echo_table`; whole numbers in columns of counts, a dash for what is not rated."""
+    counts = {"images", "refs", "sentences", "missing", "no_target"}
+
+    def text(name: str, value: float) -> str:
+        return "-" if value != value else f"{value:.0f}" if name in counts else f"{value:.3f}"
+
+    rows = [(str(split), *(text(str(n), v) for n, v in row.items())) for split, row in table.iterrows()]
+    return rows, ("split", *(str(name).replace("_", " ") for name in table))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from refdet.errors import InputError, WorkError
 from refdet.report import Inputs, ReferPart, Step, write
 
 DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
+# The examples come with the source, not with the installed package; there the demo goes without the listener.
+LISTENER = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
 
 ABOUT = {
     "dataset": "Drew the images and wrote them, their annotations and sentences in the layouts of COCO 2014 and REFER.",
@@ -28,7 +31,10 @@ ABOUT = {
     "train": "Trained a Mask R-CNN from scratch on the split.",
     "evaluate": "Measured COCO's box and mask AP on the val images.",
     "extract-features": "Detected regions on the val and test images of REFER and stored boxes, masks and features.",
-    "evaluate-on-refer": "Measured whether the regions cover the objects that the sentences refer to.",
+    "listener": "Trained a small model of words and stored features on the train refs, and let it answer the sentences "
+    "of RefCOCO's val and test images.",
+    "evaluate-on-refer": "Measured whether the regions cover the objects that the sentences refer to, and how often "
+    "the listener finds them.",
 }
 
 
@@ -60,13 +66,24 @@ class _Log:
         self.seconds[name] = time.perf_counter() - started
         self.say(f"({name} took {self.seconds[name]:.1f} s)")
 
-    def refdet(self, name: str, *args: str | Path, output: Path | None = None) -> None:
-        """Show and run one command of a step."""
-        words = [name, *map(str, args)]
+    def refdet(self, command: str, *args: str | Path, output: Path | None = None, step: str | None = None) -> None:
+        """Show and run one command of a step, of that of its name if no other is given."""
+        words = [command, *map(str, args)]
         line = shlex.join(["refdet", *words]) + (f" > {shlex.quote(str(output))}" if output else "")
-        self.commands[name].append(line)
+        self.commands[step or command].append(line)
         self.say(f"$ {line}")
         self.run(words, output)
+
+    def python(self, name: str, script: Path, *args: str | Path) -> None:
+        """Show and run a Python script, one command of a step; WorkError if it fails."""
+        words = [str(script), *map(str, args)]
+        line = shlex.join(["python", *words])
+        self.commands[name].append(line)
+        self.say(f"$ {line}")
+        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.say(done.stdout.rstrip())
+        if done.returncode:
+            raise WorkError(f"{script} failed; what it said stands above")
 
 
 def demo(
@@ -128,10 +145,13 @@ def demo(
             log.refdet("extract-features", "--checkpoint", model, "--images", train_images,
                        "--refer-root", refer_root, "--dataset", dataset, "--split-by", split_by,
                        "--split", ",".join(held_out), "--out", _store(out, dataset))  # fmt: skip
+    answers = _listen(log, out, model, train_images, refer_root)
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
+            given = ("--predictions", answers) if answers is not None and dataset == DATASETS[0][0] else ()
             log.refdet("evaluate-on-refer", "--features", _store(out, dataset), "--refer-root", refer_root,
-                       "--dataset", dataset, "--split-by", split_by, "--out", out / "refer" / dataset)  # fmt: skip
+                       "--dataset", dataset, "--split-by", split_by, *given,
+                       "--out", out / "refer" / dataset)  # fmt: skip
     detection = {kind: _rates(values) for kind, values in _read(detected).items()}
     parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
     metrics = {
@@ -149,6 +169,22 @@ def demo(
         instances=split, source=original, steps=steps,
     ))  # fmt: skip
     return metrics
+
+
+def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
+    """Train the listener on the first of `DATASETS`; its answers there, None where there is no listener."""
+    if not LISTENER.is_file():
+        log.say(f"\n--- listener\nleft out: {LISTENER.name} is one of the examples, which come with the source")
+        return None
+    dataset, split_by = DATASETS[0]
+    train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
+    with log.step("listener"):
+        log.refdet("extract-features", "--checkpoint", model, "--images", images, "--refer-root", refer_root,
+                   "--dataset", dataset, "--split-by", split_by, "--split", "train", "--regions", "annotations",
+                   "--out", train, step="listener")  # fmt: skip
+        log.python("listener", LISTENER, "--train", train, "--test", _store(out, dataset), "--refer-root", refer_root,
+                   "--refs", *(f"{name}/{by}" for name, by in DATASETS), "--out", answers)  # fmt: skip
+    return answers
 
 
 def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:

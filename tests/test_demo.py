@@ -8,11 +8,13 @@ import pytest
 from click.testing import CliRunner, Result
 from refdet.cli.main import main
 
+import refdet.demo as demo_module
 from refdet import store
 from refdet.demo import demo
 from refdet.errors import InputError, WorkError
 
-STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "evaluate-on-refer"]
+STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]
+COMMANDS = [step for step in STEPS if step not in ("dataset", "listener")]
 TINY = ("train.steps=8", "train.batch_size=2", "train.workers=0", "train.log_every=4", "model.width=8")
 
 
@@ -36,6 +38,9 @@ def test_metrics_hold_all_numbers(done: tuple[Path, Result]) -> None:
         "refcoco+/unc": {"val", "testA", "testB"},
         "refcocog/umd": {"val", "test"},
     }
+    heard = {name: split["comprehension"] for name, split in metrics["refer"]["refcoco/unc"].items()}
+    assert set(heard) == {"val", "testA", "testB"}
+    assert all(0 <= boxes["guessing@0.5"] <= 1 and 0 <= boxes["accuracy@0.5"] <= 1 for boxes in heard.values())
     assert all("referent_recall" in split for splits in metrics["refer"].values() for split in splits.values())
     assert list(metrics["seconds"]) == [*STEPS, "total"]
     assert metrics["seconds"]["total"] == pytest.approx(sum(metrics["seconds"][step] for step in STEPS))
@@ -60,8 +65,9 @@ def test_stores_are_of_held_out_images_alone(done: tuple[Path, Result]) -> None:
 
 def test_commands_are_shown_and_recorded(done: tuple[Path, Result]) -> None:
     out, result = done
-    for step in STEPS[1:]:
+    for step in COMMANDS:
         assert f"$ refdet {step} " in result.stderr
+    assert "examples/listener.py --train " in result.stderr
     assert "held-out images leak into it" in result.stderr and "as it should be" in result.stderr
     seed = json.loads((out / "run" / "model.json").read_text())["recipe"]["train"]["seed"]
     assert seed == 3
@@ -76,7 +82,8 @@ def test_report_shows_every_command(done: tuple[Path, Result]) -> None:
 
     page = Code()
     page.feed((done[0] / "report.html").read_text(encoding="utf-8"))
-    assert all(f"refdet {step} " in page.text for step in STEPS[1:])
+    assert all(f"refdet {step} " in page.text for step in COMMANDS)
+    assert "examples/listener.py --train " in page.text and "What a listener makes of it" in page.text
     assert "Clean: none of the" in page.text
 
 
@@ -93,6 +100,25 @@ def test_bad_arguments_are_told_before_anything_is_drawn(tmp_path: Path, args: t
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "out"), *args])
     assert result.exit_code == 2 and told in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_examples_there_is_no_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installed package."""
+    monkeypatch.setattr(demo_module, "LISTENER", tmp_path / "listener.py")
+    said: list[str] = []
+    log = demo_module._Log(lambda args, output=None: None, said.append)
+    assert demo_module._listen(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
+    assert "left out" in said[0] and not log.seconds
+
+
+def test_a_script_that_fails_is_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.exit('no such thing')\n")
+    said: list[str] = []
+    log = demo_module._Log(lambda args, output=None: None, said.append)
+    with pytest.raises(WorkError, match="script.py failed"), log.step("listener"):
+        log.python("listener", script)
+    assert "no such thing" in "".join(said)
 
 
 def test_a_blind_audit_is_not_believed(tmp_path: Path) -> None:

@@ -3,82 +3,31 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from evaluate_examples import (
+    PROVENANCE,
+    brute_iou,
+    regions,
+    write_grefer,
+    write_refer,
+    write_store,
+    xyxy,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from refdet import store
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
-from refdet.evaluate.metrics import box_iou, mask_overlap, referent_recall, segmentation_scores
 from refdet.evaluate.refer import evaluate_on_refer
 from refdet.extract import annotated_regions
-from refdet.regions import Regions
 
 corner = st.floats(0, 50, width=32)
 box = st.tuples(corner, corner, st.floats(0.25, 40, width=32), st.floats(0.25, 40, width=32))
-PROVENANCE = {"source": "x.json", "note": ""}
-
-
-def brute_iou(a: list[float], b: list[float]) -> float:
-    """Of half-open xyxy boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    both = width * height
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
-
-
-def xyxy(box: tuple[float, ...]) -> list[float]:
-    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-
-
-def write_store(path: Path, images: list[Regions], masks: bool) -> None:
-    rows = [
-        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
-        for r in images
-    ]
-    header = store.Header([], "", PROVENANCE, {})
-    with store.create(path, header, store.Columns(masks=masks), rows) as writer:
-        for image in images:
-            writer.put(image)
-
-
-def write_refer(root: Path, objects: list[dict[str, Any]]) -> Path:
-    """A REFER folder of objects with image_id, bbox, category_id and split; each has two sentences."""
-    folder = root / "toy"
-    folder.mkdir(parents=True)
-    annotations, refs = [], []
-    for i, o in enumerate(objects):
-        x, y, w, h = o["bbox"]
-        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        annotations.append({"id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"], "iscrowd": 0,
-                            "bbox": o["bbox"], "area": w * h, "segmentation": outline})  # fmt: skip
-        sentences = [{"sent_id": 10 * i + k, "sent": "it", "raw": "it", "tokens": ["it"]} for k in range(2)]
-        refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"],
-                     "split": o["split"], "sentences": sentences, "sent_ids": [s["sent_id"] for s in sentences],
-                     "file_name": f"{o['image_id']}.jpg"})  # fmt: skip
-    ids = sorted({o["image_id"] for o in objects})
-    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 120} for i in ids]
-    categories = [{"id": i, "name": f"c{i}", "supercategory": ""} for i in (1, 2)]
-    data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(data))
-    (folder / "refs(me).p").write_bytes(pickle.dumps(refs, protocol=2))
-    return root
-
-
-def regions(image_id: int, boxes: list[list[float]], categories: list[int] | None = None, masks: Any = None) -> Regions:
-    n = len(boxes)
-    return Regions(image_id, f"{image_id}.jpg", 100, 120, np.array(boxes, np.float32).reshape(n, 4),
-                   np.linspace(1, 0.5, n, dtype=np.float32), np.array(categories or [1] * n, np.int64),
-                   masks=masks)  # fmt: skip
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -98,28 +47,18 @@ def test_recall_is_brute_force(tmp_path_factory: pytest.TempPathFactory, refs: l
     best = [max((brute_iou(xyxy(b), box) for box, _ in stored[i]), default=0) for i, b, _ in refs]
     same = [max((brute_iou(xyxy(b), box) for box, k in stored[i] if k == c), default=0) for i, b, c in refs]
     wanted = {str(t): sum(v >= t for v in best) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    wanted |= {"mean_best_iou": sum(best) / len(refs), "with_category@0.5": sum(v >= 0.5 for v in same) / len(refs)}
+    wanted |= {f"with_category@{t}": sum(v >= t for v in same) / len(refs) for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    wanted["mean_best_iou"] = sum(best) / len(refs)
     assert split["referent_recall"] == pytest.approx(wanted, abs=1e-9)
+    kept = {str(k): [max((brute_iou(xyxy(b), box) for box, _ in stored[i][:k]), default=0) for i, b, _ in refs]
+            for k in (1, 2, 5, 10, 20, 50, 100)} | {"all": best}  # fmt: skip
+    assert split["recall_by_regions"] == {
+        k: pytest.approx(np.mean([v >= 0.5 for v in of_k])) for k, of_k in kept.items()
+    }
+    assert split["recall_by_regions_with_category"]["all"] == pytest.approx(wanted["with_category@0.5"])
+    assert split["regions_per_image"] == pytest.approx(np.mean([len(stored[i]) for i in {i for i, _, _ in refs}]))
     assert split["detection"]["segm"] is None
     assert (split["images"], split["refs"], split["sentences"]) == (len({r[0] for r in refs}), len(refs), 2 * len(refs))
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 20), width=st.integers(1, 20))
-def test_mask_overlap_is_numpy(seed: int, height: int, width: int) -> None:
-    a, b = np.random.default_rng(seed).random((2, height, width)) < 0.4
-    encoded = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8))) for m in (a, b)]
-    assert mask_overlap(encoded[0], encoded[1]) == ((a & b).sum(), (a | b).sum())
-
-
-def test_rates_of_nothing_and_of_known_overlaps() -> None:
-    assert referent_recall([], [])["mean_best_iou"] == 0
-    assert referent_recall([0.5, 0.95], [0.0, 0.95])["0.5"] == 1
-    scores = segmentation_scores([(6, 10), (0, 10), (0, 0), (10, 10)])
-    assert scores["overall_iou"] == pytest.approx(16 / 30)
-    assert scores["mean_iou"] == pytest.approx(1.6 / 4)
-    assert (scores["precision@0.5"], scores["precision@0.6"], scores["precision@0.7"]) == (0.5, 0.5, 0.25)
-    assert box_iou(np.zeros((1, 4)), np.zeros((1, 4))) == 0
 
 
 @pytest.fixture
@@ -159,10 +98,18 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
     assert (found["dataset"], found["split_by"], found["provenance"]) == ("toy", "me", PROVENANCE)
     assert set(found["splits"]) == {"val", "testA"}
     val, test = found["splits"]["val"], found["splits"]["testA"]
-    assert val["comprehension"] == {"accuracy@0.5": 0.5, "missing": 0}
+    ious = {
+        "precision@0.5": 0.5,
+        "precision@0.6": 0.5,
+        "precision@0.7": 0.5,
+        "precision@0.8": 0.5,
+        "precision@0.9": 0.5,
+    }
+    assert val["comprehension"] == {"accuracy@0.5": 0.5, "missing": 0, "guessing@0.5": 0.5, "mean_iou": 0.5, **ious}
     assert val["segmentation"]["precision@0.9"] == 0.5
     assert val["segmentation"]["overall_iou"] == pytest.approx(400 / 900)
-    assert test["comprehension"] == {"accuracy@0.5": 0.0, "missing": 1}
+    assert (test["comprehension"]["accuracy@0.5"], test["comprehension"]["missing"]) == (0.0, 1)
+    assert test["comprehension"]["guessing@0.5"] == 1.0  # the one region has IoU 0.5
     assert test["segmentation"]["mean_iou"] == pytest.approx((640 / 1600) / 2)
     assert test["segmentation"]["overall_iou"] == pytest.approx(640 / 3200)
     assert val["detection"]["segm"]["AP"] == pytest.approx(1.0)
@@ -187,6 +134,7 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         ([{"sent_id": 0, "region": 2}], "region 2 is of image 2, the sentence is of image 1"),
         ([{"sent_id": 0, "box": [1, 2, 3]}], "four numbers"),
         ([{"sent_id": 0, "box": [1, 2, -3, 4]}], "four numbers"),
+        ([{"sent_id": 0, "boxes": []}], "boxes is for gRefCOCO"),
         ([{"sent_id": 0, "segmentation": {"size": [5, 5], "counts": [25]}}], r"size \[5, 5\]"),
     ],
 )
@@ -216,3 +164,49 @@ def test_real_annotations_recall_every_ref(shared: Path, tmp_path: Path, dataset
         assert split["referent_recall"]["0.9"] == 1.0
         assert split["referent_recall"]["with_category@0.5"] == 1.0
         assert split["detection"]["segm"]["AP"] == pytest.approx(1.0)
+
+
+def test_generalized_predictions(tmp_path: Path) -> None:
+    """A sentence about two objects, one about none, one about one, each said twice."""
+    objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1},
+               {"image_id": 1, "bbox": [50, 50, 10, 10], "category_id": 2}]  # fmt: skip
+    root = write_grefer(tmp_path / "refer", objects, [(1, [0, 1], "val"), (1, [], "val"), (1, [1], "val")])
+    write_store(tmp_path / "a.h5", [regions(1, [[10, 10, 30, 30], [50, 50, 60, 60]], [1, 1])], masks=False)
+    said = [
+        {"sent_id": 0, "regions": [1, 0]},
+        {"sent_id": 1, "boxes": [[10, 10, 20, 20]]},
+        {"sent_id": 10, "regions": []},
+        {"sent_id": 11, "region": 0},
+        {"sent_id": 20, "box": [50, 50, 10, 8]},
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(said))
+    val = evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")["splits"]["val"]
+    assert "comprehension" not in val and "segmentation" not in val
+    scores = val["generalized"]
+    assert (scores["no_target"], scores["missing"], scores["N-acc"], scores["T-acc"]) == (2, 1, 0.5, 0.75)
+    assert scores["precision@F1=1,IoU>=0.5"] == pytest.approx(3 / 6) and scores["gIoU"] is None
+    # of three referred objects each of the regions covers its own; the second has another category
+    assert val["referent_recall"]["0.9"] == 1.0
+    assert val["referent_recall"]["with_category@0.5"] == pytest.approx(1 / 3)
+    assert val["recall_by_regions"]["1"] == pytest.approx(1 / 3)
+
+    masks = [{"sent_id": 0, "segmentations": [rle([10, 10, 30, 30]), rle([0, 0, 0, 0])]},
+             {"sent_id": 10, "segmentations": []}, {"sent_id": 11, "segmentation": rle([0, 0, 10, 10])},
+             {"sent_id": 20, "segmentation": rle([50, 50, 60, 55])}]  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps(masks))
+    val = evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")["splits"]["val"]
+    scores = val["generalized"]
+    assert scores["gIoU"] == pytest.approx((400 / 500 + 0 + 1 + 0 + 50 / 100 + 0) / 6)
+    assert scores["cIoU"] == pytest.approx((400 + 50) / (500 + 500 + 0 + 100 + 100 + 100))
+    assert (scores["precision@0.5"], scores["precision@0.8"]) == (2 / 4, 1 / 4)
+
+    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, "boxes": 3}]))
+    with pytest.raises(InputError, match=r"entry 0 \(sentence 0\): boxes must be a list, \[\] for no object"):
+        evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")
+
+
+def rle(box: list[int]) -> dict[str, Any]:
+    mask = np.zeros((100, 120), np.uint8, order="F")
+    mask[box[1] : box[3], box[0] : box[2]] = 1
+    encoded = coco_mask.encode(mask)
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}

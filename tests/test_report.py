@@ -23,7 +23,7 @@ from refdet.errors import InputError
 from refdet.evaluate.refer import evaluate_on_refer
 from refdet.regions import Regions
 from refdet.report import Inputs, ReferPart, Step
-from refdet.report.charts import Axes, Series, line_chart, linear_ticks, log_ticks
+from refdet.report.charts import Axes, Series, line_chart, linear_ticks, log_ticks, standalone
 from refdet.report.pictures import COLOURS, LONG_SIDE, Key, draw
 from refdet.report.scenes import Referred, Scene, hardest, sample, scenes
 from refer import REFER
@@ -174,7 +174,7 @@ def test_charts_and_pictures_are_there(page: str, inputs: Inputs) -> None:
     found = Page(page)
     lines = [attrs["class"] for attrs in found.of("polyline")]
     assert lines.count("s0") == 1  # the total loss
-    assert len(lines) == 6 + len(inputs.parts[0].metrics["splits"])
+    assert len(lines) == 6 + 2 * len(inputs.parts[0].metrics["splits"])  # by IoU and by regions kept
     images = found.of("img")
     assert len(images) >= 5
     assert all("referred objects found" in (image["alt"] or "") for image in images)
@@ -225,6 +225,28 @@ def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(InputError, match="model.json: not JSON"):
         report.write(tmp_path / "new.html", dataclasses.replace(inputs, run=tmp_path))
+
+
+def test_a_listener_has_its_section(page: str, inputs: Inputs, tmp_path: Path) -> None:
+    assert "listener" not in Page(page).words  # nobody listened
+    metrics = json.loads(json.dumps(inputs.parts[0].metrics))
+    boxes = {"accuracy@0.5": 0.8123, "guessing@0.5": 0.1456, "missing": 0}
+    metrics["splits"]["val"] |= {"comprehension": boxes, "segmentation": None}
+    metrics["splits"] = {"val": metrics["splits"]["val"]}
+    heard = dataclasses.replace(inputs, parts=[dataclasses.replace(inputs.parts[0], metrics=metrics)])
+    report.write(tmp_path / "report.html", heard)
+    words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert words.count("0.812") == 2 and words.count("0.146") == 2  # in the section and among the highlights
+    assert "What a listener makes of it" in words
+
+
+def test_a_chart_can_stand_alone() -> None:
+    axes = Axes("regions", "recall", x_ticks=range(2), y_range=(0, 1), x_names=["1", "all <"])
+    series = [Series("val & test", [(0, 0.25), (1, 1.0)], 1)]
+    root = ElementTree.fromstring(standalone(line_chart("a", "b", series, axes, dots=True), "a < b", series, axes))
+    words = "".join(root.itertext())
+    assert "val & test" in words and "all <" in words and "0.250 at 1" in words
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_scenes_agree_with_the_metrics(inputs: Inputs) -> None:

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
+Protocol = Literal["standard", "mattnet"]
 
-def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of half-open boxes xyxy: (n, 4) and (m, 4) -> (n, m) float64; 0 where both have no area."""
+
+def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
+    """IoU of half-open boxes xyxy: (n, 4) and (m, 4) -> (n, m) float64; 0 where both have no area.
+
+    "mattnet" is computeIoU of lichengunc/MAttNet, lib/models/eval_dets_utils.py. It takes boxes x y w h to the
+    inclusive corners x, y, x + w - 1, y + h - 1 and counts pixels with + 1, which gives the same number, but for this:
+    it asks for one inclusive corner to lie left of the other, so an overlap of one pixel or less in width or height
+    is none. It differs for thin boxes and for slight overlaps only.
+    """
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    shared = sides.clip(min=0).prod(-1)
+    least = 1.0 if protocol == "mattnet" else 0.0
+    shared = np.where((sides > least).all(-1), sides.prod(-1), 0.0)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """GIoU of half-open boxes xyxy: (n, 4) and (m, 4) -> (n, m) float64 in -1..1.
+
+    IoU less the share of the smallest box around both that neither covers: Rezatofighi et al., "Generalized
+    Intersection over Union". 0 where that box has no area.
+    """
+    a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
+    shared = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
+    around = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(-1)
+    empty = np.divide(around - union, around, out=np.zeros_like(shared), where=around > 0)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0) - empty
 
 
 def mask_overlap(a: dict, b: dict) -> tuple[int, int]:
@@ -25,7 +49,12 @@ def mask_overlap(a: dict, b: dict) -> tuple[int, int]:
     return both, int(coco_mask.area(a)) + int(coco_mask.area(b)) - both
 
 
-def rate(values: Sequence[float], threshold: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """part / whole, and 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def rate(values: Sequence[float] | np.ndarray, threshold: float) -> float:
     """Share of the values that reach the threshold; 0 of none."""
     return float(np.mean(np.asarray(values) >= threshold)) if len(values) else 0.0
 
@@ -35,15 +64,9 @@ def mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def referent_recall(best: Sequence[float], best_of_category: Sequence[float]) -> dict[str, float]:
-    """How many referred objects have a region.
-
-    Arguments:
-        best: for each ref the highest IoU of its box with a region of its image, 0 without regions.
-        best_of_category: the same with regions of its category only.
-    """
-    recall = {str(threshold): rate(best, threshold) for threshold in THRESHOLDS}
-    return {**recall, "mean_best_iou": mean(best), "with_category@0.5": rate(best_of_category, 0.5)}
+def precisions(ious: Sequence[float]) -> dict[str, float]:
+    """Share of the IoUs that reach 0.5, 0.6, ..., 0.9."""
+    return {f"precision@{threshold}": rate(ious, threshold) for threshold in THRESHOLDS}
 
 
 def segmentation_scores(overlaps: Sequence[tuple[int, int]]) -> dict[str, float]:
@@ -52,7 +75,6 @@ def segmentation_scores(overlaps: Sequence[tuple[int, int]]) -> dict[str, float]
     Arguments:
         overlaps: (intersection, union) in pixels for each sentence.
     """
-    ious = [shared / union if union else 0.0 for shared, union in overlaps]
-    whole = sum(union for _, union in overlaps)
-    scores = {f"precision@{threshold}": rate(ious, threshold) for threshold in THRESHOLDS}
-    return {**scores, "overall_iou": sum(s for s, _ in overlaps) / whole if whole else 0.0, "mean_iou": mean(ious)}
+    ious = [ratio(shared, union) for shared, union in overlaps]
+    overall = ratio(sum(shared for shared, _ in overlaps), sum(union for _, union in overlaps))
+    return {**precisions(ious), "overall_iou": overall, "mean_iou": mean(ious)}

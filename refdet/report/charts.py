@@ -35,6 +35,7 @@ class Axes:
         y_range: lowest and highest y, None for that of the points.
         log_y: y is logarithmic; points that are not positive are left out.
         width, height: of the view box.
+        x_names: what stands at each of ``x_ticks``, None for the numbers themselves.
     """
 
     x_label: str
@@ -44,6 +45,7 @@ class Axes:
     log_y: bool = False
     width: int = 580
     height: int = 340
+    x_names: Sequence[str] | None = None
 
 
 def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> str:
@@ -59,6 +61,7 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     if not xs:
         return ""
     x_ticks = list(axes.x_ticks) if axes.x_ticks else linear_ticks(min(xs), max(xs), 6)
+    x_names = dict(zip(x_ticks, axes.x_names or map(_number, x_ticks), strict=True))
     y_low, y_high = axes.y_range or (min(ys), max(ys))
     y_ticks = log_ticks(y_low, y_high) if axes.log_y else linear_ticks(y_low, y_high, 6)
     to_x = _scale(min(*xs, *x_ticks), max(*xs, *x_ticks), LEFT, axes.width - RIGHT, False)
@@ -78,12 +81,12 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     for tick in x_ticks:
         at = f"{to_x(tick):.1f}"
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{bottom}" y2="{bottom + 5}"/>')
-        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{_number(tick)}</text>')
+        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{escape(x_names[tick])}</text>')
     for line, points in reversed(lines):  # the first lies on top
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="s{line.style}" points="{path}"/>')
         for x, y in points if dots else ():
-            told = f"{escape(line.name)}: {y:.3f} at {_number(x)}"
+            told = f"{escape(line.name)}: {y:.3f} at {escape(x_names.get(x, _number(x)))}"
             place = f'cx="{to_x(x):.1f}" cy="{to_y(y):.1f}"'
             parts.append(f'<circle class="s{line.style}" r="4.5" {place}><title>{told}</title></circle>')
     return "\n".join([*parts, "</svg>"])
@@ -93,6 +96,37 @@ def legend(series: Sequence[Series]) -> str:
     """The names of the lines beside their colours."""
     items = (f'<li><i class="s{s.style}"></i>{escape(s.name)}</li>' for s in series)
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+# The page's colours on white, for a chart that stands alone.
+_COLOURS = ("#16181d", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
+_STYLE = (
+    "text{fill:#555b66;font:13px system-ui,Arial,sans-serif}.grid{stroke:#dfe1e6}polyline{fill:none;stroke-width:2}"
+)
+
+
+def standalone(chart: str, title: str, series: Sequence[Series], axes: Axes) -> str:
+    """An SVG file of its own: title, legend, and the chart that `line_chart` made of the series and axes."""
+    head = 50
+    style = _STYLE + "".join(
+        f"polyline.s{i}{{stroke:{c}}}.k{i},circle.s{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS)
+    )
+    share = (axes.width - LEFT - RIGHT) / max(len(series), 1)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {axes.width} {axes.height + head}" '
+        f'width="{axes.width}" height="{axes.height + head}">',
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="{LEFT}" y="18" style="font-weight:600">{escape(title)}</text>',
+    ]
+    for i, line in enumerate(series):
+        x = LEFT + i * share
+        parts.append(f'<rect class="k{line.style}" x="{x:.0f}" y="32" width="16" height="4"/>')
+        parts.append(f'<text x="{x + 21:.0f}" y="39">{escape(line.name)}</text>')
+    return "\n".join([*parts, f'<g transform="translate(0 {head})">{_sized(chart, axes)}</g>', "</svg>", ""])
+
+
+def _sized(chart: str, axes: Axes) -> str:
+    return chart.replace("<svg ", f'<svg width="{axes.width}" height="{axes.height}" ', 1)
 
 
 def linear_ticks(low: float, high: float, about: int) -> list[float]:

@@ -17,6 +17,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.report import sections
 from refdet.report.pictures import picture
+from refdet.report.recall import split_names
 from refdet.report.scenes import Scene, hardest, sample, scenes
 from refdet.report.sections import Step
 
@@ -89,6 +90,9 @@ def html(inputs: Inputs, title: str) -> str:
         body.append(("detection", "How well it detects", sections.detection_section(inputs.detection)))
     if metrics:
         body.append(("refer", "How well it serves referring expressions", sections.refer_section(metrics)))
+    heard = [part for part in metrics if any("comprehension" in values for values in part["splits"].values())]
+    if heard:
+        body.append(("listener", "What a listener makes of it", sections.listener_section(heard)))
     if log:
         body.append(("loss", "How it learned", sections.loss_section(log)))
     if metrics:
@@ -126,6 +130,11 @@ def _highlights(
     recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
     if recalls:
         found.append((sections.number(min(recalls)), f"referent recall at IoU 0.5, lowest of {len(recalls)} splits"))
+    answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
+    for boxes in filter(None, answers):
+        guessing = sections.number(boxes["guessing@0.5"])
+        right = sections.number(boxes["accuracy@0.5"])
+        found.append((right, f"of a listener's answers on val are right; guessing {guessing}"))
     if audit is not None:
         leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
         found.append((str(leaked), f"of {held_out} held-out images in the training file"))
@@ -133,7 +142,7 @@ def _highlights(
 
 
 def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    from refdet.data.splits import audit
+    from refdet.data.leaks import audit
 
     paths = (inputs.instances, inputs.source if inputs.instances is not None else None)
     first, second = (None if path is None else audit(path, inputs.refer_root).to_json() for path in paths)
@@ -146,7 +155,7 @@ def _pictures(inputs: Inputs) -> str:
     every: list[Scene] = []
     for part in inputs.parts:
         about = part.metrics
-        splits = sections.split_names(about)
+        splits = split_names(about)
         every += scenes(part.features, inputs.refer_root, about["dataset"], about["split_by"], splits)
     source = ImageSource.open(inputs.images)
 

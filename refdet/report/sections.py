@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from refdet.report.charts import Axes, Series, legend, line_chart
+from refdet.report.recall import recall_axes, recall_series, split_names
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
@@ -53,11 +54,6 @@ class Step:
 def number(value: Any, digits: int = 3) -> str:
     """A rate for people; a dash where there is nothing to rate (None, or COCO's -1)."""
     return "–" if value is None or value < 0 else f"{value:.{digits}f}"
-
-
-def split_names(metrics: Mapping[str, Any]) -> list[str]:
-    """The splits of evaluate-on-refer's metrics in the order people expect: train, val, then the tests."""
-    return sorted(metrics["splits"], key=lambda name: (name != "train", name != "val", name))
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], groups: str = "") -> str:
@@ -106,7 +102,7 @@ def leak_section(
 
     Arguments:
         provenance: of the detector.
-        audit: `refdet.data.splits.AuditResult` as JSON, of the file it was trained on.
+        audit: `refdet.data.leaks.AuditResult` as JSON, of the file it was trained on.
         source_audit: the same of the file which that was made from.
     """
     parts = [
@@ -192,7 +188,44 @@ ceiling of every model that picks one of these regions: what has no region canno
 <h3>Recall when more overlap is asked for</h3>
 <p class="soft small">Left: rough boxes count. Right: only nearly perfect ones do. Where the lines fall, boxes are found
 but not tight.</p>
-{_recall_charts(metrics)}"""
+{_recall_charts(metrics)}
+<h3>Recall when only the best regions are kept</h3>
+<p class="soft small">How many regions of an image a model must look at: those of the highest scores, at IoU 0.5.</p>
+{_kept_charts(metrics)}"""
+
+
+def listener_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """How often a model finds what a sentence refers to. ``metrics``: those with answers of one."""
+    rows = []
+    for part in metrics:
+        for split in split_names(part):
+            values = part["splits"][split]
+            boxes, masks = values["comprehension"], values["segmentation"]
+            rows.append(
+                [f"{part['dataset']} {part['split_by']} {split}", str(values["sentences"])]
+                + [number(boxes["guessing@0.5"]), number(boxes["accuracy@0.5"])]
+                + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
+            )
+    header = ["split", "sentences", "guessing", "accuracy", "recall of refs", "overall IoU of masks"]
+    return f"""<p>A <b>listener</b> reads a sentence and picks one of the regions of the image. It sees no image: it
+is a small model of words and of what the feature file holds, and it learned from sentences about the train images. An
+answer is right if its region has IoU 0.5 or more with the object; <b>guessing</b> is what picking a region at random
+would reach. If the features told nothing of the objects, the two would be alike.</p>
+{table("The answers to the sentences of each split", header, rows)}"""
+
+
+def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Recall against the number of regions kept, a chart a dataset."""
+    charts = []
+    for part in metrics:
+        series, axes = recall_series(part), recall_axes(part, width=340, height=250)
+        title = f"{part['dataset']} {part['split_by']}"
+        told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
+        svg = line_chart(f"Referent recall of {title} by regions kept", told, series, axes, dots=True)
+        charts.append(
+            f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{legend(series)}{svg}</figure>'
+        )
+    return f'<div class="panels">{"".join(charts)}</div>'
 
 
 def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,95 @@
+"""Small stores and REFER folders for the tests of refdet.evaluate, and IoU by brute force."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet import store
+from refdet.regions import Regions
+
+PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annotations": 1,
+              "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip
+
+
+def brute_iou(a: list[float], b: list[float]) -> float:
+    """Of half-open xyxy boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def xyxy(box: tuple[float, ...]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def write_store(path: Path, images: list[Regions], masks: bool) -> None:
+    rows = [
+        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
+        for r in images
+    ]
+    header = store.Header([], "", PROVENANCE, {})
+    with store.create(path, header, store.Columns(masks=masks), rows) as writer:
+        for image in images:
+            writer.put(image)
+
+
+def write_refer(root: Path, objects: list[dict[str, Any]]) -> Path:
+    """A REFER folder of objects with image_id, bbox, category_id and split; each is a ref of two sentences."""
+    refs = []
+    for i, o in enumerate(objects):
+        refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"],
+                     "split": o["split"], **sentences(i, o.get("sents", ("it", "it"))),
+                     "file_name": f"{o['image_id']}.jpg"})  # fmt: skip
+    write_instances(root / "toy", objects)
+    (root / "toy" / "refs(me).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return root
+
+
+def write_grefer(root: Path, objects: list[dict[str, Any]], refs: list[tuple[int, list[int], str]]) -> Path:
+    """A folder like gRefCOCO's: refs are (image_id, places in ``objects``, split), of two sentences each."""
+    records = []
+    for i, (image_id, places, split) in enumerate(refs):
+        ann_ids = [100 + place for place in places] or [-1]
+        categories = [objects[place]["category_id"] for place in places] or [-1]
+        records.append({"ref_id": i, "ann_id": ann_ids, "image_id": image_id, "category_id": categories, "split": split,
+                        "no_target": not places, "file_name": f"{image_id}.jpg", **sentences(i)})  # fmt: skip
+    write_instances(root / "toy", objects)
+    (root / "toy" / "grefs(me).json").write_text(json.dumps(records))
+    return root
+
+
+def sentences(ref_id: int, sents: tuple[str, ...] = ("it", "it")) -> dict[str, Any]:
+    """The fields of a ref that hold its sentences, of ids 10 * ref_id on."""
+    records = [{"sent_id": 10 * ref_id + k, "sent": s, "raw": s, "tokens": s.split()} for k, s in enumerate(sents)]
+    return {"sentences": records, "sent_ids": [record["sent_id"] for record in records]}
+
+
+def write_instances(folder: Path, objects: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
+    annotations = []
+    for i, o in enumerate(objects):
+        x, y, w, h = o["bbox"]
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        annotations.append({"id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"], "iscrowd": 0,
+                            "bbox": o["bbox"], "area": w * h, "segmentation": outline})  # fmt: skip
+    ids = sorted({o["image_id"] for o in objects})
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 120} for i in ids]
+    categories = [{"id": i, "name": f"c{i}", "supercategory": ""} for i in (1, 2)]
+    data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(data))
+
+
+def regions(image_id: int, boxes: list[list[float]], categories: list[int] | None = None, masks: Any = None) -> Regions:
+    """Regions of an image of 120 x 100 pixels, the first with the highest score."""
+    n = len(boxes)
+    return Regions(image_id, f"{image_id}.jpg", 100, 120, np.array(boxes, np.float32).reshape(n, 4),
+                   np.linspace(1, 0.5, n, dtype=np.float32), np.array(categories or [1] * n, np.int64),
+                   masks=masks)  # fmt: skip

@@ -1,0 +1,125 @@
+"""COCO's AP: the two libraries agree on any input, and both with pycocotools used by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from refdet.data.coco import CocoIndex
+from refdet.evaluate.average_precision import METRICS, coco_ap
+
+HEIGHT, WIDTH = 150, 200
+
+
+def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An instances file of 3 images with crowds and odd areas, and results with ties of score."""
+    rng = np.random.default_rng(seed)
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in (3, 5, 9)]
+    annotations = []
+    for i in range(int(rng.integers(0, 12))):
+        x, y = (rng.random(2) * [150, 100]).round(1).tolist()
+        w, h = (1 + rng.random(2) * [49, 49]).round(1).tolist()
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        annotations.append({
+            "id": i + 1, "image_id": int(rng.choice([3, 5, 9])), "category_id": int(rng.choice([2, 7])),
+            "bbox": [x, y, w, h], "area": w * h if rng.random() < 0.8 else 1024.0, "iscrowd": int(rng.random() < 0.2),
+            "segmentation": rle(outline) if rng.random() < 0.3 else outline,
+        })  # fmt: skip
+    results = []
+    for _ in range(int(rng.integers(0, 25))):
+        if annotations and rng.random() < 0.6:
+            near = annotations[int(rng.integers(len(annotations)))]
+            x, y, w, h = (np.array(near["bbox"]) + rng.normal(0, 2, 4)).clip([0, 0, 1, 1], [190, 140, 80, 80]).tolist()
+            image_id = near["image_id"]
+        else:
+            x, y, w, h = (rng.random(4) * [150, 100, 49, 49] + [0, 0, 1, 1]).tolist()
+            image_id = int(rng.choice([3, 5, 9]))
+        results.append({
+            "image_id": image_id, "category_id": int(rng.choice([2, 7])), "bbox": [x, y, w, h],
+            "score": float(rng.random().__round__(1)),
+            "segmentation": coco_mask.merge(coco_mask.frPyObjects([[x, y, x + w, y, x + w, y + h]], HEIGHT, WIDTH)),
+        })  # fmt: skip
+    categories = [{"id": 2, "name": "a"}, {"id": 7, "name": "b"}]
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+def rle(outline: list[list[float]]) -> dict[str, Any]:
+    found = coco_mask.merge(coco_mask.frPyObjects(outline, HEIGHT, WIDTH))
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
+def by_hand(data: dict[str, Any], results: list[dict[str, Any]], ids: list[int], kind: str) -> list[float]:
+    other = "segmentation" if kind == "bbox" else "bbox"
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = json.loads(json.dumps({**data, "info": {}}))
+        truth.createIndex()
+        detected = truth.loadRes([{k: v for k, v in r.items() if k != other} for r in results])
+        evaluation = COCOeval(truth, detected, kind)
+        evaluation.params.imgIds = ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats[:6].tolist()
+
+
+@pytest.mark.parametrize("library", ["faster_coco_eval", "pycocotools"])
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_it_is_pycocotools(
+    library: str, kind: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    else:
+        pytest.importorskip("faster_coco_eval")
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(st.integers(0, 2**32 - 1), st.booleans())
+    def check(seed: int, all_images: bool) -> None:
+        data, results = random_case(seed)
+        path = tmp_path_factory.mktemp("ap") / "instances.json"
+        path.write_text(json.dumps(data))
+        ids = [3, 5, 9] if all_images else [3, 9]
+        found = coco_ap(CocoIndex.load(path), ids, results, kind)
+        of_images = [r for r in results if r["image_id"] in ids]
+        assert list(found) == list(METRICS)
+        if of_images:
+            assert list(found.values()) == pytest.approx(by_hand(data, of_images, ids, kind), abs=1e-9)
+        else:
+            assert set(found.values()) <= {0.0, -1.0}
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_both_libraries_agree_on_real_annotations(shared: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faster_coco_eval")
+    index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_val2017.json")
+    rng = np.random.default_rng(1)
+    results = []
+    for image_id, of_image in index.annotations.items():
+        image = index.images[image_id]
+        for a in of_image:
+            box = np.array(a.box) + rng.normal(0, 3, 4)
+            x, y, w, h = (*box[:2], *(box[2:] - box[:2]).clip(2))
+            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            mask = coco_mask.merge(coco_mask.frPyObjects(outline, image.height, image.width))
+            score = float(np.float32(rng.random()))
+            results.append({"image_id": image_id, "category_id": a.category_id, "score": score,
+                            "bbox": [float(v) for v in (x, y, w, h)], "segmentation": mask})  # fmt: skip
+    fast = coco_ap(index, list(index.images), results, kind)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    slow = coco_ap(index, list(index.images), results, kind)
+    assert fast == pytest.approx(slow, abs=1e-9) and 0.1 < slow["AP"] < 0.9
