@@ -11,7 +11,7 @@ CUDA_SOURCES := $(wildcard csrc/*.cu)
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types cuda-check unit bench-ops clean
+.PHONY: help env demo test lint types cuda-check unit bench-ops bench-data parity clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +46,16 @@ bench-ops: env ## the native operations beside torchvision's
 	@$(BIN)/python benchmarks/nms.py
 	@echo "==> bench-ops: RoI pooling"
 	@$(BIN)/python benchmarks/pooling.py
+
+bench-data: env ## loading and splitting files of the real size
+	@echo "==> bench-data: REFER"
+	@$(BIN)/python benchmarks/refer_load.py
+	@echo "==> bench-data: build-split"
+	@$(BIN)/python benchmarks/build_split.py
+
+parity: env ## how near the seed's numbers are, where its golden files lie beside the repository
+	@echo "==> parity: against outputs of the seed's own code"
+	@$(BIN)/pytest tests/test_seed_parity.py -rP
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)

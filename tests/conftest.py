@@ -22,3 +22,9 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from refdet.data import shapes
 
     return shapes.write(tmp_path_factory.mktemp("shapes") / "data", seed=0, images=60)
+
+
+@pytest.fixture(scope="session")
+def instances(shapes_root: Path) -> Path:
+    """The val instances of the embedded dataset."""
+    return shapes_root / "annotations" / "instances_val2014.json"

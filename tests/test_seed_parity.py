@@ -29,9 +29,10 @@ from refdet.import_weights import import_weights
 ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the seed's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
 CASES = [(depth, image) for depth, images in IMAGES.items() for image in images]
-# Anchors and classes whose probability is exactly 1 in float32 tie, and float rounding elsewhere moves how an unstable
-# sort leaves them: 858 anchors tie in the first of these, 83 in the second.
-TIED = {(50, "000000194322"): (296, 96), (101, "000000466137"): (294, 99)}
+# Least numbers of proposals and detections where more cannot be asked: in the first, 858 anchors have a probability of
+# exactly 1 and an unstable sort leaves them as the processor's vectors have it; in the second, 101 layers add up to
+# float rounding by which refdet differs as much from itself in float64.
+TIED = {(50, "000000194322"): (296, 96), (101, "000000466137"): (294, 98)}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,212 @@
+"""Files that are hostile, damaged, or of another network: what is refused, and with which words."""
+
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes, seed_weights
+from torch import Tensor, nn
+
+from refdet.detector.weights import recognise
+from refdet.errors import InputError
+from refdet.import_weights import read_foreign
+
+
+def opcodes(code: str, flavour: str) -> bytes:
+    """A pickle that would run a line of shell, in each way that pickles know."""
+    text = b"X" + struct.pack("<I", len(code)) + code.encode()
+    short = b"\x8c" + bytes([len(code)]) + code.encode()
+    return {
+        "reduce": b"\x80\x02cos\nsystem\n" + text + b"\x85R.",
+        "reduce in C": b"\x80\x02cposix\nsystem\n" + text + b"\x85R.",
+        "in a dict": b"\x80\x02}X\x0c\x00\x00\x00conv1.weightcos\nsystem\n" + text + b"\x85Rs.",
+        "called later": b"\x80\x02cos\nsystem\nq\x00h\x00" + text + b"\x85R.",
+        "eval": b"\x80\x02c__builtin__\neval\nX\x05\x00\x00\x001 + 1\x85R.",
+        "getattr": b"\x80\x02cbuiltins\ngetattr\ncos\npath\nX\x04\x00\x00\x00join\x86R.",
+        "new object": b"\x80\x02csubprocess\nPopen\n](X\x02\x00\x00\x00shX\x02\x00\x00\x00-c" + text + b"e\x85\x81.",
+        "build": b"\x80\x02csubprocess\nPopen\n}b.",
+        "torch itself": b"\x80\x02ctorch.serialization\nload\n" + text + b"\x85R.",
+        "inst": b"(S'" + code.encode() + b"'\nios\nsystem\n.",
+        "obj": b"\x80\x02(cos\nsystem\n" + text + b"o.",
+        "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + short + b"\x85R.",
+        "extension": b"\x80\x02\x82\x01" + text + b"\x85R.",
+    }[flavour]
+
+
+NAMED = {"reduce": "system'", "reduce in C": "'posix.system'", "in a dict": "system'", "called later": "system'",
+         "eval": "'eval'", "getattr": "'getattr'", "new object": "'subprocess.Popen'", "build": "'subprocess.Popen'",
+         "torch itself": "'torch.serialization.load'", "obj": "system'"}  # fmt: skip
+UNNAMED = ("inst", "stack global", "extension")  # opcodes that torch's reader does not even know
+
+
+def whole(path: Path, code: bytes) -> None:
+    path.write_bytes(code)
+
+
+def legacy(path: Path, code: bytes) -> None:
+    heads = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
+    path.write_bytes(b"".join(pickle.dumps(head, protocol=2) for head in heads) + code + pickle.dumps([], protocol=2))
+
+
+def zipped(path: Path, code: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", code)
+        file.writestr("archive/version", "3\n")
+
+
+@pytest.mark.parametrize("container", [whole, legacy, zipped])
+@pytest.mark.parametrize("flavour", [*NAMED, *UNNAMED])
+def test_nothing_in_a_file_is_run(
+    tmp_path: Path, container: Callable[[Path, bytes], None], flavour: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "weights.pth"
+    container(path, opcodes(f"touch {canary}", flavour))
+    with pytest.raises(InputError) as refusal:
+        read_foreign(path)
+    assert not canary.exists() and not recwarn.list
+    text = str(refusal.value)
+    assert text.startswith(str(path)) and "weights_only" not in text
+    if flavour in NAMED:
+        assert "it wants to load " in text and NAMED[flavour] in text and "refused" in text
+
+
+def test_the_canary_would_sing(tmp_path: Path) -> None:
+    for flavour in ("reduce", "inst", "stack global"):
+        pickle.loads(opcodes(f"touch '{tmp_path / flavour}'".replace("'", '"'), flavour))
+        assert (tmp_path / flavour).exists()
+
+
+def tar(path: Path) -> None:
+    with tarfile.open(path, "w") as file:
+        for name in ("storages", "tensors", "pickle"):
+            file.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def saved(tree: object) -> Callable[[Path], object]:
+    return lambda path: torch.save(tree, path)
+
+
+ONES = torch.ones(2, 2)
+UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "folder": (lambda path: path.mkdir(), "a folder; give the file in it"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged, or not a file of torch.save"),
+    "text": (lambda path: path.write_text("resnet.conv1.weight 1 2 3\n"), "not a file of torch.save"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a file of torch.save"),
+    "zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a file of torch.save"),
+    "tar": (tar, "a tar archive of PyTorch before 0.2, which cannot be read without running"),
+    "module": (saved(nn.Linear(2, 2)), "wants to load 'torch.nn.modules.linear.Linear', which is no tensor"),
+    "tensor": (saved(ONES), "a Tensor where named tensors are needed"),
+    "list": (saved([ONES]), "a list where named tensors are needed"),
+    "nothing": (saved({}), "nothing in it"),
+    "numbers": (saved({"epoch": 3, "conv1.weight": ONES}), "'epoch' is no named tensor"),
+    "no names": (saved({0: ONES}), "0 is no named tensor"),
+    "sparse": (saved({"conv1.weight": ONES.to_sparse()}), "'conv1.weight' is no named tensor of real numbers"),
+    "complex": (saved({"conv1.weight": ONES * 1j}), "'conv1.weight' is no named tensor of real numbers"),
+    "meta": (saved({"conv1.weight": ONES.to("meta")}), "'conv1.weight' is no named tensor of real numbers"),
+    "colours": (saved({"\x1b[31m": ONES}), r"'\x1b[31m' is no named tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+    make, says = UNREADABLE[kind]
+    path, out = tmp_path / "weights.pth", tmp_path / "run"
+    make(path)
+    refused(call("import-weights", "--from", path, "--out", out), str(path), says)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_files_cut_short(tmp_path: Path, new: bool) -> None:
+    memory = io.BytesIO()
+    torch.save(of_one_number(resnet_shapes(18)), memory, _use_new_zipfile_serialization=new)
+    data, path = memory.getvalue(), tmp_path / "weights.pth"
+    for length in {*range(0, len(data), len(data) // 40), len(data) - 1}:
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError, match=r"weights\.pth: damaged|weights\.pth: not a file of torch\.save"):
+            read_foreign(path)
+    path.write_bytes(data)
+    assert len(read_foreign(path)) == 102
+
+
+def without(*names: str) -> Callable[[Tensors], Tensors]:
+    return lambda given: {name: value for name, value in given.items() if name not in names}
+
+
+def with_(name: str, value: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda given: {**given, name: value}
+
+
+def no_block(given: Tensors) -> Tensors:
+    return {name: value for name, value in given.items() if not name.startswith("resnet.layer3.5.")}
+
+
+NAN = torch.tensor(float("nan"))
+WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
+    "missing": (
+        without("rpn_net.bias", "resnet.bn1.weight"),
+        ("looks like the weights of seed-c4-res50, but missing: resnet.bn1.weight, rpn_net.bias",),
+    ),
+    "left over": (with_("rpn_extra.bias", torch.ones(1)), ("left over: rpn_extra.bias",)),
+    "half a mask branch": (without("mask_up_sampling.weight"), ("missing: mask_up_sampling.weight",)),
+    "misshapen": (
+        with_("rpn_net.weight", torch.ones(512, 1024)), ("rpn_net.weight is (512, 1024), not (512, 1024, 3, 3)",),
+    ),
+    "no axis": (with_("cls_score_net.weight", torch.ones(())), ("cls_score_net.weight is ()",)),
+    "odd scores": (with_("rpn_cls_score_net.bias", torch.ones(23)), ("rpn_cls_score_net.bias is (23,), not (24,)",)),
+    "9 anchors": (
+        with_("rpn_cls_score_net.weight", torch.ones(18, 512, 1, 1)), ("9 anchors a cell with a ResNet-50", "12 "),
+    ),
+    "15 anchors of res50": (with_("rpn_cls_score_net.weight", torch.ones(30, 512, 1, 1)), ("15 anchors a cell",)),
+    "no anchors": (with_("rpn_cls_score_net.weight", torch.ones(())), ("0 anchors a cell",)),
+    "NaN": (with_("resnet.layer4.0.bn1.bias", NAN.expand(512)), ("resnet.layer4.0.bn1.bias has values that are not",)),
+    "too large": (
+        with_("resnet.layer4.0.bn1.bias", torch.full((512,), 1e300, dtype=torch.float64)), ("are not finite",)
+    ),
+    "huge": (
+        with_("rpn_net.bias", torch.ones((), dtype=torch.float64).expand(10**7, 10**7)), ("rpn_net.bias is (10000",)
+    ),
+    "damaged block": (without("resnet.layer1.0.conv3.weight"), ("missing: resnet.layer1.0.conv3.weight",)),
+    "no block": (no_block, ("not a network known here", "blocks a stage: 3, 4, 5, 3")),
+    "another network": (
+        lambda _: {"features.0.weight": torch.ones(1), "classifier.bias": torch.ones(1)},
+        ("not a network known here", "missing: conv1.weight", "left over: classifier.bias, features.0.weight"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seed50() -> Tensors:
+    return seed_weights(50)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> None:
+    change, says = WRONG[kind]
+    with pytest.raises(InputError) as refusal:
+        recognise(change(seed50))
+    assert all(text in str(refusal.value) for text in says), str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("conv1.weight", torch.ones(())), ("bn1.running_var", torch.ones(63)), ("bn1.running_var", NAN.expand(64))],
+)
+def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> None:
+    with pytest.raises(InputError, match=rf"looks like the weights of .*-res50, but {name} (is|has) "):
+        recognise({**of_one_number(resnet_shapes(50)), name: value})
+
+
+def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
+    with pytest.raises(InputError, match="--style caffe: this is a detector"):
+        recognise(seed50, "caffe")
+    with pytest.raises(InputError, match="no recipe for a Caffe ResNet of less than 50"):
+        recognise(of_one_number(resnet_shapes(18)), "caffe")
