@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import echo_json, echo_table, json_option
+from .common import echo_json, echo_table, json_option, note
 
 
 @click.command("evaluate")
@@ -20,9 +20,12 @@ def command(
     checkpoint: Path, instances: Path, images: Path, batch_size: int, device: str | None, as_json: bool
 ) -> None:
     """Box and mask AP of a detector on an instances file."""
+    from refdet.checkpoint import load_meta
     from refdet.evaluate.average_precision import METRICS
     from refdet.evaluate.detection import evaluate
 
+    for line in load_meta(checkpoint).warnings():
+        note(line)
     found = evaluate(checkpoint, instances, images, batch_size, device)
     if as_json:
         echo_json(found)

@@ -64,6 +64,7 @@ def command(
     """Boxes, masks and features of the images of REFER splits (or of an instances file), as HDF5."""
     from dataclasses import asdict
 
+    from refdet.checkpoint import load_meta
     from refdet.extract import ExtractOptions, ImageList, extract_features
 
     if refer_root is not None and dataset and split_by and instances is None:
@@ -76,10 +77,9 @@ def command(
     options = ExtractOptions(
         regions, names, dtype, score_threshold, nms_threshold, max_regions, precision, at_least_one, masks
     )
-    extraction = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
-    done = extraction.summary
-    for line in extraction.warnings:
+    for line in load_meta(checkpoint).warnings():
         note(line)
+    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:

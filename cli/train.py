@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import echo_json, echo_table, json_option
+from .common import echo_json, echo_table, json_option, note
 
 
 @click.command("train")
@@ -35,9 +35,12 @@ def command(
 
     from refdet import recipe
     from refdet.atomic import full_disk
+    from refdet.checkpoint import load_meta
     from refdet.train import train
 
     chosen = recipe.load(recipe_name).with_changes(changes)
+    if weights is not None and (unknown := load_meta(weights).provenance).is_unknown:
+        note(f"starts from {weights.name}, {unknown.note}")
     with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):
         summary = train(chosen, instances, images, out, weights, resume, device)
     if as_json:

@@ -21,7 +21,7 @@ from torch import Tensor
 from refdet.atomic import atomic_path, write_json
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
-from refdet.provenance import Provenance
+from refdet.provenance import UNKNOWN_DATA, Provenance
 from refdet.recipe import Recipe, from_dict
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
@@ -65,6 +65,8 @@ class Meta:
         lines = []
         if self.provenance.is_unknown:
             lines.append(f"detector: {self.provenance.note}")
+        elif UNKNOWN_DATA in (self.provenance.weights or ""):
+            lines.append(f"detector: started from {self.provenance.weights}")
         if self.untrained:
             parts = ", ".join(part.rstrip(".") for part in self.untrained)
             lines.append(f"detector: its {parts} are not trained; only features of given boxes mean something")
@@ -90,6 +92,8 @@ def run_directory(path: str | Path) -> Path:
     folder = path.parent if path.name in (MODEL, META) else path
     for name in (META, MODEL):
         if not (folder / name).is_file():
+            if path.is_file():
+                raise InputError(f"{path}: not a run directory; refdet import-weights makes one of foreign weights")
             raise InputError(f"{path}: no {name} there; give a run directory that `refdet train` wrote")
     return folder
 

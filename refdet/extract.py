@@ -85,14 +85,6 @@ class ExtractOptions:
     masks: str = "annotated"  # of annotations: theirs, or "predicted" by the detector for their boxes
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """What was done, and what the user should know about the detector, a line each."""
-
-    summary: Summary
-    warnings: list[str]
-
-
 def extract_features(
     checkpoint: Path,
     images: Path,
@@ -103,7 +95,7 @@ def extract_features(
     workers: int = 2,
     device: str = "auto",
     resume: bool = False,
-) -> Extraction:
+) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
     Arguments:
@@ -152,18 +144,19 @@ def extract_features(
     plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given)
     categories = image_list.index.categories if given else dict(meta.categories)
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
-    if options.masks == "predicted" and not (given and meta.recipe.model.masks):
-        raise InputError("--masks predicted: needs --regions annotations and a detector with a mask branch")
+    if options.masks == "predicted" and not given:
+        raise InputError("--masks predicted: detections have their own masks; it is for --regions annotations")
+    if options.masks == "predicted" and not meta.recipe.model.masks:
+        raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
     compute = _annotated(detector, image_list.index, options) if given else _detected(detector, options)
     batches = exact_batches(records, meta.recipe.input, batch_size)
     try:
         with torch.inference_mode():
-            done = extract(out, plan, header, batches, records, source.read, compute, resume, workers)
+            return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
     except torch.cuda.OutOfMemoryError as error:
         raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; what is finished is kept: "
                         "continue with a smaller one and --resume") from error  # fmt: skip
-    return Extraction(done, meta.warnings())
 
 
 def _detected(detector: Checkpoint, options: ExtractOptions) -> Compute:
@@ -186,8 +179,9 @@ def _annotated(detector: Checkpoint, index: CocoIndex, options: ExtractOptions) 
     bf16 = options.precision == "bfloat16"
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
-    if predicted and (strange := sorted(index.categories.keys() - label_of.keys())):
-        raise InputError(f"--masks predicted: {index.path} has category {strange[0]} ({index.categories[strange[0]]}), "
+    strange = sorted(index.categories.items() - dict(detector.meta.categories).items())
+    if predicted and strange:
+        raise InputError(f"--masks predicted: {index.path} has category {strange[0][0]} ({strange[0][1]}), "
                          "which the detector does not know")  # fmt: skip
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:

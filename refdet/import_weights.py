@@ -130,11 +130,11 @@ def _refusal(error: Exception) -> str:
 
 
 def _categories(found: Recognised, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the classes 1, 2, ..., which the seed sorts by id."""
+    """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the seed has them."""
     if found.classes is None:
         return coco_categories()
     if index is not None:
-        categories = tuple(sorted(index.categories.items()))
+        categories = tuple(index.categories.items())
         if len(categories) != found.classes:
             raise InputError(f"--trained-on {index.path}: {len(categories)} categories, {source} has {found.classes}")
         return categories
@@ -148,5 +148,5 @@ def _provenance(source: Path, index: CocoIndex | None) -> Provenance:
     if index is None:
         return Provenance.imported(source.name, digest)
     return Provenance.of_instances(index).with_weights(
-        f"{source.name} (sha256 {digest[:12]}), imported; that it was trained on these images is the user's word"
+        f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
     )

@@ -87,6 +87,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "tensors": len(slices),
         "numbers": numbers,
         "dtypes": dtypes,
+        "untrained": model.get("untrained", []),
         "provenance": _provenance(folder / "model.json", model.get("provenance")),
     }
 

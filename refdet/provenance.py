@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from refdet.data.coco import CocoIndex
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
+UNKNOWN_DATA = "training data unknown"
 EDITED = "its images are not those refdet build-split wrote: nothing is known to be excluded"
 
 
@@ -66,7 +67,7 @@ class Provenance:
     @classmethod
     def imported(cls, name: str, sha256: str) -> Provenance:
         """Of a foreign checkpoint of which nobody says what it was trained on."""
-        return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, training data unknown")
+        return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
 
     @property
     def is_unknown(self) -> bool:

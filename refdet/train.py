@@ -94,6 +94,11 @@ def train(
 
 
 def _begin(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
+    if weights is None and meta.recipe.model.norm == "frozen":
+        raise InputError(
+            f"recipe {meta.recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
+            "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
+        )
     fresh = None if weights is None else load_start(model, meta, weights)
     out.mkdir(parents=True, exist_ok=True)
     return _run(model, meta, batches, out, optimiser(model, meta.recipe.train, fresh), fresh, first=0)
@@ -116,7 +121,7 @@ def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, we
     tensors, metadata = checkpoint.read_tensors(states[-1])
     try:
         before = Meta.from_json(json.loads(metadata["meta"]))
-        fresh = json.loads(metadata["fresh"])
+        fresh = json.loads(metadata.get("fresh", "null"))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{states[-1]}: not the state of a run ({error})") from error
     _check_same_run(before, meta, out)

@@ -148,6 +148,9 @@ def test_the_threshold_is_lowered_until_an_image_has_a_region() -> None:
             bar -= 0.1
         assert len(regions.boxes) > 0 and regions.scores.max() == pytest.approx(highest)
         assert (regions.scores >= bar).all()
+    exact = DetectOptions(score_threshold=float(np.float32(best[0])), at_least_one=True)
+    (just,) = detect_batch(model, images[:1], records_of(images[:1]), CATEGORY_IDS, exact)
+    assert just.scores.min() == pytest.approx(best[0])  # what reaches the threshold is not lowered for
 
 
 def test_no_region_and_no_box_are_not_an_error() -> None:

@@ -97,3 +97,25 @@ def test_gradients_of_the_crop_are_right() -> None:
     x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     rois = torch.tensor([[0, 3.0, 5, 37, 40], [0, -20, -20, 60, 70]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda t: roi_crop(t, rois, 3, 8), x)
+
+
+def test_the_other_crop_of_the_seed_takes_the_largest_of_four_samples() -> None:
+    """14x14 samples, the first and last pixel of the image on the first and last cell of the map, 2x2 at a time."""
+    from test_detector import small_model
+
+    model = small_model("model.pooling=crop_align", "model.stride=16", "model.inclusive=true")
+    x, images = torch.randn(1, 32, 6, 8), torch.zeros(1, 3, 90, 121)
+    boxes = torch.tensor([[0, 5.0, 7, 61, 80], [0, 0, 0, 121, 90]])
+    corners = boxes.clone()
+    corners[:, 3:] -= 1  # the last pixel
+    height, width = 90.0, 121.0
+    crops = []
+    for _, x1, y1, x2, y2 in corners.tolist():
+        theta = torch.tensor(
+            [[(x2 - x1) / (width - 1), 0, (x1 + x2 - width + 1) / (width - 1)],
+             [0, (y2 - y1) / (height - 1), (y1 + y2 - height + 1) / (height - 1)]]
+        )  # fmt: skip
+        grid = F.affine_grid(theta[None], [1, 1, 14, 14], align_corners=True)
+        crops.append(F.max_pool2d(F.grid_sample(x, grid, align_corners=True), 2))
+    found = model.head._pool(x, model._corners(boxes, [x], images))  # type: ignore[operator]
+    torch.testing.assert_close(found, torch.cat(crops), atol=1e-5, rtol=0)

@@ -120,3 +120,10 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
         assert (areas <= sizes * 1.1 + 4).all()
     run = CliRunner().invoke(main, [*common, "--out", str(tmp_path / "n.h5"), "--masks", "predicted"])
     assert run.exit_code == 2 and "--regions annotations" in run.output
+    strange = json.loads((tmp_path / "three.json").read_text())
+    strange["categories"][0]["name"] = "circle"
+    (tmp_path / "three.json").write_text(json.dumps(strange))
+    run = CliRunner().invoke(
+        main, [*common, "--out", str(tmp_path / "n.h5"), "--regions", "annotations", "--masks", "predicted"]
+    )
+    assert run.exit_code == 2 and "(circle), which the detector does not know" in run.output

@@ -115,7 +115,7 @@ def test_proposals(case: Case, key: tuple[int, str]) -> None:
     moves = np.abs(scaled.numpy() - case.golden["bbox_deltas"][matched])[same].max()
     print(f"proposals {same.sum()} of 300, class probabilities {scores:.1e}, deltas {moves:.1e}")
     assert len(boxes) == 300 and same.sum() >= TIED.get(key, (299,))[0]
-    assert scores < 2e-3 and moves < 1e-3
+    assert scores < (1e-3 if key[0] == 50 else 2e-3) and moves < 1e-3
 
 
 @torch.inference_mode()
@@ -138,9 +138,9 @@ def test_detections(case: Case, key: tuple[int, str]) -> None:
           f"masks {masks.max():.1e}, {(masks < 1e-3).sum()} within 1e-3")  # fmt: skip
     assert len(pairs) >= TIED.get(key, (0, 99))[1]
     assert np.median(scores) < 1e-4 and scores.max() < 1e-3
-    assert np.median(masks) < 1e-3 and masks.max() < 1e-2
+    assert np.median(masks) < 1e-3 and masks.max() < 2e-2
     if key not in TIED:
-        assert (scores < 1e-4).sum() >= 99
+        assert (scores < 1e-4).sum() >= 99 and (masks < 1e-3).sum() >= 97
 
 
 @torch.inference_mode()

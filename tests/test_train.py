@@ -205,6 +205,20 @@ def test_weights_start_a_run_and_stand_in_its_provenance(shapes_root: Path, tmp_
     torch.testing.assert_close(third["backbone.conv1.weight"], before["backbone.conv1.weight"], atol=1e-5, rtol=0)
 
 
+def test_frozen_layers_need_weights(shapes_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.norm=frozen .*--weights"):
+        run(shapes_root, tmp_path / "run", "train.steps=1", "model.norm=frozen")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_of_before_the_rates_of_loaded_layers_resumes(shapes_root: Path, tmp_path: Path) -> None:
+    run(shapes_root, tmp_path / "run", "train.steps=1")
+    (state,) = (tmp_path / "run" / "state").glob("*.safetensors")
+    tensors, metadata = read_tensors(state)
+    checkpoint.write_tensors(state, tensors, {"meta": metadata["meta"]})
+    assert run(shapes_root, tmp_path / "run", "train.steps=1", resume=True).steps == 1
+
+
 def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> None:
     run(shapes_root, tmp_path / "run", "train.steps=1")
     model, meta = tmp_path / "run" / "model.safetensors", tmp_path / "run" / "model.json"

@@ -117,7 +117,8 @@ def test_a_training_starts_from_an_imagenet_resnet(
     assert dict(meta.categories) == CocoIndex.load(instances).categories
     weights = meta.provenance.weights
     assert weights is not None and "run (sha256 " in weights and "imported: resnet18.safetensors" in weights
-    assert weights.endswith("training data unknown)") and not meta.warnings()
+    assert weights.endswith("training data unknown)")
+    assert meta.warnings() == [f"detector: started from {weights}"]
 
 
 def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, instances: Path, tmp_path: Path) -> None:
@@ -131,7 +132,11 @@ def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, i
              *(word for change in SMALL for word in ("--set", change))]  # fmt: skip
     mend = ("--set input.order=bgr --set input.mean=[102.9801,115.9465,122.7717] --set input.std=[1.0,1.0,1.0] "
             "--set model.stride_in_1x1=true")  # fmt: skip
-    refused(call(*words), f"--weights {run}: trained in another style than the recipe's; add {mend}\n")
+    done = call(*words)
+    assert done.exit_code == 2
+    told, error = done.stderr.splitlines()
+    assert told.startswith("starts from caffe, imported: res50.pth") and told.endswith("training data unknown")
+    assert error == f"error: --weights {run}: trained in another style than the recipe's; add {mend}"
     assert not (tmp_path / "run").exists()
     done = call(*words, *mend.split())
     assert done.exit_code == 0 and (tmp_path / "run" / "model.safetensors").exists(), done.output

@@ -102,7 +102,8 @@ class C4Head(nn.Module):
 
     Args:
         conv5: the last stage, with stride 1, from the map to `out_channels`.
-        crop: pool by the seed's crop, not by RoIAlign.
+        pooling: "align" for RoIAlign; "crop" for the seed's crop; "crop_align" for its other variant, which takes
+            the largest of 2x2 samples for each cell.
     """
 
     mask_size = 2 * POOL_SIZE
@@ -115,19 +116,26 @@ class C4Head(nn.Module):
         classes: int,
         mask_channels: int,
         masks: bool,
-        crop: bool = False,
+        pooling: str = "align",
     ) -> None:
         super().__init__()
-        self.stride, self.crop = stride, crop
+        self.stride, self.pooling = stride, pooling
         self.conv5 = conv5
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5) from the one map (B, C, H, W)."""
-        pooled = (roi_crop if self.crop else roi_align)(maps[0], rois, POOL_SIZE, self.stride)
+        pooled = self._pool(maps[0], rois)
         spatial = self.conv5(pooled)
         return RoiFeatures(pooled.mean((2, 3)), spatial.mean((2, 3)), spatial)
+
+    def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
+        if self.pooling == "align":
+            return roi_align(x, rois, POOL_SIZE, self.stride)
+        if self.pooling == "crop":
+            return roi_crop(x, rois, POOL_SIZE, self.stride)
+        return F.max_pool2d(roi_crop(x, rois, 2 * POOL_SIZE, self.stride), 2)
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""

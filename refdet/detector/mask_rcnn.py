@@ -96,7 +96,7 @@ class MaskRCNN(nn.Module):
             conv5 = self.backbone.get_submodule("layer4")  # conv5 works on the RoIs, so it belongs to the head
             del self.backbone.layer4
             self.head = C4Head(
-                conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling != "align"
+                conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling
             )
         anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
         self.rpn = ProposalNetwork(
@@ -303,8 +303,8 @@ def _select(
     kept_boxes, kept_scores, kept_labels = [], [], []
     solid = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
     if at_least_one and solid.any():  # MAttNet's rule, by its own steps of 0.1
-        highest = scores[solid].amax().item()
-        while highest < score_threshold:
+        highest = scores[solid].amax()
+        while highest < score_threshold:  # as tensors, so that it is the comparison below
             score_threshold -= 0.1
     candidates = (scores >= score_threshold) & solid
     for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
