@@ -83,25 +83,27 @@ class MaskRCNN(nn.Module):
         strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, 1)
         self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1)
         channels = self.backbone.channels
-        self.head: RoiHead
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
             levels: list[tuple[float, ...]] = [(size,) for size in model.anchor_sizes]
             map_strides: tuple[int, ...] = FeaturePyramid.strides
             map_channels = model.fpn_channels
-            self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
         else:
             self.neck = None
             levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[2]
+        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
+        self.rpn = ProposalNetwork(
+            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.seed_ranking
+        )
+        self.head: RoiHead
+        if pyramid:
+            self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
+        else:
             conv5 = self.backbone.get_submodule("layer4")  # conv5 works on the RoIs, so it belongs to the head
             del self.backbone.layer4
             self.head = C4Head(
                 conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling
             )
-        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
-        self.rpn = ProposalNetwork(
-            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.seed_ranking
-        )
         if model.norm == "frozen":
             for part in (self.backbone.conv1, self.backbone.layer1):
                 part.requires_grad_(False)
