@@ -41,11 +41,13 @@ unit: env
 	@echo "==> unit: pytest"
 	@$(BIN)/pytest
 
-bench-ops: env ## the native operations beside torchvision's
+bench-ops: env ## the native operations beside torchvision's and pycocotools'
 	@echo "==> bench-ops: nms"
 	@$(BIN)/python benchmarks/nms.py
 	@echo "==> bench-ops: RoI pooling"
 	@$(BIN)/python benchmarks/pooling.py
+	@echo "==> bench-ops: masks"
+	@$(BIN)/python benchmarks/masks.py
 
 bench-data: env ## loading and splitting files of the real size
 	@echo "==> bench-data: REFER"

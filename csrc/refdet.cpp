@@ -12,4 +12,10 @@ TORCH_LIBRARY(refdet, m) {
 #endif
   });
   m.def("nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep) -> Tensor");
+  m.def(
+      "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
+      " -> (Tensor counts, Tensor starts, Tensor areas, Tensor tight_boxes)");
+  m.def(
+      "mask_coverage(Tensor counts, Tensor starts, int height, int width, Tensor boxes, Tensor objects, int size)"
+      " -> Tensor");
 }

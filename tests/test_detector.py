@@ -326,7 +326,7 @@ def test_second_stage_losses_are_their_formulas() -> None:
             ]  # fmt: skip
             for d, t in zip(deltas[0, label], wanted, strict=True):
                 box += 0.5 * (d - t) ** 2 if abs(d - t) < 1 else abs(d - t) - 0.5
-            cell = mask_coverage(truths[image].masks[best], roi[None], 14)[0] >= 0.5
+            cell = mask_coverage(truths[image].masks, torch.tensor([best]), roi[None], 14)[0] >= 0.5
             p = model.head.mask_logits(maps, row, features, torch.tensor([label]))[0].double().sigmoid()
             mask -= torch.where(cell, p.log(), (1 - p).log()).sum()
             cells += cell.numel()

@@ -41,13 +41,14 @@ def test_coverage_is_the_area_of_each_cell(seed: int) -> None:
     mask = random.random((height, width)) < 0.5
     corner = random.uniform(-5, 10, 2)
     box = np.concatenate((corner, corner + random.uniform(0.2, 12, 2))).astype(np.float32)
-    found = mask_coverage(rle_of(mask), torch.from_numpy(box)[None], 3)[0]
+    found = mask_coverage([rle_of(mask)], torch.tensor([0]), torch.from_numpy(box)[None], 3)[0]
     np.testing.assert_allclose(found.numpy(), coverage_by_hand(mask, box, 3), atol=1e-5)
 
 
 def test_coverage_outside_the_image_is_0() -> None:
     rle = rle_of(np.ones((10, 10)))
-    found = mask_coverage(rle, torch.tensor([[20.0, 20, 30, 30], [-8, 0, 8, 8]]), 2)
+    boxes = torch.tensor([[20.0, 20, 30, 30], [-8, 0, 8, 8]])
+    found = mask_coverage([rle], torch.tensor([0, 0]), boxes, 2)
     assert found[0].eq(0).all()
     assert found[1].tolist() == [[0, 1], [0, 1]]
 
@@ -102,7 +103,7 @@ def test_pasting_what_was_measured_gives_the_mask_back() -> None:
     y, x = np.mgrid[:60, :80] + 0.5
     disc = (x - 40) ** 2 + (y - 30) ** 2 < 20**2
     box = torch.tensor([[19.5, 9.5, 60.5, 50.5]])
-    pasted = masks_to_rle(mask_coverage(rle_of(disc), box, 28), box, 60, 80)[0]
+    pasted = masks_to_rle(mask_coverage([rle_of(disc)], torch.tensor([0]), box, 28), box, 60, 80)[0]
     found = coco_mask.decode({"size": [60, 80], "counts": pasted}).astype(bool)
     assert (found & disc).sum() / (found | disc).sum() > 0.97
 

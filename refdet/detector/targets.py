@@ -99,10 +99,7 @@ def mask_targets(
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
         )
-    found = torch.zeros(len(rois), size, size)
-    for index in objects.unique().tolist():
-        rows = (objects == index).nonzero()[:, 0].cpu()
-        found[rows] = mask_coverage(truth.masks[index], boxes[rows], size)
+    found = mask_coverage(truth.masks, objects, boxes, size)
     if truth.flipped_width is not None:
         found = found.flip(2)
     return (found >= 0.5).float().to(rois.device)

@@ -1,35 +1,199 @@
-"""Between mask arrays of a RoI and RLE of an image."""
+"""Between mask arrays of boxes and RLE of an image: the compiled kernels, and the same in plain PyTorch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from refdet.ops._library import DEVICES
 
-def mask_coverage(rle: dict, boxes: Tensor, size: int) -> Tensor:
-    """How much of each cell of a grid over each box the mask covers, exactly.
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
-    The mask's integral image, linear between pixel corners, is read at the corners of the cells; a
-    difference of four such values is the covered area, whatever fractions of pixels it is made of.
+
+@dataclass(frozen=True)
+class EncodedMasks:
+    """N masks of one image as COCO compressed RLE, on the CPU.
+
+    Attributes:
+        counts: (M,) uint8, their ``counts`` back to back.
+        starts: (N + 1,) int64; mask i has the bytes [starts[i], starts[i + 1]).
+        areas: (N,) int64, pixels.
+        boxes: (N, 4) float32 half-open xyxy, tight about the pixels; zeros for a mask without any.
+    """
+
+    counts: Tensor
+    starts: Tensor
+    areas: Tensor
+    boxes: Tensor
+
+
+def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
+    """`encode_masks` as N COCO compressed RLE ``counts`` of ``size`` [height, width]."""
+    found = encode_masks(probabilities, boxes, height, width, threshold)
+    text, starts = found.counts.numpy().tobytes(), found.starts.tolist()
+    return [text[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> EncodedMasks:
+    """Masks of boxes as RLE of the whole image, at sub-pixel precision.
+
+    A pixel whose centre lies in the box takes the bilinear interpolation of the cells about it, cells
+    having their value at their middle and the outer half-cells that of their edge; it belongs to the
+    mask where that reaches the threshold. The box is never rounded. A box with a coordinate that is NaN
+    or infinite has no pixels. All is float32, in one order, so that the answer is the same with the
+    compiled kernel and without. What is on a GPU is copied to the CPU, where the strings are made.
 
     Args:
-        rle: pycocotools RLE of one object.
-        boxes: (N, 4) half-open xyxy in pixels of the mask's image; what lies outside the image is empty.
+        probabilities: (N, m, m) in 0..1, any floating type.
+        boxes: (N, 4) half-open xyxy in pixels of the image, on the same device.
+        height, width: of the image.
+        threshold: in 0..1.
+
+    Raises:
+        TypeError: probabilities or boxes are not floating point.
+        ValueError: shapes or devices do not fit, the image has no pixels or 2**32 and more, or the threshold
+            is not in 0..1.
+    """
+    if not (probabilities.is_floating_point() and boxes.is_floating_point()):
+        raise TypeError(f"masks need floating-point cells and boxes, got {probabilities.dtype} and {boxes.dtype}")
+    if probabilities.dim() != 3 or not 0 < probabilities.shape[1] == probabilities.shape[2]:
+        raise ValueError(f"masks need probabilities (N, m, m), got {tuple(probabilities.shape)}")
+    if boxes.dim() != 2 or boxes.shape[0] != probabilities.shape[0] or boxes.shape[1] != 4:
+        raise ValueError(f"masks need boxes ({probabilities.shape[0]}, 4), one a mask, got {tuple(boxes.shape)}")
+    if probabilities.device != boxes.device:
+        raise ValueError(f"masks need cells and boxes on one device, got {probabilities.device} and {boxes.device}")
+    if height < 1 or width < 1 or height * width >= 2**32:
+        raise ValueError(f"an image of {height} x {width} pixels has no RLE")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"masks need a threshold in 0..1, got {threshold}")
+    boxes = boxes.detach().to("cpu", torch.float32)
+    values = probabilities.detach().cpu()
+    if values.dtype != torch.bfloat16:  # which the kernel reads itself
+        values = values.float()
+    if "cpu" in DEVICES:
+        return EncodedMasks(*torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold))
+    return encode_masks_plain(values, boxes, height, width, threshold)
+
+
+def encode_masks_plain(
+    probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+) -> EncodedMasks:
+    """`encode_masks` with numpy and pycocotools, for CPU tensors, which it does not check."""
+    full = np.zeros((height, width, 1), np.uint8, order="F")
+    masks, areas = [], []
+    for cells, box in zip(probabilities.float().numpy(), boxes.numpy(), strict=True):
+        top, rows = _interpolation(box[1], box[3], len(cells), height)
+        left, columns = _interpolation(box[0], box[2], len(cells), width)
+        with np.errstate(over="ignore", invalid="ignore"):  # cells that are no probabilities
+            window = columns.mix(cells.T).T  # (m, columns)
+            window = rows.mix(window) >= np.float32(threshold)
+        place = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
+        full[place] = window
+        masks += coco_mask.encode(full)
+        areas.append(int(window.sum()))
+        full[place] = 0
+    counts = [mask["counts"] for mask in masks]
+    tight = np.asarray(coco_mask.toBbox(masks), np.float32).reshape(-1, 4)
+    tight[:, 2:] += tight[:, :2]
+    return EncodedMasks(
+        *_joined(counts),
+        areas=torch.tensor(areas, dtype=torch.int64),
+        boxes=torch.from_numpy(tight),
+    )
+
+
+@dataclass(frozen=True)
+class _Interpolation:
+    """Which two cells each pixel of an axis mixes, with the weights `lower` and 1 - `lower`."""
+
+    cell: np.ndarray
+    lower: np.ndarray
+
+    def mix(self, values: np.ndarray) -> np.ndarray:
+        """(m, K) cells as (pixels, K)."""
+        following = np.minimum(self.cell + 1, len(values) - 1)
+        weights = self.lower[:, None]
+        return values[self.cell] * weights + values[following] * (np.float32(1) - weights)
+
+
+def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
+    """First pixel whose centre is in [low, high), and how each pixel from there on mixes the cells."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
+    first, last = (int(np.clip(np.ceil(np.float64(edge) - 0.5), 0, limit)) for edge in (low, high))
+    if last <= first:
+        return first, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
+    half = np.float32(0.5)
+    scale = np.float32(size / (np.float64(high) - np.float64(low)))
+    centres = np.arange(first, last).astype(np.float32) + half
+    position = np.clip((centres - low) * scale - half, np.float32(0), np.float32(size - 1))
+    cell = position.astype(np.int64)
+    return first, _Interpolation(cell, np.float32(1) - (position - cell.astype(np.float32)))
+
+
+def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """How much of each cell of a grid over each box its object's mask covers, exactly.
+
+    The mask's integral image, linear between pixel corners, is read at the corners of the cells; a
+    difference of four such values is the covered area, whatever fractions of pixels it is made of. The
+    answer is the same with the compiled kernel, which reads the runs, and without.
+
+    Args:
+        rles: pycocotools RLEs of the objects of one image, ``counts`` being bytes.
+        objects: (K,) int64, the object of each box.
+        boxes: (K, 4) half-open xyxy in pixels of the image; what lies outside the image is empty, and so is
+            a box without area or with a coordinate that is NaN or infinite.
         size: cells on a side, m.
     Returns:
-        (N, m, m) float32 in 0..1.
+        (K, m, m) float32 in 0..1, on the CPU.
+
+    Raises:
+        ValueError: shapes do not fit, a box asks for an object that there is not, masks are of different sizes,
+            or an RLE does not fit its size.
     """
-    mask = coco_mask.decode(rle)
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or objects.shape != boxes.shape[:1]:
+        raise ValueError(f"(K, 4) boxes need (K,) objects, got {tuple(boxes.shape)} and {tuple(objects.shape)}")
+    if size < 1:
+        raise ValueError(f"masks need at least one cell, got a size of {size}")
+    objects, boxes = objects.detach().to("cpu", torch.int64), boxes.detach().to("cpu", torch.float64)
+    if len(objects) == 0:
+        return torch.zeros(0, size, size)
+    if int(objects.min()) < 0 or int(objects.max()) >= len(rles):
+        raise ValueError(f"boxes ask for objects {int(objects.min())} to {int(objects.max())} of {len(rles)}")
+    sizes = {tuple(rle["size"]) for rle in rles}
+    if len(sizes) > 1:
+        raise ValueError(f"masks of one image have one size, not {sorted(sizes)}")
+    if "cpu" not in DEVICES:
+        return mask_coverage_plain(rles, objects, boxes, size)
+    height, width = sizes.pop()
+    counts, starts = _joined([rle["counts"] for rle in rles])
+    return torch.ops.refdet.mask_coverage(counts, starts, height, width, boxes, objects, size)
+
+
+def mask_coverage_plain(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """`mask_coverage` in plain PyTorch, for int64 objects and float64 boxes on the CPU, which it does not check."""
+    known = (boxes.abs() <= FLOAT32_MAX).all(dim=1) & (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
+    boxes = torch.where(known[:, None], boxes, 0.0)
+    found = torch.zeros(len(boxes), size, size)
+    for index in objects.unique().tolist():
+        rows = (objects == index).nonzero()[:, 0]
+        found[rows] = _coverage(coco_mask.decode(rles[index]), boxes[rows], size)
+    return found
+
+
+def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
     height, width = mask.shape
     integral = np.zeros((height + 1, width + 1), np.float64)
     integral[1:, 1:] = mask.astype(np.float64).cumsum(0).cumsum(1)
     table = torch.from_numpy(integral)
-    edges = boxes.detach().to("cpu", torch.float64)
     steps = torch.arange(size + 1, dtype=torch.float64) / size
-    xs = edges[:, 0:1] + (edges[:, 2:3] - edges[:, 0:1]) * steps
-    ys = edges[:, 1:2] + (edges[:, 3:4] - edges[:, 1:2]) * steps
+    xs = boxes[:, 0:1] + (boxes[:, 2:3] - boxes[:, 0:1]) * steps
+    ys = boxes[:, 1:2] + (boxes[:, 3:4] - boxes[:, 1:2]) * steps
     x0, fx = _floor_and_fraction(xs, width)
     y0, fy = _floor_and_fraction(ys, height)
     rows = table[y0] * (1 - fy)[:, :, None] + table[y0 + 1] * fy[:, :, None]  # (N, m+1, W+1)
@@ -37,7 +201,7 @@ def mask_coverage(rle: dict, boxes: Tensor, size: int) -> Tensor:
     right = rows.gather(2, (x0 + 1)[:, None, :].expand(-1, size + 1, -1))
     corners = left * (1 - fx)[:, None, :] + right * fx[:, None, :]
     covered = corners.diff(dim=1).diff(dim=2)
-    cell = ((edges[:, 2] - edges[:, 0]) * (edges[:, 3] - edges[:, 1]) / size**2).clamp(min=1e-12)
+    cell = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / size**2).clamp(min=1e-12)
     return (covered / cell[:, None, None]).clamp(0, 1).float()
 
 
@@ -47,40 +211,28 @@ def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return floor.long(), inside - floor
 
 
-def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
-    """Masks of RoIs as RLE of the whole image, at sub-pixel precision.
-
-    A pixel whose centre lies in the box takes the bilinear interpolation of the cells about it, cells
-    having their value at their middle and the outer half-cells that of their edge; it belongs to the
-    mask where that reaches the threshold. The box is never rounded.
-
-    Args:
-        probabilities: (N, m, m) in 0..1.
-        boxes: (N, 4) half-open xyxy in pixels of the image.
-        height, width: of the image.
-    Returns:
-        N COCO compressed RLE ``counts`` of ``size`` [height, width].
-    """
-    full = np.zeros((height, width, 1), np.uint8, order="F")
-    counts = []
-    for probability, box in zip(probabilities.float().cpu(), boxes.float().cpu().tolist(), strict=True):
-        top, row_weights = _interpolation(box[1], box[3], len(probability), height)
-        left, column_weights = _interpolation(box[0], box[2], len(probability), width)
-        window = (row_weights @ probability @ column_weights.T >= threshold).numpy()
-        place = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
-        full[place] = window
-        counts.append(coco_mask.encode(full)[0]["counts"])
-        full[place] = 0
-    return counts
+def _joined(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """Texts back to back (M,) uint8, and where each starts (N + 1,) int64."""
+    starts = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
+    return torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8)), torch.from_numpy(starts)
 
 
-def _interpolation(low: float, high: float, size: int, limit: int) -> tuple[int, Tensor]:
-    """First pixel whose centre is in [low, high), and the weights (pixels, size) of the cells for each."""
-    first = max(int(np.ceil(low - 0.5)), 0)
-    last = min(int(np.ceil(high - 0.5)), limit)  # one past the end
-    if last <= first:
-        return min(first, limit), torch.zeros(0, size)
-    centres = torch.arange(first, last, dtype=torch.float32) + 0.5
-    position = ((centres - low) * (size / (high - low)) - 0.5).clamp(0, size - 1)
-    cells = torch.arange(size, dtype=torch.float32)
-    return first, (1 - (position[:, None] - cells).abs()).clamp(min=0)
+if DEVICES:
+
+    @torch.library.register_fake("refdet::masks_to_rle")
+    def _masks_to_rle_fake(
+        probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count, length = boxes.shape[0], torch.library.get_ctx().new_dynamic_size()
+        return (
+            boxes.new_empty((length,), dtype=torch.uint8),
+            boxes.new_empty((count + 1,), dtype=torch.int64),
+            boxes.new_empty((count,), dtype=torch.int64),
+            boxes.new_empty((count, 4)),
+        )
+
+    @torch.library.register_fake("refdet::mask_coverage")
+    def _mask_coverage_fake(
+        counts: Tensor, starts: Tensor, height: int, width: int, boxes: Tensor, objects: Tensor, size: int
+    ) -> Tensor:
+        return boxes.new_empty((boxes.shape[0], size, size), dtype=torch.float32)

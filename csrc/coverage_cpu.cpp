@@ -1,0 +1,211 @@
+// How much of the cells of boxes the masks of objects cover, from COCO's compressed RLE, on the CPU.
+//
+// What: an object's integral image T(y, x), the number of its pixels above y and left of x, continued linearly between
+// the corners of pixels, is read at the (m + 1)^2 corners of a box's cells; a difference of four is the covered area,
+// which is divided by the cell's. The numbers of pixels are whole, so that it does not matter how they are counted;
+// the rest is float64, each operation rounded on its own, in the order of mask_coverage_plain in refdet/ops/masks.py.
+// A box that is empty or has a coordinate that is not finite gets 0.
+//
+// Cost: the runs of the objects that boxes ask for, once, and for each box the runs up to its right edge and
+// 2 (m + 1)^2 steps. Neither the mask nor T is ever made.
+//
+// Why fast: what the columns up to x contribute to T at the m + 1 heights of the corners follows from how many runs
+// begin and end between two heights and from the sum of those rows: a run adds to two bins, whatever it is long, and
+// only at the columns where a corner lies the bins are summed up. Boxes are dealt out to the threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "masks.h"
+
+namespace refdet {
+namespace {
+
+constexpr int64_t kBoxesPerTask = 4;
+
+// Pixels [top, bottom) of column x.
+struct Run {
+  uint32_t x, top, bottom;
+};
+
+// The runs of a mask, cut at the ends of columns. The coding is told at Counts in rle_cpu.cpp.
+// `error` stays as it is where the string is sound.
+std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
+  std::vector<Run> runs;
+  const int64_t pixels = height * width;
+  int64_t position = 0, older = 0, newer = 0;
+  for (int64_t index = 0; text != end; ++index) {
+    int64_t count = 0;
+    int shift = 0;
+    uint8_t code;
+    do {
+      code = static_cast<uint8_t>(*text++ - '0');
+      if (code > 63 || shift > 30 || (code & 32 && text == end)) {
+        error = "is no RLE";
+        return {};
+      }
+      count |= int64_t{code & 31} << shift;
+      shift += 5;
+    } while (code & 32);
+    if (code & 16) count -= int64_t{1} << shift;
+    if (index > 2) count += older;
+    older = newer, newer = count;
+    if (count < 0 || count > pixels - position) {
+      error = "does not fit its image";
+      return {};
+    }
+    if (index % 2 == 1 && count > 0) {
+      int64_t x = position / height, top = position % height;
+      for (int64_t left = count; left > 0; ++x, top = 0) {
+        const int64_t bottom = std::min(height, top + left);
+        runs.push_back({static_cast<uint32_t>(x), static_cast<uint32_t>(top), static_cast<uint32_t>(bottom)});
+        left -= bottom - top;
+      }
+    }
+    position += count;
+  }
+  if (position != pixels) error = "does not fit its image";
+  return runs;
+}
+
+// Along one axis, the pixels that the m + 1 edges of a box's cells lie in, and where in them.
+struct Edges {
+  std::vector<int64_t> pixel;
+  std::vector<double> fraction;
+
+  Edges(double low, double high, int64_t size, int64_t limit) : pixel(size + 1), fraction(size + 1) {
+    for (int64_t i = 0; i <= size; ++i) {
+      const double position = low + (high - low) * (static_cast<double>(i) / static_cast<double>(size));
+      const double inside = std::min(std::max(position, 0.0), static_cast<double>(limit));
+      const double floor = std::min(std::floor(inside), static_cast<double>(limit - 1));
+      pixel[i] = static_cast<int64_t>(floor);
+      fraction[i] = inside - floor;
+    }
+  }
+};
+
+// The runs seen so far, as what T at the heights of the edges follows from.
+class Bins {
+ public:
+  Bins(const Edges& edges, int64_t height)
+      : edges_(edges), bin_(height + 1), balance_(edges.pixel.size() + 1), rows_(edges.pixel.size() + 1) {
+    int64_t row = 0;
+    for (size_t i = 0; i < edges.pixel.size(); ++i) {
+      while (row <= edges.pixel[i]) bin_[row++] = static_cast<uint32_t>(i);
+    }
+    while (row <= height) bin_[row++] = static_cast<uint32_t>(edges.pixel.size());
+  }
+
+  void add(const Run& run) {
+    const uint32_t top = bin_[run.top], bottom = bin_[run.bottom];
+    balance_[top] += 1, rows_[top] += run.top;
+    balance_[bottom] -= 1, rows_[bottom] -= run.bottom;
+  }
+
+  // T at the heights of the edges: y runs minus the rows where they begin, plus those where they end.
+  void read(std::vector<double>& heights) const {
+    int64_t runs = 0, rows = 0;
+    for (size_t i = 0; i < edges_.pixel.size(); ++i) {
+      runs += balance_[i], rows += rows_[i];
+      const int64_t above = edges_.pixel[i] * runs - rows;
+      const double fraction = edges_.fraction[i];
+      heights[i] = static_cast<double>(above) * (1 - fraction) + static_cast<double>(above + runs) * fraction;
+    }
+  }
+
+ private:
+  const Edges& edges_;
+  std::vector<uint32_t> bin_;             // of a row: the first edge in it or below
+  std::vector<int64_t> balance_, rows_;   // of a bin: begins minus ends, and the sum of their rows
+};
+
+void cover(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width, float* found) {
+  const Edges xs(box[0], box[2], size, width), ys(box[1], box[3], size, height);
+  Bins bins(ys, height);
+  std::vector<double> left(size + 1), right(size + 1), corners((size + 1) * (size + 1));
+  int64_t done = -1;  // `right` is T at the right side of this column, `left` at its left
+  size_t next = 0;
+  for (int64_t i = 0; i <= size; ++i) {
+    const int64_t x = xs.pixel[i];
+    if (x != done) {
+      while (next < runs.size() && runs[next].x < x) bins.add(runs[next++]);
+      bins.read(left);
+      while (next < runs.size() && runs[next].x == x) bins.add(runs[next++]);
+      bins.read(right);
+      done = x;
+    }
+    const double fraction = xs.fraction[i];
+    double* corner = &corners[i * (size + 1)];
+    for (int64_t j = 0; j <= size; ++j) corner[j] = left[j] * (1 - fraction) + right[j] * fraction;
+  }
+  const double cells = static_cast<double>(size * size);
+  const double cell = std::max((box[2] - box[0]) * (box[3] - box[1]) / cells, 1e-12);
+  for (int64_t y = 0; y < size; ++y) {
+    for (int64_t x = 0; x < size; ++x) {
+      const double* before = &corners[x * (size + 1) + y];
+      const double* after = before + size + 1;
+      const double covered = (after[1] - after[0]) - (before[1] - before[0]);
+      found[y * size + x] = static_cast<float>(std::min(std::max(covered / cell, 0.0), 1.0));
+    }
+  }
+}
+
+bool has_area(const double* box) {
+  constexpr double most = std::numeric_limits<float>::max();
+  return std::all_of(box, box + 4, [](double edge) { return std::abs(edge) <= most; }) && box[0] < box[2] &&
+         box[1] < box[3];
+}
+
+at::Tensor mask_coverage_cpu(const at::Tensor& counts, const at::Tensor& starts, int64_t height, int64_t width,
+                             const at::Tensor& boxes, const at::Tensor& objects, int64_t size) {
+  check_mask_coverage(counts, starts, height, width, boxes, objects, size);
+  const int64_t n = boxes.size(0), masks = starts.size(0) - 1;
+  const at::Tensor flat_counts = counts.contiguous(), flat_starts = starts.contiguous();
+  const at::Tensor flat_boxes = boxes.contiguous(), flat_objects = objects.contiguous();
+  const auto* text = flat_counts.const_data_ptr<uint8_t>();
+  const auto* start = flat_starts.const_data_ptr<int64_t>();
+  const auto* box = flat_boxes.const_data_ptr<double>();
+  const auto* object = flat_objects.const_data_ptr<int64_t>();
+  TORCH_CHECK(start[0] >= 0 && std::is_sorted(start, start + masks + 1) && start[masks] <= counts.size(0),
+              "mask_coverage: starts must ascend within the ", counts.size(0), " bytes of counts");
+  std::vector<uint8_t> wanted(masks);
+  for (int64_t i = 0; i < n; ++i) {
+    TORCH_CHECK(object[i] >= 0 && object[i] < masks, "mask_coverage: there is no object ", object[i], " among ", masks);
+    wanted[object[i]] = 1;
+  }
+
+  std::vector<std::vector<Run>> runs(masks);
+  std::vector<const char*> errors(masks, nullptr);
+  at::parallel_for(0, masks, kBoxesPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (wanted[i]) runs[i] = runs_of(text + start[i], text + start[i + 1], height, width, errors[i]);
+    }
+  });
+  for (int64_t i = 0; i < masks; ++i) {
+    TORCH_CHECK_VALUE(errors[i] == nullptr, "mask_coverage: mask ", i, " ", errors[i], " of ", height, " x ", width,
+                      " pixels");
+  }
+  const at::Tensor found = at::zeros({n, size, size}, boxes.options().dtype(at::kFloat));
+  auto* cells = found.mutable_data_ptr<float>();
+  at::parallel_for(0, n, kBoxesPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (has_area(box + 4 * i)) cover(runs[object[i]], box + 4 * i, size, height, width, cells + i * size * size);
+    }
+  });
+  return found;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CPU, m) { m.impl("mask_coverage", &mask_coverage_cpu); }
+
+}  // namespace refdet

@@ -1,0 +1,265 @@
+// Mask probabilities of boxes to COCO's compressed RLE of the image, on the CPU.
+//
+// What: a pixel of the image whose centre lies in the box takes the bilinear interpolation of the box's m x m cells,
+// which have their value at their middle; it belongs to the mask where that reaches the threshold. Every operation is
+// float32 and rounded on its own, in the order of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along
+// y, each time lower * (1 - f) + upper * (1 - (1 - f)). The mask is read column by column, as COCO does, and only the
+// ends of its runs come into being: no pixel outside the box is ever touched, and no mask is made.
+// A box with a coordinate that is not finite has no pixels.
+//
+// Cost: for a box of w x h pixels w m mixtures along x, and along y as many as there are pixels between two cells of
+// which one is not clearly inside or outside: about w plus the length of the outline times h / m, instead of w h.
+//
+// Why fast: within a column, pixels between two cell centres lie between their two values. Where both are above the
+// threshold or both below it, by more than rounding can do, all of these pixels are decided at once. The mixtures and
+// that decision are loops without branches over the m cells of a column, which compilers turn into SIMD.
+// Masks are dealt out to the threads; each writes its own string.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "masks.h"
+
+namespace refdet {
+namespace {
+
+constexpr int64_t kMasksPerTask = 4;
+
+// The pixels of one axis of the image whose centres are in the box, and the two cells that each mixes.
+struct Axis {
+  int64_t first = 0, last = 0;       // pixels [first, last)
+  std::vector<int32_t> cell;         // the one before the centre; the other is the next, or the same at the end
+  std::vector<float> lower, upper;   // their weights
+
+  Axis(float low, float high, int64_t size, int64_t limit) {
+    const auto pixel = [limit](float edge) {
+      return static_cast<int64_t>(std::min(std::max(std::ceil(double{edge} - 0.5), 0.0), static_cast<double>(limit)));
+    };
+    first = pixel(low), last = std::max(first, pixel(high));
+    const auto count = static_cast<size_t>(last - first);
+    cell.resize(count), lower.resize(count), upper.resize(count);
+    const auto scale = static_cast<float>(static_cast<double>(size) / (double{high} - double{low}));
+    const auto end = static_cast<float>(size - 1);
+    for (size_t i = 0; i < count; ++i) {
+      const float centre = static_cast<float>(first + static_cast<int64_t>(i)) + 0.5f;
+      const float position = std::min(std::max((centre - low) * scale - 0.5f, 0.0f), end);
+      cell[i] = static_cast<int32_t>(position);
+      lower[i] = 1.0f - (position - static_cast<float>(cell[i]));
+      upper[i] = 1.0f - lower[i];
+    }
+  }
+};
+
+// COCO's string: each count in groups of five bits, lowest first, in characters from '0' on, the sixth bit telling
+// that more follow; from the fourth count on it is the difference to the count two before.
+class Counts {
+ public:
+  void add(int64_t count) {
+    int64_t left = added_ > 2 ? count - older_ : count;
+    ++added_, older_ = newer_, newer_ = count;
+    bool more = true;
+    while (more) {
+      int64_t group = left & 31;
+      left >>= 5;  // keeps the sign
+      more = group & 16 ? left != -1 : left != 0;
+      if (more) group |= 32;
+      text_.push_back(static_cast<uint8_t>(group + '0'));
+    }
+  }
+  std::vector<uint8_t> take_text() { return std::move(text_); }
+
+ private:
+  std::vector<uint8_t> text_;
+  int64_t added_ = 0, older_ = 0, newer_ = 0;
+};
+
+// A mask as it comes into being: runs are opened and closed in the order of the columns.
+class Mask {
+ public:
+  Mask(int64_t height, int64_t width) : height_(height), width_(width), top_(height) {}
+
+  bool open() const { return open_; }
+
+  // The first pixel of the other kind is (x, y); y may be the height, which is the top of the next column.
+  void turn(int64_t x, int64_t y) {
+    const int64_t position = x * height_ + y;
+    counts_.add(position - position_);
+    if (open_) {
+      close(x, y);
+      area_ += position - position_;
+    } else {
+      if (area_ == 0) left_ = x;
+      run_x_ = x, run_y_ = y;
+    }
+    position_ = position;
+    open_ = !open_;
+  }
+
+  // From (x, y) on comes background, or the end of the image.
+  void leave(int64_t x, int64_t y) {
+    if (open_ && x * height_ + y < height_ * width_) turn(x, y);
+  }
+
+  void finish() {
+    const int64_t rest = height_ * width_ - position_;
+    if (open_) {
+      close(width_, 0);
+      area_ += rest;
+    }
+    counts_.add(rest);
+  }
+
+  std::vector<uint8_t> take_text() { return counts_.take_text(); }
+  int64_t area() const { return area_; }
+
+  void tight_box(float* box) const {
+    const bool empty = area_ == 0;
+    const int64_t sides[] = {left_, empty ? 0 : top_, right_, bottom_};
+    for (int i = 0; i < 4; ++i) box[i] = static_cast<float>(sides[i]);
+  }
+
+ private:
+  // (x, y) is one past the run.
+  void close(int64_t x, int64_t y) {
+    if (y == 0) --x, y = height_;
+    const bool one_column = x == run_x_;
+    top_ = std::min(top_, one_column ? run_y_ : 0);
+    bottom_ = std::max(bottom_, one_column ? y : height_);
+    right_ = x + 1;
+  }
+
+  Counts counts_;
+  int64_t height_, width_, position_ = 0, area_ = 0, run_x_ = 0, run_y_ = 0;
+  int64_t left_ = 0, top_, right_ = 0, bottom_ = 0;
+  bool open_ = false;
+};
+
+// How the pixels between two cells stand to the threshold whatever their weights; rounding changes a mixture by less
+// than 2^-21 of it, or 2^-140 where it is denormal.
+struct Verdict {
+  enum : uint8_t { kUnclear = 0, kInside = 1, kOutside = 2 };
+  float threshold, surely_inside, surely_outside;
+
+  explicit Verdict(float t)
+      : threshold(t), surely_inside(t * (1 + 0x1p-20f) + 0x1p-100f), surely_outside(t * (1 - 0x1p-20f) - 0x1p-100f) {}
+
+  uint8_t operator()(float value) const {
+    const int inside = (value >= surely_inside) & (value <= std::numeric_limits<float>::max());
+    const int outside = (value >= 0.0f) & (value <= surely_outside);
+    return static_cast<uint8_t>(inside * kInside | outside * kOutside);
+  }
+};
+
+// `cells` are the values column by column.
+void draw(const float* cells, int32_t size, const Axis& columns, const Axis& rows, int64_t height,
+          const Verdict& verdict, Mask& mask) {
+  // Rows [row_end[c - 1], row_end[c]) of the box lie between the cells c and c + 1 of their column.
+  std::vector<int64_t> row_end(size);
+  for (int64_t row = 0, cell = 0; cell < size; ++cell) {
+    while (row < rows.last - rows.first && rows.cell[row] <= cell) ++row;
+    row_end[cell] = row;
+  }
+  const int32_t first_cell = rows.cell.front(), end_cell = rows.cell.back() + 1;
+  const bool gap = rows.first > 0 || rows.last < height;
+  std::vector<float> column(size + 1);
+  std::vector<uint8_t> kinds(size + 1), both(size + 1);
+  for (int64_t i = 0; i < columns.last - columns.first; ++i) {
+    const int64_t x = columns.first + i;
+    const float column_lower = columns.lower[i], column_upper = columns.upper[i];
+    const float* here = cells + int64_t{columns.cell[i]} * size;
+    const float* next = cells + int64_t{std::min(columns.cell[i] + 1, size - 1)} * size;
+    for (int32_t c = 0; c < size; ++c) column[c] = here[c] * column_lower + next[c] * column_upper;
+    column[size] = column[size - 1];
+    for (int32_t c = 0; c <= size; ++c) kinds[c] = verdict(column[c]);
+    for (int32_t c = 0; c < size; ++c) both[c] = kinds[c] & kinds[c + 1];
+
+    for (int32_t c = first_cell; c < end_cell; ++c) {
+      if (both[c] == (mask.open() ? Verdict::kInside : Verdict::kOutside)) continue;
+      const int64_t begin = c == 0 ? 0 : row_end[c - 1], end = row_end[c];
+      if (begin == end) continue;
+      if (both[c] != Verdict::kUnclear) {
+        mask.turn(x, rows.first + begin);
+        continue;
+      }
+      const float above = column[c], below = column[c + 1];
+      for (int64_t row = begin; row < end; row += 64) {
+        const int64_t count = std::min<int64_t>(end - row, 64);
+        const float *lower = &rows.lower[row], *upper = &rows.upper[row];
+        uint64_t inside = 0;
+        for (int64_t y = 0; y < count; ++y)
+          inside |= uint64_t{above * lower[y] + below * upper[y] >= verdict.threshold} << y;
+        uint64_t turns = inside ^ (inside << 1 | uint64_t{mask.open()});
+        if (count < 64) turns &= (uint64_t{1} << count) - 1;
+        for (; turns != 0; turns &= turns - 1) mask.turn(x, rows.first + row + __builtin_ctzll(turns));
+      }
+    }
+    if (gap) mask.leave(x, rows.last);
+  }
+  mask.leave(columns.last - 1, rows.last);
+}
+
+// One of N masks: `values` (m, m) row by row, `box` xyxy.
+Mask mask_of(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
+             const Verdict& verdict) {
+  Mask mask(height, width);
+  if (std::all_of(box, box + 4, [](float edge) { return std::isfinite(edge); })) {
+    const Axis columns(box[0], box[2], size, width), rows(box[1], box[3], size, height);
+    if (columns.first < columns.last && rows.first < rows.last) {
+      std::vector<float> cells(static_cast<size_t>(size) * size);
+      for (int32_t x = 0; x < size; ++x)
+        for (int32_t y = 0; y < size; ++y) cells[int64_t{x} * size + y] = values[int64_t{y} * size + x];
+      draw(cells.data(), size, columns, rows, height, verdict, mask);
+    }
+  }
+  mask.finish();
+  return mask;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> masks_to_rle_cpu(
+    const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height, int64_t width, double threshold) {
+  check_masks_to_rle(probabilities, boxes, height, width, threshold);
+  const int64_t n = probabilities.size(0);
+  const auto size = static_cast<int32_t>(probabilities.size(1));
+  const at::Tensor values = probabilities.to(at::kFloat).contiguous(), corners = boxes.contiguous();
+  const float* value = values.const_data_ptr<float>();
+  const float* corner = corners.const_data_ptr<float>();
+  const Verdict verdict(static_cast<float>(threshold));
+
+  const auto integers = boxes.options().dtype(at::kLong);
+  const at::Tensor starts = at::empty({n + 1}, integers), areas = at::empty({n}, integers);
+  const at::Tensor tight = at::empty({n, 4}, boxes.options());
+  auto* start = starts.mutable_data_ptr<int64_t>();
+  auto* area = areas.mutable_data_ptr<int64_t>();
+  auto* tight_box = tight.mutable_data_ptr<float>();
+  std::vector<std::vector<uint8_t>> texts(n);
+  at::parallel_for(0, n, kMasksPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Mask mask = mask_of(value + i * size * size, corner + 4 * i, size, height, width, verdict);
+      area[i] = mask.area();
+      mask.tight_box(tight_box + 4 * i);
+      texts[i] = mask.take_text();
+    }
+  });
+  start[0] = 0;
+  for (int64_t i = 0; i < n; ++i) start[i + 1] = start[i] + static_cast<int64_t>(texts[i].size());
+  const at::Tensor counts = at::empty({start[n]}, boxes.options().dtype(at::kByte));
+  auto* text = counts.mutable_data_ptr<uint8_t>();
+  for (int64_t i = 0; i < n; ++i) std::copy(texts[i].begin(), texts[i].end(), text + start[i]);
+  return {counts, starts, areas, tight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CPU, m) { m.impl("masks_to_rle", &masks_to_rle_cpu); }
+
+}  // namespace refdet
