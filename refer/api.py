@@ -69,7 +69,7 @@ class REFER:
 
     def createIndex(self) -> None:
         """Make the index attributes from ``data`` anew, say after refs were taken out of ``data["refs"]``."""
-        self.Anns: dict[int, Annotation] = {ann["id"]: ann for ann in self.data["annotations"]}
+        self.Anns: dict[Any, Annotation] = {ann["id"]: ann for ann in self.data["annotations"]}
         self.Imgs: dict[int, Image] = {image["id"]: image for image in self.data["images"]}
         self.Cats: dict[int, str] = {category["id"]: category["name"] for category in self.data["categories"]}
         self.imgToAnns: dict[int, list[Annotation]] = {}
@@ -82,7 +82,7 @@ class REFER:
         self.imgToRefs: dict[int, list[Ref]] = {}
         self.catToRefs: dict[int, list[Ref]] = {}
         self.refToAnn: dict[int, Any] = {}
-        self.annToRef: dict[int, Any] = {}
+        self.annToRef: dict[Any, Any] = {}
         self.sentToRef: dict[int, Ref] = {}
         self.sentToTokens: dict[int, list[str]] = {}
         for ref in self.data["refs"]:
@@ -110,7 +110,7 @@ class REFER:
             self.sentToRef[sent_id] = ref
             self.sentToTokens[sent_id] = sentence["tokens"]
 
-    def _target(self, ref: Ref, ann_id: int) -> Annotation:
+    def _target(self, ref: Ref, ann_id: Any) -> Annotation:
         ann = self.Anns.get(ann_id)
         if ann is None:
             raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} points to annotation {ann_id}, "
@@ -165,7 +165,7 @@ class REFER:
             return {name for name in tests if asked[-1] in name[4:]}
         return {asked}
 
-    def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[int]:
+    def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[Any]:
         """Ids of the annotations that pass every filter given, in the order of the images given, else of the file."""
         images, cats, refs = _ids(image_ids), set(_ids(cat_ids)), self.loadRefs(ref_ids)
         ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
@@ -188,19 +188,19 @@ class REFER:
 
     def loadRefs(self, ref_ids: Ids = ()) -> list[Ref]:
         """The refs with these ids; ReferDataError names one that is not there."""
-        return _load(self.Refs, ref_ids, "ref")
+        return _load(self.Refs, _ids(ref_ids), "ref")
 
-    def loadAnns(self, ann_ids: Ids = ()) -> list[Annotation]:
+    def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Annotation]:
         """The annotations with these ids; ReferDataError names one that is not there."""
-        return _load(self.Anns, ann_ids, "annotation")
+        return _load(self.Anns, _ids(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
         """The images with these ids; ReferDataError names one that is not there."""
-        return _load(self.Imgs, image_ids, "image")
+        return _load(self.Imgs, _ids(image_ids), "image")
 
     def loadCats(self, cat_ids: Ids = ()) -> list[str]:
         """The names of these categories; ReferDataError names one that is not there."""
-        return _load(self.Cats, cat_ids, "category")
+        return _load(self.Cats, _ids(cat_ids), "category")
 
     def getRefBox(self, ref_id: int) -> list[Any]:
         """The box of the referred object, ``[x, y, width, height]`` in pixels; in gRefCOCO a list of such boxes."""
@@ -280,17 +280,17 @@ class REFER:
         return frame(self)
 
 
-def _ids(ids: Ids) -> list[int]:
+def _ids(ids: Ids | str | Iterable[str], texts: bool = False) -> list[Any]:
     try:
+        several = ids if isinstance(ids, Iterable) and not (texts and isinstance(ids, str)) else [ids]
         # operator.index takes numpy's integers too
-        return [operator.index(one) for one in (ids if isinstance(ids, Iterable) else [ids])]
+        return [one if texts and isinstance(one, str) else operator.index(one) for one in several]  # type: ignore[arg-type]
     except TypeError:
         raise ReferDataError(f"ids are integers or lists of integers, not {ids!r:.40}") from None
 
 
-def _load(records: Mapping[int, _Record], ids: Ids, what: str) -> list[_Record]:
-    wanted = _ids(ids)
-    for one in wanted:
+def _load(records: Mapping[Any, _Record], ids: list[Any], what: str) -> list[_Record]:
+    for one in ids:
         if one not in records:
-            raise ReferDataError(f"no {what} with id {one!r}")
-    return [records[one] for one in wanted]
+            raise ReferDataError(f"no {what} with id {one!r:.80}")
+    return [records[one] for one in ids]

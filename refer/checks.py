@@ -10,19 +10,25 @@ from typing import Any
 
 from .errors import ReferDataError
 
-_REF: dict[str, type] = {
+Kinds = type | tuple[type, ...]
+
+_REF: dict[str, Kinds] = {
     "ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list
 }  # fmt: skip
-_GENERALIZED: dict[str, type] = _REF | {"ann_id": list, "category_id": list}
-_REF_MAY: dict[str, type] = {"file_name": str, "sent_ids": list}
-_SENTENCE: dict[str, type] = {"sent_id": int, "sent": str, "tokens": list}
-_SENTENCE_MAY: dict[str, type] = {"raw": str}
+_GENERALIZED: dict[str, Kinds] = _REF | {"ann_id": list, "category_id": list}
+_REF_MAY: dict[str, Kinds] = {"file_name": str, "sent_ids": list}
+_SENTENCE: dict[str, Kinds] = {"sent_id": int, "sent": str, "tokens": list}
+_SENTENCE_MAY: dict[str, Kinds] = {"raw": str}
 _DEEPEST = 16
 _LARGEST = 1e9  # pixels
+_LONGEST_ID = 64
 
 
-def check_refs(path: Path, refs: Any, generalized: bool) -> None:
+def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) -> None:
     """Check the refs of a file, whose ``ann_id`` and ``category_id`` are lists where it is generalized.
+
+    Arguments:
+        ann_id: of what type annotation ids may be, where it is not generalized.
 
     Raises:
         ReferDataError: a field is missing or of the wrong type, an id beyond 64 bits or a ref id there twice; it
@@ -30,8 +36,10 @@ def check_refs(path: Path, refs: Any, generalized: bool) -> None:
     """
     if not isinstance(refs, list):
         raise ReferDataError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
-    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF, _REF_MAY)
+    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF | {"ann_id": ann_id}, _REF_MAY)
     check_ids(path, "ref_id", [ref["ref_id"] for ref in refs])
+    if ann_id is not int:
+        check_ids(path, "ann_id", list(dict.fromkeys(ref["ann_id"] for ref in refs)))
     sentences = list(chain.from_iterable(map(itemgetter("sentences"), refs)))
     words = _words(refs, sentences)
     if words is None:
@@ -56,7 +64,7 @@ def check_refs(path: Path, refs: Any, generalized: bool) -> None:
 
 
 def check_fields(
-    path: Path, what: str, entries: Sequence[Any], must: dict[str, type], may: dict[str, type] | None = None
+    path: Path, what: str, entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kinds] | None = None
 ) -> None:
     """Check that entries are dictionaries with these fields of these types.
 
@@ -73,16 +81,21 @@ def check_fields(
             raise ReferDataError(f"{path}: {where} is a {type(entry).__name__}, not a dictionary")
         for key, kind in (must | {key: kind for key, kind in may.items() if key in entry}).items():
             value = entry.get(key)
-            if type(value) is not kind:  # True is an int to isinstance
+            if type(value) not in _types(kind):  # True is an int to isinstance
                 wrong = f"is {_shown(value)}" if key in entry else "is missing"
-                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}, it must be of type {kind.__name__}")
+                names = " or ".join(sorted(one.__name__ for one in _types(kind)))
+                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}, it must be of type {names}")
 
 
-def check_ids(path: Path, what: str, ids: Sequence[int]) -> None:
-    """Check that ids are there once each, and are of 64 bits."""
-    _check_size(path, what, ids)
+def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
+    """Check that ids are there once each, and are of 64 bits or, where they are strings, short and printable."""
+    texts = [one for one in ids if type(one) is str]
+    for text in texts:
+        if not (text.isprintable() and len(text) <= _LONGEST_ID):
+            raise ReferDataError(f"{path}: {what} {_shown(text)} is no usable id")
+    _check_size(path, what, [one for one in ids if type(one) is int] if texts else ids)
     if len(set(ids)) < len(ids):
-        seen: set[int] = set()
+        seen: set[Any] = set()
         for one in ids:
             if one in seen:
                 raise ReferDataError(f"{path}: {what} {one} is there twice")
@@ -104,15 +117,19 @@ def _check_size(path: Path, what: str, ids: Sequence[int]) -> None:
         raise ReferDataError(f"{path}: {what} {_shown(max(ids, key=abs))} has more than 64 bits")
 
 
-def _are_good(entries: Sequence[Any], must: dict[str, type], may: dict[str, type]) -> bool:
+def _types(kind: Kinds) -> set[type]:
+    return set(kind) if isinstance(kind, tuple) else {kind}
+
+
+def _are_good(entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kinds]) -> bool:
     if not set(map(type, entries)) <= {dict}:
         return False
     try:
-        required = all(set(map(type, map(itemgetter(key), entries))) <= {kind} for key, kind in must.items())
+        required = all(set(map(type, map(itemgetter(key), entries))) <= _types(kind) for key, kind in must.items())
     except KeyError:
         return False
     return required and all(
-        {type(entry[key]) for entry in entries if key in entry} <= {kind} for key, kind in may.items()
+        {type(entry[key]) for entry in entries if key in entry} <= _types(kind) for key, kind in may.items()
     )
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .checks import check_fields, check_ids, check_refs
+from .checks import Kinds, check_fields, check_ids, check_refs
 from .errors import ReferDataError, ReferNotFoundError
 from .plain_files import no_garbage_collection, read_json
 from .published import how_to_get
@@ -26,9 +26,12 @@ def available(root: str | Path) -> list[tuple[str, str]]:
 
     Raises:
         ReferNotFoundError: the root is no folder.
-        ReferDataError: a folder cannot be read.
+        ReferDataError: a folder cannot be read, or holds two files for one pair.
     """
-    return sorted(_find(Path(root)))
+    found = _find(Path(root))
+    for files in found.values():
+        _only(files)
+    return sorted(found)
 
 
 def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
@@ -39,8 +42,8 @@ def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
     Raises:
         ReferNotFoundError: there is no such dataset or split_by; the message lists what there is, and for a
             published dataset says how to get it.
-        ReferDataError: the file is damaged, a field is missing or of the wrong type, or a ref id is there
-            twice.
+        ReferDataError: the file is damaged, a field is missing or of the wrong type, a ref id is there twice, or
+            there are two such files.
     """
     path = refs_file(root, dataset, split_by)
     with no_garbage_collection():
@@ -48,12 +51,12 @@ def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
         generalized = is_generalized(path)
         if generalized and isinstance(refs, list):
             refs = [_with_lists(ref) for ref in refs]
-        check_refs(path, refs, generalized)
+        check_refs(path, refs, generalized, _ann_id(dataset))
     return refs
 
 
 def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
-    """The file of the refs of one dataset and split_by; ReferNotFoundError as of `read_refs`."""
+    """The file of the refs of one dataset and split_by; errors as of `read_refs`."""
     root = Path(root)
     if not root.is_dir():
         hint = how_to_get(root, dataset, split_by)
@@ -61,7 +64,7 @@ def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
     found = _find(root)
     if (dataset, split_by) not in found:
         raise ReferNotFoundError(_not_there(root, dataset, split_by, sorted(found)))
-    return found[dataset, split_by]
+    return _only(found[dataset, split_by])
 
 
 def is_generalized(path: Path) -> bool:
@@ -75,7 +78,7 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
     Raises:
         ReferNotFoundError: there is no such file.
         ReferDataError: it is malformed (the line is named), or an image, annotation or category has no
-            integer id or one that is there twice.
+            integer id or one that is there twice; RefClef's annotation ids may also be strings.
     """
     path = Path(root) / dataset / "instances.json"
     with no_garbage_collection():
@@ -85,9 +88,9 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
             raise ReferNotFoundError(f"{path}: no such file; it comes in one archive with the refs") from None
         if not isinstance(instances, dict):
             raise ReferDataError(f"{path}: holds a {type(instances).__name__}, not a COCO instances object")
-        fields: dict[str, dict[str, type]] = {
+        fields: dict[str, dict[str, Kinds]] = {
             "images": {"id": int},
-            "annotations": {"id": int, "image_id": int},
+            "annotations": {"id": _ann_id(dataset), "image_id": int},
             "categories": {"id": int, "name": str},
         }
         for key, wanted in fields.items():
@@ -100,19 +103,32 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
     )
 
 
-def _find(root: Path) -> dict[tuple[str, str], Path]:
+def _ann_id(dataset: str) -> Kinds:
+    """Of what type the annotation ids of a dataset are: RefClef's are of image and region, "8_1"."""
+    return (int, str) if dataset == "refclef" else int
+
+
+def _only(files: list[Path]) -> Path:
+    """The one file; ReferDataError if there are several, of which all but one would be overlooked."""
+    if len(files) > 1:
+        folder, names = files[0].parent, " and ".join(sorted((file.name for file in files), reverse=True))
+        mend = "keep one of them" if all(map(is_generalized, files)) else "put gRefCOCO into a folder of its own"
+        raise ReferDataError(f"{folder}: holds {names}; {mend}")
+    return files[0]
+
+
+def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
     if not root.is_dir():
         raise ReferNotFoundError(f"{root}: no such folder of REFER data")
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[tuple[str, str], list[Path]] = {}
     try:
-        # refs before grefs and .json before .p, should a folder hold both
         files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
-        for file in sorted(files, key=lambda file: (is_generalized(file), file.suffix)):
+        for file in files:
             match = _REFS_FILE.fullmatch(file.name)
             split_by = match and (match["split_by"] or match["generalized"])
             # A name that cannot be printed could not be named in an error or in a report either.
             if split_by and file.is_file() and f"{file.parent.name}{split_by}".isprintable():
-                found.setdefault((file.parent.name, split_by), file)
+                found.setdefault((file.parent.name, split_by), []).append(file)
     except OSError as error:
         raise ReferDataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
     return found

@@ -20,7 +20,8 @@ class Sentence(TypedDict):
 class Ref(TypedDict):
     """One referred object: the annotation ``ann_id`` of image ``image_id``.
 
-    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] where nothing is meant.
+    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] where nothing is meant; in RefClef
+    ``ann_id`` may be a string.
     """
 
     ref_id: int
@@ -34,9 +35,9 @@ class Ref(TypedDict):
 
 
 class Annotation(TypedDict, total=False):
-    """One COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels."""
+    """One COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels. RefClef's ``id`` may be a string."""
 
-    id: int
+    id: Any
     image_id: int
     category_id: int
     bbox: list[float]
@@ -70,7 +71,7 @@ class Instances(TypedDict):
     categories: list[Category]
 
 
-def target_ids(ref: Ref) -> list[int]:
+def target_ids(ref: Ref) -> list[Any]:
     """The annotations a ref means: one, or in gRefCOCO any number and none."""
     ids = ref["ann_id"]
     return [ids] if not isinstance(ids, list) else [one for one in ids if one != NO_TARGET]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from refer_examples import GREFS, REFS, write
 
-from refer import REFER, ReferDataError, available, target_ids
+from refdet.data.leaks import audit
+from refdet.data.splits import build_split
+from refer import REFER, ReferDataError, available, read_refs, target_ids
 
 
 def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
@@ -43,11 +45,37 @@ def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
     assert table["x"].isna().tolist() == [True, True, False, True]
 
 
-def test_generalized_refs_as_a_pickle_and_beside_others(tmp_path: Path) -> None:
+def test_generalized_refs_as_a_pickle(tmp_path: Path) -> None:
     write(tmp_path, GREFS, "grefs(unc).p", "grefcoco")
     assert list(REFER(tmp_path, "grefcoco")) == GREFS
-    write(tmp_path, REFS, "refs(unc).p", "grefcoco")
-    assert available(tmp_path) == [("grefcoco", "unc")] and list(REFER(tmp_path, "grefcoco")) == REFS
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            ("refs(unc).p", "grefs(unc).json"),
+            r"holds refs\(unc\)\.p and grefs\(unc\)\.json; put gRefCOCO into a folder",
+        ),
+        (("grefs(unc).p", "grefs(unc).json"), r"holds grefs\(unc\)\.p and grefs\(unc\)\.json; keep one of them"),
+    ],
+)
+def test_two_files_for_one_name_are_refused(tmp_path: Path, names: tuple[str, str], says: str) -> None:
+    """Else the images that one of them holds out would be overlooked."""
+    write(tmp_path, REFS, dataset="other")
+    for name in names:
+        write(tmp_path, GREFS if name.startswith("g") else REFS, name, "both")
+    instances = tmp_path / "other/instances.json"
+    for ask in (
+        lambda: available(tmp_path),
+        lambda: read_refs(tmp_path, "both", "unc"),
+        lambda: REFER(tmp_path, "both"),
+        lambda: build_split(instances, tmp_path, tmp_path / "clean.json"),
+        lambda: audit(instances, tmp_path),
+    ):
+        with pytest.raises(ReferDataError, match=says):
+            ask()
+    assert list(REFER(tmp_path, "other")) == REFS
 
 
 @pytest.mark.parametrize(

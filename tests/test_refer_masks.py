@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
-from refer_examples import REFS, refclef, write
+from refer_examples import INSTANCES, REFS, refclef, write
 
 from refer import REFER, ReferDataError, available
-from refer.masks import decode
+from refer.masks import can_be_drawn, decode
 
 
 def test_refclef(tmp_path: Path) -> None:
@@ -31,18 +31,51 @@ def test_refclef(tmp_path: Path) -> None:
         r.getMask(r.Refs[0])
 
 
+def test_refclef_with_strings_as_annotation_ids(tmp_path: Path) -> None:
+    root = tmp_path / "text"
+    annotations = [a | {"id": f"8_{a['id']}"} if a["id"] != 9 else a for a in INSTANCES["annotations"]]
+    refs = [r | {"ann_id": f"8_{r['ann_id']}"} if r["ann_id"] != 9 else r for r in REFS]
+    instances = INSTANCES | {"annotations": annotations}
+    r = REFER(write(root, refs, dataset="refclef", instances=instances), "refclef")
+    assert r.refToAnn[0]["id"] == "8_7" and r.annToRef["8_7"]["ref_id"] == 0 and r.annToRef[9]["ref_id"] == 2
+    assert r.getAnnIds(ref_ids=[0, 2]) == ["8_7", 9]
+    assert [[a["id"] for a in r.loadAnns(ids)] for ids in ("8_7", ["8_7", 9], 9)] == [["8_7"], ["8_7", 9], [9]]
+    assert r.getRefBox(0) == [1, 0, 4, 2] and r.getMask(r.Refs[0])["area"] == 12
+    assert r.frame()["ann_id"].tolist() == ["8_7", "8_8", 9, "8_6"]
+    with pytest.raises(ReferDataError, match="no annotation with id '8_1'"):
+        r.loadAnns("8_1")
+    for wrong in ("a\nb", "x" * 65, 9.0, None):
+        write(root, [refs[0] | {"ann_id": wrong}], dataset="refclef", instances=instances)
+        with pytest.raises(ReferDataError, match=r"refs\(unc\)\.p: .*ann_id"):
+            REFER(root, "refclef")
+    write(root, refs, dataset="refclef", instances=INSTANCES | {"annotations": [*annotations, annotations[0]]})
+    with pytest.raises(ReferDataError, match="annotations: id 8_6 is there twice"):
+        REFER(root, "refclef")
+    write(root, REFS, instances=instances)
+    with pytest.raises(ReferDataError, match="'id' is '8_6', it must be of type int"):
+        REFER(root, "refcoco")
+
+
+def no_polygon(*_: Any) -> None:
+    raise AssertionError("unchecked")
+
+
 BAD_SEGMENTATIONS = [
     "x", 5, {"size": [6, 8]}, {"counts": [48]}, {"size": [6, 8], "counts": [47]}, {"size": [6, 8], "counts": [-1, 49]},
     {"size": [6, 8], "counts": [1.5, 46.5]}, {"size": [6, 8], "counts": "~~~~"}, {"size": [6, 8], "counts": "oooo"},
     {"size": [6, 8], "counts": ""}, {"size": [6, 8], "counts": "caf\xe9"}, {"size": [10**9, 10**9], "counts": [10**18]},
     {"size": [6, -8], "counts": [48]}, {"size": ["6", 8], "counts": [48]}, {"size": 6, "counts": [48]},
     [[0, 0, 1, 1, 2]], [[0, 0, 10**12, 0, 10**12, 10**12]], [[0, 0, float("nan"), 0, 1, 1]], [["0"] * 6],
+    [[0, 0, 9000, 0, 0, 9000] * 40000], [[0, 0, 9000, 0, 0, 9000]] * 40000, [[0, 0, 10**400, 0, 1, 1]],
     [[0, 0, float("inf"), 0, 1, 1]], [None], [[None] * 6], [[0, 0, 4, 0, 4, 2], {"size": [3, 3], "counts": [9]}],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("segmentation", BAD_SEGMENTATIONS, ids=ascii)
-def test_a_bad_segmentation_is_named(tmp_path: Path, segmentation: Any) -> None:
+@pytest.mark.parametrize("segmentation", BAD_SEGMENTATIONS, ids=lambda value: f"{value!a:.40}")
+def test_a_bad_segmentation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segmentation: Any) -> None:
+    if not (isinstance(segmentation, list) and dict in map(type, segmentation)):
+        # Should such a polygon reach pycocotools, that takes all the memory.
+        monkeypatch.setattr("refer.masks.coco_mask.frPyObjects", no_polygon)
     r = REFER(write(tmp_path))
     r.refToAnn[0]["segmentation"] = segmentation
     with pytest.raises(ReferDataError, match="refcoco: annotation 7"):
@@ -90,3 +123,10 @@ def test_box_and_mask_of_overlapping_parts(tmp_path: Path) -> None:
     r.refToAnn[0]["segmentation"] = {"size": [6, 8]}
     with pytest.raises(ReferDataError, match="annotation 7"):
         r.getMask(r.loadRefs(0)[0])
+
+
+def test_how_long_an_outline_may_be() -> None:
+    square = [0, 0, 99, 0, 99, 99, 0, 99]  # of 4 * 99 steps, the way back to the start included
+    assert can_be_drawn([square] * 2525, 6, 8) and not can_be_drawn([square] * 2526, 6, 8)
+    assert can_be_drawn([[0, 0, 10_008, 0, -10_008, 1], []], 6, 8) and not can_be_drawn([[0, 0, 10_009, 0]], 6, 8)
+    assert decode([square] * 9, 6, 8).all()
