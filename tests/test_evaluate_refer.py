@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from refdet.data.coco import CocoIndex
+from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
+from refdet.evaluate.average_precision import coco_ap
 from refdet.evaluate.refer import evaluate_on_refer
 from refdet.extract import annotated_regions
 
@@ -135,7 +137,13 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         ([{"sent_id": 0, "box": [1, 2, 3]}], "four numbers"),
         ([{"sent_id": 0, "box": [1, 2, -3, 4]}], "four numbers"),
         ([{"sent_id": 0, "boxes": []}], "boxes is for gRefCOCO"),
+        ([{"sent_id": 0, "box": [1, 2, 10**400, 4]}], "entry 0 .*four numbers"),
+        ([{"sent_id": 0, "box": [1, 2, float("nan"), 4]}], "four numbers"),
+        ([{"sent_id": 0, "box": [float("-inf"), 2, 3, 4]}], "four numbers"),
+        ([{"sent_id": 0, "box": [1e308, 2, 1e308, 1e308]}], "four numbers"),
         ([{"sent_id": 0, "segmentation": {"size": [5, 5], "counts": [25]}}], r"size \[5, 5\]"),
+        ([{"sent_id": 0, "segmentation": {"size": "ab", "counts": [12000]}}], "size 'ab'"),
+        ([{"sent_id": 0, "segmentation": {"size": [100, 120]}}], "neither polygons nor RLE"),
     ],
 )
 def test_bad_predictions_are_named(toy: tuple[Path, Path], tmp_path: Path, predictions: Any, says: str) -> None:
@@ -143,6 +151,78 @@ def test_bad_predictions_are_named(toy: tuple[Path, Path], tmp_path: Path, predi
     with pytest.raises(InputError, match=says) as raised:
         evaluate_on_refer(toy[0], toy[1], "toy", "me", predictions=tmp_path / "p.json")
     assert "p.json" in str(raised.value)
+
+
+BAD_COUNTS = [[], [0, 5], [-5, 12005], [0, 12001], [2**40, 1], [2**32 + 12000], [0.5, 11999.5], [0.0, 12000.0], [[1]],
+              [True, 11999], None, 5, "", "05", "0oooo1", "PPPP", "P" * 100_000, "1" * 100_000, "~~~~", "\xe9",
+              "\ud800"]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", BAD_COUNTS, ids=lambda value: f"{value!a:.20}")
+@pytest.mark.parametrize("several", [False, True])
+def test_rles_that_do_not_fit_never_reach_pycocotools(
+    toy: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Any, several: bool
+) -> None:
+    """It would crash, hang or make up a mask."""
+    features, root = toy
+    wrong: Any = {"size": [100, 120], "counts": counts}
+    if several:
+        objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1}]
+        root = write_grefer(tmp_path / "generalized", objects, [(1, [0], "val")])
+    monkeypatch.setattr("refdet.evaluate.predictions.coco_mask.toBbox", unchecked)
+    answer = {"sent_id": 0, "segmentations": [wrong]} if several else None
+    (tmp_path / "p.json").write_text(json.dumps([answer or {"sent_id": 0, "segmentation": wrong}]))
+    with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): the counts of an RLE"):
+        evaluate_on_refer(features, root, "toy", "me", ["val"], predictions=tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "polygons",
+    [[[0, 0, 9000, 0, 0, 9000] * 40_000], [[0, 0, 9000, 0, 0, 9000]] * 40_000, [[0, 0, 1e12, 0, 0, 1e12]],
+     [[0, 0, 4, 0, 4, 4, 0]], [[0, 0, 10**400, 0, 4, 4]], [[0, 0, 4, 0, 4, float("nan")]], [[None] * 6]],
+    ids=lambda value: f"{value!a:.30}",
+)  # fmt: skip
+def test_outlines_without_an_end_never_reach_pycocotools(
+    toy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, polygons: Any
+) -> None:
+    monkeypatch.setattr("refdet.data.segmentations.coco_mask.frPyObjects", unchecked)
+    with pytest.raises(InputError, match="a polygon is no list of numbers"):
+        to_rle(polygons, 100, 120)
+    features, root = toy
+    path = root / "toy/instances.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0]["segmentation"] = polygons
+    path.write_text(json.dumps(instances))
+    with pytest.raises(InputError, match=r"instances\.json: annotation 100: .*polygon"):
+        evaluate_on_refer(features, root, "toy", "me", ["val"])
+
+
+def test_a_box_without_an_end_is_no_mask(toy: tuple[Path, Path]) -> None:
+    """An annotation without a segmentation has its box as its mask."""
+    path = toy[1] / "toy/instances.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][0] |= {"segmentation": None, "bbox": [0, 0, 1e12, 5]}
+    path.write_text(json.dumps(instances))
+    with pytest.raises(InputError, match=r"instances\.json: annotation 100: .*polygon"):
+        coco_ap(CocoIndex.load(path), [1], [], "segm")
+
+
+def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    features, root = toy
+    whole, bare = {"segmentation": rle([10, 10, 30, 30])}, {"box": [10, 10, 20, 20]}
+    cases = [([whole, bare], (0, 1)), ([whole, whole], (0, 0)), ([whole], (1, 1)), ([bare, bare], (0, None))]
+    for answers, wanted in cases:
+        caplog.clear()
+        (tmp_path / "p.json").write_text(json.dumps([{"sent_id": k} | answer for k, answer in enumerate(answers)]))
+        val = evaluate_on_refer(features, root, "toy", "me", ["val"], tmp_path / "p.json")["splits"]["val"]
+        masks = val["segmentation"]
+        assert (val["comprehension"]["missing"], masks and masks["missing"]) == wanted
+        told = "val: 1 of 2 sentences are answered with a box where others have a mask" in caplog.text
+        assert told == (wanted == (0, 1))
+
+
+def unchecked(*_: Any) -> None:
+    raise AssertionError("unchecked")
 
 
 def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:

@@ -33,7 +33,8 @@ def comprehension(
     Returns:
         comprehension: accuracy@0.5; missing: sentences without a prediction; guessing@0.5: what picking a region of
         the image at random would reach, on average; precision@0.5 ... 0.9 and mean_iou.
-        segmentation: `segmentation_scores`, None where no prediction has a mask.
+        segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None where no
+        prediction has a mask.
     """
     ious: list[float] = []
     guesses: list[float] = []
@@ -59,7 +60,9 @@ def comprehension(
             **precisions(ious),
             "mean_iou": mean(ious),
         },
-        "segmentation": segmentation_scores(overlaps) if with_masks else None,
+        "segmentation": {"missing": sum(p is None or p.masks is None for p in given), **segmentation_scores(overlaps)}
+        if with_masks
+        else None,
     }
 
 

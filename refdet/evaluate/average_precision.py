@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from refdet.data.coco import CocoIndex
+from refdet.data.segmentations import check_polygons
+from refdet.errors import InputError
 from refdet.regions import Regions
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -55,6 +57,8 @@ def coco_ap(
     Returns:
         AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 where the images
         have no such object.
+    Raises:
+        InputError: an annotation's polygons are too far away or too long to be drawn.
     """
     wanted, other = set(image_ids), "segmentation" if kind == "bbox" else "bbox"
     # COCO takes the size of a result from its box if it has one, so only what is judged is given
@@ -95,6 +99,7 @@ def _annotations(index: CocoIndex, kind: str, wanted: set[int]) -> list[dict[str
         if annotation["image_id"] not in wanted:
             continue
         x, y, w, h = annotation["bbox"]
+        image = index.images[annotation["image_id"]]
         copy: dict[str, Any] = {"iscrowd": 0, "area": w * h, **annotation}
         if kind == "bbox":
             copy["segmentation"] = []
@@ -102,5 +107,10 @@ def _annotations(index: CocoIndex, kind: str, wanted: set[int]) -> list[dict[str
             continue  # it has no area
         else:
             copy["segmentation"] = known.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
+            if isinstance(copy["segmentation"], list):
+                try:
+                    check_polygons(copy["segmentation"], image.height, image.width)
+                except InputError as error:
+                    raise InputError(f"{index.path}: annotation {annotation['id']}: {error}") from None
         annotations.append(copy)
     return annotations

@@ -5,7 +5,7 @@ For gRefCOCO, where a sentence may refer to no or several objects, a list of the
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from refdet.errors import InputError
 from refdet.store import Store
 
 _KINDS = ("region", "box", "segmentation")
+_FARTHEST = 1e9  # pixels; areas stay far within the range of floats
 _LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
 
 
@@ -107,8 +108,9 @@ def _region(row: Any, image: ImageRecord, store: Store) -> tuple[np.ndarray, dic
 
 def _box(value: Any, image: ImageRecord, store: Store) -> tuple[np.ndarray, dict | None]:
     numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-    if not numbers or not all(map(math.isfinite, value)) or value[2] < 0 or value[3] < 0:
-        raise InputError(f"box {value!r:.60} must be four numbers [x, y, width, height]")
+    # An integer may be beyond the range of floats, but it can be compared with one; NaN is in no range.
+    if not numbers or not all(-_FARTHEST <= v <= _FARTHEST for v in value) or value[2] < 0 or value[3] < 0:
+        raise InputError(f"box {reprlib.repr(value)[:60]} must be four numbers [x, y, width, height] of pixels")
     x, y, width, height = value
     return np.array([x, y, x + width, y + height], np.float64), None
 
@@ -117,8 +119,5 @@ def _segmentation(value: Any, image: ImageRecord, store: Store) -> tuple[np.ndar
     if not isinstance(value, dict):
         raise InputError('segmentation must be an RLE {"size": [height, width], "counts": ...}')
     mask = to_rle(value, image.height, image.width)
-    try:
-        x, y, width, height = coco_mask.toBbox(mask).tolist()
-    except Exception as error:  # pycocotools raises plain Exception
-        raise InputError(f"segmentation cannot be decoded ({error})") from None
+    x, y, width, height = coco_mask.toBbox(mask).tolist()
     return np.array([x, y, x + width, y + height]), mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from refdet.evaluate.recall import Coverage, coverage, recall_by_regions, refere
 from refdet.regions import Regions
 from refdet.store import Store
 from refer import REFER
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_on_refer(
@@ -46,7 +49,7 @@ def evaluate_on_refer(
     Returns:
         What goes into ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None where there is nothing to rate: AP of
         small objects where there are none, mask AP of a store without masks. A sentence without a prediction counts
-        as wrong; ``comprehension.missing`` says how many there are.
+        as wrong; ``missing`` says how many there are, of ``segmentation`` also those with a box only.
 
     Raises:
         InputError: a file or a split is not there or damaged; the store lacks images of a split; expressions are
@@ -133,7 +136,13 @@ class _Run:
             return metrics
         if targets.is_generalized(self.refer.data["refs"]):
             return metrics | generalized(self.refer, self.index, refs, self.predictions)
-        return metrics | comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
+        answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
+        masks = answered["segmentation"]
+        if masks and masks["missing"] > answered["comprehension"]["missing"]:
+            bare = masks["missing"] - answered["comprehension"]["missing"]
+            log.warning("note: %s: %d of %d sentences are answered with a box where others have a mask; "
+                        "among the masks they count as wrong", split, bare, metrics["sentences"])  # fmt: skip
+        return metrics | answered
 
     def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:
         """Of every object that the refs refer to, ref by ref."""

@@ -35,14 +35,17 @@ def mask(refer: REFER, targets: Sequence[Any], image: ImageRecord) -> dict:
     """The union of the masks of annotations as an RLE of the whole image; of none it has no pixel.
 
     Raises:
-        InputError: an annotation has no segmentation.
+        InputError: an annotation has no segmentation, or one that cannot be drawn.
     """
     rles = [empty_mask(image.height, image.width)]
     for annotation in targets:
         if not annotation.get("segmentation"):
             raise InputError(f"{refer.DATA_DIR}: annotation {annotation['id']} has no segmentation to compare masks "
                              "with; give predictions as boxes")  # fmt: skip
-        rles.append(to_rle(annotation["segmentation"], image.height, image.width))
+        try:
+            rles.append(to_rle(annotation["segmentation"], image.height, image.width))
+        except InputError as error:
+            raise InputError(f"{refer.DATA_DIR}: annotation {annotation['id']}: {error}") from None
     return coco_mask.merge(rles)
 
 
