@@ -31,6 +31,7 @@ SHOWN = 10
     help="Look for these only; may be repeated. Default: val and test of all under --refer-root.",
 )
 @click.option("--trust-weights", is_flag=True, help="The weights the detector started from saw no held-out image.")
+@click.option("--allow-unidentified", is_flag=True, help="Exit 0 though of some images nothing is known.")
 @click.option("--by-content", is_flag=True, help="Also look for copies under other ids, by what the images show.")
 @click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --by-content.")
 @click.option("--refer-images", metavar="DIR", help="The same of the held-out images.  [default: --images]")
@@ -42,6 +43,7 @@ def command(
     features: str | None,
     exclude: tuple[str, ...],
     trust_weights: bool,
+    allow_unidentified: bool,
     by_content: bool,
     images: str | None,
     refer_images: str | None,
@@ -50,7 +52,8 @@ def command(
     """Look for REFER's val and test images among training images: exit 0 if these are clean, 1 if they leak.
 
     The images are those of F.json. Of a checkpoint or a store the provenance says what was trained on; together with
-    F.json, the file that was, it is proven. A store of val images is no leak: its detector is what counts.
+    F.json, the file that was, it is proven. Images that neither their id nor --by-content says anything of are not
+    proven clean: exit 1, unless --allow-unidentified. A store of val images is no leak: its detector is what counts.
     """
     if instances is None and checkpoint is None and features is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --features")
@@ -83,16 +86,25 @@ def command(
         notes = notes + content.notes()
     for text in notes:
         note(f"note: {text}")
+    unproven = "" if allow_unidentified else _unproven(result, content)
     if as_json:
         tree = result.to_json() if by_provenance is None and result is not None else {}
         if by_provenance is not None:
             tree = by_provenance.to_json()
         if content is not None:
             tree |= {"clean": tree["clean"] and not content.copies, "content": content.to_json()}
+        tree |= {"clean": tree["clean"] and not unproven, "unproven": unproven}
+        if by_provenance is not None:
+            tree |= {"proven": by_provenance.proven and tree["clean"]}
         echo_json(tree)
     else:
         _tables(result, by_provenance, content)
     _raise_leaks(instances, result, by_provenance, content)
+    if unproven:
+        raise WorkError(
+            f"{instances}: not proven: {unproven}; compare all with --by-content, or take it so with "
+            "--allow-unidentified"
+        )
     if not as_json:
         click.echo("\n" + "\n".join(_verdict(result, by_provenance, content)))
 
@@ -140,6 +152,19 @@ def _raise_leaks(
             f"{instances}: {count} of its images are copies of held-out ones under other ids; look at them and take "
             "them out"
         )
+
+
+def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
+    """Of which images nothing is known, "" if something is of all."""
+    if content is None:
+        unknown = [] if result is None else result.unknown
+        return f"{len(unknown)} images unknown (first: {unknown[0]})" if unknown else ""
+    own = [*content.missing, *content.unreadable]
+    theirs = [*content.refer_missing, *content.refer_unreadable]
+    parts = [f"{len(own)} images not compared (first: {own[0]})"] if own else []
+    if theirs:
+        parts.append(f"{len(theirs)} held-out images not compared (first: {theirs[0]})")
+    return ", ".join(parts)
 
 
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:

@@ -80,6 +80,7 @@ def audit_provenance(
 
     A provenance holds a hash of the training images, and says which splits were excluded: that is a claim. With
     the file that it was trained on it is a proof: its hash must be the same, and all its images are looked through.
+    The hash is of ids, so it proves something only where they tell the files; else the very file must be given.
     What images a store describes does not matter: features are meant to be of val and test images.
 
     Arguments:
@@ -143,6 +144,13 @@ def _problem(
             )
         if proof.leaked:
             return f"{who}: was trained on {instances}, into which {len(proof.leaked)} held-out images leak"
+        # A provenance of a file without a record has that file's own hash, which is of its names too.
+        same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
+        if proof.not_known_by_id and not same_file:
+            return (
+                f"{who}: cannot be proven: ids of {proof.not_known_by_id} images of {instances} are not their COCO "
+                "numbers, so other images may have the same hash; train on a file whose ids are those in its file names"
+            )
         return ""
     if not provenance.excluded:
         why = provenance.note or "its provenance excludes nothing"

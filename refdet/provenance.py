@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refdet.data.coco_numbers import is_known_by_id
 from refdet.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
 EDITED = "its images are not those refdet build-split wrote: nothing is known to be excluded"
+RENAMED = "its file names are not those of its image ids, so what refdet build-split left out is not believed"
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Provenance:
     def of_instances(cls, index: CocoIndex) -> Provenance:
         """What an instances file says about itself.
 
-        That is its ``info.refdet`` if refdet build-split wrote the file and its images are still the same;
-        otherwise nothing is known to be excluded, and ``note`` says so.
+        That is its ``info.refdet`` if refdet build-split wrote the file, its images are still the same, and their ids
+        tell the files that are read for them (`is_known_by_id`): the record is of ids alone. Otherwise nothing is
+        known to be excluded, and ``note`` says so.
         """
         note = UNKNOWN
         ids_sha256 = image_ids_sha256(index.images)
@@ -92,9 +95,12 @@ class Provenance:
                 written = cls.from_json(index.info["refdet"])
             except InputError as error:
                 raise InputError(f"{index.path}: info.refdet: {error}") from None
-            if written.image_ids_sha256 == ids_sha256:
+            if written.image_ids_sha256 != ids_sha256:
+                note = EDITED
+            elif not all(is_known_by_id(entry, entry["id"]) for entry in index.raw["images"]):
+                note = RENAMED
+            else:
                 return written
-            note = EDITED
         return cls(
             source=index.path.name,
             source_sha256=file_sha256(index.path),

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from test_splits import coco, write, write_refs
 
 from refdet.audit import audit_provenance
+from refdet.data.coco import CocoIndex
 from refdet.data.held_out import held_out
 from refdet.data.leaks import audit
 from refdet.data.published import counts_of, differences
@@ -176,6 +177,40 @@ def test_unknown_training_data_is_no_clean_bill(trained: tuple[Path, Path, Path]
     assert audit_provenance(tmp_path / "c", root, split).proven  # the file says more than the claim
     done = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path / "b"), "--refer-root", str(root)])
     assert done.exit_code == 1 and "training data unknown: imported: res101.pth" in done.stderr
+
+
+def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, _, _ = trained
+    names = {1: "COCO_train2014_000000000002.jpg", 4: "COCO_train2014_000000000003.jpg"}
+    leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
+    names = {1: "COCO_train2014_000000000077.jpg", 4: "COCO_train2014_000000000078.jpg"}
+    clean = write(tmp_path / "clean.json", coco([1, 4], [], names))
+    run = run_directory(tmp_path / "leaked", Provenance.of_instances(CocoIndex.load(leaking)).to_json())
+    found = audit_provenance(run, root, clean)
+    assert not found.proven and "cannot be proven: ids of 2 images of" in found.problem
+    assert "2 held-out images leak" in audit_provenance(run, root, leaking).problem
+    # with the very file there is no doubt
+    run = run_directory(tmp_path / "good", Provenance.of_instances(CocoIndex.load(clean)).to_json())
+    assert audit_provenance(run, root, clean).proven
+    split = build_split(clean, root, tmp_path / "rebuilt.json").out
+    assert "cannot be proven" in audit_provenance(run, root, split).problem
+    run = run_directory(tmp_path / "built", Provenance.of_instances(CocoIndex.load(split)).to_json())
+    assert audit_provenance(run, root, split).proven and not audit_provenance(run, root, clean).proven
+    assert "training data unknown" in audit_provenance(run, root).problem
+
+
+def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    root, _, _ = trained
+    source = write(tmp_path / "f.json", coco([1, 4], [], {4: "VG_100K/4.jpg"}))
+    arguments = ["audit", "--instances", str(source), "--refer-root", str(root)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "not proven: 1 images unknown (first: 4)" in done.stderr
+    as_json = CliRunner().invoke(main, [*arguments, "--json"])
+    assert as_json.exit_code == 1 and json.loads(as_json.stdout)["clean"] is False
+    assert CliRunner().invoke(main, [*arguments, "--allow-unidentified"]).exit_code == 0
+    run = run_directory(tmp_path / "vg", Provenance.of_instances(CocoIndex.load(source)).to_json())
+    both = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--json"])
+    assert both.exit_code == 1 and json.loads(both.stdout)["proven"] is False and "not proven" in both.stderr
 
 
 def test_first_weights_count_too(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -166,3 +166,27 @@ def test_command(world: tuple[Path, Path, Path]) -> None:
     tree = json.loads(as_json.stdout)
     assert tree["clean"] is False and tree["leaked_image_ids"] == []
     assert [copy["image"] for copy in tree["content"]["copies"]] == [12, 13]
+
+
+def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, root, folder = world
+    (folder / "kitchen.jpg").write_bytes(jpeg(scene(20)))
+    (folder / "000000000014.jpg").write_bytes(b"no image")
+
+    def run(names: str, *more: str) -> tuple[int, str]:
+        (tmp_path / "n.txt").write_text(names)
+        arguments = ["audit", "--instances", str(tmp_path / "n.txt"), "--refer-root", str(root), *more]
+        done = CliRunner().invoke(main, arguments)
+        return done.exit_code, done.stderr
+
+    content = ("--by-content", "--images", str(folder))
+    code, text = run("10\nkitchen.jpg\n")
+    assert code == 1 and "not proven: 1 images unknown (first: kitchen.jpg)" in text
+    assert run("10\nkitchen.jpg\n", *content)[0] == 0
+    for names in ("10\n15\n", "10\n14\n"):  # no file, a damaged file
+        code, text = run(names, *content)
+        assert code == 1 and "not proven: 1 images not compared (first: 1" in text
+        assert run(names, *content, "--allow-unidentified")[0] == 0
+    (folder / "000000000003.jpg").unlink()
+    code, text = run("10\n", *content)
+    assert code == 1 and "1 held-out images not compared (first: 3)" in text

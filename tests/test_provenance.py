@@ -11,7 +11,7 @@ import pytest
 
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
-from refdet.provenance import EDITED, UNKNOWN, Provenance, image_ids_sha256
+from refdet.provenance import EDITED, RENAMED, UNKNOWN, Provenance, image_ids_sha256
 
 BUILT = Provenance(
     "all.json", "ab" * 32, 2, 0, image_ids_sha256([5, 10]), {"refcoco/unc/val": {"images": 3, "found": 1}}
@@ -49,6 +49,26 @@ def test_a_built_split_is_believed_only_with_its_own_images(tmp_path: Path) -> N
     assert Provenance.of_instances(write(tmp_path / "f.json", [10, 5], info)) == BUILT
     edited = Provenance.of_instances(write(tmp_path / "f.json", [10, 5, 6], info))
     assert edited.excluded == {} and edited.note == EDITED
+
+
+@pytest.mark.parametrize(
+    ("change", "believed"),
+    [
+        ({"file_name": "COCO_train2014_000000000010.jpg"}, True),
+        ({"file_name": "10.jpg"}, True),
+        ({"file_name": "COCO_train2014_000000000002.jpg"}, False),
+        ({"file_name": "2.jpg"}, False),
+        ({"file_name": "kitchen.jpg"}, False),
+        ({"coco_id": 2}, False),
+    ],
+)
+def test_a_record_of_ids_is_not_believed_of_other_files(tmp_path: Path, change: dict, believed: bool) -> None:
+    path = write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json()}).path
+    data = json.loads(path.read_text())
+    data["images"][0] |= change
+    path.write_text(json.dumps(data))
+    found = Provenance.of_instances(CocoIndex.load(path))
+    assert (found == BUILT) == believed and found.note == ("" if believed else RENAMED)
 
 
 @pytest.mark.parametrize(

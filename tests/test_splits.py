@@ -182,6 +182,33 @@ def test_none_found_is_noted_and_roots_without_refs_refused(world: tuple[Path, P
         audit(source, root)
 
 
+def test_refs_under_other_names_are_told(world: tuple[Path, Path], tmp_path: Path) -> None:
+    from refdet.cli.main import main
+
+    source, root = world
+    others = ("refcoco/refs(unc).pkl", "refcoco/Refs(UNC).p", "refcoco/refs(unc) (1).p", "data/refcocog/refs(umd).p")
+    for name in others:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    (root / "refcoco" / "refseg.json").write_bytes(b"")
+    told = [text for text in held_out(root)[1] if text.startswith("not read: ")]
+    assert len(told) == len(others) and all(any(str(root / name) in text for text in told) for name in others)
+    arguments = ["build-split", "--instances", str(source), "--refer-root", str(root)]
+    arguments += ["--out", str(tmp_path / "o.json")]
+    assert "note: not read: " in CliRunner().invoke(main, arguments).stderr
+    with pytest.raises(InputError, match=r"Refs\(UNC\).p' is not read"):
+        held_out(root / "refcoco")
+
+
+def test_a_record_is_not_carried_over_where_names_contradict_ids(world: tuple[Path, Path], tmp_path: Path) -> None:
+    source, root = world
+    first = build_split(source, root, tmp_path / "a.json", ["refcoco:unc:val"])
+    data = json.loads(first.out.read_text())
+    data["images"][0]["file_name"] = "COCO_train2014_000000000002.jpg"
+    second = build_split(write(tmp_path / "edited.json", data), root, tmp_path / "b.json", ["refcoco:unc:testA"])
+    assert set(json.loads(second.out.read_text())["info"]["refdet"]["excluded"]) == {"refcoco/unc/testA"}
+
+
 def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_path: Path) -> None:
     _, root = world
     names = {70: "COCO_train2014_000000000002.jpg", 71: "000000000077.jpg", 72: "dir/000000000003.jpg"}
@@ -192,7 +219,7 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     assert found.leaked == [70, 72] and any("image 70: 2" in text for text in found.notes)
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
     assert coco_numbers({"file_name": "COCO_train2014_000000000009.jpg"}, 9) == {9}
-    assert coco_numbers({"file_name": "8.jpg"}, 9) == {9}
+    assert coco_numbers({"file_name": "8.jpg"}, 9) == {8, 9}
 
 
 def test_annotations_left_of_removed_images_are_a_leak(world: tuple[Path, Path], tmp_path: Path) -> None:

@@ -130,7 +130,14 @@ class CocoIndex:
 def read_json(path: Path) -> Any:
     """Parse a JSON file. InputError names the file and, where it is malformed, the line."""
     with json_errors(path):
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """All of a regular file. InputError for a pipe or a device, which could keep a reader waiting for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a folder fails by itself
+        raise InputError(f"{path}: not a file")
+    return path.read_bytes()
 
 
 @contextmanager

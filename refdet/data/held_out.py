@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import refer
+from refdet.data.misnamed_refs import unread
 from refdet.data.published import counts_of, differences
 from refdet.errors import InputError
 
@@ -84,9 +85,16 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     there = refer.available(refer_root)
     pairs = [pair for pair in there if pair[0] not in NOT_COCO]
     skipped = sorted({dataset for dataset, _ in there} & set(NOT_COCO))
+    misnamed = unread(refer_root)
     if not pairs:
-        raise InputError(f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images below it; is this the REFER data?")
-    return pairs, [f"{dataset}: left alone, its images are not COCO's" for dataset in skipped]
+        hint = f" ({str(misnamed[0])!r} is not read: it must be named so)" if misnamed else ""
+        raise InputError(
+            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images below it; is this the REFER data?{hint}"
+        )
+    notes = [f"{dataset}: left alone, its images are not COCO's" for dataset in skipped]
+    return pairs, notes + [
+        f"not read: {str(path)!r}; name it {refer_root}/DATASET/refs(SPLIT_BY).p" for path in misnamed
+    ]
 
 
 def _parse(option: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:

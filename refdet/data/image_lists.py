@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,22 @@ from typing import IO, Any, NamedTuple
 
 from refdet.data.coco import no_garbage_collection
 from refdet.data.coco_entries import checked_id, kind
-from refdet.data.coco_numbers import NAMES, bare_number, coco_numbers, is_visual_genome, numbers_in_name
+from refdet.data.coco_numbers import (
+    COCO_IDS,
+    IDS,
+    NAMES,
+    bare_number,
+    coco_numbers,
+    is_confirmed,
+    is_known_by_id,
+    is_visual_genome,
+    numbers_in_name,
+)
 from refdet.data.json_pieces import Piece, pieces, read_text
 from refdet.errors import InputError
 
 INSTANCES, JSON_LIST, LINES = "instances", "JSON list", "lines of text"
 _LISTS = ("images", "annotations", "categories")
-_IDS = ("image_id", "id", "img_id")
 
 
 class Listed(NamedTuple):
@@ -32,6 +42,7 @@ class Listed(NamedTuple):
         name: its file name or address, "" for none.
         numbers: see `coco_numbers`; empty where nothing says whether it is COCO's.
         not_coco: whether the list says that it is none of COCO's.
+        confirmed: see `is_confirmed`; known_by_id: see `is_known_by_id`.
         start, end: its entry is ``text[start:end]``.
     """
 
@@ -39,6 +50,8 @@ class Listed(NamedTuple):
     name: str
     numbers: frozenset[int]
     not_coco: bool
+    confirmed: bool
+    known_by_id: bool
     start: int
     end: int
 
@@ -152,7 +165,7 @@ def _read(path: Path, check: Callable[[Piece], None] | None) -> ImageList:
     if form != INSTANCES and not any(image.numbers or image.not_coco for image in found.images):
         raise InputError(
             f"{path}: none of its {len(found.images)} entries has a COCO image id, the first is "
-            f"{found.images[0].name!r:.60}; {_mend(found.images)}"
+            f"{found.images[0].name or found.images[0].label!r:.60}; {_mend(found.images)}"
         )
     return found
 
@@ -200,39 +213,49 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
 def _listed(path: Path, piece: Piece) -> Listed:
     value, what = piece.value, f"entry {piece.position}"
     if type(value) is int:
-        return Listed(value, "", frozenset([value]), False, piece.start, piece.end)
+        return Listed(value, "", frozenset([value]), False, False, True, piece.start, piece.end)
     if isinstance(value, str):
         return _named(value, piece.start, piece.end)
     if not isinstance(value, dict):
         raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object of one")
-    key = next((key for key in _IDS if value.get(key) is not None), None)
+    key = next((key for key in IDS if value.get(key) is not None), None)
     image_id: int | None = None
     if key is not None:
         number = bare_number(value[key]) if isinstance(value[key], str) else value[key]
         image_id = checked_id(path, {key: number}, key, what) if number is not None else None
-    elif "coco_id" not in value and not any(isinstance(value.get(name), str) for name in NAMES):
-        raise InputError(f"{path}: {what} has neither of {', '.join((*_IDS, 'coco_id', *NAMES))}; what image is it?")
+    elif not any(key in value for key in COCO_IDS) and not any(isinstance(value.get(name), str) for name in NAMES):
+        raise InputError(f"{path}: {what} has neither of {', '.join((*IDS, *COCO_IDS, *NAMES))}; what image is it?")
     return _image(path, value, image_id, what, piece.start, piece.end)
 
 
 def _image(path: Path, value: dict, image_id: int | None, what: str, start: int, end: int) -> Listed:
-    if value.get("coco_id") is not None:
-        checked_id(path, value, "coco_id", what)
-    name = next((value[key] for key in NAMES if isinstance(value.get(key), str)), "")
+    for key in COCO_IDS:
+        if value.get(key) is not None:
+            checked_id(path, value, key, what)
+    name = next((value[key] for key in (*NAMES, *IDS) if isinstance(value.get(key), str)), "")
     numbers = coco_numbers(value, image_id)
-    if not numbers and image_id is None and (number := bare_number(name)) is not None:
-        numbers = frozenset([number])
     if image_id is None:
         image_id = min(numbers, default=None)
-    return Listed(image_id, name, numbers, "coco_id" in value and not numbers, start, end)
+    not_coco = not numbers and any(key in value for key in COCO_IDS)
+    known = is_known_by_id(value, image_id)
+    return Listed(image_id, name, numbers, not_coco, is_confirmed(value), known, start, end)
 
 
 def _named(name: str, start: int, end: int) -> Listed:
-    numbers = numbers_in_name(name)
+    confirmed = numbers_in_name(name)
     bare = bare_number(name)
-    if bare is not None:
-        numbers |= {bare}
-    return Listed(min(numbers, default=None), name, numbers, False, start, end)
+    numbers = confirmed if bare is None else confirmed | {bare}
+    return Listed(min(numbers, default=None), name, numbers, False, bool(confirmed), len(numbers) == 1, start, end)
+
+
+def _line(text: str, start: int, end: int) -> Listed:
+    """A line is a name, or a table's row that begins with one."""
+    listed = _named(text, start, end)
+    field = re.split(r"[,\t ]", text, maxsplit=1)[0]
+    if listed.numbers or field == text:
+        return listed
+    row = _named(field, start, end)
+    return row if row.numbers else listed
 
 
 def _lines(text: str) -> Iterator[Listed]:
@@ -241,14 +264,14 @@ def _lines(text: str) -> Iterator[Listed]:
         name = line.strip(" \t\r\n\ufeff")
         if name and not name.startswith("#"):
             first = start + line.index(name)
-            yield _named(name, first, first + len(name))
+            yield _line(name, first, first + len(name))
         start += len(line)
 
 
 def _mend(images: Iterable[Listed]) -> str:
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's own names: give its image_data.json, which has their COCO ids"
-    return "give ids, or names such as 000000000009.jpg"
+    return "give COCO's ids, or names such as 000000000009.jpg"
 
 
 def _write_entries(file: IO[str], entries: Iterable[str], separator: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refdet.data.coco import json_errors
+from refdet.data.coco import json_errors, read_file
 from refdet.errors import InputError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
         InputError: it is not there, cannot be read or is no text.
     """
     with json_errors(path):
-        data = path.read_bytes()
+        data = read_file(path)
         return data.decode(json.detect_encoding(data), "surrogatepass")
 
 

@@ -37,7 +37,8 @@ class AuditResult:
     Attributes:
         form: of the list; see `refdet.data.image_lists`.
         images: how many entries it has; unidentified: those of them of which nothing says what image of COCO
-            they are.
+            they are; unknown: what people know those by.
+        not_known_by_id: how many have a file that their id does not tell; see `is_known_by_id`.
         file_sha256: of the file; image_ids_sha256: of the ids in it.
         held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
         splits: the same for each split; notes: remarks for people.
@@ -46,6 +47,8 @@ class AuditResult:
     form: str
     images: int
     unidentified: int
+    unknown: list[int | str]
+    not_known_by_id: int
     file_sha256: str
     image_ids_sha256: str
     held_out_images: int
@@ -60,6 +63,7 @@ class AuditResult:
             "form": self.form,
             "images": self.images,
             "unidentified": self.unidentified,
+            "not_known_by_id": self.not_known_by_id,
             "file_sha256": self.file_sha256,
             "image_ids_sha256": self.image_ids_sha256,
             "held_out_images": self.held_out_images,
@@ -105,10 +109,13 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
         ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
         ids |= stray & split.image_ids
         leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
+    unknown = [image.label for image in images.images if _is_unidentified(image)]
     return AuditResult(
         form=images.form,
         images=len(images.images),
-        unidentified=sum(_is_unidentified(image) for image in images.images),
+        unidentified=len(unknown),
+        unknown=unknown,
+        not_known_by_id=sum(not image.known_by_id for image in images.images),
         file_sha256=file_sha256(images.path),
         image_ids_sha256=image_ids_sha256(images.ids),
         held_out_images=len(everything),
@@ -143,8 +150,14 @@ def remarks(images: ImageList) -> list[str]:
         known = sum(is_visual_genome(image.name) for image in unidentified)
         genome = f" ({known} of them Visual Genome's own, whose image_data.json has COCO ids)" if known else ""
         lines.append(
-            f"{path}: {len(unidentified)} entries have no COCO image id{genome}, the first is {first.name!r:.60}: "
+            f"{path}: {len(unidentified)} entries have no COCO image id{genome}, the first is "
+            f"{first.name or first.label!r:.60}: "
             "ids say nothing of them, audit --by-content does"
+        )
+    if any(image.numbers for image in images.images) and not any(image.confirmed for image in images.images):
+        lines.append(
+            f"{path}: ids unconfirmed: no image has a name such as 000000000009.jpg or a coco_id, so that its ids are "
+            "COCO's is taken for granted"
         )
     if images.form != INSTANCES:
         bare = [image for image in images.images if bare_number(image.name) in image.numbers]

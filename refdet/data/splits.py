@@ -120,11 +120,12 @@ def _counts(splits: Sequence[HeldOut], there: frozenset[int]) -> dict[str, dict[
 
 
 def _earlier(images: ImageList) -> dict[str, dict[str, int]]:
-    """What a file that build-split wrote excludes already, if its images are still those."""
+    """What a file that build-split wrote excludes already, if its images are still those and go by their ids."""
     if "refdet" not in images.info:
         return {}
     try:
         written = Provenance.from_json(images.info["refdet"])
     except InputError as error:
         raise InputError(f"{images.path}: info.refdet: {error}") from None
-    return written.excluded if written.image_ids_sha256 == image_ids_sha256(images.ids) else {}
+    same = written.image_ids_sha256 == image_ids_sha256(images.ids)
+    return written.excluded if same and all(image.known_by_id for image in images.images) else {}

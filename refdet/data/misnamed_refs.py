@@ -1,0 +1,40 @@
+"""Files that look like refs but are called or placed so that they are not read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import refer
+
+_LIKE_REFS = re.compile(r"g?refs([\W_].*)?\.(p|pkl|pickle|json)", re.IGNORECASE)
+_DEPTH = 3  # ROOT/X/DATASET/file: one folder too deep
+
+
+def unread(refer_root: str | Path) -> list[Path]:
+    """The files below a REFER root that look like refs and are none of those `refer.available` finds, sorted."""
+    root = Path(refer_root)
+    read = set(refer.available(root))
+    return sorted(path for path in _files(root, _DEPTH) if _looks_unread(root, path, read))
+
+
+def _looks_unread(root: Path, path: Path, read: set[tuple[str, str]]) -> bool:
+    if not _LIKE_REFS.fullmatch(path.name):
+        return False
+    match = re.fullmatch(r"refs\((.+)\)\.p|grefs\((.+)\)\.(?:p|json)", path.name)
+    at_its_place = path.parent.parent == root
+    return not (match and at_its_place and (path.parent.name, match[1] or match[2]) in read)
+
+
+def _files(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _LIKE_REFS.fullmatch(entry.name):
+                    yield folder / entry.name
+                elif depth > 1 and entry.is_dir():
+                    yield from _files(folder / entry.name, depth - 1)
+    except OSError:  # a folder that may not be read has nothing that could be told
+        return
