@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from refdet.atomic import atomic_path, write_json
-from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.provenance import UNKNOWN_DATA, Provenance
 from refdet.recipe import Recipe, from_dict
@@ -73,15 +71,6 @@ class Meta:
         return lines
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained detector and what its weights mean."""
-
-    model: MaskRCNN
-    meta: Meta
-    path: Path
-
-
 def run_directory(path: str | Path) -> Path:
     """The run directory that a path names: itself, or the folder of its model file.
 
@@ -113,48 +102,7 @@ def load_meta(path: str | Path) -> Meta:
         raise InputError(f"{file}: not a checkpoint's model.json; give another run directory") from error
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The detector of a run directory, in eval mode, channels_last.
-
-    Raises:
-        InputError: no checkpoint, a damaged one, or weights that do not fit its recipe.
-    """
-    folder, meta = run_directory(path), load_meta(path)
-    model = MaskRCNN(meta.recipe, len(meta.categories))
-    load_weights(model, read_tensors(folder / MODEL)[0], folder / MODEL)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return Checkpoint(model, meta, folder)
-
-
-def load_weights(model: MaskRCNN, tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = ()) -> None:
-    """Put tensors into a model, all of them, but for names that begin with one of `skip`.
-
-    Raises:
-        InputError: a tensor is missing, left over, or of another shape.
-    """
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(skip)} if skip else (
-        model.state_dict()
-    )  # fmt: skip
-    given = {name: value for name, value in tensors.items() if not skip or not name.startswith(skip)}
-    # a frozen norm and a batch norm differ by a counter alone
-    own = {name: value for name, value in own.items() if not name.endswith("num_batches_tracked")}
-    given = {name: value for name, value in given.items() if not name.endswith("num_batches_tracked")}
-    wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} is not of this network" for name in given if name not in own]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)}, the recipe wants {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in given and given[name].shape != value.shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such); are model.json and "
-            "model.safetensors of different runs?"
-        )
-    model.load_state_dict(given, strict=False)
-
-
-def save(folder: Path, model: MaskRCNN, meta: Meta) -> None:
+def save(folder: Path, model: nn.Module, meta: Meta) -> None:
     """Write ``model.safetensors`` and ``model.json``."""
     write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
     write_json(folder / META, meta.to_json())

@@ -22,7 +22,7 @@ from refdet.shards import Plan
 from refdet.store import Header
 
 if TYPE_CHECKING:
-    from refdet.checkpoint import Checkpoint
+    from refdet.trained import TrainedDetector
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def extract_features(
     """
     import torch
 
-    from refdet import checkpoint as checkpoints
+    from refdet import trained
+    from refdet.checkpoint import MODEL
     from refdet.data.batches import exact_batches
     from refdet.data.images import ImageSource, candidate_names
     from refdet.detector.inference import FEATURES
@@ -126,7 +127,7 @@ def extract_features(
         raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
                          f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
     where = usable_device(device)
-    detector = checkpoints.load(checkpoint, where)
+    detector = trained.load(checkpoint, where)
     meta, given = detector.meta, options.regions == "annotations"
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision}  # fmt: skip
@@ -139,7 +140,7 @@ def extract_features(
     what |= {
         "image_list": image_list.name,
         "image_list_sha256": records_sha256(records),
-        "checkpoint_sha256": file_sha256(detector.path / checkpoints.MODEL),
+        "checkpoint_sha256": file_sha256(detector.path / MODEL),
     }
     plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given)
     categories = image_list.index.categories if given else dict(meta.categories)
@@ -159,7 +160,7 @@ def extract_features(
                         "continue with a smaller one and --resume") from error  # fmt: skip
 
 
-def _detected(detector: Checkpoint, options: ExtractOptions) -> Compute:
+def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import DetectOptions, detect_batch
 
     settings = DetectOptions(
@@ -173,7 +174,7 @@ def _detected(detector: Checkpoint, options: ExtractOptions) -> Compute:
     return compute
 
 
-def _annotated(detector: Checkpoint, index: CocoIndex, options: ExtractOptions) -> Compute:
+def _annotated(detector: TrainedDetector, index: CocoIndex, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import describe_boxes
 
     bf16 = options.precision == "bfloat16"

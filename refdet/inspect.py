@@ -10,7 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from refdet.data.coco import CocoIndex, read_json
+from refdet.data.coco import CocoIndex
+from refdet.data.json_files import read_json
 from refdet.errors import InputError
 from refdet.provenance import Provenance
 

@@ -28,10 +28,10 @@ from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import usable_device
 from refdet.errors import InputError, WorkError
+from refdet.pretrained import difference, load_pretrained
 from refdet.provenance import Provenance, file_sha256
 from refdet.recipe import Recipe
 from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum, set_rate
-from refdet.start import difference, load_start
 
 METRICS = "metrics.jsonl"
 
@@ -99,7 +99,7 @@ def _begin(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, wei
             f"recipe {meta.recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
             "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
         )
-    fresh = None if weights is None else load_start(model, meta, weights)
+    fresh = None if weights is None else load_pretrained(model, meta, weights)
     out.mkdir(parents=True, exist_ok=True)
     return _run(model, meta, batches, out, optimiser(model, meta.recipe.train, fresh), fresh, first=0)
 

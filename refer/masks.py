@@ -89,32 +89,30 @@ def _rle(rle: dict[str, Any]) -> dict[str, Any]:
             raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
         compressed: dict[str, Any] = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
         return compressed
-    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
-    if not isinstance(data, bytes) or _pixels(data) != pixels:
+    if not isinstance(counts, str | bytes) or rle_pixels(counts) != pixels:
         raise ReferDataError(f"the counts of an RLE do not add up to its {pixels} pixels")
-    return {"size": size, "counts": data}
+    return {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
-def _pixels(counts: bytes) -> int:
-    """How many pixels a compressed RLE covers, inside and outside of its mask; -1 for one that is damaged.
+def rle_pixels(counts: str | bytes) -> int:
+    """How many pixels a compressed RLE covers, inside and outside of its mask; -1 where it is none.
 
-    Coding (rleFrString in COCO's maskApi.c): groups of five bits, lowest first, in characters from "0" on, the
-    sixth bit telling that more follow; from the fourth number on it is the difference to the number two before.
+    pycocotools decodes what does not fit its image to garbage or beyond its memory, so this is asked first.
+    The coding is that of rleFrString in COCO's maskApi.c: groups of five bits, lowest first, in characters
+    from "0" on, the sixth bit telling that more follow; from the fourth number on they are differences to the
+    number two before.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for byte in counts:
-        code = byte - 48
-        if not 0 <= code < 64 or shift > 30:
-            return -1
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        if runs[-1] < 0:
-            return -1
-        value = shift = 0
-    return -1 if shift else sum(runs)
+    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not len(ends) or ends[-1] != len(codes) - 1 or codes.min() < 0 or codes.max() > 63:
+        return -1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 32 bits
+        return -1
+    shift = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << shift, starts)
+    runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return int(runs.sum()) if runs.min() >= 0 else -1

@@ -25,7 +25,7 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise ReferDataError(f"{path}: not a file")
+            raise ReferDataError(f"{path}: cannot be read: not a file")
         return path.read_bytes()
     except FileNotFoundError:
         raise ReferNotFoundError(f"{path}: no such file") from None
@@ -49,11 +49,18 @@ def read_json(path: Path) -> Any:
             return fast(data)
         except (ValueError, RecursionError):  # it is malformed, or what only Python's own reads: NaN, UTF-16
             pass
-    try:
+    with json_errors(path):
         value = json.loads(data)
         if _HALF_CHARACTER.search(data):
             json.dumps(value, ensure_ascii=False).encode()
         return value
+
+
+@contextmanager
+def json_errors(path: Path) -> Iterator[None]:
+    """Turn what parsing the JSON file ``path`` raises into a ReferDataError that names it and, if it can, the line."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise ReferDataError(f"{path}: malformed JSON in line {error.lineno}: {error.msg}") from None
     except UnicodeDecodeError as error:

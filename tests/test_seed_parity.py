@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from refdet import boxes as box_ops
-from refdet import checkpoint
-from refdet.checkpoint import Checkpoint
+from refdet import checkpoint, trained
 from refdet.data.inputs import input_size, network_input
 from refdet.detector.inference import DetectOptions, detect_batch
 from refdet.detector.mask_rcnn import MaskRCNN
@@ -36,7 +35,7 @@ TIED = {(50, "000000194322"): (296, 96), (101, "000000466137"): (294, 98)}
 
 
 @pytest.fixture(scope="module")
-def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Checkpoint]]:
+def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, trained.TrainedDetector]]:
     """The detectors of the seed's checkpoints, through import-weights."""
     sys.path.insert(0, str(shared / "seed"))
     try:
@@ -49,7 +48,7 @@ def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         torch.save(make_state_dict(depth), folder / "seed.pth")
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
-        found[depth] = checkpoint.load(folder / str(depth))
+        found[depth] = trained.load(folder / str(depth))
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found
 
@@ -71,7 +70,7 @@ def key(request: pytest.FixtureRequest) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def case(key: tuple[int, str], detectors: dict[int, Checkpoint], shared: Path) -> Case:
+def case(key: tuple[int, str], detectors: dict[int, trained.TrainedDetector], shared: Path) -> Case:
     depth, image = key
     model = detectors[depth].model
     with np.load(shared / "seed" / f"golden_res{depth}_{image}.npz") as file:
@@ -165,7 +164,7 @@ def test_bfloat16_is_near(case: Case, key: tuple[int, str]) -> None:
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 
 
-def test_the_store_holds_the_seeds_boxes(detectors: dict[int, Checkpoint], shared: Path) -> None:
+def test_the_store_holds_the_seeds_boxes(detectors: dict[int, trained.TrainedDetector], shared: Path) -> None:
     """Through what extract-features calls, boxes are half-open: a pixel further than the seed's last one."""
     image, detector = IMAGES[50][1], detectors[50]
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
@@ -187,7 +186,7 @@ def test_the_store_holds_the_seeds_boxes(detectors: dict[int, Checkpoint], share
 
 
 @pytest.mark.parametrize("image", ["000000249346", "000000466137"])
-def test_anchor_labels(detectors: dict[int, Checkpoint], shared: Path, image: str) -> None:
+def test_anchor_labels(detectors: dict[int, trained.TrainedDetector], shared: Path, image: str) -> None:
     with np.load(shared / "seed" / f"golden_anchor_labels_{image}.npz") as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim}
     rpn = detectors[50].model.rpn

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import refdet.train as train_module
-from refdet import checkpoint, recipe
+from refdet import checkpoint, recipe, trained
 from refdet.checkpoint import read_tensors
 from refdet.data.batches import TrainingBatches
 from refdet.data.coco import CocoIndex
@@ -48,7 +48,7 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
     assert [row["step"] for row in rows] == [2, 4]
     assert {"loss", "rpn_score", "rpn_box", "score", "box", "mask", "lr", "images_per_second"} <= set(rows[0])
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
-    loaded = checkpoint.load(tmp_path / "run")
+    loaded = trained.load(tmp_path / "run")
     index = CocoIndex.load(shapes_root / "annotations" / "instances_val2014.json")
     assert loaded.meta.step == 4
     assert dict(loaded.meta.categories) == index.categories
@@ -225,14 +225,14 @@ def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> Non
     tree = json.loads(meta.read_text())
     meta.write_text(json.dumps({**tree, "categories": tree["categories"][:-1]}))
     with pytest.raises(InputError, match=r"the weights do not fit the recipe: .* is \(\d+, "):
-        checkpoint.load(tmp_path / "run")
+        trained.load(tmp_path / "run")
     meta.write_text(json.dumps({"recipe": {}}))
     with pytest.raises(InputError, match=r"model\.json"):
-        checkpoint.load(tmp_path / "run")
+        trained.load(tmp_path / "run")
     meta.write_text(json.dumps(tree))
     model.write_bytes(model.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.safetensors"):
-        checkpoint.load(tmp_path / "run")
+        trained.load(tmp_path / "run")
 
 
 def test_learning_rate() -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from refdet.data.coco_entries import (
     checked_area,
@@ -22,7 +17,9 @@ from refdet.data.coco_entries import (
     is_finite,
     kind,
 )
+from refdet.data.json_files import read_json
 from refdet.errors import InputError
+from refer.plain_files import no_garbage_collection
 
 log = logging.getLogger(__name__)
 
@@ -125,50 +122,6 @@ class CocoIndex:
                     f"{path}: no annotation has a segmentation; train boxes only with --set model.masks=false"
                 )
         return index
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. InputError names the file and, where it is malformed, the line."""
-    with json_errors(path):
-        return json.loads(read_file(path))
-
-
-def read_file(path: Path) -> bytes:
-    """All of a regular file. InputError for a pipe or a device, which could keep a reader waiting for ever."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a folder fails by itself
-        raise InputError(f"{path}: not a file")
-    return path.read_bytes()
-
-
-@contextmanager
-def json_errors(path: Path) -> Iterator[None]:
-    """Turn what reading and parsing the JSON file ``path`` raises into an InputError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: malformed JSON in line {error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
-    except RecursionError:
-        raise InputError(f"{path}: malformed JSON: nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise InputError(f"{path}: malformed JSON: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For reading large files: they are millions of lists without one cycle, and scanning those doubles the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _categories(path: Path, entries: list[dict]) -> tuple[dict[int, str], dict[int, str]]:

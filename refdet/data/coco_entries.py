@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from refdet.data.segmentations import rle_pixels
 from refdet.errors import InputError
+from refer.masks import rle_pixels
 
 _NUMBERS = {int, float}  # what JSON has for numbers; bool is an int to isinstance
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from refdet.data.coco import no_garbage_collection
 from refdet.data.coco_entries import checked_id, kind
 from refdet.data.coco_numbers import (
     COCO_IDS,
@@ -29,6 +28,7 @@ from refdet.data.coco_numbers import (
 )
 from refdet.data.json_pieces import Piece, pieces, read_text
 from refdet.errors import InputError
+from refer.plain_files import no_garbage_collection
 
 INSTANCES, JSON_LIST, LINES = "instances", "JSON list", "lines of text"
 _LISTS = ("images", "annotations", "categories")

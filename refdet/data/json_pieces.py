@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refdet.data.coco import json_errors, read_file
+from refdet.data.json_files import json_errors, read_bytes
 from refdet.errors import InputError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -42,8 +42,8 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: it is not there, cannot be read or is no text.
     """
+    data = read_bytes(path)
     with json_errors(path):
-        data = read_file(path)
         return data.decode(json.detect_encoding(data), "surrogatepass")
 
 

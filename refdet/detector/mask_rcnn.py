@@ -18,7 +18,7 @@ from refdet.detector.anchors import Anchors
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
 from refdet.detector.proposals import ProposalNetwork
-from refdet.detector.ranking import ranked_nms
+from refdet.detector.ranking import best_detections, reached
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
 from refdet.detector.targets import BACKGROUND, OBJECT, mask_targets, match, sample
 from refdet.frames import BoxConvention, InputSize
@@ -212,17 +212,9 @@ class MaskRCNN(nn.Module):
             anchors = self.convention.unscale(boxes, size.scale)[:, None]
             decoded = self.convention.decode(image_deltas, anchors, DELTA_WEIGHTS)
             inside = box_ops.cut(decoded, size.image_height, size.image_width)
-            found.append(
-                _select(
-                    inside,
-                    image_scores,
-                    score_threshold,
-                    nms_threshold,
-                    max_regions,
-                    at_least_one,
-                    self.recipe.model.seed_ranking,
-                )
-            )
+            threshold = reached(inside, image_scores, score_threshold) if at_least_one else score_threshold
+            seed_ranking = self.recipe.model.seed_ranking
+            found.append(best_detections(inside, image_scores, threshold, nms_threshold, max_regions, seed_ranking))
         return self._finish(maps, images, sizes, found)
 
     def _finish(
@@ -290,33 +282,3 @@ class MaskRCNN(nn.Module):
 def _with_index(boxes: Sequence[Tensor]) -> Tensor:
     """Boxes (n, 4) of each image -> (K, 5) rows of image index and box."""
     return torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
-
-
-def _select(
-    boxes: Tensor,
-    scores: Tensor,
-    score_threshold: float,
-    nms_threshold: float,
-    max_regions: int,
-    at_least_one: bool,
-    seed_ranking: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area."""
-    kept_boxes, kept_scores, kept_labels = [], [], []
-    solid = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)
-    if at_least_one and solid.any():  # MAttNet's rule, by its own steps of 0.1
-        highest = scores[solid].amax()
-        while highest < score_threshold:  # as tensors, so that it is the comparison below
-            score_threshold -= 0.1
-    candidates = (scores >= score_threshold) & solid
-    for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
-        rows = candidates[:, label].nonzero()[:, 0]
-        kept = rows[ranked_nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions, seed_ranking)]
-        kept_boxes.append(boxes[kept, label])
-        kept_scores.append(scores[kept, label])
-        kept_labels.append(torch.full_like(kept, label + 1))
-    if not kept_boxes:
-        return boxes.new_zeros(0, 4), scores.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    all_boxes, all_scores, all_labels = torch.cat(kept_boxes), torch.cat(kept_scores), torch.cat(kept_labels)
-    best = all_scores.argsort(descending=True, stable=True)[:max_regions]
-    return all_boxes[best], all_scores[best], all_labels[best]

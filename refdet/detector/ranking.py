@@ -1,4 +1,4 @@
-"""Which of several scores is best.
+"""Which of several scores are best: of anchors, and of detections.
 
 Ours: by logit, equal ones by index, so that every device and every batch gives the same answer.
 
@@ -36,3 +36,45 @@ def ranked_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: in
         return nms(boxes, scores, iou_threshold, max_keep)
     order = scores.sort(descending=True).indices
     return order[nms(boxes[order], scores[order], iou_threshold, max_keep)]
+
+
+def reached(boxes: Tensor, scores: Tensor, threshold: float) -> float:
+    """The threshold, lowered by 0.1 until one of boxes (P, classes, 4) that has an area reaches it: MAttNet's rule."""
+    solid = _solid(boxes)
+    if solid.any():
+        highest = scores[solid].amax()
+        while highest < threshold:  # as tensors, so that it is the comparison of `best_detections`
+            threshold -= 0.1
+    return threshold
+
+
+def best_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    nms_threshold: float,
+    max_regions: int,
+    seed_ranking: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area.
+
+    Returns:
+        boxes (n, 4), scores (n,) and labels (n,), 1..classes, best first.
+    """
+    kept_boxes, kept_scores, kept_labels = [], [], []
+    candidates = (scores >= score_threshold) & _solid(boxes)
+    for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
+        rows = candidates[:, label].nonzero()[:, 0]
+        kept = rows[ranked_nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions, seed_ranking)]
+        kept_boxes.append(boxes[kept, label])
+        kept_scores.append(scores[kept, label])
+        kept_labels.append(torch.full_like(kept, label + 1))
+    if not kept_boxes:
+        return boxes.new_zeros(0, 4), scores.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    all_boxes, all_scores, all_labels = torch.cat(kept_boxes), torch.cat(kept_scores), torch.cat(kept_labels)
+    best = all_scores.argsort(descending=True, stable=True)[:max_regions]
+    return all_boxes[best], all_scores[best], all_labels[best]
+
+
+def _solid(boxes: Tensor) -> Tensor:
+    return ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)

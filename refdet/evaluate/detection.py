@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refdet import checkpoint
+from refdet import trained
 from refdet.data.batches import exact_batches
 from refdet.data.coco import CocoIndex
 from refdet.data.images import ImageSource
@@ -27,7 +27,7 @@ def evaluate(
     Raises:
         InputError: the detector's categories are not those of the file, or an image cannot be read.
     """
-    loaded = checkpoint.load(run, usable_device(device))
+    loaded = trained.load(run, usable_device(device))
     index, source = CocoIndex.load(instances), ImageSource.open(images)
     records = list(index.images.values())
     if not records:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.data.coco import read_json
 from refdet.errors import InputError, WorkError
+from refdet.evaluate.entries import entries_by_id
 
 INSTALL = 'pycocoevalcap, which computes it, is not installed: pip install "refdet[language]"'
 # What PTBTokenizer of pycocoevalcap leaves out, of one token or stuck to a word.
@@ -102,22 +102,8 @@ def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
     Raises:
         InputError: names the file and the entry that is wrong.
     """
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: expressions are a list of objects with ref_id and sent, this is a "
-                         f"{type(entries).__name__}")  # fmt: skip
-    found: dict[int, str] = {}
-    for position, entry in enumerate(entries):
-        where = f"{path}: entry {position}"
-        if not isinstance(entry, dict) or type(entry.get("ref_id")) is not int or type(entry.get("sent")) is not str:
-            raise InputError(f"{where}: it must be an object with an integer ref_id and a text sent")
-        ref_id = entry["ref_id"]
-        if ref_id not in ref_ids:
-            raise InputError(f"{where}: ref {ref_id} is not in this dataset and split_by")
-        if ref_id in found:
-            raise InputError(f"{where}: ref {ref_id} has an expression already")
-        found[ref_id] = entry["sent"]
-    return found
+    entries = entries_by_id(path, {"ref_id": int, "sent": str}, "ref", "an expression", ref_ids)
+    return {ref_id: entry["sent"] for _, ref_id, entry in entries}
 
 
 def _load(module: str, name: str) -> Any:

@@ -21,12 +21,8 @@ def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np
     it asks for one inclusive corner to lie left of the other, so an overlap of one pixel or less in width or height
     is none. It differs for thin boxes and for slight overlaps only.
     """
-    a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    least = 1.0 if protocol == "mattnet" else 0.0
-    shared = np.where((sides > least).all(-1), sides.prod(-1), 0.0)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    shared, union, _ = _areas(a, b, least=1.0 if protocol == "mattnet" else 0.0)
+    return _quotient(shared, union)
 
 
 def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -35,12 +31,23 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     IoU less the share of the smallest box around both that neither covers: Rezatofighi et al., "Generalized
     Intersection over Union". 0 where that box has no area.
     """
+    shared, union, around = _areas(a, b, least=0.0)
+    return _quotient(shared, union) - _quotient(around - union, around)
+
+
+def _areas(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair of n and m boxes the area of the overlap, if its sides are more than `least`, of both together,
+    and of the smallest box around both: three of (n, m)."""
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
-    shared = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0).prod(-1)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.where((sides > least).all(-1), sides.prod(-1), 0.0)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
     around = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(-1)
-    empty = np.divide(around - union, around, out=np.zeros_like(shared), where=around > 0)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0) - empty
+    return shared, union, around
+
+
+def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def mask_overlap(a: dict, b: dict) -> tuple[int, int]:

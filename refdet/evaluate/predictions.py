@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from refdet.data.coco import ImageRecord, read_json
+from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
+from refdet.evaluate.entries import entries_by_id
 from refdet.store import Store
 
 _KINDS = ("region", "box", "segmentation")
@@ -55,19 +56,8 @@ def load_predictions(
     Raises:
         InputError: names the file and the entry that is wrong.
     """
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: predictions are a list of objects with sent_id, this is a {type(entries).__name__}")
     found: dict[int, Prediction] = {}
-    for position, entry in enumerate(entries):
-        where = f"{path}: entry {position}"
-        if not isinstance(entry, dict) or type(entry.get("sent_id")) is not int:
-            raise InputError(f"{where}: it must be an object with an integer sent_id")
-        sent_id = entry["sent_id"]
-        if sent_id not in images:
-            raise InputError(f"{where}: sentence {sent_id} is not in this dataset and split_by")
-        if sent_id in found:
-            raise InputError(f"{where}: sentence {sent_id} has a prediction already")
+    for where, sent_id, entry in entries_by_id(path, {"sent_id": int}, "sentence", "a prediction", images):
         try:
             found[sent_id] = _prediction(entry, images[sent_id], store, several)
         except InputError as error:

@@ -11,13 +11,14 @@ from refdet.checkpoint import Meta
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.recipe import Recipe
+from refdet.trained import load_weights
 
 # layers that depend on the classes; `train.reset_predictors` starts them anew
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
 
 
-def load_start(model: MaskRCNN, meta: Meta, weights: Path) -> tuple[str, ...]:
+def load_pretrained(model: MaskRCNN, meta: Meta, weights: Path) -> tuple[str, ...]:
     """Put the weights of a run directory into a new model.
 
     Taken is all that someone trained: of an imported ImageNet network its convolutions, of a Faster R-CNN all but the
@@ -48,7 +49,7 @@ def load_start(model: MaskRCNN, meta: Meta, weights: Path) -> tuple[str, ...]:
     if theirs.recipe.model.neck != meta.recipe.model.neck and theirs.untrained:
         tensors = _for_pyramid(tensors)
         fresh += ("neck.", "head.")
-    checkpoint.load_weights(model, tensors, folder / checkpoint.MODEL, skip=fresh)
+    load_weights(model, tensors, folder / checkpoint.MODEL, skip=fresh)
     return fresh
 
 

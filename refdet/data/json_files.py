@@ -1,0 +1,39 @@
+"""Reading JSON files, with errors that name them: those of `refer.plain_files`, as InputError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refer import ReferError, plain_files
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. InputError names the file and, where it is malformed, the line."""
+    with json_errors(path):
+        return json.loads(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file. InputError for what cannot be read, and for a pipe or a device."""
+    with _ours():
+        return plain_files.read_bytes(path)
+
+
+@contextmanager
+def json_errors(path: Path) -> Iterator[None]:
+    """Turn what parsing the JSON file ``path`` raises into an InputError that names it."""
+    with _ours(), plain_files.json_errors(path):
+        yield
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    try:
+        yield
+    except ReferError as error:
+        raise InputError(str(error)) from None
