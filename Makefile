@@ -8,10 +8,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := $(wildcard csrc/*)
 CUDA_SOURCES := $(wildcard csrc/*.cu)
+OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py)
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types cuda-check unit bench-ops bench-data parity clean
+.PHONY: help env demo test lint types cuda-check unit test-asan bench-ops bench-data parity clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -40,6 +41,17 @@ types: env
 unit: env
 	@echo "==> unit: pytest"
 	@$(BIN)/pytest
+
+# The sanitizers must be in the process before Python is, and with them the C++ library whose exceptions they watch.
+ASAN := build/asan/lib
+test-asan: env ## the tests of the compiled kernels, with the address and undefined-behaviour sanitizers
+	@echo "==> test-asan: building the kernels with sanitizers into $(ASAN)"
+	@REFDET_SANITIZE=1 REFDET_REQUIRE_EXT=1 REFDET_BUILD_CUDA=0 \
+	  $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib $(ASAN) >/dev/null
+	@echo "==> test-asan: pytest"
+	@libraries="$$(for name in asan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)"; \
+	  LD_PRELOAD="$$(echo $$libraries)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH="$(CURDIR)/$(ASAN)" $(BIN)/pytest --capture=sys $(OP_TESTS)
 
 bench-ops: env ## the native operations beside torchvision's and pycocotools'
 	@echo "==> bench-ops: nms"
