@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from refdet.cli.main import main
 from safetensors.numpy import save_file
-from test_splits import coco, write, write_refs
+from split_examples import coco, write, write_refs
 
 from refdet.audit import audit_provenance
 from refdet.data.coco import CocoIndex

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageOps
 from refdet.cli.main import main
-from test_splits import coco, write, write_refs
+from split_examples import coco, write, write_refs
 
 from refdet.data.copies import audit_content
 from refdet.data.perceptual_hash import BITS, hashes, matches, thumbnail

@@ -101,7 +101,7 @@ def test_gradients_of_the_crop_are_right() -> None:
 
 def test_the_other_crop_of_the_seed_takes_the_largest_of_four_samples() -> None:
     """14x14 samples, the first and last pixel of the image on the first and last cell of the map, 2x2 at a time."""
-    from test_detector import small_model
+    from detector_examples import small_model
 
     model = small_model("model.pooling=crop_align", "model.stride=16", "model.inclusive=true")
     x, images = torch.randn(1, 32, 6, 8), torch.zeros(1, 3, 90, 121)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refdet.cli import audit as audit_command
 from refdet.cli import build_split as build_command
+from split_examples import coco, write, write_refs
 
 from refdet.data.coco import CocoIndex
 from refdet.data.coco_numbers import coco_numbers
@@ -22,39 +22,6 @@ from refdet.data.splits import build_split
 from refdet.errors import InputError
 from refdet.provenance import Provenance, file_sha256, image_ids_sha256
 from refer import ReferError
-
-Refs = dict[tuple[str, str], list[tuple[int, str]]]
-
-
-def write_refs(root: Path, refs: Refs) -> Path:
-    for (dataset, split_by), pairs in refs.items():
-        (root / dataset).mkdir(parents=True, exist_ok=True)
-        records = [
-            {"ref_id": n, "ann_id": n, "category_id": 1, "image_id": image, "split": split, "sentences": []}
-            for n, (image, split) in enumerate(pairs)
-        ]
-        (root / dataset / f"refs({split_by}).p").write_bytes(pickle.dumps(records, protocol=2))
-    return root
-
-
-def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None) -> dict[str, Any]:
-    return {
-        "info": {"description": "d\u00e9j\u00e0 vu"},
-        "licenses": [{"id": 4}],
-        "extra": {"kept": [1.5, None]},
-        "images": [{"id": i, "height": 9, "width": 9, "file_name": (names or {}).get(i, ""), "x": i} for i in ids],
-        "annotations": [
-            {"id": n, "image_id": owner, "category_id": 1, "bbox": [0, 0, 0.1 + n, 5], "y": [n]}
-            for n, owner in enumerate(owners)
-        ],
-        "categories": [{"id": 1, "name": "dog", "z": 1}],
-    }
-
-
-def write(path: Path, data: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(data))
-    return path
-
 
 SPLITS = ["train", "val", "testA", "testB", "test"]
 PAIRS = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "google")]

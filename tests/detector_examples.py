@@ -1,0 +1,49 @@
+"""Small detectors and images for tests."""
+
+import numpy as np
+import torch
+
+from refdet import recipe as recipes
+from refdet.data.coco import ImageRecord
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.recipe import Recipe
+
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
+         "model.neck=c4", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
+PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
+VARIANTS = {
+    "c4": [],
+    "c4-bottleneck": ["model.depth=50"],
+    "c4-stride16": ["model.stride=16"],
+    "fpn": PYRAMID,
+    "frozen": ["model.norm=frozen"],
+    "seed": ["model.stride=16", "model.depth=50", "model.norm=frozen", "model.stride_in_1x1=true",
+             "model.inclusive=true", "model.pooling=crop", "model.seed_ranking=true", "input.resize=opencv",
+             "input.order=bgr"],
+    "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.inclusive=true"],
+}  # fmt: skip
+CATEGORY_IDS = [1, 3, 7, 44]
+
+
+def small_recipe(*changes: str) -> Recipe:
+    return recipes.load("demo").with_changes([*SMALL, *changes])
+
+
+def small_model(*changes: str) -> MaskRCNN:
+    torch.manual_seed(0)
+    model = MaskRCNN(small_recipe(*changes), len(CATEGORY_IDS))
+    with torch.no_grad():  # untrained layers say almost nothing: make them speak
+        for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
+            layer.weight.mul_(8)
+        if model.head.mask is not None:
+            model.head.mask.logits.weight.mul_(100)
+    return model.eval()
+
+
+def some_images(count: int, height: int = 96, width: int = 128) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 255, (height, width, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def records_of(images: list[np.ndarray]) -> list[ImageRecord]:
+    return [ImageRecord(i, f"{i}.jpg", *image.shape[:2]) for i, image in enumerate(images)]

@@ -1,0 +1,184 @@
+"""The losses of the detector against formulas written out, and training in its numeric types."""
+
+import numpy as np
+import pytest
+import torch
+from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, some_images
+from pycocotools import mask as coco_mask
+
+from refdet import boxes as box_ops
+from refdet.detector.inference import DetectOptions, detect_batch
+from refdet.detector.targets import BACKGROUND, OBJECT, match
+from refdet.ground_truth import GroundTruth
+from refdet.ops.masks import mask_coverage
+
+
+def truth_for_loss() -> list[GroundTruth]:
+    return [
+        GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0)),
+        GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0)),
+    ]
+
+
+def test_rpn_losses_are_their_formulas() -> None:
+    """All anchors are sampled, so the loss is a sum that can be written out in float64."""
+    model = small_model("model.masks=false", "proposals.samples=100000", "proposals.positive_fraction=1.0")
+    output, truths = model.rpn(model.maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
+    found = model.rpn.losses(output, [(96, 128)] * 2, truths, None)
+    score, box, count = 0.0, 0.0, 0
+    for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
+        kinds, _ = match(output.anchors, truth, 0.7, 0.3, best_for_each=True)
+        for anchor in range(len(kinds)):
+            probability = 1 / (1 + torch.exp(-logits[anchor]))
+            if kinds[anchor] == OBJECT:
+                score -= torch.log(probability)
+                x1, y1, x2, y2 = output.anchors[anchor].double().tolist()
+                w, h = x2 - x1, y2 - y1
+                wanted = [(35 - (x1 + x2) / 2) / w, (35 - (y1 + y2) / 2) / h, np.log(50 / w), np.log(50 / h)]
+                for d, t in zip(deltas[anchor], wanted, strict=True):
+                    distance = abs(d - t)
+                    box += 4.5 * distance**2 if distance < 1 / 9 else distance - 0.5 / 9
+            elif kinds[anchor] == BACKGROUND:
+                score -= torch.log(1 - probability)
+            count += int(kinds[anchor] in (OBJECT, BACKGROUND))
+    torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
+
+
+def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
+    mask = np.zeros((96, 128), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return coco_mask.encode(mask)
+
+
+def test_second_stage_losses_are_their_formulas() -> None:
+    """Two images with objects; every RoI is sampled, so that the losses can be written out in float64."""
+    model = small_model("head.samples=100000", "head.positive_fraction=1.0", "proposals.test_proposals=150")
+    objects = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]]
+    labels = [[2], [4, 1]]
+    truths = [
+        GroundTruth(
+            torch.tensor(boxes, dtype=torch.float32), torch.tensor(label), [square_mask(*b) for b in boxes],
+            torch.zeros(0, 4), (1.0, 1.0),
+        )
+        for boxes, label in zip(objects, labels, strict=True)
+    ]  # fmt: skip
+    images, sizes = torch.randn(2, 3, 96, 128), [(96, 128)] * 2
+    found = model.losses(images, sizes, truths)
+
+    maps = model.maps(images)
+    score, box, mask, count, cells = 0.0, 0.0, 0.0, 0, 0
+    for image, proposals in enumerate(model.rpn.propose(model.rpn(maps), sizes)):
+        for roi in torch.cat((proposals, truths[image].boxes)):
+            overlaps = box_ops.iou(roi[None], truths[image].boxes)[0]
+            best = int(overlaps.argmax())
+            label = labels[image][best] if overlaps[best] >= 0.5 else 0
+            row = torch.cat((torch.tensor([image]), roi))[None]
+            features = model.head.features(maps, row)
+            logits, deltas = (t.double() for t in model.head.classify(features.fc7))
+            score -= logits[0].log_softmax(0)[label]
+            count += 1
+            if not label:
+                continue
+            x1, y1, x2, y2 = roi.double().tolist()
+            a1, b1, a2, b2 = objects[image][best]
+            w, h = x2 - x1, y2 - y1
+            wanted = [
+                10 * ((a1 + a2) / 2 - (x1 + x2) / 2) / w, 10 * ((b1 + b2) / 2 - (y1 + y2) / 2) / h,
+                5 * np.log((a2 - a1) / w), 5 * np.log((b2 - b1) / h),
+            ]  # fmt: skip
+            for d, t in zip(deltas[0, label], wanted, strict=True):
+                box += 0.5 * (d - t) ** 2 if abs(d - t) < 1 else abs(d - t) - 0.5
+            cell = mask_coverage(truths[image].masks, torch.tensor([best]), roi[None], 14)[0] >= 0.5
+            p = model.head.mask_logits(maps, row, features, torch.tensor([label]))[0].double().sigmoid()
+            mask -= torch.where(cell, p.log(), (1 - p).log()).sum()
+            cells += cell.numel()
+    assert count > 100 and cells > 14 * 14 * 3
+    for name, expected in (("score", score / count), ("box", box / count), ("mask", mask / cells)):
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_the_seeds_arithmetic() -> None:
+    """Inclusive boxes, cropping, anchors inside the image alone, RoIs drawn twice: as the seed writes them, with +1."""
+    model = small_model(
+        "model.inclusive=true", "model.pooling=crop", "proposals.inside_only=true", "proposals.samples=100000",
+        "proposals.positive_fraction=1.0", "head.add_truth=false", "head.refill=true", "head.samples=40",
+        "model.stride=16", "model.anchor_sizes=[16,32,64]", "model.rounded_anchors=true", "model.masks=false",
+    )  # fmt: skip
+    truth = GroundTruth(torch.tensor([[10.0, 10, 61, 59]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0))
+    images, sizes = torch.randn(1, 3, 96, 128), [(96, 128)]
+    maps = model.maps(images)
+    output = model.rpn(maps)
+    found = model.rpn.losses(output, sizes, [truth], None)
+    score, box, count = 0.0, 0.0, 0
+    inclusive = output.anchors.double() - torch.tensor([0.0, 0, 1, 1])
+    overlaps = box_ops.iou(output.anchors, truth.boxes)[:, 0]
+    x1, y1, x2, y2 = inclusive.T
+    inside = (x1 >= 0) & (y1 >= 0) & (x2 < 128) & (y2 < 96)
+    highest = overlaps[inside].max()
+    for anchor in inside.nonzero()[:, 0].tolist():
+        probability = output.logits[0, anchor].double().sigmoid()
+        if overlaps[anchor] >= 0.7 or overlaps[anchor] == highest:
+            score -= probability.log()
+            a1, b1, a2, b2 = inclusive[anchor].tolist()
+            w, h = a2 - a1 + 1, b2 - b1 + 1
+            gw, gh = 60 - 10 + 1, 58 - 10 + 1
+            wanted = [(10 + gw / 2 - a1 - w / 2) / w, (10 + gh / 2 - b1 - h / 2) / h, np.log(gw / w), np.log(gh / h)]
+            for d, t in zip(output.deltas[0, anchor].double(), wanted, strict=True):
+                box += 4.5 * (d - t) ** 2 if abs(d - t) < 1 / 9 else abs(d - t) - 0.5 / 9
+        elif overlaps[anchor] < 0.3:
+            score -= (1 - probability).log()
+        else:
+            continue
+        count += 1
+    assert 0 < count < inside.sum() < len(inside)
+    torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
+    generator = torch.Generator().manual_seed(0)
+    rois, labels, _ = model._sample_rois(model.rpn.propose(output, sizes), [truth], generator)
+    assert len(rois) == 40 and (labels == 2).any()
+    losses = model.losses(images, sizes, [truth], generator)
+    assert all(value.isfinite() for value in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("variant", ["c4", "fpn"])
+def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
+    model = small_model(*VARIANTS[variant]).train()
+    truth = GroundTruth(
+        torch.tensor([[10.0, 10, 60, 60]]),
+        torch.tensor([2]),
+        [square_mask(10, 10, 60, 60)],
+        torch.zeros(0, 4),
+        (1.0, 1.0),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    images = some_images(2)
+    found = detect_batch(model.eval(), images, records_of(images), CATEGORY_IDS, DetectOptions(), bf16=True)
+    assert all(len(r) and r.boxes.dtype == np.float32 and np.isfinite(r.boxes).all() for r in found)
+
+
+def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
+    for variant in ("c4", "fpn"):
+        model = small_model(*VARIANTS[variant]).train()
+        rle = square_mask(10, 10, 60, 60)
+        truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
+        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+        assert set(losses) == {"rpn_score", "rpn_box", "score", "box", "mask"}
+        torch.stack(list(losses.values())).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_batch_without_objects_trains_on_background_alone() -> None:
+    model = small_model().train()
+    empty = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
+    losses = model.losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
+    assert losses["box"].item() == losses["mask"].item() == losses["rpn_box"].item() == 0
+    assert losses["score"].item() > 0
+    torch.stack(list(losses.values())).sum().backward()
