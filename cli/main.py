@@ -24,6 +24,7 @@ COMMANDS = (
     "evaluate",
     "extract-features",
     "evaluate-on-refer",
+    "export",
     "inspect",
     "demo",
 )

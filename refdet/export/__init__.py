@@ -1,0 +1,1 @@
+"""Exports: a store of regions in the forms that models people already have load as they are. No torch."""

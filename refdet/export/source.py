@@ -1,0 +1,79 @@
+"""`Source`: a store that is exported, with its maps and the shapes of its features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from refdet import store
+from refdet.errors import InputError
+from refdet.provenance import file_sha256
+
+
+class Source:
+    """A complete store, open for reading; use it in a ``with``.
+
+    Attributes:
+        path: the file.
+        store: its reader.
+        has_heads: whether it has the map that regions are pooled from (`head`).
+        names: category id -> name, in the order of the detector's classes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = store.open(path)
+        self._file = h5py.File(path, "r")
+        self.has_heads = "maps/head" in self._file
+        self._at = {image_id: i for i, image_id in enumerate(self.store)}
+        self.names: dict[int, str] = {one["id"]: one["name"] for one in self.store.classes}
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._file.close()
+        self.store.close()
+
+    def width(self, feature: str) -> int:
+        """Numbers a region has of a feature. InputError if the store lacks it or has more than a vector of it."""
+        there = self.store.feature_names
+        if feature not in there:
+            raise InputError(f"{self.path}: has no feature {feature}, but {', '.join(there) or 'none'}; "
+                             f"extract it with refdet extract-features --features {feature}")  # fmt: skip
+        shape = self._file[f"features/{feature}"].shape[1:]
+        if len(shape) != 1:
+            raise InputError(f"{self.path}: {feature} is {' x '.join(map(str, shape))} for a region; "
+                             "this format takes vectors such as fc7")  # fmt: skip
+        return int(shape[0])
+
+    def head(self, image_id: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The map regions are pooled from, (C, H, W) float32, and (height, width, scale) of the network's input.
+
+        None for an image that has none, since it could not be used or is not in the store.
+        """
+        i = self._at.get(image_id)
+        if i is None or not self.has_heads:
+            return None
+        maps = self._file["maps"]
+        start, stop = maps["head_start"][i : i + 2]
+        if start == stop:
+            return None
+        head = maps["head"][start:stop].reshape(maps["head_shape"][i])
+        return head.astype(np.float32), maps["im_info"][i].astype(np.float32)
+
+    def why_empty(self, image_id: int) -> str:
+        """Why an image has no regions, "" if it has some."""
+        if self.store.rows(image_id):
+            return ""
+        return self.store.errors.get(image_id) or "no regions"
+
+    def describe(self) -> dict[str, Any]:
+        """Which file this is and how it was computed, for the record of an export."""
+        of = self.store
+        return {"file": self.path.name, "sha256": file_sha256(self.path), "provenance": of.provenance,
+                "options": of.options, "recipe": of.recipe}  # fmt: skip

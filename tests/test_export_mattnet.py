@@ -1,0 +1,196 @@
+"""export --format mattnet: its files, read the way MAttNet's loaders read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from export_examples import (
+    ANNOTATIONS,
+    BROKEN,
+    DETECTIONS,
+    HEIGHT,
+    WIDTH,
+    add_heads,
+    regions,
+    write_dataset,
+    write_store,
+)
+from pycocotools import mask as coco_mask
+
+from refdet.errors import InputError
+from refdet.export.mattnet import export_mattnet
+from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare
+from refdet.export.record import Exported
+
+HEADS = [np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4), np.ones((2, 1, 5), np.float32), None]
+INFOS = [(480.0, 640.0, 2.5), (200.0, 300.0, 1.5), (0.0, 0.0, 0.0)]
+
+
+class Loader:
+    """Does with the files what Loader, DetsLoader and GtMRCNLoader of MAttNet do with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.info = json.loads((folder / "data.json").read_text())
+        self.Images = {image["image_id"]: image for image in self.info["images"]}
+        self.Refs = {ref["ref_id"]: ref for ref in self.info["refs"]}
+        self.Anns = {ann["ann_id"]: ann for ann in self.info["anns"]}
+        self.Sentences = {sentence["sent_id"]: sentence for sentence in self.info["sentences"]}
+        self.labels = h5py.File(folder / "data.h5", "r")["labels"]
+        assert self.labels.shape == (len(self.Sentences), self.info["label_length"])
+        dets = json.loads((folder / "dets.json").read_text())
+        self.Dets = {det["det_id"]: det for det in dets}
+        for image in self.Images.values():
+            image["det_ids"] = []
+        for det in dets:
+            self.Images[det["image_id"]]["det_ids"] += [det["det_id"]]
+        self.splits = {i: self.Refs[image["ref_ids"][0]]["split"] for i, image in self.Images.items()}
+        self.det_feats = h5py.File(folder / "det_feats.h5", "r")
+        self.ann_feats = h5py.File(folder / "ann_feats.h5", "r")
+        assert self.det_feats["fc7"].shape[1] == self.ann_feats["fc7"].shape[1] == 2048
+
+    def head(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        with h5py.File(self.folder / "head" / f"{image_id}.h5", "r") as feats:
+            return np.array(feats["head"]), np.array(feats["im_info"])
+
+    def corners(self, det_ids: list[int]) -> np.ndarray:
+        """To first and last pixel, as its xywh_to_xyxy has it."""
+        boxes = np.vstack([self.Dets[det_id]["box"] for det_id in det_ids])
+        return np.hstack((boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - 1))
+
+
+@pytest.fixture
+def prepro(tmp_path: Path) -> Prepro:
+    return prepare(write_dataset(tmp_path / "refer"), "refcoco", "unc", PreproOptions(word_count_threshold=0))
+
+
+@pytest.fixture
+def done(tmp_path: Path, prepro: Prepro) -> Exported:
+    dets = write_store(tmp_path / "dets.h5", DETECTIONS, "float16")
+    add_heads(dets, HEADS, INFOS)
+    anns = write_store(tmp_path / "anns.h5", ANNOTATIONS)
+    return export_mattnet(dets, tmp_path / "out", anns, prepro, {"dataset": "refcoco"})
+
+
+def test_detections_are_found_image_by_image(done: Exported, tmp_path: Path) -> None:
+    loader = Loader(tmp_path / "out")
+    assert loader.splits == {3: "train", 4: "testB", 5: "val"}
+    assert loader.Images[4]["det_ids"] == [0, 1, 2, 3] and loader.Images[3]["det_ids"] == [4]
+    # class by class in the detector's order, the best first; then where they lie in the store
+    found = [(d["category_name"], d["category_id"], d["region"]) for d in map(loader.Dets.__getitem__, range(5))]
+    assert found == [("cat", 2, 3), ("cat", 2, 1), ("dog", 1, 2), ("dog", 1, 0), ("dog", 1, 4)]
+    assert [loader.Dets[i]["score"] for i in (0, 4)] == pytest.approx([0.85, 0.7])
+    assert all(det["h5_id"] == det_id for det_id, det in loader.Dets.items())
+
+
+def test_boxes_are_those_of_the_inclusive_arithmetic(done: Exported, tmp_path: Path) -> None:
+    loader = Loader(tmp_path / "out")
+    half_open = DETECTIONS[0].boxes[[3, 1, 2, 0]].astype(np.float64)
+    np.testing.assert_allclose(loader.corners([0, 1, 2, 3]), half_open - [0, 0, 1, 1], rtol=0, atol=1e-12)
+
+
+def test_features_lie_in_the_rows_of_h5_id(done: Exported, tmp_path: Path) -> None:
+    loader = Loader(tmp_path / "out")
+    for name in ("pool5", "fc7"):
+        values = loader.det_feats[name][loader.Dets[1]["h5_id"]]
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, DETECTIONS[0].features[name][1].astype(np.float16))
+        for of_image in ANNOTATIONS[:2]:
+            assert of_image.ann_ids is not None
+            for place, ann_id in enumerate(of_image.ann_ids.tolist()):
+                row = loader.ann_feats[name][loader.Anns[ann_id]["h5_id"]]
+                np.testing.assert_array_equal(row, of_image.features[name][place])
+        for crowd_or_broken in (12, 11):
+            assert not loader.ann_feats[name][loader.Anns[crowd_or_broken]["h5_id"]].any()
+    assert any(note.startswith("2 of the 6 annotations") for note in done.notes)
+
+
+def test_masks_are_the_pixels_of_each_detection(done: Exported, tmp_path: Path) -> None:
+    masks = {m["det_id"]: m for m in json.loads((tmp_path / "out" / "masks.json").read_text())}
+    dets = json.loads((tmp_path / "out" / "dets.json").read_text())
+    assert [{k: v for k, v in masks[d["det_id"]].items() if k != "rle"} for d in dets] == dets
+    for det in dets:
+        pixels = coco_mask.decode(masks[det["det_id"]]["rle"])
+        x, y, w, h = det["box"]
+        expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+        expected[round(y) : round(y + h), round(x) : round(x + w)] = 1
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
+    loader = Loader(tmp_path / "out")
+    head, info = loader.head(4)
+    assert head.dtype == info.dtype == np.float32
+    np.testing.assert_array_equal(head[0], HEADS[0])
+    np.testing.assert_array_equal(info, [INFOS[0]])
+    assert loader.head(3)[0].shape == (1, 2, 1, 5)
+    assert sorted(path.name for path in (tmp_path / "out" / "head").iterdir()) == ["3.h5", "4.h5"]
+    assert "1 of 3 images have no head" in done.notes
+
+
+def test_what_has_no_detections_is_told(done: Exported) -> None:
+    assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
+    assert any("--at-least-one" in note for note in done.notes)
+    assert not any("numbers a region" in note for note in done.notes)
+
+
+def test_the_store_alone_gives_the_files_of_the_detections(tmp_path: Path) -> None:
+    dets = write_store(tmp_path / "dets.h5", DETECTIONS, masks=False)
+    done = export_mattnet(dets, tmp_path / "out", None, None, {})
+    assert done.files == ["det_feats.h5", "dets.json"]
+    told = " ".join(done.notes)
+    assert all(name in told for name in ("no masks.json", "no ann_feats.h5", "no head/*.h5", "no data.json"))
+
+
+def test_heads_of_the_annotations_serve_too(tmp_path: Path, prepro: Prepro) -> None:
+    dets = write_store(tmp_path / "dets.h5", [DETECTIONS[0]])
+    anns = write_store(tmp_path / "anns.h5", ANNOTATIONS)
+    add_heads(anns, HEADS, INFOS)
+    done = export_mattnet(dets, tmp_path / "out", anns, prepro, {})
+    with h5py.File(tmp_path / "out" / "head" / "3.h5") as file:
+        np.testing.assert_array_equal(file["head"][0], HEADS[0])
+    assert any(note.startswith("2 of the 3 images of the dataset are not in dets.h5") for note in done.notes)
+
+
+def test_images_of_no_ref_are_left_out(tmp_path: Path, prepro: Prepro) -> None:
+    dets = write_store(tmp_path / "dets.h5", [regions(6, [1], [1]), *DETECTIONS])
+    done = export_mattnet(dets, tmp_path / "out", None, prepro, {})
+    found: list[dict[str, Any]] = json.loads((tmp_path / "out" / "dets.json").read_text())
+    assert {det["image_id"] for det in found} == {3, 4} and [det["region"] for det in found][-1] == 5
+    assert any("1 images of dets.h5 are not of the dataset" in note for note in done.notes)
+
+
+def test_no_detection_at_all(tmp_path: Path) -> None:
+    empty = replace(BROKEN, masks=(), features={"fc7": np.zeros((0, 2048), np.float32)})
+    export_mattnet(write_store(tmp_path / "dets.h5", [empty]), tmp_path / "out", None, None, {})
+    assert json.loads((tmp_path / "out" / "dets.json").read_text()) == []
+    with h5py.File(tmp_path / "out" / "det_feats.h5") as file:
+        assert file["fc7"].shape == (0, 2048) and "pool5" not in file
+
+
+def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
+    dets, anns = write_store(tmp_path / "d.h5", DETECTIONS), write_store(tmp_path / "a.h5", ANNOTATIONS)
+    one = write_store(tmp_path / "one.h5", ANNOTATIONS[:1])
+    bare = write_store(tmp_path / "bare.h5", [replace(r, features={}) for r in DETECTIONS])
+    other = replace(DETECTIONS[0], image_id=99)
+    foreign = write_store(tmp_path / "foreign.h5", [other])
+    renamed = replace(prepro, data=prepro.data | {"cat_to_ix": {"dog": 2, "cat": 1}})
+    cases: list[tuple[Path, Path | None, Prepro | None, str]] = [
+        (anns, None, None, "regions of annotations"),
+        (dets, dets, prepro, "has detections"),
+        (dets, anns, None, "data.json numbers the rows"),
+        (dets, one, prepro, "2 of the 3 images .* the first is 4"),
+        (bare, None, None, "has no feature fc7"),
+        (foreign, None, prepro, "has none of the 3 images"),
+        (dets, None, renamed, "category cat is 2, and 1 in the dataset"),
+    ]
+    for features, of_annotations, data, message in cases:
+        with pytest.raises(InputError, match=message):
+            export_mattnet(features, tmp_path / "out", of_annotations, data, {})
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -1,0 +1,92 @@
+"""MAttNet's data.json and data.h5: the vocabulary and the numbering of its prepro.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from export_examples import write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refer_examples import GREFS, write
+
+from refdet.errors import InputError
+from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
+
+WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.dictionaries(st.integers(0, 50), st.lists(WORDS, max_size=6), max_size=12), st.integers(0, 4))
+def test_the_vocabulary_is_that_of_brute_force(sentences: dict[int, list[str]], threshold: int) -> None:
+    word_to_ix, final = vocabulary(sentences, ["dog", "teddy bear"], threshold)
+    every = [word for words in sentences.values() for word in words]
+    frequent = [word for i, word in enumerate(every) if every.count(word) > threshold and word not in every[:i]]
+    added = [word for word in ("dog", "teddy", "bear", "__background__") if word not in frequent]
+    rare = ["<UNK>"] if any(every.count(word) <= threshold for word in every) else []
+    assert list(word_to_ix) == ["<PAD>", *frequent, *added, *rare, "<BOS>", "<EOS>"]
+    assert list(word_to_ix.values()) == list(range(len(word_to_ix)))
+    known = {*frequent, *added}
+    assert final == {i: [word if word in known else "<UNK>" for word in words] for i, words in sentences.items()}
+
+
+def test_everything_is_numbered_in_the_order_of_the_files(tmp_path: Path) -> None:
+    prepro = prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions(word_count_threshold=5))
+    prepro.write(tmp_path)
+    data: dict[str, Any] = json.loads((tmp_path / "data.json").read_text())
+    assert [(i["image_id"], i["h5_id"], i["ref_ids"], i["ann_ids"]) for i in data["images"]] == [
+        (3, 0, [0, 1], [7, 8]), (4, 1, [2, 3], [6, 12, 9]), (5, 2, [4], [11]),
+    ]  # fmt: skip
+    assert [(a["ann_id"], a["h5_id"], a["image_id"]) for a in data["anns"]] == [
+        (7, 0, 3), (8, 1, 3), (6, 2, 4), (12, 3, 4), (9, 4, 4), (11, 5, 5),
+    ]  # fmt: skip
+    assert data["refs"][1] == {"ref_id": 1, "split": "train", "category_id": 2, "ann_id": 8, "sent_ids": [10],
+                               "box": [2, 0, 4, 2], "image_id": 3, "att_wds": []}  # fmt: skip
+    # five sentences "red dog": red is too rare, dog is a category
+    assert data["sentences"][0] == {"sent_id": 0, "tokens": ["<UNK>", "dog"], "h5_id": 0}
+    assert list(data["word_to_ix"]) == ["<PAD>", "dog", "cat", "__background__", "<UNK>", "<BOS>", "<EOS>"]
+    assert data["cat_to_ix"] == {"dog": 1, "cat": 2} and data["label_length"] == 10
+    with h5py.File(tmp_path / "data.h5") as file:
+        assert file["labels"].dtype == "int32" and file["labels"].shape == (5, 10)
+        assert file["labels"][4].tolist() == [4, 1] + 8 * [0]
+
+
+def test_sentences_are_cut_at_the_length(tmp_path: Path) -> None:
+    prepro = prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions(0, max_length=1))
+    assert prepro.labels is not None and prepro.labels.tolist() == 5 * [[1]]
+    assert prepro.data["sentences"][0]["tokens"] == ["red", "dog"] and "<UNK>" not in prepro.data["word_to_ix"]
+
+
+def test_attribute_words_are_counted_once_a_ref(tmp_path: Path) -> None:
+    words = {0: (["dog"], ["red", "red"], ["big"]), 10: (["none"], ["red"], ["old"]), 20: ([], ["red"], ["big", "up"])}
+    sents = [{"sent_id": i, "atts": dict(zip(("r1", "r2", "r7"), w, strict=True))} for i, w in words.items()]
+    path = tmp_path / "sents.json"
+    path.write_text(json.dumps(sents))
+    root = write_dataset(tmp_path)
+    data = prepare(root, "refcoco", "unc", PreproOptions(0, attributes=path, top_attributes=3)).data
+    assert data["att_to_cnt"] == {"red": 3, "big": 2, "old": 1} and data["att_to_ix"] == {"red": 0, "big": 1, "old": 2}
+    assert [ref["att_wds"] for ref in data["refs"]] == [["red", "big"], ["red", "old"], ["red", "big"], [], []]
+    path.write_text(json.dumps([{"sent_id": 999, "atts": {}}]))
+    with pytest.raises(InputError, match="not refer-parser2's sents.json of this dataset"):
+        prepare(root, "refcoco", "unc", PreproOptions(attributes=path))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    write(tmp_path, GREFS, "grefs(unc).json", "grefcoco")
+    with pytest.raises(InputError, match="give --max-length"):
+        prepare(tmp_path, "grefcoco", "unc", PreproOptions())
+    with pytest.raises(InputError, match="any number of objects"):
+        prepare(tmp_path, "grefcoco", "unc", PreproOptions(max_length=5))
+
+
+def test_its_own_data_json_is_read(tmp_path: Path) -> None:
+    prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions()).write(tmp_path)
+    path = tmp_path / "data.json"
+    assert [ann["h5_id"] for ann in Prepro.read(path).data["anns"]] == list(range(6))
+    for wrong in ([], {"images": []}, {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="--data-json"):
+            Prepro.read(path)
