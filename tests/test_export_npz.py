@@ -69,7 +69,7 @@ def test_refusals(tmp_path: Path) -> None:
     for path, feature, message in (
         (nameless, "spatial", "image 4 has none; export with --names id"),
         (nameless, "fc7", "has no feature fc7, but spatial"),
-        (twice, "fc7", "images 4 and 3 are both called 'a'"),
+        (twice, "fc7", "images 4 and 3 are both 'a'"),
     ):
         with pytest.raises(InputError, match=message):
             export_npz(path, tmp_path / "out", feature)

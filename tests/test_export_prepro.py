@@ -15,6 +15,7 @@ from refer_examples import GREFS, write
 
 from refdet.errors import InputError
 from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
+from refer import read_refs
 
 WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
 
@@ -90,3 +91,18 @@ def test_its_own_data_json_is_read(tmp_path: Path) -> None:
         path.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="--data-json"):
             Prepro.read(path)
+
+
+@pytest.mark.parametrize(("dataset", "split_by"), [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")])
+def test_labels_of_real_sentences_spell_them(shared: Path, dataset: str, split_by: str) -> None:
+    root = shared / "data" / "coco_mini" / "refer"
+    prepro = prepare(root, dataset, split_by, PreproOptions(word_count_threshold=0))
+    assert prepro.labels is not None
+    words, length = list(prepro.data["word_to_ix"]), prepro.data["label_length"]
+    assert length == (20 if dataset == "refcocog" else 10) and words[0] == "<PAD>"
+    said = {s["sent_id"]: s["tokens"] for ref in read_refs(root, dataset, split_by) for s in ref["sentences"]}
+    assert len(said) == len(prepro.data["sentences"]) > 10
+    for sentence in prepro.data["sentences"]:
+        row = prepro.labels[sentence["h5_id"]]
+        assert [words[i] for i in row if i] == said[sentence["sent_id"]][:length]
+    assert {word for name in prepro.data["cat_to_ix"] for word in name.split()} < set(words)

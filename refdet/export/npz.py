@@ -40,10 +40,8 @@ def export_npz(features: Path, out: Path, feature: str = "fc7", names: str = "st
             name = str(image_id) if names == "id" else PurePosixPath(regions.file_name).stem
             other = seen.setdefault(name, image_id)
             if not name or other != image_id:
-                told = (
-                    f"images {other} and {image_id} are both called {name!r}" if name else f"image {image_id} has none"
-                )
-                raise InputError(f"{features}: no names by file: {told}; export with --names id")
+                why = f"images {other} and {image_id} are both {name!r}" if name else f"image {image_id} has none"
+                raise InputError(f"{features}: no files named by image file: {why}; export with --names id")
             write_npz(folder / f"{name}.npz", arrays(regions, feature, name, places))
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         notes = [f"{len(empty)} images have no regions; their files hold 0 boxes"] if empty else []

@@ -29,6 +29,7 @@ class Source:
         self.store = store.open(path)
         self._file = h5py.File(path, "r")
         self.has_heads = "maps/head" in self._file
+        self._errors = self.store.errors
         self._at = {image_id: i for i, image_id in enumerate(self.store)}
         self.names: dict[int, str] = {one["id"]: one["name"] for one in self.store.classes}
 
@@ -70,7 +71,7 @@ class Source:
         """Why an image has no regions, "" if it has some."""
         if self.store.rows(image_id):
             return ""
-        return self.store.errors.get(image_id) or "no regions"
+        return self._errors.get(image_id) or "no regions"
 
     def describe(self) -> dict[str, Any]:
         """Which file this is and how it was computed, for the record of an export."""
