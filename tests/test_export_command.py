@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from evaluate_examples import PROVENANCE
 from export_examples import ANNOTATIONS, DETECTIONS, write_dataset, write_store
 from refdet.cli.main import main
 
+from refdet.errors import WorkError
 from refdet.export.folder import json_list, new_folder
 
 
@@ -96,10 +98,18 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".out.1" / "a.npz"))
+    with pytest.raises(WorkError, match=r"/out: no space left on the disk"), new_folder(tmp_path / "out"):
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
+from refdet.errors import WorkError
 from refdet.export.folder import new_folder
 with new_folder(Path({str(tmp_path / "out")!r})) as folder:
     (folder / "a").write_text("half")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, write_store
 
-from refdet.errors import InputError
+from refdet.errors import InputError, WorkError
 from refdet.export.lmdb import export_lmdb
 from refdet.regions import Regions
 
@@ -112,3 +112,11 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match=r"pip install 'refdet\[lmdb\]'"):
         export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_lmdb_cannot_write_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lmdb")
+    monkeypatch.setattr("refdet.export.lmdb._map_size", lambda regions, numbers: 65536)
+    with pytest.raises(WorkError, match="lmdb cannot write it .*is the disk full"):
+        export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

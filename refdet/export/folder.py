@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import InputError
+from refdet.errors import InputError, WorkError, is_disk_full
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: ``path`` is a file or a folder that is not empty.
+        WorkError: the disk is full.
     """
     path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -33,8 +34,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.sync()  # once for all: an fsync for each of 28,000 files would take minutes
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_disk_full(error):
+            raise WorkError(f"{path}: no space left on the disk; free some and export again") from error
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from refdet.errors import InputError
+from refdet.errors import InputError, WorkError
 from refdet.export.folder import new_folder
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
@@ -33,8 +33,16 @@ def export_lmdb(features: Path, out: Path, feature: str = "fc7") -> Exported:
 
     Raises:
         InputError: the package lmdb is missing, ``out`` is not empty, or the store lacks the feature.
+        WorkError: lmdb cannot write; of a full disk it only says "input/output error".
     """
     lmdb = _package()
+    try:
+        return _export(lmdb, features, out, feature)
+    except lmdb.Error as error:
+        raise WorkError(f"{out}: lmdb cannot write it ({error}); is the disk full?") from error
+
+
+def _export(lmdb: ModuleType, features: Path, out: Path, feature: str) -> Exported:
     with Source(features) as source, new_folder(out) as folder:
         width = source.width(feature)
         probabilities = "class_prob" in source.store.feature_names
