@@ -17,8 +17,9 @@ from refdet.data.refs import choose_splits
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
-from refdet.shard_work import Compute, Summary, extract
-from refdet.shards import Plan
+from refdet.shard_plan import Plan
+from refdet.shard_work import Compute, Finish, Summary, extract
+from refdet.shards import parts_folder
 from refdet.store import Header
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def extract_features(
         "image_list_sha256": records_sha256(records),
         "checkpoint_sha256": file_sha256(detector.path / MODEL),
     }
-    plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given)
+    plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given, batch_size)
     categories = image_list.index.categories if given else dict(meta.categories)
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     if options.masks == "predicted" and not given:
@@ -156,8 +157,8 @@ def extract_features(
         with torch.inference_mode():
             return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
     except torch.cuda.OutOfMemoryError as error:
-        raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; what is finished is kept: "
-                        "continue with a smaller one and --resume") from error  # fmt: skip
+        raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; remove {parts_folder(out)} and "
+                        "start again with a smaller one, or free its memory and add --resume") from error  # fmt: skip
 
 
 def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
@@ -168,8 +169,9 @@ def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
     )
     bf16 = options.precision == "bfloat16"
 
-    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
-        return detect_batch(detector.model, images, batch, detector.meta.category_ids, settings, bf16)
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        found = detect_batch(detector.model, images, batch, detector.meta.category_ids, settings, bf16)
+        return lambda: found
 
     return compute
 
@@ -185,13 +187,13 @@ def _annotated(detector: TrainedDetector, index: CocoIndex, options: ExtractOpti
         raise InputError(f"--masks predicted: {index.path} has category {strange[0][0]} ({strange[0][1]}), "
                          "which the detector does not know")  # fmt: skip
 
-    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         bare = [annotated_regions(record, index.annotations[record.id]) for record in batch]
         labels = (
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )
         found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels, bf16)
-        return [
+        return lambda: [
             replace(r, features=f.features, masks=r.masks if f.masks is None else f.masks)
             for r, f in zip(bare, found, strict=True)
         ]

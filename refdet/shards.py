@@ -1,127 +1,158 @@
 """Extraction in progress: the folder ``F.h5.parts`` of finished shards, and their merging into ``F.h5``.
 
-A shard holds the regions of some images as an uncompressed .npz and is whole or absent, so work that was
-stopped at any moment goes on from its last shard. ``plan.json`` says what is being computed; a folder made
-under another plan is refused. No torch.
+``plan.json`` says what is being computed and how it is cut into shards; a folder made under another plan is refused.
+Shard k holds the images that the plan gives it, is whole or absent, and has a checksum: so what a store holds does not
+depend on who stopped the work, when, and how often. A shard that is damaged is removed and computed again. No torch.
 """
 
 from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
+import logging
 import os
-import re
 import shutil
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refdet import store
-from refdet.atomic import atomic_path, full_disk, write_json
+from refdet.atomic import atomic_path, flush, full_disk, write_json
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
+from refdet.shard_arrays import ShardError, ShardWriter, read
+from refdet.shard_plan import Plan, Shard
 from refdet.store import Columns, Header, ImageRow
 
-_SHARD = re.compile(r"\d{6}\.npz")
+log = logging.getLogger(__name__)
+
 _LOCK = "lock"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is being computed: all that decides the contents of the store.
-
-    Attributes:
-        options: names and values as they are kept in the store; two extractions with equal options give the
-            same file.
-        features, dtype, masks, ann_ids: the columns, see `refdet.store.Columns`.
-    """
-
-    options: dict[str, Any]
-    features: tuple[str, ...]
-    dtype: str
-    masks: bool
-    ann_ids: bool
-
-    def differences(self, other: dict[str, Any]) -> str:
-        """What differs from another plan's options, for people; "" where nothing does."""
-        told = []
-        mine = json.loads(json.dumps(self.options))  # tuples become lists, as they did on disk
-        for name in [*mine, *(key for key in other if key not in mine)]:
-            old, new = other.get(name), mine.get(name)
-            if old == new:
-                continue
-            if name.endswith("_sha256"):
-                told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
-            else:
-                told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
-        return "; ".join(told)
+_PLAN = "plan.json"
 
 
 class Parts:
     """The shards of one extraction; made by `begin`.
 
     Attributes:
-        done: ids of the images that finished shards hold.
+        folder: where they are.
+        shards: the plan's, by their number.
     """
 
-    def __init__(self, out: Path, plan: Plan) -> None:
+    def __init__(self, out: Path, plan: Plan, shards: Sequence[Shard]) -> None:
         self.out = out
         self.folder = parts_folder(out)
         self.plan = plan
+        self.shards = shards
         self._mend = "what is finished is kept: free some space, then continue with --resume"
-        self.done: set[int] = set()
-        for shard in self._shards():
-            with _reading(shard) as arrays:
-                self.done.update(int(i) for i in arrays["id"])
+        self._of_plan = hashlib.sha256(json.dumps(plan.work(shards), sort_keys=True).encode()).hexdigest()
+        self._rows: dict[int, list[ImageRow]] = {}  # finished shard -> its images
+        self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape of one region's, once one is known
+        for number in range(len(shards)):
+            if self._path(number).exists():
+                self._look_into(number)
 
-    def _shards(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name))
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.shard"
 
-    def write(self, regions: Sequence[Regions]) -> None:
-        """Add one shard. WorkError where the disk is full; then nothing of it stays behind."""
-        shards = self._shards()
-        number = int(shards[-1].stem) + 1 if shards else 0
-        path = self.folder / f"{number:06d}.npz"
-        arrays = _to_arrays(regions, self.plan)
+    def _mark(self, number: int) -> dict[str, Any]:
+        return {"plan": self._of_plan, "shard": number}
+
+    def _look_into(self, number: int) -> None:
+        path, rows = self._path(number), []
+        try:
+            for regions in read(path, self._mark(number), self.plan):
+                rows.append(self._row(regions, path))
+        except ShardError as error:
+            log.warning("note: %s: %s; removed, its images are computed again", path, error)
+            path.unlink()
+        else:
+            self._rows[number] = rows
+
+    def _row(self, regions: Regions, path: Path) -> ImageRow:
+        """What the store must know of an image before it is written."""
+        for name, values in regions.features.items():
+            shape = values.shape[1:]
+            if self._shapes.setdefault(name, shape) != shape:
+                raise WorkError(f"{path}: {name} of image {regions.image_id} is {shape}, elsewhere "
+                                f"{self._shapes[name]}; remove {self.folder} and start again")  # fmt: skip
+        mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
+        size = regions.height, regions.width
+        return ImageRow(regions.image_id, regions.file_name, *size, regions.error, len(regions), mask_bytes)
+
+    @property
+    def done(self) -> int:
+        """How many images finished shards hold."""
+        return sum(map(len, self._rows.values()))
+
+    def missing(self, strict: bool = False) -> list[int]:
+        """Numbers of the shards that are to be computed.
+
+        Arguments:
+            strict: also those in which an image could not be used: it may have been mended.
+        """
+        return [
+            number
+            for number in range(len(self.shards))
+            if number not in self._rows or (strict and any(row.error for row in self._rows[number]))
+        ]
+
+    @contextmanager
+    def write(self, number: int) -> Iterator[Callable[[Regions], None]]:
+        """Write one shard: gives a function that takes its images' regions, one by one, in the order of the plan.
+
+        The shard is there when the block ends without an error. WorkError where the disk is full; then nothing of it
+        stays behind.
+        """
+        path, rows = self._path(number), []
         with full_disk(path, self._mend), atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        self.done.update(r.image_id for r in regions)
+            writer = ShardWriter(file, self._mark(number), self.plan)
+
+            def add(regions: Regions) -> None:
+                writer.add(regions)
+                rows.append(self._row(regions, path))
+
+            yield add
+            if [row.id for row in rows] != [record.id for batch in self.shards[number] for record in batch]:
+                raise ValueError(f"{path}: not the images that the plan has in this shard")
+            writer.finish()
+        self._rows[number] = rows
 
     def merge(self, records: Sequence[ImageRecord], header: Header) -> None:
         """Write the store with its images in the order of ``records``, then remove the folder.
 
-        Memory holds one shard at a time. WorkError where the disk is full; the shards stay.
+        Memory holds one image at a time. WorkError where the disk is full or a shard was damaged meanwhile; the other
+        shards stay.
         """
-        rows: dict[int, ImageRow] = {}
-        widths: dict[str, int] = dict.fromkeys(self.plan.features, 0)
-        for shard in self._shards():
-            with _reading(shard) as arrays:
-                rows.update((row.id, row) for row in _image_rows(arrays))
-                for name, known in widths.items():
-                    width = int(arrays[f"features/{name}"].shape[1])  # 0 where no image has regions
-                    if width and known not in (0, width):
-                        raise WorkError(f"{shard}: {name} is {width} wide, {known} elsewhere; remove this shard")
-                    widths[name] = known or width
-        columns = Columns(widths, self.plan.dtype, self.plan.masks, self.plan.ann_ids)
-        images = [rows[record.id] for record in records]
-        self._check_space(images, columns)
+        columns = Columns(
+            {name: self._shapes.get(name, (0,))[0] for name in self.plan.features},
+            self.plan.dtype, self.plan.masks, self.plan.ann_ids,
+        )  # fmt: skip
+        by_id = {row.id: row for rows in self._rows.values() for row in rows}
+        images = [by_id[record.id] for record in records]
+        self._check_space(images)
         with full_disk(self.out, self._mend), store.create(self.out, header, columns, images) as writer:
-            for shard in self._shards():
-                for regions in _from_shard(shard, self.plan):
-                    writer.put(regions)
-        shutil.rmtree(self.folder)
+            for number in range(len(self.shards)):
+                path = self._path(number)
+                try:
+                    for regions in read(path, self._mark(number), self.plan):
+                        writer.put(regions)
+                except ShardError as error:
+                    path.unlink()
+                    raise WorkError(f"{path}: {error}, since it was written; removed: continue with --resume, which "
+                                    "computes its images again, if the disk can be trusted") from None  # fmt: skip
+        _remove(self.folder)
 
-    def _check_space(self, images: Sequence[ImageRow], columns: Columns) -> None:
+    def _check_space(self, images: Sequence[ImageRow]) -> None:
         # HDF5 does not take a full disk well; what the store needs is known to the byte but for its tables.
-        item = np.dtype(columns.dtype).itemsize
-        per_region = 16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks + item * sum(columns.features.values())
+        item = np.dtype(self.plan.dtype).itemsize
+        per_region = 16 + 4 + 8 + 8 * self.plan.ann_ids + 8 * self.plan.masks
+        per_region += item * sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
         need = sum(row.regions * per_region + row.mask_bytes for row in images)
         free = shutil.disk_usage(self.folder).free
         if free < need:
@@ -135,7 +166,7 @@ def parts_folder(out: Path) -> Path:
 
 
 @contextmanager
-def begin(out: Path, plan: Plan, resume: bool) -> Iterator[Parts | None]:
+def begin(out: Path, plan: Plan, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
     """Start or continue an extraction; one process at a time.
 
     Gives None where ``out`` is there already and complete under this plan.
@@ -146,32 +177,62 @@ def begin(out: Path, plan: Plan, resume: bool) -> Iterator[Parts | None]:
         WorkError: the disk is full.
     """
     folder = parts_folder(out)
-    if out.exists():
-        if not resume:
-            raise InputError(f"{out} exists; choose another --out or remove it")
+    begun = _begun(folder)
+    if out.exists() and not resume:
+        raise InputError(f"{out} exists; choose another --out or remove it")
+    if out.exists() and begun is None:
         with store.open(out) as finished:
             differences = plan.differences(finished.options)
         if differences:
             raise InputError(f"{out} is complete but made otherwise: {differences}; choose another --out")
-        shutil.rmtree(folder, ignore_errors=True)  # merged, but stopped before it was removed
+        shutil.rmtree(folder, ignore_errors=True)  # stopped while it was removed
         yield None
         return
-    plan_file = folder / "plan.json"
-    if plan_file.exists():
+    if begun is not None:
         if not resume:
             raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
-        differences = plan.differences(_read_plan(plan_file))
+        differences = plan.other_work(shards, begun)
         if differences:
             raise InputError(f"{folder} was begun otherwise: {differences}; use the same options, or remove it")
     with full_disk(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
+            now = _begun(folder)
+            if (now is None) != (begun is None) or (now is None and out.exists()):
+                raise InputError(f"{folder}: another process was writing it just now; run it again")
             half_written = [*folder.glob(".*"), *out.parent.glob(f".{glob.escape(out.stem)}.????????{out.suffix}")]
             for path in half_written:  # when a process was killed; names as `atomic_path` makes them
                 path.unlink()
-            if not plan_file.exists():
-                write_json(plan_file, plan.options)
-            yield Parts(out, plan)
+            if begun is None:
+                write_json(folder / _PLAN, plan.work(shards))
+                flush(out.parent)
+            parts = Parts(out, plan, shards)
+            # Where the store is there beside all of its shards, the power may have failed before it was safely on the
+            # disk; it is merged again. Beside some of them it is not theirs.
+            if out.exists() and parts.missing():
+                raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
+            yield parts
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The plan under which a folder was begun; None where there is none, or nothing that was done under it."""
+    path = folder / _PLAN
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        if not any(folder.glob("[0-9]*.shard")):
+            return None
+        raise InputError(f"{path}: damaged ({error}); remove {folder} and start again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _remove(folder: Path) -> None:
+    # The plan first: without it the rest is nothing that could be continued.
+    (folder / _PLAN).unlink()
+    flush(folder)
+    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -187,95 +248,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); remove {path.parent} and start again") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _to_arrays(regions: Sequence[Regions], plan: Plan) -> dict[str, np.ndarray]:
-    """The regions of some images as flat arrays, as `_from_shard` reads them."""
-    full = [r for r in regions if len(r)]
-    masks = [mask for r in full for mask in (r.masks or ())] if plan.masks else []
-    arrays = {
-        "id": np.array([r.image_id for r in regions], np.int64),
-        "file_name": np.array([r.file_name for r in regions], np.str_),
-        "height": np.array([r.height for r in regions], np.int64),
-        "width": np.array([r.width for r in regions], np.int64),
-        "error": np.array([r.error for r in regions], np.str_),
-        "count": np.array([len(r) for r in regions], np.int64),
-        "box": _stack([r.boxes for r in full], (0, 4), "float32"),
-        "score": _stack([r.scores for r in full], (0,), "float32"),
-        "category_id": _stack([r.category_ids for r in full], (0,), "int64"),
-        "mask_counts": np.frombuffer(b"".join(masks), np.uint8),
-        "mask_length": np.array([len(mask) for mask in masks], np.int64),
-    }
-    if plan.masks and len(masks) != len(arrays["score"]):
-        raise ValueError("regions without masks in a plan with masks")
-    if plan.ann_ids:
-        arrays["ann_id"] = _stack([r.ann_ids for r in full if r.ann_ids is not None], (0,), "int64")
-    for name in plan.features:
-        # An image without regions may still know its width.
-        known = [r.features[name] for r in regions if name in r.features]
-        width = known[0].shape[1] if known else 0
-        arrays[f"features/{name}"] = _stack([r.features[name] for r in full], (0, width), plan.dtype)
-    return arrays
-
-
-def _stack(parts: Sequence[np.ndarray], empty: tuple[int, ...], dtype: str) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(empty, dtype)
-
-
-@contextmanager
-def _reading(shard: Path) -> Iterator[Any]:
-    try:
-        with np.load(shard, allow_pickle=False) as arrays:
-            yield arrays
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise WorkError(f"{shard}: damaged ({error}); remove this file and continue with --resume") from None
-
-
-def _image_rows(arrays: Any) -> Iterator[ImageRow]:
-    """What the store must know of each image before it is written."""
-    counts, lengths = arrays["count"], arrays["mask_length"]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    sums = np.concatenate([[0], np.cumsum(lengths)])
-    columns = (arrays[name].tolist() for name in ("id", "file_name", "height", "width", "error"))
-    for i, (image_id, name, height, width, error) in enumerate(zip(*columns, strict=True)):
-        mask_bytes = int(sums[starts[i + 1]] - sums[starts[i]]) if len(lengths) else 0
-        yield ImageRow(image_id, name, height, width, error, int(counts[i]), mask_bytes)
-
-
-def _from_shard(shard: Path, plan: Plan) -> Iterator[Regions]:
-    with _reading(shard) as arrays:
-        images = list(_image_rows(arrays))
-        loaded = {name: arrays[name] for name in ("box", "score", "category_id", "mask_length", "mask_counts")}
-        ann_ids = arrays["ann_id"] if plan.ann_ids else None
-        features = {name: arrays[f"features/{name}"] for name in plan.features}
-    first, byte = 0, 0
-    text = loaded["mask_counts"].tobytes()
-    for image in images:
-        rows = slice(first, first + image.regions)
-        masks = []
-        for length in loaded["mask_length"][rows].tolist():
-            masks.append(text[byte : byte + length])
-            byte += length
-        yield Regions(
-            image.id, image.file_name, image.height, image.width,
-            boxes=loaded["box"][rows],
-            scores=loaded["score"][rows],
-            category_ids=loaded["category_id"][rows],
-            ann_ids=None if ann_ids is None else ann_ids[rows],
-            masks=tuple(masks) if plan.masks else None,
-            features={name: values[rows] for name, values in features.items()},
-            error=image.error,
-        )  # fmt: skip
-        first += image.regions

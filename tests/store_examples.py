@@ -9,7 +9,7 @@ from refdet.data.coco import ImageRecord
 from refdet.regions import Regions
 
 HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {"source": "x.json"}, {"dtype": "float32"})
-PLAN = shards.Plan({"dtype": "float32", "score_threshold": 0.05}, ("fc7", "pool5"), "float32", True, True)
+PLAN = shards.Plan({"dtype": "float32", "score_threshold": 0.05}, ("fc7", "pool5"), "float32", True, True, 4)
 
 
 def make_regions(image_id: int, n: int, seed: int = 0) -> Regions:

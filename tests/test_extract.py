@@ -19,20 +19,21 @@ from refdet import shards, store
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.extract import ImageList, annotated_regions
-from refdet.regions import Regions
-from refdet.shard_work import Summary, extract
+from refdet.shard_plan import cut_into_shards
+from refdet.shard_work import Finish, Summary, extract
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]
+SHARDS = cut_into_shards(BATCHES, 2)
 
 
 def load(record: ImageRecord) -> np.ndarray:
     return np.full((record.height, record.width, 3), record.id, np.uint8)
 
 
-def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
+def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
     assert [int(image[0, 0, 0]) for image in images] == [r.id for r in batch]
-    return [make_regions(r.id, r.id % 4) for r in batch]
+    return lambda: [make_regions(r.id, r.id % 4) for r in batch]
 
 
 def run(out: Path, compute: object = compute, resume: bool = False, **changes: object) -> Summary:
@@ -50,7 +51,7 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
     run(tmp_path / "whole.h5")
     done: list[int] = []
 
-    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> list[Regions]:
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         if len(done) == stopped_after:
             raise KeyboardInterrupt
         done.append(len(batch))
@@ -60,7 +61,7 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
     with pytest.raises(WorkError, match=f"{sum(len(b) for b in BATCHES[:stopped_after])} of 10 .*--resume"):
         run(out, stops)
     assert not out.exists()
-    (tmp_path / "a.h5.parts" / ".000009.0123abcd.npz").write_text("a shard that was being written")
+    (tmp_path / "a.h5.parts" / ".000009.0123abcd.shard").write_text("a shard that was being written")
     (tmp_path / ".a.0123abcd.h5").write_text("a merge that was killed")
     with pytest.raises(InputError, match="add --resume"):
         run(out)
@@ -73,9 +74,11 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_keeps_its_shards(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import os, sys; from pathlib import Path; import test_extract as t\n"
+        "import os, sys, time; from pathlib import Path; import test_extract as t\n"
         "def killed(batch, images):\n"
-        "    if batch == t.BATCHES[2]: os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "    if batch == t.BATCHES[2]:\n"
+        "        while not Path(sys.argv[1] + '.parts/000001.shard').exists(): time.sleep(0.01)\n"  # in the background
+        "        os.kill(os.getpid(), int(sys.argv[2]))\n"
         "    return t.compute(batch, images)\n"
         "t.run(Path(sys.argv[1]), killed)\n"
     )
@@ -96,7 +99,7 @@ def test_a_finished_store_is_refused_and_with_resume_left_alone(tmp_path: Path) 
         run(tmp_path / "a.h5")
     before = digest(tmp_path / "a.h5")
 
-    def never(batch: object, images: object) -> list[Regions]:
+    def never(batch: object, images: object) -> Finish:
         raise AssertionError("nothing is left to compute")
 
     assert run(tmp_path / "a.h5", never, resume=True).computed == 0
@@ -108,7 +111,7 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
     if finished:
         run(tmp_path / "a.h5")
     else:
-        with shards.begin(tmp_path / "a.h5", PLAN, resume=False):
+        with shards.begin(tmp_path / "a.h5", PLAN, SHARDS, resume=False):
             pass
     for key, value, says in (
         ("score_threshold", 0.1, "--score-threshold was 0.05 and is now 0.1"),
@@ -120,7 +123,10 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
 
 
 def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
-    with shards.begin(tmp_path / "a.h5", PLAN, resume=False), pytest.raises(InputError, match="another process"):
+    with (
+        shards.begin(tmp_path / "a.h5", PLAN, SHARDS, resume=False),
+        pytest.raises(InputError, match="another process"),
+    ):
         run(tmp_path / "a.h5", resume=True)
 
 
@@ -139,7 +145,7 @@ def test_a_bad_image_costs_that_image_only(tmp_path: Path) -> None:
 
 def test_regions_of_another_image_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other images"):
-        run(tmp_path / "a.h5", lambda batch, images: compute(batch, images)[::-1])
+        run(tmp_path / "a.h5", lambda batch, images: lambda: compute(batch, images)()[::-1])
 
 
 def test_annotations_become_regions() -> None:

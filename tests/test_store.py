@@ -34,11 +34,19 @@ def assert_equal(a: Regions, b: Regions) -> None:
 
 def write(out: Path, images: list[Regions], cuts: list[list[int]]) -> None:
     """A store of images whose shards hold the images at these places."""
-    with shards.begin(out, PLAN, resume=True) as parts:
+    planned = [[[record(images[i]) for i in places]] for places in cuts]
+    with shards.begin(out, PLAN, planned, resume=True) as parts:
         assert parts is not None
-        for places in cuts:
-            parts.write([images[i] for i in places])
+        for number, places in enumerate(cuts):
+            put(parts, number, [images[i] for i in places])
         parts.merge([record(image) for image in images], HEADER)
+
+
+def put(parts: shards.Parts, number: int, images: list[Regions]) -> None:
+    """Write a shard."""
+    with parts.write(number) as add:
+        for image in images:
+            add(image)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -104,9 +112,9 @@ def test_same_regions_give_the_same_bytes_whatever_the_order_of_the_work(tmp_pat
 def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
     plan = replace(PLAN, dtype="float16")
     image = make_regions(1, 3)
-    with shards.begin(tmp_path / "a.h5", plan, resume=False) as parts:
+    with shards.begin(tmp_path / "a.h5", plan, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
-        parts.write([image])
+        put(parts, 0, [image])
         parts.merge([record(image)], HEADER)
     with store.open(tmp_path / "a.h5") as found:
         assert found[1].features["fc7"].dtype == np.float16
@@ -116,10 +124,12 @@ def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_an_image_that_was_never_computed_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+    images = [make_regions(1, 2), make_regions(2, 2)]
+    planned = [[[record(images[0])]]]
+    with pytest.raises(KeyError), shards.begin(tmp_path / "a.h5", PLAN, planned, resume=False) as parts:
         assert parts is not None
-        parts.write([make_regions(1, 2)])
-        parts.merge([record(make_regions(1, 2)), record(make_regions(2, 2))], HEADER)
+        put(parts, 0, images[:1])
+        parts.merge([record(image) for image in images], HEADER)
     assert not (tmp_path / "a.h5").exists()
 
 
@@ -162,21 +172,22 @@ def _cut(path: Path) -> None:
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [make_regions(1, 2), make_regions(2, 2)]
+    planned = [[[record(image)]] for image in images]
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    full_at = pytest.raises(WorkError, match=r"000001.npz: no space left.*--resume")
-    with full_at, shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+    full_at = pytest.raises(WorkError, match=r"000001.shard: no space left.*--resume")
+    with full_at, shards.begin(tmp_path / "a.h5", PLAN, planned, resume=False) as parts:
         assert parts is not None
-        parts.write(images[:1])
-        monkeypatch.setattr(np, "savez", full)
-        parts.write(images[1:])
+        put(parts, 0, images[:1])
+        monkeypatch.setattr(shards.ShardWriter, "finish", full)
+        put(parts, 1, images[1:])
     monkeypatch.undo()
-    assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.npz", "lock", "plan.json"]
-    with shards.begin(tmp_path / "a.h5", PLAN, resume=True) as parts:
+    assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.shard", "lock", "plan.json"]
+    with shards.begin(tmp_path / "a.h5", PLAN, planned, resume=True) as parts:
         assert parts is not None
-        assert parts.done == {1}
+        assert parts.missing() == [1] and parts.done == 1
 
 
 @pytest.mark.parametrize(
@@ -194,14 +205,14 @@ def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.Mo
         raise error
 
     full_at = pytest.raises(WorkError, match=r"a.h5: no space left.*--resume")
-    with full_at, shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+    with full_at, shards.begin(tmp_path / "a.h5", PLAN, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
-        parts.write([image])
+        put(parts, 0, [image])
         with monkeypatch.context() as patch:
             patch.setattr(store.StoreWriter, "put", full)
             parts.merge([record(image)], HEADER)
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5.parts"]
-    with shards.begin(tmp_path / "a.h5", PLAN, resume=True) as parts:
+    with shards.begin(tmp_path / "a.h5", PLAN, [[[record(image)]]], resume=True) as parts:
         assert parts is not None
         parts.merge([record(image)], HEADER)
     with store.open(tmp_path / "a.h5") as found:
@@ -215,11 +226,21 @@ def test_too_little_space_is_seen_before_the_merge(tmp_path: Path, monkeypatch: 
         write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
 
 
-def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    with shards.begin(tmp_path / "a.h5", PLAN, resume=False) as parts:
+def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [make_regions(1, 2), make_regions(2, 2)]
+    planned = [[[record(image)]] for image in images]
+    shard = tmp_path / "a.h5.parts" / "000000.shard"
+    damaged = pytest.raises(WorkError, match="000000.shard: damaged.*--resume")
+    with damaged, shards.begin(tmp_path / "a.h5", PLAN, planned, resume=False) as parts:
         assert parts is not None
-        parts.write([make_regions(1, 2)])
-    shard = tmp_path / "a.h5.parts" / "000000.npz"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(WorkError, match="000000.npz: damaged"), shards.begin(tmp_path / "a.h5", PLAN, resume=True):
-        pass
+        put(parts, 0, images[:1])
+        put(parts, 1, images[1:])
+        shard.write_bytes(shard.read_bytes()[:100])
+        parts.merge([record(image) for image in images], HEADER)
+    assert not shard.exists() and not (tmp_path / "a.h5").exists()
+    other = shard.with_name("000001.shard")
+    other.write_bytes(other.read_bytes()[:100])
+    with shards.begin(tmp_path / "a.h5", PLAN, planned, resume=True) as parts:
+        assert parts is not None
+        assert parts.missing() == [0, 1]
+    assert "000001.shard: damaged" in caplog.text and not other.exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import struct
+import stat
+import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from PIL import Image, UnidentifiedImageError
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 
-# what Pillow and zipfile raise for damaged, encrypted and hostile files
-_UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
-    zipfile.BadZipFile, Image.DecompressionBombError,
-)  # fmt: skip
+# What photographs come in. Pillow knows many more, some of which run other programs on the file.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_MAX_BYTES = 1 << 30
+
+# Pillow warns of odd metadata, and of many pixels; here the instances file says how many there must be.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(InputError):
@@ -85,8 +86,9 @@ class ImageSource:
     def read(self, record: ImageRecord) -> np.ndarray:
         """The image as (H, W, 3) uint8 RGB, of the height and width that the record gives.
 
-        Greyscale and palette images become RGB. EXIF orientation is not applied: COCO's boxes are drawn on the
-        pixels as they are stored.
+        Greyscale, palette and CMYK images become RGB, of 16 bits the upper 8 are kept, transparency is left out, and of
+        an animation the first picture is read. EXIF orientation is not applied: COCO's boxes are drawn on the pixels
+        as they are stored.
 
         Raises:
             ImageError: not found, not decodable, or of another size.
@@ -95,30 +97,40 @@ class ImageSource:
         if name is None:
             raise ImageError(f"{self.path}: no file for image {record.id} (tried {', '.join(candidate_names(record))})")
         try:
-            data = self.data(name)
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = np.array(image.convert("RGB"))  # a copy: torch wants it writable
-        except _UNREADABLE as error:
+            with Image.open(io.BytesIO(self.data(name)), formats=_FORMATS) as image:
+                width, height = image.size  # before anything is decoded: a small file may claim many pixels
+                if (height, width) == (record.height, record.width):
+                    return _rgb(image)
+        except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
             # Pillow's own text for this one is the address of a buffer
             why = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
             raise ImageError(
-                f"{self.path / name}: not a readable image ({why}); replace it, or take it out of the instances file"
+                f"{self.path / name}: not a readable image ({why or type(error).__name__}); "
+                "replace it, or take it out of the instances file"
             ) from error
-        if pixels.shape[:2] != (record.height, record.width):
-            raise ImageError(
-                f"{self.path / name}: is {pixels.shape[1]}x{pixels.shape[0]}, but the instances file says "
-                f"{record.width}x{record.height}"
-            )
-        return pixels
+        raise ImageError(
+            f"{self.path / name}: is {width}x{height}, but the instances file says {record.width}x{record.height}"
+        )
 
     def data(self, name: str) -> bytes:
-        """The bytes of a file under a name that `find` gave; threads may call it together."""
+        """The bytes of a file under a name that `find` gave; threads may call it together.
+
+        Raises:
+            OSError, and what zipfile raises: it cannot be read, or is far too large for an image.
+        """
         if self.path.is_dir():
-            return (self.path / name).read_bytes()
+            path = self.path / name
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe would keep us waiting for ever
+                raise OSError("not a file")
+            _refuse_huge(found.st_size)
+            return path.read_bytes()
         # an open zip must not be shared with a forked worker: both would move one file position
         if self._zip is None or self._zip[0] != os.getpid():
             self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._zip[1].read(name)
+        archive = self._zip[1]
+        _refuse_huge(archive.getinfo(name).file_size)
+        return archive.read(name)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
@@ -129,6 +141,22 @@ def candidate_names(record: ImageRecord) -> list[str]:
     by_id = (f"{record.id:012d}.jpg", f"COCO_train2014_{record.id:012d}.jpg", f"COCO_val2014_{record.id:012d}.jpg")
     given = [record.file_name, os.path.basename(record.file_name)] if record.file_name else []
     return list(dict.fromkeys([*given, *by_id]))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of an opened image as a new, writable (H, W, 3) uint8 array."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would cut off what is brighter than 255 of 65535. Of 16-bit colour it keeps the upper byte itself.
+        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.stack([grey] * 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers without a known range, Pillow's mode {image.mode}")
+    return np.array(image.convert("RGB"))
+
+
+def _refuse_huge(size: int) -> None:
+    if size > _MAX_BYTES:
+        raise OSError(f"of {size / 2**30:.1f} GiB, too large for an image")
 
 
 def _by_name(paths: object) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""The plan of an extraction, fixed before the first image is read: what is computed, in which shards. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refdet.data.coco import ImageRecord
+
+Shard = list[list[ImageRecord]]  # its batches, in the order of the work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is being computed: all that decides the contents of the store, and the batch size.
+
+    Attributes:
+        options: names and values as they are kept in the store; two extractions with equal options give the
+            same file.
+        features, dtype, masks, ann_ids: the columns, see `refdet.store.Columns`.
+        batch_size: images of a batch at most. It is no option of the store: on another machine another one is right,
+            and what a batch computes differs by rounding alone. But shards of two batch sizes do not fit together.
+    """
+
+    options: dict[str, Any]
+    features: tuple[str, ...]
+    dtype: str
+    masks: bool
+    ann_ids: bool
+    batch_size: int
+
+    def differences(self, other: dict[str, Any]) -> str:
+        """What differs from another plan's options, for people; "" where nothing does."""
+        told = []
+        mine = json.loads(json.dumps(self.options))  # tuples become lists, as they did on disk
+        for name in [*mine, *(key for key in other if key not in mine)]:
+            old, new = other.get(name), mine.get(name)
+            if old == new:
+                continue
+            if name.endswith("_sha256"):
+                told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
+            else:
+                told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
+        return "; ".join(told)
+
+    def work(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """The plan with its cut into shards, as ``plan.json`` keeps it."""
+        cut = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
+        return {
+            "options": self.options,
+            "batch_size": self.batch_size,
+            "shards": len(shards),
+            "shards_sha256": hashlib.sha256(cut.encode()).hexdigest(),
+        }
+
+    def other_work(self, shards: Sequence[Shard], other: dict[str, Any]) -> str:
+        """What differs from the plan that another ``plan.json`` holds, for people; "" where nothing does."""
+        if not isinstance(other.get("options"), dict):
+            return "by another version of refdet"
+        told = self.differences(other["options"])
+        if told:
+            return told
+        if other.get("batch_size") != self.batch_size:
+            return f"--batch-size was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
+        mine = self.work(shards)
+        return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "in other shards"
+
+
+def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:
+    """Batches in shards: one is closed when it has so many images."""
+    shards: list[Shard] = []
+    size = images
+    for batch in batches:
+        if size >= images:
+            shards.append([])
+            size = 0
+        shards[-1].append(batch)
+        size += len(batch)
+    return shards
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
