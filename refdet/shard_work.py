@@ -252,7 +252,8 @@ def _load_ahead(
         try:
             return load(record)
         except InputError as error:
-            return str(error)
+            # a name on disk need not be Unicode, but what the store holds must be
+            return str(error).replace("\0", "?").encode(errors="replace").decode()
 
     pool = ThreadPoolExecutor(max(1, workers))
     waiting: deque[list[Future[np.ndarray | str]]] = deque()

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ class Parts:
         )  # fmt: skip
         by_id = {row.id: row for rows in self._rows.values() for row in rows}
         images = [by_id[record.id] for record in records]
-        self._check_space(images)
-        with full_disk(self.out, self._mend), store.create(self.out, header, columns, images) as writer:
+        space = self._space(images, header)
+        with full_disk(self.out, self._mend), store.create(self.out, header, columns, images, space) as writer:
             for number in range(len(self.shards)):
                 path = self._path(number)
                 try:
@@ -148,16 +149,19 @@ class Parts:
                                     "computes its images again, if the disk can be trusted") from None  # fmt: skip
         _remove(self.folder)
 
-    def _check_space(self, images: Sequence[ImageRow]) -> None:
-        # HDF5 does not take a full disk well; what the store needs is known to the byte but for its tables.
+    def _space(self, images: Sequence[ImageRow], header: Header) -> int:
+        """Bytes that the store needs at most. WorkError where the disk has not as many."""
         item = np.dtype(self.plan.dtype).itemsize
         per_region = 16 + 4 + 8 + 8 * self.plan.ann_ids + 8 * self.plan.masks
         per_region += item * sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
         need = sum(row.regions * per_region + row.mask_bytes for row in images)
+        need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's heap of strings
+        need += 2 * len(json.dumps(asdict(header))) + (64 << 10)
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            told = f"the store needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free"
+            told = f"the store needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} are free"
             raise WorkError(f"{self.out}: no space left on the disk: {told}; {self._mend}")
+        return need
 
 
 def parts_folder(out: Path) -> Path:

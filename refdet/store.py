@@ -15,6 +15,7 @@ import numpy as np
 
 from refdet.atomic import atomic_path
 from refdet.errors import InputError
+from refdet.hdf5_space import new_file
 from refdet.regions import Regions
 
 SCHEMA = "refdet-features/1"
@@ -152,13 +153,16 @@ class StoreWriter:
 
 
 @contextmanager
-def create(path: Path, header: Header, columns: Columns, images: Sequence[ImageRow]) -> Iterator[StoreWriter]:
+def create(
+    path: Path, header: Header, columns: Columns, images: Sequence[ImageRow], space: int = 0
+) -> Iterator[StoreWriter]:
     """Write a store at ``path``: there is nothing under that name until all of it is there.
 
     Arguments:
         images: all images in the order they get in the file.
+        space: bytes that are set aside on the disk before the first is written.
     """
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, new_file(temporary, space) as file:
         writer = StoreWriter(file, header, columns, images)
         yield writer
         writer.finish()

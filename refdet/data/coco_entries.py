@@ -42,6 +42,8 @@ def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int
     file_name = entry.get("file_name") or ""
     if not isinstance(file_name, str):
         raise InputError(f"{path}: {what}: 'file_name' is a {kind(file_name)}, it must be a string")
+    if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):
+        raise InputError(f"{path}: {what}: 'file_name' is {file_name!a}, which is no text")
     height, width = (checked_id(path, entry, key, what) for key in ("height", "width"))
     if height < 1 or width < 1:
         raise InputError(f"{path}: {what}: its size is {width}x{height}, it must be at least 1x1")

@@ -1,0 +1,36 @@
+"""HDF5 files that cannot run out of disk halfway: the library answers that with a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+
+@contextmanager
+def new_file(path: Path, space: int) -> Iterator[h5py.File]:
+    """A new HDF5 file to write to, for which the disk has set aside so many bytes; what is left of them is given back.
+
+    Raises:
+        OSError: the disk has no room for them.
+    """
+    with h5py.File(path, "w") as file:
+        _reserve(file, space)
+        yield file
+        file.flush()
+        size = file.id.get_filesize()
+    os.truncate(path, size)
+
+
+def _reserve(file: h5py.File, space: int) -> None:
+    if not space or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.id.get_vfd_handle(), 0, space)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not every file system can
+            raise
