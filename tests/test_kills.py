@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import random
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
-from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, line, run
+from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, contents, environment, line, run
 
 TESTS = Path(__file__).parent
 
@@ -28,16 +28,9 @@ class Answer(NamedTuple):
 Extraction = Callable[..., Answer]
 
 
-def environment() -> dict[str, str]:
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
 @pytest.fixture(scope="module")
 def extraction() -> Iterator[Extraction]:
     """Runs a `Case` in a process of its own that may die of it."""
-    import json
-
     command = [sys.executable, str(TESTS / "interrupted_extraction.py")]
     server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin and server.stdout
@@ -68,21 +61,6 @@ def steps(extraction: Extraction, tmp_path_factory: pytest.TempPathFactory) -> l
     answer = extraction(tmp_path_factory.mktemp("steps") / "a.h5")
     assert answer.code == 0
     return answer.steps
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Everything in an HDF5 file by its name."""
-    found: dict[str, Any] = {}
-
-    def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
-        found.update({f"{name}@{key}": value for key, value in node.attrs.items()})
-        if isinstance(node, h5py.Dataset):
-            found[name] = (node.dtype, node.shape, node[()].tolist())
-
-    with h5py.File(path) as file:
-        found.update({f"@{key}": value for key, value in file.attrs.items()})
-        file.visititems(visit)
-    return found
 
 
 def resumed_is(whole: Path, out: Path, what: str) -> int:
