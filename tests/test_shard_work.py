@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,26 @@ def test_file_names_that_are_no_text_are_refused_before_the_work(tmp_path: Path)
         path.write_text(f'{{"images": [{entry}], "annotations": [], "categories": []}}')
         with pytest.raises(InputError, match="i.json: image 7: 'file_name' is .* no text"):
             CocoIndex.load(path)
+
+
+def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> None:
+    def wide(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        features = {"pool5": np.zeros((2, 5000), np.float32), "fc7": np.zeros((2, 10), np.float32)}
+        return lambda: [
+            replace(make_regions(r.id, 2), features={k: v.copy() for k, v in features.items()}) for r in batch
+        ]
+
+    def peak(count: int) -> int:
+        records = [ImageRecord(i, f"{i}.jpg", 8, 8) for i in range(count)]
+        batches = [records[i : i + 4] for i in range(0, count, 4)]
+        tracemalloc.start()
+        try:
+            picture = np.zeros((8, 8, 3), np.uint8)
+            changes = {"records": records, "batches": batches, "load": lambda record: picture, "compute": wide}
+            run(tmp_path / f"{len(list(tmp_path.iterdir()))}.h5", **changes, shard_images=32)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(40)  # what is imported and kept at the first use
+    assert (peak(440) - peak(40)) / 400 < 2000  # bytes an image, whose features are 40 kB
