@@ -298,7 +298,7 @@ def disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     def flush(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as writing to a file has it
 
-    monkeypatch.setattr(atomic, "_flush", flush)
+    monkeypatch.setattr(atomic, "flush", flush)
 
 
 @pytest.mark.usefixtures("disk_is_full")
