@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
+from refdet.errors import WorkError
+
 from .common import echo_json, echo_table, json_option
+
+if TYPE_CHECKING:
+    from refdet.store_verify import Verification
+
+SHOWN = 20
 
 
 @click.command("inspect")
 @click.argument("file")
+@click.option(
+    "--verify", is_flag=True, help="Read all of a store and compare it with its checksums; exit 1 if damaged."
+)
 @json_option
-def command(file: str, as_json: bool) -> None:
+def command(file: str, verify: bool, as_json: bool) -> None:
     """Tell what a split, checkpoint (run directory) or store holds, and its provenance."""
-    from refdet.inspect import describe
+    from refdet.inspect import check, describe
 
+    if verify:
+        _tell(check(file), as_json)
+        return
     found = describe(file)
     if as_json:
         echo_json(found)
@@ -31,6 +45,23 @@ def command(file: str, as_json: bool) -> None:
         if rows:
             click.echo()
             echo_table(rows, ("excluded", "images", "found"))
+
+
+def _tell(found: Verification, as_json: bool) -> None:
+    if as_json:
+        echo_json(found.to_json())
+    else:
+        for problem in found.problems[:SHOWN]:
+            click.echo(str(problem))
+        if len(found.problems) > SHOWN:
+            click.echo(f"... and {len(found.problems) - SHOWN} more; --json has all of them")
+        for what in found.unchecked:
+            click.echo(f"not checked: {what}")
+    if found.problems:
+        images = f" in {len(found.damaged_images)} images" if found.damaged_images else ""
+        raise WorkError(f"{found.path}: damaged: {len(found.problems)} problems{images}; extract it again")
+    if not as_json:
+        click.echo(f"OK: {found.images} images, {found.regions} regions")
 
 
 def _text(value: object) -> str:

@@ -18,7 +18,8 @@ def new_file(path: Path, space: int) -> Iterator[h5py.File]:
     Raises:
         OSError: the disk has no room for them.
     """
-    with h5py.File(path, "w") as file:
+    # The layout of HDF5 1.10 has checksums in its own tables too, which the older one has not.
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
         _reserve(file, space)
         yield file
         file.flush()

@@ -14,6 +14,9 @@ from refdet.data.coco import CocoIndex
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
 from refdet.provenance import Provenance
+from refdet.store import DAMAGE
+from refdet.store_schema import CHECKSUMS, MAPS
+from refdet.store_verify import Verification, verify
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -112,16 +115,37 @@ def _store(path: Path) -> dict[str, Any]:
                 "regions": len(file["regions/box"]),
                 "masks": int(np.count_nonzero(np.diff(file["regions/mask_start"][:]))),
                 "ann_ids": "ann_id" in file["regions"],
-                "features": {
-                    name: {"width": data.shape[1], "dtype": str(data.dtype)}
-                    for name, data in file.get("features", {}).items()
-                },
+                "features": {name: _feature(data) for name, data in file.get("features", {}).items()},
+                "maps": {name: str(file[f"maps/{name}"].dtype) for name in MAPS if f"maps/{name}" in file},
+                "checksums": CHECKSUMS in file,
                 "categories": len(classes) if isinstance(classes, list) else None,
                 "options": _attribute(path, file, "options"),
+                "run": _attribute(path, file, "run"),
                 "provenance": _provenance(path, _attribute(path, file, "provenance")),
             }
-    except (OSError, KeyError, RuntimeError) as error:
+    except DAMAGE as error:
         raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _feature(data: h5py.Dataset) -> dict[str, Any]:
+    """What a feature is: the width of a vector or the shape of a map, its type, and its compression if it has one."""
+    wide = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
+    return {**wide, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
+
+
+def check(path: str | Path) -> Verification:
+    """Verify a whole store; see `refdet.store_verify.verify`.
+
+    Raises:
+        InputError: there is no such file, or it is no HDF5.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
+            raise InputError(f"{path}: no store of features; --verify is for the files of refdet extract-features")
+    return verify(path)
 
 
 def _attribute(path: Path, file: h5py.File, name: str) -> Any:

@@ -21,8 +21,11 @@ class Regions:
         category_ids: (n,) int64, COCO category ids.
         ann_ids: (n,) int64 annotation ids, or None for detections.
         masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None where there are none.
-        features: name -> (n, width) array, in the order of the boxes.
+        features: name -> (n, ...) array, in the order of the boxes: (n, width), or (n, C, 7, 7) of spatial ones.
         error: "" or why this image has no regions.
+        maps: name -> (C, H, W) array of the whole image: "head" is the map that boxes are pooled from.
+        im_info: (3,) float32: height and width of the network's input in pixels, and the scale that made it of the
+            original image; None where there are no maps.
     """
 
     image_id: int
@@ -36,6 +39,8 @@ class Regions:
     masks: tuple[bytes, ...] | None = None
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     error: str = ""
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    im_info: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
@@ -49,6 +54,14 @@ class Regions:
         wrong = {name: len(column) for name, column in columns.items() if len(column) != n}
         if wrong:
             raise ValueError(f"image {self.image_id}: {n} boxes, but {wrong}")
+        flat = {name: values.shape for name, values in self.maps.items() if values.ndim != 3}
+        if flat:
+            raise ValueError(f"image {self.image_id}: maps must be (C, H, W), got {flat}")
+        if self.im_info is None and self.maps:
+            raise ValueError(f"image {self.image_id}: maps without im_info")
+        if self.im_info is not None and (self.im_info.shape != (3,) or self.im_info.dtype != np.float32):
+            raise ValueError(f"image {self.image_id}: im_info must be (3,) float32, got {self.im_info.shape} "
+                             f"{self.im_info.dtype}")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.boxes)

@@ -28,7 +28,7 @@ from refdet.shard_plan import Plan
 _MAGIC = b"refdet-shard/1\n"
 _NUMBER = struct.Struct("<I")
 _BLOCK = 1 << 20
-_FEATURE = "features/"
+_FEATURE, _MAP = "features/", "maps/"
 
 
 class ShardError(Exception):
@@ -140,6 +140,12 @@ def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:
             raise ValueError(f"image {regions.image_id}: regions without {name}")
         if name in regions.features:  # an image without regions may still know the shape of its features
             arrays[_FEATURE + name] = np.ascontiguousarray(regions.features[name], plan.dtype)
+    for name in plan.maps:
+        if name not in regions.maps and not regions.error:
+            raise ValueError(f"image {regions.image_id}: no {name} map")
+        if name in regions.maps:
+            arrays[_MAP + name] = np.ascontiguousarray(regions.maps[name], plan.dtype)
+            arrays["im_info"] = np.ascontiguousarray(regions.im_info, "<f4")
     return arrays
 
 
@@ -151,6 +157,12 @@ def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: M
         category_ids=arrays["category_id"],
         ann_ids=arrays.get("ann_id"),
         masks=masks,
-        features={name.removeprefix(_FEATURE): v for name, v in arrays.items() if name.startswith(_FEATURE)},
+        features=_named(_FEATURE, arrays),
         error=head["error"],
+        maps=_named(_MAP, arrays),
+        im_info=arrays.get("im_info"),
     )  # fmt: skip
+
+
+def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}

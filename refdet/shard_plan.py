@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         options: names and values as they are kept in the store; two extractions with equal options give the
             same file.
-        features, dtype, masks, ann_ids: the columns, see `refdet.store.Columns`.
+        features, dtype, masks, ann_ids, maps, compression: the columns, see `refdet.store.Columns`.
         batch_size: images of a batch at most. It is no option of the store: on another machine another one is right,
             and what a batch computes differs by rounding alone. But shards of two batch sizes do not fit together.
     """
@@ -31,6 +31,8 @@ class Plan:
     masks: bool
     ann_ids: bool
     batch_size: int
+    maps: tuple[str, ...] = ()
+    compression: str = "none"
 
     def differences(self, other: dict[str, Any]) -> str:
         """What differs from another plan's options, for people; "" where nothing does."""

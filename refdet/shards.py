@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,9 @@ class Parts:
                                 f"{self._shapes[name]}; remove {self.folder} and start again")  # fmt: skip
         mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
         size = regions.height, regions.width
-        return ImageRow(regions.image_id, regions.file_name, *size, regions.error, len(regions), mask_bytes)
+        row = (regions.image_id, regions.file_name, *size, regions.error, len(regions), mask_bytes)
+        head = regions.maps.get("head")
+        return ImageRow(*row) if head is None else ImageRow(*row, head.shape)
 
     @property
     def done(self) -> int:
@@ -130,13 +133,12 @@ class Parts:
         Memory holds one image at a time. WorkError where the disk is full or a shard was damaged meanwhile; the other
         shards stay.
         """
-        columns = Columns(
-            {name: self._shapes.get(name, (0,))[0] for name in self.plan.features},
-            self.plan.dtype, self.plan.masks, self.plan.ann_ids,
-        )  # fmt: skip
+        plan = self.plan
+        shapes = {name: self._shapes.get(name, (0,)) for name in plan.features}
+        columns = Columns(shapes, plan.dtype, plan.masks, plan.ann_ids, plan.maps, plan.compression)
         by_id = {row.id: row for rows in self._rows.values() for row in rows}
         images = [by_id[record.id] for record in records]
-        space = self._space(images, header)
+        space = self._space(images, columns, header)
         with full_disk(self.out, self._mend), store.create(self.out, header, columns, images, space) as writer:
             for number in range(len(self.shards)):
                 path = self._path(number)
@@ -149,12 +151,14 @@ class Parts:
                                     "computes its images again, if the disk can be trusted") from None  # fmt: skip
         _remove(self.folder)
 
-    def _space(self, images: Sequence[ImageRow], header: Header) -> int:
+    def _space(self, images: Sequence[ImageRow], columns: Columns, header: Header) -> int:
         """Bytes that the store needs at most. WorkError where the disk has not as many."""
-        item = np.dtype(self.plan.dtype).itemsize
-        per_region = 16 + 4 + 8 + 8 * self.plan.ann_ids + 8 * self.plan.masks
-        per_region += item * sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
+        item = np.dtype(columns.dtype).itemsize
+        per_region = 16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks
+        per_region += item * sum(map(math.prod, columns.features.values()))
         need = sum(row.regions * per_region + row.mask_bytes for row in images)
+        need += sum(item * math.prod(row.map_shape) + 32 for row in images) if columns.maps else 0
+        need += 4 * len(images) * len(columns.names())  # the checksums
         need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's heap of strings
         need += 2 * len(json.dumps(asdict(header))) + (64 << 10)
         free = shutil.disk_usage(self.folder).free

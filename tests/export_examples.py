@@ -65,7 +65,7 @@ def write_store(path: Path, images: list[Regions], dtype: str = "float32", **cha
     """A store of these images; ``changes`` are fields of `refdet.store.Columns`."""
     whole = images[0]
     columns = {
-        "features": {name: values.shape[1] for name, values in whole.features.items()}, "dtype": dtype,
+        "features": {name: values.shape[1:] for name, values in whole.features.items()}, "dtype": dtype,
         "masks": whole.masks is not None, "ann_ids": whole.ann_ids is not None,
     } | changes  # fmt: skip
     rows = [

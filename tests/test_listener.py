@@ -66,7 +66,7 @@ def write_featured(path: Path, images: list[Regions]) -> None:
     with store.open(path.with_suffix(".bare")) as bare:
         header = store.Header(bare.classes, bare.recipe, bare.provenance, bare.options)
     rows = [store.ImageRow(r.image_id, r.file_name, r.height, r.width, "", len(r), 0) for r in images]
-    with store.create(path, header, store.Columns(features={"pool5": 8, "fc7": 8}), rows) as writer:
+    with store.create(path, header, store.Columns(features={"pool5": (8,), "fc7": (8,)}), rows) as writer:
         for image in images:
             writer.put(image)
 

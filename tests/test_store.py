@@ -98,6 +98,7 @@ def test_layout_is_the_published_schema(tmp_path: Path) -> None:
         "regions/category_id": ("int64", (5,)), "regions/ann_id": ("int64", (5,)),
         "regions/mask_start": ("int64", (6,)),
         "features/pool5": ("float32", (5, 4)), "features/fc7": ("float32", (5, 6)),
+        "checksums/crc32": ("uint32", (2, 9)),
     }  # fmt: skip
 
 

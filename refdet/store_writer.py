@@ -1,0 +1,207 @@
+"""Writing a store; see `refdet.store` for reading it. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from refdet.atomic import atomic_path
+from refdet.hdf5_space import new_file
+from refdet.regions import Regions
+from refdet.store_schema import (
+    CHECKSUMS,
+    SCHEMA,
+    Columns,
+    Header,
+    ImageRow,
+    attributes_checksum,
+    image_checksum,
+    starts_of,
+)
+
+_CHUNK_BYTES = 2**18  # a quarter of the chunks that h5py keeps in memory
+_GZIP_LEVEL = 1  # higher ones take three times as long for floats and save less than 1%
+
+
+class StoreWriter:
+    """Puts regions into a new store, images in any order; made by `create`.
+
+    All datasets have their final size from the start, so an image's rows go straight to their place and memory
+    holds one image at a time; without compression they are contiguous.
+    """
+
+    def __init__(self, file: h5py.File, header: Header, columns: Columns, images: Sequence[ImageRow]) -> None:
+        self._file = file
+        self._columns = columns
+        self._images = images
+        self._at = {image.id: i for i, image in enumerate(images)}
+        if len(self._at) != len(images):
+            raise ValueError("an image is in the list twice")
+        self._region_start = starts_of([image.regions for image in images])
+        self._mask_start = starts_of([image.mask_bytes for image in images])
+        self._head_start = starts_of([math.prod(image.map_shape) for image in images])
+        self._missing = set(self._at)
+        self._finished = False
+        self._run = header.run
+        self._names = columns.names()
+        self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
+        file.attrs["schema"] = SCHEMA
+        file.attrs["classes"] = json.dumps(header.classes)
+        file.attrs["recipe"] = header.recipe
+        file.attrs["provenance"] = json.dumps(header.provenance)
+        file.attrs["options"] = json.dumps(header.options)
+        file.attrs["complete"] = False
+        self._describe_images(images)
+        self._data = self._new_datasets()
+
+    def _describe_images(self, images: Sequence[ImageRow]) -> None:
+        text = h5py.string_dtype("utf-8")
+        for name, dtype in (("id", np.int64), ("height", np.int32), ("width", np.int32)):
+            values = np.array([getattr(image, name) for image in images], dtype)
+            self._file.create_dataset(f"images/{name}", data=values, track_times=False)
+        for name in ("file_name", "error"):
+            # Without its own, h5py makes of an empty list an array of floats.
+            strings = np.array([getattr(image, name) for image in images], dtype=object)
+            self._file.create_dataset(f"images/{name}", data=strings, dtype=text, track_times=False)
+        self._file.create_dataset("images/region_start", data=self._region_start, track_times=False)
+
+    def _new_datasets(self) -> dict[str, h5py.Dataset]:
+        columns, n, count = self._columns, int(self._region_start[-1]), len(self._images)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "regions/box": ((n, 4), np.float32),
+            "regions/score": ((n,), np.float32),
+            "regions/category_id": ((n,), np.int64),
+        }
+        if columns.ann_ids:
+            shapes["regions/ann_id"] = ((n,), np.int64)
+        if columns.masks:
+            shapes["regions/mask_counts"] = ((int(self._mask_start[-1]),), np.uint8)
+            shapes["regions/mask_start"] = ((n + 1,), np.int64)
+        for name, shape in columns.features.items():
+            shapes[f"features/{name}"] = ((n, *shape), np.dtype(columns.dtype))
+        self._file.create_group("features")
+        for name in columns.maps:
+            shapes[f"maps/{name}"] = ((int(self._head_start[-1]),), np.dtype(columns.dtype))
+            shapes[f"maps/{name}_shape"] = ((count, 3), np.int32)
+            shapes["maps/im_info"] = ((count, 3), np.float32)
+            self._file.create_dataset(f"maps/{name}_start", data=self._head_start, track_times=False)
+        data = {name: self._new(name, shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+        if columns.masks:
+            data["regions/mask_start"][0] = 0
+        return data
+
+    def _new(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+        options: dict[str, Any] = {}
+        large = name in [f"maps/{map_}" for map_ in self._columns.maps] or name.startswith("features/")
+        if self._columns.compression != "none" and large and 0 not in shape:
+            row = int(np.prod(shape[1:])) * dtype.itemsize
+            # About the rows of one image, or what is quickly unpacked where they are large.
+            rows = min(shape[0], max(1, _CHUNK_BYTES // row))
+            options = {"chunks": (rows, *shape[1:]), "compression": self._columns.compression, "shuffle": True}
+            if self._columns.compression == "gzip":
+                options["compression_opts"] = _GZIP_LEVEL
+        return self._file.create_dataset(name, shape, dtype, track_times=False, **options)
+
+    def put(self, regions: Regions) -> None:
+        """Write one image's regions. ValueError where they are not what was announced in ``images``."""
+        i = self._at[regions.image_id]
+        self._missing.remove(regions.image_id)
+        first, last = int(self._region_start[i]), int(self._region_start[i + 1])
+        if len(regions) != last - first:
+            raise ValueError(f"image {regions.image_id}: {len(regions)} regions, {last - first} were announced")
+        image = self._images[i]
+        checksum = image_checksum(image.id, image.height, image.width, first, last, image.file_name, image.error)
+        self._checksums[i, 0] = checksum
+        if first < last:
+            self._put_columns(i, regions, slice(first, last))
+        if self._columns.maps:
+            self._put_maps(i, regions)
+
+    def _put_columns(self, i: int, regions: Regions, rows: slice) -> None:
+        self._write(i, "regions/box", rows, regions.boxes)
+        self._write(i, "regions/score", rows, regions.scores)
+        self._write(i, "regions/category_id", rows, regions.category_ids)
+        if self._columns.ann_ids:
+            if regions.ann_ids is None:
+                raise ValueError(f"image {regions.image_id}: its regions have no annotation ids")
+            self._write(i, "regions/ann_id", rows, regions.ann_ids)
+        if self._columns.masks:
+            if regions.masks is None:
+                raise ValueError(f"image {regions.image_id}: its regions have no masks")
+            start, stop = int(self._mask_start[i]), int(self._mask_start[i + 1])
+            text = np.frombuffer(b"".join(regions.masks), np.uint8)
+            self._write(i, "regions/mask_counts", slice(start, stop), text)
+            ends = start + np.cumsum([len(mask) for mask in regions.masks])
+            self._write(i, "regions/mask_start", slice(rows.start + 1, rows.stop + 1), ends)
+        for name in self._columns.features:
+            self._write(i, f"features/{name}", rows, regions.features[name])
+
+    def _put_maps(self, i: int, regions: Regions) -> None:
+        shape, row = self._images[i].map_shape, slice(i, i + 1)
+        for name in self._columns.maps:
+            values = regions.maps.get(name)
+            found = (0, 0, 0) if values is None else values.shape
+            if found != tuple(shape):
+                raise ValueError(f"image {regions.image_id}: its {name} map is {found}, {shape} was announced")
+            self._write(i, f"maps/{name}_shape", row, np.array([shape], np.int32))
+            if values is not None:
+                cells = slice(int(self._head_start[i]), int(self._head_start[i + 1]))
+                self._write(i, f"maps/{name}", cells, values.reshape(-1))
+        info = np.zeros(3, np.float32) if regions.im_info is None else regions.im_info
+        self._write(i, "maps/im_info", row, info[None])
+
+    def _write(self, i: int, name: str, rows: slice, values: np.ndarray) -> None:
+        """Write rows of a dataset and keep their checksum as image ``i``'s."""
+        data = self._data[name]
+        values = np.ascontiguousarray(values, data.dtype)
+        if values.shape != (rows.stop - rows.start, *data.shape[1:]):
+            wanted = (rows.stop - rows.start, *data.shape[1:])
+            raise ValueError(f"image {self._images[i].id}: its {name} is {values.shape}, not {wanted}")
+        if values.size:
+            data[rows] = values
+        self._checksums[i, self._names.index(name)] = zlib.crc32(values.data) if values.size else 0
+
+    def finish(self, run: Mapping[str, Any] | None = None) -> None:
+        """Mark the store complete; `create` does it where the caller does not.
+
+        Arguments:
+            run: what the run tells of itself, beside `Header.run`.
+
+        Raises:
+            ValueError: an image was never put.
+        """
+        if self._finished:
+            return
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} images were never written, the first {min(self._missing)}")
+        sums = self._file.create_dataset(CHECKSUMS, data=self._checksums, track_times=False)
+        sums.attrs["columns"] = json.dumps(self._names)
+        sums.attrs["attributes"] = attributes_checksum(self._file.attrs)
+        if told := {**self._run, **(run or {})}:
+            self._file.attrs["run"] = json.dumps(told)
+        self._file.attrs["complete"] = True
+        self._finished = True
+
+
+@contextmanager
+def create(
+    path: Path, header: Header, columns: Columns, images: Sequence[ImageRow], space: int = 0
+) -> Iterator[StoreWriter]:
+    """Write a store at ``path``: there is nothing under that name until all of it is there.
+
+    Arguments:
+        images: all images in the order they get in the file.
+        space: bytes to set aside on the disk before the first is written.
+    """
+    with atomic_path(path) as temporary, new_file(temporary, space) as file:
+        writer = StoreWriter(file, header, columns, images)
+        yield writer
+        writer.finish()
