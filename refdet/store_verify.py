@@ -83,7 +83,7 @@ def verify(path: Path) -> Verification:
         found.images, found.regions = len(store), store.regions
         checksums = _checksums(store, found)
         categories = _categories(store, found)
-        for i in tqdm(range(len(store)), unit="image", leave=False):
+        for i in tqdm(range(len(store)), unit="image", leave=False, disable=None):
             _check_image(store, i, checksums, categories, found)
     return found
 
