@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -110,13 +111,20 @@ def extract(
                 seconds = time.perf_counter() - started
                 computed = sum(len(batch) for number in numbers for batch in parts.shards[number])
                 with _timed(stages, "merge"):
-                    parts.merge(records, header)
+                    parts.merge(records, replace(header, run=_told(computed, seconds, stages)))
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if strict and errors:
         raise WorkError(f"--strict: {next(iter(errors.values()))}; {out} has no regions of {len(errors)} images")
     speed = computed / seconds if computed else 0.0
     return Summary(images, regions, len(errors), computed, seconds, out.stat().st_size, speed, stages)
+
+
+def _told(images: int, seconds: float, stages: Mapping[str, float]) -> dict[str, Any]:
+    """What the store says of the run that finished it; JSON."""
+    rounded = {name: round(value, 3) for name, value in stages.items() if name != "merge"}
+    speed = round(images / seconds, 3) if images else 0.0
+    return {"images": images, "seconds": round(seconds, 3), "images_per_second": speed, "stages": rounded}
 
 
 def _compute_shards(

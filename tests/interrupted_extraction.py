@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from store_examples import HEADER, PLAN, make_regions, record
 
@@ -73,21 +72,6 @@ def compute(batch: list[ImageRecord], images: list[np.ndarray], slowly: float = 
 def run(out: Path, resume: bool = False, compute: Callable[..., Finish] = compute) -> Summary:
     header = replace(HEADER, options=PLAN.options)
     return extract(out, PLAN, header, BATCHES, RECORDS, load, compute, resume, shard_images=2)
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Everything in an HDF5 file by its name."""
-    found: dict[str, Any] = {}
-
-    def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
-        found.update({f"{name}@{key}": value for key, value in node.attrs.items()})
-        if isinstance(node, h5py.Dataset):
-            found[name] = (node.dtype, node.shape, node[()].tolist())
-
-    with h5py.File(path) as file:
-        found.update({f"@{key}": value for key, value in file.attrs.items()})
-        file.visititems(visit)
-    return found
 
 
 def environment() -> dict[str, str]:

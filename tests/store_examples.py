@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import h5py
 import numpy as np
 
 from refdet import shards, store
@@ -27,3 +31,18 @@ def make_regions(image_id: int, n: int, seed: int = 0) -> Regions:
 
 def record(regions: Regions) -> ImageRecord:
     return ImageRecord(regions.image_id, regions.file_name, regions.height, regions.width)
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Everything in an HDF5 file by its name, but for what it tells of the run that made it."""
+    found: dict[str, Any] = {}
+
+    def visit(name: str, node: h5py.Dataset | h5py.Group) -> None:
+        found.update({f"{name}@{key}": value for key, value in node.attrs.items()})
+        if isinstance(node, h5py.Dataset):
+            found[name] = (node.dtype, node.shape, node[()].tolist())
+
+    with h5py.File(path) as file:
+        found.update({f"@{key}": value for key, value in file.attrs.items() if key != "run"})
+        file.visititems(visit)
+    return found

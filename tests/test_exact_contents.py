@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupted_extraction import contents
+from store_examples import contents
 
 from refdet import checkpoint, recipe, store
 from refdet.data.coco import CocoIndex, ImageRecord

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
-from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, contents, environment, line, run
+from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, environment, line, run
+from store_examples import contents
 
 TESTS = Path(__file__).parent
 
