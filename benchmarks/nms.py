@@ -1,15 +1,19 @@
 """Times refdet's nms, its plain PyTorch fallback and torchvision's side by side.
 
-    python benchmarks/nms.py [--json] [--repeat 20] [--device cpu]
+    python benchmarks/nms.py [--json] [--repeat 20] [--device cpu] [--memory-bandwidth 4.8]
 
 The boxes are clustered as the proposals of an RPN are: many shifted copies around each of some objects. Times
-are medians of rounds in which all three take turns, so that a busy machine slows all of them.
+are medians of rounds in which all three take turns, so that a busy machine slows all of them. Rows with several
+images ask torchvision image by image. On a GPU the bytes are those that must be read and written once: boxes, scores,
+ids and the answer. What NMS does with them is arithmetic, so that it stays far from the roof of the memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torchvision
@@ -19,19 +23,91 @@ from torch import Tensor
 from refdet.ops._library import DEVICES
 from refdet.ops.nms import nms, nms_plain
 
-# boxes, to keep, IoU threshold: RPN when testing, RPN when training, one class of the head
-CASES = ((6000, 300, 0.7), (12000, 2000, 0.7), (300, 100, 0.3))
+
+@dataclass(frozen=True)
+class Case:
+    """Of each image `boxes` boxes in `classes` classes, of which max_keep (or, if negative, all survivors) are kept."""
+
+    boxes: int
+    max_keep: int
+    iou_threshold: float
+    classes: int = 1
+    images: int = 1
 
 
-def proposals(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes (count, 4) in an image of 1000x600 pixels and scores (count,)."""
+CASES = (
+    Case(6000, 300, 0.7),  # RPN when testing
+    Case(12000, 2000, 0.7),  # RPN when training
+    Case(300, 100, 0.3),  # a class of the head
+    Case(2000, -1, 0.3, classes=80),
+    Case(2000, 100, 0.3, classes=80),
+    Case(6000, 300, 0.7, images=8),
+    Case(2000, 100, 0.3, classes=80, images=8),
+)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes (N, 4), with their scores, classes and images (N,); those of an image are next to each other."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    images: Tensor
+
+    def to(self, device: str) -> Boxes:
+        return Boxes(*(tensor.to(device) for tensor in (self.boxes, self.scores, self.classes, self.images)))
+
+
+def proposals(case: Case, seed: int = 0) -> Boxes:
+    """Boxes in images of 1000x600 pixels."""
     random = torch.Generator().manual_seed(seed)
+    count = case.boxes * case.images
     centres = torch.rand(count // 6 + 1, 2, generator=random) * torch.tensor([1000.0, 600.0])
     sizes = torch.rand(count // 6 + 1, 2, generator=random) * 200 + 16
     chosen = torch.randint(len(centres), (count,), generator=random)
     centre = centres[chosen] + torch.randn(count, 2, generator=random) * 6
     size = sizes[chosen] * torch.exp(torch.randn(count, 2, generator=random) * 0.1)
-    return torch.cat((centre - size / 2, centre + size / 2), dim=1), torch.rand(count, generator=random)
+    boxes, scores = torch.cat((centre - size / 2, centre + size / 2), dim=1), torch.rand(count, generator=random)
+    classes = torch.randint(case.classes, (count,), generator=random)
+    return Boxes(boxes, scores, classes, torch.arange(case.images).repeat_interleave(case.boxes))
+
+
+def torchvision_nms(given: Boxes, case: Case) -> Tensor:
+    """What torchvision does for the case, image by image."""
+    kept = []
+    for first in range(0, len(given.boxes), case.boxes):
+        rows = slice(first, first + case.boxes)
+        boxes, scores = given.boxes[rows], given.scores[rows]
+        if case.classes > 1:
+            found = torchvision.ops.batched_nms(boxes, scores, given.classes[rows], case.iou_threshold)
+        else:
+            found = torchvision.ops.nms(boxes, scores, case.iou_threshold)
+        kept.append((found if case.max_keep < 0 else found[: case.max_keep]) + first)
+    return torch.cat(kept)
+
+
+def run(case: Case, repeat: int, device: str, bandwidth: float) -> dict[str, object]:
+    """A row of the table."""
+    given = proposals(case).to(device)
+    ids = {
+        "groups": given.classes if case.classes > 1 else None,
+        "images": given.images if case.images > 1 else None,
+    }
+    runs = {
+        name: partial(function, given.boxes, given.scores, case.iou_threshold, case.max_keep, **ids)
+        for name, function in (("refdet", nms), ("plain", nms_plain))
+    } | {"torchvision": partial(torchvision_nms, given, case)}
+    answers = [answer() for answer in runs.values()]
+    found = measure(runs, repeat, device)
+    row: dict[str, object] = {**vars(case), "same": all(answers[0].equal(answer) for answer in answers)}
+    row |= {f"{name}_ms": round(value, 4) for name, value in found.items()}
+    row["ratio"] = round(found["torchvision"] / found["refdet"], 2)
+    if device.startswith("cuda"):
+        moved = [given.boxes, given.scores, answers[0], *(tensor for tensor in ids.values() if tensor is not None)]
+        size = sum(tensor.nbytes for tensor in moved)
+        row |= {"bytes": size, "of_roof": round(size / (found["refdet"] / 1000) / (bandwidth * 1e12), 6)}
+    return row
 
 
 def main() -> None:
@@ -39,22 +115,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, TB/s (default: an H200's)")
     options = parser.parse_args()
-    results = []
-    for count, keep, threshold in CASES:
-        boxes, scores = (tensor.to(options.device) for tensor in proposals(count))
-        runs = {
-            "refdet": lambda b=boxes, s=scores, t=threshold, k=keep: nms(b, s, t, k),
-            "plain": lambda b=boxes, s=scores, t=threshold, k=keep: nms_plain(b, s, t, k),
-            "torchvision": lambda b=boxes, s=scores, t=threshold, k=keep: torchvision.ops.nms(b, s, t)[:k],
-        }
-        same = all(torch.equal(runs["refdet"](), other()) for other in runs.values())
-        found = measure(runs, options.repeat, options.device)
-        results.append(
-            {"boxes": count, "max_keep": keep, "iou_threshold": threshold, "same": same}
-            | {f"{name}_ms": round(value, 4) for name, value in found.items()}
-            | {"ratio": round(found["torchvision"] / found["refdet"], 2)}
-        )
+    results = [run(case, options.repeat, options.device, options.memory_bandwidth) for case in CASES]
     if options.json:
         machine = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
         print(json.dumps({**machine, "kernels": sorted(DEVICES), "cases": results}))

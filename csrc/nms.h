@@ -3,9 +3,20 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 namespace refdet {
 
-inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
+inline void check_nms_ids(const char* name, const std::optional<at::Tensor>& ids, const at::Tensor& boxes) {
+  if (!ids) return;
+  TORCH_CHECK(ids->dim() == 1 && ids->size(0) == boxes.size(0) && ids->scalar_type() == at::kLong, "nms: ", name,
+              " must be (", boxes.size(0), ",) int64 like the boxes, got ", ids->sizes(), " ", ids->scalar_type());
+  TORCH_CHECK(ids->device() == boxes.device(), "nms: boxes are on ", boxes.device(), ", ", name, " on ",
+              ids->device());
+}
+
+inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
+                      const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be (N, 4), got ", boxes.sizes());
   TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0), "nms: scores must be (", boxes.size(0),
               ",) like the boxes, got ", scores.sizes());
@@ -14,6 +25,8 @@ inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double 
   TORCH_CHECK(boxes.device() == scores.device(), "nms: boxes are on ", boxes.device(), ", scores on ",
               scores.device());
   TORCH_CHECK(iou_threshold >= 0 && iou_threshold <= 1, "nms: iou_threshold must be in 0..1, got ", iou_threshold);
+  check_nms_ids("groups", groups, boxes);
+  check_nms_ids("images", images, boxes);
 }
 
 }  // namespace refdet

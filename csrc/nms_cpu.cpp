@@ -1,25 +1,32 @@
-// Greedy non-maximum suppression on the CPU.
+// Greedy non-maximum suppression of many images and groups on the CPU.
 //
-// What: boxes are visited from the best score down (equal scores: the lower index first; NaN counts as -inf); one is
-// kept unless its IoU with a box kept before it exceeds the threshold, until max_keep are kept (negative: no limit).
-// IoU is float32, each operation rounded on its own: ((x2-x1)(y2-y1) both ways, a + b - overlap, one division), and
-// is compared with the threshold rounded to float32. A NaN IoU (a NaN coordinate, 0/0) suppresses nothing.
+// What: of each image, boxes are visited from the best score down (equal scores: the lower index first; NaN counts as
+// -inf); one is kept unless its IoU with a box of its group kept before it exceeds the threshold, until max_keep of the
+// image are kept (negative: no limit). IoU is float32, each operation rounded on its own: (x2-x1)(y2-y1) both ways,
+// with 1 added to each side if inclusive, a + b - overlap, one division; it is compared with the threshold rounded to
+// float32. A NaN IoU (a NaN coordinate, 0/0) suppresses nothing.
 //
-// Cost: O(N log N) for the order and at most visited * kept IoUs, where the usual kernel does visited * N: of 6000
+// Cost: O(N) for the order and at most visited * kept-of-its-group IoUs, where the usual kernel does N * N: of 6000
 // boxes with 300 to keep, all that come after the 300th survivor are never looked at.
 //
-// Why fast: the kept boxes stand in five flat arrays, so that comparing a candidate with a tile of them is one loop
-// without branches, which compilers turn into SIMD; a candidate is dropped after the first tile with a hit. The order
-// is one sort of integers: score in the high half, index in the low half, so it needs no stable sort.
+// Why fast: the order is a radix sort of the scores' bits. The kept boxes of a group stand in tiles, field by field, so
+// that comparing a candidate with a tile is one loop without branches, which compilers turn into SIMD, and without a
+// division: a quotient that rounds above t is above t, so that overlap > t union and, as rounding keeps order, overlap >=
+// the rounded t union; only a tile that has such a box is divided. A candidate is dropped after the first tile with a hit. Images are dealt out to the threads; what one does
+// depends on that image alone.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "nms.h"
@@ -27,7 +34,13 @@
 namespace refdet {
 namespace {
 
-constexpr int64_t kTile = 64;
+constexpr int kTile = 32;
+constexpr int64_t kRadixFrom = 200;  // fewer boxes are sorted by comparing
+constexpr int32_t kNone = -1;
+
+struct Ranked {
+  uint32_t key, index;
+};
 
 // A key that is smaller for a better score; -0 and +0 are the same score.
 uint32_t descending_key(float score) {
@@ -39,67 +52,183 @@ uint32_t descending_key(float score) {
   return ~ascending;
 }
 
-std::vector<uint64_t> best_first(const float* scores, int64_t n) {
-  std::vector<uint64_t> order(n);
-  for (int64_t i = 0; i < n; ++i) order[i] = uint64_t{descending_key(scores[i])} << 32 | uint64_t(i);
-  std::sort(order.begin(), order.end());
-  return order;
+// Sorts by key. Entries come with ascending indices, and both ways leave equal keys in that order.
+void sort_by_key(std::vector<Ranked>& entries) {
+  if (static_cast<int64_t>(entries.size()) < kRadixFrom) {
+    std::sort(entries.begin(), entries.end(), [](const Ranked& a, const Ranked& b) {
+      return a.key != b.key ? a.key < b.key : a.index < b.index;
+    });
+    return;
+  }
+  constexpr int kBits = 11, kPasses = 3;
+  constexpr uint32_t kBuckets = 1u << kBits;
+  std::vector<std::array<uint32_t, kBuckets>> starts(kPasses);  // zeros
+  for (const Ranked& entry : entries)
+    for (int pass = 0; pass < kPasses; ++pass) ++starts[pass][entry.key >> (pass * kBits) & (kBuckets - 1)];
+  std::vector<Ranked> other(entries.size());
+  for (int pass = 0; pass < kPasses; ++pass) {
+    uint32_t total = 0;
+    for (uint32_t& start : starts[pass]) total += std::exchange(start, total);
+    for (const Ranked& entry : entries) other[starts[pass][entry.key >> (pass * kBits) & (kBuckets - 1)]++] = entry;
+    entries.swap(other);
+  }
 }
 
-// The kept boxes, field by field, padded with NaN boxes to whole tiles: those have no IoU with anything.
-class Kept {
- public:
-  bool suppress(const float* box, float threshold) const {
-    const float x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3], area = (x2 - x1) * (y2 - y1);
-    for (int64_t tile = 0; tile < size_; tile += kTile) {
-      const float *kx1 = &x1_[tile], *ky1 = &y1_[tile], *kx2 = &x2_[tile], *ky2 = &y2_[tile], *karea = &area_[tile];
-      int hit = 0;
-      for (int64_t i = 0; i < kTile; ++i) {
-        const float width = std::max(std::min(x2, kx2[i]) - std::max(x1, kx1[i]), 0.0f);
-        const float height = std::max(std::min(y2, ky2[i]) - std::max(y1, ky1[i]), 0.0f);
-        const float overlap = width * height;
-        hit |= overlap / (area + karea[i] - overlap) > threshold;
-      }
-      if (hit) return true;
+// Numbers any ids from 0 on, in ascending order of the ids: slot[i] for ids[members[i]].
+struct Slots {
+  std::vector<uint32_t> slot;
+  size_t count = 0;
+
+  template <typename Id>
+  Slots(size_t n, const Id& id) : slot(n) {
+    if (n == 0) return;
+    int64_t low = id(0), high = low;
+    for (size_t i = 1; i < n; ++i) low = std::min(low, id(i)), high = std::max(high, id(i));
+    const uint64_t range = uint64_t(high) - uint64_t(low);  // of int64, so it may not fit one
+    if (range < 4 * uint64_t{n} + 256) {                    // the usual case; numbers that no id has stay empty
+      for (size_t i = 0; i < n; ++i) slot[i] = static_cast<uint32_t>(uint64_t(id(i)) - uint64_t(low));
+      count = range + 1;
+      return;
     }
-    return false;
+    std::vector<int64_t> sorted(n);
+    for (size_t i = 0; i < n; ++i) sorted[i] = id(i);
+    std::sort(sorted.begin(), sorted.end());
+    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+    for (size_t i = 0; i < n; ++i)
+      slot[i] = static_cast<uint32_t>(std::lower_bound(sorted.begin(), sorted.end(), id(i)) - sorted.begin());
+    count = sorted.size();
+  }
+};
+
+struct Threshold {
+  float iou;   // above it a box suppresses
+  float side;  // what inclusive boxes add to a side
+};
+
+float area_of(const float* box, float side) { return (box[2] - box[0] + side) * (box[3] - box[1] + side); }
+
+// Boxes that were kept, of one group, field by field; padded with NaN boxes, which have no IoU with anything.
+struct Tile {
+  float x1[kTile], y1[kTile], x2[kTile], y2[kTile], area[kTile];
+  int32_t size = 0, next = kNone;
+
+  Tile() {
+    for (auto* field : {x1, y1, x2, y2, area})
+      std::fill(field, field + kTile, std::numeric_limits<float>::quiet_NaN());
   }
 
-  void add(const float* box) {
-    if (size_ % kTile == 0) {
-      for (auto* field : {&x1_, &y1_, &x2_, &y2_, &area_})
-        field->resize(size_ + kTile, std::numeric_limits<float>::quiet_NaN());
+  void add(const float* box, float own_area) {
+    x1[size] = box[0], y1[size] = box[1], x2[size] = box[2], y2[size] = box[3];
+    area[size++] = own_area;
+  }
+
+  bool suppresses(const float* box, float own_area, const Threshold& threshold) const {
+    const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3], side = threshold.side;
+    const float limit = threshold.iou;
+    float overlaps[kTile], unions[kTile];
+    int32_t possible = 0;
+    for (int i = 0; i < kTile; ++i) {
+      const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]) + side, 0.0f);
+      const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]) + side, 0.0f);
+      overlaps[i] = width * height;
+      unions[i] = own_area + area[i] - overlaps[i];
+      possible |= static_cast<int32_t>(overlaps[i] >= limit * unions[i]) & static_cast<int32_t>(overlaps[i] > 0.0f);
     }
-    x1_[size_] = box[0], y1_[size_] = box[1], x2_[size_] = box[2], y2_[size_] = box[3];
-    area_[size_++] = (box[2] - box[0]) * (box[3] - box[1]);
+    if (!possible) return false;
+    int32_t hit = 0;
+    for (int i = 0; i < kTile; ++i) hit |= overlaps[i] / unions[i] > limit;
+    return hit;
+  }
+};
+
+// The kept boxes of one image: a chain of tiles for each group, all in one pool.
+class Kept {
+ public:
+  explicit Kept(size_t groups) : chains_(groups) {}
+
+  // Adds the box unless one of its group suppresses it.
+  bool add(uint32_t group, const float* box, const Threshold& threshold) {
+    Chain& chain = chains_[group];
+    const float area = area_of(box, threshold.side);
+    for (int32_t tile = chain.first; tile != kNone; tile = pool_[tile].next)
+      if (pool_[tile].suppresses(box, area, threshold)) return false;
+    if (chain.last == kNone || pool_[chain.last].size == kTile) {
+      const auto fresh = static_cast<int32_t>(pool_.size());
+      pool_.emplace_back();
+      (chain.last == kNone ? chain.first : pool_[chain.last].next) = fresh;
+      chain.last = fresh;
+    }
+    pool_[chain.last].add(box, area);
+    return true;
   }
 
  private:
-  std::vector<float> x1_, y1_, x2_, y2_, area_;
-  int64_t size_ = 0;
+  struct Chain {
+    int32_t first = kNone, last = kNone;
+  };
+  std::vector<Chain> chains_;
+  std::vector<Tile> pool_;
 };
 
-at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep) {
-  check_nms(boxes, scores, iou_threshold);
-  const int64_t n = boxes.size(0);
-  TORCH_CHECK(n <= int64_t{std::numeric_limits<uint32_t>::max()}, "nms: ", n, " boxes are too many");
-  const at::Tensor flat_boxes = boxes.contiguous(), flat_scores = scores.contiguous();
-  const float* box = flat_boxes.const_data_ptr<float>();
-  const auto limit = static_cast<size_t>(max_keep < 0 ? n : std::min(max_keep, n));
-  const auto threshold = static_cast<float>(iou_threshold);
-
-  Kept kept;
-  std::vector<int64_t> indices;
-  indices.reserve(limit);
-  for (const uint64_t entry : best_first(flat_scores.const_data_ptr<float>(), n)) {
-    if (indices.size() == limit) break;
-    const auto index = static_cast<int64_t>(entry & 0xffffffffu);
-    if (kept.suppress(box + 4 * index, threshold)) continue;
-    kept.add(box + 4 * index);
-    indices.push_back(index);
+// NMS of the boxes `members` of one image, which are in ascending order.
+std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const int64_t* groups,
+                                  const std::vector<uint32_t>& members, int64_t max_keep, const Threshold& threshold) {
+  const size_t n = members.size();
+  const size_t limit = max_keep < 0 ? n : static_cast<size_t>(std::min<int64_t>(max_keep, n));
+  std::vector<int64_t> kept;
+  if (limit == 0) return kept;
+  kept.reserve(limit);
+  std::vector<Ranked> order(n);
+  for (size_t i = 0; i < n; ++i) order[i] = {descending_key(scores[members[i]]), static_cast<uint32_t>(i)};
+  sort_by_key(order);
+  const std::optional<Slots> slots =
+      groups ? std::optional<Slots>(std::in_place, n, [&](size_t i) { return groups[members[i]]; }) : std::nullopt;
+  Kept chosen(slots ? slots->count : 1);
+  for (const Ranked& entry : order) {
+    const uint32_t index = members[entry.index];
+    if (!chosen.add(slots ? slots->slot[entry.index] : 0, boxes + 4 * int64_t{index}, threshold)) continue;
+    kept.push_back(index);
+    if (kept.size() == limit) break;
   }
-  at::Tensor result = at::empty({static_cast<int64_t>(indices.size())}, boxes.options().dtype(at::kLong));
-  std::copy(indices.begin(), indices.end(), result.mutable_data_ptr<int64_t>());
+  return kept;
+}
+
+// The boxes of each image, in ascending order of image and index.
+std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) {
+  if (!images) {
+    std::vector<std::vector<uint32_t>> all(1, std::vector<uint32_t>(n));
+    for (int64_t i = 0; i < n; ++i) all[0][i] = static_cast<uint32_t>(i);
+    return all;
+  }
+  const Slots slots(n, [&](size_t i) { return images[i]; });
+  std::vector<std::vector<uint32_t>> members(slots.count);
+  for (int64_t i = 0; i < n; ++i) members[slots.slot[i]].push_back(static_cast<uint32_t>(i));
+  return members;
+}
+
+at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
+                   const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images, bool inclusive) {
+  check_nms(boxes, scores, iou_threshold, groups, images);
+  const int64_t n = boxes.size(0);
+  TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: ", n, " boxes are too many");
+  const at::Tensor flat_boxes = boxes.contiguous(), flat_scores = scores.contiguous();
+  const at::Tensor flat_groups = groups ? groups->contiguous() : at::Tensor();
+  const at::Tensor flat_images = images ? images->contiguous() : at::Tensor();
+  const float* box = flat_boxes.const_data_ptr<float>();
+  const float* score = flat_scores.const_data_ptr<float>();
+  const int64_t* group = groups ? flat_groups.const_data_ptr<int64_t>() : nullptr;
+  const Threshold threshold{static_cast<float>(iou_threshold), inclusive ? 1.0f : 0.0f};
+
+  const auto members = members_of(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
+  std::vector<std::vector<int64_t>> kept(members.size());
+  at::parallel_for(0, static_cast<int64_t>(members.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kept[i] = nms_of_image(box, score, group, members[i], max_keep, threshold);
+  });
+  int64_t total = 0;
+  for (const auto& indices : kept) total += static_cast<int64_t>(indices.size());
+  at::Tensor result = at::empty({total}, boxes.options().dtype(at::kLong));
+  auto* out = result.mutable_data_ptr<int64_t>();
+  for (const auto& indices : kept) out = std::copy(indices.begin(), indices.end(), out);
   return result;
 }
 

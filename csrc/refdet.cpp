@@ -11,7 +11,9 @@ TORCH_LIBRARY(refdet, m) {
     return false;
 #endif
   });
-  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep) -> Tensor");
+  m.def(
+      "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None,"
+      " bool inclusive=False) -> Tensor");
   m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
       " -> (Tensor counts, Tensor starts, Tensor areas, Tensor tight_boxes)");

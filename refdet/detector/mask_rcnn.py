@@ -204,17 +204,19 @@ class MaskRCNN(nn.Module):
         rois = _with_index(proposals)
         logits, deltas = self.head.classify(self.head.features(maps, self._corners(rois, maps, images)).fc7)
         counts = [len(p) for p in proposals]
-        scores = logits.softmax(dim=1)[:, 1:].split(counts)
-        found = []
-        for boxes, image_deltas, image_scores, size in zip(
-            proposals, deltas[:, 1:].split(counts), scores, sizes, strict=True
-        ):
-            anchors = self.convention.unscale(boxes, size.scale)[:, None]
-            decoded = self.convention.decode(image_deltas, anchors, DELTA_WEIGHTS)
-            inside = box_ops.cut(decoded, size.image_height, size.image_width)
-            threshold = reached(inside, image_scores, score_threshold) if at_least_one else score_threshold
-            seed_ranking = self.recipe.model.seed_ranking
-            found.append(best_detections(inside, image_scores, threshold, nms_threshold, max_regions, seed_ranking))
+        scores = logits.softmax(dim=1)[:, 1:]
+        pairs = list(zip(proposals, sizes, strict=True))
+        anchors = torch.cat([self.convention.unscale(boxes, size.scale) for boxes, size in pairs])
+        decoded = self.convention.decode(deltas[:, 1:], anchors[:, None], DELTA_WEIGHTS).split(counts)
+        inside = torch.cat(
+            [box_ops.cut(b, size.image_height, size.image_width) for b, size in zip(decoded, sizes, strict=True)]
+        )
+        if at_least_one:
+            thresholds = reached(inside, scores, counts, score_threshold)
+        else:
+            thresholds = scores.new_full((len(sizes),), score_threshold)
+        seed_ranking = self.recipe.model.seed_ranking
+        found = best_detections(inside, scores, counts, thresholds, nms_threshold, max_regions, seed_ranking)
         return self._finish(maps, images, sizes, found)
 
     def _finish(

@@ -84,26 +84,24 @@ class ProposalNetwork(nn.Module):
         options, train = self.options, self.training
         candidates = options.train_candidates if train else options.test_candidates
         count = options.train_proposals if train else options.test_proposals
-        chosen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sizes]
-        start = 0
+        boxes_of, scores_of, start = [], [], 0
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
             scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.seed_ranking)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
-            decoded = self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS)
-            for image, (height, width) in enumerate(sizes):
-                boxes = self.convention.clip(decoded[image], height, width)
-                solid = ((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE).all(dim=1)
-                boxes, score = boxes[solid], scores[image][solid]
-                kept = ranked_nms(boxes, score, options.nms_threshold, count, self.seed_ranking)
-                chosen[image].append((boxes[kept], score[kept]))
-        proposals = []
-        for levels in chosen:
-            boxes, score = (torch.cat(part) for part in zip(*levels, strict=True))
-            best = score.argsort(descending=True, stable=True)[:count]
-            proposals.append(boxes[best])
-        return proposals
+            boxes_of.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
+            scores_of.append(scores)
+        decoded, scores = torch.cat(boxes_of, dim=1), torch.cat(scores_of, dim=1)
+        boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
+        solid = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
+        images, places = solid.nonzero().unbind(dim=1)
+        ends = torch.tensor([level.shape[1] for level in scores_of], device=places.device).cumsum(0)
+        levels = torch.searchsorted(ends, places, right=True)
+        boxes, scores = boxes[images, places], scores[images, places]
+        kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.seed_ranking)
+        parts = torch.bincount(images[kept], minlength=len(sizes)).tolist()
+        return list(boxes[kept].split(parts))
 
     def label(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
         """Which anchors (N, 4) of an image of (height, width) are trained as what; see `match`."""

@@ -10,6 +10,8 @@ vector width the answer may differ in such boxes, as the seed's does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,50 +32,88 @@ def best_anchors(logits: Tensor, count: int, seed_ranking: bool) -> tuple[Tensor
     return torch.stack([row.values[:count] for row in rows]), torch.stack([row.indices[:count] for row in rows])
 
 
-def ranked_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int, seed_ranking: bool) -> Tensor:
-    """`nms` of boxes (N, 4) that takes equal scores (N,) in the order asked for. Returns indices (K,)."""
+def ranked_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    images: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    seed_ranking: bool,
+) -> Tensor:
+    """`nms` of boxes (N, 4) of several images and groups that takes equal scores (N,) in the order asked for.
+
+    Args:
+        groups, images: (N,) int64; the boxes of one group of one image are next to each other.
+
+    Returns:
+        indices (K,), by image, of an image best first.
+    """
     if not seed_ranking:
-        return nms(boxes, scores, iou_threshold, max_keep)
-    order = scores.sort(descending=True).indices
-    return order[nms(boxes[order], scores[order], iou_threshold, max_keep)]
+        return nms(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
+    runs = torch.stack((groups, images)).unique_consecutive(dim=1, return_counts=True)[1].tolist()
+    order, start = [torch.zeros_like(groups[:0])], 0
+    for run in scores.split(runs):  # run by run: sorted together, they could come out in another order than alone
+        order.append(run.sort(descending=True).indices + start)
+        start += len(run)
+    places = torch.cat(order)
+    kept = nms(boxes[places], scores[places], iou_threshold, max_keep, groups=groups[places], images=images[places])
+    return places[kept]
 
 
-def reached(boxes: Tensor, scores: Tensor, threshold: float) -> float:
-    """The threshold, lowered by 0.1 until one of boxes (P, classes, 4) that has an area reaches it: MAttNet's rule."""
-    solid = _solid(boxes)
-    if solid.any():
-        highest = scores[solid].amax()
-        while highest < threshold:  # as tensors, so that it is the comparison of `best_detections`
-            threshold -= 0.1
-    return threshold
+def reached(boxes: Tensor, scores: Tensor, counts: Sequence[int], threshold: float) -> Tensor:
+    """Thresholds (B,), each lowered by 0.1 until a box of the image that has an area reaches it: MAttNet's rule.
+
+    Args:
+        boxes: (P, classes, 4), of all images.
+        scores: (P, classes).
+        counts: how many of the P rows each of the B images has.
+    """
+    solid = scores.masked_fill(~_solid(boxes), -torch.inf)
+    best = [part.amax() if part.numel() else part.new_tensor(-torch.inf) for part in solid.split(list(counts))]
+    highest = torch.stack(best).cpu()
+    lowered = torch.full_like(highest, threshold)  # compared in float32, as `best_detections` does
+    for image in (highest > -torch.inf).nonzero()[:, 0].tolist():
+        own = threshold
+        while highest[image] < own:
+            own -= 0.1
+        lowered[image] = own
+    return lowered.to(scores.device)
 
 
 def best_detections(
     boxes: Tensor,
     scores: Tensor,
-    score_threshold: float,
+    counts: Sequence[int],
+    score_thresholds: Tensor,
     nms_threshold: float,
     max_regions: int,
     seed_ranking: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area.
 
+    Args:
+        counts: how many of the P rows each of the B images has.
+        score_thresholds: (B,) float32, what a score must reach.
+
     Returns:
-        boxes (n, 4), scores (n,) and labels (n,), 1..classes, best first.
+        of each image boxes (n, 4), scores (n,) and labels (n,), 1..classes, best first.
     """
-    kept_boxes, kept_scores, kept_labels = [], [], []
-    candidates = (scores >= score_threshold) & _solid(boxes)
-    for label in candidates.any(dim=0).nonzero()[:, 0].tolist():
-        rows = candidates[:, label].nonzero()[:, 0]
-        kept = rows[ranked_nms(boxes[rows, label], scores[rows, label], nms_threshold, max_regions, seed_ranking)]
-        kept_boxes.append(boxes[kept, label])
-        kept_scores.append(scores[kept, label])
-        kept_labels.append(torch.full_like(kept, label + 1))
-    if not kept_boxes:
-        return boxes.new_zeros(0, 4), scores.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    all_boxes, all_scores, all_labels = torch.cat(kept_boxes), torch.cat(kept_scores), torch.cat(kept_labels)
-    best = all_scores.argsort(descending=True, stable=True)[:max_regions]
-    return all_boxes[best], all_scores[best], all_labels[best]
+    image_of_row = torch.repeat_interleave(
+        torch.arange(len(counts), device=boxes.device),
+        torch.tensor(counts, device=boxes.device),
+        output_size=len(boxes),
+    )
+    candidates = (scores >= score_thresholds[image_of_row, None]) & _solid(boxes)
+    labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: equal scores are kept in this order
+    images = image_of_row[rows]
+    kept = ranked_nms(
+        boxes[rows, labels], scores[rows, labels], labels, images, nms_threshold, max_regions, seed_ranking
+    )
+    rows, labels = rows[kept], labels[kept]
+    parts = torch.bincount(images[kept], minlength=len(counts)).tolist()
+    found = (boxes[rows, labels].split(parts), scores[rows, labels].split(parts), (labels + 1).split(parts))
+    return list(zip(*found, strict=True))
 
 
 def _solid(boxes: Tensor) -> Tensor:

@@ -10,8 +10,17 @@ from refdet.ops._library import DEVICES
 BLOCK = 512  # boxes nms_plain takes at a time: two synchronisations with the device for each
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int = -1) -> Tensor:
-    """Indices of the boxes that no better box overlaps too much, best score first.
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_keep: int = -1,
+    *,
+    groups: Tensor | None = None,
+    images: Tensor | None = None,
+    inclusive: bool = False,
+) -> Tensor:
+    """Indices of the boxes that no better box of their image and group overlaps too much.
 
     Boxes are visited from the best score down, equal scores by index, NaN as -inf; a box is kept unless its
     IoU with one kept before exceeds the threshold. Computed in float32, and the threshold is rounded to
@@ -19,15 +28,19 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int = -1)
     coordinate suppress nothing and always stay. The answer is the same with the compiled kernel and without.
 
     Args:
-        boxes: (N, 4) half-open xyxy, any floating type.
+        boxes: (N, 4) xyxy, half-open unless `inclusive`, any floating type.
         scores: (N,) on the same device.
         iou_threshold: in 0..1.
-        max_keep: stop as soon as this many are kept; negative for no limit.
+        max_keep: stop as soon as this many are kept of an image, over all its groups; negative for no limit.
+        groups: (N,) int64, any numbers: only boxes of one group suppress each other. None: all are of one.
+        images: (N,) int64, any numbers: each image is thinned on its own. None: all are of one.
+        inclusive: the pixels x2 and y2 belong to the box, so that a side is ``x2 - x1 + 1``.
+
     Returns:
-        (K,) int64.
+        (K,) int64, by image number, of an image best score first.
 
     Raises:
-        TypeError: boxes or scores are not floating point.
+        TypeError: boxes or scores are not floating point, or groups or images are not int64.
         ValueError: shapes or devices do not fit, or the threshold is not in 0..1.
     """
     if not (boxes.is_floating_point() and scores.is_floating_point()):
@@ -40,41 +53,75 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int = -1)
         raise ValueError(f"nms needs boxes and scores on one device, got {boxes.device} and {scores.device}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"nms needs a threshold in 0..1, got {iou_threshold}")
+    _check_ids("groups", groups, boxes)
+    _check_ids("images", images, boxes)
     boxes, scores = boxes.detach().float(), scores.detach().float()
-    if boxes.device.type in DEVICES:
-        return torch.ops.refdet.nms(boxes, scores, iou_threshold, max_keep)
-    return nms_plain(boxes, scores, iou_threshold, max_keep)
+    chosen = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
+    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images, inclusive=inclusive)
 
 
-def nms_plain(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int = -1) -> Tensor:
-    """`nms` in plain PyTorch, for float32 boxes and scores, which it does not check.
+def _check_ids(name: str, ids: Tensor | None, boxes: Tensor) -> None:
+    if ids is None:
+        return
+    if ids.dtype != torch.int64:
+        raise TypeError(f"nms needs {name} of int64, got {ids.dtype}")
+    if ids.dim() != 1 or ids.shape[0] != boxes.shape[0]:
+        raise ValueError(f"nms needs {name} ({boxes.shape[0]},), one a box, got {tuple(ids.shape)}")
+    if ids.device != boxes.device:
+        raise ValueError(f"nms needs boxes and {name} on one device, got {boxes.device} and {ids.device}")
 
-    Takes the boxes in blocks: each block is compared with the boxes kept so far, and what is left of it is
-    settled on the host from its matrix of overlaps.
+
+def nms_plain(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_keep: int = -1,
+    *,
+    groups: Tensor | None = None,
+    images: Tensor | None = None,
+    inclusive: bool = False,
+) -> Tensor:
+    """`nms` in plain PyTorch, for float32 boxes and scores; checks nothing.
+
+    Takes the boxes of each image in blocks: each block is compared with the boxes kept so far, and what is left of it
+    is settled on the host from its matrix of overlaps.
     """
-    limit = len(boxes) if max_keep < 0 else min(max_keep, len(boxes))
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
+    parts: tuple[Tensor, ...] = (order,)
+    if images is not None:
+        order = order[images[order].argsort(stable=True)]
+        parts = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
     threshold = boxes.new_tensor(iou_threshold)
-    kept = order[:0]
-    for block in order.split(BLOCK):
-        if len(kept) == limit:
-            break
-        block = block[~(_iou(boxes[block], boxes[kept]) > threshold).any(dim=1)]
-        suppresses = (_iou(boxes[block], boxes[block]) > threshold).cpu().numpy()
-        alive = torch.ones(len(block), dtype=torch.bool).numpy()
-        for row in range(len(block)):
-            if alive[row]:
-                alive[row + 1 :] &= ~suppresses[row, row + 1 :]
-        kept = torch.cat((kept, block[torch.from_numpy(alive).to(block.device)]))[:limit]
-    return kept
+    side = float(inclusive)
+
+    def suppressing(a: Tensor, b: Tensor) -> Tensor:
+        found = _iou(boxes[a], boxes[b], side) > threshold
+        return found if groups is None else found & (groups[a][:, None] == groups[b])
+
+    kept_of = []
+    for part in parts:
+        limit = len(part) if max_keep < 0 else min(max_keep, len(part))
+        kept = part[:0]
+        for block in part.split(BLOCK):
+            if len(kept) == limit:
+                break
+            block = block[~suppressing(block, kept).any(dim=1)]
+            suppresses = suppressing(block, block).cpu().numpy()
+            alive = torch.ones(len(block), dtype=torch.bool).numpy()
+            for row in range(len(block)):
+                if alive[row]:
+                    alive[row + 1 :] &= ~suppresses[row, row + 1 :]
+            kept = torch.cat((kept, block[torch.from_numpy(alive).to(block.device)]))[:limit]
+        kept_of.append(kept)
+    return torch.cat(kept_of) if kept_of else order
 
 
-def _iou(a: Tensor, b: Tensor) -> Tensor:
+def _iou(a: Tensor, b: Tensor, side: float) -> Tensor:
     """IoU (N, M), operation by operation as in csrc/nms_cpu.cpp; NaN where the union is 0."""
-    area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
+    area_a, area_b = ((x[:, 2] - x[:, 0] + side) * (x[:, 3] - x[:, 1] + side) for x in (a, b))
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    width, height = (high - low).clamp(min=0).unbind(dim=2)
+    width, height = (high - low + side).clamp(min=0).unbind(dim=2)
     overlap = width * height
     return overlap / (area_a[:, None] + area_b - overlap)
 
@@ -82,6 +129,14 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
 if DEVICES:
 
     @torch.library.register_fake("refdet::nms")
-    def _nms_fake(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int) -> Tensor:
+    def _nms_fake(
+        boxes: Tensor,
+        scores: Tensor,
+        iou_threshold: float,
+        max_keep: int,
+        groups: Tensor | None = None,
+        images: Tensor | None = None,
+        inclusive: bool = False,
+    ) -> Tensor:
         kept = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((kept,), dtype=torch.int64)
