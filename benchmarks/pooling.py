@@ -1,71 +1,126 @@
-"""Times refdet's RoIAlign and torchvision's side by side, forward and backward.
+"""Times refdet's RoI pooling, plain PyTorch's and torchvision's side by side, forward and backward.
 
-    python benchmarks/pooling.py [--json] [--repeat 5]
+    python benchmarks/pooling.py [--json] [--repeat 7] [--device cpu] [--memory-bandwidth 4.8]
 
-On the CPU and on channels_last maps, as the detector has them; on a GPU refdet calls torchvision's.
+On channels_last maps, as the detector has them. Times are medians of rounds in which all take turns, so that a busy
+machine slows all of them. The crop is not in torchvision: it stands beside RoIAlign of one sample a cell, which is
+the same work on another box. On a GPU also the bytes that must be moved (the map and the cells once, and with backward
+the gradients of both), and which part of the time the memory would need for that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 
 import torch
 from timing import measure
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from refdet.ops.pooling import SAMPLES, roi_align
+from refdet.ops._library import DEVICES
+from refdet.ops.pooling import SAMPLES, roi_align, roi_align_mean, roi_crop, roi_crop_mean
+from refdet.ops.pooling_plain import pool_plain
 
-# map (B, C, H, W), its stride, RoIs, cells: the conv4 map of an image, a pyramid level of eight small images
-CASES = (((1, 1024, 38, 50), 16, 300, 7), ((8, 64, 36, 48), 4, 384, 7), ((8, 64, 36, 48), 4, 128, 14))
+CONV4 = ((1, 1024, 38, 50), 16, 300)  # map (B, C, H, W) of an image, its stride, RoIs
+PYRAMID = ((8, 64, 36, 48), 4, 384)  # a level of eight small images
+# what, where, cells on a side, samples on a side of a cell, type, with backward
+CASES = (
+    ("align", CONV4, 7, SAMPLES, torch.float32, False),
+    ("align", CONV4, 7, SAMPLES, torch.float32, True),
+    ("align", CONV4, 7, SAMPLES, torch.bfloat16, False),
+    ("align", CONV4, 7, SAMPLES, torch.bfloat16, True),
+    ("align", CONV4, 7, 0, torch.float32, False),
+    ("mean", CONV4, 7, SAMPLES, torch.float32, False),
+    ("mean", CONV4, 7, SAMPLES, torch.bfloat16, False),
+    ("mean", CONV4, 7, 0, torch.float32, False),
+    ("crop", CONV4, 7, 1, torch.float32, False),
+    ("crop", CONV4, 7, 1, torch.float32, True),
+    ("crop mean", CONV4, 7, 1, torch.float32, False),
+    ("align", PYRAMID, 7, SAMPLES, torch.float32, False),
+    ("align", PYRAMID, 7, SAMPLES, torch.float32, True),
+    ("align", PYRAMID, 14, SAMPLES, torch.float32, False),
+    ("align", PYRAMID, 14, SAMPLES, torch.float32, True),
+)
+
+
+def some_rois(shape: tuple[int, ...], stride: int, count: int, random: torch.Generator) -> Tensor:
+    """RoIs (count, 5) inside the map, up to 3 tenths of it on a side."""
+    extent = torch.tensor([shape[3], shape[2]]) * stride
+    corner = torch.rand(count, 2, generator=random) * extent * 0.7
+    sides = torch.rand(count, 2, generator=random) * extent * 0.3
+    return torch.cat((torch.randint(0, shape[0], (count, 1), generator=random), corner, corner + sides), dim=1)
+
+
+def peers(what: str, x: Tensor, rois: Tensor, size: int, stride: int, samples: int) -> dict[str, Callable[[], Tensor]]:
+    """The three, each from the map to cells (K, C, m, m), or their means (K, C)."""
+    crop, mean = what.startswith("crop"), what.endswith("mean")
+
+    def ours() -> Tensor:
+        if crop:
+            return (roi_crop_mean if mean else roi_crop)(x, rois, size, stride)
+        return (roi_align_mean if mean else roi_align)(x, rois, size, stride, samples)
+
+    def plain() -> Tensor:  # the mean of the cells where that is the sooner way
+        pooled = pool_plain(x, rois, size, stride, samples, crop, mean and samples == 0)
+        return pooled.mean((2, 3)) if mean else pooled
+
+    def theirs() -> Tensor:
+        values = x.float()  # torchvision has no bfloat16 kernel for the CPU, and rounds in between on a GPU
+        pooled = torchvision_roi_align(values, rois, size, 1 / stride, sampling_ratio=samples, aligned=True).to(x.dtype)
+        return pooled.mean((2, 3)) if mean else pooled
+
+    return {"refdet": ours, "plain": plain, "torchvision": theirs}
+
+
+def with_backward(run: Callable[[], Tensor], x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.autograd.grad(run(), x, weight)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, in TB/s")
     options = parser.parse_args()
     random, results = torch.Generator().manual_seed(0), []
-    for shape, stride, count, size in CASES:
-        batch, _, height, width = shape
-        x = torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last).requires_grad_()
-        corner = torch.rand(count, 2, generator=random) * torch.tensor([width, height]) * stride * 0.7
-        sides = torch.rand(count, 2, generator=random) * torch.tensor([width, height]) * stride * 0.3
-        image = torch.randint(0, batch, (count, 1), generator=random)
-        rois = torch.cat((image, corner, corner + sides), dim=1)
-
-        def ours(x: Tensor = x, rois: Tensor = rois, size: int = size, stride: int = stride) -> Tensor:
-            return roi_align(x, rois, size, stride)
-
-        def theirs(x: Tensor = x, rois: Tensor = rois, size: int = size, stride: int = stride) -> Tensor:
-            return torchvision_roi_align(x, rois, size, 1 / stride, sampling_ratio=SAMPLES, aligned=True)
-
-        weight = torch.randn(ours().shape, generator=random)
-        error = (ours() - theirs()).abs().max().item()
-        forward = measure({"refdet": ours, "torchvision": theirs}, options.repeat, "cpu")
-        both = measure(
-            {
-                "refdet": lambda f=ours, x=x, w=weight: torch.autograd.grad(f(), x, w)[0],
-                "torchvision": lambda f=theirs, x=x, w=weight: torch.autograd.grad(f(), x, w)[0],
-            },
-            options.repeat,
-            "cpu",
-        )
-        results.append(
-            {"map": "x".join(map(str, shape)), "rois": count, "cells": size, "max_difference": f"{error:.0e}"}
-            | {f"{name}_ms": round(value, 2) for name, value in forward.items()}
-            | {"ratio": round(forward["torchvision"] / forward["refdet"], 2)}
-            | {f"{name}_with_backward_ms": round(value, 2) for name, value in both.items()}
-            | {"with_backward_ratio": round(both["torchvision"] / both["refdet"], 2)}
-        )
+    for what, (shape, stride, count), size, samples, dtype, backward in CASES:
+        x = torch.randn(shape, generator=random).to(options.device, dtype)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_(backward)
+        rois = some_rois(shape, stride, count, random).to(options.device)
+        runs = peers(what, x, rois, size, stride, samples)
+        pooled = runs["refdet"]()
+        error = (pooled - runs["torchvision" if what in ("align", "mean") else "plain"]()).abs().max().item()
+        if backward:
+            weight = torch.randn_like(pooled)
+            runs = {name: with_backward(run, x, weight) for name, run in runs.items()}
+        found = measure(runs, options.repeat, options.device)
+        row = {
+            "what": f"{what} {size}x{size}" + ("" if samples else ", adaptive") + (", backward" if backward else ""),
+            "map": "x".join(map(str, shape)),
+            "rois": count,
+            "type": str(dtype).removeprefix("torch."),
+            "max_difference": f"{error:.0e}",
+        }
+        row |= {f"{name}_ms": round(value, 3) for name, value in found.items()}
+        row |= {f"to_{name}": round(found[name] / found["refdet"], 1) for name in ("plain", "torchvision")}
+        if options.device.startswith("cuda"):
+            moved = (x.nbytes + pooled.nbytes) * (2 if backward else 1)
+            row["MB"] = round(moved / 1e6, 1)
+            row["of_roof"] = round(moved / (options.memory_bandwidth * 1e12) / (found["refdet"] / 1000), 2)
+        results.append(row)
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "cases": results}))
+        machine = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        print(json.dumps({**machine, "kernels": sorted(DEVICES), "cases": results}))
         return
-    print(f"RoIAlign on the CPU, {torch.get_num_threads()} threads; milliseconds")
-    print("  ".join(f"{name:>14}" for name in results[0]))
+    kernels = ", ".join(sorted(DEVICES)) or "no device"
+    print(f"RoI pooling on {options.device}, {torch.get_num_threads()} threads, kernels for {kernels}; milliseconds")
+    widths = {name: max(len(name), *(len(str(row[name])) for row in results)) for name in results[0]}
+    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
     for row in results:
-        print("  ".join(f"{value!s:>{max(14, len(name))}}" for name, value in row.items()))
+        print("  ".join(f"{row[name]!s:>{width}}" for name, width in widths.items()))
 
 
 if __name__ == "__main__":

@@ -20,4 +20,9 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "mask_coverage(Tensor counts, Tensor starts, int height, int width, Tensor boxes, Tensor objects, int size)"
       " -> Tensor");
+  m.def(
+      "roi_pool(Tensor x, Tensor rois, int size, float stride, int samples, bool crop, bool mean) -> Tensor");
+  m.def(
+      "roi_pool_backward(Tensor gradient, Tensor rois, SymInt[] shape, int size, float stride, int samples, bool crop,"
+      " bool mean) -> Tensor");
 }

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.detector.fpn import FeaturePyramid
-from refdet.ops.pooling import pyramid_roi_align, roi_align, roi_crop
+from refdet.ops.pooling import (
+    pyramid_roi_align,
+    pyramid_roi_align_mean,
+    roi_align,
+    roi_align_mean,
+    roi_crop,
+    roi_crop_mean,
+)
 
 POOL_SIZE = 7
 
@@ -44,6 +51,9 @@ class RoiHead(Protocol):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
+
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """`RoiFeatures.pool5` (K, C) of rois (K, 5) alone, for much less work."""
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -130,6 +140,14 @@ class C4Head(nn.Module):
         spatial = self.conv5(pooled)
         return RoiFeatures(pooled.mean((2, 3)), spatial.mean((2, 3)), spatial)
 
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        if self.pooling == "align":
+            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
+        if self.pooling == "crop":
+            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride)
+        return self._pool(maps[0], rois).mean((2, 3))
+
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
         if self.pooling == "align":
             return roi_align(x, rois, POOL_SIZE, self.stride)
@@ -169,6 +187,10 @@ class PyramidHead(nn.Module):
         pooled = pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
         fc7 = F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
         return RoiFeatures(pooled.mean((2, 3)), fc7, pooled)
+
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""

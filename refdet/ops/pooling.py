@@ -1,103 +1,69 @@
-"""RoI pooling: the features of boxes, read from maps."""
+"""RoI pooling: the features of boxes, read from maps.
+
+The functions here take maps (B, C, H, W) of any floating type and memory layout; channels_last is the fastest, as any
+other is copied into it. All sums are float32 (float64 for float64 maps); where the compiled kernels do the work and
+where plain PyTorch does, results differ by the rounding of these sums alone: for values about 1, by less than 1e-5.
+
+RoIs (K, 5) are rows of image index and box, half-open xyxy, in pixels of the network's input. No gradient flows to
+them. What is outside of the map, or of a RoI with a coordinate that is NaN or infinite, reads 0. A box without area
+is a point: RoIAlign with fixed sampling and the crop read the map there, adaptive sampling takes no samples and gives
+0. Corners that are swapped turn the cells round; with adaptive sampling they give 0. The values of a map are to be
+finite: one that is not may show in RoIs beside it.
+
+Raises, all of them:
+    TypeError: the map or the RoIs are not floating point.
+    ValueError: shapes or devices do not fit, or size, stride or samples make no grid.
+    IndexError: a RoI is on an image outside of the batch. The CUDA kernels, which do not wait to tell, give NaN for it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.ops import roi_align as _roi_align
+
+from refdet.ops._library import DEVICES
+from refdet.ops.pooling_plain import MOST, pool_plain
 
 SAMPLES = 2  # on a side of a cell
 
 
-def roi_align(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """RoIAlign (He et al., "Mask R-CNN", 2017) with 2x2 samples a cell and half-pixel alignment.
+def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
+    """RoIAlign (He et al., "Mask R-CNN", 2017) with half-pixel alignment.
 
     Args:
         x: (B, C, H, W) map; fastest in channels_last.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
         size: cells on a side, m.
         stride: pixels of the network's input for one cell of the map.
+        samples: on a side of a cell. 0 for as many as a cell is long in cells of the map, rounded up, for each RoI
+            and axis, as torchvision counts them, but 1024 at most.
     Returns:
         (K, C, m, m) in the type of the map, channels_last.
     """
-    values = x if x.dtype == torch.float64 else x.float()
-    if x.device.type == "cpu":
-        pooled = _roi_align_by_rows(values, rois.to(values.dtype), size, stride)
-    else:
-        pooled = _roi_align(values, rois.to(values.dtype), size, 1.0 / stride, sampling_ratio=SAMPLES, aligned=True)
-    return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _pool(x, rois, size, stride, samples, crop=False, mean=False)
+
+
+def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
+    """The mean (K, C) of `roi_align` over its cells, without making them."""
+    return _pool(x, rois, size, stride, samples, crop=False, mean=True).flatten(1)
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     """The crop of the seed (lichengunc/mask-faster-rcnn): one bilinear sample a cell, the first and the last of
     each row and column on the corners of the RoI, position 0 of the map being the middle of its first cell.
 
-    Outside the map everything is 0. Arguments and result as for `roi_align`.
+    Outside the map everything is 0. Arguments and result as for `roi_align`; `size` is at least 2.
     """
-    values = x if x.dtype == torch.float64 else x.float()
-    pooled = _sum_of_rows(values, rois.to(values.dtype), stride, size, _crop_axis)
-    return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _pool(x, rois, size, stride, 1, crop=True, mean=False)
 
 
-def _roi_align_by_rows(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The same as a weighted sum of rows of the map.
-
-    In channels_last a position of the map is a row of C numbers, and a cell of a RoI is the weighted sum of the 16
-    rows about its 4 samples: an embedding bag. PyTorch runs that with SIMD along C and in parallel, forward and
-    backward, where torchvision walks the map channel by channel; `benchmarks/pooling.py` has both.
-    """
-    return _sum_of_rows(x, rois, stride, size, _axis)
-
-
-def _sum_of_rows(
-    x: Tensor, rois: Tensor, stride: float, size: int, axis: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Cells (K, C, size, size) of rois (K, 5), each the sum of the rows of the map that `axis` weighs."""
-    count, height, width = len(rois), x.shape[2], x.shape[3]
-    x_cells, x_weights = axis(rois[:, 1] / stride, rois[:, 3] / stride, size, width)
-    y_cells, y_weights = axis(rois[:, 2] / stride, rois[:, 4] / stride, size, height)
-    image = rois[:, 0].long()[:, None, None, None, None] * (height * width)
-    rows = image + y_cells[:, :, None, :, None] * width + x_cells[:, None, :, None, :]
-    weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
-    bag = x_cells.shape[2] * y_cells.shape[2]
-    table = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    pooled = F.embedding_bag(rows.reshape(-1, bag), table, per_sample_weights=weights.reshape(-1, bag), mode="sum")
-    return pooled.reshape(count, size, size, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def _axis(low: Tensor, high: Tensor, size: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Along one axis of a map, the positions that each cell reads and their weights, both (K, size, 2 * SAMPLES).
-
-    A sample up to one position outside the map takes the value of the border, one further out is 0, as in the
-    original.
-    """
-    steps = (torch.arange(size * SAMPLES, device=low.device, dtype=low.dtype) + 0.5) / (size * SAMPLES)
-    position = low[:, None] - 0.5 + (high - low)[:, None] * steps
-    inside = (position >= -1) & (position <= limit)
-    position = position.clamp(0, limit - 1)
-    floor = position.floor()
-    fraction = position - floor
-    cell = floor.long()
-    cells = torch.stack((cell, (cell + 1).clamp(max=limit - 1)), dim=-1)
-    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside[..., None] / SAMPLES
-    return cells.reshape(-1, size, 2 * SAMPLES), weights.reshape(-1, size, 2 * SAMPLES)
-
-
-def _crop_axis(low: Tensor, high: Tensor, size: int, limit: int) -> tuple[Tensor, Tensor]:
-    """As `_axis` for `roi_crop`: positions and weights, both (K, size, 2)."""
-    steps = torch.arange(size, device=low.device, dtype=low.dtype) / (size - 1)
-    # far outside nothing is read; the clamp keeps the conversion to integers defined
-    position = (low[:, None] + (high - low)[:, None] * steps).clamp(-2, limit + 1)
-    floor = position.floor()
-    fraction = position - floor
-    cells = torch.stack((floor.long(), floor.long() + 1), dim=-1)
-    inside = (cells >= 0) & (cells < limit)
-    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside
-    return cells.clamp(0, limit - 1), weights
+def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
+    """The mean (K, C) of `roi_crop` over its cells, without making them."""
+    return _pool(x, rois, size, stride, 1, crop=True, mean=True).flatten(1)
 
 
 def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
@@ -113,11 +79,83 @@ def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: 
     Returns:
         (K, C, m, m), channels_last.
     """
+    return _by_level(maps, rois, size, strides, roi_align)
+
+
+def pyramid_roi_align_mean(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
+    """The mean (K, C) of `pyramid_roi_align` over its cells, without making them."""
+    return _by_level(maps, rois, size, strides, roi_align_mean)
+
+
+def _by_level(
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    size: int,
+    strides: Sequence[int],
+    pool: Callable[[Tensor, Tensor, int, float], Tensor],
+) -> Tensor:
+    _check_rois(maps[0], rois)
     sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
     level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
-    level = level.clamp(0, len(maps) - 1)
-    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
-    for index, (x, stride) in enumerate(zip(maps, strides, strict=True)):
-        rows = (level == index).nonzero()[:, 0]
-        pooled = pooled.index_put((rows,), roi_align(x, rois[rows], size, stride))
-    return pooled.contiguous(memory_format=torch.channels_last)
+    level = level.nan_to_num(0).clamp(0, len(maps) - 1)
+    rows = [(level == index).nonzero()[:, 0] for index in range(len(maps))]
+    pooled = [
+        pool(x, rois[chosen], size, stride).movedim(1, -1)
+        for x, chosen, stride in zip(maps, rows, strides, strict=True)
+    ]
+    return torch.cat(pooled).index_select(0, torch.cat(rows).argsort()).movedim(-1, 1)
+
+
+def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
+    """(K, C, m, m), or with `mean` (K, C, 1, 1), in the type of the map."""
+    _check_rois(x, rois)
+    if not (2 if crop else 1) <= size <= MOST:
+        raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MOST} cells on a side, got {size}")
+    if not 0 <= samples <= MOST:
+        raise ValueError(f"RoI pooling needs 1 to {MOST} samples on a side of a cell, or 0, got {samples}")
+    if not 0 < stride < math.inf:
+        raise ValueError(f"RoI pooling needs a stride above 0, got {stride}")
+    values = x if x.dtype in (torch.float32, torch.float64, torch.bfloat16) else x.float()
+    if x.device.type in DEVICES and values.dtype != torch.float64:
+        pooled = torch.ops.refdet.roi_pool(values, rois.detach().float(), size, stride, samples, crop, mean)
+    else:
+        pooled = pool_plain(values, rois, size, stride, samples, crop, mean)
+    return pooled.to(x.dtype)
+
+
+def _check_rois(x: Tensor, rois: Tensor) -> None:
+    if not (x.is_floating_point() and rois.is_floating_point()):
+        raise TypeError(f"RoI pooling needs a floating-point map and RoIs, got {x.dtype} and {rois.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"RoI pooling needs a map (B, C, H, W), got {tuple(x.shape)}")
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        raise ValueError(f"RoI pooling needs RoIs (K, 5), rows of image index and box, got {tuple(rois.shape)}")
+    if x.device != rois.device:
+        raise ValueError(f"RoI pooling needs map and RoIs on one device, got {x.device} and {rois.device}")
+
+
+if DEVICES:
+
+    @torch.library.register_fake("refdet::roi_pool")
+    def _roi_pool_fake(
+        x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool
+    ) -> Tensor:
+        cells = 1 if mean else size
+        shape = (rois.shape[0], x.shape[1], cells, cells)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    @torch.library.register_fake("refdet::roi_pool_backward")
+    def _roi_pool_backward_fake(gradient: Tensor, rois: Tensor, shape: Sequence[int], *how: object) -> Tensor:
+        batch, channels, height, width = shape
+        return gradient.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+    def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, rois, *ctx.how = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(rois)
+
+    def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rois,) = ctx.saved_tensors
+        return torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.how), *(None,) * 6
+
+    torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_keep_for_backward)

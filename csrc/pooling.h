@@ -1,0 +1,128 @@
+// What the CPU and the CUDA kernels of RoI pooling share: which positions of the map a cell reads, with which weights.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define REFDET_HOST_DEVICE __host__ __device__
+#else
+#define REFDET_HOST_DEVICE
+#endif
+
+namespace refdet {
+
+constexpr int64_t kMost = 1024;  // cells on a side of a RoI, and samples on a side of a cell
+
+// One operation, one rounding, on the GPU too, so that a sample on the edge of the map falls on the same side.
+REFDET_HOST_DEVICE inline float times(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// How a RoI is pooled: `size` cells on a side; `samples` on a side of a cell, or 0 for as many as the cell is long in
+// positions of the map, kMost at most (RoIAlign); or `crop`, one sample a cell from corner to corner; `mean`: of all cells alone.
+struct Sampling {
+  int64_t size, samples;
+  float stride;
+  bool crop, mean;
+
+  REFDET_HOST_DEVICE int64_t cells() const { return mean ? 1 : size; }
+
+  // The most positions one cell can read along an axis of `limit` positions.
+  int64_t capacity(int64_t limit) const {
+    const int64_t of_cell = crop ? 1 : samples > 0 ? samples : kMost;
+    return std::min(2 * of_cell * (mean ? size : 1), limit);
+  }
+
+  // Samples of a cell along an axis on which the RoI is `side` positions long.
+  REFDET_HOST_DEVICE int64_t samples_of(float side) const {
+    if (crop) return 1;
+    if (samples > 0) return samples;
+    const float wanted = std::ceil(side / static_cast<float>(size));
+    if (!(wanted > 0)) return 0;
+    return wanted > static_cast<float>(kMost) ? kMost : static_cast<int64_t>(wanted);
+  }
+};
+
+// The positions that a cell reads along one axis, ascending and each once, and their weights.
+struct Taps {
+  int32_t* position;
+  float* weight;
+  int32_t count = 0;
+
+  REFDET_HOST_DEVICE void add(int32_t at, float share) {
+    if (count > 0 && position[count - 1] == at) {
+      weight[count - 1] += share;
+    } else if (count > 1 && position[count - 2] == at) {
+      weight[count - 2] += share;
+    } else {
+      position[count] = at, weight[count++] = share;
+    }
+  }
+};
+
+// Fills `taps`, which has room for capacity(limit), for the cell of a RoI from `low` to `high`, in pixels of the
+// network's input. Samples that are outside of the map, NaN or infinite read nothing.
+REFDET_HOST_DEVICE inline void find_taps(const Sampling& how, float low, float high, int64_t cell, int64_t limit,
+                                         Taps& taps) {
+  low /= how.stride, high /= how.stride;
+  const float side = high - low;
+  const int64_t each = how.samples_of(side), total = how.size * each, count = how.mean ? total : each;
+  const int64_t first = how.mean ? 0 : cell * each;
+  if (limit == 0) return;
+  const auto last = static_cast<float>(limit - 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto k = static_cast<float>(first + (side < 0 ? count - 1 - i : i));  // positions ascend
+    float at;
+    if (how.crop) {
+      at = low + times(side, k / static_cast<float>(how.size - 1));
+      if (!(at > -1 && at < last + 1)) continue;
+    } else {
+      at = low - 0.5f + times(side, (k + 0.5f) / static_cast<float>(total));
+      if (!(at >= -1 && at <= last + 1)) continue;
+      at = at < 0 ? 0 : at > last ? last : at;  // up to one position outside counts as the border, as in the original
+    }
+    const float floor = std::floor(at), fraction = at - floor;
+    const auto position = static_cast<int32_t>(floor);
+    if (position >= 0) taps.add(position, 1 - fraction);
+    if (fraction > 0 && position + 1 < limit) taps.add(position + 1, fraction);
+  }
+  for (int32_t i = 0; i < taps.count; ++i) taps.weight[i] /= static_cast<float>(count);
+}
+
+inline Sampling check_pooling(at::IntArrayRef map, const at::Tensor& values, const at::Tensor& rois, int64_t size,
+                              double stride, int64_t samples, bool crop, bool mean) {
+  TORCH_CHECK(map.size() == 4, "RoI pooling: the map must be (B, C, H, W), got ", map);
+  TORCH_CHECK(map[2] < std::numeric_limits<int32_t>::max() && map[3] < std::numeric_limits<int32_t>::max(),
+              "RoI pooling: a side of the map is too long: ", map);
+  TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16,
+              "RoI pooling: the map must be float32 or bfloat16, got ", values.scalar_type());
+  TORCH_CHECK(rois.dim() == 2 && rois.size(1) == 5, "RoI pooling: RoIs must be (K, 5), got ", rois.sizes());
+  TORCH_CHECK(rois.scalar_type() == at::kFloat, "RoI pooling: RoIs must be float32, got ", rois.scalar_type());
+  TORCH_CHECK(rois.device() == values.device(), "RoI pooling: the map is on ", values.device(), ", the RoIs on ",
+              rois.device());
+  TORCH_CHECK(size >= (crop ? 2 : 1) && size <= kMost, "RoI pooling: cannot make ", size, " cells on a side");
+  TORCH_CHECK(samples >= 0 && samples <= kMost, "RoI pooling: cannot take ", samples, " samples on a side of a cell");
+  TORCH_CHECK(stride > 0 && std::isfinite(stride), "RoI pooling: the stride must be above 0, got ", stride);
+  return {size, samples, static_cast<float>(stride), crop, mean};
+}
+
+inline void check_pooled(const at::Tensor& pooled, const at::Tensor& rois, at::IntArrayRef map, const Sampling& how) {
+  TORCH_CHECK(pooled.sizes() == at::IntArrayRef({rois.size(0), map[1], how.cells(), how.cells()}),
+              "RoI pooling: the gradient does not fit, got ", pooled.sizes());
+}
+
+// The map with the numbers of a position side by side; a copy only where they are not.
+inline at::Tensor with_channels_last(const at::Tensor& map) {
+  return map.size(1) <= 1 || map.stride(1) == 1 ? map : map.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace refdet

@@ -1,0 +1,345 @@
+// RoI pooling on the CPU, forward and backward: RoIAlign, the seed's crop, and the mean of either over its cells.
+//
+// What: a cell is a sum over rows y and columns x of w_y w_x map[y, x]; find_taps in pooling.h has the weights. The
+// backward pass sums, for each position of the map, over the RoIs in order and their cells w_y w_x gradient[cell].
+// float32 or bfloat16 maps; everything in between is float32, one rounding an operation.
+//
+// Cost: C multiply-adds for each different position that a cell reads; the 4 samples of a cell have 16 corners, but
+// mostly only 6 to 9 different ones. The mean costs each position of the RoI once, and makes no cells.
+//
+// Why fast: in channels_last a position is C numbers side by side, so that all is SIMD along C, with the sums of up
+// to 128 channels in registers; forward a RoI is done 128 channels at a time, so that what its cells share stays in
+// the first cache. The backward pass goes the other way round, from positions to the cells that read them: it adds to
+// each position of the map once for a RoI, not once for each cell. Forward the RoIs are dealt out to the threads,
+// backward images and channels, so that each number is the same sum in the same order with any number of threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "pooling.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+// Compiled for several processors, of which the loader picks one. There is no -mfma: all of them round alike.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define REFDET_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define REFDET_SIMD
+#endif
+#define REFDET_INLINE inline __attribute__((always_inline))
+
+namespace refdet {
+namespace {
+
+constexpr int64_t kLanes = 16;  // channels in a vector
+
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+// One number, for the channels that fill no vector.
+template <typename T>
+REFDET_INLINE void load(const T* from, float& to) {
+  to = static_cast<float>(*from);
+}
+
+template <typename T>
+REFDET_INLINE void store(const float& from, T* to) {
+  *to = static_cast<T>(from);
+}
+
+REFDET_INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
+
+REFDET_INLINE void load(const at::BFloat16* from, Floats& to) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const Words wide = __builtin_convertvector(bits, Words) << 16;
+  std::memcpy(&to, &wide, sizeof to);
+}
+
+REFDET_INLINE void store(const Floats& from, float* to) { std::memcpy(to, &from, sizeof from); }
+
+// Rounds to nearest, ties to even, as PyTorch does.
+REFDET_INLINE void store(const Floats& from, at::BFloat16* to) {
+  Words bits;
+  std::memcpy(&bits, &from, sizeof bits);
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words known = from == from;  // all ones, or 0 for NaN
+  const Halves narrow = __builtin_convertvector((rounded & known) | (~known & 0x7fc0), Halves);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+// A map or its gradient: numbers from one image, row and column to the next; channels are side by side.
+template <typename T>
+struct Map {
+  T* data;
+  int64_t channels, height, width, image_stride, row_stride, column_stride;
+
+  Map(const at::Tensor& x, T* data)
+      : data(data), channels(x.size(1)), height(x.size(2)), width(x.size(3)), image_stride(x.stride(0)),
+        row_stride(x.stride(2)), column_stride(x.stride(3)) {}
+};
+
+// The taps of all cells along an axis; those of cell i are [i * room, i * room + count[i]).
+struct Axis {
+  int64_t room = 0;
+  std::vector<int32_t> position, count;
+  std::vector<float> weight;
+
+  void fill(const Sampling& how, float low, float high, int64_t limit) {
+    room = how.capacity(limit);
+    position.resize(how.cells() * room), weight.resize(how.cells() * room), count.resize(how.cells());
+    for (int64_t cell = 0; cell < how.cells(); ++cell) {
+      Taps taps{position.data() + cell * room, weight.data() + cell * room};
+      find_taps(how, low, high, cell, limit, taps);
+      count[cell] = taps.count;
+    }
+  }
+};
+
+// The same the other way round: the cells that read a position. Those of position[i] are [start[i], start[i + 1]).
+struct Readers {
+  std::vector<int32_t> position, start, cell;
+  std::vector<float> weight;
+
+  explicit Readers(const Axis& axis) {
+    struct Tap {
+      int32_t position, cell;
+      float weight;
+    };
+    std::vector<Tap> taps;
+    for (size_t i = 0; i < axis.count.size(); ++i) {
+      for (int64_t j = i * axis.room, end = j + axis.count[i]; j < end; ++j) {
+        taps.push_back({axis.position[j], static_cast<int32_t>(i), axis.weight[j]});
+      }
+    }
+    std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) {
+      return a.position != b.position ? a.position < b.position : a.cell < b.cell;
+    });
+    for (const Tap& tap : taps) {
+      if (position.empty() || position.back() != tap.position) {
+        position.push_back(tap.position);
+        start.push_back(static_cast<int32_t>(cell.size()));
+      }
+      cell.push_back(tap.cell), weight.push_back(tap.weight);
+    }
+    start.push_back(static_cast<int32_t>(cell.size()));
+  }
+};
+
+// All cells of one RoI, in `vectors` vectors of channels; `out` has them row by row.
+template <typename Lane, int vectors, typename T>
+REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, T* out) {
+  constexpr int64_t kStep = sizeof(Lane) / sizeof(float);
+  for (size_t row = 0; row < y.count.size(); ++row) {
+    for (size_t column = 0; column < x.count.size(); ++column, out += map.channels) {
+      Lane sum[vectors] = {};
+      for (int64_t i = row * y.room, end_y = i + y.count[row]; i < end_y; ++i) {
+        const T* line = image + y.position[i] * map.row_stride;
+        for (int64_t j = column * x.room, end_x = j + x.count[column]; j < end_x; ++j) {
+          const float weight = y.weight[i] * x.weight[j];
+          const T* from = line + x.position[j] * map.column_stride;
+          for (int v = 0; v < vectors; ++v) {
+            Lane values;
+            load(from + v * kStep, values);
+            sum[v] += weight * values;
+          }
+        }
+      }
+      for (int v = 0; v < vectors; ++v) store(sum[v], out + v * kStep);
+    }
+  }
+}
+
+template <typename T>
+REFDET_INLINE void pool_roi(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, T* out) {
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= map.channels; c += 8 * kLanes) pool_cells<Floats, 8>(image + c, map, x, y, out + c);
+  for (; c + 4 * kLanes <= map.channels; c += 4 * kLanes) pool_cells<Floats, 4>(image + c, map, x, y, out + c);
+  for (; c + kLanes <= map.channels; c += kLanes) pool_cells<Floats, 1>(image + c, map, x, y, out + c);
+  for (; c < map.channels; ++c) pool_cells<float, 1>(image + c, map, x, y, out + c);
+}
+
+REFDET_SIMD void pool_one(const float* image, const Map<const float>& map, const Axis& x, const Axis& y, float* out) {
+  pool_roi(image, map, x, y, out);
+}
+
+REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat16>& map, const Axis& x, const Axis& y,
+                          at::BFloat16* out) {
+  pool_roi(image, map, x, y, out);
+}
+
+// Adds to `vectors` vectors of channels of an image what the cells of one RoI say, `cells` on a side.
+template <typename Lane, int vectors, typename T>
+REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, const Readers& y,
+                             const Map<float>& map, float* image) {
+  constexpr int64_t kStep = sizeof(Lane) / sizeof(float);
+  for (size_t i = 0; i < y.position.size(); ++i) {
+    for (size_t j = 0; j < x.position.size(); ++j) {
+      Lane sum[vectors] = {};
+      for (int32_t r = y.start[i]; r < y.start[i + 1]; ++r) {
+        for (int32_t c = x.start[j]; c < x.start[j + 1]; ++c) {
+          const float weight = y.weight[r] * x.weight[c];
+          const T* from = pooled + (y.cell[r] * cells + x.cell[c]) * map.channels;
+          for (int v = 0; v < vectors; ++v) {
+            Lane values;
+            load(from + v * kStep, values);
+            sum[v] += weight * values;
+          }
+        }
+      }
+      float* to = image + y.position[i] * map.row_stride + x.position[j] * map.column_stride;
+      for (int v = 0; v < vectors; ++v) {
+        Lane values;
+        load(to + v * kStep, values);
+        store(values + sum[v], to + v * kStep);
+      }
+    }
+  }
+}
+
+// Adds to channels [begin, end) of one image what its RoIs say; `pooled` is the gradient of all cells of all RoIs.
+template <typename T>
+REFDET_INLINE void add_rois(const T* pooled, int64_t cells, const std::vector<int64_t>& rois,
+                            const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
+                            float* image, int64_t begin, int64_t end) {
+  for (const int64_t roi : rois) {
+    const T* own = pooled + roi * cells * cells * map.channels;
+    const Readers &columns = x[roi], &rows = y[roi];
+    int64_t c = begin;
+    for (; c + 8 * kLanes <= end; c += 8 * kLanes) add_cells<Floats, 8>(own + c, cells, columns, rows, map, image + c);
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) add_cells<Floats, 4>(own + c, cells, columns, rows, map, image + c);
+    for (; c + kLanes <= end; c += kLanes) add_cells<Floats, 1>(own + c, cells, columns, rows, map, image + c);
+    for (; c < end; ++c) add_cells<float, 1>(own + c, cells, columns, rows, map, image + c);
+  }
+}
+
+REFDET_SIMD void add_all(const float* pooled, int64_t cells, const std::vector<int64_t>& rois,
+                         const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
+                         float* image, int64_t begin, int64_t end) {
+  add_rois(pooled, cells, rois, x, y, map, image, begin, end);
+}
+
+REFDET_SIMD void add_all(const at::BFloat16* pooled, int64_t cells, const std::vector<int64_t>& rois,
+                         const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
+                         float* image, int64_t begin, int64_t end) {
+  add_rois(pooled, cells, rois, x, y, map, image, begin, end);
+}
+
+// Of each RoI, the image it lies on.
+std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
+  std::vector<int64_t> images(rois.size(0));
+  const float* roi = rois.const_data_ptr<float>();
+  for (size_t i = 0; i < images.size(); ++i) {
+    const float image = roi[5 * i];
+    TORCH_CHECK_INDEX(image >= 0 && image < static_cast<float>(batch), "RoI pooling: RoI ", i, " is on image ", image,
+                      " of a batch of ", batch);
+    images[i] = static_cast<int64_t>(image);
+  }
+  return images;
+}
+
+// Asks for large pages under new memory of many megabytes: else each 4 kB that are written first are a trap into the
+// kernel, and those take longer than the pooling.
+void ask_for_large_pages(const at::Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + fresh.nbytes()) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+}
+
+template <typename T>
+void pool(const at::Tensor& x, const at::Tensor& rois, const Sampling& how, at::Tensor& out) {
+  const std::vector<int64_t> images = images_of(rois, x.size(0));
+  const Map<const T> map(x, x.const_data_ptr<T>());
+  const float* box = rois.const_data_ptr<float>();
+  T* cells = out.mutable_data_ptr<T>();
+  at::parallel_for(0, rois.size(0), 1, [&](int64_t begin, int64_t end) {
+    Axis columns, rows;
+    for (int64_t i = begin; i < end; ++i) {
+      columns.fill(how, box[5 * i + 1], box[5 * i + 3], map.width);
+      rows.fill(how, box[5 * i + 2], box[5 * i + 4], map.height);
+      pool_one(map.data + images[i] * map.image_stride, map, columns, rows,
+               cells + i * how.cells() * how.cells() * map.channels);
+    }
+  });
+}
+
+template <typename T>
+void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampling& how, at::Tensor& gradient) {
+  const Map<float> map(gradient, gradient.mutable_data_ptr<float>());
+  const std::vector<int64_t> images = images_of(rois, gradient.size(0));
+  std::vector<std::vector<int64_t>> rois_of(gradient.size(0));
+  for (size_t i = 0; i < images.size(); ++i) rois_of[images[i]].push_back(static_cast<int64_t>(i));
+
+  const float* box = rois.const_data_ptr<float>();
+  std::vector<Readers> columns, rows;
+  Axis axis;
+  for (int64_t i = 0; i < rois.size(0); ++i) {
+    axis.fill(how, box[5 * i + 1], box[5 * i + 3], map.width);
+    columns.emplace_back(axis);
+    axis.fill(how, box[5 * i + 2], box[5 * i + 4], map.height);
+    rows.emplace_back(axis);
+  }
+  const T* cells = pooled.const_data_ptr<T>();
+  const int64_t groups = (map.channels + kLanes - 1) / kLanes;  // of channels, in an image
+  at::parallel_for(0, gradient.size(0) * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t next; begin < end; begin = next) {
+      const int64_t image = begin / groups;
+      next = std::min(end, (image + 1) * groups);
+      const int64_t from = begin % groups * kLanes;
+      const int64_t to = std::min(map.channels, (next - image * groups) * kLanes);
+      add_all(cells, how.cells(), rois_of[image], columns, rows, map, map.data + image * map.image_stride, from, to);
+    }
+  });
+}
+
+at::Tensor roi_pool_cpu(const at::Tensor& x, const at::Tensor& rois, int64_t size, double stride, int64_t samples,
+                        bool crop, bool mean) {
+  const Sampling how = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
+  const at::Tensor map = with_channels_last(x), boxes = rois.contiguous();
+  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options(),
+                             at::MemoryFormat::ChannelsLast);
+  ask_for_large_pages(out);
+  if (x.scalar_type() == at::kFloat) {
+    pool<float>(map, boxes, how, out);
+  } else {
+    pool<at::BFloat16>(map, boxes, how, out);
+  }
+  return out;
+}
+
+at::Tensor roi_pool_backward_cpu(const at::Tensor& gradient, const at::Tensor& rois, at::IntArrayRef shape,
+                                 int64_t size, double stride, int64_t samples, bool crop, bool mean) {
+  const Sampling how = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
+  check_pooled(gradient, rois, shape, how);
+  const at::Tensor pooled = gradient.contiguous(at::MemoryFormat::ChannelsLast), boxes = rois.contiguous();
+  at::Tensor out = at::zeros({shape[0], shape[2], shape[3], shape[1]}, gradient.options().dtype(at::kFloat))
+                       .permute({0, 3, 1, 2});
+  if (gradient.scalar_type() == at::kFloat) {
+    pool_backward<float>(pooled, boxes, how, out);
+  } else {
+    pool_backward<at::BFloat16>(pooled, boxes, how, out);
+  }
+  return out.to(gradient.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CPU, m) {
+  m.impl("roi_pool", &roi_pool_cpu);
+  m.impl("roi_pool_backward", &roi_pool_backward_cpu);
+}
+
+}  // namespace refdet

@@ -1,0 +1,329 @@
+// RoI pooling on CUDA, forward and backward: the same sums as csrc/pooling_cpu.cpp, from the same find_taps.
+//
+// What: tap_kernel writes, for each RoI, axis and cell, the positions read and their weights. pool_kernel sums the
+// positions of each cell, mean_kernel those of the whole RoI; unpool_kernel sums for each position of the map over the
+// RoIs in order and over those of their cells that read it. Sums are float32. There are no atomics: results are the
+// same in every run. A RoI on an image that is not in the batch gives NaN and no gradient, as telling the host would
+// mean to wait for the device.
+//
+// Cost: forward each cell is written once and the map read once from memory, the positions that cells share from the
+// cache. Backward each position of the map is written once, and a cell read as often as positions are in it, mostly
+// from the cache; besides, each warp looks over the windows of all RoIs, 32 at a time.
+//
+// Why fast: in channels_last a warp reads 512 bytes of a position at once, 16 a thread, and so writes them. A block
+// does all cells of a RoI in one slice of channels, so that what they share is in its SM's first cache. The taps are
+// found once for all channels. The backward pass adds up in registers and needs no cleared map and no float32 copy.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "pooling.h"
+
+namespace refdet {
+namespace {
+
+// ---- device code
+
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+constexpr unsigned kAll = 0xffffffffu;
+
+// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `room` times its number. Axis 0 is x.
+struct Lists {
+  int32_t *position, *count;
+  float* weight;
+  int4* window;    // of each RoI the first and last column and the first and last row it reads; none: first > last
+  int64_t* image;  // of each RoI, -1 where it is not in the batch
+  int64_t room, cells;
+};
+
+// A map or its gradient: sizes, and numbers from one image, row and column to the next.
+struct Shape {
+  int64_t batch, channels, height, width, image_stride, row_stride, column_stride;
+};
+
+template <typename T, int numbers>
+struct alignas(sizeof(T) * numbers) Pack {
+  T value[numbers];
+};
+
+// One block a RoI.
+__global__ void tap_kernel(const float* rois, Sampling how, Shape map, Lists lists) {
+  __shared__ int first[2], last[2];
+  const int64_t roi = blockIdx.x;
+  const float* box = rois + 5 * roi;
+  if (threadIdx.x < 2) first[threadIdx.x] = INT_MAX, last[threadIdx.x] = -1;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < 2 * lists.cells; i += blockDim.x) {
+    const int axis = i >= lists.cells;
+    const int64_t list = roi * 2 * lists.cells + i;
+    Taps taps{lists.position + list * lists.room, lists.weight + list * lists.room};
+    find_taps(how, box[1 + axis], box[3 + axis], axis ? i - lists.cells : i, axis ? map.height : map.width, taps);
+    lists.count[list] = taps.count;
+    if (taps.count > 0) {
+      atomicMin(&first[axis], taps.position[0]);
+      atomicMax(&last[axis], taps.position[taps.count - 1]);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    lists.window[roi] = make_int4(first[0], last[0], first[1], last[1]);
+    const float image = box[0];
+    lists.image[roi] = image >= 0 && image < static_cast<float>(map.batch) ? static_cast<int64_t>(image) : -1;
+  }
+}
+
+// Adds the taps (row, column) of one cell to `sum`, those in rows begin, begin + step and so on.
+template <typename T, int numbers>
+__device__ void add_taps(const T* image, const Shape& map, const Lists& lists, int64_t x, int64_t y, int begin,
+                         int step, float* sum) {
+  const int32_t *columns = lists.position + x * lists.room, *rows = lists.position + y * lists.room;
+  const float *column_weight = lists.weight + x * lists.room, *row_weight = lists.weight + y * lists.room;
+  const int count_x = lists.count[x], count_y = lists.count[y];
+  for (int i = begin; i < count_y; i += step) {
+    const T* line = image + rows[i] * map.row_stride;
+#pragma unroll 4
+    for (int j = 0; j < count_x; ++j) {
+      const float weight = row_weight[i] * column_weight[j];
+      const auto values = *reinterpret_cast<const Pack<T, numbers>*>(line + columns[j] * map.column_stride);
+      for (int v = 0; v < numbers; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
+    }
+  }
+}
+
+template <typename T, int numbers>
+__device__ void write(T* to, const float* sum) {
+  Pack<T, numbers> values;
+  for (int v = 0; v < numbers; ++v) values.value[v] = static_cast<T>(sum[v]);
+  *reinterpret_cast<Pack<T, numbers>*>(to) = values;
+}
+
+// A block does one RoI in one slice of channels, a warp every kWarps-th cell.
+template <typename T, int numbers>
+__global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
+  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + threadIdx.x % kWarp) * numbers;
+  if (channel >= map.channels) return;
+  const int64_t cells = lists.cells, lists_at = roi * 2 * cells, image = lists.image[roi];
+  for (int64_t cell = threadIdx.x / kWarp; cell < cells * cells; cell += kWarps) {
+    float sum[numbers] = {};
+    if (image < 0) {
+      for (float& value : sum) value = NAN;
+    } else {
+      add_taps<T, numbers>(data + image * map.image_stride + channel, map, lists, lists_at + cell % cells,
+                           lists_at + cells + cell / cells, 0, 1, sum);
+    }
+    write<T, numbers>(out + (roi * cells * cells + cell) * map.channels + channel, sum);
+  }
+}
+
+// The same where a RoI is one cell: each warp sums every kWarps-th row.
+template <typename T, int numbers>
+__global__ void mean_kernel(const T* data, Shape map, Lists lists, T* out) {
+  __shared__ float parts[kWarps][kWarp * numbers];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + lane) * numbers, image = lists.image[roi];
+  float sum[numbers] = {};
+  if (channel < map.channels && image >= 0) {
+    add_taps<T, numbers>(data + image * map.image_stride + channel, map, lists, roi * 2, roi * 2 + 1, warp, kWarps,
+                         sum);
+  }
+  for (int v = 0; v < numbers; ++v) parts[warp][lane * numbers + v] = sum[v];
+  __syncthreads();
+  if (warp > 0 || channel >= map.channels) return;
+  for (int v = 0; v < numbers; ++v) {
+    for (int other = 1; other < kWarps; ++other) sum[v] += parts[other][lane * numbers + v];
+    if (image < 0) sum[v] = NAN;
+  }
+  write<T, numbers>(out + roi * map.channels + channel, sum);
+}
+
+// The weight with which a list reads a position; its positions ascend, so it is not behind place `at - the first`.
+__device__ float weight_at(const Lists& lists, int64_t list, int32_t at) {
+  const int32_t count = lists.count[list], *position = lists.position + list * lists.room;
+  if (count == 0 || at < position[0]) return 0;
+  int32_t place = min(at - position[0], count - 1);
+  while (position[place] > at) --place;
+  return position[place] == at ? lists.weight[list * lists.room + place] : 0;
+}
+
+// A warp does one position of the map in one slice of channels.
+template <typename T, int numbers>
+__global__ void unpool_kernel(const T* pooled, int64_t rois, Shape map, Lists lists, T* out) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t place = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
+  if (place >= map.batch * map.height * map.width) return;  // the whole warp
+  const int64_t channel = (blockIdx.y * int64_t{kWarp} + lane) * numbers, image = place / (map.height * map.width);
+  const auto x = static_cast<int32_t>(place % map.width), y = static_cast<int32_t>(place / map.width % map.height);
+  const bool mine = channel < map.channels;
+  const int64_t cells = lists.cells;
+  float sum[numbers] = {};
+  for (int64_t start = 0; start < rois; start += kWarp) {
+    bool reads = false;
+    if (start + lane < rois && lists.image[start + lane] == image) {
+      const int4 window = lists.window[start + lane];
+      reads = window.x <= x && x <= window.y && window.z <= y && y <= window.w;
+    }
+    for (unsigned left = __ballot_sync(kAll, reads); left; left &= left - 1) {
+      const int64_t roi = start + __ffs(left) - 1, lists_at = roi * 2 * cells;
+      for (int64_t row = 0; row < cells; row += kWarp) {
+        const float row_weight = row + lane < cells ? weight_at(lists, lists_at + cells + row + lane, y) : 0;
+        const unsigned rows = __ballot_sync(kAll, row_weight != 0);
+        for (int64_t column = 0; rows && column < cells; column += kWarp) {
+          const float column_weight = column + lane < cells ? weight_at(lists, lists_at + column + lane, x) : 0;
+          const unsigned columns = __ballot_sync(kAll, column_weight != 0);
+          for (unsigned r = rows; r; r &= r - 1) {
+            const int at_row = __ffs(r) - 1;
+            for (unsigned c = columns; c; c &= c - 1) {
+              const int at_column = __ffs(c) - 1;
+              const float weight =
+                  __shfl_sync(kAll, row_weight, at_row) * __shfl_sync(kAll, column_weight, at_column);
+              const int64_t cell = (roi * cells + row + at_row) * cells + column + at_column;
+              if (!mine) continue;
+              const auto values = *reinterpret_cast<const Pack<T, numbers>*>(pooled + cell * map.channels + channel);
+              for (int v = 0; v < numbers; ++v) sum[v] += weight * static_cast<float>(values.value[v]);
+            }
+          }
+        }
+      }
+    }
+  }
+  if (mine) write<T, numbers>(out + place * map.channels + channel, sum);
+}
+
+// ---- host code
+
+// The lists of all RoIs, found on the device, and the memory they are in.
+struct Tables {
+  at::Tensor positions, counts, weights, windows, images;
+  Lists lists;
+
+  Tables(const at::Tensor& rois, const Sampling& how, const Shape& map, cudaStream_t stream) {
+    const int64_t count = rois.size(0), cells = how.cells(), room = how.capacity(std::max(map.height, map.width));
+    const auto integers = rois.options().dtype(at::kInt);
+    positions = at::empty({count * 2 * cells * room}, integers), counts = at::empty({count * 2 * cells}, integers);
+    weights = at::empty({count * 2 * cells * room}, rois.options()), windows = at::empty({count, 4}, integers);
+    images = at::empty({count}, rois.options().dtype(at::kLong));
+    lists = {positions.mutable_data_ptr<int32_t>(),
+             counts.mutable_data_ptr<int32_t>(),
+             weights.mutable_data_ptr<float>(),
+             reinterpret_cast<int4*>(windows.mutable_data_ptr<int32_t>()),
+             images.mutable_data_ptr<int64_t>(),
+             room,
+             cells};
+    const int threads = static_cast<int>(std::min<int64_t>(kThreads, (2 * cells + kWarp - 1) / kWarp * kWarp));
+    tap_kernel<<<static_cast<unsigned>(count), threads, 0, stream>>>(rois.const_data_ptr<float>(), how, map, lists);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+// Whether every position of a map begins at a multiple of 16 bytes and is one long.
+bool fits_packs(const at::Tensor& map, int64_t numbers) {
+  return map.size(1) % numbers == 0 && map.stride(0) % numbers == 0 && map.stride(2) % numbers == 0 &&
+         map.stride(3) % numbers == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
+}
+
+unsigned blocks(int64_t work, int64_t each) {
+  const int64_t count = (work + each - 1) / each;
+  TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "RoI pooling: ", work, " is too much for one call");
+  return static_cast<unsigned>(count);
+}
+
+template <typename T, int numbers>
+void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean, at::Tensor& out,
+          cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(out.size(0)), blocks(map.channels, kWarp * numbers));
+  const T* data = x.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  if (mean) {
+    mean_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, to);
+  } else {
+    pool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, to);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean, at::Tensor& out,
+          cudaStream_t stream) {
+  constexpr int kNumbers = 16 / sizeof(T);
+  if (fits_packs(x, kNumbers)) {
+    pool<T, kNumbers>(x, map, tables, mean, out, stream);
+  } else {
+    pool<T, 1>(x, map, tables, mean, out, stream);
+  }
+}
+
+at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t size, double stride, int64_t samples,
+                         bool crop, bool mean) {
+  const Sampling how = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor data = with_channels_last(x), boxes = rois.contiguous();
+  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options(),
+                             at::MemoryFormat::ChannelsLast);
+  if (out.numel() == 0) return out;
+  blocks(rois.size(0), 1);
+  const Shape map{x.size(0), x.size(1), x.size(2), x.size(3), data.stride(0), data.stride(2), data.stride(3)};
+  const Tables tables(boxes, how, map, stream);
+  if (x.scalar_type() == at::kFloat) {
+    pool<float>(data, map, tables, mean, out, stream);
+  } else {
+    pool<at::BFloat16>(data, map, tables, mean, out, stream);
+  }
+  return out;
+}
+
+template <typename T, int numbers>
+void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
+  const dim3 grid(blocks(map.batch * map.height * map.width, kWarps), blocks(map.channels, kWarp * numbers));
+  unpool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(pooled.const_data_ptr<T>(), pooled.size(0), map,
+                                                          tables.lists, out.mutable_data_ptr<T>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
+  constexpr int kNumbers = 16 / sizeof(T);
+  if (map.channels % kNumbers == 0 && reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0) {
+    unpool<T, kNumbers>(pooled, map, tables, out, stream);
+  } else {
+    unpool<T, 1>(pooled, map, tables, out, stream);
+  }
+}
+
+at::Tensor roi_pool_backward_cuda(const at::Tensor& gradient, const at::Tensor& rois, at::IntArrayRef shape,
+                                  int64_t size, double stride, int64_t samples, bool crop, bool mean) {
+  const Sampling how = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
+  check_pooled(gradient, rois, shape, how);
+  const c10::cuda::CUDAGuard guard(gradient.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor pooled = gradient.contiguous(at::MemoryFormat::ChannelsLast), boxes = rois.contiguous();
+  at::Tensor out = at::empty({shape[0], shape[2], shape[3], shape[1]}, gradient.options()).permute({0, 3, 1, 2});
+  if (out.numel() == 0) return out;
+  if (rois.size(0) == 0) return out.zero_();
+  blocks(rois.size(0), 1);
+  const Shape map{shape[0], shape[1], shape[2], shape[3], out.stride(0), out.stride(2), out.stride(3)};
+  const Tables tables(boxes, how, map, stream);
+  if (gradient.scalar_type() == at::kFloat) {
+    unpool<float>(pooled, map, tables, out, stream);
+  } else {
+    unpool<at::BFloat16>(pooled, map, tables, out, stream);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CUDA, m) {
+  m.impl("roi_pool", &roi_pool_cuda);
+  m.impl("roi_pool_backward", &roi_pool_backward_cuda);
+}
+
+}  // namespace refdet

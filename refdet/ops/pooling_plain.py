@@ -1,0 +1,116 @@
+"""RoI pooling in plain PyTorch, for where there are no compiled kernels.
+
+A cell is a weighted sum of positions of the map, its weight the product of one along x and one along y. With fixed
+sampling a cell reads the few positions about its samples: an embedding bag over the rows of a channels_last map,
+which PyTorch runs with SIMD along C. With adaptive sampling, and for the mean, it reads a whole stretch of them, and
+the sum is two products of matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align as torchvision_roi_align
+
+MOST = 1024  # cells on a side, and samples on a side of a cell
+CHUNK = 64  # RoIs that the products of matrices take at a time, so that what lies between them stays small
+
+
+def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
+    """What `refdet::roi_pool` computes, of arguments that were checked.
+
+    Args:
+        x: (B, C, H, W), computed in float64 if it is that, else in float32.
+        rois: (K, 5) image index and xyxy.
+        samples: on a side of a cell; 0 for adaptive.
+        crop: one sample a cell, from corner to corner, instead of RoIAlign.
+    Returns:
+        (K, C, m, m), or with `mean` (K, C, 1, 1), in the type of the map, channels_last.
+    Raises:
+        IndexError: a RoI is on an image outside of the batch.
+    """
+    values = x if x.dtype == torch.float64 else x.float()
+    rois = rois.detach().to(values.dtype)
+    wrong = ~((rois[:, 0] >= 0) & (rois[:, 0] < len(x)))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise IndexError(f"RoI pooling: RoI {row} is on image {rois[row, 0].item():g} of a batch of {len(x)}")
+    cells = 1 if mean else size
+    if len(rois) == 0 or x.numel() == 0:  # the sum gives it a gradient, as it has else
+        return x.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * x.sum()
+    if x.device.type != "cpu" and samples and not crop and not mean:
+        outside = -1e6 * stride
+        known = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
+        known = torch.cat((rois[:, :1], known), dim=1)
+        pooled = torchvision_roi_align(values, known, size, 1.0 / stride, sampling_ratio=samples, aligned=True)
+    else:
+        across = _taps(rois[:, 1] / stride, rois[:, 3] / stride, size, x.shape[3], samples, crop)
+        down = _taps(rois[:, 2] / stride, rois[:, 4] / stride, size, x.shape[2], samples, crop)
+        image = rois[:, 0].long()
+        if samples and not mean:
+            pooled = _sum_of_rows(values, image, across, down)
+        else:
+            columns, rows = _matrix(*across, x.shape[3]), _matrix(*down, x.shape[2])
+            if mean:
+                columns, rows = columns.mean(1, keepdim=True), rows.mean(1, keepdim=True)
+            pooled = _product(values, image, columns, rows)
+    return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: bool) -> tuple[Tensor, Tensor]:
+    """Along one axis of a map, the positions that each cell reads and their weights, both (K, size, 2n).
+
+    In RoIAlign a sample up to one position outside the map takes the value of the border, one further out is 0, as in
+    the original.
+    """
+    side = (high - low)[:, None, None]
+    adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MOST)
+    each = torch.full_like(side, samples) if samples else adaptive
+    of_cell = torch.arange(samples or max(int(each.max()), 1), device=low.device, dtype=low.dtype)
+    sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * each + of_cell
+    if crop:
+        position = low[:, None, None] + side * (sample / (size - 1))
+        inside = (position > -1) & (position < limit)
+        position = position.where(inside, 0)
+    else:
+        position = low[:, None, None] - 0.5 + side * ((sample + 0.5) / (size * each))
+        inside = (position >= -1) & (position <= limit) & (of_cell < each)
+        position = position.where(inside, 0).clamp(0, limit - 1)
+    floor = position.floor()
+    fraction = position - floor
+    cells = torch.stack((floor.long(), floor.long() + 1), dim=-1)
+    weights = torch.stack((1 - fraction, fraction), dim=-1) / each.clamp(min=1)[..., None]
+    weights = weights * (inside[..., None] & (cells >= 0) & (cells < limit))
+    return cells.clamp(0, limit - 1).flatten(2), weights.flatten(2)
+
+
+def _sum_of_rows(x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> Tensor:
+    """Cells (K, C, m, m), each the sum of rows of C numbers that its taps weigh."""
+    (x_cells, x_weights), (y_cells, y_weights) = across, down
+    channels, height, width = x.shape[1:]
+    count, size, bag = len(image), x_cells.shape[1], x_cells.shape[2] * y_cells.shape[2]
+    first = image[:, None, None, None, None] * (height * width)
+    rows = first + y_cells[:, :, None, :, None] * width + x_cells[:, None, :, None, :]
+    weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    pooled = F.embedding_bag(rows.reshape(-1, bag), table, per_sample_weights=weights.reshape(-1, bag), mode="sum")
+    return pooled.reshape(count, size, size, channels).permute(0, 3, 1, 2)
+
+
+def _matrix(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
+    """The weights (K, size, limit) of all positions, from those of taps (K, size, 2n)."""
+    return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, cells, weights)
+
+
+def _product(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Cells (K, C, m, m) from the weights of columns (K, m, W) and of rows (K, m, H)."""
+    channels, height, width = x.shape[1:]
+    order, pooled = [], []
+    for index, table in enumerate(x.permute(0, 2, 3, 1)):
+        for chosen in (image == index).nonzero()[:, 0].split(CHUNK):
+            lines = rows[chosen].flatten(0, 1) @ table.reshape(height, width * channels)
+            lines = lines.reshape(len(chosen), rows.shape[1], width, channels)
+            order.append(chosen)
+            pooled.append(columns[chosen][:, None] @ lines)
+    return torch.cat(pooled).index_select(0, torch.cat(order).argsort()).permute(0, 3, 1, 2)
