@@ -12,12 +12,12 @@ OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types cuda-check unit test-asan bench-ops bench-data parity clean
+.PHONY: help env demo test lint types cuda-check unit test-asan bench-ops bench-data bench-extract parity clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "make TARGET   (PYTHON=python3.12 chooses the Python of .venv)"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(VENV)/.installed ## set up .venv: torch, torchvision, refdet with its compiled kernels
 
@@ -66,6 +66,10 @@ bench-data: env ## loading and splitting files of the real size
 	@$(BIN)/python benchmarks/refer_load.py
 	@echo "==> bench-data: build-split"
 	@$(BIN)/python benchmarks/build_split.py
+
+bench-extract: env ## extract-features beside the same work by torchvision's detection parts
+	@echo "==> bench-extract: drawn images"
+	@$(BIN)/python benchmarks/extract.py
 
 parity: env ## how near the seed's numbers are, where its golden files lie beside the repository
 	@echo "==> parity: against outputs of the seed's own code"

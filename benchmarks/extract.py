@@ -1,0 +1,244 @@
+"""Times `refdet extract-features` beside the same work by torchvision's detection parts used in the ordinary way.
+
+    python benchmarks/extract.py [--device cpu] [--precision float32] [--images 8] [--batch-size 4] [--rounds 3]
+                                 [--instances F.json --images-dir DIR] [--json]
+
+Mask R-CNN, ResNet-101-C4, short side 600, 300 proposals, 100 regions an image with masks, pool5 and fc7, all of it
+written as HDF5. The peer (`benchmarks/torchvision_c4.py`) takes one image a call, in float32. Both have the same
+untrained weights, made to tell boxes and classes apart, and see the same images: drawn ones where none are given. In
+every round both take a turn; loading the weights is not counted, on either side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+from torchvision_c4 import Stages, TorchvisionC4
+from torchvision_c4 import extract as torchvision_extract
+
+from refdet import boxes as box_ops
+from refdet import checkpoint, store, trained
+from refdet import recipe as recipes
+from refdet.data.coco_categories import coco_categories
+from refdet.data.images import ImageSource
+from refdet.data.inputs import input_size, network_input
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import usable_device
+from refdet.extract import ExtractOptions, ImageList, extract_features
+from refdet.provenance import Provenance
+
+REGIONS, NMS = 100, 0.3
+CANDIDATES = 1000  # (box, class) pairs above the threshold an image: about what a trained network has at 0.05
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides are given."""
+
+    checkpoint: Path
+    images_dir: Path
+    image_list: ImageList
+    threshold: float
+
+
+def draw_images(folder: Path, count: int) -> Path:
+    """Smooth noise as JPEG in COCO's sizes, and an instances file of them; returns the file."""
+    random, records = np.random.default_rng(0), []
+    for number in range(1, count + 1):
+        width, height = ((640, 480), (640, 427), (480, 640), (640, 480))[number % 4]
+        noise = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        image.filter(ImageFilter.DETAIL).save(folder / f"{number:012d}.jpg", quality=90)
+        records.append({"id": number, "file_name": f"{number:012d}.jpg", "height": height, "width": width})
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": records, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}))
+    return path
+
+
+@torch.inference_mode()
+def make_weights(folder: Path, pixels: list[np.ndarray]) -> float:
+    """Write a run directory; returns the score that `CANDIDATES` (box, class) pairs of an image reach."""
+    torch.manual_seed(0)
+    recipe = recipes.load("c4-res101").with_changes(["model.norm=frozen"])
+    model = MaskRCNN(recipe, len(coco_categories())).eval()
+    for name, norm in model.named_modules():
+        if name.endswith("bn3"):  # the last of a block: the sum of 33 blocks must not grow without bound
+            norm.weight.fill_(0.2)
+    inputs = []
+    for image in pixels:
+        size = input_size(*image.shape[:2], recipe.input)
+        inputs.append((size, network_input(image, size, recipe.input)[None].to(memory_format=torch.channels_last)))
+    maps = [model.maps(x) for _, x in inputs]
+    hidden = torch.cat([torch.relu(model.rpn.conv(m)).permute(0, 2, 3, 1).flatten(0, 2) for (m,) in maps])
+    _spread(model.rpn.score, hidden, 2.0)
+    _spread(model.rpn.delta, hidden, 0.3)
+    fc7 = []
+    for (size, _), m in zip(inputs, maps, strict=True):
+        (boxes,) = model.rpn.propose(model.rpn(m), [(size.height, size.width)])
+        if len(boxes) < recipe.proposals.test_proposals:
+            raise SystemExit(f"the drawn weights propose {len(boxes)} boxes only")
+        fc7.append(model.head.features(m, torch.cat((torch.zeros(len(boxes), 1), boxes), 1)).fc7)
+    _spread(model.head.box.score, torch.cat(fc7), 2.0)
+    scores = model.head.classify(torch.cat(fc7))[0].softmax(1)[:, 1:].flatten()
+    folder.mkdir()
+    provenance = Provenance.imported("drawn weights", "0" * 64)
+    checkpoint.save(folder, model, checkpoint.Meta(recipe, coco_categories(), provenance, 0))
+    return float(scores.topk(CANDIDATES * len(pixels)).values[-1])
+
+
+def _spread(layer: nn.Conv2d | nn.Linear, inputs: Tensor, deviation: float) -> None:
+    """Set the weights of a layer so that its outputs of inputs (N, C) have mean 0 and this deviation."""
+    weight = layer.weight.flatten(1)
+    scale = deviation / (inputs @ weight.T).std(dim=0)
+    layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+    layer.bias.copy_(-(layer.weight.flatten(1) @ inputs.mean(0)))
+
+
+@torch.inference_mode()
+def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict[str, float]:
+    """Greatest relative difference of the features of 50 boxes, by either side's network of one input."""
+    ours = trained.load(work.checkpoint).model
+    size = input_size(*pixels.shape[:2], ours.recipe.input)
+    inputs = network_input(pixels, size, ours.recipe.input)[None]
+    corners = torch.rand(50, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
+    boxes = corners.flatten(1) * torch.tensor([size.image_width, size.image_height] * 2)
+    (found,) = ours.describe(inputs.contiguous(memory_format=torch.channels_last), [size], [boxes])
+    wanted = peer.of_boxes(inputs, ours.convention.scale(boxes, size.scale))
+    differences = {}
+    for name, values in wanted.items():
+        mine = getattr(found, name)
+        differences[name] = float(((mine - values).norm(dim=1) / values.norm(dim=1)).max())
+        if differences[name] > 1e-4:
+            raise SystemExit(f"not the same work: {name} differs by {differences[name]:.1e}")
+    return differences
+
+
+def alike(theirs: Path, ours: Path) -> float:
+    """The share of the peer's regions that refdet has too: same class, IoU above 0.9."""
+    import h5py
+
+    same = total = 0
+    with h5py.File(theirs) as peer, store.open(ours) as mine:
+        category_ids = np.array([category for category, _ in coco_categories()])
+        for number, image_id in enumerate(mine):
+            group, regions = peer[str(number)], mine[image_id]
+            overlap = box_ops.iou(torch.from_numpy(group["boxes"][:]), torch.from_numpy(regions.boxes)) > 0.9
+            kinds = category_ids[group["labels"][:] - 1][:, None] == regions.category_ids[None]
+            same += int((overlap.numpy() & kinds).any(1).sum())
+            total += len(overlap)
+    return same / max(total, 1)
+
+
+def run(work: Work, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Alternating turns of both sides; seconds of each, and what they say of themselves."""
+    sides = options.sides.split(",")
+    extraction = ExtractOptions(score_threshold=work.threshold, nms_threshold=NMS, max_regions=REGIONS,
+                                precision=options.precision)  # fmt: skip
+    source = ImageSource.open(work.images_dir)
+    paths = [work.images_dir / str(source.find(record)) for record in work.image_list.records]
+    detector = trained.load(work.checkpoint)
+    peer = TorchvisionC4(detector.model, work.threshold, NMS, REGIONS)
+    same = check_same_work(work, peer, source.read(work.image_list.records[0]))
+    peer, stages = peer.to(device), Stages(device)
+    torchvision_extract(peer, paths[:1], folder / "warm-up.h5", Stages(device))
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    regions: dict[str, float] = {}
+    for turn in range(options.rounds):
+        theirs, ours = folder / f"a{turn}.h5", folder / f"b{turn}.h5"
+        if "torchvision" in sides:
+            start = time.perf_counter()
+            counts = torchvision_extract(peer, paths, theirs, stages)
+            seconds["torchvision"].append(time.perf_counter() - start)
+            regions["torchvision"] = statistics.mean(counts)
+        if "refdet" in sides:
+            done = extract_features(
+                work.checkpoint, work.images_dir, ours, work.image_list, extraction, options.batch_size,
+                options.workers, str(device),
+            )  # fmt: skip
+            seconds["refdet"].append(done.seconds)
+            regions["refdet"] = done.regions / done.images
+    result: dict[str, Any] = {"difference": same, "regions": regions}
+    result |= {f"{side}_images_per_second": len(paths) / statistics.median(times) for side, times in seconds.items()}
+    if len(sides) == 2:
+        result["ratio"] = statistics.median(seconds["torchvision"]) / statistics.median(seconds["refdet"])
+        result["alike"] = alike(theirs, ours)
+        total = sum(stages.seconds.values())
+        result["torchvision_stages"] = {name: value / total for name, value in stages.seconds.items()}
+    elif device.type == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def peak_of(side: str, options: argparse.Namespace) -> int:
+    """Peak bytes of a process that has one side alone do the work: resident on the CPU, allocated on a GPU."""
+    arguments = [sys.executable, __file__, *sys.argv[1:], "--json", "--rounds", "1", "--sides", side]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["peak_bytes"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of refdet")
+    parser.add_argument("--images", type=int, default=8, help="how many")
+    parser.add_argument("--instances", type=Path, help="real images: their instances file, with --images-dir")
+    parser.add_argument("--images-dir", type=Path)
+    parser.add_argument("--batch-size", type=int, default=4, help="of refdet")
+    parser.add_argument("--workers", type=int, default=2, help="of refdet")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", default="torchvision,refdet", help="one alone gives its peak memory")
+    options = parser.parse_args()
+    if (options.instances is None) != (options.images_dir is None):
+        parser.error("--instances and --images-dir go together")
+    device = usable_device(options.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.instances is None:
+            (folder / "images").mkdir()
+            options.images_dir, instances = folder / "images", draw_images(folder / "images", options.images)
+        else:
+            instances = options.instances
+        images = ImageList.of_instances(instances)
+        images = ImageList(images.records[: options.images], images.index, images.name)
+        source = ImageSource.open(options.images_dir)
+        threshold = make_weights(folder / "run", [source.read(record) for record in images.records[:2]])
+        result = run(Work(folder / "run", options.images_dir, images, threshold), device, options, folder)
+    if "," in options.sides:
+        result["peak_bytes"] = {side: peak_of(side, options) for side in options.sides.split(",")}
+    about = {
+        "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
+        "images": len(images.records), "precision": options.precision, "batch_size": options.batch_size,
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps({**about, **result}))
+        return
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for side in options.sides.split(","):
+        peak = result["peak_bytes"][side] if "," in options.sides else result["peak_bytes"]
+        speed, regions = result[f"{side}_images_per_second"], result["regions"][side]
+        print(f"{side:12} {speed:8.3f} images/s  {regions:6.1f} regions/image  peak {peak / 2**30:.2f} GiB")
+    if "ratio" in result:
+        print(f"refdet is {result['ratio']:.2f} times as fast; {result['alike']:.1%} of the regions are alike")
+        stages = ", ".join(f"{name} {share:.1%}" for name, share in result["torchvision_stages"].items())
+        print(f"torchvision's stages: {stages}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The peer of `benchmarks/extract.py`: Mask R-CNN with a C4 layout, put together from torchvision's detection parts.
+
+It is what one writes without refdet: `RegionProposalNetwork`, `RoIHeads` and `GeneralizedRCNNTransform` as they are,
+layer4 as the box head and as the mask head, `paste_masks_in_image` (through the transform), pycocotools and h5py. It
+takes refdet's weights, so that both do the same work on the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.models import resnet101
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d, roi_align
+
+from refdet.detector.mask_rcnn import MaskRCNN
+
+STRIDE, CELLS = 16, 7
+
+
+class AlignedPool(nn.Module):
+    """What MultiScaleRoIAlign does with one map, but for the half-pixel alignment that it lacks."""
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        return roi_align(maps["0"], boxes, CELLS, 1 / STRIDE, sampling_ratio=2, aligned=True)
+
+
+class MeanOfLayer4(nn.Module):
+    def __init__(self, layer4: nn.Module) -> None:
+        super().__init__()
+        self.layer4 = layer4
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.layer4(pooled).mean((2, 3))
+
+
+class TorchvisionC4(nn.Module):
+    """Detections of one image, its masks in full size, and pool5 and fc7 out of the mask pass.
+
+    Args:
+        ours: the detector whose weights it takes: a C4 network of 101 layers, frozen norms, RoIAlign.
+    """
+
+    def __init__(self, ours: MaskRCNN, score_threshold: float, nms_threshold: float, max_regions: int) -> None:
+        super().__init__()
+        recipe, weights = ours.recipe, ours.state_dict()
+        network = resnet101(norm_layer=FrozenBatchNorm2d)
+        network.layer4[0].conv2.stride = network.layer4[0].downsample[0].stride = (1, 1)
+        names = {"backbone.": network, "head.conv5.": network.layer4}
+        for prefix, part in names.items():
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
+                                 strict=prefix != "backbone.")  # fmt: skip
+        self.body = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool,
+                                  network.layer1, network.layer2, network.layer3)  # fmt: skip
+        sizes, ratios = tuple(recipe.model.anchor_sizes), tuple(recipe.model.anchor_ratios)
+        anchors = AnchorGenerator((sizes,), (ratios,))
+        anchors.cell_anchors = [ours.rpn.anchors.get_buffer("cell0") + STRIDE / 2]
+        head = RPNHead(1024, len(sizes) * len(ratios))
+        head.conv = nn.Sequential(nn.Conv2d(1024, recipe.model.rpn_channels, 3, padding=1), nn.ReLU(inplace=True))
+        head.cls_logits = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios), 1)
+        head.bbox_pred = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios) * 4, 1)
+        options = recipe.proposals
+        self.rpn = RegionProposalNetwork(
+            anchors, head, options.positive_iou, options.negative_iou, options.samples, options.positive_fraction,
+            {"training": options.train_candidates, "testing": options.test_candidates},
+            {"training": options.train_proposals, "testing": options.test_proposals}, options.nms_threshold,
+        )  # fmt: skip
+        predictor, masks = FastRCNNPredictor(2048, ours.classes + 1), MaskRCNNPredictor(2048, 256, ours.classes + 1)
+        self.heads = RoIHeads(
+            AlignedPool(), MeanOfLayer4(network.layer4), predictor, 0.5, 0.5, 512, 0.25, None,
+            score_threshold, nms_threshold, max_regions, AlignedPool(), network.layer4, masks,
+        )  # fmt: skip
+        for ours_name, layer in {
+            "rpn.conv": head.conv[0], "rpn.score": head.cls_logits, "rpn.delta": head.bbox_pred,
+            "head.box.score": predictor.cls_score, "head.box.delta": predictor.bbox_pred,
+            "head.mask.hidden.0": masks.conv5_mask, "head.mask.logits": masks.mask_fcn_logits,
+        }.items():  # fmt: skip
+            layer.load_state_dict({k: weights[f"{ours_name}.{k}"] for k in ("weight", "bias")})
+        mean, std = ([value / 255 for value in values] for values in (recipe.input.mean, recipe.input.std))
+        self.transform = GeneralizedRCNNTransform(
+            recipe.input.short_sides[-1], recipe.input.long_side, mean, std, size_divisible=STRIDE
+        )
+        self.features: dict[str, Tensor] = {}
+        self.heads.mask_roi_pool.register_forward_hook(lambda _m, _i, out: self._keep("pool5", out))
+        masks.register_forward_pre_hook(lambda _m, inputs: self._keep("fc7", inputs[0]))
+        self.eval()
+
+    def _keep(self, name: str, maps: Tensor) -> None:
+        self.features[name] = maps.mean((2, 3))
+
+    def of_boxes(self, inputs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """pool5 (n, 1024) and fc7 (n, 2048) of boxes (n, 4) in pixels of inputs (1, 3, H, W)."""
+        pooled = self.heads.mask_roi_pool({"0": self.body(inputs)}, [boxes], [])
+        return {"pool5": pooled.mean((2, 3)), "fc7": self.heads.box_head(pooled)}
+
+
+class Stages:
+    """Seconds of each stage; on a GPU a stage ends when its work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] += time.perf_counter() - start
+
+
+def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages) -> list[int]:
+    """Detections, masks and features of each image into an HDF5 file; returns the number of regions of each."""
+    device, counts = next(model.parameters()).device, []
+    with torch.inference_mode(), h5py.File(out, "w") as file:
+        for number, path in enumerate(paths):
+            with stages("read"):
+                pixels = np.array(Image.open(path).convert("RGB"))
+            with stages("resize"):
+                image = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float() / 255
+                images, _ = model.transform([image])
+            with stages("backbone"):
+                maps = {"0": model.body(images.tensors)}
+            with stages("proposals"):
+                proposals, _ = model.rpn(images, maps)
+            with stages("RoI heads"):
+                found, _ = model.heads(maps, proposals, images.image_sizes)
+            with stages("paste"):
+                (result,) = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[1:])])
+                masks = (result["masks"][:, 0] > 0.5).cpu().numpy()
+            with stages("RLE"):
+                rles = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
+            with stages("write"):
+                group = file.create_group(str(number))
+                for name in ("boxes", "scores", "labels"):
+                    group[name] = result[name].cpu().numpy()
+                for name, values in model.features.items():
+                    group[name] = values.float().cpu().numpy()
+                group["masks"] = np.array(rles, dtype=h5py.string_dtype())
+            counts.append(len(rles))
+    return counts
