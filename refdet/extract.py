@@ -128,7 +128,7 @@ def extract_features(
         raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
                          f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
     where = usable_device(device)
-    detector = trained.load(checkpoint, where)
+    detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
     meta, given = detector.meta, options.regions == "annotations"
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision}  # fmt: skip
@@ -167,10 +167,9 @@ def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
     settings = DetectOptions(
         options.score_threshold, options.nms_threshold, options.max_regions, options.features, options.at_least_one
     )
-    bf16 = options.precision == "bfloat16"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        found = detect_batch(detector.model, images, batch, detector.meta.category_ids, settings, bf16)
+        found = detect_batch(detector.model, images, batch, detector.meta.category_ids, settings)
         return lambda: found
 
     return compute
@@ -179,7 +178,6 @@ def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
 def _annotated(detector: TrainedDetector, index: CocoIndex, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import describe_boxes
 
-    bf16 = options.precision == "bfloat16"
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
     strange = sorted(index.categories.items() - dict(detector.meta.categories).items())
@@ -192,7 +190,7 @@ def _annotated(detector: TrainedDetector, index: CocoIndex, options: ExtractOpti
         labels = (
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )
-        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels, bf16)
+        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels)
         return lambda: [
             replace(r, features=f.features, masks=r.masks if f.masks is None else f.masks)
             for r, f in zip(bare, found, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refdet.checkpoint import MODEL, Meta, load_meta, read_tensors, run_directory
+from refdet.detector import folding
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 
@@ -23,8 +24,14 @@ class TrainedDetector:
     path: Path
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedDetector:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", for_use: bool = False, bf16: bool = False
+) -> TrainedDetector:
     """The detector of a run directory, in eval mode, channels_last.
+
+    Args:
+        for_use: make it as fast as it can be, the same within rounding; its weights then have other names.
+        bf16: in bfloat16, for use alone; see `refdet.detector.folding`.
 
     Raises:
         InputError: no checkpoint, a damaged one, or weights that do not fit its recipe.
@@ -32,6 +39,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedDetecto
     folder, meta = run_directory(path), load_meta(path)
     model = MaskRCNN(meta.recipe, len(meta.categories))
     load_weights(model, read_tensors(folder / MODEL)[0], folder / MODEL)
+    if for_use or bf16:
+        model = folding.for_use(model, bf16)
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return TrainedDetector(model, meta, folder)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refdet.detector.conv5 import EarlyConv5
 from refdet.detector.fpn import FeaturePyramid
 from refdet.ops.pooling import (
     pyramid_roi_align,
@@ -21,6 +22,7 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
+CHUNK_BYTES = 2**26  # of conv5's output: RoIs go through it in pieces of about this size where no gradient is wanted
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,15 @@ class RoiFeatures:
     """Features of K RoIs.
 
     Attributes:
-        pool5: (K, C) mean over the 7x7 cells pooled from the map.
         fc7: (K, D) what classes and boxes are predicted from.
-        spatial: (K, D', 7, 7) what masks are predicted from.
+        spatial: (K, D', 7, 7) what masks are predicted from; of a C4 network fc7 is its mean.
     """
 
-    pool5: Tensor
     fc7: Tensor
     spatial: Tensor
 
     def __getitem__(self, rows: Tensor) -> RoiFeatures:
-        return RoiFeatures(self.pool5[rows], self.fc7[rows], self.spatial[rows])
+        return RoiFeatures(self.fc7[rows], self.spatial[rows])
 
 
 class RoiHead(Protocol):
@@ -48,6 +48,18 @@ class RoiHead(Protocol):
     """
 
     mask_size: int
+
+    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+        """What the other methods take as maps; made once for a batch of which about so many RoIs will be asked."""
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """The cells (K, C, 7, 7) of rois (K, 5), read from the maps."""
+
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """(K, C) mean over the cells of rois (K, 5), in float32."""
+
+    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """(K, D) what classes and boxes are predicted from, of rois (K, 5), in float32."""
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
@@ -76,6 +88,7 @@ class BoxPredictor(nn.Module):
 
     def forward(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """fc7 (K, D) -> logits (K, classes + 1) and deltas (K, classes + 1, 4), in float32."""
+        fc7 = fc7.to(self.score.weight.dtype)
         deltas = self.delta(fc7).float()
         return self.score(fc7).float(), deltas.reshape(len(fc7), deltas.shape[1] // 4, 4)
 
@@ -134,11 +147,43 @@ class C4Head(nn.Module):
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
 
+    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+        """The map, and where it saves work what conv5's first convolutions make of it; see `RoiHead`."""
+        (x,) = maps
+        positions = x.shape[0] * x.shape[2] * x.shape[3]
+        if isinstance(self.conv5, EarlyConv5) and rois * POOL_SIZE**2 > positions:
+            return [x, self.conv5.enter(x)]
+        return maps
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return self._pool(maps[0], rois)
+
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return _mean(self._pool(maps[0], rois))
+
+    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return torch.cat([_mean(self._spatial(maps, part)) for part in self._chunks(rois)])
+
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
-        """Features of rois (K, 5) from the one map (B, C, H, W)."""
-        pooled = self._pool(maps[0], rois)
-        spatial = self.conv5(pooled)
-        return RoiFeatures(pooled.mean((2, 3)), spatial.mean((2, 3)), spatial)
+        """See `RoiHead`."""
+        parts = [self._spatial(maps, part) for part in self._chunks(rois)]
+        spatial = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return RoiFeatures(_mean(spatial), spatial)
+
+    def _chunks(self, rois: Tensor) -> Sequence[Tensor]:
+        if torch.is_grad_enabled():
+            return [rois]
+        return rois.split(max(CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1))
+
+    def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `prepare` gave."""
+        if not isinstance(self.conv5, EarlyConv5):
+            return self.conv5(self._pool(maps[0], rois))
+        early = len(maps) > 1
+        return self.conv5(self._pool(maps[1], rois) if early else self.conv5.enter(self._pool(maps[0], rois)))
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
@@ -182,11 +227,26 @@ class PyramidHead(nn.Module):
         self.box = BoxPredictor(hidden, classes)
         self.mask = MaskPredictor(channels, mask_channels, classes, convolutions=4) if masks else None
 
+    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+        """The maps as they are; see `RoiHead`."""
+        return maps
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """From the four finest maps of the pyramid; see `RoiHead`."""
+        return pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
+
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return _mean(self.pooled(maps, rois))
+
+    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """See `RoiHead`."""
+        return self.features(maps, rois).fc7.float()
+
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
-        """Features of rois (K, 5) from the four finest maps of the pyramid."""
-        pooled = pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
-        fc7 = F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
-        return RoiFeatures(pooled.mean((2, 3)), fc7, pooled)
+        """See `RoiHead`."""
+        pooled = self.pooled(maps, rois)
+        return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
@@ -201,3 +261,8 @@ class PyramidHead(nn.Module):
         if self.mask is None:
             raise ValueError("this detector has no mask branch")
         return self.mask(pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides), labels)
+
+
+def _mean(cells: Tensor) -> Tensor:
+    """The mean (K, C) over cells (K, C, m, m), in float32 whatever their type."""
+    return cells.mean((2, 3), dtype=torch.float32 if cells.dtype != torch.float64 else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,9 @@ from refdet.ops.masks import masks_to_rle
 from refdet.recipe import InputOptions
 from refdet.regions import Regions
 
-FEATURES = ("pool5", "fc7")
+FEATURES = ("pool5", "fc7", "class_prob")
+SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network
+HEAD = "head"  # the map of a C4 network: a feature of the image, not of its regions
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class DetectOptions:
     score_threshold: float = 0.05
     nms_threshold: float = 0.3
     max_regions: int = 100
-    features: tuple[str, ...] = FEATURES
+    features: tuple[str, ...] = ("pool5", "fc7")
     at_least_one: bool = False  # lower the threshold by 0.1 until an image has a detection
 
 
@@ -36,12 +38,16 @@ class Description:
     """What the network says of n given boxes of an image.
 
     Attributes:
-        features: name -> (n, width) float32.
+        features: name -> (n, ...) float32, see `refdet.detector.mask_rcnn.Described`.
         masks: n RLE ``counts`` of the image, or None where no classes were given.
+        maps: "head" -> (C, H, W) float32 where it was asked for.
+        im_info: (3,) float32: height and width of the network's input, and the factor that made it of the image.
     """
 
     features: dict[str, np.ndarray]
     masks: tuple[bytes, ...] | None
+    maps: dict[str, np.ndarray]
+    im_info: np.ndarray
 
 
 def detect_batch(
@@ -63,8 +69,9 @@ def detect_batch(
     sizes, inputs = _inputs(model, images)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         found = model.detect(
-            inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one
-        )
+            inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one,
+            of_regions(options.features),
+        )  # fmt: skip
     return [_regions(d, r, category_ids, options) for d, r in zip(found, records, strict=True)]
 
 
@@ -72,7 +79,7 @@ def describe_boxes(
     model: MaskRCNN,
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = ("pool5", "fc7"),
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
 ) -> list[Description]:
@@ -81,21 +88,27 @@ def describe_boxes(
     Args:
         images: (H, W, 3) uint8 RGB each.
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
-        features: names, of `FEATURES`.
+        features: names, of `FEATURES`, `SPATIAL` and `HEAD`.
         labels: (n,) each, 1..classes: the class whose mask is wanted.
     """
     sizes, inputs = _inputs(model, images)
     rows = [torch.as_tensor(b, dtype=torch.float32, device=inputs.device).reshape(-1, 4) for b in boxes]
     classes = None if labels is None else [torch.as_tensor(n, device=inputs.device).long() for n in labels]
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        described = model.describe(inputs, sizes, rows, classes)
+        described = model.describe(inputs, sizes, rows, classes, of_regions(features))
     found = []
     for each, box, size in zip(described, rows, sizes, strict=True):
         masks = None
         if each.masks is not None:
             masks = tuple(masks_to_rle(each.masks, box, size.image_height, size.image_width))
-        found.append(Description(_named(each.pool5, each.fc7, features), masks))
+        maps, im_info = _map_of(each.head, size, features)
+        found.append(Description(_arrays(each.features), masks, maps, im_info))
     return found
+
+
+def of_regions(names: Sequence[str]) -> tuple[str, ...]:
+    """The features among `names` that belong to regions."""
+    return tuple(name for name in names if name != HEAD)
 
 
 def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
@@ -104,9 +117,9 @@ def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSi
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(f"one input size for a batch, not {sizes}; see refdet.data.batches.exact_batches")
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     inputs = torch.stack([network_input(i, s, options) for i, s in zip(images, sizes, strict=True)])
-    return sizes, inputs.to(device, memory_format=torch.channels_last)
+    return sizes, inputs.to(weight.device, weight.dtype, memory_format=torch.channels_last)
 
 
 def _regions(found: Detections, record: ImageRecord, category_ids: Sequence[int], options: DetectOptions) -> Regions:
@@ -120,10 +133,15 @@ def _regions(found: Detections, record: ImageRecord, category_ids: Sequence[int]
         scores=found.scores.cpu().numpy(),
         category_ids=ids[found.labels.cpu().numpy() - 1],
         masks=masks,
-        features=_named(found.pool5, found.fc7, options.features),
+        features=_arrays(found.features),
     )  # fmt: skip
 
 
-def _named(pool5: Tensor, fc7: Tensor, names: Sequence[str]) -> dict[str, np.ndarray]:
-    available = {"pool5": pool5, "fc7": fc7}
-    return {name: available[name].cpu().numpy() for name in names}
+def _arrays(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.cpu().numpy() for name, values in features.items()}
+
+
+def _map_of(head: Tensor, size: InputSize, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The map of an image, where it is asked for, and what boxes must know to be read from it."""
+    maps = {HEAD: head.float().cpu().contiguous().numpy()} if HEAD in names else {}
+    return maps, np.array([size.height, size.width, size.scale_y], np.float32)

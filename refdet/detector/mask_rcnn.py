@@ -27,6 +27,8 @@ from refdet.recipe import Recipe
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
+FEATURES = ("pool5", "fc7")  # what is computed where nothing else is said
+FROM_CONV5 = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
@@ -40,15 +42,16 @@ class Detections:
         scores: (n,) class probabilities.
         labels: (n,) int64, 1..classes.
         masks: (n, m, m) probabilities on the box, or None without a mask branch.
-        pool5, fc7: (n, C), (n, D) features of the boxes.
+        features: what was asked for of the boxes, see `Described`.
+        head: (C, H, W) the map that C4 features are pooled from.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None
-    pool5: Tensor
-    fc7: Tensor
+    features: dict[str, Tensor]
+    head: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,27 @@ class Described:
     """What is in n given boxes of one image.
 
     Attributes:
-        pool5, fc7: (n, C), (n, D) features, float32.
+        features: of those that were asked for, float32: ``pool5`` (n, C), mean of the cells pooled from the map;
+            ``fc7`` (n, D), what classes and boxes are predicted from; ``class_prob`` (n, classes + 1), probabilities,
+            background first; of a C4 network ``spatial_pool5`` (n, C, 7, 7), the cells, and ``spatial_fc7``
+            (n, D, 7, 7), whose mean is fc7.
         masks: (n, m, m) probabilities on the box, or None where no classes were given.
+        head: (C, H, W) the map that C4 features are pooled from; the finest one of a pyramid.
     """
 
-    pool5: Tensor
-    fc7: Tensor
+    features: dict[str, Tensor]
     masks: Tensor | None
+    head: Tensor
+
+    @property
+    def pool5(self) -> Tensor:
+        """(n, C), where it was asked for."""
+        return self.features["pool5"]
+
+    @property
+    def fc7(self) -> Tensor:
+        """(n, D), where it was asked for."""
+        return self.features["fc7"]
 
 
 class MaskRCNN(nn.Module):
@@ -189,6 +206,7 @@ class MaskRCNN(nn.Module):
         nms_threshold: float,
         max_regions: int,
         at_least_one: bool = False,
+        features: Sequence[str] = FEATURES,
     ) -> list[Detections]:
         """Detections of each image.
 
@@ -198,11 +216,13 @@ class MaskRCNN(nn.Module):
             nms_threshold: IoU above which the lower of two detections of a class goes.
             max_regions: how many are kept over all classes.
             at_least_one: lower the threshold by 0.1 for an image, as often as it needs to have a detection.
+            features: which ones of the detections are wanted, see `Described`.
         """
-        maps = self.maps(images)
+        maps: Sequence[Tensor] = self.maps(images)
         proposals = self.rpn.propose(self.rpn(maps), [(size.height, size.width) for size in sizes])
         rois = _with_index(proposals)
-        logits, deltas = self.head.classify(self.head.features(maps, self._corners(rois, maps, images)).fc7)
+        maps = self.head.prepare(maps, len(rois))
+        logits, deltas = self.head.classify(self.head.vectors(maps, self._corners(rois, maps, images)))
         counts = [len(p) for p in proposals]
         scores = logits.softmax(dim=1)[:, 1:]
         pairs = list(zip(proposals, sizes, strict=True))
@@ -217,20 +237,21 @@ class MaskRCNN(nn.Module):
             thresholds = scores.new_full((len(sizes),), score_threshold)
         seed_ranking = self.recipe.model.seed_ranking
         found = best_detections(inside, scores, counts, thresholds, nms_threshold, max_regions, seed_ranking)
-        return self._finish(maps, images, sizes, found)
+        return self._finish(maps, images, sizes, found, features)
 
     def _finish(
         self,
-        maps: list[Tensor],
+        maps: Sequence[Tensor],
         images: Tensor,
         sizes: Sequence[InputSize],
         found: list[tuple[Tensor, Tensor, Tensor]],
+        names: Sequence[str],
     ) -> list[Detections]:
         """Features and masks of the boxes that were kept."""
         labels = [label for _, _, label in found] if self.recipe.model.masks else None
-        described = self._describe(maps, images, sizes, [boxes for boxes, _, _ in found], labels)
+        described = self._describe(maps, images, sizes, [boxes for boxes, _, _ in found], labels, names)
         return [
-            Detections(boxes, scores, label, each.masks, each.pool5, each.fc7)
+            Detections(boxes, scores, label, each.masks, each.features, each.head)
             for (boxes, scores, label), each in zip(found, described, strict=True)
         ]
 
@@ -241,6 +262,7 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None = None,
+        features: Sequence[str] = FEATURES,
     ) -> list[Described]:
         """Features, and with `labels` masks, of given boxes of each image.
 
@@ -248,25 +270,43 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalised.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
             labels: (n,) of each image, 1..classes: of which class the masks are to be.
+            features: which ones, see `Described`; what nothing asked for needs is not computed.
         """
-        return self._describe(self.maps(images), images, sizes, boxes, labels)
+        maps: Sequence[Tensor] = self.maps(images)
+        if labels is not None or not FROM_CONV5.isdisjoint(features):
+            maps = self.head.prepare(maps, sum(map(len, boxes)))
+        return self._describe(maps, images, sizes, boxes, labels, features)
 
     def _describe(
         self,
-        maps: list[Tensor],
+        maps: Sequence[Tensor],
         images: Tensor,
         sizes: Sequence[InputSize],
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None,
+        names: Sequence[str],
     ) -> list[Described]:
+        """As `describe`, from maps that the head has prepared."""
         scaled = [self.convention.scale(b, size.scale) for b, size in zip(boxes, sizes, strict=True)]
-        rois = self._corners(_with_index(scaled), maps, images)
-        features, counts = self.head.features(maps, rois), [len(b) for b in boxes]
+        rois, counts = self._corners(_with_index(scaled), maps, images), [len(b) for b in boxes]
+        values: dict[str, Tensor] = {}
         masks: Sequence[Tensor | None] = [None] * len(boxes)
-        if labels is not None:
-            masks = self.head.mask_logits(maps, rois, features, torch.cat(list(labels))).sigmoid().split(counts)
-        pairs = zip(features.pool5.float().split(counts), features.fc7.float().split(counts), strict=True)
-        return [Described(pool5, fc7, mask) for (pool5, fc7), mask in zip(pairs, masks, strict=True)]
+        if "pool5" in names:
+            values["pool5"] = self.head.pool5(maps, rois)
+        if "spatial_pool5" in names:
+            values["spatial_pool5"] = self.head.pooled(maps, rois)
+        if labels is not None or not FROM_CONV5.isdisjoint(names):
+            found = self.head.features(maps, rois)
+            values |= {"fc7": found.fc7, "spatial_fc7": found.spatial}
+            if "class_prob" in names:
+                values["class_prob"] = self.head.classify(found.fc7)[0].softmax(dim=1)
+            if labels is not None:
+                masks = self.head.mask_logits(maps, rois, found, torch.cat(list(labels))).sigmoid().split(counts)
+        split = {name: values[name].float().split(counts) for name in names}
+        return [
+            Described({name: parts[image] for name, parts in split.items()}, mask, maps[0][image])
+            for image, mask in enumerate(masks)
+        ]
 
     def _corners(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""

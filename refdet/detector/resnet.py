@@ -31,6 +31,16 @@ class FrozenBatchNorm(nn.Module):
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
 
+def relu(x: Tensor) -> Tensor:
+    """ReLU of a tensor that nobody else holds: in place, which saves memory traffic, unless gradients are wanted."""
+    return torch.relu(x) if torch.is_grad_enabled() else x.relu_()
+
+
+def joined(x: Tensor, shortcut: Tensor) -> Tensor:
+    """The end of a block, ReLU of a sum (N, C, H, W); as `relu`, `x` may be overwritten."""
+    return torch.relu(x + shortcut) if torch.is_grad_enabled() else x.add_(shortcut).relu_()
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; for ResNet-18 and 34."""
 
@@ -46,9 +56,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
-        y = torch.relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return torch.relu(y + self.downsample(x))
+        return joined(y, self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -68,10 +78,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
+        y = relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return torch.relu(y + self.downsample(x))
+        return joined(y, self.downsample(x))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
@@ -119,7 +129,7 @@ class ResNet(nn.Module):
         Returns:
             `stages` maps (B, channels[i], H / s, W / s), where s is 4 and grows with the strides.
         """
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(relu(self.bn1(self.conv1(images))))
         maps = []
         for stage in range(stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
