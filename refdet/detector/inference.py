@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 from refdet.data.coco import ImageRecord
 from refdet.data.inputs import input_size, network_input
 from refdet.detector.mask_rcnn import Detections, MaskRCNN
+from refdet.errors import InputError
 from refdet.frames import InputSize
 from refdet.ops.masks import masks_to_rle
-from refdet.recipe import InputOptions
+from refdet.recipe import InputOptions, Recipe
 from refdet.regions import Regions
 
 FEATURES = ("pool5", "fc7", "class_prob")
@@ -50,6 +51,23 @@ class Description:
     im_info: np.ndarray
 
 
+def check_features(names: Sequence[str], recipe: Recipe) -> None:
+    """See that a detector of this recipe has the features asked for.
+
+    Raises:
+        InputError: there is no such feature, or a pyramid does not have it.
+    """
+    every = (*FEATURES, *SPATIAL, HEAD)
+    for name in names:
+        if name not in every:
+            raise InputError(f"--features {name}: no such feature; there is {', '.join(every)}")
+        if name not in FEATURES and recipe.model.neck == "fpn":
+            raise InputError(
+                f"--features {name}: a detector with a feature pyramid has no such feature, one with a C4 layout has; "
+                f"take of {', '.join(FEATURES)}, or another --checkpoint"
+            )
+
+
 def detect_batch(
     model: MaskRCNN,
     images: Sequence[np.ndarray],
@@ -58,7 +76,21 @@ def detect_batch(
     options: DetectOptions,
     bf16: bool = False,
 ) -> list[Regions]:
-    """The detected regions of images whose inputs have one exact size.
+    """The detected regions of images whose inputs have one exact size; see `start_detecting`."""
+    return start_detecting(model, images, records, category_ids, options, bf16)()
+
+
+def start_detecting(
+    model: MaskRCNN,
+    images: Sequence[np.ndarray],
+    records: Sequence[ImageRecord],
+    category_ids: Sequence[int],
+    options: DetectOptions,
+    bf16: bool = False,
+) -> Callable[[], list[Regions]]:
+    """Detect regions of images whose inputs have one exact size; what is returned finishes them, in any thread.
+
+    Finishing waits until a GPU has sent its results, and makes the masks; meanwhile the GPU can do the next batch.
 
     Args:
         images: (H, W, 3) uint8 RGB each.
@@ -72,7 +104,15 @@ def detect_batch(
             inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one,
             of_regions(options.features),
         )  # fmt: skip
-    return [_regions(d, r, category_ids, options) for d, r in zip(found, records, strict=True)]
+    at_host = [_at_host(each, options.features) for each in found]
+    wait = _end_of_work(inputs.device)
+
+    def finish() -> list[Regions]:
+        wait()
+        results = zip(at_host, records, sizes, strict=True)
+        return [_regions(each, record, size, category_ids) for each, record, size in results]
+
+    return finish
 
 
 def describe_boxes(
@@ -118,20 +158,45 @@ def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSi
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(f"one input size for a batch, not {sizes}; see refdet.data.batches.exact_batches")
     weight = next(model.parameters())
-    inputs = torch.stack([network_input(i, s, options) for i, s in zip(images, sizes, strict=True)])
-    return sizes, inputs.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+    inputs = [network_input(i, s, options, weight.device) for i, s in zip(images, sizes, strict=True)]
+    return sizes, torch.stack(inputs).to(weight.dtype, memory_format=torch.channels_last)
 
 
-def _regions(found: Detections, record: ImageRecord, category_ids: Sequence[int], options: DetectOptions) -> Regions:
+def _at_host(found: Detections, names: Sequence[str]) -> Detections:
+    """The same in the host's memory; of a GPU's results it may still be on its way, see `_end_of_work`."""
+
+    def sent(values: Tensor) -> Tensor:
+        return values.to("cpu", non_blocking=True)
+
+    return Detections(
+        sent(found.boxes),
+        sent(found.scores),
+        sent(found.labels),
+        None if found.masks is None else sent(found.masks),
+        {name: sent(values) for name, values in found.features.items()},
+        sent(found.head) if HEAD in names else found.head,
+    )
+
+
+def _end_of_work(device: torch.device) -> Callable[[], None]:
+    """Waits until all is done that a device was given so far; does not block it for what it is given later."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
+def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
     masks = None
     if found.masks is not None:
         masks = tuple(masks_to_rle(found.masks, found.boxes, record.height, record.width))
     ids = np.asarray(category_ids, np.int64)
     return Regions(
         record.id, record.file_name, record.height, record.width,
-        boxes=found.boxes.cpu().numpy(),
-        scores=found.scores.cpu().numpy(),
-        category_ids=ids[found.labels.cpu().numpy() - 1],
+        boxes=found.boxes.numpy(),
+        scores=found.scores.numpy(),
+        category_ids=ids[found.labels.numpy() - 1],
         masks=masks,
         features=_arrays(found.features),
     )  # fmt: skip
