@@ -21,9 +21,10 @@ from .common import echo_json, echo_table, json_option, note
 @click.option("--split", "splits", multiple=True, help="Splits, with commas between; all by default.")
 @click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
 @click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
+@click.option("--boxes", type=Path, help="Instead of --regions: boxes of COCO results JSON, or of a store (.h5).")
 @click.option(
     "--masks", type=click.Choice(["annotated", "predicted"]), default="annotated", show_default=True,
-    help="Of annotations: theirs, or the detector's for their boxes.",
+    help="Of annotations and --boxes: theirs, or the detector's for them.",
 )  # fmt: skip
 @click.option("--features", default="pool5,fc7", show_default=True, help="Which features, with commas between.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
@@ -47,6 +48,7 @@ def command(
     splits: tuple[str, ...],
     instances: Path | None,
     regions: str,
+    boxes: Path | None,
     masks: str,
     features: str,
     dtype: str,
@@ -74,12 +76,22 @@ def command(
     else:
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
+    if boxes is not None and regions != "detections":
+        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
     options = ExtractOptions(
-        regions, names, dtype, score_threshold, nms_threshold, max_regions, precision, at_least_one, masks
+        "boxes" if boxes is not None else regions,
+        names,
+        dtype,
+        score_threshold,
+        nms_threshold,
+        max_regions,
+        precision,
+        at_least_one,
+        masks,
     )
     for line in load_meta(checkpoint).warnings():
         note(line)
-    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume)
+    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume, boxes)
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ class ExtractOptions:
     max_regions: int = 100
     precision: str = "float32"
     at_least_one: bool = False
-    masks: str = "annotated"  # of annotations: theirs, or "predicted" by the detector for their boxes
+    masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
 
 
 def extract_features(
@@ -96,12 +96,14 @@ def extract_features(
     workers: int = 2,
     device: str = "auto",
     resume: bool = False,
+    boxes: Path | None = None,
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
     Arguments:
         checkpoint: run directory; images: folder or zip.
         device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
+        boxes: file of the boxes that are described, see `refdet.box_files`; with ``options.regions`` "boxes".
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
@@ -129,10 +131,12 @@ def extract_features(
                          f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
     where = usable_device(device)
     detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
-    meta, given = detector.meta, options.regions == "annotations"
+    meta, given = detector.meta, _given(image_list.index, options, boxes)
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision}  # fmt: skip
-    if given:
+    if boxes is not None:
+        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+    elif given is not None:
         what["instances_sha256"] = file_sha256(image_list.index.path)
         what["masks"] = options.masks
     else:
@@ -143,15 +147,19 @@ def extract_features(
         "image_list_sha256": records_sha256(records),
         "checkpoint_sha256": file_sha256(detector.path / MODEL),
     }
-    plan = Plan(what, options.features, options.dtype, given or meta.recipe.model.masks, given, batch_size)
-    categories = image_list.index.categories if given else dict(meta.categories)
+    predicted = options.masks == "predicted" or given is None
+    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
+    plan = Plan(what, options.features, options.dtype, masks, given is not None and given.ann_ids, batch_size)
+    categories = dict(meta.categories) if given is None else given.categories
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
-    if options.masks == "predicted" and not given:
-        raise InputError("--masks predicted: detections have their own masks; it is for --regions annotations")
+    if options.masks == "predicted" and given is None:
+        raise InputError(
+            "--masks predicted: detections have their own masks; it is for --regions annotations or --boxes"
+        )
     if options.masks == "predicted" and not meta.recipe.model.masks:
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
-    compute = _annotated(detector, image_list.index, options) if given else _detected(detector, options)
+    compute = _detected(detector, options) if given is None else _described(detector, given, options)
     batches = exact_batches(records, meta.recipe.input, batch_size)
     try:
         with torch.inference_mode():
@@ -175,18 +183,42 @@ def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
     return compute
 
 
-def _annotated(detector: TrainedDetector, index: CocoIndex, options: ExtractOptions) -> Compute:
+@dataclass(frozen=True)
+class _Given:
+    """Regions that are not detected: how they are had, their categories, and whether they have masks and ids."""
+
+    of: Callable[[ImageRecord], Regions]
+    categories: Mapping[int, str]
+    masks: bool
+    ann_ids: bool
+
+
+def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None) -> _Given | None:
+    """The regions to describe; None where they are to be detected."""
+    if boxes is not None:
+        from refdet.box_files import load_boxes
+
+        file = load_boxes(boxes, index)
+        return _Given(file.of, file.categories, file.masks, file.ann_ids)
+    if options.regions == "annotations":
+        return _Given(
+            lambda record: annotated_regions(record, index.annotations[record.id]), index.categories, True, True
+        )
+    return None
+
+
+def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import describe_boxes
 
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
-    strange = sorted(index.categories.items() - dict(detector.meta.categories).items())
+    strange = sorted(given.categories.items() - dict(detector.meta.categories).items())
     if predicted and strange:
-        raise InputError(f"--masks predicted: {index.path} has category {strange[0][0]} ({strange[0][1]}), "
+        raise InputError(f"--masks predicted: the regions may be of category {strange[0][0]} ({strange[0][1]}), "
                          "which the detector does not know")  # fmt: skip
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        bare = [annotated_regions(record, index.annotations[record.id]) for record in batch]
+        bare = [given.of(record) for record in batch]
         labels = (
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )

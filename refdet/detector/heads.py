@@ -22,7 +22,7 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
-CHUNK_BYTES = 2**26  # of conv5's output: RoIs go through it in pieces of about this size where no gradient is wanted
+CHUNK_BYTES = 2**27  # of conv5's output: RoIs go through it in pieces of about this size where no gradient is wanted
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""Boxes from a file, as regions whose features are wanted: COCO results, or another store."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet import store
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.json_files import read_json
+from refdet.data.segmentations import to_rle
+from refdet.errors import InputError
+from refdet.regions import Regions
+
+
+@dataclass(frozen=True)
+class BoxFile:
+    """The boxes of a file.
+
+    Attributes:
+        regions: image id -> its regions, without features, in the order of the file.
+        categories: id -> name of those that the regions may have.
+        masks, ann_ids: whether all regions have a mask, and an annotation id.
+    """
+
+    regions: Mapping[int, Regions]
+    categories: Mapping[int, str]
+    masks: bool
+    ann_ids: bool
+
+    def of(self, record: ImageRecord) -> Regions:
+        """The regions of an image; none where the file has none."""
+        found = self.regions.get(record.id)
+        if found is not None:
+            return found
+        empty = Regions.empty(record.id, record.file_name, record.height, record.width)
+        return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
+
+
+def load_boxes(path: Path, index: CocoIndex) -> BoxFile:
+    """Read and check the boxes of a file.
+
+    Boxes that reach over the border of their image are cut there, as annotations are. Everything else that is wrong
+    is an error, since features of another box than the one meant would be worse than none.
+
+    Args:
+        path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, the
+            score optional (then 1) and the segmentation too, but in all entries or none; or a store (.h5), of which
+            boxes, scores, categories, masks and annotation ids are taken.
+        index: the instances file of the images; the file may have boxes of any of them.
+    Raises:
+        InputError: names the file and the entry: an image or a category that the instances file does not have, a box
+            that is not finite, without area, or outside its image, another size of an image, a mask that is none.
+    """
+    if path.suffix in (".h5", ".hdf5"):
+        return _of_store(path, index)
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise InputError(f"--boxes {path}: COCO results are a list of entries; give such a file, or a store (.h5)")
+    rows: dict[int, list[tuple[list[float], float, int]]] = {}
+    masks: dict[int, list[bytes]] = {}
+    with_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
+    for number, entry in enumerate(entries):
+        try:
+            record, row = _row(entry, index)
+            if ("segmentation" in entry) != with_masks:
+                raise InputError("some entries have a segmentation and some have none")
+            if with_masks:
+                rle = to_rle(entry["segmentation"], record.height, record.width)
+                masks.setdefault(record.id, []).append(rle["counts"])
+        except InputError as error:
+            raise InputError(f"--boxes {path}: entry {number}: {error}") from None
+        rows.setdefault(record.id, []).append(row)
+    regions = {}
+    for image_id, found in rows.items():
+        record = index.images[image_id]
+        boxes, scores, categories = zip(*found, strict=True)
+        regions[image_id] = Regions(
+            image_id, record.file_name, record.height, record.width,
+            boxes=np.array(boxes, np.float32),
+            scores=np.array(scores, np.float32),
+            category_ids=np.array(categories, np.int64),
+            masks=tuple(masks[image_id]) if with_masks else None,
+        )  # fmt: skip
+    return BoxFile(regions, index.categories, with_masks, ann_ids=False)
+
+
+def _row(entry: Any, index: CocoIndex) -> tuple[ImageRecord, tuple[list[float], float, int]]:
+    """The image of an entry, and its box (xyxy, cut), score and category."""
+    if not isinstance(entry, dict):
+        raise InputError(f"an object with image_id, category_id and bbox is needed, not {reprlib.repr(entry)}")
+    for key in ("image_id", "category_id"):
+        if type(entry.get(key)) is not int:
+            raise InputError(f"{key} must be a whole number, not {reprlib.repr(entry.get(key))}")
+    record = index.images.get(entry["image_id"])
+    if record is None:
+        raise InputError(f"image {entry['image_id']} is not in {index.path}")
+    if entry["category_id"] not in index.categories:
+        raise InputError(f"category {entry['category_id']} is not in {index.path}")
+    box, score = entry.get("bbox"), entry.get("score", 1.0)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        raise InputError(f"bbox must be four finite numbers [x, y, w, h], not {reprlib.repr(box)}")
+    if not _is_number(score):
+        raise InputError(f"score must be a finite number, not {reprlib.repr(score)}")
+    x, y, width, height = box
+    corners = [x, y, x + width, y + height]
+    return record, (_cut(corners, record), float(score), entry["category_id"])
+
+
+def _cut(corners: list[float], record: ImageRecord) -> list[float]:
+    """A box xyxy, cut at the border of its image."""
+    x1, y1, x2, y2 = corners
+    if not (x1 < x2 and y1 < y2):
+        raise InputError(f"the box {corners} (x1, y1, x2, y2) has no area")
+    cut = [max(x1, 0.0), max(y1, 0.0), min(x2, float(record.width)), min(y2, float(record.height))]
+    if not (cut[0] < cut[2] and cut[1] < cut[3]):
+        raise InputError(f"the box {corners} (x1, y1, x2, y2) is outside its image of {record.width}x{record.height}")
+    return cut
+
+
+def _is_number(value: object) -> bool:
+    # a whole number may be too large for a float
+    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _of_store(path: Path, index: CocoIndex) -> BoxFile:
+    regions: dict[int, Regions] = {}
+    with store.open(path) as source:
+        for image_id in source:
+            found = source.read(image_id, features=())
+            record = index.images.get(image_id)
+            if record is None:
+                raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
+            if (found.height, found.width) != (record.height, record.width):
+                raise InputError(f"--boxes {path}: image {image_id} is {found.width}x{found.height} there, but "
+                                 f"{record.width}x{record.height} in {index.path}")  # fmt: skip
+            try:
+                boxes = [_cut(box, record) for box in found.boxes.tolist()]
+            except InputError as error:
+                raise InputError(f"--boxes {path}: image {image_id}: {error}") from None
+            regions[image_id] = Regions(
+                image_id, record.file_name, record.height, record.width,
+                boxes=np.array(boxes, np.float32).reshape(-1, 4),
+                scores=found.scores,
+                category_ids=found.category_ids,
+                ann_ids=found.ann_ids,
+                masks=found.masks,
+            )  # fmt: skip
+        categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
+        return BoxFile(regions, categories, source.has_masks, source.has_ann_ids)

@@ -1,0 +1,119 @@
+"""--boxes: regions from COCO results and from another store, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from test_folding import trained_model
+
+from refdet import checkpoint, store
+from refdet.box_files import load_boxes
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError
+from refdet.extract import ExtractOptions, ImageList, extract_features
+from refdet.provenance import Provenance
+
+CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
+GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> CocoIndex:
+    images = [{"id": i, "file_name": f"{i}.png", "height": 96, "width": 128} for i in (5, 7, 9)]
+    (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": [], "categories": CATEGORIES}))
+    return CocoIndex.load(tmp_path / "i.json")
+
+
+def results(tmp_path: Path, *entries: Any) -> Path:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
+    over = {"image_id": 7, "category_id": 44, "bbox": [-5, 90, 300, 30.5]}
+    found = load_boxes(results(tmp_path, GOOD, {**GOOD, "image_id": 9}, over), index)
+    regions = found.of(index.images[7])
+    assert regions.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 128, 96]]
+    assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
+    assert regions.masks is None and regions.ann_ids is None and not found.masks
+    assert (len(found.of(index.images[9])), len(found.of(index.images[5]))) == (1, 0)
+    assert found.categories == {3: "car", 44: "bottle"}
+
+
+def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> None:
+    drawn = np.zeros((96, 128), np.uint8, order="F")
+    drawn[20:60, 10:40] = 1
+    rle = coco_mask.encode(drawn)
+    written = {"size": rle["size"], "counts": rle["counts"].decode()}
+    found = load_boxes(results(tmp_path, {**GOOD, "segmentation": written}), index)
+    assert found.masks and found.of(index.images[7]).masks == (rle["counts"],)
+    assert found.of(index.images[5]).masks == ()
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ([1, 2], "an object with image_id"),
+        ({**GOOD, "image_id": 8}, "image 8 is not in"),
+        ({**GOOD, "image_id": "7"}, "image_id must be a whole number"),
+        ({**GOOD, "category_id": 4}, "category 4 is not in"),
+        ({**GOOD, "bbox": [1, 2, 3]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 10**400, 4]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 0, 4]}, "no area"),
+        ({**GOOD, "bbox": [1, 2, 3, -4]}, "no area"),
+        ({**GOOD, "bbox": [128, 2, 3, 4]}, "outside its image of 128x96"),
+        ({**GOOD, "score": None}, "score must be a finite number"),
+        ({**GOOD, "segmentation": {"size": [96, 128], "counts": "0"}}, "some entries have a segmentation"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, index: CocoIndex, entry: Any, says: str) -> None:
+    with pytest.raises(InputError, match=f"boxes.json: entry 1: .*{says}"):
+        load_boxes(results(tmp_path, GOOD, entry), index)
+
+
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+    (tmp_path / "boxes.json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match="a list of entries"):
+        load_boxes(tmp_path / "boxes.json", index)
+    with pytest.raises(InputError, match=r"gone\.h5"):
+        load_boxes(tmp_path / "gone.h5", index)
+
+
+def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, index: CocoIndex) -> None:
+    random = np.random.default_rng(0)
+    for image_id in index.images:
+        Image.fromarray(random.integers(0, 255, (96, 128, 3), dtype=np.uint8)).save(tmp_path / f"{image_id}.png")
+    model = trained_model()
+    classes = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
+    (tmp_path / "run").mkdir()
+    meta = checkpoint.Meta(model.recipe, classes, Provenance.imported("drawn", "0" * 64), 0)
+    checkpoint.save(tmp_path / "run", model, meta)
+    images = ImageList.of_instances(tmp_path / "i.json")
+
+    def extract(out: str, boxes: Path, masks: str = "annotated", resume: bool = False) -> Path:
+        options = ExtractOptions("boxes", ("pool5", "fc7", "class_prob"), masks=masks)
+        extract_features(tmp_path / "run", tmp_path, tmp_path / out, images, options, device="cpu", boxes=boxes,
+                         resume=resume)  # fmt: skip
+        return tmp_path / out
+
+    file = results(tmp_path, GOOD, {**GOOD, "image_id": 9, "category_id": 44})
+    first = extract("a.h5", file, masks="predicted")
+    again = extract("b.h5", first)
+    with store.open(first) as a, store.open(again) as b:
+        assert a.options["regions"] == "boxes" and a.options["boxes_sha256"] != b.options["boxes_sha256"]
+        assert [len(a[i]) for i in a] == [0, 1, 1] and a.errors == {}
+        for image_id in a:
+            one, two = a[image_id], b[image_id]
+            assert one.masks is not None and one.masks == two.masks
+            np.testing.assert_array_equal(one.boxes, two.boxes)
+            for name, values in one.features.items():
+                np.testing.assert_allclose(values, two.features[name], rtol=1e-5, atol=1e-6)
+        assert a[7].features["class_prob"].sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(InputError, match="another boxes"):
+        extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)
