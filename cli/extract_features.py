@@ -32,10 +32,16 @@ from .common import echo_json, echo_table, json_option, note
 @click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
 @click.option("--at-least-one", is_flag=True, help="Lower the threshold by 0.1 until an image has a region.")
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--batch-size", default="4", show_default=True, help="Images at once, or auto for as many as fit.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto is the best there is.")
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--compression", type=click.Choice(["none", "gzip", "lzf"]), default="none", show_default=True,
+    help="Of features and maps in the file.",
+)  # fmt: skip
+@click.option("--strict", is_flag=True, help="Stop at an image that cannot be used, instead of telling why in its row.")
+@click.option("--profile", is_flag=True, help="Show at the end where the time went.")
 @click.option("--resume", is_flag=True, help="Continue from the shards of a run that was stopped.")
 @json_option
 def command(
@@ -56,10 +62,13 @@ def command(
     nms_threshold: float,
     at_least_one: bool,
     max_regions: int,
-    batch_size: int,
+    batch_size: str,
     workers: int,
     device: str,
     precision: str,
+    compression: str,
+    strict: bool,
+    profile: bool,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -69,6 +78,7 @@ def command(
     from refdet.checkpoint import load_meta
     from refdet.extract import ExtractOptions, ImageList, extract_features
 
+    at_once = _batch_size(batch_size)
     if refer_root is not None and dataset and split_by and instances is None:
         image_list = ImageList.of_refer(refer_root, dataset, split_by, splits)
     elif instances is not None and not (refer_root or dataset or split_by or splits):
@@ -88,10 +98,13 @@ def command(
         precision,
         at_least_one,
         masks,
+        compression,
     )
     for line in load_meta(checkpoint).warnings():
         note(line)
-    done = extract_features(checkpoint, images, out, image_list, options, batch_size, workers, device, resume, boxes)
+    done = extract_features(
+        checkpoint, images, out, image_list, options, at_once, workers, device, resume, boxes, strict
+    )
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:
@@ -102,3 +115,21 @@ def command(
     speed = f"{done.computed / done.seconds:.2f}" if done.computed else "-"
     row = (str(done.images), str(done.regions), str(done.errors), speed, f"{done.bytes / 2**20:.1f} MiB")
     echo_table([row], header=("images", "regions", "errors", "images/s", "file"))
+    if profile:
+        _show_stages(done.stages)
+
+
+def _show_stages(stages: dict[str, float]) -> None:
+    """The time of each stage, with bars; those of the background thread overlap the others."""
+    longest = max(stages.values(), default=0.0) or 1.0
+    rows = [(name, f"{value:.2f}", "#" * round(30 * value / longest)) for name, value in stages.items()]
+    echo_table(rows, header=("stage", "seconds", ""))
+
+
+def _batch_size(text: str) -> int | None:
+    """A number, or None for auto."""
+    if text == "auto":
+        return None
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise InputError(f"--batch-size {text}: a number from 1 up is needed, or auto")

@@ -19,10 +19,11 @@ from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
 from refdet.shard_plan import Plan
 from refdet.shard_work import Compute, Finish, Summary, extract
-from refdet.shards import parts_folder
+from refdet.shards import begun_batch_size
 from refdet.store import Header
 
 if TYPE_CHECKING:
+    from refdet.detector.inference import DetectOptions
     from refdet.trained import TrainedDetector
 
 
@@ -84,6 +85,7 @@ class ExtractOptions:
     precision: str = "float32"
     at_least_one: bool = False
     masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
+    compression: str = "none"
 
 
 def extract_features(
@@ -92,18 +94,22 @@ def extract_features(
     out: Path,
     image_list: ImageList,
     options: ExtractOptions,
-    batch_size: int = 4,
+    batch_size: int | None = 4,
     workers: int = 2,
     device: str = "auto",
     resume: bool = False,
     boxes: Path | None = None,
+    strict: bool = False,
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
     Arguments:
         checkpoint: run directory; images: folder or zip.
+        batch_size: images that go through the detector together; None for as many as fit, or what was found to when
+            the work was begun.
         device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
         boxes: file of the boxes that are described, see `refdet.box_files`; with ``options.regions`` "boxes".
+        strict: stop at an image that cannot be used.
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
@@ -112,16 +118,15 @@ def extract_features(
     import torch
 
     from refdet import trained
-    from refdet.checkpoint import MODEL
+    from refdet.batch_size import fitting_batch_size, halving
+    from refdet.checkpoint import MODEL, load_meta
     from refdet.data.batches import exact_batches
     from refdet.data.images import ImageSource, candidate_names
-    from refdet.detector.inference import FEATURES
+    from refdet.detector.inference import HEAD, check_features, of_regions
     from refdet.device import usable_device
     from refdet.provenance import file_sha256
 
-    for name in options.features:
-        if name not in FEATURES:
-            raise InputError(f"--features {name}: no such feature; there is {', '.join(FEATURES)}")
+    check_features(options.features, load_meta(checkpoint).recipe)
     records, source = image_list.records, ImageSource.open(images)
     if not records:
         raise InputError(f"{image_list.index.path}: no image in it to extract")
@@ -133,7 +138,7 @@ def extract_features(
     detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
     meta, given = detector.meta, _given(image_list.index, options, boxes)
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
-                            "precision": options.precision}  # fmt: skip
+                            "precision": options.precision, "compression": options.compression}  # fmt: skip
     if boxes is not None:
         what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
     elif given is not None:
@@ -149,7 +154,6 @@ def extract_features(
     }
     predicted = options.masks == "predicted" or given is None
     masks = meta.recipe.model.masks if predicted else given is not None and given.masks
-    plan = Plan(what, options.features, options.dtype, masks, given is not None and given.ann_ids, batch_size)
     categories = dict(meta.categories) if given is None else given.categories
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     if options.masks == "predicted" and given is None:
@@ -159,26 +163,39 @@ def extract_features(
     if options.masks == "predicted" and not meta.recipe.model.masks:
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
-    compute = _detected(detector, options) if given is None else _described(detector, given, options)
-    batches = exact_batches(records, meta.recipe.input, batch_size)
+    compute = halving(_detected(detector, options) if given is None else _described(detector, given, options))
     try:
         with torch.inference_mode():
-            return extract(out, plan, header, batches, records, source.read, compute, resume, workers)
+            size = batch_size or (resume and begun_batch_size(out))
+            size = size or fitting_batch_size(detector, records, _detect_options(options))
+            plan = Plan(
+                what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, size,
+                tuple(name for name in options.features if name == HEAD), options.compression,
+            )  # fmt: skip
+            batches = exact_batches(records, meta.recipe.input, size)
+            return extract(
+                out, plan, header, batches, records, source.read, compute, resume, workers, strict=strict
+            )
     except torch.cuda.OutOfMemoryError as error:
-        raise WorkError(f"{where} has too little memory for --batch-size {batch_size}; remove {parts_folder(out)} and "
-                        "start again with a smaller one, or free its memory and add --resume") from error  # fmt: skip
+        raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
+                        "free some of it and continue with --resume") from error  # fmt: skip
 
 
-def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
-    from refdet.detector.inference import DetectOptions, detect_batch
+def _detect_options(options: ExtractOptions) -> DetectOptions:
+    from refdet.detector.inference import DetectOptions
 
-    settings = DetectOptions(
+    return DetectOptions(
         options.score_threshold, options.nms_threshold, options.max_regions, options.features, options.at_least_one
     )
 
+
+def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
+    from refdet.detector.inference import start_detecting
+
+    settings = _detect_options(options)
+
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        found = detect_batch(detector.model, images, batch, detector.meta.category_ids, settings)
-        return lambda: found
+        return start_detecting(detector.model, images, batch, detector.meta.category_ids, settings)
 
     return compute
 
@@ -224,7 +241,9 @@ def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions
         )
         found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels)
         return lambda: [
-            replace(r, features=f.features, masks=r.masks if f.masks is None else f.masks)
+            replace(
+                r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
+            )
             for r, f in zip(bare, found, strict=True)
         ]
 

@@ -173,6 +173,12 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
+def begun_batch_size(out: Path) -> int | None:
+    """The batch size of an unfinished extraction; None where nothing was begun."""
+    size = (_begun(parts_folder(out)) or {}).get("batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
 @contextmanager
 def begin(out: Path, plan: Plan, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
     """Start or continue an extraction; one process at a time.

@@ -22,7 +22,8 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
-CHUNK_BYTES = 2**27  # of conv5's output: RoIs go through it in pieces of about this size where no gradient is wanted
+# RoIs go through conv5 in pieces whose output is about so large, in float32, where no gradient is wanted
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,6 @@ class RoiHead(Protocol):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """`RoiFeatures.pool5` (K, C) of rois (K, 5) alone, for much less work."""
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -159,10 +157,6 @@ class C4Head(nn.Module):
         """See `RoiHead`."""
         return self._pool(maps[0], rois)
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
-        return _mean(self._pool(maps[0], rois))
-
     def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         return torch.cat([_mean(self._spatial(maps, part)) for part in self._chunks(rois)])
@@ -176,7 +170,8 @@ class C4Head(nn.Module):
     def _chunks(self, rois: Tensor) -> Sequence[Tensor]:
         if torch.is_grad_enabled():
             return [rois]
-        return rois.split(max(CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1))
+        budget = CHUNK_BYTES.get(rois.device.type, CHUNK_BYTES["cpu"])
+        return rois.split(max(budget // (4 * POOL_SIZE**2 * self.box.score.in_features), 1))
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `prepare` gave."""
@@ -188,10 +183,10 @@ class C4Head(nn.Module):
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         if self.pooling == "align":
-            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
+            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride).float()
         if self.pooling == "crop":
-            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride)
-        return self._pool(maps[0], rois).mean((2, 3))
+            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride).float()
+        return _mean(self._pool(maps[0], rois))
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
         if self.pooling == "align":
@@ -235,10 +230,6 @@ class PyramidHead(nn.Module):
         """From the four finest maps of the pyramid; see `RoiHead`."""
         return pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
-        return _mean(self.pooled(maps, rois))
-
     def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         return self.features(maps, rois).fc7.float()
@@ -250,7 +241,7 @@ class PyramidHead(nn.Module):
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
-        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
+        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides).float()
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""

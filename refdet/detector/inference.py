@@ -110,7 +110,7 @@ def start_detecting(
     def finish() -> list[Regions]:
         wait()
         results = zip(at_host, records, sizes, strict=True)
-        return [_regions(each, record, size, category_ids) for each, record, size in results]
+        return [_regions(each, record, size, category_ids, options.features) for each, record, size in results]
 
     return finish
 
@@ -187,11 +187,14 @@ def _end_of_work(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 
-def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
+def _regions(
+    found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], names: Sequence[str]
+) -> Regions:
     masks = None
     if found.masks is not None:
         masks = tuple(masks_to_rle(found.masks, found.boxes, record.height, record.width))
     ids = np.asarray(category_ids, np.int64)
+    maps, im_info = _map_of(found.head, size, names)
     return Regions(
         record.id, record.file_name, record.height, record.width,
         boxes=found.boxes.numpy(),
@@ -199,6 +202,8 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
         category_ids=ids[found.labels.numpy() - 1],
         masks=masks,
         features=_arrays(found.features),
+        maps=maps,
+        im_info=im_info,
     )  # fmt: skip
 
 
