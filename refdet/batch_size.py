@@ -12,7 +12,6 @@ import torch
 from refdet.data.coco import ImageRecord
 from refdet.data.inputs import input_size
 from refdet.detector.inference import DetectOptions, detect_batch
-
 from refdet.shard_work import Compute, Finish
 
 if TYPE_CHECKING:

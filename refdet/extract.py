@@ -173,9 +173,7 @@ def extract_features(
                 tuple(name for name in options.features if name == HEAD), options.compression,
             )  # fmt: skip
             batches = exact_batches(records, meta.recipe.input, size)
-            return extract(
-                out, plan, header, batches, records, source.read, compute, resume, workers, strict=strict
-            )
+            return extract(out, plan, header, batches, records, source.read, compute, resume, workers, strict=strict)
     except torch.cuda.OutOfMemoryError as error:
         raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
                         "free some of it and continue with --resume") from error  # fmt: skip
