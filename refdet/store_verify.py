@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from refer.masks import rle_pixels
 
 # The seed's arithmetic of inclusive boxes, scaled back, ends up to a pixel outside.
 _OUTSIDE = 1.0
+_LONGEST_OPENING = 120  # seconds; a store of 100,000 images takes a tenth of one
 _STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "has no checksums (an older store): only that its parts fit together was checked, not every byte"
 
@@ -74,6 +77,9 @@ def verify(path: Path) -> Verification:
     What cannot be opened at all is one problem of the whole file.
     """
     found = Verification(str(path))
+    if failure := _failure_of_hdf5(path):
+        found.problems.append(Problem(None, "file", failure))
+        return found
     try:
         store = open_store(path)
     except InputError as error:
@@ -88,12 +94,23 @@ def verify(path: Path) -> Verification:
     return found
 
 
+def _failure_of_hdf5(path: Path) -> str:
+    """How HDF5 itself fails on a file, "" if it does not: texts have no checksums, and some damage to them makes it
+    go round for ever. So the file is first opened by a process that can be ended."""
+    command = [sys.executable, "-c", "import sys; from refdet import store; store.open(sys.argv[1])", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_LONGEST_OPENING)
+    except subprocess.TimeoutExpired:
+        return f"damaged: HDF5 cannot open it within {_LONGEST_OPENING} seconds"
+    return f"damaged: HDF5 crashes when it opens it (signal {-done.returncode})" if done.returncode < 0 else ""
+
+
 def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
     """Column -> (I,) checksums; empty where there are none."""
-    if CHECKSUMS not in store.file:
-        found.unchecked.append(_NO_CHECKSUMS)
-        return {}
     try:
+        if CHECKSUMS not in store.file:
+            found.unchecked.append(_NO_CHECKSUMS)
+            return {}
         table = store.file[CHECKSUMS]
         names, values = json.loads(table.attrs["columns"]), table[:]
         if values.dtype != np.uint32 or values.shape != (len(store), len(names)):
