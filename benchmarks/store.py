@@ -1,0 +1,164 @@
+"""Times the store: writing, opening, reading one image anywhere, verifying; and the memory of it.
+
+    python benchmarks/store.py [--json] [--images 100000] [--folder DIR]
+
+Reading is of a drawn store of many images with few regions and small features; writing is of images with 100 regions
+and pool5 + fc7 of ResNet-101, float32. Each step runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet import store
+from refdet.regions import Regions
+from refdet.store_verify import verify
+
+HEIGHT, WIDTH = 480, 640
+Y, X = np.mgrid[:HEIGHT, :WIDTH]
+MASK: bytes = coco_mask.encode(np.asfortranarray((X - 300) ** 2 + (Y - 200) ** 2 < 60**2, np.uint8))["counts"]
+FEATURES = {"pool5": (1024,), "fc7": (2048,)}
+
+
+def draw(images: int, regions: int, features: dict[str, tuple[int, ...]], distinct: int) -> Iterator[Regions]:
+    """Images with this many regions each; only ``distinct`` of them differ, so that drawing takes no time."""
+    random = np.random.default_rng(0)
+    low = random.uniform(0, (WIDTH, HEIGHT), (distinct, regions, 2)).astype(np.float32)
+    boxes = np.concatenate((low, (low + (WIDTH, HEIGHT)) / 2), axis=2).astype(np.float32)
+    scores = random.random((distinct, regions), np.float32)
+    values = {
+        name: np.maximum(random.standard_normal((distinct, regions, *shape)).astype(np.float32), 0)
+        for name, shape in features.items()
+    }
+    for i in range(images):
+        k = i % distinct
+        yield Regions(
+            i, f"COCO_train2014_{i:012d}.jpg", HEIGHT, WIDTH, boxes[k], scores[k], np.ones(regions, np.int64),
+            masks=(MASK,) * regions, features={name: array[k] for name, array in values.items()},
+        )  # fmt: skip
+
+
+def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, ...]], compression: str) -> dict:
+    """Write a store; what `put` takes, in the order of the file and then the disk."""
+    rows = [
+        store.ImageRow(i, f"COCO_train2014_{i:012d}.jpg", HEIGHT, WIDTH, "", regions, regions * len(MASK))
+        for i in range(images)
+    ]
+    header = store.Header([{"id": 1, "name": "person"}], "{}", {}, {})
+    columns = store.Columns(features, masks=True, compression=compression)
+    before, start, put = _peak_mb(), time.perf_counter(), 0.0
+    with store.create(path, header, columns, rows) as writer:
+        for drawn in draw(images, regions, features, min(images, 50)):
+            begun = time.perf_counter()
+            writer.put(drawn)
+            put += time.perf_counter() - begun
+    whole = time.perf_counter() - start
+    return {
+        "put_ms_an_image": put / images * 1000, "whole_ms_an_image": whole / images * 1000,
+        "file_mb": path.stat().st_size / 1e6, "peak_mb": _peak_mb(), "peak_before_mb": before,
+    }  # fmt: skip
+
+
+def read(path: Path, times: int) -> dict:
+    """Open a store and read images of it in random order, warm."""
+    before, opening = _peak_mb(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        with store.open(path) as found:
+            opening.append(time.perf_counter() - start)
+    took: dict[str, list[float]] = {"all": [], "boxes": []}
+    with store.open(path) as found:
+        ids = np.random.default_rng(1).choice(found.image_ids, times).tolist()
+        for image_id in ids:  # warm
+            found[image_id]
+        for image_id in ids:
+            start = time.perf_counter()
+            found[image_id]
+            took["all"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            found.read(image_id, features=())
+            took["boxes"].append(time.perf_counter() - start)
+    return {
+        "open_ms": statistics.median(opening) * 1000,
+        **{f"{name}_ms": statistics.median(values) * 1000 for name, values in took.items()},
+        "all_99th_ms": float(np.quantile(took["all"], 0.99)) * 1000,
+        "peak_mb": _peak_mb(), "peak_before_mb": before,
+    }  # fmt: skip
+
+
+def check(path: Path) -> dict:
+    """Verify a store."""
+    before, start = _peak_mb(), time.perf_counter()
+    found = verify(path)
+    if found.problems:
+        raise SystemExit(f"{path}: {found.problems[0]}")
+    seconds = time.perf_counter() - start
+    return {"ms_an_image": seconds / found.images * 1000, "peak_mb": _peak_mb(), "peak_before_mb": before}
+
+
+def plain(path: Path) -> dict:
+    """What writing the same bytes to a file takes, for comparison: no HDF5, no checksums."""
+    drawn = list(draw(50, 100, FEATURES, 50))
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for i in range(1000):
+            for values in drawn[i % 50].features.values():
+                file.write(values.data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"whole_ms_an_image": time.perf_counter() - start}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def _alone(*call: object) -> dict:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(*call).result()  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--images", type=int, default=100_000, help="of the store that is read")
+    parser.add_argument("--folder", type=Path, help="where the drawn files are written for a while; 3 GB")
+    options = parser.parse_args()
+    small = {"pool5": (16,), "fc7": (16,)}
+    results: dict[str, dict] = {}
+
+    def step(name: str, *call: object) -> None:
+        results[name] = _alone(*call)
+        if not options.json:
+            print(f"{name:26}" + "".join(f"  {key} {value:.3f}" for key, value in results[name].items()), flush=True)
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        path = Path(temporary) / "drawn.h5"
+        step("write the bytes alone", plain, path)
+        for compression, images in (("none", 1000), ("lzf", 200), ("gzip", 200)):
+            step(f"write {images} x 100, {compression}", write, path, images, 100, FEATURES, compression)
+            step(f"read it, {compression}", read, path, images // 2)
+            step(f"verify it, {compression}", check, path)
+        for images in (options.images // 10, options.images):
+            step(f"write {images} x 5", write, path, images, 5, small, "none")
+            step(f"read of {images}", read, path, 2000)
+            step(f"verify {images}", check, path)
+    if options.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
