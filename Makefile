@@ -60,6 +60,8 @@ bench-ops: env ## the native operations beside torchvision's and pycocotools'
 	@$(BIN)/python benchmarks/pooling.py
 	@echo "==> bench-ops: masks"
 	@$(BIN)/python benchmarks/masks.py
+	@echo "==> bench-ops: matching"
+	@$(BIN)/python benchmarks/matching.py
 
 bench-data: env ## loading and splitting files of the real size
 	@echo "==> bench-data: REFER"

@@ -15,6 +15,9 @@ TORCH_LIBRARY(refdet, m) {
       "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None,"
       " bool inclusive=False) -> Tensor");
   m.def(
+      "match_boxes(Tensor candidates, Tensor objects)"
+      " -> (Tensor best, Tensor object, Tensor most, Tensor reaches)");
+  m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
       " -> (Tensor counts, Tensor starts, Tensor areas, Tensor tight_boxes)");
   m.def(

@@ -9,6 +9,7 @@ from refdet import boxes as box_ops
 from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.ops.masks import mask_coverage
+from refdet.ops.matching import match_boxes
 
 IGNORED, BACKGROUND, OBJECT = -1, 0, 1
 
@@ -36,15 +37,12 @@ def match(
         kinds[inside > 0.5 * box_ops.area(candidates).clamp(min=1e-12)] = IGNORED
     if len(truth.boxes) == 0 or count == 0:
         return kinds, matched
-    overlaps = box_ops.iou(candidates, truth.boxes)
-    best, matched = overlaps.max(dim=1)
-    kinds[(best >= negative_iou) & (best < positive_iou)] = IGNORED
-    kinds[best >= positive_iou] = OBJECT
+    found = match_boxes(candidates, truth.boxes)
+    kinds[(found.best >= negative_iou) & (found.best < positive_iou)] = IGNORED
+    kinds[found.best >= positive_iou] = OBJECT
     if best_for_each:
-        most = overlaps.amax(dim=0)
-        is_most = ((overlaps == most) & (most > 0)).any(dim=1)
-        kinds[is_most] = OBJECT
-    return kinds, matched
+        kinds[found.reaches] = OBJECT
+    return kinds, found.object
 
 
 def inside(boxes: Tensor, height: int, width: int) -> Tensor:

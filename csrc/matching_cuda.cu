@@ -1,0 +1,139 @@
+// Which objects candidate boxes overlap most, and the other way round, on the GPU: the answer of matching_cpu.cpp,
+// bit for bit.
+//
+// What: see matching_cpu.cpp.
+//
+// Cost: 2 N M IoUs at most, and memory for N + M numbers and M more for every kThreads candidates; no matrix.
+//
+// Why fast: a thread keeps its candidate in registers, the objects pass by in shared memory, and each box is read from
+// memory once. The best of an object is found within a warp, and only where some lane overlaps it at all, then within
+// the block in shared memory and over the blocks by one atomic maximum a block; maxima do not depend on their order.
+// The second look, at who reaches the best of an object, is taken only by blocks whose own best is as good.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "matching.h"
+
+namespace refdet {
+namespace {
+
+constexpr int kThreads = 256;  // candidates in a block
+constexpr int kObjects = 256;  // objects in shared memory at a time
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Box {
+  float x1, y1, x2, y2, area;
+};
+
+// The _rn functions are never fused into multiply-adds, so every operation rounds as it does on the CPU.
+__device__ Box box_at(const float* boxes, int64_t i) {
+  Box box{boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3], 0.0f};
+  box.area = __fmul_rn(__fsub_rn(box.x2, box.x1), __fsub_rn(box.y2, box.y1));
+  return box;
+}
+
+__device__ float iou(const Box& a, const Box& b) {
+  const float width = fmaxf(__fsub_rn(fminf(a.x2, b.x2), fmaxf(a.x1, b.x1)), 0.0f);
+  const float height = fmaxf(__fsub_rn(fminf(a.y2, b.y2), fmaxf(a.y1, b.y1)), 0.0f);
+  const float overlap = __fmul_rn(width, height);
+  const float sum = __fsub_rn(__fadd_rn(a.area, b.area), overlap);
+  return sum > 0.0f ? __fdiv_rn(overlap, fmaxf(sum, 1e-12f)) : 0.0f;
+}
+
+// Floats of 0 and more have the order of their bits as integers, for which there are atomic maxima.
+__device__ void raise(float* place, float value) {
+  atomicMax(reinterpret_cast<int*>(place), __float_as_int(value));
+}
+
+__global__ void match_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, float* best,
+                             int64_t* object, float* most, float* block_most) {
+  __shared__ Box others[kObjects];
+  __shared__ float own_most[kObjects];
+  const int thread = threadIdx.x;
+  const int64_t i = blockIdx.x * int64_t{kThreads} + thread;
+  // threads beyond the candidates take an empty box, which overlaps nothing, and stay for their warp
+  const Box candidate = i < n ? box_at(candidates, i) : Box{};
+  float best_found = 0.0f;
+  int64_t best_object = 0;
+  for (int64_t first = 0; first < m; first += kObjects) {
+    const int count = static_cast<int>(min(int64_t{kObjects}, m - first));
+    for (int j = thread; j < count; j += kThreads) {
+      others[j] = box_at(objects, first + j);
+      own_most[j] = 0.0f;
+    }
+    __syncthreads();
+    for (int j = 0; j < count; ++j) {
+      float found = iou(candidate, others[j]);
+      if (found > best_found) best_found = found, best_object = first + j;
+      if (!__any_sync(kAllLanes, found > 0.0f)) continue;
+      for (int step = kWarp / 2; step > 0; step /= 2)
+        found = fmaxf(found, __shfl_xor_sync(kAllLanes, found, step));
+      if (thread % kWarp == 0) raise(&own_most[j], found);
+    }
+    __syncthreads();
+    for (int j = thread; j < count; j += kThreads) {
+      block_most[blockIdx.x * m + first + j] = own_most[j];
+      if (own_most[j] > 0.0f) raise(&most[first + j], own_most[j]);
+    }
+    __syncthreads();
+  }
+  if (i < n) best[i] = best_found, object[i] = best_object;
+}
+
+__global__ void reach_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, const float* most,
+                             const float* block_most, bool* reaches) {
+  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (i >= n) return;
+  const Box candidate = box_at(candidates, i);
+  bool found = false;
+  for (int64_t j = 0; j < m; ++j) {
+    // the same for the whole block
+    if (!(most[j] > 0.0f) || block_most[blockIdx.x * m + j] != most[j]) continue;
+    found |= iou(candidate, box_at(objects, j)) == most[j];
+  }
+  reaches[i] = found;
+}
+
+Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects) {
+  check_match_boxes(candidates, objects);
+  const c10::cuda::CUDAGuard guard(candidates.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t n = candidates.size(0), m = objects.size(0), blocks = (n + kThreads - 1) / kThreads;
+  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "match_boxes: ", n, " candidates are too many");
+  const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
+  const at::Tensor best = at::empty({n}, candidates.options());
+  const at::Tensor object = at::empty({n}, candidates.options().dtype(at::kLong));
+  const at::Tensor most = at::zeros({m}, candidates.options());
+  const at::Tensor reaches = at::empty({n}, candidates.options().dtype(at::kBool));
+  if (n == 0) return {best, object, most, reaches};
+
+  const at::Tensor block_most = at::empty({blocks, m}, candidates.options());
+  const float* candidate = flat_candidates.const_data_ptr<float>();
+  const float* known = flat_objects.const_data_ptr<float>();
+  const auto grid = static_cast<unsigned>(blocks);
+  match_kernel<<<grid, kThreads, 0, stream>>>(candidate, n, known, m, best.mutable_data_ptr<float>(),
+                                              object.mutable_data_ptr<int64_t>(), most.mutable_data_ptr<float>(),
+                                              block_most.mutable_data_ptr<float>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  reach_kernel<<<grid, kThreads, 0, stream>>>(candidate, n, known, m, most.const_data_ptr<float>(),
+                                              block_most.const_data_ptr<float>(), reaches.mutable_data_ptr<bool>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {best, object, most, reaches};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CUDA, m) { m.impl("match_boxes", &match_boxes_cuda); }
+
+}  // namespace refdet
