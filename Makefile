@@ -53,15 +53,8 @@ test-asan: env ## the tests of the compiled kernels, with the address and undefi
 	  LD_PRELOAD="$$(echo $$libraries)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH="$(CURDIR)/$(ASAN)" $(BIN)/pytest --capture=sys $(OP_TESTS)
 
-bench-ops: env ## the native operations beside torchvision's and pycocotools'
-	@echo "==> bench-ops: nms"
-	@$(BIN)/python benchmarks/nms.py
-	@echo "==> bench-ops: RoI pooling"
-	@$(BIN)/python benchmarks/pooling.py
-	@echo "==> bench-ops: masks"
-	@$(BIN)/python benchmarks/masks.py
-	@echo "==> bench-ops: matching"
-	@$(BIN)/python benchmarks/matching.py
+bench-ops: env ## the kernels beside torchvision and pycocotools (JSON=1 for JSON)
+	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
 
 bench-data: env ## loading and splitting files of the real size
 	@echo "==> bench-data: REFER"

@@ -1,26 +1,22 @@
 """Times refdet's way between masks of boxes and RLE of images beside torchvision's and pycocotools'.
 
-    python benchmarks/masks.py [--json] [--repeat 10]
-
 Objects are outlines of 24 corners about random centres in an image of 480x640, a third of it large at most. On the
 CPU; times are medians of rounds in which all take turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from dataclasses import replace
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from timing import measure
+from timing import Row, Settings
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
 from refdet.data.segmentations import to_rle
-from refdet.ops._library import DEVICES
 from refdet.ops.masks import encode_masks_plain, mask_coverage, mask_coverage_plain, masks_to_rle
 
 HEIGHT, WIDTH = 480, 640
@@ -47,7 +43,7 @@ def boxes_of(polygons: list[Outline], random: np.random.Generator) -> Tensor:
     return torch.from_numpy(tight + sides * random.uniform(-0.1, 0.1, tight.shape) + [-1, -1, 1, 1]).float()
 
 
-def to_rle_case(size: int, count: int, noise: bool, repeat: int) -> dict:
+def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
     random = np.random.default_rng(0)
     polygons = outlines(count, random)
     boxes = boxes_of(polygons, random)
@@ -65,20 +61,18 @@ def to_rle_case(size: int, count: int, noise: bool, repeat: int) -> dict:
     same = b"".join(ours) == plain.counts.numpy().tobytes()
     named = [{"size": [HEIGHT, WIDTH], "counts": counts} for counts in ours]
     alike = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(named, theirs(), strict=True)]
-    times = measure(
+    times = settings.measure(
         {
             "refdet": lambda: masks_to_rle(cells, boxes, HEIGHT, WIDTH),
             "plain": lambda: encode_masks_plain(cells, boxes, HEIGHT, WIDTH),
             "libraries": theirs,
-        },
-        repeat,
-        "cpu",
+        }
     )
     name = f"{count} {'noisy ' if noise else ''}masks {size}x{size} to RLE"
     return _row(name, same, float(np.mean(alike)), times)
 
 
-def targets_case(size: int, count: int, objects: int, polygons_given: bool, repeat: int) -> dict:
+def targets_case(size: int, count: int, objects: int, polygons_given: bool, settings: Settings) -> Row:
     random = np.random.default_rng(1)
     polygons = outlines(objects, random)
     matched = torch.arange(count) % objects
@@ -101,13 +95,12 @@ def targets_case(size: int, count: int, objects: int, polygons_given: bool, repe
     same = torch.equal(runs["refdet"](), runs["plain"]())
     alike = (runs["refdet"]() == theirs()).float().mean().item()
     name = f"{count} targets {size}x{size}, {objects} objects, from {'polygons' if polygons_given else 'RLE'}"
-    row = _row(name, same, alike, measure(runs, repeat, "cpu"))
-    if polygons_given:
-        row["rasterising_ms"] = round(measure({"rles": rles}, repeat, "cpu")["rles"], 2)
+    row = _row(name, same, alike, settings.measure(runs))
+    row["drawing_ms"] = round(settings.measure({"rles": rles})["rles"], 2) if polygons_given else 0.0
     return row
 
 
-def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> dict:
+def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> Row:
     return (
         {"what": name, "same_as_plain": same, "like_libraries": round(alike, 4)}
         | {f"{key}_ms": round(value, 3) for key, value in times.items()}
@@ -115,24 +108,11 @@ def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> dict:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=10)
-    options = parser.parse_args()
-    results = [to_rle_case(size, 100, noise, options.repeat) for size, noise in ((14, False), (28, False), (28, True))]
+def rows(settings: Settings) -> list[Row]:
+    """The table; ``drawing_ms`` is what pycocotools takes, on both sides, to draw the polygons."""
+    settings = replace(settings, device="cpu")
+    found = [to_rle_case(size, 100, noise, settings) for size, noise in ((14, False), (28, False), (28, True))]
+    found = [row | {"drawing_ms": 0.0} for row in found]
     for objects in (64, 8):
-        results += [targets_case(28, 64, objects, given, options.repeat) for given in (True, False)]
-    if options.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": sorted(DEVICES)}
-        print(json.dumps({**machine, "cases": results}))
-        return
-    print(f"masks on the CPU, {torch.get_num_threads()} threads; milliseconds, and how far the answers are alike")
-    width = max(len(row["what"]) for row in results)
-    print("  ".join((f"{'':{width}}", *(f"{name:>14}" for name in list(results[0])[1:]))))
-    for row in results:
-        print("  ".join((f"{row['what']:{width}}", *(f"{value!s:>14}" for value in list(row.values())[1:]))))
-
-
-if __name__ == "__main__":
-    main()
+        found += [targets_case(28, 64, objects, given, settings) for given in (True, False)]
+    return found

@@ -1,7 +1,5 @@
 """Times refdet's matching of boxes beside the plain matrix of overlaps and torchvision's.
 
-    python benchmarks/matching.py [--json] [--repeat 20] [--device cpu]
-
 Candidates are the anchors of a map of 90x93 cells with 12 anchors each, in the detector's order, or boxes about
 the objects as the proposals of an RPN are. Times are medians of rounds in which all take turns; memory is the
 peak of one call above what was held before it.
@@ -9,19 +7,18 @@ peak of one call above what was held before it.
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
+import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import torch
-from timing import measure
+from timing import Row, Settings
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from refdet.detector.anchors import cell_anchors
-from refdet.ops._library import DEVICES
 from refdet.ops.matching import match_boxes, match_boxes_plain
 
 ROWS, COLUMNS, STRIDE = 90, 93, 16
@@ -67,53 +64,41 @@ def peak_of(way: str, name: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         WAYS[way](candidates, objects)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew from what is held now
+    before = _high_mark()
     WAYS[way](candidates, objects)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return (_high_mark() - before) * 1024 / 1e6
+
+
+def _high_mark() -> int:
+    """The most memory, in KiB, that this process has held."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def memory(name: str, device: str) -> dict[str, float]:
     """`peak_of` all ways, each in a process of its own: the highest mark of one never goes down again."""
     found = {}
     for way in WAYS:
-        command = [sys.executable, __file__, "--device", device, "--peak", way, name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-c", f"import matching; print(matching.peak_of({way!r}, {name!r}, {device!r}))"]
+        here = Path(__file__).parent
+        text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout
         found[f"{way}_mb"] = round(float(text), 1)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", nargs=2, metavar=("WAY", "CASE"), help="print the memory of one call alone, in MB")
-    options = parser.parse_args()
-    if options.peak:
-        print(peak_of(*options.peak, options.device))
-        return
+def rows(settings: Settings) -> list[Row]:
+    """The table."""
     results = []
     for name, (count, known) in CASES.items():
-        candidates, objects = (tensor.to(options.device) for tensor in problem(name))
-        runs = {way: lambda run=run, a=candidates, b=objects: run(a, b) for way, run in WAYS.items()}
+        candidates, objects = (tensor.to(settings.device) for tensor in problem(name))
+        runs = {way: partial(run, candidates, objects) for way, run in WAYS.items()}
         same = all(a.equal(b) for a, b in zip(runs["refdet"](), runs["plain"](), strict=True))
-        found = measure(runs, options.repeat, options.device)
+        found = settings.measure(runs)
         results.append(
             {"what": name, "candidates": count, "objects": known, "same_as_plain": same}
             | {f"{way}_ms": round(value, 3) for way, value in found.items()}
             | {"ratio": round(min(found["plain"], found["torchvision"]) / found["refdet"], 1)}
-            | memory(name, options.device)
+            | memory(name, settings.device)
+            | settings.roof(candidates.nbytes + objects.nbytes + count * 13, found["refdet"])
         )
-    if options.json:
-        machine = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        print(json.dumps({**machine, "kernels": sorted(DEVICES), "cases": results}))
-        return
-    print(f"matching on {options.device}, {torch.get_num_threads()} threads; milliseconds and MB")
-    for position, row in enumerate(results):
-        if position == 0:
-            print("  ".join(f"{name:>14}" for name in row))
-        print("  ".join(f"{value!s:>14}" for value in row.values()))
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,7 +1,5 @@
 """Times refdet's nms, its plain PyTorch fallback and torchvision's side by side.
 
-    python benchmarks/nms.py [--json] [--repeat 20] [--device cpu] [--memory-bandwidth 4.8]
-
 The boxes are clustered as the proposals of an RPN are: many shifted copies around each of some objects. Times
 are medians of rounds in which all three take turns, so that a busy machine slows all of them. Rows with several
 images ask torchvision image by image. On a GPU the bytes are those that must be read and written once: boxes, scores,
@@ -10,17 +8,14 @@ ids and the answer. What NMS does with them is arithmetic, so that it stays far 
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torchvision
-from timing import measure
+from timing import Row, Settings
 from torch import Tensor
 
-from refdet.ops._library import DEVICES
 from refdet.ops.nms import nms, nms_plain
 
 
@@ -87,9 +82,9 @@ def torchvision_nms(given: Boxes, case: Case) -> Tensor:
     return torch.cat(kept)
 
 
-def run(case: Case, repeat: int, device: str, bandwidth: float) -> dict[str, object]:
+def row(case: Case, settings: Settings) -> Row:
     """A row of the table."""
-    given = proposals(case).to(device)
+    given = proposals(case).to(settings.device)
     ids = {
         "groups": given.classes if case.classes > 1 else None,
         "images": given.images if case.images > 1 else None,
@@ -99,35 +94,16 @@ def run(case: Case, repeat: int, device: str, bandwidth: float) -> dict[str, obj
         for name, function in (("refdet", nms), ("plain", nms_plain))
     } | {"torchvision": partial(torchvision_nms, given, case)}
     answers = [answer() for answer in runs.values()]
-    found = measure(runs, repeat, device)
-    row: dict[str, object] = {**vars(case), "same": all(answers[0].equal(answer) for answer in answers)}
-    row |= {f"{name}_ms": round(value, 4) for name, value in found.items()}
-    row["ratio"] = round(found["torchvision"] / found["refdet"], 2)
-    if device.startswith("cuda"):
-        moved = [given.boxes, given.scores, answers[0], *(tensor for tensor in ids.values() if tensor is not None)]
-        size = sum(tensor.nbytes for tensor in moved)
-        row |= {"bytes": size, "of_roof": round(size / (found["refdet"] / 1000) / (bandwidth * 1e12), 6)}
-    return row
+    found = settings.measure(runs)
+    moved = [given.boxes, given.scores, answers[0], *(tensor for tensor in ids.values() if tensor is not None)]
+    return (
+        {**vars(case), "same": all(answers[0].equal(answer) for answer in answers)}
+        | {f"{name}_ms": round(value, 4) for name, value in found.items()}
+        | {"ratio": round(found["torchvision"] / found["refdet"], 1)}
+        | settings.roof(sum(tensor.nbytes for tensor in moved), found["refdet"])
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, TB/s (default: an H200's)")
-    options = parser.parse_args()
-    results = [run(case, options.repeat, options.device, options.memory_bandwidth) for case in CASES]
-    if options.json:
-        machine = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        print(json.dumps({**machine, "kernels": sorted(DEVICES), "cases": results}))
-        return
-    print(f"nms on {options.device}, kernels for {', '.join(sorted(DEVICES)) or 'no device'}; milliseconds")
-    for position, row in enumerate(results):
-        if position == 0:
-            print("  ".join(f"{name:>14}" for name in row))
-        print("  ".join(f"{value!s:>14}" for value in row.values()))
-
-
-if __name__ == "__main__":
-    main()
+def rows(settings: Settings) -> list[Row]:
+    """The table."""
+    return [row(case, settings) for case in CASES]

@@ -1,7 +1,5 @@
 """Times refdet's RoI pooling, plain PyTorch's and torchvision's side by side, forward and backward.
 
-    python benchmarks/pooling.py [--json] [--repeat 7] [--device cpu] [--memory-bandwidth 4.8]
-
 On channels_last maps, as the detector has them. Times are medians of rounds in which all take turns, so that a busy
 machine slows all of them. The crop is not in torchvision: it stands beside RoIAlign of one sample a cell, which is
 the same work on another box. On a GPU also the bytes that must be moved (the map and the cells once, and with backward
@@ -10,16 +8,13 @@ the gradients of both), and which part of the time the memory would need for tha
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 
 import torch
-from timing import measure
+from timing import Row, Settings
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from refdet.ops._library import DEVICES
 from refdet.ops.pooling import SAMPLES, roi_align, roi_align_mean, roi_crop, roi_crop_mean
 from refdet.ops.pooling_plain import pool_plain
 
@@ -78,26 +73,21 @@ def with_backward(run: Callable[[], Tensor], x: Tensor, weight: Tensor) -> Calla
     return lambda: torch.autograd.grad(run(), x, weight)[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, in TB/s")
-    options = parser.parse_args()
+def rows(settings: Settings) -> list[Row]:
+    """The table."""
     random, results = torch.Generator().manual_seed(0), []
     for what, (shape, stride, count), size, samples, dtype, backward in CASES:
-        x = torch.randn(shape, generator=random).to(options.device, dtype)
+        x = torch.randn(shape, generator=random).to(settings.device, dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_(backward)
-        rois = some_rois(shape, stride, count, random).to(options.device)
+        rois = some_rois(shape, stride, count, random).to(settings.device)
         runs = peers(what, x, rois, size, stride, samples)
         pooled = runs["refdet"]()
         error = (pooled - runs["torchvision" if what in ("align", "mean") else "plain"]()).abs().max().item()
         if backward:
             weight = torch.randn_like(pooled)
             runs = {name: with_backward(run, x, weight) for name, run in runs.items()}
-        found = measure(runs, options.repeat, options.device)
-        row = {
+        found = settings.measure(runs)
+        row: Row = {
             "what": f"{what} {size}x{size}" + ("" if samples else ", adaptive") + (", backward" if backward else ""),
             "map": "x".join(map(str, shape)),
             "rois": count,
@@ -105,23 +95,7 @@ def main() -> None:
             "max_difference": f"{error:.0e}",
         }
         row |= {f"{name}_ms": round(value, 3) for name, value in found.items()}
-        row |= {f"to_{name}": round(found[name] / found["refdet"], 1) for name in ("plain", "torchvision")}
-        if options.device.startswith("cuda"):
-            moved = (x.nbytes + pooled.nbytes) * (2 if backward else 1)
-            row["MB"] = round(moved / 1e6, 1)
-            row["of_roof"] = round(moved / (options.memory_bandwidth * 1e12) / (found["refdet"] / 1000), 2)
-        results.append(row)
-    if options.json:
-        machine = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        print(json.dumps({**machine, "kernels": sorted(DEVICES), "cases": results}))
-        return
-    kernels = ", ".join(sorted(DEVICES)) or "no device"
-    print(f"RoI pooling on {options.device}, {torch.get_num_threads()} threads, kernels for {kernels}; milliseconds")
-    widths = {name: max(len(name), *(len(str(row[name])) for row in results)) for name in results[0]}
-    print("  ".join(f"{name:>{width}}" for name, width in widths.items()))
-    for row in results:
-        print("  ".join(f"{row[name]!s:>{width}}" for name, width in widths.items()))
-
-
-if __name__ == "__main__":
-    main()
+        row["to_plain"] = round(found["plain"] / found["refdet"], 1)
+        row["ratio"] = round(found["torchvision"] / found["refdet"], 1)
+        results.append(row | settings.roof((x.nbytes + pooled.nbytes) * (2 if backward else 1), found["refdet"]))
+    return results

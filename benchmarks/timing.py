@@ -4,21 +4,56 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+
+Row = dict[str, Any]
 
 
-def measure(runs: dict[str, Callable[[], Tensor]], repeat: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, taking turns, so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeat + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if turn:  # the first is a warm-up
-                times[name].append((time.perf_counter() - start) * 1000)
-    return {name: statistics.median(values) for name, values in times.items()}
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured.
+
+    Attributes:
+        repeat: rounds, of which the median is taken.
+        device: "cpu" or "cuda".
+        bandwidth: of the GPU's memory, TB/s.
+    """
+
+    repeat: int = 20
+    device: str = "cpu"
+    bandwidth: float = 4.8
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def roof(self, moved: int, milliseconds: float) -> Row:
+        """Bytes that must be moved, and the part of the time that the memory of a GPU would need for them."""
+        if not self.on_gpu:
+            return {}
+        return {"MB": round(moved / 1e6, 2), "of_roof": round(moved / (self.bandwidth * 1e9) / milliseconds, 4)}
+
+    def measure(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Median milliseconds of each, taking turns, so that a busy machine slows all of them."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(self.repeat + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                if turn:  # the first is a warm-up
+                    times[name].append((time.perf_counter() - start) * 1000)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_columns(rows: Sequence[Row]) -> str:
+    """Rows of the same names as a table."""
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+    lines = ["  ".join(f"{name:>{width}}" for name, width in widths.items())]
+    lines += ["  ".join(f"{row[name]!s:>{width}}" for name, width in widths.items()) for row in rows]
+    return "\n".join(lines)

@@ -471,8 +471,8 @@ def test_the_mean_of_a_pyramid() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["align", "crop", "crop_align", "fpn"])
-def test_pool5_alone_is_that_of_all_features(pooling: str) -> None:
-    from test_detector import small_model
+def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
+    from detector_examples import small_model
 
     changes = (
         ["model.neck=fpn", "model.anchor_sizes=[16,32,64,128,256]"]
@@ -484,7 +484,7 @@ def test_pool5_alone_is_that_of_all_features(pooling: str) -> None:
     with torch.no_grad():
         maps = model.maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
-        torch.testing.assert_close(model.head.pool5(maps, rois), model.head.features(maps, rois).pool5, **CLOSE)
+        torch.testing.assert_close(model.head.pool5(maps, rois), model.head.pooled(maps, rois).mean((2, 3)), **CLOSE)
 
 
 def test_without_the_extension(tmp_path: Path) -> None:

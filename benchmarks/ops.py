@@ -1,0 +1,52 @@
+"""Times the compiled kernels beside plain PyTorch and the libraries, all in one run.
+
+    python benchmarks/ops.py [nms] [pooling] [masks] [matching] [--json] [--repeat 20] [--device cpu]
+
+Milliseconds are medians of rounds in which all peers take turns. ``ratio`` is the library's time to refdet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import masks
+import matching
+import nms
+import pooling
+import torch
+import torchvision
+from timing import Settings, in_columns
+
+from refdet.ops._library import DEVICES
+
+TABLES = {"nms": nms.rows, "pooling": pooling.rows, "masks": masks.rows, "matching": matching.rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all by default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-bandwidth", type=float, default=4.8, help="of the GPU, TB/s (default: an H200's)")
+    options = parser.parse_args()
+    settings = Settings(options.repeat, options.device, options.memory_bandwidth)
+    machine = {
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "kernels": sorted(DEVICES),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    found = {}
+    for name in options.tables or TABLES:
+        found[name] = TABLES[name](settings)
+        if not options.json:
+            print(f"{name}: {machine}\n{in_columns(found[name])}\n", flush=True)
+    if options.json:
+        print(json.dumps({**machine, **found}))
+
+
+if __name__ == "__main__":
+    main()
