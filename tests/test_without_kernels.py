@@ -1,0 +1,66 @@
+"""The whole pipeline with REFDET_NO_EXT=1: training, evaluation and extraction say the same as with the kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refdet import store
+from refdet.ops._library import DEVICES
+
+RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[96]",
+          "input.long_side=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=6", "train.log_every=1",
+          "train.batch_size=4", "proposals.test_proposals=40"]  # fmt: skip
+
+
+def refdet(kernels: bool, *arguments: object) -> str:
+    command = [sys.executable, "-m", "refdet", *map(str, arguments)]
+    environment = {**os.environ, "REFDET_NO_EXT": "0" if kernels else "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+@pytest.fixture(scope="module")
+def both(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The run and the store made with the kernels, and without."""
+    found = {}
+    for kernels in (True, False):
+        out = found[kernels] = tmp_path_factory.mktemp("kernels" if kernels else "plain")
+        instances = shapes_root / "annotations" / "instances_val2014.json"
+        given = ("--instances", instances, "--images", shapes_root / "val2014")
+        changes = [part for change in RECIPE for part in ("--set", change)]
+        refdet(kernels, "train", "--recipe", "demo", *given, "--out", out / "run", *changes)
+        # the detector of the kernels for both: what six steps of training differ by is another question
+        checkpoint = found[True] / "run"
+        refdet(kernels, "extract-features", "--checkpoint", checkpoint, *given, "--out", out / "a.h5",
+               "--score-threshold", "0.01", "--max-regions", "20")  # fmt: skip
+    return found
+
+
+@pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
+def test_training(both: dict[bool, Path]) -> None:
+    losses = []
+    for out in both.values():
+        lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
+def test_extraction(both: dict[bool, Path]) -> None:
+    with store.open(both[True] / "a.h5") as ours, store.open(both[False] / "a.h5") as plain:
+        assert ours.regions > len(ours) and list(ours) == list(plain)
+        for image_id in ours:
+            a, b = ours[image_id], plain[image_id]
+            np.testing.assert_array_equal(a.category_ids, b.category_ids)
+            np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
+            np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+            for name in ("pool5", "fc7"):
+                np.testing.assert_allclose(a.features[name], b.features[name], rtol=1e-3, atol=1e-5)
+            assert np.mean([x == y for x, y in zip(a.masks or (), b.masks or (), strict=True)] or [1]) > 0.9
