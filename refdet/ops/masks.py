@@ -46,7 +46,8 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
     having their value at their middle and the outer half-cells that of their edge; it belongs to the
     mask where that reaches the threshold. The box is never rounded. A box with a coordinate that is NaN
     or infinite has no pixels. All is float32, in one order, so that the answer is the same with the
-    compiled kernel and without. What is on a GPU is copied to the CPU, where the strings are made.
+    compiled kernels and without. On a GPU with kernels the runs are found there, and only they are copied to
+    the CPU, where the strings are made; without, the cells are.
 
     Args:
         probabilities: (N, m, m) in 0..1, any floating type.
@@ -71,11 +72,12 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
         raise ValueError(f"an image of {height} x {width} pixels has no RLE")
     if not 0 <= threshold <= 1:
         raise ValueError(f"masks need a threshold in 0..1, got {threshold}")
-    boxes = boxes.detach().to("cpu", torch.float32)
-    values = probabilities.detach().cpu()
-    if values.dtype != torch.bfloat16:  # which the kernel reads itself
+    boxes, values = boxes.detach().float(), probabilities.detach()
+    if values.dtype != torch.bfloat16:  # which the kernels read themselves
         values = values.float()
-    if "cpu" in DEVICES:
+    if values.device.type not in DEVICES:
+        values, boxes = values.cpu(), boxes.cpu()
+    if values.device.type in DEVICES:
         return EncodedMasks(*torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold))
     return encode_masks_plain(values, boxes, height, width, threshold)
 
@@ -141,7 +143,8 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
 
     The mask's integral image, linear between pixel corners, is read at the corners of the cells; a
     difference of four such values is the covered area, whatever fractions of pixels it is made of. The
-    answer is the same with the compiled kernel, which reads the runs, and without.
+    answer is the same with the compiled kernel, which reads the runs, and without. There is none for a GPU:
+    annotations are RLE on the CPU, and the answer is small.
 
     Args:
         rles: pycocotools RLEs of the objects of one image, ``counts`` being bytes.
@@ -224,11 +227,11 @@ if DEVICES:
         probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, length = boxes.shape[0], torch.library.get_ctx().new_dynamic_size()
-        return (
-            boxes.new_empty((length,), dtype=torch.uint8),
-            boxes.new_empty((count + 1,), dtype=torch.int64),
-            boxes.new_empty((count,), dtype=torch.int64),
-            boxes.new_empty((count, 4)),
+        return (  # on the CPU, wherever the masks are
+            torch.empty((length,), dtype=torch.uint8, device="cpu"),
+            torch.empty((count + 1,), dtype=torch.int64, device="cpu"),
+            torch.empty((count,), dtype=torch.int64, device="cpu"),
+            torch.empty((count, 4), device="cpu"),
         )
 
     @torch.library.register_fake("refdet::mask_coverage")
