@@ -61,6 +61,8 @@ bench-data: env ## loading and splitting files of the real size
 	@$(BIN)/python benchmarks/refer_load.py
 	@echo "==> bench-data: build-split"
 	@$(BIN)/python benchmarks/build_split.py
+	@echo "==> bench-data: the store"
+	@$(BIN)/python benchmarks/store.py
 
 bench-extract: env ## extract-features beside the same work by torchvision's detection parts
 	@echo "==> bench-extract: drawn images"

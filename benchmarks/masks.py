@@ -1,7 +1,7 @@
 """Times refdet's way between masks of boxes and RLE of images beside torchvision's and pycocotools'.
 
-Objects are outlines of 24 corners about random centres in an image of 480x640, a third of it large at most. On the
-CPU; times are medians of rounds in which all take turns.
+Objects are outlines of 24 corners about random centres in an image of 480x640, a third of it large at most. Times
+are medians of rounds in which all take turns.
 """
 
 from __future__ import annotations
@@ -51,20 +51,22 @@ def to_rle_case(size: int, count: int, noise: bool, settings: Settings) -> Row:
     cells = mask_coverage(rles, torch.arange(count), boxes, size)
     if noise:
         cells = torch.from_numpy(random.random(cells.shape)).float()
+    at_host = cells, boxes
+    cells, boxes = cells.to(settings.device), boxes.to(settings.device)
 
     def theirs() -> list[dict]:
         full = paste_masks_in_image(cells[:, None], boxes, (HEIGHT, WIDTH))[:, 0] >= 0.5
-        return [coco_mask.encode(np.asfortranarray(mask)) for mask in full.numpy().astype(np.uint8)]
+        return [coco_mask.encode(np.asfortranarray(mask)) for mask in full.cpu().numpy().astype(np.uint8)]
 
     ours = masks_to_rle(cells, boxes, HEIGHT, WIDTH)
-    plain = encode_masks_plain(cells, boxes, HEIGHT, WIDTH)
+    plain = encode_masks_plain(*at_host, HEIGHT, WIDTH)
     same = b"".join(ours) == plain.counts.numpy().tobytes()
     named = [{"size": [HEIGHT, WIDTH], "counts": counts} for counts in ours]
     alike = [coco_mask.iou([a], [b], [0])[0, 0] for a, b in zip(named, theirs(), strict=True)]
     times = settings.measure(
         {
             "refdet": lambda: masks_to_rle(cells, boxes, HEIGHT, WIDTH),
-            "plain": lambda: encode_masks_plain(cells, boxes, HEIGHT, WIDTH),
+            "plain": lambda: encode_masks_plain(*at_host, HEIGHT, WIDTH),
             "libraries": theirs,
         }
     )
@@ -109,10 +111,9 @@ def _row(name: str, same: bool, alike: float, times: dict[str, float]) -> Row:
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The table; ``drawing_ms`` is what pycocotools takes, on both sides, to draw the polygons."""
-    settings = replace(settings, device="cpu")
+    """The table; ``drawing_ms`` is what pycocotools takes, on both sides, to draw polygons. Targets are of the CPU."""
     found = [to_rle_case(size, 100, noise, settings) for size, noise in ((14, False), (28, False), (28, True))]
     found = [row | {"drawing_ms": 0.0} for row in found]
     for objects in (64, 8):
-        found += [targets_case(28, 64, objects, given, settings) for given in (True, False)]
+        found += [targets_case(28, 64, objects, given, replace(settings, device="cpu")) for given in (True, False)]
     return found
