@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := $(wildcard csrc/*)
 CUDA_SOURCES := $(wildcard csrc/*.cu)
-OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py)
+OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py tests/test_convolution.py)
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
@@ -63,6 +63,8 @@ bench-data: env ## loading and splitting files of the real size
 	@$(BIN)/python benchmarks/build_split.py
 	@echo "==> bench-data: the store"
 	@$(BIN)/python benchmarks/store.py
+	@echo "==> bench-data: memory of an extraction"
+	@$(BIN)/python benchmarks/memory.py
 
 bench-extract: env ## extract-features beside the same work by torchvision's detection parts
 	@echo "==> bench-extract: drawn images"

@@ -1,6 +1,6 @@
 """Times the compiled kernels beside plain PyTorch and the libraries, all in one run.
 
-    python benchmarks/ops.py [nms] [pooling] [masks] [matching] [--json] [--repeat 20] [--device cpu]
+    python benchmarks/ops.py [nms] [pooling] [masks] [matching] [convolution] [--json] [--repeat 20] [--device cpu]
 
 Milliseconds are medians of rounds in which all peers take turns. ``ratio`` is the library's time to refdet's.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import convolution
 import masks
 import matching
 import nms
@@ -20,7 +21,13 @@ from timing import Settings, in_columns
 
 from refdet.ops._library import DEVICES
 
-TABLES = {"nms": nms.rows, "pooling": pooling.rows, "masks": masks.rows, "matching": matching.rows}
+TABLES = {
+    "nms": nms.rows,
+    "pooling": pooling.rows,
+    "masks": masks.rows,
+    "matching": matching.rows,
+    "convolution": convolution.rows,
+}
 
 
 def main() -> None:

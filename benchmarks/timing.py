@@ -53,6 +53,8 @@ class Settings:
 
 def in_columns(rows: Sequence[Row]) -> str:
     """Rows of the same names as a table."""
+    if not rows:
+        return "nothing to measure"
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
     lines = ["  ".join(f"{name:>{width}}" for name, width in widths.items())]
     lines += ["  ".join(f"{row[name]!s:>{width}}" for name, width in widths.items()) for row in rows]

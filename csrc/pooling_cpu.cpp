@@ -2,7 +2,7 @@
 //
 // What: a cell is a sum over rows y and columns x of w_y w_x map[y, x]; find_taps in pooling.h has the weights. The
 // backward pass sums, for each position of the map, over the RoIs in order and their cells w_y w_x gradient[cell].
-// float32 or bfloat16 maps; everything in between is float32, one rounding an operation.
+// float32 or bfloat16 maps; everything in between is float32, one rounding an operation, and so are means.
 //
 // Cost: C multiply-adds for each different position that a cell reads; the 4 samples of a cell have 16 corners, but
 // mostly only 6 to 9 different ones. The mean costs each position of the RoI once, and makes no cells.
@@ -19,64 +19,17 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cstring>
 #include <vector>
 
 #include "pooling.h"
+#include "simd.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-// Compiled for several processors, of which the loader picks one. There is no -mfma: all of them round alike.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define REFDET_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define REFDET_SIMD
-#endif
-#define REFDET_INLINE inline __attribute__((always_inline))
-
 namespace refdet {
 namespace {
-
-constexpr int64_t kLanes = 16;  // channels in a vector
-
-using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-// One number, for the channels that fill no vector.
-template <typename T>
-REFDET_INLINE void load(const T* from, float& to) {
-  to = static_cast<float>(*from);
-}
-
-template <typename T>
-REFDET_INLINE void store(const float& from, T* to) {
-  *to = static_cast<T>(from);
-}
-
-REFDET_INLINE void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
-
-REFDET_INLINE void load(const at::BFloat16* from, Floats& to) {
-  Halves bits;
-  std::memcpy(&bits, from, sizeof bits);
-  const Words wide = __builtin_convertvector(bits, Words) << 16;
-  std::memcpy(&to, &wide, sizeof to);
-}
-
-REFDET_INLINE void store(const Floats& from, float* to) { std::memcpy(to, &from, sizeof from); }
-
-// Rounds to nearest, ties to even, as PyTorch does.
-REFDET_INLINE void store(const Floats& from, at::BFloat16* to) {
-  Words bits;
-  std::memcpy(&bits, &from, sizeof bits);
-  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Words known = from == from;  // all ones, or 0 for NaN
-  const Halves narrow = __builtin_convertvector((rounded & known) | (~known & 0x7fc0), Halves);
-  std::memcpy(to, &narrow, sizeof narrow);
-}
 
 // A map or its gradient: numbers from one image, row and column to the next; channels are side by side.
 template <typename T>
@@ -137,8 +90,8 @@ struct Readers {
 };
 
 // All cells of one RoI, in `vectors` vectors of channels; `out` has them row by row.
-template <typename Lane, int vectors, typename T>
-REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, T* out) {
+template <typename Lane, int vectors, typename T, typename Out>
+REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, Out* out) {
   constexpr int64_t kStep = sizeof(Lane) / sizeof(float);
   for (size_t row = 0; row < y.count.size(); ++row) {
     for (size_t column = 0; column < x.count.size(); ++column, out += map.channels) {
@@ -160,8 +113,8 @@ REFDET_INLINE void pool_cells(const T* image, const Map<const T>& map, const Axi
   }
 }
 
-template <typename T>
-REFDET_INLINE void pool_roi(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, T* out) {
+template <typename T, typename Out>
+REFDET_INLINE void pool_roi(const T* image, const Map<const T>& map, const Axis& x, const Axis& y, Out* out) {
   int64_t c = 0;
   for (; c + 8 * kLanes <= map.channels; c += 8 * kLanes) pool_cells<Floats, 8>(image + c, map, x, y, out + c);
   for (; c + 4 * kLanes <= map.channels; c += 4 * kLanes) pool_cells<Floats, 4>(image + c, map, x, y, out + c);
@@ -175,6 +128,11 @@ REFDET_SIMD void pool_one(const float* image, const Map<const float>& map, const
 
 REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat16>& map, const Axis& x, const Axis& y,
                           at::BFloat16* out) {
+  pool_roi(image, map, x, y, out);
+}
+
+REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat16>& map, const Axis& x, const Axis& y,
+                          float* out) {
   pool_roi(image, map, x, y, out);
 }
 
@@ -259,12 +217,12 @@ void ask_for_large_pages(const at::Tensor& fresh) {
 #endif
 }
 
-template <typename T>
+template <typename T, typename Out>
 void pool(const at::Tensor& x, const at::Tensor& rois, const Sampling& how, at::Tensor& out) {
   const std::vector<int64_t> images = images_of(rois, x.size(0));
   const Map<const T> map(x, x.const_data_ptr<T>());
   const float* box = rois.const_data_ptr<float>();
-  T* cells = out.mutable_data_ptr<T>();
+  Out* cells = out.mutable_data_ptr<Out>();
   at::parallel_for(0, rois.size(0), 1, [&](int64_t begin, int64_t end) {
     Axis columns, rows;
     for (int64_t i = begin; i < end; ++i) {
@@ -309,13 +267,16 @@ at::Tensor roi_pool_cpu(const at::Tensor& x, const at::Tensor& rois, int64_t siz
                         bool crop, bool mean) {
   const Sampling how = check_pooling(x.sizes(), x, rois, size, stride, samples, crop, mean);
   const at::Tensor map = with_channels_last(x), boxes = rois.contiguous();
-  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options(),
+  const auto type = mean ? at::kFloat : x.scalar_type();
+  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options().dtype(type),
                              at::MemoryFormat::ChannelsLast);
   ask_for_large_pages(out);
   if (x.scalar_type() == at::kFloat) {
-    pool<float>(map, boxes, how, out);
+    pool<float, float>(map, boxes, how, out);
+  } else if (mean) {
+    pool<at::BFloat16, float>(map, boxes, how, out);
   } else {
-    pool<at::BFloat16>(map, boxes, how, out);
+    pool<at::BFloat16, at::BFloat16>(map, boxes, how, out);
   }
   return out;
 }

@@ -3,6 +3,8 @@
 
 #include <torch/library.h>
 
+#include "gemm.h"
+
 TORCH_LIBRARY(refdet, m) {
   m.def("has_cuda() -> bool", []() {
 #ifdef REFDET_CUDA
@@ -14,6 +16,9 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None,"
       " bool inclusive=False) -> Tensor");
+  m.def("has_conv3x3() -> bool", &refdet::can_multiply);
+  m.def("pack_conv3x3(Tensor weight) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def(
       "match_boxes(Tensor candidates, Tensor objects)"
       " -> (Tensor best, Tensor object, Tensor most, Tensor reaches)");

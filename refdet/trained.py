@@ -39,9 +39,9 @@ def load(
     folder, meta = run_directory(path), load_meta(path)
     model = MaskRCNN(meta.recipe, len(meta.categories))
     load_weights(model, read_tensors(folder / MODEL)[0], folder / MODEL)
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     if for_use or bf16:
         model = folding.for_use(model, bf16)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return TrainedDetector(model, meta, folder)
 
 

@@ -27,16 +27,25 @@ from refdet.import_weights import import_weights
 
 ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the seed's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
-CASES = [(depth, image) for depth, images in IMAGES.items() for image in images]
+# "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for 3x3 convolutions
+CASES = [(depth, image, "trained") for depth, images in IMAGES.items() for image in images]
+CASES += [(50, "000000249346", "used"), (101, "000000466137", "used")]
 # Least numbers of proposals and detections where more cannot be asked: in the first, 858 anchors have a probability of
 # exactly 1 and an unstable sort leaves them as the processor's vectors have it; in the second, 101 layers add up to
 # float rounding by which refdet differs as much from itself in float64.
-TIED = {(50, "000000194322"): (296, 96), (101, "000000466137"): (294, 98)}
+TIED = {
+    (50, "000000194322", "trained"): (296, 96),
+    (101, "000000466137", "trained"): (294, 98),
+    (101, "000000466137", "used"): (288, 97),
+}
+Key = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
-def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, trained.TrainedDetector]]:
-    """The detectors of the seed's checkpoints, through import-weights."""
+def detectors(
+    shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[int, str], trained.TrainedDetector]]:
+    """The detectors of the seed's checkpoints, through import-weights, by depth and form."""
     sys.path.insert(0, str(shared / "seed"))
     try:
         from make_checkpoint import make_state_dict  # type: ignore[import-not-found]
@@ -48,7 +57,8 @@ def detectors(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         torch.save(make_state_dict(depth), folder / "seed.pth")
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
-        found[depth] = trained.load(folder / str(depth))
+        for form in ("trained", "used"):
+            found[depth, form] = trained.load(folder / str(depth), for_use=form == "used")
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found
 
@@ -64,15 +74,15 @@ class Case:
     inputs: Tensor
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[f"res{depth}-{image}" for depth, image in CASES])
-def key(request: pytest.FixtureRequest) -> tuple[int, str]:
+@pytest.fixture(scope="module", params=CASES, ids=[f"res{depth}-{image}-{form}" for depth, image, form in CASES])
+def key(request: pytest.FixtureRequest) -> Key:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def case(key: tuple[int, str], detectors: dict[int, trained.TrainedDetector], shared: Path) -> Case:
-    depth, image = key
-    model = detectors[depth].model
+def case(key: Key, detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path) -> Case:
+    depth, image, form = key
+    model = detectors[depth, form].model
     with np.load(shared / "seed" / f"golden_res{depth}_{image}.npz") as file:
         golden = {name: file[name] for name in file.files}
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
@@ -100,7 +110,7 @@ def test_input_and_map(case: Case) -> None:
 
 
 @torch.inference_mode()
-def test_proposals(case: Case, key: tuple[int, str]) -> None:
+def test_proposals(case: Case, key: Key) -> None:
     model = case.model
     maps = model.maps(case.inputs)
     (boxes,) = model.rpn.propose(model.rpn(maps), [(case.size.height, case.size.width)])
@@ -118,7 +128,7 @@ def test_proposals(case: Case, key: tuple[int, str]) -> None:
 
 
 @torch.inference_mode()
-def test_detections(case: Case, key: tuple[int, str]) -> None:
+def test_detections(case: Case, key: Key) -> None:
     (found,) = case.model.detect(case.inputs, [case.size], 0.0, 0.3, 100)
     pairs = []
     for row, (box, label) in enumerate(
@@ -136,7 +146,7 @@ def test_detections(case: Case, key: tuple[int, str]) -> None:
     print(f"detections {len(pairs)} of 100; score {scores.max():.1e}, {(scores < 1e-4).sum()} within 1e-4; "
           f"masks {masks.max():.1e}, {(masks < 1e-3).sum()} within 1e-3")  # fmt: skip
     assert len(pairs) >= TIED.get(key, (0, 99))[1]
-    assert np.median(scores) < 1e-4 and scores.max() < 1e-3
+    assert np.median(scores) < 1e-4 and scores.max() < (3e-3 if key == (101, "000000466137", "used") else 1e-3)
     assert np.median(masks) < 1e-3 and masks.max() < 2e-2
     if key not in TIED:
         assert (scores < 1e-4).sum() >= 99 and (masks < 1e-3).sum() >= 97
@@ -152,8 +162,12 @@ def test_given_boxes(case: Case) -> None:
     assert pool5 < 5e-5 and fc7 < 5e-5
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
+)
 @torch.inference_mode()
-def test_bfloat16_is_near(case: Case, key: tuple[int, str]) -> None:
+def test_bfloat16_is_near(case: Case, key: Key) -> None:
     """Of given boxes. The 101 layers were not trained, and untrained ones add up what rounding does to each."""
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
     with torch.autocast("cpu", torch.bfloat16):
@@ -164,9 +178,11 @@ def test_bfloat16_is_near(case: Case, key: tuple[int, str]) -> None:
     assert cosine > (0.999 if key[0] == 50 else 0.996)
 
 
-def test_the_store_holds_the_seeds_boxes(detectors: dict[int, trained.TrainedDetector], shared: Path) -> None:
+def test_the_store_holds_the_seeds_boxes(
+    detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path
+) -> None:
     """Through what extract-features calls, boxes are half-open: a pixel further than the seed's last one."""
-    image, detector = IMAGES[50][1], detectors[50]
+    image, detector = IMAGES[50][1], detectors[50, "used"]
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
     from refdet.data.coco import ImageRecord
 
@@ -182,14 +198,14 @@ def test_the_store_holds_the_seeds_boxes(detectors: dict[int, trained.TrainedDet
     same = np.abs(found.boxes - boxes).max(axis=1) < 0.05
     assert same.sum() >= 95  # near ties change places
     np.testing.assert_array_equal(found.category_ids[same], categories[same])
-    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    np.testing.assert_allclose(found.scores, scores, atol=3e-4)
 
 
 @pytest.mark.parametrize("image", ["000000249346", "000000466137"])
-def test_anchor_labels(detectors: dict[int, trained.TrainedDetector], shared: Path, image: str) -> None:
+def test_anchor_labels(detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path, image: str) -> None:
     with np.load(shared / "seed" / f"golden_anchor_labels_{image}.npz") as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim}
-    rpn = detectors[50].model.rpn
+    rpn = detectors[50, "trained"].model.rpn
     height, width = golden["feature_hw"].tolist()
     (anchors,) = rpn.anchors([torch.zeros(1, 1, height, width)])
     one = torch.from_numpy(ONE_FURTHER)

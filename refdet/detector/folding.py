@@ -15,16 +15,18 @@ from refdet.detector.conv5 import EarlyConv5, can_enter_early
 from refdet.detector.heads import C4Head
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.resnet import FrozenBatchNorm
+from refdet.ops.convolution import WinogradConv2d
 
 
 def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     """Make of a trained detector one that finds the same and is faster; it is for use alone.
 
-    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.conv5`), and weights lie in
-    channels_last.
+    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.conv5`), 3x3 convolutions have
+    a kernel of their own where there is one (see `refdet.ops.convolution`), and weights lie in channels_last.
 
     Args:
-        model: is changed and must not be trained or saved afterwards: its tensors have other names.
+        model: on the device where it will be used. It is changed and must not be trained or saved afterwards: its
+            tensors have other names.
         bf16: have the weights, and what flows between them, in bfloat16, all but those that predict classes and boxes.
     """
     fold_norms(model.eval())
@@ -39,7 +41,12 @@ def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
         parts += [part for name, part in head.named_children() if name != "box"]
         for part in parts:
             part.to(torch.bfloat16)
-    return model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if WinogradConv2d.takes(child):
+                setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
+    return model
 
 
 @torch.no_grad()
