@@ -2,9 +2,9 @@
 //
 // What: tap_kernel writes, for each RoI, axis and cell, the positions read and their weights. pool_kernel sums the
 // positions of each cell, mean_kernel those of the whole RoI; unpool_kernel sums for each position of the map over the
-// RoIs in order and over those of their cells that read it. Sums are float32. There are no atomics: results are the
-// same in every run. A RoI on an image that is not in the batch gives NaN and no gradient, as telling the host would
-// mean to wait for the device.
+// RoIs in order and over those of their cells that read it. Sums are float32, and so are means. There are no atomics:
+// results are the same in every run. A RoI on an image that is not in the batch gives NaN and no gradient, as telling
+// the host would mean to wait for the device.
 //
 // Cost: forward each cell is written once and the map read once from memory, the positions that cells share from the
 // cache. Backward each position of the map is written once, and a cell read as often as positions are in it, mostly
@@ -123,9 +123,9 @@ __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   }
 }
 
-// The same where a RoI is one cell: each warp sums every kWarps-th row.
+// The same where a RoI is one cell, and not rounded: each warp sums every kWarps-th row.
 template <typename T, int numbers>
-__global__ void mean_kernel(const T* data, Shape map, Lists lists, T* out) {
+__global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   __shared__ float parts[kWarps][kWarp * numbers];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + lane) * numbers, image = lists.image[roi];
@@ -141,7 +141,7 @@ __global__ void mean_kernel(const T* data, Shape map, Lists lists, T* out) {
     for (int other = 1; other < kWarps; ++other) sum[v] += parts[other][lane * numbers + v];
     if (image < 0) sum[v] = NAN;
   }
-  write<T, numbers>(out + roi * map.channels + channel, sum);
+  write<float, numbers>(out + roi * map.channels + channel, sum);
 }
 
 // The weight with which a list reads a position; its positions ascend, so it is not behind place `at - the first`.
@@ -240,11 +240,10 @@ void pool(const at::Tensor& x, const Shape& map, const Tables& tables, bool mean
           cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(out.size(0)), blocks(map.channels, kWarp * numbers));
   const T* data = x.const_data_ptr<T>();
-  T* to = out.mutable_data_ptr<T>();
   if (mean) {
-    mean_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, to);
+    mean_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<float>());
   } else {
-    pool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, to);
+    pool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(data, map, tables.lists, out.mutable_data_ptr<T>());
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -266,7 +265,8 @@ at::Tensor roi_pool_cuda(const at::Tensor& x, const at::Tensor& rois, int64_t si
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor data = with_channels_last(x), boxes = rois.contiguous();
-  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options(),
+  const auto type = mean ? at::kFloat : x.scalar_type();
+  at::Tensor out = at::empty({rois.size(0), x.size(1), how.cells(), how.cells()}, x.options().dtype(type),
                              at::MemoryFormat::ChannelsLast);
   if (out.numel() == 0) return out;
   blocks(rois.size(0), 1);

@@ -1,8 +1,9 @@
 """RoI pooling: the features of boxes, read from maps.
 
 The functions here take maps (B, C, H, W) of any floating type and memory layout; channels_last is the fastest, as any
-other is copied into it. All sums are float32 (float64 for float64 maps); where the compiled kernels do the work and
-where plain PyTorch does, results differ by the rounding of these sums alone: for values about 1, by less than 1e-5.
+other is copied into it. All sums are float32 (float64 for float64 maps), and so are means, of a map of any type; where
+the compiled kernels do the work and where plain PyTorch does, results differ by the rounding of these sums alone: for
+values about 1, by less than 1e-5.
 
 RoIs (K, 5) are rows of image index and box, half-open xyxy, in pixels of the network's input. No gradient flows to
 them. What is outside of the map, or of a RoI with a coordinate that is NaN or infinite, reads 0. A box without area
@@ -48,7 +49,7 @@ def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = 
 
 
 def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
-    """The mean (K, C) of `roi_align` over its cells, without making them."""
+    """The mean (K, C) of `roi_align` over its cells, without making them: in float32, of a float64 map in float64."""
     return _pool(x, rois, size, stride, samples, crop=False, mean=True).flatten(1)
 
 
@@ -62,7 +63,7 @@ def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
 
 
 def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The mean (K, C) of `roi_crop` over its cells, without making them."""
+    """The mean (K, C) of `roi_crop` over its cells, without making them; its type as of `roi_align_mean`."""
     return _pool(x, rois, size, stride, 1, crop=True, mean=True).flatten(1)
 
 
@@ -83,7 +84,7 @@ def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: 
 
 
 def pyramid_roi_align_mean(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
-    """The mean (K, C) of `pyramid_roi_align` over its cells, without making them."""
+    """The mean (K, C) of `pyramid_roi_align` over its cells, without making them; its type as of `roi_align_mean`."""
     return _by_level(maps, rois, size, strides, roi_align_mean)
 
 
@@ -107,7 +108,7 @@ def _by_level(
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
-    """(K, C, m, m), or with `mean` (K, C, 1, 1), in the type of the map."""
+    """(K, C, m, m) in the type of the map, or with `mean` (K, C, 1, 1), not rounded to fewer bits than float32 has."""
     _check_rois(x, rois)
     if not (2 if crop else 1) <= size <= MOST:
         raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MOST} cells on a side, got {size}")
@@ -120,7 +121,7 @@ def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop:
         pooled = torch.ops.refdet.roi_pool(values, rois.detach().float(), size, stride, samples, crop, mean)
     else:
         pooled = pool_plain(values, rois, size, stride, samples, crop, mean)
-    return pooled.to(x.dtype)
+    return pooled if mean else pooled.to(x.dtype)
 
 
 def _check_rois(x: Tensor, rois: Tensor) -> None:
@@ -142,7 +143,8 @@ if DEVICES:
     ) -> Tensor:
         cells = 1 if mean else size
         shape = (rois.shape[0], x.shape[1], cells, cells)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        dtype = torch.float32 if mean else x.dtype
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
     @torch.library.register_fake("refdet::roi_pool_backward")
     def _roi_pool_backward_fake(gradient: Tensor, rois: Tensor, shape: Sequence[int], *how: object) -> Tensor:
@@ -151,11 +153,12 @@ if DEVICES:
 
     def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, rois, *ctx.how = inputs
-        ctx.shape = x.shape
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(rois)
 
     def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rois,) = ctx.saved_tensors
-        return torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.how), *(None,) * 6
+        of_map = torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.how)
+        return of_map.to(ctx.dtype), *(None,) * 6
 
     torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_keep_for_backward)

@@ -26,7 +26,7 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
         samples: on a side of a cell; 0 for adaptive.
         crop: one sample a cell, from corner to corner, instead of RoIAlign.
     Returns:
-        (K, C, m, m), or with `mean` (K, C, 1, 1), in the type of the map, channels_last.
+        (K, C, m, m) in the type of the map, or with `mean` (K, C, 1, 1) in the type of the sums; channels_last.
     Raises:
         IndexError: a RoI is on an image outside of the batch.
     """
@@ -38,7 +38,8 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
         raise IndexError(f"RoI pooling: RoI {row} is on image {rois[row, 0].item():g} of a batch of {len(x)}")
     cells = 1 if mean else size
     if len(rois) == 0 or x.numel() == 0:  # the sum gives it a gradient, as it has else
-        return x.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * x.sum()
+        nothing = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
+        return nothing if mean else nothing.to(x.dtype)
     if x.device.type != "cpu" and samples and not crop and not mean:
         outside = -1e6 * stride
         known = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
@@ -55,7 +56,7 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
             if mean:
                 columns, rows = columns.mean(1, keepdim=True), rows.mean(1, keepdim=True)
             pooled = _product(values, image, columns, rows)
-    return pooled.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return (pooled if mean else pooled.to(x.dtype)).contiguous(memory_format=torch.channels_last)
 
 
 def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: bool) -> tuple[Tensor, Tensor]:
