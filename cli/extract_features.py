@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from refdet.errors import InputError
 
 from .common import echo_json, echo_table, json_option, note
+
+if TYPE_CHECKING:
+    from refdet.shard_work import Summary
 
 
 @click.command("extract-features")
@@ -103,26 +107,35 @@ def command(
     for line in load_meta(checkpoint).warnings():
         note(line)
     done = extract_features(
-        checkpoint, images, out, image_list, options, at_once, workers, device, resume, boxes, strict
+        checkpoint, images, out, image_list, options, at_once, workers, device, resume, boxes, strict, note
     )
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:
-        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why")
+        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why; when they are "
+             "mended, remove it and run again (--resume finds nothing left to do)")  # fmt: skip
     if as_json:
-        echo_json(asdict(done))
+        echo_json({**asdict(done), "shares": done.shares})
         return
     speed = f"{done.computed / done.seconds:.2f}" if done.computed else "-"
-    row = (str(done.images), str(done.regions), str(done.errors), speed, f"{done.bytes / 2**20:.1f} MiB")
-    echo_table([row], header=("images", "regions", "errors", "images/s", "file"))
+    at_a_time = str(done.batch_size) if done.computed else "-"
+    row = (str(done.images), str(done.regions), str(done.errors), speed, at_a_time, f"{done.bytes / 2**20:.1f} MiB")
+    echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
+    if done.computed:
+        click.echo("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
     if profile:
-        _show_stages(done.stages)
+        _show_stages(done)
 
 
-def _show_stages(stages: dict[str, float]) -> None:
-    """The time of each stage, with bars; those of the background thread overlap the others."""
+def _show_stages(done: Summary) -> None:
+    """The time of each stage, and of each part of computing, with bars. Finishing and writing overlap the others."""
+    stages: dict[str, float] = {}
+    for name, value in done.stages.items():
+        stages[name] = value
+        if name == "compute":
+            stages |= {f"- {part}": seconds for part, seconds in done.computing.items()}
     longest = max(stages.values(), default=0.0) or 1.0
-    rows = [(name, f"{value:.2f}", "#" * round(30 * value / longest)) for name, value in stages.items()]
+    rows = [(name, f"{value:.2f}", "#" * round(40 * value / longest)) for name, value in stages.items()]
     echo_table(rows, header=("stage", "seconds", ""))
 
 

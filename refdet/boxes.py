@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from refdet.device import on_device
+
 # A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; beyond it exp() only overflows.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers (n,) in the type and on the device of a tensor. `Tensor.new_tensor` would wait for a GPU."""
+    return on_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -38,10 +46,13 @@ def clip(boxes: Tensor, height: float, width: float) -> Tensor:
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
-def cut(boxes: Tensor, height: float, width: float) -> Tensor:
-    """Boxes (..., 4) cut at the borders of the image; one that lies wholly outside gets a side of less than 0."""
-    limit = boxes.new_tensor([width, height])
-    return torch.cat((boxes[..., :2].clamp(min=0), torch.minimum(boxes[..., 2:], limit)), dim=-1)
+def cut(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Boxes (..., 4) cut at the borders of their images; one that lies wholly outside gets a side of less than 0.
+
+    Args:
+        limits: (..., 2) width and height of the image of each box, in pixels.
+    """
+    return torch.cat((boxes[..., :2].clamp(min=0), torch.minimum(boxes[..., 2:], limits)), dim=-1)
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
@@ -54,7 +65,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, f
     size = boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + 0.5 * size - anchors[:, :2] - 0.5 * anchor_size) / anchor_size
     deltas = torch.cat((shift, torch.log(size / anchor_size)), dim=1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas * numbers(weights, deltas)
 
 
 def decode(
@@ -64,7 +75,7 @@ def decode(
 
     A box grows at most by ``exp(max_log_scale)``.
     """
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = deltas / numbers(weights, deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
     half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))

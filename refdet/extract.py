@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,16 +101,18 @@ def extract_features(
     resume: bool = False,
     boxes: Path | None = None,
     strict: bool = False,
+    say: Callable[[str], object] = warnings.warn,
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
     Arguments:
         checkpoint: run directory; images: folder or zip.
         batch_size: images that go through the detector together; None for as many as fit, or what was found to when
-            the work was begun.
+            the work was begun. Regions depend on it by rounding alone; the plan of the work holds it.
         device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
         boxes: file of the boxes that are described, see `refdet.box_files`; with ``options.regions`` "boxes".
         strict: stop at an image that cannot be used.
+        say: is given a line where something is done otherwise than asked.
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
@@ -122,8 +125,10 @@ def extract_features(
     from refdet.checkpoint import MODEL, load_meta
     from refdet.data.batches import exact_batches
     from refdet.data.images import ImageSource, candidate_names
-    from refdet.detector.inference import HEAD, check_features, of_regions
-    from refdet.device import usable_device
+    from refdet.detector.inference import check_features, of_regions
+    from refdet.detector.mask_rcnn import HEAD
+    from refdet.detector.stages import Stages
+    from refdet.device import exact_float32, pinned, usable_device, usable_precision
     from refdet.provenance import file_sha256
 
     check_features(options.features, load_meta(checkpoint).recipe)
@@ -135,6 +140,11 @@ def extract_features(
         raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
                          f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
     where = usable_device(device)
+    precision = usable_precision(options.precision, where)
+    if precision != options.precision:
+        say(f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
+            f"computing in {precision}, which is faster here and exact")  # fmt: skip
+        options = replace(options, precision=precision)
     detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
     meta, given = detector.meta, _given(image_list.index, options, boxes)
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
@@ -164,16 +174,25 @@ def extract_features(
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
     compute = halving(_detected(detector, options) if given is None else _described(detector, given, options))
+
+    def load(record: ImageRecord) -> np.ndarray:
+        pixels = source.read(record)
+        return pinned(pixels) if where.type == "cuda" else pixels
+
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             size = batch_size or (resume and begun_batch_size(out))
             size = size or fitting_batch_size(detector, records, _detect_options(options))
+            detector.model.stages = parts = Stages(where)  # without what trying sizes took
             plan = Plan(
                 what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, size,
                 tuple(name for name in options.features if name == HEAD), options.compression,
             )  # fmt: skip
             batches = exact_batches(records, meta.recipe.input, size)
-            return extract(out, plan, header, batches, records, source.read, compute, resume, workers, strict=strict)
+            return extract(
+                out, plan, header, batches, records, load, compute, resume, workers,
+                strict=strict, parts_of_computing=parts.seconds,
+            )  # fmt: skip
     except torch.cuda.OutOfMemoryError as error:
         raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
                         "free some of it and continue with --resume") from error  # fmt: skip
@@ -223,7 +242,7 @@ def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None) -> _Gi
 
 
 def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions) -> Compute:
-    from refdet.detector.inference import describe_boxes
+    from refdet.detector.inference import start_describing
 
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
@@ -237,12 +256,12 @@ def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions
         labels = (
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )
-        found = describe_boxes(detector.model, images, [r.boxes for r in bare], options.features, labels)
+        finish = start_describing(detector.model, images, [r.boxes for r in bare], options.features, labels)
         return lambda: [
             replace(
                 r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
             )
-            for r, f in zip(bare, found, strict=True)
+            for r, f in zip(bare, finish(), strict=True)
         ]
 
     return compute

@@ -10,6 +10,8 @@ from torch import Tensor
 from refdet import boxes as box_ops
 
 Weights = tuple[float, float, float, float]
+Scale = tuple[float, float] | Tensor
+"""(sx, sy), pixels of one frame for one of another; or such a pair for each box, (..., 2)."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,29 @@ class BoxConvention:
         """Boxes (..., 4) cut to an image of the given size; inclusive ones keep at least one pixel."""
         if not self.inclusive:
             return box_ops.clip(boxes, height, width)
-        low, high = boxes[..., :2], boxes[..., 2:]
-        limit = boxes.new_tensor([width, height])
-        low = torch.minimum(low.clamp(min=0), limit - 1)
-        return torch.cat((low, torch.minimum(torch.maximum(high, low + 1), limit)), dim=-1)
+        sides = []
+        for low, high, limit in zip(boxes[..., :2].unbind(-1), boxes[..., 2:].unbind(-1), (width, height), strict=True):
+            low = low.clamp(0, limit - 1)
+            sides.append((low, torch.maximum(high, low + 1).clamp(max=limit)))
+        return torch.stack([side[end] for end in (0, 1) for side in sides], dim=-1)
 
-    def scale(self, boxes: Tensor, scale: tuple[float, float]) -> Tensor:
+    def scale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """Boxes (..., 4) in a frame that has (sx, sy) pixels for one of theirs."""
-        factors = boxes.new_tensor([*scale, *scale])
-        return self._shifted(self.corners(boxes) * factors, self._far)
+        return self._shifted(self.corners(boxes) * _factors(scale, boxes), self._far)
 
-    def unscale(self, boxes: Tensor, scale: tuple[float, float]) -> Tensor:
+    def unscale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """The inverse of `scale`."""
-        factors = boxes.new_tensor([*scale, *scale])
-        return self._shifted(self.corners(boxes) / factors, self._far)
+        return self._shifted(self.corners(boxes) / _factors(scale, boxes), self._far)
 
     def corners(self, boxes: Tensor) -> Tensor:
         """The corners (..., 4) at which boxes (..., 4) are pooled."""
         return self._shifted(boxes, -self._far)
 
     def _shifted(self, boxes: Tensor, by: float) -> Tensor:
-        return boxes + boxes.new_tensor([0.0, 0.0, by, by]) if by else boxes
+        return torch.cat((boxes[..., :2], boxes[..., 2:] + by), dim=-1) if by else boxes
+
+
+def _factors(scale: Scale, boxes: Tensor) -> Tensor:
+    """What boxes (..., 4) are multiplied by, as a tensor: a GPU rounds a division by a number otherwise."""
+    pair = scale if isinstance(scale, Tensor) else box_ops.numbers(scale, boxes)
+    return torch.cat((pair, pair), dim=-1)

@@ -17,15 +17,15 @@ class Regions:
         file_name: name of the image file as the instances JSON gives it ("" if unknown).
         height, width: size of the original image in pixels.
         boxes: (n, 4) float32, half-open ``x1 y1 x2 y2`` in pixels of the original image.
-        scores: (n,) float32 in 0..1; 1 for regions that are annotations.
+        scores: (n,) float32 in 0..1, or what a file of given boxes says; 1 for regions that are annotations.
         category_ids: (n,) int64, COCO category ids.
         ann_ids: (n,) int64 annotation ids, or None for detections.
         masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None where there are none.
         features: name -> (n, ...) array, in the order of the boxes: (n, width), or (n, C, 7, 7) of spatial ones.
         error: "" or why this image has no regions.
         maps: name -> (C, H, W) array of the whole image: "head" is the map that boxes are pooled from.
-        im_info: (3,) float32: height and width of the network's input in pixels, and the scale that made it of the
-            original image; None where there are no maps.
+        im_info: (3,) float32: height and width of the network's input in pixels, and the factor that made its height
+            of the original image's; that of the width is the ratio of the widths. None where there are no maps.
     """
 
     image_id: int

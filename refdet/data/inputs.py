@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from refdet.device import on_device
 from refdet.frames import InputSize
 from refdet.recipe import InputOptions
 
@@ -28,25 +31,40 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
 def network_input(
     pixels: np.ndarray, size: InputSize, options: InputOptions, device: torch.device | None = None
 ) -> Tensor:
-    """(H, W, 3) uint8 RGB -> (3, size.height, size.width) float32, resized (bilinear) and normalised.
+    """(H, W, 3) uint8 RGB -> (3, size.height, size.width) float32; see `network_inputs`."""
+    return network_inputs([pixels], [size], options, device)[0]
 
-    On `device`, to which the bytes go as they are: a quarter of what the floats would be.
+
+def network_inputs(
+    images: Sequence[np.ndarray], sizes: Sequence[InputSize], options: InputOptions, device: torch.device | None = None
+) -> Tensor:
+    """Images (H, W, 3) uint8 RGB -> (B, 3, height, width) float32, resized (bilinear) and normalised, channels_last.
+
+    On `device`, to which the bytes go as they are: a quarter of what the floats would be. From memory that is pinned,
+    see `refdet.device.pinned`, they go while the host goes on, so it must not change before they are there.
+
+    Args:
+        sizes: of each image, all of one height and width.
     """
-    sent = torch.from_numpy(np.ascontiguousarray(pixels))
-    if device is not None and device.type == "cuda":
-        sent = sent.pin_memory().to(device, non_blocking=True)
-    image = sent.permute(2, 0, 1).float()
-    if options.order == "bgr":
-        image = image.flip(0)
-    mean, std = (torch.tensor(values, device=image.device) for values in (options.mean, options.std))
-    if options.resize == "opencv":  # in the order of the original, since the order of rounding shows in the end
-        image = _resize_opencv(image - mean[:, None, None], size)
-        return image / std[:, None, None]
-    if image.shape[1:] != (size.height, size.width):
-        image = F.interpolate(
-            image[None], size=(size.height, size.width), mode="bilinear", align_corners=False, antialias=True
-        )[0]
-    return (image - mean[:, None, None]) / std[:, None, None]
+    where = device or torch.device("cpu")
+    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    resized = []
+    for pixels, size in zip(images, sizes, strict=True):
+        image = on_device(torch.from_numpy(np.ascontiguousarray(pixels)), where).permute(2, 0, 1).float()
+        if options.order == "bgr":
+            image = image.flip(0)
+        # in the order of the original, since the order of rounding shows in the end
+        resized.append(_resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size))
+    together = torch.stack([image.permute(1, 2, 0) for image in resized]).permute(0, 3, 1, 2)  # channels_last
+    return together / std if options.resize == "opencv" else (together - mean) / std
+
+
+def _resize(image: Tensor, size: InputSize) -> Tensor:
+    """Bilinear, with antialiasing."""
+    if image.shape[1:] == (size.height, size.width):
+        return image
+    shape = (size.height, size.width)
+    return F.interpolate(image[None], size=shape, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:

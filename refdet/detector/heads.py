@@ -23,7 +23,7 @@ from refdet.ops.pooling import (
 
 POOL_SIZE = 7
 # RoIs go through conv5 in pieces whose output is about so large, in float32, where no gradient is wanted
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**31}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,32 @@ class RoiFeatures:
 
     def __getitem__(self, rows: Tensor) -> RoiFeatures:
         return RoiFeatures(self.fc7[rows], self.spatial[rows])
+
+
+@dataclass(frozen=True)
+class RoiOutput:
+    """What is asked for of K RoIs.
+
+    Attributes:
+        fc7: (K, D) float32; spatial: (K, D', 7, 7), or None; see `RoiFeatures`.
+        mask_logits: (K, m, m) float32, or None.
+    """
+
+    fc7: Tensor
+    spatial: Tensor | None
+    mask_logits: Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
+        """Of the RoIs of all parts, which were asked for the same."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.fc7 for part in parts]),
+            None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),
+            None
+            if first.mask_logits is None
+            else torch.cat([part.mask_logits for part in parts if part.mask_logits is not None]),
+        )
 
 
 class RoiHead(Protocol):
@@ -64,6 +90,10 @@ class RoiHead(Protocol):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
+
+    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+        """Features of rois (K, 5), and with `labels` (K,), 1..classes, their masks; holds no more of them at once than
+        is asked for."""
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -163,15 +193,25 @@ class C4Head(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """See `RoiHead`."""
-        parts = [self._spatial(maps, part) for part in self._chunks(rois)]
-        spatial = torch.cat(parts) if len(parts) > 1 else parts[0]
+        spatial = self._spatial(maps, rois)
         return RoiFeatures(_mean(spatial), spatial)
+
+    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+        """See `RoiHead`."""
+        parts, first = [], 0
+        for part in self._chunks(rois):
+            features, rows = self.features(maps, part), slice(first, first + len(part))
+            logits = None if labels is None else self.mask_logits(maps, part, features, labels[rows])
+            parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits))
+            first += len(part)
+        return RoiOutput.joined(parts)
 
     def _chunks(self, rois: Tensor) -> Sequence[Tensor]:
         if torch.is_grad_enabled():
             return [rois]
         budget = CHUNK_BYTES.get(rois.device.type, CHUNK_BYTES["cpu"])
-        return rois.split(max(budget // (4 * POOL_SIZE**2 * self.box.score.in_features), 1))
+        most = max(budget // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
+        return rois.chunk(max(-(-len(rois) // most), 1))  # of one size, or nearly
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `prepare` gave."""
@@ -183,9 +223,9 @@ class C4Head(nn.Module):
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         if self.pooling == "align":
-            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride).float()
+            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
         if self.pooling == "crop":
-            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride).float()
+            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride)
         return _mean(self._pool(maps[0], rois))
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
@@ -239,9 +279,15 @@ class PyramidHead(nn.Module):
         pooled = self.pooled(maps, rois)
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
 
+    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+        """See `RoiHead`."""
+        features = self.features(maps, rois)
+        logits = None if labels is None else self.mask_logits(maps, rois, features, labels)
+        return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
+
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
-        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides).float()
+        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
 
     def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""

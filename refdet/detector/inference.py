@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from refdet.data.coco import ImageRecord
-from refdet.data.inputs import input_size, network_input
-from refdet.detector.mask_rcnn import Detections, MaskRCNN
+from refdet.data.inputs import input_size, network_inputs
+from refdet.detector.found import Described, Detections
+from refdet.detector.mask_rcnn import HEAD, MaskRCNN
+from refdet.device import on_device
 from refdet.errors import InputError
 from refdet.frames import InputSize
 from refdet.ops.masks import masks_to_rle
@@ -20,7 +22,6 @@ from refdet.regions import Regions
 
 FEATURES = ("pool5", "fc7", "class_prob")
 SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network
-HEAD = "head"  # the map of a C4 network: a feature of the image, not of its regions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Description:
         features: name -> (n, ...) float32, see `refdet.detector.mask_rcnn.Described`.
         masks: n RLE ``counts`` of the image, or None where no classes were given.
         maps: "head" -> (C, H, W) float32 where it was asked for.
-        im_info: (3,) float32: height and width of the network's input, and the factor that made it of the image.
+        im_info: (3,) float32: height and width of the network's input, and the factor that made its height of the
+            image's. That of the width is input width / image width, exactly; with the seed's way to resize both are
+            the one factor.
     """
 
     features: dict[str, np.ndarray]
@@ -102,15 +105,14 @@ def start_detecting(
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         found = model.detect(
             inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one,
-            of_regions(options.features),
-        )  # fmt: skip
-    at_host = [_at_host(each, options.features) for each in found]
-    wait = _end_of_work(inputs.device)
+            options.features,
+        ).sent()  # fmt: skip
+    wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
         wait()
-        results = zip(at_host, records, sizes, strict=True)
-        return [_regions(each, record, size, category_ids, options.features) for each, record, size in results]
+        results = zip(found, records, sizes, strict=True)
+        return [_regions(each, record, size, category_ids) for each, record, size in results]
 
     return finish
 
@@ -123,27 +125,44 @@ def describe_boxes(
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
 ) -> list[Description]:
-    """Features, and with `labels` masks, of given boxes of images whose inputs have one exact size.
+    """Features, and with `labels` masks, of given boxes of images; see `start_describing`."""
+    return start_describing(model, images, boxes, features, labels, bf16)()
+
+
+def start_describing(
+    model: MaskRCNN,
+    images: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    features: Sequence[str] = ("pool5", "fc7"),
+    labels: Sequence[np.ndarray] | None = None,
+    bf16: bool = False,
+) -> Callable[[], list[Description]]:
+    """Describe given boxes of images whose inputs have one exact size; what is returned finishes, in any thread.
 
     Args:
         images: (H, W, 3) uint8 RGB each.
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
         features: names, of `FEATURES`, `SPATIAL` and `HEAD`.
         labels: (n,) each, 1..classes: the class whose mask is wanted.
+        bf16: see `start_detecting`.
     """
     sizes, inputs = _inputs(model, images)
-    rows = [torch.as_tensor(b, dtype=torch.float32, device=inputs.device).reshape(-1, 4) for b in boxes]
-    classes = None if labels is None else [torch.as_tensor(n, device=inputs.device).long() for n in labels]
+    rows, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
+    classes = None
+    if labels is not None:
+        of_all = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
+        classes = on_device(of_all, inputs.device).split(counts)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        described = model.describe(inputs, sizes, rows, classes, of_regions(features))
-    found = []
-    for each, box, size in zip(described, rows, sizes, strict=True):
-        masks = None
-        if each.masks is not None:
-            masks = tuple(masks_to_rle(each.masks, box, size.image_height, size.image_width))
-        maps, im_info = _map_of(each.head, size, features)
-        found.append(Description(_arrays(each.features), masks, maps, im_info))
-    return found
+        on_its = on_device(rows, inputs.device).split(counts)
+        described = model.describe(inputs, sizes, on_its, classes, features).sent()
+    wait = _end_of_work(inputs.device, images)
+
+    def finish() -> list[Description]:
+        wait()
+        results = zip(described, rows.split(counts), sizes, strict=True)
+        return [_description(each, box, size) for each, box, size in results]
+
+    return finish
 
 
 def of_regions(names: Sequence[str]) -> tuple[str, ...]:
@@ -158,60 +177,55 @@ def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSi
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(f"one input size for a batch, not {sizes}; see refdet.data.batches.exact_batches")
     weight = next(model.parameters())
-    inputs = [network_input(i, s, options, weight.device) for i, s in zip(images, sizes, strict=True)]
-    return sizes, torch.stack(inputs).to(weight.dtype, memory_format=torch.channels_last)
+    with model.timed("input"):
+        inputs = network_inputs(images, sizes, options, weight.device)
+        return sizes, inputs.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def _at_host(found: Detections, names: Sequence[str]) -> Detections:
-    """The same in the host's memory; of a GPU's results it may still be on its way, see `_end_of_work`."""
-
-    def sent(values: Tensor) -> Tensor:
-        return values.to("cpu", non_blocking=True)
-
-    return Detections(
-        sent(found.boxes),
-        sent(found.scores),
-        sent(found.labels),
-        None if found.masks is None else sent(found.masks),
-        {name: sent(values) for name, values in found.features.items()},
-        sent(found.head) if HEAD in names else found.head,
-    )
+def _rows(boxes: np.ndarray) -> np.ndarray:
+    return np.asarray(boxes, np.float32).reshape(-1, 4)
 
 
-def _end_of_work(device: torch.device) -> Callable[[], None]:
-    """Waits until all is done that a device was given so far; does not block it for what it is given later."""
+def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[], None]:
+    """Waits until all is done that a device was given so far; does not block it for what it is given later.
+
+    Args:
+        images: are kept until then, as the device may yet have to fetch them.
+    """
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
-    return event.synchronize
+    kept = [*images]
+
+    def wait() -> None:
+        event.synchronize()
+        kept.clear()
+
+    return wait
 
 
-def _regions(
-    found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], names: Sequence[str]
-) -> Regions:
-    masks = None
-    if found.masks is not None:
-        masks = tuple(masks_to_rle(found.masks, found.boxes, record.height, record.width))
+def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
+    """Of one image, in the host's memory."""
+    described = _description(found, found.boxes, size)
     ids = np.asarray(category_ids, np.int64)
-    maps, im_info = _map_of(found.head, size, names)
     return Regions(
         record.id, record.file_name, record.height, record.width,
         boxes=found.boxes.numpy(),
         scores=found.scores.numpy(),
         category_ids=ids[found.labels.numpy() - 1],
-        masks=masks,
-        features=_arrays(found.features),
-        maps=maps,
-        im_info=im_info,
+        masks=described.masks,
+        features=described.features,
+        maps=described.maps,
+        im_info=described.im_info,
     )  # fmt: skip
 
 
-def _arrays(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: values.cpu().numpy() for name, values in features.items()}
-
-
-def _map_of(head: Tensor, size: InputSize, names: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The map of an image, where it is asked for, and what boxes must know to be read from it."""
-    maps = {HEAD: head.float().cpu().contiguous().numpy()} if HEAD in names else {}
-    return maps, np.array([size.height, size.width, size.scale_y], np.float32)
+def _description(found: Described, boxes: Tensor, size: InputSize) -> Description:
+    """Of one image, in the host's memory."""
+    masks = None
+    if found.masks is not None:
+        masks = tuple(masks_to_rle(found.masks, boxes, size.image_height, size.image_width))
+    features = {name: values.numpy() for name, values in found.features.items()}
+    maps = {} if found.head is None else {HEAD: found.head[0].float().contiguous().numpy()}
+    return Description(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))

@@ -7,20 +7,24 @@ detected, and the boxes that are described, in pixels of the original image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet import boxes as box_ops
 from refdet.detector.anchors import Anchors
+from refdet.detector.found import Described, Detections
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
 from refdet.detector.proposals import ProposalNetwork
 from refdet.detector.ranking import best_detections, reached
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
+from refdet.detector.stages import Stages
 from refdet.detector.targets import BACKGROUND, OBJECT, mask_targets, match, sample
+from refdet.device import on_device
 from refdet.frames import BoxConvention, InputSize
 from refdet.ground_truth import GroundTruth
 from refdet.recipe import Recipe
@@ -28,58 +32,10 @@ from refdet.recipe import Recipe
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
 FEATURES = ("pool5", "fc7")  # what is computed where nothing else is said
+HEAD = "head"  # the map itself: a feature of an image, not of its boxes
 FROM_CONV5 = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The detections of one image, best first.
-
-    Attributes:
-        boxes: (n, 4) half-open xyxy, pixels of the original image, inside it.
-        scores: (n,) class probabilities.
-        labels: (n,) int64, 1..classes.
-        masks: (n, m, m) probabilities on the box, or None without a mask branch.
-        features: what was asked for of the boxes, see `Described`.
-        head: (C, H, W) the map that C4 features are pooled from.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: Tensor | None
-    features: dict[str, Tensor]
-    head: Tensor
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is in n given boxes of one image.
-
-    Attributes:
-        features: of those that were asked for, float32: ``pool5`` (n, C), mean of the cells pooled from the map;
-            ``fc7`` (n, D), what classes and boxes are predicted from; ``class_prob`` (n, classes + 1), probabilities,
-            background first; of a C4 network ``spatial_pool5`` (n, C, 7, 7), the cells, and ``spatial_fc7``
-            (n, D, 7, 7), whose mean is fc7.
-        masks: (n, m, m) probabilities on the box, or None where no classes were given.
-        head: (C, H, W) the map that C4 features are pooled from; the finest one of a pyramid.
-    """
-
-    features: dict[str, Tensor]
-    masks: Tensor | None
-    head: Tensor
-
-    @property
-    def pool5(self) -> Tensor:
-        """(n, C), where it was asked for."""
-        return self.features["pool5"]
-
-    @property
-    def fc7(self) -> Tensor:
-        """(n, D), where it was asked for."""
-        return self.features["fc7"]
 
 
 class MaskRCNN(nn.Module):
@@ -94,6 +50,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
+        self.stages: Stages | None = None  # is told how long the parts of `detect` and `describe` take
         self.convention = BoxConvention(model.inclusive)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid = model.neck == "fpn"
@@ -207,8 +164,8 @@ class MaskRCNN(nn.Module):
         max_regions: int,
         at_least_one: bool = False,
         features: Sequence[str] = FEATURES,
-    ) -> list[Detections]:
-        """Detections of each image.
+    ) -> Detections:
+        """Detections of images. A GPU is waited for as often for many images as for one.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -216,44 +173,41 @@ class MaskRCNN(nn.Module):
             nms_threshold: IoU above which the lower of two detections of a class goes.
             max_regions: how many are kept over all classes.
             at_least_one: lower the threshold by 0.1 for an image, as often as it needs to have a detection.
-            features: which ones of the detections are wanted, see `Described`.
+            features: which ones of the detections are wanted, see `Described`, and ``head`` for its map.
         """
-        maps: Sequence[Tensor] = self.maps(images)
-        proposals = self.rpn.propose(self.rpn(maps), [(size.height, size.width) for size in sizes])
-        rois = _with_index(proposals)
-        maps = self.head.prepare(maps, len(rois))
-        logits, deltas = self.head.classify(self.head.vectors(maps, self._corners(rois, maps, images)))
-        counts = [len(p) for p in proposals]
+        with self.timed("backbone"):
+            maps: Sequence[Tensor] = self.maps(images)
+        with self.timed("proposals"):
+            proposals = self.rpn.propose(self.rpn(maps), [(size.height, size.width) for size in sizes])
+        boxes, image = torch.cat(proposals), _image_of_each([len(p) for p in proposals], images.device)
+        with self.timed("classes and boxes"):
+            maps = self.head.prepare(maps, len(boxes))
+            rois = self._corners(_rois(image, boxes), maps, images)
+            logits, deltas = self.head.classify(self.head.vectors(maps, rois))
+        with self.timed("choice"):
+            boxes, best, labels, counts = self._chosen(
+                boxes, image, logits, deltas, sizes, score_threshold, nms_threshold, max_regions, at_least_one
+            )
+        masks_of = labels if self.recipe.model.masks else None
+        found = self._describe(maps, images, sizes, boxes, counts, masks_of, features)
+        return Detections(found.counts, found.features, found.masks, found.head, boxes, best, labels)
+
+    def _chosen(
+        self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
+        score_threshold: float, nms_threshold: float, max_regions: int, at_least_one: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
+        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.ranking.best_detections`."""
         scores = logits.softmax(dim=1)[:, 1:]
-        pairs = list(zip(proposals, sizes, strict=True))
-        anchors = torch.cat([self.convention.unscale(boxes, size.scale) for boxes, size in pairs])
-        decoded = self.convention.decode(deltas[:, 1:], anchors[:, None], DELTA_WEIGHTS).split(counts)
-        inside = torch.cat(
-            [box_ops.cut(b, size.image_height, size.image_width) for b, size in zip(decoded, sizes, strict=True)]
-        )
+        scales, limits = _frames(sizes, boxes)
+        anchors = self.convention.unscale(boxes, scales[image])
+        decoded = self.convention.decode(deltas[:, 1:], anchors[:, None], DELTA_WEIGHTS)
+        inside = box_ops.cut(decoded, limits[image][:, None])
         if at_least_one:
-            thresholds = reached(inside, scores, counts, score_threshold)
+            thresholds = reached(inside, scores, image, len(sizes), score_threshold)
         else:
             thresholds = scores.new_full((len(sizes),), score_threshold)
         seed_ranking = self.recipe.model.seed_ranking
-        found = best_detections(inside, scores, counts, thresholds, nms_threshold, max_regions, seed_ranking)
-        return self._finish(maps, images, sizes, found, features)
-
-    def _finish(
-        self,
-        maps: Sequence[Tensor],
-        images: Tensor,
-        sizes: Sequence[InputSize],
-        found: list[tuple[Tensor, Tensor, Tensor]],
-        names: Sequence[str],
-    ) -> list[Detections]:
-        """Features and masks of the boxes that were kept."""
-        labels = [label for _, _, label in found] if self.recipe.model.masks else None
-        described = self._describe(maps, images, sizes, [boxes for boxes, _, _ in found], labels, names)
-        return [
-            Detections(boxes, scores, label, each.masks, each.features, each.head)
-            for (boxes, scores, label), each in zip(found, described, strict=True)
-        ]
+        return best_detections(inside, scores, image, thresholds, nms_threshold, max_regions, seed_ranking)
 
     @torch.no_grad()
     def describe(
@@ -263,50 +217,60 @@ class MaskRCNN(nn.Module):
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None = None,
         features: Sequence[str] = FEATURES,
-    ) -> list[Described]:
+    ) -> Described:
         """Features, and with `labels` masks, of given boxes of each image.
 
         Args:
             images: (B, 3, H, W), normalised.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
             labels: (n,) of each image, 1..classes: of which class the masks are to be.
-            features: which ones, see `Described`; what nothing asked for needs is not computed.
+            features: which ones, see `Described`, and ``head`` for its map; what nothing asked for needs is not
+                computed.
         """
-        maps: Sequence[Tensor] = self.maps(images)
+        with self.timed("backbone"):
+            maps: Sequence[Tensor] = self.maps(images)
+        counts = [len(b) for b in boxes]
         if labels is not None or not FROM_CONV5.isdisjoint(features):
-            maps = self.head.prepare(maps, sum(map(len, boxes)))
-        return self._describe(maps, images, sizes, boxes, labels, features)
+            maps = self.head.prepare(maps, sum(counts))
+        masks_of = None if labels is None else torch.cat(list(labels))
+        return self._describe(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Within it a part of the work is done, which `stages` measures, if somebody asks."""
+        return nullcontext() if self.stages is None else self.stages(part)
 
     def _describe(
         self,
         maps: Sequence[Tensor],
         images: Tensor,
         sizes: Sequence[InputSize],
-        boxes: Sequence[Tensor],
-        labels: Sequence[Tensor] | None,
+        boxes: Tensor,
+        counts: Sequence[int],
+        labels: Tensor | None,
         names: Sequence[str],
-    ) -> list[Described]:
-        """As `describe`, from maps that the head has prepared."""
-        scaled = [self.convention.scale(b, size.scale) for b, size in zip(boxes, sizes, strict=True)]
-        rois, counts = self._corners(_with_index(scaled), maps, images), [len(b) for b in boxes]
-        values: dict[str, Tensor] = {}
-        masks: Sequence[Tensor | None] = [None] * len(boxes)
-        if "pool5" in names:
-            values["pool5"] = self.head.pool5(maps, rois)
-        if "spatial_pool5" in names:
-            values["spatial_pool5"] = self.head.pooled(maps, rois)
-        if labels is not None or not FROM_CONV5.isdisjoint(names):
-            found = self.head.features(maps, rois)
-            values |= {"fc7": found.fc7, "spatial_fc7": found.spatial}
-            if "class_prob" in names:
-                values["class_prob"] = self.head.classify(found.fc7)[0].softmax(dim=1)
-            if labels is not None:
-                masks = self.head.mask_logits(maps, rois, found, torch.cat(list(labels))).sigmoid().split(counts)
-        split = {name: values[name].float().split(counts) for name in names}
-        return [
-            Described({name: parts[image] for name, parts in split.items()}, mask, maps[0][image])
-            for image, mask in enumerate(masks)
-        ]
+    ) -> Described:
+        """As `describe`, from maps that the head has prepared, of boxes (N, 4) and labels (N,) image after image."""
+        with self.timed("features and masks"):
+            image = _image_of_each(counts, images.device)
+            scaled = self.convention.scale(boxes, _frames(sizes, boxes)[0][image])
+            rois = self._corners(_rois(image, scaled), maps, images)
+            values: dict[str, Tensor] = {}
+            masks = None
+            if "pool5" in names:
+                values["pool5"] = self.head.pool5(maps, rois)
+            if "spatial_pool5" in names:
+                values["spatial_pool5"] = self.head.pooled(maps, rois)
+            if labels is not None or not FROM_CONV5.isdisjoint(names):
+                found = self.head.output(maps, rois, labels, spatial="spatial_fc7" in names)
+                values["fc7"] = found.fc7
+                if found.spatial is not None:
+                    values["spatial_fc7"] = found.spatial
+                if "class_prob" in names:
+                    values["class_prob"] = self.head.classify(found.fc7)[0].softmax(dim=1)
+                if found.mask_logits is not None:
+                    masks = found.mask_logits.sigmoid()
+        features = {name: values[name].float() for name in names if name != HEAD}
+        return Described(counts, features, masks, maps[0] if HEAD in names else None)
 
     def _corners(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""
@@ -317,10 +281,22 @@ class MaskRCNN(nn.Module):
                 (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
             ]
-            corners = corners * corners.new_tensor([sides[1], sides[0]] * 2)
+            corners = corners * box_ops.numbers([sides[1], sides[0]] * 2, corners)
         return torch.cat((rois[:, :1], corners), dim=1)
 
 
-def _with_index(boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes (n, 4) of each image -> (K, 5) rows of image index and box."""
-    return torch.cat([F.pad(b, (1, 0), value=image) for image, b in enumerate(boxes)])
+def _image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Of each box (N,) int64, the number of its image, which has so many of them."""
+    return on_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
+
+
+def _rois(image: Tensor, boxes: Tensor) -> Tensor:
+    """Images (K,) and boxes (K, 4) -> (K, 5)."""
+    return torch.cat((image.to(boxes.dtype)[:, None], boxes), dim=1)
+
+
+def _frames(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image its scale (B, 2), and its own width and height (B, 2), of the type of a tensor, where it is."""
+    rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
+    scales, limits = on_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
+    return scales, limits

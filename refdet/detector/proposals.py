@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from refdet import boxes as box_ops
 from refdet.detector.anchors import Anchors
-from refdet.detector.ranking import best_anchors, ranked_nms
+from refdet.detector.ranking import best_anchors, counts_of, ranked_nms
 from refdet.detector.targets import IGNORED, inside, match, sample
+from refdet.device import on_device
 from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.recipe import ProposalOptions
@@ -93,15 +94,17 @@ class ProposalNetwork(nn.Module):
             boxes_of.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
             scores_of.append(scores)
         decoded, scores = torch.cat(boxes_of, dim=1), torch.cat(scores_of, dim=1)
-        boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
+        if len(set(sizes)) == 1:
+            boxes = self.convention.clip(decoded, *sizes[0])
+        else:
+            boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
         solid = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
         images, places = solid.nonzero().unbind(dim=1)
-        ends = torch.tensor([level.shape[1] for level in scores_of], device=places.device).cumsum(0)
+        ends = on_device(torch.tensor([level.shape[1] for level in scores_of]).cumsum(0), places.device)
         levels = torch.searchsorted(ends, places, right=True)
         boxes, scores = boxes[images, places], scores[images, places]
         kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.seed_ranking)
-        parts = torch.bincount(images[kept], minlength=len(sizes)).tolist()
-        return list(boxes[kept].split(parts))
+        return list(boxes[kept].split(counts_of(images[kept], len(sizes))))
 
     def label(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
         """Which anchors (N, 4) of an image of (height, width) are trained as what; see `match`."""

@@ -1,0 +1,177 @@
+"""How exactly a device computes, and how it is given what the host has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detector_examples import small_recipe
+
+from refdet import checkpoint, store
+from refdet.data.coco import CocoIndex
+from refdet.detector import inference
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import exact_float32, on_device, pinned, usable_precision
+from refdet.extract import ExtractOptions, ImageList, extract_features
+from refdet.provenance import Provenance
+
+BACKENDS = torch.backends
+NEWER = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
+
+
+def settings() -> list[object]:
+    """What decides how float32 is computed; "unreadable" where older and newer settings contradict each other."""
+    older: list[Callable[[], object]] = [
+        lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision
+    ]  # fmt: skip
+    found: list[object] = [setting.fp32_precision for setting in NEWER]
+    for read in older:
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("unreadable")
+    return found
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = [setting.fp32_precision for setting in NEWER]
+    convolutions, products = BACKENDS.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    yield
+    BACKENDS.fp32_precision = "none"
+    BACKENDS.cudnn.allow_tf32 = convolutions
+    torch.set_float32_matmul_precision(products)
+    for setting, value in zip(NEWER, before, strict=True):
+        setting.fp32_precision = value
+
+
+def as_they_are() -> None:
+    pass
+
+
+def older() -> None:
+    BACKENDS.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("medium")
+
+
+def newer() -> None:
+    BACKENDS.fp32_precision = "tf32"
+
+
+def both() -> None:
+    older()
+    BACKENDS.cudnn.conv.fp32_precision = BACKENDS.cuda.matmul.fp32_precision = "tf32"
+
+
+EXACT = ["ieee"] * 5 + [False, False, "highest"]
+
+
+@pytest.mark.parametrize("change", [as_they_are, older, newer, both])
+def test_float32_is_float32_whatever_was_set_and_it_stays_set(restored: None, change: Callable[[], None]) -> None:
+    change()
+    before = settings()
+    assert before != EXACT
+    with exact_float32():
+        assert settings() == EXACT
+    assert settings() == before
+    with pytest.raises(ZeroDivisionError), exact_float32():
+        raise ZeroDivisionError
+    assert settings() == before
+
+
+@pytest.fixture(scope="module")
+def run_directory(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    index = CocoIndex.load(shapes_root / "annotations" / "instances_train2014.json")
+    torch.manual_seed(0)
+    recipe, folder = small_recipe(), tmp_path_factory.mktemp("run")
+    meta = checkpoint.Meta(recipe, tuple(index.categories.items()), Provenance.of_instances(index), 0)
+    checkpoint.save(folder, MaskRCNN(recipe, len(index.categories)), meta)
+    return folder
+
+
+def images_of(shapes_root: Path, count: int) -> ImageList:
+    every = ImageList.of_instances(shapes_root / "annotations" / "instances_train2014.json")
+    return ImageList(every.records[:count], every.index, every.name)
+
+
+@pytest.mark.parametrize("regions", ["detections", "annotations"])
+def test_extraction_computes_float32_in_float32(
+    restored: None, run_directory: Path, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    regions: str,
+) -> None:  # fmt: skip
+    seen = []
+    name = "start_detecting" if regions == "detections" else "start_describing"
+    start = getattr(inference, name)
+
+    def watched(*given: Any) -> Any:
+        seen.append(settings())
+        return start(*given)
+
+    monkeypatch.setattr(inference, name, watched)
+    torch.set_float32_matmul_precision("medium")
+    before = settings()
+    options = ExtractOptions(regions)
+    extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3), options,
+                     device="cpu")  # fmt: skip
+    assert seen and all(one == EXACT for one in seen)
+    assert settings() == before
+
+
+def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+    """Have PyTorch say of the processor that it has bfloat16 arithmetic, or that it has not."""
+    fake = SimpleNamespace(mkldnn=SimpleNamespace(_is_mkldnn_bf16_supported=lambda: bfloat16))
+    monkeypatch.setattr("refdet.device.torch.ops", fake)
+
+
+@pytest.mark.parametrize(("there", "name", "given", "expected"), [
+    (True, "cpu", "bfloat16", "bfloat16"), (False, "cpu", "bfloat16", "float32"), (False, "cpu", "float32", "float32"),
+    (False, "cuda", "bfloat16", "bfloat16"),
+])  # fmt: skip
+def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
+    monkeypatch: pytest.MonkeyPatch, there: bool, name: str, given: str, expected: str
+) -> None:
+    processor(monkeypatch, there)
+    assert usable_precision(given, torch.device(name)) == expected
+    monkeypatch.setattr("refdet.device.torch.ops", SimpleNamespace())  # a PyTorch without oneDNN
+    assert usable_precision("bfloat16", torch.device("cpu")) == "float32"
+
+
+def test_extraction_says_that_it_computes_in_float32_instead(
+    run_directory: Path, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refdet.device.usable_precision", lambda precision, device: "float32")
+    images, said = images_of(shapes_root, 3), []
+    for name, precision in (("a.h5", "bfloat16"), ("b.h5", "float32")):
+        extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,
+                         ExtractOptions(precision=precision), device="cpu", say=said.append)  # fmt: skip
+    assert said == ["--precision bfloat16: this processor has no bfloat16 arithmetic: computing in float32, which is "
+                    "faster here and exact"]  # fmt: skip
+    with store.open(tmp_path / "a.h5") as first, store.open(tmp_path / "b.h5") as second:
+        assert first.options == second.options and first.options["precision"] == "float32"
+        for image in first:
+            np.testing.assert_array_equal(first[image].features["fc7"], second[image].features["fc7"])
+
+
+def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, copies = [], []
+
+    def pin(values: torch.Tensor) -> torch.Tensor:
+        copies.append(values.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda values: any(values is copy for copy in copies))
+    monkeypatch.setattr(torch.Tensor, "to", lambda values, *where, **how: sent.append((values, where, how)) or values)
+    values, cuda = torch.arange(3), torch.device("cuda:1")
+    first = on_device(values, cuda)
+    assert first is copies[0] and on_device(first, cuda) is first
+    assert [(where, how) for _, where, how in sent] == [((cuda,), {"non_blocking": True})] * 2 and len(copies) == 1
+    pixels = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    held = pinned(pixels)
+    assert np.shares_memory(held, copies[1].numpy()) and not np.shares_memory(held, pixels)
+    np.testing.assert_array_equal(held, pixels)

@@ -1,0 +1,229 @@
+"""A GPU is kept waiting as seldom for many images as for few, and what it finds is fetched once a batch.
+
+Counted on the CPU, in the same code: which calls would be copies that wait, or wait for an answer.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detector_examples import CATEGORY_IDS, records_of, small_model, some_images
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from refdet.data.inputs import input_size, network_inputs
+from refdet.detector import inference
+from refdet.detector.inference import DetectOptions, detect_batch, start_describing, start_detecting
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.ranking import best_anchors, ranked_nms
+from refdet.frames import BoxConvention
+
+# In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
+PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
+ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
+OPTIONS = DetectOptions(0.05, max_regions=10)
+
+
+class InPython(TorchFunctionMode):
+    """Counts calls by the name of the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.fetched = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.__name__] += 1
+        self.fetched += func.__name__ == "to" and args[1:2] == ("cpu",) and (kwargs or {}).get("non_blocking", False)
+        return func(*args, **(kwargs or {}))
+
+
+class InAten(TorchDispatchMode):
+    """Counts operators by their name without overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[tuple[InPython, InAten]]:
+    with InPython() as python, InAten() as aten:
+        yield python, aten
+
+
+def waits(python: InPython, aten: InAten) -> dict[str, int]:
+    found = {f"python {name}": python.calls[name] for name in PYTHON} | {name: aten.calls[name] for name in ATEN}
+    return {name: count for name, count in found.items() if count}
+
+
+def inputs_of(model: MaskRCNN, count: int) -> tuple[torch.Tensor, list[Any]]:
+    """Of images that are all of one input size, every second of another original size."""
+    (small,) = some_images(1)
+    images = [small, small.repeat(2, axis=0).repeat(2, axis=1)] * (count // 2)
+    sizes = [input_size(*image.shape[:2], model.recipe.input) for image in images]
+    return network_inputs(images, sizes, model.recipe.input).contiguous(memory_format=torch.channels_last), sizes
+
+
+@pytest.mark.parametrize("at_least_one", [False, True])
+@pytest.mark.parametrize("changes", [(), ("model.inclusive=true", "model.pooling=crop")])
+@torch.inference_mode()
+def test_detection_waits_no_oftener_for_more_images(changes: tuple[str, ...], at_least_one: bool) -> None:
+    model, found = small_model(*changes), []
+    for count in (2, 8):
+        images, sizes = inputs_of(model, count)
+        with counted() as (python, aten):
+            model.detect(images, sizes, 0.05, 0.3, 10, at_least_one)
+        found.append((waits(python, aten), sum(aten.calls.values())))
+    (few, operators), (many, operators_of_many) = found
+    assert few == many and few["nms"] == 2 and few["nonzero"] <= 3
+    assert operators_of_many == operators  # each does the work of all images
+
+
+@torch.inference_mode()
+def test_describing_waits_no_oftener_for_more_images() -> None:
+    model, found = small_model(), []
+    for count in (2, 8):
+        images, sizes = inputs_of(model, count)
+        boxes, labels = [torch.tensor([[8.0, 8, 48, 40], [1, 1, 60, 60]])] * count, [torch.tensor([1, 3])] * count
+        with counted() as (python, aten):
+            model.describe(images, sizes, boxes, labels)
+        found.append((waits(python, aten), sum(aten.calls.values())))
+    assert found[0] == found[1]
+    assert set(found[0][0]) == {"python tensor", "lift_fresh"}  # numbers of the host, for which `on_device` cares
+
+
+@torch.inference_mode()
+def test_each_tensor_of_a_batch_is_fetched_once() -> None:
+    model, counts = small_model(), []
+    for count in (2, 8):
+        images = some_images(count)
+        with counted() as (python, _):
+            finish = start_detecting(model, images, records_of(images), CATEGORY_IDS, OPTIONS)
+        assert len(finish()) == count
+        counts.append(python.fetched)
+    assert counts == [6, 6]  # boxes, scores, labels, masks, pool5, fc7
+
+
+@torch.inference_mode()
+def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
+    model = small_model()
+    images, sizes = inputs_of(model, 2)
+    boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
+    assert model.detect(images, sizes, 0.05, 0.3, 10).head is None
+    assert model.describe(images, sizes, boxes).head is None
+    head = model.describe(images, sizes, boxes, features=("pool5", "head")).head
+    assert head is not None and torch.equal(head, model.maps(images)[0])
+
+
+@pytest.mark.parametrize("describing", [False, True])
+def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
+    monkeypatch: pytest.MonkeyPatch, describing: bool
+) -> None:
+    """So that the thread that computes may go on with the next batch."""
+    steps: list[str] = []
+    end, encode = inference._end_of_work, inference.masks_to_rle
+
+    def watched_end(*given: Any) -> Callable[[], None]:
+        wait = end(*given)
+        return lambda: (steps.append("wait"), wait())[1]
+
+    def watched_masks(*given: Any) -> list[bytes]:
+        steps.append("masks")
+        return encode(*given)
+
+    monkeypatch.setattr(inference, "_end_of_work", watched_end)
+    monkeypatch.setattr(inference, "masks_to_rle", watched_masks)
+    model, images = small_model(), some_images(2)
+    finish: Callable[[], list[Any]]
+    if describing:
+        boxes, labels = [np.array([[8, 8, 48, 40]], np.float32)] * 2, [np.array([1])] * 2
+        finish = start_describing(model, images, boxes, ("pool5",), labels)
+    else:
+        finish = start_detecting(model, images, records_of(images), CATEGORY_IDS, OPTIONS)
+    assert steps == []
+    assert all(one.masks for one in finish())
+    assert steps == ["wait", "masks", "masks"]
+
+
+def test_images_are_kept_until_a_gpu_has_fetched_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def record(self, stream: object) -> None:
+            assert stream == "the stream"
+
+        def synchronize(self) -> None:
+            assert held() is not None
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+    image = np.zeros((2, 2, 3), np.uint8)
+    held, wait = weakref.ref(image), inference._end_of_work(torch.device("cuda"), [image])
+    del image
+    wait()
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_scales_of_many_images_are_those_of_each(inclusive: bool) -> None:
+    convention = BoxConvention(inclusive)
+    boxes = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) * 300
+    pairs = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)) + 0.5
+    for change in (convention.scale, convention.unscale):
+        alone = [change(box[None], (x, y)) for box, (x, y) in zip(boxes, pairs.tolist(), strict=True)]
+        assert torch.equal(change(boxes, pairs), torch.cat(alone))
+
+
+def test_the_best_anchors_come_by_index_where_they_are_equal() -> None:
+    logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    logits[0, 5], logits[0, 9], logits[2] = -0.0, 0.0, -1.5
+    scores, places = best_anchors(logits, 6000, seed_ranking=False)
+    wanted = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(scores, wanted.values[:, :6000]) and torch.equal(places, wanted.indices[:, :6000])
+    assert (logits.topk(6000, dim=1).indices != places).any()  # which is why it is not `topk` of the logits
+    for batch in (logits[:1], logits[1:]):
+        assert torch.equal(best_anchors(batch, 50, False)[1], places[[0] if len(batch) == 1 else [1, 2], :50])
+
+
+def test_the_seeds_ranking_is_one_sort_where_its_order_cannot_be_had() -> None:
+    """On another device than the CPU; here on one that computes shapes alone."""
+    with InAten() as aten:
+        scores, places = best_anchors(torch.empty(4, 500, device="meta"), 20, seed_ranking=True)
+    assert scores.shape == places.shape == (4, 20) and aten.calls["sort"] == 1
+
+
+def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refdet.detector import ranking
+
+    calls = []
+    monkeypatch.setattr(ranking, "nms", lambda *given, **more: calls.append((given, more)) or given[1][:1])
+    boxes, scores, ids = torch.empty(9, 4, device="meta"), torch.empty(9, device="meta"), torch.empty(9, device="meta")
+    with InAten() as aten:
+        ranked_nms(boxes, scores, ids, ids, 0.3, 5, seed_ranking=True)
+    assert len(calls) == 1 and calls[0][0][0] is boxes and aten.calls["sort"] == 0
+
+
+def test_detections_of_a_batch_are_each_images_own() -> None:
+    model, images = small_model(), some_images(3)
+    names = ("pool5", "fc7", "head")
+    options = DetectOptions(0.05, max_regions=10, features=names)
+    for found, image, record in zip(
+        detect_batch(model, images, records_of(images), CATEGORY_IDS, options), images, records_of(images), strict=True
+    ):
+        (alone,) = detect_batch(model, [image], [record], CATEGORY_IDS, options)
+        np.testing.assert_allclose(found.maps["head"], alone.maps["head"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
+        np.testing.assert_allclose(found.features["fc7"], alone.features["fc7"], rtol=1e-3, atol=1e-3)
+        assert found.masks == alone.masks
