@@ -24,7 +24,7 @@ SHOWN = 20
 )
 @json_option
 def command(file: str, verify: bool, as_json: bool) -> None:
-    """Tell what a split, checkpoint (run directory) or store holds, and its provenance."""
+    """Tell what a split, checkpoint (run directory), store or unfinished store holds, and its provenance."""
     from refdet.inspect import check, describe
 
     if verify:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.regions import Regions
 
+_ROWS = 1 << 16  # boxes that are checked at once
+
 
 @dataclass(frozen=True)
 class BoxFile:
     """The boxes of a file.
 
     Attributes:
-        regions: image id -> its regions, without features, in the order of the file.
+        regions: image id -> its regions, without features, in the order of the file; of a store they are read when
+            they are asked for.
         categories: id -> name of those that the regions may have.
         masks, ann_ids: whether all regions have a mask, and an annotation id.
     """
@@ -129,28 +132,62 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
 
 
+class _StoreRegions(Mapping[int, Regions]):
+    """The regions of an open store, read image by image: with their masks they may be more than memory holds."""
+
+    def __init__(self, source: store.Store, index: CocoIndex) -> None:
+        self._source, self._index = source, index
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._source)
+
+    def __getitem__(self, image_id: int) -> Regions:
+        found, record = self._source.read(image_id, features=()), self._index.images[image_id]
+        return replace(
+            Regions.empty(image_id, record.file_name, record.height, record.width),
+            boxes=found.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
+            scores=found.scores,
+            category_ids=found.category_ids,
+            ann_ids=found.ann_ids,
+            masks=found.masks,
+        )
+
+
 def _of_store(path: Path, index: CocoIndex) -> BoxFile:
-    regions: dict[int, Regions] = {}
-    with store.open(path) as source:
-        for image_id in source:
-            found = source.read(image_id, features=())
-            record = index.images.get(image_id)
-            if record is None:
-                raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
-            if (found.height, found.width) != (record.height, record.width):
-                raise InputError(f"--boxes {path}: image {image_id} is {found.width}x{found.height} there, but "
-                                 f"{record.width}x{record.height} in {index.path}")  # fmt: skip
+    source = store.open(path)
+    try:
+        _check_store(path, source, index)
+    except BaseException as error:
+        source.close()
+        if isinstance(error, store.DAMAGE):
+            raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
+        raise
+    categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
+    return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)
+
+
+def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
+    """See that the images of a store are the index's, and that each box has area in its image."""
+    for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
+        record = index.images.get(image_id)
+        if record is None:
+            raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
+        if (height, width) != (record.height, record.width):
+            raise InputError(f"--boxes {path}: image {image_id} is {width}x{height} there, but "
+                             f"{record.width}x{record.height} in {index.path}")  # fmt: skip
+    sizes = np.stack([source.widths, source.heights], axis=1)
+    for first in range(0, source.regions, _ROWS):
+        boxes = source.data["regions/box"][first : first + _ROWS]
+        rows = np.arange(first, first + len(boxes))
+        of_image = np.searchsorted(source.region_start, rows, side="right") - 1
+        low, high = boxes[:, :2], boxes[:, 2:]
+        good = (low < high) & (low.clip(0) < np.minimum(high, sizes[of_image]))
+        for row in np.flatnonzero(~good.all(axis=1)).tolist():
+            image_id = int(source.image_ids[of_image[row]])
             try:
-                boxes = [_cut(box, record) for box in found.boxes.tolist()]
+                _cut(boxes[row].tolist(), index.images[image_id])
             except InputError as error:
                 raise InputError(f"--boxes {path}: image {image_id}: {error}") from None
-            regions[image_id] = Regions(
-                image_id, record.file_name, record.height, record.width,
-                boxes=np.array(boxes, np.float32).reshape(-1, 4),
-                scores=found.scores,
-                category_ids=found.category_ids,
-                ann_ids=found.ann_ids,
-                masks=found.masks,
-            )  # fmt: skip
-        categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
-        return BoxFile(regions, categories, source.has_masks, source.has_ann_ids)

@@ -22,6 +22,21 @@ class WorkError(RefdetError):
     exit_code = 1
 
 
+# What the system says of one file, which another one beside it need not share.
+_OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+              errno.EINVAL}  # fmt: skip
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether what failed to be read may be sound: the disk, the network, memory or the process's limits failed.
+
+    A decoder's OSError for a damaged file has no number.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _OF_A_FILE
+    return isinstance(error, MemoryError)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error comes of a full disk or quota; HDF5 and safetensors say so in their text alone."""
     full = (errno.ENOSPC, errno.EDQUOT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
@@ -15,16 +15,40 @@ import h5py
 def new_file(path: Path, space: int) -> Iterator[h5py.File]:
     """A new HDF5 file to write to, for which the disk has set aside so many bytes; what is left of them is given back.
 
+    The block keeps its datasets open to its end, also where it fails: see `_abandon`.
+
     Raises:
         OSError: the disk has no room for them.
     """
     # The layout of HDF5 1.10 has checksums in its own tables too, which the older one has not.
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+    file = h5py.File(path, "w", libver=("v110", "v110"))
+    try:
         _reserve(file, space)
         yield file
         file.flush()
         size = file.id.get_filesize()
+        file.close()
+    except BaseException:
+        _abandon(file)
+        raise
     os.truncate(path, size)
+
+
+def _abandon(file: h5py.File) -> None:
+    """Close a file that nobody wants any more, whatever state its disk is in.
+
+    HDF5 writes what it still holds when the file or one of its datasets is closed, and where that fails it crashes the
+    process a little later. So before any of that it gets the one device to write to that is never full.
+    """
+    if not file:
+        return  # closed already
+    with suppress(Exception):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.dup2(nowhere, file.id.get_vfd_handle())
+        finally:
+            os.close(nowhere)
+        file.close()
 
 
 def _reserve(file: h5py.File, space: int) -> None:

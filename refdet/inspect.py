@@ -14,6 +14,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
 from refdet.provenance import Provenance
+from refdet.shards import parts_folder, progress
 from refdet.store import DAMAGE
 from refdet.store_schema import CHECKSUMS, MAPS
 from refdet.store_verify import Verification, verify
@@ -22,10 +23,10 @@ HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Describe an instances JSON, a run directory (or a file in one) or a store.
+    """Describe an instances JSON, a run directory (or a file in one), a store, or the folder of an unfinished one.
 
     Returns:
-        a JSON object: "kind" is "split", "checkpoint" or "store", "path", then what it holds, and
+        a JSON object: "kind" is "split", "checkpoint", "store" or "unfinished store", "path", then what it holds, and
         "provenance" (an object, or None where the file has none).
 
     Raises:
@@ -33,9 +34,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return _checkpoint(path)
+        begun = progress(path)
+        return _checkpoint(path) if begun is None else _unfinished(path, begun)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: {_missing(path, 'file or folder')}")
     if path.name in ("model.json", "model.safetensors"):
         return _checkpoint(path.parent)
     with path.open("rb") as file:
@@ -127,6 +129,36 @@ def _store(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged ({error})") from None
 
 
+def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    header = begun.get("header")
+    header = header if isinstance(header, dict) else {}
+    classes = header.get("classes")
+    return {
+        "kind": "unfinished store",
+        "path": str(folder),
+        "state": _state(begun),
+        "shards": begun.get("shards"),
+        "shards_finished": begun["finished"],
+        "images": begun.get("images"),
+        "batch_size": begun.get("batch_size"),
+        "categories": len(classes) if isinstance(classes, list) else None,
+        "options": begun.get("options"),
+        "provenance": _provenance(folder / "plan.json", header.get("provenance")),
+    }
+
+
+def _state(begun: dict[str, Any]) -> str:
+    done = f"{begun['finished']} of {begun.get('shards', '?')} shards are finished"
+    return f"{done}; the same refdet extract-features with --resume does the rest"
+
+
+def _missing(path: Path, what: str) -> str:
+    """What to say where there is no such file."""
+    folder = parts_folder(path)
+    begun = progress(folder) if folder.is_dir() else None
+    return f"no such {what}" if begun is None else f"not finished yet: of {folder}, {_state(begun)}"
+
+
 def _feature(data: h5py.Dataset) -> dict[str, Any]:
     """What a feature is: the width of a vector or the shape of a map, its type, and its compression if it has one."""
     wide = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
@@ -140,8 +172,12 @@ def check(path: str | Path) -> Verification:
         InputError: there is no such file, or it is no HDF5.
     """
     path = Path(path)
+    if path.is_dir():
+        begun = progress(path)
+        told = "a folder; --verify is for the files of refdet extract-features"
+        raise InputError(f"{path}: {told if begun is None else f'an unfinished store: {_state(begun)}'}")
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {_missing(path, 'file')}")
     with path.open("rb") as file:
         if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
             raise InputError(f"{path}: no store of features; --verify is for the files of refdet extract-features")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refdet.data.coco import ImageRecord
+from refdet.store_schema import Header
 
 Shard = list[list[ImageRecord]]  # its batches, in the order of the work
+
+_HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
+_SHOWN = 3  # changed parts of a recipe that are named
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,65 @@ class Plan:
                 told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
         return "; ".join(told)
 
-    def work(self, shards: Sequence[Shard]) -> dict[str, Any]:
-        """The plan with its cut into shards, as ``plan.json`` keeps it."""
+    def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
+        """The plan with its cut into shards and what the store will say of itself, as ``plan.json`` keeps it."""
         cut = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
         return {
             "options": self.options,
             "batch_size": self.batch_size,
             "shards": len(shards),
+            "images": sum(len(batch) for shard in shards for batch in shard),
             "shards_sha256": hashlib.sha256(cut.encode()).hexdigest(),
+            "header": {name: getattr(header, name) for name in _HEADER},
         }
 
-    def other_work(self, shards: Sequence[Shard], other: dict[str, Any]) -> str:
-        """What differs from the plan that another ``plan.json`` holds, for people; "" where nothing does."""
-        if not isinstance(other.get("options"), dict):
+    def other_work(self, shards: Sequence[Shard], header: Header, other: Mapping[str, Any]) -> str:
+        """What differs from the work that another ``plan.json`` holds, for people; "" where nothing does.
+
+        A plan of a refdet that did not keep the recipe, classes and provenance in it is of another version: nobody
+        knows whether its shards are of the same detector.
+        """
+        if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
             return "by another version of refdet"
-        told = self.differences(other["options"])
+        told = self.differences(other["options"]) or header_differences(header, other["header"])
         if told:
             return told
         if other.get("batch_size") != self.batch_size:
             return f"--batch-size was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
-        mine = self.work(shards)
+        mine = self.work(shards, header)
         return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "in other shards"
+
+
+def header_differences(header: Header, other: Mapping[str, Any]) -> str:
+    """What differs from the recipe, classes and provenance of ``other``, for people; "" where nothing does.
+
+    They come of a checkpoint's ``model.json``, which may change while the weights stay what they are.
+    """
+    told = []
+    for name, text in _HEADER.items():
+        old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
+        if old != new:
+            parts = list(_changed(_parsed(old), _parsed(new)))
+            named = "; ".join(parts[:_SHOWN]) + ("; ..." if len(parts) > _SHOWN else "")
+            told.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
+    return "; ".join(told)
+
+
+def _parsed(recipe: Any) -> Any:
+    try:
+        return json.loads(recipe)
+    except (TypeError, ValueError):
+        return recipe
+
+
+def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """The parts in which two JSON objects differ, each with its dotted name."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield f"{name or 'it'} was {_shown(old)} and is now {_shown(new)}"
+        return
+    for key in [*new, *(key for key in old if key not in new)]:
+        yield from _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
 
 
 def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:

@@ -6,18 +6,18 @@ the batches in their order and writes the shards.
 
 from __future__ import annotations
 
+import logging
 import queue
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,8 +27,11 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
 from refdet.shard_plan import Plan, cut_into_shards
+from refdet.shard_times import STAGES, Session, shares
 from refdet.shards import Parts, begin
 from refdet.store import Header
+
+log = logging.getLogger(__name__)
 
 Load = Callable[[ImageRecord], np.ndarray]
 Finish = Callable[[], list[Regions]]
@@ -36,8 +39,6 @@ Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]
 
 SHARD_IMAGES = 32  # what a stop can cost; with 100 regions of 3072 float32 an image, 40 MB
 _WAITING = 2  # batches computed and not yet finished; a GPU holds them all
-
-STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Summary:
         computed: images of this run, the others were finished before; seconds: what they took.
         bytes: size of the store.
         images_per_second: of this run, without the merge; 0 where nothing was left to compute.
+        batch_size: images of a batch at most.
+        computing: seconds of each part of computing, where that tells; see `refdet.detector.stages`.
         stages: seconds of each of `STAGES`. The main thread waits for images (load), computes, and waits for the
             thread in the background (wait); that one meanwhile finishes batches and writes shards. At last the
             shards become the store (merge).
@@ -62,6 +65,13 @@ class Summary:
     bytes: int
     images_per_second: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    batch_size: int = 0
+    computing: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each stage in the time of this run, 0 to 1; see `refdet.shard_times.shares`."""
+        return shares(self.seconds, self.stages)
 
 
 def extract(
@@ -76,6 +86,7 @@ def extract(
     workers: int = 2,
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
+    parts_of_computing: Callable[[], dict[str, float]] = dict,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -86,7 +97,7 @@ def extract(
         batches: the images in the order of the work; those of a batch go through the detector together.
         records: the same images in the order they get in the store.
         load: gives an image as (H, W, 3) uint8 of its record's size; where it raises InputError, that image
-            gets no regions but the reason.
+            gets no regions but the reason. Any other error ends the work.
         compute: called with a batch in the main thread; what it gives is called once, in another thread and in the
             order of the batches, for the batch's `Regions`, one for each of its images. What belongs to a thread, such
             as ``torch.inference_mode`` and the stream of a GPU, is not handed over. An image that could not be loaded
@@ -95,36 +106,40 @@ def extract(
         workers: threads that load ahead.
         shard_images: a shard is closed when it has this many images; a resumed extraction must have the same.
         strict: stop at an image that cannot be used.
+        parts_of_computing: tells when the work is done how many seconds each part of computing took.
 
     Raises:
         InputError: see `refdet.shards.begin`.
-        WorkError: the disk is full, the work was interrupted, or it is strict and an image cannot be used; finished
-            shards are kept.
+        WorkError: the disk is full, images cannot be read for a reason that is not theirs, a number is not finite, the
+            work was interrupted, or it is strict and an image cannot be used; finished shards are kept.
     """
     computed, seconds, stages = 0, 0.0, dict.fromkeys(STAGES, 0.0)
-    with begin(out, plan, cut_into_shards(batches, shard_images), resume) as parts:
+    with begin(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
         if parts is not None:
+            session = Session(parts.folder)
             with _stoppable(parts, len(records)):
-                numbers = parts.missing(strict)
-                started = time.perf_counter()
-                _compute_shards(parts, numbers, load, compute, workers, strict, stages)
-                seconds = time.perf_counter() - started
-                computed = sum(len(batch) for number in numbers for batch in parts.shards[number])
-                with _timed(stages, "merge"):
-                    parts.merge(records, replace(header, run=_told(computed, seconds, stages)))
+                with session.computing():
+                    _compute_shards(parts, parts.missing(strict), load, compute, workers, strict, session)
+                with session.timed("merge"):
+                    parts.merge(
+                        records,
+                        lambda: {
+                            **session.told(),
+                            "batch_size": plan.batch_size,
+                            "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
+                        },
+                    )
+            computed, seconds, stages = session.images, session.seconds, session.stages
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if strict and errors:
-        raise WorkError(f"--strict: {next(iter(errors.values()))}; {out} has no regions of {len(errors)} images")
+        raise WorkError(f"--strict: {next(iter(errors.values()))}; {out} has no regions of {len(errors)} images; when "
+                        "they are mended, remove it and run again")  # fmt: skip
     speed = computed / seconds if computed else 0.0
-    return Summary(images, regions, len(errors), computed, seconds, out.stat().st_size, speed, stages)
-
-
-def _told(images: int, seconds: float, stages: Mapping[str, float]) -> dict[str, Any]:
-    """What the store says of the run that finished it; JSON."""
-    rounded = {name: round(value, 3) for name, value in stages.items() if name != "merge"}
-    speed = round(images / seconds, 3) if images else 0.0
-    return {"images": images, "seconds": round(seconds, 3), "images_per_second": speed, "stages": rounded}
+    return Summary(
+        images, regions, len(errors), computed, seconds, out.stat().st_size, speed, stages, plan.batch_size,
+        parts_of_computing(),
+    )  # fmt: skip
 
 
 def _compute_shards(
@@ -134,23 +149,27 @@ def _compute_shards(
     compute: Compute,
     workers: int,
     strict: bool,
-    stages: dict[str, float],
+    session: Session,
 ) -> None:
     batches = [batch for number in numbers for batch in parts.shards[number]]
+    kept = f"what is finished is kept in {parts.folder}"
     with (
         closing(_load_ahead(load, batches, workers)) as loaded,
         tqdm(total=sum(map(len, batches)), unit="image", disable=not batches) as bar,
-        _Background(parts, numbers, stages, bar) as background,
+        _Background(parts, numbers, session, bar) as background,
     ):
         for batch in batches:
-            with _timed(stages, "load"):
-                images = next(loaded)
+            with session.timed("load"):
+                try:
+                    images = next(loaded)
+                except WorkError as error:
+                    raise WorkError(f"{error}; {kept}: continue with --resume") from error
             bad = [image for image in images if isinstance(image, str)]
             if strict and bad:
-                raise WorkError(f"--strict: {bad[0]}; what is finished is kept in {parts.folder}: add --resume then")
-            with _timed(stages, "compute"):
+                raise WorkError(f"--strict: {bad[0]}; {kept}: add --resume then")
+            with session.timed("compute"):
                 finish = _begin_batch(batch, images, compute)
-            with _timed(stages, "wait"):
+            with session.timed("wait"):
                 background.put(finish)
 
 
@@ -189,10 +208,12 @@ class _Stopped(Exception):
 class _Background:
     """The thread that finishes batches and writes shards; what goes wrong in it is raised in the main thread."""
 
-    def __init__(self, parts: Parts, numbers: Sequence[int], stages: dict[str, float], bar: tqdm) -> None:
-        self._parts, self._numbers, self._stages, self._bar = parts, numbers, stages, bar
-        self._batches: queue.Queue[Finish | None] = queue.Queue(_WAITING)
+    def __init__(self, parts: Parts, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
+        self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
+        self._batches: queue.SimpleQueue[Finish | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_WAITING)
         self._error: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="finish and write", daemon=True)
 
     def __enter__(self) -> _Background:
@@ -200,14 +221,24 @@ class _Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        # Also when the work is stopped, what was computed is finished: it may complete a shard.
-        self._batches.put(None)
+        # Also when the work is stopped, what was computed is finished: it may complete a shard. Whoever cannot wait and
+        # presses Ctrl-C again still has to, or another process might write to the same folder as the thread.
+        again: KeyboardInterrupt | None = None
+        while not self._ended.is_set():
+            try:
+                self._batches.put(None)
+                self._ended.wait()
+            except KeyboardInterrupt as pressed:
+                again = pressed
+                log.warning("note: what is computed is being finished first")
         self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
+        error = self._error or again
+        if error is not None and kind is None:
+            raise error
 
     def put(self, finish: Finish) -> None:
         """Hand over the next batch of the plan; waits while the thread is behind."""
+        self._room.acquire()
         if self._error is not None:
             raise self._error
         self._batches.put(finish)
@@ -220,35 +251,28 @@ class _Background:
             pass
         except BaseException as error:
             self._error = error
-            while self._batches.get() is not None:  # or the main thread would wait for ever
-                pass
+            self._room.release()  # or the main thread would wait for ever
+        finally:
+            self._ended.set()
 
     def _write_shard(self, number: int) -> None:
+        batches, stages = self._parts.shards[number], self._session.stages
         started, others = time.perf_counter(), 0.0
         with self._parts.write(number) as add:
-            for batch in self._parts.shards[number]:
+            for batch in batches:
                 asked = time.perf_counter()
                 finish = self._batches.get()
+                self._room.release()
                 if finish is None:
                     raise _Stopped
-                got = time.perf_counter()
-                found = finish()
-                finished = time.perf_counter()
-                self._stages["finish"] += finished - got
-                others += finished - asked
+                with self._session.timed("finish"):
+                    found = finish()
+                others += time.perf_counter() - asked
                 for regions in found:
                     add(regions)
                 self._bar.update(len(batch))
-        self._stages["write"] += time.perf_counter() - started - others
-
-
-@contextmanager
-def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        stages[name] += time.perf_counter() - started
+        stages["write"] += time.perf_counter() - started - others
+        self._session.finished(sum(map(len, batches)))
 
 
 def _load_ahead(

@@ -12,30 +12,28 @@ import glob
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from refdet import store
 from refdet.atomic import atomic_path, flush, full_disk, write_json
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
-from refdet.shard_arrays import ShardError, ShardWriter, read
-from refdet.shard_plan import Plan, Shard
+from refdet.shard_arrays import Place, ShardError, ShardWriter, read, read_at
+from refdet.shard_plan import Plan, Shard, header_differences
 from refdet.store import Columns, Header, ImageRow
+from refdet.store_space import space_needed
 
 log = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _PLAN = "plan.json"
+_MERGED = "merged.json"  # which file the shards became
 
 
 class Parts:
@@ -46,14 +44,14 @@ class Parts:
         shards: the plan's, by their number.
     """
 
-    def __init__(self, out: Path, plan: Plan, shards: Sequence[Shard]) -> None:
+    def __init__(self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
         self.out = out
         self.folder = parts_folder(out)
-        self.plan = plan
+        self.plan, self.header = plan, header
         self.shards = shards
         self._mend = "what is finished is kept: free some space, then continue with --resume"
-        self._of_plan = hashlib.sha256(json.dumps(plan.work(shards), sort_keys=True).encode()).hexdigest()
-        self._rows: dict[int, list[ImageRow]] = {}  # finished shard -> its images
+        self._of_plan = hashlib.sha256(json.dumps(plan.work(shards, header), sort_keys=True).encode()).hexdigest()
+        self._rows: dict[int, list[tuple[ImageRow, Place]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape of one region's, once one is known
         for number in range(len(shards)):
             if self._path(number).exists():
@@ -68,8 +66,8 @@ class Parts:
     def _look_into(self, number: int) -> None:
         path, rows = self._path(number), []
         try:
-            for regions in read(path, self._mark(number), self.plan):
-                rows.append(self._row(regions, path))
+            for regions, place in read(path, self._mark(number), self.plan):
+                rows.append((self._row(regions, path), place))
         except ShardError as error:
             log.warning("note: %s: %s; removed, its images are computed again", path, error)
             path.unlink()
@@ -103,7 +101,7 @@ class Parts:
         return [
             number
             for number in range(len(self.shards))
-            if number not in self._rows or (strict and any(row.error for row in self._rows[number]))
+            if number not in self._rows or (strict and any(row.error for row, _ in self._rows[number]))
         ]
 
     @contextmanager
@@ -118,54 +116,55 @@ class Parts:
             writer = ShardWriter(file, self._mark(number), self.plan)
 
             def add(regions: Regions) -> None:
-                writer.add(regions)
-                rows.append(self._row(regions, path))
+                place = writer.add(regions)
+                rows.append((self._row(regions, path), place))
 
             yield add
-            if [row.id for row in rows] != [record.id for batch in self.shards[number] for record in batch]:
+            if [row.id for row, _ in rows] != [record.id for batch in self.shards[number] for record in batch]:
                 raise ValueError(f"{path}: not the images that the plan has in this shard")
             writer.finish()
         self._rows[number] = rows
 
-    def merge(self, records: Sequence[ImageRecord], header: Header) -> None:
+    def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write the store with its images in the order of ``records``, then remove the folder.
 
         Memory holds one image at a time. WorkError where the disk is full or a shard was damaged meanwhile; the other
-        shards stay.
+        shards stay. InputError where somebody else has put a file at the store's place.
+
+        Arguments:
+            run: gives, when all is written, what the store says of its run.
         """
         plan = self.plan
         shapes = {name: self._shapes.get(name, (0,)) for name in plan.features}
         columns = Columns(shapes, plan.dtype, plan.masks, plan.ann_ids, plan.maps, plan.compression)
-        by_id = {row.id: row for rows in self._rows.values() for row in rows}
+        by_id = {row.id: (row, number, place) for number, rows in self._rows.items() for row, place in rows}
         images = [by_id[record.id] for record in records]
-        space = self._space(images, columns, header)
-        with full_disk(self.out, self._mend), store.create(self.out, header, columns, images, space) as writer:
-            for number in range(len(self.shards)):
-                path = self._path(number)
-                try:
-                    for regions in read(path, self._mark(number), self.plan):
-                        writer.put(regions)
-                except ShardError as error:
-                    path.unlink()
-                    raise WorkError(f"{path}: {error}, since it was written; removed: continue with --resume, which "
-                                    "computes its images again, if the disk can be trusted") from None  # fmt: skip
+        rows = [row for row, _, _ in images]
+        space = space_needed(rows, columns, self.header)
+        self._see_that_it_fits(space)
+        _refuse_another(self.out)
+        with full_disk(self.out, self._mend), store.create(self.out, self.header, columns, rows, space) as writer:
+            for _, number, place in images:
+                writer.put(self._read(number, place))
+            writer.finish(run())
+            _refuse_another(self.out)
+            write_json(self.folder / _MERGED, {"inode": writer.path.stat().st_ino})  # a file keeps it in a rename
         _remove(self.folder)
 
-    def _space(self, images: Sequence[ImageRow], columns: Columns, header: Header) -> int:
-        """Bytes that the store needs at most. WorkError where the disk has not as many."""
-        item = np.dtype(columns.dtype).itemsize
-        per_region = 16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks
-        per_region += item * sum(map(math.prod, columns.features.values()))
-        need = sum(row.regions * per_region + row.mask_bytes for row in images)
-        need += sum(item * math.prod(row.map_shape) + 32 for row in images) if columns.maps else 0
-        need += 4 * len(images) * len(columns.names())  # the checksums
-        need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's heap of strings
-        need += 2 * len(json.dumps(asdict(header))) + (64 << 10)
+    def _read(self, number: int, place: Place) -> Regions:
+        path = self._path(number)
+        try:
+            return read_at(path, place, self.plan)
+        except ShardError as error:
+            path.unlink(missing_ok=True)
+            raise WorkError(f"{path}: {error}, since it was written; removed: continue with --resume, which "
+                            "computes its images again, if the disk can be trusted") from None  # fmt: skip
+
+    def _see_that_it_fits(self, need: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < need:
             told = f"the store needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} are free"
             raise WorkError(f"{self.out}: no space left on the disk: {told}; {self._mend}")
-        return need
 
 
 def parts_folder(out: Path) -> Path:
@@ -179,15 +178,24 @@ def begun_batch_size(out: Path) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def progress(folder: Path) -> dict[str, Any] | None:
+    """What ``plan.json`` says of an unfinished extraction, and as "finished" how many shards there are.
+
+    None where the folder is of none. InputError where its plan is damaged.
+    """
+    begun = _begun(folder)
+    return None if begun is None else {**begun, "finished": len(list(folder.glob("[0-9]*.shard")))}
+
+
 @contextmanager
-def begin(out: Path, plan: Plan, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
+def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
     """Start or continue an extraction; one process at a time.
 
-    Gives None where ``out`` is there already and complete under this plan.
+    Gives None where ``out`` is there already and complete under this plan and header.
 
     Raises:
-        InputError: ``out`` or its shards exist and ``resume`` is False; they were made under another plan; another
-            process is writing them.
+        InputError: ``out`` or its shards exist and ``resume`` is False; they were made under another plan or header;
+            ``out`` is not made of its shards; another process is writing them.
         WorkError: the disk is full.
     """
     folder = parts_folder(out)
@@ -196,7 +204,8 @@ def begin(out: Path, plan: Plan, shards: Sequence[Shard], resume: bool) -> Itera
         raise InputError(f"{out} exists; choose another --out or remove it")
     if out.exists() and begun is None:
         with store.open(out) as finished:
-            differences = plan.differences(finished.options)
+            said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
+            differences = plan.differences(finished.options) or header_differences(header, said)
         if differences:
             raise InputError(f"{out} is complete but made otherwise: {differences}; choose another --out")
         shutil.rmtree(folder, ignore_errors=True)  # stopped while it was removed
@@ -205,27 +214,43 @@ def begin(out: Path, plan: Plan, shards: Sequence[Shard], resume: bool) -> Itera
     if begun is not None:
         if not resume:
             raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
-        differences = plan.other_work(shards, begun)
+        differences = plan.other_work(shards, header, begun)
         if differences:
-            raise InputError(f"{folder} was begun otherwise: {differences}; use the same options, or remove it")
+            raise InputError(f"{folder} was begun otherwise: {differences}; use the same options and checkpoint, or "
+                             "remove it")  # fmt: skip
     with full_disk(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             now = _begun(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process was writing it just now; run it again")
+            _refuse_another(out)
             half_written = [*folder.glob(".*"), *out.parent.glob(f".{glob.escape(out.stem)}.????????{out.suffix}")]
+            if not out.exists():  # nor may a later file be taken for what was merged
+                half_written += folder.glob(_MERGED)
             for path in half_written:  # when a process was killed; names as `atomic_path` makes them
                 path.unlink()
             if begun is None:
-                write_json(folder / _PLAN, plan.work(shards))
+                write_json(folder / _PLAN, plan.work(shards, header))
                 flush(out.parent)
-            parts = Parts(out, plan, shards)
-            # Where the store is there beside all of its shards, the power may have failed before it was safely on the
-            # disk; it is merged again. Beside some of them it is not theirs.
-            if out.exists() and parts.missing():
-                raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
-            yield parts
+            yield Parts(out, plan, header, shards)
+
+
+def _refuse_another(out: Path) -> None:
+    """InputError where there is a file at ``out`` that was not made of its shards.
+
+    One that was made of them is there when the folder could not be removed to its end. As the power may have failed
+    before all of it was on the disk, it is made again.
+    """
+    folder = parts_folder(out)
+    if not out.exists():
+        return
+    try:
+        ours = json.loads((folder / _MERGED).read_text())["inode"] == out.stat().st_ino
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
@@ -246,7 +271,8 @@ def _remove(folder: Path) -> None:
     # The plan first: without it the rest is nothing that could be continued.
     (folder / _PLAN).unlink()
     flush(folder)
-    shutil.rmtree(folder)
+    # NFS keeps a file that is open, as the lock is, so the folder with it; the store is there all the same.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -257,8 +283,9 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing it; let it end or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            log.warning("note: %s: the file system has no locks (%s): see that no other process writes it",
+                        folder, error.strerror)  # fmt: skip
         yield
     finally:
         os.close(handle)

@@ -70,6 +70,11 @@ class Columns:
         if set(self.maps) - set(MAPS):
             raise ValueError(f"maps {self.maps}: a store holds {MAPS}")
 
+    def is_compressed(self, dataset: str) -> bool:
+        """Whether a dataset (by its whole name) is one of those that are compressed, if any are."""
+        large = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
+        return large and self.compression != "none"
+
     def names(self) -> tuple[str, ...]:
         """The datasets that have a checksum for each image, and "images" for its row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks

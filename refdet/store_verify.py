@@ -89,8 +89,9 @@ def verify(path: Path) -> Verification:
         found.images, found.regions = len(store), store.regions
         checksums = _checksums(store, found)
         categories = _categories(store, found)
+        rates = "boxes_sha256" not in store.options  # boxes that were given have the scores of whatever found them
         for i in tqdm(range(len(store)), unit="image", leave=False, disable=None):
-            _check_image(store, i, checksums, categories, found)
+            _check_image(store, i, checksums, categories, rates, found)
     return found
 
 
@@ -137,7 +138,12 @@ def _categories(store: Store, found: Verification) -> np.ndarray:
 
 
 def _check_image(
-    store: Store, i: int, checksums: dict[str, np.ndarray], categories: np.ndarray, found: Verification
+    store: Store,
+    i: int,
+    checksums: dict[str, np.ndarray],
+    categories: np.ndarray,
+    rates: bool,
+    found: Verification,
 ) -> None:
     image_id, rows = int(store.image_ids[i]), range(*store.region_start[i : i + 2].tolist())
     file_name, error = str(store.file_names[i]), str(store.image_errors[i])
@@ -160,7 +166,7 @@ def _check_image(
             continue
         if name in checksums and zlib.crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:
             wrong.append((name, "not what was written"))
-    wrong += _inconsistencies(columns, size, categories)
+    wrong += _inconsistencies(columns, size, categories, rates)
     found.problems += [Problem(image_id, part, what) for part, what in wrong]
 
 
@@ -185,7 +191,7 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
 
 
 def _inconsistencies(
-    columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray
+    columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, rates: bool
 ) -> Iterator[tuple[str, str]]:
     """What no sound image of a store has, as (part, what)."""
     height, width = size
@@ -194,8 +200,11 @@ def _inconsistencies(
         low, high = boxes[:, :2], boxes[:, 2:]
         if not ((low >= -_OUTSIDE) & (low <= high) & (high <= limit)).all():
             yield "regions/box", f"a box is not inside the image of {width}x{height}, or is turned over"
-    if (scores := columns.get("regions/score")) is not None and not ((scores >= 0) & (scores <= 1)).all():
-        yield "regions/score", "a score is not in 0 to 1"
+    if (scores := columns.get("regions/score")) is not None:
+        if not np.isfinite(scores).all():
+            yield "regions/score", "a score is not finite"
+        elif rates and not ((scores >= 0) & (scores <= 1)).all():
+            yield "regions/score", "a score is not in 0 to 1"
     known = columns.get("regions/category_id")
     if known is not None and len(categories) and not np.isin(known, categories).all():
         yield "regions/category_id", "a category is none of the file's classes"

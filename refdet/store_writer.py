@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from refdet.atomic import atomic_path
 from refdet.hdf5_space import new_file
 from refdet.regions import Regions
+from refdet.store_chunks import GZIP_LEVEL, THREADS, WholeChunks, chunk_rows
 from refdet.store_schema import (
     CHECKSUMS,
     SCHEMA,
@@ -27,28 +29,31 @@ from refdet.store_schema import (
     starts_of,
 )
 
-_CHUNK_BYTES = 2**18  # a quarter of the chunks that h5py keeps in memory
-_GZIP_LEVEL = 1  # higher ones take three times as long for floats and save less than 1%
-
 
 class StoreWriter:
-    """Puts regions into a new store, images in any order; made by `create`.
+    """Puts regions into a new store, image by image in the order of the file; made by `create`.
 
     All datasets have their final size from the start, so an image's rows go straight to their place and memory
-    holds one image at a time; without compression they are contiguous.
+    holds one image at a time, and a chunk of each dataset that is compressed; the others are contiguous.
     """
 
-    def __init__(self, file: h5py.File, header: Header, columns: Columns, images: Sequence[ImageRow]) -> None:
+    def __init__(
+        self,
+        file: h5py.File,
+        header: Header,
+        columns: Columns,
+        images: Sequence[ImageRow],
+        pool: ThreadPoolExecutor,
+    ) -> None:
         self._file = file
         self._columns = columns
         self._images = images
-        self._at = {image.id: i for i, image in enumerate(images)}
-        if len(self._at) != len(images):
+        if len({image.id for image in images}) != len(images):
             raise ValueError("an image is in the list twice")
+        self._next = 0  # the place of the image that comes next
         self._region_start = starts_of([image.regions for image in images])
         self._mask_start = starts_of([image.mask_bytes for image in images])
         self._head_start = starts_of([math.prod(image.map_shape) for image in images])
-        self._missing = set(self._at)
         self._finished = False
         self._run = header.run
         self._names = columns.names()
@@ -59,21 +64,27 @@ class StoreWriter:
         file.attrs["provenance"] = json.dumps(header.provenance)
         file.attrs["options"] = json.dumps(header.options)
         file.attrs["complete"] = False
+        # All are kept open: where the disk fails, one that is closed on its own takes HDF5 down; see `new_file`.
+        self._data: dict[str, h5py.Dataset] = {}
         self._describe_images(images)
-        self._data = self._new_datasets()
+        self._make_columns()
+        self._chunks = {name: WholeChunks(data, pool) for name, data in self._data.items() if data.chunks}
+
+    @property
+    def path(self) -> Path:
+        """The file that is written to, which is not yet under its name."""
+        return Path(self._file.filename)
 
     def _describe_images(self, images: Sequence[ImageRow]) -> None:
-        text = h5py.string_dtype("utf-8")
         for name, dtype in (("id", np.int64), ("height", np.int32), ("width", np.int32)):
             values = np.array([getattr(image, name) for image in images], dtype)
-            self._file.create_dataset(f"images/{name}", data=values, track_times=False)
+            self._new(f"images/{name}", values.shape, values.dtype, values)
         for name in ("file_name", "error"):
-            # Without its own, h5py makes of an empty list an array of floats.
             strings = np.array([getattr(image, name) for image in images], dtype=object)
-            self._file.create_dataset(f"images/{name}", data=strings, dtype=text, track_times=False)
-        self._file.create_dataset("images/region_start", data=self._region_start, track_times=False)
+            self._new(f"images/{name}", strings.shape, h5py.string_dtype("utf-8"), strings)
+        self._new("images/region_start", self._region_start.shape, np.dtype(np.int64), self._region_start)
 
-    def _new_datasets(self) -> dict[str, h5py.Dataset]:
+    def _make_columns(self) -> None:
         columns, n, count = self._columns, int(self._region_start[-1]), len(self._images)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "regions/box": ((n, 4), np.float32),
@@ -92,28 +103,33 @@ class StoreWriter:
             shapes[f"maps/{name}"] = ((int(self._head_start[-1]),), np.dtype(columns.dtype))
             shapes[f"maps/{name}_shape"] = ((count, 3), np.int32)
             shapes["maps/im_info"] = ((count, 3), np.float32)
-            self._file.create_dataset(f"maps/{name}_start", data=self._head_start, track_times=False)
-        data = {name: self._new(name, shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+            self._new(f"maps/{name}_start", self._head_start.shape, np.dtype(np.int64), self._head_start)
+        for name, (shape, dtype) in shapes.items():
+            self._new(name, shape, np.dtype(dtype))
         if columns.masks:
-            data["regions/mask_start"][0] = 0
+            self._data["regions/mask_start"][0] = 0
+
+    def _new(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
+    ) -> h5py.Dataset:
+        options: dict[str, Any] = {}
+        if self._columns.is_compressed(name) and 0 not in shape:
+            chunk = (chunk_rows(shape, dtype), *shape[1:])
+            options = {"chunks": chunk, "compression": self._columns.compression, "shuffle": True}
+            if self._columns.compression == "gzip":
+                options["compression_opts"] = GZIP_LEVEL
+        data = self._data[name] = self._file.create_dataset(name, shape, dtype, track_times=False, **options)
+        if values is not None and values.size:
+            data[...] = values
         return data
 
-    def _new(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
-        options: dict[str, Any] = {}
-        large = name in [f"maps/{map_}" for map_ in self._columns.maps] or name.startswith("features/")
-        if self._columns.compression != "none" and large and 0 not in shape:
-            row = int(np.prod(shape[1:])) * dtype.itemsize
-            # About the rows of one image, or what is quickly unpacked where they are large.
-            rows = min(shape[0], max(1, _CHUNK_BYTES // row))
-            options = {"chunks": (rows, *shape[1:]), "compression": self._columns.compression, "shuffle": True}
-            if self._columns.compression == "gzip":
-                options["compression_opts"] = _GZIP_LEVEL
-        return self._file.create_dataset(name, shape, dtype, track_times=False, **options)
-
     def put(self, regions: Regions) -> None:
-        """Write one image's regions. ValueError where they are not what was announced in ``images``."""
-        i = self._at[regions.image_id]
-        self._missing.remove(regions.image_id)
+        """Write the next image's regions. ValueError where they are not what was announced in ``images``."""
+        i = self._next
+        if i == len(self._images) or regions.image_id != self._images[i].id:
+            wanted = "none" if i == len(self._images) else f"image {self._images[i].id}"
+            raise ValueError(f"image {regions.image_id}: {wanted} was announced to come next")
+        self._next += 1
         first, last = int(self._region_start[i]), int(self._region_start[i + 1])
         if len(regions) != last - first:
             raise ValueError(f"image {regions.image_id}: {len(regions)} regions, {last - first} were announced")
@@ -165,7 +181,9 @@ class StoreWriter:
         if values.shape != (rows.stop - rows.start, *data.shape[1:]):
             wanted = (rows.stop - rows.start, *data.shape[1:])
             raise ValueError(f"image {self._images[i].id}: its {name} is {values.shape}, not {wanted}")
-        if values.size:
+        if name in self._chunks:
+            self._chunks[name].append(values)
+        elif values.size:
             data[rows] = values
         self._checksums[i, self._names.index(name)] = zlib.crc32(values.data) if values.size else 0
 
@@ -180,9 +198,11 @@ class StoreWriter:
         """
         if self._finished:
             return
-        if self._missing:
-            raise ValueError(f"{len(self._missing)} images were never written, the first {min(self._missing)}")
-        sums = self._file.create_dataset(CHECKSUMS, data=self._checksums, track_times=False)
+        if missing := self._images[self._next :]:
+            raise ValueError(f"{len(missing)} images were never written, the first {missing[0].id}")
+        for chunks in self._chunks.values():
+            chunks.finish()
+        sums = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
         sums.attrs["columns"] = json.dumps(self._names)
         sums.attrs["attributes"] = attributes_checksum(self._file.attrs)
         if told := {**self._run, **(run or {})}:
@@ -201,7 +221,11 @@ def create(
         images: all images in the order they get in the file.
         space: bytes to set aside on the disk before the first is written.
     """
-    with atomic_path(path) as temporary, new_file(temporary, space) as file:
-        writer = StoreWriter(file, header, columns, images)
+    with (
+        atomic_path(path) as temporary,
+        new_file(temporary, space) as file,
+        ThreadPoolExecutor(THREADS, "compress") as pool,
+    ):
+        writer = StoreWriter(file, header, columns, images, pool)
         yield writer
         writer.finish()

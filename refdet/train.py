@@ -194,7 +194,7 @@ def _run(
     ):
         for batch in loader:
             if not isinstance(batch, Batch):
-                raise InputError(
+                raise type(batch)(
                     f"{batch} (training stopped at step {step}; with a good file there, go on with --resume)"
                 )
             # seeded by the step, so that a resumed run draws what an undisturbed one draws

@@ -10,12 +10,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from test_folding import trained_model
 
-from refdet import checkpoint, store
+from refdet import box_files, checkpoint, store
 from refdet.box_files import load_boxes
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
 from refdet.extract import ExtractOptions, ImageList, extract_features
 from refdet.provenance import Provenance
+from refdet.regions import Regions
+from refdet.store_verify import verify
 
 CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
@@ -85,6 +87,59 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> 
         load_boxes(tmp_path / "gone.h5", index)
 
 
+def boxes_store(path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128)) -> Path:
+    """A store of these boxes of images of this size, each with a mask of two bytes."""
+    rows = [store.ImageRow(i, "a.png", *size, "", len(of), 2 * len(of)) for i, of in boxes.items()]
+    header = store.Header(CATEGORIES, "{}", {}, {})
+    with store.create(path, header, store.Columns(masks=True), rows) as writer:
+        for i, of in boxes.items():
+            columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (b"ab",) * len(of))
+            writer.put(Regions(i, "a.png", *size, np.array(of, np.float32).reshape(-1, 4), *columns))
+    return path
+
+
+def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
+    tmp_path: Path, index: CocoIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = boxes_store(tmp_path / "b.h5", {5: [], 7: [[-5, 90, 300, 120.5], [1, 2, 3, 4]], 9: [[0, 0, 9, 9]] * 3})
+    asked: list[int] = []
+    read = store.Store.read
+
+    def notes(self: store.Store, image_id: int, features: Any = None) -> Regions:
+        asked.append(image_id)
+        return read(self, image_id, features)
+
+    monkeypatch.setattr(store.Store, "read", notes)
+    found = load_boxes(path, index)
+    assert asked == [] and found.masks and not found.ann_ids
+    regions = found.of(index.images[7])
+    assert asked == [7]
+    assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
+    assert (regions.file_name, regions.masks) == ("7.png", (b"ab", b"ab"))
+    assert [len(found.of(index.images[i])) for i in (5, 9)] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "says"),
+    [
+        ({5: [[1, 2, 3, 4]], 8: [[1, 2, 3, 4]]}, "image 8 is not in"),
+        ({5: [[1, 2, 3, 4]], 7: [[1, 2, 3, 4], [5, 5, 5, 9]]}, r"image 7: the box .* has no area"),
+        ({5: [[1, 2, 3, 4]] * 3, 7: [], 9: [[130, 2, 140, 4]]}, "image 9: the box .* is outside its image"),
+        ({5: [[1, 2, float("nan"), 4]]}, "image 5: the box .* has no area"),
+    ],
+)
+def test_a_store_of_boxes_is_checked_before_the_work(
+    tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_files, "_ROWS", 2)
+    path = boxes_store(tmp_path / "b.h5", boxes)
+    with pytest.raises(InputError, match=f"--boxes .*b.h5: {says}"):
+        load_boxes(path, index)
+    path.rename(tmp_path / "c.h5")  # and it was closed
+    with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):
+        load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
+
+
 def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, index: CocoIndex) -> None:
     random = np.random.default_rng(0)
     for image_id in index.images:
@@ -115,5 +170,9 @@ def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, index: CocoI
             for name, values in one.features.items():
                 np.testing.assert_allclose(values, two.features[name], rtol=1e-5, atol=1e-6)
         assert a[7].features["class_prob"].sum() == pytest.approx(1, abs=1e-5)
+    sure = extract("c.h5", results(tmp_path, {**GOOD, "score": 12.5}, {**GOOD, "score": -3}), masks="predicted")
+    with store.open(sure) as c:
+        assert c[7].scores.tolist() == [12.5, -3]  # of a detector that does not give rates
+    assert verify(sure).problems == [] and verify(first).problems == []
     with pytest.raises(InputError, match="another boxes"):
         extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)

@@ -18,6 +18,7 @@ from export_examples import ANNOTATIONS, DETECTIONS, write_dataset, write_store
 from refdet.cli.main import main
 
 from refdet.errors import WorkError
+from refdet.export import folder as folder_module
 from refdet.export.folder import json_list, new_folder
 
 
@@ -121,6 +122,16 @@ with new_folder(Path({str(tmp_path / "out")!r})) as folder:
     with new_folder(tmp_path / "out") as folder:  # what the dead left is in nobody's way
         (folder / "a").write_text("whole")
     assert (tmp_path / "out" / "a").read_text() == "whole"
+
+
+def test_the_rename_is_on_the_disk_before_the_folder_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(folder_module, "flush", lambda path: flushed.append((path.name, (path / "out").exists())))
+    (tmp_path / "in").mkdir()
+    with new_folder(tmp_path / "in" / "out") as folder:
+        (folder / "a").write_text("whole")
+        assert flushed == []
+    assert flushed == [("in", True)]
 
 
 @pytest.mark.parametrize("items", [[], [1], [{"a": "ü"}, [2], None]])

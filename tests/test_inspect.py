@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
+from test_resume import OWN, run
 
-from refdet.errors import InputError
-from refdet.inspect import describe
+from refdet.errors import InputError, WorkError
+from refdet.inspect import check, describe
 from refdet.provenance import UNKNOWN, Provenance
 
 PROVENANCE = Provenance("a.json", "ab", 2, 3, "cd", {"refcoco/unc/val": {"images": 1500, "found": 5}}, "imagenet")
@@ -84,6 +86,25 @@ def test_store(tmp_path: Path) -> None:
     assert (found["images"], found["images_with_errors"], found["regions"], found["masks"]) == (2, 1, 3, 2)
     assert found["features"] == {"pool5": {"width": 16, "dtype": "float16"}} and not found["ann_ids"]
     assert found["options"] == {"max_regions": 100} and found["provenance"] == PROVENANCE.to_json()
+
+
+def test_an_unfinished_store(tmp_path: Path) -> None:
+    out, parts = tmp_path / "a.h5", tmp_path / "a.h5.parts"
+    with pytest.raises(WorkError):
+        run(out, stop_at=2, header=replace(OWN, provenance=PROVENANCE.to_json()))
+    found = describe(parts)
+    assert found["kind"] == "unfinished store" and (found["shards_finished"], found["shards"]) == (2, 4)
+    assert (found["images"], found["categories"], found["options"]["score_threshold"]) == (10, 1, 0.05)
+    assert found["provenance"] == PROVENANCE.to_json()
+    says = "2 of 4 shards are finished; the same refdet extract-features with --resume"
+    assert says in found["state"]
+    with pytest.raises(InputError, match=f"a.h5.parts: an unfinished store: {says}"):
+        check(parts)
+    for look in (describe, check):
+        with pytest.raises(InputError, match=f"a.h5: not finished yet: of .*a.h5.parts, {says}"):
+            look(out)
+    with pytest.raises(InputError, match="a folder; --verify is for the files"):
+        check(tmp_path)
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def fresh(tmp_path: Path, number: object) -> Path:
 
 def test_the_steps_are_those_of_a_whole_extraction(steps: list[str]) -> None:
     assert steps.count("add") == steps.count("put") == len(RECORDS)
-    assert steps.count("replace") == 1 + len(BATCHES) + 1  # the plan, the shards and the store
+    assert steps.count("replace") == 1 + len(BATCHES) + 2  # the plan, the shards, which file they became, and that file
     assert steps.count("fsync") == 2 * steps.count("replace") + 2  # of file and folder, and of two folders more
     assert steps[steps.index("unlink") :][:2] == ["unlink", "fsync"]  # first the plan, for good
     assert steps[-1] == "rmdir"

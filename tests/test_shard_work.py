@@ -24,7 +24,6 @@ from refdet import hdf5_space, shard_work, store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
-from refdet.shard_arrays import ShardError, ShardWriter, read
 from refdet.shard_plan import cut_into_shards
 from refdet.shard_work import STAGES, Finish, Summary, extract
 
@@ -229,40 +228,6 @@ def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.S
     assert run(tmp_path / "a.h5", resume=True).computed == 5
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(data=st.data(), counts=st.lists(st.integers(0, 3), max_size=4))
-def test_a_shard_gives_back_what_was_put_in(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, counts: list[int]
-) -> None:
-    shapes = data.draw(st.tuples(*[st.lists(st.integers(0, 3), max_size=3).map(tuple)] * 2))
-    plan = replace(PLAN, features=("a", "b"), dtype=data.draw(st.sampled_from(["float32", "float16"])))
-    images = [
-        replace(
-            make_regions(i, n),
-            features={name: np.random.default_rng(i).random((n, *shape)).astype(np.float32)
-                      for name, shape in zip("ab", shapes, strict=True)},
-        )
-        for i, n in enumerate(counts)
-    ]  # fmt: skip
-    path = tmp_path_factory.mktemp("shard") / "0.shard"
-    with path.open("wb") as file:
-        writer = ShardWriter(file, {"shard": 0}, plan)
-        for image in images:
-            writer.add(image)
-        writer.finish()
-    found = list(read(path, {"shard": 0}, plan))
-    assert len(found) == len(images)
-    for one, other in zip(found, images, strict=True):
-        assert (one.image_id, one.file_name, one.masks) == (other.image_id, other.file_name, other.masks)
-        for name, values in other.features.items():
-            assert one.features[name].dtype == plan.dtype
-            np.testing.assert_array_equal(one.features[name], values.astype(plan.dtype))
-        np.testing.assert_array_equal(one.boxes, other.boxes)
-        np.testing.assert_array_equal(one.category_ids, other.category_ids)
-    with pytest.raises(ShardError, match="another extraction"):
-        list(read(path, {"shard": 1}, plan))
-
-
 @pytest.mark.parametrize("lacks", ["masks", "ann_ids", "features"])
 def test_regions_that_lack_a_column_are_refused(tmp_path: Path, lacks: str) -> None:
     def incomplete(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
@@ -285,7 +250,7 @@ def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
 
 def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(shard_work, "_told", lambda *_: {})  # what a store tells of its run differs
+    monkeypatch.setattr(shard_work.Session, "told", lambda *_: {})  # what a store tells of its run differs
     with monkeypatch.context() as patch:
         patch.setattr(hdf5_space.os, "posix_fallocate", lambda handle, start, space: seen.append(space))
         run(tmp_path / "a.h5")

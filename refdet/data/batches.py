@@ -14,7 +14,7 @@ from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.data.images import ImageSource
 from refdet.data.inputs import input_size, network_input
 from refdet.data.segmentations import to_rle
-from refdet.errors import InputError
+from refdet.errors import InputError, RefdetError
 from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.recipe import InputOptions, Recipe
@@ -68,7 +68,7 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         return self.recipe.train.steps
 
-    def __getitem__(self, step: int) -> Batch | InputError:
+    def __getitem__(self, step: int) -> Batch | RefdetError:
         """The batch of a step, or the error of an image that cannot be used: an exception raised in a worker
         process would reach the user wrapped in a traceback."""
         options, epoch_steps = self.recipe.input, max(len(self.records) // self.recipe.train.batch_size, 1)
@@ -81,7 +81,7 @@ class TrainingBatches(Dataset):
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
         try:
             examples = [self._example(self.records[r], short_side, bool(f)) for r, f in zip(rows, flips, strict=True)]
-        except InputError as error:
+        except RefdetError as error:
             return error
         images = [image for image, _ in examples]
         return Batch(

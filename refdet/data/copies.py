@@ -17,7 +17,7 @@ from refdet.data.held_out import held_out
 from refdet.data.image_lists import Listed, read_image_list
 from refdet.data.images import ImageSource
 from refdet.data.perceptual_hash import SIDE, matches, thumbnail
-from refdet.errors import InputError
+from refdet.errors import InputError, WorkError, is_of_the_machine
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def _thumbnails(source: ImageSource, wanted: Sequence[tuple[int | str, ImageReco
     def make(item: tuple[int | str, str]) -> np.ndarray | None:
         try:
             return thumbnail(source.data(item[1]))
-        except Exception:  # a damaged file can make a decoder fail in any way; it is counted and named
+        except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
+            if is_of_the_machine(error):
+                raise WorkError(f"{item[1]}: cannot be read now ({error}); run it again") from error
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

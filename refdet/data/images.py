@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError
+from refdet.errors import InputError, WorkError, is_of_the_machine
 
 # What photographs come in. Pillow knows many more, some of which run other programs on the file.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -92,6 +92,8 @@ class ImageSource:
 
         Raises:
             ImageError: not found, not decodable, or of another size.
+            WorkError: the machine could not read it, which says nothing of the image: a disk or network that fails, too
+                many open files, no memory.
         """
         name = self.find(record)
         if name is None:
@@ -101,7 +103,15 @@ class ImageSource:
                 width, height = image.size  # before anything is decoded: a small file may claim many pixels
                 if (height, width) == (record.height, record.width):
                     return _rgb(image)
+        except WorkError:
+            raise
         except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
+            if is_of_the_machine(error) or self._lost(name, error):
+                what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                raise WorkError(
+                    f"{self.path / name}: cannot be read now ({what}): that is not the image's fault; see to the disk, "
+                    "the network or memory"
+                ) from error
             # Pillow's own text for this one is the address of a buffer
             why = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
             raise ImageError(
@@ -117,6 +127,7 @@ class ImageSource:
 
         Raises:
             OSError, and what zipfile raises: it cannot be read, or is far too large for an image.
+            WorkError: the folder or zip as a whole is no longer there.
         """
         if self.path.is_dir():
             path = self.path / name
@@ -127,10 +138,23 @@ class ImageSource:
             return path.read_bytes()
         # an open zip must not be shared with a forked worker: both would move one file position
         if self._zip is None or self._zip[0] != os.getpid():
-            self._zip = (os.getpid(), zipfile.ZipFile(self.path))
+            try:
+                self._zip = (os.getpid(), zipfile.ZipFile(self.path))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise WorkError(f"{self.path}: can no longer be read ({error}); is it still there?") from error
         archive = self._zip[1]
         _refuse_huge(archive.getinfo(name).file_size)
         return archive.read(name)
+
+    def _lost(self, name: str, error: Exception) -> bool:
+        """Whether a file is missing or forbidden because its whole folder is: unmounted, or a ticket ran out."""
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            return False
+        try:
+            with os.scandir((self.path / name).parent) as found:
+                return next(found, None) is None
+        except OSError:
+            return True
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}

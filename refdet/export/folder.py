@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from refdet.atomic import flush
 from refdet.errors import InputError, WorkError, is_disk_full
 
 
@@ -34,6 +35,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.sync()  # once for all: an fsync for each of 28,000 files would take minutes
         temporary.replace(path)
+        flush(path.parent)  # the rename itself
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):

@@ -1,0 +1,116 @@
+"""How long an extraction takes over all of its sessions, those that were killed too. No torch.
+
+``sessions.jsonl`` beside the shards gets a line whenever a shard is finished, with what its session has done so far;
+the last line of each session counts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+STAGES = ("load", "compute", "wait", "finish", "write", "merge")
+
+_FILE = "sessions.jsonl"
+
+
+def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
+    """The share of each stage in ``seconds`` and the merge after them, 0 to 1.
+
+    Those of the main thread and the merge make nearly 1 together; finish and write go on at the same time.
+    """
+    whole = seconds + stages.get("merge", 0.0)
+    return {name: value / whole if whole else 0.0 for name, value in stages.items()}
+
+
+class Session:
+    """What one process does of an extraction, and what others did before it.
+
+    Attributes:
+        stages: seconds of each of `STAGES`.
+        images: those in the shards it finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.stages = dict.fromkeys(STAGES, 0.0)
+        self.images = 0
+        self._computing = 0.0
+        self._path = folder / _FILE
+        self._before = _read(self._path)
+        self._number = 1 + max(self._before, default=0)
+        self._since: dict[str, float] = {}  # the stages that go on, and when they began
+        self._note()
+
+    @property
+    def seconds(self) -> float:
+        """What the computing took, until now if it goes on."""
+        return self._computing + self._going_on("computing")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """All stages but the merge."""
+        self._since["computing"] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._computing += time.perf_counter() - self._since.pop("computing")
+            self._note()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Time a part of a stage; each stage is of one thread."""
+        self._since[stage] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] += time.perf_counter() - self._since.pop(stage)
+
+    def finished(self, images: int) -> None:
+        """Note that a shard of so many images was finished."""
+        self.images += images
+        self._note()
+
+    def told(self) -> dict[str, Any]:
+        """What the store says of all sessions, this one last; JSON."""
+        of_all = [*self._before.values(), self._so_far()]
+        images, seconds = (sum(one[name] for one in of_all) for name in ("images", "seconds"))
+        stages = {name: sum(one["stages"][name] for one in of_all) for name in STAGES}
+        return {
+            "sessions": len(of_all),
+            "images": images,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(images / seconds, 3) if seconds else 0.0,
+            "stages": {name: round(value, 3) for name, value in stages.items()},
+            "shares": {name: round(value, 4) for name, value in shares(seconds, stages).items()},
+        }
+
+    def _going_on(self, stage: str) -> float:
+        since = self._since.get(stage)
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def _so_far(self) -> dict[str, Any]:
+        stages = {name: value + self._going_on(name) for name, value in self.stages.items()}
+        return {"session": self._number, "images": self.images, "seconds": self.seconds, "stages": stages}
+
+    def _note(self) -> None:
+        # The line may be cut by a kill, so that the next begins a new one; and no work is lost for the want of it.
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(self._so_far()))
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    """Session -> its last whole line."""
+    found = {}
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                one = json.loads(line)
+                numbers = {name: float(one["stages"][name]) for name in STAGES}
+                found[int(one["session"])] = {
+                    "images": int(one["images"]), "seconds": float(one["seconds"]), "stages": numbers,
+                }  # fmt: skip
+    return found

@@ -1,0 +1,149 @@
+"""From a seed-named checkpoint to features of real images, killed on the way, exported, and read by other code.
+
+Nothing of refdet reads here what refdet has written: only h5py, pycocotools, numpy and json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+IMAGES = 36  # two shards
+# the network is the seed's; its input and its proposals are few, for a test has little time
+QUICK = {"input": {"short_sides": [96], "long_side": 150}, "proposals": {"test_candidates": 200, "test_proposals": 16}}
+FEATURES = ("pool5", "fc7", "head")
+
+
+def refdet(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "refdet", *map(str, arguments)]
+
+
+def run(*arguments: object) -> str:
+    return subprocess.run(refdet(*arguments), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported ResNet-50 of the seed, and the first images of coco_mini's REFER."""
+    folder = tmp_path_factory.mktemp("seed")
+    sys.path.insert(0, str(shared / "seed"))
+    try:
+        from make_checkpoint import make_state_dict  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    torch.save(make_state_dict(50), folder / "seed.pth")
+    run("import-weights", "--from", folder / "seed.pth", "--out", folder / "run")
+    meta = json.loads((folder / "run" / "model.json").read_text())
+    for part, changes in QUICK.items():
+        meta["recipe"][part] |= changes
+    (folder / "run" / "model.json").write_text(json.dumps(meta))
+    tree = json.loads((shared / "data/coco_mini/annotations/instances_train2017.json").read_text())
+    tree["images"] = tree["images"][:IMAGES]
+    kept = {image["id"] for image in tree["images"]}
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in kept]
+    (folder / "instances.json").write_text(json.dumps(tree))
+    return folder
+
+
+def extraction(folder: Path, shared: Path, out: Path, *more: object) -> list[str]:
+    return refdet(
+        "extract-features", "--checkpoint", folder / "run", "--images", shared / "data/coco_mini/train2017",
+        "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--at-least-one",
+        "--max-regions", 12, "--features", ",".join(FEATURES), *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, shared: Path) -> Path:
+    """The store of a run that nothing disturbed."""
+    subprocess.run(extraction(folder, shared, folder / "whole.h5"), check=True, capture_output=True)
+    return folder / "whole.h5"
+
+
+def contents(path: Path) -> dict[str, np.ndarray]:
+    """All datasets of a file."""
+    found: dict[str, np.ndarray] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def test_killed_and_resumed_it_is_the_same(folder: Path, shared: Path, whole: Path) -> None:
+    out = folder / "killed.h5"
+    process = subprocess.Popen(
+        extraction(folder, shared, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    parts, deadline = folder / "killed.h5.parts", time.monotonic() + 120
+    while not list(parts.glob("[0-9]*.shard")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not out.exists()
+    subprocess.run(extraction(folder, shared, out, "--resume"), check=True, capture_output=True)
+    one, other = contents(whole), contents(out)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+    assert "OK" in run("inspect", out, "--verify")
+
+
+def test_the_store_by_h5py_and_pycocotools(whole: Path, folder: Path) -> None:
+    sizes = {i["id"]: (i["height"], i["width"]) for i in json.loads((folder / "instances.json").read_text())["images"]}
+    with h5py.File(whole) as file:
+        ids, starts = file["images/id"][:], file["images/region_start"][:]
+        assert ids.tolist() == list(sizes) and (np.diff(starts) >= 1).all() and (np.diff(starts) <= 12).all()
+        assert "seed.pth" in json.dumps(json.loads(file.attrs["provenance"]))  # where its weights are from
+        for place, image_id in enumerate(ids.tolist()):
+            a, b = starts[place : place + 2]
+            height, width = sizes[image_id]
+            boxes, ends = file["regions/box"][a:b], file["regions/mask_start"][a : b + 1]
+            counts = [file["regions/mask_counts"][s:e].tobytes() for s, e in zip(ends, ends[1:], strict=False)]
+            inside = coco_mask.toBbox([{"size": [height, width], "counts": c} for c in counts])
+            full = inside[inside[:, 2] > 0]
+            own = boxes[inside[:, 2] > 0]
+            assert (full[:, :2] >= np.floor(own[:, :2]) - 1).all()
+            assert (full[:, :2] + full[:, 2:] <= np.ceil(own[:, 2:]) + 1).all()
+            assert file["features/pool5"][a:b].shape == (b - a, 1024) and file["features/fc7"][a:b].shape[1] == 2048
+            first, last = file["maps/head_start"][place : place + 2]
+            head = file["maps/head"][first:last].reshape(file["maps/head_shape"][place])
+            net_height, net_width, scale = file["maps/im_info"][place]
+            assert abs(net_height - height * scale) <= 1 and abs(net_width - width * scale) <= 1
+            assert head.shape == (1024, -(-int(net_height) // 16), -(-int(net_width) // 16))
+
+
+def test_the_exports_by_other_code(whole: Path, folder: Path, shared: Path) -> None:
+    data = contents(whole)
+    starts = data["images/region_start"]
+    run("export", "--features", whole, "--format", "npz", "--out", folder / "npz")
+    for place, name in enumerate(data["images/file_name"]):
+        with np.load(folder / "npz" / f"{Path(name.decode()).stem}.npz", allow_pickle=True) as file:
+            a, b = starts[place : place + 2]
+            np.testing.assert_array_equal(file["x"], data["features/fc7"][a:b])
+            assert int(file["num_bbox"]) == b - a == len(file["bbox"])
+    refer = ("--refer-root", shared / "data/coco_mini/refer", "--dataset", "refcoco", "--split-by", "unc")
+    run("export", "--features", whole, "--format", "mattnet", "--out", folder / "mattnet", *refer)
+    dets = json.loads((folder / "mattnet/dets.json").read_text())
+    with h5py.File(folder / "mattnet/det_feats.h5") as file:
+        for det in dets:
+            row = det["region"]
+            np.testing.assert_array_equal(file["fc7"][det["h5_id"]], data["features/fc7"][row])
+            x, y, w, h = det["box"]
+            np.testing.assert_allclose([x, y, x + w, y + h], data["regions/box"][row], atol=0.01)
+    heads = {det["image_id"] for det in dets}
+    assert heads and heads == {int(path.stem) for path in (folder / "mattnet/head").iterdir()}
+    lmdb = pytest.importorskip("lmdb")
+    run("export", "--features", whole, "--format", "lmdb", "--out", folder / "lmdb")
+    path = next(p for p in (folder / "lmdb").iterdir() if p.name != "provenance.json")
+    with lmdb.open(str(path), readonly=True, lock=False, subdir=path.is_dir()) as environment:
+        assert environment.stat()["entries"] == IMAGES + 1  # and the list of keys
