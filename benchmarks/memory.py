@@ -1,0 +1,88 @@
+"""Peak memory of `extract-features` with 200 and with 2000 images, torch and the detector included.
+
+    python benchmarks/memory.py [--images 200,2000] [--json]
+
+A small C4 detector with untrained weights on drawn images, 20 regions an image with masks, pool5, fc7 and the map. Each
+extraction runs in a process of its own, whose peak resident memory is what is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH, FILES = 120, 160, 20
+RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.short_sides=[120]",
+          "input.long_side=200", "proposals.test_candidates=300", "proposals.test_proposals=50",
+          "model.norm=frozen"]  # fmt: skip
+
+
+def prepare(folder: Path, counts: list[int]) -> None:
+    """A detector, some images, and for each count an instances file that names them in turn."""
+    from refdet import checkpoint
+    from refdet import recipe as recipes
+    from refdet.detector.mask_rcnn import MaskRCNN
+    from refdet.provenance import Provenance
+
+    recipe = recipes.load("c4-res18").with_changes(RECIPE)
+    meta = checkpoint.Meta(recipe, ((1, "thing"), (2, "other")), Provenance.imported("drawn weights", "0" * 64), 0)
+    checkpoint.save(folder / "run", MaskRCNN(recipe, 2), meta)
+    random = np.random.default_rng(0)
+    for number in range(FILES):
+        Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)).save(folder / f"{number}.jpg")
+    for count in counts:
+        images = [
+            {"id": i, "file_name": f"{i % FILES}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(1, count + 1)
+        ]
+        tree = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+        (folder / f"{count}.json").write_text(json.dumps(tree))
+
+
+def extract(folder: Path, count: int) -> None:
+    """In a process of its own: one extraction, then its peak on stdout."""
+    import resource
+
+    from refdet.extract import ExtractOptions, ImageList, extract_features
+
+    options = ExtractOptions(score_threshold=0.0, max_regions=20, features=("pool5", "fc7", "head"))
+    images = ImageList.of_instances(folder / f"{count}.json")
+    done = extract_features(folder / "run", folder, folder / f"{count}.h5", images, options, device="cpu")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"images": done.images, "regions": done.regions, "peak_bytes": peak, "bytes": done.bytes}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--images", default="200,2000", help="two numbers")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        extract(Path(options.alone[0]), int(options.alone[1]))
+        return
+    counts = [int(count) for count in options.images.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), counts)
+        rows = []
+        for count in counts:
+            command = [sys.executable, __file__, "--alone", name, str(count)]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
+    if options.json:
+        print(json.dumps({"runs": rows, "growth": growth}))
+        return
+    for row in rows:
+        print(f"{row['images']:6} images  {row['regions']:7} regions  file {row['bytes'] / 2**20:7.1f} MiB  "
+              f"peak {row['peak_bytes'] / 2**20:7.1f} MiB")  # fmt: skip
+    print(f"peak memory grows by {growth:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
