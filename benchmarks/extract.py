@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from timing import peak_memory
 from torch import Tensor, nn
 from torchvision_c4 import Stages, TorchvisionC4
 from torchvision_c4 import extract as torchvision_extract
@@ -186,7 +186,7 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
     elif device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     else:
-        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result["peak_bytes"] = peak_memory()
     return result
 
 
@@ -200,7 +200,7 @@ def peak_of(side: str, prepared: Path) -> int:
     """Peak bytes of a process that has one side alone do the work: resident on the CPU, allocated on a GPU."""
     arguments = [sys.executable, __file__, *sys.argv[1:], "--json", "--rounds", "1", "--sides", side]
     arguments += ["--prepared", str(prepared)]
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["peak_bytes"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timing import peak_memory
 
 HEIGHT, WIDTH, FILES = 120, 160, 20
 RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.short_sides=[120]",
@@ -47,15 +48,14 @@ def prepare(folder: Path, counts: list[int]) -> None:
 
 def extract(folder: Path, count: int) -> None:
     """In a process of its own: one extraction, then its peak on stdout."""
-    import resource
-
     from refdet.extract import ExtractOptions, ImageList, extract_features
 
     options = ExtractOptions(score_threshold=0.0, max_regions=20, features=("pool5", "fc7", "head"))
     images = ImageList.of_instances(folder / f"{count}.json")
     done = extract_features(folder / "run", folder, folder / f"{count}.h5", images, options, device="cpu")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"images": done.images, "regions": done.regions, "peak_bytes": peak, "bytes": done.bytes}))
+    print(
+        json.dumps({"images": done.images, "regions": done.regions, "peak_bytes": peak_memory(), "bytes": done.bytes})
+    )
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
         rows = []
         for count in counts:
             command = [sys.executable, __file__, "--alone", name, str(count)]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     growth = rows[-1]["peak_bytes"] / rows[0]["peak_bytes"] - 1
     if options.json:
         print(json.dumps({"runs": rows, "growth": growth}))

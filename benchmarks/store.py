@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from timing import peak_memory
 
 from refdet import store
 from refdet.regions import Regions
@@ -123,7 +123,7 @@ def plain(path: Path) -> dict:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return peak_memory() / 1e6
 
 
 def _alone(*call: object) -> dict:

@@ -117,7 +117,7 @@ def command(
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return
-    speed = f"{done.computed / done.seconds:.2f}" if done.computed else "-"
+    speed = f"{done.images_per_second:.2f}" if done.computed else "-"
     at_a_time = str(done.batch_size) if done.computed else "-"
     row = (str(done.images), str(done.regions), str(done.errors), speed, at_a_time, f"{done.bytes / 2**20:.1f} MiB")
     echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))

@@ -13,6 +13,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -270,12 +271,17 @@ at::Tensor pack_conv3x3_cpu(const at::Tensor& weight) {
   return packed;
 }
 
-// The map with channels side by side and positions at equal distances; a copy only where they are not.
-at::Tensor evenly(const at::Tensor& x) {
-  const int64_t pixel = x.stride(3);
-  const bool even = x.stride(1) == 1 && pixel >= x.size(1) && x.stride(2) == pixel * x.size(3) &&
-                    x.stride(0) == pixel * x.size(2) * x.size(3);
-  return even ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
+// Numbers from one position of a map to the next, if its channels are side by side and its positions at equal
+// distances; else 0. The stride of a dimension of size 1 says nothing.
+int64_t distance_of_positions(const at::Tensor& x) {
+  int64_t pixel = x.size(1), positions = 1;
+  for (const int64_t dimension : {3, 2, 0}) {
+    if (x.size(dimension) == 1) continue;
+    if (positions == 1) pixel = x.stride(dimension);
+    if (x.stride(dimension) != pixel * positions) return 0;
+    positions *= x.size(dimension);
+  }
+  return (x.stride(1) == 1 || x.size(1) == 1) && pixel >= x.size(1) ? pixel : 0;
 }
 
 at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
@@ -289,11 +295,12 @@ at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const at::
   TORCH_CHECK(x.scalar_type() == at::kFloat, "conv3x3: the map must be float32, got ", x.scalar_type());
   TORCH_CHECK(bias.sizes() == at::IntArrayRef({channels}) && bias.scalar_type() == at::kFloat,
               "conv3x3: the bias must be float32 (", channels, "), got ", bias.sizes());
-  const at::Tensor map = evenly(x), shift = bias.contiguous();
+  at::Tensor map = x;
+  if (distance_of_positions(map) == 0) map = at::empty_like(x, at::MemoryFormat::ChannelsLast).copy_(x);
+  const at::Tensor shift = bias.contiguous();
   at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   if (out.numel() > 0) {
-    const int64_t pixel = map.size(2) * map.size(3) > 1 ? map.stride(3) : map.size(1);
-    convolve({map.const_data_ptr<float>(), map.size(0), map.size(1), map.size(2), map.size(3), pixel},
+    convolve({map.const_data_ptr<float>(), map.size(0), map.size(1), map.size(2), map.size(3), distance_of_positions(map)},
              weight.const_data_ptr<float>(),
              {out.mutable_data_ptr<float>(), channels, shift.const_data_ptr<float>()});
   }

@@ -68,6 +68,8 @@ class Session:
             yield
         finally:
             self.stages[stage] += time.perf_counter() - self._since.pop(stage)
+            if stage == "merge":  # after which no shard is finished
+                self._note()
 
     def finished(self, images: int) -> None:
         """Note that a shard of so many images was finished."""

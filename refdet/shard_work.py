@@ -224,13 +224,14 @@ class _Background:
         # Also when the work is stopped, what was computed is finished: it may complete a shard. Whoever cannot wait and
         # presses Ctrl-C again still has to, or another process might write to the same folder as the thread.
         again: KeyboardInterrupt | None = None
-        while not self._ended.is_set():
-            try:
-                self._batches.put(None)
-                self._ended.wait()
-            except KeyboardInterrupt as pressed:
-                again = pressed
-                log.warning("note: what is computed is being finished first")
+        with self._session.timed("wait"):
+            while not self._ended.is_set():
+                try:
+                    self._batches.put(None)
+                    self._ended.wait()
+                except KeyboardInterrupt as pressed:
+                    again = pressed
+                    log.warning("note: what is computed is being finished first")
         self._thread.join()
         error = self._error or again
         if error is not None and kind is None:

@@ -148,7 +148,9 @@ class Parts:
                 writer.put(self._read(number, place))
             writer.finish(run())
             _refuse_another(self.out)
-            write_json(self.folder / _MERGED, {"inode": writer.path.stat().st_ino})  # a file keeps it in a rename
+            # A file keeps its inode in a rename; until then the one that an earlier merge has put there is ours too.
+            files = [path for path in (self.out, writer.path) if path.exists()]
+            write_json(self.folder / _MERGED, {"inodes": [path.stat().st_ino for path in files]})
         _remove(self.folder)
 
     def _read(self, number: int, place: Place) -> Regions:
@@ -245,12 +247,16 @@ def _refuse_another(out: Path) -> None:
     folder = parts_folder(out)
     if not out.exists():
         return
-    try:
-        ours = json.loads((folder / _MERGED).read_text())["inode"] == out.stat().st_ino
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        ours = False
-    if not ours:
+    if out.stat().st_ino not in _merged(folder):
         raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
+
+
+def _merged(folder: Path) -> list[int]:
+    """The inodes of the files that were made of the shards of a folder."""
+    try:
+        return [int(inode) for inode in json.loads((folder / _MERGED).read_text())["inodes"]]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:

@@ -95,6 +95,24 @@ def test_any_layout_of_the_map() -> None:
     assert torch.equal(conv3x3(x, packed, torch.stack((bias, bias), 1)[:, 0]), wanted)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 1), (1, 5)])
+def test_views_with_sides_of_one(height: int, width: int) -> None:
+    """Of a side of 1 the stride may be any number."""
+    _, weight, bias = drawn(1, 16, 16, 1, 1)
+    packed = pack_conv3x3(weight)
+    large = torch.randn(3, 32, 2 * height, 2 * width).to(memory_format=torch.channels_last)
+    rows = torch.randn(3, height * width, 16)
+    for view in (
+        large[:, :16, ::2, ::2],
+        large[:, 16:, :height, :width],
+        large[::2, :16, :height, :width],
+        rows.transpose(1, 2).unflatten(2, (height, width)),
+        rows[:, :1].transpose(1, 2).unsqueeze(-1),
+    ):
+        wanted = exact(view, weight, bias)
+        torch.testing.assert_close(conv3x3(view, packed, bias).double(), wanted, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("shape", [(0, 16, 7, 7), (2, 16, 0, 7), (2, 16, 7, 0)])
 def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
     found = conv3x3(torch.zeros(shape), pack_conv3x3(torch.ones(32, 16, 3, 3)), torch.zeros(32))

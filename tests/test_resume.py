@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from interrupted_extraction import BATCHES, RECORDS, compute, environment
 from store_examples import HEADER, PLAN, contents
 
-from refdet import shards
+from refdet import atomic, shards, store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.shard_work import Finish, Summary, extract
@@ -156,3 +157,27 @@ def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> Non
     assert run(tmp_path / "a.h5", resume=True).computed == 5
     run(tmp_path / "whole.h5")
     assert contents(tmp_path / "a.h5") == contents(tmp_path / "whole.h5")
+
+
+def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
+    """After the rename, and then three times before the next one: the file that is there stays known as its own."""
+    out = tmp_path / "a.h5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_remove", _interrupt)
+        with pytest.raises(WorkError, match="stopped"):
+            run(out)
+    replace = os.replace
+
+    def stopped(old: str | Path, new: str | Path) -> None:
+        if Path(new) == out:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(atomic.os, "replace", stopped)
+            with pytest.raises(WorkError, match="stopped"):
+                run(out, resume=True)
+    run(out, resume=True)
+    with store.open(out) as file:
+        assert len(file) == len(RECORDS)

@@ -142,6 +142,8 @@ def _thumbnails(source: ImageSource, wanted: Sequence[tuple[int | str, ImageReco
         try:
             return thumbnail(source.data(item[1]))
         except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
+            if isinstance(error, WorkError):  # the whole folder or zip is gone
+                raise
             if is_of_the_machine(error):
                 raise WorkError(f"{item[1]}: cannot be read now ({error}); run it again") from error
             return None
