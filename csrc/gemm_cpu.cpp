@@ -2,7 +2,7 @@
 //
 // Why fast: 6 rows x 16 columns (AVX2) or 12 x 16 (AVX-512) of the result stay in registers while depth goes by; each
 // step reads one row of the panel and one number of each row of `a`, all of them from the first two caches, and does
-// nothing but fused multiply-adds. 93% of what the processor can do (see docs/performance.md).
+// nothing but fused multiply-adds.
 
 #include "gemm.h"
 #include "simd.h"
