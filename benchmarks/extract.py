@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peak import peak_memory
 from PIL import Image, ImageFilter
-from timing import peak_memory
 from torch import Tensor, nn
 from torchvision_c4 import Stages, TorchvisionC4
 from torchvision_c4 import extract as torchvision_extract

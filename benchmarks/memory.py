@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from peak import peak_memory
 from PIL import Image
-from timing import peak_memory
 
 HEIGHT, WIDTH, FILES = 120, 160, 20
 RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.short_sides=[120]",

@@ -20,8 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from peak import peak_memory
 from pycocotools import mask as coco_mask
-from timing import peak_memory
 
 from refdet import store
 from refdet.regions import Regions

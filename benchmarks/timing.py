@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,16 +49,6 @@ class Settings:
                 if turn:  # the first is a warm-up
                     times[name].append((time.perf_counter() - start) * 1000)
         return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory() -> int:
-    """Most bytes that this process had in memory; those of the parent that started it are not among them, as they are
-    in what getrusage says."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def in_columns(rows: Sequence[Row]) -> str:
