@@ -59,7 +59,8 @@ def load_boxes(path: Path, index: CocoIndex) -> BoxFile:
         index: the instances file of the images; the file may have boxes of any of them.
     Raises:
         InputError: names the file and the entry: an image or a category that the instances file does not have, a box
-            that is not finite, without area, or outside its image, another size of an image, a mask that is none.
+            that is not finite, without area, or outside its image, another size of an image, a mask
+            of a results file that is none.
     """
     if path.suffix in (".h5", ".hdf5"):
         return _of_store(path, index)

@@ -34,15 +34,12 @@ class Header:
         recipe: the detector's recipe as text.
         provenance: `refdet.provenance.Provenance` as JSON.
         options: how the regions were computed; JSON.
-        run: what the run tells of itself, such as images/s; JSON. The one part in which two stores of the same
-            contents may differ.
     """
 
     classes: list[dict[str, Any]]
     recipe: str
     provenance: dict[str, Any]
     options: dict[str, Any]
-    run: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class StoreWriter:
         self._mask_start = starts_of([image.mask_bytes for image in images])
         self._head_start = starts_of([math.prod(image.map_shape) for image in images])
         self._finished = False
-        self._run = header.run
         self._names = columns.names()
         self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
         file.attrs["schema"] = SCHEMA
@@ -191,7 +190,8 @@ class StoreWriter:
         """Mark the store complete; `create` does it where the caller does not.
 
         Arguments:
-            run: what the run tells of itself, beside `Header.run`.
+            run: what the run tells of itself, such as images/s; JSON. The one part in which two stores of the same
+                contents may differ.
 
         Raises:
             ValueError: an image was never put.
@@ -205,8 +205,8 @@ class StoreWriter:
         sums = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
         sums.attrs["columns"] = json.dumps(self._names)
         sums.attrs["attributes"] = attributes_checksum(self._file.attrs)
-        if told := {**self._run, **(run or {})}:
-            self._file.attrs["run"] = json.dumps(told)
+        if run:
+            self._file.attrs["run"] = json.dumps(dict(run))
         self._file.attrs["complete"] = True
         self._finished = True
 
