@@ -1,53 +1,81 @@
-"""Times refdet's 3x3 convolution beside PyTorch's, on layers of a ResNet-101-C4 detector in use.
+"""Times refdet's convolutions beside PyTorch's, on layers of a ResNet-101-C4 detector in use.
 
-Both work on channels_last maps and weights, without gradients; refdet's weights were packed before. ``error`` is the
-root of the mean square of the difference to float64, in standard deviations of the result.
+All work on channels_last maps and weights, without gradients; refdet's weights were packed before. Where a layer ends
+with the sum with a shortcut, both sides add it, and both end with ReLU. ``error`` is the root of the mean square of the
+difference to float64, in standard deviations of the result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timing import Row, Settings
+from torch import Tensor
 from torch.nn import functional as F
 
-from refdet.ops.convolution import conv3x3, has_conv3x3, pack_conv3x3
+from refdet.ops.convolution import conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
 
-# where, map (N, C, H, W), output channels
+# where, map (N, C, H, W), output channels, size, whether a shortcut is added
 CASES = (
-    ("conv2", (1, 64, 150, 200), 64),
-    ("conv3", (1, 128, 75, 100), 128),
-    ("conv4", (1, 256, 38, 50), 256),
-    ("conv4, 4 images", (4, 256, 38, 50), 256),
-    ("proposals", (1, 1024, 38, 50), 512),
-    ("conv5, 38 RoIs", (38, 512, 7, 7), 512),
-    ("conv5, 100 RoIs", (100, 512, 7, 7), 512),
-    ("masks of a pyramid", (100, 256, 14, 14), 256),
+    ("conv2", (1, 64, 150, 200), 64, 3, False),
+    ("conv3", (1, 128, 75, 100), 128, 3, False),
+    ("conv4", (1, 256, 38, 50), 256, 3, False),
+    ("proposals", (1, 1024, 38, 50), 512, 3, False),
+    ("conv5, 40 RoIs", (40, 512, 7, 7), 512, 3, False),
+    ("masks of a pyramid", (100, 256, 14, 14), 256, 3, False),
+    ("conv2, end", (1, 64, 150, 200), 256, 1, True),
+    ("conv3, end", (1, 128, 75, 100), 512, 1, True),
+    ("conv4, begin", (1, 1024, 38, 50), 256, 1, False),
+    ("conv4, end", (1, 256, 38, 50), 1024, 1, True),
+    ("conv5, entry", (1, 1024, 38, 50), 2560, 1, False),
+    ("conv5, 40 RoIs, begin", (40, 2048, 7, 7), 512, 1, False),
+    ("conv5, 40 RoIs, end", (40, 512, 7, 7), 2048, 1, True),
 )
 
 
 @torch.inference_mode()
 def rows(settings: Settings) -> list[Row]:
-    """The table; empty where there is no kernel."""
-    if not has_conv3x3(torch.device(settings.device)):
-        return []
-    random, results = torch.Generator().manual_seed(0), []
-    for where, shape, channels in CASES:
-        x = torch.randn(shape, generator=random).relu_().to(memory_format=torch.channels_last)
-        weight = torch.randn(channels, shape[1], 3, 3, generator=random) / (9 * shape[1]) ** 0.5
-        weight = weight.to(memory_format=torch.channels_last)
-        bias, packed = torch.zeros(channels), pack_conv3x3(weight)
-        exact = F.conv2d(x[:8].double(), weight.double(), padding=1)
-        ours, theirs = conv3x3(x, packed, bias)[:8], F.conv2d(x, weight, bias, padding=1)[:8]
-        found = settings.measure(
-            {
-                "refdet": lambda x=x, w=packed, b=bias: conv3x3(x, w, b),
-                "PyTorch": lambda x=x, w=weight, b=bias: F.conv2d(x, w, b, padding=1),
-            }
-        )
-        row: Row = {"what": where, "map": "x".join(map(str, shape)), "channels": channels}
-        row |= {f"{name}_ms": round(value, 2) for name, value in found.items()}
-        row["ratio"] = round(found["PyTorch"] / found["refdet"], 2)
-        for name, values in (("error", ours), ("PyTorch_error", theirs)):
-            row[name] = f"{float((values - exact).square().mean().sqrt() / exact.std()):.1e}"
-        results.append(row)
-    return results
+    """The table, in float32 and where there are kernels for it in bfloat16; empty where there are none."""
+    device = torch.device(settings.device)
+    kinds = [half for half in (False, True) if has_products(device, half)]
+    return [_row(settings, half, *case) for half in kinds for case in CASES]
+
+
+def _row(
+    settings: Settings, half: bool, where: str, shape: tuple[int, ...], channels: int, size: int, added: bool
+) -> Row:
+    random = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if half else torch.float32
+    x = torch.randn(shape, generator=random).relu_().to(dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, shape[1], size, size, generator=random) / (size**2 * shape[1]) ** 0.5
+    weight = weight.to(dtype).to(memory_format=torch.channels_last)
+    shortcut, bias = None, torch.zeros(channels)
+    if added:
+        shortcut = torch.randn(shape[0], channels, *shape[2:], generator=random).to(dtype)
+        shortcut = shortcut.to(memory_format=torch.channels_last)
+    ours = _ours(x, weight.float(), bias, shortcut, half)
+    bias_as_weight = bias.to(dtype)
+
+    def theirs() -> Tensor:
+        y = F.conv2d(x, weight, bias_as_weight, padding=size // 2)
+        return (y if shortcut is None else y.add_(shortcut)).relu_()
+
+    exact = F.conv2d(x[:8].double(), weight.double(), padding=size // 2)
+    exact = (exact if shortcut is None else exact + shortcut[:8]).relu()
+    found = settings.measure({"refdet": ours, "PyTorch": theirs})
+    row: Row = {"what": f"{size}x{size}, {where}", "map": "x".join(map(str, shape)), "channels": channels}
+    row["type"] = str(dtype).removeprefix("torch.")
+    row |= {f"{name}_ms": round(value, 2) for name, value in found.items()}
+    row["ratio"] = round(found["PyTorch"] / found["refdet"], 2)
+    for name, values in (("error", ours()[:8]), ("PyTorch_error", theirs()[:8])):
+        row[name] = f"{float((values - exact).square().mean().sqrt() / exact.std()):.1e}"
+    return row
+
+
+def _ours(x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, half: bool) -> Callable[[], Tensor]:
+    if weight.shape[-1] == 1:
+        pointwise = pack_conv1x1(weight.flatten(1), half)
+        return lambda: conv1x1(x, pointwise, bias, shortcut, relu=True)
+    packed = pack_conv3x3(weight, half)
+    return lambda: conv3x3(x, packed, bias, relu=True)

@@ -1,11 +1,16 @@
-// The product of a few rows with a panel of 16 columns: the one loop that all convolutions of csrc spend their time in.
+// The product of a few rows with some panels: the one loop that all convolutions of csrc spend their time in.
 //
-// Why fast: 6 rows x 16 columns (AVX2) or 12 x 16 (AVX-512) of the result stay in registers while depth goes by; each
-// step reads one row of the panel and one number of each row of `a`, all of them from the first two caches, and does
-// nothing but fused multiply-adds.
+// Why fast: 6 rows x 16 columns (AVX2), 12 x 32 (AVX-512) or 12 x 64 (AVX512-FP16) of the result stay in registers
+// while depth goes by; each step reads one row of the panels and one number of each row of `a`, all of them from the
+// first two caches, and does nothing but fused multiply-adds.
 
 #include "gemm.h"
 #include "simd.h"
+
+#ifdef REFDET_FLOAT16
+#include <immintrin.h>
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of values that this header leaves undefined on purpose
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define REFDET_GEMM 1
@@ -25,74 +30,190 @@ namespace {
 using Vector8 = float __attribute__((vector_size(8 * sizeof(float)), aligned(alignof(float)), may_alias));
 using Vector16 = float __attribute__((vector_size(16 * sizeof(float)), aligned(alignof(float)), may_alias));
 
-// All loops but that over depth are unrolled, or the sums would live in memory.
-template <typename Vector, int rows>
-REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c,
-                                 int64_t c_row, bool add) {
-  constexpr int kStep = sizeof(Vector) / sizeof(float), kVectors = kPanel / kStep;
+constexpr int kUnrolled = 4;  // steps over depth
+constexpr int kTogether = 4;  // rows that are reached from one address
+
+// Where `rows` rows of the left side go on. Groups of rows have an address each, which the compiler does not see
+// through: else it would keep one for every row and every step, more than there are registers.
+template <typename Left, int rows>
+struct RowGroups {
+  static constexpr int kGroups = (rows + kTogether - 1) / kTogether;
+  const Left* group[kGroups];
+  int64_t row;
+
+  REFDET_INLINE RowGroups(const Left* a, int64_t row) : row(row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) group[i] = a + i * kTogether * row;
+    hide();
+  }
+  REFDET_INLINE void advance() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) group[i] += kUnrolled;
+    hide();
+  }
+  REFDET_INLINE Left number(int r, int step) const { return group[r / kTogether][r % kTogether * row + step]; }
+
+ private:
+  REFDET_INLINE void hide() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) asm("" : "+r"(group[i]));
+  }
+};
+
+// Two vectors of columns: two panels `distance` apart, or of AVX2 the halves of one. All loops but that over depth are
+// unrolled, or the sums would live in memory.
+template <typename Vector, int vectors, int rows>
+REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
+                                 float* c, int64_t c_row, bool add) {
+  constexpr int kStep = sizeof(Vector) / sizeof(float);
   const auto result = [&](int r, int v) { return reinterpret_cast<Vector*>(c + r * c_row + v * kStep); };
-  Vector sum[rows][kVectors];
+  const Vector* right[vectors];
+  Vector sum[rows][vectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < vectors; ++v) right[v] = reinterpret_cast<const Vector*>(panel + v * distance);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = add ? *result(r, v) : Vector{};
+    for (int v = 0; v < vectors; ++v) sum[r][v] = add ? *result(r, v) : Vector{};
   }
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    const auto* right = reinterpret_cast<const Vector*>(panel);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
+  RowGroups<float, rows> groups(a, a_row);
+  for (int64_t k = 0; k < depth; k += kUnrolled, groups.advance()) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnrolled; ++u) {
+      Vector columns[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r * a_row + k] * right[v];
+      for (int v = 0; v < vectors; ++v) columns[v] = right[v][(k + u) * (Single::kPanel / kStep)];
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[r][v] += groups.number(r, u) * columns[v];
+      }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) *result(r, v) = sum[r][v];
+    for (int v = 0; v < vectors; ++v) *result(r, v) = sum[r][v];
   }
 }
 
 // All rows, `most` at a time, and the rest by halves of that.
-template <typename Vector, int most>
-REFDET_INLINE void multiply_all(const float* a, int64_t a_row, const float* panel, int64_t depth, int64_t rows,
-                                float* c, int64_t c_row, bool add) {
+template <typename Vector, int vectors, int most>
+REFDET_INLINE void multiply_all(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
+                                int64_t rows, float* c, int64_t c_row, bool add) {
   for (; rows >= most; rows -= most, a += most * a_row, c += most * c_row) {
-    multiply_rows<Vector, most>(a, a_row, panel, depth, c, c_row, add);
+    multiply_rows<Vector, vectors, most>(a, a_row, panel, distance, depth, c, c_row, add);
   }
-  if constexpr (most > 1) multiply_all<Vector, most / 2>(a, a_row, panel, depth, rows, c, c_row, add);
+  if constexpr (most > 1) {
+    multiply_all<Vector, vectors, most / 2>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  }
 }
 
 __attribute__((target("avx2,fma"))) void multiply_avx2(const float* a, int64_t a_row, const float* panel,
-                                                       int64_t depth, int64_t rows, float* c, int64_t c_row,
-                                                       bool add) {
-  multiply_all<Vector8, 6>(a, a_row, panel, depth, rows, c, c_row, add);
+                                                       int64_t distance, int64_t panels, int64_t depth, int64_t rows,
+                                                       float* c, int64_t c_row, bool add) {
+  for (int64_t p = 0; p < panels; ++p, panel += distance, c += Single::kPanel) {
+    multiply_all<Vector8, 2, 6>(a, a_row, panel, 8, depth, rows, c, c_row, add);
+  }
 }
 
-__attribute__((target("avx512f"))) void multiply_avx512(const float* a, int64_t a_row, const float* panel,
-                                                        int64_t depth, int64_t rows, float* c, int64_t c_row,
-                                                        bool add) {
-  multiply_all<Vector16, 12>(a, a_row, panel, depth, rows, c, c_row, add);
-}
-
-bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("avx512f");
-  return has;
+REFDET_AVX512 void multiply_avx512(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
+                                   int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+  for (; panels >= 2; panels -= 2, panel += 2 * distance, c += 2 * Single::kPanel) {
+    multiply_all<Vector16, 2, 12>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  }
+  if (panels > 0) multiply_all<Vector16, 1, 12>(a, a_row, panel, distance, depth, rows, c, c_row, add);
 }
 
 }  // namespace
 
-bool can_multiply() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool Single::can() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-void multiply(const float* a, int64_t a_row, const float* panel, int64_t depth, int64_t rows, float* c, int64_t c_row,
-              bool add) {
-  (has_avx512() ? multiply_avx512 : multiply_avx2)(a, a_row, panel, depth, rows, c, c_row, add);
+void Single::multiply(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
+                      int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+  (has_avx512() ? multiply_avx512 : multiply_avx2)(a, a_row, panel, distance, panels, depth, rows, c, c_row, add);
 }
 
 #else
 
-bool can_multiply() { return false; }
+bool Single::can() { return false; }
 
-void multiply(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool) {}
+void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t, bool) {}
+
+#endif
+
+#ifdef REFDET_FLOAT16
+namespace {
+
+// One panel of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the compiler would widen _Float16
+// where it does not know yet for which processor it compiles.
+template <int rows>
+REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t a_row, const c10::Half* panel,
+                                                     int64_t depth, float* c, int64_t c_row, bool add) {
+  constexpr int kVectors = 2, kStep = Half::kPanel / kVectors;
+  for (int64_t begin = 0; begin < depth; begin += Half::kRun, add = true) {
+    const int64_t end = begin + Half::kRun < depth ? begin + Half::kRun : depth;
+    __m512h sum[rows][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ph();
+    RowGroups<uint32_t, rows> groups(a + begin, a_row);
+    for (int64_t k = begin; k < end; k += kUnrolled, groups.advance()) {
+      const c10::Half* right = panel + k * Half::kPanel;
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnrolled; ++u, right += Half::kPanel) {
+        const __m512h columns[kVectors] = {_mm512_loadu_ph(right), _mm512_loadu_ph(right + kStep)};
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const auto number = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.number(r, u))));
+          sum[r][0] = _mm512_fmadd_ph(number, columns[0], sum[r][0]);
+          sum[r][1] = _mm512_fmadd_ph(number, columns[1], sum[r][1]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int part = 0; part < 2 * kVectors; ++part) {
+        const __m512i bits = _mm512_castph_si512(sum[r][part / 2]);
+        const __m256i half = part % 2 == 0 ? _mm512_castsi512_si256(bits) : _mm512_extracti64x4_epi64(bits, 1);
+        const __m512 wide = _mm512_cvtph_ps(half);
+        float* result = c + r * c_row + part * 16;
+        _mm512_storeu_ps(result, add ? _mm512_add_ps(_mm512_loadu_ps(result), wide) : wide);
+      }
+    }
+  }
+}
+
+template <int most>
+REFDET_FLOAT16 REFDET_INLINE void multiply_half_all(const uint32_t* a, int64_t a_row, const c10::Half* panel,
+                                                    int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+  for (; rows >= most; rows -= most, a += most * a_row, c += most * c_row) {
+    multiply_half_rows<most>(a, a_row, panel, depth, c, c_row, add);
+  }
+  if constexpr (most > 1) multiply_half_all<most / 2>(a, a_row, panel, depth, rows, c, c_row, add);
+}
+
+}  // namespace
+
+bool Half::can() { return has_float16(); }
+
+bool has_matrix_units() { return __builtin_cpu_supports("amx-bf16"); }
+
+REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance,
+                                   int64_t panels, int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+  for (int64_t p = 0; p < panels; ++p, panel += distance, c += kPanel) {
+    multiply_half_all<12>(a, a_row, panel, depth, rows, c, c_row, add);
+  }
+}
+
+#else
+
+bool Half::can() { return false; }
+
+bool has_matrix_units() { return false; }
+
+void Half::multiply(const uint32_t*, int64_t, const c10::Half*, int64_t, int64_t, int64_t, int64_t, float*, int64_t,
+                    bool) {}
 
 #endif
 

@@ -16,9 +16,15 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None,"
       " bool inclusive=False) -> Tensor");
-  m.def("has_conv3x3() -> bool", &refdet::can_multiply);
-  m.def("pack_conv3x3(Tensor weight) -> Tensor");
-  m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  // float32 products, and those of float16 numbers, on this processor
+  m.def("has_products(bool half) -> bool",
+        [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });
+  m.def("has_matrix_units() -> bool", &refdet::has_matrix_units);
+  m.def("pack_conv3x3(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor scale, Tensor bias, bool relu=False) -> Tensor");
+  m.def("pack_conv1x1(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
+  m.def(
+      "conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? shortcut=None, bool relu=False) -> Tensor");
   m.def(
       "match_boxes(Tensor candidates, Tensor objects)"
       " -> (Tensor best, Tensor object, Tensor most, Tensor reaches)");

@@ -15,6 +15,20 @@
 #endif
 #define REFDET_INLINE inline __attribute__((always_inline))
 
+// Compiled for one kind of processor; whoever calls asks whether it is there.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define REFDET_AVX2 __attribute__((target("avx2")))
+#define REFDET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#else
+#define REFDET_AVX2
+#define REFDET_AVX512
+#endif
+
+// Compiled for a processor that computes with float16, by a compiler that is known to know of such.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define REFDET_FLOAT16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,f16c,fma")))
+#endif
+
 namespace refdet {
 
 constexpr int64_t kLanes = 16;  // channels in a vector
@@ -53,6 +67,46 @@ REFDET_INLINE void store(const Floats& from, c10::BFloat16* to) {
   const Words known = from == from;  // all ones, or 0 for NaN
   const Halves narrow = __builtin_convertvector((rounded & known) | (~known & 0x7fc0), Halves);
   std::memcpy(to, &narrow, sizeof narrow);
+}
+
+inline bool has_avx512() {
+// Compiled for one kind of processor; whoever calls asks whether it is there.
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has;
+#else
+  return false;
+#endif
+}
+
+#ifdef REFDET_FLOAT16
+inline bool has_float16() {
+  static const bool has = __builtin_cpu_supports("avx512fp16");
+  return has;
+}
+
+// float16, each of them twice.
+REFDET_INLINE void store(const Floats& from, uint32_t* to) {
+  using Float16s = _Float16 __attribute__((vector_size(kLanes * sizeof(_Float16))));
+  const Float16s narrow = __builtin_convertvector(from, Float16s);
+  Halves bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  Words twice = __builtin_convertvector(bits, Words);
+  twice |= twice << 16;
+  std::memcpy(to, &twice, sizeof twice);
+}
+#endif
+
+// 0 where it is negative; NaN stays. In integers: a comparison of 16 numbers is taken apart on a processor without
+// AVX-512.
+REFDET_INLINE void rectify(Floats& x) {
+  using Signed = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  Signed bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Signed negative = bits >> 31, unknown = (0x7f800000 - (bits & 0x7fffffff)) >> 31;  // all ones, or 0
+  bits &= unknown | ~negative;
+  std::memcpy(&x, &bits, sizeof bits);
 }
 
 }  // namespace refdet

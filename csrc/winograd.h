@@ -51,6 +51,21 @@ constexpr auto input_matrix() {
   return matrix;
 }
 
+// No number at a point is larger than this times the largest input of its tile.
+constexpr float kGrowth = 64;
+
+template <int results>
+constexpr bool grows_no_more() {
+  float most = 0;
+  for (const auto& row : input_matrix<results>()) {
+    float sum = 0;
+    for (const float number : row) sum += number < 0 ? -number : number;
+    most = sum > most ? sum : most;
+  }
+  return most * most <= kGrowth;
+}
+static_assert(grows_no_more<3>() && grows_no_more<4>());
+
 // From the products at the points to the results of a tile along an axis.
 template <int results>
 constexpr auto output_matrix() {

@@ -1,5 +1,5 @@
-// 3x3 convolutions of a detector in use, on the CPU: stride 1, one row of zeros around the map, float32, channels in
-// multiples of 16.
+// 3x3 convolutions of a detector in use, on the CPU: stride 1, one row of zeros around the map, channels in multiples
+// of 16. In float32, or with maps in bfloat16 and products of float16 (see gemm.h).
 //
 // What: Winograd's minimal filtering (winograd.h). Inputs go to points; at each of 36 points there is a matrix product
 // of tiles and weights, summed over the input channels (gemm.h); the products go to results.
@@ -8,12 +8,11 @@
 //
 // Why fast: a third or a fourth of the multiply-adds of the plain sum, in a loop that does nothing else. Weights are
 // packed once. Tiles go through the three steps in blocks that stay in the last cache. Each number comes out the same
-// whatever the batch, the other RoIs of a call and the number of threads, see `multiply`.
+// whatever the batch, the other RoIs of a call and the number of threads, see `Single`.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,32 +20,25 @@
 #include <vector>
 
 #include "gemm.h"
+#include "positions.h"
+#include "room.h"
+#include "scales.h"
 #include "simd.h"
+#include "weights.h"
 #include "winograd.h"
-
-// Memory sets the pace between the products: wider vectors would gain nothing.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define REFDET_AVX2 __attribute__((target("avx2")))
-#else
-#define REFDET_AVX2
-#endif
 
 namespace refdet {
 namespace {
 
-constexpr int64_t kTilesAtOnce = 128;  // or one row of them, where that is more
-constexpr int64_t kPanelsAtOnce = 4;
+constexpr int64_t kTilesAtOnce = 144;  // or one row of them, where that is more
+constexpr int64_t kWidthAtOnce = 64;   // output channels of a piece of work
 
-// A map with channels side by side: `pixel` numbers from one position to the next.
-struct Positions {
-  const float* data;
-  int64_t images, channels, height, width, pixel;
-};
-
+template <typename Product>
 struct Result {
-  float* data;
+  typename Product::Map* data;
   int64_t channels;
-  const float* bias;
+  const float *scale, *bias;  // of each channel
+  bool relu;
 };
 
 // Some rows of tiles, of one or more images, and where their numbers lie at each point.
@@ -109,11 +101,25 @@ constexpr auto kOutput = output_matrix<results>();
 
 // The numbers of a tile at its points. They lie by points; those of a point in parts of kDepth channels; those of a
 // part by slots.
-template <int down, int across>
-REFDET_INLINE void to_points(const Positions& x, const Block& block, int64_t row, int64_t column, float* points) {
+//
+// Returns what they are scaled by, of a product that asks for it: a power of two for each tile.
+template <typename Product, int down, int across>
+REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
+                              int64_t column, typename Product::Left* points) {
   constexpr int kHigh = down + kTaps - 1, kWide = across + kTaps - 1;
-  const float* image = x.data + block.rows[row].image * x.height * x.width * x.pixel;
+  const auto* image = x.data + block.rows[row].image * x.height * x.width * x.pixel;
   const int64_t top = block.down.start(block.rows[row].tile) - 1, left = block.across.start(column) - 1;
+  float scale = 1;
+  if constexpr (Product::kScaled) {
+    const int64_t first_x = std::max(left, int64_t{0}), last_x = std::min(left + kWide, x.width);
+    Largest largest;
+    for (int64_t at_y = std::max(top, int64_t{0}); at_y < std::min(top + kHigh, x.height); ++at_y) {
+      for (int64_t at_x = first_x; at_x < last_x; ++at_x) {
+        largest.take(image + (at_y * x.width + at_x) * x.pixel, x.channels);
+      }
+    }
+    scale = scale_to(Product::kLargest / kGrowth, largest);
+  }
   for (int64_t c = 0; c < x.channels; c += kLanes) {
     Floats inputs[kHigh][kWide], half[kHigh][kWide], values[kWide];
     for (int i = 0; i < kHigh; ++i) {
@@ -126,28 +132,35 @@ REFDET_INLINE void to_points(const Positions& x, const Block& block, int64_t row
       }
     }
     for (int j = 0; j < kWide; ++j) apply<kInput<down>>(&inputs[0][j], kWide, &half[0][j], kWide);
-    const int64_t part = c / kDepth * kDepth, depth = std::min(kDepth, x.channels - part);
+    const int64_t part = c / Product::kDepth * Product::kDepth, depth = std::min(Product::kDepth, x.channels - part);
     for (int i = 0; i < kHigh; ++i) {
       apply<kInput<across>>(half[i], 1, values, 1);
       for (int j = 0; j < kWide; ++j) {
         const int64_t point = i * kPoints + j;
         const int64_t at = block.at(point, x.channels) + part * block.slots[point];
-        store(values[j], points + at + block.slot(row, column, i, j) * depth + (c - part));
+        store(Product::kScaled ? values[j] * scale : values[j],
+              points + at + block.slot(row, column, i, j) * depth + (c - part));
       }
     }
   }
+  return scale;
 }
 
-// The results of a tile, of the products at its points, which lie by points and slots.
-template <int down, int across>
-REFDET_INLINE void from_points(const Positions& x, const Block& block, int64_t row, int64_t column,
-                               const float* products, const Result& y) {
+// The results of a tile, of the products at its points, which lie by points and slots; `scale` is of `to_points`.
+template <typename Product, int down, int across>
+REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
+                               int64_t column, const float* products, float scale, const Result<Product>& y) {
   constexpr int kHigh = down + kTaps - 1, kWide = across + kTaps - 1;
-  float* image = y.data + block.rows[row].image * x.height * x.width * y.channels;
+  auto* image = y.data + block.rows[row].image * x.height * x.width * y.channels;
   const int64_t top = block.down.start(block.rows[row].tile), left = block.across.start(column);
+  const float tile_scale = 1 / scale;
   for (int64_t c = 0; c < y.channels; c += kLanes) {
-    Floats values[kHigh][kWide], half[down][kWide], results[across], bias;
+    Floats values[kHigh][kWide], half[down][kWide], results[across], bias, scales;
     load(y.bias + c, bias);
+    if constexpr (Product::kScaled) {
+      load(y.scale + c, scales);
+      scales *= tile_scale;
+    }
     for (int i = 0; i < kHigh; ++i) {
       for (int j = 0; j < kWide; ++j) {
         const int64_t at = block.at(i * kPoints + j, y.channels) + block.slot(row, column, i, j) * y.channels;
@@ -160,7 +173,9 @@ REFDET_INLINE void from_points(const Positions& x, const Block& block, int64_t r
       for (int j = 0; j < across; ++j) {
         const int64_t at_y = top + i, at_x = left + j;
         if (at_y >= x.height || at_x >= x.width) continue;
-        store(results[j] + bias, image + (at_y * x.width + at_x) * y.channels + c);
+        Floats result = Product::kScaled ? results[j] * scales + bias : results[j] + bias;
+        if (y.relu) rectify(result);
+        store(result, image + (at_y * x.width + at_x) * y.channels + c);
       }
     }
   }
@@ -168,95 +183,132 @@ REFDET_INLINE void from_points(const Positions& x, const Block& block, int64_t r
 
 // Calls `each` with the size of a tile, as constants.
 template <typename Each>
-REFDET_INLINE void by_size(const Block& block, int64_t row, int64_t column, const Each& each) {
+REFDET_INLINE auto by_size(const Block& block, int64_t row, int64_t column, const Each& each) {
   using Four = std::integral_constant<int, 4>;
   using Three = std::integral_constant<int, 3>;
   const bool four_across = block.across.is_four(column);
   if (block.down.is_four(block.rows[row].tile)) {
-    four_across ? each(Four{}, Four{}) : each(Four{}, Three{});
-  } else {
-    four_across ? each(Three{}, Four{}) : each(Three{}, Three{});
+    return four_across ? each(Four{}, Four{}) : each(Four{}, Three{});
   }
+  return four_across ? each(Three{}, Four{}) : each(Three{}, Three{});
 }
 
-REFDET_AVX2 void tile_to_points(const Positions& x, const Block& block, int64_t row, int64_t column, float* points) {
-  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
-    to_points<down.value, across.value>(x, block, row, column, points);
+REFDET_AVX2 float tile_to_points_avx2(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
+                                      float* points) {
+  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    return to_points<Single, down.value, across.value>(x, block, row, column, points);
   });
 }
 
-REFDET_AVX2 void tile_from_points(const Positions& x, const Block& block, int64_t row, int64_t column,
-                                  const float* products, const Result& y) {
-  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
-    from_points<down.value, across.value>(x, block, row, column, products, y);
+REFDET_AVX512 float tile_to_points_avx512(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
+                                          float* points) {
+  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    return to_points<Single, down.value, across.value>(x, block, row, column, points);
   });
 }
 
-// At each point, numbers of tiles times weights. One piece of work is some output channels of a point.
-void multiply_points(const Block& block, const float* points, int64_t depth_in_all, const float* weights,
-                     int64_t channels, float* products) {
-  constexpr int64_t kWidth = kPanelsAtOnce * kPanel, kAll = kPoints * kPoints;
-  const int64_t groups = (channels + kWidth - 1) / kWidth;
+float tile_to_points(const Positions<float>& x, const Block& block, int64_t row, int64_t column, float* points) {
+  return (has_avx512() ? tile_to_points_avx512 : tile_to_points_avx2)(x, block, row, column, points);
+}
+
+REFDET_AVX2 void tile_from_points_avx2(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
+                                       const float* products, float scale, const Result<Single>& y) {
+  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    from_points<Single, down.value, across.value>(x, block, row, column, products, scale, y);
+  });
+}
+
+REFDET_AVX512 void tile_from_points_avx512(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
+                                           const float* products, float scale, const Result<Single>& y) {
+  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    from_points<Single, down.value, across.value>(x, block, row, column, products, scale, y);
+  });
+}
+
+void tile_from_points(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
+                      const float* products, float scale, const Result<Single>& y) {
+  (has_avx512() ? tile_from_points_avx512 : tile_from_points_avx2)(x, block, row, column, products, scale, y);
+}
+
+#ifdef REFDET_FLOAT16
+REFDET_FLOAT16 float tile_to_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row, int64_t column,
+                                    uint32_t* points) {
+  return by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    return to_points<Half, down.value, across.value>(x, block, row, column, points);
+  });
+}
+
+REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row,
+                                     int64_t column, const float* products, float scale, const Result<Half>& y) {
+  by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
+    from_points<Half, down.value, across.value>(x, block, row, column, products, scale, y);
+  });
+}
+#endif
+
+// At each point, numbers of tiles times weights. One piece of work is some output channels of a point. A thread does all
+// channels of a point before it goes to the next, so that the tiles' numbers stay in its second cache; points that few
+// tiles use, which are neighbours, go to different threads.
+template <typename Product>
+void multiply_points(const Block& block, const typename Product::Left* points, int64_t depth_in_all,
+                     const typename Product::Right* weights, int64_t channels, float* products) {
+  constexpr int64_t kAll = kPoints * kPoints, kStride = 5;  // without a common divisor
+  const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
   at::parallel_for(0, groups * kAll, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t point = i % kAll, first = i / kAll * kWidth, last = std::min(first + kWidth, channels);
+      const int64_t point = i / groups * kStride % kAll, first = i % groups * kWidthAtOnce;
+      const int64_t panels = (std::min(first + kWidthAtOnce, channels) - first) / Product::kPanel;
       const int64_t slots = block.slots[point];
-      for (int64_t k = 0; k < depth_in_all; k += kDepth) {
-        const int64_t depth = std::min(kDepth, depth_in_all - k);
-        const float* left = points + block.at(point, depth_in_all) + k * slots;
-        for (int64_t c = first; c < last; c += kPanel) {
-          const float* panel = weights + (point * channels + c) * depth_in_all + k * kPanel;
-          multiply(left, depth, panel, depth, slots, products + block.at(point, channels) + c, channels, k > 0);
-        }
+      for (int64_t k = 0; k < depth_in_all; k += Product::kDepth) {
+        const int64_t depth = std::min(Product::kDepth, depth_in_all - k);
+        const auto* left = points + block.at(point, depth_in_all) + k * slots;
+        const auto* panel = weights + (point * channels + first) * depth_in_all + k * Product::kPanel;
+        float* to = products + block.at(point, channels) + first;
+        Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, panels, depth, slots, to, channels, k > 0);
       }
     }
   });
 }
 
-void convolve(const Positions& x, const float* weights, const Result& y) {
+template <typename Product>
+void convolve(const Positions<typename Product::Map>& x, const typename Product::Right* weights,
+              const Result<Product>& y) {
   const Tiles down(x.height), across(x.width);
-  const int64_t total = x.images * down.count();
-  const int64_t blocks = std::max((total * across.count() + kTilesAtOnce / 2) / kTilesAtOnce, int64_t{1});
+  const int64_t total = x.images * down.count(), wide = across.count();
+  const int64_t blocks = std::max((total * wide + kTilesAtOnce / 2) / kTilesAtOnce, int64_t{1});
   const int64_t each = (total + blocks - 1) / blocks;
-  const int64_t most = std::min(each, total) * across.count() * kPoints * kPoints;
-  const at::Tensor in = at::empty({most * x.channels + kPoints * kPoints * kLanes}, at::kFloat);
-  const at::Tensor made = at::empty({most * y.channels + kPoints * kPoints * kLanes}, at::kFloat);
-  float *points = in.mutable_data_ptr<float>(), *products = made.mutable_data_ptr<float>();
+  const int64_t most = std::min(each, total) * wide * kPoints * kPoints;
+  const int64_t between = kPoints * kPoints * kLanes;
+  const Room<typename Product::Left> in(most * x.channels + between);
+  const Room<float> made(most * y.channels + between);
+  auto *points = in.data();
+  auto *products = made.data();
+  std::vector<float> scales(each * wide);
   for (int64_t begin = 0; begin < total; begin += each) {
     const Block block(down, across, begin, std::min(begin + each, total));
-    const int64_t wide = across.count(), tiles = static_cast<int64_t>(block.rows.size()) * wide;
+    const int64_t tiles = static_cast<int64_t>(block.rows.size()) * wide;
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) tile_to_points(x, block, i / wide, i % wide, points);
+      for (int64_t i = from; i < to; ++i) scales[i] = tile_to_points(x, block, i / wide, i % wide, points);
     });
-    multiply_points(block, points, x.channels, weights, y.channels, products);
+    multiply_points<Product>(block, points, x.channels, weights, y.channels, products);
     at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) tile_from_points(x, block, i / wide, i % wide, products, y);
+      for (int64_t i = from; i < to; ++i) tile_from_points(x, block, i / wide, i % wide, products, scales[i], y);
     });
   }
 }
 
-void check_processor() {
-  TORCH_CHECK(can_multiply(), "conv3x3: this processor has no AVX2 or no fused multiply-adds");
-}
-
-// (K, C, 3, 3) -> (36, K / 16, C, 16): at each point, panels of 16 output channels.
-at::Tensor pack_conv3x3_cpu(const at::Tensor& weight) {
-  check_processor();
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps,
-              "conv3x3: the weight must be (K, C, 3, 3), got ", weight.sizes());
-  TORCH_CHECK(weight.size(0) % kPanel == 0 && weight.size(1) % kLanes == 0 && weight.size(0) > 0 && weight.size(1) > 0,
-              "conv3x3: channels must be multiples of 16, got ", weight.sizes());
-  TORCH_CHECK(weight.scalar_type() == at::kFloat, "conv3x3: the weight must be float32, got ", weight.scalar_type());
+// Weights (K, C, 3, 3) at the points: (36, K, C), as they are wanted, not yet packed.
+at::Tensor weights_at_points(const at::Tensor& weight) {
   const at::Tensor given = weight.contiguous();
   const int64_t out = given.size(0), in = given.size(1);
-  at::Tensor packed = at::empty({kPoints * kPoints, out / kPanel, in, kPanel}, given.options());
+  at::Tensor found = at::empty({kPoints * kPoints, out, in}, given.options());
   const float* from = given.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
+  float* to = found.mutable_data_ptr<float>();
   constexpr auto kWeight = weight_matrix();
   at::parallel_for(0, out * in, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* taps = from + i * kTaps * kTaps;
-      float* at = to + (i / in / kPanel * in + i % in) * kPanel + i / in % kPanel;
+      float* at = to + i;
       for (int down = 0; down < kPoints; ++down) {
         for (int across = 0; across < kPoints; ++across, at += out * in) {
           double sum = 0;
@@ -268,43 +320,36 @@ at::Tensor pack_conv3x3_cpu(const at::Tensor& weight) {
       }
     }
   });
-  return packed;
+  return found;
 }
 
-// Numbers from one position of a map to the next, if its channels are side by side and its positions at equal
-// distances; else 0. The stride of a dimension of size 1 says nothing.
-int64_t distance_of_positions(const at::Tensor& x) {
-  int64_t pixel = x.size(1), positions = 1;
-  for (const int64_t dimension : {3, 2, 0}) {
-    if (x.size(dimension) == 1) continue;
-    if (positions == 1) pixel = x.stride(dimension);
-    if (x.stride(dimension) != pixel * positions) return 0;
-    positions *= x.size(dimension);
-  }
-  return (x.stride(1) == 1 || x.size(1) == 1) && pixel >= x.size(1) ? pixel : 0;
+std::tuple<at::Tensor, at::Tensor> pack_conv3x3_cpu(const at::Tensor& weight, bool half) {
+  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps,
+              "conv3x3: the weight must be (K, C, 3, 3), got ", weight.sizes());
+  check_weight("conv3x3", weight, half);
+  return pack(weights_at_points(weight), half);
 }
 
-at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  check_processor();
-  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == kPoints * kPoints && weight.size(3) == kPanel &&
-                  weight.scalar_type() == at::kFloat && weight.is_contiguous(),
-              "conv3x3: the weight is not one of pack_conv3x3, got ", weight.sizes());
-  const int64_t channels = weight.size(1) * kPanel;
-  TORCH_CHECK(x.dim() == 4 && x.size(1) == weight.size(2), "conv3x3: the map must be (N, ", weight.size(2),
-              ", H, W), got ", x.sizes());
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "conv3x3: the map must be float32, got ", x.scalar_type());
-  TORCH_CHECK(bias.sizes() == at::IntArrayRef({channels}) && bias.scalar_type() == at::kFloat,
-              "conv3x3: the bias must be float32 (", channels, "), got ", bias.sizes());
-  at::Tensor map = x;
-  if (distance_of_positions(map) == 0) map = at::empty_like(x, at::MemoryFormat::ChannelsLast).copy_(x);
-  const at::Tensor shift = bias.contiguous();
+template <typename Product>
+at::Tensor run_conv3x3(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+                       bool relu) {
+  const int64_t channels = check_packed<Product>("conv3x3", x, weight, scale, bias, kPoints * kPoints);
+  const at::Tensor map = with_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
   at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   if (out.numel() > 0) {
-    convolve({map.const_data_ptr<float>(), map.size(0), map.size(1), map.size(2), map.size(3), distance_of_positions(map)},
-             weight.const_data_ptr<float>(),
-             {out.mutable_data_ptr<float>(), channels, shift.const_data_ptr<float>()});
+    convolve<Product>(Positions<typename Product::Map>(map), weight.const_data_ptr<typename Product::Right>(),
+                      {out.mutable_data_ptr<typename Product::Map>(), channels, scales.const_data_ptr<float>(),
+                       shift.const_data_ptr<float>(), relu});
   }
   return out;
+}
+
+at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+                       bool relu) {
+#ifdef REFDET_FLOAT16
+  if (weight.scalar_type() == at::kHalf) return run_conv3x3<Half>(x, weight, scale, bias, relu);
+#endif
+  return run_conv3x3<Single>(x, weight, scale, bias, relu);
 }
 
 }  // namespace

@@ -1,105 +1,213 @@
-"""The kernel for 3x3 convolutions beside float64."""
+"""The kernels for 3x3 and 1x1 convolutions beside float64, in both arithmetics."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from refdet.ops import convolution
-from refdet.ops.convolution import WinogradConv2d, conv3x3, has_conv3x3, pack_conv3x3
+from refdet.ops.convolution import Packed, conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not has_conv3x3(CPU), reason="the kernel is not built, or the processor has no AVX2")
+pytestmark = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or the processor has no AVX2")
+SINGLE = pytest.param(False, id="single")
+HALF = pytest.param(
+    True, id="half", marks=pytest.mark.skipif(not has_products(CPU, half=True), reason="the processor has no float16")
+)
+KINDS = [(size, half) for size in (1, 3) for half in (False, True) if not half or has_products(CPU, half=True)]
 
-# of a result of a standard deviation of 1, with up to 512 channels: five times what was seen
-TOLERANCE = 1e-4
+# of a result of a standard deviation of 1, with up to 512 channels: several times what was seen
+TOLERANCE = {False: 1e-4, True: 0.1}
 
 
-def drawn(images: int, inputs: int, outputs: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """A map in channels_last, weights that keep its deviation, and a bias."""
+class Example(NamedTuple):
+    """A map in channels_last, weights that keep its deviation, a bias, and what a kernel makes of them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def half(self) -> bool:
+        return self.x.dtype == torch.bfloat16
+
+    def packed(self) -> Packed:
+        if self.weight.shape[-1] == 1:
+            return pack_conv1x1(self.weight.flatten(1), self.half)
+        return pack_conv3x3(self.weight, self.half)
+
+    def run(self, x: Tensor | None = None, **more: bool | Tensor) -> Tensor:
+        kernel = conv1x1 if self.weight.shape[-1] == 1 else conv3x3
+        return kernel(self.x if x is None else x, self.packed(), self.bias, **more)  # type: ignore[arg-type]
+
+    def exact(self, x: Tensor | None = None) -> Tensor:
+        size = self.weight.shape[-1]
+        x = (self.x if x is None else x).double()
+        return F.conv2d(x, self.weight.double(), self.bias.double(), padding=size // 2)
+
+
+def drawn(
+    size: int, half: bool, images: int, inputs: int, outputs: int, height: int, width: int, seed: int = 0
+) -> Example:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(images, inputs, height, width, generator=random).to(memory_format=torch.channels_last)
-    weight = torch.randn(outputs, inputs, 3, 3, generator=random) / (9 * inputs) ** 0.5
-    return x, weight, torch.randn(outputs, generator=random)
-
-
-def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    weight = torch.randn(outputs, inputs, size, size, generator=random) / (size**2 * inputs) ** 0.5
+    return Example(x.bfloat16() if half else x, weight, torch.randn(outputs, generator=random))
 
 
 @given(
+    kind=st.sampled_from(KINDS or [(1, False)]),
     images=st.integers(1, 3),
     inputs=st.sampled_from((16, 48, 272)),
-    outputs=st.sampled_from((16, 80)),
+    outputs=st.sampled_from((64, 128)),
+    odd=st.sampled_from((0, 16, 48)),
     height=st.integers(1, 23),
     width=st.integers(1, 23),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
-def test_every_size_beside_float64(images: int, inputs: int, outputs: int, height: int, width: int, seed: int) -> None:
-    x, weight, bias = drawn(images, inputs, outputs, height, width, seed)
-    found = conv3x3(x, pack_conv3x3(weight), bias)
-    assert found.shape == (images, outputs, height, width)
+@settings(max_examples=150, deadline=None)
+def test_every_size_beside_float64(
+    kind: tuple[int, bool], images: int, inputs: int, outputs: int, odd: int, height: int, width: int, seed: int
+) -> None:
+    size, half = kind
+    outputs += 0 if half else odd
+    example = drawn(size, half, images, inputs, outputs, height, width, seed)
+    found = example.run()
+    assert found.shape == (images, outputs, height, width) and found.dtype == example.x.dtype
     assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found.double(), exact(x, weight, bias), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(found.double(), example.exact(), rtol=0, atol=TOLERANCE[half])
 
 
-@pytest.mark.parametrize("size", [(2, 512, 512, 7, 7), (1, 1024, 512, 38, 50), (70, 64, 64, 7, 7)])
-def test_sizes_of_the_detector(size: tuple[int, ...]) -> None:
-    x, weight, bias = drawn(*size)
-    error = conv3x3(x, pack_conv3x3(weight), bias).double() - exact(x, weight, bias)
-    assert float(error.square().mean().sqrt()) < 5e-6
-    assert float(error.abs().max()) < 5e-5
+SIZES = [
+    (3, (2, 512, 512, 7, 7)), (3, (1, 1024, 512, 38, 50)), (3, (70, 64, 64, 7, 7)),
+    (1, (2, 2048, 512, 7, 7)), (1, (1, 1024, 2560, 38, 50)), (1, (1, 64, 256, 75, 100)),
+]  # fmt: skip
 
 
-def test_a_single_weight_moves_the_map() -> None:
-    x, weight, bias = drawn(1, 16, 16, 9, 10)
+@pytest.mark.parametrize(("size", "shape"), SIZES)
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_sizes_of_the_detector(size: int, shape: tuple[int, ...], half: bool) -> None:
+    example = drawn(size, half, *shape)
+    error = example.run().double() - example.exact()
+    mean, most = (1e-2, 0.08) if half else (5e-6, 5e-5)
+    assert float(error.square().mean().sqrt()) < mean
+    assert float(error.abs().max()) < most
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_half_is_about_as_near_as_bfloat16(size: int) -> None:
+    """Of a map that ReLU left, beside PyTorch's convolution in bfloat16; a 3x3 is 3 times as far from the exact one."""
+    if not has_products(CPU, half=True):
+        pytest.skip("the processor has no float16")
+    x, weight, _ = drawn(size, True, 4, 512, 128, 7, 7)
+    example = Example(x.relu(), weight.bfloat16().float(), torch.zeros(128))
+    theirs = F.conv2d(example.x, weight.bfloat16(), padding=size // 2)
+    ours, theirs = ((y.double() - example.exact()).square().mean().sqrt() for y in (example.run(), theirs))
+    assert ours < (1.3 if size == 1 else 4) * theirs
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-10, 1e-4, 1e4, 1e10, 1e30])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_no_magnitude_overflows_or_vanishes(size: int, half: bool, magnitude: float) -> None:
+    """Neither of a map, nor of one image or channel of it, nor of weights."""
+    example = drawn(size, half, 2, 256, 64, 7, 8)
+    zero = torch.zeros(64)
+    wanted = Example(example.x, example.weight, zero).exact()
+    for x, weight in ((example.x * magnitude, example.weight), (example.x, example.weight * magnitude)):
+        found = Example(x, weight, zero).run().double() / magnitude
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[half])
+    x, weight = example.x.clone(), example.weight.clone()
+    x[1], weight[5] = x[1] * magnitude, weight[5] * magnitude
+    found = Example(x, weight, zero).run().double()
+    scale = torch.ones(2, 64, 1, 1, dtype=torch.float64)
+    scale[1] *= magnitude
+    scale[:, 5] *= magnitude
+    kept = (scale < 1e38) & (scale > 1e-38)  # what float32 and bfloat16 can hold
+    close = torch.isclose(found / scale, wanted, rtol=0, atol=TOLERANCE[half])
+    assert bool((close | ~kept).all())
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_equal_signs_do_not_overflow(half: bool) -> None:
+    """The largest sums there can be of one row: all products alike."""
+    for size in (1, 3):
+        x = torch.full((1, 1024, 7, 7), 3.0, dtype=torch.bfloat16 if half else torch.float32)
+        example = Example(x, torch.full((64, 1024, size, size), 2.0), torch.zeros(64))
+        torch.testing.assert_close(example.run().double(), example.exact(), rtol=4e-2, atol=0)
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_a_single_weight_moves_the_map(half: bool) -> None:
+    x, weight, bias = drawn(3, half, 1, 64, 64, 9, 10)
     for row, column in ((0, 0), (0, 2), (1, 1), (2, 1)):
         weight.zero_()
-        weight[:, :, row, column] = torch.eye(16)
+        weight[:, :, row, column] = torch.eye(64)
         moved = F.pad(x, (1, 1, 1, 1))[:, :, row : row + 9, column : column + 10]
-        torch.testing.assert_close(conv3x3(x, pack_conv3x3(weight), bias * 0), moved, rtol=0, atol=1e-5)
+        found = Example(x, weight, bias * 0).run()
+        torch.testing.assert_close(found, moved, rtol=0, atol=0.1 if half else 1e-5)
 
 
-def test_the_same_bits_in_any_company_and_with_any_threads() -> None:
-    x, weight, bias = drawn(37, 64, 48, 7, 7)
-    packed = pack_conv3x3(weight)
-    together = conv3x3(x, packed, bias)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_sum_and_relu(size: int, half: bool) -> None:
+    example = drawn(size, half, 3, 64, 128, 6, 5)
+    plain = example.run()
+    assert bool((plain < 0).any())
+    assert torch.equal(example.run(relu=True), plain.relu())
+    if size == 1:
+        shortcut = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(plain.dtype)
+        wide = torch.cat((shortcut, shortcut), 1).to(memory_format=torch.channels_last)
+        wanted = example.exact() + shortcut.double()
+        for other in (shortcut, wide[:, 128:], shortcut.transpose(2, 3).contiguous().transpose(2, 3)):
+            found = example.run(shortcut=other)
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE[half])
+            assert torch.equal(example.run(shortcut=other, relu=True), found.relu())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_the_same_bits_in_any_company_and_with_any_threads(size: int, half: bool) -> None:
+    example = drawn(size, half, 37, 320, 64, 7, 7)
+    x, packed, together = example.x, example.packed(), example.run()
     for part in (x[:1], x[5:20], x[36:]):
         first = int((x == part[0]).all(dim=(1, 2, 3)).nonzero()[0])
-        assert torch.equal(conv3x3(part, packed, bias), together[first : first + len(part)])
+        assert torch.equal(example.run(part), together[first : first + len(part)])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(conv3x3(x, packed, bias), together)
-            assert torch.equal(pack_conv3x3(weight), packed)
+            assert torch.equal(example.run(), together)
+            assert all(torch.equal(*both) for both in zip(example.packed(), packed, strict=True))
     finally:
         torch.set_num_threads(threads)
 
 
-def test_any_layout_of_the_map() -> None:
-    x, weight, bias = drawn(2, 32, 16, 6, 5)
-    packed = pack_conv3x3(weight)
-    wanted = conv3x3(x, packed, bias)
-    wide = torch.randn(2, 96, 6, 5).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_any_layout_of_the_map(size: int, half: bool) -> None:
+    example = drawn(size, half, 2, 32, 64, 6, 5)
+    x, packed, wanted = example.x, example.packed(), example.run()
+    wide = torch.randn(2, 96, 6, 5).to(x.dtype).to(memory_format=torch.channels_last)
     wide[:, 32:64] = x
-    large = torch.randn(2, 32, 8, 9).to(memory_format=torch.channels_last)
+    large = torch.randn(2, 32, 8, 9).to(x.dtype).to(memory_format=torch.channels_last)
     large[:, :, 1:7, 2:7] = x
     for other in (x.contiguous(), wide[:, 32:64], large[:, :, 1:7, 2:7], x.flip(3).flip(3), x.transpose(2, 3).mT):
-        assert torch.equal(conv3x3(other, packed, bias), wanted)
-    weights = weight.to(memory_format=torch.channels_last)
-    assert torch.equal(pack_conv3x3(weights), packed)
-    assert torch.equal(conv3x3(x, packed, torch.stack((bias, bias), 1)[:, 0]), wanted)
+        assert torch.equal(example.run(other), wanted)
+    weight = example.weight.to(memory_format=torch.channels_last)
+    assert all(torch.equal(*both) for both in zip(example._replace(weight=weight).packed(), packed, strict=True))
+    bias = torch.stack((example.bias, example.bias), 1)[:, 0]
+    assert torch.equal(example._replace(bias=bias).run(), wanted)
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 1), (1, 5)])
-def test_views_with_sides_of_one(height: int, width: int) -> None:
+def test_views_with_sides_of_one(size: int, height: int, width: int) -> None:
     """Of a side of 1 the stride may be any number."""
-    _, weight, bias = drawn(1, 16, 16, 1, 1)
-    packed = pack_conv3x3(weight)
+    example = drawn(size, False, 1, 16, 16, 1, 1)
     large = torch.randn(3, 32, 2 * height, 2 * width).to(memory_format=torch.channels_last)
     rows = torch.randn(3, height * width, 16)
     for view in (
@@ -109,50 +217,72 @@ def test_views_with_sides_of_one(height: int, width: int) -> None:
         rows.transpose(1, 2).unflatten(2, (height, width)),
         rows[:, :1].transpose(1, 2).unsqueeze(-1),
     ):
-        wanted = exact(view, weight, bias)
-        torch.testing.assert_close(conv3x3(view, packed, bias).double(), wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(example.run(view).double(), example.exact(view), rtol=0, atol=TOLERANCE[False])
 
 
 @pytest.mark.parametrize("shape", [(0, 16, 7, 7), (2, 16, 0, 7), (2, 16, 7, 0)])
 def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
-    found = conv3x3(torch.zeros(shape), pack_conv3x3(torch.ones(32, 16, 3, 3)), torch.zeros(32))
-    assert found.shape == (shape[0], 32, *shape[2:])
+    for size in (1, 3):
+        found = Example(torch.zeros(shape), torch.ones(32, 16, size, size), torch.zeros(32)).run()
+        assert found.shape == (shape[0], 32, *shape[2:])
 
 
-def test_what_is_not_finite_stays_in_its_image() -> None:
-    x, weight, bias = drawn(3, 16, 16, 7, 7)
-    packed = pack_conv3x3(weight)
-    clean = conv3x3(x, packed, bias)
-    x[1, 3, 2, 2] = torch.nan
-    found = conv3x3(x, packed, bias)
-    assert torch.equal(found[0], clean[0]) and torch.equal(found[2], clean[2])
-    assert found[1, :, 1:4, 1:4].isnan().all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_what_is_not_finite_stays_in_its_image_and_is_seen(size: int, half: bool, value: float) -> None:
+    example = drawn(size, half, 3, 16, 64, 7, 7)
+    clean = example.run()
+    example.x[1, 3, 2, 2] = value
+    for relu in (False, True):
+        found = example.run(relu=relu)
+        for other in (0, 2):
+            assert torch.equal(found[other], clean[other].relu() if relu else clean[other])
+        if not relu or value != value:
+            assert not bool(found[1, :, 2, 2].isfinite().any())
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "wrong"),
     [
         ((1, 32, 7, 7), None, (16,), "the map must be"),
         ((16, 7, 7), None, (16,), "the map must be"),
-        ((1, 16, 7, 7), (16, 16, 3, 3), (16,), "not one of pack_conv3x3"),
+        ((1, 16, 7, 7), (16, 16, 3, 3), (16,), "not one of pack_conv"),
         ((1, 16, 7, 7), None, (17,), "the bias must be"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    x: tuple[int, ...], weight: tuple[int, ...] | None, bias: tuple[int, ...], wrong: str
+    size: int, x: tuple[int, ...], weight: tuple[int, ...] | None, bias: tuple[int, ...], wrong: str
 ) -> None:
-    packed = pack_conv3x3(torch.ones(16, 16, 3, 3)) if weight is None else torch.ones(weight)
+    kernel = conv1x1 if size == 1 else conv3x3
+    packed = Example(torch.ones(1), torch.ones(16, 16, size, size), torch.ones(16)).packed()
+    if weight is not None:
+        packed = packed._replace(weight=torch.ones(weight))
     with pytest.raises(RuntimeError, match=wrong):
-        conv3x3(torch.ones(x), packed, torch.ones(bias))
+        kernel(torch.ones(x), packed, torch.ones(bias))
 
 
-def test_other_types_are_refused() -> None:
-    packed, bias = pack_conv3x3(torch.ones(16, 16, 3, 3)), torch.ones(16)
-    for dtype in (torch.float64, torch.bfloat16, torch.int64):
-        with pytest.raises(RuntimeError, match="must be float32"):
-            conv3x3(torch.ones(1, 16, 7, 7, dtype=dtype), packed, bias)
+def test_a_scale_or_shortcut_that_does_not_fit_is_refused() -> None:
+    example = drawn(1, False, 1, 16, 16, 7, 7)
+    packed = example.packed()
+    with pytest.raises(RuntimeError, match="the scale must be"):
+        conv1x1(example.x, packed._replace(scale=torch.ones(17)), example.bias)
+    for shortcut in (torch.ones(1, 16, 7, 6), torch.ones(1, 16, 7, 7).double()):
+        with pytest.raises(RuntimeError, match="the shortcut must be"):
+            conv1x1(example.x, packed, example.bias, shortcut)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_other_types_are_refused(size: int, half: bool) -> None:
+    example = drawn(size, half, 1, 16, 64, 7, 7)
+    right = torch.bfloat16 if half else torch.float32
+    for dtype in {torch.float64, torch.bfloat16, torch.float32, torch.float16, torch.int64} - {right}:
+        with pytest.raises(RuntimeError, match="must be bfloat16" if half else "must be float32"):
+            example.run(torch.ones(1, 16, 7, 7, dtype=dtype))
     with pytest.raises(RuntimeError, match="must be float32"):
-        pack_conv3x3(torch.ones(16, 16, 3, 3, dtype=torch.float64))
+        example._replace(weight=example.weight.double()).packed()
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 1, 1), (24, 16, 3, 3), (16, 8, 3, 3), (0, 16, 3, 3), (16, 3, 3)])
@@ -161,39 +291,30 @@ def test_weights_it_cannot_take_are_refused(shape: tuple[int, ...]) -> None:
         pack_conv3x3(torch.ones(shape))
 
 
-@pytest.mark.parametrize(
-    ("convolution_of", "taken"),
-    [
-        (lambda: nn.Conv2d(64, 128, 3, padding=1), True),
-        (lambda: nn.Conv2d(64, 128, 3, padding=1, bias=False), True),
-        (lambda: nn.Conv2d(64, 64, 1), False),
-        (lambda: nn.Conv2d(64, 64, 3), False),
-        (lambda: nn.Conv2d(64, 64, 3, stride=2, padding=1), False),
-        (lambda: nn.Conv2d(64, 64, 3, padding=2, dilation=2), False),
-        (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=2), False),
-        (lambda: nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), False),
-        (lambda: nn.Conv2d(72, 64, 3, padding=1), False),
-        (lambda: nn.Conv2d(32, 64, 3, padding=1), False),  # slower than PyTorch's
-        (lambda: nn.Conv2d(64, 64, 3, padding=1).double(), False),
-        (lambda: nn.Conv2d(64, 64, 3, padding=1).bfloat16(), False),
-        (lambda: nn.ConvTranspose2d(64, 64, 3, padding=1), False),
-    ],
-)
-def test_the_module_takes_what_it_can_do(convolution_of, taken: bool) -> None:  # noqa: ANN001
-    convolution_ = convolution_of()
-    assert WinogradConv2d.takes(convolution_) == taken
-    if taken:
-        x = torch.randn(2, 64, 7, 9)
-        torch.testing.assert_close(WinogradConv2d(convolution_)(x), convolution_(x), rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("shape", [(16, 16, 1, 1), (24, 16), (16, 8), (0, 16), (16,)])
+def test_pointwise_weights_it_cannot_take_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="conv1x1"):
+        pack_conv1x1(torch.ones(shape))
 
 
-def test_without_the_kernel_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "DEVICES", frozenset())
-    assert not WinogradConv2d.takes(nn.Conv2d(64, 64, 3, padding=1))
+@pytest.mark.parametrize("half", [HALF])
+def test_half_wants_more_output_channels(half: bool) -> None:
+    for pack, shape in ((pack_conv1x1, (80, 16)), (pack_conv3x3, (80, 16, 3, 3))):
+        with pytest.raises(RuntimeError, match="multiple of 64"):
+            pack(torch.ones(shape), half)
 
 
-def test_the_operators_keep_what_they_promise() -> None:
-    x, weight, bias = drawn(2, 16, 32, 5, 6)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_the_operators_keep_what_they_promise(size: int, half: bool) -> None:
+    example = drawn(size, half, 2, 16, 64, 5, 6)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.refdet.pack_conv3x3, (weight,), test_utils=checks)
-    torch.library.opcheck(torch.ops.refdet.conv3x3, (x, pack_conv3x3(weight), bias), test_utils=checks)
+    ops = torch.ops.refdet
+    packed = example.packed()
+    if size == 1:
+        torch.library.opcheck(ops.pack_conv1x1, (example.weight.flatten(1), half), test_utils=checks)
+        for more in ((), (example.run(), True)):
+            torch.library.opcheck(ops.conv1x1, (example.x, *packed, example.bias, *more), test_utils=checks)
+    else:
+        torch.library.opcheck(ops.pack_conv3x3, (example.weight, half), test_utils=checks)
+        torch.library.opcheck(ops.conv3x3, (example.x, *packed, example.bias, True), test_utils=checks)

@@ -27,7 +27,7 @@ from refdet.import_weights import import_weights
 
 ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the seed's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
-# "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for 3x3 convolutions
+# "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for convolutions
 CASES = [(depth, image, "trained") for depth, images in IMAGES.items() for image in images]
 CASES += [(50, "000000249346", "used"), (101, "000000466137", "used")]
 # Least numbers of proposals and detections where more cannot be asked: in the first, 858 anchors have a probability of
@@ -57,8 +57,8 @@ def detectors(
         torch.save(make_state_dict(depth), folder / "seed.pth")
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
-        for form in ("trained", "used"):
-            found[depth, form] = trained.load(folder / str(depth), for_use=form == "used")
+        for form in ("trained", "used", "bfloat16"):
+            found[depth, form] = trained.load(folder / str(depth), for_use=form != "trained", bf16=form == "bfloat16")
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found
 
@@ -167,11 +167,13 @@ def test_given_boxes(case: Case) -> None:
     reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
 )
 @torch.inference_mode()
-def test_bfloat16_is_near(case: Case, key: Key) -> None:
+def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str], trained.TrainedDetector]) -> None:
     """Of given boxes. The 101 layers were not trained, and untrained ones add up what rounding does to each."""
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
-    with torch.autocast("cpu", torch.bfloat16):
-        (found,) = case.model.describe(case.inputs, [case.size], [boxes])
+    used = key[2] == "used"  # as extract-features --precision bfloat16 has it
+    model = detectors[key[0], "bfloat16"].model if used else case.model
+    with torch.autocast("cpu", torch.bfloat16, enabled=not used):
+        (found,) = model.describe(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
     wanted = torch.from_numpy(case.golden["given_fc7"])
     cosine = torch.nn.functional.cosine_similarity(found.fc7, wanted).min().item()
     print(f"cosine of fc7 in bfloat16 {cosine:.5f}")

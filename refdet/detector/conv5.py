@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refdet.detector.resnet import Bottleneck, joined, relu
+from refdet.detector.in_use import BottleneckInUse, convolved
+from refdet.detector.resnet import Bottleneck, relu
 
 
 class EarlyConv5(nn.Module):
@@ -21,15 +22,16 @@ class EarlyConv5(nn.Module):
 
     def __init__(self, stage: nn.Sequential) -> None:
         super().__init__()
-        first = stage[0]
-        if not isinstance(first, Bottleneck) or not can_enter_early(stage):
+        blocks = [block for block in stage if isinstance(block, Bottleneck)]
+        if len(blocks) < len(stage) or not can_enter_early(stage):
             raise TypeError(f"a stage of bottlenecks of stride 1 with a shortcut is needed, not {stage}")
+        first = blocks[0]
         lower, shortcut = first.conv1, first.downsample.get_submodule("0")
         assert isinstance(shortcut, nn.Conv2d)
         self.widths = [lower.out_channels, shortcut.out_channels]
         self.entry = nn.Conv2d(lower.in_channels, sum(self.widths), 1, bias=False)
         self.conv2, self.conv3 = first.conv2, first.conv3
-        self.rest = stage[1:]
+        self.rest = nn.Sequential(*(BottleneckInUse(block) for block in blocks[1:]))
         biases = lower.bias, shortcut.bias, self.conv3.bias
         assert biases[0] is not None and biases[1] is not None and biases[2] is not None
         with torch.no_grad():
@@ -44,8 +46,8 @@ class EarlyConv5(nn.Module):
     def forward(self, entered: Tensor) -> Tensor:
         """Cells (K, C', m, m) -> (K, C, m, m)."""
         lowered, shortcut = entered.split(self.widths, dim=1)
-        y = relu(self.conv2(relu(lowered + self.lower_bias)))
-        return self.rest(joined(self.conv3(y), shortcut))
+        y = convolved(self.conv2, relu(lowered + self.lower_bias), rectify=True)
+        return self.rest(convolved(self.conv3, y, shortcut, rectify=True))
 
 
 def can_enter_early(stage: nn.Module) -> bool:

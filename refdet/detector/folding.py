@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from refdet.detector.conv5 import EarlyConv5, can_enter_early
-from refdet.detector.heads import C4Head
+from refdet.detector.heads import C4Head, MaskPredictor
+from refdet.detector.in_use import BottleneckInUse, pack_layers
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.resnet import FrozenBatchNorm
-from refdet.ops.convolution import WinogradConv2d
+from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
+from refdet.ops.convolution import half_is_quickest
 
 
 def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     """Make of a trained detector one that finds the same and is faster; it is for use alone.
 
-    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.conv5`), 3x3 convolutions have
-    a kernel of their own where there is one (see `refdet.ops.convolution`), and weights lie in channels_last.
+    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.conv5`), layers have kernels of
+    their own where there are some (see `refdet.detector.in_use`), and weights lie in channels_last.
 
     Args:
         model: on the device where it will be used. It is changed and must not be trained or saved afterwards: its
@@ -44,8 +45,12 @@ def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     model.to(memory_format=torch.channels_last)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if WinogradConv2d.takes(child):
-                setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
+            if isinstance(child, Bottleneck):
+                setattr(parent, name, BottleneckInUse(child))
+    half = bf16 and half_is_quickest(next(model.parameters()).device)
+    # a mask predictor reads the weights of its last layer itself
+    keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
+    pack_layers(model, half, frozenset(keep))
     return model
 
 

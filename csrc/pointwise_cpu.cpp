@@ -1,0 +1,223 @@
+// 1x1 convolutions of a detector in use, on the CPU, with bias, shortcut and ReLU: channels in multiples of 16.
+//
+// What: a matrix product of positions and weights (gemm.h), and what is usually done to its result afterwards.
+//
+// Cost: the bytes of the map, of the shortcut and of the result, each once, and the weights once for some hundreds of
+// positions.
+//
+// Why fast: positions are packed once and then meet all weights, sums stay in the first two caches until they are
+// finished, and nothing goes through memory between the product and the ReLU.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "gemm.h"
+#include "positions.h"
+#include "room.h"
+#include "scales.h"
+#include "simd.h"
+#include "weights.h"
+
+namespace refdet {
+namespace {
+
+constexpr int64_t kRows = 48, kWidth = 64;  // positions and output channels whose sums are held at once: 12 kB
+constexpr int64_t kMostRows = 8 * kRows;
+
+template <typename Product>
+struct Result {
+  typename Product::Map* data;
+  int64_t channels;
+  const float *scale, *bias;             // of each channel
+  const typename Product::Map* shortcut;  // or null; is added before ReLU
+  int64_t shortcut_pixel;
+  bool relu;
+};
+
+// Room for a block of positions, and for some sums.
+template <typename Product>
+struct Block {
+  Room<typename Product::Left> left;  // in parts of kDepth channels, those of a part by positions
+  Room<float> scale, sums;            // of each position; of kRows of them kWidth sums each
+
+  Block(int64_t rows, int64_t depth) : left(rows * depth), scale(rows), sums(kRows * kWidth) {}
+};
+
+template <typename Product>
+REFDET_INLINE void pack_rows(const Positions<typename Product::Map>& x, int64_t first, int64_t rows,
+                             Block<Product>& block) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto* from = x.data + (first + row) * x.pixel;
+    float scale = 1;
+    if constexpr (Product::kScaled) {
+      Largest largest;
+      largest.take(from, x.channels);
+      scale = scale_to(Product::kLargest, largest);
+      block.scale.data()[row] = 1 / scale;
+    }
+    for (int64_t part = 0; part < x.channels; part += Product::kDepth) {
+      const int64_t depth = std::min(Product::kDepth, x.channels - part);
+      auto* to = block.left.data() + part * rows + row * depth;
+      for (int64_t c = 0; c < depth; c += kLanes) {
+        Floats numbers;
+        load(from + part + c, numbers);
+        store(Product::kScaled ? numbers * scale : numbers, to + c);
+      }
+    }
+  }
+}
+
+// A part of a block: some positions of it, and output channels.
+struct Part {
+  int64_t row, rows, channel, width;
+};
+
+// What becomes of a part, of a block that begins at the position `first`, from its sums.
+template <typename Product>
+REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const Part part, const Result<Product> y) {
+  const int64_t channel = part.channel;
+  const float *sums = block.sums.data(), *scales = block.scale.data() + part.row;
+  for (int64_t row = 0; row < part.rows; ++row) {
+    const int64_t position = first + part.row + row;
+    auto* to = y.data + position * y.channels + channel;
+    const auto* shortcut = y.shortcut == nullptr ? nullptr : y.shortcut + position * y.shortcut_pixel + channel;
+    for (int64_t c = 0; c < part.width; c += kLanes) {
+      Floats sum, bias;
+      load(sums + row * kWidth + c, sum);
+      load(y.bias + channel + c, bias);
+      if constexpr (Product::kScaled) {
+        Floats scale;
+        load(y.scale + channel + c, scale);
+        sum *= scale * scales[row];
+      }
+      sum += bias;
+      if (shortcut != nullptr) {
+        Floats other;
+        load(shortcut + c, other);
+        sum += other;
+      }
+      if (y.relu) rectify(sum);
+      store(sum, to + c);
+    }
+  }
+}
+
+REFDET_AVX2 void pack_block_avx2(const Positions<float>& x, int64_t first, int64_t rows, Block<Single>& block) {
+  pack_rows(x, first, rows, block);
+}
+
+REFDET_AVX512 void pack_block_avx512(const Positions<float>& x, int64_t first, int64_t rows, Block<Single>& block) {
+  pack_rows(x, first, rows, block);
+}
+
+void pack_block(const Positions<float>& x, int64_t first, int64_t rows, Block<Single>& block) {
+  (has_avx512() ? pack_block_avx512 : pack_block_avx2)(x, first, rows, block);
+}
+
+REFDET_AVX2 void finish_part_avx2(const Block<Single>& block, int64_t first, const Part& part, const Result<Single>& y) {
+  finish_rows(block, first, part, y);
+}
+
+REFDET_AVX512 void finish_part_avx512(const Block<Single>& block, int64_t first, const Part& part,
+                                      const Result<Single>& y) {
+  finish_rows(block, first, part, y);
+}
+
+void finish_part(const Block<Single>& block, int64_t first, const Part& part, const Result<Single>& y) {
+  (has_avx512() ? finish_part_avx512 : finish_part_avx2)(block, first, part, y);
+}
+
+#ifdef REFDET_FLOAT16
+REFDET_FLOAT16 void pack_block(const Positions<c10::BFloat16>& x, int64_t first, int64_t rows, Block<Half>& block) {
+  pack_rows(x, first, rows, block);
+}
+
+REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const Part& part, const Result<Half>& y) {
+  finish_rows(block, first, part, y);
+}
+#endif
+
+// How many positions a block has: as many as half of a second cache holds, but equally many blocks for all threads.
+int64_t rows_of_block(int64_t positions, int64_t depth) {
+  const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes; such processors have 1 MB or more
+  const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();
+  const int64_t turns = (positions + most * threads - 1) / (most * threads);
+  const int64_t rows = (positions + turns * threads - 1) / (turns * threads);
+  return std::max((rows + kRows / 4 - 1) / (kRows / 4) * (kRows / 4), kRows);
+}
+
+template <typename Product>
+void multiply_positions(const Positions<typename Product::Map>& x, const typename Product::Right* weights,
+                        const Result<Product>& y) {
+  const int64_t positions = x.count(), most = rows_of_block(positions, x.channels);
+  at::parallel_for(0, (positions + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
+    Block<Product> block(most, x.channels);
+    for (int64_t first = begin * most; first < std::min(end * most, positions); first += most) {
+      const int64_t rows = std::min(most, positions - first);
+      pack_block(x, first, rows, block);
+      for (int64_t channel = 0; channel < y.channels; channel += kWidth) {
+        for (int64_t row = 0; row < rows; row += kRows) {
+          const Part part{row, std::min(kRows, rows - row), channel, std::min(kWidth, y.channels - channel)};
+          for (int64_t k = 0; k < x.channels; k += Product::kDepth) {
+            const int64_t depth = std::min(Product::kDepth, x.channels - k);
+            Product::multiply(block.left.data() + k * rows + row * depth, depth,
+                              weights + channel * x.channels + k * Product::kPanel, x.channels * Product::kPanel,
+                              part.width / Product::kPanel, depth, part.rows, block.sums.data(), kWidth, k > 0);
+          }
+          finish_part(block, first, part, y);
+        }
+      }
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> pack_conv1x1_cpu(const at::Tensor& weight, bool half) {
+  TORCH_CHECK(weight.dim() == 2, "conv1x1: the weight must be (K, C), got ", weight.sizes());
+  check_weight("conv1x1", weight, half);
+  return pack(weight.contiguous().unsqueeze(0), half);
+}
+
+template <typename Product>
+at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+                       const std::optional<at::Tensor>& shortcut, bool relu) {
+  using Map = typename Product::Map;
+  const int64_t channels = check_packed<Product>("conv1x1", x, weight, scale, bias, 1);
+  const at::Tensor map = with_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
+  at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor added;
+  if (shortcut.has_value()) {
+    TORCH_CHECK(shortcut->sizes() == out.sizes() && shortcut->scalar_type() == out.scalar_type(),
+                "conv1x1: the shortcut must be like the result, ", out.sizes(), ", got ", shortcut->sizes());
+    added = with_positions(*shortcut);
+  }
+  if (out.numel() > 0) {
+    multiply_positions<Product>(
+        Positions<Map>(map), weight.const_data_ptr<typename Product::Right>(),
+        {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(), shift.const_data_ptr<float>(),
+         added.defined() ? added.const_data_ptr<Map>() : nullptr,
+         added.defined() ? distance_of_positions(added) : 0, relu});
+  }
+  return out;
+}
+
+at::Tensor conv1x1_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+                       const std::optional<at::Tensor>& shortcut, bool relu) {
+#ifdef REFDET_FLOAT16
+  if (weight.scalar_type() == at::kHalf) return run_conv1x1<Half>(x, weight, scale, bias, shortcut, relu);
+#endif
+  return run_conv1x1<Single>(x, weight, scale, bias, shortcut, relu);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(refdet, CPU, m) {
+  m.impl("pack_conv1x1", &pack_conv1x1_cpu);
+  m.impl("conv1x1", &conv1x1_cpu);
+}
+
+}  // namespace refdet

@@ -1,0 +1,26 @@
+// Memory for numbers that are between two steps of a kernel.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+
+namespace refdet {
+
+// Room for `count` numbers, from PyTorch's allocator: not initialised, and aligned for vectors of any size.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t count)
+      : bytes_(at::empty({count * static_cast<int64_t>(sizeof(T))}, at::kByte)),
+        data_(reinterpret_cast<T*>(bytes_.mutable_data_ptr<uint8_t>())) {}
+
+  T* data() const { return data_; }
+
+ private:
+  at::Tensor bytes_;
+  T* data_;
+};
+
+}  // namespace refdet

@@ -1,0 +1,193 @@
+"""Layers of a detector that is used and no longer trained, made of those that were: convolutions with a compiled
+kernel where there is one, each in one step with the sum and the ReLU after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from refdet.detector.resnet import Bottleneck
+from refdet.ops.convolution import CHANNELS, OUTPUTS, Packed, conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
+
+WORTHWHILE = 64  # channels below which PyTorch's own convolution is the faster one
+
+
+class PackedLayer(nn.Module):
+    """What the packed layers share: a layer's weights as the kernels take them.
+
+    Args:
+        packed: its weights.
+        bias: (K,), or None for zeros.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", packed.weight)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("bias", torch.zeros_like(packed.scale) if bias is None else bias.detach().float().clone())
+        self.dtype = torch.bfloat16 if packed.weight.dtype == torch.float16 else torch.float32
+
+    def _packed(self) -> tuple[Packed, Tensor]:
+        return Packed(self.get_buffer("weight"), self.get_buffer("scale")), self.get_buffer("bias")
+
+    @staticmethod
+    def _weight(layer: nn.Conv2d | nn.Linear | nn.ConvTranspose2d) -> Tensor:
+        return layer.weight.detach().float()
+
+
+class PackedConv2d(PackedLayer):
+    """A convolution by a kernel of `refdet.ops.convolution`; the arithmetic is what that says, whatever the map is.
+
+    Args:
+        convolution: is not changed; `takes` says which ones will do.
+        half: see `refdet.ops.convolution`.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, half: bool = False) -> None:
+        weight = self._weight(convolution)
+        pointwise = convolution.kernel_size == (1, 1)
+        super().__init__(
+            pack_conv1x1(weight.flatten(1), half) if pointwise else pack_conv3x3(weight, half), convolution.bias
+        )
+        self.pointwise, self.stride = pointwise, convolution.stride
+
+    @staticmethod
+    def takes(module: nn.Module, half: bool = False) -> bool:
+        """Whether a module is a convolution for which a kernel is there and faster."""
+        if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
+            return False
+        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0)
+        filtered = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
+        return (
+            (pointwise or filtered)
+            and module.dilation == (1, 1)
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and _fits(module.in_channels, module.out_channels, module.weight.device, half)
+        )
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
+        """x (N, C, H, W) -> (N, K, H / stride, W / stride), in the type of x; a shortcut like that is added."""
+        packed, bias = self._packed()
+        given = x.to(self.dtype)
+        if not self.pointwise:
+            if shortcut is None:
+                return conv3x3(given, packed, bias, rectify).to(x.dtype)
+            return _ended(conv3x3(given, packed, bias).to(x.dtype), shortcut, rectify)
+        if self.stride != (1, 1):
+            given = given[:, :, :: self.stride[0], :: self.stride[1]]
+        shortcut = None if shortcut is None else shortcut.to(self.dtype)
+        return conv1x1(given, packed, bias, shortcut, rectify).to(x.dtype)
+
+
+class PackedLinear(PackedLayer):
+    """A linear layer by the kernel of 1x1 convolutions.
+
+    Args:
+        linear: is not changed; `takes` says which ones will do.
+        half: see `refdet.ops.convolution`.
+    """
+
+    def __init__(self, linear: nn.Linear, half: bool = False) -> None:
+        super().__init__(pack_conv1x1(self._weight(linear), half), linear.bias)
+
+    @staticmethod
+    def takes(module: nn.Module, half: bool = False) -> bool:
+        """Whether a module is a linear layer for which the kernel is there and faster, which it is with `half` only."""
+        if not half or not isinstance(module, nn.Linear) or module.weight.dtype != _dtype(half):
+            return False
+        return _fits(module.in_features, module.out_features, module.weight.device, half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) -> (N, K), in the type of x."""
+        packed, bias = self._packed()
+        return conv1x1(x.to(self.dtype)[:, :, None, None], packed, bias).flatten(1).to(x.dtype)
+
+
+class PackedUpsampling(PackedLayer):
+    """A transposed convolution of 2x2 with stride 2, whose results do not overlap, by the kernel of 1x1 convolutions.
+
+    Args:
+        convolution: is not changed; `takes` says which ones will do.
+        half: see `refdet.ops.convolution`.
+    """
+
+    def __init__(self, convolution: nn.ConvTranspose2d, half: bool = False) -> None:
+        weight = self._weight(convolution).permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * K, C)
+        bias = None if convolution.bias is None else convolution.bias.repeat(4)
+        super().__init__(pack_conv1x1(weight.contiguous(), half), bias)
+
+    @staticmethod
+    def takes(module: nn.Module, half: bool = False) -> bool:
+        """Whether a module is such a layer for which the kernel is there and faster."""
+        if not isinstance(module, nn.ConvTranspose2d) or module.weight.dtype != _dtype(half):
+            return False
+        return (
+            module.kernel_size == module.stride == (2, 2)
+            and module.padding == module.output_padding == (0, 0)
+            and module.dilation == (1, 1)
+            and module.groups == 1
+            and _fits(module.in_channels, module.out_channels, module.weight.device, half)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> (N, K, 2H, 2W), in the type of x."""
+        packed, bias = self._packed()
+        y = conv1x1(x.to(self.dtype), packed, bias).to(x.dtype)
+        apart = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # N, H, W, 2, 2, K
+        return apart.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+class BottleneckInUse(nn.Module):
+    """A bottleneck whose norms are folded into its convolutions.
+
+    Args:
+        block: its layers become those of this.
+    """
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        if not all(isinstance(norm, nn.Identity) for norm in (block.bn1, block.bn2, block.bn3)):
+            raise TypeError("the norms of a bottleneck in use must have been folded")
+        self.conv1, self.conv2, self.conv3, self.downsample = block.conv1, block.conv2, block.conv3, block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
+        y = convolved(self.conv2, convolved(self.conv1, x, rectify=True), rectify=True)
+        return convolved(self.conv3, y, self.downsample(x), rectify=True)
+
+
+def convolved(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
+    """A convolution, packed or not, of x (N, C, H, W), the sum with a shortcut like its result, and ReLU."""
+    if isinstance(convolution, PackedConv2d):
+        return convolution(x, shortcut, rectify)
+    return _ended(convolution(x), shortcut, rectify)
+
+
+def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
+    """Put packed layers in the place of those that can be, but for `keep` and what is in them."""
+    for name, child in list(model.named_children()):
+        if child in keep:
+            continue
+        for packed in (PackedConv2d, PackedLinear, PackedUpsampling):
+            if packed.takes(child, half):
+                setattr(model, name, packed(child, half))  # type: ignore[arg-type]
+                break
+        else:
+            pack_layers(child, half, keep)
+
+
+def _ended(y: Tensor, shortcut: Tensor | None, rectify: bool) -> Tensor:
+    """y, which nobody else holds, and a shortcut, and ReLU of that."""
+    if shortcut is not None:
+        y = y.add_(shortcut)
+    return y.relu_() if rectify else y
+
+
+def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
+    worthwhile = min(inputs, outputs) >= WORTHWHILE
+    return worthwhile and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_products(device, half)
+
+
+def _dtype(half: bool) -> torch.dtype:
+    return torch.bfloat16 if half else torch.float32

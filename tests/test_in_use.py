@@ -1,0 +1,153 @@
+"""The layers of a detector in use beside those they are made of."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from refdet.detector import in_use
+from refdet.detector.in_use import (
+    BottleneckInUse,
+    PackedConv2d,
+    PackedLinear,
+    PackedUpsampling,
+    convolved,
+    pack_layers,
+)
+from refdet.detector.resnet import Bottleneck
+from refdet.ops import convolution
+from refdet.ops.convolution import half_is_quickest, has_products
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or the processor has no AVX2")
+SINGLE = pytest.param(False, id="single")
+HALF = pytest.param(
+    True, id="half", marks=pytest.mark.skipif(not has_products(CPU, half=True), reason="the processor has no float16")
+)
+TOLERANCE = {False: 1e-4, True: 0.1}
+Make = Callable[[], nn.Module]
+
+
+def beside(layer: nn.Module, packed: nn.Module, x: torch.Tensor, half: bool) -> None:
+    """Both layers give the same of x, in the layout that networks use."""
+    x = x.bfloat16() if half else x
+    wanted, found = layer.float()(x.float()), packed(x)
+    assert found.dtype == x.dtype and found.shape == wanted.shape
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=TOLERANCE[half])
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [
+        (lambda: nn.Conv2d(64, 128, 3, padding=1), True),
+        (lambda: nn.Conv2d(64, 128, 3, padding=1, bias=False), True),
+        (lambda: nn.Conv2d(64, 64, 1), True),
+        (lambda: nn.Conv2d(64, 64, 1, stride=2, bias=False), True),
+        (lambda: nn.Conv2d(64, 64, 1, padding=1), False),
+        (lambda: nn.Conv2d(64, 64, 3), False),
+        (lambda: nn.Conv2d(64, 64, 3, stride=2, padding=1), False),
+        (lambda: nn.Conv2d(64, 64, 3, padding=2, dilation=2), False),
+        (lambda: nn.Conv2d(64, 64, 3, padding=1, groups=2), False),
+        (lambda: nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), False),
+        (lambda: nn.Conv2d(72, 64, 3, padding=1), False),
+        (lambda: nn.Conv2d(64, 72, 1), False),
+        (lambda: nn.Conv2d(32, 64, 3, padding=1), False),  # slower than PyTorch's
+        (lambda: nn.Conv2d(64, 64, 3, padding=1).double(), False),
+        (lambda: nn.ConvTranspose2d(64, 64, 3, padding=1), False),
+        (lambda: nn.Linear(64, 64), False),
+    ],
+)
+def test_convolutions(make: Make, taken: bool, half: bool) -> None:
+    layer = make()
+    if half and next(layer.parameters()).dtype == torch.float32:
+        assert not PackedConv2d.takes(layer, half)  # its weights are not bfloat16
+        layer = layer.bfloat16()
+    assert PackedConv2d.takes(layer, half) == taken
+    if taken:
+        assert not half or not PackedConv2d.takes(layer, False)
+        beside(layer, PackedConv2d(layer, half), torch.randn(2, 64, 7, 9), half)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling(half: bool, bias: bool) -> None:
+    layer = nn.ConvTranspose2d(128, 64, 2, 2, bias=bias)
+    layer = layer.bfloat16() if half else layer
+    assert PackedUpsampling.takes(layer, half)
+    for x in (torch.randn(3, 128, 7, 7), torch.randn(1, 128, 1, 5), torch.zeros(0, 128, 7, 7)):
+        beside(copy.deepcopy(layer), PackedUpsampling(layer, half), x, half)
+
+
+@pytest.mark.parametrize("more", [{"stride": 1}, {"padding": 1}, {"groups": 2}, {"output_padding": 1}])
+def test_other_upsampling_is_left(more: dict[str, int]) -> None:
+    assert not PackedUpsampling.takes(nn.ConvTranspose2d(64, 64, 2, **{"stride": 2, **more}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("half", [HALF])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_in_half(half: bool, bias: bool) -> None:
+    layer = nn.Linear(192, 128, bias=bias).bfloat16()
+    assert PackedLinear.takes(layer, half) and not PackedLinear.takes(layer) and not PackedLinear.takes(layer.float())
+    for rows in (5, 0):
+        beside(layer, PackedLinear(layer, half), torch.randn(rows, 192), half)
+
+
+def folded_bottleneck(stride: int, in_1x1: bool) -> Bottleneck:
+    torch.manual_seed(0)
+    block = Bottleneck(64, 64, stride, lambda _: nn.Identity(), in_1x1)
+    return block.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+@pytest.mark.parametrize(("stride", "in_1x1"), [(1, False), (2, True), (2, False)])
+@torch.inference_mode()
+def test_a_bottleneck(half: bool, stride: int, in_1x1: bool) -> None:
+    block = folded_bottleneck(stride, in_1x1)
+    used = BottleneckInUse(copy.deepcopy(block))
+    x = torch.randn(2, 64, 12, 14).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(used(x), block(x), rtol=0, atol=1e-5)  # without packed layers
+    if half:
+        used.to(torch.bfloat16)
+    pack_layers(used, half)
+    packed = [isinstance(layer, PackedConv2d) for layer in (used.conv1, used.conv2, used.conv3, used.downsample[0])]
+    assert packed == [True, in_1x1 or stride == 1, True, True]  # a 3x3 with a stride is PyTorch's
+    found = used(x.bfloat16() if half else x)
+    torch.testing.assert_close(found.float(), block(x), rtol=0, atol=TOLERANCE[half])
+
+
+def test_a_bottleneck_with_norms_is_refused() -> None:
+    with pytest.raises(TypeError, match="folded"):
+        BottleneckInUse(Bottleneck(64, 64, 1, nn.BatchNorm2d, False))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.inference_mode()
+def test_a_sum_after_any_convolution(kernel: int) -> None:
+    layer = nn.Conv2d(64, 64, kernel, padding=kernel // 2)
+    x, shortcut = torch.randn(2, 64, 5, 6), torch.randn(2, 64, 5, 6)
+    before = shortcut.clone()
+    for rectify in (False, True):
+        wanted = layer(x) + shortcut
+        for one in (layer, PackedConv2d(layer)):
+            found = convolved(one, x, shortcut, rectify)
+            torch.testing.assert_close(found, wanted.relu() if rectify else wanted, rtol=0, atol=1e-4)
+            assert torch.equal(shortcut, before)
+
+
+def test_what_is_to_be_kept_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1)))
+    pack_layers(model, False, frozenset((model[1][1],)))
+    assert [type(layer) for layer in (model[0], *model[1])] == [PackedConv2d, PackedConv2d, nn.Conv2d]
+
+
+def test_without_the_kernels_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "DEVICES", frozenset())
+    for half in (False, True):
+        for layer in (nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 2, 2), nn.Linear(64, 64)):
+            layer = layer.bfloat16() if half else layer
+            kinds = (in_use.PackedConv2d, in_use.PackedUpsampling, in_use.PackedLinear)
+            assert not any(kind.takes(layer, half) for kind in kinds)
+    assert not half_is_quickest(CPU)
