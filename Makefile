@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := $(wildcard csrc/*)
 CUDA_SOURCES := $(wildcard csrc/*.cu)
-OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py tests/test_convolution.py)
+OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py tests/test_convolution.py tests/test_in_use.py)
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help

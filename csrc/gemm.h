@@ -43,11 +43,14 @@ struct Half {
   static constexpr float kLargest = 256, kHeaviest = 128;  // their product is half of what float16 can hold
 
   static bool can();
+
+  // As that of `Single`.
   static void multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance, int64_t panels,
                        int64_t depth, int64_t rows, float* c, int64_t c_row, bool add);
 };
 
-// Whether the processor multiplies matrices of bfloat16 numbers as a whole (AMX), which nothing here does.
+// Whether the processor multiplies matrices of bfloat16 numbers as a whole (AMX), which nothing here does; false where
+// there are no kernels for `Half`.
 bool has_matrix_units();
 
 }  // namespace refdet

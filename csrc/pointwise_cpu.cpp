@@ -93,7 +93,7 @@ REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const
       if constexpr (Product::kScaled) {
         Floats scale;
         load(y.scale + channel + c, scale);
-        sum *= scale * scales[row];
+        sum = sum * scales[row] * scale;  // their product alone may overflow
       }
       sum += bias;
       if (shortcut != nullptr) {
@@ -142,13 +142,13 @@ REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const P
 }
 #endif
 
-// How many positions a block has: as many as half of a second cache holds, but equally many blocks for all threads.
+// How many positions a block has: as many as the second cache holds beside weights, but equally many for all threads.
 int64_t rows_of_block(int64_t positions, int64_t depth) {
-  const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes; such processors have 1 MB or more
+  const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
   const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();
   const int64_t turns = (positions + most * threads - 1) / (most * threads);
   const int64_t rows = (positions + turns * threads - 1) / (turns * threads);
-  return std::max((rows + kRows / 4 - 1) / (kRows / 4) * (kRows / 4), kRows);
+  return (rows + kRows / 4 - 1) / (kRows / 4) * (kRows / 4);
 }
 
 template <typename Product>

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "gemm.h"
+#include "simd.h"
 
 TORCH_LIBRARY(refdet, m) {
   m.def("has_cuda() -> bool", []() {
@@ -19,6 +20,7 @@ TORCH_LIBRARY(refdet, m) {
   // float32 products, and those of float16 numbers, on this processor
   m.def("has_products(bool half) -> bool",
         [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });
+  m.def("has_avx512() -> bool", []() { return refdet::has_avx512(); });
   m.def("has_matrix_units() -> bool", &refdet::has_matrix_units);
   m.def("pack_conv3x3(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor scale, Tensor bias, bool relu=False) -> Tensor");

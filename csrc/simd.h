@@ -70,7 +70,6 @@ REFDET_INLINE void store(const Floats& from, c10::BFloat16* to) {
 }
 
 inline bool has_avx512() {
-// Compiled for one kind of processor; whoever calls asks whether it is there.
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -18,21 +18,22 @@ constexpr at::ScalarType kTypeOf = c10::CppTypeToScalarType<T>::value;
 template <typename Product>
 void check_processor(const char* name) {
   TORCH_CHECK(Product::can(), name, ": this processor has no ",
-              Product::kScaled ? "AVX512-FP16" : "AVX2 or no fused multiply-adds");
+              Product::kScaled ? "AVX512-FP16, or the kernel was built by a compiler without it"
+                               : "AVX2 or no fused multiply-adds");
 }
 
 // The power of two by which the weights of a channel are multiplied, see `Half`.
 float scale_of(const float* weights, int64_t matrices, int64_t distance, int64_t in) {
-  float heaviest = 0;
+  double heaviest = 0;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {
     for (int64_t k = 0; k < in; k += Half::kRun) {
-      float sum = 0;
+      double sum = 0;
       for (int64_t c = k; c < std::min(k + Half::kRun, in); ++c) sum += std::abs(weights[matrix * distance + c]);
       heaviest = sum <= heaviest ? heaviest : sum;
     }
   }
   if (!(heaviest > 0) || !std::isfinite(heaviest)) return 1;
-  return std::ldexp(1.0f, std::clamp(std::ilogb(Half::kHeaviest / heaviest), -100, 100));
+  return std::ldexp(1.0f, std::clamp(std::ilogb(Half::kHeaviest / heaviest), -126, 100));
 }
 
 template <typename Product>

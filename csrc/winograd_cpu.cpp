@@ -157,10 +157,7 @@ REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const 
   for (int64_t c = 0; c < y.channels; c += kLanes) {
     Floats values[kHigh][kWide], half[down][kWide], results[across], bias, scales;
     load(y.bias + c, bias);
-    if constexpr (Product::kScaled) {
-      load(y.scale + c, scales);
-      scales *= tile_scale;
-    }
+    if constexpr (Product::kScaled) load(y.scale + c, scales);
     for (int i = 0; i < kHigh; ++i) {
       for (int j = 0; j < kWide; ++j) {
         const int64_t at = block.at(i * kPoints + j, y.channels) + block.slot(row, column, i, j) * y.channels;
@@ -173,7 +170,9 @@ REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const 
       for (int j = 0; j < across; ++j) {
         const int64_t at_y = top + i, at_x = left + j;
         if (at_y >= x.height || at_x >= x.width) continue;
-        Floats result = Product::kScaled ? results[j] * scales + bias : results[j] + bias;
+        Floats result = results[j];
+        if constexpr (Product::kScaled) result = result * tile_scale * scales;
+        result += bias;
         if (y.relu) rectify(result);
         store(result, image + (at_y * x.width + at_x) * y.channels + c);
       }

@@ -19,8 +19,8 @@ HALF = pytest.param(
 )
 KINDS = [(size, half) for size in (1, 3) for half in (False, True) if not half or has_products(CPU, half=True)]
 
-# of a result of a standard deviation of 1, with up to 512 channels: several times what was seen
-TOLERANCE = {False: 1e-4, True: 0.1}
+# of a result of a standard deviation of 1, with up to 512 channels: more than twice what was seen
+TOLERANCE = {False: 1e-4, True: 0.2}
 
 
 class Example(NamedTuple):
@@ -59,7 +59,7 @@ def drawn(
 
 
 @given(
-    kind=st.sampled_from(KINDS or [(1, False)]),
+    kind=st.sampled_from(KINDS),
     images=st.integers(1, 3),
     inputs=st.sampled_from((16, 48, 272)),
     outputs=st.sampled_from((64, 128)),
@@ -109,7 +109,7 @@ def test_half_is_about_as_near_as_bfloat16(size: int) -> None:
     assert ours < (1.3 if size == 1 else 4) * theirs
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-10, 1e-4, 1e4, 1e10, 1e30])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-10, 1e-4, 1e4, 1e10, 1e30, 1e35])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("half", [SINGLE, HALF])
 def test_no_magnitude_overflows_or_vanishes(size: int, half: bool, magnitude: float) -> None:
@@ -129,6 +129,16 @@ def test_no_magnitude_overflows_or_vanishes(size: int, half: bool, magnitude: fl
     kept = (scale < 1e38) & (scale > 1e-38)  # what float32 and bfloat16 can hold
     close = torch.isclose(found / scale, wanted, rtol=0, atol=TOLERANCE[half])
     assert bool((close | ~kept).all())
+
+
+@pytest.mark.parametrize("half", [SINGLE, HALF])
+def test_huge_numbers_that_meet_nothing(half: bool) -> None:
+    """Their scales together are beyond float32, and what they are to scale is 0."""
+    for size in (1, 3):
+        x, weight, bias = drawn(size, half, 1, 16, 64, 7, 7)
+        x, weight = torch.zeros_like(x), torch.zeros_like(weight)
+        x[:, 0], weight[:, 1] = 1e30, 1e30
+        assert torch.equal(Example(x, weight, bias).run(), bias.to(x.dtype)[None, :, None, None].expand(1, 64, 7, 7))
 
 
 @pytest.mark.parametrize("half", [SINGLE, HALF])

@@ -18,7 +18,7 @@ from refdet.detector.in_use import (
 )
 from refdet.detector.resnet import Bottleneck
 from refdet.ops import convolution
-from refdet.ops.convolution import half_is_quickest, has_products
+from refdet.ops.convolution import half_is_quickest, has_products, pointwise_is_quicker
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or the processor has no AVX2")
@@ -32,7 +32,7 @@ Make = Callable[[], nn.Module]
 
 def beside(layer: nn.Module, packed: nn.Module, x: torch.Tensor, half: bool) -> None:
     """Both layers give the same of x, in the layout that networks use."""
-    x = x.bfloat16() if half else x
+    x = (x.bfloat16() if half else x).to(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
     wanted, found = layer.float()(x.float()), packed(x)
     assert found.dtype == x.dtype and found.shape == wanted.shape
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=TOLERANCE[half])
@@ -65,6 +65,8 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
     if half and next(layer.parameters()).dtype == torch.float32:
         assert not PackedConv2d.takes(layer, half)  # its weights are not bfloat16
         layer = layer.bfloat16()
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        taken = taken and pointwise_is_quicker(CPU, half)
     assert PackedConv2d.takes(layer, half) == taken
     if taken:
         assert not half or not PackedConv2d.takes(layer, False)
@@ -76,7 +78,7 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
 def test_upsampling(half: bool, bias: bool) -> None:
     layer = nn.ConvTranspose2d(128, 64, 2, 2, bias=bias)
     layer = layer.bfloat16() if half else layer
-    assert PackedUpsampling.takes(layer, half)
+    assert PackedUpsampling.takes(layer, half) == pointwise_is_quicker(CPU, half)
     for x in (torch.randn(3, 128, 7, 7), torch.randn(1, 128, 1, 5), torch.zeros(0, 128, 7, 7)):
         beside(copy.deepcopy(layer), PackedUpsampling(layer, half), x, half)
 
@@ -113,7 +115,8 @@ def test_a_bottleneck(half: bool, stride: int, in_1x1: bool) -> None:
         used.to(torch.bfloat16)
     pack_layers(used, half)
     packed = [isinstance(layer, PackedConv2d) for layer in (used.conv1, used.conv2, used.conv3, used.downsample[0])]
-    assert packed == [True, in_1x1 or stride == 1, True, True]  # a 3x3 with a stride is PyTorch's
+    pointwise = pointwise_is_quicker(CPU, half)
+    assert packed == [pointwise, in_1x1 or stride == 1, pointwise, pointwise]  # a 3x3 with a stride is PyTorch's
     found = used(x.bfloat16() if half else x)
     torch.testing.assert_close(found.float(), block(x), rtol=0, atol=TOLERANCE[half])
 
@@ -138,7 +141,8 @@ def test_a_sum_after_any_convolution(kernel: int) -> None:
 
 
 def test_what_is_to_be_kept_is_kept() -> None:
-    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1)))
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2)))
+    model[1] = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2)))
     pack_layers(model, False, frozenset((model[1][1],)))
     assert [type(layer) for layer in (model[0], *model[1])] == [PackedConv2d, PackedConv2d, nn.Conv2d]
 

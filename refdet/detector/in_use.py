@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from refdet.detector.resnet import Bottleneck
-from refdet.ops.convolution import CHANNELS, OUTPUTS, Packed, conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
+from refdet.ops.convolution import (
+    CHANNELS,
+    OUTPUTS,
+    Packed,
+    conv1x1,
+    conv3x3,
+    has_products,
+    pack_conv1x1,
+    pack_conv3x3,
+    pointwise_is_quicker,
+)
 
 WORTHWHILE = 64  # channels below which PyTorch's own convolution is the faster one
 
@@ -54,16 +64,17 @@ class PackedConv2d(PackedLayer):
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a convolution for which a kernel is there and faster."""
-        if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
+        if type(module) is not nn.Conv2d or module.weight.dtype != _dtype(half):
             return False
-        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0)
+        device = module.weight.device
+        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and pointwise_is_quicker(device, half)
         filtered = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
         return (
             (pointwise or filtered)
             and module.dilation == (1, 1)
             and module.groups == 1
             and module.padding_mode == "zeros"
-            and _fits(module.in_channels, module.out_channels, module.weight.device, half)
+            and _fits(module.in_channels, module.out_channels, device, half)
         )
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
@@ -94,7 +105,7 @@ class PackedLinear(PackedLayer):
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a linear layer for which the kernel is there and faster, which it is with `half` only."""
-        if not half or not isinstance(module, nn.Linear) or module.weight.dtype != _dtype(half):
+        if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
         return _fits(module.in_features, module.out_features, module.weight.device, half)
 
@@ -120,13 +131,14 @@ class PackedUpsampling(PackedLayer):
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is such a layer for which the kernel is there and faster."""
-        if not isinstance(module, nn.ConvTranspose2d) or module.weight.dtype != _dtype(half):
+        if type(module) is not nn.ConvTranspose2d or module.weight.dtype != _dtype(half):
             return False
         return (
             module.kernel_size == module.stride == (2, 2)
             and module.padding == module.output_padding == (0, 0)
             and module.dilation == (1, 1)
             and module.groups == 1
+            and pointwise_is_quicker(module.weight.device, half)
             and _fits(module.in_channels, module.out_channels, module.weight.device, half)
         )
 
@@ -165,7 +177,7 @@ def convolved(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None,
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
-    """Put packed layers in the place of those that can be, but for `keep` and what is in them."""
+    """Put packed layers in the place of those in a model that can be, but for `keep` and what is in them."""
     for name, child in list(model.named_children()):
         if child in keep:
             continue
