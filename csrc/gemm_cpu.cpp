@@ -145,52 +145,64 @@ void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int
 #ifdef REFDET_FLOAT16
 namespace {
 
-// One panel of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the compiler would widen _Float16
-// where it does not know yet for which processor it compiles.
-template <int rows>
+// sum += a * b. In assembler: the compiler would let sums and factors change places between registers, of which there are
+// few to spare, and keep some in memory.
+REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& b, __m512h& sum) {
+  asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
+// A run of depth; `panels` panels of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the compiler
+// would widen _Float16 where it does not know yet for which processor it compiles.
+template <int rows, int panels>
 REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t a_row, const c10::Half* panel,
-                                                     int64_t depth, float* c, int64_t c_row, bool add) {
-  constexpr int kVectors = 2, kStep = Half::kPanel / kVectors;
-  for (int64_t begin = 0; begin < depth; begin += Half::kRun, add = true) {
-    const int64_t end = begin + Half::kRun < depth ? begin + Half::kRun : depth;
-    __m512h sum[rows][kVectors];
+                                                     int64_t distance, int64_t depth, float* c, int64_t c_row,
+                                                     bool add) {
+  constexpr int kVectors = 2 * panels, kStep = Half::kPanel / 2;
+  __m512h sum[rows][kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ph();
-    RowGroups<uint32_t, rows> groups(a + begin, a_row);
-    for (int64_t k = begin; k < end; k += kUnrolled, groups.advance()) {
-      const c10::Half* right = panel + k * Half::kPanel;
+  for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnrolled; ++u, right += Half::kPanel) {
-        const __m512h columns[kVectors] = {_mm512_loadu_ph(right), _mm512_loadu_ph(right + kStep)};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ph();
+  }
+  RowGroups<uint32_t, rows> groups(a, a_row);
+  for (int64_t k = 0; k < depth; k += kUnrolled, groups.advance()) {
+    const c10::Half* right = panel + k * Half::kPanel;
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnrolled; ++u, right += Half::kPanel) {
+      __m512h columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_ph(right + v / 2 * distance + v % 2 * kStep);
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const auto number = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.number(r, u))));
-          sum[r][0] = _mm512_fmadd_ph(number, columns[0], sum[r][0]);
-          sum[r][1] = _mm512_fmadd_ph(number, columns[1], sum[r][1]);
-        }
+      for (int r = 0; r < rows; ++r) {
+        const auto number = _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(groups.number(r, u))));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) multiply_add(number, columns[v], sum[r][v]);
       }
     }
+  }
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-      for (int part = 0; part < 2 * kVectors; ++part) {
-        const __m512i bits = _mm512_castph_si512(sum[r][part / 2]);
-        const __m256i half = part % 2 == 0 ? _mm512_castsi512_si256(bits) : _mm512_extracti64x4_epi64(bits, 1);
-        const __m512 wide = _mm512_cvtph_ps(half);
-        float* result = c + r * c_row + part * 16;
-        _mm512_storeu_ps(result, add ? _mm512_add_ps(_mm512_loadu_ps(result), wide) : wide);
-      }
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int part = 0; part < 2 * kVectors; ++part) {
+      const __m512i bits = _mm512_castph_si512(sum[r][part / 2]);
+      const __m256i half = part % 2 == 0 ? _mm512_castsi512_si256(bits) : _mm512_extracti64x4_epi64(bits, 1);
+      const __m512 wide = _mm512_cvtph_ps(half);
+      float* result = c + r * c_row + part * 16;
+      _mm512_storeu_ps(result, add ? _mm512_add_ps(_mm512_loadu_ps(result), wide) : wide);
     }
   }
 }
 
-template <int most>
+template <int most, int panels>
 REFDET_FLOAT16 REFDET_INLINE void multiply_half_all(const uint32_t* a, int64_t a_row, const c10::Half* panel,
-                                                    int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
+                                                    int64_t distance, int64_t depth, int64_t rows, float* c,
+                                                    int64_t c_row, bool add) {
   for (; rows >= most; rows -= most, a += most * a_row, c += most * c_row) {
-    multiply_half_rows<most>(a, a_row, panel, depth, c, c_row, add);
+    multiply_half_rows<most, panels>(a, a_row, panel, distance, depth, c, c_row, add);
   }
-  if constexpr (most > 1) multiply_half_all<most / 2>(a, a_row, panel, depth, rows, c, c_row, add);
+  if constexpr (most > 1) {
+    multiply_half_all<most / 2, panels>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  }
 }
 
 }  // namespace
@@ -199,10 +211,20 @@ bool Half::can() { return has_float16(); }
 
 bool has_matrix_units() { return __builtin_cpu_supports("amx-bf16"); }
 
+// A run of a pair of panels stays in the first cache while all rows go by.
 REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance,
                                    int64_t panels, int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
-  for (int64_t p = 0; p < panels; ++p, panel += distance, c += kPanel) {
-    multiply_half_all<12>(a, a_row, panel, depth, rows, c, c_row, add);
+  for (int64_t k = 0; k < depth; k += kRun, add = true) {
+    const int64_t run = depth - k < kRun ? depth - k : kRun;
+    const c10::Half* right = panel + k * kPanel;
+    for (int64_t p = 0; p < panels; p += 2, right += 2 * distance) {
+      float* to = c + p * kPanel;
+      if (panels - p >= 2) {
+        multiply_half_all<6, 2>(a + k, a_row, right, distance, run, rows, to, c_row, add);
+      } else {
+        multiply_half_all<12, 1>(a + k, a_row, right, distance, run, rows, to, c_row, add);
+      }
+    }
   }
 }
 

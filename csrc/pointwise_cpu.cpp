@@ -8,7 +8,6 @@
 // Why fast: positions are packed once and then meet all weights, sums stay in the first two caches until they are
 // finished, and nothing goes through memory between the product and the ReLU.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -20,14 +19,15 @@
 #include "positions.h"
 #include "room.h"
 #include "scales.h"
+#include "share.h"
 #include "simd.h"
 #include "weights.h"
 
 namespace refdet {
 namespace {
 
-constexpr int64_t kRows = 48, kWidth = 64;  // positions and output channels whose sums are held at once: 12 kB
-constexpr int64_t kMostRows = 8 * kRows;
+constexpr int64_t kRows = 48, kWidth = 128;  // positions and output channels whose sums are held at once: 24 kB
+constexpr int64_t kMostRows = 5 * kRows;
 
 template <typename Product>
 struct Result {
@@ -155,22 +155,20 @@ template <typename Product>
 void multiply_positions(const Positions<typename Product::Map>& x, const typename Product::Right* weights,
                         const Result<Product>& y) {
   const int64_t positions = x.count(), most = rows_of_block(positions, x.channels);
-  at::parallel_for(0, (positions + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
-    Block<Product> block(most, x.channels);
-    for (int64_t first = begin * most; first < std::min(end * most, positions); first += most) {
-      const int64_t rows = std::min(most, positions - first);
-      pack_block(x, first, rows, block);
-      for (int64_t channel = 0; channel < y.channels; channel += kWidth) {
-        for (int64_t row = 0; row < rows; row += kRows) {
-          const Part part{row, std::min(kRows, rows - row), channel, std::min(kWidth, y.channels - channel)};
-          for (int64_t k = 0; k < x.channels; k += Product::kDepth) {
-            const int64_t depth = std::min(Product::kDepth, x.channels - k);
-            Product::multiply(block.left.data() + k * rows + row * depth, depth,
-                              weights + channel * x.channels + k * Product::kPanel, x.channels * Product::kPanel,
-                              part.width / Product::kPanel, depth, part.rows, block.sums.data(), kWidth, k > 0);
-          }
-          finish_part(block, first, part, y);
+  const auto start = [&] { return Block<Product>(most, x.channels); };
+  share((positions + most - 1) / most, start, [&](Block<Product>& block, int64_t piece) {
+    const int64_t first = piece * most, rows = std::min(most, positions - first);
+    pack_block(x, first, rows, block);
+    for (int64_t channel = 0; channel < y.channels; channel += kWidth) {
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const Part part{row, std::min(kRows, rows - row), channel, std::min(kWidth, y.channels - channel)};
+        for (int64_t k = 0; k < x.channels; k += Product::kDepth) {
+          const int64_t depth = std::min(Product::kDepth, x.channels - k);
+          Product::multiply(block.left.data() + k * rows + row * depth, depth,
+                            weights + channel * x.channels + k * Product::kPanel, x.channels * Product::kPanel,
+                            part.width / Product::kPanel, depth, part.rows, block.sums.data(), kWidth, k > 0);
         }
+        finish_part(block, first, part, y);
       }
     }
   });

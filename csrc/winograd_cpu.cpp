@@ -23,6 +23,7 @@
 #include "positions.h"
 #include "room.h"
 #include "scales.h"
+#include "share.h"
 #include "simd.h"
 #include "weights.h"
 #include "winograd.h"
@@ -31,7 +32,7 @@ namespace refdet {
 namespace {
 
 constexpr int64_t kTilesAtOnce = 144;  // or one row of them, where that is more
-constexpr int64_t kWidthAtOnce = 64;   // output channels of a piece of work
+constexpr int64_t kWidthAtOnce = 128;  // output channels of a piece of work
 
 template <typename Product>
 struct Result {
@@ -245,25 +246,25 @@ REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Bl
 }
 #endif
 
-// At each point, numbers of tiles times weights. One piece of work is some output channels of a point. A thread does all
-// channels of a point before it goes to the next, so that the tiles' numbers stay in its second cache; points that few
-// tiles use, which are neighbours, go to different threads.
+// At each point, numbers of tiles times weights. A piece of work is a point, or with many threads some of its output
+// channels: so the tiles' numbers stay in the second cache of a thread.
 template <typename Product>
 void multiply_points(const Block& block, const typename Product::Left* points, int64_t depth_in_all,
                      const typename Product::Right* weights, int64_t channels, float* products) {
-  constexpr int64_t kAll = kPoints * kPoints, kStride = 5;  // without a common divisor
+  constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
-  at::parallel_for(0, groups * kAll, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t point = i / groups * kStride % kAll, first = i % groups * kWidthAtOnce;
-      const int64_t panels = (std::min(first + kWidthAtOnce, channels) - first) / Product::kPanel;
-      const int64_t slots = block.slots[point];
+  const int64_t pieces = std::min((at::get_num_threads() + 8) / 9, static_cast<int>(groups));  // 4 a thread, of all points
+  share(pieces * kAll, [] { return nullptr; }, [&](std::nullptr_t, int64_t piece) {
+    const int64_t point = piece / pieces, slots = block.slots[point];
+    for (int64_t group = piece % pieces; group < groups; group += pieces) {
+      const int64_t first = group * kWidthAtOnce, width = std::min(kWidthAtOnce, channels - first);
+      float* to = products + block.at(point, channels) + first;
       for (int64_t k = 0; k < depth_in_all; k += Product::kDepth) {
         const int64_t depth = std::min(Product::kDepth, depth_in_all - k);
         const auto* left = points + block.at(point, depth_in_all) + k * slots;
         const auto* panel = weights + (point * channels + first) * depth_in_all + k * Product::kPanel;
-        float* to = products + block.at(point, channels) + first;
-        Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, panels, depth, slots, to, channels, k > 0);
+        Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, width / Product::kPanel, depth, slots, to,
+                          channels, k > 0);
       }
     }
   });
