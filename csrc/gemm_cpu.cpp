@@ -1,8 +1,9 @@
 // The product of a few rows with some panels: the one loop that all convolutions of csrc spend their time in.
 //
-// Why fast: 6 rows x 16 columns (AVX2), 12 x 32 (AVX-512) or 12 x 64 (AVX512-FP16) of the result stay in registers
+// Why fast: 6 rows x 16 columns (AVX2), 6 x 64 (AVX-512) or 6 x 128 (AVX512-FP16) of the result stay in registers
 // while depth goes by; each step reads one row of the panels and one number of each row of `a`, all of them from the
-// first two caches, and does nothing but fused multiply-adds.
+// first two caches, and does nothing but fused multiply-adds. Where another thread has half of the processor's
+// instructions, few of them besides those count.
 
 #include "gemm.h"
 #include "simd.h"
@@ -60,7 +61,7 @@ struct RowGroups {
   }
 };
 
-// Two vectors of columns: two panels `distance` apart, or of AVX2 the halves of one. All loops but that over depth are
+// Vectors of columns `distance` apart: panels, or of AVX2 the halves of one. All loops but that over depth are
 // unrolled, or the sums would live in memory.
 template <typename Vector, int vectors, int rows>
 REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
@@ -69,11 +70,11 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* pan
   const auto result = [&](int r, int v) { return reinterpret_cast<Vector*>(c + r * c_row + v * kStep); };
   const Vector* right[vectors];
   Vector sum[rows][vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) right[v] = reinterpret_cast<const Vector*>(panel + v * distance);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[r][v] = add ? *result(r, v) : Vector{};
   }
   RowGroups<float, rows> groups(a, a_row);
@@ -81,18 +82,18 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* pan
 #pragma GCC unroll 4
     for (int u = 0; u < kUnrolled; ++u) {
       Vector columns[vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) columns[v] = right[v][(k + u) * (Single::kPanel / kStep)];
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sum[r][v] += groups.number(r, u) * columns[v];
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) *result(r, v) = sum[r][v];
   }
 }
@@ -117,12 +118,23 @@ __attribute__((target("avx2,fma"))) void multiply_avx2(const float* a, int64_t a
   }
 }
 
+// A run of four panels stays in the first cache while all rows go by.
 REFDET_AVX512 void multiply_avx512(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
                                    int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
-  for (; panels >= 2; panels -= 2, panel += 2 * distance, c += 2 * Single::kPanel) {
-    multiply_all<Vector16, 2, 12>(a, a_row, panel, distance, depth, rows, c, c_row, add);
+  constexpr int64_t kRun = 64;
+  for (int64_t k = 0; k < depth; k += kRun, add = true) {
+    const int64_t run = depth - k < kRun ? depth - k : kRun;
+    const float* right = panel + k * Single::kPanel;
+    int64_t p = 0;
+    for (; p + 4 <= panels; p += 4) {
+      multiply_all<Vector16, 4, 6>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel, c_row,
+                                   add);
+    }
+    for (; p < panels; ++p) {
+      multiply_all<Vector16, 1, 12>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel,
+                                    c_row, add);
+    }
   }
-  if (panels > 0) multiply_all<Vector16, 1, 12>(a, a_row, panel, distance, depth, rows, c, c_row, add);
 }
 
 }  // namespace
