@@ -253,7 +253,7 @@ void multiply_points(const Block& block, const typename Product::Left* points, i
                      const typename Product::Right* weights, int64_t channels, float* products) {
   constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
-  const int64_t pieces = std::min((at::get_num_threads() + 8) / 9, static_cast<int>(groups));  // 4 a thread, of all points
+  const int64_t pieces = std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 for each thread, of all points
   share(pieces * kAll, [] { return nullptr; }, [&](std::nullptr_t, int64_t piece) {
     const int64_t point = piece / pieces, slots = block.slots[point];
     for (int64_t group = piece % pieces; group < groups; group += pieces) {
@@ -281,8 +281,8 @@ void convolve(const Positions<typename Product::Map>& x, const typename Product:
   const int64_t between = kPoints * kPoints * kLanes;
   const Room<typename Product::Left> in(most * x.channels + between);
   const Room<float> made(most * y.channels + between);
-  auto *points = in.data();
-  auto *products = made.data();
+  auto* points = in.data();
+  float* products = made.data();
   std::vector<float> scales(each * wide);
   for (int64_t begin = 0; begin < total; begin += each) {
     const Block block(down, across, begin, std::min(begin + each, total));
