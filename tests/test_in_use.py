@@ -13,8 +13,8 @@ from refdet.detector.in_use import (
     PackedConv2d,
     PackedLinear,
     PackedUpsampling,
-    convolved,
     pack_layers,
+    rectified,
 )
 from refdet.detector.resnet import Bottleneck
 from refdet.ops import convolution
@@ -132,12 +132,12 @@ def test_a_sum_after_any_convolution(kernel: int) -> None:
     layer = nn.Conv2d(64, 64, kernel, padding=kernel // 2)
     x, shortcut = torch.randn(2, 64, 5, 6), torch.randn(2, 64, 5, 6)
     before = shortcut.clone()
-    for rectify in (False, True):
-        wanted = layer(x) + shortcut
-        for one in (layer, PackedConv2d(layer)):
-            found = convolved(one, x, shortcut, rectify)
-            torch.testing.assert_close(found, wanted.relu() if rectify else wanted, rtol=0, atol=1e-4)
-            assert torch.equal(shortcut, before)
+    packed, alone, wanted = PackedConv2d(layer), layer(x), layer(x) + shortcut
+    torch.testing.assert_close(packed(x, shortcut), wanted, rtol=0, atol=1e-4)
+    for one in (layer, packed):
+        torch.testing.assert_close(rectified(one, x), alone.relu(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(rectified(one, x, shortcut), wanted.relu(), rtol=0, atol=1e-4)
+        assert torch.equal(shortcut, before)
 
 
 def test_what_is_to_be_kept_is_kept() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refdet.detector.in_use import BottleneckInUse, convolved
+from refdet.detector.in_use import BottleneckInUse, rectified
 from refdet.detector.resnet import Bottleneck, relu
 
 
@@ -46,8 +46,8 @@ class EarlyConv5(nn.Module):
     def forward(self, entered: Tensor) -> Tensor:
         """Cells (K, C', m, m) -> (K, C, m, m)."""
         lowered, shortcut = entered.split(self.widths, dim=1)
-        y = convolved(self.conv2, relu(lowered + self.lower_bias), rectify=True)
-        return self.rest(convolved(self.conv3, y, shortcut, rectify=True))
+        y = rectified(self.conv2, relu(lowered + self.lower_bias))
+        return self.rest(rectified(self.conv3, y, shortcut))
 
 
 def can_enter_early(stage: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refdet.detector.resnet import Bottleneck
+from refdet.detector.resnet import Bottleneck, joined, relu
 from refdet.ops.convolution import (
     CHANNELS,
     OUTPUTS,
@@ -84,7 +84,8 @@ class PackedConv2d(PackedLayer):
         if not self.pointwise:
             if shortcut is None:
                 return conv3x3(given, packed, bias, rectify).to(x.dtype)
-            return _ended(conv3x3(given, packed, bias).to(x.dtype), shortcut, rectify)
+            y = conv3x3(given, packed, bias).to(x.dtype) + shortcut
+            return relu(y) if rectify else y
         if self.stride != (1, 1):
             given = given[:, :, :: self.stride[0], :: self.stride[1]]
         shortcut = None if shortcut is None else shortcut.to(self.dtype)
@@ -165,15 +166,15 @@ class BottleneckInUse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
-        y = convolved(self.conv2, convolved(self.conv1, x, rectify=True), rectify=True)
-        return convolved(self.conv3, y, self.downsample(x), rectify=True)
+        y = rectified(self.conv2, rectified(self.conv1, x))
+        return rectified(self.conv3, y, self.downsample(x))
 
 
-def convolved(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
-    """A convolution, packed or not, of x (N, C, H, W), the sum with a shortcut like its result, and ReLU."""
+def rectified(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """ReLU of a convolution, packed or not, of x (N, C, H, W), and of its sum with a shortcut like its result."""
     if isinstance(convolution, PackedConv2d):
-        return convolution(x, shortcut, rectify)
-    return _ended(convolution(x), shortcut, rectify)
+        return convolution(x, shortcut, rectify=True)
+    return relu(convolution(x)) if shortcut is None else joined(convolution(x), shortcut)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
@@ -187,13 +188,6 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
                 break
         else:
             pack_layers(child, half, keep)
-
-
-def _ended(y: Tensor, shortcut: Tensor | None, rectify: bool) -> Tensor:
-    """y, which nobody else holds, and a shortcut, and ReLU of that."""
-    if shortcut is not None:
-        y = y.add_(shortcut)
-    return y.relu_() if rectify else y
 
 
 def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:

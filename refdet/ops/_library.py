@@ -23,7 +23,7 @@ def load(folder: Path) -> frozenset[str]:
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
-        torch.ops.refdet.conv1x1  # noqa: B018  an extension that was built of older sources lacks the newest operator
+        torch.ops.refdet.has_avx512  # noqa: B018  an extension that was built of older sources lacks the newest operator
     except (OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(
