@@ -1,4 +1,4 @@
-"""The two ways a command can fail; the command line turns each into one line and an exit code."""
+"""How a command can fail; the command line turns each into one line and an exit code."""
 
 import errno
 import os
@@ -20,6 +20,12 @@ class WorkError(RefdetError):
     """The work itself failed: a non-finite loss, a full disk, a leak found. Exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(RefdetError):
+    """The work was stopped by Ctrl-C or a signal; what was finished is kept. Exit code 130, whatever the signal."""
+
+    exit_code = 130
 
 
 # What the system says of one file, which another one beside it need not share.

@@ -37,3 +37,10 @@ def load(folder: Path) -> frozenset[str]:
 
 DEVICES = load(Path(__file__).resolve().parents[1])
 """Device types with compiled kernels."""
+
+
+def kernels_state() -> str:
+    """Which compiled kernels are in use, for the first line of a run and ``refdet --version``."""
+    if not DEVICES:
+        return "kernels not compiled (plain PyTorch instead, slower)"
+    return "kernels compiled for CPU and CUDA" if "cuda" in DEVICES else "kernels compiled for the CPU only"
