@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refdet.data.coco_numbers import is_known_by_id
+from refdet.data.image_evidence import is_known_by_id
 from refdet.errors import InputError
 
 if TYPE_CHECKING:

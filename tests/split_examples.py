@@ -22,11 +22,13 @@ def write_refs(root: Path, refs: Refs) -> Path:
 
 
 def coco(ids: list[int], owners: list[int], names: dict[int, str] | None = None) -> dict[str, Any]:
+    """An instances file; images have COCO's names but for those in ``names``."""
+    named = {i: f"COCO_train2014_{i:012d}.jpg" for i in ids} | (names or {})
     return {
         "info": {"description": "d\u00e9j\u00e0 vu"},
         "licenses": [{"id": 4}],
         "extra": {"kept": [1.5, None]},
-        "images": [{"id": i, "height": 9, "width": 9, "file_name": (names or {}).get(i, ""), "x": i} for i in ids],
+        "images": [{"id": i, "height": 9, "width": 9, "file_name": named[i], "x": i} for i in ids],
         "annotations": [
             {"id": n, "image_id": owner, "category_id": 1, "bbox": [0, 0, 0.1 + n, 5], "y": [n]}
             for n, owner in enumerate(owners)

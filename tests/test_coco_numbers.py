@@ -11,7 +11,8 @@ import pytest
 from split_examples import write, write_refs
 
 from refdet.data.coco import CocoIndex
-from refdet.data.coco_numbers import bare_number, coco_numbers, numbers_in_name
+from refdet.data.coco_numbers import bare_number, is_image_file, number_of_file_name, numbers_in_name
+from refdet.data.image_evidence import evidence_of, evidence_of_image, ids_are_confirmed, lookup_number
 from refdet.data.leaks import audit
 from refdet.data.splits import build_split
 from refdet.errors import InputError
@@ -57,14 +58,96 @@ def test_bare_numbers() -> None:
     assert [bare_number(name) for name in others] == [None] * len(others)
 
 
+def test_image_files_by_their_suffix() -> None:
+    assert all(map(is_image_file, ("a.jpg", "x/y.PNG", "http://x/a.jpeg?w=3", "a.tif", ".jpg")))
+    assert not any(map(is_image_file, ("a", "a.json", "a.jpg.txt", "jpg", "a man.", "x.jpg/y", "")))
+
+
+def test_the_number_of_a_file_name_is_in_its_last_part() -> None:
+    assert number_of_file_name("a/COCO_train2014_000000000009.jpg") == 9
+    assert number_of_file_name("000000000009/a.jpg") is None and number_of_file_name("9.jpg") is None
+    assert number_of_file_name("000000000009_000000000025.jpg") is None
+
+
+def numbers_of(entry: Any, image_id: int | None = None) -> frozenset[int]:
+    return evidence_of_image(entry, image_id).numbers
+
+
 def test_numbers_of_entries() -> None:
-    assert coco_numbers({"coco_url": "http://mscoco.org/images/57870"}, 5) == {5, 57870}
-    assert coco_numbers({"coco_id": 7, "url": "https://x/VG_100K_2/1.jpg"}, 1) == {7}
-    assert coco_numbers({"coco_id": None, "url": "https://x/VG_100K_2/1.jpg"}, 1) == frozenset()
-    assert coco_numbers({"coco_id": None, "file_name": "000000000009.jpg"}, 1) == {9}  # its name knows better
-    assert coco_numbers({"cocoid": 7, "filename": "x.jpg"}, 1) == {7}  # Karpathy's key
-    assert coco_numbers({"file_name": "43780.jpg"}, 1) == {1, 43780}
-    assert coco_numbers({"img_id": "COCO_train2014_000000000009"}, None) == {9}
+    assert numbers_of({"id": 5, "coco_url": "http://mscoco.org/images/57870"}, 5) == {5, 57870}
+    assert numbers_of({"id": 1, "coco_id": 7, "url": "https://x/VG_100K_2/1.jpg"}, 1) == {7}
+    assert numbers_of({"id": 1, "coco_id": None, "url": "https://x/VG_100K_2/1.jpg"}, 1) == frozenset()
+    assert numbers_of({"id": 1, "coco_id": None, "file_name": "000000000009.jpg"}, 1) == {9}  # its name knows better
+    assert numbers_of({"id": 1, "coco_id": None, "file_name": "x.jpg"}, 1) == {1}
+    assert numbers_of({"id": 1, "cocoid": 7, "filename": "000000000007.jpg"}, 1) == {7}  # Karpathy's key
+    assert numbers_of({"id": 1, "coco_id": 7}, 1) == {7} and numbers_of(
+        {"id": 1, "coco_id": 7, "file_name": "x"}, 1
+    ) == {1, 7}
+    assert numbers_of({"id": 1, "file_name": "43780.jpg"}, 1) == {1, 43780}
+    assert numbers_of({"img_id": "COCO_train2014_000000000009"}) == {9}
+    assert numbers_of({"id": 5, "image_id": 7, "file_name": "a.jpg"}, 5) == {5, 7}
+    assert numbers_of({"id": 4_000_000}, 4_000_000) == frozenset()  # COCO has no such id
+
+
+WHERE = [
+    {"image": ["NAME", "other.jpg"]}, {"images": ["other.jpg", "NAME"]}, {"image_path": "NAME"}, {"img_path": "NAME"},
+    {"img_name": "NAME"}, {"meta": {"image": {"file": "NAME"}}}, {"conversations": [{"value": "look at NAME, please"}]},
+    {"NAME": {"caption": "a cat"}}, {"meta": {"NAME": [1, 2]}}, {"a": [[[{"b": ["NAME"]}]]]}, ["x", ["NAME"]], "NAME",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", WHERE)
+@pytest.mark.parametrize(
+    "name", ["coco/train2017/000000000009.jpg", "COCO_train2014_000000000009", r"D:\\x\\000000000009.png", "9.jpg"]
+)
+def test_a_name_counts_wherever_it_stands(entry: Any, name: str) -> None:
+    found = evidence_of(json.loads(json.dumps(entry).replace("NAME", name)))
+    sentence = isinstance(entry, dict) and "conversations" in entry
+    assert found.numbers == ({9} if name != "9.jpg" or not sentence else set())
+
+
+def test_an_entry_is_understood_if_each_of_its_images_is() -> None:
+    def understood(entry: Any, confirmed: bool = True) -> bool:
+        return evidence_of(entry).is_understood(confirmed)
+
+    assert understood({"image": ["000000000009.jpg", "000000000025.jpg"]})
+    assert not understood({"image": ["000000000009.jpg", "kitchen.jpg"]})
+    assert understood({"file_name": "kitchen.jpg", "coco_url": "http://x/000000000009.jpg"})  # two names of one
+    assert not understood({"id": 9, "image": "kitchen.jpg"}) and not understood({"id": 9, "image_path": ["a.png"]})
+    assert understood({"id": 9, "caption": "a cat"}) and not understood({"id": 9, "caption": "a cat"}, False)
+    assert understood({"coco_id": None, "file_name": "kitchen.jpg"}) and not understood({"caption": "a cat"})
+    assert understood({"coco_id": 3}) and understood(9) and understood("9") and not understood("kitchen.jpg")
+
+
+def test_ids_are_confirmed_by_names_in_the_same_file() -> None:
+    def of(*pairs: tuple[int, int | None]) -> bool:
+        return ids_are_confirmed(evidence_of({"id": i, **({"coco_id": n} if n else {})}) for i, n in pairs)
+
+    assert of((9, 9), (25, None)) and of((9, 9), (25, 25), (3, 30))
+    assert not of((1, None), (2, None))  # nothing says anything
+    assert not of((1, 9), (2, 25)) and not of((9, 9), (2, 25), (3, 30))  # running numbers, as MDETR's
+
+
+@pytest.mark.parametrize(
+    ("entry", "number"),
+    [
+        ({"file_name": "COCO_val2014_000000000009.jpg"}, 9),
+        ({"file_name": "street_0002.png"}, None),
+        ({"file_name": "9.jpg"}, None),
+        ({"file_name": "missing.jpg", "coco_id": 9}, None),
+        ({}, 5),
+        ({"file_name": ""}, 5),
+        ({"file_name": None}, 5),
+        ({"coco_url": "http://x/000000000009.jpg"}, 9),
+        ({"coco_id": None}, None),
+        ({"coco_id": 9}, 9),
+        ({"url": "http://x/VG_100K/7.jpg"}, None),
+        ({"regions": []}, None),
+    ],
+)
+def test_the_number_that_training_looks_up_is_always_audited(entry: dict[str, Any], number: int | None) -> None:
+    assert lookup_number({"id": 5, **entry}, 5) == number
+    assert number is None or number in evidence_of_image({"id": 5, **entry}, 5).numbers
 
 
 @pytest.mark.parametrize(
@@ -79,8 +162,9 @@ def test_numbers_of_entries() -> None:
     ],
 )
 def test_an_id_of_visual_genome_is_no_coco_id(root: Path, tmp_path: Path, entry: dict[str, Any]) -> None:
-    assert coco_numbers(entry, 2) == frozenset() and coco_numbers(entry | {"coco_id": 3}, 2) == {3}
-    found = audit(write(tmp_path / "f.json", {"images": [{"id": 2, **entry}, {"id": 9}]}), root)
+    assert numbers_of({"id": 2, **entry}, 2) == frozenset()
+    assert numbers_of({"id": 2, **entry, "coco_id": 3}, 2) == {3}
+    found = audit(write(tmp_path / "f.json", {"images": [{"id": 2, **entry}, {"id": 9, "coco_id": 9}]}), root)
     assert (found.leaked, found.unidentified, found.unknown) == ([], 1, [2])
     with pytest.raises(InputError, match="none of its 1 entries has a COCO image id"):
         source = tmp_path / "list.json"
@@ -96,14 +180,20 @@ def test_numbers_other_than_the_id_leak(root: Path, tmp_path: Path) -> None:
     assert audit(lxmert, root).leaked == [2]
 
 
-def test_ids_that_nothing_confirms_are_told(root: Path, tmp_path: Path) -> None:
-    def told(images: list[dict[str, Any]]) -> bool:
-        notes = audit(write(tmp_path / "f.json", {"images": images}), root).notes
-        return any("ids unconfirmed" in note for note in notes)
+def test_ids_that_nothing_confirms_prove_nothing(root: Path, tmp_path: Path) -> None:
+    def unknown(images: list[dict[str, Any]]) -> list[int | str]:
+        found = audit(write(tmp_path / "f.json", {"images": images}), root)
+        told = any("confirms that its ids are COCO's" in n or "have no COCO image id" in n for n in found.notes)
+        assert told == bool(found.unknown)
+        return found.unknown
 
-    assert told([{"id": 1, "file_name": "1.jpg"}, {"id": 9, "file_name": "a.jpg"}]) and told([{"id": 1}])
-    assert not told([{"id": 1}, {"id": 9, "file_name": "000000000009.jpg"}]) and not told([{"id": 1, "coco_id": 1}])
-    assert not told([{"id": 1, "coco_url": "http://mscoco.org/images/1"}])
+    assert unknown([{"id": 1}]) == [1] and unknown(
+        [{"id": 1, "file_name": "1.jpg"}, {"id": 9, "file_name": "a.jpg"}]
+    ) == [9]
+    assert unknown([{"id": 1}, {"id": 9, "file_name": "000000000009.jpg"}]) == []
+    assert unknown([{"id": 1, "coco_id": 1}]) == unknown([{"id": 1, "coco_url": "http://mscoco.org/images/1"}]) == []
+    # and yet an id that would be a leak is one
+    assert audit(write(tmp_path / "f.json", {"images": [{"id": 2}]}), root).leaked == [2]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
 from refdet.data.held_out import held_out
-from refdet.data.image_lists import Listed, read_image_list
+from refdet.data.image_lists import ListedImage
 from refdet.data.images import ImageSource
+from refdet.data.list_reading import read_image_list
 from refdet.data.perceptual_hash import SIDE, matches, thumbnail
 from refdet.errors import InputError, WorkError, is_of_the_machine
 
@@ -159,7 +160,7 @@ def _thumbnails(source: ImageSource, wanted: Sequence[tuple[int | str, ImageReco
     )
 
 
-def _record(image: Listed) -> ImageRecord:
+def _record(image: ListedImage) -> ImageRecord:
     # -1 for an image that is not COCO's, so that it is sought by its own name alone
     return ImageRecord(min(image.numbers, default=-1), image.name, 1, 1)
 

@@ -27,6 +27,7 @@ class Piece(NamedTuple):
         position: which entry of its list it is; None for the whole value of the key.
         value: what it says. Of a list read entry by entry the last piece has its position None and an empty value.
         start, end: it is ``text[start:end]``.
+        key_start: where the key of an object's member starts; ``start`` for other values.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     value: Any
     start: int
     end: int
+    key_start: int = 0
 
 
 def read_text(path: Path) -> str:
@@ -72,6 +74,17 @@ def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
             raise json.JSONDecodeError("Extra data", text, end)
 
 
+def pieces_at(path: Path, text: str, start: int) -> Iterator[Piece]:
+    """The members of the object, or the items of the list, whose bracket is ``text[start]``; errors as of `pieces`."""
+    with json_errors(path):
+        if text[start] == "[":
+            for piece in _entries(text, start, ""):
+                if piece.position is not None:
+                    yield piece
+        else:
+            yield from _members(path, text, start, ())
+
+
 def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Generator[Piece, None, int]:
     seen: set[str] = set()
     at = _skip(text, start + 1)
@@ -80,6 +93,7 @@ def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Gener
     while True:
         if text[at : at + 1] != '"':
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+        key_start = at
         key, at = _STRING(text, at + 1, True)
         if key in seen:  # which of the two counts is up to the reader, so that one could hide the other
             raise InputError(f"{path}: {key!r:.60} is there twice")
@@ -92,7 +106,7 @@ def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Gener
             at = yield from _entries(text, at, key)
         else:
             value, end = _value(text, at)
-            yield Piece(key, None, value, at, end)
+            yield Piece(key, None, value, at, end, key_start)
             at = end
         at, more = _next(text, at, "}")
         if not more:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.data.coco_numbers import bare_number, is_visual_genome
 from refdet.data.held_out import held_out
-from refdet.data.image_lists import INSTANCES, ImageList, Listed, read_image_list
+from refdet.data.image_lists import ImageList, ListedImage
+from refdet.data.list_reading import read_image_list
 from refdet.provenance import file_sha256, image_ids_sha256
 
 
@@ -36,8 +36,8 @@ class AuditResult:
 
     Attributes:
         form: of the list; see `refdet.data.image_lists`.
-        images: how many entries it has; unidentified: those of them of which nothing says what image of COCO
-            they are; unknown: what people know those by.
+        images: how many entries it has; unidentified: how many of them nothing identifies as an image of COCO or of
+            another source; unknown: their labels.
         not_known_by_id: how many have a file that their id does not tell; see `is_known_by_id`.
         file_sha256: of the file; image_ids_sha256: of the ids in it.
         held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
@@ -109,7 +109,7 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
         ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
         ids |= stray & split.image_ids
         leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
-    unknown = [image.label for image in images.images if _is_unidentified(image)]
+    unknown = [image.label for image in images.images if image.unknown]
     return AuditResult(
         form=images.form,
         images=len(images.images),
@@ -125,7 +125,7 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
     )
 
 
-def numbers_of(images: Iterable[Listed]) -> frozenset[int]:
+def numbers_of(images: Iterable[ListedImage]) -> frozenset[int]:
     """The COCO numbers of all of them."""
     return frozenset().union(*(image.numbers for image in images))
 
@@ -133,41 +133,59 @@ def numbers_of(images: Iterable[Listed]) -> frozenset[int]:
 def remarks(images: ImageList) -> list[str]:
     """What people should know of how the images of a list are known, a line each."""
     path, lines = images.path, []
-    other = [image for image in images.images if len(image.numbers) > 1]
-    if other:
-        first = other[0]
-        number = max(first.numbers - {first.id})
+    several = [image for image in images.images if len(image.numbers) > 1]
+    if several:
+        first = several[0]
+        numbers = " and ".join(map(str, sorted(first.numbers)[:3]))
         lines.append(
-            f"{path}: {len(other)} images have an id that is not the number in their file name "
-            f"(image {first.id}: {number}); an image is held out if either number is"
+            f"{path}: {len(several)} entries have numbers of several COCO images ({first.label!s:.60}: {numbers}); "
+            "an entry is held out if any of its numbers is"
         )
-    none = [image for image in images.images if image.not_coco]
+    running = [image for image in images.images if _has_running_id(image)]
+    if running:
+        lines.append(
+            f"{path}: the ids of {len(running)} images are not the numbers in their names "
+            f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names count"
+        )
+    none = [image for image in images.images if image.evidence.not_coco]
     if none:
-        lines.append(f"{path}: {len(none)} images are none of COCO's, it says (coco_id null)")
-    unidentified = [image for image in images.images if _is_unidentified(image)]
-    if unidentified:
-        first = unidentified[0]
-        known = sum(is_visual_genome(image.name) for image in unidentified)
-        genome = f" ({known} of them Visual Genome's own, whose image_data.json has COCO ids)" if known else ""
+        lines.append(f"{path}: {len(none)} images are not COCO's according to the file (coco_id null)")
+    lines += _unknown(images)
+    bare = [image for image in images.images if image.evidence.bare and not image.evidence.named]
+    if bare:
+        first = bare[0]
+        what = "ids" if all(type(image.label) is int and not image.name for image in bare) else "names are mere numbers"
         lines.append(
-            f"{path}: {len(unidentified)} entries have no COCO image id{genome}, the first is "
-            f"{first.name or first.label!r:.60}: "
-            "ids say nothing of them, audit --by-content does"
+            f"{path}: {len(bare)} {what} (the first: {first.name or first.label!r:.60}): taken as COCO image ids"
         )
-    if any(image.numbers for image in images.images) and not any(image.confirmed for image in images.images):
-        lines.append(
-            f"{path}: ids unconfirmed: no image has a name such as 000000000009.jpg or a coco_id, so that its ids are "
-            "COCO's is taken for granted"
-        )
-    if images.form != INSTANCES:
-        bare = [image for image in images.images if bare_number(image.name) in image.numbers]
-        if bare:
-            lines.append(
-                f"{path}: {len(bare)} names are mere numbers, the first is {bare[0].name!r:.60}: they are taken as "
-                "COCO image ids"
-            )
     return lines
 
 
-def _is_unidentified(image: Listed) -> bool:
-    return not image.numbers and not image.not_coco
+def _unknown(images: ImageList) -> list[str]:
+    """A line each for entries that are known only by an id that nothing confirms, and for those that are not known."""
+    by_id = [image for image in images.images if image.unknown and _has_id_alone(image)]
+    others = [image for image in images.images if image.unknown and not _has_id_alone(image)]
+    path, lines = images.path, []
+    if by_id:
+        lines.append(
+            f"{path}: {len(by_id)} images have nothing but an id (the first: {by_id[0].label}), and no name such as "
+            "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
+        )
+    if others:
+        genome = sum(image.evidence.genome for image in others)
+        hint = f" ({genome} of them Visual Genome's own, whose image_data.json has COCO ids)" if genome else ""
+        lines.append(
+            f"{path}: {len(others)} entries have no COCO image id{hint}, the first is "
+            f"{others[0].name or others[0].label!r:.60}: their ids and names prove nothing; audit --by-content "
+            "compares what they show"
+        )
+    return lines
+
+
+def _has_running_id(image: ListedImage) -> bool:
+    evidence = image.evidence
+    return bool(evidence.named) and evidence.id is not None and evidence.id not in image.numbers and not evidence.genome
+
+
+def _has_id_alone(image: ListedImage) -> bool:
+    return bool(image.evidence.ids) and not image.evidence.unread_names and not image.evidence.genome

@@ -10,9 +10,10 @@ from typing import Any
 
 from refdet.atomic import atomic_path
 from refdet.data.held_out import HeldOut, chosen, held_out
-from refdet.data.image_lists import INSTANCES, ImageList, read_image_list
+from refdet.data.image_lists import INSTANCES, ImageList
 from refdet.data.instances_check import InstancesCheck
 from refdet.data.leaks import numbers_of, remarks
+from refdet.data.list_reading import read_image_list
 from refdet.errors import InputError
 from refdet.provenance import Provenance, file_sha256, image_ids_sha256
 
@@ -36,8 +37,9 @@ def build_split(
 ) -> SplitResult:
     """Write a list of images without those held out and without their annotations, and a report beside it.
 
-    An image is held out if one of its `coco_numbers` is. All that stays is written as it stands in the file, in
-    its order. ``info.refdet`` of an instances file holds the provenance, of other lists the report does.
+    An image is held out if one of the numbers in its entry is, see `refdet.data.image_evidence`. All that stays is
+    written as it stands in the file, in its order. ``info.refdet`` of an instances file holds the provenance; for
+    other lists the report does.
 
     Arguments:
         instances: what to filter; see `refdet.data.image_lists`.
