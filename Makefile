@@ -12,7 +12,7 @@ OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types cuda-check unit test-asan bench-ops bench-data bench-extract parity clean
+.PHONY: help env demo test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -52,6 +52,11 @@ test-asan: env ## the tests of the compiled kernels, with the address and undefi
 	@libraries="$$(for name in asan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done)"; \
 	  LD_PRELOAD="$$(echo $$libraries)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH="$(CURDIR)/$(ASAN)" $(BIN)/pytest --capture=sys $(OP_TESTS)
+
+FUZZ_SECONDS ?= 120
+test-hostile: env ## files from strangers: every format changed at random for FUZZ_SECONDS each (default 120)
+	@echo "==> test-hostile: $(FUZZ_SECONDS) s a format"
+	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest $(wildcard tests/test_fuzz_*.py)
 
 bench-ops: env ## the kernels beside torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)

@@ -1,0 +1,164 @@
+"""Lists, instances, refs, predictions, boxes, expressions and plans changed at random: read, or refused in a line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate_examples import regions, write_refer, write_store
+from fuzzing import changed_bytes, changed_tree, fuzz
+from split_examples import coco, write_refs
+from store_examples import HEADER, PLAN
+
+from refdet import store
+from refdet.box_files import load_boxes
+from refdet.data.coco import CocoIndex
+from refdet.data.held_out import held_out
+from refdet.data.leaks import audit
+from refdet.data.splits import build_split
+from refdet.evaluate.language import load_expressions
+from refdet.evaluate.predictions import load_predictions
+from refdet.inspect import describe
+from refer import REFER
+
+OBJECTS = [
+    {"image_id": 1, "bbox": [10, 10, 40, 30], "category_id": 1, "split": "val"},
+    {"image_id": 2, "bbox": [0, 0, 50, 50], "category_id": 2, "split": "testA"},
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_refer(tmp_path / "refer", OBJECTS)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    path = tmp_path / "f.h5"
+    write_store(path, [regions(1, [[10, 10, 50, 40], [0, 0, 9, 9]]), regions(2, [[0, 0, 50, 50]])], masks=False)
+    return path
+
+
+def writer(path: Path, tree: Any) -> Callable[[random.Random], None]:
+    """Writes a JSON value with parts or, one time in four, bytes of its text changed."""
+    text = json.dumps(tree).encode()
+
+    def write(chance: random.Random) -> None:
+        if chance.random() < 0.25:
+            path.write_bytes(changed_bytes(text, chance))
+        else:
+            path.write_bytes(json.dumps(changed_tree(tree, chance)).encode("utf-8", "surrogatepass"))
+
+    return write
+
+
+LISTS: dict[str, Any] = {
+    "instances": coco([1, 2, 9], [1, 2, 9]),
+    "list": [{"id": 9, "image": ["a/000000000002.jpg", "b.jpg"]}, 7, "9.jpg", {"coco_id": 4, "url": "VG_100K/1.jpg"}],
+    "object": {"info": {"a": 1}, "train": [{"image_id": 9}], "val": {"000000000009.jpg": [{"caption": "a cat"}]}},
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists(root: Path, tmp_path: Path, kind: str) -> None:
+    source, out = tmp_path / "list.json", tmp_path / "out" / "out.json"
+
+    def work() -> None:
+        for path in (out, out.with_name("out.report.json")):
+            path.unlink(missing_ok=True)
+        audit(source, root)
+        build_split(source, root, out)
+        assert audit(out, root).leaked == []
+
+    fuzz(0, writer(source, LISTS[kind]), work, tmp_path)
+
+
+def test_json_lines(root: Path, tmp_path: Path) -> None:
+    source = tmp_path / "list.jsonl"
+    lines = "".join(json.dumps({"filename": f"{n:012d}.jpg", "detection": {"a": [n]}}) + "\n" for n in (2, 9, 1))
+
+    def change(chance: random.Random) -> None:
+        source.write_bytes(changed_bytes(lines.encode(), chance))
+
+    fuzz(0, change, lambda: audit(source, root), tmp_path)
+
+
+def test_instances_that_are_trained_on(tmp_path: Path) -> None:
+    tree = coco([1, 2, 9], [1, 2, 9])
+    tree["annotations"][0] |= {"segmentation": [[0, 0, 5, 0, 5, 5]], "iscrowd": 0, "area": 12.5}
+    tree["annotations"][1] |= {"segmentation": {"size": [9, 9], "counts": [40, 41]}, "iscrowd": 1}
+    source = tmp_path / "instances.json"
+
+    def work() -> None:
+        index = CocoIndex.load(source)
+        for records in index.annotations.values():
+            for annotation in records:
+                assert annotation.box[0] < annotation.box[2] and annotation.box[1] < annotation.box[3]
+        describe(source)
+
+    fuzz(1, writer(source, tree), work, tmp_path)
+
+
+def test_refs(tmp_path: Path) -> None:
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
+    write_refer(tmp_path / "toys", OBJECTS)
+    for path, work in (
+        (root / "refcoco" / "refs(unc).p", lambda: held_out(root)),
+        (tmp_path / "toys" / "toy" / "refs(me).p", lambda: REFER(tmp_path / "toys", "toy", "me")),
+    ):
+        data = path.read_bytes()
+        tree = pickle.loads(data)
+
+        def change(chance: random.Random, path: Path = path, data: bytes = data, tree: Any = tree) -> None:
+            if chance.random() < 0.5:
+                path.write_bytes(changed_bytes(data, chance))
+            else:
+                path.write_bytes(pickle.dumps(changed_tree(tree, chance), protocol=chance.choice((0, 2, 4))))
+
+        fuzz(2, change, work, tmp_path)
+
+
+def test_predictions(root: Path, features: Path, tmp_path: Path) -> None:
+    index = CocoIndex.load(root / "toy" / "instances.json")
+    refer = REFER(root, "toy", "me")
+    images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
+    sent_ids = list(images)
+    tree = [
+        {"sent_id": sent_ids[0], "region": 0}, {"sent_id": sent_ids[1], "box": [10, 10, 40, 30]},
+        {"sent_id": sent_ids[2], "segmentation": {"size": [100, 120], "counts": [6000, 6000]}},
+        {"sent_id": sent_ids[3], "segmentation": [[0, 0, 50, 0, 50, 50]]},
+    ]  # fmt: skip
+    source = tmp_path / "predictions.json"
+    with store.open(features) as opened:
+        fuzz(3, writer(source, tree), lambda: load_predictions(source, opened, images), tmp_path)
+    says = [{"ref_id": 0, "sent": "the cat"}, {"ref_id": 1, "sent": "left"}]
+    fuzz(4, writer(source, says), lambda: load_expressions(source, refer.Refs.keys()), tmp_path)
+
+
+def test_boxes(root: Path, tmp_path: Path) -> None:
+    index = CocoIndex.load(root / "toy" / "instances.json")
+    tree = [
+        {"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5},
+        {"image_id": 2, "category_id": 2, "bbox": [1, 2, 30, 40.5]},
+    ]
+    outlines = [entry | {"segmentation": {"size": [100, 120], "counts": [6000, 6000]}} for entry in tree]
+    source = tmp_path / "boxes.json"
+    for boxes in (tree, outlines):
+
+        def work() -> None:
+            for record in index.images.values():
+                load_boxes(source, index).of(record)
+
+        fuzz(5, writer(source, boxes), work, tmp_path)
+
+
+def test_plans(tmp_path: Path) -> None:
+    folder = tmp_path / "f.h5.parts"
+    folder.mkdir()
+    plan = PLAN.work([], HEADER)
+    fuzz(6, writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)
