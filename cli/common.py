@@ -16,6 +16,14 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
+def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
+    """Give a command ``--exif``; ``None`` as its default is for the one that has it in its recipe too."""
+    return click.option(
+        "--exif", type=click.Choice(["ignore", "apply"]), default=default, show_default=default is not None,
+        help="EXIF orientation: leave pixels as stored, as COCO's are, or turn images upright.",
+    )  # fmt: skip
+
+
 def echo_json(obj: Any) -> None:
     """Print ``obj`` as JSON on stdout."""
     click.echo(json.dumps(obj, indent=2))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_table, exif_option, json_option, note
 
 
 @click.command("evaluate")
@@ -15,9 +15,10 @@ from .common import echo_json, echo_table, json_option, note
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
+@exif_option()
 @json_option
 def command(
-    checkpoint: Path, instances: Path, images: Path, batch_size: int, device: str | None, as_json: bool
+    checkpoint: Path, instances: Path, images: Path, batch_size: int, device: str | None, exif: str, as_json: bool
 ) -> None:
     """Box and mask AP of a detector on an instances file."""
     from refdet.checkpoint import load_meta
@@ -26,7 +27,7 @@ def command(
 
     for line in load_meta(checkpoint).warnings():
         note(line)
-    found = evaluate(checkpoint, instances, images, batch_size, device)
+    found = evaluate(checkpoint, instances, images, batch_size, device, exif)
     if as_json:
         echo_json(found)
     else:

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_table, exif_option, json_option, note
 
 if TYPE_CHECKING:
     from refdet.shard_work import Summary
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     "--compression", type=click.Choice(["none", "gzip", "lzf"]), default="none", show_default=True,
     help="Of features and maps in the file.",
 )  # fmt: skip
+@exif_option()
 @click.option("--strict", is_flag=True, help="Stop at an image that cannot be used, instead of telling why in its row.")
 @click.option("--profile", is_flag=True, help="Show at the end where the time went.")
 @click.option("--resume", is_flag=True, help="Continue from the shards of a run that was stopped.")
@@ -71,6 +72,7 @@ def command(
     device: str,
     precision: str,
     compression: str,
+    exif: str,
     strict: bool,
     profile: bool,
     resume: bool,
@@ -103,6 +105,7 @@ def command(
         at_least_one,
         masks,
         compression,
+        exif,
     )
     for line in load_meta(checkpoint).warnings():
         note(line)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_table, exif_option, json_option, note
 
 
 @click.command("train")
@@ -16,6 +16,7 @@ from .common import echo_json, echo_table, json_option, note
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--weights", type=Path, help="Run directory of a detector to start from.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=500.")
+@exif_option(default=None)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
 @json_option
@@ -26,6 +27,7 @@ def command(
     out: Path,
     weights: Path | None,
     changes: tuple[str, ...],
+    exif: str | None,
     resume: bool,
     device: str | None,
     as_json: bool,
@@ -38,7 +40,7 @@ def command(
     from refdet.checkpoint import load_meta
     from refdet.train import train
 
-    chosen = recipe.load(recipe_name).with_changes(changes)
+    chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
     if weights is not None and (unknown := load_meta(weights).provenance).is_unknown:
         note(f"starts from {weights.name}, {unknown.note}")
     with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):

@@ -87,6 +87,7 @@ class ExtractOptions:
     at_least_one: bool = False
     masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
     compression: str = "none"
+    exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
 
 
 def extract_features(
@@ -124,7 +125,8 @@ def extract_features(
     from refdet.batch_size import fitting_batch_size, halving
     from refdet.checkpoint import MODEL, load_meta
     from refdet.data.batches import exact_batches
-    from refdet.data.images import ImageSource, candidate_names
+    from refdet.data.image_orientation import OrientationNote
+    from refdet.data.images import ImageSource
     from refdet.detector.inference import check_features, of_regions
     from refdet.detector.mask_rcnn import HEAD
     from refdet.detector.stages import Stages
@@ -132,13 +134,16 @@ def extract_features(
     from refdet.provenance import file_sha256
 
     check_features(options.features, load_meta(checkpoint).recipe)
-    records, source = image_list.records, ImageSource.open(images)
+    records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: no image in it to extract")
-    if not any(source.find(record) for record in records):
-        tried = ", ".join(candidate_names(records[0]))
+    missing = source.locate(records)
+    if len(missing) == len(records):
         raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
-                         f"(tried {tried}); give the folder or zip that holds them")  # fmt: skip
+                         f"(the first is {missing[0]}); give the folder or zip that holds them")  # fmt: skip
+    if missing:
+        say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
+            f"and get no regions, the first is {missing[0]}")  # fmt: skip
     where = usable_device(device)
     precision = usable_precision(options.precision, where)
     if precision != options.precision:
@@ -157,6 +162,8 @@ def extract_features(
     else:
         what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
                  "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
+    if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
+        what["exif"] = options.exif
     what |= {
         "image_list": image_list.name,
         "image_list_sha256": records_sha256(records),
@@ -180,7 +187,7 @@ def extract_features(
         return pinned(pixels) if where.type == "cuda" else pixels
 
     try:
-        with torch.inference_mode(), exact_float32():
+        with torch.inference_mode(), exact_float32(), OrientationNote(source):
             size = batch_size or (resume and begun_batch_size(out))
             size = size or fitting_batch_size(detector, records, _detect_options(options))
             detector.model.stages = parts = Stages(where)  # without what trying sizes took

@@ -52,6 +52,7 @@ class InputOptions:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     order: str = "rgb"  # of the channels, mean and std: rgb or bgr
     resize: str = "antialias"  # or opencv: plain bilinear, sampled at the scale itself
+    exif: str = "ignore"  # or apply: training images are turned upright as their EXIF orientation says
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Recipe:
         _one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
         _one_of("model.pooling", model.pooling, ("align", "crop", "crop_align"))
         _one_of("input.order", self.input.order, ("rgb", "bgr"))
+        _one_of("input.exif", self.input.exif, ("ignore", "apply"))
         _one_of("input.resize", self.input.resize, ("antialias", "opencv"))
         if model.neck == "fpn" and model.pooling != "align":
             raise InputError("model.pooling: a pyramid has align alone")
@@ -187,10 +189,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as YAML and JSON take them."""
-        return {
+        tree = {
             k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
             for k, part in dataclasses.asdict(self).items()
         }
+        if self.input.exif == "ignore":  # younger than the recipes in stores and unfinished extractions, which lack it
+            del tree["input"]["exif"]
+        return tree
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:

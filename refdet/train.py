@@ -24,6 +24,7 @@ from refdet.atomic import atomic_path
 from refdet.checkpoint import Meta
 from refdet.data.batches import Batch, TrainingBatches
 from refdet.data.coco import CocoIndex
+from refdet.data.image_orientation import OrientationNote
 from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import usable_device
@@ -75,7 +76,7 @@ def train(
     recipe = _resolved(recipe, weights)
     # without masks nothing needs a segmentation
     index = CocoIndex.load(instances, need_segmentation=recipe.model.masks)
-    source = ImageSource.open(images)
+    source = ImageSource.open(images, recipe.input.exif)
     batches = TrainingBatches(index, source, recipe)
     target = usable_device(device)
     provenance = Provenance.of_instances(index)
@@ -144,8 +145,8 @@ def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
         raise InputError(f"--resume {out}: the run was started with other annotations of these images")
     # what may change without making it another run
     free = {"workers", "save_every", "log_every"}
-    for part, options in before.recipe.to_dict().items():
-        other = now.recipe.to_dict()[part]
+    for part, options in dataclasses.asdict(before.recipe).items():
+        other = dataclasses.asdict(now.recipe)[part]
         if part == "name" or options == other:
             continue
         for key in options:
@@ -188,6 +189,7 @@ def _run(
     with (
         _stop_on_sigterm() as stopped,
         _frozen_objects(),
+        OrientationNote(batches.source, batches.epoch_steps) as orientations,
         SummaryWriter(str(out), purge_step=first + 1 if first else None) as board,
         (out / METRICS).open("a", encoding="utf-8") as log,
         tqdm(total=options.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
@@ -197,6 +199,7 @@ def _run(
                 raise type(batch)(
                     f"{batch} (training stopped at step {step}; with a good file there, go on with --resume)"
                 )
+            orientations.add(batch.oriented)
             # seeded by the step, so that a resumed run draws what an undisturbed one draws
             generator.manual_seed(options.seed * 1_000_003 + step)
             terms = _step(model, sgd, batch, learning_rate(step, options), options.clip_norm, generator)

@@ -255,12 +255,13 @@ class REFER:
 
         Raises:
             ReferError: matplotlib is not installed.
-            ReferNotFoundError: the image is not in ``IMAGE_DIR``.
+            ReferNotFoundError: the image is not in ``IMAGE_DIR``; see `refer.image_lookup` for where it is sought.
+            ReferDataError: what is there is no image, or one of another size.
         """
         if seg_box not in ("seg", "box"):
             raise ReferDataError(f"seg_box is {seg_box!r}, it must be 'seg' or 'box'")
         ax, image = drawing.axes(), self._image(ref)
-        drawing.draw_image(ax, self.IMAGE_DIR, image)
+        drawing.draw_image(ax, self.IMAGE_DIR, image, self.Imgs.values())
         for position, sentence in enumerate(ref["sentences"], start=1):
             print(f"{position}. {sentence['sent']}")
         for ann in self._anns(ref):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import image_folder, image_lookup
 from .errors import ReferDataError, ReferError, ReferNotFoundError
 from .records import Image
 
+_MOST_BYTES = 1 << 29
 _MASK_COLOUR = (2 / 255, 166 / 255, 101 / 255, 0.5)
 
 
@@ -19,17 +23,65 @@ def axes() -> Any:
     return _matplotlib("pyplot").gca()
 
 
-def draw_image(ax: Any, folder: str, image: Image) -> None:
-    """Show an image. ReferNotFoundError names the file that is not there."""
-    name = image.get("file_name")
-    path = Path(folder) / name if isinstance(name, str) and name else None
-    if path is None or not path.is_file():
-        raise ReferNotFoundError(f"{path or folder}: no such image; set IMAGE_DIR to the folder of the images")
+def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> None:
+    """Show an image of those of a dataset, found in a folder by the rule of `refer.image_lookup`.
+
+    Raises:
+        ReferNotFoundError: it is not there.
+        ReferDataError: it is no image, or of another size.
+    """
+    path = _path_of(Path(folder), image, images)
     try:
-        pixels = _matplotlib("pyplot").imread(path)
-    except (OSError, ValueError, SyntaxError) as error:  # what matplotlib and pillow raise for a damaged file
-        raise ReferDataError(f"{path}: cannot be read as an image ({error})") from None
+        pixels = _pixels(path, (image["width"], image["height"]))
+    except ReferDataError:
+        raise
+    except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
+        # Pillow's own text for what it does not know is the address of a buffer
+        why = "no known image format" if type(error).__name__ == "UnidentifiedImageError" else error
+        raise ReferDataError(f"{path}: cannot be read as an image ({why})") from None
     ax.imshow(pixels)
+
+
+def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
+    name = _name(image)
+    parts = image_lookup.parts_of(name)
+    if parts and (folder / Path(*parts)).is_file():  # quicker than listing a folder of COCO's size
+        return folder / Path(*parts)
+    try:
+        listing = image_folder.list_folder(folder)
+    except OSError:
+        raise ReferNotFoundError(f"{folder}: no such folder; set IMAGE_DIR to the folder of the images") from None
+    names = image_lookup.FileNames(
+        listing.files,
+        folder.absolute().parts,
+        listing.linked,
+        lambda paths: image_folder.same_file([folder / path for path in paths]),
+    )
+    found = names.locate((one["id"], _name(one)) for one in images)[name or image["id"]]
+    if found.path is None:
+        raise ReferNotFoundError(
+            f"{folder}/{name}: no such image ({found.reason}); set IMAGE_DIR to the folder of the images"
+        )
+    return folder / found.path
+
+
+def _name(image: Image) -> str:
+    name = image.get("file_name")
+    return name if isinstance(name, str) else ""
+
+
+def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of an image of a (width, height), as they are stored."""
+    from PIL import Image as Pillow
+
+    from .pixels import FORMATS, as_rgb
+
+    data = image_folder.read_file(path, _MOST_BYTES)
+    with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
+        if opened.size != size:
+            raise ReferDataError(f"{path}: is {opened.width}x{opened.height}, but instances.json says "
+                                 f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images")  # fmt: skip
+        return np.asarray(as_rgb(opened).convert("RGB"))
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:

@@ -133,7 +133,7 @@ def _other_things(random: Random) -> Iterator[Damaged]:
         yield Damaged("bomb", file_of(bomb(side, side)), says=f"is {side}x{side}, but")
     for side in (15_000, 30_000, 2**31 - 1):
         header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-        yield Damaged("bomb", file_of(png(header, bytes(9999))))
+        yield Damaged("bomb", file_of(png(header, bytes(9999))), says="claims more than")
     for text in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
         packed = zlib.compress(bytes(4 << 20))
         chunk = text + b"a\0\0" + packed if text != b"iTXt" else text + b"a\0\1\0\0\0" + packed
@@ -207,9 +207,11 @@ def _no_files(random: Random) -> Iterator[Damaged]:
         yield Damaged("a folder", lambda path: path.mkdir(), says="no file for image", zipped=False)
         yield Damaged("nothing", lambda path: None, says="no file for image")
     for _ in range(4):
-        yield Damaged("a link to nothing", lambda path: path.symlink_to("gone"), says="No such file", zipped=False)
+        yield Damaged(
+            "a link to nothing", lambda path: path.symlink_to("gone"), says="is a link to nothing", zipped=False
+        )
         yield Damaged("a link to itself", lambda path: path.symlink_to(path.name), says="symbolic", zipped=False)
-        yield Damaged("a pipe", os.mkfifo, says="not a file", zipped=False)
+        yield Damaged("a pipe", os.mkfifo, says="is a named pipe, not a file", zipped=False)
     for _ in range(2):
         yield Damaged("2 GiB of nothing", _huge, says="2.0 GiB, too large for an image", zipped=False)
 

@@ -16,7 +16,7 @@ from refdet.cli.main import main
 from split_examples import coco, write, write_refs
 
 from refdet.data.copies import audit_content
-from refdet.data.perceptual_hash import BITS, hashes, matches, thumbnail
+from refdet.data.perceptual_hash import BITS, hashes, matches, thumbnails
 from refdet.errors import InputError
 
 
@@ -55,7 +55,7 @@ COPIES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 def stacked(files: list[bytes]) -> np.ndarray:
-    return np.stack([thumbnail(data) for data in files])
+    return np.stack([thumbnails(data)[0] for data in files])
 
 
 @pytest.mark.parametrize("kind", COPIES)

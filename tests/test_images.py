@@ -64,7 +64,7 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
             source.read(ImageRecord(1, name, 60, 90))
     with pytest.raises(ImageError, match="is 90x60, but the instances file says 100x60"):
         source.read(ImageRecord(1, "whole.png", 60, 100))
-    with pytest.raises(ImageError, match="no file for image 12 .*none.png.*000000000012.jpg"):
+    with pytest.raises(ImageError, match="no file for image 12, none.png: no file of that name"):
         source.read(ImageRecord(12, "none.png", 60, 90))
 
 

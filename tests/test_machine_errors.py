@@ -17,7 +17,7 @@ from PIL import Image
 from store_examples import contents
 from test_resume import run
 
-from refdet.data import images
+from refdet.data import image_decoder, image_files
 from refdet.data.coco import ImageRecord
 from refdet.data.images import ImageError, ImageSource
 from refdet.errors import WorkError
@@ -44,14 +44,14 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("number", MACHINE)
-@pytest.mark.parametrize("where", ["stat", "read_bytes"])
+@pytest.mark.parametrize("where", ["data", "read_file"])
 def test_errors_of_the_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str) -> None:
     source = ImageSource.open(folder)
     error = OSError(number, os.strerror(number), str(folder / "1.png"))
-    if where == "stat":
+    if where == "data":
         monkeypatch.setattr(source, "data", raises(error))
     else:
-        monkeypatch.setattr(images.Path, "read_bytes", raises(error))
+        monkeypatch.setattr(image_files, "read_file", raises(error))
     with pytest.raises(WorkError, match=f"1.png: cannot be read now .{os.strerror(number)}.*not the image's fault"):
         source.read(RECORD)
     monkeypatch.undo()
@@ -60,13 +60,13 @@ def test_errors_of_the_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, nu
 
 @pytest.mark.parametrize("number", FILE)
 def test_errors_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(images.Path, "read_bytes", raises(OSError(number, os.strerror(number))))
+    monkeypatch.setattr(image_files, "read_file", raises(OSError(number, os.strerror(number))))
     with pytest.raises(ImageError, match="1.png: not a readable image"):
         ImageSource.open(folder).read(RECORD)
 
 
 def test_no_memory_to_decode_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_rgb", raises(MemoryError()))
+    monkeypatch.setattr(image_decoder, "as_rgb", raises(MemoryError()))
     with pytest.raises(WorkError, match="1.png: cannot be read now .MemoryError"):
         ImageSource.open(folder).read(RECORD)
 
@@ -74,7 +74,7 @@ def test_no_memory_to_decode_with(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_that_is_no_longer_mounted(folder: Path) -> None:
     source = ImageSource.open(folder)
     shutil.rmtree(folder)
-    with pytest.raises(WorkError, match="images: can no longer be read"):
+    with pytest.raises(WorkError, match="images/1.png: cannot be read now"):
         source.read(RECORD)
     folder.mkdir()  # what is left of a mount
     with pytest.raises(WorkError, match="1.png: cannot be read now"):

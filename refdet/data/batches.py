@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Batch:
     sizes: list[tuple[int, int]]  # (height, width) of each without padding
     targets: list[GroundTruth]
     image_ids: list[int]
+    oriented: dict[str, int] = field(default_factory=dict)  # their files with an EXIF orientation other than 1 -> which
 
     def pin_memory(self) -> Batch:
         """The same with the images in memory from which a GPU can be fed while it works; called by the DataLoader."""
@@ -65,14 +66,19 @@ class TrainingBatches(Dataset):
         self._landscape = np.array([r.width >= r.height for r in self.records])
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
 
+    @property
+    def epoch_steps(self) -> int:
+        """How many steps go over all images once."""
+        return max(len(self.records) // self.recipe.train.batch_size, 1)
+
     def __len__(self) -> int:
         return self.recipe.train.steps
 
     def __getitem__(self, step: int) -> Batch | RefdetError:
         """The batch of a step, or the error of an image that cannot be used: an exception raised in a worker
         process would reach the user wrapped in a traceback."""
-        options, epoch_steps = self.recipe.input, max(len(self.records) // self.recipe.train.batch_size, 1)
-        epoch, position = divmod(step, epoch_steps)
+        options = self.recipe.input
+        epoch, position = divmod(step, self.epoch_steps)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._epoch(epoch))
         rows = self._plan[1][position]
@@ -89,6 +95,7 @@ class TrainingBatches(Dataset):
             [(image.shape[1], image.shape[2]) for image in images],
             [target for _, target in examples],
             [self.records[r].id for r in rows],
+            self.source.oriented_among([self.records[r] for r in rows]),
         )
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:

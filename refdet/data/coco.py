@@ -17,6 +17,7 @@ from refdet.data.coco_entries import (
     is_finite,
     kind,
 )
+from refdet.data.image_evidence import goes_by_id
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
 from refer.plain_files import no_garbage_collection
@@ -28,12 +29,21 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image: its COCO id, file name ("" where the JSON gives none) and size in pixels."""
+    """One image.
+
+    Attributes:
+        id: its COCO id.
+        file_name: as in the file, "" where it gives none.
+        height, width: in pixels.
+        by_id: whether an image without a file name may be looked up under COCO's names by its id; see
+            `refdet.data.image_evidence.goes_by_id`.
+    """
 
     id: int
     file_name: str
     height: int
     width: int
+    by_id: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +152,8 @@ def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
         image_id, file_name, height, width = checked_image(path, position, entry)
         if image_id in images:
             raise InputError(f"{path}: image id {image_id} is there twice")
-        images[image_id] = ImageRecord(image_id, file_name, height, width)
+        by_id = bool(file_name) or goes_by_id(entry, image_id)
+        images[image_id] = ImageRecord(image_id, file_name, height, width, by_id)
     return images
 
 

@@ -21,16 +21,6 @@ def numbers_in_name(name: str) -> frozenset[int]:
     return frozenset(int(digits) for digits in _TWELVE.findall(name))
 
 
-def number_of_file_name(name: str) -> int | None:
-    """The COCO number that the last part of a file name has in twelve digits; None for none or several.
-
-    Where no file has the name itself, the image of that number may be read for it under COCO's other names, since REFER
-    names the files of 2014 and many keep those of 2017.
-    """
-    numbers = numbers_in_name(_last_part(name))
-    return next(iter(numbers)) if len(numbers) == 1 else None
-
-
 def bare_number(name: str) -> int | None:
     """The number that is all of a name but its suffix ("9.jpg" and "9": 9), unless it is Visual Genome's own.
 

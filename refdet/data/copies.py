@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
 from refdet.data.held_out import held_out
-from refdet.data.image_lists import ListedImage
-from refdet.data.images import ImageSource
+from refdet.data.image_evidence import goes_by_id
+from refdet.data.image_lists import INSTANCES, ImageList
+from refdet.data.images import ImageSource, why_unreadable
 from refdet.data.list_reading import read_image_list
-from refdet.data.perceptual_hash import SIDE, matches, thumbnail
-from refdet.errors import InputError, WorkError, is_of_the_machine
+from refdet.data.perceptual_hash import SIDE, matches, thumbnails
+from refdet.errors import InputError, WorkError
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class ContentResult:
         missing: those that have no file; unreadable: those whose file is damaged.
         refer_compared, refer_missing, refer_unreadable: the same of the held-out images.
         copies: in the order of the list.
+        reasons: why the first of each of the four lists of images that were not compared could not be, by its name.
     """
 
     compared: int
@@ -57,6 +60,7 @@ class ContentResult:
     refer_missing: list[int | str]
     refer_unreadable: list[int | str]
     copies: list[Copy]
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -65,14 +69,14 @@ class ContentResult:
     def notes(self) -> list[str]:
         """What could not be compared, a line each."""
         lines = []
-        for text, labels in (
-            ("images of the list have no file", self.missing),
-            ("images of the list cannot be read", self.unreadable),
-            ("held-out images have no file, so their copies cannot be found", self.refer_missing),
-            ("held-out images cannot be read, so their copies cannot be found", self.refer_unreadable),
+        for name, text in (
+            ("missing", "images of the list have no file"),
+            ("unreadable", "images of the list cannot be read"),
+            ("refer_missing", "held-out images have no file, so their copies cannot be found"),
+            ("refer_unreadable", "held-out images cannot be read, so their copies cannot be found"),
         ):
-            if labels:
-                lines.append(f"--by-content: {len(labels)} {text}, the first is {labels[0]}")
+            if labels := getattr(self, name):
+                lines.append(f"--by-content: {len(labels)} {text}, the first is {labels[0]} ({self.reasons[name]})")
         return lines
 
 
@@ -100,69 +104,111 @@ def audit_content(
     own_source = ImageSource.open(images)
     refer_source = own_source if refer_images is None else _open_refer_images(refer_images)
     everything = frozenset(ids)
-    listed = [image for image in read_image_list(instances).images if everything.isdisjoint(image.numbers)]
-    theirs = _thumbnails(refer_source, [(number, ImageRecord(number, "", 1, 1)) for number in ids], "held-out images")
+    found = read_image_list(instances)
+    records = [_record(found, number) for number in range(len(found.images))]
+    wanted = [
+        (image.label, record)
+        for image, record in zip(found.images, records, strict=True)
+        if everything.isdisjoint(image.numbers)
+    ]
+    held = [ImageRecord(number, "", 1, 1) for number in ids]
+    refer_source.locate(held)
+    theirs = _compared(refer_source, [(record.id, record) for record in held], "held-out images")
     if not theirs.labels:
         raise InputError(
             f"{refer_images or images}: none of the {len(ids)} held-out images can be read there; "
             "give the folder that has them with --refer-images"
         )
-    own = _thumbnails(own_source, [(image.label, _record(image)) for image in listed], "images of the list")
-    if listed and not own.labels:
-        raise InputError(f"--images {images}: none of the {len(listed)} images of {instances} can be read there")
-    copies = []
+    own_source.locate(records)  # all of them, as training does: which file one means can depend on the others
+    own = _compared(own_source, wanted, "images of the list")
+    if wanted and not own.labels:
+        raise InputError(
+            f"--images {images}: none of the {len(wanted)} images of {instances} can be read there "
+            f"(the first: {[*own.missing, *own.unreadable][0][1]})"
+        )
+    best: dict[tuple[int, int, bool], Copy] = {}  # an image may have two thumbnails
     for match in matches(own.pixels, theirs.pixels):
-        number = int(theirs.labels[match.second])
+        first, second = own.rows[match.first], theirs.rows[match.second]
+        number = int(theirs.labels[second])
         names = [split.name for split in splits if number in split.image_ids]
         correlation = round(match.correlation, 4)
-        copies.append(Copy(own.labels[match.first], number, names, match.bits, correlation, match.mirrored))
+        copy = Copy(own.labels[first], number, names, match.bits, correlation, match.mirrored)
+        key = first, second, match.mirrored
+        best[key] = min(best.get(key, copy), copy, key=lambda one: one.bits)
+    lists = {
+        "missing": own.missing,
+        "unreadable": own.unreadable,
+        "refer_missing": theirs.missing,
+        "refer_unreadable": theirs.unreadable,
+    }
     return ContentResult(
         compared=len(own.labels),
-        missing=own.missing,
-        unreadable=own.unreadable,
+        missing=[label for label, _ in own.missing],
+        unreadable=[label for label, _ in own.unreadable],
         refer_compared=len(theirs.labels),
-        refer_missing=theirs.missing,
-        refer_unreadable=theirs.unreadable,
-        copies=copies,
+        refer_missing=[label for label, _ in theirs.missing],
+        refer_unreadable=[label for label, _ in theirs.unreadable],
+        copies=list(best.values()),
+        reasons={name: labels[0][1] for name, labels in lists.items() if labels},
     )
 
 
 @dataclass(frozen=True)
-class _Thumbnails:
+class _Compared:
+    """Images as thumbnails: of some there are two, see `thumbnails`.
+
+    Attributes:
+        labels: of the images that could be read; rows: the image, a row of labels, of each thumbnail.
+        pixels: (N, 32, 32) uint8, the thumbnails.
+        missing, unreadable: the labels of the others, each with why.
+    """
+
     labels: list[int | str]
-    pixels: np.ndarray  # (N, 32, 32) uint8
-    missing: list[int | str]
-    unreadable: list[int | str]
+    rows: list[int]
+    pixels: np.ndarray
+    missing: list[tuple[int | str, str]]
+    unreadable: list[tuple[int | str, str]]
 
 
-def _thumbnails(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Thumbnails:
-    names = [(label, source.find(record)) for label, record in wanted]
-    there = [(label, name) for label, name in names if name is not None]
-
-    def make(item: tuple[int | str, str]) -> np.ndarray | None:
+def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Compared:
+    def make(item: tuple[int | str, ImageRecord]) -> list[np.ndarray] | str:
+        name = source.find(item[1])
+        if name is None:
+            return ""
         try:
-            return thumbnail(source.data(item[1]))
+            return thumbnails(source.data(name))
+        except WorkError:  # the whole zip is gone
+            raise
         except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
-            if isinstance(error, WorkError):  # the whole folder or zip is gone
-                raise
-            if is_of_the_machine(error):
-                raise WorkError(f"{item[1]}: cannot be read now ({error}); run it again") from error
-            return None
+            source.refuse(name, error)
+            return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(tqdm(pool.map(make, there), total=len(there), desc=what, unit="image", disable=None))
-    pixels = [thumb for thumb in made if thumb is not None]
-    return _Thumbnails(
-        labels=[label for (label, _), thumb in zip(there, made, strict=True) if thumb is not None],
-        pixels=np.stack(pixels) if pixels else np.empty((0, SIDE, SIDE), np.uint8),
-        missing=[label for label, name in names if name is None],
-        unreadable=[label for (label, _), thumb in zip(there, made, strict=True) if thumb is None],
-    )
+        made = list(tqdm(pool.map(make, wanted), total=len(wanted), desc=what, unit="image", disable=None))
+    found = _Compared([], [], np.empty((0, SIDE, SIDE), np.uint8), [], [])
+    pixels: list[np.ndarray] = []
+    for (label, record), result in zip(wanted, made, strict=True):
+        if result == "":
+            found.missing.append((label, source.why_missing(record)))
+        elif isinstance(result, str):
+            found.unreadable.append((label, result))
+        else:
+            found.rows.extend([len(found.labels)] * len(result))
+            found.labels.append(label)
+            pixels.extend(result)
+    return replace(found, pixels=np.stack(pixels)) if pixels else found
 
 
-def _record(image: ListedImage) -> ImageRecord:
-    # -1 for an image that is not COCO's, so that it is sought by its own name alone
-    return ImageRecord(min(image.numbers, default=-1), image.name, 1, 1)
+def _record(found: ImageList, number: int) -> ImageRecord:
+    """An image of a list as training looks it up: by `CocoIndex` or by its name or number."""
+    image = found.images[number]
+    if found.form == INSTANCES:
+        entry = json.loads(found.text[image.start : image.end])
+        name = entry.get("file_name")
+        id_ = -1 if image.id is None else image.id
+        return ImageRecord(id_, name if isinstance(name, str) else "", 1, 1, goes_by_id(entry, id_))
+    # -1 for an image that is not COCO's, so that it is looked up by its own name alone; a name of digits is an id
+    return ImageRecord(min(image.numbers, default=-1), "" if image.name.isdecimal() else image.name, 1, 1)
 
 
 def _open_refer_images(path: str | Path) -> ImageSource:

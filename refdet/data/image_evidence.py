@@ -11,9 +11,9 @@ from refdet.data.coco_numbers import (
     bare_number,
     is_image_file,
     is_visual_genome,
-    number_of_file_name,
     numbers_in_name,
 )
+from refer.image_lookup import coco_number
 
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 IDS = ("image_id", "id", "img_id")
@@ -122,17 +122,18 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
 def lookup_number(entry: Mapping[str, Any], image_id: int | None) -> int | None:
     """The number under whose COCO names training may look an image up; None for none.
 
-    It is the one in the ``file_name``. Only an entry without a ``file_name`` goes by the number in another name, and
-    only one without any by its id, unless that is known to be no COCO id.
+    It is the one in the ``file_name``, and of an entry without a ``file_name`` its id, if it goes by that.
     """
     name = entry.get("file_name")
     if isinstance(name, str) and name:
-        return number_of_file_name(name)
+        return coco_number(name)
+    return image_id if goes_by_id(entry, image_id) else None
+
+
+def goes_by_id(entry: Mapping[str, Any], image_id: int | None) -> bool:
+    """Whether an entry without a ``file_name`` may be looked up by its id: nothing there says it is no COCO id."""
     evidence = evidence_of(entry, ("id",))
-    others = evidence.named | evidence.bare
-    if others:
-        return next(iter(others)) if len(others) == 1 else None
-    return None if evidence.genome or evidence.not_coco else image_id
+    return not evidence.genome and not evidence.not_coco and evidence.named | evidence.bare <= {image_id}
 
 
 def is_known_by_id(entry: Mapping[str, Any], image_id: int | None) -> bool:

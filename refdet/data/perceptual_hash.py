@@ -8,11 +8,11 @@ deviation 6); of a resized or recompressed copy a dozen at most.
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from refdet.data import image_decoder
 
 SIDE = 32
 LOW = 12
@@ -40,15 +40,12 @@ class Match(NamedTuple):
     mirrored: bool
 
 
-def thumbnail(data: bytes) -> np.ndarray:
-    """The picture in an image file as (32, 32) uint8 grey, each pixel the mean of its part.
+def thumbnails(data: bytes) -> list[np.ndarray]:
+    """The picture in an image file as (32, 32) uint8 grey; twice where its EXIF says that it should be turned.
 
-    Raises:
-        Exception: of any kind that Pillow has for a file it cannot decode.
+    See `refdet.data.image_decoder.thumbnails`.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("L", (4 * SIDE, 4 * SIDE))  # a JPEG is decoded at an eighth of its size, which is much faster
-        return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    return image_decoder.thumbnails(data, SIDE)
 
 
 def hashes(thumbnails: np.ndarray) -> np.ndarray:

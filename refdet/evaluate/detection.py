@@ -10,6 +10,7 @@ from tqdm import tqdm
 from refdet import trained
 from refdet.data.batches import exact_batches
 from refdet.data.coco import CocoIndex
+from refdet.data.image_orientation import OrientationNote
 from refdet.data.images import ImageSource
 from refdet.detector.inference import DetectOptions, detect_batch
 from refdet.device import usable_device
@@ -18,7 +19,12 @@ from refdet.evaluate.average_precision import coco_ap, coco_results
 
 
 def evaluate(
-    run: Path, instances: Path, images: Path, batch_size: int = 4, device: str | None = None
+    run: Path,
+    instances: Path,
+    images: Path,
+    batch_size: int = 4,
+    device: str | None = None,
+    exif: str = "ignore",
 ) -> dict[str, dict[str, float] | None]:
     """Box and mask AP of a detector on all images of an instances file.
 
@@ -28,7 +34,7 @@ def evaluate(
         InputError: the detector's categories are not those of the file, or an image cannot be read.
     """
     loaded = trained.load(run, usable_device(device))
-    index, source = CocoIndex.load(instances), ImageSource.open(images)
+    index, source = CocoIndex.load(instances), ImageSource.open(images, exif)
     records = list(index.images.values())
     if not records:
         raise InputError(f"{instances}: no image in it to evaluate on")
@@ -42,7 +48,10 @@ def evaluate(
         )
     options = DetectOptions(features=())
     results: list[dict[str, Any]] = []
-    with tqdm(total=len(records), desc="evaluate", unit="image", dynamic_ncols=True) as bar:
+    with (
+        OrientationNote(source),
+        tqdm(total=len(records), desc="evaluate", unit="image", dynamic_ncols=True) as bar,
+    ):
         for batch in exact_batches(records, loaded.meta.recipe.input, batch_size):
             pixels = [source.read(record) for record in batch]
             results += coco_results(detect_batch(loaded.model, pixels, batch, loaded.meta.category_ids, options))

@@ -1,0 +1,163 @@
+"""Where image files lie: a folder, or a zip such as COCO's own. Both list their files and give the bytes of one."""
+
+from __future__ import annotations
+
+import bz2
+import copy
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from refdet.errors import InputError, WorkError, is_of_the_machine
+from refer.image_folder import Listing, list_folder, read_file, refuse_huge, same_file
+
+_UTF8_FLAG = 0x800
+_ENCRYPTED = 0x1
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+
+
+class ImageFiles(Protocol):
+    """A folder or zip. Safe to hand to worker processes and threads."""
+
+    path: Path
+    listing: Listing
+
+    def read(self, name: str, most: int) -> bytes:
+        """The bytes of a listed file, if they are no more than ``most``; an error of any kind if it cannot be read."""
+
+    def same(self, names: Sequence[str]) -> bool:
+        """Whether several listed files are one on the disk."""
+
+    def lost(self, name: str) -> bool:
+        """Whether the folder or zip as a whole is gone: unmounted, or a ticket ran out."""
+
+
+def open_files(path: Path) -> ImageFiles:
+    """A folder with its folders, or a zip.
+
+    Raises:
+        InputError: there is no such thing, or it cannot be listed.
+        WorkError: the disk or network fails.
+    """
+    try:
+        if path.is_dir():
+            return _Folder(path)
+        if not path.is_file():
+            raise InputError(f"--images {path}: no such folder or zip")
+        return _Zip(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged directory of a zip can fail in ways that nobody lists
+        if is_of_the_machine(error):
+            raise WorkError(f"--images {path}: cannot be listed now ({error}); run it again") from error
+        why = str(error) or type(error).__name__
+        kind = "the folder cannot be listed" if path.is_dir() else "neither a folder nor a readable zip"
+        raise InputError(f"--images {path}: {kind} ({why})") from error
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.listing = list_folder(path)
+        for _, error in self.listing.unread:
+            if is_of_the_machine(error):
+                raise error
+
+    def read(self, name: str, most: int) -> bytes:
+        return read_file(self.path / name, most)
+
+    def same(self, names: Sequence[str]) -> bool:
+        return same_file([self.path / name for name in names])
+
+    def lost(self, name: str) -> bool:
+        try:
+            with os.scandir((self.path / name).parent) as found:
+                return next(found, None) is None
+        except OSError:
+            return True
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+        self._members: dict[str, str] = {}  # name as it was meant -> as zipfile knows it, where they differ
+        files, unusable = [], {}
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.is_dir():
+                    continue
+                name = _meant(info)
+                if name != info.filename:
+                    self._members[name] = info.filename
+                if why := _unusable(info):
+                    unusable[name] = why
+                else:
+                    files.append(name)
+        self.listing = Listing(files, unusable, {}, [], [])
+
+    def read(self, name: str, most: int) -> bytes:
+        archive = self._opened()
+        info = archive.getinfo(self._members.get(name, name))
+        refuse_huge(info.file_size, most)
+        if info.compress_type == zipfile.ZIP_BZIP2:
+            return _bunzipped(archive, info, most)
+        # not read(), which would unpack all before it cuts it at the size that the directory gives
+        with archive.open(info) as member:
+            return member.read(info.file_size + 1)
+
+    def same(self, names: Sequence[str]) -> bool:
+        return False
+
+    def lost(self, name: str) -> bool:
+        return not self.path.is_file()
+
+    def _opened(self) -> zipfile.ZipFile:
+        # an open zip must not be shared with a forked worker: both would move one file position
+        if self._open is None or self._open[0] != os.getpid():
+            try:
+                self._open = (os.getpid(), zipfile.ZipFile(self.path))
+            except Exception as error:
+                raise WorkError(f"{self.path}: can no longer be read ({error}); is it still there?") from error
+        return self._open[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": None}
+
+
+def _meant(info: zipfile.ZipInfo) -> str:
+    """The name of a member. macOS and others write UTF-8 without the flag for it, which zipfile takes for cp437."""
+    if info.flag_bits & _UTF8_FLAG or info.filename.isascii():
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except ValueError:
+        return info.filename
+
+
+def _unusable(info: zipfile.ZipInfo) -> str:
+    """Why a member cannot be read, "" where it can."""
+    if info.flag_bits & _ENCRYPTED:
+        return "encrypted; unpack the zip and give the folder"
+    if info.compress_type not in _METHODS:
+        return f"compressed by method {info.compress_type}, which is not read here; unpack the zip and give the folder"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "a link; unpack the zip and give the folder"
+    return ""
+
+
+def _bunzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    """A member packed by bzip2, which zipfile would unpack whole, whatever size the directory gives."""
+    refuse_huge(info.compress_size, most)
+    packed = copy.copy(info)
+    packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
+    del packed.CRC  # which is of what is unpacked
+    with archive.open(packed) as member:
+        data = bz2.BZ2Decompressor().decompress(member.read(info.compress_size), info.file_size + 1)
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {info.filename!r}")
+    return data
