@@ -24,6 +24,7 @@ from refdet.store_schema import (
     parse_json,
 )
 from refdet.store_writer import StoreWriter, create
+from refer.rle import covered_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,20 +168,26 @@ class Store:
             scores=data["regions/score"][part],
             category_ids=data["regions/category_id"][part],
             ann_ids=data["regions/ann_id"][part] if self.has_ann_ids else None,
-            masks=self._masks(rows) if self.has_masks else None,
+            masks=self._masks(i, rows) if self.has_masks else None,
             features={name: data[f"features/{name}"][part] for name in wanted if name in self.feature_names},
             error=str(self.image_errors[i]),
             maps=maps,
             im_info=data["maps/im_info"][i] if maps else None,
         )
 
-    def _masks(self, rows: range) -> tuple[bytes, ...]:
+    def _masks(self, i: int, rows: range) -> tuple[bytes, ...]:
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         cuts = (starts - starts[0]).tolist()
         if starts[0] < 0 or starts[-1] > len(counts) or min(np.diff(starts), default=0) < 0:
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
-        text = counts[int(starts[0]) : int(starts[-1])].tobytes()
+        read = counts[int(starts[0]) : int(starts[-1])]
+        # pycocotools writes beyond its memory for what is no RLE of its image, so none leaves here unchecked
+        covered = covered_pixels(read, starts - starts[0])
+        if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
+            raise ValueError(f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
+                             f"{self.widths[i]}x{self.heights[i]} pixels")  # fmt: skip
+        text = read.tobytes()
         return tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
 
     def _map(self, name: str, i: int) -> np.ndarray:

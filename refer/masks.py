@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .errors import ReferDataError
+from .rle import covered_pixels
 
 _MOST_PIXELS = 2**28
 # pycocotools walks along every edge of a polygon in fifths of a pixel, and writes down each step: what lies far away,
@@ -98,21 +99,7 @@ def rle_pixels(counts: str | bytes) -> int:
     """How many pixels a compressed RLE covers, inside and outside of its mask; -1 where it is none.
 
     pycocotools decodes what does not fit its image to garbage or beyond its memory, so this is asked first.
-    The coding is that of rleFrString in COCO's maskApi.c: groups of five bits, lowest first, in characters
-    from "0" on, the sixth bit telling that more follow; from the fourth number on they are differences to the
-    number two before.
     """
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
-    codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(codes & 32 == 0)
-    if not len(ends) or ends[-1] != len(codes) - 1 or codes.min() < 0 or codes.max() > 63:
-        return -1
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 32 bits
-        return -1
-    shift = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 31) << shift, starts)
-    runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return int(runs.sum()) if runs.min() >= 0 else -1
+    covered = covered_pixels(np.frombuffer(data, np.uint8), np.array([0, len(data)]))
+    return -1 if covered is None else int(covered[0])

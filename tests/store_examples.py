@@ -7,6 +7,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from refdet import shards, store
 from refdet.data.coco import ImageRecord
@@ -24,9 +25,17 @@ def make_regions(image_id: int, n: int, seed: int = 0) -> Regions:
         scores=random.random(n, np.float32),
         category_ids=random.integers(1, 90, n),
         ann_ids=random.integers(1, 2**40, n),
-        masks=tuple(random.bytes(int(random.integers(0, 9))) for _ in range(n)),
+        masks=tuple(random_mask(random, 40 + image_id % 7, 50) for _ in range(n)),
         features={"pool5": random.random((n, 4), np.float32), "fc7": random.random((n, 6), np.float32)},
     )  # fmt: skip
+
+
+def random_mask(random: np.random.Generator, height: int, width: int) -> bytes:
+    """A compressed RLE of an image, of a random number of runs."""
+    cuts = np.sort(random.integers(0, height * width + 1, int(random.integers(0, 5))))
+    runs = np.diff(cuts, prepend=0, append=height * width).tolist()
+    counts: bytes = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
+    return counts
 
 
 def record(regions: Regions) -> ImageRecord:

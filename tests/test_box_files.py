@@ -14,6 +14,7 @@ from refdet import box_files, checkpoint, store
 from refdet.box_files import load_boxes
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
+from refdet.evaluate.targets import empty_mask
 from refdet.extract import ExtractOptions, ImageList, extract_features
 from refdet.provenance import Provenance
 from refdet.regions import Regions
@@ -88,12 +89,13 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> 
 
 
 def boxes_store(path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128)) -> Path:
-    """A store of these boxes of images of this size, each with a mask of two bytes."""
-    rows = [store.ImageRow(i, "a.png", *size, "", len(of), 2 * len(of)) for i, of in boxes.items()]
+    """A store of these boxes of images of this size, each with an empty mask."""
+    empty = empty_mask(*size)["counts"]
+    rows = [store.ImageRow(i, "a.png", *size, "", len(of), len(empty) * len(of)) for i, of in boxes.items()]
     header = store.Header(CATEGORIES, "{}", {}, {})
     with store.create(path, header, store.Columns(masks=True), rows) as writer:
         for i, of in boxes.items():
-            columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (b"ab",) * len(of))
+            columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (empty,) * len(of))
             writer.put(Regions(i, "a.png", *size, np.array(of, np.float32).reshape(-1, 4), *columns))
     return path
 
@@ -115,7 +117,7 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
     regions = found.of(index.images[7])
     assert asked == [7]
     assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
-    assert (regions.file_name, regions.masks) == ("7.png", (b"ab", b"ab"))
+    assert (regions.file_name, regions.masks) == ("7.png", (empty_mask(96, 128)["counts"],) * 2)
     assert [len(found.of(index.images[i])) for i in (5, 9)] == [0, 3]
 
 

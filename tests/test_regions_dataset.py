@@ -37,7 +37,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     random.random(n, np.float32),
                     np.arange(n),
                     np.arange(n) + i,
-                    (b"abc",) * n,
+                    (b"`n1",) * n,  # 2000 pixels outside
                     {"pool5": random.random((n, 8)).astype(np.float16)},
                     maps={"head": random.random((2, 3, 4)).astype(np.float16)},
                     im_info=np.array([48, 64, 1.2], np.float32),
