@@ -13,23 +13,37 @@ from .common import echo_json, echo_table, exif_option, json_option, note
 @click.option("--checkpoint", type=Path, required=True, help="Run directory.")
 @click.option("--instances", type=Path, required=True, help="COCO instances JSON to evaluate on.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images at once.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
 @click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @exif_option()
 @json_option
 def command(
-    checkpoint: Path, instances: Path, images: Path, batch_size: int, device: str | None, exif: str, as_json: bool
+    checkpoint: Path,
+    instances: Path,
+    images: Path,
+    batch_size: int,
+    workers: int,
+    device: str | None,
+    precision: str,
+    exif: str,
+    as_json: bool,
 ) -> None:
-    """Box and mask AP of a detector on an instances file."""
+    """Box and mask AP of the regions that extract-features writes by default, on an instances file."""
     from refdet.checkpoint import load_meta
     from refdet.evaluate.average_precision import METRICS
     from refdet.evaluate.detection import evaluate
 
     for line in load_meta(checkpoint).warnings():
         note(line)
-    found = evaluate(checkpoint, instances, images, batch_size, device, exif)
+    found = evaluate(checkpoint, instances, images, batch_size, device, precision, workers, exif)
     if as_json:
         echo_json(found)
     else:
-        rows = [(kind, *(f"{values[name]:.3f}" for name in METRICS)) for kind, values in found.items() if values]
+        rows = [(kind, *(_rate(values[name]) for name in METRICS)) for kind, values in found.items() if values]
         echo_table(rows, header=("", *METRICS))
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -152,10 +152,9 @@ def demo(
             log.refdet("evaluate-on-refer", "--features", _store(out, dataset), "--refer-root", refer_root,
                        "--dataset", dataset, "--split-by", split_by, *given,
                        "--out", out / "refer" / dataset)  # fmt: skip
-    detection = {kind: _rates(values) for kind, values in _read(detected).items()}
     parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
     metrics = {
-        "detection": detection,
+        "detection": _read(detected),
         "refer": {f"{p.metrics['dataset']}/{p.metrics['split_by']}": p.metrics["splits"] for p in parts},
         "provenance": parts[0].metrics["provenance"],
         "seconds": {**log.seconds, "total": sum(log.seconds.values())},
@@ -165,7 +164,7 @@ def demo(
     write_json(out / "metrics.json", metrics)
     steps = [Step(name, ABOUT[name], tuple(log.commands[name]), log.seconds[name]) for name in log.seconds]
     write(out / "report.html", Inputs(
-        run=model, refer_root=refer_root, images=train_images, parts=parts, detection=detection,
+        run=model, refer_root=refer_root, images=train_images, parts=parts, detection=_read(detected),
         instances=split, source=original, steps=steps,
     ))  # fmt: skip
     return metrics
@@ -210,8 +209,3 @@ def _store(out: Path, dataset: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _rates(values: dict[str, float] | None) -> dict[str, float | None] | None:
-    """COCO's -1, "no such object", as None, as everywhere else in metrics.json."""
-    return {name: value if value >= 0 else None for name, value in values.items()} if values else None

@@ -180,7 +180,9 @@ def extract_features(
     if options.masks == "predicted" and not meta.recipe.model.masks:
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
-    compute = halving(_detected(detector, options) if given is None else _described(detector, given, options))
+    compute = halving(
+        detecting(detector, _detect_options(options)) if given is None else _described(detector, given, options)
+    )
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = source.read(record)
@@ -213,10 +215,9 @@ def _detect_options(options: ExtractOptions) -> DetectOptions:
     )
 
 
-def _detected(detector: TrainedDetector, options: ExtractOptions) -> Compute:
+def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
+    """What detects the regions of a batch of images of one input size; see `refdet.shard_work.extract`."""
     from refdet.detector.inference import start_detecting
-
-    settings = _detect_options(options)
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         return start_detecting(detector.model, images, batch, detector.meta.category_ids, settings)

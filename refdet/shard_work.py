@@ -154,7 +154,7 @@ def _compute_shards(
     batches = [batch for number in numbers for batch in parts.shards[number]]
     kept = f"what is finished is kept in {parts.folder}"
     with (
-        closing(_load_ahead(load, batches, workers)) as loaded,
+        closing(load_ahead(load, batches, workers)) as loaded,
         tqdm(total=sum(map(len, batches)), unit="image", disable=not batches) as bar,
         _Background(parts, numbers, session, bar) as background,
     ):
@@ -168,12 +168,12 @@ def _compute_shards(
             if strict and bad:
                 raise WorkError(f"--strict: {bad[0]}; {kept}: add --resume then")
             with session.timed("compute"):
-                finish = _begin_batch(batch, images, compute)
+                finish = begin_batch(batch, images, compute)
             with session.timed("wait"):
                 background.put(finish)
 
 
-def _begin_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
+def begin_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
     """Compute a batch; an image that could not be loaded gets no regions, and says why.
 
     The place of such an image is taken by another of the batch, so that the batch keeps its size: what a network makes
@@ -276,7 +276,7 @@ class _Background:
         self._session.finished(sum(map(len, batches)))
 
 
-def _load_ahead(
+def load_ahead(
     load: Load, batches: Sequence[list[ImageRecord]], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
     """The images of each batch, an image that cannot be used as the reason; ``ahead`` batches are loaded at once."""
