@@ -1,8 +1,17 @@
 """Referring expressions of RefCOCO and its kin: a drop-in for ``from refer import REFER`` of lichengunc/refer."""
 
 from .api import REFER
-from .errors import ReferDataError, ReferError, ReferNotFoundError
+from .errors import ReferDataError, ReferError, ReferIdError, ReferNotFoundError
 from .files import available, read_refs
 from .records import target_ids
 
-__all__ = ["REFER", "ReferDataError", "ReferError", "ReferNotFoundError", "available", "read_refs", "target_ids"]
+__all__ = [
+    "REFER",
+    "ReferDataError",
+    "ReferError",
+    "ReferIdError",
+    "ReferNotFoundError",
+    "available",
+    "read_refs",
+    "target_ids",
+]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
 from . import drawing
 from .checks import box_of
-from .errors import ReferDataError
+from .errors import ReferDataError, ReferIdError
 from .files import is_generalized, read_instances, read_refs, refs_file
 from .masks import decode
 from .plain_files import no_garbage_collection
-from .records import Annotation, Image, Ref, Sentence, target_ids
+from .records import NO_TARGET, Annotation, Image, Ref, Sentence, target_ids
 from .table import frame
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ class REFER:
         refToAnn, annToRef: ref id -> annotation, annotation id -> ref.
         catToRefs: category id -> list of refs.
         sentToRef, sentToTokens: sentence id -> ref, -> list of tokens.
+        availableSplits: the splits that there are refs of, in the order of the file.
         ROOT_DIR, DATA_DIR, IMAGE_DIR: the folders of this module, of the dataset, and of the images.
         generalized: whether this is gRefCOCO, where a ref means any number of annotations and none. There
             ``refToAnn`` and ``annToRef`` hold lists, as in gRefCOCO's own API, `getRefBox` gives a list of boxes
-            and `getMask` the union; all these are empty for a ref without a target.
+            and `getMask` the union; all these are empty for a ref without a target, whose annotation -1 is None.
 
     Raises:
         ReferNotFoundError: no such dataset, split or file; lists what there is, and how to get it.
@@ -85,6 +87,7 @@ class REFER:
         self.annToRef: dict[Any, Any] = {}
         self.sentToRef: dict[int, Ref] = {}
         self.sentToTokens: dict[int, list[str]] = {}
+        self.availableSplits: list[str] = list(dict.fromkeys(ref["split"] for ref in self.data["refs"]))
         for ref in self.data["refs"]:
             self._add(ref)
 
@@ -155,7 +158,7 @@ class REFER:
         ]  # fmt: skip
 
     def _splits(self, asked: str) -> set[str]:
-        there = {ref["split"] for ref in self}
+        there = set(self.availableSplits)
         if asked not in there and asked not in _SPLITS:
             raise ReferDataError(f"{self.DATA_DIR}: no split {asked!r}; there is {', '.join(sorted(there))}")
         tests = {name for name in there if name.startswith("test")}
@@ -187,19 +190,20 @@ class REFER:
         return list(self.Cats)
 
     def loadRefs(self, ref_ids: Ids = ()) -> list[Ref]:
-        """The refs with these ids; ReferDataError names one that is not there."""
+        """The refs with these ids; ReferIdError, a KeyError, names one that is not there."""
         return _load(self.Refs, _ids(ref_ids), "ref")
 
-    def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Annotation]:
-        """The annotations with these ids; ReferDataError names one that is not there."""
-        return _load(self.Anns, _ids(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
+    def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Any]:
+        """The annotations with these ids, in gRefCOCO None for -1; ReferIdError names one that is not there."""
+        known = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
+        return _load(known, _ids(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
-        """The images with these ids; ReferDataError names one that is not there."""
+        """The images with these ids; ReferIdError names one that is not there."""
         return _load(self.Imgs, _ids(image_ids), "image")
 
     def loadCats(self, cat_ids: Ids = ()) -> list[str]:
-        """The names of these categories; ReferDataError names one that is not there."""
+        """The names of these categories; ReferIdError names one that is not there."""
         return _load(self.Cats, _ids(cat_ids), "category")
 
     def getRefBox(self, ref_id: int) -> list[Any]:
@@ -207,23 +211,69 @@ class REFER:
         boxes = [box_of(self.DATA_DIR, ann) for ann in self._anns(*self.loadRefs(ref_id))]
         return boxes if self.generalized else boxes[0]
 
-    def getMask(self, ref: Ref) -> dict[str, Any]:
+    @overload
+    def getMask(self, ref: None) -> None: ...
+    @overload
+    def getMask(self, ref: Ref | Annotation) -> dict[str, Any]: ...
+    def getMask(self, ref: Any) -> dict[str, Any] | None:
         """The mask of the referred object.
+
+        Arguments:
+            ref: a ref; in gRefCOCO also one of its annotations, as its own API has it, None for that of no target.
 
         Returns:
             "mask": (height, width) uint8, 1 inside; "area": its pixels. The mask is the union of the parts of
             the object; the original adds them up, which differs only where they overlap. In gRefCOCO it is the
-            union of all targets but crowds, as in its own API, and zero where there is none.
+            union of all targets but crowds, as in its own API, and zero where there is none. None for None.
+
+        Raises:
+            ReferDataError: a segmentation is missing or damaged, or the annotation is a crowd.
         """
-        image = self._image(ref)
-        anns = self._anns(ref)
-        if self.generalized:
-            anns = [ann for ann in anns if not ann.get("iscrowd")]
-        masks = [self._mask(ann, image) for ann in anns] or [self._decode(f"image {image['id']}", [], image)]
+        if self.generalized and ref is None:
+            return None
+        if self.generalized and "ref_id" not in ref:
+            if ref.get("iscrowd"):
+                raise ReferDataError(
+                    f"{self.DATA_DIR}: annotation {ref['id']} is a crowd, which has no mask of its own"
+                )
+            return _with_area(self._mask(ref, self._image(ref)))
+        masks = self._masks(ref)
         if len({mask.shape for mask in masks}) > 1:
             raise ReferDataError(f"{self.DATA_DIR}: the masks of ref {ref['ref_id']} are of different sizes")
-        mask = np.bitwise_or.reduce(masks)
-        return {"mask": mask, "area": int(mask.sum())}
+        return _with_area(np.bitwise_or.reduce(masks or [self._no_mask(ref)]))
+
+    def getMaskByRef(self, ref: Ref | None = None, ref_id: int | None = None, merge: bool = False) -> Any:
+        """The masks of the targets of a ref, as gRefCOCO's own API gives them.
+
+        Arguments:
+            ref, ref_id: the ref, or its id.
+            merge: give their union.
+
+        Returns:
+            For a ref without a target {"mask": zeros, "empty": True}. Else a list of {"mask", "area"}, one a target
+            but crowds; with ``merge`` {"mask": their union, "empty": False}. Masks are (height, width) uint8.
+
+        Raises:
+            ReferDataError: neither ref nor ref_id is given, or see `getMask`; ReferIdError: there is no such ref.
+        """
+        if ref is None:
+            if ref_id is None:
+                raise ReferDataError("getMaskByRef needs a ref or a ref_id")
+            (ref,) = self.loadRefs(operator.index(ref_id))
+        if not target_ids(ref):
+            return {"mask": self._no_mask(ref), "empty": True}
+        if merge:
+            return {"mask": self.getMask(ref)["mask"], "empty": False}
+        return [_with_area(mask) for mask in self._masks(ref)]
+
+    def _masks(self, ref: Ref) -> list[np.ndarray]:
+        """Of each target, in gRefCOCO of each that is no crowd."""
+        image, anns = self._image(ref), self._anns(ref)
+        return [self._mask(ann, image) for ann in anns if not (self.generalized and ann.get("iscrowd"))]
+
+    def _no_mask(self, ref: Ref) -> np.ndarray:
+        image = self._image(ref)
+        return self._decode(f"image {image['id']}", [], image)
 
     def _mask(self, ann: Annotation, image: Image) -> np.ndarray:
         if not ann.get("segmentation"):
@@ -237,11 +287,11 @@ class REFER:
             raise ReferDataError(f"{self.DATA_DIR}: {what}: {error}") from None
 
     def _anns(self, ref: Ref) -> list[Annotation]:
-        found = self.refToAnn[ref["ref_id"]]
+        (found,) = _load(self.refToAnn, [ref["ref_id"]], "ref")
         return found if self.generalized else [found]
 
-    def _image(self, ref: Ref) -> Image:
-        image = self.Imgs[ref["image_id"]]
+    def _image(self, ref: Ref | Annotation) -> Image:
+        (image,) = _load(self.Imgs, [ref["image_id"]], "image")
         for key in ("height", "width"):
             if key not in image:
                 raise ReferDataError(f"{self.DATA_DIR}: image {image['id']} has no {key!r}")
@@ -293,5 +343,9 @@ def _ids(ids: Ids | str | Iterable[str], texts: bool = False) -> list[Any]:
 def _load(records: Mapping[Any, _Record], ids: list[Any], what: str) -> list[_Record]:
     for one in ids:
         if one not in records:
-            raise ReferDataError(f"no {what} with id {one!r:.80}")
+            raise ReferIdError(f"no {what} with id {one!r:.80}")
     return [records[one] for one in ids]
+
+
+def _with_area(mask: np.ndarray) -> dict[str, Any]:
+    return {"mask": mask, "area": int(mask.sum())}

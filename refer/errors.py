@@ -6,7 +6,14 @@ class ReferError(Exception):
 
 
 class ReferDataError(ReferError, ValueError):
-    """A file of REFER data, or an id asked for, is wrong."""
+    """A file of REFER data, or what was asked of it, is wrong."""
+
+
+class ReferIdError(ReferDataError, KeyError):
+    """There is no such ref, annotation, image or category. Also a KeyError, which the original raises."""
+
+    def __str__(self) -> str:
+        return ReferError.__str__(self)  # KeyError's own puts quotes around the message
 
 
 class ReferNotFoundError(ReferError, FileNotFoundError):

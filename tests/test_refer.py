@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refer_examples import REFS, write
+from refer_examples import GREFS, REFS, write
 
-from refer import REFER, ReferDataError, ReferError, ReferNotFoundError, available, read_refs
+from refer import REFER, ReferDataError, ReferError, ReferIdError, ReferNotFoundError, available, read_refs
 from refer.published import COUNTS
 
 
@@ -41,6 +41,33 @@ def test_ids_and_records(tmp_path: Path) -> None:
         r.getRefIds(split="tset")
     with pytest.raises(ReferDataError, match="no ref with id 99"):
         r.loadRefs([0, 99])
+
+
+@pytest.mark.parametrize("dataset", ["refcoco", "grefcoco"])
+def test_unknown_ids_are_key_errors_with_a_plain_message(tmp_path: Path, dataset: str) -> None:
+    """Programs written for the original catch its KeyError; people read the message, which KeyError would quote."""
+    generalized = dataset == "grefcoco"
+    refs, name = (GREFS, "grefs(unc).json") if generalized else (REFS, "refs(unc).p")
+    r = REFER(write(tmp_path, refs, name, dataset), dataset, "unc")
+    foreign = refs[0] | {"ref_id": 99}
+    asks = [
+        (lambda: r.loadRefs(99), "no ref with id 99"),
+        (lambda: r.loadRefs([0, -1]), "no ref with id -1"),
+        (lambda: r.loadAnns([7, 99]), "no annotation with id 99"),
+        (lambda: r.loadImgs(0), "no image with id 0"),
+        (lambda: r.loadCats([1, 99]), "no category with id 99"),
+        (lambda: r.getRefBox(99), "no ref with id 99"),
+        (lambda: r.getAnnIds(ref_ids=[99]), "no ref with id 99"),
+        (lambda: r.getImgIds(ref_ids=[99]), "no ref with id 99"),
+        (lambda: r.getMask(foreign), "no ref with id 99"),
+        (lambda: r.getMask(refs[0] | {"image_id": 99}), "no image with id 99"),
+        (lambda: r.getMaskByRef(ref_id=99), "no ref with id 99"),
+    ]
+    for ask, says in asks:
+        for kind in (KeyError, LookupError, ReferIdError, ReferDataError, ReferError, ValueError):
+            with pytest.raises(kind) as raised:
+                ask()
+            assert str(raised.value) == says and str(pickle.loads(pickle.dumps(raised.value))) == says
 
 
 @pytest.mark.parametrize("ids", ["12", [1, "2"], 1.5, None, [[1]]])

@@ -45,6 +45,45 @@ def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
     assert table["x"].isna().tolist() == [True, True, False, True]
 
 
+def test_the_face_of_its_own_api(tmp_path: Path) -> None:
+    """What programs written for G_REFER call."""
+    r = REFER(write(tmp_path, GREFS, "grefs(unc).json", "grefcoco"), "grefcoco", "unc")
+    assert r.availableSplits == ["train", "val"]
+    assert r.loadAnns([-1]) == [None] and r.loadAnns(-1) == [None] and r.loadAnns(r.Refs[1]["ann_id"]) == [None]
+    assert [ann and ann["id"] for ann in r.loadAnns([9, -1])] == [9, None]
+    assert [r.loadAnns(ref["ann_id"]) for ref in r][0] == [r.Anns[7], r.Anns[8]]
+    for nothing in (r.getMaskByRef(r.Refs[1]), r.getMaskByRef(ref_id=1), r.getMaskByRef(ref_id=1, merge=True)):
+        assert set(nothing) == {"mask", "empty"} and nothing["empty"]
+        assert nothing["mask"].shape == (6, 8) and nothing["mask"].dtype == np.uint8 and not nothing["mask"].any()
+    both = r.getMaskByRef(ref_id=0)
+    assert [set(one) for one in both] == [{"mask", "area"}] * 2
+    for one, ann_id in zip(both, (7, 8), strict=True):
+        alone = r.getMask(r.Anns[ann_id])
+        assert np.array_equal(one["mask"], alone["mask"]) and one["area"] == alone["area"] == alone["mask"].sum() > 0
+    merged = r.getMaskByRef(r.Refs[0], merge=True)
+    assert set(merged) == {"mask", "empty"} and not merged["empty"]
+    assert np.array_equal(merged["mask"], both[0]["mask"] | both[1]["mask"])
+    assert np.array_equal(merged["mask"], r.getMask(r.Refs[0])["mask"]) and r.getMask(None) is None
+    r.Anns[8]["iscrowd"] = 1
+    assert len(r.getMaskByRef(r.Refs[0])) == 1 and r.getMaskByRef(r.Refs[0], merge=True)["mask"].sum() == 12
+    with pytest.raises(ValueError, match="annotation 8 is a crowd"):
+        r.getMask(r.Anns[8])
+    r.Anns[7]["iscrowd"] = 1
+    assert r.getMaskByRef(r.Refs[0]) == [] and not r.getMaskByRef(r.Refs[0], merge=True)["mask"].any()
+    with pytest.raises(ValueError, match="needs a ref or a ref_id"):
+        r.getMaskByRef()
+
+
+def test_masks_by_ref_of_other_datasets(tmp_path: Path) -> None:
+    r = REFER(write(tmp_path, REFS), "refcoco", "unc")
+    (alone,) = r.getMaskByRef(ref_id=0)
+    assert np.array_equal(alone["mask"], r.getMask(r.Refs[0])["mask"])
+    assert np.array_equal(r.getMaskByRef(r.Refs[0], merge=True)["mask"], alone["mask"])
+    assert r.availableSplits == ["train", "testA", "testB", "val"]
+    with pytest.raises(KeyError):
+        r.loadAnns([-1])
+
+
 def test_generalized_refs_as_a_pickle(tmp_path: Path) -> None:
     write(tmp_path, GREFS, "grefs(unc).p", "grefcoco")
     assert list(REFER(tmp_path, "grefcoco")) == GREFS
