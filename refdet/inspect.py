@@ -115,7 +115,7 @@ def _store(path: Path) -> dict[str, Any]:
                 "images": len(images["id"]),
                 "images_with_errors": len(errors),
                 "regions": len(file["regions/box"]),
-                "masks": int(np.count_nonzero(np.diff(file["regions/mask_start"][:]))),
+                "masks": _masks(file),
                 "ann_ids": "ann_id" in file["regions"],
                 "features": {name: _feature(data) for name, data in file.get("features", {}).items()},
                 "maps": {name: str(file[f"maps/{name}"].dtype) for name in MAPS if f"maps/{name}" in file},
@@ -127,6 +127,13 @@ def _store(path: Path) -> dict[str, Any]:
             }
     except DAMAGE as error:
         raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _masks(file: h5py.File) -> int:
+    """How many regions have a mask: none of a detector without a mask branch, whose stores lack these columns."""
+    if "mask_start" not in file["regions"]:
+        return 0
+    return int(np.count_nonzero(np.diff(file["regions/mask_start"][:])))
 
 
 def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from .rle import covered_pixels
 _MOST_PIXELS = 2**28
 # pycocotools walks along every edge of a polygon in fifths of a pixel, and writes down each step: what lies far away,
 # or goes to and fro for ever, would take all the memory.
-_FARTHEST = 10_000
-_LONGEST = 1_000_000
+FARTHEST = 10_000
+LONGEST = 1_000_000
 
 
 def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
@@ -61,7 +61,7 @@ def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
     They must be numbers ``[x, y, x, y, ...]`` in pixels, within 10,000 of the image, and their outlines together at
     most a million steps from pixel to pixel long, diagonals being one step.
     """
-    farthest, length = _FARTHEST + max(height, width), 0.0
+    farthest, length = FARTHEST + max(height, width), 0.0
     for polygon in polygons:
         try:
             points = np.array(polygon, np.float64).reshape(-1, 2)
@@ -70,7 +70,7 @@ def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
         if not (np.abs(points) <= farthest).all():
             return False
         length += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
-    return length <= _LONGEST
+    return length <= LONGEST
 
 
 def _check_size(height: Any, width: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,8 @@ from test_resume import OWN, run
 from refdet.errors import InputError, WorkError
 from refdet.inspect import check, describe
 from refdet.provenance import UNKNOWN, Provenance
+from refdet.regions import Regions
+from refdet.store import Columns, Header, ImageRow, create
 
 PROVENANCE = Provenance("a.json", "ab", 2, 3, "cd", {"refcoco/unc/val": {"images": 1500, "found": 5}}, "imagenet")
 
@@ -86,6 +89,42 @@ def test_store(tmp_path: Path) -> None:
     assert (found["images"], found["images_with_errors"], found["regions"], found["masks"]) == (2, 1, 3, 2)
     assert found["features"] == {"pool5": {"width": 16, "dtype": "float16"}} and not found["ann_ids"]
     assert found["options"] == {"max_regions": 100} and found["provenance"] == PROVENANCE.to_json()
+
+
+FEATURES = {"pool5": (16,), "spatial_fc7": (8, 7, 7)}
+
+
+@pytest.mark.parametrize("regions", [[], [0, 0], [2, 0, 1]])
+@pytest.mark.parametrize("features", [(), ("pool5",), ("pool5", "spatial_fc7")])
+@pytest.mark.parametrize("optional", list(product([False, True], repeat=4)))
+def test_every_part_of_a_store_that_may_be_absent(
+    tmp_path: Path, optional: tuple[bool, ...], features: tuple[str, ...], regions: list[int]
+) -> None:
+    """A store has these columns or not, and any number of images and regions; older ones have no checksums."""
+    masks, ann_ids, maps, older = optional
+    path, total = tmp_path / "a.h5", sum(regions)
+    columns = Columns({name: FEATURES[name] for name in features}, "float16", masks, ann_ids, ("head",) if maps else ())
+    shape = (2, 3, 4) if maps else (0, 0, 0)
+    rows = [ImageRow(i, f"{i}.jpg", 9, 9, "", n, 3 * n * masks, shape) for i, n in enumerate(regions)]
+    header = Header([{"id": 1, "name": "dog"}], "{}", PROVENANCE.to_json(), {"max_regions": 100})
+    with create(path, header, columns, rows) as writer:
+        for row in rows:
+            n = row.regions
+            writer.put(Regions(
+                row.id, row.file_name, 9, 9, np.zeros((n, 4), np.float32), np.zeros(n, np.float32), np.ones(n, np.int64),
+                ann_ids=np.arange(n) if ann_ids else None, masks=(b"abc",) * n if masks else None,
+                features={name: np.zeros((n, *FEATURES[name]), np.float16) for name in features},
+                maps={"head": np.zeros(shape, np.float16)} if maps else {},
+                im_info=np.zeros(3, np.float32) if maps else None,
+            ))  # fmt: skip
+    if older:
+        with h5py.File(path, "r+") as file:
+            del file["checksums"]
+    found = describe(path)
+    assert (found["images"], found["regions"], found["masks"]) == (len(regions), total, total * masks)
+    assert (found["ann_ids"], found["checksums"], found["complete"]) == (ann_ids, not older, True)
+    assert list(found["features"]) == sorted(features) and list(found["maps"]) == (["head"] if maps else [])
+    assert found["provenance"] == PROVENANCE.to_json()
 
 
 def test_an_unfinished_store(tmp_path: Path) -> None:

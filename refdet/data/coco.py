@@ -175,9 +175,11 @@ def _annotations(
         if category_id not in categories:
             raise InputError(f"{path}: {what} has category {category_id}, which is not in the file")
         x, y, width, height = checked_box(path, entry.get("bbox"), what)
-        segmentation, short = checked_segmentation(path, entry.get("segmentation"), what, (image.height, image.width))
-        if short:
-            dropped.append(f"{what}: {short} of its polygons with fewer than three points")
+        segmentation, left_out = checked_segmentation(
+            path, entry.get("segmentation"), what, (image.height, image.width)
+        )
+        if left_out:
+            dropped.append(f"{what}: {left_out}")
         iscrowd = checked_crowd(path, entry, what)
         reason = _no_box(x, y, width, height, image)
         if reason:

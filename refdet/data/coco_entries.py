@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from refdet.data.polygons import check_outlines, checked_polygons
 from refdet.errors import InputError
+from refdet.store_limits import is_id, size_problem
 from refer.masks import rle_pixels
 
 _NUMBERS = {int, float}  # what JSON has for numbers; bool is an int to isinstance
@@ -23,6 +25,8 @@ def checked_id(path: Path, entry: dict, key: str, what: str) -> int:
     if type(value) is not int:  # bool is an int to isinstance
         shown = f"is {value!r:.40}" if key in entry else "is missing"
         raise InputError(f"{path}: {what}: {key!r} {shown}, it must be an integer")
+    if not is_id(value):
+        raise InputError(f"{path}: {what}: {key!r} is an integer of more than 64 bits, which no store can hold")
     return value
 
 
@@ -45,8 +49,8 @@ def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int
     if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):
         raise InputError(f"{path}: {what}: 'file_name' is {file_name!a}, which is no text")
     height, width = (checked_id(path, entry, key, what) for key in ("height", "width"))
-    if height < 1 or width < 1:
-        raise InputError(f"{path}: {what}: its size is {width}x{height}, it must be at least 1x1")
+    if problem := size_problem(height, width):
+        raise InputError(f"{path}: {what}: {problem}")
     return image_id, file_name, height, width
 
 
@@ -90,32 +94,24 @@ def is_finite(value: object) -> bool:
 
 def checked_segmentation(
     path: Path, value: object, what: str, size: tuple[int, int] | None
-) -> tuple[list | dict | None, int]:
-    """The segmentation without polygons that enclose nothing (None for none at all), and how many those were.
+) -> tuple[list | dict | None, str]:
+    """The segmentation without polygons that enclose nothing (None for none at all), and what is said of those.
 
     Arguments:
-        size: height and width of the image in pixels, which an RLE must have; None where they are not known
-            yet: then the RLE must fit its own size.
+        size: height and width of the image in pixels, which an RLE must have and polygons must lie near; None
+            where they are not known yet: then the RLE must fit its own size, and `check_outlines` is called later.
     """
     if value is None or value == []:
-        return None, 0
+        return None, ""
     if isinstance(value, dict):
         _check_rle(path, value, what, size)
-        return value, 0
+        return value, ""
     if not isinstance(value, list):
         raise InputError(f"{path}: {what}: 'segmentation' is a {kind(value)}, it must be polygons or an RLE")
-    for polygon in value:
-        try:
-            # Adding up is the quick way to see that all of a long list are finite numbers.
-            good = isinstance(polygon, list) and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
-        except (TypeError, OverflowError):
-            good = False
-        if not good:
-            raise InputError(f"{path}: {what}: a polygon must be a list of numbers [x, y, x, y, ...]")
-    kept = [polygon for polygon in value if len(polygon) >= 6]
-    if len(kept) == len(value):
-        return value, 0
-    return kept or None, len(value) - len(kept)
+    polygons, left_out = checked_polygons(path, value, what)
+    if polygons is not None and size is not None:
+        check_outlines(path, polygons, what, *size)
+    return polygons, left_out
 
 
 def _check_rle(path: Path, rle: dict, what: str, image_size: tuple[int, int] | None) -> None:

@@ -15,6 +15,7 @@ from refdet.data.coco_entries import (
 )
 from refdet.data.image_lists import ImageList
 from refdet.data.json_pieces import Piece
+from refdet.data.polygons import check_outlines, is_surely_drawn
 from refdet.errors import InputError
 
 
@@ -34,6 +35,7 @@ class InstancesCheck:
         self._annotations: set[int] = set()
         self._first_of: dict[int, int] = {}  # category id -> the first annotation of it
         self._rle: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
+        self._wide: list[tuple[int, int, list]] = []  # annotation id, image id, polygons that may reach too far
 
     def __call__(self, piece: Piece) -> None:
         """Check one entry of ``images``, ``annotations`` or ``categories``."""
@@ -68,9 +70,11 @@ class InstancesCheck:
         self._first_of.setdefault(category_id, annotation_id)
         checked_box(path, entry.get("bbox"), what)
         segmentation = entry.get("segmentation")
-        checked_segmentation(path, segmentation, what, None)
+        polygons, _ = checked_segmentation(path, segmentation, what, None)
         if isinstance(segmentation, dict):
             self._rle.append((annotation_id, image_id, tuple(segmentation["size"])))
+        elif isinstance(polygons, list) and not is_surely_drawn(polygons):
+            self._wide.append((annotation_id, image_id, polygons))
         checked_crowd(path, entry, what)
         checked_area(path, entry.get("area", 0), what)
 
@@ -104,3 +108,5 @@ class InstancesCheck:
                     f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, its image is "
                     f"{list(self._sizes[image_id])}"
                 )
+        for annotation_id, image_id, polygons in self._wide:
+            check_outlines(path, polygons, f"annotation {annotation_id}", *self._sizes[image_id])
