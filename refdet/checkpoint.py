@@ -1,7 +1,8 @@
 """Checkpoints: the run directory that `train` writes and every other command takes.
 
 ``model.safetensors`` holds the weights, ``model.json`` what they mean (recipe, categories, provenance, step),
-``state/`` what resuming needs. Each file is replaced whole or not at all.
+``state/`` what resuming needs. Each file is replaced whole or not at all. What a run directory is can be read without
+torch; only its tensors need it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from refdet.atomic import atomic_path, write_json
 from refdet.errors import InputError
 from refdet.provenance import UNKNOWN_DATA, Provenance
 from refdet.recipe import Recipe, from_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
 
@@ -110,6 +112,8 @@ def save(folder: Path, model: nn.Module, meta: Meta) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file  # brings torch
+
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata))

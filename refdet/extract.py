@@ -127,8 +127,7 @@ def extract_features(
     from refdet.data.batches import exact_batches
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.images import ImageSource
-    from refdet.detector.inference import check_features, of_regions
-    from refdet.detector.mask_rcnn import HEAD
+    from refdet.detector.feature_names import HEAD, check_features, of_regions
     from refdet.detector.stages import Stages
     from refdet.device import exact_float32, pinned, usable_device, usable_precision
     from refdet.provenance import file_sha256

@@ -9,7 +9,8 @@ from torchvision.ops import roi_align
 from refdet import recipe as recipes
 from refdet.data.inputs import input_size, network_input
 from refdet.detector import folding
-from refdet.detector.inference import DetectOptions, check_features, describe_boxes, detect_batch, start_detecting
+from refdet.detector.feature_names import check_features
+from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch, start_detecting
 from refdet.errors import InputError
 
 EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")

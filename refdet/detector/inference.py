@@ -11,17 +11,14 @@ from torch import Tensor
 
 from refdet.data.coco import ImageRecord
 from refdet.data.inputs import input_size, network_inputs
+from refdet.detector.feature_names import HEAD
 from refdet.detector.found import Described, Detections
-from refdet.detector.mask_rcnn import HEAD, MaskRCNN
+from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import on_device
-from refdet.errors import InputError
 from refdet.frames import InputSize
 from refdet.ops.masks import masks_to_rle
-from refdet.recipe import InputOptions, Recipe
+from refdet.recipe import InputOptions
 from refdet.regions import Regions
-
-FEATURES = ("pool5", "fc7", "class_prob")
-SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network
 
 
 @dataclass(frozen=True)
@@ -52,23 +49,6 @@ class Description:
     masks: tuple[bytes, ...] | None
     maps: dict[str, np.ndarray]
     im_info: np.ndarray
-
-
-def check_features(names: Sequence[str], recipe: Recipe) -> None:
-    """See that a detector of this recipe has the features asked for.
-
-    Raises:
-        InputError: there is no such feature, or a pyramid does not have it.
-    """
-    every = (*FEATURES, *SPATIAL, HEAD)
-    for name in names:
-        if name not in every:
-            raise InputError(f"--features {name}: no such feature; there is {', '.join(every)}")
-        if name not in FEATURES and recipe.model.neck == "fpn":
-            raise InputError(
-                f"--features {name}: a detector with a feature pyramid has no such feature, one with a C4 layout has; "
-                f"take of {', '.join(FEATURES)}, or another --checkpoint"
-            )
 
 
 def detect_batch(
@@ -142,7 +122,7 @@ def start_describing(
     Args:
         images: (H, W, 3) uint8 RGB each.
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
-        features: names, of `FEATURES`, `SPATIAL` and `HEAD`.
+        features: names, see `refdet.detector.feature_names`.
         labels: (n,) each, 1..classes: the class whose mask is wanted.
         bf16: see `start_detecting`.
     """
@@ -163,11 +143,6 @@ def start_describing(
         return [_description(each, box, size) for each, box, size in results]
 
     return finish
-
-
-def of_regions(names: Sequence[str]) -> tuple[str, ...]:
-    """The features among `names` that belong to regions."""
-    return tuple(name for name in names if name != HEAD)
 
 
 def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:

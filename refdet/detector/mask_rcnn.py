@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from refdet import boxes as box_ops
 from refdet.detector.anchors import Anchors
+from refdet.detector.feature_names import HEAD
 from refdet.detector.found import Described, Detections
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
@@ -32,7 +33,6 @@ from refdet.recipe import Recipe
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
 FEATURES = ("pool5", "fc7")  # what is computed where nothing else is said
-HEAD = "head"  # the map itself: a feature of an image, not of its boxes
 FROM_CONV5 = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding

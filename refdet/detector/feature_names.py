@@ -1,0 +1,34 @@
+"""Names of the features that a detector computes, and which detector has which; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from refdet.errors import InputError
+from refdet.recipe import Recipe
+
+FEATURES = ("pool5", "fc7", "class_prob")
+SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network
+HEAD = "head"  # the map itself: a feature of an image, not of its boxes
+
+
+def check_features(names: Sequence[str], recipe: Recipe) -> None:
+    """Check that a detector of this recipe has the features asked for.
+
+    Raises:
+        InputError: there is no such feature, or a pyramid does not have it.
+    """
+    every = (*FEATURES, *SPATIAL, HEAD)
+    for name in names:
+        if name not in every:
+            raise InputError(f"--features {name}: no such feature; there is {', '.join(every)}")
+        if name not in FEATURES and recipe.model.neck == "fpn":
+            raise InputError(
+                f"--features {name}: a detector with a feature pyramid has no such feature, one with a C4 layout has; "
+                f"take of {', '.join(FEATURES)}, or another --checkpoint"
+            )
+
+
+def of_regions(names: Sequence[str]) -> tuple[str, ...]:
+    """The features among `names` that belong to regions."""
+    return tuple(name for name in names if name != HEAD)

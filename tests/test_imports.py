@@ -1,0 +1,14 @@
+"""What a command needs to check its arguments is there before torch is."""
+
+import subprocess
+import sys
+
+import pytest
+
+WITHOUT_TORCH = ("refdet.checkpoint", "refdet.detector.feature_names", "refdet.recipe", "refdet.provenance")
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_checking_an_argument_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
