@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import WorkError
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_line, echo_table, json_option, note
 
 if TYPE_CHECKING:
     from refdet.audit import ProvenanceAudit
@@ -106,7 +106,9 @@ def command(
             "--allow-unidentified"
         )
     if not as_json:
-        click.echo("\n" + "\n".join(_verdict(result, by_provenance, content)))
+        echo_line()
+        for line in _verdict(result, by_provenance, content):
+            echo_line(line)
 
 
 def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> None:
@@ -124,7 +126,7 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
         ]
         echo_table(rows, ("split", "images", "excluded, it says", "images not excluded"))
     if content is not None and content.copies:
-        click.echo()
+        echo_line()
         rows = [
             (str(copy.image), str(copy.refer_image_id), str(copy.bits), f"{copy.correlation:.3f}",
              "mirrored" if copy.mirrored else "", " ".join(copy.splits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_line, echo_table, json_option, note
 
 
 @click.command("build-split")
@@ -46,11 +46,12 @@ def command(
         (name, str(n["images"]), str(n["found"]), str(n["images"] - n["found"])) for name, n in counts.items()
     ]
     echo_table(rows, ("kept" if keep_only else "held out", "images", "found", "not found"))
-    click.echo()
+    echo_line()
     rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in ("images", "annotations")]
     echo_table(rows, ("", "before", "after"))
-    click.echo(
-        f"\nof {report['refer_images']} images {'to keep' if keep_only else 'held out'} {report['refer_images_found']} "
+    echo_line()
+    echo_line(
+        f"of {report['refer_images']} images {'to keep' if keep_only else 'held out'} {report['refer_images_found']} "
         f"were found, {report['refer_images_missing']} are not in {instances}"
-        f"\nwrote {result.out} and {result.report_path}"
     )
+    echo_line(f"wrote {result.out} and {result.report_path}")

@@ -1,14 +1,22 @@
-"""What the commands share: the --json option and the three ways of printing."""
+"""What the commands share: the --json option, and printing, which no text of a foreign file can disturb."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
 
+from refdet.text import printable
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class OutputLost(Exception):
+    """Nobody takes what is printed on stdout: a pipe was closed, or the disk behind it is full."""
 
 
 def json_option(command: F) -> F:
@@ -24,13 +32,20 @@ def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
     )  # fmt: skip
 
 
+def echo_line(text: str = "") -> None:
+    """Print one line on stdout, whatever characters are in ``text``."""
+    _print(printable(text))
+
+
 def echo_json(obj: Any) -> None:
     """Print ``obj`` as JSON on stdout."""
-    click.echo(json.dumps(obj, indent=2))
+    # of the characters that terminals obey, DEL alone is not escaped by json
+    _print(json.dumps(obj, indent=2).replace("\x7f", "\\u007f"))
 
 
 def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Print rows of equal length on stdout in aligned columns; columns of numbers are flush right."""
+    rows = [tuple(map(printable, row)) for row in rows]
     lines = [header, *rows] if header else rows
     for row in lines:
         if len(row) != len(lines[0]):
@@ -42,12 +57,28 @@ def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) ->
             text.rjust(width) if right else text.ljust(width)
             for text, width, right in zip(row, widths, numeric or [False] * len(widths), strict=True)
         )
-        click.echo("  ".join(cells).rstrip())
+        _print("  ".join(cells).rstrip())
 
 
 def note(text: str) -> None:
-    """Print one line for people on stderr."""
-    click.echo(text, err=True)
+    """Print one line for people on stderr. Where nobody reads that, the work goes on."""
+    with suppress(OSError):
+        click.echo(printable(text), err=True)
+
+
+class NoteHandler(logging.Handler):
+    """Prints what the libraries log as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record, its traceback left out."""
+        note(record.getMessage())
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise OutputLost(str(error)) from error
 
 
 def _is_number(text: str) -> bool:

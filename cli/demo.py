@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import echo_json, echo_table, json_option
+from .common import echo_json, echo_line, echo_table, json_option
 
 
 @click.command("demo")
@@ -36,11 +36,12 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
 
     mend = "free some space, remove it and run it again"
     with full_disk(out, mend), redirect_stdout(sys.stderr if as_json else sys.stdout):
-        metrics = demo(out, run, click.echo, seed, images, changes)
+        metrics = demo(out, run, _say, seed, images, changes)
     if as_json:
         echo_json(metrics)
         return
-    click.echo("\n--- results")
+    echo_line()
+    echo_line("--- results")
     rates = [
         (f"{name} AP50 on val2014", metrics["detection"][kind]) for kind, name in (("bbox", "box"), ("segm", "mask"))
     ]
@@ -58,6 +59,13 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
         if "comprehension" in values
     ]
     echo_table(rows)
-    click.echo()
+    echo_line()
     echo_table([(name, f"{seconds:.1f}") for name, seconds in metrics["seconds"].items()], header=("step", "seconds"))
-    click.echo(f"\nnumbers: {out / 'metrics.json'}\nreport:  {out / 'report.html'}  (open it in a browser)")
+    echo_line()
+    echo_line(f"numbers: {out / 'metrics.json'}")
+    echo_line(f"report:  {out / 'report.html'}  (open it in a browser)")
+
+
+def _say(text: str) -> None:
+    for line in text.split("\n"):
+        echo_line(line)

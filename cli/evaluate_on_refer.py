@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_line, echo_table, json_option, note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,8 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     echo_table(*_overview(found))
     for group, title in TITLES.items():
         if group in found:
-            click.echo(f"\n{title}")
+            echo_line()
+            echo_line(title)
             echo_table(*_as_text(found[group]))
 
 

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_table, exif_option, json_option, note
+from .common import echo_json, echo_line, echo_table, exif_option, json_option, note
 
 if TYPE_CHECKING:
     from refdet.shard_work import Summary
@@ -125,7 +125,7 @@ def command(
     row = (str(done.images), str(done.regions), str(done.errors), speed, at_a_time, f"{done.bytes / 2**20:.1f} MiB")
     echo_table([row], header=("images", "regions", "errors", "images/s", "batch", "file"))
     if done.computed:
-        click.echo("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
+        echo_line("time: " + ", ".join(f"{name} {share:.1%}" for name, share in done.shares.items()))
     if profile:
         _show_stages(done)
 

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import WorkError
 
-from .common import echo_json, echo_table, json_option
+from .common import echo_json, echo_line, echo_table, json_option
 
 if TYPE_CHECKING:
     from refdet.store_verify import Verification
@@ -37,13 +37,14 @@ def command(file: str, verify: bool, as_json: bool) -> None:
     provenance = found.pop("provenance")
     rows: list[tuple[str, ...]] = [(key.replace("_", " "), _text(value)) for key, value in found.items()]
     echo_table(rows)
-    click.echo("\nprovenance" if provenance else "\nno provenance")
+    echo_line()
+    echo_line("provenance" if provenance else "no provenance")
     if provenance:
         excluded = provenance.pop("excluded")
         echo_table([(key.replace("_", " "), _text(value)) for key, value in provenance.items()])
         rows = [(name, str(n.get("images")), str(n.get("found"))) for name, n in excluded.items()]
         if rows:
-            click.echo()
+            echo_line()
             echo_table(rows, ("excluded", "images", "found"))
 
 
@@ -52,16 +53,16 @@ def _tell(found: Verification, as_json: bool) -> None:
         echo_json(found.to_json())
     else:
         for problem in found.problems[:SHOWN]:
-            click.echo(str(problem))
+            echo_line(str(problem))
         if len(found.problems) > SHOWN:
-            click.echo(f"... and {len(found.problems) - SHOWN} more; --json has all of them")
+            echo_line(f"... and {len(found.problems) - SHOWN} more; --json has all of them")
         for what in found.unchecked:
-            click.echo(f"not checked: {what}")
+            echo_line(f"not checked: {what}")
     if found.problems:
         images = f" in {len(found.damaged_images)} images" if found.damaged_images else ""
         raise WorkError(f"{found.path}: damaged: {len(found.problems)} problems{images}; extract it again")
     if not as_json:
-        click.echo(f"OK: {found.images} images, {found.regions} regions")
+        echo_line(f"OK: {found.images} images, {found.regions} regions")
 
 
 def _text(value: object) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -12,8 +14,9 @@ from typing import Any, NoReturn
 import click
 from click.exceptions import NoArgsIsHelpError
 
-import refdet
 from refdet.errors import RefdetError, is_disk_full
+
+from .common import NoteHandler, OutputLost, echo_line, note
 
 # In the order of the work; `--help` shows them so. Each is the `command` of the module of its name.
 COMMANDS = (
@@ -30,6 +33,9 @@ COMMANDS = (
 )
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+# What a shell says of a program whose reader went away (128 + SIGPIPE). No command means anything else by it, so that
+# `refdet audit ... | head` is never taken for a leak.
+OUTPUT_LOST = 141
 # What these say about a path is the user's to mend; any other OSError is the machine's.
 INPUT_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -55,15 +61,75 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **options)
         debug, args = _take_debug(list(sys.argv[1:] if args is None else args))
+        _open_closed_streams()
+        _show_notes()
         try:
             code = super().main(args, standalone_mode=False, **options)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader of our output has seen enough
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing more may be flushed into the pipe
-            sys.exit(FAILED)
+            _flush()
+        except OutputLost:
+            _leave_without_output()
+        except SystemExit:
+            if "PacifyFlush" in type(sys.stdout).__name__:  # click, of a help text that nobody reads to its end
+                _leave_without_output()
+            raise
         except Exception as error:
             fail(error, debug)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; where there is none, the error says which may be meant."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            nearest = _nearest(name)
+            meant = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+            raise click.UsageError(f"{name}: no such command{meant}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _nearest(name: str) -> list[str]:
+    """The commands that may be meant: what begins so, else what holds the word, else what is spelled much like it."""
+    name = name.lower().replace("_", "-")
+    if name in COMMANDS:
+        return [name]
+    words = [word for word in name.split("-") if len(word) > 2]
+    begins = [command for command in COMMANDS if len(name) > 2 and command.startswith(name)]
+    holds = [command for command in COMMANDS if any(word in command.split("-") for word in words)]
+    return begins or difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.7) or holds[:3]
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null for standard streams that are closed.
+
+    Otherwise a file that is opened next gets the number of one, and what is printed gets into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free: this one
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _show_notes() -> None:
+    """Show what the libraries log, a line each."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, NoteHandler) for handler in root.handlers):
+        root.addHandler(NoteHandler(logging.WARNING))
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OutputLost(str(error)) from error
+
+
+def _leave_without_output() -> NoReturn:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing more may be flushed into the pipe
+    sys.exit(OUTPUT_LOST)
 
 
 def fail(error: Exception, debug: bool) -> NoReturn:
@@ -72,9 +138,10 @@ def fail(error: Exception, debug: bool) -> NoReturn:
         error.show()  # the help is the message
         sys.exit(BAD_INPUT)
     if debug:
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).split("\n")[:-1]:
+            note(line)
     code, text = describe(error)
-    click.echo("error: " + " ".join(text.splitlines()), err=True)
+    note("error: " + " ".join(text.splitlines()))
     sys.exit(code)
 
 
@@ -112,8 +179,21 @@ def _take_debug(args: list[str]) -> tuple[bool, list[str]]:
     return len(kept) < end, kept + args[end:]
 
 
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from refdet.versions import versions
+
+    for line in versions():
+        echo_line(line)
+    ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.version_option(refdet.__version__, prog_name="refdet")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+    help="Show the versions of refdet and PyTorch, the device and the kernels.",
+)  # fmt: skip
 def main() -> None:
     """Leak-free Mask R-CNN regions and features for referring expressions."""

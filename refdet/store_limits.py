@@ -1,4 +1,4 @@
-"""The largest numbers that the columns of a store hold, so that what exceeds them is refused where it is read. No numpy.
+"""The largest numbers that the columns of a store hold: what exceeds them is refused where it is read. No numpy.
 
 Without these checks a bad entry would cost all of an extraction: each image is computed, then the store cannot be
 written.

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from refdet.cli import common
-from refdet.cli.main import COMMANDS, main
+from refdet.cli.main import COMMANDS, OUTPUT_LOST, main
 
 from refdet.errors import InputError, WorkError
 from refer import ReferError
@@ -69,6 +69,38 @@ def test_debug_after_two_dashes_is_an_argument() -> None:
     assert "--debug" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("extract", "extract-features"),
+        ("EXTRACT_FEATURES", "extract-features"),
+        ("features", "extract-features"),
+        ("inspct", "inspect"),
+        ("eval", "evaluate or evaluate-on-refer"),
+        ("split", "build-split"),
+        ("import", "import-weights"),
+        ("trian", "train"),
+    ],
+)
+def test_the_nearest_command_is_named(name: str, meant: str) -> None:
+    result = CliRunner().invoke(main, [name])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {name}: no such command; did you mean {meant}? (see ")
+
+
+def test_nothing_is_named_where_nothing_is_near() -> None:
+    result = CliRunner().invoke(main, ["xyzzy"])
+    assert result.exit_code == 2 and result.stderr.startswith("error: xyzzy: no such command (see ")
+
+
+def test_version_says_what_a_bug_report_needs() -> None:
+    import torch
+
+    lines = CliRunner().invoke(main, ["--version"]).stdout.splitlines()
+    assert lines[0].startswith("refdet, version ") and torch.__version__ in lines[1]
+    assert lines[2].startswith("device: ") and lines[3].startswith("kernels ")
+
+
 @pytest.mark.parametrize("args", [["inspct"], ["inspect", "--no-such-option"], ["--no-such-option"], ["inspect"]])
 def test_a_wrong_command_line_is_one_line(args: list[str]) -> None:
     result = CliRunner().invoke(main, args)
@@ -113,7 +145,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "refdet", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (OUTPUT_LOST, "")
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:

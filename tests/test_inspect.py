@@ -111,7 +111,8 @@ def test_every_part_of_a_store_that_may_be_absent(
         for row in rows:
             n = row.regions
             writer.put(Regions(
-                row.id, row.file_name, 9, 9, np.zeros((n, 4), np.float32), np.zeros(n, np.float32), np.ones(n, np.int64),
+                row.id, row.file_name, 9, 9, np.zeros((n, 4), np.float32),
+                np.zeros(n, np.float32), np.ones(n, np.int64),
                 ann_ids=np.arange(n) if ann_ids else None, masks=(b"abc",) * n if masks else None,
                 features={name: np.zeros((n, *FEATURES[name]), np.float16) for name in features},
                 maps={"head": np.zeros(shape, np.float16)} if maps else {},

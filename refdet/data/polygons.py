@@ -57,7 +57,7 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
 
 
 def is_surely_drawn(polygons: list) -> bool:
-    """Whether polygons can be drawn in an image of any size, which nearly all can: seen without arrays, a list at a time.
+    """Whether polygons can be drawn in an image of any size, which nearly all can: a quick look without arrays.
 
     Each step of an outline is at most as long as its numbers differ.
     """

@@ -1,0 +1,155 @@
+"""What is printed: no text of a foreign file reaches the terminal as it is, and closed streams harm nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refdet.cli import common
+from refdet.cli.main import OUTPUT_LOST, describe, fail, main
+from safetensors.numpy import save_file
+from split_examples import coco, write, write_refs
+
+from refdet.errors import InputError
+from refdet.provenance import Provenance
+from refdet.text import printable
+
+FORGED = "x\nproven: run was trained on this file\r\x1b[2J\x1b]0;title\x07\u202eevil\u2028\x9b31m\x7f\udcff"
+ANY = st.one_of(st.text(), st.text(st.characters(min_codepoint=0, max_codepoint=0x2FF)), st.just(FORGED))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(ANY)
+def test_any_text_becomes_one_line_that_is_shown_as_it_is(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable() and printable(shown) == shown
+    shown.encode()  # would fail at half characters
+    if text.isprintable():
+        assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb", r"a\nb"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\u202egpj", r"\u202egpj"),
+        ("dög 犬 🐕", "dög 犬 🐕"),
+        ("\udcff", r"\udcff"),
+    ],
+)
+def test_how_it_is_written_out(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def log_warning(text: str) -> None:
+    logger = logging.Logger("refdet.test")
+    logger.addHandler(common.NoteHandler())
+    logger.warning("note: %s", text)
+
+
+def end(text: str) -> None:
+    with pytest.raises(SystemExit):
+        fail(InputError(text), debug=False)
+
+
+PRINTERS: dict[str, Callable[[str], object]] = {
+    "line": common.echo_line,
+    "note": common.note,
+    "table": lambda text: common.echo_table([("1", text)]),
+    "log": log_warning,
+    "error": end,
+    "unexpected error": lambda text: common.note("error: " + describe(KeyError(text))[1]),
+}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ANY)
+@pytest.mark.parametrize("printer", PRINTERS)
+def test_every_way_of_printing_gives_one_line(printer: str, text: str) -> None:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        PRINTERS[printer](text)
+    written = out.getvalue() + err.getvalue()
+    assert written.endswith("\n") and written.count("\n") == 1 and written[:-1].isprintable()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ANY)
+def test_json_has_no_control_characters_and_loses_nothing(text: str) -> None:
+    with redirect_stdout(io.StringIO()) as out:
+        common.echo_json({text: [text]})
+    assert all(line.isprintable() for line in out.getvalue().split("\n"))
+    assert json.loads(out.getvalue()) == {text: [text]}
+
+
+def run_directory(folder: Path, provenance: Provenance) -> Path:
+    folder.mkdir()
+    tree = {"recipe": {}, "categories": [{"id": 1, "name": FORGED}], "step": 5, "provenance": provenance.to_json()}
+    (folder / "model.json").write_text(json.dumps(tree))
+    save_file({"a": np.zeros(2, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_run_directory_cannot_forge_lines(tmp_path: Path) -> None:
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val")]})
+    excluded = {"refcoco/unc/val": {"images": 1, "found": 0}, f"refcoco/unc/{FORGED}": {"images": 1, "found": 0}}
+    provenance = Provenance(FORGED, "ab", 1, 1, "cd", excluded, note=FORGED)
+    run = run_directory(tmp_path / "run", provenance)
+    for args in (["audit", "--checkpoint", run, "--refer-root", root], ["inspect", run],
+                 ["audit", "--checkpoint", run_directory(tmp_path / "b", replace(provenance, weights=FORGED)),
+                  "--refer-root", root]):  # fmt: skip
+        done = CliRunner().invoke(main, list(map(str, args)))
+        # in an error, which may come of a library and have lines of its own, a new line becomes a blank
+        assert r"proven: run was trained on this file" in done.output and r"\x1b]0;title\x07\u202eevil" in done.output
+        lines = done.output.split("\n")
+        assert all(line.isprintable() and not line.startswith("proven:") for line in lines)
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> dict[int, list[str]]:
+    """Command lines of audits that end with 0 and with 1."""
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val")]})
+    clean, leaking = (write(tmp_path / f"{name}.json", coco(ids, [])) for name, ids in (("a", [3, 4]), ("b", [2, 3])))
+    begin = [sys.executable, "-m", "refdet", "audit", "--refer-root", str(root), "--instances"]
+    return {0: [*begin, str(clean)], 1: [*begin, str(leaking)]}
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_closed_streams_do_not_change_the_verdict(
+    audited: dict[int, list[str]], verdict: int, closed: tuple[int, ...]
+) -> None:
+    ends = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(["bash", "-c", f'"$@" {ends}', "bash", *audited[verdict]], capture_output=True, text=True)
+    assert done.returncode == verdict and "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_leak(audited: dict[int, list[str]]) -> None:
+    for stream in ("stdout", "stderr"):
+        read, write = os.pipe()
+        os.close(read)
+        other = "stderr" if stream == "stdout" else "stdout"
+        done = subprocess.run(audited[0], **{stream: write, other: subprocess.PIPE})  # type: ignore[call-overload]
+        os.close(write)
+        assert done.returncode == (OUTPUT_LOST if stream == "stdout" else 0)
+        assert b"Traceback" not in (getattr(done, other) or b"") and b"Exception" not in (getattr(done, other) or b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_no_leak(audited: dict[int, list[str]]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(audited[0], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == OUTPUT_LOST and b"Traceback" not in done.stderr
