@@ -115,8 +115,8 @@ def command(
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:
-        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why; when they are "
-             "mended, remove it and run again (--resume finds nothing left to do)")  # fmt: skip
+        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why; when their "
+             "files are repaired, the same command with --resume computes these and no others")  # fmt: skip
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,7 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
+from refdet.repair import none_usable, readable, repair
 from refdet.shard_plan import Plan, cut_into_shards
 from refdet.shard_times import STAGES, Session, shares
 from refdet.shards import Parts, begin
@@ -102,7 +104,8 @@ def extract(
             order of the batches, for the batch's `Regions`, one for each of its images. What belongs to a thread, such
             as ``torch.inference_mode`` and the stream of a GPU, is not handed over. An image that could not be loaded
             is replaced by another of its batch, which is then in it twice.
-        resume: continue from finished shards.
+        resume: continue from finished shards; of a finished store compute the images that could not be used and now
+            can, with the other images of their batches.
         workers: threads that load ahead.
         shard_images: a shard is closed when it has this many images; a resumed extraction must have the same.
         strict: stop at an image that cannot be used.
@@ -110,36 +113,60 @@ def extract(
 
     Raises:
         InputError: see `refdet.shards.begin`.
-        WorkError: the disk is full, images cannot be read for a reason that is not theirs, a number is not finite, the
-            work was interrupted, or it is strict and an image cannot be used; finished shards are kept.
+        WorkError: no image at all could be used, the disk is full, images cannot be read for a reason that is not
+            theirs, a number is not finite, the work was interrupted, or it is strict and an image cannot be used;
+            finished shards are kept.
     """
-    computed, seconds, stages = 0, 0.0, dict.fromkeys(STAGES, 0.0)
+    work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
+    session: Session | None = None
     with begin(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
         if parts is not None:
-            session = Session(parts.folder)
-            with _stoppable(parts, len(records)):
-                with session.computing():
-                    _compute_shards(parts, parts.missing(strict), load, compute, workers, strict, session)
-                with session.timed("merge"):
-                    parts.merge(
-                        records,
-                        lambda: {
-                            **session.told(),
-                            "batch_size": plan.batch_size,
-                            "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
-                        },
-                    )
-            computed, seconds, stages = session.images, session.seconds, session.stages
+            again = set(parts.errors) if strict else readable(parts.errors, records, load)
+            session = work(parts, parts.missing(again))
+    if parts is None:
+        with repair(out, plan, header, batches, records, load, strict, shard_images) as broken:
+            if broken is not None:
+                session = work(broken, broken.missing())
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
-    if strict and errors:
-        raise WorkError(f"--strict: {next(iter(errors.values()))}; {out} has no regions of {len(errors)} images; when "
-                        "they are mended, remove it and run again")  # fmt: skip
+    if errors and len(errors) == images:
+        raise WorkError(none_usable(errors, f"{out} has no regions"))
+    computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
+    stages = session.stages if session else dict.fromkeys(STAGES, 0.0)
     speed = computed / seconds if computed else 0.0
     return Summary(
         images, regions, len(errors), computed, seconds, out.stat().st_size, speed, stages, plan.batch_size,
         parts_of_computing(),
     )  # fmt: skip
+
+
+def _work(
+    records: Sequence[ImageRecord],
+    load: Load,
+    compute: Compute,
+    workers: int,
+    strict: bool,
+    parts_of_computing: Callable[[], dict[str, float]],
+    parts: Parts,
+    numbers: Sequence[int],
+) -> Session:
+    """Compute shards and merge all into the store."""
+    session = Session(parts.folder)
+    with _stoppable(parts, len(records)):
+        with session.computing():
+            _compute_shards(parts, numbers, load, compute, workers, strict, session)
+        if parts.errors and len(parts.errors) == len(records):
+            raise WorkError(none_usable(parts.errors, f"{parts.folder} keeps what is finished"))
+        with session.timed("merge"):
+            parts.merge(
+                records,
+                lambda: {
+                    **session.told(),
+                    "batch_size": parts.plan.batch_size,
+                    "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
+                },
+            )
+    return session
 
 
 def _compute_shards(

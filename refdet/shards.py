@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,22 @@ _LOCK = "lock"
 _PLAN = "plan.json"
 _MERGED = "merged.json"  # which file the shards became
 
+_Image = tuple[ImageRow, Callable[[], Regions]]  # an image's row in the store, and what reads its regions
+
 
 class Parts:
-    """The shards of one extraction; made by `begin`.
+    """The shards of one extraction, in ``out``'s `parts_folder` by default; made by `begin`.
 
     Attributes:
         folder: where they are.
         shards: the plan's, by their number.
     """
 
-    def __init__(self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard], folder: Path | None = None
+    ) -> None:
         self.out = out
-        self.folder = parts_folder(out)
+        self.folder = folder or parts_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
         self._mend = "what is finished is kept: free some space, then continue with --resume"
@@ -92,16 +97,21 @@ class Parts:
         """How many images finished shards hold."""
         return sum(map(len, self._rows.values()))
 
-    def missing(self, strict: bool = False) -> list[int]:
+    @property
+    def errors(self) -> dict[int, str]:
+        """The images of finished shards that could not be used -> why."""
+        return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
+
+    def missing(self, again: Container[int] = ()) -> list[int]:
         """Numbers of the shards that are to be computed.
 
-        Arguments:
-            strict: also those in which an image could not be used: it may have been mended.
+        Args:
+            again: ids of images whose shards are computed anew where the images could not be used.
         """
         return [
             number
             for number in range(len(self.shards))
-            if number not in self._rows or (strict and any(row.error for row, _ in self._rows[number]))
+            if number not in self._rows or any(row.error and row.id in again for row, _ in self._rows[number])
         ]
 
     @contextmanager
@@ -134,24 +144,45 @@ class Parts:
         Arguments:
             run: gives, when all is written, what the store says of its run.
         """
+        _refuse_another(self.out)
+
+        def seal(written: Path) -> None:
+            _refuse_another(self.out)
+            # A file keeps its inode in a rename; until then the one that an earlier merge has put there is ours too.
+            files = [path for path in (self.out, written) if path.exists()]
+            write_json(self.folder / _MERGED, {"inodes": [path.stat().st_ino for path in files]})
+
+        by_id = self._by_id()
+        self._write_store(self.out, [by_id[record.id] for record in records], run, seal)
+        _remove(self.folder)
+
+    def _write_store(
+        self,
+        path: Path,
+        images: Sequence[_Image],
+        run: Callable[[], Mapping[str, Any]],
+        seal: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        """Write images to a store at ``path``; ``seal`` is called with the file before it gets that name."""
         plan = self.plan
         shapes = {name: self._shapes.get(name, (0,)) for name in plan.features}
         columns = Columns(shapes, plan.dtype, plan.masks, plan.ann_ids, plan.maps, plan.compression)
-        by_id = {row.id: (row, number, place) for number, rows in self._rows.items() for row, place in rows}
-        images = [by_id[record.id] for record in records]
-        rows = [row for row, _, _ in images]
+        rows = [row for row, _ in images]
         space = space_needed(rows, columns, self.header)
         self._see_that_it_fits(space)
-        _refuse_another(self.out)
-        with full_disk(self.out, self._mend), store.create(self.out, self.header, columns, rows, space) as writer:
-            for _, number, place in images:
-                writer.put(self._read(number, place))
+        with full_disk(path, self._mend), store.create(path, self.header, columns, rows, space) as writer:
+            for _, regions in images:
+                writer.put(regions())
             writer.finish(run())
-            _refuse_another(self.out)
-            # A file keeps its inode in a rename; until then the one that an earlier merge has put there is ours too.
-            files = [path for path in (self.out, writer.path) if path.exists()]
-            write_json(self.folder / _MERGED, {"inodes": [path.stat().st_ino for path in files]})
-        _remove(self.folder)
+            seal(writer.path)
+
+    def _by_id(self) -> dict[int, _Image]:
+        """The images of finished shards."""
+        return {
+            row.id: (row, partial(self._read, number, place))
+            for number, rows in self._rows.items()
+            for row, place in rows
+        }
 
     def _read(self, number: int, place: Place) -> Regions:
         path = self._path(number)
@@ -175,8 +206,12 @@ def parts_folder(out: Path) -> Path:
 
 
 def begun_batch_size(out: Path) -> int | None:
-    """The batch size of an unfinished extraction; None where nothing was begun."""
-    size = (_begun(parts_folder(out)) or {}).get("batch_size")
+    """The batch size of an unfinished extraction, or of a finished one that says it; None where nothing was begun."""
+    begun = _begun(parts_folder(out))
+    if begun is None and out.exists():
+        with store.open(out) as finished:
+            begun = finished.run
+    size = (begun or {}).get("batch_size")
     return size if isinstance(size, int) and size > 0 else None
 
 

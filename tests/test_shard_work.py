@@ -123,7 +123,7 @@ def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
 def test_strict_refuses_a_finished_store_with_broken_images(tmp_path: Path) -> None:
     assert run(tmp_path / "a.h5", load=load_but_one).errors == 1
     with pytest.raises(WorkError, match=f"--strict: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
-        run(tmp_path / "a.h5", strict=True, resume=True)
+        run(tmp_path / "a.h5", load=load_but_one, strict=True, resume=True)
 
 
 def test_a_broken_image_leaves_its_batch_as_large_as_it_was(tmp_path: Path) -> None:

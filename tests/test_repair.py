@@ -1,0 +1,255 @@
+"""Images that could not be used and now can: only their batches are computed, to the same store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from interrupted_extraction import BATCHES, RECORDS
+from store_examples import HEADER, PLAN, contents, make_regions
+
+from refdet import repair, store
+from refdet.data.coco import ImageRecord
+from refdet.errors import InputError, WorkError
+from refdet.regions import Regions
+from refdet.repair import repair_folder
+from refdet.shard_plan import Plan
+from refdet.shard_work import Finish, Summary, extract
+
+PLANS = {
+    "all columns": PLAN,
+    "no features": replace(PLAN, features=()),
+    "no masks": replace(PLAN, masks=False, ann_ids=False),
+    "float16, compressed": replace(PLAN, dtype="float16", compression="gzip"),
+    "maps": replace(PLAN, maps=("head",)),
+}
+
+
+class Extraction:
+    """An extraction whose images may be broken, and that notes what it computes."""
+
+    def __init__(self, out: Path, plan: Plan = PLAN) -> None:
+        self.out, self.plan = out, plan
+        self.computed: list[list[int]] = []
+
+    def __call__(self, broken: Collection[int] = (), resume: bool = False, **changes: Any) -> Summary:
+        def load(record: ImageRecord) -> np.ndarray:
+            if record.id in broken:
+                raise InputError(f"{record.file_name}: not a readable image")
+            return np.zeros((record.height, record.width, 3), np.uint8)
+
+        given: dict[str, Any] = {
+            "plan": self.plan, "header": replace(HEADER, options=self.plan.options), "batches": BATCHES,
+            "records": RECORDS, "load": load, "compute": self.compute, "shard_images": 2, "resume": resume,
+        }  # fmt: skip
+        self.computed.clear()
+        return extract(self.out, **{**given, **changes})
+
+    def compute(self, batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        self.computed.append([record.id for record in batch])
+
+        def finish() -> list[Regions]:
+            # as by rounding, what is made of an image depends on those beside it
+            return [self.regions(record, len(batch)) for record in batch]
+
+        return finish
+
+    def regions(self, record: ImageRecord, size: int) -> Regions:
+        made = make_regions(record.id, record.id % 4, seed=size)
+        if not self.plan.maps:
+            return made
+        info = np.array([record.id, 2, 3], np.float32)
+        return replace(made, maps={"head": np.full((2, 3, record.id + 1), record.id, np.float32)}, im_info=info)
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest) -> Plan:
+    return PLANS[request.param]
+
+
+def whole(folder: Path, plan: Plan = PLAN) -> dict[str, Any]:
+    Extraction(folder / "whole.h5", plan)()
+    return contents(folder / "whole.h5")
+
+
+@pytest.mark.parametrize("broken", [(4,), (3, 4), (2, 3, 4), (0, 5, 9), (0,), tuple(range(1, 10))])
+def test_only_their_batches_are_computed_and_the_file_is_the_same(
+    tmp_path: Path, broken: tuple[int, ...], plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Extraction(tmp_path / "a.h5", plan)
+    assert run(broken).errors == len(broken)
+    done = run(resume=True)
+    affected = [[r.id for r in batch] for batch in BATCHES if any(r.id in broken for r in batch)]
+    assert run.computed == affected and (done.errors, done.computed) == (0, sum(map(len, affected)))
+    assert f"{len(broken)} images that could not be used can be read now" in caplog.text
+    assert contents(run.out) == whole(tmp_path, plan)
+    with store.open(run.out) as found:
+        assert found.run["images"] == 10 and found.run["repaired"]["images"] == done.computed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "whole.h5"]
+    assert run(resume=True).computed == 0 and not run.computed
+
+
+def test_some_of_them_now_and_some_later(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((0, 3, 4))
+    assert run((3, 4), resume=True).errors == 2 and run.computed == [[0, 1]]
+    assert run((4,), resume=True).errors == 1 and run.computed == [[2, 3, 2]]  # its place is taken, as at first
+    with store.open(run.out) as found:
+        assert found.errors == {4: f"{RECORDS[4].file_name}: not a readable image"}
+    assert run(resume=True).errors == 0
+    assert contents(run.out) == whole(tmp_path)
+
+
+def test_nothing_changes_where_they_are_still_broken(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((3, 4))
+    before = run.out.read_bytes()
+    assert run((3, 4), resume=True).computed == 0 and run.out.read_bytes() == before and not run.computed
+    with pytest.raises(WorkError, match=f"--strict: {RECORDS[4].file_name}: not a readable image; .* of 2 images"):
+        run((4,), resume=True, strict=True)
+    assert run.out.read_bytes() == before and not run.computed and not repair_folder(run.out).exists()
+    assert run(resume=True, strict=True).errors == 0
+
+
+def test_a_repair_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((0, 3, 5))
+    before, compute = run.out.read_bytes(), run.compute
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[3]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    with pytest.raises(Exception, match="4 of 10 images .*a.h5.repair.*--resume"):
+        run(resume=True, compute=stops)
+    assert run.out.read_bytes() == before and len(list(repair_folder(run.out).glob("*.shard"))) == 2
+    assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
+    assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_repair_that_is_killed_in_its_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((4,))
+    replace_file: Callable[..., None] = repair.os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target) == run.out:
+            if moment == "after":
+                replace_file(source, target)
+            raise RuntimeError("killed")
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repair.os, "replace", killed)
+        with pytest.raises(RuntimeError):
+            run(resume=True)
+    assert repair_folder(run.out).exists()
+    assert run(resume=True).errors == 0 and not run.computed
+    assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
+
+
+def test_what_is_left_of_another_repair_is_not_used(tmp_path: Path) -> None:
+    first = Extraction(tmp_path / "a.h5")
+    first((0, 4))
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[3]:
+            raise KeyboardInterrupt
+        return lambda: [make_regions(r.id, 3, seed=99) for r in batch]
+
+    with pytest.raises(Exception, match="--resume"):
+        first(resume=True, compute=stops)
+    first.out.rename(tmp_path / "old.h5")  # which keeps its inode from being used again
+    first((0, 4))
+    assert first(resume=True).errors == 0 and first.computed == [[0, 1], [2, 3, 4]]
+    assert contents(first.out) == whole(tmp_path)
+
+
+def test_other_options_and_another_batch_size_are_refused(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((4,))
+    for changes, says in (
+        ({"plan": replace(PLAN, options={**PLAN.options, "dtype": "float16"})}, "--dtype was float32"),
+        ({"plan": replace(PLAN, batch_size=8)}, "--batch-size was 4 and is now 8; use the same"),
+        ({"header": replace(HEADER, recipe="other", options=PLAN.options)}, "another recipe"),
+    ):
+        with pytest.raises(InputError, match=says):
+            run(resume=True, **changes)
+    repair_folder(run.out).mkdir()
+    (repair_folder(run.out) / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="a.h5.repair: is needed .* holds other files; move it"):
+        run(resume=True)
+    assert (repair_folder(run.out) / "thesis.txt").read_text() == "mine" and run((4,), resume=True).computed == 0
+
+
+def test_a_damaged_store_is_named_and_stays(tmp_path: Path) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    run((4,))
+    with h5py.File(run.out, "r+") as file:
+        file["regions/mask_start"][-1] = -5
+    before = run.out.read_bytes()
+    with pytest.raises((InputError, ValueError)):
+        run(resume=True)
+    assert run.out.read_bytes() == before
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_where_every_image_failed_there_is_no_store(tmp_path: Path, strict: bool) -> None:
+    run, every = Extraction(tmp_path / "a.h5"), range(10)
+    says = (
+        "--strict" if strict else "none of the 10 images could be used; the first: ümlaut_7.jpg: not a readable image; "
+    )
+    for resume in (False, True, True):
+        with pytest.raises(WorkError, match=says):
+            run(every, resume=resume, strict=strict)
+        assert not run.out.exists() and not run.computed
+    some = run(range(1, 10), resume=True)  # one of them was repaired
+    assert some.errors == 9 and run.computed == [[0, 0]]
+    assert run(resume=True).errors == 0 and contents(run.out) == whole(tmp_path)
+
+
+def test_a_finished_store_without_a_usable_image_is_no_success(tmp_path: Path) -> None:
+    """As older versions wrote it."""
+    run = Extraction(tmp_path / "a.h5")
+    errors = [replace(make_regions(r.id, 0), error="broken", features={}) for r in RECORDS]
+    rows = [store.ImageRow(r.image_id, r.file_name, r.height, r.width, "broken", 0, 0) for r in errors]
+    columns = store.Columns({"fc7": (0,), "pool5": (0,)}, "float32", True, True)
+    with store.create(run.out, replace(HEADER, options=PLAN.options), columns, rows) as writer:
+        for one in errors:
+            writer.put(one)
+    before = run.out.read_bytes()
+    with pytest.raises(
+        WorkError, match="none of the 10 images could be used; the first: broken; .*a.h5 has no regions"
+    ):
+        run(range(10), resume=True)
+    assert run.out.read_bytes() == before
+    assert run(resume=True).errors == 0 and contents(run.out) == whole(tmp_path)
+
+
+def test_images_without_regions_are_no_failure(tmp_path: Path) -> None:
+    def nothing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        return lambda: [make_regions(r.id, 0) for r in batch]
+
+    assert Extraction(tmp_path / "a.h5")(compute=nothing).regions == 0
+
+
+def test_an_unfinished_extraction_looks_at_them_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Extraction(tmp_path / "a.h5")
+    compute = run.compute
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[3]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="--resume"):
+        run((0, 9), compute=stops)
+    assert run((9,), resume=True).errors == 1 and run.computed == [[0, 1], [2, 3, 4]]
