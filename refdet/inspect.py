@@ -13,13 +13,12 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
+from refdet.hdf5_door import MAGIC, check_regular, open_store_file
 from refdet.provenance import Provenance
 from refdet.shards import parts_folder, progress
 from refdet.store import DAMAGE
 from refdet.store_schema import CHECKSUMS, MAPS
 from refdet.store_verify import Verification, verify
-
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -38,11 +37,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _checkpoint(path) if begun is None else _unfinished(path, begun)
     if not path.exists():
         raise InputError(f"{path}: {_missing(path, 'file or folder')}")
+    check_regular(path)
     if path.name in ("model.json", "model.safetensors"):
         return _checkpoint(path.parent)
     with path.open("rb") as file:
-        start = file.read(len(HDF5_MAGIC))
-    if start == HDF5_MAGIC:
+        start = file.read(len(MAGIC))
+    if start == MAGIC:
         return _store(path)
     if start.lstrip()[:1] == b"{":
         return _split(path)
@@ -100,17 +100,14 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 def _store(path: Path) -> dict[str, Any]:
     try:
-        with h5py.File(path, "r") as file:
-            schema = file.attrs.get("schema")
-            if not (isinstance(schema, str) and schema.startswith("refdet-features/")):
-                raise InputError(f"{path}: HDF5, but no store of refdet (its schema is {schema!r:.40})")
+        with open_store_file(path) as file:
             images = file["images"]
             errors = [text for text in images["error"].asstr()[:] if text]
             classes = _attribute(path, file, "classes")
             return {
                 "kind": "store",
                 "path": str(path),
-                "schema": schema,
+                "schema": str(file.attrs["schema"]),
                 "complete": bool(file.attrs.get("complete", False)),
                 "images": len(images["id"]),
                 "images_with_errors": len(errors),
@@ -183,10 +180,11 @@ def check(path: str | Path) -> Verification:
         begun = progress(path)
         told = "a folder; --verify is for the files of refdet extract-features"
         raise InputError(f"{path}: {told if begun is None else f'an unfinished store: {_state(begun)}'}")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: {_missing(path, 'file')}")
+    check_regular(path)
     with path.open("rb") as file:
-        if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise InputError(f"{path}: no store of features; --verify is for the files of refdet extract-features")
     return verify(path)
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from refdet import store
 from refdet.errors import InputError
+from refdet.hdf5_door import known
 
 
 class RegionsDataset(Dataset):
@@ -52,6 +53,7 @@ class RegionsDataset(Dataset):
         self._store: store.Store | None = None
         self._process = 0
         with store.open(self.path) as found:
+            self._state = known.here(self.path)
             lacking = sorted(set(self.features or ()) - {*found.feature_names, *found.map_names})
             if lacking or (masks and not found.has_masks):
                 raise InputError(f"{self.path}: has no {lacking[0] if lacking else 'masks'}; extract it with them")
@@ -90,5 +92,7 @@ class RegionsDataset(Dataset):
         if self._store is None or self._process != os.getpid():
             if self._store is not None:
                 self._store.close()  # the copy that fork made; HDF5 would hand out its state again
+            if self._state is not None:
+                known.add_here(self._state)  # the parent looked through it; a spawned worker need not
             self._store, self._process = store.open(self.path), os.getpid()
         return self._store

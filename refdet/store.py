@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 
 from refdet.errors import InputError
+from refdet.hdf5_door import open_store_file
 from refdet.regions import Regions
 from refdet.store_schema import (
     MAPS,
@@ -18,9 +20,11 @@ from refdet.store_schema import (
     Columns,
     Header,
     ImageRow,
+    check_memory,
     check_parts,
     check_starts,
     open_datasets,
+    parse_classes,
     parse_json,
 )
 from refdet.store_writer import StoreWriter, create
@@ -55,7 +59,7 @@ class Store:
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self.file = file
-        self.classes: list[dict[str, Any]] = parse_json(file, "classes", list)
+        self.classes: list[dict[str, Any]] = parse_classes(file)
         self.recipe = str(file.attrs["recipe"])
         self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
         self.options: dict[str, Any] = parse_json(file, "options", dict)
@@ -76,10 +80,15 @@ class Store:
         check_starts("images/region_start", self.region_start, len(self.data["regions/box"]))
         if len(self._at) != len(self.image_ids):
             raise ValueError("images/id: an image is in it twice")
+        if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:
+            raise ValueError("images/height or images/width is not positive")
         self._map_starts = {name: self.data[f"maps/{name}_start"][:] for name in self.map_names}
         self._map_shapes = {name: self.data[f"maps/{name}_shape"][:] for name in self.map_names}
         for name, starts in self._map_starts.items():
             check_starts(f"maps/{name}_start", starts, len(self.data[f"maps/{name}"]))
+        of_images = {f"features/{name}": self.region_start for name in self.feature_names}
+        of_images |= {f"maps/{name}": starts for name, starts in self._map_starts.items()}
+        check_memory(self.data, of_images, file.id.get_filesize())
 
     def __enter__(self) -> Store:
         return self
@@ -179,7 +188,7 @@ class Store:
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         cuts = (starts - starts[0]).tolist()
-        if starts[0] < 0 or starts[-1] > len(counts) or min(np.diff(starts), default=0) < 0:
+        if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
         read = counts[int(starts[0]) : int(starts[-1])]
         # pycocotools writes beyond its memory for what is no RLE of its image, so none leaves here unchecked
@@ -193,7 +202,10 @@ class Store:
     def _map(self, name: str, i: int) -> np.ndarray:
         first, last = self._map_starts[name][i : i + 2].tolist()
         values: np.ndarray = self.data[f"maps/{name}"][first:last]
-        return values.reshape(self._map_shapes[name][i].tolist())
+        shape = self._map_shapes[name][i].tolist()
+        if min(shape) < 0 or math.prod(shape) != len(values):
+            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for the shape {shape}")
+        return values.reshape(shape)
 
     def frame(self) -> pd.DataFrame:
         """All regions without features and masks, one a line: the index ``region`` is the row in the file.
@@ -224,19 +236,17 @@ class Store:
         return frame.rename_axis("region")
 
 
-def open(path: str | Path) -> Store:
+def open(path: str | Path, again: bool = False) -> Store:
     """Open a store for reading; use it in a ``with``.
 
+    Args:
+        again: look through the file for damage even if it was done before; see `refdet.hdf5_door`.
+
     Raises:
-        InputError: no such file, not HDF5, another schema, parts missing, or not complete.
+        InputError: no such file, not HDF5, another schema, parts missing or that no store has, or not complete.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; refdet extract-features writes it")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file: {error}") from None
+    file = open_store_file(path, again)
     try:
         check_parts(path, file)
         if not file.attrs["complete"]:

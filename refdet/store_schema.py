@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,21 @@ import numpy as np
 
 from refdet.errors import InputError
 
-SCHEMA = "refdet-features/1"
+FAMILY = "refdet-features/"
+SCHEMA = FAMILY + "1"
 CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
 MAPS = ("head",)
 
-# What every store has; of the images with the kind of their dtype ("O" is text of any length).
-IMAGE_COLUMNS = {"id": "i", "file_name": "O", "height": "i", "width": "i", "region_start": "i", "error": "O"}
+# What every store has; of the images with the kind of their dtype.
+IMAGE_COLUMNS = {"id": "int", "file_name": "text", "height": "int", "width": "int", "region_start": "int",
+                 "error": "text"}  # fmt: skip
 REGION_COLUMNS = ("box", "score", "category_id")
+# The types of each kind. Text is of any length.
+KINDS = {"int": ("int32", "int64"), "float": ("float32", "float16"), "float32": ("float32",), "uint8": ("uint8",),
+         "text": ("object",)}  # fmt: skip
+# What one image may take in memory where its file is smaller than a quarter of it: zeros are compressed a thousandfold.
+MAX_UNPACKED = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
 
@@ -136,33 +144,33 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         f"images/{name}": (kind, (images + (name == "region_start"),)) for name, kind in IMAGE_COLUMNS.items()
     }
-    shapes["regions/box"] = ("f", (regions, 4))
-    shapes["regions/score"], shapes["regions/category_id"] = ("f", (regions,)), ("i", (regions,))
+    shapes["regions/box"] = ("float32", (regions, 4))
+    shapes["regions/score"], shapes["regions/category_id"] = ("float32", (regions,)), ("int", (regions,))
     if "ann_id" in file["regions"]:
-        shapes["regions/ann_id"] = ("i", (regions,))
+        shapes["regions/ann_id"] = ("int", (regions,))
     if "mask_counts" in file["regions"] or "mask_start" in file["regions"]:
-        shapes["regions/mask_counts"] = ("u", file["regions/mask_counts"].shape[:1])
-        shapes["regions/mask_start"] = ("i", (regions + 1,))
+        shapes["regions/mask_counts"] = ("uint8", file["regions/mask_counts"].shape[:1])
+        shapes["regions/mask_start"] = ("int", (regions + 1,))
     for name in file["features"]:
-        shapes[f"features/{name}"] = ("f", (regions, *file[f"features/{name}"].shape[1:]))
+        shapes[f"features/{name}"] = ("float", (regions, *file[f"features/{name}"].shape[1:]))
     for name in MAPS:
         if f"maps/{name}" in file:
-            shapes[f"maps/{name}"] = ("f", file[f"maps/{name}"].shape[:1])
-            shapes[f"maps/{name}_start"] = ("i", (images + 1,))
-            shapes[f"maps/{name}_shape"] = ("i", (images, 3))
-            shapes["maps/im_info"] = ("f", (images, 3))
+            shapes[f"maps/{name}"] = ("float", file[f"maps/{name}"].shape[:1])
+            shapes[f"maps/{name}_start"] = ("int", (images + 1,))
+            shapes[f"maps/{name}_shape"] = ("int", (images, 3))
+            shapes["maps/im_info"] = ("float32", (images, 3))
     data = {name: file[name] for name in shapes}
     for name, (kind, shape) in shapes.items():
-        if data[name].dtype.kind != kind or data[name].shape != shape:
+        if data[name].dtype not in KINDS[kind] or data[name].shape != shape:
             raise ValueError(f"{name} is {data[name].dtype} {data[name].shape}")
-        if kind == "O" and h5py.check_string_dtype(data[name].dtype) is None:
+        if kind == "text" and h5py.check_string_dtype(data[name].dtype) is None:
             raise ValueError(f"{name} is no text")
     return data
 
 
 def check_starts(name: str, starts: np.ndarray, end: int) -> None:
     """ValueError where offsets do not ascend from 0 to ``end``."""
-    if len(starts) == 0 or starts[0] != 0 or starts[-1] != end or (np.diff(starts) < 0).any():
+    if len(starts) == 0 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{name} does not ascend from 0 to {end}")
 
 
@@ -172,3 +180,28 @@ def parse_json(file: h5py.File, name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"attribute {name} is no JSON {'list' if kind is list else 'object'}")
     return value
+
+
+def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
+    """The attribute ``classes``; ValueError where it is not ``[{"id": int, "name": str}]``."""
+    classes: list[dict[str, Any]] = parse_json(file, "classes", list)
+    for one in classes:
+        number = one.get("id") if isinstance(one, dict) else None
+        if type(number) is not int or not -(2**63) <= number < 2**63 or not isinstance(one.get("name"), str):
+            raise ValueError("attribute classes is not a list of ids and names")
+    return classes
+
+
+def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarray], size: int) -> None:
+    """ValueError where one image would take much more memory than its file has bytes.
+
+    Args:
+        data: datasets by name.
+        starts: of the datasets whose rows are images' -> where each image's start.
+        size: bytes of the file.
+    """
+    for name, of_images in starts.items():
+        rows = int(np.diff(of_images).max(initial=0))
+        need = rows * math.prod(data[name].shape[1:]) * data[name].dtype.itemsize
+        if need > max(MAX_UNPACKED, 4 * size):
+            raise ValueError(f"{name} of one image takes {need} bytes, and the file has {size}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +20,6 @@ from refer.masks import rle_pixels
 
 # The seed's arithmetic of inclusive boxes, scaled back, ends up to a pixel outside.
 _OUTSIDE = 1.0
-_LONGEST_OPENING = 120  # seconds; a store of 100,000 images takes a tenth of one
 _STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "has no checksums (an older store): only that its parts fit together was checked, not every byte"
 
@@ -77,33 +74,19 @@ def verify(path: Path) -> Verification:
     What cannot be opened at all is one problem of the whole file.
     """
     found = Verification(str(path))
-    if failure := _failure_of_hdf5(path):
-        found.problems.append(Problem(None, "file", failure))
-        return found
     try:
-        store = open_store(path)
+        store = open_store(path, again=True)
     except InputError as error:
         found.problems.append(Problem(None, "file", str(error).removeprefix(f"{path}: ")))
         return found
     with store:
         found.images, found.regions = len(store), store.regions
         checksums = _checksums(store, found)
-        categories = _categories(store, found)
+        categories = np.array([one["id"] for one in store.classes], np.int64)
         rates = "boxes_sha256" not in store.options  # boxes that were given have the scores of whatever found them
         for i in tqdm(range(len(store)), unit="image", leave=False, disable=None):
             _check_image(store, i, checksums, categories, rates, found)
     return found
-
-
-def _failure_of_hdf5(path: Path) -> str:
-    """How HDF5 itself fails on a file, "" if it does not: texts have no checksums, and some damage to them makes it
-    go round for ever. So the file is first opened by a process that can be ended."""
-    command = [sys.executable, "-c", "import sys; from refdet import store; store.open(sys.argv[1])", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_LONGEST_OPENING)
-    except subprocess.TimeoutExpired:
-        return f"damaged: HDF5 cannot open it within {_LONGEST_OPENING} seconds"
-    return f"damaged: HDF5 crashes when it opens it (signal {-done.returncode})" if done.returncode < 0 else ""
 
 
 def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
@@ -127,14 +110,6 @@ def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
     except DAMAGE as error:
         found.problems.append(Problem(None, CHECKSUMS, f"damaged: {error}"))
         return {}
-
-
-def _categories(store: Store, found: Verification) -> np.ndarray:
-    try:
-        return np.array([int(c["id"]) for c in store.classes], np.int64)
-    except DAMAGE as error:
-        found.problems.append(Problem(None, "classes", f"damaged: {error}"))
-        return np.zeros(0, np.int64)
 
 
 def _check_image(

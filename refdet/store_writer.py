@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from refdet.atomic import atomic_path
+from refdet.hdf5_door import remember
 from refdet.hdf5_space import new_file
 from refdet.regions import Regions
 from refdet.store_chunks import GZIP_LEVEL, THREADS, WholeChunks, chunk_rows
@@ -229,3 +230,4 @@ def create(
         writer = StoreWriter(file, header, columns, images, pool)
         yield writer
         writer.finish()
+    remember(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+from refdet import hdf5_door, hdf5_trial
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,15 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instances(shapes_root: Path) -> Path:
     """The val instances of the embedded dataset."""
     return shapes_root / "annotations" / "instances_val2014.json"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What refdet remembers of files goes into a folder of the tests, in the processes that they start too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look through stores in this process: one of its own for each of many files takes too long."""
+    monkeypatch.setattr(hdf5_door, "try_file", hdf5_trial.look_through)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_store_contents import HEADER, draw
 
-from refdet import store, store_verify
+from refdet import store
 from refdet.store_verify import verify
 
 
-def test_scores_of_given_boxes_need_not_be_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_verify, "_failure_of_hdf5", lambda path: "")  # without a process for each
+@pytest.mark.usefixtures("opened_here")
+def test_scores_of_given_boxes_need_not_be_rates(tmp_path: Path) -> None:
     columns, row = store.Columns(), [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
     for boxes, score, sound in ((True, 12.5, True), (False, 12.5, False), (True, np.nan, False), (True, -1, True)):
         path = tmp_path / "a.h5"

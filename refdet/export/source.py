@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
 import numpy as np
 
 from refdet import store
@@ -27,17 +26,14 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.store = store.open(path)
-        self._file = h5py.File(path, "r")
-        self.has_heads = "maps/head" in self._file
+        self.has_heads = "head" in self.store.map_names
         self._errors = self.store.errors
-        self._at = {image_id: i for i, image_id in enumerate(self.store)}
         self.names: dict[int, str] = {one["id"]: one["name"] for one in self.store.classes}
 
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self._file.close()
         self.store.close()
 
     def width(self, feature: str) -> int:
@@ -46,7 +42,7 @@ class Source:
         if feature not in there:
             raise InputError(f"{self.path}: has no feature {feature}, but {', '.join(there) or 'none'}; "
                              f"extract it with refdet extract-features --features {feature}")  # fmt: skip
-        shape = self._file[f"features/{feature}"].shape[1:]
+        shape = self.store.data[f"features/{feature}"].shape[1:]
         if len(shape) != 1:
             raise InputError(f"{self.path}: {feature} is {' x '.join(map(str, shape))} for a region; "
                              "this format takes vectors such as fc7")  # fmt: skip
@@ -57,15 +53,12 @@ class Source:
 
         None for an image that has none, since it could not be used or is not in the store.
         """
-        i = self._at.get(image_id)
-        if i is None or not self.has_heads:
+        if image_id not in self.store or not self.has_heads:
             return None
-        maps = self._file["maps"]
-        start, stop = maps["head_start"][i : i + 2]
-        if start == stop:
+        regions = self.store.read(image_id, ("head",))
+        if not regions.maps or regions.im_info is None:
             return None
-        head = maps["head"][start:stop].reshape(maps["head_shape"][i])
-        return head.astype(np.float32), maps["im_info"][i].astype(np.float32)
+        return regions.maps["head"].astype(np.float32), regions.im_info
 
     def why_empty(self, image_id: int) -> str:
         """Why an image has no regions, "" if it has some."""
