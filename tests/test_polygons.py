@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.data.coco import CocoIndex
-from refdet.data.image_lists import read_image_list
 from refdet.data.instances_check import InstancesCheck
+from refdet.data.list_reading import read_image_list
 from refdet.data.polygons import is_surely_drawn
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
