@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import WorkError
 
-from .common import echo_json, echo_line, echo_table, json_option, note
+from .common import echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     from refdet.audit import ProvenanceAudit
@@ -23,7 +23,7 @@ SHOWN = 10
 @click.option("--instances", metavar="F.json", help="COCO instances file or list of images to look through.")
 @click.option("--refer-root", required=True, metavar="DIR", help="Folder of DATASET/refs(SPLIT_BY).p.")
 @click.option("--checkpoint", metavar="RUN_DIR", help="Detector to audit by its provenance.")
-@click.option("--features", metavar="F.h5", help="Store whose detector to audit by its provenance.")
+@store_option(name="features", metavar="F.h5", help="Store whose detector to audit by its provenance.")
 @click.option(
     "--exclude",
     multiple=True,
@@ -56,16 +56,16 @@ def command(
     proven clean: exit 1, unless --allow-unidentified. A store of val images is no leak: its detector is what counts.
     """
     if instances is None and checkpoint is None and features is None:
-        raise click.UsageError("nothing to audit: give --instances, --checkpoint or --features")
+        raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
     if checkpoint is not None and features is not None:
-        raise click.UsageError("--checkpoint and --features: audit them one after the other")
+        raise click.UsageError("--checkpoint and --store: audit them one after the other")
     if by_content and (instances is None or images is None):
         raise click.UsageError("--by-content needs --instances and --images")
     if not by_content and (images is not None or refer_images is not None):
         raise click.UsageError("--images and --refer-images are for --by-content; add it or leave them out")
     detector = checkpoint if checkpoint is not None else features
     if trust_weights and detector is None:
-        raise click.UsageError("--trust-weights is for --checkpoint and --features")
+        raise click.UsageError("--trust-weights is for --checkpoint and --store")
     by_provenance: ProvenanceAudit | None = None
     result: AuditResult | None = None
     content: ContentResult | None = None

@@ -1,9 +1,10 @@
-"""What the commands share: the --json option, and printing, which no text of a foreign file can disturb."""
+"""What the commands share: their common options, and printing, which no text of a foreign file can disturb."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import click
 from refdet.text import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
+_OLD_STORE = "refdet.store_as_features"  # where click's context keeps what --features was given
 
 
 class OutputLost(Exception):
@@ -35,6 +37,43 @@ def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
 def echo_line(text: str = "") -> None:
     """Print one line on stdout, whatever characters are in ``text``."""
     _print(printable(text))
+
+
+def store_option(*, required: bool = False, **attributes: Any) -> Callable[[F], F]:
+    """Give a command ``--store``, passed to it as ``store``; ``--features``, its old name, works and is not shown.
+
+    Args:
+        required: whether one of the two must be given.
+        attributes: further ones of ``click.option``, for both; ``name`` is what the value is passed as.
+    """
+    name = attributes.pop("name", "store")
+    help_ = attributes.pop("help") + ("  [required]" if required else "")
+
+    def old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value is not None:
+            context.meta[_OLD_STORE] = value
+            context.call_on_close(_say_new_name)
+
+    def new(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        older = context.meta.get(_OLD_STORE)
+        if value is not None and older is not None:
+            raise click.UsageError("--features is the old name of --store; give --store alone", context)
+        if required and value is None and older is None:
+            raise click.MissingParameter(ctx=context, param=parameter)
+        return older if value is None else value
+
+    def decorate(command: F) -> F:
+        # Options are shown in the order of their decorators; an eager one is read before the others.
+        hidden = click.option("--features", f"{name}_by_its_old_name", hidden=True, is_eager=True, expose_value=False,
+                              callback=old, **attributes)  # fmt: skip
+        return click.option("--store", name, callback=new, help=help_, **attributes)(hidden(command))
+
+    return decorate
+
+
+def _say_new_name() -> None:
+    if sys.exc_info()[0] is None:  # an error is to stay one line
+        note("note: --features is called --store now; the old name still works")
 
 
 def echo_json(obj: Any) -> None:

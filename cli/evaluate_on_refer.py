@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_line, echo_table, json_option, note
+from .common import echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,7 @@ TITLES = {
 
 
 @click.command("evaluate-on-refer")
-@click.option("--features", type=Path, required=True, help="Store that extract-features wrote.")
+@store_option(name="features", type=Path, required=True, help="Store that extract-features wrote.")
 @click.option("--refer-root", type=Path, required=True, help="Folder of the REFER data.")
 @click.option("--dataset", required=True, help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", required=True, help="unc, umd or google.")

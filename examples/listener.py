@@ -3,7 +3,7 @@
 It learns from the train refs on the images of one store, and answers the sentences on the images of another:
 
     python examples/listener.py --train train.h5 --test test.h5 --refer-root data/refer --out answers.json
-    refdet evaluate-on-refer --features test.h5 --refer-root data/refer ... --predictions answers.json --out metrics
+    refdet evaluate-on-refer --store test.h5 --refer-root data/refer ... --predictions answers.json --out metrics
 
 A region fits if the words that describe it fit its features ("red circle"), if it stands right among those that fit as
 well ("leftmost"), and if it stands right to what other words fit ("below the star"). So does MAttNet (Yu et al., 2018):

@@ -149,7 +149,7 @@ def demo(
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
             given = ("--predictions", answers) if answers is not None and dataset == DATASETS[0][0] else ()
-            log.refdet("evaluate-on-refer", "--features", _store(out, dataset), "--refer-root", refer_root,
+            log.refdet("evaluate-on-refer", "--store", _store(out, dataset), "--refer-root", refer_root,
                        "--dataset", dataset, "--split-by", split_by, *given,
                        "--out", out / "refer" / dataset)  # fmt: skip
     parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
