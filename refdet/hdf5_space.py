@@ -10,18 +10,26 @@ from pathlib import Path
 
 import h5py
 
+# The layout of HDF5 1.10 has checksums in its own tables too, which the older one has not.
+CHECKED = ("v110", "v110")
+ANY_READER = ("earliest", "latest")  # what every HDF5 since 1.6 reads
+
 
 @contextmanager
-def new_file(path: Path, space: int) -> Iterator[h5py.File]:
+def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKED) -> Iterator[h5py.File]:
     """A new HDF5 file to write to, for which the disk has set aside so many bytes; what is left of them is given back.
 
     The block keeps its datasets open to its end, also where it fails: see `_abandon`.
 
+    Args:
+        path: the file.
+        space: bytes that it takes at most.
+        libver: the oldest and the newest layout it may have, see h5py.
+
     Raises:
         OSError: the disk has no room for them.
     """
-    # The layout of HDF5 1.10 has checksums in its own tables too, which the older one has not.
-    file = h5py.File(path, "w", libver=("v110", "v110"))
+    file = h5py.File(path, "w", libver=libver)
     try:
         _reserve(file, space)
         yield file

@@ -134,6 +134,16 @@ def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
     assert "1 of 3 images have no head" in done.notes
 
 
+def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> None:
+    """h5py of MAttNet's time knows the oldest layout alone; nothing is left of the space that was set aside."""
+    for name in ("det_feats.h5", "ann_feats.h5", "head/4.h5", "data.h5"):
+        path = tmp_path / "out" / name
+        assert path.read_bytes()[8] == 0  # the version of the superblock
+        with h5py.File(path) as file:
+            values = sum(file[name].nbytes for name in file)
+        assert values < path.stat().st_size < values + 8192
+
+
 def test_what_has_no_detections_is_told(done: Exported) -> None:
     assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
     assert any("--at-least-one" in note for note in done.notes)
@@ -172,6 +182,13 @@ def test_no_detection_at_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "dets.json").read_text()) == []
     with h5py.File(tmp_path / "out" / "det_feats.h5") as file:
         assert file["fc7"].shape == (0, 2048) and "pool5" not in file
+
+
+def test_an_annotation_that_is_there_twice_is_refused(tmp_path: Path, prepro: Prepro) -> None:
+    dets, twice = write_store(tmp_path / "d.h5", DETECTIONS), regions(3, [1, 2], [1, 1], [7, 7])
+    anns = write_store(tmp_path / "a.h5", [twice, *ANNOTATIONS[1:]])
+    with pytest.raises(InputError, match="image 3 has an annotation twice"):
+        export_mattnet(dets, tmp_path / "out", anns, prepro, {})
 
 
 def test_refusals(tmp_path: Path, prepro: Prepro) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from refdet.errors import InputError
-from refdet.export.folder import json_list, new_folder
-from refdet.export.mattnet_prepro import Prepro
+from refdet.export.folder import json_list, new_folder, require_space
+from refdet.export.mattnet_prepro import TABLES, Prepro
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
+from refdet.hdf5_space import ANY_READER, new_file
 from refdet.regions import Regions
 
 FEATURES = ("pool5", "fc7")
@@ -36,7 +37,7 @@ class _Work:
 
 
 def export_mattnet(
-    features: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
+    store: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
 ) -> Exported:
     """Write what the stores and the dataset suffice for; the rest is told in the notes.
 
@@ -45,22 +46,22 @@ def export_mattnet(
     - ``data.json``, ``data.h5``: ``prepro``, unless it was read from MAttNet's own;
     - ``ann_feats.h5``: of the annotations, in the order of ``prepro``.
 
-    Arguments:
-        features: store of detections; annotations: store of annotations.
+    Args:
+        store: detections.
         out: the folder.
+        annotations: store of annotations.
         prepro: images that are not in it are left out; without it all are taken.
         options: for the record.
 
     Raises:
         InputError: ``out`` is not empty; a store is of the wrong kind, lacks fc7, or none or not all of the images;
             annotations without ``prepro``; the detector's categories are not the dataset's.
+        WorkError: the disk is full.
     """
     with ExitStack() as stack:
-        detections = stack.enter_context(Source(features))
+        detections = stack.enter_context(Source(store))
         if detections.store.has_ann_ids:
-            raise InputError(
-                f"--features {features}: regions of annotations; give detections, and these as --annotations"
-            )
+            raise InputError(f"--store {store}: regions of annotations; give detections, and these as --annotations")
         given = stack.enter_context(Source(annotations)) if annotations else None
         if given is not None and not given.store.has_ann_ids:
             raise InputError(f"--annotations {annotations}: has detections; extract with --regions annotations")
@@ -70,6 +71,7 @@ def export_mattnet(
         folder = stack.enter_context(new_folder(out))
         work = _Work(folder, detections, given, prepro, [])
         image_ids = _images(work)
+        require_space(out, _space(work, image_ids))
         regions = _write_detections(work, image_ids)
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
@@ -128,6 +130,28 @@ def _images(work: _Work) -> list[int]:
     return found
 
 
+def _space(work: _Work, image_ids: list[int]) -> int:
+    """Bytes that features and heads take, at least."""
+    rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
+    counted = [(work.detections, rows)]
+    if work.annotations is not None and work.prepro is not None:
+        counted.append((work.annotations, len(work.prepro.data["anns"])))
+    numbers = sum(n * source.width(name) for source, n in counted for name in FEATURES
+                  if name in source.store.feature_names)  # fmt: skip
+    return 4 * (numbers + sum(work.detections.head_size(image_id) for image_id in image_ids))
+
+
+def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
+    """New datasets of float32 for the features of so many regions, to be kept open while the file is."""
+    return {name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False)
+            for name in names}  # fmt: skip
+
+
+def _room(source: Source, names: list[str], rows: int) -> int:
+    """Bytes of a file of these, at most."""
+    return 4 * rows * sum(source.width(name) for name in names) + TABLES
+
+
 def _names(work: _Work, source: Source) -> list[str]:
     """The features that are exported of a store."""
     names = [name for name in FEATURES if name in source.store.feature_names]
@@ -156,12 +180,12 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
     with ExitStack() as stack:
         add = stack.enter_context(json_list(work.folder / "dets.json"))
         add_mask = stack.enter_context(json_list(work.folder / "masks.json")) if store.has_masks else None
-        file = stack.enter_context(h5py.File(work.folder / "det_feats.h5", "w"))
-        for name in names:
-            file.create_dataset(name, (total, source.width(name)), np.float32, track_times=False)
+        room = _room(source, names, total)
+        file = stack.enter_context(new_file(work.folder / "det_feats.h5", room, ANY_READER))
+        datasets = _datasets(file, source, names, total)
         first = 0
         for image_id in tqdm(image_ids, desc="detections", unit="image", disable=None):
-            regions, rows = store.read(image_id, names), store.rows(image_id)
+            regions, rows = source.read(image_id, names), store.rows(image_id)
             order = np.lexsort((-regions.scores, np.array([rank[c] for c in regions.category_ids.tolist()], np.int64)))
             rles = regions.rles()
             for det_id, place in enumerate(order.tolist(), start=first):
@@ -172,7 +196,7 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
                     add_mask(record | {"rle": rles[place] | {"counts": rles[place]["counts"].decode("ascii")}})
             if len(rows):
                 for name in names:
-                    file[name][first : first + len(rows)] = regions.features[name][order]
+                    datasets[name][first : first + len(rows)] = regions.features[name][order]
             first += len(rows)
     return total
 
@@ -190,17 +214,19 @@ def _write_annotations(work: _Work) -> None:
                          f"not in it, the first is {lost[0]}; extract all splits")  # fmt: skip
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
     names, seen = _names(work, source), 0
-    with h5py.File(work.folder / "ann_feats.h5", "w") as file:
-        for name in names:
-            file.create_dataset(name, (len(anns), source.width(name)), np.float32, track_times=False)
+    with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
+        datasets = _datasets(file, source, names, len(anns))
         for image in tqdm(images, desc="annotations", unit="image", disable=None):
-            regions = source.store.read(image["image_id"], names)
+            regions = source.read(image["image_id"], names, categories=False)
             assert regions.ann_ids is not None
             rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
             order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py wants ascending rows
+            if len(np.unique(rows[order])) < len(order):
+                raise InputError(f"--annotations {source.path}: image {image['image_id']} has an annotation twice; "
+                                 "extract it again")  # fmt: skip
             if len(order):
                 for name in names:
-                    file[name][rows[order]] = regions.features[name][order]
+                    datasets[name][rows[order]] = regions.features[name][order]
             seen += len(order)
     if seen < len(anns):
         work.notes.append(f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
@@ -222,8 +248,12 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
         if found is None:
             missing += 1
             continue
-        with h5py.File(work.folder / HEADS / f"{image_id}.h5", "w") as file:
-            file.create_dataset("head", data=found[0][None], track_times=False)
-            file.create_dataset("im_info", data=found[1][None], track_times=False)
+        arrays = {"head": found[0][None], "im_info": found[1][None]}
+        room = sum(values.nbytes for values in arrays.values()) + TABLES
+        with new_file(work.folder / HEADS / f"{image_id}.h5", room, ANY_READER) as file:
+            datasets = [file.create_dataset(name, values.shape, values.dtype, track_times=False)
+                        for name, values in arrays.items()]  # fmt: skip
+            for dataset, values in zip(datasets, arrays.values(), strict=True):
+                dataset[...] = values
     if missing:
         work.notes.append(f"{missing} of {len(wanted)} images have no head")

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
+from refdet.hdf5_space import ANY_READER, new_file
 from refer import REFER
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word where it found nothing
+TABLES = 64 << 10  # bytes of HDF5's own in a file of a few datasets, at most
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Prepro:
         try:
             ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
             rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
+            if not isinstance(data.get("cat_to_ix", {}), dict):
+                raise TypeError("cat_to_ix is no object")
         except (TypeError, KeyError) as error:
             raise InputError(f"--data-json {path}: not what MAttNet's tools/prepro.py writes ({error!r})") from None
         if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
@@ -70,10 +73,16 @@ class Prepro:
         return cls(data)
 
     def write(self, folder: Path) -> None:
-        """Write ``data.json`` and ``data.h5``."""
-        (folder / "data.json").write_text(json.dumps(self.data), encoding="utf-8")
-        with h5py.File(folder / "data.h5", "w") as file:
-            file.create_dataset("labels", data=self.labels, track_times=False)
+        """Write ``data.json`` and ``data.h5``. InputError if a number has no form in JSON."""
+        assert self.labels is not None
+        try:
+            text = json.dumps(self.data, allow_nan=False)
+        except ValueError:
+            raise InputError("data.json: a box of the dataset is not finite; repair its instances.json") from None
+        (folder / "data.json").write_text(text, encoding="utf-8")
+        with new_file(folder / "data.h5", self.labels.nbytes + TABLES, ANY_READER) as file:
+            labels = file.create_dataset("labels", self.labels.shape, self.labels.dtype, track_times=False)
+            labels[...] = self.labels
 
 
 def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> Prepro:
@@ -157,7 +166,7 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
         for sentence in read_json(options.attributes):
             ref = refer.sentToRef[sentence["sent_id"]]
             for kind in ATTRIBUTE_TYPES:
-                words = {word: None for word in sentence["atts"][kind] if word not in no_words}
+                words = {str(word): None for word in sentence["atts"][kind] if word not in no_words}
                 found.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
         raise InputError(f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
