@@ -8,30 +8,35 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refdet.errors import InputError
+from refdet.export import consumers
 
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     from refdet.export.mattnet_prepro import Prepro
     from refdet.export.record import Exported
 
-# Options that only some formats take.
+# Options that only some formats take, by their parameters, and the parameter that is not called as its option.
 TAKEN = {
     "mattnet": ("annotations", "refer_root", "dataset", "split_by", "data_json", "word_count_threshold", "max_length",
                 "attributes", "top_attributes"),
-    "npz": ("feature", "names"),
-    "lmdb": ("feature",),
+    "npz": ("consumer", "feature", "names"),
+    "lmdb": ("consumer", "feature"),
 }  # fmt: skip
+OPTIONS = {"consumer": "for"}
 
 
 @click.command("export")
-@click.option("--features", type=Path, required=True, help="Store that extract-features wrote.")
+@store_option(type=Path, required=True, help="Store that extract-features wrote.")
 @click.option("--format", "format_", type=click.Choice(list(TAKEN)), required=True)
+@click.option("--for", "consumer", type=click.Choice([*consumers.NPZ, *consumers.LMDB]),
+              help="npz, lmdb: the program that is to read it.  "
+                   f"[default: {consumers.NPZ[0]}, {consumers.LMDB[0]}]")  # fmt: skip
 @click.option("--out", type=Path, required=True, help="Folder to write; must be empty or not there.")
 @click.option("--feature", help="npz, lmdb: the feature of a region.  [default: fc7]")
-@click.option(
-    "--names", type=click.Choice(["stem", "id"]), help="npz: files named by image file or id.  [default: stem]"
-)
+@click.option("--names", type=click.Choice(["stem", "file", "id"]),
+              help="npz: files named by the image file without or with its suffix, or by id.  "
+                   "[default: stem; file for rosita]")  # fmt: skip
 @click.option("--annotations", type=Path, help="mattnet: store of --regions annotations, for ann_feats.h5.")
 @click.option("--refer-root", type=Path, help="mattnet: folder of the REFER data, for data.json and data.h5.")
 @click.option("--dataset", help="mattnet: refcoco, refcoco+ or refcocog.")
@@ -44,15 +49,16 @@ TAKEN = {
 @click.option("--attributes", type=Path, help="mattnet: sents.json of refer-parser2, for attribute words.")
 @click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: how many of these words.  [default: 50]")
 @json_option
-def command(features: Path, format_: str, out: Path, as_json: bool, **given: Any) -> None:
-    """A store in the form of MAttNet's files, of bottom-up-attention's npz or of ViLBERT's LMDB."""
+def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -> None:
+    """A store in the form of MAttNet's files, of bottom-up-attention's npz or of ViLBERT's or UNITER's LMDB."""
     chosen = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in chosen if name not in TAKEN[format_]]
     if wrong:
-        raise InputError(f"--{wrong[0].replace('_', '-')} is not for --format {format_}")
-    done = _export(features, format_, out, chosen)
+        option = OPTIONS.get(wrong[0], wrong[0]).replace("_", "-")
+        raise InputError(f"--{option} is not for --format {format_}")
+    done = _export(store, format_, out, chosen)
     for line in done.notes:
-        note(line)
+        note(f"note: {line}")
     if as_json:
         echo_json(done.to_json())
         return
@@ -60,19 +66,19 @@ def command(features: Path, format_: str, out: Path, as_json: bool, **given: Any
     echo_table([row], header=("format", "images", "regions", "files"))
 
 
-def _export(features: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exported:
+def _export(store: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exported:
     if format_ == "npz":
         from refdet.export.npz import export_npz
 
-        return export_npz(features, out, **chosen)
+        return export_npz(store, out, **chosen)
     if format_ == "lmdb":
         from refdet.export.lmdb import export_lmdb
 
-        return export_lmdb(features, out, **chosen)
+        return export_lmdb(store, out, **chosen)
     from refdet.export.mattnet import export_mattnet
 
     options = {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}
-    return export_mattnet(features, out, chosen.pop("annotations", None), _prepro(chosen), options)
+    return export_mattnet(store, out, chosen.pop("annotations", None), _prepro(chosen), options)
 
 
 def _prepro(chosen: dict[str, Any]) -> Prepro | None:

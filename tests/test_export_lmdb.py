@@ -1,12 +1,15 @@
-"""export --format lmdb: a database that ViLBERT's reader opens."""
+"""export --format lmdb: databases that the readers of both ViLBERTs open."""
 
 from __future__ import annotations
 
 import base64
+import json
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,11 @@ from refdet.regions import Regions
 
 
 class Reader:
-    """Does what the ImageFeaturesH5Reader of ViLBERT does."""
+    """Does what the ImageFeaturesH5Reader of vilbert-multi-task does, or, of text, that of vilbert_beta."""
 
-    def __init__(self, path: Path, width: int = 2048) -> None:
+    def __init__(self, path: Path, width: int = 2048, text: bool = False) -> None:
         lmdb = pytest.importorskip("lmdb")
-        self.width = width
+        self.width, self.text = width, text
         self.env = lmdb.open(str(path), max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
         with self.env.begin(write=False) as transaction:
             self.ids: list[bytes] = pickle.loads(transaction.get(b"keys"))
@@ -35,11 +38,19 @@ class Reader:
         assert isinstance(found, dict)
         return found
 
+    def array(self, item: dict[str, Any], name: str, width: int) -> np.ndarray:
+        if self.text:
+            n = int(item["num_boxes"])
+            return np.frombuffer(base64.b64decode(item[name]), dtype=np.float32).reshape(n, width)
+        found = item[name].reshape(-1, width)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32 and found.flags.writeable
+        return found
+
     def __getitem__(self, image_id: int) -> tuple[np.ndarray, int, np.ndarray]:
         item = self.item(image_id)
-        height, width, n = int(item["image_h"]), int(item["image_w"]), int(item["num_boxes"])
-        features = np.frombuffer(base64.b64decode(item["features"]), dtype=np.float32).reshape(n, self.width)
-        boxes = np.frombuffer(base64.b64decode(item["boxes"]), dtype=np.float32).reshape(n, 4)
+        height, width = int(item["image_h"]), int(item["image_w"])
+        features, boxes = self.array(item, "features", self.width), self.array(item, "boxes", 4)
+        n = len(features)
         place = np.zeros((n, 5), np.float32)
         place[:, :4] = boxes / [width, height, width, height]
         place[:, 4] = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 2] - boxes[:, 0]) / (width * height)
@@ -47,38 +58,60 @@ class Reader:
         return np.concatenate([whole, features]), n + 1, np.concatenate([[[0, 0, 1, 1, 1]], place])
 
 
+@pytest.mark.parametrize("consumer", ["vilbert-multi-task", "vilbert-beta"])
 @pytest.mark.parametrize("images", [DETECTIONS, ANNOTATIONS], ids=["detections", "annotations"])
-def test_vilbert_reads_it(tmp_path: Path, images: list[Regions]) -> None:
+def test_vilbert_reads_it(tmp_path: Path, images: list[Regions], consumer: str) -> None:
     pytest.importorskip("lmdb")
-    done = export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out")
-    reader = Reader(tmp_path / "out")
+    done = export_lmdb(write_store(tmp_path / "a.h5", images, "float16"), tmp_path / "out", consumer=consumer)
+    reader = Reader(tmp_path / "out", text=consumer == "vilbert-beta")
     assert reader.ids == [str(regions.image_id).encode() for regions in images[:2]]
     for regions in images[:2]:
         features, n, place = reader[regions.image_id]
         assert n == len(regions) + 1
-        np.testing.assert_array_equal(features[1:], regions.features["fc7"])
+        np.testing.assert_array_equal(features[1:], regions.features["fc7"].astype(np.float16))
         np.testing.assert_allclose(place[1:, :4] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
-        assert reader.item(regions.image_id)["image_id"] == str(regions.image_id)
+        sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
+        np.testing.assert_allclose(place[1:, 4], sides.prod(axis=1) / 48, rtol=1e-5)
+        item = reader.item(regions.image_id)
+        assert (item["image_id"], item["num_boxes"]) == (str(regions.image_id), len(regions))
     assert done.empty == {5: "cannot be read"} and len(done.notes) == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.mdb", "provenance.json"]
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["options"]["for"] == consumer
 
 
-def test_class_probabilities_go_along(tmp_path: Path) -> None:
+def test_the_default_is_the_newer_vilbert_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    done = export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
+    assert Reader(tmp_path / "out")[4][1] == 5
+    assert "written as arrays, for vilbert-multi-task" in done.notes[0] and "--for vilbert-beta" in done.notes[0]
+
+
+@pytest.mark.parametrize("consumer", ["vilbert-multi-task", "vilbert-beta"])
+def test_class_probabilities_go_along(tmp_path: Path, consumer: str) -> None:
     pytest.importorskip("lmdb")
     random = np.random.default_rng(0)
     images = [
         replace(r, features={"fc7": r.features["fc7"], "class_prob": random.random((len(r), 3), np.float32)})
         for r in DETECTIONS[:2]
     ]
-    export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out")
-    text = Reader(tmp_path / "out").item(4)["cls_prob"]
-    found = np.frombuffer(base64.b64decode(text), np.float32).reshape(-1, 3)
-    np.testing.assert_array_equal(found, images[0].features["class_prob"])
+    export_lmdb(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer=consumer)
+    reader = Reader(tmp_path / "out", text=consumer == "vilbert-beta")
+    np.testing.assert_array_equal(reader.array(reader.item(4), "cls_prob", 3), images[0].features["class_prob"])
 
 
-def test_it_grows_to_any_size(tmp_path: Path) -> None:
+def test_pickles_ask_for_nothing_that_old_numpy_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
+    with Reader(tmp_path / "out").env.begin() as transaction:
+        for _, record in transaction.cursor():
+            assert b"_core" not in record and record[:2] == b"\x80\x04"  # protocol 4
+
+
+@pytest.mark.parametrize("first_map", [32768, 1 << 20, 64 << 20])
+def test_it_grows_to_any_size(tmp_path: Path, first_map: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many images, some of one region and some of a hundred; each commit holds a few."""
     pytest.importorskip("lmdb")
+    monkeypatch.setattr("refdet.export.lmdb.FIRST_MAP", first_map)
     random = np.random.default_rng(0)
     images = []
     for image_id in range(1, 201):
@@ -93,7 +126,7 @@ def test_it_grows_to_any_size(tmp_path: Path) -> None:
     assert len(reader.ids) == len(kept) == done.images and len(done.empty) == 200 - len(kept)
     for regions in kept:
         np.testing.assert_array_equal(reader[regions.image_id][0][1:], regions.features["fc7"])
-    assert any("ViLBERT's reader takes 2048" in note for note in done.notes)
+    assert any("vilbert-multi-task takes 2048" in note for note in done.notes)
 
 
 def test_the_same_store_gives_the_same_records(tmp_path: Path) -> None:
@@ -114,9 +147,39 @@ def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_what_lmdb_cannot_write_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lmdb")
-    monkeypatch.setattr("refdet.export.lmdb._map_size", lambda regions, numbers: 65536)
-    with pytest.raises(WorkError, match="lmdb cannot write it .*is the disk full"):
-        export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("text", "free", "message"),
+    [
+        ("mdb_put: MDB_BAD_TXN", 1 << 30, r"out: lmdb cannot write the database: mdb_put: MDB_BAD_TXN"),
+        ("mdb_txn_commit: Input/output error", 1 << 30, "out: lmdb cannot write the database"),
+        ("mdb_txn_commit: Input/output error", 4096, "out: disk full"),
+        ("mdb_txn_commit: No space left on device", 1 << 30, "out: disk full"),
+        ("mdb_txn_commit: File too large", 1 << 30, "out: a file is larger than this process may write"),
+    ],
+)
+def test_what_lmdb_cannot_write_is_an_error_in_words(
+    tmp_path: Path, text: str, free: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmdb = pytest.importorskip("lmdb")
+
+    class Transaction:
+        def __enter__(self) -> Transaction:
+            raise lmdb.Error(text)
+
+        def __exit__(self, *error: object) -> None: ...
+
+    class Database(Transaction):
+        def __enter__(self) -> Transaction:
+            return self
+
+        def begin(self, write: bool) -> Transaction:
+            return Transaction()
+
+    path = write_store(tmp_path / "a.h5", DETECTIONS)
+    monkeypatch.setattr(lmdb, "open", lambda *_, **__: Database())
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("refdet.export.lmdb.require_space", lambda *_: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(WorkError, match=message):
+        export_lmdb(path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

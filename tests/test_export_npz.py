@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickletools
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import pytest
 from export_examples import DETECTIONS, write_store
 
 from refdet.errors import InputError
+from refdet.export import consumers
 from refdet.export.npz import export_npz
+from refdet.export.npz_layouts import LAYOUTS
 
 
 def test_a_file_is_what_bottom_up_attention_writes(tmp_path: Path) -> None:
@@ -31,7 +31,8 @@ def test_a_file_is_what_bottom_up_attention_writes(tmp_path: Path) -> None:
     assert (int(found["num_bbox"]), int(found["image_h"]), int(found["image_w"])) == (4, 6, 8)
     info = found["info"].item()
     assert (info["image_id"], info["num_boxes"]) == ("COCO_train2014_000000000004", 4)
-    assert info["objects_id"].tolist() == [2, 1, 2, 1] and info["category_id"].tolist() == [1, 2, 1, 2]
+    assert info["objects_id"].tolist() == [1, 0, 1, 0] and info["objects_id"].dtype == np.int64
+    assert info["category_id"].tolist() == [1, 2, 1, 2]
     np.testing.assert_array_equal(info["objects_conf"], regions.scores)
     assert (done.images, done.regions, done.empty) == (3, 5, {5: "cannot be read"})
 
@@ -40,17 +41,8 @@ def test_an_image_without_regions_has_a_file_of_none(tmp_path: Path) -> None:
     done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", "pool5", "id")
     found = np.load(tmp_path / "out" / "5.npz")  # without the pickle, as readers of x alone do it
     assert found["x"].shape == (0, 1024) and found["bbox"].shape == (0, 4) and found["num_bbox"] == 0
-    assert done.notes == ["1 images have no regions; their files hold 0 boxes"]
-
-
-def test_the_pickle_names_nothing_that_old_numpy_lacks(tmp_path: Path) -> None:
-    export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", names="id")
-    with zipfile.ZipFile(tmp_path / "out" / "4.npz") as archive:
-        member = archive.read("info.npy")
-    text = member[member.index(b"\n") + 1 :]
-    needed = {value for code, value, _ in pickletools.genops(text) if code.name == "GLOBAL"}
-    assert needed <= {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype", "_codecs encode"}
-    assert not {code.name for code, _, _ in pickletools.genops(text)} & {"STACK_GLOBAL", "FRAME"}
+    assert done.notes[0].startswith("objects_id numbers the detector's classes from 0, without the background")
+    assert done.notes[1:] == ["1 images have no regions; their files hold 0 boxes"]
 
 
 def test_the_same_store_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -83,3 +75,89 @@ def test_a_feature_of_more_than_a_vector_is_refused(tmp_path: Path) -> None:
         file["features/spatial_fc7"] = np.zeros((5, 3, 7, 7), np.float32)
     with pytest.raises(InputError, match="spatial_fc7 is 3 x 7 x 7 for a region"):
         export_npz(path, tmp_path / "out", "spatial_fc7")
+
+
+class PaddingLoader:
+    """Does what the loaders of openvqa and mcan-vqa do: files by the image's id, x and boxes padded to 100 rows."""
+
+    def __init__(self, folder: Path, gqa: bool = False) -> None:
+        self.gqa = gqa
+        found = [path for path in folder.iterdir() if path.suffix == ".npz"]
+        self.path_of = {self.image_id(path.name): path for path in found}
+
+    def image_id(self, name: str) -> str:
+        return name.split(".")[0] if self.gqa else str(int(name.split("_")[-1].split(".")[0]))
+
+    def __getitem__(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        file = np.load(self.path_of[str(image_id)])  # which allows no pickle
+        x = file["x"] if self.gqa else file["x"].transpose((1, 0))
+        height, width = (file["height"], file["width"]) if self.gqa else (file["image_h"], file["image_w"])
+        boxes = file["bbox"] / np.array([width, height, width, height], np.float32)
+        return tuple(np.pad(values[:100], ((0, 100 - len(values[:100])), (0, 0))) for values in (x, boxes))
+
+
+@pytest.mark.parametrize(
+    ("consumer", "names"), [("openvqa", None), ("mcan", None), ("mcan", "id"), ("openvqa", "file")]
+)
+def test_openvqa_and_mcan_find_their_images(tmp_path: Path, consumer: str, names: str | None) -> None:
+    done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", names=names, consumer=consumer)
+    loader = PaddingLoader(tmp_path / "out")
+    for regions in DETECTIONS:
+        x, boxes = loader[regions.image_id]
+        n = len(regions)
+        assert x.shape == (100, 2048) and x.dtype == np.float32 and not x[n:].any()
+        if n:
+            np.testing.assert_array_equal(x[:n], regions.features["fc7"])
+            np.testing.assert_allclose(boxes[:n] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
+    assert np.load(next((tmp_path / "out").glob("*4.*npz")))["x"].shape == (2048, 4)
+    assert len(done.notes) == 2
+
+
+def test_openvqas_gqa_loader_finds_its_images(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a.h5", DETECTIONS)
+    done = export_npz(store, tmp_path / "out", names="id", consumer="openvqa-gqa")
+    loader = PaddingLoader(tmp_path / "out", gqa=True)
+    for regions in DETECTIONS[:2]:
+        x, boxes = loader[regions.image_id]
+        np.testing.assert_array_equal(x[: len(regions)], regions.features["fc7"])
+        np.testing.assert_allclose(boxes[: len(regions)] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
+    assert "grid features" in done.notes[0]
+    other = export_npz(store, tmp_path / "other", consumer="openvqa-gqa")
+    assert any("3 images are read by another id" in note and "--names id" in note for note in other.notes)
+
+
+def test_rosita_finds_its_images(tmp_path: Path) -> None:
+    done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", consumer="rosita")
+    assert done.files == ["npz_files/*.npz"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"npz_files", "provenance.json"}
+    paths = list((tmp_path / "out" / "npz_files").iterdir())  # its converter reads all of them
+    assert {path.name for path in paths} == {f"{regions.file_name}.npz" for regions in DETECTIONS}
+    for regions in DETECTIONS[:2]:
+        file = np.load(tmp_path / "out" / "npz_files" / f"{regions.file_name}.npz")
+        assert (str(file["filename"]), int(file["num_boxes"])) == (regions.file_name, len(regions))
+        assert (file["image_h"], file["image_w"]) == (6, 8)
+        np.testing.assert_array_equal(file["x"], regions.features["fc7"])
+        np.testing.assert_array_equal(file["boxes"], regions.boxes)
+        assert file["objects_id"].tolist() == [{2: 0, 1: 1}[i] for i in regions.category_ids.tolist()]
+        np.testing.assert_array_equal(file["objects_conf"], regions.scores)
+        types = {name: file[name].dtype for name in file.files}
+        assert types["x"] == types["boxes"] == types["objects_conf"] == types["attrs_conf"] == np.float32
+        assert types["objects_id"] == types["attrs_id"] == np.int64
+        assert not file["attrs_id"].any() and len(file["attrs_conf"]) == len(regions)
+    assert any("attrs_id and attrs_conf are zeros" in note for note in done.notes)
+    assert any("at which ROSITA's loaders stop" in note for note in done.notes)
+
+
+def test_a_width_that_the_reader_does_not_take_is_said(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a.h5", DETECTIONS)
+    for consumer in consumers.NPZ:
+        done = export_npz(store, tmp_path / consumer, "pool5", consumer=consumer)
+        assert any("pool5 has 1024 numbers a region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
+    assert set(LAYOUTS) == set(consumers.NPZ)
+
+
+def test_a_category_that_the_detector_lacks_is_named(tmp_path: Path) -> None:
+    regions = replace(DETECTIONS[1], category_ids=np.array([9], np.int64))
+    with pytest.raises(InputError, match="image 3: category 9 is not one of the 2 classes"):
+        export_npz(write_store(tmp_path / "a.h5", [regions]), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -1,84 +1,77 @@
-"""One ``.npz`` an image, with the keys of bottom-up-attention."""
+"""One ``.npz`` an image, with the keys of bottom-up-attention or of one of its readers."""
 
 from __future__ import annotations
 
-import pickle
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from refdet.errors import InputError
-from refdet.export.folder import new_folder
+from refdet.export import consumers, portable_pickle
+from refdet.export.file_names import file_names, unusable
+from refdet.export.folder import new_folder, require_space
+from refdet.export.npz_layouts import LAYOUTS, check_names
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
-from refdet.regions import Regions
 
 
-def export_npz(features: Path, out: Path, feature: str = "fc7", names: str = "stem") -> Exported:
-    """Write ``NAME.npz`` for each image of a store.
+def export_npz(
+    store: Path, out: Path, feature: str = "fc7", names: str | None = None, consumer: str = consumers.NPZ[0]
+) -> Exported:
+    """Write ``NAME.npz`` for each image of a store; see `refdet.export.npz_layouts` for what is in them.
 
-    Keys as MILVLG/bottom-up-attention.pytorch writes them, see `arrays`. An image without regions gets a file with 0
-    of them, which models that pad to a fixed number take.
+    An image without regions gets a file with 0 of them, which models that pad to a fixed number take.
 
-    Arguments:
-        features: the store; out: the folder.
+    Args:
+        store: the file of regions.
+        out: the folder.
         feature: which feature becomes ``x``.
-        names: what NAME is: "stem", the image's file name up to its suffix, or "id", the image id in decimal.
+        names: what NAME is: "stem", the image's file name up to its suffix, "file", all of it, or "id", the image id
+            in decimal; None for what the consumer looks for.
+        consumer: one of `consumers.NPZ`.
 
     Raises:
-        InputError: ``out`` is not empty, the store lacks the feature, or two images have the same name.
+        InputError: ``out`` is not empty, the store lacks the feature, or its images have no usable names of their own.
+        WorkError: the disk is full.
     """
-    with Source(features) as source, new_folder(out) as folder:
-        source.width(feature)
-        places = {category: i for i, category in enumerate(source.names, start=1)}
-        seen: dict[str, int] = {}
-        for image_id in tqdm(source.store, desc="export", unit="image", disable=None):
-            regions = source.store.read(image_id, (feature,))
-            name = str(image_id) if names == "id" else PurePosixPath(regions.file_name).stem
-            other = seen.setdefault(name, image_id)
-            if not name or other != image_id:
-                why = f"images {other} and {image_id} are both {name!r}" if name else f"image {image_id} has none"
-                raise InputError(f"{features}: no files named by image file: {why}; export with --names id")
-            write_npz(folder / f"{name}.npz", arrays(regions, feature, name, places))
+    consumers.check_consumer("npz", consumer)
+    layout = LAYOUTS[consumer]
+    names = names or layout.names
+    with Source(store) as source, new_folder(out) as folder:
+        width = source.width(feature)
+        require_space(out, source.store.regions * 4 * (width + 4))
+        places = {category: i for i, category in enumerate(source.names)}
+        name_of = file_names(source.store, names, ".npz")
+        notes = [*layout.notes, *consumers.width_note(feature, width, consumer)]
+        notes += check_names(store, layout, name_of)
+        files = folder / layout.folder
+        files.mkdir(exist_ok=True)
+        for image_id, name in tqdm(name_of.items(), desc="export", unit="image", disable=None):
+            regions = source.read(image_id, (feature,))
+            try:
+                write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, places))
+            except FileExistsError:  # a file system that ignores case or composes accents
+                raise unusable(store, f"this disk takes {name!r} of image {image_id} for another's name") from None
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
-        notes = [f"{len(empty)} images have no regions; their files hold 0 boxes"] if empty else []
-        done = Exported("npz", len(seen), source.store.regions, ["*.npz"], empty, notes)
-        write_record(folder, done, {"feature": feature, "names": names}, {"features": source})
+        if empty:
+            notes.append(f"{len(empty)} images have no regions; {layout.empty}")
+        if names != layout.names and consumer == "rosita":
+            notes.append("ROSITA looks for files called after the image file, suffix and all (--names file)")
+        pattern = "/".join(filter(None, (layout.folder, "*.npz")))
+        done = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
+        write_record(folder, done, {"for": consumer, "feature": feature, "names": names}, {"features": source})
     return done
-
-
-def arrays(regions: Regions, feature: str, name: str, places: dict[int, int]) -> dict[str, Any]:
-    """What one file holds.
-
-    Returns:
-        ``x`` (n, width) float32; ``bbox`` (n, 4) float32, half-open xyxy in pixels; ``num_bbox``, ``image_h``,
-        ``image_w``; ``info``, a dict that numpy pickles, with ``image_id`` (the name), ``image_h``, ``image_w``,
-        ``num_boxes``,
-        ``objects_id`` (n,) int64, places in the detector's classes from 1 on, 0 being the background as in the
-        original, ``objects_conf`` (n,) float32, and, ours, ``category_id`` (n,) int64, COCO's.
-    """
-    n = len(regions)
-    objects = np.array([places[category] for category in regions.category_ids.tolist()], np.int64)
-    info = {
-        "image_id": name, "image_h": regions.height, "image_w": regions.width, "num_boxes": n,
-        "objects_id": objects, "objects_conf": regions.scores, "category_id": regions.category_ids,
-    }  # fmt: skip
-    return {
-        "x": regions.features[feature].astype(np.float32), "bbox": regions.boxes, "num_bbox": n,
-        "image_h": regions.height, "image_w": regions.width, "info": info,
-    }  # fmt: skip
 
 
 def write_npz(path: Path, values: dict[str, Any]) -> None:
     """Write arrays, and dicts as numpy pickles them, so that numpy of any age reads them.
 
-    `numpy.savez` of numpy 2 pickles by the module name ``numpy._core``, which numpy before 1.26 lacks; all know
-    ``numpy.core``.
+    Raises:
+        FileExistsError: there is such a file.
     """
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "x") as archive:
         for name, value in values.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 array = np.asanyarray(value)
@@ -87,5 +80,4 @@ def write_npz(path: Path, values: dict[str, Any]) -> None:
                     continue
                 header = {"descr": "|O", "fortran_order": False, "shape": array.shape}
                 np.lib.format.write_array_header_1_0(member, header)
-                # protocol 2 writes names as lines of text, without lengths that another name would belie
-                member.write(pickle.dumps(array, 2).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+                member.write(portable_pickle.dumps(array, 2))  # protocol 2, which every Python reads

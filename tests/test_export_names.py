@@ -1,0 +1,165 @@
+"""The names of exported files: made of names that anyone may have chosen, and never leading out of the folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from export_examples import CLASSES, DETECTIONS, HEIGHT, WIDTH, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refdet.errors import InputError
+from refdet.export import npz as npz_module
+from refdet.export.file_names import KINDS, file_names
+from refdet.export.mattnet import export_mattnet
+from refdet.export.npz import export_npz
+from refdet.regions import Regions
+
+HOSTILE = st.text(st.sampled_from("a.é/\\\0\n\x1b\u202e\u2028\ud800 ") | st.characters(), max_size=12)
+
+NAMES = HOSTILE | HOSTILE.map(lambda text: f"{text}.jpg") | st.just("x" * 252)
+
+
+def store_of(names: list[str]) -> Any:
+    class Names(dict[int, str]):
+        file_names = names
+        path = Path("a.h5")
+
+    return Names(enumerate(names))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    st.lists(HOSTILE | HOSTILE.map(lambda text: f"{text}.jpg") | st.just("x" * 252), max_size=4), st.sampled_from(KINDS)
+)
+def test_names_are_files_of_one_folder_or_refused(names: list[str], kind: str) -> None:
+    try:
+        found = file_names(store_of(names), kind, ".npz")
+    except InputError as error:
+        text = str(error)
+        assert text.isprintable() and "export with --names id" in text and kind != "id"
+        return
+    assert list(found) == list(range(len(names))) and len(set(found.values())) == len(names)
+    for name in found.values():
+        assert not set(name) & set("/\\\0\n\x1b") and name.strip(".")
+        assert len(f"{name}.npz".encode()) <= 255
+
+
+CASES = [
+    ("a/b.jpg", "b", "b.jpg"),
+    ("a\\b.jpg", "b", "b.jpg"),
+    ("../../etc/b.jpg", "b", "b.jpg"),
+    ("/etc/b.jpg", "b", "b.jpg"),
+    ("b.rf.0a.jpg", "b.rf.0a", "b.rf.0a.jpg"),
+    (".hidden", ".hidden", ".hidden"),
+    ("b", "b", "b"),
+    ("", "has none", "has none"),
+    ("..", "has none", "has none"),
+    ("a/..", "has none", "has none"),
+    ("/", "has none", "has none"),
+    (" .jpg", "has none", " .jpg"),
+    ("a\nb.jpg", "control characters", "control characters"),
+    ("a\x1b[2J.jpg", "control characters", "control characters"),
+    ("a\0.jpg", "control characters", "control characters"),
+    ("\ud800.jpg", "control characters", "control characters"),
+    ("x" * 251 + ".jpg", "x" * 251, "longer than 255 bytes"),
+    ("x" * 252 + ".jpg", "longer than 255 bytes", "longer than 255 bytes"),
+    ("é" * 126 + ".jpg", "longer than 255 bytes", "longer than 255 bytes"),
+]
+
+
+@pytest.mark.parametrize(("name", "stem", "file"), CASES, ids=lambda text: ascii(text)[:20])
+def test_what_becomes_of_a_name(name: str, stem: str, file: str) -> None:
+    for kind, expected in (("stem", stem), ("file", file)):
+        try:
+            assert file_names(store_of([name]), kind, ".npz") == {0: expected}
+        except InputError as error:
+            assert expected in str(error)
+    assert file_names(store_of([name]), "id", ".npz") == {0: "0"}
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("1/a.jpg", "2/a.jpg"), ("1\\a.jpg", "a.jpg"), ("a.jpg", "a")])
+def test_two_images_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
+    path = write_store(tmp_path / "a.h5", images)
+    with pytest.raises(InputError, match="images 4 and 3 are both 'a'; export with --names id"):
+        export_npz(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_npz(path, tmp_path / "out", names="id").images == 2
+
+
+def test_a_disk_that_takes_two_names_for_one_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where case does not count: the second file would be written over the first."""
+    write = npz_module.write_npz
+    monkeypatch.setattr(npz_module, "write_npz", lambda path, values: write(path.with_name(path.name.lower()), values))
+    images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], ("a.jpg", "A.jpg"), strict=True)]
+    with pytest.raises(InputError, match="takes 'A' of image 3 for another's name; export with --names id"):
+        export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+@pytest.mark.parametrize(
+    ("consumer", "names", "message"),
+    [
+        ("openvqa", ("cat.jpg", "COCO_3.jpg"), "finds no image id in 'cat' of image 4"),
+        ("mcan", ("COCO_3x.jpg", "COCO_3.jpg"), "finds no image id in 'COCO_3x' of image 4"),
+        ("openvqa", ("a_3.jpg", "b_03.jpg"), "takes images 4 and 3 both for '3'"),
+        ("openvqa-gqa", ("1.a.jpg", "1.b.jpg"), "takes images 4 and 3 both for '1'"),
+    ],
+)
+def test_names_that_the_reader_cannot_tell_apart_are_refused(
+    tmp_path: Path, consumer: str, names: tuple[str, str], message: str
+) -> None:
+    images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
+    path = write_store(tmp_path / "a.h5", images)
+    with pytest.raises(InputError, match=f"{message}; export with --names id"):
+        export_npz(path, tmp_path / "out", consumer=consumer)
+    assert not (tmp_path / "out").exists()
+    done = export_npz(path, tmp_path / "out", names="id", consumer=consumer)
+    assert not any("read by another id" in note for note in done.notes)
+
+
+def test_ids_that_the_reader_takes_from_names_are_compared(tmp_path: Path) -> None:
+    images = [replace(r, file_name=f"COCO_{r.image_id + (r.image_id == 4)}.jpg") for r in DETECTIONS[:2]]
+    done = export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out", consumer="openvqa")
+    assert any("1 images are read by another id than the store's (image 4 as '5')" in note for note in done.notes)
+
+
+BAD_NAMES = ['"', "\\", "</script>", "a\nb", "\x1b[31m", "\u2028", "é" * 300, "'; --", "\x7f"]
+
+
+def test_hostile_names_of_categories_leave_json_valid(tmp_path: Path) -> None:
+    classes = [{"id": i, "name": name} for i, name in enumerate(BAD_NAMES, start=1)]
+    n = len(classes)
+    regions = Regions(
+        1, 'a".jpg', HEIGHT, WIDTH, np.tile(np.array([[1, 1, 4, 4]], np.float32), (n, 1)),
+        np.linspace(0.1, 0.9, n, dtype=np.float32), np.arange(1, n + 1),
+        features={"fc7": np.zeros((n, 2048), np.float32)},
+    )  # fmt: skip
+    before = list(CLASSES)
+    try:
+        CLASSES[:] = classes
+        store = write_store(tmp_path / "a.h5", [regions])
+    finally:
+        CLASSES[:] = before
+    export_mattnet(store, tmp_path / "out", None, None, {})
+    text = (tmp_path / "out" / "dets.json").read_text()
+    assert text.isascii() and [det["category_name"] for det in json.loads(text)] == BAD_NAMES
+    json.loads((tmp_path / "out" / "provenance.json").read_text())
+
+
+@pytest.mark.parametrize("broken", ["boxes", "scores"])
+def test_numbers_that_have_no_form_in_json_are_refused(tmp_path: Path, broken: str) -> None:
+    values = np.array(getattr(DETECTIONS[0], broken))
+    values[1] = np.nan if broken == "scores" else [np.inf, 0, 0, 0]
+    path = write_store(tmp_path / "a.h5", [replace(DETECTIONS[0], **{broken: values})])
+    with pytest.raises(InputError, match="image 4: a box or score is not finite"):
+        export_mattnet(path, tmp_path / "out", None, None, {})
+    with pytest.raises(InputError, match="image 4: a box or score is not finite"):
+        export_npz(path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
