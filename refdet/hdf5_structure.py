@@ -44,14 +44,15 @@ def check_structure(file: h5py.File) -> None:
         Refused: the file has a part that no store has, or claims more bytes than are there.
         Exception: whatever h5py raises where the file is damaged.
     """
-    size = file.id.get_filesize()
+    descriptor = file.id.get_vfd_handle()
+    size = os.fstat(descriptor).st_size
     if file.id.get_create_plist().get_userblock():
         raise Refused("its HDF5 part does not begin at its first byte")
     stored = 0
     for name, node in _objects(h5g.open(file.id, b"/")):
         _check_attributes(name, node)
         if isinstance(node, h5d.DatasetID):
-            stored += _check_dataset(name, node, size, file.id.get_vfd_handle())
+            stored += _check_dataset(name, node, size, descriptor)
     if stored > size:
         raise Refused(f"its datasets share their bytes: they take {stored} in a file of {size}")
 

@@ -50,7 +50,7 @@ def try_file(path: Path) -> str:
         try:
             output = _wait(child, path, PATIENCE * seconds)
         except subprocess.TimeoutExpired:
-            return _damaged(f"HDF5 does not get to its end within {PATIENCE * seconds:.0f} seconds")
+            return _damaged(f"HDF5 does not get to its end within {PATIENCE * seconds:.3g} seconds")
         finally:
             child.kill()
     started, _, answer = output.decode("utf-8", "replace").partition("\n")
@@ -73,7 +73,7 @@ def _how_it_ended(code: int, seconds: float) -> str:
     import signal
 
     if code == -signal.SIGXCPU:
-        return _damaged(f"HDF5 does not get to its end within {seconds:.0f} seconds of computing")
+        return _damaged(f"HDF5 does not get to its end within {seconds:.3g} seconds of computing")
     return _damaged(f"HDF5 crashes ({signal.Signals(-code).name})" if code < 0 else f"HDF5 ends with {code}")
 
 
@@ -117,28 +117,33 @@ def main(path: str, memory: int, seconds: float) -> None:
 
 def look_through(path: Path) -> str:
     """See `try_file`; in this process."""
-    import h5py
-
     from refdet.hdf5_chunks import Refused
-    from refdet.hdf5_structure import check_structure
 
     try:
-        file = h5py.File(path, "r")
-    except Exception as error:
-        return _damaged(f"not a readable HDF5 file: {_line(error)}")
-    try:
-        with file:
-            schema = file.attrs.get("schema")
-            if not (isinstance(schema, str) and schema.startswith(FAMILY)):
-                found = "no schema" if schema is None else f"schema {schema!r:.60}"
-                return f"no store of refdet: {found}, not {SCHEMA!r}; is it a file of refdet extract-features?"
-            check_structure(file)
+        return _look(path)
     except Refused as error:
         return f"refused: {_line(error)}; extract it again"
     except MemoryError:
         return _damaged("HDF5 asks for more memory than a store can need")
     except Exception as error:
         return _damaged(_line(error))
+
+
+def _look(path: Path) -> str:
+    import h5py
+
+    from refdet.hdf5_structure import check_structure
+
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise OSError(f"not a readable HDF5 file: {error}") from None
+    with file:
+        schema = file.attrs.get("schema")
+        if not (isinstance(schema, str) and schema.startswith(FAMILY)):
+            found = "no schema" if schema is None else f"schema {schema!r:.60}"
+            return f"no store of refdet: {found}, not {SCHEMA!r}; is it a file of refdet extract-features?"
+        check_structure(file)
     return ""
 
 

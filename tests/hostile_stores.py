@@ -1,0 +1,222 @@
+"""Stores as somebody might send them who means harm: what HDF5 can hold and no store does."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+from h5py import h5d, h5p, h5s, h5t, h5z
+
+from refdet import store
+from refdet.regions import Regions
+
+REGIONS = (3, 0, 2)
+HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {}, {"dtype": "float32"})
+
+
+def write_store(path: Path, compression: str = "none", libver: str = "") -> Path:
+    """A sound store of three images with all that a store can have, in another layout of HDF5 if one is named."""
+    columns = store.Columns(
+        {"fc7": (64,), "spatial_fc7": (4, 2, 2)}, masks=True, ann_ids=True, maps=("head",), compression=compression
+    )
+    rows = [store.ImageRow(10 + i, f"{i}.jpg", 9, 7, "", n, 2 * n, (2, 3, 4)) for i, n in enumerate(REGIONS)]
+    random = np.random.default_rng(0)
+    with store.create(path, HEADER, columns, rows) as writer:
+        for row, n in zip(rows, REGIONS, strict=True):
+            features = {name: random.random((n, *shape), np.float32) for name, shape in columns.features.items()}
+            writer.put(
+                Regions(
+                    row.id, row.file_name, 9, 7, np.tile(np.float32([1, 1, 4, 5]), (n, 1)),
+                    random.random(n, np.float32), np.full(n, 3),
+                    ann_ids=np.arange(n), masks=(b"o1",) * n, features=features,
+                    maps={"head": random.random((2, 3, 4), np.float32)}, im_info=np.float32([48, 64, 1.5]),
+                )
+            )  # fmt: skip
+    if libver:
+        other = path.with_name("copy.h5")
+        with h5py.File(path) as source, h5py.File(other, "w", libver=libver) as copy:
+            copy.attrs.update(source.attrs)
+            for name in source:
+                source.copy(name, copy)
+        other.replace(path)
+    return path
+
+
+Edit = Callable[[h5py.File], object]
+
+
+def _new(make: Callable[[h5py.File, str, int], object]) -> Edit:
+    """Put something else in the place of ``features/fc7``; ``make`` takes the number of regions too."""
+
+    def edit(file: h5py.File) -> None:
+        del file["features/fc7"]
+        make(file, "features/fc7", sum(REGIONS))
+
+    return edit
+
+
+def _typed(dtype: object) -> Edit:
+    return _new(lambda file, name, n: file.create_dataset(name, (n,), dtype, data=np.zeros(n, dtype)))
+
+
+def _virtual(file: h5py.File, name: str, n: int) -> None:
+    layout = h5py.VirtualLayout((n, 4), "f4")
+    layout[:] = h5py.VirtualSource(".", name, (n, 4))
+    file.create_virtual_dataset(name, layout)
+
+
+def _packed(chunk: bytes, packing: str, skipped: int = 0) -> Edit:
+    """A dataset of one chunk of 5 x 64 numbers that holds these bytes."""
+
+    def make(file: h5py.File, name: str, n: int) -> None:
+        data = file.create_dataset(name, (n, 64), "f4", chunks=(n, 64), compression=packing)
+        data.id.write_direct_chunk((0, 0), chunk, skipped)
+
+    return _new(make)
+
+
+def _filtered(code: int, values: tuple[int, ...], dtype: str = "f4") -> Edit:
+    def make(file: h5py.File, name: str, n: int) -> None:
+        plan = h5p.create(h5p.DATASET_CREATE)
+        plan.set_chunk((n, 4))
+        plan.set_filter(code, h5z.FLAG_OPTIONAL, values)
+        kind, space = h5t.py_create(np.dtype(dtype)), h5s.create_simple((n, 4))
+        data = h5d.create(file.id, name.encode(), kind, space, dcpl=plan)
+        data.write_direct_chunk((0, 0), bytes(16 * n), 1)
+
+    return _new(make)
+
+
+def _array_type(file: h5py.File, name: str, n: int) -> None:
+    kind = h5t.array_create(h5t.IEEE_F32LE, (3,))
+    h5d.create(file.id, name.encode(), kind, h5s.create_simple((n,)))
+
+
+def _deep(file: h5py.File) -> None:
+    file.create_group("a/b/c/d/e/f/g/h/i/j")
+
+
+def _many(file: h5py.File) -> None:
+    for i in range(1001):
+        file.create_group(f"many/{i}")
+
+
+def _attributes(file: h5py.File) -> None:
+    for i in range(101):
+        file["images"].attrs[str(i)] = i
+
+
+def _partly(file: h5py.File, name: str, n: int) -> None:
+    file.create_dataset(name, (n, 4), "f4", chunks=(1, 4))[0] = 1
+
+
+STRUCTURES: dict[str, tuple[Edit, str]] = {
+    "soft link": (_new(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/regions/box"))), "a soft link"),
+    "soft loop": (_new(lambda file, name, n: file.__setitem__(name, h5py.SoftLink("/" + name))), "a soft link"),
+    "dangling link": (lambda file: file.__setitem__("x", h5py.SoftLink("/nowhere")), "/x is a soft link"),
+    "external link": (
+        _new(lambda file, name, n: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))),
+        "/features/fc7 is a link to another file",
+    ),
+    "external group": (lambda file: file.__setitem__("x", h5py.ExternalLink("y.h5", "/")), "link to another file"),
+    "group in itself": (lambda file: file.__setitem__("features/more", file["features"]), "under another name"),
+    "root in itself": (lambda file: file.__setitem__("maps/root", file["/"]), "under another name"),
+    "group twice": (lambda file: file.__setitem__("more", file["features"]), "under another name"),
+    "external storage": (
+        _new(lambda file, name, n: file.create_dataset(name, (n, 4), "f4", external=[("/etc/passwd", 0, 16 * n)])),
+        "/features/fc7 keeps its values in another file",
+    ),
+    "virtual of itself": (_new(_virtual), "/features/fc7 is a virtual dataset"),
+    "named type": (lambda file: file.__setitem__("x", np.dtype("f4")), "neither a group nor a dataset"),
+    "shared type": (
+        lambda file: (file.__setitem__("x", np.dtype("f4")), file.create_dataset("a", (2,), file["x"])),
+        "/a has a type that stands elsewhere|/x is neither",
+    ),
+    "compound": (_typed("i4,f4"), "of a type"),
+    "array type": (_new(_array_type), "of a type"),
+    "opaque": (_typed("V7"), "of a type"),
+    "enum": (_typed(h5py.enum_dtype({"a": 1}, "i4")), "of a type"),
+    "complex": (_typed("c8"), "of a type"),
+    "long text": (_typed("S5000"), "of a type"),
+    "reference": (
+        _new(lambda file, name, n: file.create_dataset(name, (n,), h5py.ref_dtype, data=[file.ref] * n)), "of a type",
+    ),
+    "ragged": (
+        _new(lambda file, name, n: file.create_dataset(name, (n,), h5py.vlen_dtype("i4"))), "of a type",
+    ),
+    "no shape": (_new(lambda file, name, n: file.create_dataset(name, data=h5py.Empty("f4"))), "has no shape"),
+    "nine dimensions": (_new(lambda file, name, n: file.create_dataset(name, data=np.zeros((1,) * 9))), "dimensions"),
+    "never written": (_new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4")), "claims .* and has 0"),
+    "chunks never written": (
+        _new(lambda file, name, n: file.create_dataset(name, (2**40, 4), "f4", chunks=(2**16, 4))), "never written",
+    ),
+    "chunks partly written": (_new(_partly), "has 1 of 5 chunks"),
+    "boxes of zeros": (
+        lambda file: (
+            file.__delitem__("regions/box"),
+            file.create_dataset("regions/box", (2**23, 4), "f4", data=np.zeros((2**23, 4), "f4"), compression="gzip",
+                                chunks=(2**20, 4)),
+        ),
+        "/regions/box claims 134217728 bytes",
+    ),
+    "huge chunks": (
+        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 2**22), "f4"), chunks=(n, 2**22))),
+        "chunks of 83886080 bytes",
+    ),
+    "short gzip": (_packed(zlib.compress(bytes(100)), "gzip"), "a chunk of 100 bytes instead of 1280"),
+    "long gzip": (_packed(zlib.compress(bytes(10**6)), "gzip"), "a chunk of 1281 bytes instead of 1280"),
+    "gzip left out": (_packed(bytes(100), "gzip", 1), "a chunk of 100 bytes instead of 1280"),
+    "short lzf": (_packed(b"\x03abcd", "lzf"), "a chunk of 4 bytes instead of 1280"),
+    "long lzf": (_packed(b"\x00a" + b"\xe0\xff\x00" * 9, "lzf"), "a chunk of .* bytes instead of 1280"),
+    "large packed": (_packed(bytes(4000), "gzip"), "larger packed than unpacked"),
+    "fletcher32": (
+        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "f4"), fletcher32=True)), "filters",
+    ),
+    "scale-offset": (
+        _new(lambda file, name, n: file.create_dataset(name, data=np.zeros((n, 4), "i4"), scaleoffset=0)), "filters",
+    ),
+    "unknown filter": (_filtered(32015, (3,)), r"filters that no store has \(32015\)"),
+    "shuffle of others": (_filtered(h5z.FILTER_SHUFFLE, ()), "filters that no store has"),
+    "groups too deep": (_deep, "groups deep"),
+    "too many groups": (_many, "more than 1000"),
+    "too many attributes": (_attributes, "/images has more than 100 attributes"),
+    "large attribute": (lambda file: file.attrs.__setitem__("x", np.zeros(5000, "i1")), "has 5000 values"),
+    "odd attribute": (lambda file: file.attrs.__setitem__("x", np.zeros(2, "i4,f4")), "attribute x of / is of a type"),
+    "attribute that refers": (lambda file: file.attrs.__setitem__("x", file.ref), "of a type"),
+    "escape in a name": (lambda file: file.create_group("\x1b[2J"), "a name that is none"),
+    "newline in a feature": (
+        lambda file: file.create_dataset("features/a\nproven: clean", data=np.zeros((5, 2), "f4")),
+        "a name that is none",
+    ),
+    "text of two dimensions": (
+        lambda file: file.create_dataset("x", data=[["a"]], dtype=h5py.string_dtype()), "text of 2 dimensions",
+    ),
+    "text in chunks": (
+        lambda file: file.create_dataset("x", data=["a"], dtype=h5py.string_dtype(), chunks=(1,)), "text in chunks",
+    ),
+}  # fmt: skip
+
+
+def repeat_text(path: Path) -> None:
+    """Let all of 1000 texts be one of 100 KB: 100 MB, in a file of a tenth of one."""
+    with h5py.File(path, "r+") as file:
+        data = file.create_dataset("x", data=["y" * 100_000, *[""] * 999], dtype=h5py.string_dtype())
+        offset = data.id.get_offset()
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 16 * 1000] = content[offset : offset + 16] * 1000
+    path.write_bytes(content)
+
+
+def share_bytes(path: Path, times: int = 40) -> None:
+    """Let many datasets be the same bytes of a file of the oldest layout, whose tables have no checksums."""
+    with h5py.File(path, "r+") as file:
+        data = [file.create_dataset(f"x{i}", (500,), "i8") for i in range(times)]
+        data[0][:] = 1
+        offset = data[0].id.get_offset()
+    nowhere = 2**64 - 1
+    content = path.read_bytes()
+    path.write_bytes(content.replace(struct.pack("<QQ", nowhere, 4000), struct.pack("<QQ", offset, 4000)))

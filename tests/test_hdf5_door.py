@@ -1,0 +1,213 @@
+"""The door that every store is opened through: a process of its own tries first what is not known."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hostile_stores import write_store
+
+from refdet import hdf5_door, hdf5_trial, store
+from refdet.errors import InputError
+from refdet.hdf5_door import open_store_file
+from refdet.known_files import FileState, KnownFiles
+from refdet.regions_dataset import RegionsDataset
+from refdet.store_verify import verify
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are looked through, in this process."""
+    names: list[str] = []
+
+    def look(path: Path) -> str:
+        names.append(path.name)
+        return hdf5_trial.look_through(path)
+
+    monkeypatch.setattr(hdf5_door, "try_file", look)
+    return names
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sound store that this process knows nothing of, and no other did."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_store(tmp_path / "a.h5")
+    os.utime(path)  # its time of change is another one now
+    return path
+
+
+def test_a_foreign_store_is_tried_once(foreign: Path, tried: list[str]) -> None:
+    store.open(foreign).close()
+    store.open(foreign).close()
+    (foreign.parent / "link.h5").symlink_to(foreign)
+    store.open(foreign.parent / "link.h5").close()
+    assert tried == ["a.h5"]
+    assert not verify(foreign).problems
+    assert tried == ["a.h5"] * 2  # damage that came later is looked for
+
+
+def test_own_stores_are_known(tmp_path: Path, tried: list[str]) -> None:
+    store.open(write_store(tmp_path / "a.h5")).close()
+    assert tried == []
+
+
+@pytest.mark.parametrize("content", ["the same", "other"])
+def test_a_changed_store_is_tried_again(foreign: Path, tried: list[str], content: str) -> None:
+    """Also where whoever changed it has kept its size and set its time back."""
+    store.open(foreign).close()
+    before = foreign.stat()
+    data = foreign.read_bytes()
+    time.sleep(0.02)
+    with foreign.open("r+b") as file:
+        file.write(data if content == "the same" else bytes(8) + data[8:])
+    os.utime(foreign, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if content == "other":
+        with pytest.raises(InputError, match="a.h5: not a readable HDF5 file"):
+            open_store_file(foreign)
+    else:
+        store.open(foreign).close()
+        assert tried == ["a.h5"] * 2
+
+
+def test_another_process_knows_it_too(foreign: Path, tried: list[str]) -> None:
+    store.open(foreign).close()
+    other = KnownFiles(f"HDF5 {hdf5_door.h5py.version.hdf5_version} by h5py {hdf5_door.h5py.__version__}")
+    assert FileState.of(foreign) in other
+    assert FileState.of(foreign) not in KnownFiles("another check")
+    assert FileState.of(foreign)._replace(changed=1) not in other
+    cache = foreign.parent / "cache" / "refdet" / "stores.json"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda cache: cache.chmod(0o666), lambda cache: cache.write_text("{"), lambda cache: cache.write_text("[]"),
+     lambda cache: cache.write_text('{"check": 1}'), lambda cache: cache.write_bytes(b"\xff"),
+     lambda cache: (cache.unlink(), cache.mkdir())],
+)  # fmt: skip
+def test_a_cache_of_others_or_a_damaged_one_is_none(foreign: Path, spoil: Callable[[Path], object]) -> None:
+    KnownFiles("a").add(FileState.of(foreign))
+    assert FileState.of(foreign) in KnownFiles("a")
+    spoil(foreign.parent / "cache" / "refdet" / "stores.json")
+    assert FileState.of(foreign) not in KnownFiles("a")
+    KnownFiles("a").add(FileState.of(foreign))  # no error, whether it can be written or not
+
+
+def test_the_cache_keeps_the_newest(foreign: Path) -> None:
+    known, state = KnownFiles("a"), FileState.of(foreign)
+    (foreign.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
+    cache = foreign.parent / "cache" / "refdet" / "stores.json"
+    cache.write_text(json.dumps({"check": known._check, "files": {str(i): [0] * 5 for i in range(600)}}))
+    cache.chmod(0o600)
+    known.add(state)
+    kept = json.loads(cache.read_text())["files"]
+    assert len(kept) == 500 and list(kept)[-1] == str(foreign) and "100" not in kept and "599" in kept
+
+
+def test_a_worker_need_not_try_what_its_parent_did(
+    foreign: Path, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing can be written there
+    content = pickle.dumps(RegionsDataset(foreign))
+    assert tried == ["a.h5"]
+    monkeypatch.setattr(hdf5_door.known, "_here", {})  # as in a process that was spawned
+    assert pickle.loads(content)[0]["image_id"] == 10
+    assert tried == ["a.h5"]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    from refdet.cli.main import main
+
+    os.mkfifo(tmp_path / "pipe.h5")
+    (tmp_path / "folder.h5").mkdir()
+    (tmp_path / "loop.h5").symlink_to(tmp_path / "loop.h5")
+    for path, says in (
+        (tmp_path / "pipe.h5", "a named pipe, not a file"),
+        (tmp_path / "folder.h5", "a folder, not a file"),
+        (Path("/dev/zero"), "a device, not a file"),
+        (tmp_path / "no.h5", "no such file"),
+        (tmp_path / "loop.h5", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=f"{path}: {says}"):
+            open_store_file(path)
+    for path in (tmp_path / "pipe.h5", Path("/dev/zero")):
+        for more in ([], ["--verify"]):
+            done = CliRunner().invoke(main, ["inspect", str(path), *more])
+            assert done.exit_code == 2 and "not a file" in done.stderr
+
+
+LOOKS = {
+    "while True: pass": "does not get to its end within 0.5.* seconds of computing",
+    "os.kill(os.getpid(), signal.SIGSEGV)": r"HDF5 crashes \(SIGSEGV\)",
+    "raise SystemExit(3)": "HDF5 ends with 3",
+    "bytearray(2**33)": "HDF5 asks for more memory",
+    "time.sleep(60)": "does not get to its end within 1.5 seconds",
+}
+
+
+@pytest.mark.parametrize("does", LOOKS)
+def test_what_hdf5_does_to_the_other_process_is_damage(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    name = "_look" if "bytearray" in does else "look_through"
+    code = f"import os, signal, time; from refdet import hdf5_trial\ndef look(path):\n    {does}\n"
+    code += f"hdf5_trial.{name} = look\n"
+    before, main = hdf5_trial._START.split("from refdet.hdf5_trial import main\n")
+    monkeypatch.setattr(hdf5_trial, "_START", f"{before}{code}from refdet.hdf5_trial import main\n{main}")
+    monkeypatch.setattr(hdf5_trial, "SECONDS", 0.5)
+    monkeypatch.setattr(hdf5_trial, "PATIENCE", 20)
+    if "sleep" in does:
+        monkeypatch.setattr(hdf5_trial, "_SOON", 0.1)
+        monkeypatch.setattr(hdf5_trial, "PATIENCE", 3)
+    with pytest.raises(InputError, match=f"a.h5: damaged: .*{LOOKS[does]}.*; extract it again"):
+        open_store_file(foreign)
+
+
+def test_where_no_process_can_be_started_it_is_tried_here(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hdf5_trial.sys, "executable", "/nonexistent")
+    store.open(foreign).close()
+    assert "a.h5: looked through without the guard of a process of its own" in caplog.text
+
+
+@pytest.mark.parametrize("how", [["-m", "refdet"], ["-P", "-c", "from refdet.cli.main import main; main()"]])
+def test_nothing_of_the_current_folder_is_imported(foreign: Path, how: list[str]) -> None:
+    if "-P" in how and sys.version_info < (3, 11):
+        pytest.skip("Python itself puts the folder first")
+    folder = foreign.parent / "download"
+    folder.mkdir()
+    for name in ("h5py", "numpy", "click", "json", "refer", "resource", "sitecustomize"):
+        (folder / f"{name}.py").write_text("open('PWNED', 'w').write(__name__)\n")
+    foreign.rename(folder / "a.h5")
+    command = [sys.executable, *how, "inspect", "a.h5", "--verify"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "OK: 3 images" in done.stdout or "regions/mask_counts" in done.stdout, done.stderr
+    assert not (folder / "PWNED").exists()
+
+
+def test_plugins_of_hdf5_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HDF5_PLUGIN_PATH", "/tmp/plugins")
+    found = hdf5_trial._environment()
+    assert "HDF5_PLUGIN_PATH" not in found and found["HDF5_PLUGIN_PRELOAD"] == "::"
+
+
+def test_opening_a_known_store_starts_no_process(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.h5")
+    code = (
+        "import sys; from refdet import store; sys.addaudithook(lambda e, a: e == 'subprocess.Popen' and sys.exit(7)); "
+    )
+    code += "store.open(sys.argv[1]).close()"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
+    os.utime(path)
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 7

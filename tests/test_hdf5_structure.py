@@ -1,0 +1,180 @@
+"""What HDF5 can hold and no store does is refused; everything that our writer ever wrote is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hostile_stores import STRUCTURES, repeat_text, share_bytes, write_store
+
+from refdet import store, store_schema
+from refdet.errors import InputError
+from refdet.hdf5_trial import look_through
+
+pytestmark = pytest.mark.usefixtures("opened_here")
+
+
+@pytest.mark.parametrize("libver", ["", "earliest"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_what_no_store_holds_is_refused(tmp_path: Path, name: str, libver: str) -> None:
+    edit, says = STRUCTURES[name]
+    path = write_store(tmp_path / "a.h5", libver=libver)
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    with pytest.raises(InputError, match=rf"a\.h5: refused: .*({says}).*; extract it again$") as raised:
+        store.open(path)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "libver", "says"),
+    [(repeat_text, "", "/x claims 100000000 bytes of text in a file of"),
+     (share_bytes, "earliest", "its datasets share their bytes")],
+)  # fmt: skip
+def test_the_same_bytes_count_each_time(tmp_path: Path, change: Callable[[Path], None], libver: str, says: str) -> None:
+    path = write_store(tmp_path / "a.h5", libver=libver)
+    change(path)
+    assert says in look_through(path)
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
+@pytest.mark.parametrize("libver", ["", "earliest", "v108", "v110", "v112", "latest"])
+def test_stores_in_every_layout_pass(tmp_path: Path, compression: str, libver: str) -> None:
+    path = write_store(tmp_path / "a.h5", compression, libver)
+    assert look_through(path) == ""
+    with store.open(path) as found:
+        assert [len(found[i]) for i in found] == [3, 0, 2]
+
+
+def test_what_others_add_with_h5py_passes(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["mine/numbers"] = np.arange(10.0)
+        file["mine/big_endian"] = np.arange(10, dtype=">i2")
+        file["mine/names"] = ["a", "ß"]
+        file["mine/old_names"] = np.array([b"a", b"bc"])
+        file["mine/yes"] = np.array([True, False])
+        file["features/own"] = np.zeros((5, 3), np.float16)
+        file["mine"].attrs["note"] = "by hand"
+        file["mine"].attrs["numbers"] = [1, 2]
+        file.create_dataset(
+            "mine/extensible", data=np.zeros((4, 3)), maxshape=(None, 3), compression="gzip", shuffle=True
+        )
+    with store.open(path) as found:
+        assert found[10].features["own"].shape == (3, 3)
+
+
+def test_zeros_may_be_compressed_a_thousandfold(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        data = np.zeros((5, 2**20), np.float32)
+        file.create_dataset("features/zeros", data=data, chunks=(1, 2**16), compression="gzip", shuffle=True)
+        assert file["features/zeros"].id.get_storage_size() * 500 < data.nbytes
+    with store.open(path) as found:
+        assert not found[10].features["zeros"].any()
+
+
+def test_incompressible_chunks_are_stored_as_they_are(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.h5")
+    values = np.random.default_rng(0).integers(0, 2**32, (5, 4096), np.uint32).view(np.float32)
+    with h5py.File(path, "r+") as file:
+        for packing in ("gzip", "lzf"):
+            file.create_dataset(f"features/{packing}", data=values, chunks=(2, 4096), compression=packing)
+    with store.open(path) as found:
+        for packing in ("gzip", "lzf"):
+            np.testing.assert_array_equal(found[10].features[packing].view(np.uint32), values[:3].view(np.uint32))
+
+
+def _attribute(name: str, value: object) -> Callable[[h5py.File], None]:
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+def _column(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_attribute("classes", "[1]"), "classes is not a list of ids and names"),
+        (_attribute("classes", '[{"id": true, "name": "a"}]'), "classes is not"),
+        (_attribute("classes", '[{"id": "1", "name": "a"}]'), "classes is not"),
+        (_attribute("classes", '[{"id": 1, "name": null}]'), "classes is not"),
+        (_attribute("classes", '[{"id": 1e400, "name": "a"}]'), "classes is not"),
+        (_attribute("classes", f'[{{"id": {2**63}, "name": "a"}}]'), "classes is not"),
+        (_attribute("classes", "{}"), "no JSON list"),
+        (_attribute("classes", "[" * 100_000), "recursion"),
+        (_attribute("classes", b"[]\xff"), "."),
+        (_attribute("options", "7"), "no JSON object"),
+        (_attribute("provenance", "[]"), "no JSON object"),
+        (_attribute("run", '"x"'), "no JSON object"),
+        (_attribute("provenance", 3), "."),
+        (_column("images/height", np.array([9, 0, 9], np.int32)), "not positive"),
+        (_column("images/width", np.array([9, 7, -1], np.int32)), "not positive"),
+        (_column("images/height", np.array([9, 9, 9], np.float32)), "images/height is float32"),
+        (_column("images/height", np.array([9, 9, 9], ">i4")), "images/height is >i4"),
+        (_column("images/id", np.array([1, 1, 2])), "twice"),
+        (_column("images/id", np.array([[1, 2, 3]])), "images/"),
+        (_column("images/file_name", np.array([b"a", b"b", b"c"])), "images/file_name is"),
+        (_column("images/region_start", np.array([0, 2**31 - 1, -5, 5], np.int32)), "does not ascend"),
+        (_column("images/region_start", np.array([0, 2**63 - 1, -(2**63), 5])), "does not ascend"),
+        (_column("images/region_start", np.array([1, 3, 3, 5])), "does not ascend"),
+        (_column("regions/box", np.zeros((5, 4))), "regions/box is float64"),
+        (_column("regions/box", np.zeros((5, 5), np.float32)), "regions/box is"),
+        (_column("regions/score", np.zeros(4, np.float32)), "regions/score is"),
+        (_column("regions/mask_counts", np.zeros(10, np.int8)), "regions/mask_counts is"),
+        (_column("features/fc7", np.zeros((5, 2), ">f4")), "features/fc7 is"),
+        (_column("features/fc7", np.zeros((5, 2), "i4")), "features/fc7 is"),
+        (_column("features/fc7", np.zeros((4, 2), "f4")), "features/fc7 is"),
+        (_column("maps/head_start", np.array([0, 24, 48, 73])), "does not ascend"),
+        (lambda file: (file.__delitem__("features/fc7"), file.create_group("features/fc7")), "."),
+        (lambda file: (file.__delitem__("regions"), file.__setitem__("regions", np.zeros(3))), "."),
+    ],
+)  # fmt: skip
+def test_contents_of_another_kind_are_damage(tmp_path: Path, change: Callable[[h5py.File], None], says: str) -> None:
+    path = write_store(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(InputError, match=rf"a\.h5: (damaged|lacks|refused).*({says})") as raised:
+        store.open(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("starts", [[0, 2**63 - 1, -(2**63), 6, 8, 10], [0, -2, 4, 6, 8, 10], [0, 2, 4, 99, 8, 10]])
+def test_offsets_of_masks_are_checked_where_they_are_read(tmp_path: Path, starts: list[int]) -> None:
+    path = write_store(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["regions/mask_start"][:] = starts
+    with store.open(path) as found, pytest.raises(InputError, match="damaged: regions/mask_start"):
+        found.read(10, ())
+
+
+@pytest.mark.parametrize("shape", [[2, 3, 5], [-1, 3, 4], [-2, -3, 4], [2**31 - 1] * 3])
+def test_shapes_of_maps_are_checked_where_they_are_read(tmp_path: Path, shape: list[int]) -> None:
+    path = write_store(tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        file["maps/head_shape"][0] = shape
+    with store.open(path) as found, pytest.raises(InputError, match="maps/head of image 10 has 24 values"):
+        found.read(10, ("head",))
+
+
+def test_one_image_may_not_take_much_more_memory_than_the_file_has_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_store(tmp_path / "a.h5", "gzip")
+    with h5py.File(path, "r+") as file:
+        data = np.zeros((5, 2**18), np.float32)
+        file.create_dataset("features/zeros", data=data, chunks=(1, 2**18), compression="gzip")
+    store.open(path).close()
+    monkeypatch.setattr(store_schema, "MAX_UNPACKED", 2**20)
+    says = re.escape(f"features/zeros of one image takes {3 * 2**20} bytes, and the file has {path.stat().st_size}")
+    with pytest.raises(InputError, match=says):
+        store.open(path)
