@@ -21,6 +21,11 @@ class OutputLost(Exception):
     """Nobody takes what is printed on stdout: a pipe was closed, or the disk behind it is full."""
 
 
+# The names of refdet.data.box_format, which brings numpy: too much for --help.
+BOX_FORMATS = ("xywh", "xyxy", "normalized", "thousandths",
+               "normalized-xyxy", "normalized-xywh", "thousandths-xyxy", "thousandths-xywh")  # fmt: skip
+
+
 def json_option(command: F) -> F:
     """Give a command ``--json``, passed to it as ``as_json``: then its JSON is all that stands on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
@@ -74,6 +79,15 @@ def store_option(*, required: bool = False, **attributes: Any) -> Callable[[F], 
 def _say_new_name() -> None:
     if sys.exc_info()[0] is None:  # an error is to stay one line
         note("note: --features is called --store now; the old name still works")
+
+
+def box_format_option(option: str) -> Callable[[F], F]:
+    """Give a command ``--box-format``, the form of the boxes in the file of another option."""
+    return click.option(
+        "--box-format", type=click.Choice(BOX_FORMATS), default="xywh", show_default=True, metavar="FORM",
+        help=f"Of boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of the image, "
+        "in the order that they fit, or -xyxy or -xywh.",
+    )  # fmt: skip
 
 
 def echo_json(obj: Any) -> None:

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_line, echo_table, json_option, note, store_option
+from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +33,10 @@ TITLES = {
 @click.option("--predictions", type=Path, help="JSON of a model's answers, for comprehension and segmentation.")
 @click.option("--expressions", type=Path, help="JSON of a model's expressions, for BLEU, ROUGE-L, CIDEr and METEOR.")
 @click.option(
-    "--protocol", type=click.Choice(["standard", "mattnet"]), default="standard", show_default=True,
-    help="How the IoU of boxes is computed: mattnet as MAttNet's code does.",
+    "--protocol", type=click.Choice(["standard", "mattnet", "mdetr"]), default="standard", show_default=True,
+    help="How boxes are compared: mattnet by IoU as MAttNet's code has it, mdetr answers by generalized IoU.",
 )  # fmt: skip
+@box_format_option("--predictions")
 @click.option("--out", type=Path, required=True, help="Folder for metrics.json, metrics.csv and recall.svg.")
 @json_option
 def command(out: Path, as_json: bool, **given: Any) -> None:
@@ -47,6 +48,10 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")
+    if given["predictions"] is None and given["box_format"] != "xywh":
+        raise InputError(
+            f"--box-format {given['box_format']} is of the boxes of --predictions: give these, or leave it out"
+        )
     metrics = evaluate_on_refer(**given)
     write(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 
-from .common import echo_json, echo_line, echo_table, exif_option, json_option, note
+from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note
 
 if TYPE_CHECKING:
     from refdet.shard_work import Summary
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
 @click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
 @click.option("--boxes", type=Path, help="Instead of --regions: boxes of COCO results JSON, or of a store (.h5).")
+@box_format_option("--boxes")
 @click.option(
     "--masks", type=click.Choice(["annotated", "predicted"]), default="annotated", show_default=True,
     help="Of annotations and --boxes: theirs, or the detector's for them.",
@@ -60,6 +61,7 @@ def command(
     instances: Path | None,
     regions: str,
     boxes: Path | None,
+    box_format: str,
     masks: str,
     features: str,
     dtype: str,
@@ -94,6 +96,8 @@ def command(
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
     if boxes is not None and regions != "detections":
         raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
+    if boxes is None and box_format != "xywh":
+        raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
     options = ExtractOptions(
         "boxes" if boxes is not None else regions,
         names,
@@ -110,7 +114,19 @@ def command(
     for line in load_meta(checkpoint).warnings():
         note(line)
     done = extract_features(
-        checkpoint, images, out, image_list, options, at_once, workers, device, resume, boxes, strict, note
+        checkpoint,
+        images,
+        out,
+        image_list,
+        options,
+        at_once,
+        workers,
+        device,
+        resume,
+        boxes,
+        strict,
+        note,
+        box_format,
     )
     if done.computed == 0:
         note(f"{out} is complete")

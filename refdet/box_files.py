@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from refdet import store
+from refdet.data.box_format import DEFAULT, FORMS, settle
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.json_files import read_json
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.regions import Regions
+
+log = logging.getLogger(__name__)
 
 _ROWS = 1 << 16  # boxes that are checked at once
 
@@ -30,12 +35,14 @@ class BoxFile:
             they are asked for.
         categories: id -> name of those that the regions may have.
         masks, ann_ids: whether all regions have a mask, and an annotation id.
+        box_format: the form in which the boxes were read, of `refdet.data.box_format.FORMS`.
     """
 
     regions: Mapping[int, Regions]
     categories: Mapping[int, str]
     masks: bool
     ann_ids: bool
+    box_format: str = DEFAULT
 
     def of(self, record: ImageRecord) -> Regions:
         """The regions of an image; none where the file has none."""
@@ -46,57 +53,81 @@ class BoxFile:
         return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
 
 
-def load_boxes(path: Path, index: CocoIndex) -> BoxFile:
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFile:
     """Read and check the boxes of a file.
 
-    Boxes that reach over the border of their image are cut there, as annotations are. Everything else that is wrong
-    is an error, since features of another box than the one meant would be worse than none.
+    Boxes that reach over the border of their image are cut there, as annotations are; if many do, as boxes do whose
+    form is another than was said, a warning is logged. Everything else that is wrong is an error, since features of
+    another box than the one meant would be worse than none.
 
     Args:
         path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, the
             score optional (then 1) and the segmentation too, but in all entries or none; or a store (.h5), of which
             boxes, scores, categories, masks and annotation ids are taken.
         index: the instances file of the images; the file may have boxes of any of them.
+        box_format: how the numbers of a bbox are meant: one of `refdet.data.box_format.NAMES`.
     Raises:
         InputError: names the file and the entry: an image or a category that the instances file does not have, a box
             that is not finite, without area, or outside its image, another size of an image, a mask
             of a results file that is none.
     """
     if path.suffix in (".h5", ".hdf5"):
+        if box_format != DEFAULT:
+            raise InputError(f"--boxes {path}: a store says itself how its boxes are written; leave --box-format "
+                             f"{box_format} out")  # fmt: skip
         return _of_store(path, index)
     entries = read_json(path)
     if not isinstance(entries, list):
         raise InputError(f"--boxes {path}: COCO results are a list of entries; give such a file, or a store (.h5)")
-    rows: dict[int, list[tuple[list[float], float, int]]] = {}
+    records: list[ImageRecord] = []
+    rows: dict[int, list[int]] = {}  # image id -> its entries
     masks: dict[int, list[bytes]] = {}
     with_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
     for number, entry in enumerate(entries):
-        try:
-            record, row = _row(entry, index)
+        with _of_entry(path, number):
+            record = _checked(entry, index)
             if ("segmentation" in entry) != with_masks:
                 raise InputError("some entries have a segmentation and some have none")
             if with_masks:
                 rle = to_rle(entry["segmentation"], record.height, record.width)
                 masks.setdefault(record.id, []).append(rle["counts"])
-        except InputError as error:
-            raise InputError(f"--boxes {path}: entry {number}: {error}") from None
-        rows.setdefault(record.id, []).append(row)
+        records.append(record)
+        rows.setdefault(record.id, []).append(number)
+    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+    sizes = np.array([(record.width, record.height) for record in records], np.float64).reshape(-1, 2)
+    form, lines = settle(box_format, boxes, sizes)
+    for line in lines:
+        kind, _, text = line.partition(": ")
+        log.warning("%s: --boxes %s: %s", kind, path, text)
+    corners = FORMS[form].to_pixels(boxes, sizes)
+    for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
+        with _of_entry(path, number):
+            _check_inside(corners[number].tolist(), records[number], FORMS[form].text)
+    cut = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
+    scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
+    categories = np.array([entry["category_id"] for entry in entries], np.int64)
     regions = {}
-    for image_id, found in rows.items():
+    for image_id, of in rows.items():
         record = index.images[image_id]
-        boxes, scores, categories = zip(*found, strict=True)
         regions[image_id] = Regions(
             image_id, record.file_name, record.height, record.width,
-            boxes=np.array(boxes, np.float32),
-            scores=np.array(scores, np.float32),
-            category_ids=np.array(categories, np.int64),
+            boxes=cut[of], scores=scores[of], category_ids=categories[of],
             masks=tuple(masks[image_id]) if with_masks else None,
         )  # fmt: skip
-    return BoxFile(regions, index.categories, with_masks, ann_ids=False)
+    return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=form)
 
 
-def _row(entry: Any, index: CocoIndex) -> tuple[ImageRecord, tuple[list[float], float, int]]:
-    """The image of an entry, and its box (xyxy, cut), score and category."""
+@contextmanager
+def _of_entry(path: Path, number: int) -> Iterator[None]:
+    """Name the entry in an error."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--boxes {path}: entry {number}: {error}") from None
+
+
+def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
+    """The image of an entry whose fields are sound."""
     if not isinstance(entry, dict):
         raise InputError(f"an object with image_id, category_id and bbox is needed, not {reprlib.repr(entry)}")
     for key in ("image_id", "category_id"):
@@ -112,20 +143,25 @@ def _row(entry: Any, index: CocoIndex) -> tuple[ImageRecord, tuple[list[float], 
         raise InputError(f"bbox must be four finite numbers [x, y, w, h], not {reprlib.repr(box)}")
     if not _is_number(score):
         raise InputError(f"score must be a finite number, not {reprlib.repr(score)}")
-    x, y, width, height = box
-    corners = [x, y, x + width, y + height]
-    return record, (_cut(corners, record), float(score), entry["category_id"])
+    return record
 
 
-def _cut(corners: list[float], record: ImageRecord) -> list[float]:
-    """A box xyxy, cut at the border of its image."""
+def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether each box (n, 4) xyxy has area in its image of (n, 2) width and height."""
+    low, high = corners[:, :2], corners[:, 2:]
+    inside: np.ndarray = (low < high) & (low.clip(0) < np.minimum(high, sizes))
+    return np.asarray(inside.all(axis=1))
+
+
+def _check_inside(corners: list[float], record: ImageRecord, read_as: str = "") -> None:
+    """InputError if a box xyxy has no area in its image."""
     x1, y1, x2, y2 = corners
+    read = f", read as {read_as}," if read_as else ""
     if not (x1 < x2 and y1 < y2):
-        raise InputError(f"the box {corners} (x1, y1, x2, y2) has no area")
-    cut = [max(x1, 0.0), max(y1, 0.0), min(x2, float(record.width)), min(y2, float(record.height))]
-    if not (cut[0] < cut[2] and cut[1] < cut[3]):
-        raise InputError(f"the box {corners} (x1, y1, x2, y2) is outside its image of {record.width}x{record.height}")
-    return cut
+        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} has no area")
+    if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
+        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} is outside its image of "
+                         f"{record.width}x{record.height}")  # fmt: skip
 
 
 def _is_number(value: object) -> bool:
@@ -184,11 +220,9 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
         boxes = source.data["regions/box"][first : first + _ROWS]
         rows = np.arange(first, first + len(boxes))
         of_image = np.searchsorted(source.region_start, rows, side="right") - 1
-        low, high = boxes[:, :2], boxes[:, 2:]
-        good = (low < high) & (low.clip(0) < np.minimum(high, sizes[of_image]))
-        for row in np.flatnonzero(~good.all(axis=1)).tolist():
+        for row in np.flatnonzero(~_inside(boxes, sizes[of_image])).tolist():
             image_id = int(source.image_ids[of_image[row]])
             try:
-                _cut(boxes[row].tolist(), index.images[image_id])
+                _check_inside(boxes[row].tolist(), index.images[image_id])
             except InputError as error:
                 raise InputError(f"--boxes {path}: image {image_id}: {error}") from None

@@ -103,6 +103,7 @@ def extract_features(
     boxes: Path | None = None,
     strict: bool = False,
     say: Callable[[str], object] = warnings.warn,
+    box_format: str = "xywh",
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
@@ -114,6 +115,7 @@ def extract_features(
         boxes: file of the boxes that are described, see `refdet.box_files`; with ``options.regions`` "boxes".
         strict: stop at an image that cannot be used.
         say: is given a line where something is done otherwise than asked.
+        box_format: how boxes of results are written, see `refdet.box_files.load_boxes`.
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
@@ -150,11 +152,13 @@ def extract_features(
             f"computing in {precision}, which is faster here and exact")  # fmt: skip
         options = replace(options, precision=precision)
     detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
-    meta, given = detector.meta, _given(image_list.index, options, boxes)
+    meta, given = detector.meta, _given(image_list.index, options, boxes, box_format)
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision, "compression": options.compression}  # fmt: skip
     if boxes is not None:
         what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        if given is not None and given.box_format != "xywh":
+            what["box_format"] = given.box_format
     elif given is not None:
         what["instances_sha256"] = file_sha256(image_list.index.path)
         what["masks"] = options.masks
@@ -232,15 +236,16 @@ class _Given:
     categories: Mapping[int, str]
     masks: bool
     ann_ids: bool
+    box_format: str = "xywh"  # of the file they are of
 
 
-def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None) -> _Given | None:
+def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None, box_format: str) -> _Given | None:
     """The regions to describe; None where they are to be detected."""
     if boxes is not None:
         from refdet.box_files import load_boxes
 
-        file = load_boxes(boxes, index)
-        return _Given(file.of, file.categories, file.masks, file.ann_ids)
+        file = load_boxes(boxes, index, box_format)
+        return _Given(file.of, file.categories, file.masks, file.ann_ids, file.box_format)
     if options.regions == "annotations":
         return _Given(
             lambda record: annotated_regions(record, index.annotations[record.id]), index.categories, True, True

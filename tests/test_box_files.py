@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 from pycocotools import mask as coco_mask
+from refdet.cli.main import main
 from test_folding import trained_model
 
 from refdet import box_files, checkpoint, store
@@ -142,20 +144,52 @@ def test_a_store_of_boxes_is_checked_before_the_work(
         load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
 
 
-def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, index: CocoIndex) -> None:
+@pytest.fixture
+def run(tmp_path: Path, index: CocoIndex) -> Path:
+    """A detector of random weights, and images of noise beside it."""
     random = np.random.default_rng(0)
     for image_id in index.images:
         Image.fromarray(random.integers(0, 255, (96, 128, 3), dtype=np.uint8)).save(tmp_path / f"{image_id}.png")
     model = trained_model()
     classes = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
     (tmp_path / "run").mkdir()
-    meta = checkpoint.Meta(model.recipe, classes, Provenance.imported("drawn", "0" * 64), 0)
-    checkpoint.save(tmp_path / "run", model, meta)
+    checkpoint.save(
+        tmp_path / "run", model, checkpoint.Meta(model.recipe, classes, Provenance.imported("x", "0" * 64), 0)
+    )
+    return tmp_path / "run"
+
+
+def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
+    def extract(out: str, boxes: Path, *more: str) -> Result:
+        arguments = ["extract-features", "--checkpoint", run, "--images", tmp_path, "--out", tmp_path / out,
+                     "--instances", tmp_path / "i.json", "--device", "cpu", "--features", "pool5"]  # fmt: skip
+        return CliRunner().invoke(main, [str(a) for a in (*arguments, "--boxes", boxes, *more)])
+
+    usual = extract("a.h5", results(tmp_path, GOOD))
+    other = extract("b.h5", results(tmp_path, {**GOOD, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
+    assert usual.exit_code == other.exit_code == 0
+    with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
+        assert "box_format" not in a.options and b.options["box_format"] == "xyxy"
+        np.testing.assert_array_equal(a[7].boxes, b[7].boxes)
+        np.testing.assert_array_equal(a[7].features["pool5"], b[7].features["pool5"])
+    unit = {**GOOD, "bbox": [0.25, 0.25, 0.25, 0.5]}
+    assert extract("c.h5", results(tmp_path, unit), "--box-format", "normalized").exit_code == 0
+    with store.open(tmp_path / "c.h5") as c:
+        assert c.options["box_format"] == "normalized-xywh" and c[7].boxes.tolist() == [[32, 24, 64, 72]]
+    for refused in (extract("d.h5", tmp_path / "c.h5", "--box-format", "xyxy"),
+                    CliRunner().invoke(main, ["extract-features", "--checkpoint", str(run), "--images", str(tmp_path),
+                                              "--out", str(tmp_path / "d.h5"), "--instances", str(tmp_path / "i.json"),
+                                              "--box-format", "xyxy"])):  # fmt: skip
+        assert refused.exit_code == 2 and "leave" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "d.h5").exists()
+
+
+def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -> None:
     images = ImageList.of_instances(tmp_path / "i.json")
 
     def extract(out: str, boxes: Path, masks: str = "annotated", resume: bool = False) -> Path:
         options = ExtractOptions("boxes", ("pool5", "fc7", "class_prob"), masks=masks)
-        extract_features(tmp_path / "run", tmp_path, tmp_path / out, images, options, device="cpu", boxes=boxes,
+        extract_features(run, tmp_path, tmp_path / out, images, options, device="cpu", boxes=boxes,
                          resume=resume)  # fmt: skip
         return tmp_path / out
 

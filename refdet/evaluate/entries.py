@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def entries_by_id(
     for position, entry in enumerate(entries):
         where = f"{path}: entry {position}"
         if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in fields.items()):
-            raise InputError(f"{where}: it must be an object with {wanted}")
+            raise InputError(f"{where}: it must be an object with {wanted}{_found(entry, fields)}")
         id_ = entry[key]
         if id_ not in known:
             raise InputError(f"{where}: {thing} {id_} is not in this dataset and split_by")
@@ -45,3 +46,11 @@ def entries_by_id(
             raise InputError(f"{where}: {thing} {id_} has {answer} already")
         seen.add(id_)
         yield where, id_, entry
+
+
+def _found(entry: Any, fields: Mapping[str, type]) -> str:
+    """What stands in the place of a field, for the end of an error."""
+    if not isinstance(entry, dict):
+        return f", not {reprlib.repr(entry)[:60]}"
+    name = next(name for name, kind in fields.items() if type(entry.get(name)) is not kind)
+    return f"; its {name} is {reprlib.repr(entry[name])[:60]}" if name in entry else f"; it has no {name}"

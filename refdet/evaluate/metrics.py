@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
-Protocol = Literal["standard", "mattnet"]
+Protocol = Literal["standard", "mattnet", "mdetr"]
 
 
 def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
@@ -19,7 +19,7 @@ def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np
     "mattnet" is computeIoU of lichengunc/MAttNet, lib/models/eval_dets_utils.py. It takes boxes x y w h to the
     inclusive corners x, y, x + w - 1, y + h - 1 and counts pixels with + 1, which gives the same number, but for this:
     it asks for one inclusive corner to lie left of the other, so an overlap of one pixel or less in width or height
-    is none. It differs for thin boxes and for slight overlaps only.
+    is none. It differs for thin boxes and for slight overlaps only. "mdetr" has the standard IoU: see `box_overlap`.
     """
     shared, union, _ = _areas(a, b, least=1.0 if protocol == "mattnet" else 0.0)
     return _quotient(shared, union)
@@ -33,6 +33,15 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     shared, union, around = _areas(a, b, least=0.0)
     return _quotient(shared, union) - _quotient(around - union, around)
+
+
+def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
+    """What must reach 0.5 for an answer to be right: (n, 4) and (m, 4) -> (n, m) float64.
+
+    The IoU, but for "mdetr" the generalized IoU, as in RefExpEvaluator of ashkamath/mdetr, datasets/refexp.py. It is
+    never more than the IoU.
+    """
+    return generalized_iou(a, b) if protocol == "mdetr" else box_iou(a, b, protocol)
 
 
 def _areas(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from refdet import store as stores
+from refdet.data.box_format import DEFAULT
 from refdet.data.coco import CocoIndex
 from refdet.data.refs import choose_splits
 from refdet.errors import InputError
 from refdet.evaluate import targets
 from refdet.evaluate.answers import comprehension, generalized
-from refdet.evaluate.average_precision import coco_ap, coco_results
+from refdet.evaluate.average_precision import coco_ap, coco_results, why_undefined
 from refdet.evaluate.language import Scorers, load_expressions
 from refdet.evaluate.metrics import Protocol, mean
 from refdet.evaluate.predictions import Prediction, load_predictions
@@ -35,6 +36,7 @@ def evaluate_on_refer(
     predictions: Path | None = None,
     expressions: Path | None = None,
     protocol: Protocol = "standard",
+    box_format: str = DEFAULT,
 ) -> dict[str, Any]:
     """Detection AP and referent recall of each split, and how good predictions and expressions are if given.
 
@@ -44,7 +46,9 @@ def evaluate_on_refer(
         splits: names, each possibly several with commas between; all but train where there are none.
         predictions: see `refdet.evaluate.predictions`.
         expressions: see `refdet.evaluate.language.load_expressions`.
-        protocol: how the IoU of boxes is computed, see `refdet.evaluate.metrics.box_iou`; COCO's AP stays COCO's.
+        protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluate.metrics`; COCO's AP stays
+            COCO's.
+        box_format: how boxes of predictions are written, one of `refdet.data.box_format.NAMES`.
 
     Returns:
         What goes into ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None where there is nothing to rate: AP of
@@ -64,7 +68,7 @@ def evaluate_on_refer(
         if not chosen:
             raise InputError(f"{where}: all refs are of split train; say --split train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
-        made = None if predictions is None else _predictions(predictions, where, store, refer, index)
+        made = None if predictions is None else _predictions(predictions, where, store, refer, index, box_format)
         said = None if expressions is None else load_expressions(expressions, refer.Refs.keys())
         arguments = f"--refer-root {refer_root} --dataset {dataset} --split-by {split_by}"
         for split in chosen:
@@ -76,15 +80,19 @@ def evaluate_on_refer(
                 people = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
                 found[split]["language"] = scorers.scores(people, said)
         about = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
+        if box_format != DEFAULT:
+            about["box_format"] = box_format
         return {**about, "provenance": store.provenance, "splits": found}
 
 
-def _predictions(path: Path, where: str, store: Store, refer: REFER, index: CocoIndex) -> dict[int, Prediction]:
+def _predictions(
+    path: Path, where: str, store: Store, refer: REFER, index: CocoIndex, box_format: str
+) -> dict[int, Prediction]:
     refs = refer.data["refs"]
     if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
         raise InputError(f"{where}: a sent_id is there twice, so a prediction for it is ambiguous; renumber")
     images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
-    return load_predictions(path, store, images, several=targets.is_generalized(refs))
+    return load_predictions(path, store, images, targets.is_generalized(refs), box_format)
 
 
 def _refs(refer: REFER, split: str) -> list[Any]:
@@ -116,6 +124,13 @@ class _Run:
         regions = {i: self.store.read(i, features=()) for i in sorted({ref["image_id"] for ref in refs})}
         found = self.coverage(refs, regions)
         results = coco_results(regions.values())
+        reason = why_undefined(self.index, regions)
+        if reason:
+            log.warning("note: split %s: %s", split, reason)
+        strange = sum(result["category_id"] not in self.index.categories for result in results)
+        if strange:
+            log.warning("note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out", split,
+                        strange, len(results), self.index.path)  # fmt: skip
         outlined = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
             "images": len(regions),

@@ -1,0 +1,245 @@
+"""The forms of boxes: numbers are right in each, another form than was said is warned of, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluate_examples import regions, sentences, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refdet.cli.common import BOX_FORMATS
+
+from refdet.box_files import load_boxes
+from refdet.data.box_format import BY_EVIDENCE, DEFAULT, FORMS, NAMES, settle
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError
+from refdet.evaluate.refer import evaluate_on_refer
+
+SIZES = [(640, 480), (480, 640), (500, 375), (427, 640)]
+
+
+def written(name: str, corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes xyxy in pixels in a form; the inverse of what is tested, said independently."""
+    unit = {"normalized": 1.0, "thousandths": 1000.0}.get(name.split("-")[0])
+    scaled = corners if unit is None else corners / np.concatenate([sizes, sizes], axis=1) * unit
+    return scaled if name.endswith("xyxy") else np.concatenate([scaled[:, :2], scaled[:, 2:] - scaled[:, :2]], axis=1)
+
+
+def some_boxes(seed: int, count: int, sizes: list[tuple[int, int]] = SIZES) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes xyxy of at least 8 pixels anywhere in images of these widths and heights."""
+    random = np.random.default_rng(seed)
+    of = np.array([sizes[i] for i in random.integers(0, len(sizes), count)], np.float64).reshape(-1, 2)
+    extent = 8 + random.random((count, 2)) ** 2 * (of - 8)
+    low = random.random((count, 2)) * (of - extent)
+    return np.concatenate([low, low + extent], axis=1), of
+
+
+def test_the_names_of_the_option() -> None:
+    assert BOX_FORMATS == NAMES and DEFAULT in NAMES and {"xywh", "xyxy", "normalized", "thousandths"} <= set(NAMES)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(sorted(FORMS)))
+def test_every_form_comes_back_as_pixels(seed: int, count: int, name: str) -> None:
+    corners, sizes = some_boxes(seed, count)
+    np.testing.assert_allclose(FORMS[name].to_pixels(written(name, corners, sizes), sizes), corners, atol=1e-9)
+    assert not FORMS[name].misfits(written(name, corners, sizes), sizes).any()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(sorted(FORMS)))
+def test_the_right_form_is_never_doubted(seed: int, count: int, name: str) -> None:
+    corners, sizes = some_boxes(seed, count)
+    assert settle(name, written(name, corners, sizes), sizes) == (name, [])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FORMS)), st.sampled_from(sorted(FORMS)))
+def test_another_form_is_warned_of_with_the_right_one(seed: int, name: str, said: str) -> None:
+    corners, sizes = some_boxes(seed, 60)
+    settled, lines = settle(said, written(name, corners, sizes), sizes)
+    assert settled == said and len(lines) == (said != name)
+    if said != name:
+        (line,) = lines
+        advised = line.rsplit("--box-format ", 1)[1]
+        assert line.startswith("warning: ") and "60 boxes" in line and line.count("\n") == 0
+        assert settle(advised, written(name, corners, sizes), sizes)[0] == name
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(BY_EVIDENCE), st.sampled_from(["xyxy", "xywh"]))
+def test_the_order_is_that_which_the_boxes_fit(seed: int, unit: str, order: str) -> None:
+    corners, sizes = some_boxes(seed, 30)
+    settled, lines = settle(unit, written(f"{unit}-{order}", corners, sizes), sizes)
+    assert settled == f"{unit}-{order}" and len(lines) == 1
+    assert lines[0].startswith("note: the boxes are read as [x") and "0 of 30 do not fit" in lines[0]
+
+
+def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
+    settled, lines = settle("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
+    assert settled == "normalized-xyxy" and "as many, 1 of 1, fit [x, y, width, height] in 0..1" in lines[0]
+    assert "--box-format normalized-xywh" in lines[0]
+    assert settle("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 0, 0]] * 5,  # a model that found nothing
+        [[10, 10, 20, 20]],
+        [[0, 0, 1, 1]] + [[10, 10, 20, 20]] * 9,
+        [[0, 0, 640, 480]],
+        [[-1, -1, 643, 483]] * 10,  # a detector that does not cut, by a little
+        [[600, 400, 60, 40], *[[10, 10, 20, 20]] * 30],  # one far out
+        [[5, 5, 635.4, 475.2]] * 3,
+    ],
+)
+def test_no_false_alarm_of_pixels(boxes: list) -> None:
+    assert settle("xywh", np.array(boxes), np.array([[640, 480]] * len(boxes))) == ("xywh", [])
+
+
+@pytest.mark.parametrize(
+    ("said", "boxes", "size", "says"),
+    [
+        ("xywh", [[100, 100, 1200, 900]] * 4, (640, 480), "4 of 4 boxes reach outside their images"),
+        ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 boxes lie within 0..1.5"),
+        ("xywh", [[500, 300, 600, 400]], (640, 480), "give --box-format xyxy"),
+        ("xyxy", [[500, 300, 100, 100]], (640, 480), "give --box-format xywh"),
+        ("normalized", [[50, 30, 100, 100]], (640, 480), "give --box-format xywh"),
+        ("xyxy", [[10 * i, 10, 900 + 5 * i, 700] for i in range(20)], (4000, 3000), "give --box-format thousandths"),
+        ("thousandths-xyxy", [[10 * i, 10, 400 + 5 * i, 300] for i in range(20)], (640, 480), "give --box-format xyxy"),
+    ],
+)
+def test_what_is_said_of_few_boxes(said: str, boxes: list, size: tuple[int, int], says: str) -> None:
+    _, lines = settle(said, np.array(boxes), np.array([size] * len(boxes)))
+    assert says in lines[-1] and lines[-1].startswith("warning: ")
+
+
+def test_large_images_in_pixels_are_not_taken_for_thousandths() -> None:
+    corners, sizes = some_boxes(0, 60, [(4000, 3000), (1600, 1200)])
+    for name in FORMS:
+        assert settle(name, written(name, corners, sizes), sizes) == (name, [])
+    assert "--box-format thousandths" in settle("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
+
+
+def refer_folder(root: Path, corners: np.ndarray, sizes: np.ndarray) -> Path:
+    """A REFER folder with an image, an object and a ref of one sentence for each box."""
+    root.joinpath("toy").mkdir(parents=True)
+    images = [{"id": i, "width": int(w), "height": int(h), "file_name": f"{i}.jpg"} for i, (w, h) in enumerate(sizes)]
+    xywh = written("xywh", corners, sizes).tolist()
+    objects = [{"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
+                "segmentation": []} for i, box in enumerate(xywh)]  # fmt: skip
+    data = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "a"}]}
+    (root / "toy/instances.json").write_text(json.dumps(data))
+    refs = [{"ref_id": i, "ann_id": i, "image_id": i, "category_id": 1, "split": "val", "file_name": f"{i}.jpg",
+             **sentences(i, ("it",))} for i in range(len(xywh))]  # fmt: skip
+    (root / "toy/refs(me).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
+    folder = tmp_path_factory.mktemp("forms")
+    corners, sizes = some_boxes(3, 25)
+    refer_folder(folder / "refer", corners, sizes)
+    images = [regions(i, [[0, 0, 5, 5]]) for i in range(len(corners))]
+    write_store(folder / "a.h5", images, masks=False)
+    return folder, corners, sizes
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in BY_EVIDENCE])
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("field", ["box", "ranked_boxes"])
+def test_true_boxes_of_each_form_are_all_right(
+    dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, explicit: bool, field: str
+) -> None:
+    folder, corners, sizes = dataset
+    boxes = written(name, corners, sizes).tolist()
+    answers = [{"sent_id": 10 * i, field: box if field == "box" else [box]} for i, box in enumerate(boxes)]
+    (tmp_path / "p.json").write_text(json.dumps(answers))
+    asked = name if explicit else name.split("-")[0]
+    found = evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json",
+                              box_format=asked)  # fmt: skip
+    assert found["splits"]["val"]["comprehension"]["accuracy@0.5"] == 1.0
+    assert found["splits"]["val"]["comprehension"]["mean_iou"] == pytest.approx(1.0)
+    assert found.get("box_format", "xywh") == asked and "warning" not in caplog.text
+    assert ("note: " in caplog.text and "p.json: the boxes are read as" in caplog.text) == (asked in BY_EVIDENCE)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n != "xywh"])
+def test_predictions_of_another_form_than_said_are_warned_of(
+    dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    folder, corners, sizes = dataset
+    boxes = written(name, corners, sizes).tolist()
+    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 10 * i, "box": box} for i, box in enumerate(boxes)]))
+    evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json")
+    assert f"give --box-format {name.split('-')[0]}" in caplog.text and "of 25 boxes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("form", "box", "says"),
+    [
+        ("xyxy", [30, 30, 10, 40], r"four numbers \[x1, y1, x2, y2\] of pixels"),
+        ("normalized-xywh", [0.1, 0.1, -0.1, 0.2], r"four numbers \[x, y, width, height\] in 0..1"),
+        ("thousandths-xyxy", [1, 2, 3], r"four numbers \[x1, y1, x2, y2\] in 0..1000 of the image"),
+    ],
+)
+def test_a_box_that_is_none_is_named_with_its_form(
+    dataset: tuple, tmp_path: Path, form: str, box: Any, says: str
+) -> None:
+    folder, _, _ = dataset
+    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, "box": box}]))
+    with pytest.raises(InputError, match=rf"entry 0 \(sentence 0\): box .* must be {says}"):
+        evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json",
+                          box_format=form)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_box_files_of_each_form(dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    folder, corners, sizes = dataset
+    index = CocoIndex.load(folder / "refer/toy/instances.json")
+    form = {"normalized": "normalized-xywh", "thousandths": "thousandths-xyxy"}.get(name, name)
+    results = [{"image_id": i, "category_id": 1, "bbox": box, "score": 0.5}
+               for i, box in enumerate(written(form, corners, sizes).tolist())]  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps(results))
+    found = load_boxes(tmp_path / "b.json", index, name)
+    assert found.box_format == form and "warning" not in caplog.text
+    for i, record in index.images.items():
+        np.testing.assert_allclose(found.of(record).boxes, corners[i : i + 1].astype(np.float32), rtol=1e-5, atol=1e-4)
+    caplog.clear()
+    try:
+        load_boxes(tmp_path / "b.json", index, "xywh")
+    except InputError as error:
+        assert "read as [x, y, width, height] of pixels" in str(error)
+    assert ("warning: --boxes" in caplog.text) == (name != "xywh")
+
+
+def test_the_embedded_data_is_not_doubted(shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = CocoIndex.load(shapes_root / "annotations/instances_train2014.json")
+    results = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in index.raw["annotations"]]
+    for some in (results, results[:1], results[:3], results[-2:]):
+        (tmp_path / "b.json").write_text(json.dumps(some))
+        load_boxes(tmp_path / "b.json", index)
+        assert caplog.text == ""
+
+
+def test_real_boxes_are_not_doubted_and_their_corners_are(
+    shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_val2017.json")
+    entries = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in index.raw["annotations"]]
+    (tmp_path / "b.json").write_text(json.dumps(entries))
+    load_boxes(tmp_path / "b.json", index)
+    assert caplog.text == ""
+    for entry in entries:
+        x, y, w, h = entry["bbox"]
+        entry["bbox"] = [x, y, x + w, y + h]
+    (tmp_path / "b.json").write_text(json.dumps(entries))
+    load_boxes(tmp_path / "b.json", index)
+    assert "give --box-format xyxy" in caplog.text
