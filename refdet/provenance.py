@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from refdet.data.image_evidence import is_known_by_id
 from refdet.errors import InputError
+from refdet.short_text import shown
 
 if TYPE_CHECKING:
     from refdet.data.coco import CocoIndex
@@ -57,13 +59,15 @@ class Provenance:
         missing = [name for name in names if name not in value]
         unknown = [str(name) for name in value if name not in names]
         if missing or unknown:
-            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {unknown}")
+            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {shown(unknown)}")
         result = cls(**value)
-        texts = all(isinstance(value[name], str) for name in ("source", "source_sha256", "image_ids_sha256"))
-        counts = all(type(n) is int for n in (result.images, result.annotations))
-        others = isinstance(result.note, str) and isinstance(result.weights, str | None)
-        if not (texts and counts and others and _is_excluded(result.excluded)):
+        hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
+        counts = all(map(_is_count, (result.images, result.annotations)))
+        texts = isinstance(result.source, str) and isinstance(result.note, str)
+        if not (hashes and counts and texts and isinstance(result.weights, str | None)):
             raise InputError("provenance: a field has the wrong type; build the split again")
+        if not _is_excluded(result.excluded):
+            raise InputError("provenance: 'excluded' has the wrong type; build the split again")
         return result
 
     @classmethod
@@ -139,10 +143,19 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_hash(value: object) -> bool:
+    """Whether it is hexadecimal; empty of imported weights."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{0,64}", value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _is_excluded(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(counts, dict)
-        and all(isinstance(k, str) and type(n) is int for k, n in counts.items())
+        and all(isinstance(k, str) and _is_count(n) for k, n in counts.items())
         for name, counts in value.items()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -13,9 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from refdet.errors import InputError
+from refdet.recipe_limits import LONGEST_NAME, check_limits
+from refdet.safe_yaml import parse_yaml
+from refdet.short_text import cut, shown
+from refdet.small_files import read_small
+
+LARGEST_FILE = 2**18  # bytes of a recipe
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,9 @@ class Recipe:
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
-        model, train = self.model, self.train
+        model = self.model
+        if not self.name.strip() or len(self.name) > LONGEST_NAME:
+            raise InputError(f"name: 1 to {LONGEST_NAME} characters are needed, not {shown(self.name)}")
         _one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
         _one_of("model.neck", model.neck, ("c4", "fpn"))
         _one_of("model.stride", model.stride, (8, 16))
@@ -131,35 +138,7 @@ class Recipe:
             raise InputError("model.rounded_anchors: model.anchor_sizes must be multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: a pyramid has 5 levels and takes one size for each")
-        for name in ("width", "rpn_channels", "mask_channels", "fpn_channels", "fpn_hidden"):
-            _positive(f"model.{name}", getattr(model, name))
-        for name in ("steps", "batch_size", "lr", "save_every", "log_every"):
-            _positive(f"train.{name}", getattr(train, name))
-        for name in ("samples", "train_candidates", "train_proposals", "test_candidates", "test_proposals"):
-            _positive(f"proposals.{name}", getattr(self.proposals, name))
-        _positive("head.samples", self.head.samples)
-        for key, values in (
-            ("input.short_sides", self.input.short_sides),
-            ("model.anchor_sizes", model.anchor_sizes),
-            ("model.anchor_ratios", model.anchor_ratios),
-            ("input.std", self.input.std),
-        ):
-            if not values:
-                raise InputError(f"{key}: at least one value is needed")
-            for value in values:
-                _positive(key, value)
-        _positive("input.long_side", self.input.long_side)
-        for key in ("workers", "seed", "warmup_steps", "momentum", "weight_decay", "clip_norm", "loaded_rate"):
-            if not 0 <= getattr(train, key) < math.inf:
-                raise InputError(f"train.{key}: 0 or more is needed, not {getattr(train, key)}")
-        for part, keys in (
-            ("proposals", ("positive_iou", "negative_iou", "positive_fraction", "nms_threshold")),
-            ("head", ("positive_iou", "positive_fraction")),
-        ):
-            for key in keys:
-                value = getattr(getattr(self, part), key)
-                if not 0 <= value <= 1:
-                    raise InputError(f"{part}.{key}: 0 to 1 is needed, not {value}")
+        check_limits(dataclasses.asdict(self) | {"name": {}})
         if self.proposals.negative_iou > self.proposals.positive_iou:
             raise InputError("proposals.negative_iou: must not exceed proposals.positive_iou")
 
@@ -173,11 +152,11 @@ class Recipe:
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
             if not separator:
-                raise InputError(f"--set {assignment}: write key=value, such as train.steps=500")
+                raise InputError(f"--set {cut(assignment)}: write key=value, such as train.steps=500")
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise InputError(f"--set {assignment}: the value is not YAML") from error
+                value = parse_yaml(text)
+            except InputError as error:
+                raise InputError(f"--set {cut(assignment)}: {error}") from None
             *parents, leaf = key.strip().split(".")
             place: Any = tree
             for parent in parents:
@@ -217,9 +196,9 @@ def load(name_or_path: str) -> Recipe:
     """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"--recipe {name_or_path}: no such file")
-        text: str | bytes = path.read_bytes()
+        text: str | bytes = read_small(path, LARGEST_FILE)
         default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
@@ -227,14 +206,15 @@ def load(name_or_path: str) -> Recipe:
     else:
         raise InputError(f"--recipe {name_or_path}: neither a .yaml file nor one of {', '.join(names())}")
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{name_or_path}: not YAML ({' '.join(str(error).split())})") from error
+        tree = parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"{name_or_path}: {error}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise InputError(f"{name_or_path}: a recipe is a YAML mapping")
+        raise InputError(f"{name_or_path}: a recipe is a YAML mapping, not {shown(tree)}")
     base = tree.pop("base", None)
     if base is not None and base not in names():
-        raise InputError(f"{name_or_path}: base: one of {', '.join(names())}, not {base!r}")
+        raise InputError(f"{name_or_path}: base: one of {', '.join(names())}, not {shown(base)}")
     try:
         whole = _over(load(base).to_dict(), tree) if base else tree
         return from_dict({**whole, "name": tree.get("name", default_name)})
@@ -265,12 +245,12 @@ def _keys(cls: Any = Recipe, prefix: str = "") -> list[str]:
 
 def _unknown(key: str) -> str:
     near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
-    return f"{key}: no such recipe key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{cut(key)}: no such recipe key" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _build(cls: Any, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise InputError(f"{prefix.rstrip('.')}: a mapping of options is needed, not {tree!r}")
+        raise InputError(f"{prefix.rstrip('.')}: a mapping of options is needed, not {shown(tree)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():
@@ -290,25 +270,18 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         if wanted[-1] is types.EllipsisType or wanted[-1] is Ellipsis:
             wanted = (wanted[0],) * len(items)
         if len(items) != len(wanted):
-            raise InputError(f"{key}: {len(wanted)} values are needed, not {value!r}")
+            raise InputError(f"{key}: {len(wanted)} values are needed, not {shown(value)}")
         return tuple(_typed(key, item, of) for item, of in zip(items, wanted, strict=True))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}: a finite number is needed, not {value}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{key}: {kind.__name__} expected, not {value!r}")
+        raise InputError(f"{key}: {kind.__name__} expected, not {shown(value)}")
     return value
 
 
 def _one_of(key: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise InputError(f"{key}: one of {', '.join(map(str, choices))}, not {value}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise InputError(f"{key}: more than 0 is needed, not {value}")
+        raise InputError(f"{key}: one of {', '.join(map(str, choices))}, not {shown(value)}")

@@ -1,0 +1,31 @@
+"""Values and texts of any size, cut to what fits in one line of an error message."""
+
+from __future__ import annotations
+
+import reprlib
+
+LONGEST = 80  # characters of a value in a message
+
+
+class _Repr(reprlib.Repr):
+    """As reprlib's, but of large integers too, whose digits Python may refuse to write."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
+
+
+_REPR = _Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, LONGEST, LONGEST
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 4
+
+
+def shown(value: object) -> str:
+    """The repr of a value in `LONGEST` characters or so."""
+    return cut(_REPR.repr(value), 2 * LONGEST)
+
+
+def cut(text: object, longest: int = LONGEST) -> str:
+    """A text in one line, without its middle where it is longer than `longest` characters."""
+    line = " ".join(str(text)[: 100 * longest].split())
+    half = (longest - 3) // 2
+    return line if len(line) <= longest else f"{line[:half]}...{line[-half:]}"
