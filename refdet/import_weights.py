@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights import Recognised, recognise
 from refdet.errors import InputError
 from refdet.provenance import Provenance, file_sha256
+from refdet.short_text import cut, shown
+from refdet.torch_files import DAMAGED, read_contents
+from refdet.weight_files import MOST_TENSORS, is_safetensors, what_is
+from refdet.weight_programs import OWN, STATE, has_all, program_of
 
 WRAPPERS = ("state_dict", "model")  # names under which programs put the weights beside other things
+REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
+MOST_SHARED = 2**27  # numbers of tensors that are views of few; the largest network here has half as many
+_NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
+SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,33 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     """The tensors of a foreign checkpoint, read without running anything that it may hold.
 
     Raises:
-        InputError: no such file, damaged, or it holds something else than named, dense tensors of real numbers.
+        InputError: no such file, damaged, or it holds something else than named, dense tensors of real numbers; or it
+            is another program's network, which is named.
     """
     if not path.is_file():
-        raise InputError(f"{path}: {'a folder; give the file in it' if path.is_dir() else 'no such file'}")
-    if path.suffix == ".safetensors":
-        return _named_tensors(checkpoint.read_tensors(path)[0], path)
+        raise InputError(f"{path}: {_no_file(path)}")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if is_safetensors(start):
+        tensors = checkpoint.read_tensors(path)[0]
+        refuse_other_programs(path, tensors)
+        return _named_tensors(tensors, path)
+    if start[:2] != b"PK" and (what := what_is(path)) and "PyTorch" not in what:
+        raise InputError(f"{path}: {what}, not weights of another program")
+    if start[257:262] == b"ustar":
+        raise InputError(f"{path}: {TAR}")
+    try:
+        contents = read_contents(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    refuse_other_programs(path, contents.strings, contents.classes)
+    if contents.refused is not None:
+        raise InputError(f"{path}: {_unsafe(contents.refused)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the age and the make of the file
-            tree: Any = torch.load(path, map_location="cpu", weights_only=True)
+            # a zip's tensors are mapped, so that none can be larger than the file
+            tree: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
     except MemoryError:
         raise
     except Exception as error:  # what a damaged file makes of torch.load is anything
@@ -94,6 +119,28 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     return _named_tensors(tree, path)
 
 
+def _no_file(path: Path) -> str:
+    """Why a path is no file, and what to do with it."""
+    if not path.is_dir():
+        return "not a regular file" if path.exists() else "no such file"
+    if (path / checkpoint.META).is_file():
+        return "a run directory already; give it to --weights or --checkpoint as it is"
+    return "a folder; give the file in it"
+
+
+def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
+    """InputError if the names are of a network of a program whose checkpoints are known but not imported."""
+    names = list(names)
+    if has_all(names, STATE) or has_all(names, OWN):
+        raise InputError(f"{path}: {what_is(path)}; it needs no import")
+    program = program_of(names, classes)
+    if program is not None:
+        raise InputError(
+            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
+            "ImageNet ResNets can (the weights alone, as a state_dict)"
+        )
+
+
 def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """The same, once every name is seen to be text and every value a tensor that holds its numbers."""
     strange = [
@@ -102,31 +149,39 @@ def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
     ]
     if strange or not tree:
-        what = f"{strange[0]!r} is no named tensor of real numbers" if strange else "nothing in it"
+        what = f"{shown(strange[0])} is no named tensor of real numbers" if strange else "nothing in it"
         raise InputError(f"{path}: {what}; save the model's state_dict alone")
+    if len(tree) > MOST_TENSORS:
+        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} that a network here may have")
+    numbers = sum(value.numel() for value in tree.values())
+    if numbers > max(MOST_SHARED, path.stat().st_size):
+        raise InputError(f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
+                         "of each other or of few numbers; save contiguous copies")  # fmt: skip
     return dict(tree)
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether a tensor is what trained weights are: not sparse, quantised, complex, or without memory."""
-    real = value.dtype.is_floating_point or value.dtype in (torch.uint8, torch.int8, torch.int32, torch.int64)
-    return real and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    return value.dtype in REAL and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
 
 
 def _refusal(error: Exception) -> str:
     """Why torch would not load a file, without its advice to read it unsafely."""
     text = str(error)
-    if "TorchScript archives" in text or "legacy .tar format" in text:
-        kind = "a TorchScript archive" if "TorchScript" in text else "a tar archive of PyTorch before 0.2"
-        return f"{kind}, which cannot be read without running what is in it; save the model's state_dict"
+    if "TorchScript archives" in text:
+        return SCRIPT
+    if "legacy .tar format" in text:
+        return TAR
     if not isinstance(error, pickle.UnpicklingError):
         reason = ": ".join(filter(None, (type(error).__name__, text.partition(". ")[0])))
-        return f"damaged, or not a file of torch.save ({reason})"
+        return f"{DAMAGED} ({cut(reason, 200)})"
     for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL ", "Unsupported class "):
         if start in text:
-            name = text.split(start, 1)[1].split()[0].rstrip(".,")
-            return f"it wants to load {name!r}, which is no tensor; refused, since loading it could run any program"
+            return _unsafe(text.split(start, 1)[1].split()[0].rstrip(".,"))
     return "not a file of torch.save that holds tensors alone; save the model's state_dict"
+
+
+def _unsafe(name: str) -> str:
+    return f"it wants to load {shown(name)}, which is no tensor; refused, since loading it could run any program"
 
 
 def _categories(found: Recognised, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
