@@ -7,8 +7,8 @@ torch; only its tensors need it.
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,17 @@ from refdet.atomic import atomic_path, write_json
 from refdet.errors import InputError
 from refdet.provenance import UNKNOWN_DATA, Provenance
 from refdet.recipe import Recipe, from_dict
+from refdet.short_text import cut, shown
+from refdet.small_files import read_small, strict_json
+from refdet.weight_files import check_safetensors, what_is
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
+LARGEST_META = 2**23  # bytes of a model.json
+MOST_CATEGORIES = 50_000
+HEADS = ("rpn.", "head.box.", "head.mask.")  # parts of a detector that an ImageNet network does not have
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,25 @@ class Meta:
         }
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Meta:
-        """The inverse of `to_json`. Raises KeyError, TypeError or InputError where something is wrong."""
-        categories = tuple((int(c["id"]), str(c["name"])) for c in tree["categories"])
-        untrained = tuple(str(part) for part in tree.get("untrained", ()))
+    def from_json(cls, tree: Any) -> Meta:
+        """The inverse of `to_json`. Raises InputError where a field is missing or wrong; it is named."""
+        if not isinstance(tree, dict):
+            raise InputError(f"an object is needed, not {shown(tree)}")
+        missing = [name for name in ("recipe", "categories", "provenance", "step") if name not in tree]
+        if missing:
+            raise InputError(f"{missing[0]!r} is missing")
+        step, untrained = tree["step"], tree.get("untrained", [])
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise InputError(f"step: a number of steps is needed, not {shown(step)}")
+        if not isinstance(untrained, list) or not all(isinstance(part, str) and part in HEADS for part in untrained):
+            raise InputError(f"untrained: a list of {', '.join(HEADS)} is needed, not {shown(untrained)}")
         provenance = Provenance.from_json(tree["provenance"])
-        return cls(from_dict(tree["recipe"]), categories, provenance, int(tree["step"]), untrained)
+        return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Meta:
+        """As `from_json`, from the text of ``model.json``. Raises InputError; it names no file."""
+        return cls.from_json(strict_json(text))
 
     def warnings(self) -> list[str]:
         """What everyone who uses these weights should be told, a line each."""
@@ -73,20 +92,60 @@ class Meta:
         return lines
 
 
+def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
+    """(COCO id, name) of each category."""
+    if not isinstance(tree, list) or not 0 < len(tree) <= MOST_CATEGORIES:
+        raise InputError(f"categories: a list of 1 to {MOST_CATEGORIES} is needed, not {shown(tree)}")
+    for category in tree:
+        good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
+        if not good or not -(2**63) <= category["id"] < 2**63:
+            raise InputError(f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {shown(category)}")
+    counts = Counter(category["id"] for category in tree)
+    if len(counts) < len(tree):
+        raise InputError(f"categories: duplicate category id {counts.most_common(1)[0][0]}")
+    return tuple((category["id"], category["name"]) for category in tree)
+
+
 def run_directory(path: str | Path) -> Path:
     """The run directory that a path names: itself, or the folder of its model file.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: there is no checkpoint; the message says what there is, and which folder to give instead.
     """
     path = Path(path)
     folder = path.parent if path.name in (MODEL, META) else path
     for name in (META, MODEL):
         if not (folder / name).is_file():
-            if path.is_file():
-                raise InputError(f"{path}: not a run directory; refdet import-weights makes one of foreign weights")
-            raise InputError(f"{path}: no {name} there; give a run directory that `refdet train` wrote")
+            raise InputError(f"{path}: {_not_a_run(path, folder, name)}")
     return folder
+
+
+def _not_a_run(path: Path, folder: Path, missing: str) -> str:
+    """Why a path is no run directory, and what to give."""
+    if not path.exists() and not path.is_symlink() and not folder.is_dir():
+        return "no such file or folder; give a run directory that `refdet train` wrote"
+    above = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
+    if above is not None:
+        return f"not a run directory, but in one; give {above}"
+    if path.name in (MODEL, META) and path.is_file():
+        return f"there is no {missing} beside it; give a run directory that has both"
+    if path.is_file():
+        return f"{what_is(path) or 'a file'}, not a run directory"
+    if not path.is_dir():
+        return "not a run directory"
+    if (folder / META).is_file() or (folder / MODEL).is_file():
+        return f"no {missing} there, only the other half of a run directory; copy both"
+    if any((folder / STATE).glob("step-*.safetensors")):
+        return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
+    below = sorted(parent for parent in path.iterdir() if _is_run(parent))
+    if below:
+        more = f" or another of its {len(below)}" if len(below) > 1 else ""
+        return f"no {missing} there; give {below[0]}{more}, which is a run directory"
+    return f"no {missing} there; give a run directory that `refdet train` wrote"
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / META).is_file() and (folder / MODEL).is_file()
 
 
 def load_meta(path: str | Path) -> Meta:
@@ -96,12 +155,11 @@ def load_meta(path: str | Path) -> Meta:
         InputError: no checkpoint, or a damaged ``model.json``.
     """
     file = run_directory(path) / META
+    data = read_small(file, LARGEST_META)
     try:
-        return Meta.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return Meta.parse(data)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a checkpoint's model.json; give another run directory") from error
+        raise InputError(f"{file}: not a checkpoint's model.json ({error}); give another run directory") from None
 
 
 def save(folder: Path, model: nn.Module, meta: Meta) -> None:
@@ -123,13 +181,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """The tensors and the metadata of a safetensors file. They are mapped, not read, until somebody needs them.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or has more tensors than any network here.
     """
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({cut(error, 200)})") from error

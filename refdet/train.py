@@ -33,6 +33,8 @@ from refdet.pretrained import difference, load_pretrained
 from refdet.provenance import Provenance, file_sha256
 from refdet.recipe import Recipe
 from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum, set_rate
+from refdet.trained import load_weights, without_memory
+from refdet.training_state import check_momentum, read_state
 
 METRICS = "metrics.jsonl"
 
@@ -87,6 +89,7 @@ def train(
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = Meta(recipe, tuple(index.categories.items()), provenance, 0)
+    without_memory(recipe, len(meta.categories))  # an error where it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if resume:
@@ -119,21 +122,15 @@ def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, we
         if (out / checkpoint.META).exists():
             raise InputError(f"--resume: {out} holds weights but no state/ to go on from")
         return _begin(model, meta, batches, out, weights)
-    tensors, metadata = checkpoint.read_tensors(states[-1])
-    try:
-        before = Meta.from_json(json.loads(metadata["meta"]))
-        fresh = json.loads(metadata.get("fresh", "null"))
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{states[-1]}: not the state of a run ({error})") from error
-    _check_same_run(before, meta, out)
-    model.load_state_dict({name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")})
-    fresh = None if fresh is None else tuple(fresh)
-    sgd = optimiser(model, meta.recipe.train, fresh)
-    momentum = {name.removeprefix("momentum/"): t for name, t in tensors.items() if name.startswith("momentum/")}
-    restore_momentum(model, sgd, momentum)
+    state = read_state(states[-1])
+    _check_same_run(state.meta, meta, out)
+    load_weights(model, state.weights, states[-1], counters=True)
+    check_momentum(model, state.momentum, states[-1])
+    sgd = optimiser(model, meta.recipe.train, state.fresh)
+    restore_momentum(model, sgd, state.momentum)
     # the run's own provenance: it may name the weights it started from
-    meta = dataclasses.replace(meta, provenance=before.provenance)
-    return _run(model, meta, batches, out, sgd, fresh, first=before.step)
+    meta = dataclasses.replace(meta, provenance=state.meta.provenance)
+    return _run(model, meta, batches, out, sgd, state.fresh, first=state.meta.step)
 
 
 def _check_same_run(before: Meta, now: Meta, out: Path) -> None:

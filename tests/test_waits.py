@@ -114,7 +114,7 @@ def test_each_tensor_of_a_batch_is_fetched_once() -> None:
             finish = start_detecting(model, images, records_of(images), CATEGORY_IDS, OPTIONS)
         assert len(finish()) == count
         counts.append(python.fetched)
-    assert counts == [6, 6]  # boxes, scores, labels, masks, pool5, fc7
+    assert counts == [7, 7]  # boxes, scores, labels, masks, pool5, fc7, whether all is finite
 
 
 @torch.inference_mode()

@@ -48,7 +48,9 @@ class Anchors(nn.Module):
         self.strides = tuple(strides)
         self.per_cell = len(sizes[0]) * len(ratios)
         for level, level_sizes in enumerate(sizes):
-            self.register_buffer(f"cell{level}", cell_anchors(level_sizes, ratios, rounded), persistent=False)
+            with torch.device("cpu"):  # they are numbers even where the network has yet no memory
+                cell = cell_anchors(level_sizes, ratios, rounded)
+            self.register_buffer(f"cell{level}", cell, persistent=False)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each map (B, C, H, W), row by row, the A anchors of a cell together.

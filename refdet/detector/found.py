@@ -26,12 +26,15 @@ class Described:
         masks: (N, m, m) probabilities on the box, or None where no classes were given.
         head: (B, C, H, W) the map that C4 features are pooled from, the finest one of a pyramid, in the type that the
             network computes in; None where it was not asked for.
+        finite: () bool, whether all that the network said of the boxes is numbers. Of NaN no box is the best, so
+            that without this nothing would be found and nothing said.
     """
 
     counts: Sequence[int]
     features: dict[str, Tensor]
     masks: Tensor | None
     head: Tensor | None
+    finite: Tensor
 
     def __iter__(self: _Kind) -> Iterator[_Kind]:
         first = 0
@@ -45,7 +48,7 @@ class Described:
         def to_host(values: Tensor) -> Tensor:
             return values.to("cpu", non_blocking=True)  # into pinned memory
 
-        return self._changed(self.counts, to_host, to_host)
+        return replace(self._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
 
     def _changed(self: _Kind, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> _Kind:
         features = {name: of_boxes(values) for name, values in self.features.items()}

@@ -15,6 +15,7 @@ from refdet.detector.feature_names import HEAD
 from refdet.detector.found import Described, Detections
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import on_device
+from refdet.errors import WorkError
 from refdet.frames import InputSize
 from refdet.ops.masks import masks_to_rle
 from refdet.recipe import InputOptions
@@ -91,6 +92,7 @@ def start_detecting(
 
     def finish() -> list[Regions]:
         wait()
+        _check_finite(found)
         results = zip(found, records, sizes, strict=True)
         return [_regions(each, record, size, category_ids) for each, record, size in results]
 
@@ -139,6 +141,7 @@ def start_describing(
 
     def finish() -> list[Description]:
         wait()
+        _check_finite(described)
         results = zip(described, rows.split(counts), sizes, strict=True)
         return [_description(each, box, size) for each, box, size in results]
 
@@ -178,6 +181,12 @@ def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable
         kept.clear()
 
     return wait
+
+
+def _check_finite(found: Described) -> None:
+    """WorkError if the network said NaN or inf of a batch: such a box is never found, and never missed."""
+    if not found.finite:
+        raise WorkError("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
 def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from refdet import boxes as box_ops
 from refdet.detector.anchors import Anchors
 from refdet.detector.feature_names import HEAD
+from refdet.detector.finite import all_finite
 from refdet.detector.found import Described, Detections
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
@@ -178,19 +179,22 @@ class MaskRCNN(nn.Module):
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.maps(images)
         with self.timed("proposals"):
-            proposals = self.rpn.propose(self.rpn(maps), [(size.height, size.width) for size in sizes])
+            scored = self.rpn(maps)
+            proposals = self.rpn.propose(scored, [(size.height, size.width) for size in sizes])
         boxes, image = torch.cat(proposals), _image_of_each([len(p) for p in proposals], images.device)
         with self.timed("classes and boxes"):
             maps = self.head.prepare(maps, len(boxes))
             rois = self._corners(_rois(image, boxes), maps, images)
             logits, deltas = self.head.classify(self.head.vectors(maps, rois))
         with self.timed("choice"):
+            finite = all_finite(scored.logits, scored.deltas, logits, deltas)
             boxes, best, labels, counts = self._chosen(
                 boxes, image, logits, deltas, sizes, score_threshold, nms_threshold, max_regions, at_least_one
             )
         masks_of = labels if self.recipe.model.masks else None
         found = self._describe(maps, images, sizes, boxes, counts, masks_of, features)
-        return Detections(found.counts, found.features, found.masks, found.head, boxes, best, labels)
+        finite = finite & found.finite
+        return Detections(found.counts, found.features, found.masks, found.head, finite, boxes, best, labels)
 
     def _chosen(
         self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
@@ -269,8 +273,10 @@ class MaskRCNN(nn.Module):
                     values["class_prob"] = self.head.classify(found.fc7)[0].softmax(dim=1)
                 if found.mask_logits is not None:
                     masks = found.mask_logits.sigmoid()
+            checked = [values[name] for name in ("pool5", "fc7") if name in values]
+            finite = all_finite(rois, *checked, *(() if masks is None else [masks]))
         features = {name: values[name].float() for name in names if name != HEAD}
-        return Described(counts, features, masks, maps[0] if HEAD in names else None)
+        return Described(counts, features, masks, maps[0] if HEAD in names else None, finite)
 
     def _corners(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""

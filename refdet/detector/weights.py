@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from refdet import recipe as recipes
+from refdet.checkpoint import HEADS, MOST_CATEGORIES
+from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.resnet import BLOCKS
 from refdet.errors import InputError
 from refdet.recipe import Recipe
+from refdet.short_text import cut
 
 STYLES = ("caffe", "torchvision")
-# parts of a detector that an ImageNet network does not have
-HEADS = ("rpn.", "head.box.", "head.mask.")
 SEED_PARTS = {
     "rpn.conv.": "rpn_net.",
     "rpn.score.": "rpn_cls_score_net.",
@@ -86,8 +87,10 @@ def _seed(given: dict[str, Tensor]) -> Recognised:
             "recipe; 12 (scales 4, 8, 16, 32) are known for 50, 101 and 152, 15 (and 2) for 101"
         )
     masks = any(key.startswith("mask_") for key in given)
-    recipe = recipes.load(name).with_changes([] if masks else ["model.masks=false"])
     classes = max(_rows(given, "cls_score_net.weight", 81) - 1, 1)
+    if classes > MOST_CATEGORIES:
+        raise InputError(f"cls_score_net.weight: {classes} classes, more than the {MOST_CATEGORIES} that there may be")
+    recipe = recipes.load(name).with_changes([] if masks else ["model.masks=false"])
     converted = _renamed(
         recipe,
         classes,
@@ -185,8 +188,8 @@ def _renamed(
             wrong.append(f"{theirs} is {tuple(given[theirs].shape)}, not {shape}")
             continue
         value = given[theirs].detach().float()
-        if not value.isfinite().all():
-            wrong.append(f"{theirs} has values that are not finite")
+        if unusable({name: value}):
+            wrong.append(f"{theirs} has values that are not finite, beyond {LARGEST_WEIGHT:g}, or a negative variance")
         if pairs:  # a softmax over the pair is a sigmoid of the difference
             background, objects = value.chunk(2)
             value = objects - background
@@ -206,5 +209,5 @@ def _differences(missing: Iterable[str], left: Iterable[str]) -> str:
     for what, names in (("missing", sorted(missing)), ("left over", sorted(left))):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            told.append(f"{what}: {', '.join(names[:8])}{more}")
+            told.append(f"{what}: {', '.join(map(cut, names[:8]))}{more}")
     return "; ".join(told)

@@ -1,0 +1,173 @@
+"""Weights that are not numbers, or not of use: an error when they are loaded, never a store without regions."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes
+from safetensors.torch import load_file, save_file
+
+from refdet import checkpoint, recipe, trained
+from refdet.data.coco import ImageRecord
+from refdet.detector.finite import LARGEST_WEIGHT, unusable
+from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.weights import recognise
+from refdet.errors import InputError, WorkError
+from refdet.provenance import Provenance
+from refdet.recipe_limits import LIMITS
+from refdet.trained import MOST_NUMBERS, load_weights, without_memory
+from refdet.training_state import check_momentum, read_state
+
+TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
+                                         "model.norm=batch", "input.short_sides=[64]"])  # fmt: skip
+META = checkpoint.Meta(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
+IMAGE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
+RECORD = ImageRecord(id=1, file_name="a.jpg", height=64, width=80)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("numbers") / "run"
+    folder.mkdir()
+    torch.manual_seed(0)
+    checkpoint.save(folder, MaskRCNN(TINY, 2), META)
+    return folder
+
+
+def with_value(run: Path, out: Path, name: str, value: float) -> Path:
+    shutil.copytree(run, out)
+    tensors = load_file(out / checkpoint.MODEL)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, out / checkpoint.MODEL)
+    return out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2 * LARGEST_WEIGHT])
+@pytest.mark.parametrize("name", ["backbone.conv1.weight", "backbone.bn1.running_var", "rpn.score.bias",
+                                  "head.fc7.weight", "head.mask.logits.weight"])  # fmt: skip
+def test_absurd_weights_are_refused(run: Path, tmp_path: Path, name: str, value: float) -> None:
+    bad = with_value(run, tmp_path / "bad", name, value)
+    with pytest.raises(InputError, match=rf"bad/model\.safetensors: {name} holds NaN, inf.* another checkpoint"):
+        trained.load(bad)
+
+
+def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"backbone\.bn1\.running_var holds .* negative variance"):
+        trained.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
+    trained.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
+    assert unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
+
+
+def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
+    loaded = trained.load(run)
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert str(run / checkpoint.MODEL) not in mapped
+    saved = load_file(run / checkpoint.MODEL)
+    state = loaded.model.state_dict()
+    assert state.keys() == saved.keys() and not any(value.is_meta for value in state.values())
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert not any(buffer.is_meta for buffer in loaded.model.buffers())
+
+
+@pytest.mark.parametrize("name", ["rpn.score.weight", "rpn.delta.bias", "head.box.score.weight", "head.fc7.bias",
+                                  "head.mask.logits.bias", "backbone.bn1.weight"])  # fmt: skip
+def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
+    model = trained.load(run).model
+    with torch.no_grad():
+        model.get_parameter(name).fill_(math.nan)
+    words = "outputs contain NaN or inf; check the checkpoint's weights"
+    if "mask" not in name:
+        with pytest.raises(WorkError, match=words):
+            detect_batch(model, [IMAGE], [RECORD], [1, 5], DetectOptions(score_threshold=0.0))
+    box = np.array([[3, 4, 50, 60]], np.float32)
+    if not name.startswith(("rpn", "head.box")):
+        with pytest.raises(WorkError, match=words):
+            describe_boxes(model, [IMAGE], [box], ("pool5", "fc7"), [np.array([1])])
+
+
+def test_a_network_of_another_width_is_refused_before_it_is_made(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    meta = json.loads((run / checkpoint.META).read_text())
+    meta["recipe"]["model"]["width"] = 128
+    (tmp_path / "run" / checkpoint.META).write_text(json.dumps(meta))
+    made: list[bool] = []
+    initialise = torch.nn.init.kaiming_normal_
+    monkeypatch.setattr(
+        torch.nn.init, "kaiming_normal_",
+        lambda weight, *a, **k: (made.append(weight.is_meta), initialise(weight, *a, **k))[1],
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"backbone\.conv1\.weight is \(8, 3, 7, 7\), the recipe wants \(128, 3"):
+        trained.load(tmp_path / "run")
+    assert made and all(made)
+
+
+def test_the_largest_recipe_is_too_large() -> None:
+    largest = {part: {} for part in ("model",)}
+    for key in ("width", "fpn_channels", "fpn_hidden", "mask_channels", "rpn_channels"):
+        largest["model"][key] = int(LIMITS[f"model.{key}"].high)
+    for neck in ("c4", "fpn"):
+        chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})
+        with pytest.raises(InputError, match="billion numbers .* lower model.width"):
+            without_memory(chosen, 50_000)
+    assert sum(v.numel() for v in without_memory(recipe.load("fpn-res101"), 1203).state_dict().values()) < MOST_NUMBERS
+
+
+def test_integers_are_no_weights(run: Path) -> None:
+    tensors = load_file(run / checkpoint.MODEL)
+    tensors["rpn.score.bias"] = tensors["rpn.score.bias"].to(torch.int32)
+    with pytest.raises(InputError, match=r"rpn\.score\.bias is of torch\.int32, not of real numbers"):
+        load_weights(MaskRCNN(TINY, 2), tensors, run)
+
+
+def state_file(path: Path, meta: str, fresh: str = "null", momentum: float = 0.0) -> Path:
+    model = MaskRCNN(TINY, 2)
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors["momentum/rpn.score.bias"] = torch.full_like(model.get_parameter("rpn.score.bias"), momentum)
+    checkpoint.write_tensors(path, tensors, {"meta": meta, "fresh": fresh})
+    return path
+
+
+GOOD = json.dumps(META.to_json())
+
+
+@pytest.mark.parametrize(
+    ("meta", "fresh", "says"),
+    [("{", "null", "malformed JSON"), ("[" * 9999, "null", "nested too deeply"), ("[]", "null", "an object is needed"),
+     (GOOD, "3", "fresh: a list of names"), (GOOD, "[1]", "fresh: a list of names"), (GOOD, "nul", "malformed JSON")],
+)  # fmt: skip
+def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says: str) -> None:
+    path = state_file(tmp_path / "step-00000003.safetensors", meta, fresh)
+    with pytest.raises(InputError, match="step-00000003.safetensors: not the state of a run") as caught:
+        read_state(path)
+    assert says in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
+    model, path = MaskRCNN(TINY, 2), state_file(tmp_path / "state.safetensors", GOOD, momentum=math.nan)
+    state = read_state(path)
+    assert state.meta == META and state.fresh is None and state.weights.keys() == model.state_dict().keys()
+    with pytest.raises(InputError, match=r"momentum of rpn\.score\.bias"):
+        check_momentum(model, state.momentum, path)
+    for wrong in ({"rpn.score.bias": torch.ones(())}, {"rpn.nothing": torch.ones(3)}):
+        with pytest.raises(InputError, match=r"momentum of rpn\."):
+            check_momentum(model, wrong, path)
+    check_momentum(model, {"rpn.score.bias": torch.full((3,), 1e12)}, path)
+
+
+def test_imported_weights_are_numbers_too(tmp_path: Path) -> None:
+    for value in (math.nan, 1e30):
+        given: Tensors = of_one_number(resnet_shapes(18))
+        given["layer4.1.bn2.running_mean"] = torch.full((512,), value)
+        with pytest.raises(InputError, match=r"layer4\.1\.bn2\.running_mean has values that are not finite"):
+            recognise(given)
+    path = tmp_path / "resnet18.pth"
+    torch.save({**of_one_number(resnet_shapes(18)), "bn1.weight": torch.full((64,), math.inf)}, path)
+    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), "bn1.weight has values")
+    assert not (tmp_path / "run").exists()
