@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from refdet.errors import WorkError
 
+from .arguments import check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -66,6 +68,10 @@ def command(
     detector = checkpoint if checkpoint is not None else features
     if trust_weights and detector is None:
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
+    if checkpoint is not None:
+        check_run_directory("--checkpoint", Path(checkpoint))
+    if features is not None:
+        check_store("--store", Path(features))
     by_provenance: ProvenanceAudit | None = None
     result: AuditResult | None = None
     content: ContentResult | None = None

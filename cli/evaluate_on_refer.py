@@ -9,6 +9,7 @@ import click
 
 from refdet.errors import InputError
 
+from .arguments import check_json, check_new_folder, check_not_empty, check_refer_root, check_store
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -41,13 +42,21 @@ TITLES = {
 @json_option
 def command(out: Path, as_json: bool, **given: Any) -> None:
     """Detection AP, referent recall and, given a model's answers, how good these are."""
+    check_new_folder("--out", out, empty=False)
+    path = out / "metrics.json"
+    if path.exists():
+        raise InputError(f"{path} exists; choose another --out or remove it")
+    check_store("--features", given["features"])
+    check_refer_root(given["refer_root"], given["dataset"])
+    check_not_empty("--split", given["splits"])
+    for name in ("predictions", "expressions"):
+        if given[name] is not None:
+            check_json(f"--{name}", given[name])
+
     from refdet.evaluate.refer import evaluate_on_refer
     from refdet.evaluate.tables import frame, tables, write
     from refdet.provenance import Provenance
 
-    path = out / "metrics.json"
-    if path.exists():
-        raise InputError(f"{path} exists; choose another --out or remove it")
     if given["predictions"] is None and given["box_format"] != "xywh":
         raise InputError(
             f"--box-format {given['box_format']} is of the boxes of --predictions: give these, or leave it out"

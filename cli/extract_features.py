@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import InputError
+from refdet.file_kinds import FileKind, kind_of
 
+from .arguments import (
+    check_images,
+    check_json,
+    check_new_file,
+    check_not_empty,
+    check_refer_root,
+    check_run_directory,
+)
 from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note
 
 if TYPE_CHECKING:
@@ -84,18 +93,12 @@ def command(
     from dataclasses import asdict
 
     from refdet.checkpoint import load_meta
+    from refdet.detector.feature_names import check_features
     from refdet.extract import ExtractOptions, ImageList, extract_features
 
-    at_once = _batch_size(batch_size)
-    if refer_root is not None and dataset and split_by and instances is None:
-        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits)
-    elif instances is not None and not (refer_root or dataset or split_by or splits):
-        image_list = ImageList.of_instances(instances)
-    else:
-        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+    check_not_empty("--split", splits)
+    check_not_empty("--features", [features])
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
-    if boxes is not None and regions != "detections":
-        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
     if boxes is None and box_format != "xywh":
         raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
     options = ExtractOptions(
@@ -111,7 +114,30 @@ def command(
         compression,
         exif,
     )
-    for line in load_meta(checkpoint).warnings():
+    at_once = _batch_size(batch_size)
+    of_refer = refer_root is not None and dataset and split_by and instances is None
+    if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
+        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+    if boxes is not None and regions != "detections":
+        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
+    check_new_file("--out", out, may_exist=resume)
+    check_run_directory("--checkpoint", checkpoint)
+    check_images("--images", images)
+    if boxes is not None and kind_of(boxes) is not FileKind.STORE:
+        check_json("--boxes", boxes, "COCO results JSON or a store")
+    if instances is not None:
+        check_json("--instances", instances, "an instances JSON")
+    if refer_root is not None:
+        check_refer_root(refer_root, dataset or "")
+
+    meta = load_meta(checkpoint)
+    check_features(names, meta.recipe)
+    if instances is not None:
+        image_list = ImageList.of_instances(instances)
+    else:
+        assert refer_root is not None and dataset and split_by
+        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits)
+    for line in meta.warnings():
         note(line)
     done = extract_features(
         checkpoint,
@@ -127,6 +153,7 @@ def command(
         strict,
         note,
         box_format,
+        note,
     )
     if done.computed == 0:
         note(f"{out} is complete")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .arguments import check_json, check_new_folder, check_weights
 from .common import echo_json, echo_table, json_option, note
 
 
@@ -18,6 +19,11 @@ from .common import echo_json, echo_table, json_option, note
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
     """Make a run directory of lichengunc/mask-faster-rcnn's checkpoints and of ImageNet ResNets."""
     from dataclasses import asdict
+
+    check_weights("--from", source)
+    check_new_folder("--out", out)
+    if trained_on is not None:
+        check_json("--trained-on", trained_on, "an instances JSON")
 
     from refdet.import_weights import import_weights
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .arguments import check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option, note
 
 
@@ -33,6 +34,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Train a Mask R-CNN on a split."""
+    if weights is not None:
+        check_run_directory("--weights", weights)
+
     import dataclasses
 
     from refdet import recipe

@@ -20,10 +20,12 @@ from refdet.errors import InputError, WorkError
 from refdet.regions import Regions
 from refdet.shard_plan import Plan
 from refdet.shard_work import Compute, Finish, Summary, extract
-from refdet.shards import begun_batch_size
+from refdet.shards import begun_batch_size, parts_folder, progress
+from refdet.start_lines import start_lines
 from refdet.store import Header
 
 if TYPE_CHECKING:
+    from refdet.checkpoint import Meta
     from refdet.detector.inference import DetectOptions
     from refdet.trained import TrainedDetector
 
@@ -89,6 +91,11 @@ class ExtractOptions:
     compression: str = "none"
     exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
 
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:  # NaN neither
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 to 1")
+
 
 def extract_features(
     checkpoint: Path,
@@ -104,6 +111,7 @@ def extract_features(
     strict: bool = False,
     say: Callable[[str], object] = warnings.warn,
     box_format: str = "xywh",
+    announce: Callable[[str], object] = lambda line: None,
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
@@ -116,25 +124,23 @@ def extract_features(
         strict: stop at an image that cannot be used.
         say: is given a line where something is done otherwise than asked.
         box_format: how boxes of results are written, see `refdet.box_files.load_boxes`.
+        announce: is given lines about what begins: the device, the images, the detector, the size of the store.
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
         WorkError: see `extract`; or the device has too little memory for the batch.
     """
-    import torch
-
-    from refdet import trained
-    from refdet.batch_size import fitting_batch_size, halving
-    from refdet.checkpoint import MODEL, load_meta
-    from refdet.data.batches import exact_batches
+    from refdet.checkpoint import MODEL, load_meta, run_directory
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.images import ImageSource
     from refdet.detector.feature_names import HEAD, check_features, of_regions
-    from refdet.detector.stages import Stages
-    from refdet.device import exact_float32, pinned, usable_device, usable_precision
     from refdet.provenance import file_sha256
 
-    check_features(options.features, load_meta(checkpoint).recipe)
+    meta = load_meta(checkpoint)
+    check_features(options.features, meta.recipe)
+    folder = parts_folder(out)
+    if not resume and progress(folder) is not None:
+        raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: no image in it to extract")
@@ -145,14 +151,23 @@ def extract_features(
     if missing:
         say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
             f"and get no regions, the first is {missing[0]}")  # fmt: skip
+    given = _given(image_list.index, options, boxes, box_format)
+    _check_masks(options, meta, given, checkpoint)
+
+    import torch  # from here on: it takes seconds, and what is wrong above is told at once
+
+    from refdet import trained
+    from refdet.batch_size import fitting_batch_size, halving
+    from refdet.data.batches import exact_batches
+    from refdet.detector.stages import Stages
+    from refdet.device import exact_float32, pinned, usable_device, usable_precision
+
     where = usable_device(device)
     precision = usable_precision(options.precision, where)
     if precision != options.precision:
         say(f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
             f"computing in {precision}, which is faster here and exact")  # fmt: skip
         options = replace(options, precision=precision)
-    detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
-    meta, given = detector.meta, _given(image_list.index, options, boxes, box_format)
     what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
                             "precision": options.precision, "compression": options.compression}  # fmt: skip
     if boxes is not None:
@@ -170,19 +185,20 @@ def extract_features(
     what |= {
         "image_list": image_list.name,
         "image_list_sha256": records_sha256(records),
-        "checkpoint_sha256": file_sha256(detector.path / MODEL),
+        "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
     }
     predicted = options.masks == "predicted" or given is None
     masks = meta.recipe.model.masks if predicted else given is not None and given.masks
     categories = dict(meta.categories) if given is None else given.categories
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
-    if options.masks == "predicted" and given is None:
-        raise InputError(
-            "--masks predicted: detections have their own masks; it is for --regions annotations or --boxes"
-        )
-    if options.masks == "predicted" and not meta.recipe.model.masks:
-        raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    plan = Plan(
+        what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, batch_size or 0,
+        tuple(name for name in options.features if name == HEAD), options.compression,
+    )  # fmt: skip
+    for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
+        announce(line)
+    detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
     compute = halving(
         detecting(detector, _detect_options(options)) if given is None else _described(detector, given, options)
     )
@@ -196,13 +212,9 @@ def extract_features(
             size = batch_size or (resume and begun_batch_size(out))
             size = size or fitting_batch_size(detector, records, _detect_options(options))
             detector.model.stages = parts = Stages(where)  # without what trying sizes took
-            plan = Plan(
-                what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, size,
-                tuple(name for name in options.features if name == HEAD), options.compression,
-            )  # fmt: skip
             batches = exact_batches(records, meta.recipe.input, size)
             return extract(
-                out, plan, header, batches, records, load, compute, resume, workers,
+                out, replace(plan, batch_size=size), header, batches, records, load, compute, resume, workers,
                 strict=strict, parts_of_computing=parts.seconds,
             )  # fmt: skip
     except torch.cuda.OutOfMemoryError as error:
@@ -230,9 +242,11 @@ def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
 
 @dataclass(frozen=True)
 class _Given:
-    """Regions that are not detected: how they are had, their categories, and whether they have masks and ids."""
+    """Regions that are not detected: how they are had, their number if that is known beforehand, their categories,
+    and whether they have masks and ids."""
 
     of: Callable[[ImageRecord], Regions]
+    count: Callable[[ImageRecord], int] | None
     categories: Mapping[int, str]
     masks: bool
     ann_ids: bool
@@ -245,12 +259,30 @@ def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None, box_fo
         from refdet.box_files import load_boxes
 
         file = load_boxes(boxes, index, box_format)
-        return _Given(file.of, file.categories, file.masks, file.ann_ids, file.box_format)
+        return _Given(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
     if options.regions == "annotations":
         return _Given(
-            lambda record: annotated_regions(record, index.annotations[record.id]), index.categories, True, True
-        )
+            lambda record: annotated_regions(record, index.annotations[record.id]),
+            lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
+            index.categories, masks=True, ann_ids=True,
+        )  # fmt: skip
     return None
+
+
+def _check_masks(options: ExtractOptions, meta: Meta, given: _Given | None, checkpoint: Path) -> None:
+    """InputError where masks are to be predicted that cannot be."""
+    if options.masks != "predicted":
+        return
+    if given is None:
+        raise InputError(
+            "--masks predicted: detections have their own masks; it is for --regions annotations or --boxes"
+        )
+    if not meta.recipe.model.masks:
+        raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
+    strange = sorted(given.categories.items() - dict(meta.categories).items())
+    if strange:
+        raise InputError(f"--masks predicted: the regions may be of category {strange[0][0]} ({strange[0][1]}), "
+                         "which the detector does not know")  # fmt: skip
 
 
 def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions) -> Compute:
@@ -258,10 +290,6 @@ def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions
 
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
-    strange = sorted(given.categories.items() - dict(detector.meta.categories).items())
-    if predicted and strange:
-        raise InputError(f"--masks predicted: the regions may be of category {strange[0][0]} ({strange[0][1]}), "
-                         "which the detector does not know")  # fmt: skip
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         bare = [given.of(record) for record in batch]

@@ -266,9 +266,9 @@ def test_commands(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
         (["--instances", split, "--by-content"], "needs --instances and --images"),
         (["--instances", split, "--images", run], "are for --by-content"),
         (["--instances", split, "--trust-weights"], "--trust-weights is for"),
-        (["--checkpoint", str(tmp_path)], "no model.json"),
+        (["--checkpoint", str(tmp_path)], f"a folder of run directories, not a run directory; give one of them: {run}"),
         (["--features", str(tmp_path / "no.h5")], "no such file"),
-        (["--checkpoint", split], "audit such a file with --instances"),
+        (["--checkpoint", split], "a JSON file, not a run directory"),
     ):
         done = call(main, ["audit", *arguments, *common])
         assert done.exit_code == 2 and text in done.stderr and "Traceback" not in done.output

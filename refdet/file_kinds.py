@@ -1,0 +1,139 @@
+"""What a path leads to, told by a look at its first bytes: so that a wrong file for an option is named for what it is.
+
+Neither torch, h5py nor numpy is needed, so that a command can ask before it imports them.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from enum import Enum
+from pathlib import Path
+
+_START = 4096  # bytes that are looked at
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class FileKind(Enum):
+    """What there is at a path; the value is how people are told."""
+
+    MISSING = "no such file or folder"
+    ADDRESS = "an address; download it and give the file's path"
+    FORBIDDEN = "cannot be looked at (permission denied)"
+    SPECIAL = "a pipe or a device, not a regular file"
+    EMPTY = "an empty file"
+    RUN = "a run directory"
+    RUN_FILE = "a file of a run directory"
+    STATES = "the folder of a run's training states"
+    STATE = "a training state, from which refdet train --resume goes on"
+    RUNS = "a folder of run directories"
+    UNFINISHED = "the folder of an unfinished extraction"
+    REFER = "a folder of REFER data"
+    DATASET = "one dataset's folder of REFER data"
+    FOLDER = "a folder"
+    STORE = "an HDF5 file, such as a store of features"
+    SAFETENSORS = "a safetensors file"
+    TORCH = "a checkpoint of PyTorch"
+    PICKLE = "a pickle"
+    ZIP = "a zip"
+    JSON = "a JSON file"
+    IMAGE = "an image"
+    TEXT = "a text file"
+    BINARY = "a file of another kind"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of any kind."""
+        return self in _FOLDERS
+
+
+_FOLDERS = {FileKind.RUN, FileKind.STATES, FileKind.RUNS, FileKind.UNFINISHED, FileKind.REFER, FileKind.DATASET,
+            FileKind.FOLDER}  # fmt: skip
+_MAGIC = (
+    (b"\x89HDF\r\n\x1a\n", FileKind.STORE),
+    (b"\x89PNG", FileKind.IMAGE),
+    (b"\xff\xd8\xff", FileKind.IMAGE),
+    (b"GIF8", FileKind.IMAGE),
+    (b"\x80\x02", FileKind.PICKLE),
+    (b"\x80\x03", FileKind.PICKLE),
+    (b"\x80\x04", FileKind.PICKLE),
+    (b"\x80\x05", FileKind.PICKLE),
+)
+
+
+def kind_of(path: Path) -> FileKind:
+    """What is at a path. Opens regular files alone: a pipe would keep us waiting."""
+    if _ADDRESS.match(str(path)):
+        return FileKind.ADDRESS
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return _kind_of_folder(path)
+        if not stat.S_ISREG(mode):
+            return FileKind.SPECIAL
+        with path.open("rb") as file:
+            start = file.read(_START)
+    except PermissionError:
+        return FileKind.FORBIDDEN
+    except (OSError, ValueError):  # a name that is too long, or with a zero in it, is none either
+        return FileKind.MISSING
+    return _kind_of_file(path, start)
+
+
+def run_directory_near(path: Path) -> Path | None:
+    """The run directory that is meant by a path which is none: a folder above it, or the only one in it."""
+    for folder in (path.parent, path.parent.parent):
+        if _is_run(folder):
+            return folder
+    inside = runs_in(path)
+    return inside[0] if len(inside) == 1 else None
+
+
+def runs_in(folder: Path, most: int = 1000) -> list[Path]:
+    """The run directories that lie in a folder, among its first entries."""
+    try:
+        found = [entry for entry, _ in zip(folder.iterdir(), range(most), strict=False) if _is_run(entry)]
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "model.json").is_file() or (folder / "model.safetensors").is_file()
+    except OSError:
+        return False
+
+
+def _kind_of_folder(path: Path) -> FileKind:
+    if _is_run(path):
+        return FileKind.RUN
+    if (path / "plan.json").is_file():
+        return FileKind.UNFINISHED
+    if any(path.glob("step-*.safetensors")):
+        return FileKind.STATES
+    if any(path.glob("*refs(*).*")):
+        return FileKind.DATASET
+    if any(path.glob("*/*refs(*).*")):
+        return FileKind.REFER
+    return FileKind.RUNS if runs_in(path) else FileKind.FOLDER
+
+
+def _kind_of_file(path: Path, start: bytes) -> FileKind:
+    if not start:
+        return FileKind.EMPTY
+    if re.fullmatch(r"step-\d+\.(safetensors|json)", path.name) and path.parent.name == "state":
+        return FileKind.STATE
+    if path.name in ("model.json", "model.safetensors") and _is_run(path.parent):
+        return FileKind.RUN_FILE
+    for magic, kind in _MAGIC:
+        if start.startswith(magic):
+            return kind
+    if start.startswith(b"PK"):
+        return FileKind.TORCH if b"data.pkl" in start or b"/version" in start else FileKind.ZIP
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40:
+        return FileKind.SAFETENSORS
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] in (b"{", b"["):
+        return FileKind.JSON
+    return FileKind.BINARY if b"\0" in start else FileKind.TEXT
