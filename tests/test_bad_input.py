@@ -107,9 +107,9 @@ def bad_rle(tree: dict[str, Any]) -> None:
 
 INSTANCES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no list": (lambda t: t.pop("annotations"), "no list 'annotations'"),
-    "image twice": (lambda t: t["images"].append(t["images"][0]), "is there twice"),
-    "annotation twice": (lambda t: t["annotations"].append(t["annotations"][0]), "is there twice"),
-    "category twice": (lambda t: t["categories"].append(t["categories"][0]), "is there twice"),
+    "image twice": (lambda t: t["images"].append(t["images"][0]), "duplicate image id"),
+    "annotation twice": (lambda t: t["annotations"].append(t["annotations"][0]), "duplicate annotation id"),
+    "category twice": (lambda t: t["categories"].append(t["categories"][0]), "duplicate category id"),
     "unknown category": (lambda t: t["annotations"][0].update(category_id=999), "category 999"),
     "unknown image": (lambda t: t["annotations"][0].update(image_id=999), "image 999"),
     "damaged mask": (bad_rle, "its RLE is damaged"),

@@ -246,7 +246,7 @@ def test_embedded_dataset(shapes_root: Path, tmp_path: Path) -> None:
 
 
 SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "annotation twice": ("annotations", {"id": 1}, "annotation id 1 is there twice"),
+    "annotation twice": ("annotations", {"id": 1}, "duplicate annotation id 1"),
     "category": ("annotations", {"category_id": 7}, "annotation 0 has category 7"),
     "image": ("annotations", {"image_id": 99}, "image 99, which is not in the file"),
     "box": ("annotations", {"bbox": [1, 2, "3", 4]}, "annotation 0: 'bbox'"),

@@ -140,7 +140,7 @@ def _categories(path: Path, entries: list[dict]) -> tuple[dict[int, str], dict[i
     for position, entry in enumerate(entries):
         category_id, name = checked_category(path, position, entry)
         if category_id in names:
-            raise InputError(f"{path}: category id {category_id} is there twice")
+            raise InputError(f"{path}: duplicate category id {category_id}")
         names[category_id] = name
         supercategories[category_id] = str(entry.get("supercategory", ""))
     return names, supercategories
@@ -151,7 +151,7 @@ def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
     for position, entry in enumerate(entries):
         image_id, file_name, height, width = checked_image(path, position, entry)
         if image_id in images:
-            raise InputError(f"{path}: image id {image_id} is there twice")
+            raise InputError(f"{path}: duplicate image id {image_id}")
         by_id = bool(file_name) or goes_by_id(entry, image_id)
         images[image_id] = ImageRecord(image_id, file_name, height, width, by_id)
     return images
@@ -167,7 +167,7 @@ def _annotations(
         annotation_id, image_id, category_id = checked_ids(path, position, entry)
         what = f"annotation {annotation_id}"
         if annotation_id in seen:
-            raise InputError(f"{path}: annotation id {annotation_id} is there twice")
+            raise InputError(f"{path}: duplicate annotation id {annotation_id}")
         seen.add(annotation_id)
         image = images.get(image_id)
         if image is None:

@@ -55,7 +55,7 @@ class InstancesCheck:
         elif piece.key == "categories":
             category_id, _ = checked_category(path, position, entry)
             if category_id in self._categories:
-                raise InputError(f"{path}: category id {category_id} is there twice")
+                raise InputError(f"{path}: duplicate category id {category_id}")
             self._categories.add(category_id)
         elif not self._panoptic:
             self._check_annotation(position, entry)
@@ -65,7 +65,7 @@ class InstancesCheck:
         annotation_id, image_id, category_id = checked_ids(path, position, entry)
         what = f"annotation {annotation_id}"
         if annotation_id in self._annotations:
-            raise InputError(f"{path}: annotation id {annotation_id} is there twice")
+            raise InputError(f"{path}: duplicate annotation id {annotation_id}")
         self._annotations.add(annotation_id)
         self._first_of.setdefault(category_id, annotation_id)
         checked_box(path, entry.get("bbox"), what)

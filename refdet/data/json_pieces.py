@@ -96,7 +96,7 @@ def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Gener
         key_start = at
         key, at = _STRING(text, at + 1, True)
         if key in seen:  # which of the two counts is up to the reader, so that one could hide the other
-            raise InputError(f"{path}: {key!r:.60} is there twice")
+            raise InputError(f"{path}: duplicate key {key!r:.60}")
         seen.add(key)
         at = _skip(text, at)
         if text[at : at + 1] != ":":
