@@ -146,8 +146,7 @@ def extract_features(
         raise InputError(f"{image_list.index.path}: no image in it to extract")
     missing = source.locate(records)
     if len(missing) == len(records):
-        raise InputError(f"--images {images}: none of the {len(records)} images of {image_list.name} is there "
-                         f"(the first is {missing[0]}); give the folder or zip that holds them")  # fmt: skip
+        source.refuse_missing(records, missing, image_list.index.path)
     if missing:
         say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
             f"and get no regions, the first is {missing[0]}")  # fmt: skip

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 # COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's own COCO_train2014_000000000009_4.jpg. Twelve digits
 # with other words beside them are somebody's crop, mask or depth map of that image.
-_COCO = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_)?0{6}([0-9]{6})(?:_[0-9]+)?(?:\.[A-Za-z]+)?")
+_COCO = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_0{6}([0-9]{6})(?:_[0-9]{1,4})?|0{6}([0-9]{6}))(?:\.[A-Za-z]+)?")
 _COCO_NAMES = ("{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg")
-_SAME_FILE_AMONG = 8  # candidates whose inodes are compared
+_FEW = 8  # candidates that are looked at one by one
 
 Key = str | int
 """What an image is sought by: its file name, or its id where it has none."""
@@ -66,7 +66,7 @@ def parts_of(name: str) -> tuple[str, ...]:
 def coco_number(name: str) -> int | None:
     """The COCO number of a file name in COCO's or REFER's form; None for any other name."""
     match = _COCO.fullmatch((parts_of(name.partition("?")[0]) or ("",))[-1])
-    return int(match[1]) if match else None
+    return int(match[1] or match[2]) if match else None
 
 
 def is_hidden(part: str) -> bool:
@@ -105,6 +105,9 @@ class FileNames:
                 table = self._hidden if any(map(is_hidden, parts)) else self._visible
                 table.setdefault(parts[-1], []).append(path)
 
+    def __len__(self) -> int:
+        return sum(len(paths) for table in (self._visible, self._hidden) for paths in table.values())
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_grouped": {}, "_unhidden": {}}
 
@@ -132,7 +135,7 @@ class FileNames:
         parts = parts_of(name)
         if not parts:
             return Match(None, "that names no file")
-        match = self._exact(name, parts) or self._longest(name, parts)
+        match = self._exact(name, parts) or self._longest(parts)
         if match is None and (number := coco_number(name)) is not None:
             match = self._numbered(number)
         return match or Match(None, "no file of that name")
@@ -140,7 +143,7 @@ class FileNames:
     def _numbered(self, number: int) -> Match:
         names = [form.format(number) for form in _COCO_NAMES]
         for name in names:
-            if match := self._longest(name, (name,)):
+            if match := self._longest((name,)):
                 return match
         return Match(None, f"no file {', '.join(names[:-1])} or {names[-1]}")
 
@@ -156,14 +159,18 @@ class FileNames:
             hidden = any(map(is_hidden, wanted))
             same_name = (self._hidden if hidden else self._visible).get(wanted[-1], []) if wanted else []
             found, shared = self._narrowed(hidden, wanted, same_name)
-            if shared == len(wanted):
-                found = found if len(found) == 1 else self._groups(hidden, wanted[-shared:], found).get("", [])
-                found = [path for path in found if len(parts_of(path)) == shared]
+            if found and shared == len(wanted):
+                if len(found) > 1:
+                    found = self._groups(hidden, wanted[-shared:], found).get("", [])
+                elif len(parts_of(found[0])) > shared:
+                    found = []
+                if 1 < len(found) <= _FEW and found.count(name) == 1:  # another differs in its Unicode form alone
+                    found = [name]
                 if found:
-                    return self._one_of(name, found, len(parts), 0)
+                    return self._one_of(found, parts, len(parts))
         return None
 
-    def _longest(self, name: str, parts: tuple[str, ...]) -> Match | None:
+    def _longest(self, parts: tuple[str, ...]) -> Match | None:
         """The file that shares the longest suffix with the name."""
         for hidden in (True, False):
             table = self._hidden if hidden else self._visible
@@ -173,7 +180,7 @@ class FileNames:
             if hidden:
                 found = self._spelt(parts[-shared:], found)
             if found:
-                return self._one_of(name, found, shared, len(parts) - shared)
+                return self._one_of(found, parts, shared)
         return None
 
     def _narrowed(self, hidden: bool, parts: tuple[str, ...], found: list[str]) -> tuple[list[str], int]:
@@ -212,16 +219,15 @@ class FileNames:
             self._unhidden[key] = kept
         return self._unhidden[key]
 
-    def _one_of(self, name: str, found: list[str], shared: int, others: int) -> Match:
-        if len(found) > 1 and found.count(name) == 1:  # beside one whose name differs in its Unicode form alone
-            found = [name]
-        if len(found) > 1 and not (len(found) <= _SAME_FILE_AMONG and self._same_file(found)):
+    def _one_of(self, found: list[str], parts: tuple[str, ...], shared: int) -> Match:
+        if len(found) > 1 and not (len(found) <= _FEW and self._same_file(found)):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
             which = f"{found[0]} is there twice" if found[0] == found[1] else f"{found[0]}, {found[1]}{more}"
             return Match(None, f"it is not clear which file that is: {which}", unclear=True)
         whole = (*self._root, *parts_of(found[0]))
         before = whole[len(whole) - shared - 1] if len(whole) > shared else None
-        elsewhere = others > 0 and before is not None and parts_of(name)[others - 1] != before
+        others = len(parts) - shared
+        elsewhere = others > 0 and before is not None and parts[others - 1] != before
         return Match(found[0], "", shared, others, elsewhere)
 
 

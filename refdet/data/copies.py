@@ -180,7 +180,7 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
         except WorkError:  # the whole zip is gone
             raise
         except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
-            source.refuse(name, error)
+            source.refuse_unread(name, error)
             return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -34,7 +34,15 @@ _large = threading.Lock()
 
 
 class SizeError(ValueError):
-    """An image is not of the size that was declared for it; the message says of which it is."""
+    """An image is not of the size that was declared for it; the message says of which it is.
+
+    Attributes:
+        orientation: EXIF's, 1 to 8, where it is known.
+    """
+
+    def __init__(self, message: str, orientation: int = 1) -> None:
+        super().__init__(message)
+        self.orientation = orientation
 
 
 class Decoded(NamedTuple):
@@ -77,7 +85,7 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
             orientation = _orientation(image)
             sideways = orientation in _SIDEWAYS
             if (size[::-1] if sideways and exif == "apply" else size) != (height, width):
-                raise SizeError(f"is {size[1]}x{size[0]}, but {declared}{_why_turned(orientation, exif)}")
+                raise SizeError(f"is {size[1]}x{size[0]}, but {declared}{_why_turned(orientation, exif)}", orientation)
             pixels = _stored_pixels(image, orientation)
     except Image.DecompressionBombError:
         raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import UnidentifiedImageError
@@ -98,9 +99,11 @@ class ImageSource:
         Raises:
             InputError: how many are not, and the first.
         """
-        missing = self.locate(records)
-        if not missing:
-            return
+        if missing := self.locate(records):
+            self.refuse_missing(records, missing, listed_in)
+
+    def refuse_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
+        """InputError for what `locate` gave of a list."""
         unclear = [record for record in records if self._match(record).unclear]
         if unclear:
             what = f"{_named(unclear[0])}: {self.why_missing(unclear[0])}"
@@ -110,7 +113,7 @@ class ImageSource:
             )
         raise InputError(
             f"--images {self.path}: {len(missing)} of the {len(records)} images of {listed_in.name} are not there, "
-            f"the first is {missing[0]}; give the folder or zip that holds them all"
+            f"the first is {missing[0]}, among its {len(self._names)} files; give the folder or zip that holds them all"
         )
 
     def read(self, record: ImageRecord) -> np.ndarray:
@@ -134,9 +137,11 @@ class ImageSource:
         except WorkError:
             raise
         except SizeError as error:
+            if error.orientation != 1:
+                self.oriented[name] = error.orientation
             raise ImageError(f"{self.path / name}: {error}") from None
         except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
-            self.refuse(name, error)
+            self.refuse_unread(name, error)
             raise ImageError(
                 f"{self.path / name}: not a readable image ({why_unreadable(error)}); "
                 "replace it, or take it out of the instances file"
@@ -154,7 +159,7 @@ class ImageSource:
         """
         return self._files.read(name, most)
 
-    def refuse(self, name: str, error: Exception) -> None:
+    def refuse_unread(self, name: str, error: Exception) -> None:
         """WorkError where what kept a file from being read is not the file's fault."""
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.lost(name)
         if gone or is_of_the_machine(error):

@@ -50,7 +50,9 @@ def network_inputs(
     mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
     resized = []
     for pixels, size in zip(images, sizes, strict=True):
-        image = on_device(torch.from_numpy(np.ascontiguousarray(pixels)), where).permute(2, 0, 1).float()
+        # mirrored pixels; numpy takes a single column of them for contiguous as it is, with its negative stride
+        pixels = pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels)
+        image = on_device(torch.from_numpy(pixels), where).permute(2, 0, 1).float()
         if options.order == "bgr":
             image = image.flip(0)
         # in the order of the original, since the order of rounding shows in the end
