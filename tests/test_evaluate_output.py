@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 from evaluate_examples import regions, write_refer, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from refdet.cli.main import main
 
-from refdet.evaluate.tables import COLUMNS, frame, tables
+from refdet.evaluate.refer import evaluate_on_refer
+from refdet.evaluate.tables import COLUMNS, frame, tables, write
+from refdet.file_text import spreadsheet_cell, xml_text
 
 
 @pytest.fixture
@@ -67,3 +73,52 @@ def test_mattnets_protocol_is_used_and_recorded(written: tuple[Path, str, list[s
     assert thin["comprehension"]["accuracy@0.5"] == 0 and thin["referent_recall"]["0.5"] == 0
     assert other["splits"]["val"] == usual["splits"]["val"]
     assert thin["detection"] == usual["splits"]["testA"]["detection"]
+
+
+NAMES = ['=HYPERLINK("http://x/"&A1)', "@SUM(1)", "+1", "-2+3", "\t=1", "\r=1", "\n=1", "a\r=1", "a\r\n=1",
+         "＝1", " =1", "<script>alert(1)</script>", "]]>", "&amp;", '"', "a,b", "a\x1b[31mb", "\x00", "\ud800",
+         "\ufffe", "val"]  # fmt: skip
+FORMULA = "=+-@\t\r\n＝＋－＠"
+
+
+@pytest.fixture(scope="module")
+def some_metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("metrics")
+    root = write_refer(folder / "refer", [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "split": "val"}])
+    write_store(folder / "a.h5", [regions(1, [[10, 10, 30, 30]])], masks=False)
+    return evaluate_on_refer(folder / "a.h5", root, "toy", "me")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_no_name_is_a_formula_or_markup(some_metrics: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Names of datasets and splits come with the files; numbers stay as they are."""
+    metrics = {**some_metrics, "dataset": name, "split_by": name, "splits": {name: some_metrics["splits"]["val"]}}
+    write(tmp_path, metrics)
+    with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    plain = frame(some_metrics)
+    assert len(rows) == len(plain)
+    readable = name if name not in ("\x00", "\ud800", "\ufffe") else "\ufffd"
+    readable = " ".join(readable.replace("\x1b", "\ufffd").splitlines())
+    for row, value in zip(rows, plain["value"], strict=True):
+        assert not any(cell.startswith(tuple(FORMULA)) for cell in row.values())
+        for column in ("dataset", "split_by", "split"):
+            assert row[column] == ("'" + readable if readable.strip().startswith(tuple(FORMULA)) else readable)
+        assert (row["value"] == "") == (value != value) and (row["value"] == "" or float(row["value"]) == value)
+    tree = ElementTree.parse(tmp_path / "recall.svg")
+    assert all(element.tag.split("}")[1] != "script" for element in tree.iter())
+    words = "".join(tree.getroot().itertext())
+    assert " ".join(readable.split()) in " ".join(words.split())
+    assert json.loads((tmp_path / "metrics.json").read_text())["dataset"] == name
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(st.characters(codec=None)))
+def test_any_text_is_a_cell_and_xml(text: str) -> None:
+    cell = spreadsheet_cell(text)
+    assert not cell.lstrip().startswith(tuple(FORMULA)) and "\r" not in cell and "\n" not in cell
+    assert len(cell) <= len(text) + 1 and spreadsheet_cell(cell) == cell
+    root = ElementTree.fromstring(f'<a b="{xml_text(text)}">{xml_text(text)}</a>')
+    known = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
+                    else c for c in text)  # fmt: skip
+    assert (root.text or "") == known.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0

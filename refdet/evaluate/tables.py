@@ -10,6 +10,7 @@ import pandas as pd
 
 from refdet.atomic import atomic_path, write_json
 from refdet.evaluate.figure import recall_figure
+from refdet.file_text import spreadsheet_cell
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
@@ -48,9 +49,15 @@ def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, then metrics.csv (`frame`) and recall.svg, into the folder ``out``."""
+    """Write metrics.json, then metrics.csv (`frame`) and recall.svg, into the folder ``out``.
+
+    In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
+    """
     write_json(out / "metrics.json", metrics)
     with atomic_path(out / "metrics.csv") as temporary:
-        frame(metrics).to_csv(temporary, index=False)
+        numbers = frame(metrics)
+        texts = [name for name in COLUMNS if name != "value"]
+        numbers[texts] = numbers[texts].map(spreadsheet_cell)
+        numbers.to_csv(temporary, index=False)
     with atomic_path(out / "recall.svg") as temporary:
         temporary.write_text(recall_figure(metrics), encoding="utf-8")

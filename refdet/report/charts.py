@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from refdet.file_text import xml_text
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 44  # margins of the plot in units of the view box
 
@@ -69,10 +70,10 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     to_y = _scale(low, high, axes.height - BOTTOM, TOP, axes.log_y)
     bottom, right = axes.height - BOTTOM, axes.width - RIGHT
     parts = [
-        f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>",
-        f'<text x="2" y="13">{escape(axes.y_label)}</text>',
-        f'<text x="{right}" y="{axes.height - 6}" text-anchor="end">{escape(axes.x_label)}</text>',
+        f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" aria-label="{xml_text(title)}">',
+        f"<title>{xml_text(title)}</title><desc>{xml_text(description)}</desc>",
+        f'<text x="2" y="13">{xml_text(axes.y_label)}</text>',
+        f'<text x="{right}" y="{axes.height - 6}" text-anchor="end">{xml_text(axes.x_label)}</text>',
     ]
     for tick in y_ticks:
         at = f"{to_y(tick):.1f}"
@@ -81,12 +82,12 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     for tick in x_ticks:
         at = f"{to_x(tick):.1f}"
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{bottom}" y2="{bottom + 5}"/>')
-        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{escape(x_names[tick])}</text>')
+        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{xml_text(x_names[tick])}</text>')
     for line, points in reversed(lines):  # the first lies on top
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="s{line.style}" points="{path}"/>')
         for x, y in points if dots else ():
-            told = f"{escape(line.name)}: {y:.3f} at {escape(x_names.get(x, _number(x)))}"
+            told = f"{xml_text(line.name)}: {y:.3f} at {xml_text(x_names.get(x, _number(x)))}"
             place = f'cx="{to_x(x):.1f}" cy="{to_y(y):.1f}"'
             parts.append(f'<circle class="s{line.style}" r="4.5" {place}><title>{told}</title></circle>')
     return "\n".join([*parts, "</svg>"])
@@ -94,7 +95,7 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
 
 def legend(series: Sequence[Series]) -> str:
     """The names of the lines beside their colours."""
-    items = (f'<li><i class="s{s.style}"></i>{escape(s.name)}</li>' for s in series)
+    items = (f'<li><i class="s{s.style}"></i>{xml_text(s.name)}</li>' for s in series)
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -116,12 +117,12 @@ def standalone(chart: str, title: str, series: Sequence[Series], axes: Axes) -> 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {axes.width} {axes.height + head}" '
         f'width="{axes.width}" height="{axes.height + head}">',
         f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{LEFT}" y="18" style="font-weight:600">{escape(title)}</text>',
+        f'<text x="{LEFT}" y="18" style="font-weight:600">{xml_text(title)}</text>',
     ]
     for i, line in enumerate(series):
         x = LEFT + i * share
         parts.append(f'<rect class="k{line.style}" x="{x:.0f}" y="32" width="16" height="4"/>')
-        parts.append(f'<text x="{x + 21:.0f}" y="39">{escape(line.name)}</text>')
+        parts.append(f'<text x="{x + 21:.0f}" y="39">{xml_text(line.name)}</text>')
     return "\n".join([*parts, f'<g transform="translate(0 {head})">{_sized(chart, axes)}</g>', "</svg>", ""])
 
 
