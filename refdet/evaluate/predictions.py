@@ -120,11 +120,9 @@ class _Reader:
             lists = " or a list of them: " + ", ".join(_LISTS if self.several else _RANKED)
             raise InputError(f"it must have one of region, box and segmentation{lists}; it has {kinds or 'none'}")
         kind, value = kinds[0], entry[kinds[0]]
-        if kind in _KINDS:
-            parts = [self._read(kind, value, image)]
-        else:
+        if kind not in _KINDS:
             self._check_list(kind, value)
-            parts = [self._read((_LISTS | _RANKED)[kind], one, image) for one in value]
+        parts = self._read((_LISTS | _RANKED).get(kind, kind), [value] if kind in _KINDS else value, image)
         if self.several:
             parts = [(box, mask) for box, mask in parts if mask is None or coco_mask.area(mask)]
         boxes = np.array([box for box, _ in parts], np.float64).reshape(-1, 4)
@@ -146,11 +144,11 @@ class _Reader:
             raise InputError(f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
                              "sentence without an answer")  # fmt: skip
 
-    def _read(self, kind: str, value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
-        """The box, xyxy in pixels, and the mask, if there is one."""
-        if kind == "region":
-            return self._region(value, image)
-        return self._box(value, image) if kind == "box" else _segmentation(value, image)
+    def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
+        """Of each answer the box, xyxy in pixels, and the mask, if there is one."""
+        if kind == "box":
+            return [(corners, None) for corners in self._corners(values, image)]
+        return [self._region(v, image) if kind == "region" else _segmentation(v, image) for v in values]
 
     def _region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
         store = self.store
@@ -163,13 +161,17 @@ class _Reader:
         masks = regions.rles()
         return regions.boxes[place].astype(np.float64), masks[place] if masks else None
 
-    def _box(self, value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
-        if _are_numbers(value):
-            size = np.array([[image.width, image.height]])
-            corners = self.form.to_pixels(np.array([value]), size)[0]
-            if (corners[2:] >= corners[:2]).all():
-                return corners, None
-        raise InputError(f"box {reprlib.repr(value)[:60]} must be four numbers {self.form.text}")
+    def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
+        """Boxes (n, 4) xyxy in pixels."""
+        wrong = [value for value in values if not _are_numbers(value)]
+        if not wrong:
+            sizes = np.full((len(values), 2), (image.width, image.height))
+            corners = self.form.to_pixels(np.array(values, np.float64).reshape(-1, 4), sizes)
+            turned = (corners[:, 2:] < corners[:, :2]).any(axis=1)
+            if not turned.any():
+                return corners
+            wrong = [values[int(turned.argmax())]]
+        raise InputError(f"box {reprlib.repr(wrong[0])[:60]} must be four numbers {self.form.text}")
 
 
 def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
