@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html import escape
 
 # What spreadsheets take for a formula where a cell begins with it, also in full width or after blanks.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -16,10 +15,10 @@ def spreadsheet_cell(text: str) -> str:
 
     Not all that write CSV quote a carriage return, and what follows it would begin a row.
     """
-    text = " ".join(_NOT_XML.sub("\ufffd", text).splitlines())
+    text = " ".join(xml_characters(text).splitlines())
     return f"'{text}" if text.lstrip().startswith(_FORMULA) or text.startswith("\t") else text
 
 
-def xml_text(text: str) -> str:
-    """A text as it stands in an element or a quoted attribute of XML or HTML; U+FFFD for what XML cannot hold."""
-    return escape(_NOT_XML.sub("\ufffd", text))
+def xml_characters(text: str) -> str:
+    """A text with U+FFFD for what XML cannot hold; what it can must still be escaped."""
+    return _NOT_XML.sub("\ufffd", text)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from refdet.file_text import xml_text
+from refdet.report.markup import Markup, html, joined
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 44  # margins of the plot in units of the view box
 
@@ -49,7 +49,7 @@ class Axes:
     x_names: Sequence[str] | None = None
 
 
-def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> str:
+def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Markup:
     """An ``<svg>`` of lines over axes with ticks.
 
     Arguments:
@@ -60,7 +60,7 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     xs = [x for _, points in lines for x, _ in points]
     ys = [y for _, points in lines for _, y in points]
     if not xs:
-        return ""
+        return Markup()
     x_ticks = list(axes.x_ticks) if axes.x_ticks else linear_ticks(min(xs), max(xs), 6)
     x_names = dict(zip(x_ticks, axes.x_names or map(_number, x_ticks), strict=True))
     y_low, y_high = axes.y_range or (min(ys), max(ys))
@@ -70,33 +70,33 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
     to_y = _scale(low, high, axes.height - BOTTOM, TOP, axes.log_y)
     bottom, right = axes.height - BOTTOM, axes.width - RIGHT
     parts = [
-        f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" aria-label="{xml_text(title)}">',
-        f"<title>{xml_text(title)}</title><desc>{xml_text(description)}</desc>",
-        f'<text x="2" y="13">{xml_text(axes.y_label)}</text>',
-        f'<text x="{right}" y="{axes.height - 6}" text-anchor="end">{xml_text(axes.x_label)}</text>',
+        html('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">', axes.width, axes.height, title),
+        html("<title>{}</title><desc>{}</desc>", title, description),
+        html('<text x="2" y="13">{}</text>', axes.y_label),
+        html('<text x="{}" y="{}" text-anchor="end">{}</text>', right, axes.height - 6, axes.x_label),
     ]
     for tick in y_ticks:
         at = f"{to_y(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{at}" dy=".35em" text-anchor="end">{_number(tick)}</text>')
+        parts.append(html('<line class="grid" x1="{}" x2="{}" y1="{at}" y2="{at}"/>', LEFT, right, at=at))
+        parts.append(html('<text x="{}" y="{}" dy=".35em" text-anchor="end">{}</text>', LEFT - 7, at, _number(tick)))
     for tick in x_ticks:
         at = f"{to_x(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{bottom}" y2="{bottom + 5}"/>')
-        parts.append(f'<text x="{at}" y="{bottom + 19}" text-anchor="middle">{xml_text(x_names[tick])}</text>')
+        parts.append(html('<line class="grid" x1="{at}" x2="{at}" y1="{}" y2="{}"/>', bottom, bottom + 5, at=at))
+        parts.append(html('<text x="{}" y="{}" text-anchor="middle">{}</text>', at, bottom + 19, x_names[tick]))
     for line, points in reversed(lines):  # the first lies on top
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
-        parts.append(f'<polyline class="s{line.style}" points="{path}"/>')
+        parts.append(html('<polyline class="s{}" points="{}"/>', line.style, path))
         for x, y in points if dots else ():
-            told = f"{xml_text(line.name)}: {y:.3f} at {xml_text(x_names.get(x, _number(x)))}"
-            place = f'cx="{to_x(x):.1f}" cy="{to_y(y):.1f}"'
-            parts.append(f'<circle class="s{line.style}" r="4.5" {place}><title>{told}</title></circle>')
-    return "\n".join([*parts, "</svg>"])
+            told = f"{line.name}: {y:.3f} at {x_names.get(x, _number(x))}"
+            point = '<circle class="s{}" r="4.5" cx="{:.1f}" cy="{:.1f}"><title>{}</title></circle>'
+            parts.append(html(point, line.style, to_x(x), to_y(y), told))
+    return joined([*parts, Markup("</svg>")], "\n")
 
 
-def legend(series: Sequence[Series]) -> str:
+def legend(series: Sequence[Series]) -> Markup:
     """The names of the lines beside their colours."""
-    items = (f'<li><i class="s{s.style}"></i>{xml_text(s.name)}</li>' for s in series)
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    items = (html('<li><i class="s{}"></i>{}</li>', s.style, s.name) for s in series)
+    return html('<ul class="legend">{}</ul>', joined(items))
 
 
 # The page's colours on white, for a chart that stands alone.
@@ -106,7 +106,7 @@ _STYLE = (
 )
 
 
-def standalone(chart: str, title: str, series: Sequence[Series], axes: Axes) -> str:
+def standalone(chart: Markup, title: str, series: Sequence[Series], axes: Axes) -> str:
     """An SVG file of its own: title, legend, and the chart that `line_chart` made of the series and axes."""
     head = 50
     style = _STYLE + "".join(
@@ -114,20 +114,19 @@ def standalone(chart: str, title: str, series: Sequence[Series], axes: Axes) -> 
     )
     share = (axes.width - LEFT - RIGHT) / max(len(series), 1)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {axes.width} {axes.height + head}" '
-        f'width="{axes.width}" height="{axes.height + head}">',
-        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{LEFT}" y="18" style="font-weight:600">{xml_text(title)}</text>',
-    ]
+        html(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+            width=axes.width, height=axes.height + head,
+        ),
+        html('<style>{}</style><rect width="100%" height="100%" fill="#fff"/>', style),
+        html('<text x="{}" y="18" style="font-weight:600">{}</text>', LEFT, title),
+    ]  # fmt: skip
     for i, line in enumerate(series):
         x = LEFT + i * share
-        parts.append(f'<rect class="k{line.style}" x="{x:.0f}" y="32" width="16" height="4"/>')
-        parts.append(f'<text x="{x + 21:.0f}" y="39">{xml_text(line.name)}</text>')
-    return "\n".join([*parts, f'<g transform="translate(0 {head})">{_sized(chart, axes)}</g>', "</svg>", ""])
-
-
-def _sized(chart: str, axes: Axes) -> str:
-    return chart.replace("<svg ", f'<svg width="{axes.width}" height="{axes.height}" ', 1)
+        parts.append(html('<rect class="k{}" x="{:.0f}" y="32" width="16" height="4"/>', line.style, x))
+        parts.append(html('<text x="{:.0f}" y="39">{}</text>', x + 21, line.name))
+    sized = chart.replace("<svg ", html('<svg width="{}" height="{}" ', axes.width, axes.height), 1)
+    return joined([*parts, html('<g transform="translate(0 {})">{}</g>', head, sized), Markup("</svg>\n")], "\n")
 
 
 def linear_ticks(low: float, high: float, about: int) -> list[float]:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from markupsafe import escape
+
 from refdet import __version__
 from refdet.atomic import atomic_path
+from refdet.checkpoint import LARGEST_META
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
+from refdet.provenance import Provenance
 from refdet.report import sections
+from refdet.report.fields import check_metrics, count, field, rate, text
+from refdet.report.markup import Markup, html, joined
 from refdet.report.pictures import picture
 from refdet.report.recall import split_names
 from refdet.report.scenes import Scene, hardest, sample, scenes
 from refdet.report.sections import Step
+from refdet.small_files import read_small, strict_json
+
+LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
 
 __all__ = ["Inputs", "ReferPart", "Step", "write"]
 
@@ -68,23 +75,28 @@ def write(out: Path, inputs: Inputs, title: str = "refdet: regions for referring
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another --out or remove it")
-    page = html(inputs, title)
+    page = render(inputs, title)
     with atomic_path(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
-def html(inputs: Inputs, title: str) -> str:
+def render(inputs: Inputs, title: str) -> str:
     """The report as text; see `write`."""
-    meta = _read_json(inputs.run / "model.json")
+    recipe_name, steps, provenance = _read_meta(inputs.run / "model.json")
     log = _read_log(inputs.run / "metrics.jsonl")
-    audit, source_audit = _audits(inputs)
-    if audit is not None and audit["image_ids_sha256"] != meta["provenance"]["image_ids_sha256"]:
-        raise InputError(f"{inputs.instances}: not the images that {inputs.run} was trained on; give that file")
     metrics = [part.metrics for part in inputs.parts]
-    body: list[tuple[str, str, str]] = []  # id, heading, HTML
+    for part in metrics:
+        check_metrics(part, "metrics of evaluate-on-refer")
+    for kind, rates in (inputs.detection or {}).items():
+        for name in sections.AP_NAMES if rates else ():
+            rate(rates, name, f"metrics of evaluate, {kind}")
+    audit, source_audit = _audits(inputs)
+    if audit is not None and audit["image_ids_sha256"] != provenance.image_ids_sha256:
+        raise InputError(f"{inputs.instances}: not the images that {inputs.run} was trained on; give that file")
+    body: list[tuple[str, str, Markup]] = []  # id, heading, content
     if inputs.steps:
         body.append(("steps", "What happened", sections.steps_section(inputs.steps)))
-    proof = sections.leak_section(meta["provenance"], audit, source_audit)
+    proof = sections.leak_section(provenance, audit, source_audit)
     body.append(("leak", "Nothing leaked" if audit and audit["clean"] else "What it was trained on", proof))
     if inputs.detection is not None:
         body.append(("detection", "How well it detects", sections.detection_section(inputs.detection)))
@@ -97,23 +109,23 @@ def html(inputs: Inputs, title: str) -> str:
         body.append(("loss", "How it learned", sections.loss_section(log)))
     if metrics:
         body.append(("pictures", "What it sees", _pictures(inputs)))
-    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in body)
-    text = "\n".join(
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(heading)}</h2>\n{content}</section>'
-        for name, heading, content in body
-    )
-    model = f"A Mask R-CNN ({meta['recipe'].get('name') or 'own'} recipe, {meta['step']} steps)"
+    model = f"A Mask R-CNN ({recipe_name or 'own'} recipe, {steps} steps)"
     subtitle = f"{model} finds the objects of an image, each with a box, a mask and features, for models that "
     subtitle += "understand phrases such as “the small red star”."
     if audit and audit["clean"]:
         subtitle += " It has never seen the images of REFER that it is judged on."
-    return Template(_template()).substitute(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        links=links,
-        body=sections.tiles(_highlights(inputs.detection, metrics, audit)) + text,
-        footer=f"Written by refdet {escape(__version__)}. Rates are from 0 to 1, as in metrics.json.",
-    )
+    highlights = sections.tiles(_highlights(inputs.detection, metrics, audit))
+    parts = (html('<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>\n{content}</section>',
+                 name=name, heading=heading, content=content) for name, heading, content in body)  # fmt: skip
+    values = {
+        "title": title,
+        "subtitle": subtitle,
+        "links": joined(html('<a href="#{}">{}</a>', name, heading) for name, heading, _ in body),
+        "body": highlights + joined(parts, "\n"),
+        "footer": f"Written by refdet {__version__}. Rates are from 0 to 1, as in metrics.json.",
+    }
+    # the template has braces of its own, those of its style sheet
+    return Template(_template()).substitute({name: escape(value) for name, value in values.items()})
 
 
 def _template() -> str:
@@ -149,7 +161,7 @@ def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
     return first, second
 
 
-def _pictures(inputs: Inputs) -> str:
+def _pictures(inputs: Inputs) -> Markup:
     from refdet.data.images import ImageSource  # brings torch
 
     every: list[Scene] = []
@@ -159,45 +171,72 @@ def _pictures(inputs: Inputs) -> str:
         every += scenes(part.features, inputs.refer_root, about["dataset"], about["split_by"], splits)
     source = ImageSource.open(inputs.images)
 
-    def gallery(chosen: Sequence[Scene]) -> str:
+    def gallery(chosen: Sequence[Scene]) -> Markup:
         figures = []
         for scene in chosen:
             of = scene.regions
             record = ImageRecord(id=of.image_id, file_name=of.file_name, height=of.height, width=of.width)
             figures.append(picture(scene, source.read(record)))
-        return f'<div class="gallery">{"".join(figures)}</div>'
+        return html('<div class="gallery">{}</div>', joined(figures))
 
     shown = sample(every, inputs.pictures)
     worst = hardest(every, inputs.pictures // 3)
-    text = f"""<p>Coloured regions are those that a sentence refers to; the number tells which. Grey ones are the other
+    text = html(
+        """<p>Coloured regions are those that a sentence refers to; the number tells which. Grey ones are the other
 regions that the detector is fairly sure of, with their category and score. A dashed box marks an object without a
 region of IoU 0.5 or more: missed. These images are evenly spaced through their splits, not picked by result.</p>
-{gallery(shown)}"""
+{}""",
+        gallery(shown),
+    )
     if worst:
         missed = sum(
             not one.found for scene in {s.regions.image_id: s for s in every}.values() for one in scene.referred
         )
-        text += f"""<h3>Where it fails</h3>
-<p>The images with the objects found worst, worst first, of those with a missed one ({missed} missed in all). They
+        text += html(
+            """<h3>Where it fails</h3>
+<p>The images with the objects found worst, worst first, of those with a missed one ({} missed in all). They
 tell what to improve: objects too small, too covered, or too much alike.</p>
-{gallery(worst)}"""
+{}""",
+            missed,
+            gallery(worst),
+        )
     return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path) -> tuple[str, int, Provenance]:
+    """Name of the recipe, steps and provenance of a ``model.json``."""
+    if not path.exists():
+        raise InputError(f"{path}: not there; give a run directory that refdet train wrote")
+    data = read_small(path, LARGEST_META)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not there; give a run directory that refdet train wrote") from None
-    except ValueError as error:
+        tree = strict_json(data)
+    except InputError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    recipe = field(tree, "recipe", str(path))
+    name = text(recipe, "name", f"{path}, recipe")
+    try:
+        provenance = Provenance.from_json(field(tree, "provenance", str(path)))
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return name, count(tree, "step", str(path)), provenance
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl; none where the run directory has no log, as after import."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise InputError(f"{path}: a line is not JSON ({error})") from None
+    lines = read_small(path, LARGEST_LOG).split(b"\n")
+    log = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = strict_json(line)
+        except InputError as error:
+            raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+        for name in ("step", "loss", *(key for key, _ in sections.LOSSES if isinstance(row, dict) and key in row)):
+            if rate(row, name, where) is None:
+                raise InputError(f"{where}: {name!r} is no number")
+        log.append(row)
+    return log

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field
-from html import escape
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
+from refdet.report.markup import Markup, html, joined
 from refdet.report.scenes import Scene
 
 LONG_SIDE = 720  # pixels of a picture in the report: sharp on a dense screen, some 60 kB
@@ -18,6 +18,7 @@ SHOWN_SCORE = 0.5  # regions with a lower score are drawn only where a sentence 
 COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
 MOST_OTHERS = 12  # of the regions that no sentence refers to, so that a crowd can still be seen
 GREY = "#9aa0aa"
+MOST_LETTERS = 60  # of a label
 
 _Box = tuple[float, float, float, float]
 
@@ -54,7 +55,7 @@ class Key:
         return cls(colours, numbers, others[:MOST_OTHERS])
 
 
-def picture(scene: Scene, pixels: np.ndarray) -> str:
+def picture(scene: Scene, pixels: np.ndarray) -> Markup:
     """A ``<figure>``: the image with regions, and below it the sentences.
 
     Arguments:
@@ -64,18 +65,22 @@ def picture(scene: Scene, pixels: np.ndarray) -> str:
     data = io.BytesIO()
     draw(scene, pixels, key).save(data, "JPEG", quality=84, optimize=True)
     source = base64.b64encode(data.getvalue()).decode("ascii")
-    items = "\n".join(_item(scene, i, key) for i in range(len(scene.referred)))
+    items = joined((_item(scene, i, key) for i in range(len(scene.referred))), "\n")
     drawn = len(key.others) + len(key.numbers)
     counted = f"{drawn} region{'' if drawn == 1 else 's'}"
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} less likely ones are not drawn" if left_out else ""
-    return f"""<figure>
-<img alt="{escape(_alt(scene))}" src="data:image/jpeg;base64,{source}" loading="lazy">
-<figcaption><span class="where">{escape(scene.split)}, image {scene.regions.image_id}: {counted}{less_likely}</span>
+    where = f"{scene.split}, image {scene.regions.image_id}: {counted}{less_likely}"
+    return html(
+        """<figure>
+<img alt="{alt}" src="data:image/jpeg;base64,{source}" loading="lazy">
+<figcaption><span class="where">{where}</span>
 <ol class="refs">
 {items}
 </ol></figcaption>
-</figure>"""
+</figure>""",
+        alt=_alt(scene), source=source, where=where, items=items,
+    )  # fmt: skip
 
 
 def _alt(scene: Scene) -> str:
@@ -87,23 +92,21 @@ def _alt(scene: Scene) -> str:
     )
 
 
-def _item(scene: Scene, i: int, key: Key) -> str:
+def _item(scene: Scene, i: int, key: Key) -> Markup:
     one, colour = scene.referred[i], key.colours[i]
-    quotes = "".join(f"<q>{escape(text)}</q>" for text in one.sentences)
+    quotes = joined(html("<q>{}</q>", text) for text in one.sentences)
     if one.found:
         assert one.region is not None
         category = int(scene.regions.category_ids[one.region])
-        name = scene.names.get(category, str(category))
-        told = f"found as {escape(name)}, IoU {one.iou:.2f}"
+        told = html("found as {}, IoU {:.2f}", scene.names.get(category, str(category)), one.iou)
         if category != one.category_id:
-            told += f' <b class="bad">(it is a {escape(one.category)})</b>'
-        style = f"background:{colour};color:{_on(colour)}"
-        chip = f'<span class="chip" style="{style}">{i + 1}</span>'
+            told += html(' <b class="bad">(it is a {})</b>', one.category)
+        chip = html('<span class="chip" style="background:{};color:{}">{}</span>', colour, _on(colour), i + 1)
     else:
         near = f"the best region has IoU {one.iou:.2f}" if one.region is not None else "there is no region"
-        told = f'<b class="bad">missed</b>: {escape(one.category)}; {near}'
-        chip = f'<span class="chip missed" style="border-color:{colour}">{i + 1}</span>'
-    return f'<li>{chip}<span>{quotes}<span class="iou-of">{told}</span></span></li>'
+        told = html('<b class="bad">missed</b>: {}; {}', one.category, near)
+        chip = html('<span class="chip missed" style="border-color:{}">{}</span>', colour, i + 1)
+    return html('<li>{}<span>{}<span class="iou-of">{}</span></span></li>', chip, quotes, told)
 
 
 def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
@@ -167,6 +170,7 @@ class _Pen:
                     self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
 
     def label(self, box: _Box, text: str, colour: str) -> None:
+        text = "".join(letter if letter.isprintable() else " " for letter in text[:MOST_LETTERS])
         letters = 15 if colour == GREY else 19
         font = ImageFont.load_default(size=letters)
         width, height = self.draw.textlength(text, font=font) + 10, letters + 6.0

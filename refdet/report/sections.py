@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from refdet.provenance import Provenance
 from refdet.report.charts import Axes, Series, legend, line_chart
+from refdet.report.markup import Markup, html, joined
 from refdet.report.recall import recall_axes, recall_series, split_names
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -22,7 +23,7 @@ LOSSES = (
     ("rpn_box", "proposals: roughly where?"),
 )
 
-IOU_FIGURE = """<svg class="iou" viewBox="0 0 480 118" role="img"
+IOU_FIGURE = Markup("""<svg class="iou" viewBox="0 0 480 118" role="img"
  aria-label="Three pairs of boxes with IoU 0.5, 0.7 and 0.9">
 <g fill="none">
 <rect class="truth" x="12" y="4" width="84" height="84"/><rect class="region" x="40" y="4" width="84" height="84"/>
@@ -31,7 +32,7 @@ IOU_FIGURE = """<svg class="iou" viewBox="0 0 480 118" role="img"
 </g>
 <g fill="currentColor" font-size="14" text-anchor="middle">
 <text x="68" y="109">IoU 0.5</text><text x="231" y="109">IoU 0.7</text><text x="390" y="109">IoU 0.9</text>
-</g></svg>"""
+</g></svg>""")
 
 
 @dataclass(frozen=True)
@@ -56,48 +57,57 @@ def number(value: Any, digits: int = 3) -> str:
     return "–" if value is None or value < 0 else f"{value:.{digits}f}"
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], groups: str = "") -> str:
-    """A table whose first column names the rows. All is text but ``groups``, a row of HTML above the header."""
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], groups: Markup | None = None) -> Markup:
+    """A table whose first column names the rows. ``groups``: a row above the header."""
     first, *others = header
-    names = f'<th class="text" scope="col">{escape(first)}</th>'
-    names += "".join(f'<th scope="col">{escape(name)}</th>' for name in others)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+    names = html('<th class="text" scope="col">{}</th>', first)
+    names += joined(html('<th scope="col">{}</th>', name) for name in others)
+    body = joined(
+        (
+            html('<tr><th scope="row">{}</th>{}</tr>', row[0], joined(html("<td>{}</td>", cell) for cell in row[1:]))
+            for row in rows
+        ),
+        "\n",
     )
-    return (
-        f'<p class="soft small">{escape(caption)}</p>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<thead>{groups}<tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>"
-    )
+    return html(
+        '<p class="soft small">{caption}</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+        "<thead>{groups}<tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>",
+        caption=caption, groups=groups or "", names=names, body=body,
+    )  # fmt: skip
 
 
-def tiles(values: Sequence[tuple[str, str]]) -> str:
+def tiles(values: Sequence[tuple[str, str]]) -> Markup:
     """The few numbers that matter, large: (value, what it is)."""
-    cells = (f'<div class="tile"><b>{escape(v)}</b><span>{escape(what)}</span></div>' for v, what in values)
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    cells = (html('<div class="tile"><b>{}</b><span>{}</span></div>', value, what) for value, what in values)
+    return html('<div class="tiles">{}</div>', joined(cells))
 
 
-def steps_section(steps: Sequence[Step]) -> str:
+def steps_section(steps: Sequence[Step]) -> Markup:
     """The commands in their order, with their share of the time."""
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
-    items = "\n".join(
-        f"<li><h3>{i}. {escape(step.name)} <span>{_seconds(step.seconds)}</span></h3>"
-        f'<div class="share" style="width:{100 * step.seconds / longest:.1f}%"></div>'
-        f"<p>{escape(step.about)}</p>"
-        + "".join(f"<pre><code>{escape(c)}</code></pre>" for c in step.commands)
-        + "</li>"
-        for i, step in enumerate(steps, 1)
-    )
-    total = _seconds(sum(step.seconds for step in steps))
-    return f"""<p>These commands were run one after the other, {total} in all; the bars compare their times. With your
+    items = joined(
+        (
+            html(
+                '<li><h3>{}. {} <span>{}</span></h3><div class="share" style="width:{:.1f}%"></div><p>{}</p>{}</li>',
+                i, step.name, _seconds(step.seconds), 100 * step.seconds / longest, step.about,
+                joined(html("<pre><code>{}</code></pre>", command) for command in step.commands),
+            )
+            for i, step in enumerate(steps, 1)
+        ),
+        "\n",
+    )  # fmt: skip
+    return html(
+        """<p>These commands were run one after the other, {} in all; the bars compare their times. With your
 own images the same commands do the same work: only the paths change.</p>
-<ol class="steps">{items}</ol>"""
+<ol class="steps">{}</ol>""",
+        _seconds(sum(step.seconds for step in steps)), items,
+    )  # fmt: skip
 
 
 def leak_section(
-    provenance: Mapping[str, Any], audit: Mapping[str, Any] | None, source_audit: Mapping[str, Any] | None
-) -> str:
+    provenance: Provenance, audit: Mapping[str, Any] | None, source_audit: Mapping[str, Any] | None
+) -> Markup:
     """What the detector was trained on, and that none of REFER's val and test images is among it.
 
     Arguments:
@@ -106,10 +116,12 @@ def leak_section(
         source_audit: the same of the file which that was made from.
     """
     parts = [
-        "<p>All images of RefCOCO, RefCOCO+ and RefCOCOg lie inside COCO train2014, so a detector trained on all of "
-        "that has already seen the answers of the val and test images: its regions there are better than on images "
-        "that are really new. This is a <em>leak</em>. <code>build-split</code> takes those images and their "
-        "annotations out before training, <code>audit</code> checks it.</p>"
+        Markup(
+            "<p>All images of RefCOCO, RefCOCO+ and RefCOCOg lie inside COCO train2014, so a detector trained on all "
+            "of that has already seen the answers of the val and test images: its regions there are better than on "
+            "images that are really new. This is a <em>leak</em>. <code>build-split</code> takes those images and "
+            "their annotations out before training, <code>audit</code> checks it.</p>"
+        )
     ]
     if audit is not None:
         parts.append(_verdict(audit, source_audit))
@@ -122,46 +134,56 @@ def leak_section(
             rows.append([name, str(leak["images"]), *before, str(leak["leaked"])])
         caption = "How many images of each held-out split are in the file; splits share images, so the sum is larger"
         parts.append(table(caption, header, rows))
-    note = f" <b>{escape(provenance['note'])}</b>." if provenance.get("note") else ""
-    weights = escape(str(provenance.get("weights") or "nothing: random weights"))
     parts.append(
-        f'<p class="small hash"><b>Provenance of the detector.</b> Trained on {provenance["images"]} images with '
-        f"{provenance['annotations']} annotations of <code>{escape(provenance['source'])}</code>, started from "
-        f"{weights}.{note} SHA-256 of the source file <code>{provenance['source_sha256']}</code>, "
-        f"of the image ids <code>{provenance['image_ids_sha256']}</code>. "
-        "The same record stands in the split, the checkpoint, the feature files and the metrics.</p>"
+        html(
+            '<p class="small hash"><b>Provenance of the detector.</b> Trained on {images} images with {annotations} '
+            "annotations of <code>{source}</code>, started from {weights}.{note} SHA-256 of the source file "
+            "<code>{source_sha256}</code>, of the image ids <code>{image_ids_sha256}</code>. "
+            "The same record stands in the split, the checkpoint, the feature files and the metrics.</p>",
+            images=provenance.images,
+            annotations=provenance.annotations,
+            source=provenance.source,
+            weights=provenance.weights or "nothing: random weights",
+            note=html(" <b>{}</b>.", provenance.note) if provenance.note else "",
+            source_sha256=provenance.source_sha256,
+            image_ids_sha256=provenance.image_ids_sha256,
+        )
     )
-    return "\n".join(parts)
+    return joined(parts, "\n")
 
 
-def _verdict(audit: Mapping[str, Any], source_audit: Mapping[str, Any] | None) -> str:
-    leaked = len(audit["leaked_image_ids"])
-    held_out = audit["held_out_images"]
+def _verdict(audit: Mapping[str, Any], source_audit: Mapping[str, Any] | None) -> Markup:
+    leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
     if leaked:
-        text = f'<b class="bad">Leak: {leaked} of the {held_out} held-out images are in the training file.</b>'
+        text = html('<b class="bad">Leak: {} of the {} held-out images are in the training file.</b>', leaked, held_out)
     else:
-        text = f'<b class="good">Clean: none of the {held_out} held-out images is in the training file.</b>'
+        text = html('<b class="good">Clean: none of the {} held-out images is in the training file.</b>', held_out)
     if source_audit is not None:
         before, after = source_audit["images"], audit["images"]
         there = len(source_audit["leaked_image_ids"])
         text += f" The original file had {before} images, {there} of them held out; {after} were left to train on."
-    return f"<p>{text}</p>"
+    return html("<p>{}</p>", text)
 
 
-def detection_section(detection: Mapping[str, Any]) -> str:
+def detection_section(detection: Mapping[str, Any]) -> Markup:
     """COCO's numbers of boxes and masks."""
     kinds = (("bbox", "boxes"), ("segm", "masks"))
     rows = [[name, *(number(detection[k][ap]) for ap in AP_NAMES)] for k, name in kinds if detection.get(k)]
-    return f"""<p><b>AP</b>, average precision, sums up how many objects are found and how many of the finds are right,
+    caption = "COCO average precision on the val images; a dash: no object of that size"
+    return html(
+        """<p><b>AP</b>, average precision, sums up how many objects are found and how many of the finds are right,
 from 0 to 1. A find is right if its category is and if it overlaps the object enough: <b>IoU</b>, the area in common
 divided by the area of both together, must reach a threshold. AP50 asks for 0.5, AP75 for 0.75; AP is the mean over
 thresholds from 0.5 to 0.95. APs, APm and APl are AP of small, medium and large objects (under 32², under 96² and
 over 96² pixels).</p>
-{IOU_FIGURE}
-{table("COCO average precision on the val images; a dash: no object of that size", ["", *AP_NAMES], rows)}"""
+{figure}
+{numbers}""",
+        figure=IOU_FIGURE,
+        numbers=table(caption, ["", *AP_NAMES], rows),
+    )
 
 
-def refer_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """The numbers of each split of each dataset, and how they fall with the IoU asked for."""
     rows = []
     for part in metrics:
@@ -175,26 +197,31 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> str:
                 + [number(box["AP50"]), number(mask["AP50"] if mask else None)]
                 + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
             )
-    groups = (
+    groups = Markup(
         '<tr class="groups"><td></td><th colspan="3" scope="colgroup">how many</th>'
         '<th colspan="2" scope="colgroup">AP50</th>'
         '<th colspan="5" scope="colgroup">referent recall at IoU</th><th></th></tr>'
     )
     header = ["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"]
-    return f"""<p>A <b>ref</b> is one object that people referred to, with several <b>sentences</b> each.
+    return html(
+        """<p>A <b>ref</b> is one object that people referred to, with several <b>sentences</b> each.
 <b>Referent recall</b> is the share of refs with at least one region over the object with the IoU asked for. It is the
 ceiling of every model that picks one of these regions: what has no region cannot be picked.</p>
-{table("The regions on the images of each split, measured", header, rows, groups)}
+{numbers}
 <h3>Recall when more overlap is asked for</h3>
 <p class="soft small">Left: rough boxes count. Right: only nearly perfect ones do. Where the lines fall, boxes are found
 but not tight.</p>
-{_recall_charts(metrics)}
+{by_iou}
 <h3>Recall when only the best regions are kept</h3>
 <p class="soft small">How many regions of an image a model must look at: those of the highest scores, at IoU 0.5.</p>
-{_kept_charts(metrics)}"""
+{by_regions}""",
+        numbers=table("The regions on the images of each split, measured", header, rows, groups),
+        by_iou=_recall_charts(metrics),
+        by_regions=_kept_charts(metrics),
+    )
 
 
-def listener_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+def listener_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """How often a model finds what a sentence refers to. ``metrics``: those with answers of one."""
     rows = []
     for part in metrics:
@@ -207,14 +234,17 @@ def listener_section(metrics: Sequence[Mapping[str, Any]]) -> str:
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
     header = ["split", "sentences", "guessing", "accuracy", "recall of refs", "overall IoU of masks"]
-    return f"""<p>A <b>listener</b> reads a sentence and picks one of the regions of the image. It sees no image: it
+    return html(
+        """<p>A <b>listener</b> reads a sentence and picks one of the regions of the image. It sees no image: it
 is a small model of words and of what the feature file holds, and it learned from sentences about the train images. An
 answer is right if its region has IoU 0.5 or more with the object; <b>guessing</b> is what picking a region at random
 would reach. If the features told nothing of the objects, the two would be alike.</p>
-{table("The answers to the sentences of each split", header, rows)}"""
+{answers}""",
+        answers=table("The answers to the sentences of each split", header, rows),
+    )
 
 
-def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     """Recall against the number of regions kept, a chart a dataset."""
     charts = []
     for part in metrics:
@@ -222,13 +252,11 @@ def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
         title = f"{part['dataset']} {part['split_by']}"
         told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
         svg = line_chart(f"Referent recall of {title} by regions kept", told, series, axes, dots=True)
-        charts.append(
-            f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{legend(series)}{svg}</figure>'
-        )
-    return f'<div class="panels">{"".join(charts)}</div>'
+        charts.append(_panel(title, legend(series), svg))
+    return html('<div class="panels">{}</div>', joined(charts))
 
 
-def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     names = list(dict.fromkeys(split for part in metrics for split in split_names(part)))
     style = {name: 1 + i % 5 for i, name in enumerate(names)}
     x_ticks = [float(t) for t in THRESHOLDS]
@@ -243,13 +271,16 @@ def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
         title = f"{part['dataset']} {part['split_by']}"
         told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
         svg = line_chart(f"Referent recall of {title} by IoU", told, series, axes, dots=True)
-        charts.append(
-            f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{legend(series)}{svg}</figure>'
-        )
-    return f'<div class="panels">{"".join(charts)}</div>'
+        charts.append(_panel(title, legend(series), svg))
+    return html('<div class="panels">{}</div>', joined(charts))
 
 
-def loss_section(log: Sequence[Mapping[str, float]]) -> str:
+def _panel(title: str, names: Markup, chart: Markup) -> Markup:
+    figure = '<figure class="chart"><figcaption><b>{}</b></figcaption>{}{}</figure>'
+    return html(figure, title, names, chart)
+
+
+def loss_section(log: Sequence[Mapping[str, float]]) -> Markup:
     """The loss curve. ``log``: the lines of metrics.jsonl."""
     series = [
         Series(name, [(line["step"], line[key]) for line in log if key in line], style)
@@ -259,10 +290,15 @@ def loss_section(log: Sequence[Mapping[str, float]]) -> str:
     axes = Axes("training step", "loss (logarithmic)", log_y=True)
     first, last = log[0], log[-1]
     told = f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
-    return f"""<p>The <b>loss</b> says how wrong the network is on the images it trains on; training lowers it step by
+    return html(
+        """<p>The <b>loss</b> says how wrong the network is on the images it trains on; training lowers it step by
 step. The total is the sum of five terms, one for each question the network learns to answer. {told}
 On this scale equal distances are equal ratios, so that small terms can be seen beside large ones.</p>
-<figure class="chart">{line_chart("Training loss by step", told, series, axes)}{legend(series)}</figure>"""
+<figure class="chart">{chart}{names}</figure>""",
+        told=told,
+        chart=line_chart("Training loss by step", told, series, axes),
+        names=legend(series),
+    )
 
 
 def _seconds(seconds: float) -> str:

@@ -1,0 +1,85 @@
+"""Values of JSON files that a report shows: seen to be what they should be before anything is made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.short_text import cut, shown
+
+
+def field(tree: Any, key: str, where: str) -> Any:
+    """The value of a key. InputError if `tree`, which `where` names, has none or is no object."""
+    if not isinstance(tree, Mapping) or key not in tree:
+        raise InputError(f"{where}: {cut(key)!r} is missing")
+    return tree[key]
+
+
+def text(tree: Any, key: str, where: str) -> str:
+    """A text; InputError if it is something else."""
+    value = field(tree, key, where)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {cut(key)!r} is no text but {shown(value)}")
+    return value
+
+
+def count(tree: Any, key: str, where: str) -> int:
+    """A whole number, 0 or more; InputError if it is something else."""
+    value = field(tree, key, where)
+    if type(value) is not int or value < 0:
+        raise InputError(f"{where}: {cut(key)!r} is no count but {shown(value)}")
+    return value
+
+
+def rate(tree: Any, key: str, where: str) -> float | None:
+    """A finite number, or None where there is nothing to rate; InputError if it is something else."""
+    value = field(tree, key, where)
+    if value is not None and not is_number(value):
+        raise InputError(f"{where}: {cut(key)!r} is no number but {shown(value)}")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_metrics(metrics: Any, where: str) -> None:
+    """Check all of an evaluate-on-refer's metrics that a report shows.
+
+    Raises:
+        InputError: a field is missing or of the wrong type; `where` and its name are in the message.
+    """
+    text(metrics, "dataset", where)
+    text(metrics, "split_by", where)
+    splits = field(metrics, "splits", where)
+    if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
+        raise InputError(f"{where}: 'splits' is no object with a split, but {shown(splits)}")
+    for name, values in splits.items():
+        _check_split(values, f"{where}, split {cut(name)}")
+    ticks = [list(values["recall_by_regions"]) for values in splits.values()]
+    if any(one != ticks[0] for one in ticks):
+        raise InputError(f"{where}: 'recall_by_regions' has other numbers of regions in each split")
+
+
+def _check_split(values: Any, where: str) -> None:
+    for key in ("images", "refs", "sentences"):
+        count(values, key, where)
+    detection = field(values, "detection", where)
+    rate(field(detection, "bbox", where), "AP50", where)
+    if field(detection, "segm", where) is not None:
+        rate(detection["segm"], "AP50", where)
+    recall = field(values, "referent_recall", where)
+    for key in ("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"):
+        if rate(recall, key, where) is None:
+            raise InputError(f"{where}: {key!r} of referent_recall is no number")
+    kept = field(values, "recall_by_regions", where)
+    if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
+        raise InputError(f"{where}: 'recall_by_regions' is no object of numbers, but {shown(kept)}")
+    if "comprehension" in values:
+        for key in ("guessing@0.5", "accuracy@0.5"):
+            rate(values["comprehension"], key, where)
+        if field(values, "segmentation", where) is not None:
+            rate(values["segmentation"], "overall_iou", where)

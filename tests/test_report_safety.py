@@ -1,0 +1,238 @@
+"""Text of strangers in a report: whatever field it stands in, it is shown or refused, and never becomes a tag."""
+
+import ast
+import copy
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from markupsafe import Markup
+
+from refdet import report
+from refdet.errors import InputError
+from refdet.regions import Regions
+from refdet.report import Inputs, ReferPart, Step
+from refdet.report import page as page_module
+from refdet.report.charts import Axes, Series, legend, line_chart, standalone
+from refdet.report.fields import check_metrics
+from refdet.report.markup import html, joined
+from refdet.report.pictures import picture
+from refdet.report.scenes import Referred, Scene
+from refdet.report.sections import table, tiles
+
+HOSTILE = (
+    "<img src=x onerror=\"document.title='PWNED'\"><script>document.title=1</script>",
+    "</title><script>1</script>", "</style></svg></desc><script>1</script>", '" onmouseover="alert(1)" x="',
+    "' onload='alert(1)", "<!--", "]]><script>1</script>", "<svg/onload=1>", "javascript:alert(1)", "${body} $title",
+    "{0.__class__} {name!r} {", "&lt;script&gt;", "&#60;script&#62;", "\x00<script\x00>", "＜script＞", "<scr\nipt>",
+    "<a href=javascript:1>x</a>", "<meta http-equiv=refresh content=0>", "<base href=//x>", "\u2028<script>1</script>",
+)  # fmt: skip
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "section", "nav", "footer", "h1", "h2", "h3"),
+    *("p", "a", "b", "i", "q", "em", "div", "span", "code", "pre", "ul", "ol", "li", "figure", "figcaption", "img"),
+    *("table", "thead", "tbody", "tr", "th", "td"),
+    *("svg", "desc", "g", "rect", "text", "line", "polyline", "circle"),
+}
+
+
+class Tags(HTMLParser):
+    """All tags with the names of their attributes, the attributes' values, and the words between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.values: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.comments: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+        self.values += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    handle_decl = unknown_decl = handle_pi = handle_comment
+
+
+def harmless(text: str) -> Tags:
+    found = Tags(text)
+    assert {tag for tag, _ in found.tags} <= TAGS
+    assert not [name for _, names in found.tags for name in names if name.startswith("on")]
+    for name, value in found.values:
+        if name in ("href", "src"):
+            assert value.startswith(("#", "data:image/jpeg;base64,")), value
+    return found
+
+
+def same_tags(make: Callable[[str], str], hostile: str) -> None:
+    """What is made of a hostile text has the tags, and the attributes, of what is made of a plain one."""
+    assert harmless(make(hostile)).tags == harmless(make("plain")).tags
+
+
+PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 5, "annotations": 9,
+              "image_ids_sha256": "1" * 64, "excluded": {}, "weights": "w", "note": "n"}  # fmt: skip
+META = {"recipe": {"name": "demo"}, "step": 3, "provenance": PROVENANCE}
+RATES = {"AP": 0.5, "AP50": 0.8, "AP75": 0.6, "APs": 0.4, "APm": 0.6, "APl": None}
+SPLIT: dict[str, Any] = {
+    "images": 2, "refs": 3, "sentences": 4, "detection": {"bbox": RATES, "segm": RATES},
+    "referent_recall": {"0.5": 0.9, "0.6": 0.8, "0.7": 0.7, "0.8": 0.5, "0.9": 0.2, "mean_best_iou": 0.7},
+    "recall_by_regions": {"1": 0.2, "all": 0.9}, "comprehension": {"guessing@0.5": 0.1, "accuracy@0.5": 0.6},
+    "segmentation": {"overall_iou": 0.5},
+}  # fmt: skip
+METRICS: dict[str, Any] = {"dataset": "refcoco", "split_by": "unc", "splits": {"val": SPLIT}}
+LOG = {"step": 1, "loss": 2.5, "score": 1.0, "box": 0.5, "mask": 0.5, "rpn_score": 0.3, "rpn_box": 0.2}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Makes the page of a run, a log and metrics; pictures, whose files are others', are tested on their own."""
+    monkeypatch.setattr(page_module, "_pictures", lambda inputs: Markup())
+
+    def make(meta: Any = META, log: Any = LOG, metrics: Any = METRICS, detection: Any = None, **more: Any) -> str:
+        (tmp_path / "model.json").write_text(json.dumps(meta))
+        (tmp_path / "metrics.jsonl").write_text((log if isinstance(log, str) else json.dumps(log)) + "\n")
+        given = {"title": "a title", "steps": ()} | more
+        parts = [ReferPart(tmp_path / "x.h5", metrics)]
+        inputs = Inputs(tmp_path, tmp_path, tmp_path, parts, detection or {"bbox": RATES}, steps=given["steps"])
+        (tmp_path / "r.html").unlink(missing_ok=True)
+        report.write(tmp_path / "r.html", inputs, given["title"])
+        return (tmp_path / "r.html").read_text(encoding="utf-8")
+
+    return make
+
+
+def changed(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+    tree = copy.deepcopy(tree)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return tree
+
+
+def paths(tree: Any, start: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(tree, dict):
+        return [start]
+    return [start, *(path for key, value in tree.items() for path in paths(value, (*start, key)))][bool(not start) :]
+
+
+FIELDS = [(what, path) for what, tree in (("meta", META), ("log", LOG), ("metrics", METRICS),
+                                          ("detection", {"bbox": RATES})) for path in paths(tree)]  # fmt: skip
+TREES = {"meta": META, "log": LOG, "metrics": METRICS, "detection": {"bbox": RATES}}
+
+
+@pytest.mark.parametrize(("what", "path"), FIELDS, ids=[f"{w}-{'.'.join(p)}" for w, p in FIELDS])
+def test_each_field_is_escaped_or_refused(made: Callable[..., str], what: str, path: tuple[str, ...]) -> None:
+    for hostile in HOSTILE[:8]:
+        try:
+            text = made(**{what: changed(TREES[what], path, hostile)})
+        except InputError as error:
+            assert len(str(error)) < 600 and "\n" not in str(error)
+            continue
+        assert harmless(text).tags == harmless(made()).tags
+        assert "<script" not in text
+
+
+def test_numbers_and_hashes_are_seen_to_be_such(made: Callable[..., str]) -> None:
+    for path in (("step",), ("provenance", "images"), ("provenance", "image_ids_sha256"),
+                 ("provenance", "source_sha256"), ("provenance", "annotations")):  # fmt: skip
+        for value in ("x3", [], None, 1.5, True, -1, "g" * 64):
+            with pytest.raises(InputError, match="model.json"):
+                made(meta=changed(META, path, value))
+    for path in (("splits", "val", "images"), ("splits", "val", "referent_recall", "0.5")):
+        for bad in ("3", [], None, True):
+            with pytest.raises(InputError, match="metrics of evaluate-on-refer, split val"):
+                made(metrics=changed(METRICS, path, bad))
+    for text in ('{"step": "1", "loss": 2}', '{"step": 1}', "[]", '{"step": NaN, "loss": 1}', "{", '{"step": 1e999}',
+                 '{"step": 1, "loss": 2, "loss": 3}', "[" * 99_999, '{"step": 1, "loss": null}'):  # fmt: skip
+        with pytest.raises(InputError, match="line 1"):
+            made(log=text)
+
+
+def test_names_of_splits_and_ticks_are_escaped(made: Callable[..., str]) -> None:
+    for hostile in HOSTILE:
+
+        def page(name: str) -> str:
+            kept = {f"{name}{key}": value for key, value in SPLIT["recall_by_regions"].items()}
+            split = {**SPLIT, "recall_by_regions": kept}
+            steps = (Step(name, name, (name,), 1.0),)
+            return made(metrics={"dataset": name, "split_by": name, "splits": {name: split}}, title=name, steps=steps)
+
+        same_tags(page, hostile)
+
+
+def test_the_policy_stands_before_everything_that_it_rules(made: Callable[..., str]) -> None:
+    text = made()
+    policy = text.index('http-equiv="Content-Security-Policy"')
+    assert policy < text.index("<style") and policy < text.index("<title")
+    rules = text[policy : text.index(">", policy)]
+    assert "default-src 'none'" in rules and "script" not in rules and "img-src data:;" in rules
+
+
+def scene(text: str, found: bool) -> Scene:
+    boxes = np.array([[2, 2, 20, 20], [30, 5, 60, 40]], np.float32)
+    of = Regions(7, text, 48, 64, boxes, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
+    one = Referred(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
+    other = Referred(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
+    return Scene(text, of, (one, other), {1: text, 2: text})
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_pictures_charts_and_tables_are_escaped(hostile: str) -> None:
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    for found in (True, False):
+        same_tags(lambda text, found=found: picture(scene(text, found), pixels), hostile)  # type: ignore[misc]
+
+    def chart(text: str) -> str:
+        series = [Series(text, [(0, 0.2), (1, 0.5)], 1)]
+        axes = Axes(text, text, x_ticks=range(2), x_names=[text, text], y_range=(0, 1))
+        svg = line_chart(text, text, series, axes, dots=True)
+        return svg + legend(series) + Markup(standalone(svg, text, series, axes))
+
+    same_tags(chart, hostile)
+    same_tags(lambda text: table(text, [text, text], [[text, text]]) + tiles([(text, text)]), hostile)
+
+
+def test_text_is_escaped_by_default() -> None:
+    assert html("<b>{}</b>{x}", "<i>", x='"') == "<b>&lt;i&gt;</b>&#34;"
+    assert html("{}", html("<b>{}</b>", "<")) == "<b>&lt;</b>"
+    assert joined([html("<b></b>"), "<i>"], "\n") == "<b></b>\n&lt;i&gt;"  # type: ignore[list-item]
+
+
+def test_no_template_is_made_of_data() -> None:
+    """`html` and `Markup` take literals alone: a template put together from values would not be escaped."""
+    for file in Path(page_module.__file__).parent.glob("*.py"):
+        if file.name == "markup.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("html", "Markup"):
+                first = node.args[0] if node.args else ast.Constant("")
+                literal = isinstance(first, ast.Constant) or ast.unparse(first) in ("point", "figure")
+                assert literal, f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_metrics_without_a_field_are_named() -> None:
+    check_metrics(METRICS, "m.json")
+    for path in paths(METRICS):
+        broken = copy.deepcopy(METRICS)
+        place = broken
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+        if path[-1] in ("APs", "APm", "APl", "AP", "AP75", "comprehension"):
+            check_metrics(broken, "m.json")
+            continue
+        if path[-2:] in (("recall_by_regions", "1"), ("recall_by_regions", "all")):
+            continue
+        with pytest.raises(InputError, match="m.json"):
+            check_metrics(broken, "m.json")
