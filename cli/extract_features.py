@@ -92,15 +92,31 @@ def command(
     """Boxes, masks and features of the images of REFER splits (or of an instances file), as HDF5."""
     from dataclasses import asdict
 
+    check_not_empty("--split", splits)
+    check_not_empty("--features", [features])
+    at_once = _batch_size(batch_size)
+    of_refer = refer_root is not None and dataset and split_by and instances is None
+    if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
+        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
+    if boxes is not None and regions != "detections":
+        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
+    if boxes is None and box_format != "xywh":
+        raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
+    check_new_file("--out", out, may_exist=resume)
+    check_run_directory("--checkpoint", checkpoint)
+    check_images("--images", images)
+    if boxes is not None and kind_of(boxes) is not FileKind.STORE:
+        check_json("--boxes", boxes, "COCO results JSON or a store")
+    if instances is not None:
+        check_json("--instances", instances, "an instances JSON")
+    if refer_root is not None:
+        check_refer_root(refer_root, dataset or "")
+
     from refdet.checkpoint import load_meta
     from refdet.detector.feature_names import check_features
     from refdet.extract import ExtractOptions, ImageList, extract_features
 
-    check_not_empty("--split", splits)
-    check_not_empty("--features", [features])
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
-    if boxes is None and box_format != "xywh":
-        raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
     options = ExtractOptions(
         "boxes" if boxes is not None else regions,
         names,
@@ -114,22 +130,6 @@ def command(
         compression,
         exif,
     )
-    at_once = _batch_size(batch_size)
-    of_refer = refer_root is not None and dataset and split_by and instances is None
-    if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
-        raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
-    if boxes is not None and regions != "detections":
-        raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
-    check_new_file("--out", out, may_exist=resume)
-    check_run_directory("--checkpoint", checkpoint)
-    check_images("--images", images)
-    if boxes is not None and kind_of(boxes) is not FileKind.STORE:
-        check_json("--boxes", boxes, "COCO results JSON or a store")
-    if instances is not None:
-        check_json("--instances", instances, "an instances JSON")
-    if refer_root is not None:
-        check_refer_root(refer_root, dataset or "")
-
     meta = load_meta(checkpoint)
     check_features(names, meta.recipe)
     if instances is not None:

@@ -18,7 +18,8 @@ from refdet.cli.main import main
 
 from refdet.evaluate.refer import evaluate_on_refer
 from refdet.evaluate.tables import COLUMNS, frame, tables, write
-from refdet.file_text import spreadsheet_cell, xml_text
+from refdet.file_text import spreadsheet_cell
+from refdet.report.markup import html
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_any_text_is_a_cell_and_xml(text: str) -> None:
     cell = spreadsheet_cell(text)
     assert not cell.lstrip().startswith(tuple(FORMULA)) and "\r" not in cell and "\n" not in cell
     assert len(cell) <= len(text) + 1 and spreadsheet_cell(cell) == cell
-    root = ElementTree.fromstring(f'<a b="{xml_text(text)}">{xml_text(text)}</a>')
+    root = ElementTree.fromstring(html('<a b="{}">{}</a>', text, text))
     known = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
                     else c for c in text)  # fmt: skip
     assert (root.text or "") == known.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0

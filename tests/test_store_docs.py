@@ -22,7 +22,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pixels = np.asfortranarray(random.random((6, 9, 7)) < 0.5, np.uint8)
     masks = tuple(coco_mask.encode(np.asfortranarray(mask))["counts"] for mask in pixels)
     head = random.random((2, 3, 4)).astype(np.float32)
-    ids = (100667, 5, 9)
+    ids = (7, 5, 9)
     rows = [store.ImageRow(i, f"{i}.jpg", 9, 7, "", 6, sum(map(len, masks)), (2, 3, 4)) for i in ids]
     header = store.Header([{"id": 1, "name": "person"}], "{}", {"excluded": {}}, {})
     with store.create(tmp_path / "features.h5", header, columns, rows) as writer:

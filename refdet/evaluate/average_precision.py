@@ -1,6 +1,7 @@
 """COCO's box and mask AP, as pycocotools computes it. No torch.
 
-faster-coco-eval, the extra ``refdet[fast]``, gives the same numbers sooner and is used where it is installed.
+faster-coco-eval, the extra ``fast`` (``pip install ".[fast]"``), gives the same numbers sooner and is used where it is
+installed.
 """
 
 from __future__ import annotations
