@@ -1,7 +1,7 @@
 """Generated expressions against people's: BLEU, ROUGE-L, CIDEr and METEOR, as pycocoevalcap computes them.
 
 That is COCO's caption evaluation, which lichengunc/refer uses for expressions too. It is an extra that is installed
-with ``pip install "refdet[language]"``; its tokenizer and METEOR are programs in Java, which it finds on the PATH.
+with ``pip install pycocoevalcap``; its tokenizer and METEOR are programs in Java, which it finds on the PATH.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from refdet.errors import InputError, WorkError
 from refdet.evaluate.entries import entries_by_id
 
-INSTALL = 'pycocoevalcap, which computes it, is not installed: pip install "refdet[language]"'
+INSTALL = 'pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap'
 # What PTBTokenizer of pycocoevalcap leaves out, of one token or stuck to a word.
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
