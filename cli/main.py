@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import logging
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from typing import Any, NoReturn
 
-import click
-from click.exceptions import NoArgsIsHelpError
+try:
+    import difflib
+    import importlib
+    import logging
+    import traceback
+    from collections.abc import Sequence
+    from typing import Any, NoReturn
 
-from refdet.errors import RefdetError, is_disk_full
+    import click
+    from click.exceptions import NoArgsIsHelpError
 
-from .common import NoteHandler, OutputLost, echo_line, note
+    from refdet.errors import RefdetError, is_disk_full
+    from refdet.interrupt import ending_imports
+
+    from .common import NoteHandler, OutputLost, echo_line, note
+except KeyboardInterrupt:  # before anything is there that could handle it
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
 
 # In the order of the work; `--help` shows them so. Each is the `command` of the module of its name.
 COMMANDS = (
@@ -64,10 +70,13 @@ class LazyGroup(click.Group):
         _open_closed_streams()
         _show_notes()
         try:
-            code = super().main(args, standalone_mode=False, **options)
+            with ending_imports():
+                code = super().main(args, standalone_mode=False, **options)
             _flush()
         except OutputLost:
             _leave_without_output()
+        except KeyboardInterrupt:  # click turns those of a command into Abort; this one came before or after it
+            fail(click.Abort(), debug)
         except SystemExit:
             if "PacifyFlush" in type(sys.stdout).__name__:  # click, of a help text that nobody reads to its end
                 _leave_without_output()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import WorkError, is_disk_full
+
+# Of a temporary name, so that what is cleaned up later is certainly ours.
+MARK = "refdet-tmp"
 
 
 @contextmanager
@@ -21,7 +25,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The temporary file lies in the folder of ``path`` (made if it is not there), since only within one file
     system is renaming atomic, and keeps its suffix, since some writers choose their format by it. It is
     flushed to the disk before it takes the place of ``path``: after a power cut the file has its old contents
-    or its new ones. On any exception it is removed and ``path`` stays as it was.
+    or its new ones. On any exception it is removed and ``path`` stays as it was; a process that is killed leaves
+    it, for `left_behind` to find.
 
     Yields:
         the temporary path; the block must write a file there.
@@ -31,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
     try:
         yield temporary
         flush(temporary)
@@ -45,6 +50,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and named is not None and Path(named) == temporary:
             error.filename = str(path)
         raise
+
+
+def left_behind(path: Path) -> list[Path]:
+    """The temporary files of `atomic_path` for ``path`` that are there: of a process that was killed, or at work.
+
+    Nobody else's: `MARK` is in their names.
+    """
+    ours = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.{MARK}{re.escape(path.suffix)}")
+    try:
+        return sorted(other for other in path.parent.iterdir() if ours.fullmatch(other.name))
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.atomic import flush, full_disk, write_json
+from refdet.atomic import MARK, flush, full_disk, write_json
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
+from refdet.lock import alone
 from refdet.shard_plan import Plan, Shard, cut_into_shards
-from refdet.shards import Parts, _alone
+from refdet.shards import Parts
 from refdet.store import Header, ImageRow, Store
 from refdet.store_schema import check_starts
 
@@ -110,12 +111,12 @@ def repair(
         shards = cut_into_shards(affected, shard_images)
         with full_disk(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with _alone(folder):
+            with alone(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
                 if _begun(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, but=("lock",))
                     write_json(folder / _OF, work)
-                for path in (folder / out.name, *folder.glob(".*")):  # when a process was killed
+                for path in (folder / out.name, *_half_written(folder)):  # when a process was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
@@ -150,12 +151,17 @@ def _begun(folder: Path) -> Any:
 
 def _remove(folder: Path, out: Path, but: Sequence[str] = ()) -> None:
     """Remove what a repair writes, the file last that says so, then the folder if nothing else is in it."""
-    ours = [*folder.glob("[0-9]*.shard"), *folder.glob(".*"), folder / "sessions.jsonl", folder / out.name]
+    ours = [*folder.glob("[0-9]*.shard"), *_half_written(folder), folder / "sessions.jsonl", folder / out.name]
     for path in (*ours, folder / "lock", folder / _OF):
         if path.name not in but:
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _half_written(folder: Path) -> list[Path]:
+    """The temporary files of a process that was killed."""
+    return list(folder.glob(f".*.{MARK}.*"))
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import signal
 import threading
 import time
 from collections import deque
@@ -25,7 +24,9 @@ from tqdm import tqdm
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted, WorkError
+from refdet.interrupt import as_keyboard_interrupt
+from refdet.progress import progress_bar
 from refdet.regions import Regions
 from refdet.repair import none_usable, readable, repair
 from refdet.shard_plan import Plan, cut_into_shards
@@ -114,8 +115,8 @@ def extract(
     Raises:
         InputError: see `refdet.shards.begin`.
         WorkError: no image at all could be used, the disk is full, images cannot be read for a reason that is not
-            theirs, a number is not finite, the work was interrupted, or it is strict and an image cannot be used;
-            finished shards are kept.
+            theirs, a number is not finite, or it is strict and an image cannot be used; finished shards are kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
     session: Session | None = None
@@ -182,7 +183,7 @@ def _compute_shards(
     kept = f"what is finished is kept in {parts.folder}"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
-        tqdm(total=sum(map(len, batches)), unit="image", disable=not batches) as bar,
+        progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
         _Background(parts, numbers, session, bar) as background,
     ):
         for batch in batches:
@@ -330,18 +331,10 @@ def load_ahead(
 
 @contextmanager
 def _stoppable(parts: Parts, total: int) -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into a WorkError that says what is kept and how to go on."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, stop) if main else None
+    """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted that says what is kept and how to go on."""
     try:
-        yield
+        with as_keyboard_interrupt():
+            yield
     except KeyboardInterrupt:
         kept = f"{parts.done} of {total} images are finished and kept in {parts.folder}"
-        raise WorkError(f"stopped; {kept}; add --resume to continue") from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
+        raise Interrupted(f"stopped; {kept}; add --resume to continue") from None

@@ -7,23 +7,22 @@ depend on who stopped the work, when, and how often. A shard that is damaged is 
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from refdet import store
-from refdet.atomic import atomic_path, flush, full_disk, write_json
+from refdet.atomic import MARK, atomic_path, flush, full_disk, left_behind, write_json
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
+from refdet.lock import alone
 from refdet.regions import Regions
 from refdet.shard_arrays import Place, ShardError, ShardWriter, read, read_at
 from refdet.shard_plan import Plan, Shard, header_differences
@@ -35,6 +34,9 @@ log = logging.getLogger(__name__)
 _LOCK = "lock"
 _PLAN = "plan.json"
 _MERGED = "merged.json"  # which file the shards became
+# The names that an extraction gives in its folder; before they had MARK, temporary files had eight hex digits alone.
+_OURS = re.compile(rf"{_LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
+                   rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)")  # fmt: skip
 
 _Image = tuple[ImageRow, Callable[[], Regions]]  # an image's row in the store, and what reads its regions
 
@@ -245,7 +247,7 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
             differences = plan.differences(finished.options) or header_differences(header, said)
         if differences:
             raise InputError(f"{out} is complete but made otherwise: {differences}; choose another --out")
-        shutil.rmtree(folder, ignore_errors=True)  # stopped while it was removed
+        _remove_ours(folder)  # stopped while it was removed
         yield None
         return
     if begun is not None:
@@ -255,17 +257,23 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
         if differences:
             raise InputError(f"{folder} was begun otherwise: {differences}; use the same options and checkpoint, or "
                              "remove it")  # fmt: skip
+    elif strange := _strange(folder):
+        raise InputError(
+            f"{folder}: holds {strange[0].name}, which is of no extraction; choose another --out or move it"
+        )
+    elif resume:
+        log.warning("note: --resume: nothing is begun in %s: starting from the beginning", folder)
     with full_disk(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone(folder, _LOCK, "let it end or choose another --out"):
             now = _begun(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process was writing it just now; run it again")
             _refuse_another(out)
-            half_written = [*folder.glob(".*"), *out.parent.glob(f".{glob.escape(out.stem)}.????????{out.suffix}")]
+            half_written = [*(path for path in folder.glob(".*") if _OURS.fullmatch(path.name)), *left_behind(out)]
             if not out.exists():  # nor may a later file be taken for what was merged
                 half_written += folder.glob(_MERGED)
-            for path in half_written:  # when a process was killed; names as `atomic_path` makes them
+            for path in half_written:  # when a process was killed
                 path.unlink()
             if begun is None:
                 write_json(folder / _PLAN, plan.work(shards, header))
@@ -312,21 +320,22 @@ def _remove(folder: Path) -> None:
     # The plan first: without it the rest is nothing that could be continued.
     (folder / _PLAN).unlink()
     flush(folder)
+    _remove_ours(folder)
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove what extractions write there, and the folder if nothing else is in it."""
     # NFS keeps a file that is open, as the lock is, so the folder with it; the store is there all the same.
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def _strange(folder: Path) -> list[Path]:
+    """What is in a folder of shards and was not written by an extraction."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing it; let it end or choose another --out") from None
-        except OSError as error:
-            log.warning("note: %s: the file system has no locks (%s): see that no other process writes it",
-                        folder, error.strerror)  # fmt: skip
-        yield
-    finally:
-        os.close(handle)
+        return sorted(path for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+    except FileNotFoundError:
+        return []

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refdet.errors import InputError
+from refdet.progress import progress
 from refdet.store import DAMAGE, Store
 from refdet.store import open as open_store
 from refdet.store_schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
@@ -84,7 +84,7 @@ def verify(path: Path) -> Verification:
         checksums = _checksums(store, found)
         categories = np.array([one["id"] for one in store.classes], np.int64)
         rates = "boxes_sha256" not in store.options  # boxes that were given have the scores of whatever found them
-        for i in tqdm(range(len(store)), unit="image", leave=False, disable=None):
+        for i in progress(range(len(store)), "verify", "image", leave=False):
             _check_image(store, i, checksums, categories, rates, found)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from store_examples import HEADER, PLAN, contents
 
 from refdet import atomic, shards, store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted
 from refdet.shard_work import Finish, Summary, extract
 
 RECIPE = {"model": {"width": 64}, "input": {"short_sides": [600], "long_side": 1000}}
@@ -55,7 +56,7 @@ def test_another_model_beside_the_same_weights_is_refused(
     if finished:
         run(out)
     else:
-        with pytest.raises(WorkError):
+        with pytest.raises(Interrupted):
             run(out, stop_at=2)
     with pytest.raises(InputError, match=says):
         run(out, header=header, resume=True)
@@ -71,7 +72,7 @@ def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
 
 def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path) -> None:
     out, plan = tmp_path / "a.h5", tmp_path / "a.h5.parts" / "plan.json"
-    with pytest.raises(WorkError):
+    with pytest.raises(Interrupted):
         run(out, stop_at=2)
     older = json.loads(plan.read_text())
     del older["header"]
@@ -81,7 +82,7 @@ def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path
 
 
 def interrupted_before_the_merge(out: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError, match="10 of 10"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="10 of 10"):
         patch.setattr(shards.Parts, "merge", _interrupt)
         run(out)
 
@@ -115,7 +116,7 @@ def test_a_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) 
 
 def test_a_file_put_in_the_place_of_a_store_that_was_merged_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(shards, "_remove", _interrupt)
         run(out)
     other = tmp_path / "other"
@@ -132,7 +133,7 @@ def test_a_file_system_without_locks_is_told_once(
     def fails(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(shards.fcntl, "flock", fails)
+    monkeypatch.setattr(fcntl, "flock", fails)
     run(tmp_path / "a.h5")
     assert caplog.text.count("has no locks (No locks available): see that no other process") == 1
 
@@ -164,7 +165,7 @@ def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_remove", _interrupt)
-        with pytest.raises(WorkError, match="stopped"):
+        with pytest.raises(Interrupted, match="stopped"):
             run(out)
     replace = os.replace
 
@@ -176,7 +177,7 @@ def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(atomic.os, "replace", stopped)
-            with pytest.raises(WorkError, match="stopped"):
+            with pytest.raises(Interrupted, match="stopped"):
                 run(out, resume=True)
     run(out, resume=True)
     with store.open(out) as file:

@@ -22,7 +22,7 @@ from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet import hdf5_space, shard_work, store
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted, WorkError
 from refdet.regions import Regions
 from refdet.shard_plan import cut_into_shards
 from refdet.shard_work import STAGES, Finish, Summary, extract
@@ -55,7 +55,7 @@ def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "a.h5"
-    with pytest.raises(WorkError, match="0 of 10 .*--resume"):
+    with pytest.raises(Interrupted, match="0 of 10 .*--resume"):
         run(out, compute=stops)
     with pytest.raises(InputError, match="begun otherwise: --batch-size was 4 and is now 8; use the same"):
         run(out, plan=replace(PLAN, batch_size=8), resume=True)
@@ -79,7 +79,7 @@ def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog:
         return lambda: [make_regions(r.id, 1, seed=1) for r in batch]
 
     other, out = replace(PLAN, options={"score_threshold": 0.9}), tmp_path / "a.h5"
-    with pytest.raises(WorkError):
+    with pytest.raises(Interrupted):
         run(out, compute=stops, plan=other)
     (tmp_path / "a.h5.parts" / "plan.json").unlink()
     assert run(out).computed == 10
@@ -113,7 +113,7 @@ def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
         return load(record)
 
     out = tmp_path / "a.h5"
-    with pytest.raises(WorkError, match="5 of 10"):
+    with pytest.raises(Interrupted, match="5 of 10"):
         run(out, load=other_broken, compute=stops)
     with pytest.raises(WorkError, match="--strict: broken"):
         run(out, load=other_broken, strict=True, resume=True)
@@ -211,7 +211,7 @@ def test_the_background_is_at_most_three_batches_behind(tmp_path: Path) -> None:
     assert 1 < most <= 4  # with the one that is being computed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.Signals) -> None:
     """Of four batches the third is cut short; the two that were handed over are finished first."""
     code = (

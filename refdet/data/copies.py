@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
 from refdet.data.held_out import held_out
@@ -21,6 +20,7 @@ from refdet.data.images import ImageSource, why_unreadable
 from refdet.data.list_reading import read_image_list
 from refdet.data.perceptual_hash import SIDE, matches, thumbnails
 from refdet.errors import InputError, WorkError
+from refdet.progress import progress
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
             return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(tqdm(pool.map(make, wanted), total=len(wanted), desc=what, unit="image", disable=None))
+        made = list(progress(pool.map(make, wanted), what, "image", total=len(wanted)))
     found = _Compared([], [], np.empty((0, SIDE, SIDE), np.uint8), [], [])
     pixels: list[np.ndarray] = []
     for (label, record), result in zip(wanted, made, strict=True):

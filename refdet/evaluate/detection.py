@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refdet.checkpoint import load_meta
 from refdet.data.coco import CocoIndex, ImageRecord
@@ -18,6 +17,7 @@ from refdet.data.image_orientation import OrientationNote
 from refdet.data.images import ImageSource
 from refdet.errors import InputError, WorkError
 from refdet.evaluate.average_precision import coco_ap, coco_results, why_undefined
+from refdet.progress import progress_bar
 from refdet.regions import Regions
 from refdet.shard_work import Finish, begin_batch, load_ahead
 
@@ -84,7 +84,7 @@ def evaluate(
     results: list[dict[str, Any]] = []
     with (
         OrientationNote(source),
-        tqdm(total=len(records), desc="evaluate", unit="image", dynamic_ncols=True) as bar,
+        progress_bar(len(records), "evaluate", "image") as bar,
     ):
         for regions in detected_regions(detector, source, records, DetectOptions(features=()), batch_size, workers):
             results += coco_results([regions])

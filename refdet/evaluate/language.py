@@ -18,7 +18,7 @@ from typing import Any
 from refdet.errors import InputError, WorkError
 from refdet.evaluate.entries import entries_by_id
 
-INSTALL = 'pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap'
+INSTALL = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
 # What PTBTokenizer of pycocoevalcap leaves out, of one token or stuck to a word.
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 

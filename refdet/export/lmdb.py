@@ -12,8 +12,6 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
-
 from refdet.atomic import write_json
 from refdet.errors import InputError, WorkError, is_disk_full
 from refdet.export import consumers, lmdb_records, portable_pickle
@@ -21,6 +19,7 @@ from refdet.export.folder import new_folder, require_space
 from refdet.export.lmdb_records import CLASS_PROB, PROTOCOL
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
+from refdet.progress import progress
 
 COMMIT_IMAGES = 32  # what memory holds at most
 FIRST_MAP = 64 << 20  # bytes of address space; doubled as needed
@@ -136,7 +135,7 @@ def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str
 
 def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, bytes]]:
     names = [layout.key(image_id) for image_id in image_ids]
-    for image_id, name in zip(tqdm(image_ids, desc="export", unit="image", disable=None), names, strict=True):
+    for image_id, name in zip(progress(image_ids, "export", "image"), names, strict=True):
         yield name.encode(), layout.record(image_id)
     yield layout.keys(names)
 

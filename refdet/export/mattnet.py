@@ -10,7 +10,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from refdet.errors import InputError
 from refdet.export.folder import json_list, new_folder, require_space
@@ -18,6 +17,7 @@ from refdet.export.mattnet_prepro import TABLES, Prepro
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
 from refdet.hdf5_space import ANY_READER, new_file
+from refdet.progress import progress
 from refdet.regions import Regions
 
 FEATURES = ("pool5", "fc7")
@@ -184,7 +184,7 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
         file = stack.enter_context(new_file(work.folder / "det_feats.h5", room, ANY_READER))
         datasets = _datasets(file, source, names, total)
         first = 0
-        for image_id in tqdm(image_ids, desc="detections", unit="image", disable=None):
+        for image_id in progress(image_ids, "detections", "image"):
             regions, rows = source.read(image_id, names), store.rows(image_id)
             order = np.lexsort((-regions.scores, np.array([rank[c] for c in regions.category_ids.tolist()], np.int64)))
             rles = regions.rles()
@@ -216,7 +216,7 @@ def _write_annotations(work: _Work) -> None:
     names, seen = _names(work, source), 0
     with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
         datasets = _datasets(file, source, names, len(anns))
-        for image in tqdm(images, desc="annotations", unit="image", disable=None):
+        for image in progress(images, "annotations", "image"):
             regions = source.read(image["image_id"], names, categories=False)
             assert regions.ann_ids is not None
             rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
@@ -243,7 +243,7 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
     wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
     (work.folder / HEADS).mkdir()
     missing = 0
-    for image_id in tqdm(wanted, desc="heads", unit="image", disable=None):
+    for image_id in progress(wanted, "heads", "image"):
         found = next((head for source in sources if (head := source.head(image_id)) is not None), None)
         if found is None:
             missing += 1

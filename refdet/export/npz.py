@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refdet.export import consumers, portable_pickle
 from refdet.export.file_names import file_names, unusable
@@ -15,6 +14,7 @@ from refdet.export.folder import new_folder, require_space
 from refdet.export.npz_layouts import LAYOUTS, check_names
 from refdet.export.record import Exported, write_record
 from refdet.export.source import Source
+from refdet.progress import progress
 
 
 def export_npz(
@@ -48,7 +48,7 @@ def export_npz(
         notes += check_names(store, layout, name_of)
         files = folder / layout.folder
         files.mkdir(exist_ok=True)
-        for image_id, name in tqdm(name_of.items(), desc="export", unit="image", disable=None):
+        for image_id, name in progress(name_of.items(), "export", "image", total=len(name_of)):
             regions = source.read(image_id, (feature,))
             try:
                 write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, places))
