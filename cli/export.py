@@ -10,7 +10,7 @@ import click
 from refdet.errors import InputError
 from refdet.export import consumers
 
-from .arguments import check_new_folder, check_store
+from .arguments import check_store
 from .common import echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -
     check_store("--store", store)
     if "annotations" in chosen:
         check_store("--annotations", chosen["annotations"])
-    check_new_folder("--out", out)
     done = _export(store, format_, out, chosen)
     for line in done.notes:
         note(f"note: {line}")
