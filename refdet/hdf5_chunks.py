@@ -7,8 +7,10 @@ belongs to something else; where it is too long, a small file takes any amount o
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from h5py import h5d, h5p, h5z
 
 MAX_CHUNK = 2**26  # bytes; a store's have a quarter of a megabyte, or one region's features
 _LZF = 32000  # as registered with the HDF Group; h5py brings it along
+THREADS = min(8, os.cpu_count() or 1)  # that unpack gzip
+
 _PACKINGS = (h5z.FILTER_DEFLATE, _LZF)
 _KNOWN = ((), *((code,) for code in _PACKINGS), *((h5z.FILTER_SHUFFLE, code) for code in _PACKINGS))
 
@@ -71,7 +75,8 @@ def check_chunks(
         raise Refused(f"{name} has {data.get_num_chunks()} of {math.prod(grid)} chunks: the others were never written")
     there = np.zeros(grid, bool)
 
-    for found in _chunks(data):
+    chunks = _chunks(data)
+    for found in chunks:
         place = [first // step for first, step in zip(found.chunk_offset, chunk, strict=True)]
         if any(p >= n for p, n in zip(place, grid, strict=True)) or there[tuple(place)]:
             raise Refused(f"{name} has a chunk outside of it, or twice")
@@ -80,7 +85,10 @@ def check_chunks(
             raise Refused(f"{name} has a chunk outside of the file")
         if found.size > whole + whole // 100 + 1024:
             raise Refused(f"{name} has a chunk that is larger packed than unpacked")
-        _check_length(name, data, found, filters, whole)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for length in pool.map(lambda found: _length(data, found, filters, whole), chunks):
+            if length is not None and length != whole:
+                raise Refused(f"{name} has a chunk of {length} bytes instead of {whole}")
 
 
 def _chunks(data: h5d.DatasetID) -> list[Any]:
@@ -92,14 +100,13 @@ def _chunks(data: h5d.DatasetID) -> list[Any]:
     return found
 
 
-def _check_length(name: str, data: h5d.DatasetID, found: Any, filters: tuple[int, ...], whole: int) -> None:
-    length: int | None = found.size
-    packing = filters[-1] if filters and not found.filter_mask >> len(filters) - 1 & 1 else None  # it may be left out
-    if packing is not None:
-        _, content = data.read_direct_chunk(found.chunk_offset)
-        length = _inflated(content, whole) if packing == h5z.FILTER_DEFLATE else _unpacked_lzf(content, whole)
-    if length is not None and length != whole:
-        raise Refused(f"{name} has a chunk of {length} bytes instead of {whole}")
+def _length(data: h5d.DatasetID, found: Any, filters: tuple[int, ...], whole: int) -> int | None:
+    """The length that a chunk unpacks to; None where it cannot be unpacked."""
+    if not filters or found.filter_mask >> len(filters) - 1 & 1:  # it may be left out of a chunk
+        length: int = found.size
+        return length
+    _, content = data.read_direct_chunk(found.chunk_offset)
+    return _inflated(content, whole) if filters[-1] == h5z.FILTER_DEFLATE else _unpacked_lzf(content, whole)
 
 
 def _inflated(content: bytes, whole: int) -> int | None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ log = logging.getLogger(__name__)
 
 MEMORY = 3 << 29  # bytes of address space; Python with h5py takes a tenth, a store whatever its size little more
 SECONDS = 5.0  # of computing, and
-SECONDS_A_GB = 60.0  # for each GB of the file: chunks are unpacked
+SECONDS_A_GB = 200.0  # for each GB of the file: its chunks are unpacked, of lzf in Python
 PATIENCE = 6  # times as many seconds may pass while it waits for the disk
 _SOON = 3.0  # seconds without a word
 
+_STARTED = b"started\n"
 # The folder we are in may be a stranger's: -I takes it, and all that the environment says, off the path of imports.
 _START = """
 import sys
@@ -53,12 +55,9 @@ def try_file(path: Path) -> str:
             return _damaged(f"HDF5 does not get to its end within {PATIENCE * seconds:.3g} seconds")
         finally:
             child.kill()
-    started, _, answer = output.decode("utf-8", "replace").partition("\n")
-    if started != "started":
+    if not output.startswith(_STARTED):
         return _try_here(path, f"it ends with {child.returncode}")
-    with suppress(ValueError):
-        return str(json.loads(answer)["wrong"])
-    return _how_it_ended(child.returncode, seconds)
+    return verdict(output, child.returncode, seconds)
 
 
 def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
@@ -69,12 +68,16 @@ def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
     return child.communicate(timeout=seconds)[0]
 
 
-def _how_it_ended(code: int, seconds: float) -> str:
-    import signal
-
-    if code == -signal.SIGXCPU:
+def verdict(output: bytes, code: int, seconds: float) -> str:
+    """What `try_file` says, of the other process's output and exit code."""
+    with suppress(ValueError):
+        return str(json.loads(output.removeprefix(_STARTED))["wrong"])
+    if code >= 0:
+        return _damaged(f"HDF5 ends with {code}")
+    name = signal.Signals(-code).name
+    if name == "SIGXCPU":
         return _damaged(f"HDF5 does not get to its end within {seconds:.3g} seconds of computing")
-    return _damaged(f"HDF5 crashes ({signal.Signals(-code).name})" if code < 0 else f"HDF5 ends with {code}")
+    return _damaged(f"HDF5 crashes ({name})")
 
 
 def _try_here(path: Path, why: str) -> str:
@@ -96,7 +99,7 @@ def _import_folders() -> list[str]:
 def _environment() -> dict[str, str]:
     """Ours, without plugins that HDF5 would load for a filter that it does not know, and with one thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
-    return kept | {"HDF5_PLUGIN_PRELOAD": "::", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return kept | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(path: str, memory: int, seconds: float) -> None:
@@ -111,7 +114,7 @@ def main(path: str, memory: int, seconds: float) -> None:
         for what, limit in limits.items():
             _, hard = resource.getrlimit(what)
             resource.setrlimit(what, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    print("started", flush=True)
+    print(_STARTED.decode(), end="", flush=True)
     print(json.dumps({"wrong": look_through(Path(path))}), flush=True)
 
 

@@ -23,7 +23,6 @@ class FileState(NamedTuple):
     """
 
     path: str
-    device: int
     inode: int
     size: int
     modified: int
@@ -34,7 +33,7 @@ class FileState(NamedTuple):
         """The present state of a file; OSError if there is none."""
         real = os.path.realpath(path)
         found = os.stat(real)
-        return cls(real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return cls(real, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class KnownFiles:

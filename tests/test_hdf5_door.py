@@ -107,7 +107,7 @@ def test_the_cache_keeps_the_newest(foreign: Path) -> None:
     known, state = KnownFiles("a"), FileState.of(foreign)
     (foreign.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
     cache = foreign.parent / "cache" / "refdet" / "stores.json"
-    cache.write_text(json.dumps({"check": known._check, "files": {str(i): [0] * 5 for i in range(600)}}))
+    cache.write_text(json.dumps({"check": known._check, "files": {str(i): [0] * 4 for i in range(600)}}))
     cache.chmod(0o600)
     known.add(state)
     kept = json.loads(cache.read_text())["files"]
