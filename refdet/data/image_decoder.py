@@ -107,11 +107,13 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
                 return _thumbnails(image, side)
     except Image.DecompressionBombError:
         pass
-    with _pixels_allowed(MOST_UNDECLARED_PIXELS), _opened(data) as image:
-        if image.width * image.height > MOST_UNDECLARED_PIXELS:
-            raise SizeError(f"is {image.width}x{image.height}, more than the {MOST_UNDECLARED_PIXELS / 1e6:.0f} "
-                            "megapixels that are compared")  # fmt: skip
-        return _thumbnails(image, side)
+    try:
+        with _pixels_allowed(MOST_UNDECLARED_PIXELS), _opened(data) as image:
+            if image.width * image.height <= MOST_UNDECLARED_PIXELS:
+                return _thumbnails(image, side)
+    except Image.DecompressionBombError:
+        pass
+    raise SizeError(f"more than the {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels that are compared")
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -1,0 +1,267 @@
+"""One decoder for everyone: the same pixels for training and for the audit, sizes before decoding, EXIF."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damaged_images import bomb, encoded, photograph, png
+from PIL import Image, ImageOps
+from split_examples import coco, write, write_refs
+
+from refdet.data import image_decoder
+from refdet.data.coco import ImageRecord
+from refdet.data.copies import audit_content
+from refdet.data.image_decoder import SizeError, decode, thumbnails, upright
+from refdet.data.images import ImageError, ImageSource
+from refdet.data.perceptual_hash import SIDE
+from refdet.data.perceptual_hash import thumbnails as hashed
+
+RANDOM = np.random.default_rng(3)
+PHOTO = photograph(RANDOM, 120, 160)
+DEEP = (PHOTO[:, :, 0].astype(np.uint16) << 8) + RANDOM.integers(0, 256, (120, 160)).astype(np.uint16)
+RGB = Image.fromarray(PHOTO)
+
+
+def oriented(orientation: int, kind: str = "PNG", pixels: np.ndarray = PHOTO) -> bytes:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return encoded(pixels, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: encoded(PHOTO, "PNG"),
+    "16-bit PNG": lambda: encoded(DEEP, "PNG"),
+    "16-bit TIFF": lambda: encoded(DEEP, "TIFF"),
+    "16-bit PPM": lambda: encoded(DEEP, "PPM"),
+    "dark 16-bit PNG": lambda: encoded(DEEP >> 4, "PNG"),
+    "BMP": lambda: encoded(PHOTO, "BMP"),
+    "grey": lambda: encoded(PHOTO[:, :, 1], "PNG"),
+    "palette": lambda: encoded(RGB.quantize(64), "PNG", transparency=3),
+    "alpha": lambda: encoded(np.dstack([PHOTO, DEEP.astype(np.uint8)]), "PNG"),
+    "grey and alpha": lambda: encoded(np.dstack([PHOTO[:, :, 0], DEEP.astype(np.uint8)]), "PNG"),
+    "CMYK TIFF": lambda: encoded(RGB.convert("CMYK"), "TIFF"),
+    "GIF": lambda: encoded(RGB.quantize(64), "GIF"),
+    "WebP": lambda: encoded(PHOTO, "WEBP", lossless=True),
+    "JPEG": lambda: encoded(PHOTO, "JPEG", quality=95),
+    "CMYK JPEG": lambda: encoded(RGB.convert("CMYK"), "JPEG", quality=95),
+    "TIFF turned": lambda: oriented(6, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_audit_sees_what_training_reads(kind: str) -> None:
+    data = FILES[kind]()
+    height, width = 120, 160
+    pixels = decode(data, height, width).pixels
+    seen = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    for found in (thumbnails(data, SIDE)[0], hashed(data)[0]):
+        difference = np.abs(found.astype(int) - np.asarray(seen))
+        assert difference.max() <= (3 if "JPEG" in kind else 0) or ("turned" in kind and difference.mean() < 1.5)
+    assert seen.getextrema()[1] - seen.getextrema()[0] > 5  # neither white nor black
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> None:
+    data = oriented(orientation, kind)
+    with Image.open(io.BytesIO(data)) as image:  # what viewers show
+        shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    stored, found = decode(data, 120, 160)
+    assert found == orientation
+    if kind != "JPEG":
+        np.testing.assert_array_equal(stored, PHOTO)
+    turned = decode(data, *shown.shape[:2], exif="apply").pixels
+    np.testing.assert_array_equal(turned, shown)
+    np.testing.assert_array_equal(upright(stored, orientation), shown)
+    for pixels in (stored, turned):
+        assert pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
+    both = thumbnails(data, SIDE)
+    assert len(both) == (1 if orientation == 1 else 2)
+    for found_one, right in ((both[0], stored), (both[-1], shown)):
+        expected = thumbnails(encoded(right, "PNG"), SIDE)[0]
+        difference = np.abs(found_one.astype(int) - expected)  # which pixels are averaged differs by one at most
+        assert difference.mean() < 1.5 and np.corrcoef(found_one.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 2)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_extreme_shapes(shape: tuple[int, int], orientation: int) -> None:
+    pixels = RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    data = oriented(orientation, pixels=pixels)
+    size = shape[::-1] if orientation > 4 else shape
+    turned = decode(data, *size, exif="apply").pixels
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(image)))
+    assert min(turned.strides) > 0
+
+
+def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "6.jpg").write_bytes(oriented(6, "JPEG"))
+    (tmp_path / "3.jpg").write_bytes(oriented(3, "JPEG"))
+    (tmp_path / "1.jpg").write_bytes(encoded(PHOTO, "JPEG"))
+    records = [ImageRecord(1, "6.jpg", 160, 120), ImageRecord(2, "3.jpg", 120, 160), ImageRecord(3, "1.jpg", 120, 160)]
+    source = ImageSource.open(tmp_path)
+    with pytest.raises(
+        ImageError, match="6.jpg: is 160x120, but .* says 120x160: its EXIF orientation is 6; --exif apply"
+    ):
+        source.read(records[0])
+    for record in records[1:]:
+        source.read(record)
+    assert source.oriented == {"6.jpg": 6, "3.jpg": 3}
+    applied = ImageSource.open(tmp_path, "apply")
+    assert [applied.read(record).shape[:2] for record in records] == [(160, 120), (120, 160), (120, 160)]
+    assert applied.oriented_among(records) == {"6.jpg": 6, "3.jpg": 3} and not applied.oriented_among(records[2:])
+    with pytest.raises(ImageError, match="is 160x120, .* orientation 6 turns it: leave out --exif apply"):
+        applied.read(ImageRecord(1, "6.jpg", 120, 160))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_other_sizes_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(PHOTO, kind)
+
+    def load(self: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(image_decoder, "as_rgb", load)
+    for size in ((119, 160), (1, 1), (120, 161), (160, 119), (20_000, 20_000)):
+        with pytest.raises(SizeError, match=f"is 160x120, but the instances file says {size[1]}x{size[0]}"):
+            decode(data, *size)
+
+
+def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond Pillow's limit, which stands again afterwards; claims beyond it that nobody declared are refused."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    monkeypatch.setattr(image_decoder, "_LARGE_PIXELS", 10_000)
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
+        data = encoded(PHOTO, kind)
+        assert decode(data, 120, 160).pixels.shape == (120, 160, 3)
+        assert thumbnails(data, SIDE)[0].shape == (SIDE, SIDE)
+        with pytest.raises(SizeError, match="claims more than 5000 pixels, but the instances file says 9x6"):
+            decode(data, 6, 9)
+        assert Image.MAX_IMAGE_PIXELS == 5_000
+
+
+def test_sizes_that_nobody_should_declare() -> None:
+    with pytest.raises(SizeError, match="says 40000x40000, more than the 537 megapixels that are read"):
+        decode(bomb(10, 10), 40_000, 40_000)
+    header = png(b"\0\0\x80\0\0\0\x80\0\x08\0\0\0\0", b"")  # 32768 x 32768
+    with pytest.raises(SizeError, match="more than the 268 megapixels that are compared"):
+        thumbnails(header, SIDE)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_decoder, "_LARGE_PIXELS", 100)
+    at_once, most, as_rgb = [0], [0], image_decoder.as_rgb
+
+    def counted(image: Image.Image) -> Image.Image:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        try:
+            return as_rgb(image)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(image_decoder, "as_rgb", counted)
+    data = encoded(PHOTO, "PNG")
+    threads = [threading.Thread(target=decode, args=(data, 120, 160)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_tiles_and_scans_that_take_far_more_than_the_image() -> None:
+    tiff = encoded(PHOTO, "TIFF", tiffinfo={305: "a", 315: "b"})
+    for old, new in ((305, 322), (315, 323)):  # tags of text become the width and length of a tile
+        at = tiff.index(struct.pack("<HH", old, 2))
+        tiff = tiff[:at] + struct.pack("<HHII", new, 4, 1, 60_000) + tiff[at + 12 :]
+    with pytest.raises(ValueError, match="tiles of 3600000000 pixels are far larger than itself"):
+        decode(tiff, 120, 160)
+    jpeg = encoded(PHOTO, "JPEG", progressive=True)
+    start = jpeg.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="a JPEG of more than 500 scans"):
+        decode(jpeg[:start] + jpeg[start:-2] * 600 + jpeg[-2:], 120, 160)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_metadata_that_unpacks_to_300_mebibytes(name: bytes) -> None:
+    packer = zlib.compressobj(1)
+    packed = b"".join([packer.compress(bytes(1 << 20)) for _ in range(300)]) + packer.flush()
+    chunk = name + (b"a\0\1\0\0\0" if name == b"iTXt" else b"a\0\0") + packed
+    whole = encoded(PHOTO, "PNG")
+    data = whole[:33] + (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[33:]
+    code = (
+        "import resource, sys\nfrom refdet.data.image_decoder import decode, thumbnails\n"
+        "data = sys.stdin.buffer.read()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for read in (lambda: decode(data, 120, 160), lambda: thumbnails(data, 32)):\n"
+        "    try: read()\n    except Exception: pass\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert int(done.stdout) < 200, "MiB"
+
+
+def test_turned_and_deep_copies_are_found(tmp_path: Path) -> None:
+    """A held-out image, as it would be trained on with --exif apply, and as 16 bits, which Pillow shows white."""
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val"), (2, "val")]})
+    (tmp_path / "images").mkdir()
+    other = photograph(np.random.default_rng(8), 120, 160)
+    for number, pixels in ((1, PHOTO), (2, other)):
+        (tmp_path / "images" / f"{number:012d}.jpg").write_bytes(encoded(pixels, "JPEG"))
+    (tmp_path / "images/turned.png").write_bytes(oriented(8, pixels=np.rot90(PHOTO, -1)))
+    (tmp_path / "images/deep.png").write_bytes(
+        encoded(np.asarray(Image.fromarray(other).convert("L")).astype(np.uint16) << 8, "PNG")
+    )
+    listed = coco([10, 11, 12], [], {10: "turned.png", 11: "deep.png", 12: "gone.png"})
+    found = audit_content(write(tmp_path / "f.json", listed), root, tmp_path / "images")
+    assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [(10, 1), (11, 2)]
+    assert (found.compared, found.missing) == (2, [12])
+    assert "the first is 12 (no file of that name)" in found.notes()[0]
+
+
+def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
+    """By ``file_name`` whatever other names the entry has, by ``id`` where it has none, whatever ``coco_id`` says."""
+    root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val")]})
+    (tmp_path / "images").mkdir()
+    copy, other = encoded(PHOTO, "JPEG"), encoded(photograph(np.random.default_rng(8)), "JPEG")
+    for name, data in ((f"{1:012d}.jpg", copy), ("kitchen.jpg", copy), ("garden.jpg", other), (f"{20:012d}.jpg", copy)):
+        (tmp_path / "images" / name).write_bytes(data)
+    entries = [
+        {"id": 10, "file_name": "kitchen.jpg", "filename": "garden.jpg", "coco_id": None},
+        {"id": 11, "file_name": "garden.jpg", "filename": "kitchen.jpg", "coco_id": None},
+        {"id": 20, "coco_id": None},
+        {"id": 21, "file_name": "x/garden.jpg", "coco_id": None},
+    ]
+    images = [{**entry, "height": 120, "width": 160} for entry in entries]
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    found = audit_content(path, root, tmp_path / "images")
+    assert [copy.image for copy in found.copies] == [10, 20] and found.missing == [21]
+    source = ImageSource.open(tmp_path / "images")
+    source.locate([ImageRecord(entry["id"], entry.get("file_name", ""), 120, 160) for entry in entries])
+    read = [source.find(ImageRecord(entry["id"], entry.get("file_name", ""), 120, 160)) for entry in entries]
+    assert read == ["kitchen.jpg", "garden.jpg", f"{20:012d}.jpg", None]
+
+
+@pytest.mark.parametrize(
+    "data", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n", b"%PDF-1.7"]
+)
+def test_no_format_that_runs_a_program(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(*_: object, **__: object) -> None:
+        raise AssertionError("a program was run")
+
+    monkeypatch.setattr(subprocess, "Popen", ran)
+    for read in (lambda: decode(data, 9, 9), lambda: thumbnails(data, SIDE)):
+        with pytest.raises(Exception, match="cannot identify image file"):
+            read()
