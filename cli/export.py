@@ -9,6 +9,7 @@ import click
 
 from refdet.errors import InputError
 from refdet.export import consumers
+from refdet.export.folder import resolved
 
 from .arguments import check_store
 from .common import echo_json, echo_table, json_option, note, store_option
@@ -60,6 +61,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -
     check_store("--store", store)
     if "annotations" in chosen:
         check_store("--annotations", chosen["annotations"])
+    resolved(out)
     done = _export(store, format_, out, chosen)
     for line in done.notes:
         note(f"note: {line}")

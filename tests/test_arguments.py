@@ -252,7 +252,7 @@ def test_a_wrong_argument_is_one_line(files: Files, kind: str) -> None:
 
 def test_a_folder_that_cannot_be_written_to(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    for line in (extract(files, out=files.root / "new/a.h5"), export(files, files.store), weights(files, files.torch)):
+    for line in (extract(files, out=files.root / "new/a.h5"), weights(files, files.torch)):
         done = CliRunner().invoke(main, line)
         assert done.exit_code == 2 and f"--out: {files.root} cannot be written to" in done.stderr
 

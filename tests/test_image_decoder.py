@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from split_examples import coco, write, write_refs
 
 from refdet.data import image_decoder
-from refdet.data.coco import ImageRecord
+from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.copies import audit_content
 from refdet.data.image_decoder import SizeError, decode, thumbnails, upright
 from refdet.data.images import ImageError, ImageSource
@@ -231,27 +231,35 @@ def test_turned_and_deep_copies_are_found(tmp_path: Path) -> None:
 
 
 def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:
-    """By ``file_name`` whatever other names the entry has, by ``id`` where it has none, whatever ``coco_id`` says."""
+    """By ``file_name`` whatever other names the entry has; by ``id`` where nothing says that this is no COCO id."""
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(1, "val")]})
     (tmp_path / "images").mkdir()
     copy, other = encoded(PHOTO, "JPEG"), encoded(photograph(np.random.default_rng(8)), "JPEG")
-    for name, data in ((f"{1:012d}.jpg", copy), ("kitchen.jpg", copy), ("garden.jpg", other), (f"{20:012d}.jpg", copy)):
+    for name, data in (
+        (f"{1:012d}.jpg", copy),
+        ("kitchen.jpg", copy),
+        ("garden.jpg", other),
+        (f"{20:012d}.jpg", copy),
+        (f"{22:012d}.jpg", copy),
+    ):
         (tmp_path / "images" / name).write_bytes(data)
     entries = [
         {"id": 10, "file_name": "kitchen.jpg", "filename": "garden.jpg", "coco_id": None},
         {"id": 11, "file_name": "garden.jpg", "filename": "kitchen.jpg", "coco_id": None},
         {"id": 20, "coco_id": None},
+        {"id": 22},
         {"id": 21, "file_name": "x/garden.jpg", "coco_id": None},
     ]
     images = [{**entry, "height": 120, "width": 160} for entry in entries]
     path = tmp_path / "f.json"
     path.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
     found = audit_content(path, root, tmp_path / "images")
-    assert [copy.image for copy in found.copies] == [10, 20] and found.missing == [21]
+    assert [copy.image for copy in found.copies] == [10, 22] and found.missing == [20, 21]
     source = ImageSource.open(tmp_path / "images")
-    source.locate([ImageRecord(entry["id"], entry.get("file_name", ""), 120, 160) for entry in entries])
-    read = [source.find(ImageRecord(entry["id"], entry.get("file_name", ""), 120, 160)) for entry in entries]
-    assert read == ["kitchen.jpg", "garden.jpg", f"{20:012d}.jpg", None]
+    records = [*CocoIndex.load(path).images.values()]
+    source.locate(records)
+    read = [source.find(record) for record in records]
+    assert read == ["kitchen.jpg", "garden.jpg", None, f"{22:012d}.jpg", None]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             or another export took the name in the meantime, whose folder stays as it is.
         WorkError: the disk is full.
     """
-    path = _resolved(out)
+    path = resolved(out)
     temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}")
     made = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -80,7 +80,7 @@ def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
         file.write("[]\n" if between == "[\n" else "\n]\n")
 
 
-def _resolved(out: Path) -> Path:
+def resolved(out: Path) -> Path:
     """The whole path of a folder that can be made. InputError where it cannot."""
     try:
         path = out.resolve()
