@@ -49,7 +49,8 @@ class Plan:
             if name.endswith("_sha256"):
                 told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
+                was, now = ("not given" if name not in of else _shown(of[name]) for of in (other, mine))
+                told.append(f"--{name.replace('_', '-')} was {was} and is now {now}")
         return "; ".join(told)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:

@@ -41,6 +41,7 @@ Finish = Callable[[], list[Regions]]
 Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]
 
 SHARD_IMAGES = 32  # what a stop can cost; with 100 regions of 3072 float32 an image, 40 MB
+_PIXELS_AHEAD = 1 << 28  # of images that wait for their turn, 0.8 GB
 _WAITING = 2  # batches computed and not yet finished; a GPU holds them all
 
 
@@ -307,7 +308,10 @@ class _Background:
 def load_ahead(
     load: Load, batches: Sequence[list[ImageRecord]], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """The images of each batch, an image that cannot be used as the reason; ``ahead`` batches are loaded at once."""
+    """The images of each batch, an image that cannot be used as the reason.
+
+    ``ahead`` batches are loaded at once, fewer where their images are so large that they would fill the memory.
+    """
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
         try:
@@ -317,14 +321,19 @@ def load_ahead(
             return str(error).replace("\0", "?").encode(errors="replace").decode()
 
     pool = ThreadPoolExecutor(max(1, workers))
-    waiting: deque[list[Future[np.ndarray | str]]] = deque()
+    waiting: deque[tuple[int, list[Future[np.ndarray | str]]]] = deque()
+    pixels = 0
     try:
         for batch in batches:
-            waiting.append([pool.submit(attempt, record) for record in batch])
-            if len(waiting) > ahead:
-                yield [future.result() for future in waiting.popleft()]
+            size = sum(record.height * record.width for record in batch)
+            while waiting and (len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
+                done, futures = waiting.popleft()
+                pixels -= done
+                yield [future.result() for future in futures]
+            pixels += size
+            waiting.append((size, [pool.submit(attempt, record) for record in batch]))
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield [future.result() for future in waiting.popleft()[1]]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -2,6 +2,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,3 +122,35 @@ def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
         assert [r.id for r in batch] == sorted(r.id for r in batch)
         unfilled += list(shapes) if len(batch) < batch_size else []
     assert len(set(unfilled)) == len(unfilled)  # no two batches that could have been one
+
+
+@pytest.mark.parametrize("resize", ["antialias", "opencv"])
+def test_images_of_extreme_shape_are_mirrored_as_any_other(tmp_path: Path, resize: str) -> None:
+    """numpy takes a mirrored column of pixels for contiguous, and PyTorch refuses it."""
+    shapes = [(1, 1), (2, 2), (1, 50), (50, 1), (3, 400), (400, 3), (1, 5000), (5000, 1)]
+    images, annotations = [], []
+    for number, (height, width) in enumerate(shapes, start=1):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+        outline = [[0, 0, width, 0, width, height, 0, height]]
+        annotations.append({"id": number, "image_id": number, "category_id": 7, "iscrowd": 0, "segmentation": outline,
+                            "bbox": [0, 0, width, height], "area": width * height})  # fmt: skip
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "all of it"}]}
+    (tmp_path / "i.json").write_text(json.dumps(content))
+    index, source = CocoIndex.load(tmp_path / "i.json"), ImageSource.open(tmp_path)
+    batches = TrainingBatches(index, source, small_recipe("train.batch_size=1", f"input.resize={resize}"))
+    mirrored: dict[tuple[int, bool], torch.Tensor] = {}
+    for step in range(100):
+        batch = batches[step]
+        assert isinstance(batch, Batch)
+        mirrored[batch.image_ids[0], batch.targets[0].flipped_width is not None] = batch.images[0]
+        [box] = batch.targets[0].boxes.tolist()
+        height, width = batch.sizes[0]
+        assert box == pytest.approx([0, 0, width, height], abs=1)
+    assert len(mirrored) == 2 * len(shapes)
+    for number in range(1, len(shapes) + 1):
+        one, other = mirrored[number, True].flip(2), mirrored[number, False]
+        assert one.shape == other.shape
+        if resize == "antialias":  # the other samples at the scale itself, from the left
+            torch.testing.assert_close(one, other, atol=0.02, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from refer_examples import GREFS, refclef, write
+from refer_examples import GREFS, INSTANCES, refclef, write
 
 from refer import REFER, ReferDataError, ReferError, ReferNotFoundError
 
@@ -88,6 +89,60 @@ def test_showing_with_matplotlib_itself(tmp_path: Path) -> None:
     (tmp_path / "3.jpg").write_bytes(b"no image")
     with pytest.raises(ReferDataError, match="cannot be read as an image"):
         r.showRef(r.Refs[0])
+
+
+def shown(root: Path, pyplot: Recorder, names: list[str]) -> Any:
+    """What showRef draws of image 3, where the three images of the dataset have these names."""
+    images = [{**image, "file_name": name} for image, name in zip(INSTANCES["images"], names, strict=True)]
+    r = REFER(write(root, instances={**INSTANCES, "images": images}), "refcoco", "unc")
+    r.IMAGE_DIR = str(root / "images")
+    pyplot.calls.clear()
+    r.showRef(r.Refs[0])
+    return int(pyplot.of("imshow")[0][0][0, 0, 0])
+
+
+def test_images_are_found_as_everywhere(tmp_path: Path, pyplot: Recorder) -> None:
+    for name, value in (("a/x.png", 1), ("b/x.png", 2), ("000000000009.jpg", 3), ("c/y.png", 4), ("../z.png", 5)):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (value, value, value)).save(path, quality=100)
+    for name, value in (
+        ("a/x.png", 1),
+        ("data\\b\\x.png", 2),
+        ("COCO_train2014_000000000009.jpg", 3),
+        ("y.png", 4),
+        ("../images/a/x.png", 1),
+    ):
+        assert shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"]) == value, name
+    for name, why in (
+        ("x.png", "not clear which file that is: a/x.png, b/x.png"),
+        ("../z.png", "no file of that name"),
+        (str(tmp_path / "z.png"), "no file of that name"),
+        ("c/../../z.png", "no file of that name"),
+        ("9.jpg", "no file of that name"),
+    ):
+        with pytest.raises(ReferNotFoundError, match=why):
+            shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
+    with pytest.raises(ReferNotFoundError, match=r"c/y\.png is the file of c/y\.png"):
+        shown(tmp_path, pyplot, ["d/y.png", "c/y.png", "5.jpg"])
+
+
+def test_only_images_of_the_right_size_are_shown(tmp_path: Path, pyplot: Recorder) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(np.full((6, 8), 7 << 8, np.uint16)).save(folder / "deep.png")
+    assert shown(tmp_path, pyplot, ["deep.png", "4.jpg", "5.jpg"]) == 7
+    Image.new("L", (8, 7)).save(folder / "high.png")
+    with pytest.raises(ReferDataError, match=r"high\.png: is 8x7, but instances\.json says 8x6"):
+        shown(tmp_path, pyplot, ["high.png", "4.jpg", "5.jpg"])
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n"
+    for name, data in (("a.eps", postscript), ("b.jpg", postscript), ("c.png", b""), ("d.png", b"no image")):
+        (folder / name).write_bytes(data)
+        with pytest.raises(ReferDataError, match=f"{name}: cannot be read as an image .no known image format"):
+            shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ReferNotFoundError, match="no file of that name"):
+        shown(tmp_path, pyplot, ["pipe.png", "4.jpg", "5.jpg"])
 
 
 @pytest.mark.parametrize(("module", "ask"), [("matplotlib", "showMask"), ("pandas", "frame")])

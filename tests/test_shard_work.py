@@ -317,3 +317,21 @@ def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> 
 
     peak(40)  # what is imported and kept at the first use
     assert (peak(440) - peak(40)) / 400 < 2000  # bytes an image, whose features are 40 kB
+
+
+@pytest.mark.parametrize(("most", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
+def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: int, waiting: int) -> None:
+    """Batches are loaded ahead as far as their pixels allow, the next one always."""
+    monkeypatch.setattr(shard_work, "_PIXELS_AHEAD", most)
+    batches = [[ImageRecord(2 * i, "", 5, 2), ImageRecord(2 * i + 1, "", 5, 2)] for i in range(10)]
+    loaded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        loaded.append(record.id)
+        return load(record)
+
+    seen = []
+    for number, images in enumerate(shard_work._load_ahead(counted, batches, 1)):
+        seen += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
+        assert len(loaded) <= 2 * number + waiting
+    assert seen == sorted(loaded) == list(range(20))

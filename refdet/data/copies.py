@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,8 @@ from refdet.data.list_reading import read_image_list
 from refdet.data.perceptual_hash import SIDE, matches, thumbnails
 from refdet.errors import InputError, WorkError
 from refdet.progress import progress
+
+_LARGE_BYTES = 32 << 20  # of a file; such are looked at one at a time
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def audit_content(
         for image, record in zip(found.images, records, strict=True)
         if everything.isdisjoint(image.numbers)
     ]
-    held = [ImageRecord(number, "", 1, 1) for number in ids]
+    held = [ImageRecord(number, "", 0, 0) for number in ids]
     refer_source.locate(held)
     theirs = _compared(refer_source, [(record.id, record) for record in held], "held-out images")
     if not theirs.labels:
@@ -171,12 +174,18 @@ class _Compared:
 
 
 def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Compared:
+    one_large = threading.Lock()
+
     def make(item: tuple[int | str, ImageRecord]) -> list[np.ndarray] | str:
         name = source.find(item[1])
         if name is None:
             return ""
+        height, width = item[1].height, item[1].width
         try:
-            return thumbnails(source.data(name))
+            if source.size(name) <= _LARGE_BYTES:
+                return thumbnails(source.data(name, height, width))
+            with one_large:
+                return thumbnails(source.data(name, height, width))
         except WorkError:  # the whole zip is gone
             raise
         except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
@@ -200,15 +209,21 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
 
 
 def _record(found: ImageList, number: int) -> ImageRecord:
-    """An image of a list as training looks it up: by `CocoIndex` or by its name or number."""
+    """An image of a list as training looks it up: by `CocoIndex` or by its name or number.
+
+    Its size is 0x0 where the list does not give one.
+    """
     image = found.images[number]
     if found.form == INSTANCES:
         entry = json.loads(found.text[image.start : image.end])
         name = entry.get("file_name")
         id_ = -1 if image.id is None else image.id
-        return ImageRecord(id_, name if isinstance(name, str) else "", 1, 1, goes_by_id(entry, id_))
+        height, width = (entry.get(key) for key in ("height", "width"))
+        if type(height) is not int or type(width) is not int or min(height, width) < 1:
+            height = width = 0
+        return ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))
     # -1 for an image that is not COCO's, so that it is looked up by its own name alone; a name of digits is an id
-    return ImageRecord(min(image.numbers, default=-1), "" if image.name.isdecimal() else image.name, 1, 1)
+    return ImageRecord(min(image.numbers, default=-1), "" if image.name.isdecimal() else image.name, 0, 0)
 
 
 def _open_refer_images(path: str | Path) -> ImageSource:

@@ -29,6 +29,9 @@ class ImageFiles(Protocol):
     def read(self, name: str, most: int) -> bytes:
         """The bytes of a listed file, if they are no more than ``most``; an error of any kind if it cannot be read."""
 
+    def size(self, name: str) -> int:
+        """The bytes of a listed file; no more are read of it."""
+
     def same(self, names: Sequence[str]) -> bool:
         """Whether several listed files are one on the disk."""
 
@@ -70,6 +73,9 @@ class _Folder:
     def read(self, name: str, most: int) -> bytes:
         return read_file(self.path / name, most)
 
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
     def same(self, names: Sequence[str]) -> bool:
         return same_file([self.path / name for name in names])
 
@@ -109,6 +115,9 @@ class _Zip:
         # not read(), which would unpack all before it cuts it at the size that the directory gives
         with archive.open(info) as member:
             return member.read(info.file_size + 1)
+
+    def size(self, name: str) -> int:
+        return self._opened().getinfo(self._members.get(name, name)).file_size
 
     def same(self, names: Sequence[str]) -> bool:
         return False

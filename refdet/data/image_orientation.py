@@ -37,12 +37,12 @@ class OrientationNote:
         if not names:
             return
         done = (
-            "are used as they are stored, as COCO's are; give --exif apply if they were annotated upright"
+            "used as they are stored, as COCO's are: give --exif apply if they were annotated upright"
             if exif == "ignore"
-            else "were turned upright"
+            else "turned upright"
         )
         log.warning(
-            "note: --images %s: of the images read, %d have an EXIF orientation other than 1, such as %s: they %s",
+            "note: --images %s: images with an EXIF orientation other than 1 among those read: %d, such as %s; %s",
             self._source.path, len(names), names[0], done,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-MOST_UNDECLARED_BYTES = 1 << 29  # of a file whose image has no declared size
+_MOST_UNDECLARED_BYTES = 1 << 28  # of a file whose image has no declared size
 
 
 class ImageError(InputError):
@@ -133,7 +133,7 @@ class ImageSource:
             raise ImageError(f"{self.path}: no file for image {record.id}, {_named(record)}: {match.reason}")
         name, height, width = match.path, record.height, record.width
         try:
-            decoded = decode(self.data(name, most_bytes(height, width)), height, width, self.exif)
+            decoded = decode(self.data(name, height, width), height, width, self.exif)
         except WorkError:
             raise
         except SizeError as error:
@@ -150,14 +150,18 @@ class ImageSource:
             self.oriented[name] = decoded.orientation
         return decoded.pixels
 
-    def data(self, name: str, most: int = MOST_UNDECLARED_BYTES) -> bytes:
-        """The bytes of a file under a name that `find` gave, if they are no more than ``most``.
+    def size(self, name: str) -> int:
+        """The bytes of a file under a name that `find` gave, by its folder or zip; no more are read."""
+        return self._files.size(name)
+
+    def data(self, name: str, height: int = 0, width: int = 0) -> bytes:
+        """The bytes of a file under a name that `find` gave, if they can be an image of a height and width, 0 for any.
 
         Raises:
             OSError, and what zipfile raises: it cannot be read, or is far too large for an image.
             WorkError: the zip as a whole is no longer there.
         """
-        return self._files.read(name, most)
+        return self._files.read(name, most_bytes(height, width) if height and width else _MOST_UNDECLARED_BYTES)
 
     def refuse_unread(self, name: str, error: Exception) -> None:
         """WorkError where what kept a file from being read is not the file's fault."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import escape
 
-from refdet import __version__
+from refdet import __version__, store
 from refdet.atomic import atomic_path
 from refdet.checkpoint import LARGEST_META
 from refdet.data.coco import ImageRecord
@@ -169,14 +169,15 @@ def _pictures(inputs: Inputs) -> Markup:
         about = part.metrics
         splits = split_names(about)
         every += scenes(part.features, inputs.refer_root, about["dataset"], about["split_by"], splits)
-    source = ImageSource.open(inputs.images)
+    with store.open(inputs.parts[0].features) as found:  # its boxes lie on the pixels as they were read for it
+        exif = found.options.get("exif", "ignore")
+    source = ImageSource.open(inputs.images, exif)
+    source.locate([_record(scene) for scene in every])
 
     def gallery(chosen: Sequence[Scene]) -> Markup:
         figures = []
         for scene in chosen:
-            of = scene.regions
-            record = ImageRecord(id=of.image_id, file_name=of.file_name, height=of.height, width=of.width)
-            figures.append(picture(scene, source.read(record)))
+            figures.append(picture(scene, source.read(_record(scene))))
         return html('<div class="gallery">{}</div>', joined(figures))
 
     shown = sample(every, inputs.pictures)
@@ -201,6 +202,11 @@ tell what to improve: objects too small, too covered, or too much alike.</p>
             gallery(worst),
         )
     return text
+
+
+def _record(scene: Scene) -> ImageRecord:
+    of = scene.regions
+    return ImageRecord(id=of.image_id, file_name=of.file_name, height=of.height, width=of.width)
 
 
 def _read_meta(path: Path) -> tuple[str, int, Provenance]:
