@@ -144,7 +144,7 @@ def extract_features(
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: no image in it to extract")
-    missing = source.locate(records)
+    missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
         source.refuse_missing(records, missing, image_list.index.path)
     if missing:

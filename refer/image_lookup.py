@@ -243,7 +243,8 @@ def _settle(path: str, keys: list[Key], found: dict[Key, Match]) -> None:
     rivals = list({names[key]: key for key in owners}.values())
     for key in keys:
         if key not in owners:
-            found[key] = Match(None, f"{path} is the file of {owners[0]}")
+            named = "" if owners[0] == path else f", {owners[0]}"
+            found[key] = Match(None, f"the nearest, {path}, is the file of another image of the list{named}")
         elif len(rivals) > 1:
             why = f"it is not clear whose file {path} is: {rivals[0]} and {rivals[1]} fit it equally well"
             found[key] = Match(None, why, unclear=True)

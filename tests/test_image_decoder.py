@@ -93,6 +93,16 @@ def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> No
         assert difference.mean() < 1.5 and np.corrcoef(found_one.ravel(), expected.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_16_bits(orientation: int) -> None:
+    for kind in ("PNG", "TIFF"):
+        data = oriented(orientation, kind, DEEP)
+        grey = np.stack([(DEEP >> 8).astype(np.uint8)] * 3, axis=2)
+        np.testing.assert_array_equal(decode(data, 120, 160).pixels, grey)
+        size = (160, 120) if orientation > 4 else (120, 160)
+        np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, upright(grey, orientation))
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 2)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_extreme_shapes(shape: tuple[int, int], orientation: int) -> None:

@@ -236,6 +236,18 @@ def test_what_is_not_clear_is_an_error_that_names_both(tmp_path: Path, zipped: b
     source.check(records("images/1.png", "images/2.png"), Path("i.json"))
 
 
+def test_the_list_is_whole_though_some_of_its_images_are_asked_for(tmp_path: Path) -> None:
+    """An image that is not asked for keeps its file."""
+    source = write(tmp_path, ["cam1/1.png"], False)
+    asked, other = records("cam2/1.png", "cam1/1.png")
+    assert source.locate([asked], [asked, other]) == [
+        "cam2/1.png (the nearest, cam1/1.png, is the file of another image of the list)"
+    ]
+    with pytest.raises(InputError, match=r"the first is cam2/1\.png \(the nearest, cam1/1\.png, is the file"):
+        source.check([asked], Path("i.json"), [other])
+    assert source.find(asked) is None and source.find(other) == "cam1/1.png"
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "..\\secret.png", "/{root}/secret.png", "a/../../secret.png"])
 def test_nothing_outside_the_folder_is_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.png").write_text("secret")

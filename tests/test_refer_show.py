@@ -123,7 +123,7 @@ def test_images_are_found_as_everywhere(tmp_path: Path, pyplot: Recorder) -> Non
     ):
         with pytest.raises(ReferNotFoundError, match=why):
             shown(tmp_path, pyplot, [name, "4.jpg", "5.jpg"])
-    with pytest.raises(ReferNotFoundError, match=r"c/y\.png is the file of c/y\.png"):
+    with pytest.raises(ReferNotFoundError, match=r"the nearest, c/y\.png, is the file of another image"):
         shown(tmp_path, pyplot, ["d/y.png", "c/y.png", "5.jpg"])
 
 

@@ -62,7 +62,7 @@ class TrainingBatches(Dataset):
         self.records = [r for r in index.images.values() if self._objects(r.id)]
         if not self.records:
             raise InputError(f"{index.path}: no image has an annotation to train on")
-        source.check(self.records, index.path)
+        source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
 

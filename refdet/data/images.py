@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,13 +64,17 @@ class ImageSource:
             log.warning("note: --images %s: the link %s leads to a folder above and is not followed", path, above[0])
         return cls(files, exif)
 
-    def locate(self, records: Sequence[ImageRecord]) -> list[str]:
-        """Find the files of a whole list. Images that lie under another folder than their name gives are noted.
+    def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
+        """Find the files of some images. Those that lie under another folder than their name gives are noted.
+
+        Args:
+            listed: all images of the list that ``records`` are of, where these are not all.
 
         Returns:
-            For each image that has no file its name and why, in the order of the list.
+            For each image that has no file its name and why, in the order of ``records``.
         """
-        found = self._names.locate(_sought(record) for record in records if record.file_name or record.by_id)
+        both = (*records, *listed)
+        found = self._names.locate(_sought(record) for record in both if record.file_name or record.by_id)
         self._located.update({key: self._usable(match) for key, match in found.items()})
         matches = [self._match(record) for record in records]
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.elsewhere and match.path]
@@ -93,13 +97,13 @@ class ImageSource:
         """Why an image has no file; "" where it has one."""
         return self._match(record).reason
 
-    def check(self, records: Sequence[ImageRecord], listed_in: Path) -> None:
+    def check(self, records: Sequence[ImageRecord], listed_in: Path, listed: Iterable[ImageRecord] = ()) -> None:
         """`locate`, and see that every image is there, before hours of work find out.
 
         Raises:
             InputError: how many are not, and the first.
         """
-        if missing := self.locate(records):
+        if missing := self.locate(records, listed):
             self.refuse_missing(records, missing, listed_in)
 
     def refuse_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
@@ -139,11 +143,11 @@ class ImageSource:
         except SizeError as error:
             if error.orientation != 1:
                 self.oriented[name] = error.orientation
-            raise ImageError(f"{self.path / name}: {error}") from None
+            raise ImageError(f"{self.path}/{name}: {error}") from None
         except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
             self.refuse_unread(name, error)
             raise ImageError(
-                f"{self.path / name}: not a readable image ({why_unreadable(error)}); "
+                f"{self.path}/{name}: not a readable image ({why_unreadable(error)}); "
                 "replace it, or take it out of the instances file"
             ) from error
         if decoded.orientation != 1:
@@ -169,7 +173,7 @@ class ImageSource:
         if gone or is_of_the_machine(error):
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise WorkError(
-                f"{self.path / name}: cannot be read now ({what}): that is not the image's fault; see to the disk, "
+                f"{self.path}/{name}: cannot be read now ({what}): that is not the image's fault; see to the disk, "
                 "the network or memory"
             ) from error
 
