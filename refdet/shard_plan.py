@@ -14,6 +14,7 @@ from refdet.store_schema import Header
 Shard = list[list[ImageRecord]]  # its batches, in the order of the work
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
+_UNSAID = {"exif": "ignore"}  # options that are kept only where they have another value
 _SHOWN = 3  # changed parts of a recipe that are named
 
 
@@ -43,14 +44,13 @@ class Plan:
         told = []
         mine = json.loads(json.dumps(self.options))  # tuples become lists, as they did on disk
         for name in [*mine, *(key for key in other if key not in mine)]:
-            old, new = other.get(name), mine.get(name)
+            old, new = (options.get(name, _UNSAID.get(name)) for options in (other, mine))
             if old == new:
                 continue
             if name.endswith("_sha256"):
                 told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                was, now = ("not given" if name not in of else _shown(of[name]) for of in (other, mine))
-                told.append(f"--{name.replace('_', '-')} was {was} and is now {now}")
+                told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
         return "; ".join(told)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_extraction(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert [bool(error) for error in errors] == [False] * 5 + [True] * 2
         assert "its EXIF orientation is 6; --exif apply" in errors[5]
     code, text = extract(world, tmp_path / "stored.h5", "--resume", "--exif", "apply")
-    assert code == 2 and "--exif was not given and is now apply" in text
+    assert code == 2 and "--exif was ignore and is now apply" in text
 
 
 def test_evaluation(world: Path, caplog: pytest.LogCaptureFixture) -> None:
