@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from . import drawing
 from .checks import box_of
-from .errors import ReferDataError, ReferIdError
+from .errors import ReferDataError
 from .files import is_generalized, read_instances, read_refs, refs_file
+from .lookup import Ids, ids_of, records_of
 from .masks import decode
 from .plain_files import no_garbage_collection
 from .records import NO_TARGET, Annotation, Image, Ref, Sentence, target_ids
@@ -21,9 +21,6 @@ from .table import frame
 
 if TYPE_CHECKING:
     import pandas
-
-Ids = int | Iterable[int]
-_Record = TypeVar("_Record")
 
 # The splits of the published data. A dataset that lacks one of them simply has no refs in it.
 _SPLITS = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
@@ -145,7 +142,7 @@ class REFER:
         Raises:
             ReferDataError: there is no such split.
         """
-        images, cats, ids = _ids(image_ids), set(_ids(cat_ids)), set(_ids(ref_ids))
+        images, cats, ids = ids_of(image_ids), set(ids_of(cat_ids)), set(ids_of(ref_ids))
         asked = [name for name in ([split] if isinstance(split, str) else split) if name]
         splits = {name for one in asked for name in self._splits(one)}
         refs = [ref for one in dict.fromkeys(images) for ref in self.imgToRefs.get(one, [])] if images else list(self)
@@ -170,7 +167,7 @@ class REFER:
 
     def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[Any]:
         """Ids of the annotations that pass every filter given, in the order of the images given, else of the file."""
-        images, cats, refs = _ids(image_ids), set(_ids(cat_ids)), self.loadRefs(ref_ids)
+        images, cats, refs = ids_of(image_ids), set(ids_of(cat_ids)), self.loadRefs(ref_ids)
         ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
         anns = self.data["annotations"]
         if images:
@@ -191,20 +188,20 @@ class REFER:
 
     def loadRefs(self, ref_ids: Ids = ()) -> list[Ref]:
         """The refs with these ids; ReferIdError, a KeyError, names one that is not there."""
-        return _load(self.Refs, _ids(ref_ids), "ref")
+        return records_of(self.Refs, ids_of(ref_ids), "ref")
 
     def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Any]:
         """The annotations with these ids, in gRefCOCO None for -1; ReferIdError names one that is not there."""
         known = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
-        return _load(known, _ids(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
+        return records_of(known, ids_of(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
         """The images with these ids; ReferIdError names one that is not there."""
-        return _load(self.Imgs, _ids(image_ids), "image")
+        return records_of(self.Imgs, ids_of(image_ids), "image")
 
     def loadCats(self, cat_ids: Ids = ()) -> list[str]:
         """The names of these categories; ReferIdError names one that is not there."""
-        return _load(self.Cats, _ids(cat_ids), "category")
+        return records_of(self.Cats, ids_of(cat_ids), "category")
 
     def getRefBox(self, ref_id: int) -> list[Any]:
         """The box of the referred object, ``[x, y, width, height]`` in pixels; in gRefCOCO a list of such boxes."""
@@ -257,9 +254,10 @@ class REFER:
             ReferDataError: neither ref nor ref_id is given, or see `getMask`; ReferIdError: there is no such ref.
         """
         if ref is None:
-            if ref_id is None:
-                raise ReferDataError("getMaskByRef needs a ref or a ref_id")
-            (ref,) = self.loadRefs(operator.index(ref_id))
+            asked = [] if ref_id is None else self.loadRefs(ref_id)
+            if len(asked) != 1:
+                raise ReferDataError(f"getMaskByRef needs a ref or one ref_id, not {ref_id!r:.40}")
+            ref = asked[0]
         if not target_ids(ref):
             return {"mask": self._no_mask(ref), "empty": True}
         if merge:
@@ -287,11 +285,11 @@ class REFER:
             raise ReferDataError(f"{self.DATA_DIR}: {what}: {error}") from None
 
     def _anns(self, ref: Ref) -> list[Annotation]:
-        (found,) = _load(self.refToAnn, [ref["ref_id"]], "ref")
+        (found,) = records_of(self.refToAnn, [ref["ref_id"]], "ref")
         return found if self.generalized else [found]
 
     def _image(self, ref: Ref | Annotation) -> Image:
-        (image,) = _load(self.Imgs, [ref["image_id"]], "image")
+        (image,) = records_of(self.Imgs, [ref["image_id"]], "image")
         for key in ("height", "width"):
             if key not in image:
                 raise ReferDataError(f"{self.DATA_DIR}: image {image['id']} has no {key!r}")
@@ -329,22 +327,6 @@ class REFER:
     def frame(self) -> pandas.DataFrame:
         """A pandas table with a row a sentence; see `refer.table.frame` for its columns."""
         return frame(self)
-
-
-def _ids(ids: Ids | str | Iterable[str], texts: bool = False) -> list[Any]:
-    try:
-        several = ids if isinstance(ids, Iterable) and not (texts and isinstance(ids, str)) else [ids]
-        # operator.index takes numpy's integers too
-        return [one if texts and isinstance(one, str) else operator.index(one) for one in several]  # type: ignore[arg-type]
-    except TypeError:
-        raise ReferDataError(f"ids are integers or lists of integers, not {ids!r:.40}") from None
-
-
-def _load(records: Mapping[Any, _Record], ids: list[Any], what: str) -> list[_Record]:
-    for one in ids:
-        if one not in records:
-            raise ReferIdError(f"no {what} with id {one!r:.80}")
-    return [records[one] for one in ids]
 
 
 def _with_area(mask: np.ndarray) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_predictions_of_another_form_than_said_are_warned_of(
 @pytest.mark.parametrize(
     ("form", "box", "says"),
     [
-        ("xyxy", [30, 30, 10, 40], r"four numbers \[x1, y1, x2, y2\] of pixels"),
+        ("xyxy", [30, 30, 10, 40], r"four numbers \[x1, y1, x2, y2\] in pixels"),
         ("normalized-xywh", [0.1, 0.1, -0.1, 0.2], r"four numbers \[x, y, width, height\] in 0..1"),
         ("thousandths-xyxy", [1, 2, 3], r"four numbers \[x1, y1, x2, y2\] in 0..1000 of the image"),
     ],
@@ -216,7 +216,7 @@ def test_box_files_of_each_form(dataset: tuple, tmp_path: Path, caplog: pytest.L
     try:
         load_boxes(tmp_path / "b.json", index, "xywh")
     except InputError as error:
-        assert "read as [x, y, width, height] of pixels" in str(error)
+        assert "read as [x, y, width, height] in pixels" in str(error)
     assert ("warning: --boxes" in caplog.text) == (name != "xywh")
 
 

@@ -70,8 +70,9 @@ def test_the_face_of_its_own_api(tmp_path: Path) -> None:
         r.getMask(r.Anns[8])
     r.Anns[7]["iscrowd"] = 1
     assert r.getMaskByRef(r.Refs[0]) == [] and not r.getMaskByRef(r.Refs[0], merge=True)["mask"].any()
-    with pytest.raises(ValueError, match="needs a ref or a ref_id"):
-        r.getMaskByRef()
+    for bad in (None, [], [0, 2]):
+        with pytest.raises(ValueError, match="needs a ref or one ref_id"):
+            r.getMaskByRef(ref_id=bad)  # type: ignore[arg-type]
 
 
 def test_masks_by_ref_of_other_datasets(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ class BoxForm:
 
 # In the order in which they are taken where several fit as well.
 FORMS: Mapping[str, BoxForm] = MappingProxyType({
-    "xywh": BoxForm(False, PIXELS, "[x, y, width, height] of pixels"),
-    "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] of pixels"),
+    "xywh": BoxForm(False, PIXELS, "[x, y, width, height] in pixels"),
+    "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
     "normalized-xyxy": BoxForm(True, SHARES, "[x1, y1, x2, y2] in 0..1 of the image"),
     "normalized-xywh": BoxForm(False, SHARES, "[x, y, width, height] in 0..1 of the image"),
     "thousandths-xyxy": BoxForm(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),

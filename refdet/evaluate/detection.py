@@ -69,7 +69,7 @@ def evaluate(
             f"--checkpoint {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they are not the "
             f"same ({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
         )
-    _tell_of_annotations(index, meta.recipe.model.masks)
+    _log_odd_annotations(index, meta.recipe.model.masks)
 
     from refdet import trained
     from refdet.detector.inference import DetectOptions
@@ -145,8 +145,8 @@ def detected_regions(
             yield from begun.popleft()()
 
 
-def _tell_of_annotations(index: CocoIndex, masks: bool) -> None:
-    """Say what makes the numbers to come other than one expects."""
+def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
+    """Log what makes AP undefined, or measured on something else than what the file holds."""
     reason = why_undefined(index, index.images)
     if reason:
         log.warning("note: %s: %s", index.path, reason)
