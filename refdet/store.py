@@ -224,7 +224,8 @@ class Store:
             categories = self.data["regions/category_id"][:]
             columns = {"image_id": np.repeat(self.image_ids, np.diff(self.region_start))}
             columns |= dict(zip(("x1", "y1", "x2", "y2"), boxes.T, strict=True))
-            columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+            with np.errstate(all="ignore"):  # boxes of a damaged file need not be finite
+                columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
             frame = pd.DataFrame(columns)
             names = {int(c["id"]): str(c["name"]) for c in self.classes}
