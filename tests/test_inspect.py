@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 from test_resume import OWN, run
 
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted
 from refdet.inspect import check, describe
 from refdet.provenance import UNKNOWN, Provenance
 from refdet.regions import Regions
@@ -130,7 +130,7 @@ def test_every_part_of_a_store_that_may_be_absent(
 
 def test_an_unfinished_store(tmp_path: Path) -> None:
     out, parts = tmp_path / "a.h5", tmp_path / "a.h5.parts"
-    with pytest.raises(WorkError):
+    with pytest.raises(Interrupted):
         run(out, stop_at=2, header=replace(OWN, provenance=PROVENANCE.to_json()))
     found = describe(parts)
     assert found["kind"] == "unfinished store" and (found["shards_finished"], found["shards"]) == (2, 4)
