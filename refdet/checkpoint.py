@@ -22,7 +22,7 @@ from refdet.provenance import UNKNOWN_DATA, Provenance
 from refdet.recipe import Recipe, from_dict
 from refdet.short_text import cut, shown
 from refdet.small_files import read_small, strict_json
-from refdet.weight_files import check_safetensors, what_is
+from refdet.weight_files import check_safetensors, is_address, what_is
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,6 +123,8 @@ def run_directory(path: str | Path) -> Path:
 def _not_a_run(path: Path, folder: Path, missing: str) -> str:
     """Why a path is no run directory, and what to give."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
+        if is_address(path):
+            return "an address; download the run directory, and give its folder"
         return "no such file or folder; give a run directory that `refdet train` wrote"
     above = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
     if above is not None:

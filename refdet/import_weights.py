@@ -21,15 +21,13 @@ from refdet.detector.weights import Recognised, recognise
 from refdet.errors import InputError
 from refdet.provenance import Provenance, file_sha256
 from refdet.short_text import cut, shown
-from refdet.torch_files import DAMAGED, read_contents
-from refdet.weight_files import MOST_TENSORS, is_safetensors, what_is
+from refdet.torch_files import DAMAGED, SCRIPT, TAR, read_contents
+from refdet.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
 from refdet.weight_programs import OWN, STATE, has_all, program_of
 
 WRAPPERS = ("state_dict", "model")  # names under which programs put the weights beside other things
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
 MOST_SHARED = 2**27  # numbers of tensors that are views of few; the largest network here has half as many
-_NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
-SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the age and the make of the file
-            # a zip's tensors are mapped, so that none can be larger than the file
-            tree: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:2] == b"PK")
+            tree: Any = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # what a damaged file makes of torch.load is anything
@@ -121,6 +118,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 
 def _no_file(path: Path) -> str:
     """Why a path is no file, and what to do with it."""
+    if is_address(path):
+        return "an address; download the file, and give its path"
     if not path.is_dir():
         return "not a regular file" if path.exists() else "no such file"
     if (path / checkpoint.META).is_file():

@@ -37,7 +37,7 @@ class Range:
             self._check_one(key, item)
 
     def _check_one(self, key: str, value: float) -> None:
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}: a finite number is needed, not {value}")
         if self.low <= value <= self.high and not (self.above and value == self.low):
             return

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
 from refdet.errors import InputError
 from refdet.short_text import cut, shown
+
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def read_small(path: Path, most: int) -> bytes:
@@ -46,7 +49,8 @@ def strict_json(data: bytes | str) -> Any:
         value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_integer
         )
-        text.encode("utf-8")  # no halves of characters
+        if _HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except json.JSONDecodeError as error:
         raise InputError(f"malformed JSON in line {error.lineno}: {error.msg}") from None

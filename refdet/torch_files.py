@@ -17,10 +17,12 @@ from typing import Any, BinaryIO
 from refdet.errors import InputError
 from refdet.short_text import cut
 
-MOST_OPCODES = 1_000_000  # of a pickle; the state of a ResNet-152 takes 40,000
+MOST_OPCODES = 400_000  # of a pickle; the state of a ResNet-152 takes 40,000
 MOST_VALUES = 10_000_000  # with what is shared counted each time
 LARGEST_DIRECTORY = 2**24  # bytes of a zip's list of members
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
+_NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
+SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
 DAMAGED = "damaged, or not a file of torch.save"
 # modules of which torch's reader decides itself; of others it would load what is no tensor, such as a bytearray
 _LEFT_TO_TORCH = ("torch", "collections")
@@ -158,6 +160,8 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if any(member.filename.endswith("/constants.pkl") for member in members):
+                raise InputError(SCRIPT)
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
                 raise InputError(f"{DAMAGED}: a member of the zip is packed, which torch.save does not do")
             names = {member.filename for member in members}

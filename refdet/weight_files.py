@@ -49,6 +49,11 @@ def _what_tensors(path: Path) -> str:
     return f"{known} (refdet import-weights makes a run directory of weights that it knows)"
 
 
+def is_address(path: Path) -> bool:
+    """Whether it is no path but an address of the web, whose two slashes a path has made one."""
+    return path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",), ("ftp:",), ("hf:",))
+
+
 def is_safetensors(start: bytes) -> bool:
     """Whether a file that begins so may be safetensors: the length of a header, then JSON."""
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
