@@ -45,7 +45,8 @@ def check_store(option: str, path: Path) -> None:
 def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
     """InputError unless a path leads to text, which the command will read and check."""
     kind = kind_of(path)
-    if kind not in (FileKind.JSON, FileKind.TEXT, FileKind.EMPTY):  # what is malformed is named by its line later
+    # What is malformed is named by its line later; JSON in UTF-16 looks like anything.
+    if kind not in (FileKind.JSON, FileKind.TEXT, FileKind.EMPTY, FileKind.BINARY):
         _refuse(option, path, kind, what)
 
 
@@ -77,7 +78,7 @@ def check_images(option: str, path: Path) -> None:
 def check_refer_root(path: Path, dataset: str) -> None:
     """InputError unless a path leads to the folder above that of a dataset."""
     kind = kind_of(path)
-    if kind is FileKind.DATASET and not (path / dataset).is_dir():
+    if kind is FileKind.DATASET and not (dataset and (path / dataset).is_dir()):
         raise InputError(f"--refer-root {path}: {kind.value}; give the folder above it: {path.resolve().parent}")
     if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
         kind.is_folder or kind is FileKind.MISSING  # of which the reader says where to get it

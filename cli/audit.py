@@ -10,7 +10,7 @@ import click
 
 from refdet.errors import WorkError
 
-from .arguments import check_run_directory, check_store
+from .arguments import check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def command(
     detector = checkpoint if checkpoint is not None else features
     if trust_weights and detector is None:
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
+    check_refer_root(Path(refer_root), "")
+    if instances is not None:
+        check_json("--instances", Path(instances), "an instances JSON or a list of images")
     if checkpoint is not None:
         check_run_directory("--checkpoint", Path(checkpoint))
     if features is not None:

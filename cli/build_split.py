@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from .arguments import check_json, check_new_file, check_refer_root
 from .common import echo_json, echo_line, echo_table, json_option, note
 
 
@@ -32,6 +35,10 @@ def command(
     F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
     with an id or a file name a line. Images are known by their COCO ids, whatever their files are called.
     """
+    check_json("--instances", Path(instances), "an instances JSON or a list of images")
+    check_new_file("--out", Path(out))
+    check_refer_root(Path(refer_root), "")
+
     from refdet.data.splits import build_split
 
     result = build_split(instances, refer_root, out, exclude, keep_only)

@@ -13,10 +13,12 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.json_files import read_json
 from refdet.errors import InputError
+from refdet.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.hdf5_door import MAGIC, check_regular, open_store_file
 from refdet.provenance import Provenance
 from refdet.shards import parts_folder, progress
 from refdet.store import DAMAGE
+from refdet.store_limits import is_id
 from refdet.store_schema import CHECKSUMS, MAPS
 from refdet.store_verify import Verification, verify
 
@@ -35,18 +37,21 @@ def describe(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         begun = progress(path)
         return _checkpoint(path) if begun is None else _unfinished(path, begun)
-    if not path.exists():
+    kind = kind_of(path)
+    if kind is FileKind.MISSING:
         raise InputError(f"{path}: {_missing(path, 'file or folder')}")
     check_regular(path)
     if path.name in ("model.json", "model.safetensors"):
         return _checkpoint(path.parent)
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC))
-    if start == MAGIC:
+    if kind is FileKind.STORE:
         return _store(path)
-    if start.lstrip()[:1] == b"{":
+    if kind is FileKind.JSON:
         return _split(path)
-    raise InputError(f"{path}: neither an instances JSON, a run directory nor a store of features")
+    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
+        raise InputError(f"{path}: {kind.value}")
+    near = run_directory_near(path) if kind is FileKind.STATE else None
+    hint = f"; look at its run directory {near}" if near else ""
+    raise InputError(f"{path}: {kind.value}, neither an instances JSON, a run directory nor a store of features{hint}")
 
 
 def _split(path: Path) -> dict[str, Any]:
@@ -141,10 +146,10 @@ def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
         "kind": "unfinished store",
         "path": str(folder),
         "state": _state(begun),
-        "shards": begun.get("shards"),
+        "shards": _count(begun, "shards"),
         "shards_finished": begun["finished"],
-        "images": begun.get("images"),
-        "batch_size": begun.get("batch_size"),
+        "images": _count(begun, "images"),
+        "batch_size": _count(begun, "batch_size"),
         "categories": len(classes) if isinstance(classes, list) else None,
         "options": begun.get("options"),
         "provenance": _provenance(folder / "plan.json", header.get("provenance")),
@@ -152,8 +157,15 @@ def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(begun: dict[str, Any]) -> str:
-    done = f"{begun['finished']} of {begun.get('shards', '?')} shards are finished"
+    shards = _count(begun, "shards")
+    done = f"{begun['finished']} of {'?' if shards is None else shards} shards are finished"
     return f"{done}; the same refdet extract-features with --resume does the rest"
+
+
+def _count(begun: dict[str, Any], name: str) -> int | None:
+    """A number of a plan, None where it has none."""
+    value = begun.get(name)
+    return value if type(value) is int and is_id(value) else None
 
 
 def _missing(path: Path, what: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from refdet import store
 from refdet.atomic import MARK, flush, full_disk, write_json
 from refdet.data.coco import ImageRecord
+from refdet.data.json_files import read_small_json
 from refdet.errors import InputError, WorkError
 from refdet.lock import alone
 from refdet.shard_plan import Plan, Shard, cut_into_shards
@@ -144,8 +145,8 @@ def none_usable(errors: Mapping[int, str], kept: str) -> str:
 
 def _begun(folder: Path) -> Any:
     try:
-        return json.loads((folder / _OF).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_small_json(folder / _OF)
+    except InputError:
         return None
 
 

@@ -111,7 +111,11 @@ def read(path: Path, mark: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regi
     """
     with path.open("rb") as file:
         blocks = _blocks(file)
-        if json.loads(next(blocks)[0]) != mark:
+        try:
+            found = json.loads(next(blocks)[0])
+        except (ValueError, RecursionError):
+            raise ShardError("damaged: it has no mark") from None
+        if found != mark:
             raise ShardError("it is of another extraction")
         for data, place in blocks:
             yield _image(data, plan), place
@@ -164,6 +168,15 @@ def _checked(data: bytes, place: Place) -> bytes:
 
 
 def _image(data: bytes, plan: Plan) -> Regions:
+    # A checksum is right of what somebody wrote on purpose, too.
+    try:
+        return _parsed(data, plan)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
+            struct.error) as error:  # fmt: skip
+        raise ShardError(f"damaged: an image in it is none ({type(error).__name__}: {error})") from None
+
+
+def _parsed(data: bytes, plan: Plan) -> Regions:
     (length,) = _NUMBER.unpack_from(data)
     at = _NUMBER.size + length
     head = json.loads(data[_NUMBER.size : at])

@@ -15,6 +15,7 @@ Shard = list[list[ImageRecord]]  # its batches, in the order of the work
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
 _UNSAID = {"exif": "ignore"}  # options that are kept only where they have another value
+_LONGEST = 80  # characters of a value that are shown
 _SHOWN = 3  # changed parts of a recipe that are named
 
 
@@ -100,7 +101,7 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
 def _parsed(recipe: Any) -> Any:
     try:
         return json.loads(recipe)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return recipe
 
 
@@ -128,4 +129,5 @@ def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[S
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

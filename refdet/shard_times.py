@@ -16,6 +16,7 @@ from typing import Any
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
 _FILE = "sessions.jsonl"
+_MOST = 2**26  # bytes of it that are read
 
 
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
@@ -100,16 +101,20 @@ class Session:
 
     def _note(self) -> None:
         # The line may be cut by a kill, so that the next begins a new one; and no work is lost for the want of it.
+        if self._path.exists() and not self._path.is_file():
+            return
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(self._so_far()))
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
     """Session -> its last whole line."""
-    found = {}
+    found: dict[int, dict[str, Any]] = {}
     with suppress(OSError):
+        if not path.is_file() or path.stat().st_size > _MOST:  # a pipe would keep us waiting
+            return found
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 one = json.loads(line)
                 numbers = {name: float(one["stages"][name]) for name in STAGES}
                 found[int(one["session"])] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from refdet import store
 from refdet.atomic import MARK, atomic_path, flush, full_disk, left_behind, write_json
 from refdet.data.coco import ImageRecord
+from refdet.data.json_files import read_small_json
 from refdet.errors import InputError, WorkError
 from refdet.lock import alone
 from refdet.regions import Regions
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _PLAN = "plan.json"
+_MOST_AT_ONCE = 4096  # images of a batch that a plan is believed
 _MERGED = "merged.json"  # which file the shards became
 # The names that an extraction gives in its folder; before they had MARK, temporary files had eight hex digits alone.
 _OURS = re.compile(rf"{_LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
@@ -72,6 +75,8 @@ class Parts:
 
     def _look_into(self, number: int) -> None:
         path, rows = self._path(number), []
+        if not path.is_file():
+            raise InputError(f"{path}: not a file, where a finished shard should be; remove it")
         try:
             for regions, place in read(path, self._mark(number), self.plan):
                 rows.append((self._row(regions, path), place))
@@ -214,7 +219,7 @@ def begun_batch_size(out: Path) -> int | None:
         with store.open(out) as finished:
             begun = finished.run
     size = (begun or {}).get("batch_size")
-    return size if isinstance(size, int) and size > 0 else None
+    return size if type(size) is int and 0 < size <= _MOST_AT_ONCE else None
 
 
 def progress(folder: Path) -> dict[str, Any] | None:
@@ -297,23 +302,26 @@ def _refuse_another(out: Path) -> None:
 def _merged(folder: Path) -> list[int]:
     """The inodes of the files that were made of the shards of a folder."""
     try:
-        return [int(inode) for inode in json.loads((folder / _MERGED).read_text())["inodes"]]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return [int(inode) for inode in read_small_json(folder / _MERGED)["inodes"]]
+    except (InputError, ValueError, TypeError, KeyError, OverflowError):
         return []
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
     """The plan under which a folder was begun; None where there is none, or nothing that was done under it."""
     path = folder / _PLAN
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except ValueError as error:
+    try:
+        value = read_small_json(path)
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: not an object")
+    except InputError as error:
         if not any(folder.glob("[0-9]*.shard")):
             return None
-        raise InputError(f"{path}: damaged ({error}); remove {folder} and start again") from None
-    return value if isinstance(value, dict) else {}
+        raise InputError(f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
+                         ) from None  # fmt: skip
+    return value
 
 
 def _remove(folder: Path) -> None:

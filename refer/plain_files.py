@@ -13,24 +13,35 @@ from typing import Any
 
 from .errors import ReferDataError, ReferNotFoundError
 
+LARGEST = 2**32
+"""Bytes of a file that is read whole; ten times as much memory is needed to parse it."""
+
 _HALF_CHARACTER = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, most: int = LARGEST) -> bytes:
     """The bytes of a regular file.
+
+    Args:
+        most: bytes that it may have.
 
     Raises:
         ReferNotFoundError: there is no such file.
-        ReferDataError: it is something else, or cannot be read.
+        ReferDataError: it is something else, is larger, or cannot be read.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ReferDataError(f"{path}: cannot be read: not a file")
+        size = path.stat().st_size
+        if size > most:
+            raise ReferDataError(f"{path}: has {size / 2**20:.0f} MiB, more than the {most / 2**20:.0f} MiB that such "
+                                 "a file may have; is it the right one?")  # fmt: skip
         return path.read_bytes()
     except FileNotFoundError:
         raise ReferNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ReferDataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # a zero in the name is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ReferDataError(f"{path}: cannot be read: {reason}") from None
     except MemoryError:
         raise ReferDataError(f"{path}: too large for the memory") from None
 

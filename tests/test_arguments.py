@@ -141,6 +141,23 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
         ),
         "--weights",
     ),
+    # splits
+    "split of a store": (lambda f: split(f, instances=f.store), "not an instances JSON or a list of images"),
+    "split of a pipe": (lambda f: split(f, instances=f.pipe), "a pipe or a device"),
+    "split of an address": (lambda f: split(f, instances="http://a.org/f.json"), "an address; download it"),
+    "split into a folder": (lambda f: split(f, out="."), "--out .: a folder; give the name of a file"),
+    "split of one dataset": (lambda f: split(f, refer_root=f.refer / "refcoco"), "give the folder above it"),
+    "audit of a pipe": (lambda f: other("audit", instances=f.pipe, refer_root=f.refer), "a pipe or a device"),
+    "inspect a pipe": (lambda f: ["inspect", str(f.pipe)], "a pipe or a device, not a regular file"),
+    "inspect an address": (lambda f: ["inspect", "https://a.org/b"], "an address; download it"),
+    "inspect a state": (
+        lambda f: ["inspect", str(f.run / "state/step-00000005.safetensors")],
+        "look at its run directory",
+    ),
+    "inspect an image": (
+        lambda f: ["inspect", str(f.images / "000000000002.jpg")],
+        "an image, neither an instances JSON",
+    ),
     # images
     "no images": (lambda f: extract(f, images=f.root / "no"), "--images"),
     "images in a run": (lambda f: extract(f, images=f.run), "a run directory, not a folder or zip of images"),
@@ -215,6 +232,11 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "weights at an address": (lambda f: weights(f, "https://a.org/w.pth"), "an address; download it"),
     "weights over files": (lambda f: weights(f, f.torch, out=f.images), "is there and not an empty folder"),
 }
+
+
+def split(files: Files, **changes: Any) -> list[str]:
+    given = {"instances": files.instances, "refer_root": files.refer, "out": files.root / "s.json"}
+    return other("build-split", **(given | changes))
 
 
 def export(files: Files, store: Path, out: Path | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from store_examples import HEADER, PLAN, contents, make_regions, record
 
 from refdet import shards, store
+from refdet.atomic import MARK
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.extract import ImageList, annotated_regions
@@ -62,7 +63,7 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
         run(out, stops)
     assert not out.exists()
     (tmp_path / "a.h5.parts" / ".000009.0123abcd.shard").write_text("a shard that was being written")
-    (tmp_path / ".a.0123abcd.h5").write_text("a merge that was killed")
+    (tmp_path / f".a.0123abcd.{MARK}.h5").write_text("a merge that was killed")
     with pytest.raises(InputError, match="add --resume"):
         run(out)
     summary = run(out, resume=True)

@@ -12,7 +12,7 @@ from interrupted_extraction import environment
 from test_resume import BATCHES, interrupted_before_the_merge, run
 
 from refdet import store
-from refdet.errors import WorkError
+from refdet.errors import Interrupted
 from refdet.shard_times import STAGES, Session
 
 
@@ -25,7 +25,7 @@ def test_the_run_is_of_all_sessions(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     seconds = 0.0
     for stop_at in (1, 2):
-        with pytest.raises(WorkError):
+        with pytest.raises(Interrupted):
             run(out, stop_at=stop_at, resume=True)
     done = run(out, resume=True)
     seconds += done.seconds

@@ -11,6 +11,8 @@ from typing import Any
 from refdet.errors import InputError
 from refer import ReferError, plain_files
 
+_SMALL = 2**25  # bytes
+
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file. InputError names the file and, where it is malformed, the line."""
@@ -18,10 +20,16 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """All of a regular file. InputError for what cannot be read, and for a pipe or a device."""
+def read_small_json(path: Path) -> Any:
+    """The value of a JSON file of ours that is never large, as of `read_json`; InputError for one that is."""
+    with json_errors(path):
+        return json.loads(read_bytes(path, _SMALL))
+
+
+def read_bytes(path: Path, most: int = plain_files.LARGEST) -> bytes:
+    """All of a regular file. InputError for what cannot be read or has more bytes, and for a pipe or a device."""
     with _ours():
-        return plain_files.read_bytes(path)
+        return plain_files.read_bytes(path, most)
 
 
 @contextmanager

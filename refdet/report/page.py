@@ -28,6 +28,8 @@ from refdet.small_files import read_small, strict_json
 
 LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
 
+_LARGEST_LOG = 2**28  # bytes
+
 __all__ = ["Inputs", "ReferPart", "Step", "write"]
 
 
