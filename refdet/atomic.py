@@ -16,6 +16,7 @@ from refdet.errors import WorkError, is_disk_full
 
 # Of a temporary name, so that what is cleaned up later is certainly ours.
 MARK = "refdet-tmp"
+_TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
@@ -52,16 +53,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def left_behind(path: Path) -> list[Path]:
-    """The temporary files of `atomic_path` for ``path`` that are there: of a process that was killed, or at work.
+def left_behind(folder: Path, name: str | None = None) -> list[Path]:
+    """The temporary files of `atomic_path` in a folder: of processes that were killed, or are at work.
 
-    Nobody else's: `MARK` is in their names.
+    Args:
+        name: only those for the file of this name.
     """
-    ours = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.{MARK}{re.escape(path.suffix)}")
     try:
-        return sorted(other for other in path.parent.iterdir() if ours.fullmatch(other.name))
+        found = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
+    return sorted(path for path, match in found if match and name in (None, match[1] + (match[2] or "")))
 
 
 @contextmanager

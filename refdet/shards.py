@@ -264,7 +264,7 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
                              "remove it")  # fmt: skip
     elif strange := _strange(folder):
         raise InputError(
-            f"{folder}: holds {strange[0].name}, which is of no extraction; choose another --out or move it"
+            f"{folder}: holds {strange[0].name}, which no extraction wrote; move it or choose another --out"
         )
     elif resume:
         log.warning("note: --resume: nothing is begun in %s: starting from the beginning", folder)
@@ -275,7 +275,10 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process was writing it just now; run it again")
             _refuse_another(out)
-            half_written = [*(path for path in folder.glob(".*") if _OURS.fullmatch(path.name)), *left_behind(out)]
+            half_written = [
+                *(path for path in folder.glob(".*") if _OURS.fullmatch(path.name)),
+                *left_behind(out.parent, out.name),
+            ]
             if not out.exists():  # nor may a later file be taken for what was merged
                 half_written += folder.glob(_MERGED)
             for path in half_written:  # when a process was killed

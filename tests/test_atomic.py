@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.atomic import atomic_path, write_json
+from refdet.atomic import MARK, atomic_path, left_behind, write_json
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
@@ -45,3 +45,19 @@ def test_what_is_no_json_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a", "a.tar.gz", ".hidden", "ümlaut [1].h5", "a.h5.parts", "x.refdet-tmp.h5"])
+def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    stem, suffix = target.stem, target.suffix
+    others = [f".{stem}.original{suffix}", f".{stem}.0123abcd{suffix}", f".{name}.notes",
+              f".{stem}.0123abcX.{MARK}{suffix}", f"{stem}.0123abcd{MARK}{suffix}"]  # fmt: skip
+    for other in others:
+        (tmp_path / other).write_text("mine")
+    with atomic_path(target) as temporary, atomic_path(tmp_path / "b.h5") as second:
+        temporary.write_text("")
+        second.write_text("")
+        assert left_behind(tmp_path, name) == [temporary]
+        assert set(left_behind(tmp_path)) == {temporary, second}
+    assert left_behind(tmp_path) == [] and left_behind(tmp_path / "no") == []

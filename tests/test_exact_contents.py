@@ -15,7 +15,7 @@ from refdet import checkpoint, recipe, store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted
 from refdet.extract import ExtractOptions, ImageList, extract_features
 from refdet.provenance import Provenance
 from refdet.regions import Regions
@@ -96,7 +96,7 @@ def test_a_stop_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageSource, "read", stops)
-        with pytest.raises(WorkError, match="--resume"):
+        with pytest.raises(Interrupted, match="--resume"):
             run(tmp_path / "a.h5", detector, folder, images)
     with pytest.raises(InputError, match="--batch-size was 4 and is now 2"):
         run(tmp_path / "a.h5", detector, folder, images, batch_size=2, resume=True)

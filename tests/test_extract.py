@@ -18,7 +18,7 @@ from store_examples import HEADER, PLAN, contents, make_regions, record
 from refdet import shards, store
 from refdet.atomic import MARK
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted
 from refdet.extract import ImageList, annotated_regions
 from refdet.shard_plan import cut_into_shards
 from refdet.shard_work import Finish, Summary, extract
@@ -59,7 +59,7 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
         return compute(batch, images)
 
     out = tmp_path / "a.h5"
-    with pytest.raises(WorkError, match=f"{sum(len(b) for b in BATCHES[:stopped_after])} of 10 .*--resume"):
+    with pytest.raises(Interrupted, match=f"{sum(len(b) for b in BATCHES[:stopped_after])} of 10 .*--resume"):
         run(out, stops)
     assert not out.exists()
     (tmp_path / "a.h5.parts" / ".000009.0123abcd.shard").write_text("a shard that was being written")

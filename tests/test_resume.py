@@ -182,3 +182,37 @@ def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
     run(out, resume=True)
     with store.open(out) as file:
         assert len(file) == len(RECORDS)
+
+
+def test_files_of_somebody_else_beside_a_store_and_its_shards_stay(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    mine = [tmp_path / name for name in (".a.original.h5", ".a.backup01.h5", ".a.0123abcd.h5", "a.txt")]
+    for path in mine:
+        path.write_text("mine")
+    with pytest.raises(Interrupted):
+        run(out, stop_at=2)
+    inside = [tmp_path / "a.h5.parts" / name for name in (".notes", "notes.txt", ".000001.txt")]
+    for path in inside:
+        path.write_text("mine")
+    half = [tmp_path / ".a.0123abcd.refdet-tmp.h5", tmp_path / "a.h5.parts" / ".000001.0123abcd.refdet-tmp.shard"]
+    for path in half:
+        path.write_text("half")
+    assert run(out, resume=True).computed == 5
+    assert all(path.read_text() == "mine" for path in [*mine, *inside])
+    assert not list((tmp_path / "a.h5.parts").glob("*.shard")) and not (tmp_path / "a.h5.parts" / "plan.json").exists()
+    assert not any(path.exists() for path in half)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", ".notes", "photo.jpg", "000001.shard.bak"])
+def test_a_folder_of_somebody_else_is_not_taken_for_shards(tmp_path: Path, name: str, resume: bool) -> None:
+    (tmp_path / "a.h5.parts").mkdir()
+    (tmp_path / "a.h5.parts" / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no extraction wrote"):
+        run(tmp_path / "a.h5", resume=resume)
+    assert [path.name for path in (tmp_path / "a.h5.parts").iterdir()] == [name]
+
+
+def test_where_nothing_was_begun_it_starts_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(tmp_path / "a.h5", resume=True).computed == len(RECORDS)
+    assert "nothing is begun in" in caplog.text and "starting from the beginning" in caplog.text

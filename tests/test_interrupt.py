@@ -1,0 +1,114 @@
+"""Ctrl-C, SIGTERM and SIGHUP, whenever they come: exit code 130, one line, and nothing that swallows them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from refdet.interrupt import SIGNALS, Stop, StopRequested, as_keyboard_interrupt
+
+# A module whose import takes its time, and that swallows what is raised meanwhile, as extension modules do.
+SWALLOWS = "import os, signal, sys\nfor _ in range(3):\n    try: import slow_part\n    except BaseException: pass\n"
+SLOW = "import os, signal, sys\nos.kill(os.getpid(), int(os.environ['NUMBER']))\nraise ImportError\n"
+
+
+def environment(*folders: Path, **more: str) -> dict[str, str]:
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_an_import_is_not_swallowed(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    (tmp_path / "slow_part.py").write_text(SLOW)
+    code = (
+        "import click, sys; import refdet.cli.main as m\n"
+        "@click.command('inspect')\n"
+        "def command():\n    import swallows; print('went on')\n"
+        "import refdet.cli.inspect; refdet.cli.inspect.command = command\n"
+        "m.main(['inspect'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path, NUMBER=str(int(number))), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_work_of_a_command(number: signal.Signals) -> None:
+    code = (
+        "import click, os, sys; import refdet.cli.main as m\n"
+        "@click.command('inspect')\n"
+        "def command():\n"
+        f"    try: os.kill(os.getpid(), {int(number)}); print('went on')\n"
+        "    finally: print('cleaned up')\n"
+        "import refdet.cli.inspect; refdet.cli.inspect.command = command\n"
+        "m.main(['inspect'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr.split() == ["error:", "interrupted"]
+
+
+def test_a_signal_while_click_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-c", "import refdet.cli.main"], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def press(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_stop_remembers_the_first_signal_and_cuts_nothing_short() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Stop.watching() as stop:
+        assert not stop.requested
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            press(number)
+        assert stop.requested and stop.name == "SIGTERM"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_stop_ends_a_wait(early: bool) -> None:
+    with Stop.watching() as stop:
+        if early:
+            press(signal.SIGHUP)
+        with pytest.raises(StopRequested), stop.ends_waiting():
+            press(signal.SIGHUP)
+            raise AssertionError("went on")
+        press(signal.SIGINT)  # outside it raises nothing
+    assert stop.name == "SIGHUP"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop.watching() as stop, as_keyboard_interrupt():
+            press(signal.SIGHUP)
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_nothing_changes() -> None:
+    handlers: list[object] = []
+
+    def look() -> None:
+        with Stop.watching(), as_keyboard_interrupt():
+            handlers.extend(signal.getsignal(number) for number in SIGNALS)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == before

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from refdet import progress as module
+from refdet.progress import progress, progress_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_short_work_leaves_nothing_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(100, "train", "step") as bar:
+        for _ in range(100):
+            bar.update()
+            bar.set_postfix_str("loss 1", refresh=False)
+    assert list(progress(range(50), "export", "image")) == list(range(50))
+    assert stream.getvalue() == ""
+
+
+def test_long_work_leaves_whole_lines_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), 0.0
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(1000, "train", "step") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: bar.start_t + now)
+        for _ in range(1000):  # 0.1 s each
+            now += 0.1
+            bar.set_postfix_str("loss 1.00", refresh=False)
+            bar.update()
+    lines = stream.getvalue().splitlines()
+    assert 2 <= len(lines) <= 100 / module.SECONDS and "\r" not in stream.getvalue()
+    for line in lines:
+        assert line.startswith("train: ") and " of 1000 steps, " in line and "loss 1.00" in line
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(3, "train", "step") as bar:
+        bar.update(3)
+    assert "train: 100%" in stream.getvalue() and "\r" in stream.getvalue()
+
+
+def test_without_a_stream_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress([1, 2], "export", "image", total=2)) == [1, 2]
