@@ -16,6 +16,7 @@ from .common import echo_json, echo_table, exif_option, json_option, note
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images at once.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
+@click.option("--crowd-as-object", is_flag=True, help="Annotations of iscrowd 1 are to be found as others are.")
 @click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @exif_option()
@@ -26,6 +27,7 @@ def command(
     images: Path,
     batch_size: int,
     workers: int,
+    crowd_as_object: bool,
     device: str | None,
     precision: str,
     exif: str,
@@ -42,7 +44,7 @@ def command(
 
     for line in load_meta(checkpoint).warnings():
         note(line)
-    found = evaluate(checkpoint, instances, images, batch_size, device, precision, workers, exif)
+    found = evaluate(checkpoint, instances, images, batch_size, device, precision, workers, exif, crowd_as_object)
     if as_json:
         echo_json(found)
     else:

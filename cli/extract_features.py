@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--split", "splits", multiple=True, help="Splits, with commas between; all by default.")
 @click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
 @click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
+@click.option("--crowd-as-object", is_flag=True, help="Annotations of iscrowd 1 are regions too.")
 @click.option("--boxes", type=Path, help="Instead of --regions: boxes of COCO results JSON, or of a store (.h5).")
 @box_format_option("--boxes")
 @click.option(
@@ -69,6 +70,7 @@ def command(
     splits: tuple[str, ...],
     instances: Path | None,
     regions: str,
+    crowd_as_object: bool,
     boxes: Path | None,
     box_format: str,
     masks: str,
@@ -95,6 +97,8 @@ def command(
     check_not_empty("--split", splits)
     check_not_empty("--features", [features])
     at_once = _batch_size(batch_size)
+    if crowd_as_object and regions != "annotations":
+        raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
     of_refer = refer_root is not None and dataset and split_by and instances is None
     if not of_refer and (instances is None or refer_root or dataset or split_by or splits):
         raise InputError("give --refer-root with --dataset and --split-by, or --instances alone")
@@ -129,14 +133,15 @@ def command(
         masks,
         compression,
         exif,
+        crowd_as_object,
     )
     meta = load_meta(checkpoint)
     check_features(names, meta.recipe)
     if instances is not None:
-        image_list = ImageList.of_instances(instances)
+        image_list = ImageList.of_instances(instances, crowd_as_object)
     else:
         assert refer_root is not None and dataset and split_by
-        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits)
+        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits, crowd_as_object)
     for line in meta.warnings():
         note(line)
     done = extract_features(

@@ -45,14 +45,16 @@ class ImageList:
     name: str
 
     @classmethod
-    def of_instances(cls, path: Path) -> ImageList:
-        """All images of an instances file, in its order."""
-        index = CocoIndex.load(path)
+    def of_instances(cls, path: Path, crowd_as_object: bool = False) -> ImageList:
+        """All images of an instances file, in its order; see `CocoIndex.load`."""
+        index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
         return cls(list(index.images.values()), index, path.name)
 
     @classmethod
-    def of_refer(cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = ()) -> ImageList:
-        """The images of the refs of some splits (all splits by default), by ascending id.
+    def of_refer(
+        cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = (), crowd_as_object: bool = False
+    ) -> ImageList:
+        """The images of the refs of some splits (all splits by default), by ascending id; see `CocoIndex.load`.
 
         Raises:
             InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
@@ -62,7 +64,7 @@ class ImageList:
 
         refs = read_refs(root, dataset, split_by)
         chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
-        index = CocoIndex.load(root / dataset / "instances.json")
+        index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)
         ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
         lost = [i for i in ids if i not in index.images]
         if lost:
@@ -90,6 +92,7 @@ class ExtractOptions:
     masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
     compression: str = "none"
     exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
+    crowd_as_object: bool = False  # the image list was read so
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "nms_threshold"):
@@ -150,7 +153,7 @@ def extract_features(
     if missing:
         say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
             f"and get no regions, the first is {missing[0]}")  # fmt: skip
-    given = _given(image_list.index, options, boxes, box_format)
+    given = _given(image_list, options, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
     import torch  # from here on: it takes seconds, and what is wrong above is told at once
@@ -176,6 +179,8 @@ def extract_features(
     elif given is not None:
         what["instances_sha256"] = file_sha256(image_list.index.path)
         what["masks"] = options.masks
+        if options.crowd_as_object:  # only then: work that was begun by an older refdet can go on
+            what["crowd_as_object"] = True
     else:
         what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
                  "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
@@ -252,14 +257,33 @@ class _Given:
     box_format: str = "xywh"  # of the file they are of
 
 
-def _given(index: CocoIndex, options: ExtractOptions, boxes: Path | None, box_format: str) -> _Given | None:
+def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
+    """Say how many annotations of the images are crowds, which are no regions; InputError where all are."""
+    found = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
+    crowds, path = sum(a.iscrowd for a in found), image_list.index.path
+    if not found:
+        say(f"{path}: the {len(image_list.records)} images have no annotation, so the store gets no region")
+    elif crowds == len(found):
+        which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
+        raise InputError(f"{path}: iscrowd is 1 on {which} of the images (CVAT writes that for masks): crowds are no "
+                         "regions; --crowd-as-object takes them as objects")  # fmt: skip
+    elif crowds:
+        say(f"{path}: iscrowd is 1 on {crowds} of {len(found)} annotations of the images, which are no regions; "
+            "--crowd-as-object takes them as objects")  # fmt: skip
+
+
+def _given(
+    image_list: ImageList, options: ExtractOptions, boxes: Path | None, box_format: str, say: Callable[[str], object]
+) -> _Given | None:
     """The regions to describe; None where they are to be detected."""
+    index = image_list.index
     if boxes is not None:
         from refdet.box_files import load_boxes
 
         file = load_boxes(boxes, index, box_format)
         return _Given(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
     if options.regions == "annotations":
+        _check_crowds(image_list, say)
         return _Given(
             lambda record: annotated_regions(record, index.annotations[record.id]),
             lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),

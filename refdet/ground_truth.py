@@ -15,7 +15,8 @@ class GroundTruth:
     Attributes:
         boxes: (G, 4) float32, half-open xyxy in pixels of the network's input.
         labels: (G,) int64, 1..number of classes; 0 is the background.
-        masks: G pycocotools RLEs in the frame of the original image, or None where masks are not trained.
+        masks: G pycocotools RLEs in the frame of the original image, None for an object whose mask nobody drew; or
+            None where masks are not trained.
         crowds: (K, 4) boxes of crowds, in pixels of the network's input: what lies in them is neither
             object nor background.
         scale: (sx, sy), pixels of the network's input for one of the original image.
@@ -24,7 +25,7 @@ class GroundTruth:
 
     boxes: Tensor
     labels: Tensor
-    masks: list[dict] | None
+    masks: list[dict | None] | None
     crowds: Tensor
     scale: tuple[float, float]
     flipped_width: float | None = None

@@ -107,6 +107,7 @@ class TrainOptions:
     log_every: int = 20
     loaded_rate: float = 1.0  # with --weights: what the rate of the layers that they hold is multiplied by
     reset_predictors: bool = False  # with --weights of other classes: train the last layers anew
+    empty_images: bool = False  # train on images without an object too, as negatives
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,22 @@ class Recipe:
         return from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as YAML and JSON take them."""
+        """Plain dicts, lists and numbers, as YAML and JSON take them.
+
+        Keys that older recipes do not have are there only where they are set, so that what is made of an old recipe,
+        a store for one, stays the same to the byte.
+        """
         tree = {
             k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
             for k, part in dataclasses.asdict(self).items()
         }
-        if self.input.exif == "ignore":  # younger than the recipes in stores and unfinished extractions, which lack it
-            del tree["input"]["exif"]
+        for part, key, default in _ONLY_WHERE_SET:
+            if tree[part][key] == default:
+                del tree[part][key]
         return tree
+
+
+_ONLY_WHERE_SET = (("train", "empty_images", False), ("input", "exif", "ignore"))
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:

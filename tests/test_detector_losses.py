@@ -1,5 +1,7 @@
 """The losses of the detector against formulas written out, and training in its numeric types."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from refdet import boxes as box_ops
 from refdet.detector.inference import DetectOptions, detect_batch
+from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.targets import BACKGROUND, OBJECT, match
 from refdet.ground_truth import GroundTruth
 from refdet.ops.masks import mask_coverage
@@ -182,3 +185,62 @@ def test_a_batch_without_objects_trains_on_background_alone() -> None:
     assert losses["box"].item() == losses["mask"].item() == losses["rpn_box"].item() == 0
     assert losses["score"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
+
+
+def without_masks(truths: list[GroundTruth], *missing: tuple[int, int]) -> list[GroundTruth]:
+    """The same without the masks of some (image, object)."""
+    return [
+        replace(t, masks=[None if (i, j) in missing else m for j, m in enumerate(t.masks or [])])
+        for i, t in enumerate(truths)
+    ]
+
+
+def losses_of(model: MaskRCNN, truths: list[GroundTruth]) -> dict[str, torch.Tensor]:
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(2))
+    return model.losses(images, [(96, 128)] * 2, truths, torch.Generator().manual_seed(3))
+
+
+def some_truths() -> list[GroundTruth]:
+    objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]], [[2], [4, 1]]
+    return [
+        GroundTruth(torch.tensor(boxes, dtype=torch.float32), torch.tensor(label), [square_mask(*b) for b in boxes],
+                    torch.zeros(0, 4), (1.0, 1.0))
+        for boxes, label in zip(objects, labels, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("missing", [((0, 0),), ((1, 0),), ((1, 1), (0, 0)), ((0, 0), (1, 0), (1, 1))])
+def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(
+    variant: str, missing: tuple[tuple[int, int], ...]
+) -> None:
+    model, truths = small_model(*VARIANTS[variant]).train(), some_truths()
+    whole, found = losses_of(model, truths), losses_of(model, without_masks(truths, *missing))
+    for name in whole.keys() - {"mask"}:
+        assert torch.equal(found[name], whole[name]), name
+    sum(found.values(), torch.zeros(())).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    if len(missing) == 3:
+        assert found["mask"] == 0
+    else:
+        assert found["mask"].isfinite() and found["mask"] > 0
+
+
+def test_the_mask_loss_is_the_mean_over_the_objects_that_have_a_mask() -> None:
+    model, truths, every = small_model().train(), some_truths(), [(0, 0), (1, 0), (1, 1)]
+    alone = [losses_of(model, without_masks(truths, *(o for o in every if o != one)))["mask"] for one in every]
+    for kept in ([0, 1], [0, 2], [1, 2]):
+        (gone,) = {0, 1, 2} - set(kept)
+        found = losses_of(model, without_masks(truths, every[gone]))["mask"]
+        assert min(alone[i] for i in kept) < found < max(alone[i] for i in kept)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_without_objects_alone_have_losses(variant: str) -> None:
+    nothing = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
+    model = small_model(*VARIANTS[variant]).train()
+    found = losses_of(model, [nothing, nothing])
+    assert found["mask"] == found["box"] == found["rpn_box"] == 0
+    assert found["score"] > 0 and found["rpn_score"] > 0
+    sum(found.values(), torch.zeros(())).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from refdet.data.coco import Annotation, CocoIndex, ImageRecord
+from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.images import ImageSource
 from refdet.data.inputs import input_size, network_input
 from refdet.data.segmentations import to_rle
-from refdet.errors import InputError, RefdetError
+from refdet.data.training_objects import TrainingObjects
+from refdet.errors import RefdetError
 from refdet.frames import BoxConvention
 from refdet.ground_truth import GroundTruth
 from refdet.recipe import InputOptions, Recipe
@@ -51,17 +52,20 @@ class TrainingBatches(Dataset):
     of worker processes. Within an epoch each image comes once, but for less than a batch of them; landscape
     and portrait images go apart, which saves padding.
 
+    Args:
+        objects: what of the index is trained on, where that is known already.
+
     Raises:
-        InputError: no annotated images, or image files missing.
+        InputError: no objects, or image files missing.
     """
 
-    def __init__(self, index: CocoIndex, source: ImageSource, recipe: Recipe) -> None:
+    def __init__(
+        self, index: CocoIndex, source: ImageSource, recipe: Recipe, objects: TrainingObjects | None = None
+    ) -> None:
         self.source, self.recipe = source, recipe
         self.labels = {category: label for label, category in enumerate(index.categories, start=1)}
-        self.annotations = index.annotations
-        self.records = [r for r in index.images.values() if self._objects(r.id)]
-        if not self.records:
-            raise InputError(f"{index.path}: no image has an annotation to train on")
+        self.objects = objects or TrainingObjects(index, recipe.model.masks, recipe.train.empty_images)
+        self.records = self.objects.records
         source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
@@ -115,20 +119,14 @@ class TrainingBatches(Dataset):
         batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _objects(self, image_id: int) -> list[Annotation]:
-        """What is trained on: no crowds, and with masks nothing without one, which would teach that it has none."""
-        masks = self.recipe.model.masks
-        return [a for a in self.annotations[image_id] if not a.iscrowd and not (masks and a.segmentation is None)]
-
     def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[Tensor, GroundTruth]:
         options, convention = self.recipe.input, BoxConvention(self.recipe.model.inclusive)
         size = input_size(record.height, record.width, options, short_side)
         pixels = self.source.read(record)
-        annotations = self.annotations[record.id]
-        objects = self._objects(record.id)
+        objects = self.objects.objects(record.id)
         boxes, crowds = (
             convention.clip(_stack([a.box for a in kind]), record.height, record.width)
-            for kind in (objects, [a for a in annotations if a.iscrowd])
+            for kind in (objects, self.objects.crowds(record.id))
         )
         if flip:
             pixels = pixels[:, ::-1]
@@ -137,7 +135,9 @@ class TrainingBatches(Dataset):
         boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None
         if self.recipe.model.masks:
-            masks = [to_rle(a.segmentation, record.height, record.width) for a in objects if a.segmentation]
+            masks = [
+                None if a.segmentation is None else to_rle(a.segmentation, record.height, record.width) for a in objects
+            ]
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
         return image, GroundTruth(boxes, labels, masks, crowds, size.scale, float(record.width) if flip else None)
 

@@ -91,7 +91,7 @@ class CocoIndex:
     dropped: list[str]
 
     @classmethod
-    def load(cls, path: str | Path, need_segmentation: bool = False) -> CocoIndex:
+    def load(cls, path: str | Path, need_segmentation: bool = False, crowd_as_object: bool = False) -> CocoIndex:
         """Read and check an instances JSON.
 
         Annotations whose box has no area, is not finite or lies wholly outside the image are left out and
@@ -99,7 +99,8 @@ class CocoIndex:
 
         Arguments:
             path: the file.
-            need_segmentation: refuse a file in which no annotation has a segmentation.
+            need_segmentation: refuse a file that has objects, none of them with a segmentation.
+            crowd_as_object: read each annotation as if its ``iscrowd`` were 0; ``raw`` then has it so too.
 
         Raises:
             InputError: one line that names the file and the culprit in it.
@@ -115,6 +116,8 @@ class CocoIndex:
                 for position, entry in enumerate(raw[key]):
                     if not isinstance(entry, dict):
                         raise InputError(f"{path}: {key}[{position}] is a {kind(entry)}, not an object")
+            if crowd_as_object:
+                raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}
             categories, supercategories = _categories(path, raw["categories"])
             images = _images(path, raw["images"])
@@ -125,11 +128,12 @@ class CocoIndex:
                 "note: %s: %d annotations cannot be used as they are (the first: %s); refdet inspect lists them",
                 path, len(dropped), dropped[0],
             )  # fmt: skip
-        if need_segmentation and raw["annotations"]:
-            found = any(a.segmentation is not None for of_image in annotations.values() for a in of_image)
-            if not found:
+        if need_segmentation:
+            objects = [a for of_image in annotations.values() for a in of_image if not a.iscrowd]
+            if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
-                    f"{path}: no annotation has a segmentation; train boxes only with --set model.masks=false"
+                    f"{path}: none of its {len(objects)} objects has a segmentation; train boxes only with "
+                    "--set model.masks=false"
                 )
         return index
 

@@ -145,7 +145,11 @@ class MaskRCNN(nn.Module):
         self, maps: list[Tensor], rois: Tensor, pooled_at: Tensor, labels: Tensor, matched: Tensor,
         features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
     ) -> Tensor:  # fmt: skip
-        """Mean binary cross entropy over the cells of the positive RoIs' masks of their class."""
+        """Mean binary cross entropy over the cells of the masks that positive RoIs have of their class, 0 where no
+        object of theirs has one."""
+        drawn = [mask is not None for target in targets for mask in target.masks or ()]
+        if not all(drawn):
+            positive = positive[torch.tensor(drawn, device=positive.device)[matched[positive]]]
         logits = self.head.mask_logits(maps, pooled_at[positive], features[positive], labels[positive])
         wanted, first = torch.zeros_like(logits), 0
         for image, target in enumerate(targets):

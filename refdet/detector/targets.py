@@ -84,7 +84,7 @@ def mask_targets(
 
     Args:
         rois: (P, 4) in pixels of the network's input.
-        objects: (P,) index of the object of each RoI.
+        objects: (P,) index of the object of each RoI; each has a mask.
         size: side m of a mask.
         convention: of the RoIs; half-open by default.
     Returns:
@@ -97,7 +97,10 @@ def mask_targets(
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
         )
-    found = mask_coverage(truth.masks, objects, boxes, size)
+    drawn = torch.tensor([mask is not None for mask in truth.masks], dtype=torch.int64)
+    place = drawn.cumsum(0) - 1  # of an object's mask among those that there are
+    rles = [mask for mask in truth.masks if mask is not None]
+    found = mask_coverage(rles, place[objects.cpu()], boxes, size)
     if truth.flipped_width is not None:
         found = found.flip(2)
     return (found >= 0.5).float().to(rois.device)

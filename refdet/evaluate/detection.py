@@ -37,6 +37,7 @@ def evaluate(
     precision: str = "float32",
     workers: int = 2,
     exif: str = "ignore",
+    crowd_as_object: bool = False,
 ) -> dict[str, dict[str, float | None] | None]:
     """Box and mask AP of a detector on all images of an instances file.
 
@@ -50,6 +51,7 @@ def evaluate(
         precision: "float32", or "bfloat16" where the device has it.
         workers: threads that read images ahead.
         exif: see `refdet.data.image_decoder.EXIF`.
+        crowd_as_object: see `CocoIndex.load`.
     Returns:
         {"bbox": rates, "segm": rates or None without a mask branch}; rates are those of `coco_ap`, None where there is
         no object to find.
@@ -57,7 +59,7 @@ def evaluate(
         InputError: the detector's categories are not those of the file, or an image cannot be read.
         WorkError: the device has too little memory for an image.
     """
-    meta, index = load_meta(run), CocoIndex.load(instances)
+    meta, index = load_meta(run), CocoIndex.load(instances, crowd_as_object=crowd_as_object)
     records, source = list(index.images.values()), ImageSource.open(images, exif)
     if not records:
         raise InputError(f"{instances}: no image in it to evaluate on")
