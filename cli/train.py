@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_run_directory
+from .arguments import check_images, check_json, check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option, note
 
 
@@ -18,6 +18,7 @@ from .common import echo_json, echo_table, exif_option, json_option, note
 @click.option("--weights", type=Path, help="Run directory of a detector to start from.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=500.")
 @exif_option(default=None)
+@click.option("--crowd-as-object", is_flag=True, help="Train on annotations of iscrowd 1 as on others.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
 @json_option
@@ -28,6 +29,7 @@ def command(
     out: Path,
     weights: Path | None,
     changes: tuple[str, ...],
+    crowd_as_object: bool,
     exif: str | None,
     resume: bool,
     device: str | None,
@@ -41,14 +43,22 @@ def command(
 
     from refdet import recipe
     from refdet.atomic import full_disk
-    from refdet.checkpoint import load_meta
-    from refdet.train import train
+    from refdet.training_inputs import check
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
-    if weights is not None and (unknown := load_meta(weights).provenance).is_unknown:
-        note(f"starts from {weights.name}, {unknown.note}")
+    check_json("--instances", instances, "an instances JSON")
+    check_images("--images", images)
+    if weights is not None:
+        from refdet.checkpoint import load_meta
+
+        check_run_directory("--weights", weights)
+        if (unknown := load_meta(weights).provenance).is_unknown:
+            note(f"starts from {weights.name}, {unknown.note}")
+    given = check(chosen, instances, images, out, weights, resume, crowd_as_object)
+    from refdet.train import train_on  # torch comes with it, which takes seconds
+
     with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):
-        summary = train(chosen, instances, images, out, weights, resume, device)
+        summary = train_on(given, device)
     if as_json:
         echo_json(dataclasses.asdict(summary))
     else:

@@ -1,54 +1,66 @@
-"""The start of a training from weights: what of them fits, and what begins anew."""
+"""The start of a training from weights: what of them fits, and what begins anew. Torch only where they are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from refdet import checkpoint
-from refdet.checkpoint import Meta
-from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.recipe import Recipe
-from refdet.trained import load_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from refdet.detector.mask_rcnn import MaskRCNN
+
+Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 
 # layers that depend on the classes; `train.reset_predictors` starts them anew
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
 
 
-def load_pretrained(model: MaskRCNN, meta: Meta, weights: Path) -> tuple[str, ...]:
-    """Put the weights of a run directory into a new model.
+def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
+    """What of a training from weights begins anew: the beginnings of the names of its parameters.
 
     Taken is all that someone trained: of an imported ImageNet network its convolutions, of a Faster R-CNN all but the
     mask branch. Classes must agree, unless the layers that depend on them begin anew anyway.
 
-    Returns:
-        beginnings of the names of what begins anew.
-
     Raises:
-        InputError: the weights are of another network, other classes, or another style of input.
+        InputError: the weights are of other classes, or another style of input.
     """
-    folder = checkpoint.run_directory(weights)
-    theirs = checkpoint.load_meta(folder)
-    _check_style(theirs.recipe, meta.recipe, weights)
+    theirs = checkpoint.load_meta(weights)
+    _check_style(theirs.recipe, recipe, weights)
     fresh = theirs.untrained
-    if meta.recipe.train.reset_predictors:
+    if recipe.train.reset_predictors:
         fresh += PREDICTORS
-    if meta.recipe.model.masks and not theirs.recipe.model.masks:
-        fresh += (MASK_BRANCH,)
-    elif theirs.recipe.model.masks and not meta.recipe.model.masks:
-        fresh += (MASK_BRANCH,)  # taken by nobody
-    if theirs.categories != meta.categories and not any("head.box.".startswith(part) for part in fresh):
+    if recipe.model.masks != theirs.recipe.model.masks:
+        fresh += (MASK_BRANCH,)  # which is not there, or not wanted
+    if theirs.categories != categories and not any("head.box.".startswith(part) for part in fresh):
         raise InputError(
-            f"--weights {weights}: {difference(theirs.categories, meta.categories)}; keep all but its last layers with "
+            f"--weights {weights}: {difference(theirs.categories, categories)}; keep all but its last layers with "
             "--set train.reset_predictors=true"
         )
-    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
-    if theirs.recipe.model.neck != meta.recipe.model.neck and theirs.untrained:
-        tensors = _for_pyramid(tensors)
+    if theirs.recipe.model.neck != recipe.model.neck and theirs.untrained:
         fresh += ("neck.", "head.")
+    return fresh
+
+
+def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> tuple[str, ...]:
+    """Put the weights of a run directory into a new model; returns what `begins_anew`.
+
+    Raises:
+        InputError: see `begins_anew`; or the weights are of another network.
+    """
+    from refdet.trained import load_weights
+
+    folder = checkpoint.run_directory(weights)
+    theirs = checkpoint.load_meta(folder)
+    fresh = begins_anew(weights, model.recipe, categories)
+    tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
+    if theirs.recipe.model.neck != model.recipe.model.neck and theirs.untrained:
+        tensors = _for_pyramid(tensors)
     load_weights(model, tensors, folder / checkpoint.MODEL, skip=fresh)
     return fresh
 

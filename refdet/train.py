@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
+import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,28 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from refdet import checkpoint
-from refdet.atomic import atomic_path
+from refdet import checkpoint, training_inputs, training_state
 from refdet.checkpoint import Meta
+from refdet.data.batch_workers import batches_ahead, check_shared_memory
 from refdet.data.batches import Batch, TrainingBatches
-from refdet.data.coco import CocoIndex
 from refdet.data.image_orientation import OrientationNote
-from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import usable_device
-from refdet.errors import InputError, WorkError
-from refdet.pretrained import difference, load_pretrained
-from refdet.provenance import Provenance, file_sha256
+from refdet.device import described, usable_device
+from refdet.errors import InputError, Interrupted, WorkError
+from refdet.interrupt import Stop, StopRequested
+from refdet.lock import alone
+from refdet.metrics_log import MetricsLog
+from refdet.ops._library import kernels_state
+from refdet.pretrained import load_pretrained
+from refdet.progress import progress_bar
+from refdet.provenance import file_sha256
 from refdet.recipe import Recipe
-from refdet.schedule import learning_rate, momentum_of, optimiser, restore_momentum, set_rate
-from refdet.trained import load_weights, without_memory
-from refdet.training_state import check_momentum, read_state
+from refdet.run_card import write_card
+from refdet.run_folder import BUSY, LOCK, states
+from refdet.schedule import learning_rate, optimiser, set_rate
+from refdet.trained import without_memory
+from refdet.training_inputs import TrainingInputs
 
-METRICS = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def train(
     weights: Path | None = None,
     resume: bool = False,
     device: str | None = None,
+    crowd_as_object: bool = False,
 ) -> Summary:
     """Train a detector.
 
@@ -66,24 +67,27 @@ def train(
         images: folder or zip of its images.
         out: the run directory, new unless `resume`.
         weights: run directory of a detector to start from.
-        resume: go on with the run in `out`.
+        resume: go on with the run in `out`; from the beginning, with a note, where nothing is to be resumed.
         device: such as "cuda"; the best there is when None.
+        crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
 
     Raises:
-        InputError: something given does not fit.
-        WorkError: the loss is not finite, or the run was stopped (what was done is kept).
+        InputError: something given does not fit, or another process trains into `out`.
+        WorkError: the loss is not finite, or a worker process died (what was done is kept).
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists; choose another, remove it, or go on with it by --resume")
-    recipe = _resolved(recipe, weights)
-    # without masks nothing needs a segmentation
-    index = CocoIndex.load(instances, need_segmentation=recipe.model.masks)
-    source = ImageSource.open(images, recipe.input.exif)
-    batches = TrainingBatches(index, source, recipe)
-    target = usable_device(device)
-    provenance = Provenance.of_instances(index)
-    if weights is not None:
-        folder = checkpoint.run_directory(weights)
+    given = training_inputs.check(recipe, instances, images, out, weights, resume, crowd_as_object)
+    return train_on(given, device)
+
+
+def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
+    """As `train`, from inputs that `training_inputs.check` gave."""
+    target, recipe, out = usable_device(device), given.recipe, given.out
+    index = given.objects.index
+    batches = TrainingBatches(index, given.source, recipe, given.objects)
+    provenance = given.provenance
+    if given.weights is not None:
+        folder = checkpoint.run_directory(given.weights)
         provenance = provenance.with_weights(
             f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
@@ -92,137 +96,119 @@ def train(
     without_memory(recipe, len(meta.categories))  # an error where it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if resume:
-        return _resume(model, meta, batches, out, weights)
-    return _begin(model, meta, batches, out, weights)
-
-
-def _begin(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
-    if weights is None and meta.recipe.model.norm == "frozen":
-        raise InputError(
-            f"recipe {meta.recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
-            "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
-        )
-    fresh = None if weights is None else load_pretrained(model, meta, weights)
+    data_sha256 = given.objects.sha256()
+    before = fresh = None
+    if given.goes_on:
+        before = training_state.newest(out)
+        training_state.check_same_run(before, meta, data_sha256, out)
+        fresh = before.fresh
+        # the run's own provenance: it may name the weights it started from
+        meta = dataclasses.replace(meta, provenance=before.meta.provenance, step=before.meta.step)
+    elif given.weights is not None:
+        fresh = load_pretrained(model, meta.categories, given.weights)
+    sgd = optimiser(model, recipe.train, fresh)
+    if before is not None:
+        before.restore(model, sgd)
+    start = f"goes on from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
+    log.warning(
+        "train: %s, %s, %s; %d images of %s; recipe %s, %s; %d steps of %d images",
+        described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(), len(batches.records),
+        index.path.name, recipe.name, start, recipe.train.steps, recipe.train.batch_size,
+    )  # fmt: skip
+    check_shared_memory(batches, recipe.train.workers)
     out.mkdir(parents=True, exist_ok=True)
-    return _run(model, meta, batches, out, optimiser(model, meta.recipe.train, fresh), fresh, first=0)
+    with alone(out, LOCK, BUSY):
+        if states(out)[-1:] != ([before.path] if before else []):
+            raise InputError(f"{out}: another process was writing it just now; run it again")
+        training_state.clean(out)
+        return _Training(model, meta, batches, out, sgd, fresh, data_sha256).run()
 
 
-def _resolved(recipe: Recipe, weights: Path | None) -> Recipe:
-    if recipe.model.norm != "auto":
-        return recipe
-    norm = "batch" if weights is None else checkpoint.load_meta(weights).recipe.model.norm
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
+@dataclass
+class _Training:
+    """A training that is under way."""
 
+    model: MaskRCNN
+    meta: Meta  # its step is the last that is done
+    batches: TrainingBatches
+    out: Path
+    sgd: torch.optim.SGD
+    fresh: tuple[str, ...] | None
+    data_sha256: str
 
-def _resume(model: MaskRCNN, meta: Meta, batches: TrainingBatches, out: Path, weights: Path | None) -> Summary:
-    """Go on with the newest state of a run; from the start if it had none yet."""
-    states = sorted((out / checkpoint.STATE).glob("step-*.safetensors"))
-    if not states:
-        if (out / checkpoint.META).exists():
-            raise InputError(f"--resume: {out} holds weights but no state/ to go on from")
-        return _begin(model, meta, batches, out, weights)
-    state = read_state(states[-1])
-    _check_same_run(state.meta, meta, out)
-    load_weights(model, state.weights, states[-1], counters=True)
-    check_momentum(model, state.momentum, states[-1])
-    sgd = optimiser(model, meta.recipe.train, state.fresh)
-    restore_momentum(model, sgd, state.momentum)
-    # the run's own provenance: it may name the weights it started from
-    meta = dataclasses.replace(meta, provenance=state.meta.provenance)
-    return _run(model, meta, batches, out, sgd, state.fresh, first=state.meta.step)
+    def run(self) -> Summary:
+        """All steps that are left to do."""
+        options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
+        if first >= options.steps:
+            checkpoint.save(self.out, self.model, self.meta)
+            return Summary(first, 0.0, 0.0, None)
+        generator = torch.Generator(device)
+        started, window, losses = time.perf_counter(), time.perf_counter(), []
+        step, loss = first, None
+        steps = range(first, options.steps)
+        self.model.train()
+        with (
+            Stop.watching() as stop,
+            _frozen_objects(),
+            OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
+            MetricsLog(self.out, first) as metrics,
+            progress_bar(options.steps, "train", "step", initial=first) as bar,
+            batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
+        ):
+            while step < options.steps:
+                batch = self._next(ahead, step, stop)
+                orientations.add(batch.oriented)
+                # seeded by the step, so that a resumed run draws what an undisturbed one draws
+                generator.manual_seed(options.seed * 1_000_003 + step)
+                rate = learning_rate(step, options)
+                terms = _step(self.model, self.sgd, batch, rate, options.clip_norm, generator)
+                del batch  # its shared memory is wanted for the next
+                losses.append(terms)
+                step += 1
+                bar.update()
+                if step % options.log_every == 0 or step == options.steps:
+                    seconds, window = time.perf_counter() - window, time.perf_counter()
+                    row = {k: sum(t[k] for t in losses) / len(losses) for k in terms}
+                    row = {"loss": sum(row.values()), **row, "lr": rate}
+                    row["images_per_second"] = len(losses) * options.batch_size / seconds
+                    metrics.write(step, row)
+                    loss = row["loss"]
+                    parts = " ".join(f"{name} {row[name]:.2f}" for name in terms)
+                    speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
+                    bar.set_postfix_str(speed, refresh=False)
+                    losses = []
+                if step % options.save_every == 0 or step == options.steps:
+                    self._save(step)
+        seconds = time.perf_counter() - started
+        return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
 
+    def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
+        """The batch of a step; where it cannot be had, what is done is saved before the reason is raised."""
+        try:
+            if stop.requested:
+                raise StopRequested
+            return next(ahead)
+        except StopRequested:
+            raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
+        except WorkError as error:
+            raise WorkError(f"{error} (training stopped {self._keep(step)})") from error
+        except InputError as error:
+            raise type(error)(
+                f"{error} (training stopped at step {step}; with a good file there, go on with --resume)"
+            ) from error
 
-def _check_same_run(before: Meta, now: Meta, out: Path) -> None:
-    if before.categories != now.categories:
-        raise InputError(f"--resume {out}: {difference(before.categories, now.categories)}")
-    if before.provenance.image_ids_sha256 != now.provenance.image_ids_sha256:
-        raise InputError(f"--resume {out}: the run was started with the images of another instances file")
-    if before.provenance.annotations != now.provenance.annotations:
-        raise InputError(f"--resume {out}: the run was started with other annotations of these images")
-    # what may change without making it another run
-    free = {"workers", "save_every", "log_every"}
-    for part, options in dataclasses.asdict(before.recipe).items():
-        other = dataclasses.asdict(now.recipe)[part]
-        if part == "name" or options == other:
-            continue
-        for key in options:
-            if options[key] != other[key] and key not in free:
-                raise InputError(
-                    f"--resume {out}: {part}.{key} was {options[key]} and is now {other[key]}; "
-                    "give the recipe the run was started with"
-                )
+    def _keep(self, step: int) -> str:
+        """Save a step, and say so."""
+        if step == 0:
+            return "before the first step; start again with --resume"
+        if step != self.meta.step:
+            self._save(step)
+        return f"after step {step}, which is saved; go on with --resume"
 
-
-def _run(
-    model: MaskRCNN,
-    meta: Meta,
-    batches: TrainingBatches,
-    out: Path,
-    sgd: torch.optim.SGD,
-    fresh: tuple[str, ...] | None,
-    first: int,
-) -> Summary:
-    options, device = meta.recipe.train, next(model.parameters()).device
-    if first >= options.steps:
-        checkpoint.save(out, model, dataclasses.replace(meta, step=first))
-        return Summary(first, 0.0, 0.0, None)
-    _forget_after(out / METRICS, first)
-    for left_behind in (*out.glob(".model.*"), *(out / checkpoint.STATE).glob(".step-*")):
-        left_behind.unlink()  # by a run that was killed while it saved
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first, options.steps),
-        num_workers=options.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_sigterm,
-    )
-    generator = torch.Generator(device)
-    started, window, losses = time.perf_counter(), time.perf_counter(), []
-    step = first
-    loss: float | None = None
-    model.train()
-    with (
-        _stop_on_sigterm() as stopped,
-        _frozen_objects(),
-        OrientationNote(batches.source, batches.epoch_steps) as orientations,
-        SummaryWriter(str(out), purge_step=first + 1 if first else None) as board,
-        (out / METRICS).open("a", encoding="utf-8") as log,
-        tqdm(total=options.steps, initial=first, desc="train", unit="step", dynamic_ncols=True) as bar,
-    ):
-        for batch in loader:
-            if not isinstance(batch, Batch):
-                raise type(batch)(
-                    f"{batch} (training stopped at step {step}; with a good file there, go on with --resume)"
-                )
-            orientations.add(batch.oriented)
-            # seeded by the step, so that a resumed run draws what an undisturbed one draws
-            generator.manual_seed(options.seed * 1_000_003 + step)
-            terms = _step(model, sgd, batch, learning_rate(step, options), options.clip_norm, generator)
-            losses.append(terms)
-            step += 1
-            bar.update()
-            if step % options.log_every == 0 or step == options.steps:
-                seconds, window = time.perf_counter() - window, time.perf_counter()
-                row = {k: sum(t[k] for t in losses) / len(losses) for k in terms}
-                row = {"loss": sum(row.values()), **row, "lr": learning_rate(step - 1, options)}
-                row["images_per_second"] = len(losses) * options.batch_size / seconds
-                log.write(json.dumps({"step": step, **row}) + "\n")
-                log.flush()
-                for name, value in row.items():
-                    board.add_scalar(f"train/{name}", value, step)
-                loss = row["loss"]
-                parts = " ".join(f"{name} {row[name]:.2f}" for name in terms)
-                bar.set_postfix_str(f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}")
-                losses = []
-            stop = stopped.is_set()
-            if step % options.save_every == 0 or step == options.steps or stop:
-                _save(out, model, sgd, dataclasses.replace(meta, step=step), fresh)
-            if stop and step < options.steps:
-                raise WorkError(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
-    seconds = time.perf_counter() - started
-    return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
+    def _save(self, step: int) -> None:
+        self.meta = dataclasses.replace(self.meta, step=step)
+        training_state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
+        write_card(self.out, self.meta)
 
 
 def _step(
@@ -256,29 +242,6 @@ def _not_finite(what: str, batch: Batch) -> WorkError:
     )
 
 
-def _save(out: Path, model: MaskRCNN, sgd: torch.optim.SGD, meta: Meta, fresh: tuple[str, ...] | None) -> None:
-    """Write the state, then the model; then remove older states. The state alone is enough to go on."""
-    folder = out / checkpoint.STATE
-    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
-    tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
-    path = folder / f"step-{meta.step:08d}.safetensors"
-    checkpoint.write_tensors(path, tensors, {"meta": json.dumps(meta.to_json()), "fresh": json.dumps(fresh)})
-    checkpoint.save(out, model, meta)
-    for old in folder.glob("step-*.safetensors"):
-        if old != path:
-            old.unlink()
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the rows that a resumed run writes again."""
-    if not metrics.exists():
-        return
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with atomic_path(metrics) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
 @contextmanager
 def _frozen_objects() -> Iterator[None]:
     """Hide what there is from the garbage collector, whose walks would copy it into every worker process."""
@@ -287,22 +250,3 @@ def _frozen_objects() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _ignore_sigterm(_: int) -> None:
-    """For worker processes: a scheduler signals them all, and the run needs them until it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a scheduler's notice becomes a clean save."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -165,7 +165,7 @@ def test_annotations_without_area_or_outside_are_told_and_left_out(
     done = files.extract(tmp_path / "a.h5", "--instances", bad, "--regions", "annotations")
     assert done.exit_code == 0 and json.loads(done.stdout)["errors"] == 0
     crowds = changed(files.split, tmp_path / "crowds.json", lambda t: [a.update(iscrowd=1) for a in t["annotations"]])
-    fails(files.train(crowds, tmp_path / "no"), str(crowds), "no image has an annotation to train on")
+    fails(files.train(crowds, tmp_path / "no"), str(crowds), "iscrowd is 1 on all 296 annotations", "--crowd-as-object")
 
 
 def test_bad_refs(files: Files, tmp_path: Path) -> None:

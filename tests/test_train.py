@@ -18,7 +18,7 @@ from refdet.data.batches import TrainingBatches
 from refdet.data.coco import CocoIndex
 from refdet.data.images import ImageSource
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, Interrupted, WorkError
 from refdet.evaluate.detection import evaluate
 from refdet.recipe import Recipe
 from refdet.schedule import learning_rate, optimiser
@@ -90,9 +90,13 @@ def test_a_resumed_run_is_the_same_run(shapes_root: Path, tmp_path: Path, worker
     assert [r["loss"] for r in metrics(tmp_path / "halves")][-1] == metrics(tmp_path / "whole")[-1]["loss"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_what_was_done(
-    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+@pytest.mark.parametrize(
+    ("number", "said", "workers"),
+    [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGTERM, "SIGTERM", 1), (signal.SIGINT, "Ctrl-C", 1),
+     (signal.SIGHUP, "SIGHUP", 0)],
+)  # fmt: skip
+def test_a_signal_saves_what_was_done(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str, workers: int
 ) -> None:
     steps, calls = train_module._step, []
 
@@ -100,20 +104,21 @@ def test_sigterm_saves_what_was_done(
         calls.append(given)
         if len(calls) == 3:  # as a scheduler does it: to every process of the job
             for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)  # type: ignore[arg-type]
-            os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(process.pid, number)  # type: ignore[arg-type]
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # and again, as the impatient do
         return steps(*given)  # type: ignore[arg-type]
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     monkeypatch.setattr(train_module, "_step", with_notice)
     changes = ["train.steps=6", "train.save_every=5000", f"train.workers={workers}"]
-    with pytest.raises(WorkError, match=r"stopped by SIGTERM after step 3, which is saved"):
+    with pytest.raises(Interrupted, match=rf"stopped by {said} after step 3, which is saved"):
         run(shapes_root, tmp_path / "run", *changes)
     assert checkpoint.load_meta(tmp_path / "run").step == 3
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before and not multiprocessing.active_children()
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"train\.steps was 6"):
-        run(shapes_root, tmp_path / "run", "train.steps=9", resume=True)
+    with pytest.raises(InputError, match=r"train\.steps=2, but 3 steps are done; give 3 or more"):
+        run(shapes_root, tmp_path / "run", "train.steps=2", resume=True)
     assert run(shapes_root, tmp_path / "run", *changes, resume=True).steps == 6
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from refdet.detector.weights import recognise
 from refdet.errors import InputError, WorkError
 from refdet.provenance import Provenance
 from refdet.recipe_limits import LIMITS
+from refdet.schedule import optimiser
 from refdet.trained import MOST_NUMBERS, load_weights, without_memory
-from refdet.training_state import check_momentum, read_state
+from refdet.training_state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
                                          "model.norm=batch", "input.short_sides=[64]"])  # fmt: skip
@@ -143,22 +145,26 @@ GOOD = json.dumps(META.to_json())
      (GOOD, "3", "fresh: a list of names"), (GOOD, "[1]", "fresh: a list of names"), (GOOD, "nul", "malformed JSON")],
 )  # fmt: skip
 def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says: str) -> None:
-    path = state_file(tmp_path / "step-00000003.safetensors", meta, fresh)
-    with pytest.raises(InputError, match="step-00000003.safetensors: not the state of a run") as caught:
-        read_state(path)
-    assert says in str(caught.value) and len(str(caught.value)) < 400
+    state_file(tmp_path / "state" / "step-00000003.safetensors", meta, fresh)
+    with pytest.raises(InputError, match="step-00000003.safetensors: damaged .not the state of a run") as caught:
+        newest(tmp_path)
+    assert says in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
-    model, path = MaskRCNN(TINY, 2), state_file(tmp_path / "state.safetensors", GOOD, momentum=math.nan)
-    state = read_state(path)
-    assert state.meta == META and state.fresh is None and state.weights.keys() == model.state_dict().keys()
-    with pytest.raises(InputError, match=r"momentum of rpn\.score\.bias"):
-        check_momentum(model, state.momentum, path)
-    for wrong in ({"rpn.score.bias": torch.ones(())}, {"rpn.nothing": torch.ones(3)}):
-        with pytest.raises(InputError, match=r"momentum of rpn\."):
-            check_momentum(model, wrong, path)
-    check_momentum(model, {"rpn.score.bias": torch.full((3,), 1e12)}, path)
+    model = MaskRCNN(TINY, 2)
+    path = state_file(tmp_path / "state" / "step-00000003.safetensors", GOOD, momentum=math.nan)
+    state, sgd = newest(tmp_path), optimiser(model, TINY.train)
+    assert state.meta == META and state.fresh is None
+    with pytest.raises(InputError, match=r"rpn\.score\.bias has numbers that are not finite"):
+        state.restore(model, sgd)
+    state_file(path, GOOD, momentum=1e12)
+    state = newest(tmp_path)
+    state.restore(model, sgd)
+    for wrong, says in (("rpn.score.bias", "recipe wants"), ("rpn.nothing", "not of this network")):
+        others = {**state.tensors, f"momentum/{wrong}": torch.ones(())}
+        with pytest.raises(InputError, match=says):
+            replace(state, tensors=others).restore(model, sgd)
 
 
 def test_imported_weights_are_numbers_too(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Crowds where they matter: extraction of annotations, and evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from refdet.cli.main import main
+from training_examples import Change, run, squares
+
+from refdet import store
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("detector")
+    squares(root)
+    run(root)
+    return root / "run"
+
+
+def crowds(*which: int) -> Change:
+    def change(tree: dict[str, Any]) -> None:
+        for number in which:
+            tree["annotations"][number]["iscrowd"] = 1
+
+    return change
+
+
+def call(command: str, detector: Path, root: Path, *more: str) -> Result:
+    given = [
+        "--checkpoint",
+        str(detector),
+        "--instances",
+        str(root / "instances.json"),
+        "--images",
+        str(root / "images"),
+    ]
+    return CliRunner().invoke(main, [command, *given, "--device", "cpu", "--json", *more])
+
+
+def extract(detector: Path, root: Path, out: str, *more: str) -> Result:
+    return call("extract-features", detector, root, "--regions", "annotations", "--out", str(root / out), *more)
+
+
+def test_an_extraction_counts_the_crowds_it_leaves_out(detector: Path, tmp_path: Path) -> None:
+    squares(tmp_path, crowds(0, 3, 4))
+    done = extract(detector, tmp_path, "a.h5")
+    assert done.exit_code == 0 and json.loads(done.stdout)["regions"] == 5
+    assert "iscrowd is 1 on 3 of 8 annotations" in done.stderr
+    with store.open(tmp_path / "a.h5") as found:
+        assert "crowd_as_object" not in found.options
+    done = extract(detector, tmp_path, "b.h5", "--crowd-as-object")
+    assert done.exit_code == 0 and json.loads(done.stdout)["regions"] == 8 and "iscrowd" not in done.stderr
+    with store.open(tmp_path / "b.h5") as found:
+        assert found.options["crowd_as_object"] is True
+    done = extract(detector, tmp_path, "a.h5", "--crowd-as-object", "--resume")
+    assert done.exit_code == 2 and "--crowd-as-object was null and is now true" in done.stderr
+
+
+@pytest.mark.parametrize("which", [range(8), [0]])
+def test_an_extraction_of_crowds_alone_is_an_error(detector: Path, tmp_path: Path, which: list[int]) -> None:
+    def change(tree: dict[str, Any]) -> None:
+        crowds(*which)(tree)
+        tree["annotations"] = [a for a in tree["annotations"] if a["iscrowd"]]
+
+    squares(tmp_path, change)
+    done = extract(detector, tmp_path, "a.h5")
+    said = "iscrowd is 1 on all 8 annotations" if len(which) > 1 else "iscrowd is 1 on the one annotation"
+    assert done.exit_code == 2 and said in done.stderr and "--crowd-as-object" in done.stderr
+    assert not (tmp_path / "a.h5").exists()
+    assert extract(detector, tmp_path, "a.h5", "--crowd-as-object").exit_code == 0
+
+
+def test_an_extraction_without_annotations_says_so(detector: Path, tmp_path: Path) -> None:
+    squares(tmp_path, lambda tree: tree.update(annotations=[]))
+    done = extract(detector, tmp_path, "a.h5")
+    assert done.exit_code == 0 and "the 4 images have no annotation" in done.stderr
+
+
+def test_detections_know_no_crowds(detector: Path, tmp_path: Path) -> None:
+    squares(tmp_path)
+    done = call("extract-features", detector, tmp_path, "--out", str(tmp_path / "a.h5"), "--crowd-as-object")
+    assert done.exit_code == 2 and "--crowd-as-object: only --regions annotations" in done.stderr
+
+
+def test_an_evaluation_on_crowds_alone_says_so(
+    detector: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    squares(tmp_path, crowds(*range(8)))
+    assert json.loads(call("evaluate", detector, tmp_path).stdout)["bbox"]["AP"] is None
+    assert "iscrowd is 1 on all 8 annotations" in caplog.text
+    caplog.clear()
+    assert json.loads(call("evaluate", detector, tmp_path, "--crowd-as-object").stdout)["bbox"]["AP"] >= 0
+    assert "iscrowd" not in caplog.text

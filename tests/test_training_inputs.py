@@ -1,0 +1,104 @@
+"""Mistakes in what `refdet train` is given: found before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from refdet.cli.main import main
+from training_examples import run, squares
+
+MISTAKES: dict[str, tuple[dict[str, str], str]] = {
+    "no instances": ({"--instances": "no.json"}, "--instances no.json: no such file"),
+    "no images": ({"--images": "no"}, "--images no: no such folder or zip"),
+    "no weights": ({"--weights": "no"}, "--weights no: no such file or folder"),
+    "no recipe": ({"--recipe": "demoo"}, "--recipe demoo: neither"),
+    "no such key": ({"--set": "train.stepz=3"}, "train.stepz: no such recipe key; did you mean train.steps"),
+    "no such value": ({"--set": "train.steps=0"}, "train.steps: more than 0"),
+    "out is a file": ({"--out": "notes.txt"}, "--out notes.txt: is a file"),
+    "out is below a file": ({"--out": "notes.txt/run"}, "notes.txt is a file, no folder can be made in it"),
+    "out is there": ({"--out": "run"}, "--out run exists; choose another"),
+    "an address of instances": ({"--instances": "https://x.org/i.json"}, "an address; download it"),
+    "an address of images": ({"--images": "s3://bucket/images"}, "an address; download it"),
+    "an address of weights": ({"--weights": "http://x.org/w"}, "an address; download it"),
+    "a run as instances": ({"--instances": "run"}, "--instances run: a run directory, not"),
+    "a folder as instances": ({"--instances": "images"}, "--instances images: a folder, not"),
+    "weights as instances": ({"--instances": "run/model.safetensors"}, "a file of a run directory, not"),
+    "a store as instances": ({"--instances": "store.h5"}, "an HDF5 file, such as a store of features"),
+    "a zip as instances": ({"--instances": "a.zip"}, "a zip, not"),
+    "a pipe as instances": ({"--instances": "pipe"}, "a pipe or a device"),
+    "an image as instances": ({"--instances": "images/1.png"}, "an image, not"),
+    "instances as images": ({"--images": "instances.json"}, "neither a folder nor a readable zip"),
+    "a store as images": ({"--images": "store.h5"}, "an HDF5 file"),
+    "frozen from nothing": ({"--set": "model.norm=frozen"}, "give --weights RUN_DIR"),
+    "other classes": ({"--weights": "run", "--instances": "other.json"}, "the checkpoint has class"),
+    "another style": ({"--weights": "run", "--set": "input.order=bgr"}, "--set input.order=rgb"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    squares(root, lambda tree: tree["categories"][1].update(name="c")).rename(root / "other.json")
+    squares(root)
+    run(root)
+    (root / "notes.txt").write_text("mine")
+    (root / "store.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    (root / "a.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    os.mkfifo(root / "pipe")
+    return root
+
+
+def words(changes: dict[str, str]) -> list[str]:
+    given = {"--recipe": "demo", "--instances": "instances.json", "--images": "images", "--out": "new", **changes}
+    return ["train", *(word for pair in given.items() for word in pair)]
+
+
+@pytest.mark.parametrize(("changes", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line(
+    folder: Path, changes: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(main, words(changes))
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr and not (folder / "new").exists()
+
+
+def test_no_mistake_waits_for_torch(folder: Path) -> None:
+    """But for those in weights, whose metadata another module reads."""
+    lines = [words(changes) for name, (changes, _) in MISTAKES.items() if "--weights" not in changes]
+    code = (
+        "import sys\nfrom refdet.cli.main import main\n"
+        f"for line in {lines!r}:\n"
+        "    try: main(line)\n"
+        "    except SystemExit as end: assert end.code == 2, line\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("count", "code"), [("2", 2), ("8", 2), ("1", 0), ("", 0), ("many", 0)])
+def test_many_processes_are_refused(folder: Path, count: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from refdet.errors import InputError
+    from refdet.training_inputs import _refuse_many_processes
+
+    monkeypatch.setenv("WORLD_SIZE", count)
+    if code == 0:
+        _refuse_many_processes()
+        return
+    with pytest.raises(InputError, match=f"WORLD_SIZE is {count}: .* without torchrun"):
+        run(folder, out="new")
+
+
+def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(folder, out="line", weights=folder / "run")
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train: ")]
+    for part in ("cpu (", "float32, kernels ", "4 images of instances.json", "recipe demo", "starts from run (",
+                 "2 steps of 2 images"):  # fmt: skip
+        assert part in line
+    assert "refdet audit --instances" in caplog.text and "was not checked" in caplog.text
