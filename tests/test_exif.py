@@ -146,6 +146,13 @@ def test_recipes_that_say_nothing_are_as_they_were() -> None:
         tiny("input.exif=upright")
 
 
+def test_an_image_that_ends_the_training_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    instances = write_dataset(tmp_path, (1, 6, 1, 1, 1))
+    with pytest.raises(InputError, match="its EXIF orientation is 6; --exif apply"):
+        train(tiny("train.workers=0"), instances, tmp_path / "images", tmp_path / "run")
+    assert caplog.text.count(SAID) == 1 and f"{SAID} 1, such as 2.png" in caplog.text
+
+
 @pytest.mark.parametrize(("batches", "calls"), [(None, 3), (2, 3), (9, 3), (None, 0)])
 def test_the_note_comes_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, batches: int | None, calls: int) -> None:
     caplog.set_level(logging.WARNING)

@@ -21,7 +21,7 @@ class OrientationNote:
     """
 
     def __init__(self, source: ImageSource, batches: int | None = None) -> None:
-        self._source, self._left = source, batches
+        self._source, self._left, self._said = source, batches, False
 
     def add(self, oriented: Mapping[str, int]) -> None:
         """Report the files of a batch that have an orientation other than 1."""
@@ -32,10 +32,10 @@ class OrientationNote:
                 self._say()
 
     def _say(self) -> None:
-        self._left = -1
         names, exif = sorted(self._source.oriented), self._source.exif
-        if not names:
+        if self._said or not names:
             return
+        self._said = True
         done = (
             "used as they are stored, as COCO's are: give --exif apply if they were annotated upright"
             if exif == "ignore"
@@ -50,5 +50,4 @@ class OrientationNote:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._left is None or self._left > 0:
-            self._say()
+        self._say()
