@@ -23,7 +23,7 @@ def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, s
     Raises:
         InputError: one is no list of an even number of finite numbers.
     """
-    if value and all(type(part) in (int, float) for part in value):
+    if value and type(value[0]) in (int, float) and all(type(part) in (int, float) for part in value):
         raise InputError(f"{path}: {what}: 'segmentation' is a flat list of numbers; a polygon needs another list "
                          "around it: [[x, y, x, y, ...]]")  # fmt: skip
     for polygon in value:
