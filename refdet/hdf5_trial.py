@@ -19,7 +19,7 @@ from refdet.store_schema import FAMILY, SCHEMA
 log = logging.getLogger(__name__)
 
 MEMORY = 3 << 29  # bytes of address space; Python with h5py takes a tenth, a store whatever its size little more
-SECONDS = 5.0  # of computing, and
+SECONDS = 2.5  # of computing, and
 SECONDS_A_GB = 200.0  # for each GB of the file: its chunks are unpacked, of lzf in Python
 PATIENCE = 6  # times as many seconds may pass while it waits for the disk
 _SOON = 3.0  # seconds without a word
