@@ -75,5 +75,8 @@ def _refused(what: str, at: Any) -> yaml.MarkedYAMLError:
 def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
-        return cut(error.problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
+        problem = error.problem.replace("found unexpected ", "found ")
+        return cut(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a character that is no text at position {error.position}"
     return cut(error, 200)

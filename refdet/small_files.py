@@ -24,10 +24,13 @@ def read_small(path: Path, most: int) -> bytes:
     try:
         # without waiting for a writer, where it is a pipe
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InputError(f"{path}: not a regular file")
-            data = file.read(most + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(most + 1)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

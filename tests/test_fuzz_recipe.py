@@ -1,0 +1,145 @@
+"""Recipes of strangers: limits on YAML, and damaged recipes, which load or end in one short line."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from foreign_weights import call, refused
+from fuzz_damage import damaged, rounds, survives
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refdet import recipe, safe_yaml
+from refdet.errors import InputError
+from refdet.safe_yaml import parse_yaml
+from refdet.short_text import cut, shown
+
+
+def laughs(levels: int) -> str:
+    text = "&a0 [lol, lol]"
+    for level in range(1, levels):
+        text = f"&a{level} [{text}" + f", *a{level - 1}" * 9 + "]"
+    return f"model: {text}\n"
+
+
+REFUSED = {
+    "laughs": (laughs(9), "the alias *a0 is not supported; write the value in its place, line 1"),
+    "merge": ("a: &x {b: 1}\nmodel:\n  <<: *x\n", "the alias *x is not supported"),
+    "inline merge": ("model: {<<: {width: 8}}", "the key '<<' is not text"),
+    "deep list": ("[" * 10_000, "nested more than 16 levels deep"),
+    "deep mapping": ("{a: " * 10_000, "nested more than 16 levels deep"),
+    "deep block": ("".join(f"{' ' * i}a:\n" for i in range(400)), "nested more than 16 levels deep"),
+    "long": ("name: " + "x" * 1001, "a value of more than 1000 characters"),
+    "sexagesimal": ("train: {steps: 1" + ":1" * 600 + "}", "a value of more than 1000 characters"),
+    "many": ("a: [" + "1, " * 10_001 + "1]", "more than 10000 values"),
+    "twice": ("train: {steps: 5, lr: 1, steps: 6}", "duplicate key 'steps', line 1"),
+    "twice on top": ("name: a\nname: b\n", "duplicate key 'name', line 2"),
+    "number as key": ("1: 2", "the key '1' is not text; put it in quotes"),
+    "truth as key": ("train: {on: 2}", "the key 'on' is not text"),
+    "list as key": ("? [a]\n: 2", "is not text"),
+    "python": ("model: !!python/object/apply:os.system [true]", "the tag tag:yaml.org,2002:python/object/apply:os.sy"),
+    "binary": ("model: !!binary aGk=", "the tag tag:yaml.org,2002:binary is not supported"),
+    "set": ("model: !!set {a, b}", "the tag tag:yaml.org,2002:set is not supported"),
+    "local tag": ("model: !include x", "the tag !include is not supported"),
+    "date": ("model: {width: 2001-99-99}", "not YAML that can be used (month must be in 1..12)"),
+    "digits": ("model: {width: " + "9" * 900 + "}", "at most 512 is needed, not an integer of"),
+    "two documents": ("a: 1\n---\nb: 2\n", "not YAML that can be used"),
+    "control": ("name: \x01", "not YAML that can be used"),
+    "list": ("- 1", "a recipe is a YAML mapping, not [1]"),
+    "zero": ("0", "a recipe is a YAML mapping, not 0"),
+    "text key": ('"' + "k" * 900 + '": 1', "no such recipe key"),
+    "nan": ("input: {mean: [.nan, 1, 1]}", "input.mean: a finite number is needed, not nan"),
+    "inf": ("input: {std: [1, -.inf, 1]}", "input.std: a finite number is needed, not -inf"),
+    "text inf": ("train: {lr: infinity}", "train.lr: a finite number is needed, not inf"),
+    "fraction": ("model: {width: 8.5}", "model.width: int expected, not 8.5"),
+    "wide": ("model: {width: 3000}", "model.width: more than 0, at most 512 is needed, not 3000"),
+    "seed": ("train: {seed: 4294967296}", "train.seed: 0 or more, at most 4.29497e+09 is needed, not 4294967296"),
+    "list for a number": ("model: {width: [" + "[1], " * 50 + "1]}", "model.width: int expected, not [[1], [1]"),
+    "base": ("base: [demo]", "base: one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_recipe_may_not_be(tmp_path: Path, kind: str) -> None:
+    text, says = REFUSED[kind]
+    path = tmp_path / "odd.yaml"
+    path.write_text(text, encoding="utf-8")
+    started = time.perf_counter()
+    with pytest.raises(InputError) as caught:
+        recipe.load(str(path))
+    message = str(caught.value)
+    assert time.perf_counter() - started < 5
+    assert message.startswith(f"{path}: ") and says in message and "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize("kind", ["laughs", "deep list", "twice", "python", "date", "control"])
+def test_the_same_of_set(kind: str) -> None:
+    text = REFUSED[kind][0].replace("train: ", "").replace("\n", " ")
+    with pytest.raises(InputError, match=r"^--set train=") as caught:
+        recipe.load("demo").with_changes([f"train={text}"])
+    assert len(str(caught.value)) < 600
+
+
+def test_a_file_that_is_large_or_no_file(tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_bytes(b"#" * (recipe.LARGEST_FILE + 1))
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, says in (("large", "larger than 262144 bytes"), ("folder", "not a regular file"),
+                       ("pipe", "not a regular file")):  # fmt: skip
+        with pytest.raises(InputError, match=f"{name}.yaml: {says}"):
+            recipe.load(str(tmp_path / f"{name}.yaml"))
+    (tmp_path / "comments.yaml").write_bytes(b"#" * (recipe.LARGEST_FILE - 1) + b"\n")
+    assert recipe.load(str(tmp_path / "comments.yaml")).name == "comments"
+
+
+def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(laughs(9))
+    given = ("--instances", tmp_path / "x.json", "--images", tmp_path, "--out", tmp_path / "run")
+    done = call("train", "--recipe", path, *given)
+    refused(done, f"{path}: not YAML that can be used (the alias *a0")
+    assert len(done.stderr) < 600
+
+
+def test_shipped_recipes_and_what_they_dump_are_plain() -> None:
+    for name in recipe.names():
+        tree = recipe.load(name).to_dict()
+        assert parse_yaml(yaml.safe_dump(tree)) == tree
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2000) | st.binary(),
+                    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=9)
+                    | st.tuples(inner, inner), max_leaves=40))  # fmt: skip
+def test_any_value_is_shown_in_a_line(value: object) -> None:
+    text = shown(value)
+    assert text and len(text) <= 160 and "\n" not in text
+    assert len(cut(value)) <= 80 and "\n" not in cut(value)
+
+
+WORDS = (
+    *(b"&a ", b"*a", b"<<: ", b"!!python/name:os.system ", b"{", b"[", b"? ", b": ", b"- ", b"|\n", b"---\n", b".inf"),
+    *(b".nan", b"1e999", b"0x", b"1:1:1", b"2001-01-01", b"true", b"null", b"~", b"'", b'"', b"\t", b"\xc3", b"\x00"),
+    *(b"9" * 40, b"[" * 40, b"base: demo\n", b"model: ", b"width: ", b"-1", b"\xf0\x9f\x92\xa9", b"%YAML 9.9\n"),
+)
+
+
+def test_damaged_recipes(tmp_path: Path) -> None:
+    path, passed = tmp_path / "odd.yaml", 0
+    start = [yaml.safe_dump(recipe.load(name).to_dict()).encode() for name in ("demo", "seed-c4-res101", "fpn-res50")]
+    for numbers in rounds(100):
+        path.write_bytes(damaged(numbers.choice(start), numbers, WORDS))
+        passed += survives(f"{path.read_bytes()!r}", lambda: recipe.load(str(path)))
+    assert passed  # some changes are of a number or a name alone
+
+
+def test_damaged_assignments() -> None:
+    for numbers in rounds(100):
+        text = damaged(b"input.short_sides=[600, 700]", numbers, WORDS).decode("utf-8", "surrogateescape")
+        survives(repr(text), lambda text=text: recipe.load("demo").with_changes([text]))  # type: ignore[misc]
+
+
+def test_limits_are_what_the_table_uses() -> None:
+    assert (safe_yaml.DEEPEST, safe_yaml.MOST_NODES, safe_yaml.LONGEST_SCALAR) == (16, 10_000, 1_000)
