@@ -38,9 +38,11 @@ types: env
 	@echo "==> types: mypy"
 	@$(BIN)/mypy refdet refer cli
 
+# One process a core, each on one thread.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 unit: env
-	@echo "==> unit: pytest"
-	@$(BIN)/pytest
+	@echo "==> unit: pytest, $(JOBS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 # The sanitizers must be in the process before Python is, and with them the C++ library whose exceptions they watch.
 ASAN := build/asan/lib

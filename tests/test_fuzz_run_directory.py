@@ -19,7 +19,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights import recognise
 from refdet.import_weights import read_foreign
 from refdet.provenance import Provenance
-from refdet.training_state import read_state
+from refdet.training_state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
                                          "model.rpn_channels=4", "model.mask_channels=4"])  # fmt: skip
@@ -102,8 +102,9 @@ def test_damaged_weights_and_states(run: Path, tmp_path: Path) -> None:
         (tmp_path / "run" / checkpoint.MODEL).write_bytes(data)
         survives(f"{data[:9000]!r}", lambda: trained.load(tmp_path / "run"))
         data = damaged_safetensors(state.read_bytes(), numbers)
-        (tmp_path / "state.safetensors").write_bytes(data)
-        survives(f"{data[:9000]!r}", lambda: read_state(tmp_path / "state.safetensors"))
+        (tmp_path / "run" / "state").mkdir(exist_ok=True)
+        (tmp_path / "run" / "state" / "step-00000003.safetensors").write_bytes(data)
+        survives(f"{data[:9000]!r}", lambda: newest(tmp_path / "run"))
 
 
 def checkpoint_of(new: bool) -> bytes:
