@@ -53,7 +53,7 @@ class TrainingBatches(Dataset):
     and portrait images go apart, which saves padding.
 
     Args:
-        objects: what of the index is trained on, where that is known already.
+        objects: what of the index is trained on, where that is known and its images were found already.
 
     Raises:
         InputError: no objects, or image files missing.
@@ -66,7 +66,8 @@ class TrainingBatches(Dataset):
         self.labels = {category: label for label, category in enumerate(index.categories, start=1)}
         self.objects = objects or TrainingObjects(index, recipe.model.masks, recipe.train.empty_images)
         self.records = self.objects.records
-        source.check(self.records, index.path, index.images.values())
+        if objects is None:
+            source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
         self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
 

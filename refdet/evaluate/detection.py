@@ -151,7 +151,8 @@ def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
     """Log what makes AP undefined, or measured on something else than what the file holds."""
     reason = why_undefined(index, index.images)
     if reason:
-        log.warning("note: %s: %s", index.path, reason)
+        crowds = any(annotation.iscrowd for of_image in index.annotations.values() for annotation in of_image)
+        log.warning("note: %s: %s%s", index.path, reason, ", or give --crowd-as-object" if crowds else "")
     annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
     bare = sum(not annotation.segmentation for annotation in annotations)
     if masks and bare:
