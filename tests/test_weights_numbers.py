@@ -92,6 +92,20 @@ def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
             describe_boxes(model, [IMAGE], [box], ("pool5", "fc7"), [np.array([1])])
 
 
+def test_a_store_is_not_completed_from_outputs_that_overflow(
+    run: Path, tmp_path: Path, shapes_root: Path, instances: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    tensors = load_file(run / checkpoint.MODEL)
+    large = {name: value.new_full(value.shape, 9e8) if name.endswith("weight") else value
+             for name, value in tensors.items()}  # fmt: skip
+    save_file(large, tmp_path / "run" / checkpoint.MODEL)
+    given = ("--images", shapes_root / "val2014", "--instances", instances, "--device", "cpu", "--checkpoint")
+    done = call("extract-features", *given, tmp_path / "run", "--out", tmp_path / "x.h5")
+    assert done.exit_code == 1 and "error: the network's outputs contain NaN or inf" in done.stderr
+    assert not (tmp_path / "x.h5").exists()
+
+
 def test_a_network_of_another_width_is_refused_before_it_is_made(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
