@@ -143,7 +143,7 @@ class _Training:
             checkpoint.save(self.out, self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
         generator = torch.Generator(device)
-        started, window, losses = time.perf_counter(), time.perf_counter(), []
+        losses: list[dict[str, float]] = []
         step, loss = first, None
         steps = range(first, options.steps)
         self.model.train()
@@ -155,6 +155,7 @@ class _Training:
             progress_bar(options.steps, "train", "step", initial=first) as bar,
             batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
         ):
+            started = window = time.perf_counter()  # now that all is imported and open
             while step < options.steps:
                 batch = self._next(ahead, step, stop)
                 orientations.add(batch.oriented)

@@ -108,11 +108,12 @@ def audit_content(
     refer_source = own_source if refer_images is None else _open_refer_images(refer_images)
     everything = frozenset(ids)
     found = read_image_list(instances)
-    records = [_record(found, number) for number in range(len(found.images))]
+    records = [_records(found, number) for number in range(len(found.images))]
     wanted = [
         (image.label, record)
-        for image, record in zip(found.images, records, strict=True)
+        for image, of_entry in zip(found.images, records, strict=True)
         if everything.isdisjoint(image.numbers)
+        for record in of_entry
     ]
     held = [ImageRecord(number, "", 0, 0) for number in ids]
     refer_source.locate(held)
@@ -122,7 +123,8 @@ def audit_content(
             f"{refer_images or images}: none of the {len(ids)} held-out images can be read there; "
             "give the folder that has them with --refer-images"
         )
-    own_source.locate(records)  # all of them, as training does: which file one means can depend on the others
+    # all of them, as training does: which file one means can depend on the others
+    own_source.locate([record for of_entry in records for record in of_entry])
     own = _compared(own_source, wanted, "images of the list")
     if wanted and not own.labels:
         raise InputError(
@@ -208,10 +210,10 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
     return replace(found, pixels=np.stack(pixels)) if pixels else found
 
 
-def _record(found: ImageList, number: int) -> ImageRecord:
-    """An image of a list as training looks it up: by `CocoIndex` or by its name or number.
+def _records(found: ImageList, number: int) -> list[ImageRecord]:
+    """The images of an entry as training looks them up: of an instances file as `CocoIndex` does, else by every name.
 
-    Its size is 0x0 where the list does not give one.
+    Their size is 0x0 where the list does not give one.
     """
     image = found.images[number]
     if found.form == INSTANCES:
@@ -221,9 +223,14 @@ def _record(found: ImageList, number: int) -> ImageRecord:
         height, width = (entry.get(key) for key in ("height", "width"))
         if type(height) is not int or type(width) is not int or min(height, width) < 1:
             height = width = 0
-        return ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))
-    # -1 for an image that is not COCO's, so that it is looked up by its own name alone; a name of digits is an id
-    return ImageRecord(min(image.numbers, default=-1), "" if image.name.isdecimal() else image.name, 0, 0)
+        return [ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))]
+    names = image.evidence.addresses or ((image.name,) if image.name and not image.name.isdecimal() else ())
+    if names:
+        # urls are other addresses of an image that has a file name
+        files = [name for name in names if "://" not in name] or names
+        return [ImageRecord(-1, name, 0, 0) for name in files]
+    # what is known by nothing but an id that is not confirmed is not compared, so it stays unproven
+    return [ImageRecord(-1 if image.unknown else min(image.numbers, default=-1), "", 0, 0)]
 
 
 def _open_refer_images(path: str | Path) -> ImageSource:

@@ -73,6 +73,7 @@ class ImageList:
         text: all of the file.
         images: in the order of the file.
         annotations, members, info: of an instances file; empty for others.
+        elsewhere: of an instances file, other keys at its top -> the COCO numbers in names under them.
         ids_confirmed: whether names in the file show that its ids are COCO's.
         tree: where the entries of a JSON object are, None for other forms.
     """
@@ -84,6 +85,7 @@ class ImageList:
     annotations: list[ListedAnnotation] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    elsewhere: dict[str, frozenset[int]] = field(default_factory=dict)
     ids_confirmed: bool = False
     tree: Node | None = None
 

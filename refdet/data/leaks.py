@@ -102,12 +102,16 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
     if stray:
         count = sum(per_image[image_id] for image_id in stray)
         notes.append(f"{images.path}: {count} annotations are of images that are not in it")
+    elsewhere = frozenset().union(*images.elsewhere.values())
+    if elsewhere:
+        keys = ", ".join(map(repr, images.elsewhere))
+        notes.append(f"{images.path}: names of COCO images stand outside of 'images' too, under {keys:.80}: they count")
     leaks = []
     everything = frozenset().union(*(split.image_ids for split in splits))
     suspects = [image for image in images.images if not everything.isdisjoint(image.numbers)]
     for split in splits:
         ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
-        ids |= stray & split.image_ids
+        ids |= (stray | elsewhere) & split.image_ids
         leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
     unknown = [image.label for image in images.images if image.unknown]
     return AuditResult(

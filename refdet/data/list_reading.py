@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.coco_entries import checked_id, kind
-from refdet.data.coco_numbers import bare_number, is_visual_genome
-from refdet.data.image_evidence import COCO_IDS, IDS, NAMES, evidence_of, evidence_of_image, is_known_by_id
+from refdet.data.coco_numbers import bare_number, is_image_file, is_visual_genome
+from refdet.data.image_evidence import COCO_IDS, IDS, NAMES, evidence_of, evidence_of_image, is_known_by_id, names_in
 from refdet.data.image_lists import (
     INSTANCES,
     JSON_LINES,
@@ -73,7 +73,7 @@ def _read(path: Path, text: str, check: Callable[[Piece], None] | None) -> Image
         return found
     tree, members = object_entries(path, text)
     images = [
-        _member(path, f"entry {number}", member) if member.key
+        _member(member) if member.key
         else _listed(path, f"entry {number}", member.value, member.start, member.end)
         for number, member in enumerate(members)
     ]  # fmt: skip
@@ -112,6 +112,8 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
             found.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
             raise InputError(f"{path}: {key!r} is a {kind(value)}, it must be a list")
+        elif key not in _LISTS and (names := names_in(value)):
+            found.elsewhere[key] = names
         return
     if not isinstance(value, dict):
         raise InputError(f"{path}: {key}[{position}] is a {kind(value)}, not an object")
@@ -126,7 +128,7 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
             ids.add(image_id)
         _check_coco_ids(path, value, what)
         evidence = evidence_of_image(value, image_id)
-        known = is_known_by_id(value, image_id)
+        known = is_known_by_id(value, image_id, evidence)
         label = position if image_id is None else image_id
         found.images.append(ListedImage(image_id, _name(value), label, evidence, known, start, end))
     elif key == "annotations":
@@ -134,7 +136,7 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
         found.annotations.append(ListedAnnotation(image_id, start, end))
 
 
-def _listed(path: Path, what: str, value: Any, start: int, end: int, key: str = "") -> ListedImage:
+def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ListedImage:
     """An entry of a list that is no instances file."""
     if type(value) is int or isinstance(value, str):
         return _plain(value, start, end)
@@ -146,19 +148,18 @@ def _listed(path: Path, what: str, value: Any, start: int, end: int, key: str = 
             if value.get(id_key) is not None and not isinstance(value[id_key], str | list | dict):
                 checked_id(path, value, id_key, what)
     evidence = evidence_of(value)
-    name = key or (_name(value) if isinstance(value, dict) else "")
-    known = isinstance(value, dict) and is_known_by_id(value, evidence.id)
+    name = _name(value) if isinstance(value, dict) else ""
+    known = isinstance(value, dict) and is_known_by_id(value, evidence.id, evidence)
     label = name or what if evidence.id is None else evidence.id
     return ListedImage(evidence.id, name, label, evidence, known, start, end)
 
 
-def _member(path: Path, what: str, member: Entry) -> ListedImage:
+def _member(member: Entry) -> ListedImage:
     """A member of an object, whose key may be the name or the number of its image."""
-    listed = _listed(path, what, {member.key: member.value}, member.start, member.end, member.key)
-    number = bare_number(member.key)
-    if number is None:
-        return listed
-    return listed._replace(evidence=replace(listed.evidence, bare=listed.evidence.bare | {number}))
+    evidence = evidence_of(member.value, key=member.key)
+    known = isinstance(member.value, dict) and is_known_by_id(member.value, evidence.id, evidence)
+    label = member.key if evidence.id is None else evidence.id
+    return ListedImage(evidence.id, member.key, label, evidence, known, member.start, member.end)
 
 
 def _plain(value: int | str, start: int, end: int) -> ListedImage:
@@ -201,13 +202,18 @@ def _lines(text: str) -> Iterator[ListedImage]:
 
 
 def _line(text: str, start: int, end: int) -> ListedImage:
-    """A line is a name, or a table's row that begins with one."""
+    """A line is a name, or a table's row: the file names in it count, else its numbers, which may be running ones."""
     listed = _plain(text, start, end)
-    first = re.split(r"[,\t ]", text, maxsplit=1)[0]
-    if listed.evidence.named or listed.evidence.bare or first == text:
+    fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
+    if listed.evidence.named or listed.evidence.bare or len(fields) < 2:
         return listed
-    row = _plain(first, start, end)
-    return row if row.evidence.named or row.evidence.bare else listed
+    files = [field for field in fields if is_image_file(field)]
+    numbers = [number for field in files or fields if (number := bare_number(field)) is not None]
+    unread = len(numbers) < len(files) if files else len(set(numbers)) > 1
+    evidence = replace(listed.evidence, bare=frozenset(numbers), unread_names=unread or not numbers)
+    name = files[0] if files else fields[0]
+    first = numbers[0] if numbers else None
+    return listed._replace(id=first, evidence=evidence, name=name, known_by_id=len(set(numbers)) == 1)
 
 
 def _is_json_lines(text: str) -> bool:

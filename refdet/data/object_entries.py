@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refdet.data.coco_numbers import bare_number, is_image_file, numbers_in_name
+from refdet.data.image_evidence import names_in
 from refdet.data.json_pieces import Piece, pieces_at
 
-_NOT_IMAGES = ("info", "license", "licenses", "categories")
+_NOT_IMAGES = ("info", "metainfo", "license", "licenses", "categories")
 _DEPTH = 4  # {"refcoco": {"train": {"000000000009.jpg": ...}}} is three objects deep
 
 
@@ -73,7 +74,7 @@ def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -
         if not is_list and _holds_entries(piece, depth):
             _fill(path, text, part, entries, depth - 1)
         elif is_list or _is_entry(piece):
-            if type(piece.value) in (float, bool, type(None)):
+            if is_list and type(piece.value) in (float, bool, type(None)):
                 continue
             part.entry = len(entries)
             entries.append(Entry("" if is_list else piece.key, piece.value, part.start, part.end))
@@ -92,7 +93,7 @@ def _holds_entries(piece: Piece, depth: int) -> bool:
 
 def _is_entry(piece: Piece) -> bool:
     if piece.key in _NOT_IMAGES:
-        return False
+        return bool(names_in(piece.value))
     if _names_an_image(piece.key) or isinstance(piece.value, dict | list):
         return True
     return isinstance(piece.value, str) and (bool(numbers_in_name(piece.value)) or is_image_file(piece.value))

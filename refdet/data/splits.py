@@ -65,6 +65,12 @@ def build_split(
         check.finish(images)
 
     everything = frozenset().union(*(split.image_ids for split in splits))
+    for key, numbers in images.elsewhere.items():
+        if not keep_only and (out_of_reach := sorted(numbers & everything)):
+            raise InputError(
+                f"{images.path}: {key!r:.60} names held-out images ({out_of_reach[0]}), and only those under 'images' "
+                "can be taken out; remove it from the file first"
+            )
     named = [not everything.isdisjoint(image.numbers) for image in images.images]
     keep = named if keep_only else [not there for there in named]
     if not any(keep):
