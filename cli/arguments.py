@@ -106,7 +106,7 @@ def check_new_folder(option: str, path: Path, empty: bool = True) -> None:
     _check_name(option, path)
     is_file = os.path.lexists(path) and not path.is_dir()
     if empty and (is_file or (path.is_dir() and any(path.iterdir()))):
-        raise InputError(f"{option} {path}: is there and not an empty folder; choose another or remove it")
+        raise InputError(f"{option} {path}: exists and is not an empty folder; choose another or remove it")
     if is_file:
         raise InputError(f"{option} {path}: is a file where a folder is needed; choose another {option}")
     _check_parent(option, path if path.is_dir() else path.absolute().parent)

@@ -40,15 +40,14 @@ def describe(path: str | Path) -> dict[str, Any]:
     kind = kind_of(path)
     if kind is FileKind.MISSING:
         raise InputError(f"{path}: {_missing(path, 'file or folder')}")
-    check_regular(path)
+    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
+        raise InputError(f"{path}: {kind.value}")
     if path.name in ("model.json", "model.safetensors"):
         return _checkpoint(path.parent)
     if kind is FileKind.STORE:
         return _store(path)
     if kind is FileKind.JSON:
         return _split(path)
-    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
-        raise InputError(f"{path}: {kind.value}")
     near = run_directory_near(path) if kind is FileKind.STATE else None
     hint = f"; look at its run directory {near}" if near else ""
     raise InputError(f"{path}: {kind.value}, neither an instances JSON, a run directory nor a store of features{hint}")

@@ -135,10 +135,20 @@ class FileNames:
         parts = parts_of(name)
         if not parts:
             return Match(None, "that names no file")
-        match = self._exact(name, parts) or self._longest(parts)
+        match = self._exact(name, parts)
+        if match is None and (inside := self._inside_root(parts)):
+            match = self._exact(name, inside)
+        match = match or self._longest(parts)
         if match is None and (number := coco_number(name)) is not None:
             match = self._numbered(number)
         return match or Match(None, "no file of that name")
+
+    def _inside_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """The rest of a name that begins with the end of the folder's own path ("images/x.png" in .../images)."""
+        for count in range(min(len(parts) - 1, len(self._root)), 0, -1):
+            if parts[:count] == self._root[len(self._root) - count :]:
+                return parts[count:]
+        return ()
 
     def _numbered(self, number: int) -> Match:
         names = [form.format(number) for form in _COCO_NAMES]
@@ -241,8 +251,9 @@ def _settle(path: str, keys: list[Key], found: dict[Key, Match]) -> None:
     best = max((found[key].shared, -found[key].others) for key in keys)
     owners = [key for key in keys if (found[key].shared, -found[key].others) == best]
     rivals = list({names[key]: key for key in owners}.values())
+    owning = set(owners)
     for key in keys:
-        if key not in owners:
+        if key not in owning:
             named = "" if owners[0] == path else f", {owners[0]}"
             found[key] = Match(None, f"the nearest, {path}, is the file of another image of the list{named}")
         elif len(rivals) > 1:

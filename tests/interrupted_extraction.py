@@ -85,8 +85,8 @@ def _watch(owner: Any, name: str, begin: Callable[[str], int], done: Callable[[i
 
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if name == "replace" and str(args[1]).startswith(os.environ["XDG_CACHE_HOME"]):  # no part of the extraction
-            return original(*args, **kwargs)
+        if name in ("replace", "unlink") and str(args[-1]).startswith(os.environ["XDG_CACHE_HOME"]):
+            return original(*args, **kwargs)  # no part of the extraction
         step = begin(name)
         result = original(*args, **kwargs)
         done(step, str(args[1]) if name == "replace" else "")

@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     ),
     "the name of one": (lambda f: export(f, f.root / "begun.h5"), "not finished yet, "),
     "a split for a store": (lambda f: export(f, f.instances), "--store"),
-    "export over files": (lambda f: export(f, f.store, out=f.images), "is there and not an empty folder"),
+    "export over files": (lambda f: export(f, f.store, out=f.images), "exists and is not an empty folder"),
     "evaluation of a split": (lambda f: on_refer(f, features=f.instances), "a JSON file, not a store of features"),
     "evaluation into a file": (lambda f: on_refer(f, out=f.text), "is a file where a folder is needed"),
     "no predictions": (lambda f: on_refer(f, predictions=f.root / "no"), "--predictions"),
@@ -230,7 +230,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "own weights": (lambda f: weights(f, f.run), "a run directory of refdet's own; give the run directory itself to"),
     "weights in a pipe": (lambda f: weights(f, f.pipe), "a pipe or a device"),
     "weights at an address": (lambda f: weights(f, "https://a.org/w.pth"), "an address; download it"),
-    "weights over files": (lambda f: weights(f, f.torch, out=f.images), "is there and not an empty folder"),
+    "weights over files": (lambda f: weights(f, f.torch, out=f.images), "exists and is not an empty folder"),
 }
 
 

@@ -118,7 +118,7 @@ def test_a_bad_annotation_is_named(tmp_path: Path, changes: dict, culprit: str) 
 def test_duplicate_ids_and_missing_lists(tmp_path: Path, key: str) -> None:
     data = instances()
     data[key].append(data[key][0])
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match="duplicate"):
         load(tmp_path, data)
     del data[key]
     with pytest.raises(InputError, match=key):

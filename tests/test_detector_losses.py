@@ -56,7 +56,7 @@ def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
 
 def test_second_stage_losses_are_their_formulas() -> None:
     """Two images with objects; every RoI is sampled, so that the losses can be written out in float64."""
-    model = small_model("head.samples=100000", "head.positive_fraction=1.0", "proposals.test_proposals=150")
+    model = small_model("head.samples=20000", "head.positive_fraction=1.0", "proposals.test_proposals=150")
     objects = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]]
     labels = [[2], [4, 1]]
     truths = [

@@ -142,7 +142,7 @@ def test_recipes_that_say_nothing_are_as_they_were() -> None:
     applied = tiny("input.exif=apply")
     assert applied.to_dict()["input"]["exif"] == "apply" and recipe.from_dict(applied.to_dict()) == applied
     assert recipe.from_dict(tiny().to_dict()) == tiny()
-    with pytest.raises(InputError, match="input.exif: one of ignore, apply, not upright"):
+    with pytest.raises(InputError, match="input.exif: one of ignore, apply, not 'upright'"):
         tiny("input.exif=upright")
 
 

@@ -141,13 +141,13 @@ def test_an_export_that_loses_the_race_is_one_line(
 
 
 NAMES = [
-    ("file.txt", "is there and not an empty folder"),
+    ("file.txt", "exists and is not an empty folder"),
     ("file.txt/out", "lies inside a file"),
     ("file.txt/deep/out", "lies inside a file"),
     ("new/../file.txt/out", "lies inside a file"),
-    ("full", "is there and not an empty folder"),
+    ("full", "exists and is not an empty folder"),
     ("x" * 300, "cannot be made: File name too long"),
-    ("loop", "cannot be made|is there and not an empty folder"),
+    ("loop", "cannot be made|exists and is not an empty folder"),
     (os.fsdecode(b"caf\xe9"), "the name is not UTF-8"),
     (os.fsdecode(b"caf\xe9/out"), "the name is not UTF-8"),
 ]

@@ -331,7 +331,7 @@ def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: in
         return load(record)
 
     seen = []
-    for number, images in enumerate(shard_work._load_ahead(counted, batches, 1)):
+    for number, images in enumerate(shard_work.load_ahead(counted, batches, 1)):
         seen += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
         assert len(loaded) <= 2 * number + waiting
     assert seen == sorted(loaded) == list(range(20))

@@ -58,7 +58,10 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
     shown = call("inspect", tmp_path / "run")
     assert shown.exit_code == 0 and note in shown.stdout
     assert json.loads(call("inspect", tmp_path / "run", "--json").stdout)["provenance"]["note"] == note
-    refused(call("import-weights", "--from", source, "--out", tmp_path / "run"), f"--out {tmp_path / 'run'} exists")
+    refused(
+        call("import-weights", "--from", source, "--out", tmp_path / "run"),
+        f"--out {tmp_path / 'run'}: exists and is not an empty folder",
+    )
     refused(call("import-weights", "--from", source, "--out", source), f"--out {source} exists")
     refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--style", "darknet"), "darknet")
     refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--trained-on", tmp_path / "no.json"),

@@ -152,6 +152,11 @@ class _Run:
         if targets.is_generalized(self.refer.data["refs"]):
             return metrics | generalized(self.refer, self.index, refs, self.predictions)
         answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
+        rates = answered["comprehension"]
+        if rates["accuracy@0.5"] < rates["guessing@0.5"]:
+            log.warning("note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
+                        "the original images, and in the form of --box-format?", split, rates["accuracy@0.5"],
+                        rates["guessing@0.5"])  # fmt: skip
         masks = answered["segmentation"]
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
             bare = masks["missing"] - answered["comprehension"]["missing"]

@@ -93,7 +93,7 @@ def resolved(out: Path) -> Path:
     except UnicodeEncodeError:
         raise InputError(f"--out {str(out)!a}: the name is not UTF-8; choose another") from None
     if taken:
-        raise InputError(f"--out {out}: is there and not an empty folder; choose another or remove it")
+        raise InputError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if there and (path == Path.cwd() or os.path.ismount(path)):
         what = "the current folder" if path == Path.cwd() else "where a disk is mounted"
         raise InputError(f"--out {out}: is {what}, which an export cannot replace; name a new folder in it, "

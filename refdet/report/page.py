@@ -230,7 +230,10 @@ def _read_meta(path: Path) -> tuple[str, int, Provenance]:
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; none where the run directory has no log, as after import."""
+    """The lines of metrics.jsonl; none where the run directory has no log, as after import.
+
+    A last line that was cut when the run was killed is left out.
+    """
     if not path.exists():
         return []
     lines = read_small(path, LARGEST_LOG).split(b"\n")
@@ -242,6 +245,8 @@ def _read_log(path: Path) -> list[dict[str, float]]:
         try:
             row = strict_json(line)
         except InputError as error:
+            if number == len(lines):  # cut when the run was killed
+                break
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
         for name in ("step", "loss", *(key for key, _ in sections.LOSSES if isinstance(row, dict) and key in row)):
             if rate(row, name, where) is None:
