@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from refdet.data.coco import Annotation, CocoIndex, ImageRecord
+from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.refs import choose_splits
-from refdet.data.segmentations import to_rle
 from refdet.errors import InputError, WorkError
-from refdet.regions import Regions
+from refdet.given_regions import GivenRegions, given_regions
 from refdet.shard_plan import Plan
 from refdet.shard_work import Compute, Finish, Summary, extract
 from refdet.shards import begun_batch_size, parts_folder, progress
@@ -153,7 +151,7 @@ def extract_features(
     if missing:
         say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
             f"and get no regions, the first is {missing[0]}")  # fmt: skip
-    given = _given(image_list, options, boxes, box_format, say)
+    given = given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
     import torch  # from here on: it takes seconds, and what is wrong above is told at once
@@ -244,55 +242,7 @@ def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
     return compute
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Regions that are not detected: how they are had, their number if that is known beforehand, their categories,
-    and whether they have masks and ids."""
-
-    of: Callable[[ImageRecord], Regions]
-    count: Callable[[ImageRecord], int] | None
-    categories: Mapping[int, str]
-    masks: bool
-    ann_ids: bool
-    box_format: str = "xywh"  # of the file they are of
-
-
-def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
-    """Say how many annotations of the images are crowds, which are no regions; InputError where all are."""
-    found = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
-    crowds, path = sum(a.iscrowd for a in found), image_list.index.path
-    if not found:
-        say(f"{path}: the {len(image_list.records)} images have no annotation, so the store gets no region")
-    elif crowds == len(found):
-        which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
-        raise InputError(f"{path}: iscrowd is 1 on {which} of the images (CVAT writes that for masks): crowds are no "
-                         "regions; --crowd-as-object takes them as objects")  # fmt: skip
-    elif crowds:
-        say(f"{path}: iscrowd is 1 on {crowds} of {len(found)} annotations of the images, which are no regions; "
-            "--crowd-as-object takes them as objects")  # fmt: skip
-
-
-def _given(
-    image_list: ImageList, options: ExtractOptions, boxes: Path | None, box_format: str, say: Callable[[str], object]
-) -> _Given | None:
-    """The regions to describe; None where they are to be detected."""
-    index = image_list.index
-    if boxes is not None:
-        from refdet.box_files import load_boxes
-
-        file = load_boxes(boxes, index, box_format)
-        return _Given(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
-    if options.regions == "annotations":
-        _check_crowds(image_list, say)
-        return _Given(
-            lambda record: annotated_regions(record, index.annotations[record.id]),
-            lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
-            index.categories, masks=True, ann_ids=True,
-        )  # fmt: skip
-    return None
-
-
-def _check_masks(options: ExtractOptions, meta: Meta, given: _Given | None, checkpoint: Path) -> None:
+def _check_masks(options: ExtractOptions, meta: Meta, given: GivenRegions | None, checkpoint: Path) -> None:
     """InputError where masks are to be predicted that cannot be."""
     if options.masks != "predicted":
         return
@@ -308,7 +258,7 @@ def _check_masks(options: ExtractOptions, meta: Meta, given: _Given | None, chec
                          "which the detector does not know")  # fmt: skip
 
 
-def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions) -> Compute:
+def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractOptions) -> Compute:
     from refdet.detector.inference import start_describing
 
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
@@ -328,29 +278,6 @@ def _described(detector: TrainedDetector, given: _Given, options: ExtractOptions
         ]
 
     return compute
-
-
-def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
-    """The annotated objects of an image as regions of score 1, without features; crowds are left out.
-
-    Boxes are clipped to the image. An object without a segmentation gets its box as its mask.
-    """
-    objects = [a for a in annotations if not a.iscrowd]
-    size = (record.height, record.width)
-    boxes = np.array([a.box for a in objects], np.float64).reshape(-1, 4)
-    boxes = boxes.clip(0, [record.width, record.height] * 2)
-    masks = []
-    for annotation, (x1, y1, x2, y2) in zip(objects, boxes.tolist(), strict=True):
-        outline = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]
-        masks.append(coco_mask.merge([to_rle(outline, *size)])["counts"])
-    return Regions(
-        record.id, record.file_name, *size,
-        boxes=boxes.astype(np.float32),
-        scores=np.ones(len(objects), np.float32),
-        category_ids=np.array([a.category_id for a in objects], np.int64),
-        ann_ids=np.array([a.id for a in objects], np.int64),
-        masks=tuple(masks),
-    )  # fmt: skip
 
 
 def records_sha256(records: Sequence[ImageRecord]) -> str:

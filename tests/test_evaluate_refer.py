@@ -26,7 +26,7 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluate.average_precision import coco_ap
 from refdet.evaluate.refer import evaluate_on_refer
-from refdet.extract import annotated_regions
+from refdet.given_regions import annotated_regions
 
 corner = st.floats(0, 50, width=32)
 box = st.tuples(corner, corner, st.floats(0.25, 40, width=32), st.floats(0.25, 40, width=32))

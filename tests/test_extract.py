@@ -19,7 +19,8 @@ from refdet import shards, store
 from refdet.atomic import MARK
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted
-from refdet.extract import ImageList, annotated_regions
+from refdet.extract import ImageList
+from refdet.given_regions import annotated_regions
 from refdet.shard_plan import cut_into_shards
 from refdet.shard_work import Finish, Summary, extract
 

@@ -17,7 +17,7 @@ from refdet.data.list_reading import read_image_list
 from refdet.data.polygons import is_surely_drawn
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.extract import annotated_regions
+from refdet.given_regions import annotated_regions
 from refer.masks import can_be_drawn
 
 HEIGHT, WIDTH = 12, 16
