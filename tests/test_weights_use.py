@@ -62,7 +62,7 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
         call("import-weights", "--from", source, "--out", tmp_path / "run"),
         f"--out {tmp_path / 'run'}: exists and is not an empty folder",
     )
-    refused(call("import-weights", "--from", source, "--out", source), f"--out {source} exists")
+    refused(call("import-weights", "--from", source, "--out", source), f"--out {source}: exists and")
     refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--style", "darknet"), "darknet")
     refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--trained-on", tmp_path / "no.json"),
             "no.json", "no such file")  # fmt: skip
