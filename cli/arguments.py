@@ -27,7 +27,7 @@ def check_run_directory(option: str, path: Path) -> None:
     if kind in _WEIGHTS:
         raise InputError(f"{option} {path}: {kind.value}, not a run directory; refdet import-weights makes one of "
                          "other programs' weights")  # fmt: skip
-    _refuse(option, path, kind, "a run directory", "which refdet train and refdet import-weights write")
+    _refuse(option, path, kind, "a run directory", "the folder that refdet train or refdet import-weights wrote")
 
 
 def check_store(option: str, path: Path) -> None:
@@ -132,7 +132,7 @@ def _check_name(option: str, path: Path) -> None:
     try:
         encoded = path.name.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{option} {path}: its name holds bytes that are no UTF-8; choose another {option}") from None
+        raise InputError(f"{option} {path}: its name is not valid UTF-8; choose another {option}") from None
     if "\0" in str(path) or len(encoded) > _LONGEST_NAME:
         raise InputError(f"{option} {str(path)[:60]!r}...: its name is too long or no name; choose another {option}")
 

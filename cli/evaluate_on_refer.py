@@ -46,7 +46,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")
-    check_store("--features", given["features"])
+    check_store("--store", given["features"])
     check_refer_root(given["refer_root"], given["dataset"])
     check_not_empty("--split", given["splits"])
     for name in ("predictions", "expressions"):

@@ -164,7 +164,7 @@ def command(
         note(f"{out} is complete")
     if done.errors:
         note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why; when their "
-             "files are repaired, the same command with --resume computes these and no others")  # fmt: skip
+             "files are repaired, the same command with --resume recomputes the batches they are in")  # fmt: skip
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return

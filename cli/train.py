@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_images, check_json, check_run_directory
+from .arguments import check_images, check_json, check_new_folder, check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option, note
 
 
@@ -46,6 +46,7 @@ def command(
     from refdet.training_inputs import check
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
+    check_new_folder("--out", out, empty=False)
     check_json("--instances", instances, "an instances JSON")
     check_images("--images", images)
     if weights is not None:

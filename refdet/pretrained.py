@@ -31,6 +31,7 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
         InputError: the weights are of other classes, or another style of input.
     """
     theirs = checkpoint.load_meta(weights)
+    _check_network(theirs.recipe, recipe, weights, bool(theirs.untrained))
     _check_style(theirs.recipe, recipe, weights)
     fresh = theirs.untrained
     if recipe.train.reset_predictors:
@@ -76,6 +77,22 @@ def difference(theirs: tuple, ours: tuple) -> str:
 def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An imported ResNet, whose conv5 stands in the head of a C4 network, for one that has it in the backbone."""
     return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
+
+
+def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
+    """Another depth, width or neck would show as a list of tensors that do not fit."""
+    keys = ("depth", "width") if backbone_alone else ("depth", "width", "neck")
+    if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
+        raise InputError(
+            f"--weights {weights}: a {_network(theirs)}; recipe {ours.name} wants a {_network(ours)}; choose a recipe "
+            "that fits, or other weights"
+        )
+
+
+def _network(recipe: Recipe) -> str:
+    model = recipe.model
+    width = "" if model.width == 64 else f" of width {model.width}"
+    return f"ResNet-{model.depth}{width} with {'a feature pyramid' if model.neck == 'fpn' else 'a C4 head'}"
 
 
 def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:

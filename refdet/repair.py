@@ -104,7 +104,7 @@ def repair(
             return
         size = old.run.get("batch_size", plan.batch_size)
         if size != plan.batch_size:
-            raise InputError(f"{out} is complete but made otherwise: --batch-size was {size} and is now "
+            raise InputError(f"{out} is complete but was made differently: --batch-size was {size} and is now "
                              f"{plan.batch_size}; use the same to compute its repaired images")  # fmt: skip
         if folder.exists() and any(folder.iterdir()) and not (folder / _OF).is_file():
             raise InputError(f"{folder}: is needed for repaired images, but holds other files; move it")

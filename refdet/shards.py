@@ -251,7 +251,7 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
             said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
             differences = plan.differences(finished.options) or header_differences(header, said)
         if differences:
-            raise InputError(f"{out} is complete but made otherwise: {differences}; choose another --out")
+            raise InputError(f"{out} is complete but was made differently: {differences}; choose another --out")
         _remove_ours(folder)  # stopped while it was removed
         yield None
         return
@@ -260,14 +260,14 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
             raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
         differences = plan.other_work(shards, header, begun)
         if differences:
-            raise InputError(f"{folder} was begun otherwise: {differences}; use the same options and checkpoint, or "
-                             "remove it")  # fmt: skip
+            raise InputError(f"{folder} was started differently: {differences}; use the "
+                             "same options and checkpoint, or remove it")  # fmt: skip
     elif strange := _strange(folder):
         raise InputError(
             f"{folder}: holds {strange[0].name}, which no extraction wrote; move it or choose another --out"
         )
     elif resume:
-        log.warning("note: --resume: nothing is begun in %s: starting from the beginning", folder)
+        log.warning("note: --resume: nothing to resume in %s: starting from the beginning", folder)
     with full_disk(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, _LOCK, "let it end or choose another --out"):

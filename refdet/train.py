@@ -140,6 +140,7 @@ class _Training:
         """All steps that are left to do."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         if first >= options.steps:
+            log.warning("note: --resume: all %d steps are done; a larger train.steps prolongs the run", first)
             checkpoint.save(self.out, self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
         generator = torch.Generator(device)

@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.lock import alone
 from refdet.provenance import Provenance
 from refdet.recipe import Recipe
-from refdet.run_folder import BUSY, LOCK, goes_on
+from refdet.run_folder import BUSY, LOCK, goes_on, states
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def check(
 
         norm = load_meta(weights).recipe.model.norm
     else:
-        norm = "batch"
+        norm = _norm_of_run(out) if goes else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
     if weights is None and not goes and recipe.model.norm == "frozen":
@@ -96,6 +96,19 @@ def check(
     for line in objects.notes:
         log.warning("note: %s", line)
     return TrainingInputs(recipe, objects, source, provenance, out, weights, goes)
+
+
+def _norm_of_run(out: Path) -> str:
+    """The norm that a run was begun with, which may be that of the weights it started from."""
+    from safetensors import SafetensorError, safe_open
+
+    from refdet.checkpoint import Meta
+
+    try:
+        with safe_open(states(out)[-1], framework="numpy") as file:
+            return Meta.parse((file.metadata() or {})["meta"]).recipe.model.norm
+    except (OSError, SafetensorError, KeyError, InputError):  # damaged, which is said when it is read whole
+        return "batch"
 
 
 def _refuse_many_processes() -> None:

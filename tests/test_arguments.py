@@ -119,7 +119,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     ),
     "a split": (
         lambda f: extract(f, checkpoint=f.instances),
-        "f.json: a JSON file, not a run directory; give which refdet",
+        "f.json: a JSON file, not a run directory; give the folder that refdet",
     ),
     "weights of others": (
         lambda f: extract(f, checkpoint=f.torch),
@@ -201,7 +201,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "out is too long": (lambda f: extract(f, out="x" * 250), "its name is too long"),
     "out is no text": (
         lambda f: extract(f, out=os.fsdecode(b"a\xff.h5")),
-        r"--out a\udcff.h5: its name holds bytes that",
+        r"--out a\udcff.h5: its name is not valid UTF-8",
     ),
     "out is begun": (
         lambda f: extract(f, out=f.root / "begun.h5"),

@@ -71,7 +71,7 @@ def test_the_batches_are_those_of_their_steps_in_order(tmp_path: Path, workers: 
 @pytest.mark.parametrize(
     ("happens", "said"),
     [
-        (kill(signal.SIGKILL), "was killed, by hand or for want of memory"),
+        (kill(signal.SIGKILL), "was killed, possibly because memory ran out"),
         (kill(signal.SIGBUS), "SIGBUS, as it does where /dev/shm is full: .*--shm-size=1024m.* train.workers=0"),
         (kill(signal.SIGSEGV), "ended by SIGSEGV"),
         (lambda: os._exit(3), "ended with exit code 3"),

@@ -77,7 +77,7 @@ def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path
     older = json.loads(plan.read_text())
     del older["header"]
     plan.write_text(json.dumps(older))
-    with pytest.raises(InputError, match="begun otherwise: by another version of refdet; .* or remove it"):
+    with pytest.raises(InputError, match="started differently: by another version of refdet; .* or remove it"):
         run(out, resume=True)
 
 
@@ -215,4 +215,4 @@ def test_a_folder_of_somebody_else_is_not_taken_for_shards(tmp_path: Path, name:
 
 def test_where_nothing_was_begun_it_starts_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(tmp_path / "a.h5", resume=True).computed == len(RECORDS)
-    assert "nothing is begun in" in caplog.text and "starting from the beginning" in caplog.text
+    assert "nothing to resume in" in caplog.text and "starting from the beginning" in caplog.text

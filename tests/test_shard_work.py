@@ -57,12 +57,12 @@ def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(Interrupted, match="0 of 10 .*--resume"):
         run(out, compute=stops)
-    with pytest.raises(InputError, match="begun otherwise: --batch-size was 4 and is now 8; use the same"):
+    with pytest.raises(InputError, match="started differently: --batch-size was 4 and is now 8; use the same"):
         run(out, plan=replace(PLAN, batch_size=8), resume=True)
-    with pytest.raises(InputError, match="begun otherwise: in other shards"):
+    with pytest.raises(InputError, match="started differently: in other shards"):
         run(out, batches=BATCHES[::-1], resume=True)
     (tmp_path / "a.h5.parts" / "plan.json").write_text('{"score_threshold": 0.05}')
-    with pytest.raises(InputError, match="begun otherwise: by another version"):
+    with pytest.raises(InputError, match="started differently: by another version"):
         run(out, resume=True)
     (tmp_path / "a.h5.parts" / "000000.shard").write_text("shard")
     (tmp_path / "a.h5.parts" / "plan.json").write_text("")

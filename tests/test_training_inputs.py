@@ -20,7 +20,7 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
     "no such key": ({"--set": "train.stepz=3"}, "train.stepz: no such recipe key; did you mean train.steps"),
     "no such value": ({"--set": "train.steps=0"}, "train.steps: more than 0"),
     "out is a file": ({"--out": "notes.txt"}, "--out notes.txt: is a file"),
-    "out is below a file": ({"--out": "notes.txt/run"}, "notes.txt is a file, no folder can be made in it"),
+    "out is below a file": ({"--out": "notes.txt/run"}, "notes.txt is a file where a folder is needed"),
     "out is there": ({"--out": "run"}, "--out run exists; choose another"),
     "an address of instances": ({"--instances": "https://x.org/i.json"}, "an address; download it"),
     "an address of images": ({"--images": "s3://bucket/images"}, "an address; download it"),
@@ -35,8 +35,18 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
     "instances as images": ({"--images": "instances.json"}, "neither a folder nor a readable zip"),
     "a store as images": ({"--images": "store.h5"}, "an HDF5 file"),
     "frozen from nothing": ({"--set": "model.norm=frozen"}, "give --weights RUN_DIR"),
-    "other classes": ({"--weights": "run", "--instances": "other.json"}, "the checkpoint has class"),
-    "another style": ({"--weights": "run", "--set": "input.order=bgr"}, "--set input.order=rgb"),
+    "another network": (
+        {"--weights": "run"},
+        "a ResNet-18 of width 8 with a feature pyramid; recipe demo",
+    ),
+    "other classes": (
+        {"--weights": "run", "--instances": "other.json", "--recipe": "tiny.yaml"},
+        "the checkpoint has class",
+    ),
+    "another style": (
+        {"--weights": "run", "--recipe": "tiny.yaml", "--set": "input.order=bgr"},
+        "--set input.order=rgb",
+    ),
 }
 
 
@@ -47,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     squares(root)
     run(root)
     (root / "notes.txt").write_text("mine")
+    (root / "tiny.yaml").write_text("base: demo\nmodel: {width: 8}\n")
     (root / "store.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     (root / "a.zip").write_bytes(b"PK\x03\x04" + bytes(100))
     os.mkfifo(root / "pipe")

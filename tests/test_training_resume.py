@@ -48,7 +48,7 @@ def test_where_nothing_was_begun_it_starts_with_a_note(
     if there:
         (tmp_path / "run").mkdir()
     assert run(tmp_path, resume=True).steps == 2
-    assert "there is nothing in" in caplog.text and "starting from the beginning" in caplog.text
+    assert "nothing to resume in" in caplog.text and "starting from the beginning" in caplog.text
 
 
 FOREIGN: dict[str, dict[str, str]] = {

@@ -200,18 +200,18 @@ def _cause_of_death(code: int | None) -> str:
         return f"a worker process ended by SIGBUS, as it does where {SHARED_MEMORY} is full: {_MORE_ROOM.format(1024)}"
     if code == -signal.SIGKILL:
         return (
-            "a worker process that makes batches was killed, by hand or for want of memory (dmesg tells); lower "
+            "a worker process that makes batches was killed, possibly because memory ran out (see dmesg); lower "
             "train.workers or train.batch_size if it was memory"
         )
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-    return f"a worker process that makes batches ended {how}; --set train.workers=0 does without"
+    return f"a worker process that makes batches ended {how}; use --set train.workers=0 to avoid worker processes"
 
 
 def _not_handed_over(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
         return _no_room("a worker process found no room for a batch")
-    return f"a worker process cannot hand over its batch ({text}); --set train.workers=0 does without"
+    return f"a worker process cannot hand over its batch ({text}); use --set train.workers=0 to avoid worker processes"
 
 
 def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
