@@ -98,6 +98,10 @@ def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
             raise InputError(f"{option} {path}: {kind.value}; choose another {option}")
         if not may_exist:
             raise InputError(f"{path} exists; choose another {option} or remove it")
+        if kind is not FileKind.STORE:
+            raise InputError(
+                f"{option} {path}: {kind.value}, not a store of features to resume; choose another {option}"
+            )
     _check_parent(option, path.absolute().parent)
 
 

@@ -217,6 +217,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
         "the same refdet extract-features with --resume does the rest",
     ),
     "the name of one": (lambda f: export(f, f.root / "begun.h5"), "not finished yet, "),
+    "a text to resume": (lambda f: [*extract(f, out=f.text), "--resume"], "not a store to resume"),
     "a split for a store": (lambda f: export(f, f.instances), "--store"),
     "export over files": (lambda f: export(f, f.store, out=f.images), "exists and is not an empty folder"),
     "evaluation of a split": (lambda f: on_refer(f, features=f.instances), "a JSON file, not a store of features"),
