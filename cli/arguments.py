@@ -99,9 +99,7 @@ def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
         if not may_exist:
             raise InputError(f"{path} exists; choose another {option} or remove it")
         if kind is not FileKind.STORE:
-            raise InputError(
-                f"{option} {path}: {kind.value}, not a store of features to resume; choose another {option}"
-            )
+            raise InputError(f"{option} {path}: {kind.value}, not a store to resume; choose another {option}")
     _check_parent(option, path.absolute().parent)
 
 
