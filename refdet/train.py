@@ -110,10 +110,13 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     if before is not None:
         before.restore(model, sgd)
     start = f"goes on from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
+    # weights, and a state of weights and momentum, each twice while it is replaced
+    most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
     log.warning(
-        "train: %s, %s, %s; %d images of %s; recipe %s, %s; %d steps of %d images",
+        "train: %s, %s, %s; %d images of %s; recipe %s, %s; %d steps of %d images; up to %d MiB on disk",
         described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(), len(batches.records),
         index.path.name, recipe.name, start, recipe.train.steps, recipe.train.batch_size,
+        -(-most // 2**20),
     )  # fmt: skip
     check_shared_memory(batches, recipe.train.workers)
     out.mkdir(parents=True, exist_ok=True)
