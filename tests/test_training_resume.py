@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,28 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_examples import run, squares, steps_of
 
-import refdet.train as train_module
 from refdet import checkpoint
 from refdet.errors import InputError
 from refdet.lock import alone
 from refdet.run_folder import LOCK
 
 Spoil = Callable[[Path], object]
+
+KILLED_AT_THE_THIRD_STEP = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from training_examples import run
+from refdet import train
+step, calls = train._step, []
+def killed(*given):
+    calls.append(given)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*given)
+train._step = killed
+run(Path(sys.argv[1]), "train.steps=4", "train.save_every=100")
+"""
 
 
 @pytest.fixture
@@ -88,24 +104,14 @@ def test_files_beside_those_of_a_run_stay(begun: Path) -> None:
 
 
 def test_killed_before_the_first_save_it_starts_again_and_says_every_step_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     squares(tmp_path)
-    process = os.fork()
-    if process == 0:
-        step, calls = train_module._step, []
-
-        def killed(*given: Any) -> Any:
-            calls.append(given)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*given)
-
-        torch.set_num_threads(1)
-        train_module._step = killed
-        run(tmp_path, "train.steps=4", "train.save_every=100")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    # In a Python of its own: after a training in this process, a fork of it cannot compute gradients.
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_THIRD_STEP, str(tmp_path)], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_of(tmp_path / "run") == [1, 2]
     with pytest.raises(InputError, match="go on with it by --resume"):
         run(tmp_path, "train.steps=4")
