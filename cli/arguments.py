@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -112,6 +113,12 @@ def check_new_folder(option: str, path: Path, empty: bool = True) -> None:
     if is_file:
         raise InputError(f"{option} {path}: is a file where a folder is needed; choose another {option}")
     _check_parent(option, path if path.is_dir() else path.absolute().parent)
+
+
+def check_device(option: str, name: str | None) -> None:
+    """InputError unless a name is that of a device; whether there is one, only torch knows."""
+    if name is not None and not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", name):
+        raise InputError(f"{option} {name}: no name of a device; give cpu, cuda, cuda:1 (the second GPU) or auto")
 
 
 def check_not_empty(option: str, values: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_images, check_json, check_run_directory
+from .arguments import check_device, check_images, check_json, check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option, note
 
 
@@ -34,6 +34,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Box and mask AP of the regions that extract-features writes by default, on an instances file."""
+    check_device("--device", device)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     check_json("--instances", instances, "an instances JSON")

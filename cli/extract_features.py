@@ -11,6 +11,7 @@ from refdet.errors import InputError
 from refdet.file_kinds import FileKind, kind_of
 
 from .arguments import (
+    check_device,
     check_images,
     check_json,
     check_new_file,
@@ -97,6 +98,7 @@ def command(
     check_not_empty("--split", splits)
     check_not_empty("--features", [features])
     at_once = _batch_size(batch_size)
+    check_device("--device", device)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
     of_refer = refer_root is not None and dataset and split_by and instances is None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_images, check_json, check_new_folder, check_run_directory
+from .arguments import check_device, check_images, check_json, check_new_folder, check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option, note
 
 
@@ -36,6 +36,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Train a Mask R-CNN on a split."""
+    check_device("--device", device)
     if weights is not None:
         check_run_directory("--weights", weights)
 

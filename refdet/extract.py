@@ -16,9 +16,9 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.refs import choose_splits
 from refdet.errors import InputError, WorkError
 from refdet.given_regions import GivenRegions, given_regions
+from refdet.shard_folder import begun_batch_size, check_begun, parts_folder, progress
 from refdet.shard_plan import Plan
 from refdet.shard_work import Compute, Finish, Summary, extract
-from refdet.shards import begun_batch_size, parts_folder, progress
 from refdet.start_lines import start_lines
 from refdet.store import Header
 
@@ -131,11 +131,10 @@ def extract_features(
         InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.shards.begin`.
         WorkError: see `extract`; or the device has too little memory for the batch.
     """
-    from refdet.checkpoint import MODEL, load_meta, run_directory
+    from refdet.checkpoint import load_meta
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.images import ImageSource
-    from refdet.detector.feature_names import HEAD, check_features, of_regions
-    from refdet.provenance import file_sha256
+    from refdet.detector.feature_names import check_features
 
     meta = load_meta(checkpoint)
     check_features(options.features, meta.recipe)
@@ -154,6 +153,10 @@ def extract_features(
     given = given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
+    plan, header = _planned(image_list, given, boxes, options, batch_size, meta, checkpoint)
+    # A processor without bfloat16 computes in float32, but only torch knows what it has.
+    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision == "bfloat16" else ())
+
     import torch  # from here on: it takes seconds, and what is wrong above is told at once
 
     from refdet import trained
@@ -168,36 +171,8 @@ def extract_features(
         say(f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
             f"computing in {precision}, which is faster here and exact")  # fmt: skip
         options = replace(options, precision=precision)
-    what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
-                            "precision": options.precision, "compression": options.compression}  # fmt: skip
-    if boxes is not None:
-        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
-        if given is not None and given.box_format != "xywh":
-            what["box_format"] = given.box_format
-    elif given is not None:
-        what["instances_sha256"] = file_sha256(image_list.index.path)
-        what["masks"] = options.masks
-        if options.crowd_as_object:  # only then: work that was begun by an older refdet can go on
-            what["crowd_as_object"] = True
-    else:
-        what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
-                 "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
-    if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
-        what["exif"] = options.exif
-    what |= {
-        "image_list": image_list.name,
-        "image_list_sha256": records_sha256(records),
-        "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
-    }
-    predicted = options.masks == "predicted" or given is None
-    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
-    categories = dict(meta.categories) if given is None else given.categories
-    classes = [{"id": id_, "name": name} for id_, name in categories.items()]
-    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
-    plan = Plan(
-        what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, batch_size or 0,
-        tuple(name for name in options.features if name == HEAD), options.compression,
-    )  # fmt: skip
+        plan = replace(plan, options=plan.options | {"precision": precision})
+        header = replace(header, options=plan.options)
     for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
         announce(line)
     detector = trained.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
@@ -222,6 +197,53 @@ def extract_features(
     except torch.cuda.OutOfMemoryError as error:
         raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
                         "free some of it and continue with --resume") from error  # fmt: skip
+
+
+def _planned(
+    image_list: ImageList,
+    given: GivenRegions | None,
+    boxes: Path | None,
+    options: ExtractOptions,
+    batch_size: int | None,
+    meta: Meta,
+    checkpoint: Path,
+) -> tuple[Plan, Header]:
+    """What is to be computed, and what the store says of itself."""
+    from refdet.checkpoint import MODEL, run_directory
+    from refdet.detector.feature_names import HEAD, of_regions
+    from refdet.provenance import file_sha256
+
+    what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
+                            "precision": options.precision, "compression": options.compression}  # fmt: skip
+    if boxes is not None:
+        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        if given is not None and given.box_format != "xywh":
+            what["box_format"] = given.box_format
+    elif given is not None:
+        what["instances_sha256"] = file_sha256(image_list.index.path)
+        what["masks"] = options.masks
+        if options.crowd_as_object:  # only then: work that was begun by an older refdet can go on
+            what["crowd_as_object"] = True
+    else:
+        what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
+                 "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
+    if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
+        what["exif"] = options.exif
+    what |= {
+        "image_list": image_list.name,
+        "image_list_sha256": records_sha256(image_list.records),
+        "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
+    }
+    predicted = options.masks == "predicted" or given is None
+    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
+    categories = dict(meta.categories) if given is None else given.categories
+    classes = [{"id": id_, "name": name} for id_, name in categories.items()]
+    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    plan = Plan(
+        what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, batch_size or 0,
+        tuple(name for name in options.features if name == HEAD), options.compression,
+    )  # fmt: skip
+    return plan, header
 
 
 def _detect_options(options: ExtractOptions) -> DetectOptions:

@@ -16,7 +16,7 @@ from refdet.errors import InputError
 from refdet.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.hdf5_door import MAGIC, check_regular, open_store_file
 from refdet.provenance import Provenance
-from refdet.shards import parts_folder, progress
+from refdet.shard_folder import parts_folder, progress
 from refdet.store import DAMAGE
 from refdet.store_limits import is_id
 from refdet.store_schema import CHECKSUMS, MAPS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ class MetricsLog:
         if first == 0:
             for events in folder.glob(_EVENTS):
                 events.unlink()
+        _wait_for_a_later_name(folder)
         self._board = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
 
@@ -52,6 +54,13 @@ class MetricsLog:
     ) -> None:
         self._file.close()
         self._board.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they were made in."""
+    seconds = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
+    if seconds:
+        time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from refdet.errors import InputError
-
-log = logging.getLogger(__name__)
 
 LOCK = ".refdet-train.lock"  # made before anything else, so that a folder that has it is ours
 BUSY = "let it end or choose another --out"
@@ -20,8 +17,8 @@ def states(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[len("step-") :]))
 
 
-def goes_on(out: Path, resume: bool) -> bool:
-    """Whether there is a state to go on from; if not, training starts from the beginning, with a note on ``--resume``.
+def goes_on(out: Path, resume: bool) -> tuple[bool, str]:
+    """Whether there is a state to go on from, and what to say where ``--resume`` finds none.
 
     Raises:
         InputError: ``out`` is there without `resume`, or is no folder, or no run directory.
@@ -29,17 +26,14 @@ def goes_on(out: Path, resume: bool) -> bool:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder for the run directory")
     if not out.exists() or not any(out.iterdir()):
-        if resume:
-            log.warning("note: --resume: nothing to resume in %s: starting from the beginning", out)
-        return False
+        return False, f"--resume: nothing to resume in {out}: starting from the beginning" if resume else ""
     if not resume:
         raise InputError(f"--out {out} exists; choose another, remove it, or go on with it by --resume")
     if states(out):
-        return True
+        return True, ""
     if (out / _META).exists():
         raise InputError(f"--resume: {out} holds weights but no training state to resume from; choose another --out")
     if not (out / LOCK).exists():
         strange = min(path.name for path in out.iterdir())
         raise InputError(f"--resume: {out} holds {strange}, but no run of refdet train; choose another --out")
-    log.warning("note: --resume: the run in %s ended before its first save: starting from the beginning", out)
-    return False
+    return False, f"--resume: the run in {out} ended before its first save: starting from the beginning"

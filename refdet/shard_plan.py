@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,13 @@ class Plan:
     maps: tuple[str, ...] = ()
     compression: str = "none"
 
-    def differences(self, other: dict[str, Any]) -> str:
-        """What differs from another plan's options, for people; "" where nothing does."""
+    def differences(self, other: dict[str, Any], undecided: Container[str] = ()) -> str:
+        """What differs from another plan's options but for those undecided, for people; "" where nothing does."""
         told = []
         mine = json.loads(json.dumps(self.options))  # tuples become lists, as they did on disk
         for name in [*mine, *(key for key in other if key not in mine)]:
             old, new = (options.get(name, _UNSAID.get(name)) for options in (other, mine))
-            if old == new:
+            if old == new or name in undecided:
                 continue
             if name.endswith("_sha256"):
                 told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
@@ -56,31 +56,38 @@ class Plan:
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
         """The plan with its cut into shards and what the store will say of itself, as ``plan.json`` keeps it."""
-        cut = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
         return {
             "options": self.options,
             "batch_size": self.batch_size,
-            "shards": len(shards),
-            "images": sum(len(batch) for shard in shards for batch in shard),
-            "shards_sha256": hashlib.sha256(cut.encode()).hexdigest(),
+            **self._cut(shards),
             "header": {name: getattr(header, name) for name in _HEADER},
         }
 
-    def other_work(self, shards: Sequence[Shard], header: Header, other: Mapping[str, Any]) -> str:
-        """What differs from the work that another ``plan.json`` holds, for people; "" where nothing does.
+    def other_options(self, header: Header, other: Mapping[str, Any], undecided: Container[str] = ()) -> str:
+        """What differs from the options and header that another ``plan.json`` holds, for people; "" where nothing does.
 
         A plan of a refdet that did not keep the recipe, classes and provenance in it is of another version: nobody
-        knows whether its shards are of the same detector.
+        knows whether its shards are of the same detector. A batch size is compared where one was chosen.
         """
         if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
             return "by another version of refdet"
-        told = self.differences(other["options"]) or header_differences(header, other["header"])
-        if told:
-            return told
-        if other.get("batch_size") != self.batch_size:
+        told = self.differences(other["options"], undecided) or header_differences(header, other["header"])
+        if not told and self.batch_size and other.get("batch_size") != self.batch_size:
             return f"--batch-size was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
-        mine = self.work(shards, header)
+        return told
+
+    def other_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
+        """Whether the work of another ``plan.json`` was cut into other shards, for people; "" where it was not."""
+        mine = self._cut(shards)
         return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "in other shards"
+
+    def _cut(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        cut = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
+        return {
+            "shards": len(shards),
+            "images": sum(len(batch) for shard in shards for batch in shard),
+            "shards_sha256": hashlib.sha256(cut.encode()).hexdigest(),
+        }
 
 
 def header_differences(header: Header, other: Mapping[str, Any]) -> str:

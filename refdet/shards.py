@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,26 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from refdet import store
-from refdet.atomic import MARK, atomic_path, flush, full_disk, left_behind, write_json
+from refdet.atomic import atomic_path, flush, full_disk, left_behind, write_json
 from refdet.data.coco import ImageRecord
 from refdet.data.json_files import read_small_json
 from refdet.errors import InputError, WorkError
 from refdet.lock import alone
 from refdet.regions import Regions
 from refdet.shard_arrays import Place, ShardError, ShardWriter, read, read_at
-from refdet.shard_plan import Plan, Shard, header_differences
+from refdet.shard_folder import LOCK, MERGED, OURS, PLAN, begun_plan, check_begun, parts_folder
+from refdet.shard_plan import Plan, Shard
 from refdet.store import Columns, Header, ImageRow
 from refdet.store_space import space_needed
 
 log = logging.getLogger(__name__)
-
-_LOCK = "lock"
-_PLAN = "plan.json"
-_MOST_AT_ONCE = 4096  # images of a batch that a plan is believed
-_MERGED = "merged.json"  # which file the shards became
-# The names that an extraction gives in its folder; before they had MARK, temporary files had eight hex digits alone.
-_OURS = re.compile(rf"{_LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
-                   rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)")  # fmt: skip
 
 _Image = tuple[ImageRow, Callable[[], Regions]]  # an image's row in the store, and what reads its regions
 
@@ -157,7 +148,7 @@ class Parts:
             _refuse_another(self.out)
             # A file keeps its inode in a rename; until then the one that an earlier merge has put there is ours too.
             files = [path for path in (self.out, written) if path.exists()]
-            write_json(self.folder / _MERGED, {"inodes": [path.stat().st_ino for path in files]})
+            write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
 
         by_id = self._by_id()
         self._write_store(self.out, [by_id[record.id] for record in records], run, seal)
@@ -207,30 +198,6 @@ class Parts:
             raise WorkError(f"{self.out}: no space left on the disk: {told}; {self._mend}")
 
 
-def parts_folder(out: Path) -> Path:
-    """Where the finished shards of ``out`` are until it is complete."""
-    return out.with_name(out.name + ".parts")
-
-
-def begun_batch_size(out: Path) -> int | None:
-    """The batch size of an unfinished extraction, or of a finished one that says it; None where nothing was begun."""
-    begun = _begun(parts_folder(out))
-    if begun is None and out.exists():
-        with store.open(out) as finished:
-            begun = finished.run
-    size = (begun or {}).get("batch_size")
-    return size if type(size) is int and 0 < size <= _MOST_AT_ONCE else None
-
-
-def progress(folder: Path) -> dict[str, Any] | None:
-    """What ``plan.json`` says of an unfinished extraction, and as "finished" how many shards there are.
-
-    None where the folder is of none. InputError where its plan is damaged.
-    """
-    begun = _begun(folder)
-    return None if begun is None else {**begun, "finished": len(list(folder.glob("[0-9]*.shard")))}
-
-
 @contextmanager
 def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
     """Start or continue an extraction; one process at a time.
@@ -238,53 +205,37 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
     Gives None where ``out`` is there already and complete under this plan and header.
 
     Raises:
-        InputError: ``out`` or its shards exist and ``resume`` is False; they were made under another plan or header;
-            ``out`` is not made of its shards; another process is writing them.
+        InputError: see `check_begun`; the shards were cut otherwise; ``out`` is not made of its shards; another process
+            is writing them.
         WorkError: the disk is full.
     """
     folder = parts_folder(out)
-    begun = _begun(folder)
-    if out.exists() and not resume:
-        raise InputError(f"{out} exists; choose another --out or remove it")
-    if out.exists() and begun is None:
-        with store.open(out) as finished:
-            said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
-            differences = plan.differences(finished.options) or header_differences(header, said)
-        if differences:
-            raise InputError(f"{out} is complete but was made differently: {differences}; choose another --out")
+    begun = check_begun(out, plan, header, resume)
+    if begun is None and out.exists():
         _remove_ours(folder)  # stopped while it was removed
         yield None
         return
-    if begun is not None:
-        if not resume:
-            raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
-        differences = plan.other_work(shards, header, begun)
-        if differences:
-            raise InputError(f"{folder} was started differently: {differences}; use the "
-                             "same options and checkpoint, or remove it")  # fmt: skip
-    elif strange := _strange(folder):
-        raise InputError(
-            f"{folder}: holds {strange[0].name}, which no extraction wrote; move it or choose another --out"
-        )
-    elif resume:
+    if begun is not None and (told := plan.other_shards(shards, begun)):
+        raise InputError(f"{folder} was started differently: {told}; use the same options and checkpoint, or remove it")
+    if begun is None and resume:
         log.warning("note: --resume: nothing to resume in %s: starting from the beginning", folder)
     with full_disk(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, _LOCK, "let it end or choose another --out"):
-            now = _begun(folder)
+        with alone(folder, LOCK, "let it end or choose another --out"):
+            now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process was writing it just now; run it again")
             _refuse_another(out)
             half_written = [
-                *(path for path in folder.glob(".*") if _OURS.fullmatch(path.name)),
+                *(path for path in folder.glob(".*") if OURS.fullmatch(path.name)),
                 *left_behind(out.parent, out.name),
             ]
             if not out.exists():  # nor may a later file be taken for what was merged
-                half_written += folder.glob(_MERGED)
+                half_written += folder.glob(MERGED)
             for path in half_written:  # when a process was killed
                 path.unlink()
             if begun is None:
-                write_json(folder / _PLAN, plan.work(shards, header))
+                write_json(folder / PLAN, plan.work(shards, header))
                 flush(out.parent)
             yield Parts(out, plan, header, shards)
 
@@ -305,31 +256,14 @@ def _refuse_another(out: Path) -> None:
 def _merged(folder: Path) -> list[int]:
     """The inodes of the files that were made of the shards of a folder."""
     try:
-        return [int(inode) for inode in read_small_json(folder / _MERGED)["inodes"]]
+        return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
     except (InputError, ValueError, TypeError, KeyError, OverflowError):
         return []
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
-    """The plan under which a folder was begun; None where there is none, or nothing that was done under it."""
-    path = folder / _PLAN
-    if not os.path.lexists(path):
-        return None
-    try:
-        value = read_small_json(path)
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: not an object")
-    except InputError as error:
-        if not any(folder.glob("[0-9]*.shard")):
-            return None
-        raise InputError(f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
-                         ) from None  # fmt: skip
-    return value
-
-
 def _remove(folder: Path) -> None:
     # The plan first: without it the rest is nothing that could be continued.
-    (folder / _PLAN).unlink()
+    (folder / PLAN).unlink()
     flush(folder)
     _remove_ours(folder)
 
@@ -339,14 +273,6 @@ def _remove_ours(folder: Path) -> None:
     # NFS keeps a file that is open, as the lock is, so the folder with it; the store is there all the same.
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
-            if _OURS.fullmatch(path.name):
+            if OURS.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()
-
-
-def _strange(folder: Path) -> list[Path]:
-    """What is in a folder of shards and was not written by an extraction."""
-    try:
-        return sorted(path for path in folder.iterdir() if not _OURS.fullmatch(path.name))
-    except FileNotFoundError:
-        return []

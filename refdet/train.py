@@ -96,11 +96,11 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     without_memory(recipe, len(meta.categories))  # an error where it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    data_sha256 = given.objects.sha256()
     before = fresh = None
-    if given.goes_on:
+    if given.before is not None:
         before = training_state.newest(out)
-        training_state.check_same_run(before, meta, data_sha256, out)
+        if (before.path, before.meta) != (given.before.path, given.before.meta):
+            raise _written_meanwhile(out)
         fresh = before.fresh
         # the run's own provenance: it may name the weights it started from
         meta = dataclasses.replace(meta, provenance=before.meta.provenance, step=before.meta.step)
@@ -122,9 +122,13 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, LOCK, BUSY):
         if states(out)[-1:] != ([before.path] if before else []):
-            raise InputError(f"{out}: another process was writing it just now; run it again")
+            raise _written_meanwhile(out)
         training_state.clean(out)
-        return _Training(model, meta, batches, out, sgd, fresh, data_sha256).run()
+        return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
+
+
+def _written_meanwhile(out: Path) -> InputError:
+    return InputError(f"{out}: another process was writing it just now; run it again")
 
 
 @dataclass

@@ -8,14 +8,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from refdet.checkpoint import load_meta
 from refdet.data.coco import CocoIndex
 from refdet.data.images import ImageSource
 from refdet.data.training_objects import CROWD_OPTION, TrainingObjects
 from refdet.errors import InputError
 from refdet.lock import alone
+from refdet.pretrained import begins_anew
 from refdet.provenance import Provenance
 from refdet.recipe import Recipe
-from refdet.run_folder import BUSY, LOCK, goes_on, states
+from refdet.run_folder import BUSY, LOCK, goes_on
+from refdet.saved_run import SavedRun
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ class TrainingInputs:
         provenance: of the instances file.
         out: the run directory.
         weights: run directory of a detector to start from, or None.
-        goes_on: there is a state in `out` to go on from.
+        before: the state in `out` to go on from, or None.
+        data_sha256: `TrainingObjects.sha256` of the objects.
     """
 
     recipe: Recipe
@@ -40,7 +44,8 @@ class TrainingInputs:
     provenance: Provenance
     out: Path
     weights: Path | None
-    goes_on: bool
+    before: SavedRun | None
+    data_sha256: str
 
 
 def check(
@@ -58,16 +63,15 @@ def check(
         InputError: something given does not fit.
     """
     _refuse_many_processes()
-    goes = goes_on(out, resume)
+    goes, remark = goes_on(out, resume)
     if (out / LOCK).exists():
         with alone(out, LOCK, BUSY):
             pass  # nobody trains into it now
+    before = SavedRun.newest(out) if goes else None
     if weights is not None:
-        from refdet.checkpoint import load_meta
-
         norm = load_meta(weights).recipe.model.norm
-    else:
-        norm = _norm_of_run(out) if goes else "batch"
+    else:  # that of the run, which may be that of the weights it started from
+        norm = before.meta.recipe.model.norm if before else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
     if weights is None and not goes and recipe.model.norm == "frozen":
@@ -75,40 +79,29 @@ def check(
             f"recipe {recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
             "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
         )
+    if before is not None:
+        before.check_recipe(recipe, out)
     source = ImageSource.open(images, recipe.input.exif)
     # without masks nothing needs a segmentation
     index = CocoIndex.load(instances, recipe.model.masks, crowd_as_object)
     objects = TrainingObjects(index, recipe.model.masks, recipe.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
     if weights is not None and not goes:
-        from refdet.pretrained import begins_anew
-
         begins_anew(weights, recipe, tuple(index.categories.items()))
-    provenance = Provenance.of_instances(index)
+    provenance, data_sha256 = Provenance.of_instances(index), objects.sha256()
+    notes = [remark] if remark else []
+    if before is not None:
+        before.check_data(tuple(index.categories.items()), provenance, data_sha256, out)
+        notes += before.notes(recipe, out)
     if provenance.note:
-        log.warning(
-            "note: %s: %s; whether images of REFER's val and test are in it was not checked: "
-            "refdet audit --instances %s --refer-root DIR does", instances, provenance.note, instances,
-        )  # fmt: skip
+        notes.append(f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
+                     f"checked: refdet audit --instances {instances} --refer-root DIR does")  # fmt: skip
     if crowd_as_object:
         text = f"its crowds are trained on as objects ({CROWD_OPTION})"
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
-    for line in objects.notes:
+    for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
-    return TrainingInputs(recipe, objects, source, provenance, out, weights, goes)
-
-
-def _norm_of_run(out: Path) -> str:
-    """The norm that a run was begun with, which may be that of the weights it started from."""
-    from safetensors import SafetensorError, safe_open
-
-    from refdet.checkpoint import Meta
-
-    try:
-        with safe_open(states(out)[-1], framework="numpy") as file:
-            return Meta.parse((file.metadata() or {})["meta"]).recipe.model.norm
-    except (OSError, SafetensorError, KeyError, InputError):  # damaged, which is said when it is read whole
-        return "batch"
+    return TrainingInputs(recipe, objects, source, provenance, out, weights, before, data_sha256)
 
 
 def _refuse_many_processes() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,35 +15,21 @@ from refdet.atomic import left_behind
 from refdet.checkpoint import Meta
 from refdet.errors import InputError
 from refdet.metrics_log import METRICS
-from refdet.pretrained import difference
 from refdet.run_card import CARD
 from refdet.run_folder import states
+from refdet.saved_run import SavedRun, damaged
 from refdet.schedule import momentum_of, restore_momentum
-from refdet.short_text import cut, shown
-from refdet.small_files import strict_json
-
-log = logging.getLogger(__name__)
-
-# What may change without making it another run; train.steps has rules of its own.
-_FREE = {("train", "workers"), ("train", "save_every"), ("train", "log_every"), ("train", "steps")}
+from refdet.short_text import cut
 
 
 @dataclass(frozen=True)
-class State:
-    """A state that was read.
+class State(SavedRun):
+    """A state that was read whole.
 
     Attributes:
-        path: its file.
-        meta: recipe, categories, provenance and step.
-        fresh: see `refdet.schedule.optimiser`.
-        data_sha256: `TrainingObjects.sha256` of what it was trained on; None in states of older versions.
         tensors: of the model and of its momentum, under "model/" and "momentum/".
     """
 
-    path: Path
-    meta: Meta
-    fresh: tuple[str, ...] | None
-    data_sha256: str | None
     tensors: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, sgd: torch.optim.SGD) -> None:
@@ -78,7 +61,7 @@ class State:
             raise self._damaged(f"{strange[0]} is not of this network")
 
     def _damaged(self, why: str) -> InputError:
-        return _damaged(self.path, why)
+        return damaged(self.path, why)
 
 
 def newest(out: Path) -> State:
@@ -91,16 +74,9 @@ def newest(out: Path) -> State:
     try:
         tensors, metadata = checkpoint.read_tensors(path)
     except InputError as error:
-        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from error
-    try:
-        if "meta" not in metadata:
-            raise InputError("its metadata has no 'meta'")
-        meta, fresh = Meta.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
-        if not (fresh is None or (isinstance(fresh, list) and all(isinstance(part, str) for part in fresh))):
-            raise InputError(f"fresh: a list of names is needed, not {shown(fresh)}")
-    except InputError as error:
-        raise _damaged(path, f"not the state of a run: {error}") from error
-    return State(path, meta, None if fresh is None else tuple(fresh), metadata.get("training_data_sha256"), tensors)
+        raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+    saved = SavedRun.of(path, metadata)
+    return State(saved.path, saved.meta, saved.fresh, saved.data_sha256, tensors)
 
 
 def save(
@@ -130,65 +106,3 @@ def clean(out: Path) -> None:
         found += left_behind(out, name)
     for path in found:
         path.unlink()
-
-
-def check_same_run(before: State, now: Meta, data_sha256: str, out: Path) -> None:
-    """See that a run goes on as it was begun; notes say what may differ and does.
-
-    Raises:
-        InputError: it would be another run, or has done more steps than are asked for.
-    """
-    then = before.meta
-    if then.categories != now.categories:
-        raise InputError(f"--resume {out}: {difference(then.categories, now.categories)}")
-    if then.provenance.image_ids_sha256 != now.provenance.image_ids_sha256:
-        raise InputError(f"--resume {out}: the run was started with the images of another instances file")
-    if then.provenance.annotations != now.provenance.annotations:
-        raise InputError(f"--resume {out}: the run was started with other annotations of these images")
-    if before.data_sha256 is None:
-        log.warning(
-            "note: --resume %s: saved by an older refdet, which kept no hash of boxes, masks and file names: that they "
-            "are the same is not checked", out,
-        )  # fmt: skip
-    elif before.data_sha256 != data_sha256:
-        raise InputError(
-            f"--resume {out}: the run was started with other boxes, masks, categories, crowds or file names of these "
-            "images; give the file and the options that it was started with"
-        )
-    old, new = dataclasses.asdict(then.recipe), dataclasses.asdict(now.recipe)
-    for part, options in old.items():
-        for key in options if isinstance(options, dict) else ():
-            if options[key] != new[part][key] and (part, key) not in _FREE:
-                raise InputError(
-                    f"--resume {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
-                    "give the recipe the run was started with"
-                )
-    _check_steps(then, now, out)
-
-
-def _check_steps(then: Meta, now: Meta, out: Path) -> None:
-    before, after = then.recipe.train.steps, now.recipe.train.steps
-    if after < then.step:
-        raise InputError(
-            f"--resume {out}: train.steps={after}, but {then.step} steps are done; give {then.step} or more, or start "
-            "another run"
-        )
-    if after != before:
-        log.warning(
-            "note: --resume %s: train.steps was %d and is now %d: the warm-up and the drops of the rate "
-            "(train.lr_drops) are counted in parts of the new number", out, before, after,
-        )  # fmt: skip
-
-
-def _shown(value: Any) -> str:
-    return str(list(value) if isinstance(value, tuple) else value)
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    others = [other for other in states(path.parent.parent) if other != path]
-    mend = (
-        f"remove it: --resume then goes on from {others[-1].name}"
-        if others
-        else "there is no older one: start again with another --out"
-    )
-    return InputError(f"{path}: damaged ({why}); {mend}")

@@ -184,6 +184,11 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
         lambda f: extract(f, instances=None, refer_root=f.refer, split=" ,", **ON_REFER),
         "--split ' ,': no",
     ),
+    "no device": (lambda f: extract(f, device="gpu"), "--device gpu: no name of a device; give cpu, cuda, cuda:1"),
+    "no device to evaluate": (
+        lambda f: other("evaluate", checkpoint=f.run, instances=f.instances, images=f.images, device="cuda:x"),
+        "--device cuda:x: no name of a device",
+    ),
     "no features": (lambda f: extract(f, features=""), "--features '': no name in it"),
     "a NaN": (lambda f: extract(f, score_threshold="nan"), "--score-threshold nan: must be a number from 0 to 1"),
     "another NaN": (lambda f: extract(f, nms_threshold="nan"), "--nms-threshold nan: must be"),

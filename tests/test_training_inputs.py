@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from refdet.cli.main import main
-from training_examples import run, squares
+from training_examples import TINY, run, squares
 
-MISTAKES: dict[str, tuple[dict[str, str], str]] = {
+ON = {"--resume": (), "--out": "run", "--set": TINY}  # goes on with the finished run of two steps
+MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
+    "no such device": ({"--device": "gpu"}, "--device gpu: no name of a device; give cpu, cuda"),
+    "another recipe": (ON | {"--set": [*TINY, "head.samples=9"]}, "--resume run: head.samples was 8 and is now 9"),
+    "another recipe of other data": (
+        ON | {"--set": [*TINY, "train.seed=5"], "--instances": "other.json"},
+        "train.seed was 0 and is now 5",
+    ),
+    "fewer steps": (ON | {"--set": [*TINY, "train.steps=1"]}, "train.steps=1, but 2 steps are done"),
+    "classes of another file": (ON | {"--instances": "other.json"}, "the checkpoint has class (5, 'b') where"),
+    "boxes of another file": (ON | {"--instances": "moved.json"}, "started with other boxes, masks"),
+    "images of another file": (ON | {"--instances": "fewer.json"}, "with the images of another instances file"),
+    "a damaged state": (ON | {"--out": "damaged"}, "step-00000002.safetensors: damaged ("),
     "no instances": ({"--instances": "no.json"}, "--instances no.json: no such file"),
     "no images": ({"--images": "no"}, "--images no: no such folder or zip"),
     "no weights": ({"--weights": "no"}, "--weights no: no such file or folder"),
@@ -54,8 +68,12 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     squares(root, lambda tree: tree["categories"][1].update(name="c")).rename(root / "other.json")
+    squares(root, lambda tree: tree["annotations"][0].update(bbox=[9, 8, 30, 30])).rename(root / "moved.json")
+    squares(root, images=3).rename(root / "fewer.json")
     squares(root)
     run(root)
+    shutil.copytree(root / "run", root / "damaged")
+    (root / "damaged/state/step-00000002.safetensors").write_bytes(b"\xff" * 40)
     (root / "notes.txt").write_text("mine")
     (root / "tiny.yaml").write_text("base: demo\nmodel: {width: 8}\n")
     (root / "store.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
@@ -64,14 +82,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def words(changes: dict[str, str]) -> list[str]:
+def words(changes: dict[str, str | Sequence[str]]) -> list[str]:
     given = {"--recipe": "demo", "--instances": "instances.json", "--images": "images", "--out": "new", **changes}
-    return ["train", *(word for pair in given.items() for word in pair)]
+    line = ["train"]
+    for option, value in given.items():
+        if not value:  # a flag
+            line.append(option)
+        for one in [value] if isinstance(value, str) else value:
+            line += [option, one]
+    return line
 
 
 @pytest.mark.parametrize(("changes", "said"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line(
-    folder: Path, changes: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, changes: dict[str, str | Sequence[str]], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     done = CliRunner().invoke(main, words(changes))
@@ -80,8 +104,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_no_mistake_waits_for_torch(folder: Path) -> None:
-    """But for those in weights, whose metadata another module reads."""
-    lines = [words(changes) for name, (changes, _) in MISTAKES.items() if "--weights" not in changes]
+    lines = [words(changes) for changes, _ in MISTAKES.values()]
     code = (
         "import sys\nfrom refdet.cli.main import main\n"
         f"for line in {lines!r}:\n"
