@@ -23,6 +23,7 @@ from refdet.data.coco import ImageRecord
 from refdet.data.json_files import read_small_json
 from refdet.errors import InputError, WorkError
 from refdet.lock import alone
+from refdet.progress import progress
 from refdet.shard_plan import Plan, Shard, cut_into_shards
 from refdet.shards import Parts
 from refdet.store import Header, ImageRow, Store
@@ -125,11 +126,10 @@ def repair(
 def readable(errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]) -> set[int]:
     """Which of the images that could not be used can be read now: their files were repaired or put there."""
     found = set()
-    for record in records:
-        if record.id in errors:
-            with suppress(InputError):
-                load(record)
-                found.add(record.id)
+    for record in progress([r for r in records if r.id in errors], "look for repaired images", "image", leave=False):
+        with suppress(InputError):
+            load(record)
+            found.add(record.id)
     if found:
         log.warning("note: %d images that could not be used can be read now", len(found))
     return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from refdet.atomic import atomic_path
 from refdet.checkpoint import Meta
+from refdet.text import printable
 
 CARD = "README.md"
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
@@ -54,16 +56,15 @@ Features of REFER images:
 
 
 def _leaks(meta: Meta) -> str:
-    provenance = meta.provenance
+    provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
     if not provenance.excluded:
         why = provenance.note or "nothing is known to be excluded"
-        return f"not checked ({why}); `refdet audit --instances {provenance.source} --refer-root DIR` checks it"
+        return f"not checked ({why}); `refdet audit --instances {source} --refer-root DIR` checks it"
     if provenance.weights and meta.warnings():
         return "not known of the weights that it started from"
-    return f"none by its split; `refdet audit --instances {provenance.source} --refer-root DIR` proves it"
+    return f"none by its split; `refdet audit --instances {source} --refer-root DIR` proves it"
 
 
 def _cell(text: str) -> str:
     """Foreign text as it may stand in a table of Markdown."""
-    plain = "".join(c if c.isprintable() else "?" for c in text)
-    return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
