@@ -32,16 +32,17 @@ from torch import Tensor, nn
 from torchvision_c4 import Stages, TorchvisionC4
 from torchvision_c4 import extract as torchvision_extract
 
-from refdet import boxes as box_ops
-from refdet import checkpoint, store, trained
-from refdet import recipe as recipes
-from refdet.data.coco_categories import coco_categories
-from refdet.data.images import ImageSource
-from refdet.data.inputs import input_size, network_input
+from refdet import store
+from refdet.config import recipe as recipes
+from refdet.data.image_source import ImageSource
+from refdet.data.transforms import input_size, network_input
+from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import usable_device
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.structures import boxes as box_ops
+from refdet.structures.coco_categories import coco_categories
+from refdet.structures.provenance import Provenance
 
 REGIONS, NMS = 100, 0.3
 CANDIDATES = 1000  # (box, class) pairs above the threshold an image: about what a trained network has at 0.05
@@ -112,7 +113,7 @@ def _spread(layer: nn.Conv2d | nn.Linear, inputs: Tensor, deviation: float) -> N
 @torch.inference_mode()
 def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict[str, float]:
     """Greatest relative difference of the features of 50 boxes, by either side's network of one input."""
-    ours = trained.load(work.checkpoint).model
+    ours = loading.load(work.checkpoint).model
     size = input_size(*pixels.shape[:2], ours.recipe.input)
     inputs = network_input(pixels, size, ours.recipe.input)[None]
     corners = torch.rand(50, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
@@ -153,7 +154,7 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
     paths = [work.images_dir / str(source.find(record)) for record in work.image_list.records]
     result: dict[str, Any] = {}
     if "torchvision" in sides:
-        peer = TorchvisionC4(trained.load(work.checkpoint).model, work.threshold, NMS, REGIONS)
+        peer = TorchvisionC4(loading.load(work.checkpoint).model, work.threshold, NMS, REGIONS)
         if len(sides) == 2:
             result["difference"] = check_same_work(work, peer, source.read(work.image_list.records[0]))
         peer, stages = peer.to(device), Stages(device)

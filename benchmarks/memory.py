@@ -27,10 +27,10 @@ RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "
 
 def prepare(folder: Path, counts: list[int]) -> None:
     """A detector, some images, and for each count an instances file that names them in turn."""
-    from refdet import checkpoint
-    from refdet import recipe as recipes
+    from refdet.config import recipe as recipes
+    from refdet.detector import checkpoint
     from refdet.detector.mask_rcnn import MaskRCNN
-    from refdet.provenance import Provenance
+    from refdet.structures.provenance import Provenance
 
     recipe = recipes.load("c4-res18").with_changes(RECIPE)
     meta = checkpoint.Meta(recipe, ((1, "thing"), (2, "other")), Provenance.imported("drawn weights", "0" * 64), 0)
@@ -48,7 +48,7 @@ def prepare(folder: Path, counts: list[int]) -> None:
 
 def extract(folder: Path, count: int) -> None:
     """In a process of its own: one extraction, then its peak on stdout."""
-    from refdet.extract import ExtractOptions, ImageList, extract_features
+    from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
 
     options = ExtractOptions(score_threshold=0.0, max_regions=20, features=("pool5", "fc7", "head"))
     images = ImageList.of_instances(folder / f"{count}.json")

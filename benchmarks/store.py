@@ -24,8 +24,8 @@ from peak import peak_memory
 from pycocotools import mask as coco_mask
 
 from refdet import store
-from refdet.regions import Regions
-from refdet.store_verify import verify
+from refdet.store.verify import verify
+from refdet.structures.regions import Regions
 
 HEIGHT, WIDTH = 480, 640
 Y, X = np.mgrid[:HEIGHT, :WIDTH]

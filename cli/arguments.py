@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from refdet.errors import InputError
-from refdet.file_kinds import FileKind, kind_of, run_directory_near, runs_in
+from refdet.files.file_kinds import FileKind, kind_of, run_directory_near, runs_in
 
 _LONGEST_NAME = 255 - 32  # bytes; temporary files beside it have longer names
 _WEIGHTS = (FileKind.TORCH, FileKind.PICKLE, FileKind.SAFETENSORS)

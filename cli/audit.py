@@ -14,9 +14,9 @@ from .arguments import check_json, check_refer_root, check_run_directory, check_
 from .common import echo_json, echo_line, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
-    from refdet.audit import ProvenanceAudit
-    from refdet.data.copies import ContentResult
-    from refdet.data.leaks import AuditResult
+    from refdet.splits.detector_audit import ProvenanceAudit
+    from refdet.splits.duplicates import ContentResult
+    from refdet.splits.leak_audit import AuditResult
 
 SHOWN = 10
 
@@ -79,17 +79,17 @@ def command(
     result: AuditResult | None = None
     content: ContentResult | None = None
     if detector is not None:
-        from refdet.audit import audit_provenance
+        from refdet.splits.detector_audit import audit_provenance
 
         by_provenance = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
         result, notes = by_provenance.proof, by_provenance.notes
     elif instances is not None:
-        from refdet.data.leaks import audit
+        from refdet.splits.leak_audit import audit
 
         result = audit(instances, refer_root, exclude)
         notes = result.notes
     if instances is not None and images is not None:
-        from refdet.data.copies import audit_content
+        from refdet.splits.duplicates import audit_content
 
         content = audit_content(instances, refer_root, images, refer_images, exclude)
         notes = notes + content.notes()

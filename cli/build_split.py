@@ -39,7 +39,7 @@ def command(
     check_new_file("--out", Path(out))
     check_refer_root(Path(refer_root), "")
 
-    from refdet.data.splits import build_split
+    from refdet.splits.build import build_split
 
     result = build_split(instances, refer_root, out, exclude, keep_only)
     for text in result.notes:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from refdet.text import printable
+from refdet.files.printable_text import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OLD_STORE = "refdet.store_as_features"  # where click's context keeps what --features was given

@@ -22,9 +22,9 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     import sys
     from contextlib import redirect_stdout
 
-    from refdet.atomic import full_disk
-    from refdet.demo import demo
+    from refdet.files.atomic import full_disk
 
+    from .demo_pipeline import demo
     from .main import main
 
     def run(args: list[str], output: Path | None = None) -> None:

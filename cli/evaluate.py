@@ -39,9 +39,9 @@ def command(
     check_images("--images", images)
     check_json("--instances", instances, "an instances JSON")
 
-    from refdet.checkpoint import load_meta
-    from refdet.evaluate.average_precision import METRICS
-    from refdet.evaluate.detection import evaluate
+    from refdet.detector.checkpoint import load_meta
+    from refdet.evaluation.average_precision import METRICS
+    from refdet.evaluation.detection import evaluate
 
     for line in load_meta(checkpoint).warnings():
         note(line)

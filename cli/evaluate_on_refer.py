@@ -53,9 +53,9 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
         if given[name] is not None:
             check_json(f"--{name}", given[name])
 
-    from refdet.evaluate.refer import evaluate_on_refer
-    from refdet.evaluate.tables import frame, tables, write
-    from refdet.provenance import Provenance
+    from refdet.evaluation.refer_benchmark import evaluate_on_refer
+    from refdet.evaluation.tables import frame, tables, write
+    from refdet.structures.provenance import Provenance
 
     if given["predictions"] is None and given["box_format"] != "xywh":
         raise InputError(

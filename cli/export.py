@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refdet.errors import InputError
-from refdet.export import consumers
-from refdet.export.folder import resolved
+from refdet.store.export import consumers
+from refdet.store.export.folder import resolved
 
 from .arguments import check_store
 from .common import echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
-    from refdet.export.mattnet_prepro import Prepro
-    from refdet.export.record import Exported
+    from refdet.store.export.mattnet_prepro import Prepro
+    from refdet.store.export.record import Exported
 
 # Options that only some formats take, by their parameters, and the parameter that is not called as its option.
 TAKEN = {
@@ -74,14 +74,14 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -
 
 def _export(store: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exported:
     if format_ == "npz":
-        from refdet.export.npz import export_npz
+        from refdet.store.export.npz import export_npz
 
         return export_npz(store, out, **chosen)
     if format_ == "lmdb":
-        from refdet.export.lmdb import export_lmdb
+        from refdet.store.export.lmdb import export_lmdb
 
         return export_lmdb(store, out, **chosen)
-    from refdet.export.mattnet import export_mattnet
+    from refdet.store.export.mattnet import export_mattnet
 
     options = {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}
     return export_mattnet(store, out, chosen.pop("annotations", None), _prepro(chosen), options)
@@ -89,7 +89,7 @@ def _export(store: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exp
 
 def _prepro(chosen: dict[str, Any]) -> Prepro | None:
     """MAttNet's data.json as the options want it, None for none."""
-    from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare
+    from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
     if not chosen:
         return None

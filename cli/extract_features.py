@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import InputError
-from refdet.file_kinds import FileKind, kind_of
+from refdet.files.file_kinds import FileKind, kind_of
 
 from .arguments import (
     check_device,
@@ -22,7 +22,7 @@ from .arguments import (
 from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note
 
 if TYPE_CHECKING:
-    from refdet.shard_work import Summary
+    from refdet.extraction.pipeline import Summary
 
 
 @click.command("extract-features")
@@ -118,9 +118,9 @@ def command(
     if refer_root is not None:
         check_refer_root(refer_root, dataset or "")
 
-    from refdet.checkpoint import load_meta
+    from refdet.detector.checkpoint import load_meta
     from refdet.detector.feature_names import check_features
-    from refdet.extract import ExtractOptions, ImageList, extract_features
+    from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
 
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
     options = ExtractOptions(

@@ -25,7 +25,7 @@ def command(source: Path, out: Path, trained_on: Path | None, style: str | None,
     if trained_on is not None:
         check_json("--trained-on", trained_on, "an instances JSON")
 
-    from refdet.import_weights import import_weights
+    from refdet.detector.weights.import_weights import import_weights
 
     done = import_weights(source, out, trained_on, style)
     note(f"{source.name} is {done.kind}")

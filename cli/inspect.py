@@ -12,7 +12,7 @@ from refdet.errors import WorkError
 from .common import echo_json, echo_line, echo_table, json_option
 
 if TYPE_CHECKING:
-    from refdet.store_verify import Verification
+    from refdet.store.verify import Verification
 
 SHOWN = 20
 
@@ -25,7 +25,7 @@ SHOWN = 20
 @json_option
 def command(file: str, verify: bool, as_json: bool) -> None:
     """Tell what a split, checkpoint (run directory), store or unfinished store holds, and its provenance."""
-    from refdet.inspect import check, describe
+    from refdet.splits.inspect import check, describe
 
     if verify:
         _tell(check(file), as_json)

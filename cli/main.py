@@ -191,7 +191,7 @@ def _take_debug(args: list[str]) -> tuple[bool, list[str]]:
 def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from refdet.versions import versions
+    from .versions import versions
 
     for line in versions():
         echo_line(line)

@@ -42,22 +42,22 @@ def command(
 
     import dataclasses
 
-    from refdet import recipe
-    from refdet.atomic import full_disk
-    from refdet.training_inputs import check
+    from refdet.config import recipe
+    from refdet.files.atomic import full_disk
+    from refdet.training.inputs import check
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
     check_new_folder("--out", out, empty=False)
     check_json("--instances", instances, "an instances JSON")
     check_images("--images", images)
     if weights is not None:
-        from refdet.checkpoint import load_meta
+        from refdet.detector.checkpoint import load_meta
 
         check_run_directory("--weights", weights)
         if (unknown := load_meta(weights).provenance).is_unknown:
             note(f"starts from {weights.name}, {unknown.note}")
     given = check(chosen, instances, images, out, weights, resume, crowd_as_object)
-    from refdet.train import train_on  # torch comes with it, which takes seconds
+    from refdet.training.trainer import train_on  # torch comes with it, which takes seconds
 
     with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):
         summary = train_on(given, device)

@@ -11,7 +11,7 @@ import json
 import numpy as np
 
 from refdet import store
-from refdet.regions import Regions
+from refdet.structures.regions import Regions
 from refer import REFER
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from refdet import store
-from refdet.evaluate.metrics import box_iou
+from refdet.evaluation.metrics import box_iou
 from refer import REFER
 
 COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components that are kept: pool5 tells colours, fc7 categories

@@ -3,7 +3,7 @@
 from .api import REFER
 from .errors import ReferDataError, ReferError, ReferIdError, ReferNotFoundError
 from .files import available, read_refs
-from .records import target_ids
+from .types import target_ids
 
 __all__ = [
     "REFER",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from . import drawing
-from .checks import box_of
 from .errors import ReferDataError
 from .files import is_generalized, read_instances, read_refs, refs_file
 from .lookup import Ids, ids_of, records_of
 from .masks import decode
 from .plain_files import no_garbage_collection
-from .records import NO_TARGET, Annotation, Image, Ref, Sentence, target_ids
 from .table import frame
+from .types import NO_TARGET, Annotation, Image, Ref, Sentence, target_ids
+from .validation import box_of
 
 if TYPE_CHECKING:
     import pandas

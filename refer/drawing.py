@@ -12,7 +12,7 @@ import numpy as np
 
 from . import image_folder, image_lookup
 from .errors import ReferDataError, ReferError, ReferNotFoundError
-from .records import Image
+from .types import Image
 
 _MOST_BYTES = 1 << 29
 _MASK_COLOUR = (2 / 255, 166 / 255, 101 / 255, 0.5)

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .checks import Kinds, check_fields, check_ids, check_refs
 from .errors import ReferDataError, ReferNotFoundError
 from .plain_files import no_garbage_collection, read_json
-from .published import how_to_get
-from .records import NO_TARGET, Instances, Ref
-from .unpickle import read_plain_pickle
+from .safe_pickle import read_plain_pickle
+from .statistics import how_to_get
+from .types import NO_TARGET, Instances, Ref
+from .validation import Kinds, check_fields, check_ids, check_refs
 
 _REFS_FILE = re.compile(r"(refs\((?P<split_by>[^()]+)\)\.p)|(grefs\((?P<generalized>[^()]+)\)\.(p|json))")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .checks import box_of
 from .errors import ReferError
-from .records import target_ids
+from .types import target_ids
+from .validation import box_of
 
 if TYPE_CHECKING:
     import pandas

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet import hdf5_door, hdf5_trial
+from refdet.store import hdf5_door, hdf5_trial
 
 # Under nohup, or in the background of a script, these are ignored; tests send them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from refdet import recipe as recipes
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.recipe import Recipe
 
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
          "model.neck=c4", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small stores and REFER folders for the tests of refdet.evaluate, and IoU by brute force."""
+"""Small stores and REFER folders for the tests of refdet.evaluation, and IoU by brute force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.regions import Regions
+from refdet.structures.regions import Regions
 
 PROVENANCE = {"source": "x.json", "source_sha256": "0" * 64, "images": 1, "annotations": 1,
               "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip

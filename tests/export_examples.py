@@ -1,4 +1,4 @@
-"""Stores and a REFER folder for the tests of refdet.export: two images with regions, one that could not be read."""
+"""Stores and a REFER folder for the tests of refdet.store.export: two images with regions, one that could not be read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from refer_examples import INSTANCES, ref, write
 
 from refdet import store
-from refdet.regions import Regions
+from refdet.structures.regions import Regions
 
 CLASSES = [{"id": 2, "name": "cat"}, {"id": 1, "name": "dog"}]
 HEIGHT, WIDTH = 6, 8

@@ -12,7 +12,7 @@ import numpy as np
 from h5py import h5d, h5p, h5s, h5t, h5z
 
 from refdet import store
-from refdet.regions import Regions
+from refdet.structures.regions import Regions
 
 REGIONS = (3, 0, 2)
 HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {}, {"dtype": "float32"})

@@ -22,8 +22,8 @@ from store_examples import HEADER, PLAN, make_regions, record
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.shard_arrays import ShardWriter
-from refdet.shard_work import Finish, Summary, extract
+from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.shard_arrays import ShardWriter
 from refdet.store import StoreWriter
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]

@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from refdet import shards, store
+from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.regions import Regions
+from refdet.extraction import shards
+from refdet.structures.regions import Regions
 
 HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {"source": "x.json"}, {"dtype": "float32"})
 PLAN = shards.Plan({"dtype": "float32", "score_threshold": 0.05}, ("fc7", "pool5"), "float32", True, True, 4)

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from split_examples import coco, write, write_refs
 
 from refdet.errors import InputError
-from refdet.extract import ExtractOptions
-from refdet.file_kinds import FileKind, kind_of
+from refdet.extraction.extract import ExtractOptions
+from refdet.files.file_kinds import FileKind, kind_of
 
 SAVED = b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(40)
 
@@ -261,8 +261,9 @@ def weights(files: Files, source: str | Path, out: Path | None = None) -> list[s
 @pytest.fixture(autouse=True)
 def metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run directory here is none that could be read; what is wrong elsewhere must be found all the same."""
-    from refdet import checkpoint, recipe
-    from refdet.provenance import Provenance
+    from refdet.config import recipe
+    from refdet.detector import checkpoint
+    from refdet.structures.provenance import Provenance
 
     meta = checkpoint.Meta(recipe.load("demo"), ((1, "dog"),), Provenance.imported("x", "y"), 5)
     monkeypatch.setattr(checkpoint, "load_meta", lambda path: meta)
@@ -290,7 +291,7 @@ def test_none_of_it_imports_torch(files: Files) -> None:
     lines = [make(files) for make, _ in WRONG.values()]
     code = (
         "import json, os, sys\n"
-        "from refdet import checkpoint, recipe\nfrom refdet.provenance import Provenance\n"
+        "from refdet.detector import checkpoint; from refdet.config import recipe\nfrom refdet.structures.provenance import Provenance\n"
         "from refdet.cli.main import main\n"
         "meta = checkpoint.Meta(recipe.load('demo'), ((1, 'dog'),), Provenance.imported('x', 'y'), 5)\n"
         "checkpoint.load_meta = lambda path: meta\n"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.atomic import MARK, atomic_path, left_behind, write_json
+from refdet.files.atomic import MARK, atomic_path, left_behind, write_json
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from refdet.cli.main import main
 from safetensors.numpy import save_file
 from split_examples import coco, write, write_refs
 
-from refdet.audit import audit_provenance
 from refdet.data.coco import CocoIndex
-from refdet.data.held_out import held_out
-from refdet.data.leaks import audit
-from refdet.data.published import counts_of, differences
-from refdet.data.splits import build_split
 from refdet.errors import InputError
-from refdet.provenance import Provenance
-from refer.published import COUNTS, Counts
+from refdet.splits.build import build_split
+from refdet.splits.detector_audit import audit_provenance
+from refdet.splits.held_out import held_out
+from refdet.splits.leak_audit import audit
+from refdet.splits.refer_statistics import counts_of, differences
+from refdet.structures.provenance import Provenance
+from refer.statistics import COUNTS, Counts
 
 
 def test_all_real_ids_are_found_in_a_file_as_large_as_train2014(shared: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from refdet.cli.main import main
 from split_examples import coco, write, write_refs
 
-from refdet.data.copies import audit_content
-from refdet.data.perceptual_hash import BITS, hashes, matches, thumbnails
 from refdet.errors import InputError
+from refdet.splits.duplicates import audit_content
+from refdet.splits.perceptual_hash import BITS, hashes, matches, thumbnails
 
 
 def scene(seed: int, width: int = 160, height: int = 120) -> Image.Image:

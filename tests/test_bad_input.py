@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 from refdet.cli.main import main
 
-from refdet import atomic
 from refdet.data.segmentations import rle_pixels
 from refdet.errors import is_disk_full
+from refdet.files import atomic
 
 TINY = ("train.steps=2", "train.batch_size=2", "train.log_every=1", "model.width=8", "model.fpn_channels=16",
         "model.fpn_hidden=32", "input.short_sides=[64]")  # fmt: skip
@@ -102,7 +102,7 @@ def with_refs(files: Files, root: Path, change: Callable[[list[dict[str, Any]]],
 def bad_rle(tree: dict[str, Any]) -> None:
     annotation = tree["annotations"][0]
     image = next(image for image in tree["images"] if image["id"] == annotation["image_id"])
-    annotation["segmentation"] = {"size": [image["height"], image["width"]], "counts": "@@@garbage"}
+    annotation["segmentation"] = {"size": [image["height"], image["width"]], "counts": "@garbage"}
 
 
 INSTANCES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -329,4 +329,4 @@ def test_pixels_of_an_rle() -> None:
     for share in (0, 0.01, 0.5, 1):
         mask = np.asfortranarray((random.random((37, 53)) < share).astype(np.uint8))
         assert rle_pixels(coco_mask.encode(mask)["counts"].decode()) == 37 * 53
-    assert [rle_pixels(text) for text in ("", "@@@garbage", "\xff", "o", "00")] == [-1, -1, -1, -1, 0]
+    assert [rle_pixels(text) for text in ("", "@garbage", "\xff", "o", "00")] == [-1, -1, -1, -1, 0]

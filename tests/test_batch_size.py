@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from refdet.cli.main import main
 from test_folding import IDS, trained_model
 
-from refdet import batch_size
-from refdet import recipe as recipes
-from refdet.batch_size import fitting_batch_size, halving
+from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
-from refdet.detector.inference import DetectOptions
+from refdet.detector.predictor import DetectOptions
+from refdet.extraction import batch_size
+from refdet.extraction.batch_size import fitting_batch_size, halving
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
 IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7

@@ -16,14 +16,14 @@ import pytest
 import torch
 from training_examples import run, squares, tiny
 
-from refdet import checkpoint
-from refdet.data import batch_workers
-from refdet.data.batch_workers import batches_ahead, check_shared_memory
-from refdet.data.batches import TrainingBatches
 from refdet.data.coco import CocoIndex
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import TrainingBatches
+from refdet.detector import checkpoint
 from refdet.errors import Interrupted, WorkError
 from refdet.interrupt import Stop, StopRequested
+from refdet.training import batch_workers
+from refdet.training.batch_workers import batches_ahead, check_shared_memory
 
 CPU = torch.device("cpu")
 CODE = (
@@ -171,7 +171,7 @@ def test_a_shared_memory_that_is_really_small(tmp_path: Path) -> None:
     mount = "mount -t tmpfs -o size=64k none /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    unchecked = "import refdet.train; refdet.train.check_shared_memory = lambda *_: None\n"
+    unchecked = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
     (tmp_path / "code.py").write_text(unchecked + CODE)
     command = f"{mount} && exec timeout 60 {sys.executable} {tmp_path / 'code.py'} {tmp_path} train.workers=2"
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from refdet import recipe as recipes
-from refdet.data.batches import Batch, TrainingBatches, exact_batches
+from refdet.config import recipe as recipes
+from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.images import ImageError, ImageSource
-from refdet.data.inputs import input_size
+from refdet.data.image_source import ImageError, ImageSource
+from refdet.data.training_batches import Batch, TrainingBatches, exact_batches
+from refdet.data.transforms import input_size
 from refdet.errors import InputError
-from refdet.recipe import InputOptions, Recipe
 
 
 def write_dataset(root: Path, sizes: list[tuple[int, int]]) -> tuple[CocoIndex, ImageSource]:

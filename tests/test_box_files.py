@@ -12,15 +12,17 @@ from pycocotools import mask as coco_mask
 from refdet.cli.main import main
 from test_folding import trained_model
 
-from refdet import box_files, checkpoint, store
-from refdet.box_files import load_boxes
+from refdet import store
 from refdet.data.coco import CocoIndex
+from refdet.detector import checkpoint
 from refdet.errors import InputError
-from refdet.evaluate.targets import empty_mask
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
-from refdet.regions import Regions
-from refdet.store_verify import verify
+from refdet.evaluation.targets import empty_mask
+from refdet.extraction import boxes_from_file
+from refdet.extraction.boxes_from_file import load_boxes
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.store.verify import verify
+from refdet.structures.provenance import Provenance
+from refdet.structures.regions import Regions
 
 CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
@@ -135,7 +137,7 @@ def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
 def test_a_store_of_boxes_is_checked_before_the_work(
     tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(box_files, "_ROWS", 2)
+    monkeypatch.setattr(boxes_from_file, "_ROWS", 2)
     path = boxes_store(tmp_path / "b.h5", boxes)
     with pytest.raises(InputError, match=f"--boxes .*b.h5: {says}"):
         load_boxes(path, index)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refdet.cli.common import BOX_FORMATS
 
-from refdet.box_files import load_boxes
 from refdet.data.box_format import BY_EVIDENCE, DEFAULT, FORMS, NAMES, settle
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
-from refdet.evaluate.refer import evaluate_on_refer
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.extraction.boxes_from_file import load_boxes
 
 SIZES = [(640, 480), (480, 640), (500, 375), (427, 640)]
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from refdet import boxes as box_ops
+from refdet.structures import boxes as box_ops
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 seeds = st.integers(0, 2**31)

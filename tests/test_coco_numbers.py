@@ -11,11 +11,11 @@ import pytest
 from split_examples import write, write_refs
 
 from refdet.data.coco import CocoIndex
-from refdet.data.coco_numbers import bare_number, is_image_file, numbers_in_name
 from refdet.data.image_evidence import evidence_of, evidence_of_image, ids_are_confirmed, lookup_number
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
 from refdet.errors import InputError
+from refdet.splits.build import build_split
+from refdet.splits.leak_audit import audit
+from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pytest
 from interrupted_extraction import environment
 from store_examples import HEADER, PLAN, contents, make_regions
 
-from refdet import hdf5_space
 from refdet.data.coco import ImageRecord
 from refdet.errors import WorkError
-from refdet.regions import Regions
-from refdet.shard_work import Finish, extract
+from refdet.extraction.pipeline import Finish, extract
+from refdet.store import hdf5_file
+from refdet.structures.regions import Regions
 
 IMAGES = 200
 RECORDS = [ImageRecord(i, f"{i}.jpg", 40, 50) for i in range(IMAGES)]
@@ -48,7 +48,7 @@ def test_the_space_set_aside_is_enough_and_no_chunk_is_written_twice(
     tmp_path: Path, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(hdf5_space, "_reserve", lambda file, space: seen.append(space))
+    monkeypatch.setattr(hdf5_file, "_reserve", lambda file, space: seen.append(space))
     run(tmp_path / "a.h5", compression)
     size = (tmp_path / "a.h5").stat().st_size
     assert size <= seen[0] < size + 8 * MIB
@@ -65,10 +65,10 @@ CHILD = """
 import resource, sys
 from pathlib import Path
 import test_compressed_space as t
-from refdet import hdf5_space
+from refdet.store import hdf5_file
 from refdet.errors import WorkError
-from refdet.regions import Regions
-hdf5_space._reserve = lambda file, space: None
+from refdet.structures.regions import Regions
+hdf5_file._reserve = lambda file, space: None
 merge = t.store_merge()
 def limited(self, *rest):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
@@ -81,13 +81,13 @@ except (WorkError, OSError, RuntimeError) as error: print("failed", error)
 
 
 def store_merge() -> object:
-    from refdet.shards import Parts
+    from refdet.extraction.shards import Parts
 
     return Parts.merge
 
 
 def set_merge(merge: object) -> None:
-    from refdet.shards import Parts
+    from refdet.extraction.shards import Parts
 
     Parts.merge = merge  # type: ignore[assignment, method-assign]
 

@@ -17,9 +17,9 @@ from store_examples import HEADER, PLAN
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageError, ImageSource
-from refdet.regions import Regions
-from refdet.shard_work import Finish, extract
+from refdet.data.image_source import ImageError, ImageSource
+from refdet.extraction.pipeline import Finish, extract
+from refdet.structures.regions import Regions
 
 # pytest has its own way with warnings; `test_pillow_warns_of_nothing` sees what a user sees
 pytestmark = [pytest.mark.filterwarnings("ignore:Image size"), pytest.mark.filterwarnings("ignore:Palette images")]

@@ -19,9 +19,9 @@ from store_examples import HEADER, PLAN, contents
 from test_extract import load
 
 from refdet.errors import InputError, Interrupted, RefdetError
+from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.shard_arrays import ShardError, read
 from refdet.report.page import _read_log
-from refdet.shard_arrays import ShardError, read
-from refdet.shard_work import Finish, Summary, extract
 
 ANY_JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),

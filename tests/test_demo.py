@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import refdet.cli.demo_pipeline as demo_module
 from click.testing import CliRunner, Result
+from refdet.cli.demo_pipeline import demo
 from refdet.cli.main import main
 
-import refdet.demo as demo_module
 from refdet import store
-from refdet.demo import demo
 from refdet.errors import InputError, WorkError
 
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]

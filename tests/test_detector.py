@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 from torchvision.models import resnet18, resnet50
 
 from refdet.detector.anchors import Anchors, cell_anchors
-from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
 from refdet.detector.resnet import ResNet
 from refdet.ops.pooling import pyramid_roi_align, roi_align
 

@@ -8,12 +8,12 @@ import torch
 from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, some_images
 from pycocotools import mask as coco_mask
 
-from refdet import boxes as box_ops
-from refdet.detector.inference import DetectOptions, detect_batch
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.targets import BACKGROUND, OBJECT, match
-from refdet.ground_truth import GroundTruth
+from refdet.detector.predictor import DetectOptions, detect_batch
+from refdet.detector.target_assignment import BACKGROUND, OBJECT, match
 from refdet.ops.masks import mask_coverage
+from refdet.structures import boxes as box_ops
+from refdet.structures.ground_truth import GroundTruth
 
 
 def truth_for_loss() -> list[GroundTruth]:

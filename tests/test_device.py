@@ -12,13 +12,13 @@ import pytest
 import torch
 from detector_examples import small_recipe
 
-from refdet import checkpoint, store
+from refdet import store
 from refdet.data.coco import CocoIndex
-from refdet.detector import inference
+from refdet.detector import checkpoint, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import exact_float32, on_device, pinned, usable_precision
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.structures.provenance import Provenance
 
 BACKENDS = torch.backends
 NEWER = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
@@ -106,13 +106,13 @@ def test_extraction_computes_float32_in_float32(
 ) -> None:  # fmt: skip
     seen = []
     name = "start_detecting" if regions == "detections" else "start_describing"
-    start = getattr(inference, name)
+    start = getattr(predictor, name)
 
     def watched(*given: Any) -> Any:
         seen.append(settings())
         return start(*given)
 
-    monkeypatch.setattr(inference, name, watched)
+    monkeypatch.setattr(predictor, name, watched)
     torch.set_float32_matmul_precision("medium")
     before = settings()
     options = ExtractOptions(regions)

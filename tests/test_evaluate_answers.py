@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from refdet.errors import InputError
-from refdet.evaluate.refer import evaluate_on_refer
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refer import REFER
 
 

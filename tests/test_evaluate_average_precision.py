@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from refdet.data.coco import CocoIndex
-from refdet.evaluate.average_precision import METRICS, coco_ap
+from refdet.evaluation.average_precision import METRICS, coco_ap
 
 HEIGHT, WIDTH = 150, 200
 

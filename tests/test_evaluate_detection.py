@@ -14,14 +14,15 @@ from PIL import Image
 from refdet.cli.main import main
 from test_folding import VARIANTS, trained_model
 
-from refdet import checkpoint, store, trained
+from refdet import store
 from refdet.data.coco import CocoIndex
-from refdet.data.images import ImageSource
-from refdet.detector.inference import DetectOptions
-from refdet.evaluate import detection
-from refdet.evaluate.average_precision import METRICS, coco_ap, coco_results
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
+from refdet.data.image_source import ImageSource
+from refdet.detector import checkpoint, loading
+from refdet.detector.predictor import DetectOptions
+from refdet.evaluation import detection
+from refdet.evaluation.average_precision import METRICS, coco_ap, coco_results
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.structures.provenance import Provenance
 
 CLASSES = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
 SIZES = [(96, 128), (128, 96), (96, 128), (96, 128), (60, 90), (128, 96), (96, 128), (96, 128)]
@@ -65,7 +66,7 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
     index = CocoIndex.load(folder.file)
     extract_features(folder.run, folder.images, tmp_path / "a.h5", ImageList.of_instances(folder.file),
                      ExtractOptions(), device="cpu")  # fmt: skip
-    detector = trained.load(folder.run, "cpu", for_use=True)
+    detector = loading.load(folder.run, "cpu", for_use=True)
     source = ImageSource.open(folder.images)
     measured = list(detection.detected_regions(detector, source, list(index.images.values()),
                                                DetectOptions(features=())))  # fmt: skip
@@ -85,7 +86,7 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
 
 def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, asked = Folder(tmp_path / "d"), {}
-    load, regions = trained.load, detection.detected_regions
+    load, regions = loading.load, detection.detected_regions
 
     def loads(path: Path, device: Any, **how: Any) -> Any:
         asked.update(how)
@@ -95,7 +96,7 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked.update(options=options, batch_size=batch_size, workers=workers)
         return regions(detector, source, records, options, batch_size, workers)
 
-    monkeypatch.setattr(trained, "load", loads)
+    monkeypatch.setattr(loading, "load", loads)
     monkeypatch.setattr(detection, "detected_regions", detects)
     monkeypatch.setattr("refdet.device.usable_precision", lambda precision, device: precision)
     done = folder.evaluate("--precision", "bfloat16", "--batch-size", "3", "--workers", "1")

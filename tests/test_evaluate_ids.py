@@ -17,8 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from test_evaluate_average_precision import by_hand, random_case
 
 from refdet.data.coco import CocoIndex
-from refdet.evaluate import average_precision
-from refdet.evaluate.average_precision import METRICS, coco_ap, why_undefined
+from refdet.evaluation import average_precision
+from refdet.evaluation.average_precision import METRICS, coco_ap, why_undefined
 
 ODD_IDS = [0, -1, 1, -7, 2, 2**31 - 1, 2**31, -(2**31) - 1, 2**53 + 1, 2**63 - 1, -(2**63), 10]
 BOXES = [[10, 10, 20, 20], [60, 60, 30, 30], [20, 90, 60, 40]]

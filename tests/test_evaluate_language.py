@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.errors import InputError, WorkError
-from refdet.evaluate import language
-from refdet.evaluate.language import Scorers, load_expressions
-from refdet.evaluate.refer import evaluate_on_refer
+from refdet.evaluation import language
+from refdet.evaluation.language import Scorers, load_expressions
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
 
 TRUTH = {1: ["the left man", "man in red shirt"], 2: ["a woman with a yellow t - shirt"], 5: ["dog", "the brown dog"]}
 SAID = {1: "the man in the red shirt", 2: "woman, on the left!", 5: "a brown dog"}

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from refdet.evaluate.generalized import Answer, generalized_scores
-from refdet.evaluate.metrics import box_iou, generalized_iou, mask_overlap, precisions, segmentation_scores
-from refdet.evaluate.recall import KEPT, coverage, recall_by_regions, referent_recall
-from refdet.evaluate.targets import empty_mask
+from refdet.evaluation.grefcoco import Answer, generalized_scores
+from refdet.evaluation.metrics import box_iou, generalized_iou, mask_overlap, precisions, segmentation_scores
+from refdet.evaluation.recall import KEPT, coverage, recall_by_regions, referent_recall
+from refdet.evaluation.targets import empty_mask
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 # Quarters of pixels are exact in float64, so that "one pixel of overlap" is too.

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refdet.cli.main import main
 
-from refdet.evaluate.refer import evaluate_on_refer
-from refdet.evaluate.tables import COLUMNS, frame, tables, write
-from refdet.file_text import spreadsheet_cell
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.evaluation.tables import COLUMNS, frame, tables, write
+from refdet.files.spreadsheet_text import spreadsheet_cell
 from refdet.report.markup import html
 
 

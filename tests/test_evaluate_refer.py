@@ -24,9 +24,9 @@ from pycocotools import mask as coco_mask
 from refdet.data.coco import CocoIndex
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.evaluate.average_precision import coco_ap
-from refdet.evaluate.refer import evaluate_on_refer
-from refdet.given_regions import annotated_regions
+from refdet.evaluation.average_precision import coco_ap
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.extraction.given_regions import annotated_regions
 
 corner = st.floats(0, 50, width=32)
 box = st.tuples(corner, corner, st.floats(0.25, 40, width=32), st.floats(0.25, 40, width=32))
@@ -169,7 +169,7 @@ def test_rles_that_do_not_fit_never_reach_pycocotools(
     if several:
         objects = [{"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1}]
         root = write_grefer(tmp_path / "generalized", objects, [(1, [0], "val")])
-    monkeypatch.setattr("refdet.evaluate.predictions.coco_mask.toBbox", unchecked)
+    monkeypatch.setattr("refdet.evaluation.predictions.coco_mask.toBbox", unchecked)
     answer = {"sent_id": 0, "segmentations": [wrong]} if several else None
     (tmp_path / "p.json").write_text(json.dumps([answer or {"sent_id": 0, "segmentation": wrong}]))
     with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): the counts of an RLE"):

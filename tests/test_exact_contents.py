@@ -11,15 +11,17 @@ import pytest
 import torch
 from store_examples import contents
 
-from refdet import checkpoint, recipe, store
+from refdet import store
+from refdet.config import recipe
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
+from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
-from refdet.regions import Regions
-from refdet.shard_work import Summary
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.pipeline import Summary
+from refdet.structures.provenance import Provenance
+from refdet.structures.regions import Regions
 
 SMALL = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[96]",
          "input.long_side=160", "proposals.test_proposals=40"]  # fmt: skip

@@ -15,14 +15,14 @@ from damaged_images import encoded, photograph
 from PIL import Image
 from refdet.cli.main import main
 
-from refdet import recipe
-from refdet.data.batches import TrainingBatches
+from refdet.config import recipe
 from refdet.data.coco import CocoIndex
 from refdet.data.image_decoder import upright
 from refdet.data.image_orientation import OrientationNote
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import TrainingBatches
 from refdet.errors import InputError
-from refdet.train import train
+from refdet.training.trainer import train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.steps=6",
         "head.samples=8", "train.warmup_steps=2", "train.log_every=2", "input.short_sides=[48]"]  # fmt: skip

@@ -20,9 +20,9 @@ from export_examples import ANNOTATIONS, DETECTIONS, add_heads, write_dataset, w
 from refdet.cli.main import main
 
 from refdet.errors import InputError, WorkError
-from refdet.export import folder as folder_module
-from refdet.export.folder import json_list, new_folder, require_space
-from refdet.regions import Regions
+from refdet.store.export import folder as folder_module
+from refdet.store.export.folder import json_list, new_folder, require_space
+from refdet.structures.regions import Regions
 
 FORMATS = (["npz"], ["npz", "--for", "rosita"], ["lmdb"], ["lmdb", "--for", "uniter"], ["mattnet"])
 
@@ -62,7 +62,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 import os, signal
 from pathlib import Path
 from refdet.errors import WorkError
-from refdet.export.folder import new_folder
+from refdet.store.export.folder import new_folder
 with new_folder(Path({str(tmp_path / "out")!r})) as folder:
     (folder / "a").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +133,7 @@ def test_an_export_that_loses_the_race_is_one_line(
         (out / "theirs").touch()
 
     for module in ("npz", "lmdb", "mattnet"):
-        monkeypatch.setattr(f"refdet.export.{module}.require_space", other_was_faster)
+        monkeypatch.setattr(f"refdet.store.export.{module}.require_space", other_was_faster)
     result = export(dets, out, *options)
     assert result.exit_code == 2 and "in the meantime" in result.stderr and result.stderr.count("error:") == 1
     assert [path.name for path in out.iterdir()] == ["theirs"]
@@ -206,12 +206,12 @@ import json, os, resource, sys
 from pathlib import Path
 from click.testing import CliRunner
 from refdet.cli.main import main
-import refdet.export.lmdb, refdet.export.mattnet, refdet.export.npz
+import refdet.store.export.lmdb, refdet.store.export.mattnet, refdet.store.export.npz
 store, out, formats, limit, ask = sys.argv[1:]
 if limit != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 if ask == "no":  # as if something else filled the disk meanwhile
-    for module in (refdet.export.lmdb, refdet.export.mattnet, refdet.export.npz):
+    for module in (refdet.store.export.lmdb, refdet.store.export.mattnet, refdet.store.export.npz):
         module.require_space = lambda path, space: None
 results = []
 for options in json.loads(formats):

@@ -17,8 +17,8 @@ import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, write_store
 
 from refdet.errors import InputError, WorkError
-from refdet.export.lmdb import export_lmdb
-from refdet.regions import Regions
+from refdet.store.export.lmdb import export_lmdb
+from refdet.structures.regions import Regions
 
 
 class Reader:
@@ -111,7 +111,7 @@ def test_pickles_ask_for_nothing_that_old_numpy_lacks(tmp_path: Path) -> None:
 def test_it_grows_to_any_size(tmp_path: Path, first_map: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many images, some of one region and some of a hundred; each commit holds a few."""
     pytest.importorskip("lmdb")
-    monkeypatch.setattr("refdet.export.lmdb.FIRST_MAP", first_map)
+    monkeypatch.setattr("refdet.store.export.lmdb.FIRST_MAP", first_map)
     random = np.random.default_rng(0)
     images = []
     for image_id in range(1, 201):
@@ -178,7 +178,7 @@ def test_what_lmdb_cannot_write_is_an_error_in_words(
     path = write_store(tmp_path / "a.h5", DETECTIONS)
     monkeypatch.setattr(lmdb, "open", lambda *_, **__: Database())
     usage = SimpleNamespace(free=free)
-    monkeypatch.setattr("refdet.export.lmdb.require_space", lambda *_: None)
+    monkeypatch.setattr("refdet.store.export.lmdb.require_space", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(WorkError, match=message):
         export_lmdb(path, tmp_path / "out")

@@ -24,9 +24,9 @@ from export_examples import (
 from pycocotools import mask as coco_mask
 
 from refdet.errors import InputError
-from refdet.export.mattnet import export_mattnet
-from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare
-from refdet.export.record import Exported
+from refdet.store.export.mattnet import export_mattnet
+from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
+from refdet.store.export.record import Exported
 
 HEADS = [np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4), np.ones((2, 1, 5), np.float32), None]
 INFOS = [(480.0, 640.0, 2.5), (200.0, 300.0, 1.5), (0.0, 0.0, 0.0)]

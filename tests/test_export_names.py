@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.errors import InputError
-from refdet.export import npz as npz_module
-from refdet.export.file_names import KINDS, file_names
-from refdet.export.mattnet import export_mattnet
-from refdet.export.npz import export_npz
-from refdet.regions import Regions
+from refdet.store.export import npz as npz_module
+from refdet.store.export.file_names import KINDS, file_names
+from refdet.store.export.mattnet import export_mattnet
+from refdet.store.export.npz import export_npz
+from refdet.structures.regions import Regions
 
 HOSTILE = st.text(st.sampled_from("a.é/\\\0\n\x1b\u202e\u2028\ud800 ") | st.characters(), max_size=12)
 

@@ -11,9 +11,9 @@ import pytest
 from export_examples import DETECTIONS, write_store
 
 from refdet.errors import InputError
-from refdet.export import consumers
-from refdet.export.npz import export_npz
-from refdet.export.npz_layouts import LAYOUTS
+from refdet.store.export import consumers
+from refdet.store.export.npz import export_npz
+from refdet.store.export.npz_layouts import LAYOUTS
 
 
 def test_a_file_is_what_bottom_up_attention_writes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refer_examples import GREFS, write
 
 from refdet.errors import InputError
-from refdet.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
+from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
 from refer import read_refs
 
 WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])

@@ -13,8 +13,8 @@ import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, HEIGHT, WIDTH, regions, write_store
 
 from refdet.errors import InputError
-from refdet.export.lmdb import export_lmdb
-from refdet.regions import Regions
+from refdet.store.export.lmdb import export_lmdb
+from refdet.structures.regions import Regions
 
 ARRAY = {b"nd", b"type", b"kind", b"shape", b"data"}
 

@@ -15,14 +15,15 @@ import pytest
 from pycocotools import mask as coco_mask
 from store_examples import HEADER, PLAN, contents, make_regions, record
 
-from refdet import shards, store
-from refdet.atomic import MARK
+from refdet import store
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted
-from refdet.extract import ImageList
-from refdet.given_regions import annotated_regions
-from refdet.shard_plan import cut_into_shards
-from refdet.shard_work import Finish, Summary, extract
+from refdet.extraction import shards
+from refdet.extraction.extract import ImageList
+from refdet.extraction.given_regions import annotated_regions
+from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.plan import cut_into_shards
+from refdet.files.atomic import MARK
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, small_recipe
 
-from refdet.data.inputs import input_size, network_inputs
 from refdet.data.segmentations import to_rle
-from refdet.detector.inference import DetectOptions, detect_batch, start_describing
-from refdet.frames import BoxConvention
-from refdet.ground_truth import GroundTruth
+from refdet.data.transforms import input_size, network_inputs
+from refdet.detector.predictor import DetectOptions, detect_batch, start_describing
+from refdet.structures.box_convention import BoxConvention
+from refdet.structures.ground_truth import GroundTruth
 
 SHAPES = [(1, 1), (2, 2), (1, 300), (300, 1), (2, 4000), (4000, 3)]
 

@@ -6,11 +6,11 @@ import torch
 from test_folding import IDS, PYRAMID, SMALL, some_images, trained_model
 from torchvision.ops import roi_align
 
-from refdet import recipe as recipes
-from refdet.data.inputs import input_size, network_input
-from refdet.detector import folding
+from refdet.config import recipe as recipes
+from refdet.data.transforms import input_size, network_input
+from refdet.detector import optimize
 from refdet.detector.feature_names import check_features
-from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch, start_detecting
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch, start_detecting
 from refdet.errors import InputError
 
 EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
@@ -20,7 +20,7 @@ BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0,
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
 def test_each_feature_is_what_it_says(fast: bool) -> None:
-    model = folding.for_use(trained_model()) if fast else trained_model()
+    model = optimize.for_use(trained_model()) if fast else trained_model()
     images, _ = some_images()
     first, empty = describe_boxes(model, images, BOXES, EVERY)
     size = input_size(96, 128, model.recipe.input)
@@ -43,7 +43,7 @@ def test_each_feature_is_what_it_says(fast: bool) -> None:
 
 
 def test_features_of_detections_are_those_of_their_boxes() -> None:
-    model = folding.for_use(trained_model())
+    model = optimize.for_use(trained_model())
     images, records = some_images()
     names = EVERY[:-1]
     regions = detect_batch(model, images, records, IDS, DetectOptions(0.1, max_regions=10, features=names))
@@ -55,7 +55,7 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
 
 
 def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
-    model = folding.for_use(trained_model())
+    model = optimize.for_use(trained_model())
     images, records = some_images()
     options = DetectOptions(0.1)
     wanted = [detect_batch(model, [i], [r], IDS, options)[0] for i, r in zip(images, records, strict=True)]

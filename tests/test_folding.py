@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from refdet import recipe as recipes
+from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
-from refdet.detector import folding
-from refdet.detector.conv5 import EarlyConv5
-from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch
+from refdet.detector import optimize
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.res5_head import EarlyConv5
 from refdet.detector.resnet import FrozenBatchNorm
 
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
@@ -60,7 +60,7 @@ def some_images() -> tuple[list[np.ndarray], list[ImageRecord]]:
 def test_the_same_regions_and_features(variant: str) -> None:
     changes, early = VARIANTS[variant]
     model = trained_model(*changes)
-    fast = folding.for_use(copy.deepcopy(model))
+    fast = optimize.for_use(copy.deepcopy(model))
     assert not any(isinstance(part, (FrozenBatchNorm, nn.BatchNorm2d)) for part in fast.modules())
     assert isinstance(getattr(fast.head, "conv5", None), EarlyConv5) == early
     images, records = some_images()
@@ -79,7 +79,7 @@ def test_the_same_regions_and_features(variant: str) -> None:
 
 
 def test_conv5_enters_early_only_where_that_is_less_work() -> None:
-    fast = folding.for_use(trained_model())
+    fast = optimize.for_use(trained_model())
     maps = fast.maps(torch.randn(1, 3, 96, 128))
     few, many = fast.head.prepare(maps, 0), fast.head.prepare(maps, 100)
     assert (len(few), len(many)) == (1, 2)
@@ -88,7 +88,7 @@ def test_conv5_enters_early_only_where_that_is_less_work() -> None:
 
 
 def test_what_is_not_asked_for_is_not_computed() -> None:
-    fast = folding.for_use(trained_model())
+    fast = optimize.for_use(trained_model())
     images, _ = some_images()
     boxes = [np.array([[1, 1, 60, 60]])] * 2
     wanted = describe_boxes(fast, images, boxes)[0].features["pool5"]
@@ -101,7 +101,7 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
 @pytest.mark.parametrize("variant", ["c4", "fpn", "crop"])
 def test_bfloat16_is_near(variant: str) -> None:
     model = trained_model(*VARIANTS[variant][0])
-    rough = folding.for_use(copy.deepcopy(model), bf16=True)
+    rough = optimize.for_use(copy.deepcopy(model), bf16=True)
     assert rough.head.box.score.weight.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(model.rpn.anchors.buffers(), rough.rpn.anchors.buffers(), strict=True))
     images, records = some_images()
@@ -117,4 +117,4 @@ def test_bfloat16_is_near(variant: str) -> None:
 
 def test_a_norm_after_anything_else_is_refused() -> None:
     with pytest.raises(TypeError, match="a convolution without bias"):
-        folding.fold_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+        optimize.fold_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refdet import boxes as box_ops
-from refdet.frames import BoxConvention
 from refdet.ops.nms import nms
+from refdet.structures import boxes as box_ops
+from refdet.structures.box_convention import BoxConvention
 
 SEED, OURS = BoxConvention(inclusive=True), BoxConvention()
 ONE = torch.tensor([0.0, 0, 1, 1], dtype=torch.float64)

@@ -13,7 +13,7 @@ from damaged_images import encoded
 from fuzzing import changed_bytes, fuzz
 
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
 from refdet.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)

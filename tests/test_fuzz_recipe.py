@@ -11,10 +11,10 @@ from fuzz_damage import damaged, rounds, survives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refdet import recipe, safe_yaml
+from refdet.config import recipe, safe_yaml
+from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
-from refdet.safe_yaml import parse_yaml
-from refdet.short_text import cut, shown
+from refdet.files.short_text import cut, shown
 
 
 def laughs(levels: int) -> str:

@@ -14,12 +14,13 @@ import torch
 from foreign_weights import of_one_number, resnet_shapes
 from fuzz_damage import damaged, rounds, survives
 
-from refdet import checkpoint, recipe, trained
+from refdet.config import recipe
+from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights import recognise
-from refdet.import_weights import read_foreign
-from refdet.provenance import Provenance
-from refdet.training_state import newest
+from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.import_weights import read_foreign
+from refdet.structures.provenance import Provenance
+from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
                                          "model.rpn_channels=4", "model.mask_channels=4"])  # fmt: skip
@@ -74,7 +75,7 @@ def test_metadata_that_is_valid_and_wrong(run: Path, tmp_path: Path) -> None:
             place = place[key]
         place[key] = numbers.choice(strange)
         (tmp_path / "run" / checkpoint.META).write_text(json.dumps(tree))
-        survives(json.dumps(tree)[:3000], lambda: trained.load(tmp_path / "run"))
+        survives(json.dumps(tree)[:3000], lambda: loading.load(tmp_path / "run"))
 
 
 def header_and_data(data: bytes) -> tuple[bytes, bytes]:
@@ -100,7 +101,7 @@ def test_damaged_weights_and_states(run: Path, tmp_path: Path) -> None:
     for numbers in rounds(40):
         data = damaged_safetensors(model.read_bytes(), numbers)
         (tmp_path / "run" / checkpoint.MODEL).write_bytes(data)
-        survives(f"{data[:9000]!r}", lambda: trained.load(tmp_path / "run"))
+        survives(f"{data[:9000]!r}", lambda: loading.load(tmp_path / "run"))
         data = damaged_safetensors(state.read_bytes(), numbers)
         (tmp_path / "run" / "state").mkdir(exist_ok=True)
         (tmp_path / "run" / "state" / "step-00000003.safetensors").write_bytes(data)

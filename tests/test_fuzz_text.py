@@ -16,14 +16,14 @@ from split_examples import coco, write_refs
 from store_examples import HEADER, PLAN
 
 from refdet import store
-from refdet.box_files import load_boxes
 from refdet.data.coco import CocoIndex
-from refdet.data.held_out import held_out
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
-from refdet.evaluate.language import load_expressions
-from refdet.evaluate.predictions import load_predictions
-from refdet.inspect import describe
+from refdet.evaluation.language import load_expressions
+from refdet.evaluation.predictions import load_predictions
+from refdet.extraction.boxes_from_file import load_boxes
+from refdet.splits.build import build_split
+from refdet.splits.held_out import held_out
+from refdet.splits.inspect import describe
+from refdet.splits.leak_audit import audit
 from refer import REFER
 
 OBJECTS = [

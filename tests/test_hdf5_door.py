@@ -17,12 +17,13 @@ import pytest
 from click.testing import CliRunner
 from hostile_stores import write_store
 
-from refdet import hdf5_door, hdf5_trial, store
+from refdet import store
 from refdet.errors import InputError
-from refdet.hdf5_door import open_store_file
-from refdet.known_files import FileState, KnownFiles
-from refdet.regions_dataset import RegionsDataset
-from refdet.store_verify import verify
+from refdet.store import hdf5_door, hdf5_trial
+from refdet.store.dataset import RegionsDataset
+from refdet.store.hdf5_door import open_store_file
+from refdet.store.known_files import FileState, KnownFiles
+from refdet.store.verify import verify
 
 
 @pytest.fixture
@@ -161,10 +162,10 @@ def test_what_hdf5_does_to_the_other_process_is_damage(
     foreign: Path, monkeypatch: pytest.MonkeyPatch, does: str
 ) -> None:
     name = "_look" if "bytearray" in does else "look_through"
-    code = f"import os, signal, time; from refdet import hdf5_trial\ndef look(path):\n    {does}\n"
+    code = f"import os, signal, time; from refdet.store import hdf5_trial\ndef look(path):\n    {does}\n"
     code += f"hdf5_trial.{name} = look\n"
-    before, main = hdf5_trial._START.split("from refdet.hdf5_trial import main\n")
-    monkeypatch.setattr(hdf5_trial, "_START", f"{before}{code}from refdet.hdf5_trial import main\n{main}")
+    before, main = hdf5_trial._START.split("from refdet.store.hdf5_trial import main\n")
+    monkeypatch.setattr(hdf5_trial, "_START", f"{before}{code}from refdet.store.hdf5_trial import main\n{main}")
     monkeypatch.setattr(hdf5_trial, "SECONDS", 0.5)
     monkeypatch.setattr(hdf5_trial, "PATIENCE", 20)
     if "sleep" in does:

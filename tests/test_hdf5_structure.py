@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hostile_stores import STRUCTURES, repeat_text, share_bytes, write_store
 
-from refdet import store, store_schema
+from refdet import store
 from refdet.errors import InputError
-from refdet.hdf5_trial import look_through
+from refdet.store import schema
+from refdet.store.hdf5_trial import look_through
 
 pytestmark = pytest.mark.usefixtures("opened_here")
 
@@ -174,7 +175,7 @@ def test_one_image_may_not_take_much_more_memory_than_the_file_has_bytes(
         data = np.zeros((5, 2**18), np.float32)
         file.create_dataset("features/zeros", data=data, chunks=(1, 2**18), compression="gzip")
     store.open(path).close()
-    monkeypatch.setattr(store_schema, "MAX_UNPACKED", 2**20)
+    monkeypatch.setattr(schema, "MAX_UNPACKED", 2**20)
     says = re.escape(f"features/zeros of one image takes {3 * 2**20} bytes, and the file has {path.stat().st_size}")
     with pytest.raises(InputError, match=says):
         store.open(path)

@@ -13,10 +13,10 @@ from PIL import Image
 from refdet.cli.main import main
 from split_examples import write_refs
 
-from refdet.data.copies import audit_content
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
 from refdet.errors import InputError
+from refdet.splits.build import build_split
+from refdet.splits.duplicates import audit_content
+from refdet.splits.leak_audit import audit
 
 HELD_OUT, FREE = 100667, 493652
 HELD_NAME, FREE_NAME = f"{HELD_OUT:012d}.jpg", f"{FREE:012d}.jpg"

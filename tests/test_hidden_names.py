@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from split_examples import write_refs
 
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
 from refdet.errors import InputError
+from refdet.splits.build import build_split
+from refdet.splits.leak_audit import audit
 
 HELD_OUT = 379349
 NAMES = [

@@ -20,11 +20,11 @@ from split_examples import coco, write, write_refs
 
 from refdet.data import image_decoder
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.copies import audit_content
 from refdet.data.image_decoder import SizeError, decode, thumbnails, upright
-from refdet.data.images import ImageError, ImageSource
-from refdet.data.perceptual_hash import SIDE
-from refdet.data.perceptual_hash import thumbnails as hashed
+from refdet.data.image_source import ImageError, ImageSource
+from refdet.splits.duplicates import audit_content
+from refdet.splits.perceptual_hash import SIDE
+from refdet.splits.perceptual_hash import thumbnails as hashed
 
 RANDOM = np.random.default_rng(3)
 PHOTO = photograph(RANDOM, 120, 160)

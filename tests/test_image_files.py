@@ -18,7 +18,7 @@ from PIL import Image
 
 from refdet.data.coco import ImageRecord
 from refdet.data.image_decoder import most_bytes
-from refdet.data.images import ImageError, ImageSource
+from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError, WorkError
 from refer.image_folder import list_folder, read_file
 

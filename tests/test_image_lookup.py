@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageError, ImageSource
+from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError
 from refer.image_lookup import FileNames, coco_number, parts_of
 

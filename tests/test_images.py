@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from refdet.config.recipe import InputOptions
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageError, ImageSource
-from refdet.data.inputs import input_size, network_input
+from refdet.data.image_source import ImageError, ImageSource
+from refdet.data.transforms import input_size, network_input
 from refdet.errors import InputError
-from refdet.frames import InputSize
-from refdet.recipe import InputOptions
+from refdet.structures.box_convention import InputSize
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

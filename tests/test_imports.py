@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-WITHOUT_TORCH = ("refdet.checkpoint", "refdet.detector.feature_names", "refdet.recipe", "refdet.provenance")
+WITHOUT_TORCH = ("refdet.detector.checkpoint", "refdet.detector.feature_names", "refdet.config.recipe", "refdet.structures.provenance")
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from refdet.detector import in_use
-from refdet.detector.in_use import (
+from refdet.detector import packed_layers
+from refdet.detector.packed_layers import (
     BottleneckInUse,
     PackedConv2d,
     PackedLinear,
@@ -152,6 +152,6 @@ def test_without_the_kernels_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -
     for half in (False, True):
         for layer in (nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 2, 2), nn.Linear(64, 64)):
             layer = layer.bfloat16() if half else layer
-            kinds = (in_use.PackedConv2d, in_use.PackedUpsampling, in_use.PackedLinear)
+            kinds = (packed_layers.PackedConv2d, packed_layers.PackedUpsampling, packed_layers.PackedLinear)
             assert not any(kind.takes(layer, half) for kind in kinds)
     assert not half_is_quickest(CPU)

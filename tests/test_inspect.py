@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 from test_resume import OWN, run
 
 from refdet.errors import InputError, Interrupted
-from refdet.inspect import check, describe
-from refdet.provenance import UNKNOWN, Provenance
-from refdet.regions import Regions
+from refdet.splits.inspect import check, describe
 from refdet.store import Columns, Header, ImageRow, create
+from refdet.structures.provenance import UNKNOWN, Provenance
+from refdet.structures.regions import Regions
 
 PROVENANCE = Provenance("a.json", "ab", 2, 3, "cd", {"refcoco/unc/val": {"images": 1500, "found": 5}}, "imagenet")
 

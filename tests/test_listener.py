@@ -16,8 +16,8 @@ import torch
 from evaluate_examples import regions, write_refer, write_store
 
 from refdet import store
-from refdet.evaluate.refer import evaluate_on_refer
-from refdet.regions import Regions
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.structures.regions import Regions
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
 COLOURS = ("red", "green", "blue", "white")

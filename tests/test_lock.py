@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from refdet.errors import InputError
-from refdet.lock import alone
+from refdet.files.lock import alone
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from refdet.lock import alone\n"
+    "import sys, time; from pathlib import Path; from refdet.files.lock import alone\n"
     "with alone(Path(sys.argv[1]), 'lock', 'x'): print('held', flush=True); time.sleep(60)\n"
 )
 

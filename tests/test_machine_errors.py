@@ -19,7 +19,7 @@ from test_resume import run
 
 from refdet.data import image_decoder, image_files
 from refdet.data.coco import ImageRecord
-from refdet.data.images import ImageError, ImageSource
+from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import WorkError
 
 RECORD = ImageRecord(1, "1.png", 6, 9)

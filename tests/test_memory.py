@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.memory import UNKNOWN, available_bytes
+from refdet.extraction.memory import UNKNOWN, available_bytes
 
 KILOBYTES = "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n"
 

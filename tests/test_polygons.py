@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.data.coco import CocoIndex
-from refdet.data.instances_check import InstancesCheck
-from refdet.data.list_reading import read_image_list
 from refdet.data.polygons import is_surely_drawn
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
-from refdet.given_regions import annotated_regions
+from refdet.extraction.given_regions import annotated_regions
+from refdet.splits.instances_check import InstancesCheck
+from refdet.splits.list_reading import read_image_list
 from refer.masks import can_be_drawn
 
 HEIGHT, WIDTH = 12, 16

@@ -16,8 +16,8 @@ from export_examples import DETECTIONS, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refdet.export import portable_pickle
-from refdet.export.npz import export_npz, write_npz
+from refdet.store.export import portable_pickle
+from refdet.store.export.npz import export_npz, write_npz
 
 GLOBALS = {"numpy ndarray", "numpy dtype", "_codecs encode"}
 # text that a search through the bytes of a pickle would take for a module's name

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from refdet import progress as module
-from refdet.progress import progress, progress_bar
+from refdet.files import progress as module
+from refdet.files.progress import progress, progress_bar
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ import pytest
 
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
-from refdet.provenance import EDITED, RENAMED, UNKNOWN, Provenance, image_ids_sha256
+from refdet.structures.provenance import EDITED, RENAMED, UNKNOWN, Provenance, image_ids_sha256
 
 BUILT = Provenance(
     "all.json", "ab" * 32, 2, 0, image_ids_sha256([5, 10]), {"refcoco/unc/val": {"images": 3, "found": 1}}

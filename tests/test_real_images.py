@@ -10,13 +10,15 @@ from click.testing import CliRunner
 from pycocotools import mask
 from refdet.cli.main import main
 
-from refdet import checkpoint, recipe, store
+from refdet import store
+from refdet.config import recipe
 from refdet.data.coco import CocoIndex
+from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.evaluate.refer import evaluate_on_refer
-from refdet.extract import ExtractOptions, ImageList, extract_features
-from refdet.provenance import Provenance
-from refdet.train import train
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.structures.provenance import Provenance
+from refdet.training.trainer import train
 
 SMALL = ["model.width=16", "input.short_sides=[160]", "input.long_side=240", "model.rpn_channels=32",
          "model.mask_channels=16", "head.samples=32", "model.anchor_sizes=[8,16,32,64,128]"]  # fmt: skip

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from refdet import recipe
+from refdet.config import recipe
 from refdet.errors import InputError
 
 

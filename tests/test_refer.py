@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from refer_examples import GREFS, REFS, write
 
 from refer import REFER, ReferDataError, ReferError, ReferIdError, ReferNotFoundError, available, read_refs
-from refer.published import COUNTS
+from refer.statistics import COUNTS
 
 
 def test_ids_and_records(tmp_path: Path) -> None:

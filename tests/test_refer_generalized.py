@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from refer_examples import GREFS, REFS, write
 
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
+from refdet.splits.build import build_split
+from refdet.splits.leak_audit import audit
 from refer import REFER, ReferDataError, available, read_refs, target_ids
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refer import ReferDataError
 from refer.pickle_machine import Machine
-from refer.unpickle import _is_simple, loads
+from refer.safe_pickle import _is_simple, loads
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.regions import Regions
-from refdet.regions_dataset import RegionsDataset
+from refdet.store.dataset import RegionsDataset
+from refdet.structures.regions import Regions
 
 IDS = [9, 4, 7, 30, 2, 11]
 

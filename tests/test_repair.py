@@ -14,13 +14,14 @@ import pytest
 from interrupted_extraction import BATCHES, RECORDS
 from store_examples import HEADER, PLAN, contents, make_regions
 
-from refdet import repair, store
+from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
-from refdet.regions import Regions
-from refdet.repair import repair_folder
-from refdet.shard_plan import Plan
-from refdet.shard_work import Finish, Summary, extract
+from refdet.extraction import repair
+from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.plan import Plan
+from refdet.extraction.repair import repair_folder
+from refdet.structures.regions import Regions
 
 PLANS = {
     "all columns": PLAN,

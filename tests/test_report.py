@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from refdet import report, store
 from refdet.data.coco import CocoIndex
 from refdet.data.segmentations import to_rle
-from refdet.data.splits import build_split
 from refdet.errors import InputError
-from refdet.evaluate.refer import evaluate_on_refer
-from refdet.regions import Regions
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import Inputs, ReferPart, Step
 from refdet.report.charts import Axes, Series, line_chart, linear_ticks, log_ticks, standalone
-from refdet.report.pictures import COLOURS, LONG_SIDE, Key, draw
-from refdet.report.scenes import Referred, Scene, hardest, sample, scenes
+from refdet.report.figures import COLOURS, LONG_SIDE, Key, draw
+from refdet.report.samples import Referred, Scene, hardest, sample, scenes
+from refdet.splits.build import build_split
+from refdet.structures.regions import Regions
 from refer import REFER
 
 HOSTILE = "the <script>alert('x')</script> & \"that\""
@@ -194,7 +194,7 @@ def test_a_bare_run_has_a_report_too(inputs: Inputs, tmp_path: Path) -> None:
 
 def test_a_leak_is_called_one(inputs: Inputs, tmp_path: Path) -> None:
     """A detector trained on the original file."""
-    from refdet.provenance import Provenance
+    from refdet.structures.provenance import Provenance
 
     assert inputs.source is not None
     run = tmp_path / "run"

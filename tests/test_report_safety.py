@@ -14,15 +14,15 @@ from markupsafe import Markup
 
 from refdet import report
 from refdet.errors import InputError
-from refdet.regions import Regions
 from refdet.report import Inputs, ReferPart, Step
 from refdet.report import page as page_module
 from refdet.report.charts import Axes, Series, legend, line_chart, standalone
 from refdet.report.fields import check_metrics
+from refdet.report.figures import picture
 from refdet.report.markup import html, joined
-from refdet.report.pictures import picture
-from refdet.report.scenes import Referred, Scene
+from refdet.report.samples import Referred, Scene
 from refdet.report.sections import table, tiles
+from refdet.structures.regions import Regions
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='PWNED'\"><script>document.title=1</script>",

@@ -17,10 +17,12 @@ import pytest
 from interrupted_extraction import BATCHES, RECORDS, compute, environment
 from store_examples import HEADER, PLAN, contents
 
-from refdet import atomic, shards, store
+from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted
-from refdet.shard_work import Finish, Summary, extract
+from refdet.extraction import shards
+from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.files import atomic
 
 RECIPE = {"model": {"width": 64}, "input": {"short_sides": [600], "long_side": 1000}}
 OWN = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)

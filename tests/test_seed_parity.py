@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from refdet import boxes as box_ops
-from refdet import checkpoint, trained
-from refdet.data.inputs import input_size, network_input
-from refdet.detector.inference import DetectOptions, detect_batch
+from refdet.data.transforms import input_size, network_input
+from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.proposals import DELTA_WEIGHTS
-from refdet.detector.targets import BACKGROUND, OBJECT
-from refdet.frames import InputSize
-from refdet.ground_truth import GroundTruth
-from refdet.import_weights import import_weights
+from refdet.detector.predictor import DetectOptions, detect_batch
+from refdet.detector.rpn import DELTA_WEIGHTS
+from refdet.detector.target_assignment import BACKGROUND, OBJECT
+from refdet.detector.weights.import_weights import import_weights
+from refdet.structures import boxes as box_ops
+from refdet.structures.box_convention import InputSize
+from refdet.structures.ground_truth import GroundTruth
 
 ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the seed's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
@@ -44,7 +44,7 @@ Key = tuple[int, str, str]
 @pytest.fixture(scope="module")
 def detectors(
     shared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[int, str], trained.TrainedDetector]]:
+) -> Iterator[dict[tuple[int, str], loading.TrainedDetector]]:
     """The detectors of the seed's checkpoints, through import-weights, by depth and form."""
     sys.path.insert(0, str(shared / "seed"))
     try:
@@ -58,7 +58,7 @@ def detectors(
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
         for form in ("trained", "used", "bfloat16"):
-            found[depth, form] = trained.load(folder / str(depth), for_use=form != "trained", bf16=form == "bfloat16")
+            found[depth, form] = loading.load(folder / str(depth), for_use=form != "trained", bf16=form == "bfloat16")
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found
 
@@ -80,7 +80,7 @@ def key(request: pytest.FixtureRequest) -> Key:
 
 
 @pytest.fixture(scope="module")
-def case(key: Key, detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path) -> Case:
+def case(key: Key, detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path) -> Case:
     depth, image, form = key
     model = detectors[depth, form].model
     with np.load(shared / "seed" / f"golden_res{depth}_{image}.npz") as file:
@@ -167,7 +167,7 @@ def test_given_boxes(case: Case) -> None:
     reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
 )
 @torch.inference_mode()
-def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str], trained.TrainedDetector]) -> None:
+def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str], loading.TrainedDetector]) -> None:
     """Of given boxes. The 101 layers were not trained, and untrained ones add up what rounding does to each."""
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
     used = key[2] == "used"  # as extract-features --precision bfloat16 has it
@@ -181,7 +181,7 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str],
 
 
 def test_the_store_holds_the_seeds_boxes(
-    detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path
+    detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path
 ) -> None:
     """Through what extract-features calls, boxes are half-open: a pixel further than the seed's last one."""
     image, detector = IMAGES[50][1], detectors[50, "used"]
@@ -204,7 +204,7 @@ def test_the_store_holds_the_seeds_boxes(
 
 
 @pytest.mark.parametrize("image", ["000000249346", "000000466137"])
-def test_anchor_labels(detectors: dict[tuple[int, str], trained.TrainedDetector], shared: Path, image: str) -> None:
+def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path, image: str) -> None:
     with np.load(shared / "seed" / f"golden_anchor_labels_{image}.npz") as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if file[name].ndim}
     rpn = detectors[50, "trained"].model.rpn

@@ -14,10 +14,10 @@ from store_examples import HEADER, PLAN, make_regions
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import WorkError
-from refdet.regions import Regions
-from refdet.shard_arrays import Place, ShardError, ShardWriter, read, read_at
-from refdet.shard_plan import Plan
-from refdet.shard_work import Finish, extract
+from refdet.extraction.pipeline import Finish, extract
+from refdet.extraction.plan import Plan
+from refdet.extraction.shard_arrays import Place, ShardError, ShardWriter, read, read_at
+from refdet.structures.regions import Regions
 
 FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.float32)}
 

@@ -13,7 +13,7 @@ from test_resume import BATCHES, interrupted_before_the_merge, run
 
 from refdet import store
 from refdet.errors import Interrupted
-from refdet.shard_times import STAGES, Session
+from refdet.extraction.timing import STAGES, Session
 
 
 def told(out: Path) -> dict[str, Any]:

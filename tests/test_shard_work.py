@@ -20,12 +20,14 @@ from interrupted_extraction import BATCHES, BROKEN, RECORDS, compute, environmen
 from interrupted_extraction import load as load_but_one
 from store_examples import HEADER, PLAN, contents, make_regions
 
-from refdet import hdf5_space, shard_work, store
+from refdet import store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted, WorkError
-from refdet.regions import Regions
-from refdet.shard_plan import cut_into_shards
-from refdet.shard_work import STAGES, Finish, Summary, extract
+from refdet.extraction import pipeline
+from refdet.extraction.pipeline import STAGES, Finish, Summary, extract
+from refdet.extraction.plan import cut_into_shards
+from refdet.store import hdf5_file
+from refdet.structures.regions import Regions
 
 
 def load(record: ImageRecord) -> np.ndarray:
@@ -250,9 +252,9 @@ def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
 
 def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(shard_work.Session, "told", lambda *_: {})  # what a store tells of its run differs
+    monkeypatch.setattr(pipeline.Session, "told", lambda *_: {})  # what a store tells of its run differs
     with monkeypatch.context() as patch:
-        patch.setattr(hdf5_space.os, "posix_fallocate", lambda handle, start, space: seen.append(space))
+        patch.setattr(hdf5_file.os, "posix_fallocate", lambda handle, start, space: seen.append(space))
         run(tmp_path / "a.h5")
     run(tmp_path / "b.h5")
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
@@ -262,7 +264,7 @@ def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeyp
     def full(handle: int, start: int, space: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hdf5_space.os, "posix_fallocate", full)
+    monkeypatch.setattr(hdf5_file.os, "posix_fallocate", full)
     with pytest.raises(WorkError, match="c.h5: no space left on the disk; what is finished is kept"):
         run(tmp_path / "c.h5")
     assert not (tmp_path / "c.h5").exists() and len(list((tmp_path / "c.h5.parts").glob("*.shard"))) == 4
@@ -275,14 +277,14 @@ def test_the_space_for_many_long_names_and_errors_is_enough(tmp_path: Path) -> N
         raise InputError("why " * (record.id % 60))
 
     seen: list[int] = []
-    original = hdf5_space._reserve
+    original = hdf5_file._reserve
 
     def reserve(file: h5py.File, space: int) -> None:
         seen.append(space)
         original(file, space)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hdf5_space, "_reserve", reserve)
+        patch.setattr(hdf5_file, "_reserve", reserve)
         run(tmp_path / "a.h5", records=records, batches=[records], load=broken)
     assert seen[0] >= (tmp_path / "a.h5").stat().st_size
 
@@ -322,7 +324,7 @@ def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> 
 @pytest.mark.parametrize(("most", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
 def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: int, waiting: int) -> None:
     """Batches are loaded ahead as far as their pixels allow, the next one always."""
-    monkeypatch.setattr(shard_work, "_PIXELS_AHEAD", most)
+    monkeypatch.setattr(pipeline, "_PIXELS_AHEAD", most)
     batches = [[ImageRecord(2 * i, "", 5, 2), ImageRecord(2 * i + 1, "", 5, 2)] for i in range(10)]
     loaded: list[int] = []
 
@@ -331,7 +333,7 @@ def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: in
         return load(record)
 
     seen = []
-    for number, images in enumerate(shard_work.load_ahead(counted, batches, 1)):
+    for number, images in enumerate(pipeline.load_ahead(counted, batches, 1)):
         seen += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
         assert len(loaded) <= 2 * number + waiting
     assert seen == sorted(loaded) == list(range(20))

@@ -15,11 +15,11 @@ from refdet.cli import build_split as build_command
 from split_examples import coco, write, write_refs
 
 from refdet.data.coco import CocoIndex
-from refdet.data.held_out import held_out
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
 from refdet.errors import InputError
-from refdet.provenance import Provenance, file_sha256, image_ids_sha256
+from refdet.splits.build import build_split
+from refdet.splits.held_out import held_out
+from refdet.splits.leak_audit import audit
+from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
 from refer import ReferError
 
 SPLITS = ["train", "val", "testA", "testB", "test"]
@@ -252,7 +252,7 @@ SPOILT: dict[str, tuple[str, dict[str, Any], str]] = {
     "box": ("annotations", {"bbox": [1, 2, "3", 4]}, "annotation 0: 'bbox'"),
     "polygon": ("annotations", {"segmentation": [[1, 2, 3]]}, "annotation 0: a polygon"),
     "size of a mask": ("annotations", {"segmentation": {"size": [4, 4], "counts": [16]}}, "its image is [9, 9]"),
-    "damaged mask": ("annotations", {"segmentation": {"size": [9, 9], "counts": "@@@"}}, "its RLE is damaged"),
+    "damaged mask": ("annotations", {"segmentation": {"size": [9, 9], "counts": "@"}}, "its RLE is damaged"),
     "no mask": ("annotations", {"segmentation": {"size": [9], "counts": []}}, "must be [height, width]"),
     "crowd": ("annotations", {"iscrowd": 2}, "'iscrowd' is 2"),
     "area": ("annotations", {"area": "big"}, "'area' is 'big'"),

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from split_examples import coco, write, write_refs
 
-from refdet.data.image_lists import INSTANCES, JSON_LIST, JSON_OBJECT, LINES
-from refdet.data.leaks import audit
-from refdet.data.list_reading import read_image_list
-from refdet.data.splits import build_split
 from refdet.errors import InputError
-from refdet.provenance import Provenance, image_ids_sha256
+from refdet.splits.build import build_split
+from refdet.splits.image_list import INSTANCES, JSON_LIST, JSON_OBJECT, LINES
+from refdet.splits.leak_audit import audit
+from refdet.splits.list_reading import read_image_list
+from refdet.structures.provenance import Provenance, image_ids_sha256
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_examples import HEADER, PLAN, make_regions, record
 
-from refdet import shards, store
+from refdet import store
 from refdet.errors import InputError, WorkError
-from refdet.regions import Regions
+from refdet.extraction import shards
+from refdet.structures.regions import Regions
 
 
 def assert_equal(a: Regions, b: Regions) -> None:

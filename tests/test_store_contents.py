@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from refdet import hdf5_door, hdf5_trial, store
+from refdet import store
 from refdet.errors import InputError
-from refdet.regions import Regions
-from refdet.store_verify import verify
+from refdet.store import hdf5_door, hdf5_trial
+from refdet.store.verify import verify
+from refdet.structures.regions import Regions
 
 HEADER = store.Header([{"id": 3, "name": "dög"}, {"id": 7, "name": "cat"}], "name: test", {}, {"dtype": "float32"})
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)

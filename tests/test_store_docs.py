@@ -11,7 +11,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from refdet import store
-from refdet.regions import Regions
+from refdet.structures.regions import Regions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "features.md"
 

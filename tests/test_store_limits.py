@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_polygons import check, load
 
 from refdet.data.coco import CocoIndex
-from refdet.regions import Regions
 from refdet.store import Columns, Header, ImageRow, create
 from refdet.store import open as open_store
-from refdet.store_limits import IDS, LONGEST_SIDE, MOST_PIXELS, is_id, size_problem
+from refdet.structures.limits import IDS, LONGEST_SIDE, MOST_PIXELS, is_id, size_problem
+from refdet.structures.regions import Regions
 
 SMALLEST, LARGEST = IDS
 

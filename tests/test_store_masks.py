@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.evaluate.refer import evaluate_on_refer
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.store import Store
 
 BOXES = {1: [[10, 10, 30, 30], [50, 50, 60, 60]], 2: [[0, 0, 40, 20]], 3: []}

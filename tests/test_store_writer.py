@@ -10,7 +10,7 @@ import pytest
 from test_store_contents import HEADER, draw
 
 from refdet import store
-from refdet.store_verify import verify
+from refdet.store.verify import verify
 
 
 @pytest.mark.usefixtures("opened_here")

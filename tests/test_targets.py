@@ -2,9 +2,9 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from refdet.detector.targets import BACKGROUND, IGNORED, OBJECT, inside, mask_targets, match, sample
-from refdet.frames import BoxConvention
-from refdet.ground_truth import GroundTruth
+from refdet.detector.target_assignment import BACKGROUND, IGNORED, OBJECT, inside, mask_targets, match, sample
+from refdet.structures.box_convention import BoxConvention
+from refdet.structures.ground_truth import GroundTruth
 
 
 def truth_of(boxes: list, crowds: list = (), **more: object) -> GroundTruth:

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import refdet.train as train_module
-from refdet import checkpoint, recipe, trained
-from refdet.checkpoint import read_tensors
-from refdet.data.batches import TrainingBatches
+import refdet.training.trainer as train_module
+from refdet.config import recipe
+from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import TrainingBatches
+from refdet.detector import checkpoint, loading
+from refdet.detector.checkpoint import read_tensors
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted, WorkError
-from refdet.evaluate.detection import evaluate
-from refdet.recipe import Recipe
-from refdet.schedule import learning_rate, optimiser
-from refdet.train import Summary, train
+from refdet.evaluation.detection import evaluate
+from refdet.training.optim import learning_rate, optimiser
+from refdet.training.trainer import Summary, train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.workers=0",
         "head.samples=8", "train.warmup_steps=2", "train.log_every=2", "input.short_sides=[80]"]  # fmt: skip
@@ -48,7 +49,7 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
     assert [row["step"] for row in rows] == [2, 4]
     assert {"loss", "rpn_score", "rpn_box", "score", "box", "mask", "lr", "images_per_second"} <= set(rows[0])
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
-    loaded = trained.load(tmp_path / "run")
+    loaded = loading.load(tmp_path / "run")
     index = CocoIndex.load(shapes_root / "annotations" / "instances_val2014.json")
     assert loaded.meta.step == 4
     assert dict(loaded.meta.categories) == index.categories
@@ -230,14 +231,14 @@ def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> Non
     tree = json.loads(meta.read_text())
     meta.write_text(json.dumps({**tree, "categories": tree["categories"][:-1]}))
     with pytest.raises(InputError, match=r"the weights do not fit the recipe: .* is \(\d+, "):
-        trained.load(tmp_path / "run")
+        loading.load(tmp_path / "run")
     meta.write_text(json.dumps({"recipe": {}}))
     with pytest.raises(InputError, match=r"model\.json"):
-        trained.load(tmp_path / "run")
+        loading.load(tmp_path / "run")
     meta.write_text(json.dumps(tree))
     model.write_bytes(model.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.safetensors"):
-        trained.load(tmp_path / "run")
+        loading.load(tmp_path / "run")
 
 
 def test_learning_rate() -> None:

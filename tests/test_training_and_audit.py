@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from split_examples import write_refs
 
 from refdet.data.coco import CocoIndex
-from refdet.data.images import ImageSource
-from refdet.data.leaks import audit
-from refdet.data.splits import build_split
+from refdet.data.image_source import ImageSource
 from refdet.errors import InputError
+from refdet.splits.build import build_split
+from refdet.splits.leak_audit import audit
 
 # file -> the number of the image of COCO that it is
 FILES = {

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_examples import run, squares
 
-from refdet.checkpoint import load_meta
-from refdet.data.batches import Batch, TrainingBatches
 from refdet.data.coco import CocoIndex
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.data.training_objects import TrainingObjects
+from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError
 
 Change = Callable[[dict[str, Any]], object]

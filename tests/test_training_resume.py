@@ -16,10 +16,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_examples import run, squares, steps_of
 
-from refdet import checkpoint
+from refdet.detector import checkpoint
 from refdet.errors import InputError
-from refdet.lock import alone
-from refdet.run_folder import LOCK
+from refdet.files.lock import alone
+from refdet.training.run_folder import LOCK
 
 Spoil = Callable[[Path], object]
 
@@ -28,14 +28,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from training_examples import run
-from refdet import train
-step, calls = train._step, []
+from refdet.training import trainer
+step, calls = trainer._step, []
 def killed(*given):
     calls.append(given)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*given)
-train._step = killed
+trainer._step = killed
 run(Path(sys.argv[1]), "train.steps=4", "train.save_every=100")
 """
 

@@ -19,12 +19,12 @@ from detector_examples import CATEGORY_IDS, records_of, small_model, some_images
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refdet.data.inputs import input_size, network_inputs
-from refdet.detector import inference
-from refdet.detector.inference import DetectOptions, detect_batch, start_describing, start_detecting
+from refdet.data.transforms import input_size, network_inputs
+from refdet.detector import predictor
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.ranking import best_anchors, ranked_nms
-from refdet.frames import BoxConvention
+from refdet.detector.postprocess import best_anchors, ranked_nms
+from refdet.detector.predictor import DetectOptions, detect_batch, start_describing, start_detecting
+from refdet.structures.box_convention import BoxConvention
 
 # In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
 PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
@@ -134,7 +134,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
 ) -> None:
     """So that the thread that computes may go on with the next batch."""
     steps: list[str] = []
-    end, encode = inference._end_of_work, inference.masks_to_rle
+    end, encode = predictor._end_of_work, predictor.masks_to_rle
 
     def watched_end(*given: Any) -> Callable[[], None]:
         wait = end(*given)
@@ -144,8 +144,8 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
         steps.append("masks")
         return encode(*given)
 
-    monkeypatch.setattr(inference, "_end_of_work", watched_end)
-    monkeypatch.setattr(inference, "masks_to_rle", watched_masks)
+    monkeypatch.setattr(predictor, "_end_of_work", watched_end)
+    monkeypatch.setattr(predictor, "masks_to_rle", watched_masks)
     model, images = small_model(), some_images(2)
     finish: Callable[[], list[Any]]
     if describing:
@@ -169,7 +169,7 @@ def test_images_are_kept_until_a_gpu_has_fetched_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
     image = np.zeros((2, 2, 3), np.uint8)
-    held, wait = weakref.ref(image), inference._end_of_work(torch.device("cuda"), [image])
+    held, wait = weakref.ref(image), predictor._end_of_work(torch.device("cuda"), [image])
     del image
     wait()
     gc.collect()
@@ -205,10 +205,10 @@ def test_the_seeds_ranking_is_one_sort_where_its_order_cannot_be_had() -> None:
 
 
 def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refdet.detector import ranking
+    from refdet.detector import postprocess
 
     calls = []
-    monkeypatch.setattr(ranking, "nms", lambda *given, **more: calls.append((given, more)) or given[1][:1])
+    monkeypatch.setattr(postprocess, "nms", lambda *given, **more: calls.append((given, more)) or given[1][:1])
     boxes, scores, ids = torch.empty(9, 4, device="meta"), torch.empty(9, device="meta"), torch.empty(9, device="meta")
     with InAten() as aten:
         ranked_nms(boxes, scores, ids, ids, 0.3, 5, seed_ranking=True)

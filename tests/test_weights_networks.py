@@ -14,10 +14,11 @@ from foreign_weights import (
 from torch import nn
 from torchvision import models
 
-from refdet import recipe, trained
+from refdet.config import recipe
+from refdet.detector import loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights import recognise
-from refdet.import_weights import import_weights
+from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.import_weights import import_weights
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_an_imported_resnet_computes_what_torchvision_does(tmp_path: Path) -> No
             norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.8, 1.2))), norm.bias.uniform_(-0.2, 0.2)
     torch.save({"epoch": 90, "state_dict": theirs.state_dict()}, tmp_path / "resnet50.pth")
     import_weights(tmp_path / "resnet50.pth", tmp_path / "run")
-    ours = trained.load(tmp_path / "run").model
+    ours = loading.load(tmp_path / "run").model
     images = torch.randn(2, 3, 64, 96)
     wanted = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
     wanted = theirs.layer3(theirs.layer2(theirs.layer1(wanted)))

@@ -12,18 +12,19 @@ import torch
 from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes
 from safetensors.torch import load_file, save_file
 
-from refdet import checkpoint, recipe, trained
+from refdet.config import recipe
+from refdet.config.recipe_limits import LIMITS
 from refdet.data.coco import ImageRecord
+from refdet.detector import checkpoint, loading
 from refdet.detector.finite import LARGEST_WEIGHT, unusable
-from refdet.detector.inference import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.loading import MOST_NUMBERS, load_weights, without_memory
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights import recognise
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.weights.convert import recognise
 from refdet.errors import InputError, WorkError
-from refdet.provenance import Provenance
-from refdet.recipe_limits import LIMITS
-from refdet.schedule import optimiser
-from refdet.trained import MOST_NUMBERS, load_weights, without_memory
-from refdet.training_state import newest
+from refdet.structures.provenance import Provenance
+from refdet.training.optim import optimiser
+from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
                                          "model.norm=batch", "input.short_sides=[64]"])  # fmt: skip
@@ -55,18 +56,18 @@ def with_value(run: Path, out: Path, name: str, value: float) -> Path:
 def test_absurd_weights_are_refused(run: Path, tmp_path: Path, name: str, value: float) -> None:
     bad = with_value(run, tmp_path / "bad", name, value)
     with pytest.raises(InputError, match=rf"bad/model\.safetensors: {name} holds NaN, inf.* another checkpoint"):
-        trained.load(bad)
+        loading.load(bad)
 
 
 def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"backbone\.bn1\.running_var holds .* negative variance"):
-        trained.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
-    trained.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
+        loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
+    loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
     assert unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
 
 
 def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
-    loaded = trained.load(run)
+    loaded = loading.load(run)
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     assert str(run / checkpoint.MODEL) not in mapped
     saved = load_file(run / checkpoint.MODEL)
@@ -79,7 +80,7 @@ def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> No
 @pytest.mark.parametrize("name", ["rpn.score.weight", "rpn.delta.bias", "head.box.score.weight", "head.fc7.bias",
                                   "head.mask.logits.bias", "backbone.bn1.weight"])  # fmt: skip
 def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
-    model = trained.load(run).model
+    model = loading.load(run).model
     with torch.no_grad():
         model.get_parameter(name).fill_(math.nan)
     words = "outputs contain NaN or inf; check the checkpoint's weights"
@@ -120,7 +121,7 @@ def test_a_network_of_another_width_is_refused_before_it_is_made(
         lambda weight, *a, **k: (made.append(weight.is_meta), initialise(weight, *a, **k))[1],
     )  # fmt: skip
     with pytest.raises(InputError, match=r"backbone\.conv1\.weight is \(8, 3, 7, 7\), the recipe wants \(128, 3"):
-        trained.load(tmp_path / "run")
+        loading.load(tmp_path / "run")
     assert made and all(made)
 
 

@@ -10,10 +10,10 @@ import torch
 from foreign_weights import Tensors, call, refused, seed_weights
 from torch import Tensor
 
-from refdet import trained
 from refdet.data.coco import CocoIndex
-from refdet.import_weights import read_foreign
-from refdet.provenance import Provenance, file_sha256
+from refdet.detector import loading
+from refdet.detector.weights.import_weights import read_foreign
+from refdet.structures.provenance import Provenance, file_sha256
 
 
 class Storage:
@@ -114,7 +114,7 @@ def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     assert "is the seed's Mask R-CNN with a ResNet-50, 12 anchors a cell" in done.stderr
     assert done.stdout.split("\n")[1].split()[:2] == ["seed-c4-res50", str(len(index.categories))]
-    loaded = trained.load(out)
+    loaded = loading.load(out)
     assert loaded.meta.categories == tuple(index.categories.items())
     assert loaded.meta.untrained == () and loaded.meta.step == 0 and not loaded.meta.warnings()
     state = loaded.model.state_dict()

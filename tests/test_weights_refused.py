@@ -13,9 +13,9 @@ import torch
 from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes, seed_weights
 from torch import Tensor, nn
 
-from refdet.detector.weights import recognise
+from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
-from refdet.import_weights import read_foreign
 
 
 def opcodes(code: str, flavour: str) -> bytes:

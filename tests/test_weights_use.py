@@ -12,17 +12,18 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-import refdet.train as train_module
-from refdet import checkpoint, recipe
+import refdet.training.trainer as train_module
+from refdet.config import recipe
+from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
-from refdet.data.coco_categories import coco_categories
+from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights import recognise
+from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.import_weights import import_weights, read_foreign
 from refdet.errors import InputError
-from refdet.import_weights import import_weights, read_foreign
-from refdet.provenance import file_sha256
-from refdet.recipe import Recipe
-from refdet.train import train
+from refdet.structures.coco_categories import coco_categories
+from refdet.structures.provenance import file_sha256
+from refdet.training.trainer import train
 
 
 @pytest.fixture(scope="module")

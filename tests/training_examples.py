@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from refdet import recipe
-from refdet.recipe import Recipe
-from refdet.train import Summary, train
+from refdet.config import recipe
+from refdet.config.recipe import Recipe
+from refdet.training.trainer import Summary, train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16",
         "model.fpn_hidden=32", "train.batch_size=2", "train.workers=0", "head.samples=8", "train.warmup_steps=2",

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from refdet.data.coco_entries import (
+from refdet.data.coco_validation import (
     checked_area,
     checked_box,
     checked_category,
@@ -18,8 +18,8 @@ from refdet.data.coco_entries import (
     kind,
 )
 from refdet.data.image_evidence import goes_by_id
-from refdet.data.json_files import read_json
 from refdet.errors import InputError
+from refdet.files.json_files import read_json
 from refer.plain_files import no_garbage_collection
 
 log = logging.getLogger(__name__)

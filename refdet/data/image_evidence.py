@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refdet.data.coco_numbers import LARGEST, bare_number, is_image_file, is_visual_genome, numbers_in_name
+from refdet.structures.coco_ids import LARGEST, bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.image_lookup import coco_number
 
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from refdet.data.images import ImageSource
+from refdet.data.image_source import ImageSource
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refdet.config.recipe import Recipe
 from refdet.errors import InputError
-from refdet.recipe import Recipe
 
 FEATURES = ("pool5", "fc7", "class_prob")
 SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet import boxes as box_ops
+from refdet.config.recipe import Recipe
 from refdet.detector.anchors import Anchors
 from refdet.detector.feature_names import HEAD
 from refdet.detector.finite import all_finite
-from refdet.detector.found import Described, Detections
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.heads import C4Head, PyramidHead, RoiFeatures, RoiHead
-from refdet.detector.proposals import ProposalNetwork
-from refdet.detector.ranking import best_detections, reached
+from refdet.detector.outputs import Described, Detections
+from refdet.detector.postprocess import best_detections, reached
+from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
-from refdet.detector.stages import Stages
-from refdet.detector.targets import BACKGROUND, OBJECT, mask_targets, match, sample
+from refdet.detector.roi_heads import C4Head, PyramidHead, RoiFeatures, RoiHead
+from refdet.detector.rpn import ProposalNetwork
+from refdet.detector.target_assignment import BACKGROUND, OBJECT, mask_targets, match, sample
 from refdet.device import on_device
-from refdet.frames import BoxConvention, InputSize
-from refdet.ground_truth import GroundTruth
-from refdet.recipe import Recipe
+from refdet.structures import boxes as box_ops
+from refdet.structures.box_convention import BoxConvention, InputSize
+from refdet.structures.ground_truth import GroundTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
@@ -204,7 +204,7 @@ class MaskRCNN(nn.Module):
         self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
         score_threshold: float, nms_threshold: float, max_regions: int, at_least_one: bool,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
-        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.ranking.best_detections`."""
+        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.postprocess.best_detections`."""
         scores = logits.softmax(dim=1)[:, 1:]
         scales, limits = _frames(sizes, boxes)
         anchors = self.convention.unscale(boxes, scales[image])

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refdet import boxes as box_ops
 from refdet.ops._library import DEVICES
+from refdet.structures import boxes as box_ops
 
 
 class Matches(NamedTuple):
@@ -29,7 +29,7 @@ class Matches(NamedTuple):
 
 
 def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
-    """Best overlaps of candidates and objects, both ways, as `refdet.boxes.iou` computes them.
+    """Best overlaps of candidates and objects, both ways, as `refdet.structures.boxes.iou` computes them.
 
     The kernels never hold the (N, M) matrix of overlaps. All is float32, in one order of operations, so that
     the answer is the same with the compiled kernels and without. A box with a NaN coordinate overlaps nothing,

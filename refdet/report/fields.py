@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.short_text import cut, shown
+from refdet.files.short_text import cut, shown
 
 
 def field(tree: Any, key: str, where: str) -> Any:

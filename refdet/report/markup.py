@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from refdet.file_text import xml_characters
+from refdet.files.spreadsheet_text import xml_characters
 
 __all__ = ["Markup", "html", "joined"]
 

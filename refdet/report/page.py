@@ -12,19 +12,19 @@ from typing import Any
 from markupsafe import escape
 
 from refdet import __version__, store
-from refdet.atomic import atomic_path
-from refdet.checkpoint import LARGEST_META
 from refdet.data.coco import ImageRecord
+from refdet.detector.checkpoint import LARGEST_META
 from refdet.errors import InputError
-from refdet.provenance import Provenance
+from refdet.files.atomic import atomic_path
+from refdet.files.small_files import read_small, strict_json
 from refdet.report import sections
 from refdet.report.fields import check_metrics, count, field, rate, text
+from refdet.report.figures import picture
 from refdet.report.markup import Markup, html, joined
-from refdet.report.pictures import picture
 from refdet.report.recall import split_names
-from refdet.report.scenes import Scene, hardest, sample, scenes
+from refdet.report.samples import Scene, hardest, sample, scenes
 from refdet.report.sections import Step
-from refdet.small_files import read_small, strict_json
+from refdet.structures.provenance import Provenance
 
 LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
 
@@ -156,7 +156,7 @@ def _highlights(
 
 
 def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    from refdet.data.leaks import audit
+    from refdet.splits.leak_audit import audit
 
     paths = (inputs.instances, inputs.source if inputs.instances is not None else None)
     first, second = (None if path is None else audit(path, inputs.refer_root).to_json() for path in paths)
@@ -164,7 +164,7 @@ def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
 
 
 def _pictures(inputs: Inputs) -> Markup:
-    from refdet.data.images import ImageSource  # brings torch
+    from refdet.data.image_source import ImageSource  # brings torch
 
     every: list[Scene] = []
     for part in inputs.parts:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refdet.provenance import Provenance
 from refdet.report.charts import Axes, Series, legend, line_chart
 from refdet.report.markup import Markup, html, joined
 from refdet.report.recall import recall_axes, recall_series, split_names
+from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
@@ -112,7 +112,7 @@ def leak_section(
 
     Arguments:
         provenance: of the detector.
-        audit: `refdet.data.leaks.AuditResult` as JSON, of the file it was trained on.
+        audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the file it was trained on.
         source_audit: the same of the file which that was made from.
     """
     parts = [

@@ -1,0 +1,211 @@
+"""The whole pipeline on the embedded dataset, through the public commands, from drawing the images to the report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from refdet import __version__
+from refdet.errors import InputError, WorkError
+from refdet.files.atomic import write_json
+from refdet.report import Inputs, ReferPart, Step, write
+
+DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
+# The examples come with the source, not with the installed package; there the demo goes without the listener.
+LISTENER = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
+
+ABOUT = {
+    "dataset": "Drew the images and wrote them, their annotations and sentences in the layouts of COCO 2014 and REFER.",
+    "build-split": "Took the images that REFER holds out for val and test, and their annotations, out of the training "
+    "file.",
+    "audit": "Looked for held-out images: the original file leaks, the split does not.",
+    "train": "Trained a Mask R-CNN from scratch on the split.",
+    "evaluate": "Measured COCO's box and mask AP on the val images.",
+    "extract-features": "Detected regions on the val and test images of REFER and stored boxes, masks and features.",
+    "listener": "Trained a small model of words and stored features on the train refs, and let it answer the sentences "
+    "of RefCOCO's val and test images.",
+    "evaluate-on-refer": "Measured whether the regions cover the objects that the sentences refer to, and how often "
+    "the listener finds them.",
+}
+
+
+class RunCommand(Protocol):
+    """Runs ``refdet ARGS`` and returns when it is done; raises what the command raises.
+
+    ``output`` is the file that its standard output goes to, None for where it usually goes.
+    """
+
+    def __call__(self, args: list[str], output: Path | None = None) -> None: ...
+
+
+@dataclass
+class _Log:
+    """Runs commands and remembers them with their times."""
+
+    run: RunCommand
+    say: Callable[[str], None]
+    commands: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time what is done in the block."""
+        self.say(f"\n--- {name}")
+        self.commands[name] = []
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.say(f"({name} took {self.seconds[name]:.1f} s)")
+
+    def refdet(self, command: str, *args: str | Path, output: Path | None = None, step: str | None = None) -> None:
+        """Show and run one command of a step, of that of its name if no other is given."""
+        words = [command, *map(str, args)]
+        line = shlex.join(["refdet", *words]) + (f" > {shlex.quote(str(output))}" if output else "")
+        self.commands[step or command].append(line)
+        self.say(f"$ {line}")
+        self.run(words, output)
+
+    def python(self, name: str, script: Path, *args: str | Path) -> None:
+        """Show and run a Python script, one command of a step; WorkError if it fails."""
+        words = [str(script), *map(str, args)]
+        line = shlex.join(["python", *words])
+        self.commands[name].append(line)
+        self.say(f"$ {line}")
+        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.say(done.stdout.rstrip())
+        if done.returncode:
+            raise WorkError(f"{script} failed; what it said stands above")
+
+
+def demo(
+    out: Path,
+    run: RunCommand,
+    say: Callable[[str], None],
+    seed: int = 0,
+    images: int | None = None,
+    changes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run the pipeline into the new folder ``out``.
+
+    Arguments:
+        run: runs a command of refdet.
+        say: shows a line to the user.
+        seed: of the dataset and of the training.
+        images: how many train images to draw, None for the usual number.
+        changes: of the recipe, such as "train.steps=20".
+
+    Returns:
+        What ``out/metrics.json`` holds: detection, refer, provenance, seconds, seed, versions.
+
+    Raises:
+        InputError: ``out`` exists, or an argument is wrong.
+        WorkError: a step did not do what it is for.
+    """
+    from refdet.config import recipe
+    from refdet.data import shapes
+
+    recipe.load("demo").with_changes(changes)  # a wrong one is told now, not after minutes
+    if out.exists():
+        raise InputError(f"{out} exists; choose another --out or remove it")
+    log = _Log(run, say)
+    data, split, model = out / "data", out / "split.json", out / "run"
+    original = data / "annotations" / "instances_train2014.json"
+    refer_root, train_images = data / "refer", data / "train2014"
+    with log.step("dataset"):
+        call = f"shapes.write({str(data)!r}, seed={seed}, images={images})"
+        log.commands["dataset"].append(f'python -c "from refdet.data import shapes; {call}"')
+        say("drawing images and their sentences, laid out as COCO 2014 and REFER")
+        shapes.write(data, seed, images)
+    with log.step("build-split"):
+        log.refdet("build-split", "--instances", original, "--refer-root", refer_root, "--out", split)
+    with log.step("audit"):
+        _expect_leak(log, original, refer_root)
+        log.refdet("audit", "--instances", split, "--refer-root", refer_root)
+    with log.step("train"):
+        settings = [word for change in (f"train.seed={seed}", *changes) for word in ("--set", change)]
+        log.refdet(
+            "train", "--recipe", "demo", "--instances", split, "--images", train_images, "--out", model, *settings
+        )
+    with log.step("evaluate"):
+        val, detected = data / "annotations" / "instances_val2014.json", out / "detection.json"
+        log.refdet("evaluate", "--checkpoint", model, "--instances", val, "--images", data / "val2014", "--json",
+                   output=detected)  # fmt: skip
+    with log.step("extract-features"):
+        for dataset, split_by in DATASETS:
+            held_out = _held_out_splits(refer_root, dataset, split_by)
+            log.refdet("extract-features", "--checkpoint", model, "--images", train_images,
+                       "--refer-root", refer_root, "--dataset", dataset, "--split-by", split_by,
+                       "--split", ",".join(held_out), "--out", _store(out, dataset))  # fmt: skip
+    answers = _listen(log, out, model, train_images, refer_root)
+    with log.step("evaluate-on-refer"):
+        for dataset, split_by in DATASETS:
+            given = ("--predictions", answers) if answers is not None and dataset == DATASETS[0][0] else ()
+            log.refdet("evaluate-on-refer", "--store", _store(out, dataset), "--refer-root", refer_root,
+                       "--dataset", dataset, "--split-by", split_by, *given,
+                       "--out", out / "refer" / dataset)  # fmt: skip
+    parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
+    metrics = {
+        "detection": _read(detected),
+        "refer": {f"{p.metrics['dataset']}/{p.metrics['split_by']}": p.metrics["splits"] for p in parts},
+        "provenance": parts[0].metrics["provenance"],
+        "seconds": {**log.seconds, "total": sum(log.seconds.values())},
+        "seed": seed,
+        "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
+    }
+    write_json(out / "metrics.json", metrics)
+    steps = [Step(name, ABOUT[name], tuple(log.commands[name]), log.seconds[name]) for name in log.seconds]
+    write(out / "report.html", Inputs(
+        run=model, refer_root=refer_root, images=train_images, parts=parts, detection=_read(detected),
+        instances=split, source=original, steps=steps,
+    ))  # fmt: skip
+    return metrics
+
+
+def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
+    """Train the listener on the first of `DATASETS`; its answers there, None where there is no listener."""
+    if not LISTENER.is_file():
+        log.say(f"\n--- listener\nleft out: {LISTENER.name} is one of the examples, which come with the source")
+        return None
+    dataset, split_by = DATASETS[0]
+    train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
+    with log.step("listener"):
+        log.refdet("extract-features", "--checkpoint", model, "--images", images, "--refer-root", refer_root,
+                   "--dataset", dataset, "--split-by", split_by, "--split", "train", "--regions", "annotations",
+                   "--out", train, step="listener")  # fmt: skip
+        log.python("listener", LISTENER, "--train", train, "--test", _store(out, dataset), "--refer-root", refer_root,
+                   "--refs", *(f"{name}/{by}" for name, by in DATASETS), "--out", answers)  # fmt: skip
+    return answers
+
+
+def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
+    try:
+        log.refdet("audit", "--instances", original, "--refer-root", refer_root)
+    except WorkError as error:
+        log.say(f"error: {error}\n(exit code 1, as it should be: the original file holds val and test images)")
+    else:
+        raise WorkError(f"{original}: audit found none of the held-out images that are in it")
+
+
+def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]:
+    from refdet.data.refer_splits import choose_splits
+    from refer import REFER
+
+    refs = REFER(refer_root, dataset, split_by).data["refs"]
+    return choose_splits(refs, (), str(refer_root / dataset), skip=("train",))
+
+
+def _store(out: Path, dataset: str) -> Path:
+    return out / "features" / f"{dataset}.h5"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Recipes: everything that defines a training run, as typed values with bounds."""

@@ -1,0 +1,82 @@
+"""YAML that may come from strangers: mappings with text as keys, lists and scalars, within limits.
+
+Aliases are refused: with them a few hundred bytes describe a tree of gigabytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from refdet.errors import InputError
+from refdet.files.short_text import cut, shown
+
+DEEPEST, MOST_NODES, LONGEST_SCALAR = 16, 10_000, 1_000
+_TEXT = "tag:yaml.org,2002:str"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader within limits, which are checked before anything is constructed."""
+
+    def __init__(self, stream: str | bytes) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self._nodes += 1
+        self._depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(f"the alias *{cut(event.anchor)} is not supported; write the value in its place", event)
+        if getattr(event, "tag", None) is not None:
+            raise _refused(f"the tag {cut(event.tag)} is not supported", event)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
+            raise _refused(f"a value of more than {LONGEST_SCALAR} characters", event)
+        if self._depth > DEEPEST:
+            raise _refused(f"nested more than {DEEPEST} levels deep", event)
+        if self._nodes > MOST_NODES:
+            raise _refused(f"more than {MOST_NODES} values", event)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != _TEXT:
+                raise _refused(f"the key {shown(key.value)} is not text; put it in quotes", key)
+            if key.value in seen:
+                raise _refused(f"duplicate key {shown(key.value)}", key)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        InputError: it is not YAML, or has what is refused: aliases, tags, duplicate keys, keys that are not text, too
+            much nesting, or too many or too long values.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  # a safe loader
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML that can be used ({_problem(error)})") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # of a scalar, such as the date 2001-99-99
+        raise InputError(f"not YAML that can be used ({cut(error)})") from None
+
+
+def _refused(what: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=at.start_mark)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark
+        problem = error.problem.replace("found unexpected ", "found ")
+        return cut(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a character that is no text at position {error.position}"
+    return cut(error, 200)

@@ -1,0 +1,196 @@
+"""Checkpoints: the run directory that `train` writes and every other command takes.
+
+``model.safetensors`` holds the weights, ``model.json`` what they mean (recipe, categories, provenance, step),
+``state/`` what resuming needs. Each file is replaced whole or not at all. What a run directory is can be read without
+torch; only its tensors need it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from refdet.config.recipe import Recipe, from_dict
+from refdet.detector.weights.file_formats import check_safetensors, is_address, what_is
+from refdet.errors import InputError
+from refdet.files.atomic import atomic_path, write_json
+from refdet.files.short_text import cut, shown
+from refdet.files.small_files import read_small, strict_json
+from refdet.structures.provenance import UNKNOWN_DATA, Provenance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODEL, META, STATE = "model.safetensors", "model.json", "state"
+LARGEST_META = 2**23  # bytes of a model.json
+MOST_CATEGORIES = 50_000
+HEADS = ("rpn.", "head.box.", "head.mask.")  # parts of a detector that an ImageNet network does not have
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What weights mean: ``model.json``."""
+
+    recipe: Recipe
+    categories: tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
+    provenance: Provenance
+    step: int
+    untrained: tuple[str, ...] = ()  # beginnings of the names of parameters that nobody trained
+
+    @property
+    def category_ids(self) -> list[int]:
+        """COCO ids of the labels 1, 2, ..."""
+        return [category for category, _ in self.categories]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "categories": [{"id": id_, "name": name} for id_, name in self.categories],
+            "provenance": self.provenance.to_json(),
+            "step": self.step,
+            "untrained": list(self.untrained),
+        }
+
+    @classmethod
+    def from_json(cls, tree: Any) -> Meta:
+        """The inverse of `to_json`. Raises InputError where a field is missing or wrong; it is named."""
+        if not isinstance(tree, dict):
+            raise InputError(f"an object is needed, not {shown(tree)}")
+        missing = [name for name in ("recipe", "categories", "provenance", "step") if name not in tree]
+        if missing:
+            raise InputError(f"{missing[0]!r} is missing")
+        step, untrained = tree["step"], tree.get("untrained", [])
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise InputError(f"step: a number of steps is needed, not {shown(step)}")
+        if not isinstance(untrained, list) or not all(isinstance(part, str) and part in HEADS for part in untrained):
+            raise InputError(f"untrained: a list of {', '.join(HEADS)} is needed, not {shown(untrained)}")
+        provenance = Provenance.from_json(tree["provenance"])
+        return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Meta:
+        """As `from_json`, from the text of ``model.json``. Raises InputError; it names no file."""
+        return cls.from_json(strict_json(text))
+
+    def warnings(self) -> list[str]:
+        """What everyone who uses these weights should be told, a line each."""
+        lines = []
+        if self.provenance.is_unknown:
+            lines.append(f"detector: {self.provenance.note}")
+        elif UNKNOWN_DATA in (self.provenance.weights or ""):
+            lines.append(f"detector: started from {self.provenance.weights}")
+        if self.untrained:
+            parts = ", ".join(part.rstrip(".") for part in self.untrained)
+            lines.append(f"detector: its {parts} are not trained; only features of given boxes mean something")
+        return lines
+
+
+def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
+    """(COCO id, name) of each category."""
+    if not isinstance(tree, list) or not 0 < len(tree) <= MOST_CATEGORIES:
+        raise InputError(f"categories: a list of 1 to {MOST_CATEGORIES} is needed, not {shown(tree)}")
+    for category in tree:
+        good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
+        if not good or not -(2**63) <= category["id"] < 2**63:
+            raise InputError(f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {shown(category)}")
+    counts = Counter(category["id"] for category in tree)
+    if len(counts) < len(tree):
+        raise InputError(f"categories: duplicate category id {counts.most_common(1)[0][0]}")
+    return tuple((category["id"], category["name"]) for category in tree)
+
+
+def run_directory(path: str | Path) -> Path:
+    """The run directory that a path names: itself, or the folder of its model file.
+
+    Raises:
+        InputError: there is no checkpoint; the message says what there is, and which folder to give instead.
+    """
+    path = Path(path)
+    folder = path.parent if path.name in (MODEL, META) else path
+    for name in (META, MODEL):
+        if not (folder / name).is_file():
+            raise InputError(f"{path}: {_not_a_run(path, folder, name)}")
+    return folder
+
+
+def _not_a_run(path: Path, folder: Path, missing: str) -> str:
+    """Why a path is no run directory, and what to give."""
+    if not path.exists() and not path.is_symlink() and not folder.is_dir():
+        if is_address(path):
+            return "an address; download the run directory, and give its folder"
+        return "no such file or folder; give a run directory that `refdet train` wrote"
+    above = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
+    if above is not None:
+        return f"not a run directory, but in one; give {above}"
+    if path.name in (MODEL, META) and path.is_file():
+        return f"there is no {missing} beside it; give a run directory that has both"
+    if path.is_file():
+        return f"{what_is(path) or 'a file'}, not a run directory"
+    if not path.is_dir():
+        return "not a run directory"
+    if (folder / META).is_file() or (folder / MODEL).is_file():
+        return f"no {missing} there, only the other half of a run directory; copy both"
+    if any((folder / STATE).glob("step-*.safetensors")):
+        return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
+    below = sorted(parent for parent in path.iterdir() if _is_run(parent))
+    if below:
+        more = f" or another of its {len(below)}" if len(below) > 1 else ""
+        return f"no {missing} there; give {below[0]}{more}, which is a run directory"
+    return f"no {missing} there; give a run directory that `refdet train` wrote"
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / META).is_file() and (folder / MODEL).is_file()
+
+
+def load_meta(path: str | Path) -> Meta:
+    """What the weights of a run directory mean.
+
+    Raises:
+        InputError: no checkpoint, or a damaged ``model.json``.
+    """
+    file = run_directory(path) / META
+    data = read_small(file, LARGEST_META)
+    try:
+        return Meta.parse(data)
+    except InputError as error:
+        raise InputError(f"{file}: not a checkpoint's model.json ({error}); give another run directory") from None
+
+
+def save(folder: Path, model: nn.Module, meta: Meta) -> None:
+    """Write ``model.safetensors`` and ``model.json``."""
+    write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
+    write_json(folder / META, meta.to_json())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file  # brings torch
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata))
+        umask = os.umask(0)  # safetensors makes files that only their owner reads
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. They are mapped, not read, until somebody needs them.
+
+    Raises:
+        InputError: it cannot be read, or has more tensors than any network here.
+    """
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({cut(error, 200)})") from error

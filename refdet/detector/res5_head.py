@@ -1,0 +1,59 @@
+"""conv5 of a detector in use, whose first 1x1 convolutions can run on the map before RoIs are pooled from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from refdet.detector.packed_layers import BottleneckInUse, rectified
+from refdet.detector.resnet import Bottleneck, relu
+
+
+class EarlyConv5(nn.Module):
+    """A last stage of bottlenecks in two steps, `enter` and `forward`.
+
+    Its first block begins with two 1x1 convolutions, one of them the shortcut. They and pooling are linear and work
+    on different axes, so their order does not matter: with hundreds of RoIs on one map, the map has far fewer
+    positions than the RoIs have cells. Only the biases must wait until after pooling, which is 0 outside the map.
+
+    Args:
+        stage: bottlenecks of stride 1 without norms, as `refdet.detector.optimize` makes them.
+    """
+
+    def __init__(self, stage: nn.Sequential) -> None:
+        super().__init__()
+        blocks = [block for block in stage if isinstance(block, Bottleneck)]
+        if len(blocks) < len(stage) or not can_enter_early(stage):
+            raise TypeError(f"a stage of bottlenecks of stride 1 with a shortcut is needed, not {stage}")
+        first = blocks[0]
+        lower, shortcut = first.conv1, first.downsample.get_submodule("0")
+        assert isinstance(shortcut, nn.Conv2d)
+        self.widths = [lower.out_channels, shortcut.out_channels]
+        self.entry = nn.Conv2d(lower.in_channels, sum(self.widths), 1, bias=False)
+        self.conv2, self.conv3 = first.conv2, first.conv3
+        self.rest = nn.Sequential(*(BottleneckInUse(block) for block in blocks[1:]))
+        biases = lower.bias, shortcut.bias, self.conv3.bias
+        assert biases[0] is not None and biases[1] is not None and biases[2] is not None
+        with torch.no_grad():
+            self.entry.weight.copy_(torch.cat((lower.weight, shortcut.weight)))
+            biases[2].add_(biases[1])
+        self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W), the map or cells of RoIs -> (N, C', H, W), which may be pooled before `forward`."""
+        return self.entry(x)
+
+    def forward(self, entered: Tensor) -> Tensor:
+        """Cells (K, C', m, m) -> (K, C, m, m)."""
+        lowered, shortcut = entered.split(self.widths, dim=1)
+        y = rectified(self.conv2, relu(lowered + self.lower_bias))
+        return self.rest(rectified(self.conv3, y, shortcut))
+
+
+def can_enter_early(stage: nn.Module) -> bool:
+    """Whether a stage is one that `EarlyConv5` takes."""
+    first = stage[0] if isinstance(stage, nn.Sequential) else None
+    if not isinstance(first, Bottleneck) or not isinstance(first.downsample, nn.Sequential):
+        return False
+    folded = isinstance(first.bn1, nn.Identity)
+    return folded and first.conv1.stride == first.downsample.get_submodule("0").stride == (1, 1)

@@ -1,0 +1,106 @@
+"""What the network should have said: which anchors and RoIs stand for which objects, and the masks of RoIs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from refdet.ops.masks import mask_coverage
+from refdet.ops.matching import match_boxes
+from refdet.structures import boxes as box_ops
+from refdet.structures.box_convention import BoxConvention
+from refdet.structures.ground_truth import GroundTruth
+
+IGNORED, BACKGROUND, OBJECT = -1, 0, 1
+
+
+def match(
+    candidates: Tensor, truth: GroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
+) -> tuple[Tensor, Tensor]:
+    """Which candidates are objects, background, or neither.
+
+    Args:
+        candidates: (N, 4) boxes, anchors or RoIs.
+        positive_iou: a candidate at or above it is an object.
+        negative_iou: one below it is background; what lies between is ignored.
+        best_for_each: also take for each object the candidates that overlap it most, as the RPN does
+            (Ren et al., "Faster R-CNN", section 3.1.2).
+    Returns:
+        kinds (N,) int64 of IGNORED, BACKGROUND and OBJECT, and object (N,), the index of the object
+        that each candidate overlaps most (0 where there are no objects).
+    """
+    count = len(candidates)
+    kinds = torch.full((count,), BACKGROUND, dtype=torch.int64, device=candidates.device)
+    matched = torch.zeros_like(kinds)
+    if len(truth.crowds):
+        inside = box_ops.intersection(candidates, truth.crowds).amax(dim=1)
+        kinds[inside > 0.5 * box_ops.area(candidates).clamp(min=1e-12)] = IGNORED
+    if len(truth.boxes) == 0 or count == 0:
+        return kinds, matched
+    found = match_boxes(candidates, truth.boxes)
+    kinds[(found.best >= negative_iou) & (found.best < positive_iou)] = IGNORED
+    kinds[found.best >= positive_iou] = OBJECT
+    if best_for_each:
+        kinds[found.reaches] = OBJECT
+    return kinds, found.object
+
+
+def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Which of boxes (N, 4) lie in an image of this size, (N,) bool."""
+    return ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= boxes.new_tensor([width, height]))).all(dim=1)
+
+
+def sample(
+    kinds: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None, refill: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Indices of random candidates: (P,) objects and (Q,) background.
+
+    Args:
+        count: at most so many, and a fraction of `positive_fraction` at most are objects.
+        refill: give exactly `count`, drawing some twice where the background is too small; where there is none,
+            they are all objects, as in the seed.
+    """
+    objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (OBJECT, BACKGROUND))
+    everything = refill and len(background) == 0
+    positive = _choose(objects, count if everything else int(count * positive_fraction), generator, everything)
+    return positive, _choose(background, count - len(positive), generator, refill)
+
+
+def _choose(found: Tensor, count: int, generator: torch.Generator | None, refill: bool) -> Tensor:
+    if len(found) > count:
+        return found[torch.randperm(len(found), generator=generator, device=found.device)[:count]]
+    if refill and 0 < len(found) < count:
+        return found[torch.randint(len(found), (count,), generator=generator, device=found.device)]
+    return found
+
+
+def mask_targets(
+    rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: BoxConvention | None = None
+) -> Tensor:
+    """The masks that RoIs should get.
+
+    Each cell is 1 where the object covers at least half of it; the coverage is exact, measured in the
+    original image, so nothing is resized.
+
+    Args:
+        rois: (P, 4) in pixels of the network's input.
+        objects: (P,) index of the object of each RoI; each has a mask.
+        size: side m of a mask.
+        convention: of the RoIs; half-open by default.
+    Returns:
+        (P, m, m) float32 of 0 and 1.
+    """
+    if truth.masks is None:
+        raise ValueError("these targets were made without masks")
+    boxes = (convention or BoxConvention()).unscale(rois.detach().cpu(), truth.scale)
+    if truth.flipped_width is not None:
+        boxes = torch.stack(
+            (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
+        )
+    drawn = torch.tensor([mask is not None for mask in truth.masks], dtype=torch.int64)
+    place = drawn.cumsum(0) - 1  # of an object's mask among those that there are
+    rles = [mask for mask in truth.masks if mask is not None]
+    found = mask_coverage(rles, place[objects.cpu()], boxes, size)
+    if truth.flipped_width is not None:
+        found = found.flip(2)
+    return (found >= 0.5).float().to(rois.device)

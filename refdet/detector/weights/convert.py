@@ -1,0 +1,213 @@
+"""Weights of other programs: which network they are, and the same in our names.
+
+Known are the seed's checkpoints (lichengunc/mask-faster-rcnn, Mask and Faster R-CNN) and ImageNet ResNets in Caffe's
+and in torchvision's style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.detector.checkpoint import HEADS, MOST_CATEGORIES
+from refdet.detector.finite import LARGEST_WEIGHT, unusable
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.resnet import BLOCKS
+from refdet.errors import InputError
+from refdet.files.short_text import cut
+
+STYLES = ("caffe", "torchvision")
+SEED_PARTS = {
+    "rpn.conv.": "rpn_net.",
+    "rpn.score.": "rpn_cls_score_net.",
+    "rpn.delta.": "rpn_bbox_pred_net.",
+    "head.box.score.": "cls_score_net.",
+    "head.box.delta.": "bbox_pred_net.",
+    "head.mask.hidden.0.": "mask_up_sampling.",
+    "head.mask.logits.": "mask_pred_net.",
+    "head.conv5.": "resnet.layer4.",
+    "backbone.": "resnet.",
+}
+RESNET_PARTS = {"head.conv5.": "layer4.", "backbone.": ""}
+IMAGENET_CLASSIFIER = ("fc.weight", "fc.bias")  # of no use to a detector
+# Weights of a first convolution for inputs in 0..255 are small against what comes out, in units of 1 not; the
+# quotient taken below is a few hundreds or more and a few units (the inputs' variances, 58 ** 2 and 1, times
+# what neighbouring pixels have in common).
+CAFFE_GAIN = 100.0
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Weights in our names.
+
+    Attributes:
+        kind: what they are, for people.
+        recipe: the network that they are of, with which everything else about them is said.
+        classes: number of object classes, None for a network without a detector's heads.
+        tensors: name -> float32 tensor, for all parameters and buffers but those of `untrained`.
+        untrained: beginnings of the names of what the file does not have.
+    """
+
+    kind: str
+    recipe: Recipe
+    classes: int | None
+    tensors: dict[str, Tensor]
+    untrained: tuple[str, ...]
+
+
+def recognise(tensors: Mapping[str, Tensor], style: str | None = None) -> Recognised:
+    """Which network foreign tensors are of.
+
+    Arguments:
+        style: "caffe" or "torchvision", of an ImageNet ResNet; None to tell it from the tensors.
+
+    Raises:
+        InputError: they are no network known here; the message lists what is missing and what is left over.
+    """
+    given = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if any(name.startswith(("resnet.", "rpn_")) for name in given):
+        if style is not None:
+            raise InputError(f"--style {style}: this is a detector, only an ImageNet ResNet has a choice of styles")
+        return _seed(given)
+    return _resnet(given, style)
+
+
+def _seed(given: dict[str, Tensor]) -> Recognised:
+    depth = _depth(given, "resnet.")
+    anchors = _rows(given, "rpn_cls_score_net.weight", 24) // 2
+    name = {12: f"seed-c4-res{depth}", 15: f"seed-c4-res{depth}-lg"}.get(anchors, "")
+    if name not in recipes.names():
+        raise InputError(
+            f"rpn_cls_score_net.weight: {anchors} anchors a cell with a ResNet-{depth} are no network of a known "
+            "recipe; 12 (scales 4, 8, 16, 32) are known for 50, 101 and 152, 15 (and 2) for 101"
+        )
+    masks = any(key.startswith("mask_") for key in given)
+    classes = max(_rows(given, "cls_score_net.weight", 81) - 1, 1)
+    if classes > MOST_CATEGORIES:
+        raise InputError(f"cls_score_net.weight: {classes} classes, more than the {MOST_CATEGORIES} that there may be")
+    recipe = recipes.load(name).with_changes([] if masks else ["model.masks=false"])
+    converted = _renamed(
+        recipe,
+        classes,
+        given,
+        SEED_PARTS,
+        ignored=tuple(f"resnet.{name}" for name in IMAGENET_CLASSIFIER),
+        untrained=(),
+    )
+    kind = f"the seed's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, {anchors} anchors a cell"
+    return Recognised(kind, recipe, classes, converted, ())
+
+
+def _resnet(given: dict[str, Tensor], style: str | None) -> Recognised:
+    depth = _depth(given, "")
+    style = style or ("torchvision" if depth < 50 else _style(given))
+    if style == "caffe":
+        if depth < 50:
+            raise InputError("--style caffe: there is no recipe for a Caffe ResNet of less than 50 layers")
+        recipe = recipes.load(f"seed-c4-res{depth}")
+    else:
+        name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
+        recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])
+    tensors = _renamed(recipe, 0, given, RESNET_PARTS, ignored=IMAGENET_CLASSIFIER, untrained=HEADS)
+    return Recognised(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEADS)
+
+
+def _depth(given: Mapping[str, Tensor], prefix: str) -> int:
+    """Depth of the ResNet whose blocks are there, even if some of their tensors are not."""
+    blocks = tuple(_count(given, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
+    bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in given)
+    depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == bottleneck]
+    if depths:
+        return depths[0]
+    needed = [f"{prefix}conv1.weight", *(f"{prefix}layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4))]
+    raise InputError(
+        "not a network known here (the seed's Mask or Faster R-CNN, an ImageNet ResNet): "
+        + _differences((n for n in needed if n not in given), (n for n in given if n not in needed))
+        + (f"; blocks a stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
+    )
+
+
+def _count(given: Mapping[str, Tensor], prefix: str) -> int:
+    indices = {name[len(prefix) :].partition(".")[0] for name in given if name.startswith(prefix)}
+    return len([index for index in indices if index.isdigit()])
+
+
+def _rows(given: Mapping[str, Tensor], name: str, usual: int) -> int:
+    """Length of the first axis of a tensor, the usual one where it is missing."""
+    shape = given[name].shape if name in given else (usual,)
+    return shape[0] if shape else 0
+
+
+def _style(given: Mapping[str, Tensor]) -> str:
+    """Caffe's or torchvision's, whose tensors have the same names and shapes.
+
+    Batch norm counts its batches since PyTorch 0.4, later than the conversions from Caffe. Without a count, the
+    first norm tells the range of the input by how much larger the variances it saw are than the filters.
+    """
+    if any(name.endswith("num_batches_tracked") for name in given):
+        return "torchvision"
+    weight, variance = given.get("conv1.weight"), given.get("bn1.running_var")
+    if weight is None or variance is None or weight.shape[1:] != (3, 7, 7) or variance.shape != weight.shape[:1]:
+        return "caffe"  # what is wrong will be told
+    filters = weight.float().flatten(1).square().sum(1)
+    gain = (variance.float() / filters.clamp(min=1e-12)).median().item()
+    untouched = bool((variance == 1).all())
+    return "caffe" if gain > CAFFE_GAIN or untouched else "torchvision"
+
+
+def _renamed(
+    recipe: Recipe,
+    classes: int,
+    given: Mapping[str, Tensor],
+    parts: Mapping[str, str],
+    ignored: tuple[str, ...],
+    untrained: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """The tensors of a model of `recipe`, taken from `given` by `parts` (beginning of our name -> of theirs)."""
+    with torch.device("meta"):
+        model = MaskRCNN(recipe, classes)
+    wanted = {
+        name: value for name, value in model.state_dict().items() if not (untrained and name.startswith(untrained))
+    }
+    found, missing, wrong, used = {}, [], [], set()
+    for name, own in wanted.items():
+        ours = next(part for part in parts if name.startswith(part))
+        theirs = parts[ours] + name[len(ours) :]
+        if theirs not in given:
+            missing.append(theirs)
+            continue
+        used.add(theirs)
+        pairs = name.startswith("rpn.score.")
+        shape = (2 * own.shape[0], *own.shape[1:]) if pairs else tuple(own.shape)
+        if given[theirs].shape != shape:
+            wrong.append(f"{theirs} is {tuple(given[theirs].shape)}, not {shape}")
+            continue
+        value = given[theirs].detach().float()
+        if unusable({name: value}):
+            wrong.append(f"{theirs} has values that are not finite, beyond {LARGEST_WEIGHT:g}, or a negative variance")
+        if pairs:  # a softmax over the pair is a sigmoid of the difference
+            background, objects = value.chunk(2)
+            value = objects - background
+        found[name] = value.contiguous()
+    left = [n for n in given if n not in used and n not in ignored and not n.endswith("num_batches_tracked")]
+    if missing or left or wrong:
+        raise InputError(
+            f"looks like the weights of {recipe.name}, but "
+            + "; ".join(filter(None, (_differences(missing, left), ", ".join(wrong[:5]))))
+        )
+    return found
+
+
+def _differences(missing: Iterable[str], left: Iterable[str]) -> str:
+    """What is missing and what is left over, some names of each."""
+    told = []
+    for what, names in (("missing", sorted(missing)), ("left over", sorted(left))):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            told.append(f"{what}: {', '.join(map(cut, names[:8]))}{more}")
+    return "; ".join(told)

@@ -1,0 +1,86 @@
+"""Which program's network a checkpoint is of, told from the names of its tensors and classes; without torch.
+
+It is for error messages alone: what can be imported is decided in `refdet.detector.weights.convert`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Of each program expressions of which every one must begin some name; the first that fits counts.
+_BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
+    ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
+    ("a torchvision Faster R-CNN", (r"backbone\.body\.", r"roi_heads\.box_predictor\.")),
+    ("a torchvision RetinaNet", (r"backbone\.body\.", r"head\.classification_head\.")),
+    ("a maskrcnn-benchmark detector", (r"backbone\.body\.stem\.", r"rpn\.head\.")),
+    ("a torchvision segmentation network", (r"backbone\.layer1\.", r"classifier\.\d")),
+    ("a detectron2 Mask R-CNN", (r"proposal_generator\.", r"roi_heads\.mask_head\.")),
+    ("a detectron2 Faster R-CNN", (r"proposal_generator\.", r"roi_heads\.")),
+    ("a detectron2 RetinaNet", (r"backbone\.bottom_up\.", r"head\.cls_score\.")),
+    ("a detectron2 network", (r"backbone\.(bottom_up|res2)\.",)),
+    ("a detectron2 ImageNet backbone", (r"stem\.conv1\.", r"res2\.0\.")),
+    ("a Caffe2 Detectron network", (r"res2_0_branch2a_w",)),
+    ("an MMDetection Mask R-CNN", (r"roi_head\.mask_head\.", r"(backbone|rpn_head)\.")),
+    ("an MMDetection Faster R-CNN", (r"roi_head\.bbox_head\.", r"(backbone|rpn_head)\.")),
+    ("an MMDetection detector", (r"backbone\.", r"(neck|bbox_head|rpn_head|panoptic_head)\.(convs|rpn_|lateral_)")),
+    ("an MMDetection detector", (r"backbone\.", r"bbox_head\.")),
+    ("jwyang's faster-rcnn.pytorch", (r"RCNN_base\.", r"RCNN_rpn\.")),
+    ("an MDETR model", (r"transformer\.text_encoder\.", r"bbox_embed\.")),
+    ("a Grounding DINO or GLIP model", (r"(bert|language_backbone)\.", r"(backbone|transformer|input_proj)\.")),
+    ("a Hugging Face DETR", (r"model\.backbone\.", r"(class_labels_classifier|bbox_predictor|model\.decoder)\.")),
+    ("a DETR", (r"transformer\.(encoder|decoder)\.", r"(class|bbox)_embed\.")),
+    ("a Segment Anything model", (r"image_encoder\.", r"mask_decoder\.")),
+    ("a CLIP model", (r"visual\.", r"(transformer\.resblocks|token_embedding)\.")),
+    ("a Hugging Face CLIP model", (r"vision_model\.", r"text_model\.")),
+    ("a Hugging Face ResNet", (r"resnet\.embedder\.",)),
+    ("a Hugging Face transformer", (r"(bert|roberta|vit|vilt|blip|deit|dinov2|model)\.(embeddings|encoder|layers)\.",)),
+    ("a Swin transformer", (r"(backbone\.)?layers\.\d\.blocks\.\d+\.attn\.",)),
+    ("a vision transformer", (r"patch_embed\.proj\.", r"blocks\.0\.")),
+    ("a YOLO network", (r"model\.\d+\.(conv|cv1|m|dfl)\.",)),
+    ("an SSD", (r"(vgg\.\d|extras\.\d)",)),
+    ("a VGG network", (r"features\.\d+\.weight", r"classifier\.0\.weight")),
+    ("a DenseNet", (r"features\.denseblock1\.",)),
+    ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
+)
+# The first module of a class that the file names.
+_BY_CLASSES = {
+    "ultralytics": "an Ultralytics YOLO model",
+    "models": "a YOLOv5 or YOLOv7 model",
+    "mmcv": "an MMDetection checkpoint",
+    "mmengine": "an MMDetection checkpoint",
+    "mmdet": "an MMDetection detector",
+    "detectron2": "a detectron2 checkpoint",
+    "fvcore": "a detectron2 checkpoint",
+    "maskrcnn_benchmark": "a maskrcnn-benchmark checkpoint",
+    "torchvision": "a whole torchvision model",
+    "timm": "a whole timm model",
+    "transformers": "a whole Hugging Face model",
+    "pytorch_lightning": "a PyTorch Lightning checkpoint",
+    "lightning": "a PyTorch Lightning checkpoint",
+}
+OWN = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")
+STATE = (r"model/", r"model/rpn\.conv\.weight$")
+_WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")
+
+
+def has_all(names: Iterable[str], beginnings: Iterable[str]) -> bool:
+    """Whether each of the expressions begins some name."""
+    text = "\n".join(names)
+    return all(re.search(f"^(?:{expression})", text, re.MULTILINE) for expression in beginnings)
+
+
+def program_of(names: Iterable[str], classes: Iterable[str] = ()) -> str | None:
+    """What a checkpoint is, such as "a torchvision Mask R-CNN"; None where nothing tells.
+
+    Args:
+        names: of the tensors.
+        classes: dotted names of what a pickle wants to import.
+    """
+    names = list(names)
+    bare = [_WRAPPERS.sub("", name) for name in names]
+    by_tensors = next((what for what, parts in _BY_TENSORS if has_all(bare, parts) or has_all(names, parts)), None)
+    if by_tensors is not None:
+        return by_tensors
+    return next((_BY_CLASSES[top] for name in classes if (top := name.partition(".")[0]) in _BY_CLASSES), None)

@@ -1,0 +1,206 @@
+"""Import: a checkpoint of another program becomes a run directory."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refdet.data.coco import CocoIndex
+from refdet.detector import checkpoint
+from refdet.detector.checkpoint import Meta
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.weights.convert import Recognised, recognise
+from refdet.detector.weights.file_formats import MOST_TENSORS, is_address, is_safetensors, what_is
+from refdet.detector.weights.identify import OWN, STATE, has_all, program_of
+from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
+from refdet.errors import InputError
+from refdet.files.short_text import cut, shown
+from refdet.structures.coco_categories import coco_categories
+from refdet.structures.provenance import Provenance, file_sha256
+
+WRAPPERS = ("state_dict", "model")  # names under which programs put the weights beside other things
+REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
+MOST_SHARED = 2**27  # numbers of tensors that are views of few; the largest network here has half as many
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was imported: `kind` for people, the name of the recipe, counts, and what the file knows of itself."""
+
+    kind: str
+    recipe: str
+    classes: int
+    numbers: int
+    untrained: tuple[str, ...]
+    provenance: Provenance
+
+
+def import_weights(source: Path, out: Path, trained_on: Path | None = None, style: str | None = None) -> Imported:
+    """Write the run directory of foreign weights.
+
+    Arguments:
+        source: a ``.pth`` that torch.save wrote, or safetensors.
+        out: the run directory, new.
+        trained_on: the split the weights were trained on, where the user knows it.
+        style: see `refdet.detector.weights.convert.recognise`.
+
+    Raises:
+        InputError: the file cannot be read, holds something else than tensors, or is no network known here;
+            `out` exists; or the classes are not those of `trained_on`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists; choose another or remove it")
+    try:
+        found = recognise(read_foreign(source), style)
+    except InputError as error:
+        raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    index = None if trained_on is None else CocoIndex.load(trained_on)
+    categories = _categories(found, source, index)
+    provenance = _provenance(source, index)
+    meta = Meta(found.recipe, categories, provenance, 0, found.untrained)
+    torch.manual_seed(found.recipe.train.seed)  # what the file lacks starts as it would in training
+    model = MaskRCNN(found.recipe, len(categories))
+    model.load_state_dict({**model.state_dict(), **found.tensors})
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(out, model, meta)
+    numbers = sum(value.numel() for value in found.tensors.values())
+    return Imported(found.kind, found.recipe.name, len(categories), numbers, found.untrained, provenance)
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """The tensors of a foreign checkpoint, read without running anything that it may hold.
+
+    Raises:
+        InputError: no such file, damaged, or it holds something else than named, dense tensors of real numbers; or it
+            is another program's network, which is named.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: {_no_file(path)}")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if is_safetensors(start):
+        tensors = checkpoint.read_tensors(path)[0]
+        refuse_other_programs(path, tensors)
+        return _named_tensors(tensors, path)
+    if start[:2] != b"PK" and (what := what_is(path)) and "PyTorch" not in what:
+        raise InputError(f"{path}: {what}, not weights of another program")
+    if start[257:262] == b"ustar":
+        raise InputError(f"{path}: {TAR}")
+    try:
+        contents = read_contents(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    refuse_other_programs(path, contents.strings, contents.classes)
+    if contents.refused is not None:
+        raise InputError(f"{path}: {_unsafe(contents.refused)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the age and the make of the file
+            tree: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged file makes of torch.load is anything
+        raise InputError(f"{path}: {_refusal(error)}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
+            tree = tree[wrapper]
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path}: a {type(tree).__name__} where named tensors are needed; save the state_dict")
+    return _named_tensors(tree, path)
+
+
+def _no_file(path: Path) -> str:
+    """Why a path is no file, and what to do with it."""
+    if is_address(path):
+        return "an address; download the file, and give its path"
+    if not path.is_dir():
+        return "not a regular file" if path.exists() else "no such file"
+    if (path / checkpoint.META).is_file():
+        return "a run directory already; give it to --weights or --checkpoint as it is"
+    return "a folder; give the file in it"
+
+
+def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
+    """InputError if the names are of a network of a program whose checkpoints are known but not imported."""
+    names = list(names)
+    if has_all(names, STATE) or has_all(names, OWN):
+        raise InputError(f"{path}: {what_is(path)}; it needs no import")
+    program = program_of(names, classes)
+    if program is not None:
+        raise InputError(
+            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
+            "ImageNet ResNets can (the weights alone, as a state_dict)"
+        )
+
+
+def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The same, once every name is seen to be text and every value a tensor that holds its numbers."""
+    strange = [
+        name
+        for name, value in tree.items()
+        if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
+    ]
+    if strange or not tree:
+        what = f"{shown(strange[0])} is no named tensor of real numbers" if strange else "nothing in it"
+        raise InputError(f"{path}: {what}; save the model's state_dict alone")
+    if len(tree) > MOST_TENSORS:
+        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} that a network here may have")
+    numbers = sum(value.numel() for value in tree.values())
+    if numbers > max(MOST_SHARED, path.stat().st_size):
+        raise InputError(f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
+                         "of each other or of few numbers; save contiguous copies")  # fmt: skip
+    return dict(tree)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.dtype in REAL and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch would not load a file, without its advice to read it unsafely."""
+    text = str(error)
+    if "TorchScript archives" in text:
+        return SCRIPT
+    if "legacy .tar format" in text:
+        return TAR
+    if not isinstance(error, pickle.UnpicklingError):
+        reason = ": ".join(filter(None, (type(error).__name__, text.partition(". ")[0])))
+        return f"{DAMAGED} ({cut(reason, 200)})"
+    for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL ", "Unsupported class "):
+        if start in text:
+            return _unsafe(text.split(start, 1)[1].split()[0].rstrip(".,"))
+    return "not a file of torch.save that holds tensors alone; save the model's state_dict"
+
+
+def _unsafe(name: str) -> str:
+    return f"it wants to load {shown(name)}, which is no tensor; refused, since loading it could run any program"
+
+
+def _categories(found: Recognised, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
+    """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the seed has them."""
+    if found.classes is None:
+        return coco_categories()
+    if index is not None:
+        categories = tuple(index.categories.items())
+        if len(categories) != found.classes:
+            raise InputError(f"--trained-on {index.path}: {len(categories)} categories, {source} has {found.classes}")
+        return categories
+    if found.classes != len(coco_categories()):
+        raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by --trained-on")
+    return coco_categories()
+
+
+def _provenance(source: Path, index: CocoIndex | None) -> Provenance:
+    digest = file_sha256(source)
+    if index is None:
+        return Provenance.imported(source.name, digest)
+    return Provenance.of_instances(index).with_weights(
+        f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
+    )

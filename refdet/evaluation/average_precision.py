@@ -1,0 +1,177 @@
+"""COCO's box and mask AP, as pycocotools computes it. No torch.
+
+faster-coco-eval, the extra ``fast`` (``pip install ".[fast]"``), gives the same numbers sooner and is used where it is
+installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refdet.data.coco import CocoIndex
+from refdet.data.coco_validation import is_finite
+from refdet.data.segmentations import check_polygons
+from refdet.errors import InputError
+from refdet.structures.regions import Regions
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
+    """Regions as the entries of a COCO results JSON: box as xywh, mask as RLE where there is one."""
+    results = []
+    for image in regions:
+        rles = image.rles()
+        boxes = image.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        for row in range(len(image)):
+            result: dict[str, Any] = {
+                "image_id": image.image_id,
+                "category_id": int(image.category_ids[row]),
+                "bbox": boxes[row].tolist(),
+                "score": float(image.scores[row]),
+            }
+            if rles:
+                result["segmentation"] = rles[row]
+            results.append(result)
+    return results
+
+
+def coco_ap(
+    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
+) -> dict[str, float]:
+    """AP of results on images, exactly as pycocotools has it for ids from 1 on.
+
+    What the ids are makes no difference: COCOeval takes an annotation of id 0 for no match, and its libraries hold ids
+    in C integers and floats, so they are given a copy in which images, categories and annotations are numbered from 1.
+
+    For "segm" a result's size is the area of its mask, as in COCO's own evaluation, not that of its box. An
+    annotation without a segmentation has its box as its mask. Results of other images and categories count nowhere.
+
+    Args:
+        index: the annotations.
+        image_ids: the images to evaluate on.
+        results: entries of a COCO results JSON.
+        kind: "bbox" or "segm".
+    Returns:
+        AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 where the images
+        have no such object.
+    Raises:
+        InputError: an annotation's polygons are too far away or too long to be drawn.
+    """
+    numbers = _Numbers.of(index, image_ids)
+    if not numbers.images:
+        return dict.fromkeys(METRICS, -1.0)
+    found = _results(results, kind, numbers)
+    COCO, COCOeval = _evaluator()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = _dataset(index, kind, numbers)
+        truth.createIndex()
+        detected = truth.loadRes(found) if found else COCO()
+        if not found:
+            detected.dataset = {**truth.dataset, "annotations": []}
+            detected.createIndex()
+        evaluation = COCOeval(truth, detected, kind)
+        evaluation.params.imgIds = list(numbers.images.values())
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
+
+
+def why_undefined(index: CocoIndex, image_ids: Iterable[int]) -> str | None:
+    """Why there is no AP on these images, with the counts; None where there is one."""
+    annotations = [annotation for image_id in image_ids for annotation in index.annotations[image_id]]
+    if not annotations:
+        return "AP is not defined: no usable annotation is on these images"
+    if all(annotation.iscrowd for annotation in annotations):
+        return (
+            f"AP is not defined: iscrowd is 1 on all {len(annotations)} annotations (CVAT writes that for masks); "
+            "COCO counts crowds neither as found nor as missed: set iscrowd to 0 where each is one object"
+        )
+    return None
+
+
+def _evaluator() -> tuple[Any, Any]:
+    """The classes COCO and COCOeval of the fastest library there is."""
+    try:
+        fast = importlib.import_module("faster_coco_eval")
+        return fast.COCO, fast.COCOeval_faster
+    except ImportError:
+        coco, evaluation = (importlib.import_module(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
+        return coco.COCO, evaluation.COCOeval
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers from 1 on for the ids of the copy. They keep the order of the ids, which decides between equal scores."""
+
+    images: dict[int, int]
+    categories: dict[int, int]
+
+    @classmethod
+    def of(cls, index: CocoIndex, image_ids: Iterable[int]) -> _Numbers:
+        return cls(*({id_: n for n, id_ in enumerate(sorted(set(ids)), 1)} for ids in (image_ids, index.categories)))
+
+
+def _results(results: Sequence[dict[str, Any]], kind: str, numbers: _Numbers) -> list[dict[str, Any]]:
+    """Copies of what is judged: of a box alone COCO takes its size, of a box beside a mask that of the box as well."""
+    judged = "bbox" if kind == "bbox" else "segmentation"
+    return [
+        {"image_id": image, "category_id": category, "score": result["score"], judged: result[judged]}
+        for result in results
+        if (image := numbers.images.get(result["image_id"])) is not None
+        and (category := numbers.categories.get(result["category_id"])) is not None
+    ]
+
+
+def _dataset(index: CocoIndex, kind: str, numbers: _Numbers) -> dict[str, Any]:
+    """What COCOeval is given, and writes into. pycocotools 2.0.10 asks for ``info``, which files may lack."""
+    records = [index.images[image_id] for image_id in numbers.images]
+    return {
+        "info": {},
+        "licenses": [],
+        "images": [{"id": numbers.images[r.id], "height": r.height, "width": r.width} for r in records],
+        "categories": [{"id": n, "name": index.categories[id_]} for id_, n in numbers.categories.items()],
+        "annotations": _annotations(index, kind, numbers),
+    }
+
+
+def _annotations(index: CocoIndex, kind: str, numbers: _Numbers) -> list[dict[str, Any]]:
+    checked = {a.id: a for image_id in numbers.images for a in index.annotations[image_id]}
+    annotations: list[dict[str, Any]] = []
+    for entry in index.raw["annotations"]:
+        if entry["image_id"] not in numbers.images:
+            continue
+        known, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
+        # a box without area is an object that nobody finds, as in COCO; one that is not finite would equal all others
+        if known is None and not (kind == "bbox" and all(map(is_finite, (x, y, w, h)))):
+            continue
+        area, crowd = (known.area, known.iscrowd) if known else (entry.get("area"), entry.get("iscrowd", 0))
+        copy: dict[str, Any] = {
+            "id": len(annotations) + 1,
+            "image_id": numbers.images[entry["image_id"]],
+            "category_id": numbers.categories[entry["category_id"]],
+            "bbox": [float(x), float(y), float(w), float(h)],
+            "area": float(area) if is_finite(area) else float(w) * float(h),
+            "iscrowd": int(crowd),
+            "segmentation": [],
+        }
+        if kind == "segm" and known is not None:
+            copy["segmentation"] = known.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
+            if isinstance(copy["segmentation"], list):
+                image = index.images[known.image_id]
+                try:
+                    check_polygons(copy["segmentation"], image.height, image.width)
+                except InputError as error:
+                    raise InputError(f"{index.path}: annotation {known.id}: {error}") from None
+        annotations.append(copy)
+    return annotations

@@ -1,0 +1,123 @@
+"""Predictions against refs: comprehension and segmentation, or gRefCOCO's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.evaluation import targets
+from refdet.evaluation.grefcoco import Answer, generalized_scores
+from refdet.evaluation.metrics import (
+    Protocol,
+    box_iou,
+    box_overlap,
+    mask_overlap,
+    mean,
+    precisions,
+    rate,
+    segmentation_scores,
+)
+from refdet.evaluation.predictions import Prediction
+from refdet.structures.regions import Regions
+from refer import REFER
+
+RANKS = (1, 5, 10)
+
+
+def comprehension(
+    refer: REFER,
+    index: CocoIndex,
+    refs: Sequence[Any],
+    predictions: Mapping[int, Prediction],
+    regions: Mapping[int, Regions],
+    protocol: Protocol,
+) -> dict[str, Any]:
+    """Accuracy of the boxes and overlap of the masks, over the sentences of refs.
+
+    Arguments:
+        predictions: sentence id -> prediction; a sentence that has none counts as wrong.
+        regions: image id -> the regions of the store.
+
+    Returns:
+        comprehension: accuracy@0.5; missing: sentences without a prediction; guessing@0.5: what picking a region of
+        the image at random would reach, on average; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr" all
+        but mean_iou are by generalized IoU. Where an answer of the dataset is ranked also P@1, P@5 and P@10: the share
+        of sentences with a right one among the first so many answers.
+        segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None where no
+        prediction has a mask.
+    """
+    ious: list[float] = []
+    right: list[float] = []  # what decides of an answer: the IoU, or what the protocol has instead
+    best: list[list[float]] = []
+    guesses: list[float] = []
+    overlaps: list[tuple[int, int]] = []
+    given = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
+    with_masks = any(p is not None and p.masks is not None for p in given)
+    for ref in refs:
+        objects = targets.objects_of(refer, ref)
+        image, box = index.images[ref["image_id"]], targets.boxes(objects)
+        truth = targets.mask(refer, objects, image) if with_masks else None
+        guess = rate(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
+        for sentence in ref["sentences"]:
+            predicted = predictions.get(sentence["sent_id"])
+            ious.append(0.0 if predicted is None else float(box_iou(predicted.boxes, box, protocol)[0, 0]))
+            best.append(_best_of_first(predicted, box, protocol))
+            right.append(best[-1][0])
+            guesses.append(guess)
+            if truth is not None:
+                overlaps.append(mask_overlap(_mask(predicted, image), truth))
+    ranked = any(p.ranked is not None for p in predictions.values())
+    return {
+        "comprehension": {
+            "accuracy@0.5": rate(right, 0.5),
+            "missing": sum(p is None for p in given),
+            "guessing@0.5": mean(guesses),
+            **precisions(right),
+            "mean_iou": mean(ious),
+            **({f"P@{k}": rate([of[at] for of in best], 0.5) for at, k in enumerate(RANKS)} if ranked else {}),
+        },
+        "segmentation": {"missing": sum(p is None or p.masks is None for p in given), **segmentation_scores(overlaps)}
+        if with_masks
+        else None,
+    }
+
+
+def _best_of_first(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:
+    """The highest overlap of the first k answers with a box (1, 4), for each k of `RANKS`; 0 without an answer."""
+    if predicted is None:
+        return [0.0] * len(RANKS)
+    answers = predicted.boxes if predicted.ranked is None else predicted.ranked
+    found = box_overlap(answers[: RANKS[-1]], box, protocol)[:, 0]
+    return [float(found[:k].max()) for k in RANKS]
+
+
+def generalized(
+    refer: REFER, index: CocoIndex, refs: Sequence[Any], predictions: Mapping[int, Prediction]
+) -> dict[str, Any]:
+    """`generalized_scores` of the sentences of refs; masks are compared if all predictions have them."""
+    given = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
+    known = [p for p in given if p is not None]
+    with_masks = bool(known) and all(p.masks is not None for p in known)
+    answers = []
+    for ref in refs:
+        objects = targets.objects_of(refer, ref)
+        image = index.images[ref["image_id"]]
+        # The authors' code draws no crowds, but has their boxes; so does REFER.getMask.
+        drawn = [annotation for annotation in objects if not annotation.get("iscrowd")]
+        truth = targets.mask(refer, drawn, image) if with_masks else None
+        for sentence in ref["sentences"]:
+            predicted = predictions.get(sentence["sent_id"])
+            boxes = None if predicted is None else predicted.boxes
+            mask = _mask(predicted, image) if with_masks else None
+            answers.append(Answer(targets.boxes(objects), truth, boxes, mask))
+    return {"generalized": generalized_scores(answers)}
+
+
+def _mask(predicted: Prediction | None, image: ImageRecord) -> dict:
+    """All that a prediction covers; without a pixel where there is no prediction, or none with a mask."""
+    masks = () if predicted is None else predicted.masks or ()
+    return coco_mask.merge([targets.empty_mask(image.height, image.width), *masks])

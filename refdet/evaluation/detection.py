@@ -1,0 +1,160 @@
+"""Detection quality of a checkpoint on an instances file."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.image_orientation import OrientationNote
+from refdet.data.image_source import ImageSource
+from refdet.detector.checkpoint import load_meta
+from refdet.errors import InputError, WorkError
+from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.extraction.pipeline import Finish, begin_batch, load_ahead
+from refdet.files.progress import progress_bar
+from refdet.structures.regions import Regions
+
+if TYPE_CHECKING:
+    from refdet.detector.loading import TrainedDetector
+    from refdet.detector.predictor import DetectOptions
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    run: Path,
+    instances: Path,
+    images: Path,
+    batch_size: int = 4,
+    device: str | None = None,
+    precision: str = "float32",
+    workers: int = 2,
+    exif: str = "ignore",
+    crowd_as_object: bool = False,
+) -> dict[str, dict[str, float | None] | None]:
+    """Box and mask AP of a detector on all images of an instances file.
+
+    What is measured are the regions that `refdet.extraction.extract.extract_features` writes with its default thresholds, made by
+    the same network in the same arithmetic. But an image that cannot be used ends the work, since its objects would
+    count as missed.
+
+    Args:
+        batch_size: images that go through the detector together.
+        device: "cpu", "cuda", "cuda:1"; the best there is for None.
+        precision: "float32", or "bfloat16" where the device has it.
+        workers: threads that read images ahead.
+        exif: see `refdet.data.image_decoder.EXIF`.
+        crowd_as_object: see `CocoIndex.load`.
+    Returns:
+        {"bbox": rates, "segm": rates or None without a mask branch}; rates are those of `coco_ap`, None where there is
+        no object to find.
+    Raises:
+        InputError: the detector's categories are not those of the file, or an image cannot be read.
+        WorkError: the device has too little memory for an image.
+    """
+    meta, index = load_meta(run), CocoIndex.load(instances, crowd_as_object=crowd_as_object)
+    records, source = list(index.images.values()), ImageSource.open(images, exif)
+    if not records:
+        raise InputError(f"{instances}: no image in it to evaluate on")
+    source.check(records, instances)
+    ours, theirs = dict(meta.categories), index.categories
+    if ours != theirs:
+        odd = sorted(set(ours.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"--checkpoint {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they are not the "
+            f"same ({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
+        )
+    _log_odd_annotations(index, meta.recipe.model.masks)
+
+    from refdet.detector import loading
+    from refdet.detector.predictor import DetectOptions
+    from refdet.device import usable_device, usable_precision
+
+    where = usable_device(device)
+    if usable_precision(precision, where) != precision:
+        log.warning("note: --precision %s: this processor has no %s arithmetic: computing in float32", precision,
+                    precision)  # fmt: skip
+        precision = "float32"
+    detector = loading.load(run, where, for_use=True, bf16=precision == "bfloat16")
+    results: list[dict[str, Any]] = []
+    with (
+        OrientationNote(source),
+        progress_bar(len(records), "evaluate", "image") as bar,
+    ):
+        for regions in detected_regions(detector, source, records, DetectOptions(features=()), batch_size, workers):
+            results += coco_results([regions])
+            bar.update()
+    kinds = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
+    found = {kind: coco_ap(index, index.images, results, kind) for kind in kinds}
+    return {
+        kind: {name: rate if rate >= 0 else None for name, rate in found[kind].items()} if kind in found else None
+        for kind in ("bbox", "segm")
+    }
+
+
+def detected_regions(
+    detector: TrainedDetector,
+    source: ImageSource,
+    records: Sequence[ImageRecord],
+    options: DetectOptions,
+    batch_size: int = 4,
+    workers: int = 2,
+) -> Iterator[Regions]:
+    """The regions of images, batch by batch, as an extraction computes them.
+
+    Args:
+        detector: made for use, see `refdet.detector.loading.load`.
+    Raises:
+        InputError: an image cannot be read.
+        WorkError: the device has too little memory for an image.
+    """
+    import torch
+
+    from refdet.data.training_batches import exact_batches
+    from refdet.device import exact_float32, pinned
+    from refdet.extraction.batch_size import halving
+    from refdet.extraction.extract import detecting
+
+    device = next(detector.model.parameters()).device
+
+    def load(record: ImageRecord) -> np.ndarray:
+        pixels = source.read(record)
+        return pinned(pixels) if device.type == "cuda" else pixels
+
+    compute = halving(detecting(detector, options))
+    batches = exact_batches(records, detector.meta.recipe.input, batch_size)
+    begun: deque[Finish] = deque()  # a GPU computes a batch while the one before is finished
+    with closing(load_ahead(load, batches, workers)) as loaded:
+        for batch, images in zip(batches, loaded, strict=True):
+            bad = next((image for image in images if isinstance(image, str)), None)
+            if bad is not None:
+                raise InputError(bad)
+            try:
+                with torch.inference_mode(), exact_float32():
+                    begun.append(begin_batch(batch, images, compute))
+            except torch.cuda.OutOfMemoryError as error:
+                raise WorkError(f"{device} has too little memory for one image; free some of it") from error
+            if len(begun) > 1:
+                yield from begun.popleft()()
+        while begun:
+            yield from begun.popleft()()
+
+
+def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
+    """Log what makes AP undefined, or measured on something else than what the file holds."""
+    reason = why_undefined(index, index.images)
+    if reason:
+        crowds = any(annotation.iscrowd for of_image in index.annotations.values() for annotation in of_image)
+        log.warning("note: %s: %s%s", index.path, reason, ", or give --crowd-as-object" if crowds else "")
+    annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
+    bare = sum(not annotation.segmentation for annotation in annotations)
+    if masks and bare:
+        log.warning("note: %s: %d of %d annotations have no segmentation; for the AP of masks their boxes stand in",
+                    index.path, bare, len(annotations))  # fmt: skip

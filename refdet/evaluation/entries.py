@@ -1,0 +1,56 @@
+"""What models hand in, read: a JSON list of objects, one for each id."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.files.json_files import read_json
+
+_KINDS = {int: "an integer", str: "a text"}
+
+
+def entries_by_id(
+    path: Path, fields: Mapping[str, type], thing: str, answer: str, known: Container[int]
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The entries of a list of objects: for each where it stands, for errors, its id, and itself.
+
+    Arguments:
+        fields: what every entry has, int or str; the first is its id.
+        thing: what an id is of, "sentence"; answer: what an entry is, "a prediction".
+        known: the ids of the dataset.
+
+    Raises:
+        InputError: the file is no such list, or an id is unknown or there twice.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        names = " and ".join(fields)
+        raise InputError(
+            f"{path}: {answer.split()[-1]}s are a list of objects with {names}, this is a {type(entries).__name__}"
+        )
+    wanted = " and ".join(f"{_KINDS[kind]} {name}" for name, kind in fields.items())
+    key = next(iter(fields))
+    seen: set[int] = set()
+    for position, entry in enumerate(entries):
+        where = f"{path}: entry {position}"
+        if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in fields.items()):
+            raise InputError(f"{where}: it must be an object with {wanted}{_found(entry, fields)}")
+        id_ = entry[key]
+        if id_ not in known:
+            raise InputError(f"{where}: {thing} {id_} is not in this dataset and split_by")
+        if id_ in seen:
+            raise InputError(f"{where}: {thing} {id_} has {answer} already")
+        seen.add(id_)
+        yield where, id_, entry
+
+
+def _found(entry: Any, fields: Mapping[str, type]) -> str:
+    """What stands in the place of a field, for the end of an error."""
+    if not isinstance(entry, dict):
+        return f", not {reprlib.repr(entry)[:60]}"
+    name = next(name for name, kind in fields.items() if type(entry.get(name)) is not kind)
+    return f"; its {name} is {reprlib.repr(entry[name])[:60]}" if name in entry else f"; it has no {name}"

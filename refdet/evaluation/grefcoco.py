@@ -1,0 +1,87 @@
+"""gRefCOCO's metrics, for sentences that refer to no, one or several objects.
+
+N-acc, T-acc, gIoU and cIoU are those of Liu et al., "GRES: Generalized Referring Expression Segmentation"; precision
+at F1 = 1 is that of He et al., "GREC: Generalized Referring Expression Comprehension".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refdet.evaluation.metrics import box_iou, generalized_iou, mask_overlap, mean, precisions, ratio
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sentence: what it refers to, and what the model says.
+
+    Attributes:
+        truth: (n, 4) boxes of the objects, half-open xyxy in pixels; n is 0 where there is no target.
+        truth_mask: RLE of them all; None where masks are not compared.
+        predicted: (m, 4) boxes, m is 0 for "no such object"; None where the model says nothing.
+        predicted_mask: RLE of them all; without a pixel where the model says nothing.
+    """
+
+    truth: np.ndarray
+    truth_mask: dict | None
+    predicted: np.ndarray | None
+    predicted_mask: dict | None
+
+
+def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | None]:
+    """All metrics over the sentences of a split; a sentence without an answer counts as wrong.
+
+    Returns:
+        no_target: how many sentences refer to nothing; missing: how many have no answer.
+        N-acc: share of the sentences without a target that are answered with none, T-acc: share of those with
+        a target that are answered with some; None where there are no such sentences.
+        precision@F1=1,IoU>=0.5: share of the sentences with every object found and nothing else; the same by GIoU,
+        which the authors' code has in the place of IoU.
+        gIoU: mean IoU, 1 for "none" rightly said and 0 for it wrongly said or not said; cIoU: all intersections
+        over all unions; precision@0.5 ... 0.9: of the masks of sentences with a target. None without masks.
+    """
+    none = [a for a in answers if not len(a.truth)]
+    some = [a for a in answers if len(a.truth)]
+    scores: dict[str, float | int | None] = {
+        "no_target": len(none),
+        "missing": sum(a.predicted is None for a in answers),
+        "N-acc": mean([_says_none(a) for a in none]) if none else None,
+        "T-acc": mean([a.predicted is not None and len(a.predicted) > 0 for a in some]) if some else None,
+        "precision@F1=1,IoU>=0.5": mean([_all_right(a, box_iou) for a in answers]),
+        "precision@F1=1,GIoU>=0.5": mean([_all_right(a, generalized_iou) for a in answers]),
+    }
+    overlaps = [_overlap(a) for a in answers]
+    if any(overlap is None for overlap in overlaps):
+        return scores | dict.fromkeys(("gIoU", "cIoU", *precisions([])))
+    known = [overlap for overlap in overlaps if overlap is not None]
+    pairs = list(zip(answers, known, strict=True))
+    ious = [float(_says_none(a)) if not len(a.truth) else ratio(*overlap) for a, overlap in pairs]
+    of_targets = [ratio(*overlap) for a, overlap in pairs if len(a.truth)]
+    overall = ratio(sum(shared for shared, _ in known), sum(union for _, union in known))
+    return scores | {"gIoU": mean(ious), "cIoU": overall} | precisions(of_targets)
+
+
+def _says_none(answer: Answer) -> bool:
+    return answer.predicted is not None and not len(answer.predicted)
+
+
+def _overlap(answer: Answer) -> tuple[int, int] | None:
+    if answer.truth_mask is None or answer.predicted_mask is None:
+        return None
+    return mask_overlap(answer.predicted_mask, answer.truth_mask)
+
+
+def _all_right(answer: Answer, overlap: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> bool:
+    """Whether F1 is 1: as many boxes as objects, and pairs of them, the best first, all of IoU 0.5 or more."""
+    if answer.predicted is None or len(answer.predicted) != len(answer.truth):
+        return False
+    ious = overlap(answer.predicted, answer.truth)
+    for _ in range(len(answer.truth)):
+        row, column = np.unravel_index(int(ious.argmax()), ious.shape)
+        if ious[row, column] < 0.5:
+            return False
+        ious[row, :], ious[:, column] = -1.0, -1.0
+    return True

@@ -1,0 +1,182 @@
+"""Predictions of a comprehension model: for a sentence a region of the store, a box or a segmentation.
+
+For gRefCOCO, where a sentence may refer to no or several objects, a list of them; for other datasets possibly a ranked
+list of boxes or regions, the best first.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.box_format import DEFAULT, FORMS, BoxForm, settle
+from refdet.data.coco import ImageRecord
+from refdet.data.segmentations import to_rle
+from refdet.errors import InputError
+from refdet.evaluation.entries import entries_by_id
+from refdet.store import Store
+
+log = logging.getLogger(__name__)
+
+_KINDS = ("region", "box", "segmentation")
+_FARTHEST = 1e9  # pixels; areas stay far within the range of floats
+_LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
+_RANKED = {"ranked_regions": "region", "ranked_boxes": "box"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says a sentence refers to.
+
+    Attributes:
+        boxes: (n, 4) float64 half-open xyxy in pixels; n is 1 but for gRefCOCO.
+        masks: n RLEs of the whole image, None where only boxes are known.
+        ranked: (k, 4) boxes, the best first, of which ``boxes`` has the first; None where the answer is not ranked.
+    """
+
+    boxes: np.ndarray
+    masks: tuple[dict, ...] | None
+    ranked: np.ndarray | None = None
+
+
+def load_predictions(
+    path: Path,
+    store: Store,
+    images: Mapping[int, ImageRecord],
+    several: bool = False,
+    box_format: str = DEFAULT,
+) -> dict[int, Prediction]:
+    """Read and check a predictions JSON.
+
+    What speaks against the form of the boxes is logged as a warning.
+
+    Arguments:
+        path: ``[{"sent_id", "region": row} | {"sent_id", "box": [x, y, w, h]} | {"sent_id", "segmentation"}]``, or
+            ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
+        store: the store whose rows are meant.
+        images: sentence id -> its image, for every sentence of the dataset.
+        several: an entry may instead have a list, empty for "no such object": ``regions``, ``boxes`` or
+            ``segmentations``. A segmentation without a pixel then is no object. There are no ranked lists.
+        box_format: how the numbers of a box are meant: one of `refdet.data.box_format.NAMES`.
+
+    Returns:
+        sentence id -> prediction.
+
+    Raises:
+        InputError: names the file and the entry that is wrong.
+    """
+    entries = list(entries_by_id(path, {"sent_id": int}, "sentence", "a prediction", images))
+    boxes, sizes = [], []
+    for _, sent_id, entry in entries:
+        for box in _boxes(entry):
+            boxes.append(box)
+            sizes.append((images[sent_id].width, images[sent_id].height))
+    form, lines = settle(box_format, np.array(boxes), np.array(sizes))
+    for line in lines:
+        kind, _, text = line.partition(": ")
+        log.warning("%s: %s: %s", kind, path, text)
+    read = _Reader(store, FORMS[form], several)
+    found: dict[int, Prediction] = {}
+    for where, sent_id, entry in entries:
+        try:
+            found[sent_id] = read.prediction(entry, images[sent_id])
+        except InputError as error:
+            raise InputError(f"{where} (sentence {sent_id}): {error}") from None
+    return found
+
+
+def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
+    """The boxes of an entry that are four numbers."""
+    lists = [entry.get(kind) for kind in ("boxes", "ranked_boxes")]
+    for several in ([entry.get("box")], *lists):
+        if isinstance(several, list):
+            yield from (box for box in several if _are_numbers(box))
+
+
+def _are_numbers(value: Any) -> bool:
+    # An integer may be beyond the range of floats, but it can be compared with one; NaN is in no range.
+    numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    return numbers and all(-_FARTHEST <= v <= _FARTHEST for v in value)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes predictions of entries."""
+
+    store: Store
+    form: BoxForm
+    several: bool
+
+    def prediction(self, entry: Mapping[str, Any], image: ImageRecord) -> Prediction:
+        kinds = [kind for kind in (*_KINDS, *_LISTS, *_RANKED) if kind in entry]
+        if len(kinds) != 1:
+            lists = " or a list of them: " + ", ".join(_LISTS if self.several else _RANKED)
+            raise InputError(f"it must have one of region, box and segmentation{lists}; it has {kinds or 'none'}")
+        kind, value = kinds[0], entry[kinds[0]]
+        if kind not in _KINDS:
+            self._check_list(kind, value)
+        parts = self._read((_LISTS | _RANKED).get(kind, kind), [value] if kind in _KINDS else value, image)
+        if self.several:
+            parts = [(box, mask) for box, mask in parts if mask is None or coco_mask.area(mask)]
+        boxes = np.array([box for box, _ in parts], np.float64).reshape(-1, 4)
+        ranked = boxes if kind in _RANKED else None
+        masks = [mask for _, mask in (parts[:1] if kind in _RANKED else parts)]
+        known = tuple(mask for mask in masks if mask is not None)
+        return Prediction(boxes[:1] if kind in _RANKED else boxes, known if len(known) == len(masks) else None, ranked)
+
+    def _check_list(self, kind: str, value: Any) -> None:
+        if kind in _LISTS:
+            if not self.several:
+                raise InputError(f"{kind} is for gRefCOCO; a sentence of this dataset means one object: "
+                                 f"{_LISTS[kind]}, or ranked_regions or ranked_boxes, the best first")  # fmt: skip
+            if not isinstance(value, list):
+                raise InputError(f"{kind} must be a list, [] for no object, not {value!r:.40}")
+        elif self.several:
+            raise InputError(f"{kind} is not for gRefCOCO, where an answer is what all objects are: {kind[7:]}")
+        elif not isinstance(value, list) or not value:
+            raise InputError(f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
+                             "sentence without an answer")  # fmt: skip
+
+    def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
+        """Of each answer the box, xyxy in pixels, and the mask, if there is one."""
+        if kind == "box":
+            return [(corners, None) for corners in self._corners(values, image)]
+        return [self._region(v, image) if kind == "region" else _segmentation(v, image) for v in values]
+
+    def _region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+        store = self.store
+        if type(row) is not int or not 0 <= row < store.regions:
+            raise InputError(f"region {row!r:.40} is no row of {store.path}, which has rows 0 to {store.regions - 1}")
+        image_id, place = store.region(row)
+        if image_id != image.id:
+            raise InputError(f"region {row} is of image {image_id}, the sentence is of image {image.id}")
+        regions = store.read(image_id, features=())
+        masks = regions.rles()
+        return regions.boxes[place].astype(np.float64), masks[place] if masks else None
+
+    def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
+        """Boxes (n, 4) xyxy in pixels."""
+        wrong = [value for value in values if not _are_numbers(value)]
+        if not wrong:
+            sizes = np.full((len(values), 2), (image.width, image.height))
+            corners = self.form.to_pixels(np.array(values, np.float64).reshape(-1, 4), sizes)
+            turned = (corners[:, 2:] < corners[:, :2]).any(axis=1)
+            if not turned.any():
+                return corners
+            wrong = [values[int(turned.argmax())]]
+        raise InputError(f"box {reprlib.repr(wrong[0])[:60]} must be four numbers {self.form.text}")
+
+
+def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+    if not isinstance(value, dict):
+        raise InputError('segmentation must be an RLE {"size": [height, width], "counts": ...}')
+    mask = to_rle(value, image.height, image.width)
+    x, y, width, height = coco_mask.toBbox(mask).tolist()
+    return np.array([x, y, x + width, y + height]), mask

@@ -1,0 +1,179 @@
+"""A store of regions, and what models made of it, measured on the splits of a REFER dataset. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet import store as stores
+from refdet.data.box_format import DEFAULT
+from refdet.data.coco import CocoIndex
+from refdet.data.refer_splits import choose_splits
+from refdet.errors import InputError
+from refdet.evaluation import targets
+from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.evaluation.comprehension import comprehension, generalized
+from refdet.evaluation.language import Scorers, load_expressions
+from refdet.evaluation.metrics import Protocol, mean
+from refdet.evaluation.predictions import Prediction, load_predictions
+from refdet.evaluation.recall import Coverage, coverage, recall_by_regions, referent_recall
+from refdet.store import Store
+from refdet.structures.regions import Regions
+from refer import REFER
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_on_refer(
+    features: Path,
+    refer_root: Path,
+    dataset: str,
+    split_by: str,
+    splits: Sequence[str] = (),
+    predictions: Path | None = None,
+    expressions: Path | None = None,
+    protocol: Protocol = "standard",
+    box_format: str = DEFAULT,
+) -> dict[str, Any]:
+    """Detection AP and referent recall of each split, and how good predictions and expressions are if given.
+
+    Arguments:
+        features: the store.
+        refer_root: folder of the REFER data.
+        splits: names, each possibly several with commas between; all but train where there are none.
+        predictions: see `refdet.evaluation.predictions`.
+        expressions: see `refdet.evaluation.language.load_expressions`.
+        protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluation.metrics`; COCO's AP stays
+            COCO's.
+        box_format: how boxes of predictions are written, one of `refdet.data.box_format.NAMES`.
+
+    Returns:
+        What goes into ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None where there is nothing to rate: AP of
+        small objects where there are none, mask AP of a store without masks. A sentence without a prediction counts
+        as wrong; ``missing`` says how many there are, of ``segmentation`` also those with a box only.
+
+    Raises:
+        InputError: a file or a split is not there or damaged; the store lacks images of a split; expressions are
+            given and pycocoevalcap is not installed.
+        refer.ReferError: the refs cannot be read.
+    """
+    scorers = Scorers.find() if expressions is not None else None
+    with stores.open(features) as store:
+        refer = REFER(refer_root, dataset, split_by)
+        where = f"{refer_root / dataset}, split-by {split_by}"
+        chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
+        if not chosen:
+            raise InputError(f"{where}: all refs are of split train; say --split train to evaluate on it")
+        index = CocoIndex.load(refer_root / dataset / "instances.json")
+        made = None if predictions is None else _predictions(predictions, where, store, refer, index, box_format)
+        said = None if expressions is None else load_expressions(expressions, refer.Refs.keys())
+        arguments = f"--refer-root {refer_root} --dataset {dataset} --split-by {split_by}"
+        for split in chosen:
+            _check_images(store, refer, split, arguments)
+        run = _Run(store, refer, index, made, protocol)
+        found = {split: run.metrics(split) for split in chosen}
+        if scorers is not None and said is not None:
+            for split in chosen:
+                people = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
+                found[split]["language"] = scorers.scores(people, said)
+        about = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
+        if box_format != DEFAULT:
+            about["box_format"] = box_format
+        return {**about, "provenance": store.provenance, "splits": found}
+
+
+def _predictions(
+    path: Path, where: str, store: Store, refer: REFER, index: CocoIndex, box_format: str
+) -> dict[int, Prediction]:
+    refs = refer.data["refs"]
+    if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
+        raise InputError(f"{where}: a sent_id is there twice, so a prediction for it is ambiguous; renumber")
+    images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
+    return load_predictions(path, store, images, targets.is_generalized(refs), box_format)
+
+
+def _refs(refer: REFER, split: str) -> list[Any]:
+    # By the name itself: asked for "test", the REFER API gives testA and testB too.
+    return [ref for ref in refer.data["refs"] if ref["split"] == split]
+
+
+def _check_images(store: Store, refer: REFER, split: str, arguments: str) -> None:
+    ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
+    lost = [i for i in ids if i not in store]
+    if lost:
+        first = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        raise InputError(f"{store.path}: lacks {len(lost)} of the {len(ids)} images of split {split} ({first}); "
+                         f"extract them with: refdet extract-features {arguments} --split {split}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the metrics of every split are made of."""
+
+    store: Store
+    refer: REFER
+    index: CocoIndex
+    predictions: dict[int, Prediction] | None
+    protocol: Protocol
+
+    def metrics(self, split: str) -> dict[str, Any]:
+        refs = _refs(self.refer, split)
+        regions = {i: self.store.read(i, features=()) for i in sorted({ref["image_id"] for ref in refs})}
+        found = self.coverage(refs, regions)
+        results = coco_results(regions.values())
+        reason = why_undefined(self.index, regions)
+        if reason:
+            log.warning("note: split %s: %s", split, reason)
+        strange = sum(result["category_id"] not in self.index.categories for result in results)
+        if strange:
+            log.warning("note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out", split,
+                        strange, len(results), self.index.path)  # fmt: skip
+        outlined = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
+        metrics: dict[str, Any] = {
+            "images": len(regions),
+            "refs": len(refs),
+            "sentences": sum(len(ref["sentences"]) for ref in refs),
+            "regions_per_image": mean([len(of_image) for of_image in regions.values()]),
+            "detection": {
+                "bbox": self.average_precision(list(regions), results, "bbox"),
+                "segm": self.average_precision(list(regions), results, "segm")
+                if self.store.has_masks and outlined
+                else None,
+            },
+            "referent_recall": referent_recall(found),
+            "recall_by_regions": recall_by_regions(found),
+            "recall_by_regions_with_category": recall_by_regions(found, with_category=True),
+        }
+        if self.predictions is None:
+            return metrics
+        if targets.is_generalized(self.refer.data["refs"]):
+            return metrics | generalized(self.refer, self.index, refs, self.predictions)
+        answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
+        rates = answered["comprehension"]
+        if rates["accuracy@0.5"] < rates["guessing@0.5"]:
+            log.warning("note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
+                        "the original images, and in the form of --box-format?", split, rates["accuracy@0.5"],
+                        rates["guessing@0.5"])  # fmt: skip
+        masks = answered["segmentation"]
+        if masks and masks["missing"] > answered["comprehension"]["missing"]:
+            bare = masks["missing"] - answered["comprehension"]["missing"]
+            log.warning("note: %s: %d of %d sentences are answered with a box where others have a mask; "
+                        "among the masks they count as wrong", split, bare, metrics["sentences"])  # fmt: skip
+        return metrics | answered
+
+    def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:
+        """Of every object that the refs refer to, ref by ref."""
+        found = []
+        for ref in refs:
+            objects = targets.objects_of(self.refer, ref)
+            categories = [annotation["category_id"] for annotation in objects]
+            found += coverage(targets.boxes(objects), categories, regions[ref["image_id"]], self.protocol)
+        return found
+
+    def average_precision(self, ids: list[int], results: list[dict[str, Any]], kind: str) -> dict[str, float | None]:
+        # COCO says -1 where there is no object of that size: no rate, so None.
+        rates = coco_ap(self.index, ids, results, kind)
+        return {name: value if value >= 0 else None for name, value in rates.items()}

@@ -1,0 +1,63 @@
+"""The metrics of evaluate-on-refer as pandas tables, and the files that are written of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from refdet.files.atomic import atomic_path, write_json
+from refdet.files.spreadsheet_text import spreadsheet_cell
+from refdet.report.recall_figure import recall_figure
+
+COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
+COUNTS = "counts"
+
+
+def frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """All numbers of metrics.json, one a row.
+
+    Returns:
+        columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on, ``metric`` is "images",
+        "AP50", "0.5" and so on; ``value`` is float64, NaN where there was nothing to rate. Texts are left out.
+    """
+    rows = [
+        (metrics["dataset"], metrics["split_by"], split, group, metric, value)
+        for split, values in metrics["splits"].items()
+        for group, metric, value in _numbers(COUNTS, values)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
+
+
+def _numbers(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(name if group == COUNTS else f"{group}.{name}", value)
+        elif value is None or isinstance(value, int | float):
+            yield group, name, value
+
+
+def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Group -> its numbers, a row a split and a column a metric, both in the order of `frame`."""
+    found = {}
+    for group, rows in numbers.groupby("group", sort=False):
+        wide = rows.pivot(index="split", columns="metric", values="value")
+        found[str(group)] = wide.reindex(index=rows["split"].unique(), columns=rows["metric"].unique())
+    return found
+
+
+def write(out: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json, then metrics.csv (`frame`) and recall.svg, into the folder ``out``.
+
+    In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
+    """
+    write_json(out / "metrics.json", metrics)
+    with atomic_path(out / "metrics.csv") as temporary:
+        numbers = frame(metrics)
+        texts = [name for name in COLUMNS if name != "value"]
+        numbers[texts] = numbers[texts].map(spreadsheet_cell)
+        numbers.to_csv(temporary, index=False)
+    with atomic_path(out / "recall.svg") as temporary:
+        temporary.write_text(recall_figure(metrics), encoding="utf-8")

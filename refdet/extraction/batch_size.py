@@ -1,0 +1,94 @@
+"""How many images go through the detector together: what fits, and less where it did not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from refdet.data.coco import ImageRecord
+from refdet.data.transforms import input_size
+from refdet.detector.predictor import DetectOptions, detect_batch
+from refdet.extraction.memory import available_bytes
+from refdet.extraction.pipeline import Compute, Finish
+
+if TYPE_CHECKING:
+    from refdet.detector.loading import TrainedDetector
+
+LARGEST = {"cpu": 4, "cuda": 32}  # beyond it nothing is gained
+SHARE = 0.8  # of the free memory; the rest is for what differs between images, and for other processes
+CPU_BYTES = 2**30  # of an image of 600x1000 through the largest network, with room to spare
+
+
+def fitting_batch_size(detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectOptions) -> int:
+    """A power of 2: as many images as the device of a detector has memory for, by the largest input of `records`.
+
+    On a GPU it is measured: a batch of one image and one of two, of noise, each at its peak. Every box counts as a
+    detection, so that there are as many as ``options.max_regions`` allows.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: also one image is too much.
+    """
+    device = next(detector.model.parameters()).device
+    most = LARGEST.get(device.type, 1)
+    if device.type != "cuda":
+        return _power_of_2(available_bytes() * SHARE / CPU_BYTES, most)
+    sizes = [(input_size(r.height, r.width, detector.meta.recipe.input), r) for r in records]
+    largest = max(sizes, key=lambda pair: pair[0].height * pair[0].width)[1]
+    image = np.random.default_rng(0).integers(0, 256, (largest.height, largest.width, 3), dtype=np.uint8)
+    every = replace(options, score_threshold=0.0)
+    peaks = []
+    for count in (1, 2):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            detect_batch(detector.model, [image] * count, [largest] * count, detector.meta.category_ids, every)
+        except torch.cuda.OutOfMemoryError:
+            if count == 1:
+                raise
+        else:
+            peaks.append(torch.cuda.max_memory_allocated(device))
+    torch.cuda.empty_cache()
+    if len(peaks) == 1:
+        return 1
+    free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
+    return _power_of_2((free * SHARE - (peaks[0] - held)) / max(peaks[1] - peaks[0], 1) + 1, most)
+
+
+def _power_of_2(count: float, most: int) -> int:
+    size = 1
+    while size * 2 <= min(count, most):
+        size *= 2
+    return size
+
+
+def halving(compute: Compute) -> Compute:
+    """`compute` for batches of any size: one for which a GPU has too little memory is cut into halves.
+
+    So are those after it that are as large, at once: to try them would cost the time and fail the same way.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: also one image is too much.
+    """
+    too_many = sys.maxsize  # images, as far as is known
+
+    def each_half(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        nonlocal too_many
+        if len(batch) < too_many:
+            try:
+                return compute(batch, images)
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                too_many = len(batch)
+            # outside of the handler, whose traceback holds the tensors
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        first, second = each_half(batch[:half], images[:half]), each_half(batch[half:], images[half:])
+        return lambda: first() + second()
+
+    return each_half

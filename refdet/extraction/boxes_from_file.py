@@ -1,0 +1,228 @@
+"""Boxes from a file, as regions whose features are wanted: COCO results, or another store."""
+
+from __future__ import annotations
+
+import logging
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet import store
+from refdet.data.box_format import DEFAULT, FORMS, settle
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.segmentations import to_rle
+from refdet.errors import InputError
+from refdet.files.json_files import read_json
+from refdet.structures.regions import Regions
+
+log = logging.getLogger(__name__)
+
+_ROWS = 1 << 16  # boxes that are checked at once
+
+
+@dataclass(frozen=True)
+class BoxFile:
+    """The boxes of a file.
+
+    Attributes:
+        regions: image id -> its regions, without features, in the order of the file; of a store they are read when
+            they are asked for.
+        categories: id -> name of those that the regions may have.
+        masks, ann_ids: whether all regions have a mask, and an annotation id.
+        box_format: the form in which the boxes were read, of `refdet.data.box_format.FORMS`.
+    """
+
+    regions: Mapping[int, Regions]
+    categories: Mapping[int, str]
+    masks: bool
+    ann_ids: bool
+    box_format: str = DEFAULT
+
+    def of(self, record: ImageRecord) -> Regions:
+        """The regions of an image; none where the file has none."""
+        found = self.regions.get(record.id)
+        if found is not None:
+            return found
+        empty = Regions.empty(record.id, record.file_name, record.height, record.width)
+        return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
+
+
+def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFile:
+    """Read and check the boxes of a file.
+
+    Boxes that reach over the border of their image are cut there, as annotations are; if many do, as boxes do whose
+    form is another than was said, a warning is logged. Everything else that is wrong is an error, since features of
+    another box than the one meant would be worse than none.
+
+    Args:
+        path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, the
+            score optional (then 1) and the segmentation too, but in all entries or none; or a store (.h5), of which
+            boxes, scores, categories, masks and annotation ids are taken.
+        index: the instances file of the images; the file may have boxes of any of them.
+        box_format: how the numbers of a bbox are meant: one of `refdet.data.box_format.NAMES`.
+    Raises:
+        InputError: names the file and the entry: an image or a category that the instances file does not have, a box
+            that is not finite, without area, or outside its image, another size of an image, a mask
+            of a results file that is none.
+    """
+    if path.suffix in (".h5", ".hdf5"):
+        if box_format != DEFAULT:
+            raise InputError(f"--boxes {path}: a store says itself how its boxes are written; leave --box-format "
+                             f"{box_format} out")  # fmt: skip
+        return _of_store(path, index)
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise InputError(f"--boxes {path}: COCO results are a list of entries; give such a file, or a store (.h5)")
+    records: list[ImageRecord] = []
+    rows: dict[int, list[int]] = {}  # image id -> its entries
+    masks: dict[int, list[bytes]] = {}
+    with_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
+    for number, entry in enumerate(entries):
+        with _of_entry(path, number):
+            record = _checked(entry, index)
+            if ("segmentation" in entry) != with_masks:
+                raise InputError("some entries have a segmentation and some have none")
+            if with_masks:
+                rle = to_rle(entry["segmentation"], record.height, record.width)
+                masks.setdefault(record.id, []).append(rle["counts"])
+        records.append(record)
+        rows.setdefault(record.id, []).append(number)
+    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+    sizes = np.array([(record.width, record.height) for record in records], np.float64).reshape(-1, 2)
+    form, lines = settle(box_format, boxes, sizes)
+    for line in lines:
+        kind, _, text = line.partition(": ")
+        log.warning("%s: --boxes %s: %s", kind, path, text)
+    corners = FORMS[form].to_pixels(boxes, sizes)
+    for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
+        with _of_entry(path, number):
+            _check_inside(corners[number].tolist(), records[number], FORMS[form].text)
+    cut = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
+    scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
+    categories = np.array([entry["category_id"] for entry in entries], np.int64)
+    regions = {}
+    for image_id, of in rows.items():
+        record = index.images[image_id]
+        regions[image_id] = Regions(
+            image_id, record.file_name, record.height, record.width,
+            boxes=cut[of], scores=scores[of], category_ids=categories[of],
+            masks=tuple(masks[image_id]) if with_masks else None,
+        )  # fmt: skip
+    return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=form)
+
+
+@contextmanager
+def _of_entry(path: Path, number: int) -> Iterator[None]:
+    """Name the entry in an error."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--boxes {path}: entry {number}: {error}") from None
+
+
+def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
+    """The image of an entry whose fields are sound."""
+    if not isinstance(entry, dict):
+        raise InputError(f"an object with image_id, category_id and bbox is needed, not {reprlib.repr(entry)}")
+    for key in ("image_id", "category_id"):
+        if type(entry.get(key)) is not int:
+            raise InputError(f"{key} must be a whole number, not {reprlib.repr(entry.get(key))}")
+    record = index.images.get(entry["image_id"])
+    if record is None:
+        raise InputError(f"image {entry['image_id']} is not in {index.path}")
+    if entry["category_id"] not in index.categories:
+        raise InputError(f"category {entry['category_id']} is not in {index.path}")
+    box, score = entry.get("bbox"), entry.get("score", 1.0)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        raise InputError(f"bbox must be four finite numbers [x, y, w, h], not {reprlib.repr(box)}")
+    if not _is_number(score):
+        raise InputError(f"score must be a finite number, not {reprlib.repr(score)}")
+    return record
+
+
+def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether each box (n, 4) xyxy has area in its image of (n, 2) width and height."""
+    low, high = corners[:, :2], corners[:, 2:]
+    inside: np.ndarray = (low < high) & (low.clip(0) < np.minimum(high, sizes))
+    return np.asarray(inside.all(axis=1))
+
+
+def _check_inside(corners: list[float], record: ImageRecord, read_as: str = "") -> None:
+    """InputError if a box xyxy has no area in its image."""
+    x1, y1, x2, y2 = corners
+    read = f", read as {read_as}," if read_as else ""
+    if not (x1 < x2 and y1 < y2):
+        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} has no area")
+    if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
+        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} is outside its image of "
+                         f"{record.width}x{record.height}")  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    # a whole number may be too large for a float
+    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
+
+
+class _StoreRegions(Mapping[int, Regions]):
+    """The regions of an open store, read image by image: with their masks they may be more than memory holds."""
+
+    def __init__(self, source: store.Store, index: CocoIndex) -> None:
+        self._source, self._index = source, index
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._source)
+
+    def __getitem__(self, image_id: int) -> Regions:
+        found, record = self._source.read(image_id, features=()), self._index.images[image_id]
+        return replace(
+            Regions.empty(image_id, record.file_name, record.height, record.width),
+            boxes=found.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
+            scores=found.scores,
+            category_ids=found.category_ids,
+            ann_ids=found.ann_ids,
+            masks=found.masks,
+        )
+
+
+def _of_store(path: Path, index: CocoIndex) -> BoxFile:
+    source = store.open(path)
+    try:
+        _check_store(path, source, index)
+    except BaseException as error:
+        source.close()
+        if isinstance(error, store.DAMAGE):
+            raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
+        raise
+    categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
+    return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)
+
+
+def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
+    """See that the images of a store are the index's, and that each box has area in its image."""
+    for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
+        record = index.images.get(image_id)
+        if record is None:
+            raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
+        if (height, width) != (record.height, record.width):
+            raise InputError(f"--boxes {path}: image {image_id} is {width}x{height} there, but "
+                             f"{record.width}x{record.height} in {index.path}")  # fmt: skip
+    sizes = np.stack([source.widths, source.heights], axis=1)
+    for first in range(0, source.regions, _ROWS):
+        boxes = source.data["regions/box"][first : first + _ROWS]
+        rows = np.arange(first, first + len(boxes))
+        of_image = np.searchsorted(source.region_start, rows, side="right") - 1
+        for row in np.flatnonzero(~_inside(boxes, sizes[of_image])).tolist():
+            image_id = int(source.image_ids[of_image[row]])
+            try:
+                _check_inside(boxes[row].tolist(), index.images[image_id])
+            except InputError as error:
+                raise InputError(f"--boxes {path}: image {image_id}: {error}") from None

@@ -1,0 +1,308 @@
+"""Extraction: the regions and features of a list of images, by a trained detector, into a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.refer_splits import choose_splits
+from refdet.errors import InputError, WorkError
+from refdet.extraction.given_regions import GivenRegions, given_regions
+from refdet.extraction.pipeline import Compute, Finish, Summary, extract
+from refdet.extraction.plan import Plan
+from refdet.extraction.shard_folder import begun_batch_size, check_begun, parts_folder, progress
+from refdet.extraction.start_lines import start_lines
+from refdet.store import Header
+
+if TYPE_CHECKING:
+    from refdet.detector.checkpoint import Meta
+    from refdet.detector.loading import TrainedDetector
+    from refdet.detector.predictor import DetectOptions
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of an extraction and their annotations.
+
+    Attributes:
+        records: in the order they get in the store.
+        index: the instances file they are in.
+        name: where they come from, as it is kept in the store.
+    """
+
+    records: list[ImageRecord]
+    index: CocoIndex
+    name: str
+
+    @classmethod
+    def of_instances(cls, path: Path, crowd_as_object: bool = False) -> ImageList:
+        """All images of an instances file, in its order; see `CocoIndex.load`."""
+        index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
+        return cls(list(index.images.values()), index, path.name)
+
+    @classmethod
+    def of_refer(
+        cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = (), crowd_as_object: bool = False
+    ) -> ImageList:
+        """The images of the refs of some splits (all splits by default), by ascending id; see `CocoIndex.load`.
+
+        Raises:
+            InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
+            refer.ReferError: the refs cannot be read.
+        """
+        from refer import read_refs, target_ids
+
+        refs = read_refs(root, dataset, split_by)
+        chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
+        index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)
+        ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
+        lost = [i for i in ids if i not in index.images]
+        if lost:
+            raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
+        annotations = {annotation["id"] for annotation in index.raw["annotations"]}
+        stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
+        if stray:
+            raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
+                             f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
+        return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What is extracted; see the options of ``refdet extract-features``."""
+
+    regions: str = "detections"
+    features: tuple[str, ...] = ("pool5", "fc7")
+    dtype: str = "float32"
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.3
+    max_regions: int = 100
+    precision: str = "float32"
+    at_least_one: bool = False
+    masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
+    compression: str = "none"
+    exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
+    crowd_as_object: bool = False  # the image list was read so
+
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:  # NaN neither
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 to 1")
+
+
+def extract_features(
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    image_list: ImageList,
+    options: ExtractOptions,
+    batch_size: int | None = 4,
+    workers: int = 2,
+    device: str = "auto",
+    resume: bool = False,
+    boxes: Path | None = None,
+    strict: bool = False,
+    say: Callable[[str], object] = warnings.warn,
+    box_format: str = "xywh",
+    announce: Callable[[str], object] = lambda line: None,
+) -> Summary:
+    """Regions and features of images by a trained detector, into the store ``out``.
+
+    Arguments:
+        checkpoint: run directory; images: folder or zip.
+        batch_size: images that go through the detector together; None for as many as fit, or what was found to when
+            the work was begun. Regions depend on it by rounding alone; the plan of the work holds it.
+        device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
+        boxes: file of the boxes that are described, see `refdet.extraction.boxes_from_file`; with ``options.regions`` "boxes".
+        strict: stop at an image that cannot be used.
+        say: is given a line where something is done otherwise than asked.
+        box_format: how boxes of results are written, see `refdet.extraction.boxes_from_file.load_boxes`.
+        announce: is given lines about what begins: the device, the images, the detector, the size of the store.
+
+    Raises:
+        InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.extraction.shards.begin`.
+        WorkError: see `extract`; or the device has too little memory for the batch.
+    """
+    from refdet.data.image_orientation import OrientationNote
+    from refdet.data.image_source import ImageSource
+    from refdet.detector.checkpoint import load_meta
+    from refdet.detector.feature_names import check_features
+
+    meta = load_meta(checkpoint)
+    check_features(options.features, meta.recipe)
+    folder = parts_folder(out)
+    if not resume and progress(folder) is not None:
+        raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
+    records, source = image_list.records, ImageSource.open(images, options.exif)
+    if not records:
+        raise InputError(f"{image_list.index.path}: no image in it to extract")
+    missing = source.locate(records, image_list.index.images.values())
+    if len(missing) == len(records):
+        source.refuse_missing(records, missing, image_list.index.path)
+    if missing:
+        say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
+            f"and get no regions, the first is {missing[0]}")  # fmt: skip
+    given = given_regions(image_list, options.regions, boxes, box_format, say)
+    _check_masks(options, meta, given, checkpoint)
+
+    plan, header = _planned(image_list, given, boxes, options, batch_size, meta, checkpoint)
+    # A processor without bfloat16 computes in float32, but only torch knows what it has.
+    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision == "bfloat16" else ())
+
+    import torch  # from here on: it takes seconds, and what is wrong above is told at once
+
+    from refdet.data.training_batches import exact_batches
+    from refdet.detector import loading
+    from refdet.detector.profiler import Stages
+    from refdet.device import exact_float32, pinned, usable_device, usable_precision
+    from refdet.extraction.batch_size import fitting_batch_size, halving
+
+    where = usable_device(device)
+    precision = usable_precision(options.precision, where)
+    if precision != options.precision:
+        say(f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
+            f"computing in {precision}, which is faster here and exact")  # fmt: skip
+        options = replace(options, precision=precision)
+        plan = replace(plan, options=plan.options | {"precision": precision})
+        header = replace(header, options=plan.options)
+    for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
+        announce(line)
+    detector = loading.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
+    compute = halving(
+        detecting(detector, _detect_options(options)) if given is None else _described(detector, given, options)
+    )
+
+    def load(record: ImageRecord) -> np.ndarray:
+        pixels = source.read(record)
+        return pinned(pixels) if where.type == "cuda" else pixels
+
+    try:
+        with torch.inference_mode(), exact_float32(), OrientationNote(source):
+            size = batch_size or (resume and begun_batch_size(out))
+            size = size or fitting_batch_size(detector, records, _detect_options(options))
+            detector.model.stages = parts = Stages(where)  # without what trying sizes took
+            batches = exact_batches(records, meta.recipe.input, size)
+            return extract(
+                out, replace(plan, batch_size=size), header, batches, records, load, compute, resume, workers,
+                strict=strict, parts_of_computing=parts.seconds,
+            )  # fmt: skip
+    except torch.cuda.OutOfMemoryError as error:
+        raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
+                        "free some of it and continue with --resume") from error  # fmt: skip
+
+
+def _planned(
+    image_list: ImageList,
+    given: GivenRegions | None,
+    boxes: Path | None,
+    options: ExtractOptions,
+    batch_size: int | None,
+    meta: Meta,
+    checkpoint: Path,
+) -> tuple[Plan, Header]:
+    """What is to be computed, and what the store says of itself."""
+    from refdet.detector.checkpoint import MODEL, run_directory
+    from refdet.detector.feature_names import HEAD, of_regions
+    from refdet.structures.provenance import file_sha256
+
+    what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
+                            "precision": options.precision, "compression": options.compression}  # fmt: skip
+    if boxes is not None:
+        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        if given is not None and given.box_format != "xywh":
+            what["box_format"] = given.box_format
+    elif given is not None:
+        what["instances_sha256"] = file_sha256(image_list.index.path)
+        what["masks"] = options.masks
+        if options.crowd_as_object:  # only then: work that was begun by an older refdet can go on
+            what["crowd_as_object"] = True
+    else:
+        what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
+                 "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
+    if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
+        what["exif"] = options.exif
+    what |= {
+        "image_list": image_list.name,
+        "image_list_sha256": records_sha256(image_list.records),
+        "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
+    }
+    predicted = options.masks == "predicted" or given is None
+    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
+    categories = dict(meta.categories) if given is None else given.categories
+    classes = [{"id": id_, "name": name} for id_, name in categories.items()]
+    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    plan = Plan(
+        what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, batch_size or 0,
+        tuple(name for name in options.features if name == HEAD), options.compression,
+    )  # fmt: skip
+    return plan, header
+
+
+def _detect_options(options: ExtractOptions) -> DetectOptions:
+    from refdet.detector.predictor import DetectOptions
+
+    return DetectOptions(
+        options.score_threshold, options.nms_threshold, options.max_regions, options.features, options.at_least_one
+    )
+
+
+def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
+    """What detects the regions of a batch of images of one input size; see `refdet.extraction.pipeline.extract`."""
+    from refdet.detector.predictor import start_detecting
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        return start_detecting(detector.model, images, batch, detector.meta.category_ids, settings)
+
+    return compute
+
+
+def _check_masks(options: ExtractOptions, meta: Meta, given: GivenRegions | None, checkpoint: Path) -> None:
+    """InputError where masks are to be predicted that cannot be."""
+    if options.masks != "predicted":
+        return
+    if given is None:
+        raise InputError(
+            "--masks predicted: detections have their own masks; it is for --regions annotations or --boxes"
+        )
+    if not meta.recipe.model.masks:
+        raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
+    strange = sorted(given.categories.items() - dict(meta.categories).items())
+    if strange:
+        raise InputError(f"--masks predicted: the regions may be of category {strange[0][0]} ({strange[0][1]}), "
+                         "which the detector does not know")  # fmt: skip
+
+
+def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractOptions) -> Compute:
+    from refdet.detector.predictor import start_describing
+
+    label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
+    predicted = options.masks == "predicted"
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        bare = [given.of(record) for record in batch]
+        labels = (
+            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
+        )
+        finish = start_describing(detector.model, images, [r.boxes for r in bare], options.features, labels)
+        return lambda: [
+            replace(
+                r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
+            )
+            for r, f in zip(bare, finish(), strict=True)
+        ]
+
+    return compute
+
+
+def records_sha256(records: Sequence[ImageRecord]) -> str:
+    """SHA-256 of an image list: ids, names, sizes and order."""
+    lines = (f"{r.id}\t{r.file_name}\t{r.height}\t{r.width}\n" for r in records)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""Regions that are described rather than detected: annotated objects, or boxes of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.coco import Annotation, ImageRecord
+from refdet.data.segmentations import to_rle
+from refdet.errors import InputError
+from refdet.structures.regions import Regions
+
+if TYPE_CHECKING:
+    from refdet.extraction.extract import ImageList
+
+
+@dataclass(frozen=True)
+class GivenRegions:
+    """Regions that are not detected.
+
+    Attributes:
+        of: the regions of an image, without features.
+        count: how many an image has, where that is known without reading them.
+        categories: id -> name of those that the regions may have.
+        masks, ann_ids: whether all have a mask, and an annotation id.
+        box_format: of the file that they are of.
+    """
+
+    of: Callable[[ImageRecord], Regions]
+    count: Callable[[ImageRecord], int] | None
+    categories: Mapping[int, str]
+    masks: bool
+    ann_ids: bool
+    box_format: str = "xywh"
+
+
+def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
+    """Say how many annotations of the images are crowds, which are no regions; InputError where all are."""
+    found = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
+    crowds, path = sum(a.iscrowd for a in found), image_list.index.path
+    if not found:
+        say(f"{path}: the {len(image_list.records)} images have no annotation, so the store gets no region")
+    elif crowds == len(found):
+        which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
+        raise InputError(f"{path}: iscrowd is 1 on {which} of the images (CVAT writes that for masks): crowds are no "
+                         "regions; --crowd-as-object takes them as objects")  # fmt: skip
+    elif crowds:
+        say(f"{path}: iscrowd is 1 on {crowds} of {len(found)} annotations of the images, which are no regions; "
+            "--crowd-as-object takes them as objects")  # fmt: skip
+
+
+def given_regions(
+    image_list: ImageList, regions: str, boxes: Path | None, box_format: str, say: Callable[[str], object]
+) -> GivenRegions | None:
+    """The regions to describe; None where they are to be detected.
+
+    Args:
+        regions: "annotations" for the annotated objects of the images.
+        boxes: file of the boxes, see `refdet.extraction.boxes_from_file`; None for none.
+        box_format: how boxes of results are written.
+        say: is given a line about annotations that are no regions.
+
+    Raises:
+        InputError: the file is bad, or all annotations are crowds.
+    """
+    index = image_list.index
+    if boxes is not None:
+        from refdet.extraction.boxes_from_file import load_boxes
+
+        file = load_boxes(boxes, index, box_format)
+        return GivenRegions(file.of, None, file.categories, file.masks, file.ann_ids, file.box_format)
+    if regions == "annotations":
+        _check_crowds(image_list, say)
+        return GivenRegions(
+            lambda record: annotated_regions(record, index.annotations[record.id]),
+            lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
+            index.categories, masks=True, ann_ids=True,
+        )  # fmt: skip
+    return None
+
+
+def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
+    """The annotated objects of an image as regions of score 1, without features; crowds are left out.
+
+    Boxes are clipped to the image. An object without a segmentation gets its box as its mask.
+    """
+    objects = [a for a in annotations if not a.iscrowd]
+    size = (record.height, record.width)
+    boxes = np.array([a.box for a in objects], np.float64).reshape(-1, 4)
+    boxes = boxes.clip(0, [record.width, record.height] * 2)
+    masks = []
+    for annotation, (x1, y1, x2, y2) in zip(objects, boxes.tolist(), strict=True):
+        outline = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]
+        masks.append(coco_mask.merge([to_rle(outline, *size)])["counts"])
+    return Regions(
+        record.id, record.file_name, *size,
+        boxes=boxes.astype(np.float32),
+        scores=np.ones(len(objects), np.float32),
+        category_ids=np.array([a.category_id for a in objects], np.int64),
+        ann_ids=np.array([a.id for a in objects], np.int64),
+        masks=tuple(masks),
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""How large a store will get, said before the work begins. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from refdet.config.recipe import Recipe
+from refdet.data.coco import ImageRecord
+from refdet.store import Columns, Header, ImageRow
+from refdet.store.size import space_needed
+
+_MASK_BYTES = 200  # of a region's RLE, on average
+_POOLED = 7  # cells on a side of a spatial feature
+
+
+def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each feature of one region that a detector of this recipe computes."""
+    model = recipe.model
+    channels = model.width * (4 if model.depth >= 50 else 1)  # of the first stage: bottlenecks give four times theirs
+    pyramid = model.neck == "fpn"
+    pooled, fc7 = (model.fpn_channels, model.fpn_hidden) if pyramid else (channels * 4, channels * 8)
+    return {
+        "pool5": (pooled,),
+        "fc7": (fc7,),
+        "class_prob": (1 + classes,),
+        "spatial_pool5": (pooled, _POOLED, _POOLED),
+        "spatial_fc7": (fc7, _POOLED, _POOLED),
+    }
+
+
+def estimated_bytes(
+    records: Sequence[ImageRecord],
+    regions: Callable[[ImageRecord], int],
+    recipe: Recipe,
+    header: Header,
+    columns: Columns,
+    map_size: Callable[[ImageRecord], tuple[int, int]],
+) -> int:
+    """Bytes of a store, before compression.
+
+    Args:
+        regions: of an image, as many as there are or may be.
+        columns: those it will have, with `feature_shapes`.
+        map_size: height and width of the map of an image, for stores that hold these.
+    """
+    channels = feature_shapes(recipe, 0)["pool5"][0]
+    rows = []
+    for record in records:
+        count = regions(record)
+        masks = count * _MASK_BYTES * columns.masks
+        shape = (channels, *map_size(record)) if columns.maps else (0, 0, 0)
+        rows.append(ImageRow(record.id, record.file_name, record.height, record.width, "", count, masks, shape))
+    return space_needed(rows, columns, header)

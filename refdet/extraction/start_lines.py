@@ -1,0 +1,60 @@
+"""What an extraction says when it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from refdet.data.coco import ImageRecord
+from refdet.extraction.plan import Plan
+from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
+from refdet.store import Columns, Header
+
+if TYPE_CHECKING:
+    from refdet.detector.checkpoint import Meta
+    from refdet.extraction.extract import ExtractOptions, ImageList
+
+
+def start_lines(
+    image_list: ImageList,
+    meta: Meta,
+    options: ExtractOptions,
+    device: str | None,
+    plan: Plan,
+    header: Header,
+    given: Callable[[ImageRecord], int] | None,
+) -> list[str]:
+    """Where and how exactly it computes, of which images, by which detector, and how large the store gets.
+
+    Args:
+        device: as it was asked for.
+        given: the number of given regions of an image, where they are known; detections are counted as the most.
+    """
+    from refdet.data.transforms import input_size
+    from refdet.device import described
+    from refdet.ops._library import kernels_state
+
+    def map_size(record: ImageRecord) -> tuple[int, int]:
+        size = input_size(record.height, record.width, meta.recipe.input)
+        return math.ceil(size.height / meta.recipe.model.stride), math.ceil(size.width / meta.recipe.model.stride)
+
+    lines = [f"device: {described(device)}, {options.precision}, {kernels_state()}"]
+    size = ""
+    if given is not None or options.regions == "detections":
+        shapes = feature_shapes(meta.recipe, len(meta.categories))
+        features = {name: shapes[name] for name in plan.features}
+        columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
+        bytes_ = estimated_bytes(
+            image_list.records, given or (lambda _: options.max_regions), meta.recipe, header, columns, map_size
+        )
+        about = "about" if given is not None else f"at most, with {options.max_regions} regions an image,"
+        size = f"; the store takes {about} {_readable(bytes_)}"
+        size += " before compression" if plan.compression != "none" else ""
+    lines.append(f"images: {len(image_list.records)} of {image_list.name}{size}")
+    lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")
+    return lines
+
+
+def _readable(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,122 @@
+"""Which images a report shows: the images of REFER splits with what their refs and regions have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from refdet import store as stores
+from refdet.evaluation.metrics import box_iou
+from refdet.structures.regions import Regions
+from refer import REFER
+
+FOUND = 0.5  # IoU from which a referred object counts as found, as everywhere in the field
+
+
+@dataclass(frozen=True)
+class Referred:
+    """One referred object of an image.
+
+    Attributes:
+        category_id, category: its COCO id and its name.
+        sentences: what people said of it.
+        box: (4,) half-open xyxy in pixels of the image: the annotation's.
+        region: row of the region with the highest IoU, None in an image without regions.
+        iou: that IoU, 0 without regions.
+    """
+
+    category_id: int
+    category: str
+    sentences: tuple[str, ...]
+    box: np.ndarray
+    region: int | None
+    iou: float
+
+    @property
+    def found(self) -> bool:
+        """Whether a region covers it with an IoU of `FOUND` or more."""
+        return self.iou >= FOUND
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image of one split: "refcoco/unc/val"; the names are those of the store's categories."""
+
+    split: str
+    regions: Regions
+    referred: tuple[Referred, ...]
+    names: dict[int, str]
+
+    @property
+    def worst(self) -> float:
+        """The lowest IoU of its referred objects."""
+        return min(one.iou for one in self.referred)
+
+
+def scenes(features: Path, refer_root: Path, dataset: str, split_by: str, splits: Sequence[str]) -> list[Scene]:
+    """All usable images of the splits, in the order of the splits and ascending image id."""
+    refer = REFER(refer_root, dataset, split_by)
+    with stores.open(features) as store:
+        names = {int(c["id"]): str(c["name"]) for c in store.classes}
+        return [
+            Scene(f"{dataset}/{split_by}/{split}", regions, referred, names)
+            for split in splits
+            for regions, referred in _of_split(store, refer, split)
+        ]
+
+
+def _of_split(store: stores.Store, refer: REFER, split: str) -> Iterator[tuple[Regions, tuple[Referred, ...]]]:
+    refs_of: dict[int, list[int]] = {}
+    for ref in refer.data["refs"]:
+        if ref["split"] == split:
+            refs_of.setdefault(ref["image_id"], []).append(ref["ref_id"])
+    for image_id in sorted(refs_of):
+        regions = store.read(image_id, features=())
+        if not regions.error:
+            yield regions, tuple(_referred(refer, ref_id, regions) for ref_id in refs_of[image_id])
+
+
+def _referred(refer: REFER, ref_id: int, regions: Regions) -> Referred:
+    x, y, width, height = refer.getRefBox(ref_id)
+    box = np.array([x, y, x + width, y + height], np.float64)
+    ious = box_iou(box[None], regions.boxes)[0]
+    best = int(ious.argmax()) if len(ious) else None
+    ref = refer.Refs[ref_id]
+    return Referred(
+        category_id=int(ref["category_id"]),
+        category=str(refer.Cats.get(ref["category_id"], ref["category_id"])),
+        sentences=tuple(str(sentence["sent"]) for sentence in ref["sentences"]),
+        box=box,
+        region=best,
+        iou=float(ious[best]) if best is not None else 0.0,
+    )
+
+
+def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+    """About as many of each split, evenly spaced in it whatever the results, no image twice."""
+    of_split: dict[str, list[Scene]] = {}
+    for scene in all_scenes:
+        of_split.setdefault(scene.split, []).append(scene)
+    chosen: dict[int, Scene] = {}
+    share = -(-count // max(len(of_split), 1))
+    for turn in range(share):
+        for some in of_split.values():
+            start = (2 * turn + 1) * len(some) // (2 * share)
+            # RefCOCO and RefCOCO+ share their images: go on to the next that is not there yet.
+            new = (s for s in [*some[start:], *some[:start]] if s.regions.image_id not in chosen)
+            if len(chosen) < count and (found := next(new, None)) is not None:
+                chosen[found.regions.image_id] = found
+    order = list(of_split)
+    return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
+
+
+def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+    """The images with the referred objects found worst, worst first, each once; only those with one missed."""
+    chosen: dict[int, Scene] = {}
+    for scene in sorted(all_scenes, key=lambda scene: scene.worst):
+        if scene.worst < FOUND and len(chosen) < count:
+            chosen.setdefault(scene.regions.image_id, scene)
+    return list(chosen.values())

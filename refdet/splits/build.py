@@ -1,0 +1,139 @@
+"""Leak-free splits: taking the images that REFER holds out out of whatever lists training images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.files.atomic import atomic_path
+from refdet.splits.held_out import HeldOut, chosen, held_out
+from refdet.splits.image_list import INSTANCES, ImageList
+from refdet.splits.instances_check import InstancesCheck
+from refdet.splits.leak_audit import numbers_of, remarks
+from refdet.splits.list_reading import read_image_list
+from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What `build_split` did: ``report`` as written, the paths, and remarks for people."""
+
+    out: Path
+    report_path: Path
+    report: dict[str, Any]
+    notes: list[str]
+
+
+def build_split(
+    instances: str | Path,
+    refer_root: str | Path,
+    out: str | Path,
+    exclude: Sequence[str] = (),
+    keep_only: Sequence[str] = (),
+) -> SplitResult:
+    """Write a list of images without those held out and without their annotations, and a report beside it.
+
+    An image is held out if one of the numbers in its entry is, see `refdet.data.image_evidence`. All that stays is
+    written as it stands in the file, in its order. ``info.refdet`` of an instances file holds the provenance; for
+    other lists the report does.
+
+    Arguments:
+        instances: what to filter; see `refdet.splits.image_list`.
+        refer_root, exclude: see `held_out`.
+        out: the file to write; the report of ``x.json`` or ``x.txt`` is ``x.report.json``.
+        keep_only: the reverse: keep the images of these splits and no others; see `chosen`.
+
+    Raises:
+        InputError: bad input, an output that exists, or no image left.
+        refer.ReferError: bad REFER data.
+    """
+    out = Path(out)
+    report_path = out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
+    for path in (out, report_path):
+        if path.exists():
+            raise InputError(f"{path} exists; choose another --out or remove it")
+    if exclude and keep_only:
+        raise InputError("--exclude and --keep-only: give one of them; what --keep-only does not name goes anyway")
+    splits, notes = chosen(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
+    check = InstancesCheck(Path(instances))
+    images = read_image_list(instances, check)
+    if images.form == INSTANCES:
+        check.finish(images)
+
+    everything = frozenset().union(*(split.image_ids for split in splits))
+    for key, numbers in images.elsewhere.items():
+        if not keep_only and (out_of_reach := sorted(numbers & everything)):
+            raise InputError(
+                f"{images.path}: {key!r:.60} names held-out images ({out_of_reach[0]}), and only those under 'images' "
+                "can be taken out; remove it from the file first"
+            )
+    named = [not everything.isdisjoint(image.numbers) for image in images.images]
+    keep = named if keep_only else [not there for there in named]
+    if not any(keep):
+        what = "are of the splits to keep" if keep_only else "are left: all are held out"
+        raise InputError(f"{instances}: no image left; none of its {len(keep)} {what} ({refer_root})")
+    if not any(named):
+        notes.append(f"{instances}: none of its images is in a held-out split; is it of COCO train?")
+    notes += remarks(images)
+
+    kept = [image for image, stays in zip(images.images, keep, strict=True) if stays]
+    ids = {image.id for image in kept if image.id is not None}
+    annotations = sum(entry.image_id in ids for entry in images.annotations)
+    there = numbers_of(images.images)
+    counts = _counts(splits, there)
+    excluded = counts
+    if keep_only:
+        every, _ = held_out(refer_root)
+        excluded = _counts([split for split in every if split.image_ids.isdisjoint(numbers_of(kept))], there)
+        shared = [split.name for split in every if split.name not in excluded and split.name not in counts]
+        if shared:
+            notes.append(f"what is kept holds images of {', '.join(shared)} too")
+    provenance = Provenance(
+        source=images.path.name,
+        source_sha256=file_sha256(images.path),
+        images=len(kept),
+        annotations=annotations,
+        image_ids_sha256=image_ids_sha256(ids),
+        excluded={**_earlier(images), **excluded},
+        note=f"only images of {', '.join(counts)}" if keep_only else "",
+    )
+    report: dict[str, Any] = {
+        "images_before": len(keep),
+        "images_after": len(kept),
+        "images_removed": len(keep) - len(kept),
+        "annotations_before": len(images.annotations),
+        "annotations_after": annotations,
+        "excluded": excluded,
+        **({"kept": counts} if keep_only else {}),
+        "refer_images": len(everything),
+        "refer_images_found": len(everything & there),
+        "refer_images_missing": len(everything - there),
+        "removed_image_ids": sorted(images.ids - ids),
+    }
+    if images.form != INSTANCES:
+        report["provenance"] = provenance.to_json()
+    with atomic_path(report_path) as report_file, atomic_path(out) as out_file:
+        report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
+    return SplitResult(out, report_path, report, notes)
+
+
+def _counts(splits: Sequence[HeldOut], there: frozenset[int]) -> dict[str, dict[str, int]]:
+    return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & there)} for s in splits}
+
+
+def _earlier(images: ImageList) -> dict[str, dict[str, int]]:
+    """What a file that build-split wrote excludes already, if its images are still those and go by their ids."""
+    if "refdet" not in images.info:
+        return {}
+    try:
+        written = Provenance.from_json(images.info["refdet"])
+    except InputError as error:
+        raise InputError(f"{images.path}: info.refdet: {error}") from None
+    same = written.image_ids_sha256 == image_ids_sha256(images.ids)
+    return written.excluded if same and all(image.known_by_id for image in images.images) else {}

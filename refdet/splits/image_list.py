@@ -1,0 +1,154 @@
+"""Whatever lists training images: instances files, JSON lists and objects, lines of JSON or text, read alike.
+
+- an object with a list ``images`` (and ``annotations``): COCO 2014 and 2017, minival, LVIS, captions, key points,
+  panoptic, MDETR's, Karpathy's;
+- a JSON list of ids, of file names or of objects (Visual Genome's ``image_data.json``, Detectron2's dicts, LLaVA's);
+- any other JSON object: lists by split, or entries by the name of their image;
+- JSON lines (ODVG), or text with an id or a file name a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from refdet.data.image_evidence import Evidence, ids_are_confirmed
+from refdet.splits.object_entries import Node
+
+INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES, LINES = (
+    "instances", "JSON list", "JSON object", "JSON lines", "lines of text",
+)  # fmt: skip
+
+
+class ListedImage(NamedTuple):
+    """One image of a list.
+
+    Attributes:
+        id: the number under which the list knows it, else the smallest of ``numbers``, else None.
+        name: its file name or address, "" for none.
+        label: what people know it by: its id, its name or its place in the list.
+        evidence: what its entry says.
+        known_by_id: see `refdet.data.image_evidence.is_known_by_id`.
+        start, end: its entry is ``text[start:end]``.
+        numbers: the numbers under which COCO may know it, see `Evidence.numbers`.
+        unknown: whether nothing that counts says which image of COCO it is, or that it is none.
+    """
+
+    id: int | None
+    name: str
+    label: int | str
+    evidence: Evidence
+    known_by_id: bool
+    start: int
+    end: int
+    numbers: frozenset[int] = frozenset()
+    unknown: bool = True
+
+
+class ListedAnnotation(NamedTuple):
+    """One annotation: its image, and its entry ``text[start:end]``."""
+
+    image_id: int
+    start: int
+    end: int
+
+
+class Member(NamedTuple):
+    """A key at the top of an instances file; its value is ``text[start:end]``."""
+
+    key: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """A list of images as it stands in a file.
+
+    Attributes:
+        form: INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES or LINES.
+        text: all of the file.
+        images: in the order of the file.
+        annotations, members, info: of an instances file; empty for others.
+        elsewhere: of an instances file, other keys at its top -> the COCO numbers in names under them.
+        ids_confirmed: whether names in the file show that its ids are COCO's.
+        tree: where the entries of a JSON object are, None for other forms.
+    """
+
+    path: Path
+    form: str
+    text: str
+    images: list[ListedImage]
+    annotations: list[ListedAnnotation] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    elsewhere: dict[str, frozenset[int]] = field(default_factory=dict)
+    ids_confirmed: bool = False
+    tree: Node | None = None
+
+    @property
+    def ids(self) -> set[int]:
+        """The ids of all images that have one."""
+        return {image.id for image in self.images if image.id is not None}
+
+    def write(self, file: IO[str], keep: Sequence[bool], info: object) -> None:
+        """Write the list in its own form, its entries as they stand in the file.
+
+        Args:
+            file: a text file, open for writing.
+            keep: whether each image stays; the annotations of those that go go with them.
+            info: takes the place of ``info`` in an instances file.
+        """
+        images = [image for image, stays in zip(self.images, keep, strict=True) if stays]
+        entries = (self.text[image.start : image.end] for image in images)
+        if self.form in (LINES, JSON_LINES):
+            file.writelines(f"{entry}\n" for entry in entries)
+        elif self.form == JSON_LIST:
+            _write_entries(file, entries, ",\n")
+            file.write("\n")
+        elif self.tree is not None:
+            file.write(self.tree.render(self.text, keep))
+            file.write("\n")
+        else:
+            self._write_instances(file, images, entries, info)
+
+    def _write_instances(
+        self, file: IO[str], images: Sequence[ListedImage], entries: Iterable[str], info: object
+    ) -> None:
+        ids = {image.id for image in images}
+        owned = (self.text[entry.start : entry.end] for entry in self.annotations if entry.image_id in ids)
+        if all(member.key != "info" for member in self.members):
+            file.write(f'{{"info": {json.dumps(info)}, ')
+        else:
+            file.write("{")
+        for number, (key, start, end) in enumerate(self.members):
+            file.write(f"{', ' if number else ''}{json.dumps(key)}: ")
+            if key == "images":
+                _write_entries(file, entries, ", ")
+            elif key == "annotations":
+                _write_entries(file, owned, ", ")
+            else:
+                file.write(json.dumps(info) if key == "info" else self.text[start:end])
+        file.write("}\n")
+
+
+def weigh(images: Sequence[ListedImage]) -> tuple[list[ListedImage], bool]:
+    """The images with ``numbers`` and ``unknown`` set, and whether the file confirms its ids."""
+    confirmed = ids_are_confirmed(image.evidence for image in images)
+    weighed = []
+    for image in images:
+        numbers = image.evidence.numbers
+        id_ = min(numbers, default=None) if image.id is None else image.id
+        unknown = not image.evidence.is_understood(confirmed)
+        weighed.append(image._replace(id=id_, numbers=numbers, unknown=unknown))
+    return weighed, confirmed
+
+
+def _write_entries(file: IO[str], entries: Iterable[str], separator: str) -> None:
+    file.write("[")
+    for number, entry in enumerate(entries):
+        file.write(separator + entry if number else entry)
+    file.write("]")

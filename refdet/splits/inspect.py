@@ -1,0 +1,219 @@
+"""What a file of ours holds: a split, a checkpoint or a store, and its provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError
+from refdet.extraction.shard_folder import parts_folder, progress
+from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
+from refdet.files.json_files import read_json
+from refdet.store import DAMAGE
+from refdet.store.hdf5_door import MAGIC, check_regular, open_store_file
+from refdet.store.schema import CHECKSUMS, MAPS
+from refdet.store.verify import Verification, verify
+from refdet.structures.limits import is_id
+from refdet.structures.provenance import Provenance
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Describe an instances JSON, a run directory (or a file in one), a store, or the folder of an unfinished one.
+
+    Returns:
+        a JSON object: "kind" is "split", "checkpoint", "store" or "unfinished store", "path", then what it holds, and
+        "provenance" (an object, or None where the file has none).
+
+    Raises:
+        InputError: there is no such file, it is none of these, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        begun = progress(path)
+        return _checkpoint(path) if begun is None else _unfinished(path, begun)
+    kind = kind_of(path)
+    if kind is FileKind.MISSING:
+        raise InputError(f"{path}: {_missing(path, 'file or folder')}")
+    if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
+        raise InputError(f"{path}: {kind.value}")
+    if path.name in ("model.json", "model.safetensors"):
+        return _checkpoint(path.parent)
+    if kind is FileKind.STORE:
+        return _store(path)
+    if kind is FileKind.JSON:
+        return _split(path)
+    near = run_directory_near(path) if kind is FileKind.STATE else None
+    hint = f"; look at its run directory {near}" if near else ""
+    raise InputError(f"{path}: {kind.value}, neither an instances JSON, a run directory nor a store of features{hint}")
+
+
+def _split(path: Path) -> dict[str, Any]:
+    index = CocoIndex.load(path)
+    annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
+    return {
+        "kind": "split",
+        "path": str(path),
+        "images": len(index.images),
+        "images_without_annotations": sum(not of_image for of_image in index.annotations.values()),
+        "annotations": len(index.raw["annotations"]),
+        "crowds": sum(annotation.iscrowd for annotation in annotations),
+        "without_segmentation": sum(annotation.segmentation is None for annotation in annotations),
+        "categories": len(index.categories),
+        "dropped": index.dropped,
+        "provenance": Provenance.of_instances(index).to_json(),
+    }
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    weights = folder / "model.safetensors"
+    for needed in (folder / "model.json", weights):
+        if not needed.is_file():
+            raise InputError(f"{folder}: no {needed.name} in it; a run directory of refdet train has one")
+    model = read_json(folder / "model.json")
+    if not isinstance(model, dict):
+        raise InputError(f"{folder / 'model.json'}: not an object")
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # not a mapping
+            dtypes = sorted({part.get_dtype() for part in slices})
+            numbers = sum(math.prod(part.get_shape()) for part in slices)
+    except SafetensorError as error:
+        raise InputError(f"{weights}: damaged ({error})") from None
+    categories = model.get("categories")
+    return {
+        "kind": "checkpoint",
+        "path": str(folder),
+        "step": model.get("step"),
+        "recipe": model.get("recipe"),
+        "categories": len(categories) if isinstance(categories, list | dict) else None,
+        "tensors": len(slices),
+        "numbers": numbers,
+        "dtypes": dtypes,
+        "untrained": model.get("untrained", []),
+        "provenance": _provenance(folder / "model.json", model.get("provenance")),
+    }
+
+
+def _store(path: Path) -> dict[str, Any]:
+    try:
+        with open_store_file(path) as file:
+            images = file["images"]
+            errors = [text for text in images["error"].asstr()[:] if text]
+            classes = _attribute(path, file, "classes")
+            return {
+                "kind": "store",
+                "path": str(path),
+                "schema": str(file.attrs["schema"]),
+                "complete": bool(file.attrs.get("complete", False)),
+                "images": len(images["id"]),
+                "images_with_errors": len(errors),
+                "regions": len(file["regions/box"]),
+                "masks": _masks(file),
+                "ann_ids": "ann_id" in file["regions"],
+                "features": {name: _feature(data) for name, data in file.get("features", {}).items()},
+                "maps": {name: str(file[f"maps/{name}"].dtype) for name in MAPS if f"maps/{name}" in file},
+                "checksums": CHECKSUMS in file,
+                "categories": len(classes) if isinstance(classes, list) else None,
+                "options": _attribute(path, file, "options"),
+                "run": _attribute(path, file, "run"),
+                "provenance": _provenance(path, _attribute(path, file, "provenance")),
+            }
+    except DAMAGE as error:
+        raise InputError(f"{path}: damaged ({error})") from None
+
+
+def _masks(file: h5py.File) -> int:
+    """How many regions have a mask: none of a detector without a mask branch, whose stores lack these columns."""
+    if "mask_start" not in file["regions"]:
+        return 0
+    return int(np.count_nonzero(np.diff(file["regions/mask_start"][:])))
+
+
+def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    header = begun.get("header")
+    header = header if isinstance(header, dict) else {}
+    classes = header.get("classes")
+    return {
+        "kind": "unfinished store",
+        "path": str(folder),
+        "state": _state(begun),
+        "shards": _count(begun, "shards"),
+        "shards_finished": begun["finished"],
+        "images": _count(begun, "images"),
+        "batch_size": _count(begun, "batch_size"),
+        "categories": len(classes) if isinstance(classes, list) else None,
+        "options": begun.get("options"),
+        "provenance": _provenance(folder / "plan.json", header.get("provenance")),
+    }
+
+
+def _state(begun: dict[str, Any]) -> str:
+    shards = _count(begun, "shards")
+    done = f"{begun['finished']} of {'?' if shards is None else shards} shards are finished"
+    return f"{done}; the same refdet extract-features with --resume does the rest"
+
+
+def _count(begun: dict[str, Any], name: str) -> int | None:
+    """A number of a plan, None where it has none."""
+    value = begun.get(name)
+    return value if type(value) is int and is_id(value) else None
+
+
+def _missing(path: Path, what: str) -> str:
+    """What to say where there is no such file."""
+    folder = parts_folder(path)
+    begun = progress(folder) if folder.is_dir() else None
+    return f"no such {what}" if begun is None else f"not finished yet: of {folder}, {_state(begun)}"
+
+
+def _feature(data: h5py.Dataset) -> dict[str, Any]:
+    """What a feature is: the width of a vector or the shape of a map, its type, and its compression if it has one."""
+    wide = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
+    return {**wide, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
+
+
+def check(path: str | Path) -> Verification:
+    """Verify a whole store; see `refdet.store.verify.verify`.
+
+    Raises:
+        InputError: there is no such file, or it is no HDF5.
+    """
+    path = Path(path)
+    if path.is_dir():
+        begun = progress(path)
+        told = "a folder; --verify is for the files of refdet extract-features"
+        raise InputError(f"{path}: {told if begun is None else f'an unfinished store: {_state(begun)}'}")
+    if not path.exists():
+        raise InputError(f"{path}: {_missing(path, 'file')}")
+    check_regular(path)
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise InputError(f"{path}: no store of features; --verify is for the files of refdet extract-features")
+    return verify(path)
+
+
+def _attribute(path: Path, file: h5py.File, name: str) -> Any:
+    text = file.attrs.get(name)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: its attribute {name!r} is not JSON") from None
+
+
+def _provenance(path: Path, value: Any) -> dict[str, Any] | None:
+    if not value:
+        return None
+    try:
+        return Provenance.from_json(value).to_json()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

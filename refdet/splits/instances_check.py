@@ -1,0 +1,112 @@
+"""Whether an instances file that is read entry by entry is one that `CocoIndex` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refdet.data.coco_validation import (
+    checked_area,
+    checked_box,
+    checked_category,
+    checked_crowd,
+    checked_ids,
+    checked_image,
+    checked_segmentation,
+)
+from refdet.data.polygons import check_outlines, is_surely_drawn
+from refdet.errors import InputError
+from refdet.splits.image_list import ImageList
+from refdet.splits.json_stream import Piece
+
+
+class InstancesCheck:
+    """Looks at every entry as it is read, and at the end at what belongs together.
+
+    Files with no categories (captions) or with panoptic segments are no instances files: of theirs only ids are
+    checked. That is known at the end of the file alone, so the first fault is kept until then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fault: InputError | None = None
+        self._has_categories = self._panoptic = False
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._categories: set[int] = set()
+        self._annotations: set[int] = set()
+        self._first_of: dict[int, int] = {}  # category id -> the first annotation of it
+        self._rle: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
+        self._wide: list[tuple[int, int, list]] = []  # annotation id, image id, polygons that may reach too far
+
+    def __call__(self, piece: Piece) -> None:
+        """Check one entry of ``images``, ``annotations`` or ``categories``."""
+        self._has_categories |= piece.key == "categories"
+        self._panoptic |= piece.key == "annotations" and "segments_info" in piece.value
+        if self._fault is None:
+            try:
+                self._check(piece)
+            except InputError as fault:
+                self._fault = fault
+
+    def _check(self, piece: Piece) -> None:
+        path, position, entry = self._path, piece.position or 0, piece.value
+        if piece.key == "images":
+            image_id, _, height, width = checked_image(path, position, entry)
+            self._sizes[image_id] = (height, width)
+        elif piece.key == "categories":
+            category_id, _ = checked_category(path, position, entry)
+            if category_id in self._categories:
+                raise InputError(f"{path}: duplicate category id {category_id}")
+            self._categories.add(category_id)
+        elif not self._panoptic:
+            self._check_annotation(position, entry)
+
+    def _check_annotation(self, position: int, entry: dict) -> None:
+        path = self._path
+        annotation_id, image_id, category_id = checked_ids(path, position, entry)
+        what = f"annotation {annotation_id}"
+        if annotation_id in self._annotations:
+            raise InputError(f"{path}: duplicate annotation id {annotation_id}")
+        self._annotations.add(annotation_id)
+        self._first_of.setdefault(category_id, annotation_id)
+        checked_box(path, entry.get("bbox"), what)
+        segmentation = entry.get("segmentation")
+        polygons, _ = checked_segmentation(path, segmentation, what, None)
+        if isinstance(segmentation, dict):
+            self._rle.append((annotation_id, image_id, tuple(segmentation["size"])))
+        elif isinstance(polygons, list) and not is_surely_drawn(polygons):
+            self._wide.append((annotation_id, image_id, polygons))
+        checked_crowd(path, entry, what)
+        checked_area(path, entry.get("area", 0), what)
+
+    def finish(self, images: ImageList) -> None:
+        """Raise what is wrong with the whole file.
+
+        Raises:
+            InputError: one line that names the file and the culprit in it.
+        """
+        path, ids = self._path, images.ids
+        stray = next((entry for entry in images.annotations if entry.image_id not in ids), None)
+        if stray is not None:
+            raise InputError(
+                f"{path}: an annotation belongs to image {stray.image_id}, which is not in the file; "
+                "take such annotations out first"
+            )
+        if not self._has_categories or self._panoptic:
+            return
+        if self._fault is not None:
+            raise self._fault
+        if all(member.key != "annotations" for member in images.members):
+            raise InputError(f"{path}: no list 'annotations' in it; is it a COCO instances JSON?")
+        for category_id, annotation_id in self._first_of.items():
+            if category_id not in self._categories:
+                raise InputError(
+                    f"{path}: annotation {annotation_id} has category {category_id}, which is not in the file"
+                )
+        for annotation_id, image_id, size in self._rle:
+            if size != self._sizes[image_id]:
+                raise InputError(
+                    f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, its image is "
+                    f"{list(self._sizes[image_id])}"
+                )
+        for annotation_id, image_id, polygons in self._wide:
+            check_outlines(path, polygons, f"annotation {annotation_id}", *self._sizes[image_id])

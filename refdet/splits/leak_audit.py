@@ -1,0 +1,195 @@
+"""What of REFER's val and test images is in a list of training images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.splits.held_out import held_out
+from refdet.splits.image_list import ImageList, ListedImage
+from refdet.splits.list_reading import read_image_list
+from refdet.structures.provenance import file_sha256, image_ids_sha256
+
+
+@dataclass(frozen=True)
+class SplitLeak:
+    """What of one held-out split is in a list.
+
+    Attributes:
+        name: "refcoco/unc/val"; images: how many images it has.
+        image_ids: ids in the list of the images that are in it, ascending.
+        annotations: how many annotations of the list are on those images.
+    """
+
+    name: str
+    images: int
+    image_ids: list[int]
+    annotations: int
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What `audit` found.
+
+    Attributes:
+        form: of the list; see `refdet.splits.image_list`.
+        images: how many entries it has; unidentified: how many of them nothing identifies as an image of COCO or of
+            another source; unknown: their labels.
+        not_known_by_id: how many have a file that their id does not tell; see `is_known_by_id`.
+        file_sha256: of the file; image_ids_sha256: of the ids in it.
+        held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
+        splits: the same for each split; notes: remarks for people.
+    """
+
+    form: str
+    images: int
+    unidentified: int
+    unknown: list[int | str]
+    not_known_by_id: int
+    file_sha256: str
+    image_ids_sha256: str
+    held_out_images: int
+    splits: list[SplitLeak]
+    leaked: list[int]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "clean": not self.leaked,
+            "form": self.form,
+            "images": self.images,
+            "unidentified": self.unidentified,
+            "not_known_by_id": self.not_known_by_id,
+            "file_sha256": self.file_sha256,
+            "image_ids_sha256": self.image_ids_sha256,
+            "held_out_images": self.held_out_images,
+            "splits": {
+                leak.name: {
+                    "images": leak.images,
+                    "leaked": len(leak.image_ids),
+                    "annotations": leak.annotations,
+                    "image_ids": leak.image_ids,
+                }
+                for leak in self.splits
+            },
+            "leaked_image_ids": self.leaked,
+            "notes": self.notes,
+        }
+
+
+def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] = ()) -> AuditResult:
+    """Look for images of REFER's val and test splits in a list of images.
+
+    Annotations count too: one whose image was removed but which stayed in the file is a leak.
+
+    Arguments:
+        instances: an instances JSON or another list; see `refdet.splits.image_list`.
+        refer_root, exclude: what to look for; see `held_out`.
+
+    Raises:
+        InputError: the file is no such list.
+        refer.ReferError: bad REFER data.
+    """
+    splits, notes = held_out(refer_root, exclude)
+    images = read_image_list(instances)
+    notes += remarks(images)
+    per_image = Counter(entry.image_id for entry in images.annotations)
+    stray = per_image.keys() - images.ids
+    if stray:
+        count = sum(per_image[image_id] for image_id in stray)
+        notes.append(f"{images.path}: {count} annotations are of images that are not in it")
+    elsewhere = frozenset().union(*images.elsewhere.values())
+    if elsewhere:
+        keys = ", ".join(map(repr, images.elsewhere))
+        notes.append(f"{images.path}: names of COCO images stand outside of 'images' too, under {keys:.80}: they count")
+    leaks = []
+    everything = frozenset().union(*(split.image_ids for split in splits))
+    suspects = [image for image in images.images if not everything.isdisjoint(image.numbers)]
+    for split in splits:
+        ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
+        ids |= (stray | elsewhere) & split.image_ids
+        leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
+    unknown = [image.label for image in images.images if image.unknown]
+    return AuditResult(
+        form=images.form,
+        images=len(images.images),
+        unidentified=len(unknown),
+        unknown=unknown,
+        not_known_by_id=sum(not image.known_by_id for image in images.images),
+        file_sha256=file_sha256(images.path),
+        image_ids_sha256=image_ids_sha256(images.ids),
+        held_out_images=len(everything),
+        splits=leaks,
+        leaked=sorted({image_id for leak in leaks for image_id in leak.image_ids}),
+        notes=notes,
+    )
+
+
+def numbers_of(images: Iterable[ListedImage]) -> frozenset[int]:
+    """The COCO numbers of all of them."""
+    return frozenset().union(*(image.numbers for image in images))
+
+
+def remarks(images: ImageList) -> list[str]:
+    """What people should know of how the images of a list are known, a line each."""
+    path, lines = images.path, []
+    several = [image for image in images.images if len(image.numbers) > 1]
+    if several:
+        first = several[0]
+        numbers = " and ".join(map(str, sorted(first.numbers)[:3]))
+        lines.append(
+            f"{path}: {len(several)} entries have numbers of several COCO images ({first.label!s:.60}: {numbers}); "
+            "an entry is held out if any of its numbers is"
+        )
+    running = [image for image in images.images if _has_running_id(image)]
+    if running:
+        lines.append(
+            f"{path}: the ids of {len(running)} images are not the numbers in their names "
+            f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names count"
+        )
+    none = [image for image in images.images if image.evidence.not_coco]
+    if none:
+        lines.append(f"{path}: {len(none)} images are not COCO's according to the file (coco_id null)")
+    lines += _unknown(images)
+    bare = [image for image in images.images if image.evidence.bare and not image.evidence.named]
+    if bare:
+        first = bare[0]
+        what = "ids" if all(type(image.label) is int and not image.name for image in bare) else "names are mere numbers"
+        lines.append(
+            f"{path}: {len(bare)} {what} (the first: {first.name or first.label!r:.60}): taken as COCO image ids"
+        )
+    return lines
+
+
+def _unknown(images: ImageList) -> list[str]:
+    """A line each for entries that are known only by an id that nothing confirms, and for those that are not known."""
+    by_id = [image for image in images.images if image.unknown and _has_id_alone(image)]
+    others = [image for image in images.images if image.unknown and not _has_id_alone(image)]
+    path, lines = images.path, []
+    if by_id:
+        lines.append(
+            f"{path}: {len(by_id)} images have nothing but an id (the first: {by_id[0].label}), and no name such as "
+            "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
+        )
+    if others:
+        genome = sum(image.evidence.genome for image in others)
+        hint = f" ({genome} of them Visual Genome's own, whose image_data.json has COCO ids)" if genome else ""
+        lines.append(
+            f"{path}: {len(others)} entries have no COCO image id{hint}, the first is "
+            f"{others[0].name or others[0].label!r:.60}: their ids and names prove nothing; audit --by-content "
+            "compares what they show"
+        )
+    return lines
+
+
+def _has_running_id(image: ListedImage) -> bool:
+    evidence = image.evidence
+    return bool(evidence.named) and evidence.id is not None and evidence.id not in image.numbers and not evidence.genome
+
+
+def _has_id_alone(image: ListedImage) -> bool:
+    return bool(image.evidence.ids) and not image.evidence.unread_names and not image.evidence.genome

@@ -1,0 +1,244 @@
+"""Reading a list of images in any of the forms of `refdet.splits.image_list`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from refdet.data.coco_validation import checked_id, kind
+from refdet.data.image_evidence import COCO_IDS, IDS, NAMES, evidence_of, evidence_of_image, is_known_by_id, names_in
+from refdet.errors import InputError
+from refdet.files.json_files import json_errors
+from refdet.splits.image_list import (
+    INSTANCES,
+    JSON_LINES,
+    JSON_LIST,
+    JSON_OBJECT,
+    LINES,
+    ImageList,
+    ListedAnnotation,
+    ListedImage,
+    Member,
+    weigh,
+)
+from refdet.splits.json_stream import Piece, pieces, read_text
+from refdet.splits.object_entries import Entry, object_entries
+from refdet.structures.coco_ids import bare_number, is_image_file, is_visual_genome
+from refer.plain_files import no_garbage_collection
+
+_LISTS = ("images", "annotations", "categories")
+_SPACE = " \t\r\n\ufeff"
+
+
+def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = None) -> ImageList:
+    """Read a list of images.
+
+    Args:
+        path: the file.
+        check: called with every entry of an instances file, in the order of the file.
+
+    Raises:
+        InputError: one line that names the file and what is wrong in it.
+    """
+    path = Path(path)
+    with no_garbage_collection():
+        found = _read(path, read_text(path), check)
+        if not found.images:
+            raise InputError(f"{path}: no image in it; give an instances JSON or a list of images")
+        images, confirmed = weigh(found.images)
+        if found.form != INSTANCES and not any(i.numbers or i.evidence.not_coco for i in images):
+            raise InputError(
+                f"{path}: none of its {len(images)} entries has a COCO image id, the first is "
+                f"{images[0].name or images[0].label!r:.60}; {_fix(images)}"
+            )
+        return replace(found, images=images, ids_confirmed=confirmed)
+
+
+def _read(path: Path, text: str, check: Callable[[Piece], None] | None) -> ImageList:
+    start = text.lstrip(_SPACE)[:1]
+    if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_lines(text):
+        return ImageList(path, JSON_LINES, text, list(_json_lines(path, text)))
+    if path.suffix.lower() != ".json" and start not in ("{", "["):
+        return ImageList(path, LINES, text, list(_lines(text)))
+    if start == "[":
+        entries = [piece for piece in pieces(path, text, ()) if piece.position is not None]
+        images = [_listed(path, f"entry {p.position}", p.value, p.start, p.end) for p in entries]
+        return ImageList(path, JSON_LIST, text, images)
+    found = _instances(path, text, check)
+    if found is not None:
+        return found
+    tree, members = object_entries(path, text)
+    images = [
+        _member(member) if member.key
+        else _listed(path, f"entry {number}", member.value, member.start, member.end)
+        for number, member in enumerate(members)
+    ]  # fmt: skip
+    return ImageList(path, JSON_OBJECT, text, images, tree=tree)
+
+
+def _instances(path: Path, text: str, check: Callable[[Piece], None] | None) -> ImageList | None:
+    found = ImageList(path, INSTANCES, text, [])
+    ids: set[int] = set()
+    fault: InputError | None = None
+    is_instances = False
+    for piece in pieces(path, text, _LISTS):
+        is_instances |= piece.key == "images"
+        if fault is None:
+            try:
+                _add(found, ids, piece)
+                if check is not None and piece.position is not None:
+                    check(piece)
+            except InputError as error:  # raised at the end, so that a file that is cut short is named as such
+                fault = error
+    if not is_instances:
+        return None  # some other object, to which none of this applies
+    if fault is not None:
+        raise fault
+    if found.annotations and len(ids) < len(found.images):
+        nameless = next(n for n, image in enumerate(found.images) if image.evidence.id is None)
+        raise InputError(f"{path}: images[{nameless}]: 'id' is missing, which its annotations need")
+    return found
+
+
+def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
+    path, key, position, value, start, end = found.path, *piece[:5]
+    if position is None:
+        found.members.append(Member(key, start, end))
+        if key == "info" and isinstance(value, dict):
+            found.info.update(value)
+        elif key in _LISTS and not isinstance(value, list):
+            raise InputError(f"{path}: {key!r} is a {kind(value)}, it must be a list")
+        elif key not in _LISTS and (names := names_in(value)):
+            found.elsewhere[key] = names
+        return
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {key}[{position}] is a {kind(value)}, not an object")
+    if key == "images":
+        what, image_id = f"images[{position}]", None
+        if value.get("id") is not None or not _is_named(value):
+            image_id = checked_id(path, value, "id", what)
+            what = f"image {image_id}"
+        if image_id in ids:  # one could hide the other
+            raise InputError(f"{path}: duplicate image id {image_id}; give each image one entry")
+        if image_id is not None:
+            ids.add(image_id)
+        _check_coco_ids(path, value, what)
+        evidence = evidence_of_image(value, image_id)
+        known = is_known_by_id(value, image_id, evidence)
+        label = position if image_id is None else image_id
+        found.images.append(ListedImage(image_id, _name(value), label, evidence, known, start, end))
+    elif key == "annotations":
+        image_id = checked_id(path, value, "image_id", f"annotations[{position}]")
+        found.annotations.append(ListedAnnotation(image_id, start, end))
+
+
+def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ListedImage:
+    """An entry of a list that is no instances file."""
+    if type(value) is int or isinstance(value, str):
+        return _plain(value, start, end)
+    if not isinstance(value, dict | list):
+        raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object of one")
+    if isinstance(value, dict):
+        _check_coco_ids(path, value, what)
+        for id_key in IDS:
+            if value.get(id_key) is not None and not isinstance(value[id_key], str | list | dict):
+                checked_id(path, value, id_key, what)
+    evidence = evidence_of(value)
+    name = _name(value) if isinstance(value, dict) else ""
+    known = isinstance(value, dict) and is_known_by_id(value, evidence.id, evidence)
+    label = name or what if evidence.id is None else evidence.id
+    return ListedImage(evidence.id, name, label, evidence, known, start, end)
+
+
+def _member(member: Entry) -> ListedImage:
+    """A member of an object, whose key may be the name or the number of its image."""
+    evidence = evidence_of(member.value, key=member.key)
+    known = isinstance(member.value, dict) and is_known_by_id(member.value, evidence.id, evidence)
+    label = member.key if evidence.id is None else evidence.id
+    return ListedImage(evidence.id, member.key, label, evidence, known, member.start, member.end)
+
+
+def _plain(value: int | str, start: int, end: int) -> ListedImage:
+    """A bare id or name."""
+    evidence = evidence_of(value)
+    known = len(evidence.named | evidence.bare) == 1
+    return ListedImage(evidence.id, value if isinstance(value, str) else "", value, evidence, known, start, end)
+
+
+def _name(value: dict) -> str:
+    return next((value[key] for key in (*NAMES, *IDS) if isinstance(value.get(key), str)), "")
+
+
+def _is_named(value: dict) -> bool:
+    """Whether an entry without an id can be known by something else, as Karpathy's are."""
+    return any(value.get(key) is not None for key in COCO_IDS) or any(isinstance(value.get(key), str) for key in NAMES)
+
+
+def _check_coco_ids(path: Path, value: dict, what: str) -> None:
+    for key in COCO_IDS:
+        if value.get(key) is not None:
+            checked_id(path, value, key, what)
+
+
+def _spans(text: str) -> Iterator[tuple[int, str, int, int]]:
+    """The lines that are not blank: their number from 1 on, without the space around them, start and end."""
+    start = 0
+    for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", text), start=1):
+        bare = line.strip(_SPACE)
+        if bare:
+            first = start + line.index(bare)
+            yield number, bare, first, first + len(bare)
+        start += len(line)
+
+
+def _lines(text: str) -> Iterator[ListedImage]:
+    for _, line, start, end in _spans(text):
+        if not line.startswith("#"):
+            yield _line(line, start, end)
+
+
+def _line(text: str, start: int, end: int) -> ListedImage:
+    """A line is a name, or a table's row: the file names in it count, else its numbers, which may be running ones."""
+    listed = _plain(text, start, end)
+    fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
+    if listed.evidence.named or listed.evidence.bare or len(fields) < 2:
+        return listed
+    files = [field for field in fields if is_image_file(field)]
+    numbers = [number for field in files or fields if (number := bare_number(field)) is not None]
+    unread = len(numbers) < len(files) if files else len(set(numbers)) > 1
+    evidence = replace(listed.evidence, bare=frozenset(numbers), unread_names=unread or not numbers)
+    name = files[0] if files else fields[0]
+    first = numbers[0] if numbers else None
+    return listed._replace(id=first, evidence=evidence, name=name, known_by_id=len(set(numbers)) == 1)
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line is an object by itself and others follow."""
+    start = len(text) - len(text.lstrip(_SPACE))
+    end = text.find("\n", start)
+    if text[start : start + 1] != "{" or end < 0 or not re.compile(r"\S").search(text, end):
+        return False
+    try:
+        return isinstance(json.loads(text[start:end]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(path: Path, text: str) -> Iterator[ListedImage]:
+    for number, line, start, end in _spans(text):
+        try:
+            with json_errors(path):
+                value = json.loads(line)
+        except InputError as error:
+            raise InputError(str(error).replace(" in line 1:", f" in line {number}:", 1)) from None
+        yield _listed(path, f"line {number}", value, start, end)
+
+
+def _fix(images: Iterable[ListedImage]) -> str:
+    if any(is_visual_genome(image.name) for image in images):
+        return "these are Visual Genome's own names: give its image_data.json, which has their COCO ids"
+    return "give COCO's ids, or names such as 000000000009.jpg"

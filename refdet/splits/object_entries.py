@@ -1,0 +1,103 @@
+"""The entries of a JSON object that is no instances file: lists by split, or entries by the name of their image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refdet.data.image_evidence import names_in
+from refdet.splits.json_stream import Piece, pieces_at
+from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
+
+_NOT_IMAGES = ("info", "metainfo", "license", "licenses", "categories")
+_DEPTH = 4  # {"refcoco": {"train": {"000000000009.jpg": ...}}} is three objects deep
+
+
+class Entry(NamedTuple):
+    """An entry: its key where it is a member of an object, its value, and ``text[start:end]``."""
+
+    key: str
+    value: Any
+    start: int
+    end: int
+
+
+@dataclass
+class Node:
+    """A part of a JSON text that holds entries.
+
+    Attributes:
+        start: where it starts, with its key if it has one; ``value`` is where its value starts.
+        end: where it ends.
+        entry: the position of the entry that it is, None for a list or object of others.
+        parts: what that list or object holds.
+    """
+
+    start: int
+    value: int
+    end: int
+    entry: int | None = None
+    parts: list[Node] = field(default_factory=list)
+
+    def render(self, text: str, keep: Sequence[bool]) -> str:
+        """The text without the entries that go, otherwise as it stands."""
+        stays = [part for part in self.parts if part.entry is None or keep[part.entry]]
+        if not self.parts:
+            return text[self.start : self.end]
+        inner = ", ".join(part.render(text, keep) for part in stays)
+        return text[self.start : self.value] + text[self.value] + inner + text[self.end - 1]
+
+
+def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
+    """The entries of the object at the top of a JSON text, and where they are in it.
+
+    A member whose key is the name of an image is an entry, so is each item of a list, and each object that holds
+    other things than lists and objects. Numbers and strings that name no image are taken for remarks.
+
+    Raises:
+        InputError: the text is malformed, or a key is there twice.
+    """
+    entries: list[Entry] = []
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    node = Node(start, start, len(text.rstrip(" \t\r\n")))
+    _fill(path, text, node, entries, _DEPTH)
+    return node, entries
+
+
+def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -> None:
+    is_list = text[node.value] == "["
+    for piece in pieces_at(path, text, node.value):
+        part = Node(piece.start if is_list else piece.key_start, piece.start, piece.end)
+        node.parts.append(part)
+        if not is_list and _holds_entries(piece, depth):
+            _fill(path, text, part, entries, depth - 1)
+        elif is_list or _is_entry(piece):
+            if is_list and type(piece.value) in (float, bool, type(None)):
+                continue
+            part.entry = len(entries)
+            entries.append(Entry("" if is_list else piece.key, piece.value, part.start, part.end))
+
+
+def _holds_entries(piece: Piece, depth: int) -> bool:
+    """Whether a member is a list of entries, or an object that holds nothing but lists and objects."""
+    if depth == 0 or piece.key in _NOT_IMAGES or _names_an_image(piece.key):
+        return False
+    if isinstance(piece.value, list):
+        return True
+    if not isinstance(piece.value, dict) or not piece.value:
+        return False
+    return any(map(_names_an_image, piece.value)) or all(isinstance(v, list | dict) for v in piece.value.values())
+
+
+def _is_entry(piece: Piece) -> bool:
+    if piece.key in _NOT_IMAGES:
+        return bool(names_in(piece.value))
+    if _names_an_image(piece.key) or isinstance(piece.value, dict | list):
+        return True
+    return isinstance(piece.value, str) and (bool(numbers_in_name(piece.value)) or is_image_file(piece.value))
+
+
+def _names_an_image(key: str) -> bool:
+    return bool(numbers_in_name(key)) or is_image_file(key) or bare_number(key) is not None

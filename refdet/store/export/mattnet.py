@@ -1,0 +1,259 @@
+"""The files that lichengunc/MAttNet trains on and is evaluated with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from refdet.errors import InputError
+from refdet.files.progress import progress
+from refdet.store.export.folder import json_list, new_folder, require_space
+from refdet.store.export.mattnet_prepro import TABLES, Prepro
+from refdet.store.export.record import Exported, write_record
+from refdet.store.export.source import Source
+from refdet.store.hdf5_file import ANY_READER, new_file
+from refdet.structures.regions import Regions
+
+FEATURES = ("pool5", "fc7")
+WIDTHS = {"pool5": 1024, "fc7": 2048}  # what its loaders and layers are made for
+HEADS = "head"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An export under way: what is read, where it goes, and what there is to say at the end."""
+
+    folder: Path
+    detections: Source
+    annotations: Source | None
+    prepro: Prepro | None
+    notes: list[str]
+
+
+def export_mattnet(
+    store: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
+) -> Exported:
+    """Write what the stores and the dataset suffice for; the rest is told in the notes.
+
+    - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: of the detections;
+    - ``head/ID.h5``: of the stores that have heads;
+    - ``data.json``, ``data.h5``: ``prepro``, unless it was read from MAttNet's own;
+    - ``ann_feats.h5``: of the annotations, in the order of ``prepro``.
+
+    Args:
+        store: detections.
+        out: the folder.
+        annotations: store of annotations.
+        prepro: images that are not in it are left out; without it all are taken.
+        options: for the record.
+
+    Raises:
+        InputError: ``out`` is not empty; a store is of the wrong kind, lacks fc7, or none or not all of the images;
+            annotations without ``prepro``; the detector's categories are not the dataset's.
+        WorkError: the disk is full.
+    """
+    with ExitStack() as stack:
+        detections = stack.enter_context(Source(store))
+        if detections.store.has_ann_ids:
+            raise InputError(f"--store {store}: regions of annotations; give detections, and these as --annotations")
+        given = stack.enter_context(Source(annotations)) if annotations else None
+        if given is not None and not given.store.has_ann_ids:
+            raise InputError(f"--annotations {annotations}: has detections; extract with --regions annotations")
+        if given is not None and prepro is None:
+            raise InputError("--annotations: data.json numbers the rows of ann_feats.h5; give --refer-root with "
+                             "--dataset and --split-by, or --data-json")  # fmt: skip
+        folder = stack.enter_context(new_folder(out))
+        work = _Work(folder, detections, given, prepro, [])
+        image_ids = _images(work)
+        require_space(out, _space(work, image_ids))
+        regions = _write_detections(work, image_ids)
+        empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
+        if empty:
+            work.notes.append(f"{len(empty)} images have no detections; MAttNet's evaluation stops at such an image: "
+                              "extract with --at-least-one")  # fmt: skip
+        _write_annotations(work)
+        _write_heads(work, image_ids)
+        if prepro is None:
+            work.notes.append("no data.json and data.h5: give --refer-root with --dataset and --split-by")
+        elif prepro.labels is not None:
+            prepro.write(folder)
+            if not prepro.data["att_to_ix"]:
+                work.notes.append("data.json has no attribute words, without which MAttNet does not train: "
+                                  "give --attributes")  # fmt: skip
+        sources = {"features": detections} | ({"annotations": given} if given is not None else {})
+        files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
+        done = Exported("mattnet", len(image_ids), regions, files, empty, work.notes)
+        write_record(folder, done, options, sources)
+    return done
+
+
+def detection(regions: Regions, place: int, name: str, det_id: int, row: int) -> dict[str, Any]:
+    """The record of one detection.
+
+    ``box`` is x, y, width, height; the seed's width ``x2 - x1 + 1`` of a box to its last pixel is ``x2 - x1`` of our
+    half-open one. ``region``, its row in the store, is ours: `refdet evaluate-on-refer` takes it for an answer.
+    """
+    x1, y1, x2, y2 = regions.boxes[place].tolist()
+    return {
+        "det_id": det_id, "h5_id": det_id, "box": [x1, y1, x2 - x1, y2 - y1], "image_id": regions.image_id,
+        "category_id": int(regions.category_ids[place]), "category_name": name,
+        "score": float(regions.scores[place]), "region": row,
+    }  # fmt: skip
+
+
+def _images(work: _Work) -> list[int]:
+    """The images to export, in the order of the store."""
+    source = work.detections
+    if work.prepro is None:
+        return list(source.store)
+    names = work.prepro.data.get("cat_to_ix", {})
+    for category_id, name in source.names.items():
+        if names.get(name, category_id) != category_id:
+            raise InputError(f"{source.path}: category {name} is {category_id}, and {names[name]} in the dataset; "
+                             "extract with a detector of the dataset's categories")  # fmt: skip
+    wanted = {image["image_id"] for image in work.prepro.data["images"]}
+    found = [image_id for image_id in source.store if image_id in wanted]
+    if not found:
+        raise InputError(f"{source.path}: has none of the {len(wanted)} images of the dataset")
+    if len(found) < len(wanted):
+        work.notes.append(f"{len(wanted) - len(found)} of the {len(wanted)} images of the dataset are not in "
+                          f"{source.path.name} and have no detections")  # fmt: skip
+    if len(found) < len(source.store):
+        work.notes.append(f"{len(source.store) - len(found)} images of {source.path.name} are not of the dataset and "
+                          "are left out")  # fmt: skip
+    return found
+
+
+def _space(work: _Work, image_ids: list[int]) -> int:
+    """Bytes that features and heads take, at least."""
+    rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
+    counted = [(work.detections, rows)]
+    if work.annotations is not None and work.prepro is not None:
+        counted.append((work.annotations, len(work.prepro.data["anns"])))
+    numbers = sum(n * source.width(name) for source, n in counted for name in FEATURES
+                  if name in source.store.feature_names)  # fmt: skip
+    return 4 * (numbers + sum(work.detections.head_size(image_id) for image_id in image_ids))
+
+
+def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
+    """New datasets of float32 for the features of so many regions, to be kept open while the file is."""
+    return {name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False)
+            for name in names}  # fmt: skip
+
+
+def _room(source: Source, names: list[str], rows: int) -> int:
+    """Bytes of a file of these, at most."""
+    return 4 * rows * sum(source.width(name) for name in names) + TABLES
+
+
+def _names(work: _Work, source: Source) -> list[str]:
+    """The features that are exported of a store."""
+    names = [name for name in FEATURES if name in source.store.feature_names]
+    for name in FEATURES:
+        if name not in names and name != "fc7":
+            work.notes.append(f"{source.path.name} has no {name}")
+            continue
+        width = source.width(name)
+        if width != WIDTHS[name]:
+            work.notes.append(f"{name} of {source.path.name} has {width} numbers a region, "
+                              f"MAttNet's layers take {WIDTHS[name]}")  # fmt: skip
+    return names
+
+
+def _write_detections(work: _Work, image_ids: list[int]) -> int:
+    """Write dets.json, masks.json and det_feats.h5; returns the number of detections.
+
+    They are numbered as run_detect.py does: image by image, class by class, the best first.
+    """
+    source, store = work.detections, work.detections.store
+    names = _names(work, source)
+    total = sum(len(store.rows(image_id)) for image_id in image_ids)
+    rank = {category_id: i for i, category_id in enumerate(source.names)}
+    if not store.has_masks:
+        work.notes.append(f"no masks.json: {source.path.name} has no masks")
+    with ExitStack() as stack:
+        add = stack.enter_context(json_list(work.folder / "dets.json"))
+        add_mask = stack.enter_context(json_list(work.folder / "masks.json")) if store.has_masks else None
+        room = _room(source, names, total)
+        file = stack.enter_context(new_file(work.folder / "det_feats.h5", room, ANY_READER))
+        datasets = _datasets(file, source, names, total)
+        first = 0
+        for image_id in progress(image_ids, "detections", "image"):
+            regions, rows = source.read(image_id, names), store.rows(image_id)
+            order = np.lexsort((-regions.scores, np.array([rank[c] for c in regions.category_ids.tolist()], np.int64)))
+            rles = regions.rles()
+            for det_id, place in enumerate(order.tolist(), start=first):
+                category = source.names[int(regions.category_ids[place])]
+                record = detection(regions, place, category, det_id, rows[place])
+                add(record)
+                if add_mask is not None:
+                    add_mask(record | {"rle": rles[place] | {"counts": rles[place]["counts"].decode("ascii")}})
+            if len(rows):
+                for name in names:
+                    datasets[name][first : first + len(rows)] = regions.features[name][order]
+            first += len(rows)
+    return total
+
+
+def _write_annotations(work: _Work) -> None:
+    """Write ann_feats.h5, whose rows are the ``h5_id`` of the annotations in data.json."""
+    source = work.annotations
+    if source is None or work.prepro is None:
+        work.notes.append("no ann_feats.h5: give --annotations")
+        return
+    images, anns = work.prepro.data["images"], work.prepro.data["anns"]
+    lost = [image["image_id"] for image in images if image["image_id"] not in source.store]
+    if lost:
+        raise InputError(f"--annotations {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
+                         f"not in it, the first is {lost[0]}; extract all splits")  # fmt: skip
+    row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
+    names, seen = _names(work, source), 0
+    with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
+        datasets = _datasets(file, source, names, len(anns))
+        for image in progress(images, "annotations", "image"):
+            regions = source.read(image["image_id"], names, categories=False)
+            assert regions.ann_ids is not None
+            rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
+            order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py wants ascending rows
+            if len(np.unique(rows[order])) < len(order):
+                raise InputError(f"--annotations {source.path}: image {image['image_id']} has an annotation twice; "
+                                 "extract it again")  # fmt: skip
+            if len(order):
+                for name in names:
+                    datasets[name][rows[order]] = regions.features[name][order]
+            seen += len(order)
+    if seen < len(anns):
+        work.notes.append(f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
+                          f"{source.path.name} (crowds, unusable images); their rows are zeros")  # fmt: skip
+
+
+def _write_heads(work: _Work, image_ids: list[int]) -> None:
+    """Write the head of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from the stores that have it."""
+    sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
+    if not sources:
+        work.notes.append(f"no {HEADS}/*.h5, which MAttNet trains and is evaluated with: "
+                          "extract with --features pool5,fc7,head")  # fmt: skip
+        return
+    wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
+    (work.folder / HEADS).mkdir()
+    missing = 0
+    for image_id in progress(wanted, "heads", "image"):
+        found = next((head for source in sources if (head := source.head(image_id)) is not None), None)
+        if found is None:
+            missing += 1
+            continue
+        arrays = {"head": found[0][None], "im_info": found[1][None]}
+        room = sum(values.nbytes for values in arrays.values()) + TABLES
+        with new_file(work.folder / HEADS / f"{image_id}.h5", room, ANY_READER) as file:
+            datasets = [file.create_dataset(name, values.shape, values.dtype, track_times=False)
+                        for name, values in arrays.items()]  # fmt: skip
+            for dataset, values in zip(datasets, arrays.values(), strict=True):
+                dataset[...] = values
+    if missing:
+        work.notes.append(f"{missing} of {len(wanted)} images have no head")

@@ -1,0 +1,177 @@
+"""MAttNet's ``data.json`` and ``data.h5``: refs, images, annotations and sentences, numbered, with a vocabulary.
+
+What its ``tools/prepro.py`` makes of the same REFER folder, run by a Python that keeps the order of dictionaries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet.errors import InputError
+from refdet.files.json_files import read_json
+from refdet.store.hdf5_file import ANY_READER, new_file
+from refer import REFER
+
+MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
+PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
+ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
+NO_ATTRIBUTE = "none"  # refer-parser2's word where it found nothing
+TABLES = 64 << 10  # bytes of HDF5's own in a file of a few datasets, at most
+
+
+@dataclass(frozen=True)
+class PreproOptions:
+    """The options of prepro.py, with its defaults.
+
+    Attributes:
+        word_count_threshold: words that occur no more often become ``<UNK>``.
+        max_length: tokens of a sentence that are kept, None for 20 of RefCOCOg's and 10 of the others'.
+        attributes: ``sents.json`` of refer-parser2, None for no attribute words.
+        top_attributes: how many attribute words there are.
+    """
+
+    word_count_threshold: int = 5
+    max_length: int | None = None
+    attributes: Path | None = None
+    top_attributes: int = 50
+
+
+@dataclass(frozen=True)
+class Prepro:
+    """The contents of ``data.json`` and ``data.h5``.
+
+    Attributes:
+        data: the JSON object: "refs", "images", "anns", "sentences", "word_to_ix", "att_to_ix", "att_to_cnt",
+            "cat_to_ix", "label_length".
+        labels: (sentences, label_length) int32, words by ``word_to_ix``, 0 after the last; None where ``data``
+            was read.
+    """
+
+    data: dict[str, Any]
+    labels: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Prepro:
+        """The data.json that prepro.py wrote. InputError if it is none."""
+        data = read_json(path)
+        try:
+            ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
+            rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
+            if not isinstance(data.get("cat_to_ix", {}), dict):
+                raise TypeError("cat_to_ix is no object")
+        except (TypeError, KeyError) as error:
+            raise InputError(f"--data-json {path}: not what MAttNet's tools/prepro.py writes ({error!r})") from None
+        if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
+            raise InputError(f"--data-json {path}: its annotations are not numbered from 0 on by h5_id")
+        return cls(data)
+
+    def write(self, folder: Path) -> None:
+        """Write ``data.json`` and ``data.h5``. InputError if a number has no form in JSON."""
+        assert self.labels is not None
+        try:
+            text = json.dumps(self.data, allow_nan=False)
+        except ValueError:
+            raise InputError("data.json: a box of the dataset is not finite; repair its instances.json") from None
+        (folder / "data.json").write_text(text, encoding="utf-8")
+        with new_file(folder / "data.h5", self.labels.nbytes + TABLES, ANY_READER) as file:
+            labels = file.create_dataset("labels", self.labels.shape, self.labels.dtype, track_times=False)
+            labels[...] = self.labels
+
+
+def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> Prepro:
+    """What prepro.py makes of a dataset.
+
+    Images without a ref are left out, for MAttNet's loaders take an image's split from its first ref.
+
+    Raises:
+        refer.ReferError: the dataset cannot be read.
+        InputError: a dataset of refs with several targets; no ``max_length`` is known for it; wrong attributes.
+    """
+    length = options.max_length or MAX_LENGTH.get(dataset)
+    if length is None:
+        raise InputError(f"--dataset {dataset}: MAttNet knows no length of its sentences; give --max-length")
+    refer = REFER(root, dataset, split_by)
+    if refer.generalized:
+        raise InputError(f"--dataset {dataset}: its refs mean any number of objects, MAttNet's mean one")
+    word_to_ix, tokens = vocabulary(refer.sentToTokens, refer.Cats.values(), options.word_count_threshold)
+    counts, words_of = attributes(refer, options)
+    image_ids = [image_id for image_id in refer.Imgs if image_id in refer.imgToRefs]
+    data = {
+        "refs": [
+            {"ref_id": ref_id, "split": ref["split"], "category_id": ref["category_id"], "ann_id": ref["ann_id"],
+             "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]], "box": refer.refToAnn[ref_id]["bbox"],
+             "image_id": ref["image_id"], "att_wds": words_of.get(ref_id, [])}
+            for ref_id, ref in refer.Refs.items()
+        ],
+        "images": [
+            {"image_id": i, "height": refer.Imgs[i]["height"], "width": refer.Imgs[i]["width"],
+             "file_name": refer.Imgs[i]["file_name"], "ref_ids": [ref["ref_id"] for ref in refer.imgToRefs[i]],
+             "ann_ids": [ann["id"] for ann in refer.imgToAnns[i]], "h5_id": row}
+            for row, i in enumerate(image_ids)
+        ],
+        "anns": [
+            {"ann_id": ann["id"], "category_id": ann["category_id"], "box": ann["bbox"], "image_id": i, "h5_id": row}
+            for row, (i, ann) in enumerate((i, ann) for i in image_ids for ann in refer.imgToAnns[i])
+        ],
+        "sentences": [
+            {"sent_id": sent_id, "tokens": words, "h5_id": row} for row, (sent_id, words) in enumerate(tokens.items())
+        ],
+        "word_to_ix": word_to_ix,
+        "att_to_ix": {word: i for i, word in enumerate(counts)},
+        "att_to_cnt": counts,
+        "cat_to_ix": {name: category_id for category_id, name in refer.Cats.items()},
+        "label_length": length,
+    }  # fmt: skip
+    labels = np.zeros((len(tokens), length), np.int32)
+    for row, words in enumerate(tokens.values()):
+        labels[row, : len(words)] = [word_to_ix[word] for word in words[:length]]
+    return Prepro(data, labels)
+
+
+def vocabulary(
+    sentences: dict[int, list[str]], categories: Iterable[str], threshold: int
+) -> tuple[dict[str, int], dict[int, list[str]]]:
+    """The numbers of the words, and the sentences with ``<UNK>`` for each word that has none.
+
+    Words have numbers in this order: ``<PAD>`` 0, those that occur more than ``threshold`` times as they first occur,
+    the other words of category names and of ``__background__``, ``<UNK>`` if a word of the sentences is rare,
+    ``<BOS>``, ``<EOS>``.
+    """
+    counts = Counter(word for words in sentences.values() for word in words)
+    known = {word: None for word, n in counts.items() if n > threshold}
+    rare = len(known) < len(counts)
+    known |= {word: None for name in [*categories, "__background__"] for word in name.split()}
+    words = [PAD, *known, *([UNKNOWN] if rare else []), BEGIN, END]
+    final = {sent_id: [w if w in known else UNKNOWN for w in tokens] for sent_id, tokens in sentences.items()}
+    return {word: i for i, word in enumerate(words)}, final
+
+
+def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], dict[int, list[str]]]:
+    """How many refs have each attribute word, the most frequent first, and the attribute words of the refs.
+
+    Names of categories are none. Words of the same frequency are in alphabetical order.
+    """
+    if options.attributes is None:
+        return {}, {}
+    found: dict[int, dict[str, None]] = {}
+    no_words = {NO_ATTRIBUTE, *refer.Cats.values()}
+    try:
+        for sentence in read_json(options.attributes):
+            ref = refer.sentToRef[sentence["sent_id"]]
+            for kind in ATTRIBUTE_TYPES:
+                words = {str(word): None for word in sentence["atts"][kind] if word not in no_words}
+                found.setdefault(ref["ref_id"], {}).update(words)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
+                         f"({type(error).__name__}: {error})") from None  # fmt: skip
+    counts = Counter(word for words in found.values() for word in words)
+    top = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: options.top_attributes])
+    words_of = {ref_id: [word for word in words if word in top] for ref_id, words in found.items()}
+    return top, words_of

@@ -1,0 +1,83 @@
+"""One ``.npz`` an image, with the keys of bottom-up-attention or of one of its readers."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet.files.progress import progress
+from refdet.store.export import consumers, portable_pickle
+from refdet.store.export.file_names import file_names, unusable
+from refdet.store.export.folder import new_folder, require_space
+from refdet.store.export.npz_layouts import LAYOUTS, check_names
+from refdet.store.export.record import Exported, write_record
+from refdet.store.export.source import Source
+
+
+def export_npz(
+    store: Path, out: Path, feature: str = "fc7", names: str | None = None, consumer: str = consumers.NPZ[0]
+) -> Exported:
+    """Write ``NAME.npz`` for each image of a store; see `refdet.store.export.npz_layouts` for what is in them.
+
+    An image without regions gets a file with 0 of them, which models that pad to a fixed number take.
+
+    Args:
+        store: the file of regions.
+        out: the folder.
+        feature: which feature becomes ``x``.
+        names: what NAME is: "stem", the image's file name up to its suffix, "file", all of it, or "id", the image id
+            in decimal; None for what the consumer looks for.
+        consumer: one of `consumers.NPZ`.
+
+    Raises:
+        InputError: ``out`` is not empty, the store lacks the feature, or its images have no usable names of their own.
+        WorkError: the disk is full.
+    """
+    consumers.check_consumer("npz", consumer)
+    layout = LAYOUTS[consumer]
+    names = names or layout.names
+    with Source(store) as source, new_folder(out) as folder:
+        width = source.width(feature)
+        require_space(out, source.store.regions * 4 * (width + 4))
+        places = {category: i for i, category in enumerate(source.names)}
+        name_of = file_names(source.store, names, ".npz")
+        notes = [*layout.notes, *consumers.width_note(feature, width, consumer)]
+        notes += check_names(store, layout, name_of)
+        files = folder / layout.folder
+        files.mkdir(exist_ok=True)
+        for image_id, name in progress(name_of.items(), "export", "image", total=len(name_of)):
+            regions = source.read(image_id, (feature,))
+            try:
+                write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, places))
+            except FileExistsError:  # a file system that ignores case or composes accents
+                raise unusable(store, f"this disk takes {name!r} of image {image_id} for another's name") from None
+        empty = {i: why for i in source.store if (why := source.why_empty(i))}
+        if empty:
+            notes.append(f"{len(empty)} images have no regions; {layout.empty}")
+        if names != layout.names and consumer == "rosita":
+            notes.append("ROSITA looks for files called after the image file, suffix and all (--names file)")
+        pattern = "/".join(filter(None, (layout.folder, "*.npz")))
+        done = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
+        write_record(folder, done, {"for": consumer, "feature": feature, "names": names}, {"features": source})
+    return done
+
+
+def write_npz(path: Path, values: dict[str, Any]) -> None:
+    """Write arrays, and dicts as numpy pickles them, so that numpy of any age reads them.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    with zipfile.ZipFile(path, "x") as archive:
+        for name, value in values.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                array = np.asanyarray(value)
+                if array.dtype != object:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+                    continue
+                header = {"descr": "|O", "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(portable_pickle.dumps(array, 2))  # protocol 2, which every Python reads

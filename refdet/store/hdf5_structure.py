@@ -1,0 +1,206 @@
+"""What the HDF5 file of a store may consist of; everything else that HDF5 can hold is refused before it is used.
+
+HDF5 files can point into other files (external links, external storage, virtual datasets), contain themselves, and
+claim sizes that they have no bytes for. A store needs none of that: groups, and plain arrays whose bytes are all there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
+
+from refdet.store.hdf5_chunks import Refused, check_chunks, check_filters
+
+MAX_OBJECTS = 1000  # a store has some 25
+MAX_DEPTH = 8
+MAX_RANK = 8
+MAX_ATTRIBUTES = 100  # of one object
+MAX_ATTRIBUTE_VALUES = 4096
+MAX_TEXT = 2**26  # bytes of an attribute
+MAX_NAME = 255
+MAX_FIXED_TEXT = 4096  # bytes of a string of fixed length
+
+# Features and maps are read an image at a time, and many are zeros. All else is read whole.
+_PACKED_WELL = ("/features/", "/maps/head")
+MAX_UNPACKED = 2**26
+MAX_RATIO = 32
+
+_TEXT_REFERENCE = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable string on disk
+_TEXT_BLOCK = 10_000  # strings that are read at once
+
+
+def check_structure(file: h5py.File) -> None:
+    """Look at everything in a file but the values of its large arrays.
+
+    All attributes and all texts are read once, since they are the part that HDF5 reads without checksums.
+
+    Raises:
+        Refused: the file has a part that no store has, or claims more bytes than are there.
+        Exception: whatever h5py raises where the file is damaged.
+    """
+    descriptor = file.id.get_vfd_handle()
+    size = os.fstat(descriptor).st_size
+    if file.id.get_create_plist().get_userblock():
+        raise Refused("its HDF5 part does not begin at its first byte")
+    stored = 0
+    for name, node in _objects(h5g.open(file.id, b"/")):
+        _check_attributes(name, node)
+        if isinstance(node, h5d.DatasetID):
+            stored += _check_dataset(name, node, size, descriptor)
+    if stored > size:
+        raise Refused(f"its datasets share their bytes: they take {stored} in a file of {size}")
+
+
+def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
+    """(path, object) of all groups and datasets, each once; links are looked at before they are followed."""
+    waiting: list[tuple[str, int, h5g.GroupID]] = [("", 0, root)]
+    seen = {h5o.get_info(root).addr}
+    yield "/", root
+    while waiting:
+        parent, depth, group = waiting.pop()
+        for name, kind in _links(parent, group):
+            path = f"{parent}/{name}"
+            if kind != h5l.TYPE_HARD:
+                raise Refused(f"{path} is {_LINKS.get(kind, 'a user-defined link')}, not data of its own")
+            node = h5o.open(group, name.encode())
+            address = h5o.get_info(node).addr
+            if isinstance(node, h5g.GroupID):
+                if address in seen:
+                    raise Refused(f"{path} is a group that is there under another name already")
+                if depth == MAX_DEPTH:
+                    raise Refused(f"{path} lies more than {MAX_DEPTH} groups deep")
+                waiting.append((path, depth + 1, node))
+            elif not isinstance(node, h5d.DatasetID):
+                raise Refused(f"{path} is neither a group nor a dataset")
+            if address not in seen:
+                seen.add(address)
+                yield path, node
+            if len(seen) > MAX_OBJECTS:
+                raise Refused(f"it has more than {MAX_OBJECTS} groups and datasets")
+
+
+_LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
+
+
+def _links(parent: str, group: h5g.GroupID) -> list[tuple[str, int]]:
+    """(name, kind) of a group's links, none of them followed."""
+    found: list[tuple[bytes, int]] = []
+
+    def take(name: bytes, info: Any) -> bool | None:
+        found.append((name, info.type))
+        return True if len(found) > MAX_OBJECTS else None  # stops the iteration
+
+    group.links.iterate(take, info=True)
+    return [(_name(parent, name), kind) for name, kind in found]
+
+
+def _name(parent: str, name: bytes) -> str:
+    text = name.decode("utf-8", "backslashreplace")
+    if (
+        text.encode() != name
+        or not text.isprintable()
+        or len(name) > MAX_NAME
+        or "/" in text
+        or text in ("", ".", "..")
+    ):
+        raise Refused(f"{parent or '/'} has a name that is none: {text!r:.80}")
+    return text
+
+
+def _check_attributes(path: str, node: Any) -> None:
+    names: list[bytes] = []
+
+    def take(name: bytes, *_: Any) -> bool | None:
+        names.append(name)
+        return True if len(names) > MAX_ATTRIBUTES else None
+
+    h5a.iterate(node, take)
+    if len(names) > MAX_ATTRIBUTES:
+        raise Refused(f"{path} has more than {MAX_ATTRIBUTES} attributes")
+    holder = h5py.Group(node) if isinstance(node, h5g.GroupID) else h5py.Dataset(node)
+    for raw in names:
+        name = f"attribute {_name(path, raw)} of {path}"
+        attribute = h5a.open(node, raw)
+        kind, shape = _kind(name, attribute.get_type()), _shape(name, attribute.get_space())
+        if math.prod(shape) > MAX_ATTRIBUTE_VALUES:
+            raise Refused(f"{name} has {math.prod(shape)} values")
+        value = holder.attrs[raw.decode()]
+        if kind == "text" and isinstance(value, str) and len(value) > MAX_TEXT:
+            raise Refused(f"{name} is a text of {len(value)} characters")
+
+
+def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -> int:
+    """The bytes that a dataset takes in the file."""
+    plan = data.get_create_plist()
+    if plan.get_external_count():
+        raise Refused(f"{name} keeps its values in another file (external storage)")
+    layout = plan.get_layout()
+    if layout not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
+        raise Refused(f"{name} is a virtual dataset: its values lie in other datasets")
+    kind, shape = _kind(name, data.get_type()), _shape(name, data.get_space())
+    width = _TEXT_REFERENCE.itemsize if kind == "text" else data.get_type().get_size()
+    filters = check_filters(name, plan, width)
+    claimed, stored = math.prod(shape) * width, data.get_storage_size()
+    if not name.startswith(_PACKED_WELL) and claimed > max(MAX_UNPACKED, MAX_RATIO * stored):
+        raise Refused(f"{name} claims {claimed} bytes and has {stored}")
+    if layout == h5d.CHUNKED:
+        if kind == "text":
+            raise Refused(f"{name} is a text in chunks")
+        check_chunks(name, data, shape, width, plan.get_chunk(), filters, size)
+        return stored
+    offset = data.get_offset() if layout == h5d.CONTIGUOUS else 0
+    if claimed and (stored != claimed or offset is None or offset + stored > size):
+        raise Refused(f"{name} claims {claimed} bytes and has {stored}")
+    if kind == "text" and claimed:
+        if layout != h5d.CONTIGUOUS:
+            raise Refused(f"{name} is a text inside of the header")
+        _check_texts(name, data, shape, offset, size, descriptor)
+    return stored
+
+
+def _check_texts(
+    name: str, data: h5d.DatasetID, shape: tuple[int, ...], offset: int, size: int, descriptor: int
+) -> None:
+    """Read all strings once. They may all lie at the same place of the file, so their lengths are added up first."""
+    if len(shape) != 1:
+        raise Refused(f"{name} is a text of {len(shape)} dimensions")
+    raw = os.pread(descriptor, shape[0] * _TEXT_REFERENCE.itemsize, offset)
+    total = int(np.frombuffer(raw, _TEXT_REFERENCE)["bytes"].sum(dtype=np.uint64))
+    if total > size:
+        raise Refused(f"{name} claims {total} bytes of text in a file of {size}")
+    texts = h5py.Dataset(data)
+    for first in range(0, shape[0], _TEXT_BLOCK):
+        texts[first : first + _TEXT_BLOCK]
+
+
+def _kind(name: str, type_id: h5t.TypeID) -> str:
+    """ "number" or "text"; Refused for any other type, and for numbers that numpy has not."""
+    if type_id.committed():
+        raise Refused(f"{name} has a type that stands elsewhere in the file")
+    kind = type_id.get_class()
+    if kind == h5t.STRING:
+        if type_id.is_variable_str():
+            return "text"
+        if type_id.get_size() <= MAX_FIXED_TEXT:
+            return "number"  # of a fixed length, as numbers are
+    elif kind in (h5t.INTEGER, h5t.FLOAT) and type_id.get_size() <= 8:
+        if type_id.equal(h5t.py_create(type_id.dtype)):
+            return "number"
+    elif kind == h5t.ENUM and type_id.equal(h5t.py_create(np.dtype(bool), logical=True)):
+        return "number"
+    raise Refused(f"{name} is of a type that no store has")
+
+
+def _shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:
+    if space.get_simple_extent_type() not in (h5s.SCALAR, h5s.SIMPLE):
+        raise Refused(f"{name} has no shape")
+    if space.get_simple_extent_ndims() > MAX_RANK:
+        raise Refused(f"{name} has more than {MAX_RANK} dimensions")
+    shape: tuple[int, ...] = space.get_simple_extent_dims()
+    return shape

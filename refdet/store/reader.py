@@ -1,0 +1,260 @@
+"""The HDF5 file of regions, schema ``refdet-features/1``: its reader; `create` writes one. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, overload
+
+import h5py
+import numpy as np
+
+from refdet.errors import InputError
+from refdet.store.hdf5_door import open_store_file
+from refdet.store.schema import (
+    MAPS,
+    SCHEMA,
+    Columns,
+    Header,
+    ImageRow,
+    check_memory,
+    check_parts,
+    check_starts,
+    open_datasets,
+    parse_classes,
+    parse_json,
+)
+from refdet.store.writer import StoreWriter, create
+from refdet.structures.regions import Regions
+from refer.rle import covered_pixels
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
+
+# What damaged contents make h5py, numpy and json raise.
+DAMAGE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
+
+
+class Store:
+    """A complete file of regions, read as needed; made by `open`.
+
+    ``len(store)`` is the number of images and iterating gives their ids. ``store[image_id]`` is a `Regions`;
+    ``store[10:20]`` is a list of them, of the images at these *places* in the file. An integer is always an id.
+
+    Attributes:
+        path: the file.
+        image_ids, heights, widths, file_names, image_errors: (I,), in the order of the file; see the schema.
+        region_start: (I + 1,) int64.
+        classes, recipe, provenance, options, run: see `Header`.
+        complete: True.
+        feature_names, map_names: the features and the maps of whole images it has.
+        has_masks, has_ann_ids: whether regions have masks and annotation ids.
+        file, data: the file itself and its open datasets by name (``data["regions/box"]``), for h5py.
+    """
+
+    def __init__(self, path: Path, file: h5py.File) -> None:
+        self.path = path
+        self.file = file
+        self.classes: list[dict[str, Any]] = parse_classes(file)
+        self.recipe = str(file.attrs["recipe"])
+        self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
+        self.options: dict[str, Any] = parse_json(file, "options", dict)
+        self.run: dict[str, Any] = parse_json(file, "run", dict) if "run" in file.attrs else {}
+        self.complete = bool(file.attrs["complete"])
+        self.feature_names = tuple(file["features"])
+        self.map_names = tuple(name for name in MAPS if f"maps/{name}" in file)
+        self.has_masks = "mask_counts" in file["regions"]
+        self.has_ann_ids = "ann_id" in file["regions"]
+        # Looking a dataset up by its name takes longer than reading an image's rows of it.
+        self.data = open_datasets(file)
+        self.image_ids: np.ndarray = self.data["images/id"][:]
+        self.heights, self.widths = self.data["images/height"][:], self.data["images/width"][:]
+        self.file_names = self.data["images/file_name"].asstr()[:]
+        self.image_errors = self.data["images/error"].asstr()[:]
+        self.region_start: np.ndarray = self.data["images/region_start"][:]
+        self._at = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+        check_starts("images/region_start", self.region_start, len(self.data["regions/box"]))
+        if len(self._at) != len(self.image_ids):
+            raise ValueError("images/id: an image is in it twice")
+        if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:
+            raise ValueError("images/height or images/width is not positive")
+        self._map_starts = {name: self.data[f"maps/{name}_start"][:] for name in self.map_names}
+        self._map_shapes = {name: self.data[f"maps/{name}_shape"][:] for name in self.map_names}
+        for name, starts in self._map_starts.items():
+            check_starts(f"maps/{name}_start", starts, len(self.data[f"maps/{name}"]))
+        of_images = {f"features/{name}": self.region_start for name in self.feature_names}
+        of_images |= {f"maps/{name}": starts for name, starts in self._map_starts.items()}
+        check_memory(self.data, of_images, file.id.get_filesize())
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(image_id) for image_id in self.image_ids)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._at
+
+    @overload
+    def __getitem__(self, key: int) -> Regions: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Regions]: ...
+    def __getitem__(self, key: int | slice) -> Regions | list[Regions]:
+        if isinstance(key, slice):
+            return [self.read(image_id) for image_id in self.image_ids[key].tolist()]
+        return self.read(key)
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """The images that could not be used -> why."""
+        return {int(i): str(error) for i, error in zip(self.image_ids, self.image_errors, strict=True) if error}
+
+    @property
+    def regions(self) -> int:
+        """How many regions there are in all: rows are 0 .. regions - 1."""
+        return int(self.region_start[-1])
+
+    def rows(self, image_id: int) -> range:
+        """The rows of an image's regions; KeyError for an image that is not in the store."""
+        i = self._at[image_id]
+        return range(int(self.region_start[i]), int(self.region_start[i + 1]))
+
+    def region(self, row: int) -> tuple[int, int]:
+        """The image a row belongs to and the region's place in that image's `Regions`; IndexError if outside."""
+        if not 0 <= row < self.regions:
+            raise IndexError(f"{self.path}: no region {row}, rows are 0 to {self.regions - 1}")
+        i = int(np.searchsorted(self.region_start, row, side="right")) - 1
+        return int(self.image_ids[i]), row - int(self.region_start[i])
+
+    def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
+        """The regions of an image.
+
+        Arguments:
+            image_id: KeyError for an image that is not in the store.
+            features: those to read, maps among them; None for all of the store's. KeyError for one it lacks.
+
+        Raises:
+            InputError: the file is damaged there.
+        """
+        rows = self.rows(image_id)
+        wanted = (*self.feature_names, *self.map_names) if features is None else tuple(features)
+        lacking = [name for name in wanted if name not in self.feature_names and name not in self.map_names]
+        if lacking:
+            raise KeyError(
+                f"{self.path} has no feature {lacking[0]!r}; it has {[*self.feature_names, *self.map_names]}"
+            )
+        try:
+            return self._read(image_id, rows, wanted)
+        except DAMAGE as error:
+            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+
+    def _read(self, image_id: int, rows: range, wanted: Sequence[str]) -> Regions:
+        i, data = self._at[image_id], self.data
+        part = slice(rows.start, rows.stop)
+        maps = {
+            name: self._map(name, i) for name in wanted if name in self.map_names and self._map_shapes[name][i].any()
+        }
+        return Regions(
+            image_id=int(image_id),
+            file_name=str(self.file_names[i]),
+            height=int(self.heights[i]),
+            width=int(self.widths[i]),
+            boxes=data["regions/box"][part],
+            scores=data["regions/score"][part],
+            category_ids=data["regions/category_id"][part],
+            ann_ids=data["regions/ann_id"][part] if self.has_ann_ids else None,
+            masks=self._masks(i, rows) if self.has_masks else None,
+            features={name: data[f"features/{name}"][part] for name in wanted if name in self.feature_names},
+            error=str(self.image_errors[i]),
+            maps=maps,
+            im_info=data["maps/im_info"][i] if maps else None,
+        )
+
+    def _masks(self, i: int, rows: range) -> tuple[bytes, ...]:
+        counts = self.data["regions/mask_counts"]
+        starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
+        cuts = (starts - starts[0]).tolist()
+        if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
+            raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
+        read = counts[int(starts[0]) : int(starts[-1])]
+        # pycocotools writes beyond its memory for what is no RLE of its image, so none leaves here unchecked
+        covered = covered_pixels(read, starts - starts[0])
+        if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
+            raise ValueError(f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
+                             f"{self.widths[i]}x{self.heights[i]} pixels")  # fmt: skip
+        text = read.tobytes()
+        return tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+
+    def _map(self, name: str, i: int) -> np.ndarray:
+        first, last = self._map_starts[name][i : i + 2].tolist()
+        values: np.ndarray = self.data[f"maps/{name}"][first:last]
+        shape = self._map_shapes[name][i].tolist()
+        if min(shape) < 0 or math.prod(shape) != len(values):
+            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for the shape {shape}")
+        return values.reshape(shape)
+
+    def frame(self) -> pd.DataFrame:
+        """All regions without features and masks, one a line: the index ``region`` is the row in the file.
+
+        Columns: ``image_id``, ``x1``, ``y1``, ``x2``, ``y2`` (half-open, pixels of the original image), ``area``
+        (of the box, square pixels), ``score``, ``category_id``, ``category`` (its name), and ``ann_id`` where the
+        store has them.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        import pandas as pd
+
+        try:
+            boxes = self.data["regions/box"][:]
+            categories = self.data["regions/category_id"][:]
+            columns = {"image_id": np.repeat(self.image_ids, np.diff(self.region_start))}
+            columns |= dict(zip(("x1", "y1", "x2", "y2"), boxes.T, strict=True))
+            with np.errstate(all="ignore"):  # boxes of a damaged file need not be finite
+                columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+            columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
+            frame = pd.DataFrame(columns)
+            names = {int(c["id"]): str(c["name"]) for c in self.classes}
+            frame["category"] = frame["category_id"].map(names).astype("category")
+            if self.has_ann_ids:
+                frame["ann_id"] = self.data["regions/ann_id"][:]
+        except DAMAGE as error:
+            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+        return frame.rename_axis("region")
+
+
+def open(path: str | Path, again: bool = False) -> Store:
+    """Open a store for reading; use it in a ``with``.
+
+    Args:
+        again: look through the file for damage even if it was done before; see `refdet.store.hdf5_door`.
+
+    Raises:
+        InputError: no such file, not HDF5, another schema, parts missing or that no store has, or not complete.
+    """
+    path = Path(path)
+    file = open_store_file(path, again)
+    try:
+        check_parts(path, file)
+        if not file.attrs["complete"]:
+            raise InputError(f"{path}: is not complete; extract it again")
+        return Store(path, file)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, DAMAGE):
+            raise InputError(f"{path}: damaged: {error}; extract it again") from None
+        raise

@@ -1,0 +1,161 @@
+"""`Provenance`: what a detector was trained on. It travels split -> checkpoint -> store -> metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refdet.data.image_evidence import is_known_by_id
+from refdet.errors import InputError
+from refdet.files.short_text import shown
+
+if TYPE_CHECKING:
+    from refdet.data.coco import CocoIndex
+
+UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
+UNKNOWN_DATA = "training data unknown"
+EDITED = "its images are not those refdet build-split wrote: nothing is known to be excluded"
+RENAMED = "its file names are not those of its image ids, so what refdet build-split left out is not believed"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where training images come from and which REFER splits are not among them.
+
+    Attributes:
+        source: name of the instances file the images were taken from; this, the two hashes and the counts
+            are empty for imported weights whose training data nobody knows.
+        source_sha256: SHA-256 of that file.
+        images, annotations: how many were left to train on.
+        image_ids_sha256: `image_ids_sha256` of those images.
+        excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
+        weights: the weights training started from, None for none.
+        note: a remark for people, "" for none.
+    """
+
+    source: str
+    source_sha256: str
+    images: int
+    annotations: int
+    image_ids_sha256: str
+    excluded: dict[str, dict[str, int]] = field(default_factory=dict)
+    weights: str | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Provenance:
+        """The inverse of `to_json`; InputError if a field is missing, unknown or of the wrong type."""
+        if not isinstance(value, dict):
+            raise InputError(f"provenance must be an object, not {type(value).__name__}")
+        names = [f.name for f in fields(cls)]
+        missing = [name for name in names if name not in value]
+        unknown = [str(name) for name in value if name not in names]
+        if missing or unknown:
+            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {shown(unknown)}")
+        result = cls(**value)
+        hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
+        counts = all(map(_is_count, (result.images, result.annotations)))
+        texts = isinstance(result.source, str) and isinstance(result.note, str)
+        if not (hashes and counts and texts and isinstance(result.weights, str | None)):
+            raise InputError("provenance: a field has the wrong type; build the split again")
+        if not _is_excluded(result.excluded):
+            raise InputError("provenance: 'excluded' has the wrong type; build the split again")
+        return result
+
+    @classmethod
+    def imported(cls, name: str, sha256: str) -> Provenance:
+        """Of a foreign checkpoint of which nobody says what it was trained on."""
+        return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether not even the images are known."""
+        return not self.image_ids_sha256
+
+    def with_weights(self, text: str) -> Provenance:
+        """The same with ``weights`` set to what training started from."""
+        return replace(self, weights=text)
+
+    @classmethod
+    def of_instances(cls, index: CocoIndex) -> Provenance:
+        """What an instances file says about itself.
+
+        That is its ``info.refdet`` if refdet build-split wrote the file, its images are still the same, and their ids
+        tell the files that are read for them (`is_known_by_id`): the record is of ids alone. Otherwise nothing is
+        known to be excluded, and ``note`` says so.
+        """
+        note = UNKNOWN
+        ids_sha256 = image_ids_sha256(index.images)
+        if "refdet" in index.info:
+            try:
+                written = cls.from_json(index.info["refdet"])
+            except InputError as error:
+                raise InputError(f"{index.path}: info.refdet: {error}") from None
+            if written.image_ids_sha256 != ids_sha256:
+                note = EDITED
+            elif not all(is_known_by_id(entry, entry["id"]) for entry in index.raw["images"]):
+                note = RENAMED
+            else:
+                return written
+        return cls(
+            source=index.path.name,
+            source_sha256=file_sha256(index.path),
+            images=len(index.images),
+            annotations=len(index.raw["annotations"]),
+            image_ids_sha256=ids_sha256,
+            note=note,
+        )
+
+    def one_line(self) -> str:
+        """The gist for people."""
+        if self.is_unknown:
+            return self.note
+        parts = [f"{self.images} images of {self.source}"]
+        if self.excluded:
+            parts.append("without " + ", ".join(sorted(self.excluded)))
+        parts.append(f"ids {self.image_ids_sha256[:12]}")
+        if self.weights:
+            parts.append(f"started from {self.weights}")
+        if self.note:
+            parts.append(self.note)
+        return "; ".join(parts)
+
+
+def image_ids_sha256(ids: Iterable[int]) -> str:
+    """SHA-256 of the ids in decimal, ascending, a newline after each: what ``sort -n | sha256sum`` gives."""
+    return hashlib.sha256("".join(f"{i}\n" for i in sorted(ids)).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_hash(value: object) -> bool:
+    """Whether it is hexadecimal; empty of imported weights."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{0,64}", value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_excluded(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(counts, dict)
+        and all(isinstance(k, str) and _is_count(n) for k, n in counts.items())
+        for name, counts in value.items()
+    )

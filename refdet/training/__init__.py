@@ -1,0 +1,1 @@
+"""Training: a recipe, an instances file and images make a run directory."""

@@ -1,0 +1,261 @@
+"""Worker processes that make the batches of a training ahead.
+
+Each worker has a pipe of its own, so that one that dies, at whatever moment, is noticed by the end of its pipe, and
+whoever waits for a batch can be stopped. torch's DataLoader has one queue for all workers: what one of them cannot
+hand over, for want of shared memory, is lost in a thread of it, and the training waits for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import queue
+import signal
+import statistics
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing as processes
+
+from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.data.transforms import input_size
+from refdet.errors import WorkError
+from refdet.interrupt import Stop, StopRequested, ignore
+
+SHARED_MEMORY = Path("/dev/shm")  # where tensors lie that processes hand to each other
+_MORE_ROOM = "in docker start the container with docker run --shm-size={}m, or train with --set train.workers=0"
+_AHEAD = 2  # batches that each worker makes ahead
+_LOOK = 0.2  # seconds between two looks at whether a signal came
+_PATIENCE = 1.0  # seconds that a worker has to end by itself
+
+
+@contextmanager
+def batches_ahead(
+    batches: TrainingBatches, steps: range, workers: int, device: torch.device, stop: Stop
+) -> Iterator[Iterator[Batch]]:
+    """The batches of some steps, in their order, made ahead by so many worker processes; by none in this one.
+
+    Args:
+        device: that they are for; for a GPU their images are put into memory from which it is fed while it works.
+        stop: a signal ends any wait for a batch with StopRequested.
+
+    Raises:
+        RefdetError: an image cannot be used; from the iterator.
+        WorkError: a worker died or cannot hand over its batches; from the iterator.
+    """
+    if workers == 0:
+        yield _in_this_process(batches, steps, device, stop)
+        return
+    crew = _Crew(batches, steps, workers, device)
+    try:
+        yield crew.batches(stop)
+    finally:
+        crew.dismiss()
+
+
+def _in_this_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
+    for step in steps:
+        with stop.ends_waiting():
+            batch = _pinned(_usable(batches[step]), device)
+        yield batch
+
+
+def _pinned(batch: Batch, device: torch.device) -> Batch:
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def _usable(found: Batch | BaseException) -> Batch:
+    if isinstance(found, Batch):
+        return found
+    raise found
+
+
+class _Died(Exception):
+    """The end of a worker's pipe."""
+
+
+class _Worker:
+    """One worker process and the pipe to it."""
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self.pipe, theirs = processes.Pipe()
+        self.process = processes.Process(target=_work, args=(batches, theirs, self.pipe), daemon=True)
+        self.process.start()
+        theirs.close()  # or the end of the worker would not be the end of the pipe
+
+    def ask(self, step: int) -> None:
+        """Have it make a batch, after those that it was asked for before."""
+        with suppress(OSError):  # it is dead, which `receive` says
+            self.pipe.send(step)
+
+    def receive(self) -> Batch:
+        """The next batch that it was asked for; waits for it."""
+        try:
+            found = self.pipe.recv()
+        except (EOFError, ConnectionError, FileNotFoundError) as error:  # the tensors come by a socket of theirs
+            self.process.join(_PATIENCE)
+            raise _Died from error
+        if isinstance(found, tuple):
+            raised, trace = found
+            raise raised from RuntimeError(trace)
+        return _usable(found)
+
+
+class _Crew:
+    """All workers of a training, and the thread that receives what they make."""
+
+    def __init__(self, batches: TrainingBatches, steps: range, workers: int, device: torch.device) -> None:
+        self._steps, self._device = steps, device
+        self._received: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        multiprocessing.util.get_temp_dir()  # for the sockets of all; each would leave one of its own when it is killed
+        for _ in range(min(workers, max(len(steps), 1))):
+            self._workers.append(_Worker(batches))
+        for position in range(min(_AHEAD * len(self._workers), len(steps))):
+            self._ask(position)
+        # Its waits end when the workers do; only a thread can receive, and pin, while the last batch is computed.
+        self._thread = threading.Thread(target=self._receive, name="receive batches", daemon=True)
+        self._thread.start()
+
+    def _of(self, position: int) -> _Worker:
+        return self._workers[position % len(self._workers)]
+
+    def _ask(self, position: int) -> None:
+        if position < len(self._steps):
+            self._of(position).ask(self._steps[position])
+
+    def _receive(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread begins with the first
+        for position in range(len(self._steps)):
+            worker = self._of(position)
+            try:
+                self._received.put(_pinned(worker.receive(), self._device))
+            except _Died:
+                self._received.put(WorkError(_cause_of_death(worker.process.exitcode)))
+                return
+            except BaseException as error:
+                self._received.put(error)
+                return
+
+    def batches(self, stop: Stop) -> Iterator[Batch]:
+        """The batches in their order."""
+        for position in range(len(self._steps)):
+            batch = _usable(self._next(stop))
+            self._ask(position + _AHEAD * len(self._workers))  # only now: what is ahead fills memory
+            yield batch
+            del batch
+
+    def _next(self, stop: Stop) -> Batch | BaseException:
+        while not stop.requested:
+            try:
+                return self._received.get(timeout=_LOOK)
+            except queue.Empty:
+                pass
+        raise StopRequested
+
+    def dismiss(self) -> None:
+        """End the workers, at once where they do not end by themselves; a read that hangs does not let them."""
+        for worker in self._workers:
+            with suppress(OSError):
+                worker.pipe.send(None)
+        patience = time.monotonic() + _PATIENCE
+        for worker in self._workers:
+            worker.process.join(max(patience - time.monotonic(), 0))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join(_PATIENCE)
+        self._thread.join(_PATIENCE)
+
+
+def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> None:
+    """What a worker process does until it is told None, or nobody is there to tell it anything."""
+    ignore()
+    parents.close()  # a copy, by which the pipe would outlive the parent
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while (step := pipe.recv()) is not None:
+            try:
+                made: Any = batches[step]
+            except Exception as error:
+                made = (error, traceback.format_exc())
+            try:
+                pipe.send(made)
+            except ConnectionError:
+                raise
+            except Exception as error:
+                pipe.send(WorkError(_not_handed_over(error)))
+
+
+def _cause_of_death(code: int | None) -> str:
+    """What to say of a worker that ended before its time."""
+    if code == -signal.SIGBUS:
+        return f"a worker process ended by SIGBUS, as it does where {SHARED_MEMORY} is full: {_MORE_ROOM.format(1024)}"
+    if code == -signal.SIGKILL:
+        return (
+            "a worker process that makes batches was killed, possibly because memory ran out (see dmesg); lower "
+            "train.workers or train.batch_size if it was memory"
+        )
+    how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+    return f"a worker process that makes batches ended {how}; use --set train.workers=0 to avoid worker processes"
+
+
+def _not_handed_over(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "No space left" in text or "shared memory" in text or "shm" in text:
+        return _no_room("a worker process found no room for a batch")
+    return f"a worker process cannot hand over its batch ({text}); use --set train.workers=0 to avoid worker processes"
+
+
+def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
+    """See that the batches that `batches_ahead` makes fit into /dev/shm, before hours of work find out.
+
+    Raises:
+        WorkError: they do not.
+    """
+    free = _free()
+    if free is None or workers == 0:
+        return
+    sizes = _input_pixels(batches)
+    pixels = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # and the one that is computed
+    need = int(pixels) * 3 * 4 * batches.recipe.train.batch_size
+    if free < need:
+        raise WorkError(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
+
+
+def _input_pixels(batches: TrainingBatches) -> Sequence[int]:
+    """The area of each image as the network's input, at its largest."""
+    options = batches.recipe.input
+    known: dict[tuple[int, int], int] = {}
+    for record in batches.records:
+        if (size := (record.height, record.width)) not in known:
+            scaled = input_size(*size, options, max(options.short_sides))
+            known[size] = scaled.height * scaled.width
+    return [known[record.height, record.width] for record in batches.records]
+
+
+def _no_room(what: str, need: int = 1 << 29) -> str:
+    free = _free()
+    there = "" if free is None else f", {_mib(free)} are free"
+    wanted = -(-2 * need // 2**20)
+    return f"{SHARED_MEMORY} is too small: {what}{there}; {_MORE_ROOM.format(wanted)}"
+
+
+def _free() -> int | None:
+    """Bytes that are free in shared memory; None where there is no such place."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"

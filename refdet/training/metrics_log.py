@@ -1,0 +1,90 @@
+"""What a training says of itself step by step: ``metrics.jsonl`` and TensorBoard's event files of a run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from refdet.files.atomic import atomic_path
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+_EVENTS = "events.out.tfevents.*"
+
+
+class MetricsLog:
+    """Writes a row of numbers for a step into both; a context manager.
+
+    Rows of later steps than `first`, which a run that was killed has left, are written again, so they are dropped
+    here, and TensorBoard is told to drop them.
+
+    Args:
+        folder: the run directory, which is the caller's.
+        first: the step that the run goes on from, 0 at its beginning.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        _forget_after(folder / METRICS, first)
+        if first == 0:
+            for events in folder.glob(_EVENTS):
+                events.unlink()
+        _wait_for_a_later_name(folder)
+        self._board = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Add the numbers of a step, counted from 1."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they were made in."""
+    seconds = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
+    if seconds:
+        time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the rows of later steps, and say how many cannot be read and are dropped too."""
+    if not metrics.exists():
+        return
+    kept, damaged = [], 0
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        of = _step_of(line)
+        if of is None:
+            damaged += bool(line.strip())
+        elif of <= step:
+            kept.append(line)
+    if damaged:
+        log.warning("note: %s: %d of its lines are damaged and left out", metrics, damaged)
+    with atomic_path(metrics) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row, None for what is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None

@@ -1,0 +1,67 @@
+"""The optimiser and its learning rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from refdet.config.recipe import TrainOptions
+
+
+def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> torch.optim.SGD:
+    """SGD with momentum; weight decay on the weights of convolutions and linear layers alone, since it would
+    only push biases and the scales of norms towards nothing.
+
+    Args:
+        fresh: where training starts from weights, the beginnings of the names of what they did not hold: the rest
+            learns at ``options.loaded_rate`` times the rate. None where it starts from nothing.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            factor = 1.0 if fresh is None or name.startswith(fresh) else options.loaded_rate
+            groups.setdefault((decay, factor), []).append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "weight_decay": decay, "rate": factor}
+            for (decay, factor), parameters in groups.items()
+        ],
+        lr=options.lr,
+        momentum=options.momentum,
+    )
+
+
+def set_rate(sgd: torch.optim.SGD, rate: float) -> None:
+    """Give each group of an `optimiser` its part of a rate."""
+    for group in sgd.param_groups:
+        group["lr"] = rate * group["rate"]
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """The rate of a step, counted from 0: a linear warm-up from a tenth, then a tenth at each drop.
+
+    The warm-up takes a fifth of the run at most, so that a run cut short by ``train.steps`` still learns.
+    """
+    rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
+    if step < warmup:
+        rate *= 0.1 + 0.9 * step / warmup
+    passed = sum(step >= drop * options.steps for drop in options.lr_drops)
+    return rate * 0.1**passed
+
+
+def momentum_of(model: nn.Module, sgd: torch.optim.SGD) -> dict[str, Tensor]:
+    """The momentum of each parameter, by the parameter's name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        buffer = sgd.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            found[name] = buffer
+    return found
+
+
+def restore_momentum(model: nn.Module, sgd: torch.optim.SGD, momentum: dict[str, Tensor]) -> None:
+    """The inverse of `momentum_of`, on the device and in the layout of each parameter."""
+    for name, parameter in model.named_parameters():
+        if name in momentum:
+            sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])

@@ -1,0 +1,70 @@
+"""The card of a run directory, ``README.md``: what was trained on what, whether leaks are known, and how to use it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from refdet.detector.checkpoint import Meta
+from refdet.files.atomic import atomic_path
+from refdet.files.printable_text import printable
+
+CARD = "README.md"
+_FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
+
+
+def write_card(out: Path, meta: Meta) -> None:
+    """Write the card, unless there is one that somebody has made his own."""
+    path = out / CARD
+    try:
+        if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_FIRST):
+            return
+    except OSError:
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(_text(meta), encoding="utf-8", errors="backslashreplace")
+
+
+def _text(meta: Meta) -> str:
+    provenance, recipe = meta.provenance, meta.recipe
+    model = (
+        f"ResNet-{recipe.model.depth}, {recipe.model.neck.upper()}, {'with' if recipe.model.masks else 'without'} masks"
+    )
+    rows = [
+        ("recipe", f"{recipe.name} ({model})"),
+        ("steps", f"{meta.step} of {recipe.train.steps}, of {recipe.train.batch_size} images"),
+        ("classes", str(len(meta.categories))),
+        ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
+        ("started from", provenance.weights or "random weights"),
+        ("left out", ", ".join(sorted(provenance.excluded)) or "nothing that is known"),
+        ("leaks", _leaks(meta)),
+    ]
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
+    return f"""{_FIRST}
+# A detector of refdet
+
+| | |
+|---|---|
+{table}
+
+Features of REFER images:
+
+    refdet extract-features --checkpoint RUN --images DIR --out F.h5 --refer-root DIR --dataset refcoco --split-by unc
+
+`refdet inspect RUN` shows all of its provenance, `refdet audit` checks it against REFER.
+"""
+
+
+def _leaks(meta: Meta) -> str:
+    provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
+    if not provenance.excluded:
+        why = provenance.note or "nothing is known to be excluded"
+        return f"not checked ({why}); `refdet audit --instances {source} --refer-root DIR` checks it"
+    if provenance.weights and meta.warnings():
+        return "not known of the weights that it started from"
+    return f"none by its split; `refdet audit --instances {source} --refer-root DIR` proves it"
+
+
+def _cell(text: str) -> str:
+    """Foreign text as it may stand in a table of Markdown."""
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,137 @@
+"""What the state of a training says of itself, and whether a run would go on as it was started. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from refdet.config.recipe import Recipe
+from refdet.detector.checkpoint import Meta
+from refdet.detector.weights.file_formats import check_safetensors
+from refdet.errors import InputError
+from refdet.files.short_text import cut, shown
+from refdet.files.small_files import strict_json
+from refdet.structures.provenance import Provenance
+from refdet.training.pretrained import Categories, difference
+from refdet.training.run_folder import states
+
+# What may change without making it another run; train.steps has rules of its own.
+_FREE = {("train", "workers"), ("train", "save_every"), ("train", "log_every"), ("train", "steps")}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a state says of itself.
+
+    Attributes:
+        path: its file.
+        meta: recipe, categories, provenance and step.
+        fresh: see `refdet.training.optim.optimiser`.
+        data_sha256: `TrainingObjects.sha256` of what it was trained on; None in states of older versions.
+    """
+
+    path: Path
+    meta: Meta
+    fresh: tuple[str, ...] | None
+    data_sha256: str | None
+
+    @classmethod
+    def newest(cls, out: Path) -> SavedRun:
+        """Of the newest state in a run directory, which has one.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = states(out)[-1]
+        try:
+            check_safetensors(path)
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except InputError as error:
+            raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, f"not a readable safetensors file ({cut(error, 200)})") from error
+        return cls.of(path, metadata)
+
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, str]) -> SavedRun:
+        """From the metadata of a state. Raises InputError where it is damaged."""
+        try:
+            if "meta" not in metadata:
+                raise InputError("its metadata has no 'meta'")
+            meta, fresh = Meta.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
+            if not (fresh is None or (isinstance(fresh, list) and all(isinstance(part, str) for part in fresh))):
+                raise InputError(f"fresh: a list of names is needed, not {shown(fresh)}")
+        except InputError as error:
+            raise damaged(path, f"not the state of a run: {error}") from error
+        return SavedRun(path, meta, None if fresh is None else tuple(fresh), metadata.get("training_data_sha256"))
+
+    def check_recipe(self, recipe: Recipe, out: Path) -> None:
+        """See that a recipe is the one that the run was started with.
+
+        Raises:
+            InputError: it is another one, or has fewer steps than are done.
+        """
+        old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
+        for part, options in old.items():
+            for key in options if isinstance(options, dict) else ():
+                if options[key] != new[part][key] and (part, key) not in _FREE:
+                    raise InputError(
+                        f"--resume {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
+                        "give the recipe the run was started with"
+                    )
+        if recipe.train.steps < self.meta.step:
+            raise InputError(
+                f"--resume {out}: train.steps={recipe.train.steps}, but {self.meta.step} steps are done; give "
+                f"{self.meta.step} or more, or start another run"
+            )
+
+    def check_data(self, categories: Categories, provenance: Provenance, data_sha256: str, out: Path) -> None:
+        """See that what is trained on is what the run was started with.
+
+        Raises:
+            InputError: it is not.
+        """
+        then = self.meta
+        if then.categories != categories:
+            raise InputError(f"--resume {out}: {difference(then.categories, categories)}")
+        if then.provenance.image_ids_sha256 != provenance.image_ids_sha256:
+            raise InputError(f"--resume {out}: the run was started with the images of another instances file")
+        if then.provenance.annotations != provenance.annotations:
+            raise InputError(f"--resume {out}: the run was started with other annotations of these images")
+        if self.data_sha256 is not None and self.data_sha256 != data_sha256:
+            raise InputError(
+                f"--resume {out}: the run was started with other boxes, masks, categories, crowds or file names of "
+                "these images; give the file and the options that it was started with"
+            )
+
+    def notes(self, recipe: Recipe, out: Path) -> list[str]:
+        """What its user should know of going on with it, a line each."""
+        lines, before, after = [], self.meta.recipe.train.steps, recipe.train.steps
+        if self.data_sha256 is None:
+            lines.append(f"--resume {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
+                         "names: that they are the same is not checked")  # fmt: skip
+        if after != before:
+            lines.append(f"--resume {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
+                         "the rate (train.lr_drops) are counted in parts of the new number")  # fmt: skip
+        return lines
+
+
+def damaged(path: Path, why: str) -> InputError:
+    """The error of a damaged state, which says what to do."""
+    others = [other for other in states(path.parent.parent) if other != path]
+    fix = (
+        f"remove it: --resume then goes on from {others[-1].name}"
+        if others
+        else "there is no older one: start again with another --out"
+    )
+    return InputError(f"{path}: damaged ({why}); {fix}")
+
+
+def _shown(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)

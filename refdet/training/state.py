@@ -1,0 +1,108 @@
+"""The state of a training: what its run directory holds so that it can go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refdet.detector import checkpoint
+from refdet.detector.checkpoint import Meta
+from refdet.errors import InputError
+from refdet.files.atomic import left_behind
+from refdet.files.short_text import cut
+from refdet.training.metrics_log import METRICS
+from refdet.training.optim import momentum_of, restore_momentum
+from refdet.training.run_card import CARD
+from refdet.training.run_folder import states
+from refdet.training.saved_run import SavedRun, damaged
+
+
+@dataclass(frozen=True)
+class State(SavedRun):
+    """A state that was read whole.
+
+    Attributes:
+        tensors: of the model and of its momentum, under "model/" and "momentum/".
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def restore(self, model: nn.Module, sgd: torch.optim.SGD) -> None:
+        """Put the tensors into a model and its optimiser.
+
+        Raises:
+            InputError: they are not those of this model.
+        """
+        momentum = self._part("momentum/")
+        wanted = dict(model.named_parameters())
+        self._check(self._part("model/"), model.state_dict(), whole=True)
+        self._check(momentum, wanted, whole=False)
+        model.load_state_dict(self._part("model/"))
+        restore_momentum(model, sgd, momentum)
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+    def _check(self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whole: bool) -> None:
+        for name in wanted if whole else given:
+            if name not in given or name not in wanted:
+                raise self._damaged(f"{cut(name)} is {'missing' if name in wanted else 'not of this network'}")
+            if given[name].shape != wanted[name].shape:
+                sizes = f"{tuple(given[name].shape)}, the recipe wants {tuple(wanted[name].shape)}"
+                raise self._damaged(f"{name} is {sizes}")
+            if not given[name].isfinite().all():
+                raise self._damaged(f"{name} has numbers that are not finite")
+        if whole and (strange := sorted(given.keys() - wanted.keys())):
+            raise self._damaged(f"{strange[0]} is not of this network")
+
+    def _damaged(self, why: str) -> InputError:
+        return damaged(self.path, why)
+
+
+def newest(out: Path) -> State:
+    """The newest state of a run directory, which has one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = states(out)[-1]
+    try:
+        tensors, metadata = checkpoint.read_tensors(path)
+    except InputError as error:
+        raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+    saved = SavedRun.of(path, metadata)
+    return State(saved.path, saved.meta, saved.fresh, saved.data_sha256, tensors)
+
+
+def save(
+    out: Path, model: nn.Module, sgd: torch.optim.SGD, meta: Meta, fresh: tuple[str, ...] | None, data_sha256: str
+) -> None:
+    """Write the state, then the model; then remove older states. The state alone is enough to go on."""
+    folder = out / checkpoint.STATE
+    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
+    path = folder / f"step-{meta.step:08d}.safetensors"
+    metadata = {
+        "meta": json.dumps(meta.to_json()),
+        "fresh": json.dumps(fresh),
+        "training_data_sha256": data_sha256,
+    }
+    checkpoint.write_tensors(path, tensors, metadata)
+    checkpoint.save(out, model, meta)
+    for old in states(out):
+        if old != path:
+            old.unlink()
+
+
+def clean(out: Path) -> None:
+    """Remove what a run that was killed while it saved has left half-written."""
+    found = left_behind(out / checkpoint.STATE)
+    for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
+        found += left_behind(out, name)
+    for path in found:
+        path.unlink()

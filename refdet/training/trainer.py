@@ -1,0 +1,262 @@
+"""Training: a recipe, an instances file and images make a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from refdet.config.recipe import Recipe
+from refdet.data.image_orientation import OrientationNote
+from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.detector import checkpoint
+from refdet.detector.checkpoint import Meta
+from refdet.detector.loading import without_memory
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import described, usable_device
+from refdet.errors import InputError, Interrupted, WorkError
+from refdet.files.lock import alone
+from refdet.files.progress import progress_bar
+from refdet.interrupt import Stop, StopRequested
+from refdet.ops._library import kernels_state
+from refdet.structures.provenance import file_sha256
+from refdet.training import inputs, state
+from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.inputs import TrainingInputs
+from refdet.training.metrics_log import MetricsLog
+from refdet.training.optim import learning_rate, optimiser, set_rate
+from refdet.training.pretrained import load_pretrained
+from refdet.training.run_card import write_card
+from refdet.training.run_folder import BUSY, LOCK, states
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run went."""
+
+    steps: int
+    seconds: float
+    images_per_second: float
+    loss: float | None  # mean over the last steps logged; None if there was nothing left to do
+
+
+def train(
+    recipe: Recipe,
+    instances: Path,
+    images: Path,
+    out: Path,
+    weights: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    crowd_as_object: bool = False,
+) -> Summary:
+    """Train a detector.
+
+    Args:
+        recipe: what to train; ``model.norm`` auto becomes frozen with `weights` and batch without.
+        instances: the split, a COCO instances JSON.
+        images: folder or zip of its images.
+        out: the run directory, new unless `resume`.
+        weights: run directory of a detector to start from.
+        resume: go on with the run in `out`; from the beginning, with a note, where nothing is to be resumed.
+        device: such as "cuda"; the best there is when None.
+        crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
+
+    Raises:
+        InputError: something given does not fit, or another process trains into `out`.
+        WorkError: the loss is not finite, or a worker process died (what was done is kept).
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
+    """
+    given = inputs.check(recipe, instances, images, out, weights, resume, crowd_as_object)
+    return train_on(given, device)
+
+
+def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
+    """As `train`, from inputs that `training_inputs.check` gave."""
+    target, recipe, out = usable_device(device), given.recipe, given.out
+    index = given.objects.index
+    batches = TrainingBatches(index, given.source, recipe, given.objects)
+    provenance = given.provenance
+    if given.weights is not None:
+        folder = checkpoint.run_directory(given.weights)
+        provenance = provenance.with_weights(
+            f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
+            f"{checkpoint.load_meta(folder).provenance.one_line()})"
+        )
+    meta = Meta(recipe, tuple(index.categories.items()), provenance, 0)
+    without_memory(recipe, len(meta.categories))  # an error where it is far too large
+    torch.manual_seed(recipe.train.seed)
+    model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = fresh = None
+    if given.before is not None:
+        before = state.newest(out)
+        if (before.path, before.meta) != (given.before.path, given.before.meta):
+            raise _written_meanwhile(out)
+        fresh = before.fresh
+        # the run's own provenance: it may name the weights it started from
+        meta = dataclasses.replace(meta, provenance=before.meta.provenance, step=before.meta.step)
+    elif given.weights is not None:
+        fresh = load_pretrained(model, meta.categories, given.weights)
+    sgd = optimiser(model, recipe.train, fresh)
+    if before is not None:
+        before.restore(model, sgd)
+    start = f"goes on from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
+    # weights, and a state of weights and momentum, each twice while it is replaced
+    most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    log.warning(
+        "train: %s, %s, %s; %d images of %s; recipe %s, %s; %d steps of %d images; up to %d MiB on disk",
+        described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(), len(batches.records),
+        index.path.name, recipe.name, start, recipe.train.steps, recipe.train.batch_size,
+        -(-most // 2**20),
+    )  # fmt: skip
+    check_shared_memory(batches, recipe.train.workers)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out, LOCK, BUSY):
+        if states(out)[-1:] != ([before.path] if before else []):
+            raise _written_meanwhile(out)
+        state.clean(out)
+        return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
+
+
+def _written_meanwhile(out: Path) -> InputError:
+    return InputError(f"{out}: another process was writing it just now; run it again")
+
+
+@dataclass
+class _Training:
+    """A training that is under way."""
+
+    model: MaskRCNN
+    meta: Meta  # its step is the last that is done
+    batches: TrainingBatches
+    out: Path
+    sgd: torch.optim.SGD
+    fresh: tuple[str, ...] | None
+    data_sha256: str
+
+    def run(self) -> Summary:
+        """All steps that are left to do."""
+        options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
+        if first >= options.steps:
+            log.warning("note: --resume: all %d steps are done; a larger train.steps prolongs the run", first)
+            checkpoint.save(self.out, self.model, self.meta)
+            return Summary(first, 0.0, 0.0, None)
+        generator = torch.Generator(device)
+        losses: list[dict[str, float]] = []
+        step, loss = first, None
+        steps = range(first, options.steps)
+        self.model.train()
+        with (
+            Stop.watching() as stop,
+            _frozen_objects(),
+            OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
+            MetricsLog(self.out, first) as metrics,
+            progress_bar(options.steps, "train", "step", initial=first) as bar,
+            batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
+        ):
+            started = window = time.perf_counter()  # now that all is imported and open
+            while step < options.steps:
+                batch = self._next(ahead, step, stop)
+                orientations.add(batch.oriented)
+                # seeded by the step, so that a resumed run draws what an undisturbed one draws
+                generator.manual_seed(options.seed * 1_000_003 + step)
+                rate = learning_rate(step, options)
+                terms = _step(self.model, self.sgd, batch, rate, options.clip_norm, generator)
+                del batch  # its shared memory is wanted for the next
+                losses.append(terms)
+                step += 1
+                bar.update()
+                if step % options.log_every == 0 or step == options.steps:
+                    seconds, window = time.perf_counter() - window, time.perf_counter()
+                    row = {k: sum(t[k] for t in losses) / len(losses) for k in terms}
+                    row = {"loss": sum(row.values()), **row, "lr": rate}
+                    row["images_per_second"] = len(losses) * options.batch_size / seconds
+                    metrics.write(step, row)
+                    loss = row["loss"]
+                    parts = " ".join(f"{name} {row[name]:.2f}" for name in terms)
+                    speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
+                    bar.set_postfix_str(speed, refresh=False)
+                    losses = []
+                if step % options.save_every == 0 or step == options.steps:
+                    self._save(step)
+        seconds = time.perf_counter() - started
+        return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
+
+    def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
+        """The batch of a step; where it cannot be had, what is done is saved before the reason is raised."""
+        try:
+            if stop.requested:
+                raise StopRequested
+            return next(ahead)
+        except StopRequested:
+            raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
+        except WorkError as error:
+            raise WorkError(f"{error} (training stopped {self._keep(step)})") from error
+        except InputError as error:
+            raise type(error)(
+                f"{error} (training stopped at step {step}; with a good file there, go on with --resume)"
+            ) from error
+
+    def _keep(self, step: int) -> str:
+        """Save a step, and say so."""
+        if step == 0:
+            return "before the first step; start again with --resume"
+        if step != self.meta.step:
+            self._save(step)
+        return f"after step {step}, which is saved; go on with --resume"
+
+    def _save(self, step: int) -> None:
+        self.meta = dataclasses.replace(self.meta, step=step)
+        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
+        write_card(self.out, self.meta)
+
+
+def _step(
+    model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, clip_norm: float, generator: torch.Generator
+) -> dict[str, float]:
+    """One update. Returns the terms of the loss."""
+    device = generator.device
+    images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    targets = [target.to(device) for target in batch.targets]
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.recipe.train.bf16):
+        losses = model.losses(images, batch.sizes, targets, generator)
+    total = torch.stack(list(losses.values())).sum()
+    terms = {name: value.item() for name, value in losses.items()}
+    if not all(map(math.isfinite, terms.values())):
+        bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
+        raise _not_finite(f"loss is not finite ({bad})", batch)
+    set_rate(sgd, rate)
+    sgd.zero_grad(set_to_none=True)
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
+    if not norm.isfinite():
+        raise _not_finite("gradient is not finite", batch)
+    sgd.step()
+    return terms
+
+
+def _not_finite(what: str, batch: Batch) -> WorkError:
+    return WorkError(
+        f"the {what} on images {', '.join(map(str, batch.image_ids))}; "
+        "lower train.lr, or look at these images; the last checkpoint is kept"
+    )
+
+
+@contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """Hide what there is from the garbage collector, whose walks would copy it into every worker process."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
