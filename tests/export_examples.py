@@ -1,4 +1,4 @@
-"""Stores and a REFER folder for the tests of refdet.store.export: two images with regions, one that could not be read."""
+"""Stores and a REFER folder for the tests of exports: two images with regions, one that could not be read."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from refdet.cli.main import main
 from safetensors.numpy import save_file
 from split_examples import coco, write, write_refs
 
+from refdet.cli.main import main
 from refdet.errors import InputError
 from refdet.extraction.extract import ExtractOptions
 from refdet.files.file_kinds import FileKind, kind_of
@@ -291,7 +291,8 @@ def test_none_of_it_imports_torch(files: Files) -> None:
     lines = [make(files) for make, _ in WRONG.values()]
     code = (
         "import json, os, sys\n"
-        "from refdet.detector import checkpoint; from refdet.config import recipe\nfrom refdet.structures.provenance import Provenance\n"
+        "from refdet.detector import checkpoint; from refdet.config import recipe\n"
+        "from refdet.structures.provenance import Provenance\n"
         "from refdet.cli.main import main\n"
         "meta = checkpoint.Meta(recipe.load('demo'), ((1, 'dog'),), Provenance.imported('x', 'y'), 5)\n"
         "checkpoint.load_meta = lambda path: meta\n"

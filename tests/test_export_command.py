@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from evaluate_examples import PROVENANCE
 from export_examples import ANNOTATIONS, DETECTIONS, write_dataset, write_store
+
 from refdet.cli.main import main
 
 
@@ -95,6 +96,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
 
 def test_exporting_needs_no_torch(tmp_path: Path) -> None:
     script = (
-        "import sys, refdet.store.export.mattnet, refdet.store.export.npz, refdet.store.export.lmdb; assert 'torch' not in sys.modules"
+        "import sys, refdet.store.export.mattnet, refdet.store.export.npz, refdet.store.export.lmdb; "
+        "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", script], env=os.environ).returncode == 0

@@ -33,7 +33,8 @@ from refdet.cli.main import main
 from refdet.store import hdf5_door
 from refdet.store import hdf5_structure
 from refdet.store import hdf5_trial
-import refdet.splits.inspect, refdet.store.export.npz, refdet.store.export.mattnet, refdet.store.verify, pandas, h5py._hl.filters
+import refdet.splits.inspect, refdet.store.export.npz, refdet.store.export.mattnet, refdet.store.verify
+import pandas, h5py._hl.filters
 
 def most_memory():
     "Not ru_maxrss, which begins with that of the process that started this one."
@@ -60,7 +61,8 @@ def hook(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):
         opened.append(os.path.abspath(os.fsdecode(arguments[0])))
 sys.addaudithook(hook)
-own = (sys.prefix, sys.base_prefix, os.path.dirname(refdet.splits.inspect.__file__), os.environ["XDG_CACHE_HOME"], *sys.path)
+own = (sys.prefix, sys.base_prefix, refdet.__path__[0], os.environ["XDG_CACHE_HOME"],
+       *sys.path)
 own = tuple(map(os.path.realpath, own))
 folder = Path(sys.argv[1])
 for line in sys.stdin:

@@ -5,7 +5,12 @@ import sys
 
 import pytest
 
-WITHOUT_TORCH = ("refdet.detector.checkpoint", "refdet.detector.feature_names", "refdet.config.recipe", "refdet.structures.provenance")
+WITHOUT_TORCH = (
+    "refdet.detector.checkpoint",
+    "refdet.detector.feature_names",
+    "refdet.config.recipe",
+    "refdet.structures.provenance",
+)
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -204,7 +204,7 @@ class MaskRCNN(nn.Module):
         self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
         score_threshold: float, nms_threshold: float, max_regions: int, at_least_one: bool,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
-        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.postprocess.best_detections`."""
+        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.postprocess`."""
         scores = logits.softmax(dim=1)[:, 1:]
         scales, limits = _frames(sizes, boxes)
         anchors = self.convention.unscale(boxes, scales[image])

@@ -22,8 +22,8 @@ from refdet.ops.convolution import half_is_quickest
 def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     """Make of a trained detector one that finds the same and is faster; it is for use alone.
 
-    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.res5_head`), layers have kernels of
-    their own where there are some (see `refdet.detector.packed_layers`), and weights lie in channels_last.
+    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.res5_head`), layers have kernels
+    of their own where there are some (see `refdet.detector.packed_layers`), and weights lie in channels_last.
 
     Args:
         model: on the device where it will be used. It is changed and must not be trained or saved afterwards: its

@@ -41,9 +41,9 @@ def evaluate(
 ) -> dict[str, dict[str, float | None] | None]:
     """Box and mask AP of a detector on all images of an instances file.
 
-    What is measured are the regions that `refdet.extraction.extract.extract_features` writes with its default thresholds, made by
-    the same network in the same arithmetic. But an image that cannot be used ends the work, since its objects would
-    count as missed.
+    What is measured are the regions that `refdet.extraction.extract.extract_features` writes with its default
+    thresholds, made by the same network in the same arithmetic. But an image that cannot be used ends the work, since
+    its objects would count as missed.
 
     Args:
         batch_size: images that go through the detector together.

@@ -46,8 +46,8 @@ def evaluate_on_refer(
         splits: names, each possibly several with commas between; all but train where there are none.
         predictions: see `refdet.evaluation.predictions`.
         expressions: see `refdet.evaluation.language.load_expressions`.
-        protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluation.metrics`; COCO's AP stays
-            COCO's.
+        protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluation.metrics`; COCO's AP
+            stays COCO's.
         box_format: how boxes of predictions are written, one of `refdet.data.box_format.NAMES`.
 
     Returns:

@@ -121,7 +121,8 @@ def extract_features(
         batch_size: images that go through the detector together; None for as many as fit, or what was found to when
             the work was begun. Regions depend on it by rounding alone; the plan of the work holds it.
         device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
-        boxes: file of the boxes that are described, see `refdet.extraction.boxes_from_file`; with ``options.regions`` "boxes".
+        boxes: file of the boxes that are described, see `refdet.extraction.boxes_from_file`; with
+            ``options.regions`` "boxes".
         strict: stop at an image that cannot be used.
         say: is given a line where something is done otherwise than asked.
         box_format: how boxes of results are written, see `refdet.extraction.boxes_from_file.load_boxes`.

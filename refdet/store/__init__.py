@@ -1,5 +1,19 @@
 """The store: the HDF5 file of regions, schema ``refdet-features/1``. No torch, but for `refdet.store.dataset`."""
 
-from refdet.store.reader import DAMAGE, SCHEMA, Columns, Header, ImageRow, Store, StoreWriter, create, open
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refdet.store.reader import DAMAGE, SCHEMA, Columns, Header, ImageRow, Store, StoreWriter, create, open
 
 __all__ = ["DAMAGE", "SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `refdet.store.reader`, imported when one is used: h5py takes a tenth of a second."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from refdet.store import reader
+
+    return getattr(reader, name)

@@ -1,8 +1,8 @@
 """The one way to open a store's HDF5 file, whoever sent it.
 
-A file that is not known is first looked through by a process of its own (`refdet.store.hdf5_trial`), which refuses what no
-store has (`refdet.store.hdf5_structure`) and may crash or never end without harm. Files that passed, and those that refdet
-wrote itself, are remembered (`refdet.store.known_files`), so that opening them again costs nothing.
+A file that is not known is first looked through by a process of its own (`refdet.store.hdf5_trial`), which refuses
+what no store has (`refdet.store.hdf5_structure`) and may crash or never end without harm. Files that passed, and those
+that refdet wrote itself, are remembered (`refdet.store.known_files`), so that opening them again costs nothing.
 """
 
 from __future__ import annotations
