@@ -55,6 +55,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.tables import frame, tables, write
+    from refdet.report.recall_figure import write_recall_figure
     from refdet.structures.provenance import Provenance
 
     if given["predictions"] is None and given["box_format"] != "xywh":
@@ -63,6 +64,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
         )
     metrics = evaluate_on_refer(**given)
     write(out, metrics)
+    write_recall_figure(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
         for group, what in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):

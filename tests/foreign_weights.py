@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner, Result
-from refdet.cli.main import main
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import models
+
+from refdet.cli.main import main
 
 Tensors = dict[str, Tensor]
 

@@ -12,11 +12,12 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from refdet.cli.main import main
 from safetensors.numpy import save_file
 from split_examples import coco, write, write_refs
 
+from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import audit_provenance
@@ -185,16 +186,16 @@ def test_a_hash_of_foreign_ids_proves_nothing(trained: tuple[Path, Path, Path], 
     leaking = write(tmp_path / "leaking.json", coco([1, 4], [], names))
     names = {1: "COCO_train2014_000000000077.jpg", 4: "COCO_train2014_000000000078.jpg"}
     clean = write(tmp_path / "clean.json", coco([1, 4], [], names))
-    run = run_directory(tmp_path / "leaked", Provenance.of_instances(CocoIndex.load(leaking)).to_json())
+    run = run_directory(tmp_path / "leaked", provenance_of_instances(CocoIndex.load(leaking)).to_json())
     found = audit_provenance(run, root, clean)
     assert not found.proven and "cannot be proven: ids of 2 images of" in found.problem
     assert "2 held-out images leak" in audit_provenance(run, root, leaking).problem
     # with the very file there is no doubt
-    run = run_directory(tmp_path / "good", Provenance.of_instances(CocoIndex.load(clean)).to_json())
+    run = run_directory(tmp_path / "good", provenance_of_instances(CocoIndex.load(clean)).to_json())
     assert audit_provenance(run, root, clean).proven
     split = build_split(clean, root, tmp_path / "rebuilt.json").out
     assert "cannot be proven" in audit_provenance(run, root, split).problem
-    run = run_directory(tmp_path / "built", Provenance.of_instances(CocoIndex.load(split)).to_json())
+    run = run_directory(tmp_path / "built", provenance_of_instances(CocoIndex.load(split)).to_json())
     assert audit_provenance(run, root, split).proven and not audit_provenance(run, root, clean).proven
     assert "training data unknown" in audit_provenance(run, root).problem
 
@@ -208,7 +209,7 @@ def test_images_that_nothing_is_known_of_are_not_proven_clean(trained: tuple[Pat
     as_json = CliRunner().invoke(main, [*arguments, "--json"])
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["clean"] is False
     assert CliRunner().invoke(main, [*arguments, "--allow-unidentified"]).exit_code == 0
-    run = run_directory(tmp_path / "vg", Provenance.of_instances(CocoIndex.load(source)).to_json())
+    run = run_directory(tmp_path / "vg", provenance_of_instances(CocoIndex.load(source)).to_json())
     both = CliRunner().invoke(main, [*arguments, "--checkpoint", str(run), "--json"])
     assert both.exit_code == 1 and json.loads(both.stdout)["proven"] is False and "not proven" in both.stderr
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageOps
-from refdet.cli.main import main
 from split_examples import coco, write, write_refs
 
+from refdet.cli.main import main
 from refdet.errors import InputError
 from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import BITS, hashes, matches, thumbnails

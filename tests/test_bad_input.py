@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from refdet.cli.main import main
 
+from refdet.cli.main import main
 from refdet.data.segmentations import rle_pixels
 from refdet.errors import is_disk_full
 from refdet.files import atomic

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from refdet.cli.main import main
 from test_folding import IDS, trained_model
 
+from refdet.cli.main import main
 from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.detector.predictor import DetectOptions

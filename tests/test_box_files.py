@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from pycocotools import mask as coco_mask
-from refdet.cli.main import main
 from test_folding import trained_model
 
 from refdet import store
+from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.detector import checkpoint
 from refdet.errors import InputError

@@ -12,8 +12,8 @@ import pytest
 from evaluate_examples import regions, sentences, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refdet.cli.common import BOX_FORMATS
 
+from refdet.cli.common import BOX_FORMATS
 from refdet.data.box_format import BY_EVIDENCE, DEFAULT, FORMS, NAMES, settle
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import click
 import pytest
 from click.testing import CliRunner, Result
+
 from refdet.cli import common
 from refdet.cli.main import COMMANDS, OUTPUT_LOST, main
-
 from refdet.errors import InputError, WorkError
 from refer import ReferError
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from refdet.cli.main import main
 from training_examples import Change, run, squares
 
 from refdet import store
+from refdet.cli.main import main
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupted_extraction import BATCHES, RECORDS, compute
-from refdet.cli.main import main
 from store_examples import HEADER, PLAN, contents
 from test_extract import load
 
+from refdet.cli.main import main
 from refdet.errors import InputError, Interrupted, RefdetError
 from refdet.extraction.pipeline import Finish, Summary, extract
 from refdet.extraction.shard_arrays import ShardError, read

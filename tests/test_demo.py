@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import refdet.cli.demo_pipeline as demo_module
 from click.testing import CliRunner, Result
+
+import refdet.cli.demo_pipeline as demo_module
+from refdet import store
 from refdet.cli.demo_pipeline import demo
 from refdet.cli.main import main
-
-from refdet import store
 from refdet.errors import InputError, WorkError
 
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]

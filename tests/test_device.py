@@ -14,11 +14,11 @@ from detector_examples import small_recipe
 
 from refdet import store
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import exact_float32, on_device, pinned, usable_precision
 from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
-from refdet.structures.provenance import Provenance
 
 BACKENDS = torch.backends
 NEWER = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
@@ -89,7 +89,7 @@ def run_directory(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     index = CocoIndex.load(shapes_root / "annotations" / "instances_train2014.json")
     torch.manual_seed(0)
     recipe, folder = small_recipe(), tmp_path_factory.mktemp("run")
-    meta = checkpoint.Meta(recipe, tuple(index.categories.items()), Provenance.of_instances(index), 0)
+    meta = checkpoint.Meta(recipe, tuple(index.categories.items()), provenance_of_instances(index), 0)
     checkpoint.save(folder, MaskRCNN(recipe, len(index.categories)), meta)
     return folder
 

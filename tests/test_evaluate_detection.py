@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from refdet.cli.main import main
 from test_folding import VARIANTS, trained_model
 
 from refdet import store
+from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.detector import checkpoint, loading

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from evaluate_examples import regions, write_refer, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refdet.cli.main import main
 
+from refdet.cli.main import main
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.tables import COLUMNS, frame, tables, write
 from refdet.files.spreadsheet_text import spreadsheet_cell

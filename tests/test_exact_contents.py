@@ -15,12 +15,12 @@ from refdet import store
 from refdet.config import recipe
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted
 from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
 from refdet.extraction.pipeline import Summary
-from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
 
 SMALL = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[96]",
@@ -36,7 +36,7 @@ def detector(request: pytest.FixtureRequest, shapes_root: Path, tmp_path_factory
     chosen = recipe.load(request.param).with_changes(changes)
     torch.manual_seed(0)
     model = MaskRCNN(chosen, len(index.categories))
-    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), Provenance.of_instances(index), 0)
+    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, model, meta)
     return folder

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from damaged_images import encoded, photograph
 from PIL import Image
-from refdet.cli.main import main
 
+from refdet.cli.main import main
 from refdet.config import recipe
 from refdet.data.coco import CocoIndex
 from refdet.data.image_decoder import upright

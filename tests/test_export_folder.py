@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from export_examples import ANNOTATIONS, DETECTIONS, add_heads, write_dataset, write_store
-from refdet.cli.main import main
 
+from refdet.cli.main import main
 from refdet.errors import InputError, WorkError
 from refdet.store.export import folder as folder_module
 from refdet.store.export.folder import json_list, new_folder, require_space

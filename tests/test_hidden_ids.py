@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from refdet.cli.main import main
 from split_examples import write_refs
 
+from refdet.cli.main import main
 from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.duplicates import audit_content

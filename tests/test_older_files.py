@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from refdet.cli.main import main
 from training_examples import steps_of
+
+from refdet.cli.main import main
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "older_files.tar.xz"
 # The recipe as its user gave it then.

@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refdet.cli import common
-from refdet.cli.main import OUTPUT_LOST, describe, fail, main
 from safetensors.numpy import save_file
 from split_examples import coco, write, write_refs
 
+from refdet.cli import common
+from refdet.cli.main import OUTPUT_LOST, describe, fail, main
 from refdet.errors import InputError
 from refdet.files.printable_text import printable
 from refdet.structures.provenance import Provenance

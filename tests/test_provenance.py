@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import EDITED, RENAMED, provenance_of_instances
 from refdet.errors import InputError
-from refdet.structures.provenance import EDITED, RENAMED, UNKNOWN, Provenance, image_ids_sha256
+from refdet.structures.provenance import UNKNOWN, Provenance, image_ids_sha256
 
 BUILT = Provenance(
     "all.json", "ab" * 32, 2, 0, image_ids_sha256([5, 10]), {"refcoco/unc/val": {"images": 3, "found": 1}}
@@ -39,15 +40,15 @@ def test_round_trip_through_json() -> None:
 
 def test_a_file_of_someone_else(tmp_path: Path) -> None:
     index = write(tmp_path / "f.json", [10, 5], {})
-    found = Provenance.of_instances(index)
+    found = provenance_of_instances(index)
     assert found.excluded == {} and found.note == UNKNOWN and found.source == "f.json" and found.images == 2
     assert found.source_sha256 == hashlib.sha256((tmp_path / "f.json").read_bytes()).hexdigest()
 
 
 def test_a_built_split_is_believed_only_with_its_own_images(tmp_path: Path) -> None:
     info = {"refdet": BUILT.to_json()}
-    assert Provenance.of_instances(write(tmp_path / "f.json", [10, 5], info)) == BUILT
-    edited = Provenance.of_instances(write(tmp_path / "f.json", [10, 5, 6], info))
+    assert provenance_of_instances(write(tmp_path / "f.json", [10, 5], info)) == BUILT
+    edited = provenance_of_instances(write(tmp_path / "f.json", [10, 5, 6], info))
     assert edited.excluded == {} and edited.note == EDITED
 
 
@@ -67,7 +68,7 @@ def test_a_record_of_ids_is_not_believed_of_other_files(tmp_path: Path, change: 
     data = json.loads(path.read_text())
     data["images"][0] |= change
     path.write_text(json.dumps(data))
-    found = Provenance.of_instances(CocoIndex.load(path))
+    found = provenance_of_instances(CocoIndex.load(path))
     assert (found == BUILT) == believed and found.note == ("" if believed else RENAMED)
 
 
@@ -79,7 +80,7 @@ def test_wrong_fields_are_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(InputError, match="provenance"):
         Provenance.from_json(BUILT.to_json() | change)
     with pytest.raises(InputError, match="f.json: info.refdet"):
-        Provenance.of_instances(write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json() | change}))
+        provenance_of_instances(write(tmp_path / "f.json", [10, 5], {"refdet": BUILT.to_json() | change}))
     with pytest.raises(InputError, match="images"):
         Provenance.from_json({"source": "x"})
 

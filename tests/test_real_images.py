@@ -8,11 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pycocotools import mask
-from refdet.cli.main import main
 
 from refdet import store
+from refdet.cli.main import main
 from refdet.config import recipe
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -31,7 +32,7 @@ def annotated(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = CocoIndex.load(root / "annotations" / "instances_train2017.json")
     chosen = recipe.load("c4-res18").with_changes([*SMALL, "model.norm=batch"])
     model = MaskRCNN(chosen, len(index.categories))
-    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), Provenance.of_instances(index), 0)
+    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
     checkpoint.save(folder / "run", model, meta)
     images = ImageList.of_instances(index.path)
     extract_features(folder / "run", root / "train2017", folder / "f.h5", images, ExtractOptions(regions="annotations"))

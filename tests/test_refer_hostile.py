@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refdet.cli.main import main
 from refer_examples import GREFS, INSTANCES, REFS, write
 from refer_hostile_cases import CANARY, CASES, Case
 
+from refdet.cli.main import main
 from refer import REFER, ReferError, read_refs
 
 

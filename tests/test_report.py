@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from refdet import report, store
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -194,13 +195,12 @@ def test_a_bare_run_has_a_report_too(inputs: Inputs, tmp_path: Path) -> None:
 
 def test_a_leak_is_called_one(inputs: Inputs, tmp_path: Path) -> None:
     """A detector trained on the original file."""
-    from refdet.structures.provenance import Provenance
 
     assert inputs.source is not None
     run = tmp_path / "run"
     shutil.copytree(inputs.run, run)
     meta = json.loads((run / "model.json").read_text())
-    meta["provenance"] = Provenance.of_instances(CocoIndex.load(inputs.source)).to_json()
+    meta["provenance"] = provenance_of_instances(CocoIndex.load(inputs.source)).to_json()
     (run / "model.json").write_text(json.dumps(meta))
     leaky = dataclasses.replace(inputs, run=run, instances=inputs.source, source=None, parts=())
     report.write(tmp_path / "report.html", leaky)

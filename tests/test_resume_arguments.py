@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from refdet.cli.main import main
 from training_examples import run, squares
+
+from refdet.cli.main import main
 
 BASE = {"--checkpoint": "run", "--images": "images", "--instances": "instances.json", "--device": "cpu"}
 # The store to resume, what differs from how it was begun, and what is said of that.

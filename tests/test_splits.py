@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refdet.cli import audit as audit_command
-from refdet.cli import build_split as build_command
 from split_examples import coco, write, write_refs
 
+from refdet.cli import audit as audit_command
+from refdet.cli import build_split as build_command
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.held_out import held_out
@@ -118,7 +119,7 @@ def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], 
     source, root = world
     first = build_split(source, root, tmp_path / "a.json", ["refcoco:unc:val"])
     second = build_split(first.out, root, tmp_path / "b.json", ["refcoco:unc:testA"])
-    provenance = Provenance.of_instances(CocoIndex.load(second.out))
+    provenance = provenance_of_instances(CocoIndex.load(second.out))
     assert set(provenance.excluded) == {"refcoco/unc/val", "refcoco/unc/testA"}
     assert provenance.source == "a.json" and provenance.images == 4
 

@@ -7,9 +7,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+
 from refdet.cli import audit, evaluate_on_refer, export
 from refdet.cli.common import store_option
-
 from refdet.errors import InputError
 
 NOTE = "note: --features is called --store now; the old name still works\n"

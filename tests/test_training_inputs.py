@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from refdet.cli.main import main
 from training_examples import TINY, run, squares
+
+from refdet.cli.main import main
 
 ON = {"--resume": (), "--out": "run", "--set": TINY}  # goes on with the finished run of two steps
 MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {

@@ -11,9 +11,10 @@ from foreign_weights import Tensors, call, refused, seed_weights
 from torch import Tensor
 
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import loading
 from refdet.detector.weights.import_weights import read_foreign
-from refdet.structures.provenance import Provenance, file_sha256
+from refdet.structures.provenance import file_sha256
 
 
 class Storage:
@@ -120,7 +121,7 @@ def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None
     state = loaded.model.state_dict()
     assert torch.equal(state["head.conv5.2.conv2.weight"], given["resnet.layer4.2.conv2.weight"])
     assert torch.equal(state["head.mask.logits.weight"], given["mask_pred_net.weight"])
-    known = Provenance.of_instances(index)
+    known = provenance_of_instances(index)
     assert loaded.meta.provenance.image_ids_sha256 == known.image_ids_sha256
     assert (loaded.meta.provenance.images, loaded.meta.provenance.source) == (len(index.images), instances.name)
     weights = loaded.meta.provenance.weights

@@ -10,7 +10,6 @@ import pandas as pd
 
 from refdet.files.atomic import atomic_path, write_json
 from refdet.files.spreadsheet_text import spreadsheet_cell
-from refdet.report.recall_figure import recall_figure
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
@@ -49,7 +48,7 @@ def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, then metrics.csv (`frame`) and recall.svg, into the folder ``out``.
+    """Write metrics.json, then metrics.csv (`frame`), into the folder ``out``.
 
     In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
     """
@@ -59,5 +58,3 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
         texts = [name for name in COLUMNS if name != "value"]
         numbers[texts] = numbers[texts].map(spreadsheet_cell)
         numbers.to_csv(temporary, index=False)
-    with atomic_path(out / "recall.svg") as temporary:
-        temporary.write_text(recall_figure(metrics), encoding="utf-8")

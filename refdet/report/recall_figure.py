@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from refdet.files.atomic import atomic_path
 from refdet.report.charts import line_chart, standalone
 from refdet.report.recall import recall_axes, recall_series
 
@@ -15,3 +17,9 @@ def recall_figure(metrics: Mapping[str, Any]) -> str:
     series, axes = recall_series(metrics), recall_axes(metrics)
     told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
     return standalone(line_chart(title, told, series, axes, dots=True), title, series, axes)
+
+
+def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
+    """Write recall.svg into the folder ``out``."""
+    with atomic_path(out / "recall.svg") as temporary:
+        temporary.write_text(recall_figure(metrics), encoding="utf-8")

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.extraction.shard_folder import parts_folder, progress
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
@@ -66,7 +67,7 @@ def _split(path: Path) -> dict[str, Any]:
         "without_segmentation": sum(annotation.segmentation is None for annotation in annotations),
         "categories": len(index.categories),
         "dropped": index.dropped,
-        "provenance": Provenance.of_instances(index).to_json(),
+        "provenance": provenance_of_instances(index).to_json(),
     }
 
 

@@ -7,19 +7,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from refdet.data.image_evidence import is_known_by_id
 from refdet.errors import InputError
 from refdet.files.short_text import shown
 
-if TYPE_CHECKING:
-    from refdet.data.coco import CocoIndex
-
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
-EDITED = "its images are not those refdet build-split wrote: nothing is known to be excluded"
-RENAMED = "its file names are not those of its image ids, so what refdet build-split left out is not believed"
 
 
 @dataclass(frozen=True)
@@ -83,36 +77,6 @@ class Provenance:
     def with_weights(self, text: str) -> Provenance:
         """The same with ``weights`` set to what training started from."""
         return replace(self, weights=text)
-
-    @classmethod
-    def of_instances(cls, index: CocoIndex) -> Provenance:
-        """What an instances file says about itself.
-
-        That is its ``info.refdet`` if refdet build-split wrote the file, its images are still the same, and their ids
-        tell the files that are read for them (`is_known_by_id`): the record is of ids alone. Otherwise nothing is
-        known to be excluded, and ``note`` says so.
-        """
-        note = UNKNOWN
-        ids_sha256 = image_ids_sha256(index.images)
-        if "refdet" in index.info:
-            try:
-                written = cls.from_json(index.info["refdet"])
-            except InputError as error:
-                raise InputError(f"{index.path}: info.refdet: {error}") from None
-            if written.image_ids_sha256 != ids_sha256:
-                note = EDITED
-            elif not all(is_known_by_id(entry, entry["id"]) for entry in index.raw["images"]):
-                note = RENAMED
-            else:
-                return written
-        return cls(
-            source=index.path.name,
-            source_sha256=file_sha256(index.path),
-            images=len(index.images),
-            annotations=len(index.raw["annotations"]),
-            image_ids_sha256=ids_sha256,
-            note=note,
-        )
 
     def one_line(self) -> str:
         """The gist for people."""

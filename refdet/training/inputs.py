@@ -11,6 +11,7 @@ from pathlib import Path
 from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.data.training_objects import CROWD_OPTION, TrainingObjects
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError
@@ -88,7 +89,7 @@ def check(
     source.check(objects.records, index.path, index.images.values())
     if weights is not None and not goes:
         begins_anew(weights, recipe, tuple(index.categories.items()))
-    provenance, data_sha256 = Provenance.of_instances(index), objects.sha256()
+    provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
     notes = [remark] if remark else []
     if before is not None:
         before.check_data(tuple(index.categories.items()), provenance, data_sha256, out)

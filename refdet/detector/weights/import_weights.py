@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from refdet.data.coco import CocoIndex
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import Meta
 from refdet.detector.mask_rcnn import MaskRCNN
@@ -201,6 +202,6 @@ def _provenance(source: Path, index: CocoIndex | None) -> Provenance:
     digest = file_sha256(source)
     if index is None:
         return Provenance.imported(source.name, digest)
-    return Provenance.of_instances(index).with_weights(
+    return provenance_of_instances(index).with_weights(
         f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
     )
