@@ -39,7 +39,9 @@ from refdet.data.transforms import input_size, network_input
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import usable_device
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.structures import boxes as box_ops
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import Provenance

@@ -48,7 +48,9 @@ def prepare(folder: Path, counts: list[int]) -> None:
 
 def extract(folder: Path, count: int) -> None:
     """In a process of its own: one extraction, then its peak on stdout."""
-    from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+    from refdet.extraction.extract import extract_features
+    from refdet.extraction.image_list import ImageList
+    from refdet.extraction.options import ExtractOptions
 
     options = ExtractOptions(score_threshold=0.0, max_regions=20, features=("pool5", "fc7", "head"))
     images = ImageList.of_instances(folder / f"{count}.json")

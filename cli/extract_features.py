@@ -120,7 +120,9 @@ def command(
 
     from refdet.detector.checkpoint import load_meta
     from refdet.detector.feature_names import check_features
-    from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+    from refdet.extraction.extract import extract_features
+    from refdet.extraction.image_list import ImageList
+    from refdet.extraction.options import ExtractOptions
 
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
     options = ExtractOptions(

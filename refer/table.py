@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ReferError
-from .types import target_ids
+from .types import Annotation, Image, Ref, target_ids
 from .validation import box_of
 
 if TYPE_CHECKING:
     import pandas
 
-    from .api import REFER
-
 _COLUMNS = ("sent_id", "sent", "tokens", "ref_id", "split", "image_id", "file_name", "ann_id", "category_id",
             "category", "targets", "x", "y", "width", "height")  # fmt: skip
 
 
-def frame(refer: REFER) -> pandas.DataFrame:
+class Dataset(Protocol):
+    """What a table is made of; see `refer.REFER`."""
+
+    DATA_DIR: str
+    generalized: bool
+    Anns: dict[Any, Annotation]
+    Cats: dict[int, str]
+    Imgs: dict[int, Image]
+
+    def __iter__(self) -> Iterator[Ref]: ...
+
+
+def frame(refer: Dataset) -> pandas.DataFrame:
     """A table with a row a sentence, in the order of the file.
 
     Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``, ``image_id``, ``file_name`` (of the

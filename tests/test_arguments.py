@@ -20,7 +20,7 @@ from split_examples import coco, write, write_refs
 
 from refdet.cli.main import main
 from refdet.errors import InputError
-from refdet.extraction.extract import ExtractOptions
+from refdet.extraction.options import ExtractOptions
 from refdet.files.file_kinds import FileKind, kind_of
 
 SAVED = b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(40)

@@ -19,7 +19,9 @@ from refdet.errors import InputError
 from refdet.evaluation.targets import empty_mask
 from refdet.extraction import boxes_from_file
 from refdet.extraction.boxes_from_file import load_boxes
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.store.verify import verify
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions

@@ -18,7 +18,9 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import exact_float32, on_device, pinned, usable_precision
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 
 BACKENDS = torch.backends
 NEWER = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)

@@ -21,7 +21,9 @@ from refdet.detector import checkpoint, loading
 from refdet.detector.predictor import DetectOptions
 from refdet.evaluation import detection
 from refdet.evaluation.average_precision import METRICS, coco_ap, coco_results
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
 
 CLASSES = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))

@@ -19,7 +19,9 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.extraction.pipeline import Summary
 from refdet.structures.regions import Regions
 

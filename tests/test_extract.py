@@ -19,8 +19,8 @@ from refdet import store
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted
 from refdet.extraction import shards
-from refdet.extraction.extract import ImageList
 from refdet.extraction.given_regions import annotated_regions
+from refdet.extraction.image_list import ImageList
 from refdet.extraction.pipeline import Finish, Summary, extract
 from refdet.extraction.plan import cut_into_shards
 from refdet.files.atomic import MARK

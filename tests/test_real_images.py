@@ -17,7 +17,9 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.extraction.extract import ExtractOptions, ImageList, extract_features
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
 from refdet.training.trainer import train
 

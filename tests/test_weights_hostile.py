@@ -15,11 +15,11 @@ from foreign_weights import call, of_one_number, refused, resnet_shapes
 from safetensors.torch import save_file
 
 from refdet.detector.checkpoint import read_tensors
-from refdet.detector.weights.convert import file_formats, import_weights, torch_files
-from refdet.detector.weights.identify import program_of
+from refdet.detector.weights.convert import import_weights, torch_files, weight_files
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.detector.weights.torch_files import read_contents
 from refdet.errors import InputError
+from refdet.files.weight_programs import program_of
 
 TEXT = b"X\x01\x00\x00\x00a"  # 'a'
 HEAD = b"\x80\x02"
@@ -255,7 +255,7 @@ def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.M
     )
     assert "not a readable safetensors file" in header(overlap.encode())
     save_file({f"{i}": torch.ones(1) for i in range(30)}, path)
-    monkeypatch.setattr(file_formats, "MOST_TENSORS", 20)
+    monkeypatch.setattr(weight_files, "MOST_TENSORS", 20)
     with pytest.raises(InputError, match="30 tensors, more than the 20"):
         read_tensors(path)
 

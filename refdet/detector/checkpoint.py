@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from refdet.config.recipe import Recipe, from_dict
-from refdet.detector.weights.file_formats import check_safetensors, is_address, what_is
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_path, write_json
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import read_small, strict_json
+from refdet.files.weight_files import check_safetensors, is_address, what_is
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 
 if TYPE_CHECKING:

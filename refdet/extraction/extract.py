@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.refer_splits import choose_splits
+from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, WorkError
 from refdet.extraction.given_regions import GivenRegions, given_regions
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 from refdet.extraction.pipeline import Compute, Finish, Summary, extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_folder import begun_batch_size, check_begun, parts_folder, progress
@@ -26,76 +26,6 @@ if TYPE_CHECKING:
     from refdet.detector.checkpoint import Meta
     from refdet.detector.loading import TrainedDetector
     from refdet.detector.predictor import DetectOptions
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """The images of an extraction and their annotations.
-
-    Attributes:
-        records: in the order they get in the store.
-        index: the instances file they are in.
-        name: where they come from, as it is kept in the store.
-    """
-
-    records: list[ImageRecord]
-    index: CocoIndex
-    name: str
-
-    @classmethod
-    def of_instances(cls, path: Path, crowd_as_object: bool = False) -> ImageList:
-        """All images of an instances file, in its order; see `CocoIndex.load`."""
-        index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
-        return cls(list(index.images.values()), index, path.name)
-
-    @classmethod
-    def of_refer(
-        cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = (), crowd_as_object: bool = False
-    ) -> ImageList:
-        """The images of the refs of some splits (all splits by default), by ascending id; see `CocoIndex.load`.
-
-        Raises:
-            InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
-            refer.ReferError: the refs cannot be read.
-        """
-        from refer import read_refs, target_ids
-
-        refs = read_refs(root, dataset, split_by)
-        chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
-        index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)
-        ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
-        lost = [i for i in ids if i not in index.images]
-        if lost:
-            raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
-        annotations = {annotation["id"] for annotation in index.raw["annotations"]}
-        stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
-        if stray:
-            raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
-                             f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
-        return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """What is extracted; see the options of ``refdet extract-features``."""
-
-    regions: str = "detections"
-    features: tuple[str, ...] = ("pool5", "fc7")
-    dtype: str = "float32"
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.3
-    max_regions: int = 100
-    precision: str = "float32"
-    at_least_one: bool = False
-    masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
-    compression: str = "none"
-    exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
-    crowd_as_object: bool = False  # the image list was read so
-
-    def __post_init__(self) -> None:
-        for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:  # NaN neither
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 to 1")
 
 
 def extract_features(
@@ -232,7 +162,7 @@ def _planned(
         what["exif"] = options.exif
     what |= {
         "image_list": image_list.name,
-        "image_list_sha256": records_sha256(image_list.records),
+        "image_list_sha256": image_list.sha256(),
         "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
     }
     predicted = options.masks == "predicted" or given is None
@@ -301,9 +231,3 @@ def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractO
         ]
 
     return compute
-
-
-def records_sha256(records: Sequence[ImageRecord]) -> str:
-    """SHA-256 of an image list: ids, names, sizes and order."""
-    lines = (f"{r.id}\t{r.file_name}\t{r.height}\t{r.width}\n" for r in records)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

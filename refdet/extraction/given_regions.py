@@ -16,7 +16,7 @@ from refdet.errors import InputError
 from refdet.structures.regions import Regions
 
 if TYPE_CHECKING:
-    from refdet.extraction.extract import ImageList
+    from refdet.extraction.image_list import ImageList
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from refdet.store import Columns, Header
 
 if TYPE_CHECKING:
     from refdet.detector.checkpoint import Meta
-    from refdet.extraction.extract import ExtractOptions, ImageList
+    from refdet.extraction.image_list import ImageList
+    from refdet.extraction.options import ExtractOptions
 
 
 def start_lines(

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import Meta
-from refdet.detector.weights.file_formats import check_safetensors
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import strict_json
+from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
 from refdet.training.pretrained import Categories, difference
 from refdet.training.run_folder import states

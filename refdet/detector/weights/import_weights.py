@@ -18,11 +18,11 @@ from refdet.detector import checkpoint
 from refdet.detector.checkpoint import Meta
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights.convert import Recognised, recognise
-from refdet.detector.weights.file_formats import MOST_TENSORS, is_address, is_safetensors, what_is
-from refdet.detector.weights.identify import OWN, STATE, has_all, program_of
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
+from refdet.files.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
+from refdet.files.weight_programs import OWN, STATE, has_all, program_of
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import Provenance, file_sha256
 

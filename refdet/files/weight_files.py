@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from refdet.detector.weights.identify import OWN, STATE, has_all, program_of
 from refdet.errors import InputError
 from refdet.files.short_text import cut
 from refdet.files.small_files import strict_json
+from refdet.files.weight_programs import OWN, STATE, has_all, program_of
 
 LARGEST_HEADER = 2**24  # bytes of the header of a safetensors file
 MOST_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400

@@ -1,0 +1,64 @@
+"""`ImageList`: the images of an extraction and their annotations, of a REFER dataset or of an instances file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.refer_splits import choose_splits
+from refdet.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of an extraction and their annotations.
+
+    Attributes:
+        records: in the order they get in the store.
+        index: the instances file they are in.
+        name: where they come from, as it is kept in the store.
+    """
+
+    records: list[ImageRecord]
+    index: CocoIndex
+    name: str
+
+    @classmethod
+    def of_instances(cls, path: Path, crowd_as_object: bool = False) -> ImageList:
+        """All images of an instances file, in its order; see `CocoIndex.load`."""
+        index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
+        return cls(list(index.images.values()), index, path.name)
+
+    @classmethod
+    def of_refer(
+        cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = (), crowd_as_object: bool = False
+    ) -> ImageList:
+        """The images of the refs of some splits (all splits by default), by ascending id; see `CocoIndex.load`.
+
+        Raises:
+            InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
+            refer.ReferError: the refs cannot be read.
+        """
+        from refer import read_refs, target_ids
+
+        refs = read_refs(root, dataset, split_by)
+        chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
+        index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)
+        ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
+        lost = [i for i in ids if i not in index.images]
+        if lost:
+            raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
+        annotations = {annotation["id"] for annotation in index.raw["annotations"]}
+        stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
+        if stray:
+            raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
+                             f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
+        return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
+
+    def sha256(self) -> str:
+        """SHA-256 of the images: ids, names, sizes and order."""
+        lines = (f"{r.id}\t{r.file_name}\t{r.height}\t{r.width}\n" for r in self.records)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
