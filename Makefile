@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-KERNELS := $(wildcard csrc/*)
-CUDA_SOURCES := $(wildcard csrc/*.cu)
+KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
+CUDA_SOURCES := $(wildcard csrc/*/*.cu)
 OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py tests/test_convolution.py tests/test_in_use.py)
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
@@ -85,13 +85,13 @@ ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)
 else
 cuda-check:
-	@echo "==> cuda-check: no nvcc here, csrc/*.cu are not compiled"
+	@echo "==> cuda-check: no nvcc here, csrc/*/*.cu are not compiled"
 endif
 
-build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*.h) $(VENV)/.torch | env
+build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h) $(VENV)/.torch | env
 	@echo "==> cuda-check: compiling $< with nvcc (about a minute)"
 	@mkdir -p $(@D)
-	@nvcc -std=c++20 --expt-relaxed-constexpr -c $< -o $@ \
+	@nvcc -Icsrc -std=c++20 --expt-relaxed-constexpr -c $< -o $@ \
 	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*("-I" + i for i in p()))' 2>/dev/null)
 
 $(VENV)/.torch:

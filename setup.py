@@ -33,7 +33,7 @@ def say(text: str) -> None:
 
 
 def sources(suffix: str) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(f"*{suffix}"))
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(f"*{suffix}"))
 
 
 def with_cuda() -> bool:
@@ -80,6 +80,7 @@ def extension() -> dict:
         "refdet._C",
         sources(".cpp") + (sources(".cu") if cuda else []),
         depends=sources(".h"),
+        include_dirs=[str(ROOT / "csrc")],
         define_macros=[("REFDET_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": CXX_FLAGS + OPENMP + SANITIZERS, "nvcc": ["-O3"]},
         extra_link_args=OPENMP + SANITIZERS,

@@ -117,7 +117,7 @@ def nms_plain(
 
 
 def _iou(a: Tensor, b: Tensor, side: float) -> Tensor:
-    """IoU (N, M), operation by operation as in csrc/nms_cpu.cpp; NaN where the union is 0."""
+    """IoU (N, M), operation by operation as in csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
     area_a, area_b = ((x[:, 2] - x[:, 0] + side) * (x[:, 3] - x[:, 1] + side) for x in (a, b))
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])

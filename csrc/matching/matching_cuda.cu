@@ -22,7 +22,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "matching.h"
+#include "matching/matching.h"
 
 namespace refdet {
 namespace {

@@ -29,7 +29,7 @@
 #include <utility>
 #include <vector>
 
-#include "nms.h"
+#include "nms/nms.h"
 
 namespace refdet {
 namespace {

@@ -21,8 +21,8 @@
 
 #include <vector>
 
-#include "pooling.h"
-#include "simd.h"
+#include "roi_pool/pooling.h"
+#include "common/simd.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

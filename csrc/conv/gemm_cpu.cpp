@@ -5,8 +5,8 @@
 // first two caches, and does nothing but fused multiply-adds. Where another thread has half of the processor's
 // instructions, few of them besides those count.
 
-#include "gemm.h"
-#include "simd.h"
+#include "conv/gemm.h"
+#include "common/simd.h"
 
 #ifdef REFDET_FLOAT16
 #include <immintrin.h>

@@ -15,13 +15,13 @@
 #include <algorithm>
 #include <optional>
 
-#include "gemm.h"
-#include "positions.h"
-#include "room.h"
-#include "scales.h"
-#include "share.h"
-#include "simd.h"
-#include "weights.h"
+#include "conv/gemm.h"
+#include "conv/positions.h"
+#include "common/room.h"
+#include "conv/scales.h"
+#include "common/share.h"
+#include "common/simd.h"
+#include "conv/weights.h"
 
 namespace refdet {
 namespace {

@@ -25,7 +25,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "pooling.h"
+#include "roi_pool/pooling.h"
 
 namespace refdet {
 namespace {

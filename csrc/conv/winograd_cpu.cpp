@@ -19,14 +19,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "gemm.h"
-#include "positions.h"
-#include "room.h"
-#include "scales.h"
-#include "share.h"
-#include "simd.h"
-#include "weights.h"
-#include "winograd.h"
+#include "conv/gemm.h"
+#include "conv/positions.h"
+#include "common/room.h"
+#include "conv/scales.h"
+#include "common/share.h"
+#include "common/simd.h"
+#include "conv/weights.h"
+#include "conv/winograd.h"
 
 namespace refdet {
 namespace {

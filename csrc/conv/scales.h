@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace refdet {
 

@@ -26,7 +26,7 @@
 #include <limits>
 #include <vector>
 
-#include "matching.h"
+#include "matching/matching.h"
 
 namespace refdet {
 namespace {

@@ -25,7 +25,7 @@
 #include <limits>
 #include <vector>
 
-#include "masks.h"
+#include "masks/masks.h"
 
 namespace refdet {
 namespace {

@@ -24,8 +24,8 @@
 #include <limits>
 #include <vector>
 
-#include "masks.h"
-#include "rle.h"
+#include "masks/masks.h"
+#include "masks/rle.h"
 
 namespace refdet {
 namespace {

@@ -1,4 +1,4 @@
-#include "weights.h"
+#include "conv/weights.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace refdet {
 namespace {

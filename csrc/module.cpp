@@ -3,8 +3,8 @@
 
 #include <torch/library.h>
 
-#include "gemm.h"
-#include "simd.h"
+#include "conv/gemm.h"
+#include "common/simd.h"
 
 TORCH_LIBRARY(refdet, m) {
   m.def("has_cuda() -> bool", []() {

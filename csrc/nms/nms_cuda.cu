@@ -29,7 +29,7 @@
 #include <tuple>
 #include <vector>
 
-#include "nms.h"
+#include "nms/nms.h"
 
 namespace refdet {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "gemm.h"
+#include "conv/gemm.h"
 
 namespace refdet {
 
