@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
 CUDA_SOURCES := $(wildcard csrc/*/*.cu)
-OP_TESTS := $(wildcard tests/test_nms*.py tests/test_pooling*.py tests/test_mask*.py tests/test_matching*.py tests/test_convolution.py tests/test_in_use.py)
+OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
@@ -58,7 +58,7 @@ test-asan: env ## the tests of the compiled kernels, with the address and undefi
 FUZZ_SECONDS ?= 120
 test-hostile: env ## files from strangers: every format changed at random for FUZZ_SECONDS each (default 120)
 	@echo "==> test-hostile: $(FUZZ_SECONDS) s a format"
-	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest $(wildcard tests/test_fuzz_*.py)
+	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/fuzz
 
 bench-ops: env ## the kernels beside torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
@@ -79,7 +79,7 @@ bench-extract: env ## extract-features beside the same work by torchvision's det
 
 parity: env ## how near the seed's numbers are, where its golden files lie beside the repository
 	@echo "==> parity: against outputs of the seed's own code"
-	@$(BIN)/pytest tests/test_seed_parity.py -rP
+	@$(BIN)/pytest tests/detector/test_seed_parity.py -rP
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)

@@ -1,0 +1,101 @@
+"""Polygons of instances files: what is refused by name, what is left out, and that every reader decides the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from polygon_files import HEIGHT, SQUARE, WIDTH, check, load, write
+
+from refdet.data.coco import CocoIndex
+from refdet.data.polygons import is_surely_drawn
+from refdet.data.segmentations import to_rle
+from refdet.extraction.given_regions import annotated_regions
+from refer.masks import can_be_drawn
+
+REFUSED = {
+    "odd": ([[1, 1, 5, 1, 5, 5, 1]], "a polygon has an odd number of coordinates (7); it must be numbers [x, y, x"),
+    "flat": (SQUARE, "'segmentation' is a flat list of numbers; a polygon needs another list around it"),
+    "points": ([[[1, 1], [5, 1], [5, 5]]], "a polygon is a list of points [[x, y], ...]"),
+    "text": ([[1, 1, 5, 1, 5, "5"]], "a polygon holds '5', no number"),
+    "null": ([[1, 1, 5, 1, 5, None]], "a polygon holds None, no number"),
+    "a number among polygons": ([SQUARE, 5], "a polygon is 5, no list"),
+    "nan": ([[1, 1, 5, 1, 5, math.nan]], "a polygon holds nan"),
+    "infinite": ([[1, 1, 5, 1, 5, -math.inf]], "a polygon holds -inf"),
+    "too large": ([[1, 1, 5, 1, 5, 10**400]], "numbers that are too large"),
+    "far away": ([[1, 1, 5, 1, 30_000_000, 5]], "reaches to 3e+07, more than 10000 pixels from its image of 16x12"),
+    "far away below": ([SQUARE, [1, 1, 5, 1, -1e300, 5]], "reaches to 1e+300"),
+    "huge integers": ([[10**400, 1, -(10**400), 1, 5, 5]], "reaches to 1e+300"),
+    "to and fro": ([[-9000, 0, 9000, 0] * 100], "its polygons are more than 1000000 pixels long"),
+    "a string": ("abc", "'segmentation' is a string"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("annotations_first", [False, True])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_drawn_is_refused_by_name(tmp_path: Path, kind: str, annotations_first: bool) -> None:
+    segmentation, says = REFUSED[kind]
+    path = write(tmp_path / "f.json", segmentation, annotations_first=annotations_first)
+    text = load(path)
+    assert isinstance(text, str) and text.startswith(f"{path}: annotation 7: ") and says in text and "\n" not in text
+    assert check(path) == text
+
+
+LEFT_OUT = {
+    "two points": ([[1, 1, 5, 5]], "(2 points; a box [x, y, width, height] is no polygon)"),
+    "one point": ([[80.0, 60.0]], "(1 point)"),
+    "points for polygons": ([[1, 1], [5, 1], [5, 5]], "(1 point each; a polygon is one list of numbers"),
+    "an empty one": ([[]], "(0 points)"),
+    "several": ([[1, 1, 5, 5], [1, 1]], "(1 or 2 points)"),
+}
+
+
+@pytest.mark.parametrize("others", [[], [SQUARE]])
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_what_encloses_nothing_is_left_out_and_said(tmp_path: Path, kind: str, others: list) -> None:
+    short, says = LEFT_OUT[kind]
+    path = write(tmp_path / "f.json", [*short, *others])
+    index = load(path)
+    assert isinstance(index, CocoIndex)
+    assert index.annotations[3][0].segmentation == (others or None)
+    assert index.dropped == [f"annotation 7: {len(short)} of its polygons with fewer than three points {says}"] or (
+        says in index.dropped[0] and len(index.dropped) == 1
+    )
+    assert check(path) == ""
+
+
+def test_the_size_of_the_image_counts(tmp_path: Path) -> None:
+    far = [[0, 0, 10_050, 0, 10_050, 5, 0, 5]]
+    assert isinstance(load(write(tmp_path / "a.json", far, width=100)), CocoIndex)
+    assert "10050" in str(load(write(tmp_path / "b.json", far, width=49)))
+    assert check(tmp_path / "a.json") == "" and "10050" in check(tmp_path / "b.json")
+
+
+NUMBERS = st.one_of(st.integers(-60, 60), st.floats(-30_000, 30_000), st.sampled_from([10**9, 1e308, 10**400]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.lists(NUMBERS, max_size=12), max_size=4))
+def test_what_is_read_can_be_extracted(tmp_path_factory: pytest.TempPathFactory, polygons: list) -> None:
+    path = write(tmp_path_factory.mktemp("polygons") / "f.json", polygons)
+    index = load(path)
+    if isinstance(index, str):
+        assert "annotation 7" in index and check(path) == index
+        return
+    assert check(path) == ""
+    [regions] = [annotated_regions(record, index.annotations[record.id]) for record in index.images.values()]
+    assert len(regions) == 1
+    kept = index.annotations[3][0].segmentation
+    if kept:
+        assert isinstance(kept, list) and to_rle(kept, HEIGHT, WIDTH)["size"] == [HEIGHT, WIDTH]
+        assert can_be_drawn(kept, HEIGHT, WIDTH)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.floats(-20_000, 20_000), min_size=6, max_size=8), min_size=1, max_size=30))
+def test_the_quick_look_never_passes_what_the_exact_one_refuses(polygons: list) -> None:
+    polygons = [polygon[: len(polygon) // 2 * 2] for polygon in polygons]
+    assert can_be_drawn(polygons, 1, 1) or not is_surely_drawn(polygons)

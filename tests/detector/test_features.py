@@ -1,0 +1,78 @@
+"""The features of detections and of given boxes: what each is, by its definition."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import roi_align
+from trained_models import IDS, PYRAMID, SMALL, some_images, trained_model
+
+from refdet.config import recipe as recipes
+from refdet.data.transforms import input_size, network_input
+from refdet.detector import optimize
+from refdet.detector.feature_names import check_features
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch, start_detecting
+from refdet.errors import InputError
+
+EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0, 4), np.float32)]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@torch.inference_mode()
+def test_each_feature_is_what_it_says(fast: bool) -> None:
+    model = optimize.for_use(trained_model()) if fast else trained_model()
+    images, _ = some_images()
+    first, empty = describe_boxes(model, images, BOXES, EVERY)
+    size = input_size(96, 128, model.recipe.input)
+    inputs = network_input(images[0], size, model.recipe.input)[None]
+    (conv4,) = model.maps(inputs.contiguous(memory_format=torch.channels_last))
+    np.testing.assert_allclose(first.maps["head"], conv4[0].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(first.im_info, np.array([96, 128, 1], np.float32))
+    cells = roi_align(conv4, [torch.from_numpy(BOXES[0])], 7, 1 / 16, sampling_ratio=2, aligned=True).numpy()
+    found = first.features
+    np.testing.assert_allclose(found["spatial_pool5"], cells, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["pool5"], cells.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["fc7"], found["spatial_fc7"].mean((2, 3)), rtol=1e-4, atol=1e-5)
+    logits = found["fc7"] @ model.head.box.score.weight.numpy().T + model.head.box.score.bias.numpy()
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["class_prob"], expected, rtol=1e-4, atol=1e-6)
+    assert {name: values.shape for name, values in empty.features.items()} == {
+        name: (0, *found[name].shape[1:]) for name in found
+    }
+    assert found["spatial_fc7"].shape == (2, 256, 7, 7) and found["class_prob"].shape == (2, 5)
+
+
+def test_features_of_detections_are_those_of_their_boxes() -> None:
+    model = optimize.for_use(trained_model())
+    images, records = some_images()
+    names = EVERY[:-1]
+    regions = detect_batch(model, images, records, IDS, DetectOptions(0.1, max_regions=10, features=names))
+    described = describe_boxes(model, images, [r.boxes for r in regions], names)
+    for found, wanted in zip(regions, described, strict=True):
+        assert list(found.features) == list(names) and len(found) > 3
+        for name in names:
+            np.testing.assert_allclose(found.features[name], wanted.features[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
+    model = optimize.for_use(trained_model())
+    images, records = some_images()
+    options = DetectOptions(0.1)
+    wanted = [detect_batch(model, [i], [r], IDS, options)[0] for i, r in zip(images, records, strict=True)]
+    started = [start_detecting(model, [i], [r], IDS, options) for i, r in zip(images, records, strict=True)]
+    for finish, alone in reversed(list(zip(started, wanted, strict=True))):
+        (found,) = finish()
+        np.testing.assert_array_equal(found.boxes, alone.boxes)
+        np.testing.assert_array_equal(found.features["fc7"], alone.features["fc7"])
+        assert found.masks == alone.masks
+
+
+def test_a_pyramid_has_no_spatial_features() -> None:
+    c4, pyramid = (recipes.load("demo").with_changes([*SMALL, *more]) for more in ([], PYRAMID))
+    check_features(EVERY, c4)
+    check_features(("pool5", "fc7", "class_prob"), pyramid)
+    for name in EVERY[3:]:
+        with pytest.raises(InputError, match=f"--features {name}: .*C4"):
+            check_features(["pool5", name], pyramid)
+    with pytest.raises(InputError, match="--features fc8: no such feature"):
+        check_features(["fc8"], c4)

@@ -1,0 +1,80 @@
+"""A detector made for use finds what the trained one finds."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from trained_models import IDS, VARIANTS, some_images, trained_model
+
+from refdet.detector import optimize
+from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.res5_head import EarlyConv5
+from refdet.detector.resnet import FrozenBatchNorm
+
+NAMES = ("pool5", "fc7", "class_prob")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_regions_and_features(variant: str) -> None:
+    changes, early = VARIANTS[variant]
+    model = trained_model(*changes)
+    fast = optimize.for_use(copy.deepcopy(model))
+    assert not any(isinstance(part, (FrozenBatchNorm, nn.BatchNorm2d)) for part in fast.modules())
+    assert isinstance(getattr(fast.head, "conv5", None), EarlyConv5) == early
+    images, records = some_images()
+    options = DetectOptions(score_threshold=0.1, max_regions=30, features=NAMES)
+    wanted = detect_batch(model, images, records, IDS, options)
+    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options), strict=True):
+        assert len(a) > 5
+        np.testing.assert_array_equal(a.category_ids, b.category_ids)
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+    boxes = [r.boxes for r in wanted]
+    found = describe_boxes(fast, images, boxes, NAMES)
+    for exact, other in zip(describe_boxes(model, images, boxes, NAMES), found, strict=True):
+        for name in NAMES:
+            np.testing.assert_allclose(other.features[name], exact.features[name], rtol=1e-4, atol=1e-5)
+
+
+def test_conv5_enters_early_only_where_that_is_less_work() -> None:
+    fast = optimize.for_use(trained_model())
+    maps = fast.maps(torch.randn(1, 3, 96, 128))
+    few, many = fast.head.prepare(maps, 0), fast.head.prepare(maps, 100)
+    assert (len(few), len(many)) == (1, 2)
+    rois = torch.tensor([[0, 10.0, 20, 60, 90], [0, -30, -30, 20, 20], [0, 0, 0, 128, 96]])
+    torch.testing.assert_close(fast.head.vectors(few, rois), fast.head.vectors(many, rois), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_asked_for_is_not_computed() -> None:
+    fast = optimize.for_use(trained_model())
+    images, _ = some_images()
+    boxes = [np.array([[1, 1, 60, 60]])] * 2
+    wanted = describe_boxes(fast, images, boxes)[0].features["pool5"]
+    fast.head.conv5 = None  # it would fail
+    found = describe_boxes(fast, images, boxes, ("pool5",))[0]
+    assert list(found.features) == ["pool5"]
+    np.testing.assert_array_equal(found.features["pool5"], wanted)
+
+
+@pytest.mark.parametrize("variant", ["c4", "fpn", "crop"])
+def test_bfloat16_is_near(variant: str) -> None:
+    model = trained_model(*VARIANTS[variant][0])
+    rough = optimize.for_use(copy.deepcopy(model), bf16=True)
+    assert rough.head.box.score.weight.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(model.rpn.anchors.buffers(), rough.rpn.anchors.buffers(), strict=True))
+    images, records = some_images()
+    boxes = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]])] * 2
+    exact, found = (describe_boxes(m, images, boxes)[0].features for m in (model, rough))
+    for name in exact:
+        assert found[name].dtype == np.float32
+        cosine = (exact[name] * found[name]).sum(1) / np.linalg.norm(exact[name], axis=1)
+        assert (cosine / np.linalg.norm(found[name], axis=1)).min() > 0.999
+    detected = detect_batch(rough, images, records, IDS, DetectOptions(score_threshold=0.1))
+    assert all(len(r) and r.masks is not None for r in detected)
+
+
+def test_a_norm_after_anything_else_is_refused() -> None:
+    with pytest.raises(TypeError, match="a convolution without bias"):
+        optimize.fold_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))

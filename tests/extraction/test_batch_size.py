@@ -1,0 +1,130 @@
+"""Batches that fit, and what happens to those that do not."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from trained_models import IDS, trained_model
+
+from refdet.cli.main import main
+from refdet.config import recipe as recipes
+from refdet.data.coco import ImageRecord
+from refdet.detector.predictor import DetectOptions
+from refdet.extraction import batch_size
+from refdet.extraction.batch_size import fitting_batch_size, halving
+
+RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
+IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3, 7])
+def test_a_batch_that_does_not_fit_is_cut(fits: int) -> None:
+    sizes = []
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        assert len(batch) == len(images)
+        if len(batch) > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(batch))
+        return lambda: [record.id for record in batch]
+
+    assert halving(compute)(RECORDS, IMAGES)() == list(range(7))
+    assert max(sizes) <= fits and (fits < 7 or sizes == [7])
+
+
+def test_one_image_that_does_not_fit_is_an_error() -> None:
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        halving(compute)(RECORDS, IMAGES)
+
+
+def test_what_was_too_large_once_is_not_tried_again() -> None:
+    tried = []
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return lambda: [record.id for record in batch]
+
+    cut = halving(compute)
+    assert cut(RECORDS, IMAGES)() == list(range(7))
+    assert tried == [7, 3, 1, 2, 2, 2]
+    tried.clear()
+    assert cut(RECORDS, IMAGES)() == list(range(7))
+    assert tried == [1, 2, 2, 2]
+    assert cut(RECORDS[:2], IMAGES[:2])() == [0, 1]
+    assert tried == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("free", "size"), [(0.1, 1), (2.6, 2), (3.9, 2), (5.1, 4), (500, 4)])
+def test_on_the_cpu_it_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch, free: float, size: int) -> None:
+    monkeypatch.setattr(batch_size, "available_bytes", lambda: int(free * 2**30))
+    detector = SimpleNamespace(model=trained_model())
+    assert fitting_batch_size(detector, RECORDS, DetectOptions()) == size  # type: ignore[arg-type]
+
+
+class Gpu:
+    """Memory of a GPU as PyTorch tells of it: a detector takes `held`, a batch `each` an image and `fixed` besides."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, held: int, fixed: int, each: int) -> None:
+        self.peak, self.batches = 0, list[tuple[int, tuple[int, ...], DetectOptions]]()
+
+        def detect(
+            model: object, images: list[np.ndarray], records: list[ImageRecord], ids: object, options: DetectOptions
+        ) -> None:
+            self.batches.append((len(images), images[0].shape, options))
+            needed = held + fixed + each * len(images)
+            if needed > total:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            self.peak = needed
+
+        def begin(device: torch.device) -> None:
+            self.peak = held
+
+        monkeypatch.setattr(batch_size, "detect_batch", detect)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begin)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - held, total))
+
+    def fitting(self) -> int:
+        parameters = [SimpleNamespace(device=torch.device("cuda"))]
+        model = SimpleNamespace(parameters=lambda: iter(parameters))
+        meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
+        detector, options = SimpleNamespace(model=model, meta=meta), DetectOptions(0.5, max_regions=36)
+        records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
+        return fitting_batch_size(detector, records, options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("total", "size"), [(220, 1), (310, 1), (350, 1), (500, 2), (900, 4), (1700, 8), (99999, 32)])
+def test_on_a_gpu_it_is_what_was_measured(monkeypatch: pytest.MonkeyPatch, total: int, size: int) -> None:
+    """Of 0.8 of the memory that the detector leaves: at 350 two images fit into all of it, but not into that."""
+    assert Gpu(monkeypatch, total, held=100, fixed=20, each=100).fitting() == size
+
+
+def test_the_images_tried_on_a_gpu_are_the_largest_with_all_the_regions_there_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(monkeypatch, 10**6, held=100, fixed=20, each=100)
+    gpu.fitting()
+    most = DetectOptions(0.0, max_regions=36)
+    assert gpu.batches == [(1, (200, 250, 3), most), (2, (200, 250, 3), most)]
+
+
+def test_a_gpu_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Gpu(monkeypatch, 210, held=100, fixed=20, each=100).fitting()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5"])
+def test_another_batch_size_is_refused(text: str) -> None:
+    arguments = ["extract-features", "--checkpoint", "x", "--images", "x", "--out", "x", "--instances", "x"]
+    result = CliRunner().invoke(main, [*arguments, "--batch-size", text])
+    assert result.exit_code == 2 and "from 1 up" in result.output

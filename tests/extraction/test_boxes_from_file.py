@@ -1,0 +1,218 @@
+"""--boxes: regions from COCO results and from another store, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from pycocotools import mask as coco_mask
+from trained_models import trained_model
+
+from refdet import store
+from refdet.cli.main import main
+from refdet.data.coco import CocoIndex
+from refdet.detector import checkpoint
+from refdet.errors import InputError
+from refdet.evaluation.targets import empty_mask
+from refdet.extraction import boxes_from_file
+from refdet.extraction.boxes_from_file import load_boxes
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
+from refdet.store.verify import verify
+from refdet.structures.provenance import Provenance
+from refdet.structures.regions import Regions
+
+CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
+GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> CocoIndex:
+    images = [{"id": i, "file_name": f"{i}.png", "height": 96, "width": 128} for i in (5, 7, 9)]
+    (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": [], "categories": CATEGORIES}))
+    return CocoIndex.load(tmp_path / "i.json")
+
+
+def results(tmp_path: Path, *entries: Any) -> Path:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_coco_results_become_regions(tmp_path: Path, index: CocoIndex) -> None:
+    over = {"image_id": 7, "category_id": 44, "bbox": [-5, 90, 300, 30.5]}
+    found = load_boxes(results(tmp_path, GOOD, {**GOOD, "image_id": 9}, over), index)
+    regions = found.of(index.images[7])
+    assert regions.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 128, 96]]
+    assert (regions.scores.tolist(), regions.category_ids.tolist()) == ([0.5, 1], [3, 44])
+    assert regions.masks is None and regions.ann_ids is None and not found.masks
+    assert (len(found.of(index.images[9])), len(found.of(index.images[5]))) == (1, 0)
+    assert found.categories == {3: "car", 44: "bottle"}
+
+
+def test_segmentations_are_kept_as_masks(tmp_path: Path, index: CocoIndex) -> None:
+    drawn = np.zeros((96, 128), np.uint8, order="F")
+    drawn[20:60, 10:40] = 1
+    rle = coco_mask.encode(drawn)
+    written = {"size": rle["size"], "counts": rle["counts"].decode()}
+    found = load_boxes(results(tmp_path, {**GOOD, "segmentation": written}), index)
+    assert found.masks and found.of(index.images[7]).masks == (rle["counts"],)
+    assert found.of(index.images[5]).masks == ()
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ([1, 2], "an object with image_id"),
+        ({**GOOD, "image_id": 8}, "image 8 is not in"),
+        ({**GOOD, "image_id": "7"}, "image_id must be a whole number"),
+        ({**GOOD, "category_id": 4}, "category 4 is not in"),
+        ({**GOOD, "bbox": [1, 2, 3]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 10**400, 4]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 0, 4]}, "no area"),
+        ({**GOOD, "bbox": [1, 2, 3, -4]}, "no area"),
+        ({**GOOD, "bbox": [128, 2, 3, 4]}, "outside its image of 128x96"),
+        ({**GOOD, "score": None}, "score must be a finite number"),
+        ({**GOOD, "segmentation": {"size": [96, 128], "counts": "0"}}, "some entries have a segmentation"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_place(tmp_path: Path, index: CocoIndex, entry: Any, says: str) -> None:
+    with pytest.raises(InputError, match=f"boxes.json: entry 1: .*{says}"):
+        load_boxes(results(tmp_path, GOOD, entry), index)
+
+
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, index: CocoIndex) -> None:
+    (tmp_path / "boxes.json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match="a list of entries"):
+        load_boxes(tmp_path / "boxes.json", index)
+    with pytest.raises(InputError, match=r"gone\.h5"):
+        load_boxes(tmp_path / "gone.h5", index)
+
+
+def boxes_store(path: Path, boxes: dict[int, list[list[float]]], size: tuple[int, int] = (96, 128)) -> Path:
+    """A store of these boxes of images of this size, each with an empty mask."""
+    empty = empty_mask(*size)["counts"]
+    rows = [store.ImageRow(i, "a.png", *size, "", len(of), len(empty) * len(of)) for i, of in boxes.items()]
+    header = store.Header(CATEGORIES, "{}", {}, {})
+    with store.create(path, header, store.Columns(masks=True), rows) as writer:
+        for i, of in boxes.items():
+            columns = (np.ones(len(of), np.float32), np.full(len(of), 3), None, (empty,) * len(of))
+            writer.put(Regions(i, "a.png", *size, np.array(of, np.float32).reshape(-1, 4), *columns))
+    return path
+
+
+def test_the_regions_of_a_store_are_read_when_they_are_asked_for(
+    tmp_path: Path, index: CocoIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = boxes_store(tmp_path / "b.h5", {5: [], 7: [[-5, 90, 300, 120.5], [1, 2, 3, 4]], 9: [[0, 0, 9, 9]] * 3})
+    asked: list[int] = []
+    read = store.Store.read
+
+    def notes(self: store.Store, image_id: int, features: Any = None) -> Regions:
+        asked.append(image_id)
+        return read(self, image_id, features)
+
+    monkeypatch.setattr(store.Store, "read", notes)
+    found = load_boxes(path, index)
+    assert asked == [] and found.masks and not found.ann_ids
+    regions = found.of(index.images[7])
+    assert asked == [7]
+    assert regions.boxes.tolist() == [[0, 90, 128, 96], [1, 2, 3, 4]] and regions.boxes.dtype == np.float32
+    assert (regions.file_name, regions.masks) == ("7.png", (empty_mask(96, 128)["counts"],) * 2)
+    assert [len(found.of(index.images[i])) for i in (5, 9)] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "says"),
+    [
+        ({5: [[1, 2, 3, 4]], 8: [[1, 2, 3, 4]]}, "image 8 is not in"),
+        ({5: [[1, 2, 3, 4]], 7: [[1, 2, 3, 4], [5, 5, 5, 9]]}, r"image 7: the box .* has no area"),
+        ({5: [[1, 2, 3, 4]] * 3, 7: [], 9: [[130, 2, 140, 4]]}, "image 9: the box .* is outside its image"),
+        ({5: [[1, 2, float("nan"), 4]]}, "image 5: the box .* has no area"),
+    ],
+)
+def test_a_store_of_boxes_is_checked_before_the_work(
+    tmp_path: Path, index: CocoIndex, boxes: dict[int, list[list[float]]], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boxes_from_file, "_ROWS", 2)
+    path = boxes_store(tmp_path / "b.h5", boxes)
+    with pytest.raises(InputError, match=f"--boxes .*b.h5: {says}"):
+        load_boxes(path, index)
+    path.rename(tmp_path / "c.h5")  # and it was closed
+    with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):
+        load_boxes(boxes_store(tmp_path / "d.h5", {5: []}, (90, 128)), index)
+
+
+@pytest.fixture
+def run(tmp_path: Path, index: CocoIndex) -> Path:
+    """A detector of random weights, and images of noise beside it."""
+    random = np.random.default_rng(0)
+    for image_id in index.images:
+        Image.fromarray(random.integers(0, 255, (96, 128, 3), dtype=np.uint8)).save(tmp_path / f"{image_id}.png")
+    model = trained_model()
+    classes = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
+    (tmp_path / "run").mkdir()
+    checkpoint.save(
+        tmp_path / "run", model, checkpoint.Meta(model.recipe, classes, Provenance.imported("x", "0" * 64), 0)
+    )
+    return tmp_path / "run"
+
+
+def test_extraction_of_boxes_in_another_form(tmp_path: Path, run: Path) -> None:
+    def extract(out: str, boxes: Path, *more: str) -> Result:
+        arguments = ["extract-features", "--checkpoint", run, "--images", tmp_path, "--out", tmp_path / out,
+                     "--instances", tmp_path / "i.json", "--device", "cpu", "--features", "pool5"]  # fmt: skip
+        return CliRunner().invoke(main, [str(a) for a in (*arguments, "--boxes", boxes, *more)])
+
+    usual = extract("a.h5", results(tmp_path, GOOD))
+    other = extract("b.h5", results(tmp_path, {**GOOD, "bbox": [10, 20, 40, 60]}), "--box-format", "xyxy")
+    assert usual.exit_code == other.exit_code == 0
+    with store.open(tmp_path / "a.h5") as a, store.open(tmp_path / "b.h5") as b:
+        assert "box_format" not in a.options and b.options["box_format"] == "xyxy"
+        np.testing.assert_array_equal(a[7].boxes, b[7].boxes)
+        np.testing.assert_array_equal(a[7].features["pool5"], b[7].features["pool5"])
+    unit = {**GOOD, "bbox": [0.25, 0.25, 0.25, 0.5]}
+    assert extract("c.h5", results(tmp_path, unit), "--box-format", "normalized").exit_code == 0
+    with store.open(tmp_path / "c.h5") as c:
+        assert c.options["box_format"] == "normalized-xywh" and c[7].boxes.tolist() == [[32, 24, 64, 72]]
+    for refused in (extract("d.h5", tmp_path / "c.h5", "--box-format", "xyxy"),
+                    CliRunner().invoke(main, ["extract-features", "--checkpoint", str(run), "--images", str(tmp_path),
+                                              "--out", str(tmp_path / "d.h5"), "--instances", str(tmp_path / "i.json"),
+                                              "--box-format", "xyxy"])):  # fmt: skip
+        assert refused.exit_code == 2 and "leave" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "d.h5").exists()
+
+
+def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -> None:
+    images = ImageList.of_instances(tmp_path / "i.json")
+
+    def extract(out: str, boxes: Path, masks: str = "annotated", resume: bool = False) -> Path:
+        options = ExtractOptions("boxes", ("pool5", "fc7", "class_prob"), masks=masks)
+        extract_features(run, tmp_path, tmp_path / out, images, options, device="cpu", boxes=boxes,
+                         resume=resume)  # fmt: skip
+        return tmp_path / out
+
+    file = results(tmp_path, GOOD, {**GOOD, "image_id": 9, "category_id": 44})
+    first = extract("a.h5", file, masks="predicted")
+    again = extract("b.h5", first)
+    with store.open(first) as a, store.open(again) as b:
+        assert a.options["regions"] == "boxes" and a.options["boxes_sha256"] != b.options["boxes_sha256"]
+        assert [len(a[i]) for i in a] == [0, 1, 1] and a.errors == {}
+        for image_id in a:
+            one, two = a[image_id], b[image_id]
+            assert one.masks is not None and one.masks == two.masks
+            np.testing.assert_array_equal(one.boxes, two.boxes)
+            for name, values in one.features.items():
+                np.testing.assert_allclose(values, two.features[name], rtol=1e-5, atol=1e-6)
+        assert a[7].features["class_prob"].sum() == pytest.approx(1, abs=1e-5)
+    sure = extract("c.h5", results(tmp_path, {**GOOD, "score": 12.5}, {**GOOD, "score": -3}), masks="predicted")
+    with store.open(sure) as c:
+        assert c[7].scores.tolist() == [12.5, -3]  # of a detector that does not give rates
+    assert verify(sure).problems == [] and verify(first).problems == []
+    with pytest.raises(InputError, match="another boxes"):
+        extract("a.h5", results(tmp_path, GOOD), masks="predicted", resume=True)

@@ -1,0 +1,339 @@
+"""The work of an extraction: its plan, its stages, --strict, and what goes wrong in the background."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interrupted_extraction import BATCHES, BROKEN, RECORDS, compute, environment
+from interrupted_extraction import load as load_but_one
+from store_examples import HEADER, PLAN, contents, make_regions
+
+from refdet import store
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.errors import InputError, Interrupted, WorkError
+from refdet.extraction import pipeline
+from refdet.extraction.pipeline import STAGES, Finish, Summary, extract
+from refdet.extraction.plan import cut_into_shards
+from refdet.store import hdf5_file
+from refdet.structures.regions import Regions
+
+
+def load(record: ImageRecord) -> np.ndarray:
+    return np.full((record.height, record.width, 3), record.id, np.uint8)
+
+
+def run(out: Path, **changes: Any) -> Summary:
+    given: dict[str, Any] = {
+        "plan": PLAN, "header": replace(HEADER, options=PLAN.options), "batches": BATCHES, "records": RECORDS,
+        "load": load, "compute": compute, "shard_images": 2,
+    }  # fmt: skip
+    return extract(out, **{**given, **changes})
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 5), max_size=20), images=st.integers(1, 9))
+def test_shards_are_whole_batches_in_their_order(sizes: list[int], images: int) -> None:
+    batches = [[ImageRecord(100 * i + j, "", 1, 1) for j in range(size)] for i, size in enumerate(sizes)]
+    shards = cut_into_shards(batches, images)
+    assert [batch for shard in shards for batch in shard] == batches
+    for shard in shards[:-1]:
+        assert sum(map(len, shard)) >= images > sum(map(len, shard[:-1]))
+
+
+def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "a.h5"
+    with pytest.raises(Interrupted, match="0 of 10 .*--resume"):
+        run(out, compute=stops)
+    with pytest.raises(InputError, match="started differently: --batch-size was 4 and is now 8; use the same"):
+        run(out, plan=replace(PLAN, batch_size=8), resume=True)
+    with pytest.raises(InputError, match="started differently: in other shards"):
+        run(out, batches=BATCHES[::-1], resume=True)
+    (tmp_path / "a.h5.parts" / "plan.json").write_text('{"score_threshold": 0.05}')
+    with pytest.raises(InputError, match="started differently: by another version"):
+        run(out, resume=True)
+    (tmp_path / "a.h5.parts" / "000000.shard").write_text("shard")
+    (tmp_path / "a.h5.parts" / "plan.json").write_text("")
+    with pytest.raises(InputError, match="plan.json: damaged"):
+        run(out, resume=True)
+
+
+def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as one that was left where a folder of shards was not removed to its end."""
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[2]:
+            raise KeyboardInterrupt
+        return lambda: [make_regions(r.id, 1, seed=1) for r in batch]
+
+    other, out = replace(PLAN, options={"score_threshold": 0.9}), tmp_path / "a.h5"
+    with pytest.raises(Interrupted):
+        run(out, compute=stops, plan=other)
+    (tmp_path / "a.h5.parts" / "plan.json").unlink()
+    assert run(out).computed == 10
+    assert "000001.shard: it is of another extraction" in caplog.text
+    run(tmp_path / "whole.h5")
+    assert contents(out) == contents(tmp_path / "whole.h5")
+
+
+def test_strict_stops_at_a_broken_image_and_keeps_the_rest(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    with pytest.raises(WorkError, match=f"--strict: ümlaut_{BROKEN}.jpg: not a readable image; .*--resume"):
+        run(out, load=load_but_one, strict=True)
+    assert not out.exists()
+    with pytest.raises(WorkError, match=f"ümlaut_{BROKEN}.jpg"):
+        run(out, load=load_but_one, strict=True, resume=True)
+    mended = run(out, strict=True, resume=True)  # the file was replaced
+    assert (mended.computed, mended.errors) == (len(BATCHES[3]), 0)
+    run(tmp_path / "whole.h5")
+    assert contents(out) == contents(tmp_path / "whole.h5")
+
+
+def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[2]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    def other_broken(record: ImageRecord) -> np.ndarray:
+        if record.id == BATCHES[0][1].id:
+            raise InputError("broken")
+        return load(record)
+
+    out = tmp_path / "a.h5"
+    with pytest.raises(Interrupted, match="5 of 10"):
+        run(out, load=other_broken, compute=stops)
+    with pytest.raises(WorkError, match="--strict: broken"):
+        run(out, load=other_broken, strict=True, resume=True)
+    assert run(out, strict=True, resume=True).computed == 10 - len(BATCHES[1])
+
+
+def test_strict_refuses_a_finished_store_with_broken_images(tmp_path: Path) -> None:
+    assert run(tmp_path / "a.h5", load=load_but_one).errors == 1
+    with pytest.raises(WorkError, match=f"--strict: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
+        run(tmp_path / "a.h5", load=load_but_one, strict=True, resume=True)
+
+
+def test_a_broken_image_leaves_its_batch_as_large_as_it_was(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    def notes(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        asked.append([r.id for r in batch])
+        return compute(batch, images)
+
+    def broken(record: ImageRecord) -> np.ndarray:
+        if record.id in (2, 4, 5, 6):
+            raise InputError(f"{record.id} is\0broken \udcff")
+        return load(record)
+
+    run(tmp_path / "a.h5", load=broken, compute=notes)
+    assert asked == [[7, 8, 9], [0, 1], [3, 3, 3]]  # and none for a batch of which nothing is left
+    run(tmp_path / "whole.h5")
+    with store.open(tmp_path / "a.h5") as found, store.open(tmp_path / "whole.h5") as whole:
+        assert found.errors == {i: f"{i} is?broken ?" for i in (2, 4, 5, 6)}
+        for i in (0, 1, 3, 7, 8, 9):
+            np.testing.assert_array_equal(found[i].boxes, whole[i].boxes)
+            np.testing.assert_array_equal(found[i].features["fc7"], whole[i].features["fc7"])
+            assert found[i].masks == whole[i].masks
+
+
+@pytest.mark.parametrize("bad", [-1, 0, 2, 3])
+def test_an_error_in_the_background_is_raised(tmp_path: Path, bad: int) -> None:
+    def fails(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        def finish() -> list[Regions]:
+            raise RuntimeError("the device is gone")
+
+        return finish if batch == BATCHES[bad] else compute(batch, images)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run(tmp_path / "a.h5", compute=fails)
+    assert not list((tmp_path / "a.h5.parts").glob(".*"))
+    assert "finish and write" not in [thread.name for thread in threading.enumerate()]
+    left = len(BATCHES) - bad % len(BATCHES)
+    assert run(tmp_path / "a.h5", resume=True).computed == sum(map(len, BATCHES[-left:]))
+
+
+def test_batches_are_finished_in_order_in_one_other_thread_while_the_next_are_computed(tmp_path: Path) -> None:
+    finished: list[tuple[int, bool]] = []
+    second_began = threading.Event()
+
+    def notes(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[1]:
+            second_began.set()
+        regions = compute(batch, images)
+
+        def finish() -> list[Regions]:
+            assert second_began.wait(10)  # would fail if the first had to be finished before the second is begun
+            finished.append((batch[0].id, threading.current_thread() is threading.main_thread()))
+            return regions()
+
+        return finish
+
+    done = run(tmp_path / "a.h5", compute=notes)
+    assert finished == [(batch[0].id, False) for batch in BATCHES]
+    assert tuple(done.stages) == STAGES and all(seconds > 0 for seconds in done.stages.values())
+    assert done.images_per_second == pytest.approx(done.computed / done.seconds)
+    assert sum(done.stages[name] for name in ("load", "compute", "wait")) <= done.seconds
+
+
+def test_the_background_is_at_most_three_batches_behind(tmp_path: Path) -> None:
+    """One that it works on and two that wait: a GPU holds them all."""
+    begun, most = 0, 0
+    done = 0
+
+    def counts(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        nonlocal begun, most
+        begun += 1
+        most = max(most, begun - done)
+        regions = compute(batch, images, slowly=0.0)
+
+        def finish() -> list[Regions]:
+            nonlocal done
+            threading.Event().wait(0.01)
+            done += 1
+            return regions()
+
+        return finish
+
+    run(tmp_path / "a.h5", compute=counts, batches=[[r] for r in RECORDS])
+    assert 1 < most <= 4  # with the one that is being computed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.Signals) -> None:
+    """Of four batches the third is cut short; the two that were handed over are finished first."""
+    code = (
+        "import os, sys, time; from pathlib import Path; import test_pipeline as t\n"
+        "def slow(batch, images):\n"
+        "    if batch == t.BATCHES[2]: os.kill(os.getpid(), int(sys.argv[2])); time.sleep(9)\n"
+        "    regions = t.compute(batch, images)\n"
+        "    return lambda: time.sleep(0.2) or regions()\n"
+        "t.run(Path(sys.argv[1]), compute=slow)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.h5"), str(int(number))]
+    process = subprocess.run(command, env=environment(Path(__file__).parent), capture_output=True, text=True)
+    assert "5 of 10 images are finished" in process.stderr and "--resume" in process.stderr
+    assert run(tmp_path / "a.h5", resume=True).computed == 5
+
+
+@pytest.mark.parametrize("lacks", ["masks", "ann_ids", "features"])
+def test_regions_that_lack_a_column_are_refused(tmp_path: Path, lacks: str) -> None:
+    def incomplete(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        changes: dict[str, Any] = {lacks: {} if lacks == "features" else None}
+        return lambda: [replace(make_regions(r.id, 2), **changes) for r in batch]
+
+    with pytest.raises(ValueError, match="regions without"):
+        run(tmp_path / "a.h5", compute=incomplete)
+
+
+def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
+    def changing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        width = 6 if batch == BATCHES[2] else 5
+        features = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, width), np.float32)}
+        return lambda: [replace(make_regions(r.id, 2), features=features) for r in batch]
+
+    with pytest.raises(WorkError, match=r"000002.shard: fc7 of image 5 is \(6,\), elsewhere \(5,\)"):
+        run(tmp_path / "a.h5", compute=changing)
+
+
+def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(pipeline.Session, "told", lambda *_: {})  # what a store tells of its run differs
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5_file.os, "posix_fallocate", lambda handle, start, space: seen.append(space))
+        run(tmp_path / "a.h5")
+    run(tmp_path / "b.h5")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    (space,) = seen
+    assert space >= (tmp_path / "a.h5").stat().st_size
+
+    def full(handle: int, start: int, space: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hdf5_file.os, "posix_fallocate", full)
+    with pytest.raises(WorkError, match="c.h5: no space left on the disk; what is finished is kept"):
+        run(tmp_path / "c.h5")
+    assert not (tmp_path / "c.h5").exists() and len(list((tmp_path / "c.h5.parts").glob("*.shard"))) == 4
+
+
+def test_the_space_for_many_long_names_and_errors_is_enough(tmp_path: Path) -> None:
+    records = [ImageRecord(i, f"{'ü' * (i % 90)}{i}.jpg", 40, 50) for i in range(400)]
+
+    def broken(record: ImageRecord) -> np.ndarray:
+        raise InputError("why " * (record.id % 60))
+
+    seen: list[int] = []
+    original = hdf5_file._reserve
+
+    def reserve(file: h5py.File, space: int) -> None:
+        seen.append(space)
+        original(file, space)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hdf5_file, "_reserve", reserve)
+        run(tmp_path / "a.h5", records=records, batches=[records], load=broken)
+    assert seen[0] >= (tmp_path / "a.h5").stat().st_size
+
+
+def test_file_names_that_are_no_text_are_refused_before_the_work(tmp_path: Path) -> None:
+    for name in ("a\\u0000.jpg", "a\\udc80.jpg"):
+        path = tmp_path / "i.json"
+        entry = f'{{"id": 7, "file_name": "{name}", "height": 4, "width": 4}}'
+        path.write_text(f'{{"images": [{entry}], "annotations": [], "categories": []}}')
+        with pytest.raises(InputError, match="i.json: image 7: 'file_name' is .* no text"):
+            CocoIndex.load(path)
+
+
+def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> None:
+    def wide(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        features = {"pool5": np.zeros((2, 5000), np.float32), "fc7": np.zeros((2, 10), np.float32)}
+        return lambda: [
+            replace(make_regions(r.id, 2), features={k: v.copy() for k, v in features.items()}) for r in batch
+        ]
+
+    def peak(count: int) -> int:
+        records = [ImageRecord(i, f"{i}.jpg", 8, 8) for i in range(count)]
+        batches = [records[i : i + 4] for i in range(0, count, 4)]
+        tracemalloc.start()
+        try:
+            picture = np.zeros((8, 8, 3), np.uint8)
+            changes = {"records": records, "batches": batches, "load": lambda record: picture, "compute": wide}
+            run(tmp_path / f"{len(list(tmp_path.iterdir()))}.h5", **changes, shard_images=32)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(40)  # what is imported and kept at the first use
+    assert (peak(440) - peak(40)) / 400 < 2000  # bytes an image, whose features are 40 kB
+
+
+@pytest.mark.parametrize(("most", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
+def test_few_large_images_wait_at_once(monkeypatch: pytest.MonkeyPatch, most: int, waiting: int) -> None:
+    """Batches are loaded ahead as far as their pixels allow, the next one always."""
+    monkeypatch.setattr(pipeline, "_PIXELS_AHEAD", most)
+    batches = [[ImageRecord(2 * i, "", 5, 2), ImageRecord(2 * i + 1, "", 5, 2)] for i in range(10)]
+    loaded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        loaded.append(record.id)
+        return load(record)
+
+    seen = []
+    for number, images in enumerate(pipeline.load_ahead(counted, batches, 1)):
+        seen += [int(image[0, 0, 0]) for image in images if not isinstance(image, str)]
+        assert len(loaded) <= 2 * number + waiting
+    assert seen == sorted(loaded) == list(range(20))

@@ -1,0 +1,194 @@
+"""What is refused when an extraction is begun or continued, and who may write where."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interrupted_extraction import RECORDS, environment
+from resumable_extraction import OWN, RECIPE, interrupt, interrupted_before_the_merge, load, run
+from store_examples import contents
+
+from refdet import store
+from refdet.data.coco import ImageRecord
+from refdet.errors import InputError, Interrupted
+from refdet.extraction import shards
+from refdet.files import atomic
+
+OTHERS = [
+    (replace(OWN, recipe=json.dumps(RECIPE | {"input": {"short_sides": [800], "long_side": 1000}})),
+     r"another recipe of the checkpoint \(input.short_sides was \[600\] and is now \[800\]\)"),
+    (replace(OWN, recipe="name: other"), "another recipe of the checkpoint"),
+    (replace(OWN, classes=[{"id": 3, "name": "cat"}]), "other classes of the checkpoint"),
+    (replace(OWN, provenance={"source": "y.json"}), "another provenance of the checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(("header", "says"), OTHERS)
+def test_another_model_beside_the_same_weights_is_refused(
+    tmp_path: Path, header: Any, says: str, finished: bool
+) -> None:
+    out = tmp_path / "a.h5"
+    if finished:
+        run(out)
+    else:
+        with pytest.raises(Interrupted):
+            run(out, stop_at=2)
+    with pytest.raises(InputError, match=says):
+        run(out, header=header, resume=True)
+    assert run(out, resume=True).computed == (0 if finished else 5)
+
+
+def test_many_changes_of_a_recipe_are_not_all_told(tmp_path: Path) -> None:
+    run(tmp_path / "a.h5")
+    many = replace(OWN, recipe=json.dumps(RECIPE | {name: 1 for name in "abcdef"}))
+    with pytest.raises(InputError, match="a was null and is now 1; b was null .*; c was null and is now 1; \\.\\.\\."):
+        run(tmp_path / "a.h5", header=many, resume=True)
+
+
+def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path) -> None:
+    out, plan = tmp_path / "a.h5", tmp_path / "a.h5.parts" / "plan.json"
+    with pytest.raises(Interrupted):
+        run(out, stop_at=2)
+    older = json.loads(plan.read_text())
+    del older["header"]
+    plan.write_text(json.dumps(older))
+    with pytest.raises(InputError, match="started differently: by another version of refdet; .* or remove it"):
+        run(out, resume=True)
+
+
+def test_a_file_of_somebody_else_is_not_overwritten_by_finished_shards(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    interrupted_before_the_merge(out)
+    out.write_bytes(b"somebody's")
+    with pytest.raises(InputError, match="a.h5 exists, but .* is an unfinished extraction; remove one of them"):
+        run(out, resume=True)
+    assert out.read_bytes() == b"somebody's"
+    out.unlink()
+    assert run(out, resume=True).computed == 0
+
+
+def test_a_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+
+    def writes(record: ImageRecord) -> np.ndarray:
+        out.write_bytes(b"somebody's")
+        return load(record)
+
+    with pytest.raises(InputError, match="remove one of them"):
+        run(out, load=writes)
+    assert out.read_bytes() == b"somebody's"
+
+
+def test_a_file_put_in_the_place_of_a_store_that_was_merged_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(shards, "_remove", interrupt)
+        run(out)
+    other = tmp_path / "other"
+    other.write_bytes(b"somebody's")
+    other.rename(out)
+    with pytest.raises(InputError, match="remove one of them"):
+        run(out, resume=True)
+    assert out.read_bytes() == b"somebody's"
+
+
+def test_a_file_system_without_locks_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    run(tmp_path / "a.h5")
+    assert caplog.text.count("has no locks (No locks available): see that no other process") == 1
+
+
+def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> None:
+    """The lock must not go before; what was handed over is finished as after one Ctrl-C."""
+    code = (
+        "import os, signal, sys, threading, time; from pathlib import Path; import resumable_extraction as t\n"
+        "def press(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def slow(batch, images):\n"
+        "    if batch == t.BATCHES[2]:\n"
+        "        for seconds in (0.3, 0.5): threading.Timer(seconds, press).start()\n"
+        "        press(); time.sleep(9)\n"
+        "    regions = t.compute(batch, images)\n"
+        "    return lambda: time.sleep(0.6) or regions()\n"
+        "t.run(Path(sys.argv[1]), compute=slow)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.h5")]
+    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert "5 of 10 images are finished" in process.stderr and "--resume" in process.stderr
+    assert "is being finished first" in process.stderr
+    assert run(tmp_path / "a.h5", resume=True).computed == 5
+    run(tmp_path / "whole.h5")
+    assert contents(tmp_path / "a.h5") == contents(tmp_path / "whole.h5")
+
+
+def test_stopped_in_one_merge_after_another(tmp_path: Path) -> None:
+    """After the rename, and then three times before the next one: the file that is there stays known as its own."""
+    out = tmp_path / "a.h5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_remove", interrupt)
+        with pytest.raises(Interrupted, match="stopped"):
+            run(out)
+    replace = os.replace
+
+    def stopped(old: str | Path, new: str | Path) -> None:
+        if Path(new) == out:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(atomic.os, "replace", stopped)
+            with pytest.raises(Interrupted, match="stopped"):
+                run(out, resume=True)
+    run(out, resume=True)
+    with store.open(out) as file:
+        assert len(file) == len(RECORDS)
+
+
+def test_files_of_somebody_else_beside_a_store_and_its_shards_stay(tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    mine = [tmp_path / name for name in (".a.original.h5", ".a.backup01.h5", ".a.0123abcd.h5", "a.txt")]
+    for path in mine:
+        path.write_text("mine")
+    with pytest.raises(Interrupted):
+        run(out, stop_at=2)
+    inside = [tmp_path / "a.h5.parts" / name for name in (".notes", "notes.txt", ".000001.txt")]
+    for path in inside:
+        path.write_text("mine")
+    half = [tmp_path / ".a.0123abcd.refdet-tmp.h5", tmp_path / "a.h5.parts" / ".000001.0123abcd.refdet-tmp.shard"]
+    for path in half:
+        path.write_text("half")
+    assert run(out, resume=True).computed == 5
+    assert all(path.read_text() == "mine" for path in [*mine, *inside])
+    assert not list((tmp_path / "a.h5.parts").glob("*.shard")) and not (tmp_path / "a.h5.parts" / "plan.json").exists()
+    assert not any(path.exists() for path in half)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", ".notes", "photo.jpg", "000001.shard.bak"])
+def test_a_folder_of_somebody_else_is_not_taken_for_shards(tmp_path: Path, name: str, resume: bool) -> None:
+    (tmp_path / "a.h5.parts").mkdir()
+    (tmp_path / "a.h5.parts" / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no extraction wrote"):
+        run(tmp_path / "a.h5", resume=resume)
+    assert [path.name for path in (tmp_path / "a.h5.parts").iterdir()] == [name]
+
+
+def test_where_nothing_was_begun_it_starts_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(tmp_path / "a.h5", resume=True).computed == len(RECORDS)
+    assert "nothing to resume in" in caplog.text and "starting from the beginning" in caplog.text

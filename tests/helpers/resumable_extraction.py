@@ -1,0 +1,45 @@
+"""An extraction of ten drawn images in shards of two, to be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interrupted_extraction import BATCHES, RECORDS, compute
+from store_examples import HEADER, PLAN
+
+from refdet.data.coco import ImageRecord
+from refdet.errors import Interrupted
+from refdet.extraction import shards
+from refdet.extraction.pipeline import Finish, Summary, extract
+
+RECIPE = {"model": {"width": 64}, "input": {"short_sides": [600], "long_side": 1000}}
+OWN = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)
+
+
+def load(record: ImageRecord) -> np.ndarray:
+    return np.full((record.height, record.width, 3), record.id, np.uint8)
+
+
+def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if stop_at is not None and batch == BATCHES[stop_at]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    given: dict[str, Any] = {"header": OWN, "load": load, "compute": stops, "shard_images": 2, **changes}
+    return extract(out, PLAN, batches=BATCHES, records=RECORDS, **given)
+
+
+def interrupted_before_the_merge(out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="10 of 10"):
+        patch.setattr(shards.Parts, "merge", interrupt)
+        run(out)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

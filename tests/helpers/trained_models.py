@@ -1,0 +1,49 @@
+"""Small detectors of random weights whose norms do something, and images for them."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from refdet.config import recipe as recipes
+from refdet.data.coco import ImageRecord
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.resnet import FrozenBatchNorm
+
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
+         "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
+PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
+CROP = ["model.stride_in_1x1=true", "model.inclusive=true", "model.seed_ranking=true", "input.resize=opencv"]
+# what is folded, and whether conv5 enters early
+VARIANTS: dict[str, tuple[list[str], bool]] = {
+    "c4": ([], True),
+    "frozen": (["model.norm=frozen"], True),
+    "stride8": (["model.stride=8"], True),
+    "basic-blocks": (["model.depth=18"], False),
+    "crop": (["model.norm=frozen", "model.pooling=crop", *CROP], True),
+    "crop-align": (["model.norm=frozen", "model.pooling=crop_align", *CROP], False),
+    "fpn": (PYRAMID, False),
+}
+IDS = [1, 3, 7, 44]
+
+
+def trained_model(*changes: str) -> MaskRCNN:
+    """A small one whose norms do something."""
+    torch.manual_seed(0)
+    model = MaskRCNN(recipes.load("demo").with_changes([*SMALL, *changes]), len(IDS))
+    with torch.no_grad():
+        for name, norm in model.named_modules():
+            if isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d)):
+                last = name.endswith(("bn3", "downsample.1"))
+                norm.weight.uniform_(*((0.2, 0.4) if last else (0.8, 1.2)))
+                norm.bias.uniform_(-0.2, 0.2)
+                norm.running_mean.uniform_(-0.3, 0.3)
+                norm.running_var.uniform_(0.5, 2)
+        for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
+            layer.weight.mul_(8)
+    return model.eval()
+
+
+def some_images() -> tuple[list[np.ndarray], list[ImageRecord]]:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 255, (96, 128, 3), dtype=np.uint8) for _ in range(2)]
+    return images, [ImageRecord(i, f"{i}.jpg", 96, 128) for i in range(2)]

@@ -1,0 +1,330 @@
+"""Masks to RLE and RLE to coverage: the kernels, the fallbacks, pycocotools and one pixel at a time, all alike."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mask_problems import KERNEL_ARGUMENTS, assert_same, coded, compiled, f32, pasting_problems, some_boxes
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from refdet.ops.masks import EncodedMasks, encode_masks, encode_masks_plain, mask_coverage, mask_coverage_plain
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+both = pytest.mark.parametrize("function", [encode_masks, encode_masks_plain])
+
+
+def mixed(low: f32, high: f32, size: int, pixel: int) -> tuple[int, int, f32, f32] | None:
+    """The two cells of a pixel and their weights, one float32 operation at a time; None outside of the box."""
+    centre = f32(pixel) + f32(0.5)
+    if not (np.isfinite([low, high]).all() and low <= centre < high):
+        return None
+    scale = f32(size / (float(high) - float(low)))
+    position = min(max((centre - low) * scale - f32(0.5), f32(0)), f32(size - 1))
+    cell = int(position)
+    lower = f32(1) - (position - f32(cell))
+    return cell, min(cell + 1, size - 1), lower, f32(1) - lower
+
+
+def pixel_by_pixel(cells: np.ndarray, box: np.ndarray, height: int, width: int, threshold: float) -> np.ndarray:
+    found = np.zeros((height, width), np.uint8)
+    columns = [mixed(box[0], box[2], len(cells), x) for x in range(width)]
+    for y in range(height):
+        row = mixed(box[1], box[3], len(cells), y)
+        for x, column in enumerate(columns):
+            if row is None or column is None:
+                continue
+            (top, bottom, above, below), (left, right, before, after) = row, column
+            upper = cells[top, left] * before + cells[top, right] * after
+            lower = cells[bottom, left] * before + cells[bottom, right] * after
+            found[y, x] = upper * above + lower * below >= f32(threshold)
+    return found
+
+
+def check_encoded(found: EncodedMasks, masks: list[np.ndarray]) -> None:
+    rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+    assert found.counts.numpy().tobytes() == b"".join(rle["counts"] for rle in rles)
+    assert found.starts.diff().tolist() == [len(rle["counts"]) for rle in rles]
+    assert found.areas.tolist() == [int(mask.sum()) for mask in masks]
+    tight = [[x, y, x + w, y + h] for x, y, w, h in (coco_mask.toBbox(rle).tolist() for rle in rles)]
+    assert found.boxes.tolist() == tight
+
+
+@both
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problem=pasting_problems())
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_encodes_what_the_pixels_say(
+    function: Callable[..., EncodedMasks], problem: tuple[Tensor, Tensor, int, int, float]
+) -> None:
+    cells, boxes, *image = problem
+    masks = [pixel_by_pixel(c, b, *image) for c, b in zip(cells.numpy(), boxes.numpy(), strict=True)]
+    check_encoded(function(*problem), masks)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problem=pasting_problems())
+def test_kernel_and_fallback_are_the_same(problem: tuple[Tensor, Tensor, int, int, float]) -> None:
+    assert_same(encode_masks(*problem), encode_masks_plain(*problem))
+
+
+def cells_of_pixels(masks: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Cells and boxes that paste to masks (N, m, m) in an image of m x m pixels exactly."""
+    size = masks.shape[1]
+    return torch.from_numpy(masks.astype(np.float32)), torch.tensor([[0.0, 0, size, size]]).expand(len(masks), -1)
+
+
+@both
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 70])
+def test_every_kind_of_run_is_coded_as_pycocotools_does(function: Callable[..., EncodedMasks], size: int) -> None:
+    """Whole columns, runs over several, first and last pixels, empty and full masks."""
+    random = np.random.default_rng(size)
+    dense = [random.random((60, size, size)) < share for share in (0.02, 0.5, 0.98)]
+    stripes = np.zeros((60, size, size), bool)
+    for stripe in stripes:
+        for start in random.integers(0, size * size, 3):
+            stripe.T.reshape(-1)[start : start + random.integers(0, 3 * size)] = True
+    masks = np.concatenate((*dense, stripes, np.zeros((1, size, size)), np.ones((1, size, size)))).astype(np.uint8)
+    masks = np.concatenate((masks, stripes.transpose(0, 2, 1).astype(np.uint8)))
+    check_encoded(function(*cells_of_pixels(masks), size, size), list(masks))
+
+
+@both
+def test_long_runs_need_many_characters(function: Callable[..., EncodedMasks]) -> None:
+    found = function(torch.ones(2, 2, 2), torch.tensor([[0.0, 7, 3000, 4000], [1, 0, 2999, 4000]]), 4000, 3000)
+    masks = np.zeros((2, 4000, 3000), np.uint8)
+    masks[0, 7:], masks[1, :, 1:2999] = 1, 1
+    check_encoded(found, list(masks))
+
+
+@both
+def test_an_image_of_one_pixel(function: Callable[..., EncodedMasks]) -> None:
+    boxes = torch.tensor([[0.0, 0, 1, 1], [0.6, 0, 1, 1], [-9, -9, 9, 9], [0.5, 0.5, 0.5, 0.5]])
+    found = function(torch.full((4, 1, 1), 0.5), boxes, 1, 1)
+    check_encoded(found, [np.full((1, 1), value, np.uint8) for value in (1, 0, 1, 0)])
+
+
+def test_strided_and_other_types() -> None:
+    random = torch.Generator().manual_seed(0)
+    cells = torch.rand(6, 14, 28, generator=random)[:, :, ::2].bfloat16()
+    boxes = (torch.rand(8, 6, generator=random) * 20).t()[:, 1:5]
+    boxes = boxes + torch.tensor([0.0, 0, 20, 20])
+    expected = encode_masks_plain(cells.float().contiguous(), boxes.contiguous(), 30, 40)
+    for values in (cells, cells.float(), cells.double(), cells.float().requires_grad_(), cells.transpose(1, 2).mT):
+        assert_same(encode_masks(values, boxes, 30, 40), expected)
+    assert_same(encode_masks(cells, boxes.double(), 30, 40), expected)
+    assert_same(encode_masks(cells, boxes.t().contiguous().t(), 30, 40), expected)
+
+
+@pytest.mark.parametrize(
+    ("cells", "boxes", "more", "error", "text"),
+    [
+        (torch.zeros(3, 4, 5), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 4, 5\)"),
+        (torch.zeros(3, 0, 0), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 0, 0\)"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 4\)"),
+        (torch.zeros(3, 4, 4), torch.zeros(2, 4), (9, 9), ValueError, r"boxes \(3, 4\), one a mask, got \(2, 4\)"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 5), (9, 9), ValueError, r"got \(3, 5\)"),
+        (torch.zeros(3, 4, 4).int(), torch.zeros(3, 4), (9, 9), TypeError, "floating-point"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4).long(), (9, 9), TypeError, "floating-point"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4, device="meta"), (9, 9), ValueError, "one device"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4), (0, 9), ValueError, "0 x 9 pixels"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4), (2**16, 2**16), ValueError, "has no RLE"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4), (9, 9, 1.5), ValueError, "0..1, got 1.5"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4), (9, 9, float("nan")), ValueError, "0..1, got nan"),
+    ],
+)
+def test_bad_masks(cells: Tensor, boxes: Tensor, more: tuple, error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        encode_masks(cells, boxes, *more)
+
+
+@st.composite
+def coverage_problems(draw: st.DrawFn) -> tuple[list[dict], Tensor, Tensor, int]:
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    height, width, count = draw(st.integers(1, 60)), draw(st.integers(1, 60)), draw(st.sampled_from([0, 1, 6, 30]))
+    masks = random.random((4, height, width)) < draw(st.sampled_from([0.0, 0.05, 0.5, 0.95, 1.0]))
+    masks[:2] = np.cumsum(masks[:2], axis=1) % 2  # longer runs
+    boxes = torch.from_numpy(some_boxes(random, count, draw(st.booleans()))).double()
+    objects = torch.from_numpy(random.integers(0, 4, count))
+    return coded(masks), objects, boxes, draw(st.sampled_from([1, 2, 3, 7, 14, 28]))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problem=coverage_problems())
+def test_coverage_is_the_same_with_the_kernel_and_without(problem: tuple[list[dict], Tensor, Tensor, int]) -> None:
+    found, expected = mask_coverage(*problem), mask_coverage_plain(*problem)
+    assert found.equal(expected)
+    assert ((found >= 0) & (found <= 1)).all()
+    unknown = ~problem[2].isfinite().all(dim=1)
+    assert found[unknown].eq(0).all()
+
+
+def test_coverage_from_polygons_of_every_way_of_writing() -> None:
+    polygon = [[3.2, 4.1, 30.5, 8.8, 22.0, 35.9, 8.3, 30.2], [31.0, 31.0, 38.0, 31.5, 35.0, 38.2]]
+    compressed = coco_mask.merge(coco_mask.frPyObjects(polygon, 40, 50))
+    mask = coco_mask.decode(compressed)
+    flat = mask.T.reshape(-1)
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate(([0], ends, [flat.size]))).tolist()
+    uncompressed = coco_mask.frPyObjects({"size": [40, 50], "counts": counts}, 40, 50)
+    boxes = torch.tensor([[3.0, 4.0, 39.0, 39.0], [10.5, 9.5, 24.5, 37.5]])
+    expected = mask_coverage_plain(coded(mask[None]), torch.tensor([0, 0]), boxes.double(), 14)
+    for rle in (compressed, uncompressed):
+        assert mask_coverage([rle], torch.tensor([0, 0]), boxes, 14).equal(expected)
+    assert 0.2 < expected.mean() < 0.9
+
+
+def test_coverage_of_strided_and_other_types() -> None:
+    rles = coded(np.random.default_rng(0).random((3, 20, 30)) < 0.5)
+    wide = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) * 10
+    wide[:, 4:] += 12
+    objects = torch.tensor([[0, 1, 2, 2, 1, 0]] * 2).t()[:, 0]
+    expected = mask_coverage(rles, objects.contiguous(), wide[:, ::2][:, :4].contiguous(), 7)
+    assert expected.sum() > 0
+    assert mask_coverage(rles, objects, wide[:, ::2][:, :4], 7).equal(expected)
+    assert mask_coverage(rles, objects.int(), wide[:, ::2][:, :4].double().requires_grad_(), 7).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("objects", "boxes", "size", "text"),
+    [
+        ([0, 1], torch.zeros(1, 4), 7, r"got \(1, 4\) and \(2,\)"),
+        ([0], torch.zeros(1, 5), 7, r"got \(1, 5\)"),
+        ([0], torch.zeros(1, 4), 0, "size of 0"),
+        ([2], torch.zeros(1, 4), 7, "objects 2 to 2 of 2"),
+        ([-1], torch.zeros(1, 4), 7, "objects -1 to -1 of 2"),
+    ],
+)
+def test_bad_boxes_for_coverage(objects: list[int], boxes: Tensor, size: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        mask_coverage(coded(np.ones((2, 9, 9))), torch.tensor(objects), boxes, size)
+
+
+def test_masks_of_one_image_have_one_size() -> None:
+    rles = coded(np.ones((1, 9, 9))) + coded(np.ones((1, 9, 8)))
+    with pytest.raises(ValueError, match="one size"):
+        mask_coverage(rles, torch.tensor([0]), torch.zeros(1, 4), 7)
+
+
+@compiled
+@pytest.mark.parametrize("counts", [b"", b"P", b"0150", b"01500000005", b"\xff\x00", b"ooooooooo0", b"1J", b"OOOO"])
+def test_no_rle_is_read_beyond_its_image(counts: bytes) -> None:
+    with pytest.raises(ValueError, match="mask 1 (is no RLE|does not fit its image) of 5 x 5"):
+        rles = [*coded(np.ones((1, 5, 5))), {"size": [5, 5], "counts": counts}]
+        mask_coverage(rles, torch.tensor([0, 1]), torch.tensor([[0.0, 0, 5, 5]] * 2), 7)
+
+
+@compiled
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(counts=st.binary(max_size=12))
+def test_any_bytes_end_in_an_answer_or_an_error(counts: bytes) -> None:
+    box = torch.tensor([[0.0, 0, 6, 4]])
+    try:
+        found = mask_coverage([{"size": [4, 6], "counts": counts}], torch.tensor([0]), box, 3)
+    except ValueError:
+        return
+    assert found.equal(mask_coverage_plain([{"size": [4, 6], "counts": counts}], torch.tensor([0]), box.double(), 3))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [
+        ("masks_to_rle", 0, torch.rand(5, 14, 13)),
+        ("masks_to_rle", 0, torch.rand(5, 14, 14).double()),
+        ("masks_to_rle", 1, torch.rand(4, 4)),
+        ("masks_to_rle", 1, torch.rand(5, 4).double()),
+        ("masks_to_rle", 2, 0),
+        ("masks_to_rle", 2, 2**62),
+        ("masks_to_rle", 4, 2.0),
+        ("mask_coverage", 0, torch.zeros(10)),
+        ("mask_coverage", 1, torch.tensor([0, 11])),
+        ("mask_coverage", 1, torch.tensor([-1, 10])),
+        ("mask_coverage", 1, torch.zeros(0).long()),
+        ("mask_coverage", 3, -5),
+        ("mask_coverage", 4, torch.zeros(3, 4)),
+        ("mask_coverage", 5, torch.ones(3).long()),
+        ("mask_coverage", 5, torch.zeros(2).long()),
+        ("mask_coverage", 6, 0),
+    ],
+)
+def test_the_kernels_check_for_themselves(name: str, at: int, value: object) -> None:
+    arguments = list(KERNEL_ARGUMENTS[name])
+    arguments[at] = value
+    with pytest.raises(RuntimeError, match=f"{name}: "):
+        getattr(torch.ops.refdet, name)(*arguments)
+
+
+@compiled
+@pytest.mark.parametrize("name", list(KERNEL_ARGUMENTS))
+def test_the_operators_are_registered_well(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.refdet, name).default, KERNEL_ARGUMENTS[name])
+
+
+@compiled
+def test_traces_with_a_length_that_depends_on_the_data() -> None:
+    def chosen(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        found = encode_masks(cells * 1.5 - 0.25, boxes, 40, 30)
+        return found.counts.to(torch.int64) * 2, found.boxes
+
+    def covered(*given: Tensor) -> Tensor:
+        counts, starts, boxes, objects = given
+        return torch.ops.refdet.mask_coverage(counts, starts, 5, 5, boxes * 0.5, objects, 7) >= 0.5
+
+    cells, boxes, *_ = KERNEL_ARGUMENTS["masks_to_rle"]
+    traced = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert all(a.equal(b) for a, b in zip(traced(cells, boxes), chosen(cells, boxes), strict=True))
+    given = [value for value in KERNEL_ARGUMENTS["mask_coverage"] if isinstance(value, Tensor)]
+    assert torch.compile(covered, backend="eager", fullgraph=True)(*given).equal(covered(*given))
+
+
+@compiled
+def test_the_number_of_threads_does_not_matter() -> None:
+    random = np.random.default_rng(0)
+    cells, boxes = (
+        torch.from_numpy(random.random((33, 14, 14))).float(),
+        torch.from_numpy(some_boxes(random, 33, False)),
+    )
+    rles = coded(random.random((33, 40, 50)) < 0.5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            covered = mask_coverage(rles, torch.arange(33), boxes, 14)
+            found.append((*vars(encode_masks(cells, boxes, 40, 50)).values(), covered))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_without_the_extension_the_answer_is_the_same() -> None:
+    script = """
+import torch
+from refdet.ops.masks import mask_coverage, masks_to_rle
+boxes = torch.tensor([[3.3, 4.4, 50, 60], [-9, 0, 20, 99], [0, 0, 80, 70]])
+cells = torch.rand(3, 14, 14, generator=torch.Generator().manual_seed(0))
+counts = masks_to_rle(cells, boxes, 70, 80)
+rles = [{"size": [70, 80], "counts": text} for text in counts]
+print(counts, mask_coverage(rles, torch.arange(3), boxes, 28).tolist())
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
+        for env in ({**os.environ, "REFDET_NO_EXT": "1"}, dict(os.environ))
+    ]
+    assert found[0] == found[1]
+
+
+@cuda
+def test_what_is_on_a_gpu_is_copied() -> None:
+    cells, boxes, *image = KERNEL_ARGUMENTS["masks_to_rle"]
+    assert_same(encode_masks(cells.cuda(), boxes.cuda(), *image), encode_masks(cells, boxes, *image))
+    rles, objects = coded(np.eye(5)[None]), torch.zeros(5).long()
+    found = mask_coverage(rles, objects.cuda(), boxes.cuda(), 7)
+    assert found.equal(mask_coverage(rles, objects, boxes, 7))

@@ -1,0 +1,46 @@
+"""What may be put into a store: its images in their order, and scores of any detector where boxes were given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sound_regions import HEADER, draw
+
+from refdet import store
+from refdet.store.verify import verify
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_scores_of_given_boxes_need_not_be_rates(tmp_path: Path) -> None:
+    columns, row = store.Columns(), [store.ImageRow(1, "a.jpg", 9, 7, "", 2, 0)]
+    for boxes, score, sound in ((True, 12.5, True), (False, 12.5, False), (True, np.nan, False), (True, -1, True)):
+        path = tmp_path / "a.h5"
+        header = replace(HEADER, options={"boxes_sha256": "0"} if boxes else {})
+        with store.create(path, header, columns, row) as writer:
+            writer.put(replace(draw(1, 2, columns), scores=np.array([score, 0.5], np.float32)))
+        assert [problem.part for problem in verify(path).problems] == ([] if sound else ["regions/score"])
+
+
+def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
+    columns = store.Columns()
+    rows = [store.ImageRow(i, "a.jpg", 9, 7, "", 1, 0) for i in (1, 2)]
+    with (
+        pytest.raises(ValueError, match="image 2: image 1 was announced to come next"),
+        store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
+    ):
+        writer.put(draw(2, 1, columns))
+    with (
+        pytest.raises(ValueError, match="image 2: none was announced"),
+        store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
+    ):
+        for i in (1, 2, 2):
+            writer.put(draw(i, 1, columns))
+    with (
+        pytest.raises(ValueError, match="1 images were never written, the first 2"),
+        store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
+    ):
+        writer.put(draw(1, 1, columns))
+    assert not (tmp_path / "a.h5").exists()

@@ -1,0 +1,185 @@
+"""Worker processes that die, hang or have no room: training always ends, in one line, with its last step saved."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import training_examples
+from training_examples import run, squares, tiny
+
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import TrainingBatches
+from refdet.detector import checkpoint
+from refdet.errors import Interrupted, WorkError
+from refdet.interrupt import Stop, StopRequested
+from refdet.training import batch_workers
+from refdet.training.batch_workers import batches_ahead, check_shared_memory
+
+CPU = torch.device("cpu")
+CODE = (
+    "import sys; from pathlib import Path; from refdet.cli.main import main; from training_examples import TINY\n"
+    "root, *more = sys.argv[1:]\n"
+    "words = [w for change in [*TINY, *more] for w in ('--set', change)]\n"
+    "main(['train', '--recipe', 'demo', *words, '--instances', root + '/instances.json', '--images', root + '/images',"
+    " '--out', root + '/run', '--device', 'cpu'])\n"
+)
+
+
+class Batches(TrainingBatches):
+    """Batches of which one, made in a worker, has something happen to it."""
+
+    def __init__(self, root: Path, at: int, happens: Callable[[], object], *changes: str) -> None:
+        recipe = tiny("train.steps=6", *changes)
+        super().__init__(CocoIndex.load(squares(root)), ImageSource.open(root / "images"), recipe)
+        self.at, self.happens = at, happens
+
+    def __getitem__(self, step: int):  # type: ignore[no-untyped-def]
+        if step == self.at:
+            self.happens()
+        return super().__getitem__(step)
+
+
+def kill(number: signal.Signals) -> Callable[[], object]:
+    def dies() -> None:
+        faulthandler.disable()  # pytest's, which would print a long report
+        os.kill(os.getpid(), number)
+
+    return dies
+
+
+def take(batches: Batches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
+    with batches_ahead(batches, range(6), workers, CPU, stop or Stop()) as ahead:
+        return [batch.image_ids for batch in ahead]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 9])
+def test_the_batches_are_those_of_their_steps_in_order(tmp_path: Path, workers: int) -> None:
+    batches = Batches(tmp_path, -1, lambda: None)
+    assert take(batches, workers) == [batches[step].image_ids for step in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("happens", "said"),
+    [
+        (kill(signal.SIGKILL), "was killed, possibly because memory ran out"),
+        (kill(signal.SIGBUS), "SIGBUS, as it does where /dev/shm is full: .*--shm-size=1024m.* train.workers=0"),
+        (kill(signal.SIGSEGV), "ended by SIGSEGV"),
+        (lambda: os._exit(3), "ended with exit code 3"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_worker_that_dies_is_an_error(tmp_path: Path, happens: Callable[[], object], said: str, at: int) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkError, match=said):
+        take(Batches(tmp_path, at, happens))
+    assert time.monotonic() - started < 10
+
+
+def fail(error: Exception) -> Callable[[], object]:
+    def raises() -> None:
+        raise error
+
+    return raises
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="by design") as caught:
+        take(Batches(tmp_path, 3, fail(ZeroDivisionError("by design"))))
+    assert "in raises" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait_for_a_batch_that_never_comes(
+    tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it waits for a writer
+    batches = Batches(tmp_path, 2, lambda: open(tmp_path / "pipe").read())  # noqa: SIM115
+    timer = threading.Timer(1.0, kill(number))
+    timer.start()
+    started = time.monotonic()
+    with Stop.watching() as stop, pytest.raises(StopRequested):
+        take(batches, workers, stop)
+    assert time.monotonic() - started < 8
+    timer.join()
+
+
+def test_a_worker_that_was_killed_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squares(tmp_path)
+    made = TrainingBatches.__getitem__
+
+    def dies(self: TrainingBatches, step: int) -> object:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__getitem__", dies)
+        with pytest.raises(WorkError, match=r"killed.*\(training stopped after step 4, which is saved"):
+            run(tmp_path, "train.steps=6", "train.workers=1")
+    assert checkpoint.load_meta(tmp_path / "run").step == 4
+    run(tmp_path, "train.steps=6", "train.workers=1", resume=True)
+    run(tmp_path, "train.steps=6", out="whole")
+    kept, whole = (checkpoint.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("run", "whole"))
+    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+
+
+def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squares(tmp_path)
+
+    def stops(self: TrainingBatches, step: int) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal should have ended this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__getitem__", stops)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM before the first step; start again with --resume"):
+            run(tmp_path)
+    assert not (tmp_path / "run" / "model.json").exists()
+    assert run(tmp_path, resume=True).steps == 2
+
+
+def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 float32: 147,456 bytes
+    need = 5 * 147456
+    monkeypatch.setattr(batch_workers, "_free", lambda: need)
+    check_shared_memory(batches, workers=2)
+    monkeypatch.setattr(batch_workers, "_free", lambda: need - 1)
+    check_shared_memory(batches, workers=0)
+    with pytest.raises(WorkError, match=r"/dev/shm is too small: .*--shm-size=2m, or train with --set train.workers=0"):
+        check_shared_memory(batches, workers=2)
+    with pytest.raises(WorkError, match="/dev/shm"):
+        run(tmp_path, "train.workers=2")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(batch_workers, "_free", lambda: None)  # a system that has no such place
+    check_shared_memory(batches, workers=2)
+
+
+def test_a_shared_memory_that_is_really_small(tmp_path: Path) -> None:
+    """Where others take it after it was checked, which a worker finds when it hands over a batch."""
+    squares(tmp_path)
+    mount = "mount -t tmpfs -o size=64k none /dev/shm"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    unchecked = "import refdet.training.trainer; refdet.training.trainer.check_shared_memory = lambda *_: None\n"
+    (tmp_path / "code.py").write_text(unchecked + CODE)
+    command = f"{mount} && exec timeout 60 {sys.executable} {tmp_path / 'code.py'} {tmp_path} train.workers=2"
+    paths = os.pathsep.join([str(Path(training_examples.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert "/dev/shm is too small" in lines[0] and "--shm-size" in lines[0] and "train.workers=0" in lines[0]
+    assert "Traceback" not in done.stderr
