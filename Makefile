@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,10 @@ demo: env ## the whole pipeline on the embedded dataset, into demo/
 	@rm -rf demo
 	@$(BIN)/refdet demo --out demo
 
+check: lint types ## style, types and the fast tests, in a minute or two
+	@echo "==> check: pytest, without the slow tests, $(JOBS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
+
 test: lint types cuda-check unit ## style, types, CUDA compilation where there is nvcc, and all tests
 	@echo "==> test: all passed"
 
@@ -33,6 +37,8 @@ lint: env
 	@echo "==> lint: ruff check, ruff format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@echo "==> lint: imports go down only"
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: env
 	@echo "==> types: mypy"
