@@ -86,21 +86,21 @@ def make_weights(folder: Path, pixels: list[np.ndarray]) -> float:
     for image in pixels:
         size = input_size(*image.shape[:2], recipe.input)
         inputs.append((size, network_input(image, size, recipe.input)[None].to(memory_format=torch.channels_last)))
-    maps = [model.maps(x) for _, x in inputs]
+    maps = [model.extract_feature_maps(x) for _, x in inputs]
     hidden = torch.cat([torch.relu(model.rpn.conv(m)).permute(0, 2, 3, 1).flatten(0, 2) for (m,) in maps])
     _spread(model.rpn.score, hidden, 2.0)
     _spread(model.rpn.delta, hidden, 0.3)
     fc7 = []
     for (size, _), m in zip(inputs, maps, strict=True):
-        (boxes,) = model.rpn.propose(model.rpn(m), [(size.height, size.width)])
+        (boxes,) = model.rpn.filter_proposals(model.rpn(m), [(size.height, size.width)])
         if len(boxes) < recipe.proposals.test_proposals:
             raise SystemExit(f"the drawn weights propose {len(boxes)} boxes only")
         fc7.append(model.head.features(m, torch.cat((torch.zeros(len(boxes), 1), boxes), 1)).fc7)
     _spread(model.head.box.score, torch.cat(fc7), 2.0)
-    scores = model.head.classify(torch.cat(fc7))[0].softmax(1)[:, 1:].flatten()
+    scores = model.head.predict_boxes(torch.cat(fc7))[0].softmax(1)[:, 1:].flatten()
     folder.mkdir()
     provenance = Provenance.imported("drawn weights", "0" * 64)
-    checkpoint.save(folder, model, checkpoint.Meta(recipe, coco_categories(), provenance, 0))
+    checkpoint.save(folder, model, checkpoint.CheckpointMetadata(recipe, coco_categories(), provenance, 0))
     return float(scores.topk(CANDIDATES * len(pixels)).values[-1])
 
 
@@ -120,7 +120,7 @@ def check_same_work(work: Work, peer: TorchvisionC4, pixels: np.ndarray) -> dict
     inputs = network_input(pixels, size, ours.recipe.input)[None]
     corners = torch.rand(50, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
     boxes = corners.flatten(1) * torch.tensor([size.image_width, size.image_height] * 2)
-    (found,) = ours.describe(inputs.contiguous(memory_format=torch.channels_last), [size], [boxes])
+    (found,) = ours.extract_features(inputs.contiguous(memory_format=torch.channels_last), [size], [boxes])
     wanted = peer.of_boxes(inputs, ours.convention.scale(boxes, size.scale))
     differences = {}
     for name, values in wanted.items():

@@ -33,7 +33,9 @@ def prepare(folder: Path, counts: list[int]) -> None:
     from refdet.structures.provenance import Provenance
 
     recipe = recipes.load("c4-res18").with_changes(RECIPE)
-    meta = checkpoint.Meta(recipe, ((1, "thing"), (2, "other")), Provenance.imported("drawn weights", "0" * 64), 0)
+    meta = checkpoint.CheckpointMetadata(
+        recipe, ((1, "thing"), (2, "other")), Provenance.imported("drawn weights", "0" * 64), 0
+    )
     checkpoint.save(folder / "run", MaskRCNN(recipe, 2), meta)
     random = np.random.default_rng(0)
     for number in range(FILES):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 
 from .arguments import check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, store_option
@@ -110,7 +110,7 @@ def command(
         _tables(result, by_provenance, content)
     _raise_leaks(instances, result, by_provenance, content)
     if unproven:
-        raise WorkError(
+        raise RuntimeFailure(
             f"{instances}: not proven: {unproven}; compare all with --by-content, or take it so with "
             "--allow-unidentified"
         )
@@ -137,11 +137,11 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
     if content is not None and content.copies:
         echo_line()
         rows = [
-            (str(copy.image), str(copy.refer_image_id), str(copy.bits), f"{copy.correlation:.3f}",
+            (str(copy.image), str(copy.refer_image_id), str(copy.hamming_distance), f"{copy.correlation:.3f}",
              "mirrored" if copy.mirrored else "", " ".join(copy.splits))
             for copy in content.copies
         ]  # fmt: skip
-        echo_table(rows, ("image", "copy of", "bits", "correlation", "", "splits"))
+        echo_table(rows, ("image", "copy of", "hamming_distance", "correlation", "", "splits"))
 
 
 def _some(ids: Sequence[int]) -> str:
@@ -152,14 +152,14 @@ def _raise_leaks(
     instances: str | None, result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None
 ) -> None:
     if detector is not None and detector.problem:
-        raise WorkError(detector.problem)
+        raise RuntimeFailure(detector.problem)
     if result is not None and result.leaked:
-        raise WorkError(
+        raise RuntimeFailure(
             f"{instances}: {len(result.leaked)} held-out images leak into it; make a clean file with refdet build-split"
         )
     if content is not None and content.copies:
         count = len({copy.image for copy in content.copies})
-        raise WorkError(
+        raise RuntimeFailure(
             f"{instances}: {count} of its images are copies of held-out ones under other ids; look at them and take "
             "them out"
         )

@@ -22,7 +22,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     import sys
     from contextlib import redirect_stdout
 
-    from refdet.files.atomic import full_disk
+    from refdet.files.atomic import report_disk_full
 
     from .demo_pipeline import demo
     from .main import main
@@ -35,7 +35,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
             main(args, standalone_mode=False)
 
     mend = "free some space, remove it and run it again"
-    with full_disk(out, mend), redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with report_disk_full(out, mend), redirect_stdout(sys.stderr if as_json else sys.stdout):
         metrics = demo(out, run, _say, seed, images, changes)
     if as_json:
         echo_json(metrics)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from refdet import __version__
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import write_json
 from refdet.report import Inputs, ReferPart, Step, write
 
@@ -75,7 +75,7 @@ class _Log:
         self.run(words, output)
 
     def python(self, name: str, script: Path, *args: str | Path) -> None:
-        """Show and run a Python script, one command of a step; WorkError if it fails."""
+        """Show and run a Python script, one command of a step; RuntimeFailure if it fails."""
         words = [str(script), *map(str, args)]
         line = shlex.join(["python", *words])
         self.commands[name].append(line)
@@ -83,7 +83,7 @@ class _Log:
         done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.say(done.stdout.rstrip())
         if done.returncode:
-            raise WorkError(f"{script} failed; what it said stands above")
+            raise RuntimeFailure(f"{script} failed; what it said stands above")
 
 
 def demo(
@@ -108,7 +108,7 @@ def demo(
 
     Raises:
         InputError: ``out`` exists, or an argument is wrong.
-        WorkError: a step did not do what it is for.
+        RuntimeFailure: a step did not do what it is for.
     """
     from refdet.config import recipe
     from refdet.data import shapes
@@ -189,10 +189,10 @@ def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -
 def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
     try:
         log.refdet("audit", "--instances", original, "--refer-root", refer_root)
-    except WorkError as error:
+    except RuntimeFailure as error:
         log.say(f"error: {error}\n(exit code 1, as it should be: the original file holds val and test images)")
     else:
-        raise WorkError(f"{original}: audit found none of the held-out images that are in it")
+        raise RuntimeFailure(f"{original}: audit found none of the held-out images that are in it")
 
 
 def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]:

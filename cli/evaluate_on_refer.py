@@ -54,7 +54,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
             check_json(f"--{name}", given[name])
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
-    from refdet.evaluation.tables import frame, tables, write
+    from refdet.evaluation.tables import tables, to_dataframe, write
     from refdet.report.recall_figure import write_recall_figure
     from refdet.structures.provenance import Provenance
 
@@ -76,7 +76,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     if as_json:
         echo_json(metrics)
         return
-    found = tables(frame(metrics))
+    found = tables(to_dataframe(metrics))
     echo_table(*_overview(found))
     for group, title in TITLES.items():
         if group in found:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 
 from .common import echo_json, echo_line, echo_table, json_option
 
@@ -60,7 +60,7 @@ def _tell(found: Verification, as_json: bool) -> None:
             echo_line(f"not checked: {what}")
     if found.problems:
         images = f" in {len(found.damaged_images)} images" if found.damaged_images else ""
-        raise WorkError(f"{found.path}: damaged: {len(found.problems)} problems{images}; extract it again")
+        raise RuntimeFailure(f"{found.path}: damaged: {len(found.problems)} problems{images}; extract it again")
     if not as_json:
         echo_line(f"OK: {found.images} images, {found.regions} regions")
 

@@ -43,7 +43,7 @@ def command(
     import dataclasses
 
     from refdet.config import recipe
-    from refdet.files.atomic import full_disk
+    from refdet.files.atomic import report_disk_full
     from refdet.training.inputs import check
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
@@ -59,7 +59,7 @@ def command(
     given = check(chosen, instances, images, out, weights, resume, crowd_as_object)
     from refdet.training.trainer import train_on  # torch comes with it, which takes seconds
 
-    with full_disk(out, "what was saved is kept: free some space, then go on with --resume"):
+    with report_disk_full(out, "what was saved is kept: free some space, then go on with --resume"):
         summary = train_on(given, device)
     if as_json:
         echo_json(dataclasses.asdict(summary))

@@ -16,7 +16,7 @@ class InputError(RefdetError):
     exit_code = 2
 
 
-class WorkError(RefdetError):
+class RuntimeFailure(RefdetError):
     """The work itself failed: a non-finite loss, a full disk, a leak found. Exit code 1."""
 
     exit_code = 1

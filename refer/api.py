@@ -15,7 +15,7 @@ from .files import is_generalized, read_instances, read_refs, refs_file
 from .lookup import Ids, ids_of, records_of
 from .masks import decode
 from .plain_files import no_garbage_collection
-from .table import frame
+from .table import to_dataframe
 from .types import NO_TARGET, Annotation, Image, Ref, Sentence, target_ids
 from .validation import box_of
 
@@ -324,9 +324,9 @@ class REFER:
         mask = self.getMask(ref)["mask"]
         drawing.axes().imshow(mask)
 
-    def frame(self) -> pandas.DataFrame:
-        """A pandas table with a row a sentence; see `refer.table.frame` for its columns."""
-        return frame(self)
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A pandas table with a row a sentence; see `refer.table.to_dataframe` for its columns."""
+        return to_dataframe(self)
 
 
 def _with_area(mask: np.ndarray) -> dict[str, Any]:

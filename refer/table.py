@@ -28,7 +28,7 @@ class Dataset(Protocol):
     def __iter__(self) -> Iterator[Ref]: ...
 
 
-def frame(refer: Dataset) -> pandas.DataFrame:
+def to_dataframe(refer: Dataset) -> pandas.DataFrame:
     """A table with a row a sentence, in the order of the file.
 
     Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``, ``image_id``, ``file_name`` (of the
@@ -42,7 +42,7 @@ def frame(refer: Dataset) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError:
-        raise ReferError("frame needs pandas: pip install pandas") from None
+        raise ReferError("to_dataframe needs pandas: pip install pandas") from None
     rows: list[tuple[Any, ...]] = []
     for ref in refer:
         targets = target_ids(ref)

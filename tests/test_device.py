@@ -91,7 +91,7 @@ def run_directory(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     index = CocoIndex.load(shapes_root / "annotations" / "instances_train2014.json")
     torch.manual_seed(0)
     recipe, folder = small_recipe(), tmp_path_factory.mktemp("run")
-    meta = checkpoint.Meta(recipe, tuple(index.categories.items()), provenance_of_instances(index), 0)
+    meta = checkpoint.CheckpointMetadata(recipe, tuple(index.categories.items()), provenance_of_instances(index), 0)
     checkpoint.save(folder, MaskRCNN(recipe, len(index.categories)), meta)
     return folder
 

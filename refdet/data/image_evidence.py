@@ -32,7 +32,7 @@ class Evidence:
         bare: numbers that are all of a name: "9.jpg".
         ids: integers under id keys that its names do not contradict. Lists number their images in their own ways, so
             these prove something only where names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
-        not_coco: whether a null ``coco_id`` says that the image is not COCO's.
+        is_non_coco: whether a null ``coco_id`` says that the image is not COCO's.
         genome: whether it is an entry of Visual Genome's, whose numbers are its own.
         unread_names: whether it names an image by a file name or address that holds no number.
         addresses: its file names and addresses.
@@ -44,7 +44,7 @@ class Evidence:
     named: frozenset[int]
     bare: frozenset[int]
     ids: frozenset[int]
-    not_coco: bool
+    is_non_coco: bool
     genome: bool
     unread_names: bool
     addresses: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Evidence:
         """
         if self.unread_names:
             return False
-        if self.named or self.bare or self.not_coco:
+        if self.named or self.bare or self.is_non_coco:
             return True
         return ids_confirmed and bool(self.ids)
 
@@ -105,15 +105,15 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     unread = _has_unread(addresses, bool(coco_ids))
     of_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
     other = genome or bool(of_names) or (bool(coco_ids) and not _has_unread(addresses, False))
-    not_coco = bool(given) and not named
+    is_non_coco = bool(given) and not named
     return Evidence(
         id=own,
         named=frozenset(named),
         bare=frozenset(bare),
         ids=frozenset() if other else ids,
-        not_coco=not_coco,
+        is_non_coco=is_non_coco,
         genome=genome,
-        unread_names=unread and not (coco_ids or not_coco),
+        unread_names=unread and not (coco_ids or is_non_coco),
         addresses=tuple(dict.fromkeys(text.text for text in addresses)),
     )
 
@@ -130,7 +130,7 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
     name = entry.get("file_name")
     # training reads the file of that name, whatever the number in another address
     other_file = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
-    unread = evidence.unread_names or (other_file and not evidence.not_coco)
+    unread = evidence.unread_names or (other_file and not evidence.is_non_coco)
     return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), unread_names=unread)
 
 
@@ -148,17 +148,17 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
 def goes_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
     """Whether an entry without a ``file_name`` may be looked up by its id: nothing there says it is no COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
-    return not evidence.genome and not evidence.not_coco and evidence.named | evidence.bare <= {image_id}
+    return not evidence.genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
 
 
-def is_known_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
+def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
     """Whether the id of an entry alone tells which file training reads for it.
 
     Training looks an image up by its ``file_name``, and by its id only where there is none. So a hash of ids says which
     images they were only if each file name is that of its id, and nothing else in the entry contradicts.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
-    if evidence.genome or evidence.not_coco or evidence.numbers | {image_id} != {image_id}:
+    if evidence.genome or evidence.is_non_coco or evidence.numbers | {image_id} != {image_id}:
         return False
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:

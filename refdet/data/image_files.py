@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from refdet.errors import InputError, WorkError, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
 from refer.image_folder import Listing, list_folder, read_file, refuse_huge, same_file
 
 _UTF8_FLAG = 0x800
@@ -44,7 +44,7 @@ def open_files(path: Path) -> ImageFiles:
 
     Raises:
         InputError: there is no such thing, or it cannot be listed.
-        WorkError: the disk or network fails.
+        RuntimeFailure: the disk or network fails.
     """
     try:
         if path.is_dir():
@@ -56,7 +56,7 @@ def open_files(path: Path) -> ImageFiles:
         raise
     except Exception as error:  # a damaged directory of a zip can fail in ways that nobody lists
         if is_of_the_machine(error):
-            raise WorkError(f"--images {path}: cannot be listed now ({error}); run it again") from error
+            raise RuntimeFailure(f"--images {path}: cannot be listed now ({error}); run it again") from error
         why = str(error) or type(error).__name__
         kind = "the folder cannot be listed" if path.is_dir() else "neither a folder nor a readable zip"
         raise InputError(f"--images {path}: {kind} ({why})") from error
@@ -131,7 +131,7 @@ class _Zip:
             try:
                 self._open = (os.getpid(), zipfile.ZipFile(self.path))
             except Exception as error:
-                raise WorkError(f"{self.path}: can no longer be read ({error}); is it still there?") from error
+                raise RuntimeFailure(f"{self.path}: can no longer be read ({error}); is it still there?") from error
         return self._open[1]
 
     def __getstate__(self) -> dict:

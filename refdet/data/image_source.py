@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 from refdet.data.coco import ImageRecord
 from refdet.data.image_decoder import SizeError, decode, most_bytes
 from refdet.data.image_files import ImageFiles, open_files
-from refdet.errors import InputError, WorkError, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
 from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class ImageSource:
 
         Raises:
             InputError: there is no such thing, or the zip is damaged.
-            WorkError: the disk or network fails.
+            RuntimeFailure: the disk or network fails.
         """
         files = open_files(Path(path))
         unread, above = files.listing.unread, files.listing.above
@@ -129,8 +129,8 @@ class ImageSource:
 
         Raises:
             ImageError: not found, not decodable, or of another size.
-            WorkError: the machine could not read it, which says nothing of the image: a disk or network that fails, too
-                many open files, no memory.
+            RuntimeFailure: the machine could not read it, which says nothing of the image: a disk or network that
+                fails, too many open files, no memory.
         """
         match = self._match(record)
         if match.path is None:
@@ -138,7 +138,7 @@ class ImageSource:
         name, height, width = match.path, record.height, record.width
         try:
             decoded = decode(self.data(name, height, width), height, width, self.exif)
-        except WorkError:
+        except RuntimeFailure:
             raise
         except SizeError as error:
             if error.orientation != 1:
@@ -163,16 +163,16 @@ class ImageSource:
 
         Raises:
             OSError, and what zipfile raises: it cannot be read, or is far too large for an image.
-            WorkError: the zip as a whole is no longer there.
+            RuntimeFailure: the zip as a whole is no longer there.
         """
         return self._files.read(name, most_bytes(height, width) if height and width else _MOST_UNDECLARED_BYTES)
 
     def refuse_unread(self, name: str, error: Exception) -> None:
-        """WorkError where what kept a file from being read is not the file's fault."""
+        """RuntimeFailure where what kept a file from being read is not the file's fault."""
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.lost(name)
         if gone or is_of_the_machine(error):
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise WorkError(
+            raise RuntimeFailure(
                 f"{self.path}/{name}: cannot be read now ({what}): that is not the image's fault; see to the disk, "
                 "the network or memory"
             ) from error

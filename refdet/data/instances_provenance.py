@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refdet.data.coco import CocoIndex
-from refdet.data.image_evidence import is_known_by_id
+from refdet.data.image_evidence import id_matches_file_name
 from refdet.errors import InputError
 from refdet.structures.provenance import UNKNOWN, Provenance, file_sha256, image_ids_sha256
 
@@ -14,8 +14,8 @@ RENAMED = "its file names are not those of its image ids, so what refdet build-s
 def provenance_of_instances(index: CocoIndex) -> Provenance:
     """Its ``info.refdet``, if refdet build-split wrote the file and it is still as it was written.
 
-    That is, its images are the same, and their ids tell the files that are read for them (`is_known_by_id`), since the
-    record is of ids alone. Otherwise nothing is known to be excluded, and ``note`` says so.
+    That is, its images are the same, and their ids tell the files that are read for them (`id_matches_file_name`),
+    since the record is of ids alone. Otherwise nothing is known to be excluded, and ``note`` says so.
 
     Raises:
         InputError: ``info.refdet`` is damaged.
@@ -29,7 +29,7 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
             raise InputError(f"{index.path}: info.refdet: {error}") from None
         if written.image_ids_sha256 != ids_sha256:
             note = EDITED
-        elif not all(is_known_by_id(entry, entry["id"]) for entry in index.raw["images"]):
+        elif not all(id_matches_file_name(entry, entry["id"]) for entry in index.raw["images"]):
             note = RENAMED
         else:
             return written

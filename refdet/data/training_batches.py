@@ -36,7 +36,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
 
-def pad_together(images: Sequence[Tensor]) -> Tensor:
+def pad_batch(images: Sequence[Tensor]) -> Tensor:
     """Images (3, Hi, Wi) -> (B, 3, H, W), the largest height and width, zero (the mean colour) elsewhere."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     padded = images[0].new_zeros(len(images), 3, height, width)
@@ -96,7 +96,7 @@ class TrainingBatches(Dataset):
             return error
         images = [image for image, _ in examples]
         return Batch(
-            pad_together(images),
+            pad_batch(images),
             [(image.shape[1], image.shape[2]) for image in images],
             [target for _, target in examples],
             [self.records[r].id for r in rows],
@@ -151,7 +151,9 @@ def _mirror(boxes: Tensor, width: float) -> Tensor:
     return torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), dim=1)
 
 
-def exact_batches(records: Sequence[ImageRecord], options: InputOptions, batch_size: int) -> list[list[ImageRecord]]:
+def group_by_input_size(
+    records: Sequence[ImageRecord], options: InputOptions, batch_size: int
+) -> list[list[ImageRecord]]:
     """Images in batches of one exact input size, so that no padding ever touches a feature.
 
     The plan depends on the list and the batch size alone. Batches come in the order of their first image, and

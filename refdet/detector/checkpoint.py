@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from refdet.config.recipe import Recipe, from_dict
 from refdet.errors import InputError
-from refdet.files.atomic import atomic_path, write_json
+from refdet.files.atomic import atomic_write, write_json
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import read_small, strict_json
 from refdet.files.weight_files import check_safetensors, is_address, what_is
@@ -34,7 +34,7 @@ HEADS = ("rpn.", "head.box.", "head.mask.")  # parts of a detector that an Image
 
 
 @dataclass(frozen=True)
-class Meta:
+class CheckpointMetadata:
     """What weights mean: ``model.json``."""
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class Meta:
         }
 
     @classmethod
-    def from_json(cls, tree: Any) -> Meta:
+    def from_json(cls, tree: Any) -> CheckpointMetadata:
         """The inverse of `to_json`. Raises InputError where a field is missing or wrong; it is named."""
         if not isinstance(tree, dict):
             raise InputError(f"an object is needed, not {shown(tree)}")
@@ -75,7 +75,7 @@ class Meta:
         return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
 
     @classmethod
-    def parse(cls, text: str | bytes) -> Meta:
+    def parse(cls, text: str | bytes) -> CheckpointMetadata:
         """As `from_json`, from the text of ``model.json``. Raises InputError; it names no file."""
         return cls.from_json(strict_json(text))
 
@@ -150,7 +150,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / META).is_file() and (folder / MODEL).is_file()
 
 
-def load_meta(path: str | Path) -> Meta:
+def load_meta(path: str | Path) -> CheckpointMetadata:
     """What the weights of a run directory mean.
 
     Raises:
@@ -159,12 +159,12 @@ def load_meta(path: str | Path) -> Meta:
     file = run_directory(path) / META
     data = read_small(file, LARGEST_META)
     try:
-        return Meta.parse(data)
+        return CheckpointMetadata.parse(data)
     except InputError as error:
         raise InputError(f"{file}: not a checkpoint's model.json ({error}); give another run directory") from None
 
 
-def save(folder: Path, model: nn.Module, meta: Meta) -> None:
+def save(folder: Path, model: nn.Module, meta: CheckpointMetadata) -> None:
     """Write ``model.safetensors`` and ``model.json``."""
     write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
     write_json(folder / META, meta.to_json())
@@ -175,7 +175,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save_file  # brings torch
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with atomic_path(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata))
         umask = os.umask(0)  # safetensors makes files that only their owner reads
         os.umask(umask)

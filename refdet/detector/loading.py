@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refdet.config.recipe import Recipe
 from refdet.detector import optimize
-from refdet.detector.checkpoint import MODEL, Meta, load_meta, read_tensors, run_directory
+from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
 from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
@@ -27,17 +27,17 @@ class TrainedDetector:
     """A detector, what its weights mean, and the run directory they are from."""
 
     model: MaskRCNN
-    meta: Meta
+    meta: CheckpointMetadata
     path: Path
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", for_use: bool = False, bf16: bool = False
+    path: str | Path, device: str | torch.device = "cpu", for_inference: bool = False, bf16: bool = False
 ) -> TrainedDetector:
     """The detector of a run directory, in eval mode, channels_last.
 
     Args:
-        for_use: make it as fast as it can be, the same within rounding; its weights then have other names.
+        for_inference: make it as fast as it can be, the same within rounding; its weights then have other names.
         bf16: in bfloat16, for use alone; see `refdet.detector.optimize`.
 
     Raises:
@@ -48,8 +48,8 @@ def load(
     model = without_memory(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    if for_use or bf16:
-        model = optimize.for_use(model, bf16)
+    if for_inference or bf16:
+        model = optimize.optimize_for_inference(model, bf16)
     return TrainedDetector(model, meta, folder)
 
 

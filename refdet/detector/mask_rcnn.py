@@ -19,13 +19,13 @@ from refdet.detector.anchors import Anchors
 from refdet.detector.feature_names import HEAD
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.outputs import Described, Detections
+from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
 from refdet.detector.roi_heads import C4Head, PyramidHead, RoiFeatures, RoiHead
-from refdet.detector.rpn import ProposalNetwork
-from refdet.detector.target_assignment import BACKGROUND, OBJECT, mask_targets, match, sample
+from refdet.detector.rpn import RegionProposalNetwork
+from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels, compute_mask_targets, subsample_labels
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
@@ -40,7 +40,7 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padd
 
 
 class MaskRCNN(nn.Module):
-    """The detector. `losses` trains it; `detect` and `describe` use it, in eval mode.
+    """The detector. `compute_losses` trains it; `predict` and `extract_features` use it, in eval mode.
 
     Args:
         recipe: says which network; ``recipe.model.norm`` must be frozen or batch.
@@ -51,7 +51,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
-        self.stages: Stages | None = None  # is told how long the parts of `detect` and `describe` take
+        self.stages: Stages | None = None  # is told how long the parts of `predict` and `extract_features` take
         self.convention = BoxConvention(model.inclusive)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid = model.neck == "fpn"
@@ -67,7 +67,7 @@ class MaskRCNN(nn.Module):
             self.neck = None
             levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[2]
         anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
-        self.rpn = ProposalNetwork(
+        self.rpn = RegionProposalNetwork(
             map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.seed_ranking
         )
         self.head: RoiHead
@@ -83,13 +83,13 @@ class MaskRCNN(nn.Module):
             for part in (self.backbone.conv1, self.backbone.layer1):
                 part.requires_grad_(False)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
+    def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the conv4 map, or the five maps of the pyramid."""
         if self.neck is None:
             return [self.backbone(images, 3)[-1]]
         return self.neck(self.backbone(images, 4))
 
-    def losses(
+    def compute_losses(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """The five (without masks four) terms of the loss, each a scalar; their sum is to be minimised.
@@ -98,13 +98,13 @@ class MaskRCNN(nn.Module):
             images: (B, 3, H, W), normalised and zero-padded below and right.
             generator: draws the samples of anchors and RoIs, on the device of the images.
         """
-        maps = self.maps(images)
+        maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
-        losses = self.rpn.losses(output, sizes, targets, generator)
-        rois, labels, matched = self._sample_rois(self.rpn.propose(output, sizes), targets, generator)
-        pooled_at = self._corners(rois, maps, images)
+        losses = self.rpn.compute_losses(output, sizes, targets, generator)
+        rois, labels, matched = self._sample_rois(self.rpn.filter_proposals(output, sizes), targets, generator)
+        pooled_at = self._pooling_rois(rois, maps, images)
         features = self.head.features(maps, pooled_at)
-        logits, deltas = self.head.classify(features.fc7)
+        logits, deltas = self.head.predict_boxes(features.fc7)
         losses["score"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
         positive = (labels > 0).nonzero()[:, 0]
         wanted = torch.cat([t.boxes for t in targets])[matched[positive]]
@@ -127,13 +127,19 @@ class MaskRCNN(nn.Module):
         for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
             if options.add_truth:  # so that each object has a RoI from the first step on
                 boxes = torch.cat((boxes, target.boxes))
-            kinds, matched = match(boxes, target, options.positive_iou, options.positive_iou, best_for_each=False)
-            if not options.add_truth and not (kinds == OBJECT).any():
+            kinds, matched = assign_labels(
+                boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
+            )
+            if not options.add_truth and not (kinds == POSITIVE).any():
                 boxes = torch.cat((boxes, target.boxes))
-                kinds, matched = match(boxes, target, options.positive_iou, options.positive_iou, best_for_each=False)
-            positive, negative = sample(kinds, options.samples, options.positive_fraction, generator, options.refill)
+                kinds, matched = assign_labels(
+                    boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
+                )
+            positive, negative = subsample_labels(
+                kinds, options.samples, options.positive_fraction, generator, options.refill
+            )
             chosen = torch.cat((positive, negative))
-            label = torch.full_like(chosen, BACKGROUND)
+            label = torch.full_like(chosen, NEGATIVE)
             label[: len(positive)] = target.labels[matched[positive]]
             rois.append(F.pad(boxes[chosen], (1, 0), value=image))
             labels.append(label)
@@ -155,12 +161,14 @@ class MaskRCNN(nn.Module):
         for image, target in enumerate(targets):
             rows = (rois[positive, 0] == image).nonzero()[:, 0]
             objects = matched[positive[rows]] - first
-            wanted[rows] = mask_targets(rois[positive[rows], 1:], objects, target, self.head.mask_size, self.convention)
+            wanted[rows] = compute_mask_targets(
+                rois[positive[rows], 1:], objects, target, self.head.mask_size, self.convention
+            )
             first += len(target.boxes)
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / max(logits.numel(), 1)
 
     @torch.no_grad()
-    def detect(
+    def predict(
         self,
         images: Tensor,
         sizes: Sequence[InputSize],
@@ -178,29 +186,29 @@ class MaskRCNN(nn.Module):
             nms_threshold: IoU above which the lower of two detections of a class goes.
             max_regions: how many are kept over all classes.
             at_least_one: lower the threshold by 0.1 for an image, as often as it needs to have a detection.
-            features: which ones of the detections are wanted, see `Described`, and ``head`` for its map.
+            features: which ones of the detections are wanted, see `BatchFeatures`, and ``head`` for its map.
         """
         with self.timed("backbone"):
-            maps: Sequence[Tensor] = self.maps(images)
+            maps: Sequence[Tensor] = self.extract_feature_maps(images)
         with self.timed("proposals"):
             scored = self.rpn(maps)
-            proposals = self.rpn.propose(scored, [(size.height, size.width) for size in sizes])
+            proposals = self.rpn.filter_proposals(scored, [(size.height, size.width) for size in sizes])
         boxes, image = torch.cat(proposals), _image_of_each([len(p) for p in proposals], images.device)
         with self.timed("classes and boxes"):
-            maps = self.head.prepare(maps, len(boxes))
-            rois = self._corners(_rois(image, boxes), maps, images)
-            logits, deltas = self.head.classify(self.head.vectors(maps, rois))
+            maps = self.head.precompute(maps, len(boxes))
+            rois = self._pooling_rois(_rois(image, boxes), maps, images)
+            logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
         with self.timed("choice"):
             finite = all_finite(scored.logits, scored.deltas, logits, deltas)
-            boxes, best, labels, counts = self._chosen(
+            boxes, best, labels, counts = self._select_detections(
                 boxes, image, logits, deltas, sizes, score_threshold, nms_threshold, max_regions, at_least_one
             )
         masks_of = labels if self.recipe.model.masks else None
-        found = self._describe(maps, images, sizes, boxes, counts, masks_of, features)
+        found = self._extract_features(maps, images, sizes, boxes, counts, masks_of, features)
         finite = finite & found.finite
         return Detections(found.counts, found.features, found.masks, found.head, finite, boxes, best, labels)
 
-    def _chosen(
+    def _select_detections(
         self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
         score_threshold: float, nms_threshold: float, max_regions: int, at_least_one: bool,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
@@ -218,36 +226,36 @@ class MaskRCNN(nn.Module):
         return best_detections(inside, scores, image, thresholds, nms_threshold, max_regions, seed_ranking)
 
     @torch.no_grad()
-    def describe(
+    def extract_features(
         self,
         images: Tensor,
         sizes: Sequence[InputSize],
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None = None,
         features: Sequence[str] = FEATURES,
-    ) -> Described:
+    ) -> BatchFeatures:
         """Features, and with `labels` masks, of given boxes of each image.
 
         Args:
             images: (B, 3, H, W), normalised.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
             labels: (n,) of each image, 1..classes: of which class the masks are to be.
-            features: which ones, see `Described`, and ``head`` for its map; what nothing asked for needs is not
+            features: which ones, see `BatchFeatures`, and ``head`` for its map; what nothing asked for needs is not
                 computed.
         """
         with self.timed("backbone"):
-            maps: Sequence[Tensor] = self.maps(images)
+            maps: Sequence[Tensor] = self.extract_feature_maps(images)
         counts = [len(b) for b in boxes]
         if labels is not None or not FROM_CONV5.isdisjoint(features):
-            maps = self.head.prepare(maps, sum(counts))
+            maps = self.head.precompute(maps, sum(counts))
         masks_of = None if labels is None else torch.cat(list(labels))
-        return self._describe(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
+        return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Within it a part of the work is done, which `stages` measures, if somebody asks."""
         return nullcontext() if self.stages is None else self.stages(part)
 
-    def _describe(
+    def _extract_features(
         self,
         maps: Sequence[Tensor],
         images: Tensor,
@@ -256,12 +264,16 @@ class MaskRCNN(nn.Module):
         counts: Sequence[int],
         labels: Tensor | None,
         names: Sequence[str],
-    ) -> Described:
-        """As `describe`, from maps that the head has prepared, of boxes (N, 4) and labels (N,) image after image."""
+    ) -> BatchFeatures:
+        """As `extract_features`, from maps that `RoiHead.precompute` gave.
+
+        Args:
+            boxes: (N, 4), image after image; labels: (N,).
+        """
         with self.timed("features and masks"):
             image = _image_of_each(counts, images.device)
             scaled = self.convention.scale(boxes, _frames(sizes, boxes)[0][image])
-            rois = self._corners(_rois(image, scaled), maps, images)
+            rois = self._pooling_rois(_rois(image, scaled), maps, images)
             values: dict[str, Tensor] = {}
             masks = None
             if "pool5" in names:
@@ -269,20 +281,20 @@ class MaskRCNN(nn.Module):
             if "spatial_pool5" in names:
                 values["spatial_pool5"] = self.head.pooled(maps, rois)
             if labels is not None or not FROM_CONV5.isdisjoint(names):
-                found = self.head.output(maps, rois, labels, spatial="spatial_fc7" in names)
+                found = self.head.forward_inference(maps, rois, labels, spatial="spatial_fc7" in names)
                 values["fc7"] = found.fc7
                 if found.spatial is not None:
                     values["spatial_fc7"] = found.spatial
                 if "class_prob" in names:
-                    values["class_prob"] = self.head.classify(found.fc7)[0].softmax(dim=1)
+                    values["class_prob"] = self.head.predict_boxes(found.fc7)[0].softmax(dim=1)
                 if found.mask_logits is not None:
                     masks = found.mask_logits.sigmoid()
             checked = [values[name] for name in ("pool5", "fc7") if name in values]
             finite = all_finite(rois, *checked, *(() if masks is None else [masks]))
         features = {name: values[name].float() for name in names if name != HEAD}
-        return Described(counts, features, masks, maps[0] if HEAD in names else None, finite)
+        return BatchFeatures(counts, features, masks, maps[0] if HEAD in names else None, finite)
 
-    def _corners(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
+    def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""
         corners = self.convention.corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.packed_layers import BottleneckInUse, pack_layers
-from refdet.detector.res5_head import EarlyConv5, can_enter_early
+from refdet.detector.packed_layers import FusedBottleneck, pack_layers
+from refdet.detector.res5_head import SplitRes5, can_enter_early
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
 from refdet.detector.roi_heads import C4Head, MaskPredictor
 from refdet.ops.convolution import half_is_quickest
 
 
-def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
+def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     """Make of a trained detector one that finds the same and is faster; it is for use alone.
 
     Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.res5_head`), layers have kernels
@@ -30,11 +30,11 @@ def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
             tensors have other names.
         bf16: have the weights, and what flows between them, in bfloat16, all but those that predict classes and boxes.
     """
-    fold_norms(model.eval())
+    fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
     # the largest of several samples is not linear: crop_align must pool first
     if isinstance(head, C4Head) and head.pooling != "crop_align" and can_enter_early(head.conv5):
-        head.conv5 = EarlyConv5(nn.Sequential(*head.conv5.children()))
+        head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
         rpn = model.rpn  # whose anchors are no weights
         parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.score, rpn.delta]
@@ -46,7 +46,7 @@ def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Bottleneck):
-                setattr(parent, name, BottleneckInUse(child))
+                setattr(parent, name, FusedBottleneck(child))
     half = bf16 and half_is_quickest(next(model.parameters()).device)
     # a mask predictor reads the weights of its last layer itself
     keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
@@ -55,7 +55,7 @@ def for_use(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module) -> None:
+def fuse_conv_bn(model: nn.Module) -> None:
     """Put the norms of a model, as they are in eval mode, into the convolutions before them.
 
     Args:

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-_Kind = TypeVar("_Kind", bound="Described")
+_Kind = TypeVar("_Kind", bound="BatchFeatures")
 _Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Described:
+class BatchFeatures:
     """What is in N boxes of a batch of B images, those of the first image first. Iterating gives each image alone.
 
     Attributes:
@@ -42,7 +42,7 @@ class Described:
             yield self._changed([count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1)))
             first += count
 
-    def sent(self: _Kind) -> _Kind:
+    def to_cpu_async(self: _Kind) -> _Kind:
         """The same in the host's memory; what a GPU has may still be on its way until it has done all it was given."""
 
         def to_host(values: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Described:
 
 
 @dataclass(frozen=True)
-class Detections(Described):
+class Detections(BatchFeatures):
     """The detections of a batch of images, of each image best first; masks are there with a mask branch.
 
     Attributes:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refdet.detector.resnet import Bottleneck, joined, relu
+from refdet.detector.resnet import Bottleneck, add_relu, relu
 from refdet.ops.convolution import (
     CHANNELS,
     OUTPUTS,
@@ -116,7 +116,7 @@ class PackedLinear(PackedLayer):
         return conv1x1(x.to(self.dtype)[:, :, None, None], packed, bias).flatten(1).to(x.dtype)
 
 
-class PackedUpsampling(PackedLayer):
+class PackedConvTranspose2x2(PackedLayer):
     """A transposed convolution of 2x2 with stride 2, whose results do not overlap, by the kernel of 1x1 convolutions.
 
     Args:
@@ -151,7 +151,7 @@ class PackedUpsampling(PackedLayer):
         return apart.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-class BottleneckInUse(nn.Module):
+class FusedBottleneck(nn.Module):
     """A bottleneck whose norms are folded into its convolutions.
 
     Args:
@@ -166,15 +166,15 @@ class BottleneckInUse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
-        y = rectified(self.conv2, rectified(self.conv1, x))
-        return rectified(self.conv3, y, self.downsample(x))
+        y = conv_relu(self.conv2, conv_relu(self.conv1, x))
+        return conv_relu(self.conv3, y, self.downsample(x))
 
 
-def rectified(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """ReLU of a convolution, packed or not, of x (N, C, H, W), and of its sum with a shortcut like its result."""
     if isinstance(convolution, PackedConv2d):
         return convolution(x, shortcut, rectify=True)
-    return relu(convolution(x)) if shortcut is None else joined(convolution(x), shortcut)
+    return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
@@ -182,7 +182,7 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
     for name, child in list(model.named_children()):
         if child in keep:
             continue
-        for packed in (PackedConv2d, PackedLinear, PackedUpsampling):
+        for packed in (PackedConv2d, PackedLinear, PackedConvTranspose2x2):
             if packed.takes(child, half):
                 setattr(model, name, packed(child, half))  # type: ignore[arg-type]
                 break

@@ -14,9 +14,9 @@ from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
 from refdet.detector.feature_names import HEAD
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.outputs import Described, Detections
+from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.device import on_device
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.ops.masks import masks_to_rle
 from refdet.structures.box_convention import InputSize
 from refdet.structures.regions import Regions
@@ -34,11 +34,11 @@ class DetectOptions:
 
 
 @dataclass(frozen=True)
-class Description:
+class ImageFeatures:
     """What the network says of n given boxes of an image.
 
     Attributes:
-        features: name -> (n, ...) float32, see `refdet.detector.mask_rcnn.Described`.
+        features: name -> (n, ...) float32, see `refdet.detector.mask_rcnn.BatchFeatures`.
         masks: n RLE ``counts`` of the image, or None where no classes were given.
         maps: "head" -> (C, H, W) float32 where it was asked for.
         im_info: (3,) float32: height and width of the network's input, and the factor that made its height of the
@@ -84,10 +84,10 @@ def start_detecting(
     """
     sizes, inputs = _inputs(model, images)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        found = model.detect(
+        found = model.predict(
             inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one,
             options.features,
-        ).sent()  # fmt: skip
+        ).to_cpu_async()  # fmt: skip
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
@@ -106,7 +106,7 @@ def describe_boxes(
     features: Sequence[str] = ("pool5", "fc7"),
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
-) -> list[Description]:
+) -> list[ImageFeatures]:
     """Features, and with `labels` masks, of given boxes of images; see `start_describing`."""
     return start_describing(model, images, boxes, features, labels, bf16)()
 
@@ -118,7 +118,7 @@ def start_describing(
     features: Sequence[str] = ("pool5", "fc7"),
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
-) -> Callable[[], list[Description]]:
+) -> Callable[[], list[ImageFeatures]]:
     """Describe given boxes of images whose inputs have one exact size; what is returned finishes, in any thread.
 
     Args:
@@ -136,14 +136,14 @@ def start_describing(
         classes = on_device(of_all, inputs.device).split(counts)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         on_its = on_device(rows, inputs.device).split(counts)
-        described = model.describe(inputs, sizes, on_its, classes, features).sent()
+        described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async()
     wait = _end_of_work(inputs.device, images)
 
-    def finish() -> list[Description]:
+    def finish() -> list[ImageFeatures]:
         wait()
         _check_finite(described)
         results = zip(described, rows.split(counts), sizes, strict=True)
-        return [_description(each, box, size) for each, box, size in results]
+        return [_image_features(each, box, size) for each, box, size in results]
 
     return finish
 
@@ -153,7 +153,9 @@ def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSi
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
-        raise ValueError(f"one input size for a batch, not {sizes}; see refdet.data.training_batches.exact_batches")
+        raise ValueError(
+            f"one input size for a batch, not {sizes}; see refdet.data.training_batches.group_by_input_size"
+        )
     weight = next(model.parameters())
     with model.timed("input"):
         inputs = network_inputs(images, sizes, options, weight.device)
@@ -183,15 +185,15 @@ def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable
     return wait
 
 
-def _check_finite(found: Described) -> None:
-    """WorkError if the network said NaN or inf of a batch: such a box is never found, and never missed."""
+def _check_finite(found: BatchFeatures) -> None:
+    """RuntimeFailure if the network said NaN or inf of a batch: such a box is never found, and never missed."""
     if not found.finite:
-        raise WorkError("the network's outputs contain NaN or inf; check the checkpoint's weights")
+        raise RuntimeFailure("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
 def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
     """Of one image, in the host's memory."""
-    described = _description(found, found.boxes, size)
+    described = _image_features(found, found.boxes, size)
     ids = np.asarray(category_ids, np.int64)
     return Regions(
         record.id, record.file_name, record.height, record.width,
@@ -205,11 +207,11 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
     )  # fmt: skip
 
 
-def _description(found: Described, boxes: Tensor, size: InputSize) -> Description:
+def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize) -> ImageFeatures:
     """Of one image, in the host's memory."""
     masks = None
     if found.masks is not None:
         masks = tuple(masks_to_rle(found.masks, boxes, size.image_height, size.image_width))
     features = {name: values.numpy() for name, values in found.features.items()}
     maps = {} if found.head is None else {HEAD: found.head[0].float().contiguous().numpy()}
-    return Description(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))
+    return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))

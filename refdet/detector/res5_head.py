@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refdet.detector.packed_layers import BottleneckInUse, rectified
+from refdet.detector.packed_layers import FusedBottleneck, conv_relu
 from refdet.detector.resnet import Bottleneck, relu
 
 
-class EarlyConv5(nn.Module):
+class SplitRes5(nn.Module):
     """A last stage of bottlenecks in two steps, `enter` and `forward`.
 
     Its first block begins with two 1x1 convolutions, one of them the shortcut. They and pooling are linear and work
@@ -31,7 +31,7 @@ class EarlyConv5(nn.Module):
         self.widths = [lower.out_channels, shortcut.out_channels]
         self.entry = nn.Conv2d(lower.in_channels, sum(self.widths), 1, bias=False)
         self.conv2, self.conv3 = first.conv2, first.conv3
-        self.rest = nn.Sequential(*(BottleneckInUse(block) for block in blocks[1:]))
+        self.rest = nn.Sequential(*(FusedBottleneck(block) for block in blocks[1:]))
         biases = lower.bias, shortcut.bias, self.conv3.bias
         assert biases[0] is not None and biases[1] is not None and biases[2] is not None
         with torch.no_grad():
@@ -39,19 +39,19 @@ class EarlyConv5(nn.Module):
             biases[2].add_(biases[1])
         self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W), the map or cells of RoIs -> (N, C', H, W), which may be pooled before `forward`."""
         return self.entry(x)
 
     def forward(self, entered: Tensor) -> Tensor:
         """Cells (K, C', m, m) -> (K, C, m, m)."""
         lowered, shortcut = entered.split(self.widths, dim=1)
-        y = rectified(self.conv2, relu(lowered + self.lower_bias))
-        return self.rest(rectified(self.conv3, y, shortcut))
+        y = conv_relu(self.conv2, relu(lowered + self.lower_bias))
+        return self.rest(conv_relu(self.conv3, y, shortcut))
 
 
 def can_enter_early(stage: nn.Module) -> bool:
-    """Whether a stage is one that `EarlyConv5` takes."""
+    """Whether a stage is one that `SplitRes5` takes."""
     first = stage[0] if isinstance(stage, nn.Sequential) else None
     if not isinstance(first, Bottleneck) or not isinstance(first.downsample, nn.Sequential):
         return False

@@ -36,7 +36,7 @@ def relu(x: Tensor) -> Tensor:
     return torch.relu(x) if torch.is_grad_enabled() else x.relu_()
 
 
-def joined(x: Tensor, shortcut: Tensor) -> Tensor:
+def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
     """The end of a block, ReLU of a sum (N, C, H, W); as `relu`, `x` may be overwritten."""
     return torch.relu(x + shortcut) if torch.is_grad_enabled() else x.add_(shortcut).relu_()
 
@@ -58,7 +58,7 @@ class BasicBlock(nn.Module):
         """x (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
         y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return joined(y, self.downsample(x))
+        return add_relu(y, self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         y = relu(self.bn1(self.conv1(x)))
         y = relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return joined(y, self.downsample(x))
+        return add_relu(y, self.downsample(x))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.detector.fpn import FeaturePyramid
-from refdet.detector.res5_head import EarlyConv5
+from refdet.detector.res5_head import SplitRes5
 from refdet.ops.pooling import (
     pyramid_roi_align,
     pyramid_roi_align_mean,
@@ -76,7 +76,7 @@ class RoiHead(Protocol):
 
     mask_size: int
 
-    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """What the other methods take as maps; made once for a batch of which about so many RoIs will be asked."""
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
@@ -85,17 +85,19 @@ class RoiHead(Protocol):
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """(K, C) mean over the cells of rois (K, 5), in float32."""
 
-    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """(K, D) what classes and boxes are predicted from, of rois (K, 5), in float32."""
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
 
-    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+    def forward_inference(
+        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+    ) -> RoiOutput:
         """Features of rois (K, 5), and with `labels` (K,), 1..classes, their masks; holds no more of them at once than
         is asked for."""
 
-    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
@@ -175,19 +177,19 @@ class C4Head(nn.Module):
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
 
-    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """The map, and where it saves work what conv5's first convolutions make of it; see `RoiHead`."""
         (x,) = maps
         positions = x.shape[0] * x.shape[2] * x.shape[3]
-        if isinstance(self.conv5, EarlyConv5) and rois * POOL_SIZE**2 > positions:
-            return [x, self.conv5.enter(x)]
+        if isinstance(self.conv5, SplitRes5) and rois * POOL_SIZE**2 > positions:
+            return [x, self.conv5.project(x)]
         return maps
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         return self._pool(maps[0], rois)
 
-    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         return torch.cat([_mean(self._spatial(maps, part)) for part in self._chunks(rois)])
 
@@ -196,7 +198,9 @@ class C4Head(nn.Module):
         spatial = self._spatial(maps, rois)
         return RoiFeatures(_mean(spatial), spatial)
 
-    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+    def forward_inference(
+        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+    ) -> RoiOutput:
         """See `RoiHead`."""
         parts, first = [], 0
         for part in self._chunks(rois):
@@ -214,11 +218,11 @@ class C4Head(nn.Module):
         return rois.chunk(max(-(-len(rois) // most), 1))  # of one size, or nearly
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `prepare` gave."""
-        if not isinstance(self.conv5, EarlyConv5):
+        """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `precompute` gave."""
+        if not isinstance(self.conv5, SplitRes5):
             return self.conv5(self._pool(maps[0], rois))
         early = len(maps) > 1
-        return self.conv5(self._pool(maps[1], rois) if early else self.conv5.enter(self._pool(maps[0], rois)))
+        return self.conv5(self._pool(maps[1], rois) if early else self.conv5.project(self._pool(maps[0], rois)))
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
@@ -235,7 +239,7 @@ class C4Head(nn.Module):
             return roi_crop(x, rois, POOL_SIZE, self.stride)
         return F.max_pool2d(roi_crop(x, rois, 2 * POOL_SIZE, self.stride), 2)
 
-    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""
         return self.box(fc7)
 
@@ -262,7 +266,7 @@ class PyramidHead(nn.Module):
         self.box = BoxPredictor(hidden, classes)
         self.mask = MaskPredictor(channels, mask_channels, classes, convolutions=4) if masks else None
 
-    def prepare(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
+    def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """The maps as they are; see `RoiHead`."""
         return maps
 
@@ -270,7 +274,7 @@ class PyramidHead(nn.Module):
         """From the four finest maps of the pyramid; see `RoiHead`."""
         return pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
 
-    def vectors(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """See `RoiHead`."""
         return self.features(maps, rois).fc7.float()
 
@@ -279,7 +283,9 @@ class PyramidHead(nn.Module):
         pooled = self.pooled(maps, rois)
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
 
-    def output(self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool) -> RoiOutput:
+    def forward_inference(
+        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+    ) -> RoiOutput:
         """See `RoiHead`."""
         features = self.features(maps, rois)
         logits = None if labels is None else self.mask_logits(maps, rois, features, labels)
@@ -289,7 +295,7 @@ class PyramidHead(nn.Module):
         """See `RoiHead`."""
         return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
 
-    def classify(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """See `RoiHead`."""
         return self.box(fc7)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from refdet.config.recipe import ProposalOptions
 from refdet.detector.anchors import Anchors
 from refdet.detector.postprocess import best_anchors, counts_of, ranked_nms
-from refdet.detector.target_assignment import IGNORED, inside, match, sample
+from refdet.detector.target_assignment import IGNORE, assign_labels, inside, subsample_labels
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
@@ -40,7 +40,7 @@ class RpnOutput:
     level_sizes: tuple[int, ...]
 
 
-class ProposalNetwork(nn.Module):
+class RegionProposalNetwork(nn.Module):
     """One 3x3 convolution and two 1x1, the same on each map."""
 
     def __init__(
@@ -74,7 +74,7 @@ class ProposalNetwork(nn.Module):
         return RpnOutput(torch.cat(logits, 1), torch.cat(deltas, 1), anchors, sizes)
 
     @torch.no_grad()
-    def propose(self, output: RpnOutput, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def filter_proposals(self, output: RpnOutput, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """The best boxes of each image: scored, decoded, clipped, thinned by NMS level by level.
 
         Args:
@@ -106,20 +106,20 @@ class ProposalNetwork(nn.Module):
         kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.seed_ranking)
         return list(boxes[kept].split(counts_of(images[kept], len(sizes))))
 
-    def label(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
-        """Which anchors (N, 4) of an image of (height, width) are trained as what; see `match`."""
+    def assign_targets(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
+        """Which anchors (N, 4) of an image of (height, width) are trained as what; see `assign_labels`."""
         options = self.options
         if not options.inside_only:
-            return match(anchors, target, options.positive_iou, options.negative_iou, best_for_each=True)
+            return assign_labels(anchors, target, options.positive_iou, options.negative_iou, best_for_each=True)
         rows = inside(anchors, *size).nonzero()[:, 0]
-        kinds = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
+        kinds = torch.full((len(anchors),), IGNORE, dtype=torch.int64, device=anchors.device)
         matched = torch.zeros_like(kinds)
-        kinds[rows], matched[rows] = match(
+        kinds[rows], matched[rows] = assign_labels(
             anchors[rows], target, options.positive_iou, options.negative_iou, best_for_each=True
         )
         return kinds, matched
 
-    def losses(
+    def compute_losses(
         self,
         output: RpnOutput,
         sizes: Sequence[tuple[int, int]],
@@ -131,8 +131,8 @@ class ProposalNetwork(nn.Module):
         options = self.options
         score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0
         for logits, deltas, size, target in zip(output.logits, output.deltas, sizes, targets, strict=True):
-            kinds, matched = self.label(output.anchors, size, target)
-            positive, negative = sample(kinds, options.samples, options.positive_fraction, generator)
+            kinds, matched = self.assign_targets(output.anchors, size, target)
+            positive, negative = subsample_labels(kinds, options.samples, options.positive_fraction, generator)
             chosen = torch.cat((positive, negative))
             wanted_scores = torch.zeros_like(logits[chosen])
             wanted_scores[: len(positive)] = 1

@@ -11,10 +11,10 @@ from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import GroundTruth
 
-IGNORED, BACKGROUND, OBJECT = -1, 0, 1
+IGNORE, NEGATIVE, POSITIVE = -1, 0, 1
 
 
-def match(
+def assign_labels(
     candidates: Tensor, truth: GroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
 ) -> tuple[Tensor, Tensor]:
     """Which candidates are objects, background, or neither.
@@ -26,22 +26,22 @@ def match(
         best_for_each: also take for each object the candidates that overlap it most, as the RPN does
             (Ren et al., "Faster R-CNN", section 3.1.2).
     Returns:
-        kinds (N,) int64 of IGNORED, BACKGROUND and OBJECT, and object (N,), the index of the object
+        kinds (N,) int64 of IGNORE, NEGATIVE and POSITIVE, and object (N,), the index of the object
         that each candidate overlaps most (0 where there are no objects).
     """
     count = len(candidates)
-    kinds = torch.full((count,), BACKGROUND, dtype=torch.int64, device=candidates.device)
+    kinds = torch.full((count,), NEGATIVE, dtype=torch.int64, device=candidates.device)
     matched = torch.zeros_like(kinds)
     if len(truth.crowds):
         inside = box_ops.intersection(candidates, truth.crowds).amax(dim=1)
-        kinds[inside > 0.5 * box_ops.area(candidates).clamp(min=1e-12)] = IGNORED
+        kinds[inside > 0.5 * box_ops.area(candidates).clamp(min=1e-12)] = IGNORE
     if len(truth.boxes) == 0 or count == 0:
         return kinds, matched
     found = match_boxes(candidates, truth.boxes)
-    kinds[(found.best >= negative_iou) & (found.best < positive_iou)] = IGNORED
-    kinds[found.best >= positive_iou] = OBJECT
+    kinds[(found.best >= negative_iou) & (found.best < positive_iou)] = IGNORE
+    kinds[found.best >= positive_iou] = POSITIVE
     if best_for_each:
-        kinds[found.reaches] = OBJECT
+        kinds[found.reaches] = POSITIVE
     return kinds, found.object
 
 
@@ -50,7 +50,7 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
     return ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= boxes.new_tensor([width, height]))).all(dim=1)
 
 
-def sample(
+def subsample_labels(
     kinds: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None, refill: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Indices of random candidates: (P,) objects and (Q,) background.
@@ -60,7 +60,7 @@ def sample(
         refill: give exactly `count`, drawing some twice where the background is too small; where there is none,
             they are all objects, as in the seed.
     """
-    objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (OBJECT, BACKGROUND))
+    objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (POSITIVE, NEGATIVE))
     everything = refill and len(background) == 0
     positive = _choose(objects, count if everything else int(count * positive_fraction), generator, everything)
     return positive, _choose(background, count - len(positive), generator, refill)
@@ -74,7 +74,7 @@ def _choose(found: Tensor, count: int, generator: torch.Generator | None, refill
     return found
 
 
-def mask_targets(
+def compute_mask_targets(
     rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: BoxConvention | None = None
 ) -> Tensor:
     """The masks that RoIs should get.

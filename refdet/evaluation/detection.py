@@ -15,7 +15,7 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
 from refdet.detector.checkpoint import load_meta
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
 from refdet.extraction.pipeline import Finish, begin_batch, load_ahead
 from refdet.files.progress import progress_bar
@@ -57,7 +57,7 @@ def evaluate(
         no object to find.
     Raises:
         InputError: the detector's categories are not those of the file, or an image cannot be read.
-        WorkError: the device has too little memory for an image.
+        RuntimeFailure: the device has too little memory for an image.
     """
     meta, index = load_meta(run), CocoIndex.load(instances, crowd_as_object=crowd_as_object)
     records, source = list(index.images.values()), ImageSource.open(images, exif)
@@ -82,7 +82,7 @@ def evaluate(
         log.warning("note: --precision %s: this processor has no %s arithmetic: computing in float32", precision,
                     precision)  # fmt: skip
         precision = "float32"
-    detector = loading.load(run, where, for_use=True, bf16=precision == "bfloat16")
+    detector = loading.load(run, where, for_inference=True, bf16=precision == "bfloat16")
     results: list[dict[str, Any]] = []
     with (
         OrientationNote(source),
@@ -113,13 +113,13 @@ def detected_regions(
         detector: made for use, see `refdet.detector.loading.load`.
     Raises:
         InputError: an image cannot be read.
-        WorkError: the device has too little memory for an image.
+        RuntimeFailure: the device has too little memory for an image.
     """
     import torch
 
-    from refdet.data.training_batches import exact_batches
+    from refdet.data.training_batches import group_by_input_size
     from refdet.device import exact_float32, pinned
-    from refdet.extraction.batch_size import halving
+    from refdet.extraction.batch_size import split_on_oom
     from refdet.extraction.extract import detecting
 
     device = next(detector.model.parameters()).device
@@ -128,8 +128,8 @@ def detected_regions(
         pixels = source.read(record)
         return pinned(pixels) if device.type == "cuda" else pixels
 
-    compute = halving(detecting(detector, options))
-    batches = exact_batches(records, detector.meta.recipe.input, batch_size)
+    compute = split_on_oom(detecting(detector, options))
+    batches = group_by_input_size(records, detector.meta.recipe.input, batch_size)
     begun: deque[Finish] = deque()  # a GPU computes a batch while the one before is finished
     with closing(load_ahead(load, batches, workers)) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
@@ -140,7 +140,7 @@ def detected_regions(
                 with torch.inference_mode(), exact_float32():
                     begun.append(begin_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
-                raise WorkError(f"{device} has too little memory for one image; free some of it") from error
+                raise RuntimeFailure(f"{device} has too little memory for one image; free some of it") from error
             if len(begun) > 1:
                 yield from begun.popleft()()
         while begun:

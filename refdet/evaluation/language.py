@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.entries import entries_by_id
 
 INSTALL = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
@@ -54,7 +54,7 @@ class Scorers:
             tokenizer: "ptb", or "blanks" without Java.
 
         Raises:
-            WorkError: Java does not work.
+            RuntimeFailure: Java does not work.
         """
         people = {ref_id: [_clean(s) for s in sentences] for ref_id, sentences in truth.items() if sentences}
         machine = {ref_id: [_clean(said.get(ref_id, ""))] for ref_id in people}
@@ -82,7 +82,9 @@ class Scorers:
             {k: [{"caption": t}] for k, t in lines.items()}
         )
         if len(done) != len(lines):
-            raise WorkError(f"--expressions: PTBTokenizer gave {len(done)} of {len(lines)} sentences back; {_JAVA}")
+            raise RuntimeFailure(
+                f"--expressions: PTBTokenizer gave {len(done)} of {len(lines)} sentences back; {_JAVA}"
+            )
         return {r: [done[r, i][0] if text else "" for i, text in enumerate(of_ref)] for r, of_ref in texts.items()}
 
 
@@ -124,11 +126,11 @@ def _meteor(people: dict[int, list[str]], machine: dict[int, list[str]]) -> floa
     try:
         scorer = _load("meteor.meteor", "Meteor")()
     except OSError as error:
-        raise WorkError(f"--expressions: METEOR does not start ({error}); {_JAVA}") from error
+        raise RuntimeFailure(f"--expressions: METEOR does not start ({error}); {_JAVA}") from error
     try:
         return float(scorer.compute_score(people, machine)[0])
     except (OSError, ValueError) as error:  # its Java ended, or said something else than numbers
-        raise WorkError(f"--expressions: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
+        raise RuntimeFailure(f"--expressions: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
     finally:
         if scorer.lock.locked():  # after an error it still is, and its destructor would wait for it for ever
             scorer.lock.release()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from refdet.files.atomic import atomic_path, write_json
+from refdet.files.atomic import atomic_write, write_json
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
 
 
-def frame(metrics: Mapping[str, Any]) -> pd.DataFrame:
+def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
     """All numbers of metrics.json, one a row.
 
     Returns:
@@ -39,7 +39,7 @@ def _numbers(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, 
 
 
 def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Group -> its numbers, a row a split and a column a metric, both in the order of `frame`."""
+    """Group -> its numbers, a row a split and a column a metric, both in the order of `to_dataframe`."""
     found = {}
     for group, rows in numbers.groupby("group", sort=False):
         wide = rows.pivot(index="split", columns="metric", values="value")
@@ -48,13 +48,13 @@ def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, then metrics.csv (`frame`), into the folder ``out``.
+    """Write metrics.json, then metrics.csv (`to_dataframe`), into the folder ``out``.
 
     In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
     """
     write_json(out / "metrics.json", metrics)
-    with atomic_path(out / "metrics.csv") as temporary:
-        numbers = frame(metrics)
+    with atomic_write(out / "metrics.csv") as temporary:
+        numbers = to_dataframe(metrics)
         texts = [name for name in COLUMNS if name != "value"]
         numbers[texts] = numbers[texts].map(spreadsheet_cell)
         numbers.to_csv(temporary, index=False)

@@ -24,7 +24,7 @@ SHARE = 0.8  # of the free memory; the rest is for what differs between images, 
 CPU_BYTES = 2**30  # of an image of 600x1000 through the largest network, with room to spare
 
 
-def fitting_batch_size(detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectOptions) -> int:
+def auto_batch_size(detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectOptions) -> int:
     """A power of 2: as many images as the device of a detector has memory for, by the largest input of `records`.
 
     On a GPU it is measured: a batch of one image and one of two, of noise, each at its peak. Every box counts as a
@@ -66,7 +66,7 @@ def _power_of_2(count: float, most: int) -> int:
     return size
 
 
-def halving(compute: Compute) -> Compute:
+def split_on_oom(compute: Compute) -> Compute:
     """`compute` for batches of any size: one for which a GPU has too little memory is cut into halves.
 
     So are those after it that are as large, at once: to try them would cost the time and fail the same way.

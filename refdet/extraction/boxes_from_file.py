@@ -199,7 +199,7 @@ def _of_store(path: Path, index: CocoIndex) -> BoxFile:
         _check_store(path, source, index)
     except BaseException as error:
         source.close()
-        if isinstance(error, store.DAMAGE):
+        if isinstance(error, store.CORRUPTION_ERRORS):
             raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
         raise
     categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}

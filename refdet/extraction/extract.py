@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.given_regions import GivenRegions, given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -23,7 +23,7 @@ from refdet.extraction.start_lines import start_lines
 from refdet.store import Header
 
 if TYPE_CHECKING:
-    from refdet.detector.checkpoint import Meta
+    from refdet.detector.checkpoint import CheckpointMetadata
     from refdet.detector.loading import TrainedDetector
     from refdet.detector.predictor import DetectOptions
 
@@ -59,8 +59,9 @@ def extract_features(
         announce: is given lines about what begins: the device, the images, the detector, the size of the store.
 
     Raises:
-        InputError: no checkpoint, none of the images found, ``out`` exists, or see `refdet.extraction.shards.begin`.
-        WorkError: see `extract`; or the device has too little memory for the batch.
+        InputError: no checkpoint, none of the images found, ``out`` exists, or see
+            `refdet.extraction.shards.open_extraction`.
+        RuntimeFailure: see `extract`; or the device has too little memory for the batch.
     """
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.image_source import ImageSource
@@ -90,11 +91,11 @@ def extract_features(
 
     import torch  # from here on: it takes seconds, and what is wrong above is told at once
 
-    from refdet.data.training_batches import exact_batches
+    from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
     from refdet.detector.profiler import Stages
     from refdet.device import exact_float32, pinned, usable_device, usable_precision
-    from refdet.extraction.batch_size import fitting_batch_size, halving
+    from refdet.extraction.batch_size import auto_batch_size, split_on_oom
 
     where = usable_device(device)
     precision = usable_precision(options.precision, where)
@@ -106,8 +107,8 @@ def extract_features(
         header = replace(header, options=plan.options)
     for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
         announce(line)
-    detector = loading.load(checkpoint, where, for_use=True, bf16=options.precision == "bfloat16")
-    compute = halving(
+    detector = loading.load(checkpoint, where, for_inference=True, bf16=options.precision == "bfloat16")
+    compute = split_on_oom(
         detecting(detector, _detect_options(options)) if given is None else _described(detector, given, options)
     )
 
@@ -118,15 +119,15 @@ def extract_features(
     try:
         with torch.inference_mode(), exact_float32(), OrientationNote(source):
             size = batch_size or (resume and begun_batch_size(out))
-            size = size or fitting_batch_size(detector, records, _detect_options(options))
+            size = size or auto_batch_size(detector, records, _detect_options(options))
             detector.model.stages = parts = Stages(where)  # without what trying sizes took
-            batches = exact_batches(records, meta.recipe.input, size)
+            batches = group_by_input_size(records, meta.recipe.input, size)
             return extract(
                 out, replace(plan, batch_size=size), header, batches, records, load, compute, resume, workers,
                 strict=strict, parts_of_computing=parts.seconds,
             )  # fmt: skip
     except torch.cuda.OutOfMemoryError as error:
-        raise WorkError(f"{where} has too little memory for one image; what is finished is kept: "
+        raise RuntimeFailure(f"{where} has too little memory for one image; what is finished is kept: "
                         "free some of it and continue with --resume") from error  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def _planned(
     boxes: Path | None,
     options: ExtractOptions,
     batch_size: int | None,
-    meta: Meta,
+    meta: CheckpointMetadata,
     checkpoint: Path,
 ) -> tuple[Plan, Header]:
     """What is to be computed, and what the store says of itself."""
@@ -195,7 +196,9 @@ def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
     return compute
 
 
-def _check_masks(options: ExtractOptions, meta: Meta, given: GivenRegions | None, checkpoint: Path) -> None:
+def _check_masks(
+    options: ExtractOptions, meta: CheckpointMetadata, given: GivenRegions | None, checkpoint: Path
+) -> None:
     """InputError where masks are to be predicted that cannot be."""
     if options.masks != "predicted":
         return

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, Interrupted, WorkError
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, cut_into_shards
 from refdet.extraction.repair import none_usable, readable, repair
-from refdet.extraction.shards import Parts, begin
+from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.timing import STAGES, Session, shares
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt
@@ -114,14 +114,14 @@ def extract(
         parts_of_computing: tells when the work is done how many seconds each part of computing took.
 
     Raises:
-        InputError: see `refdet.extraction.shards.begin`.
-        WorkError: no image at all could be used, the disk is full, images cannot be read for a reason that is not
+        InputError: see `refdet.extraction.shards.open_extraction`.
+        RuntimeFailure: no image at all could be used, the disk is full, images cannot be read for a reason that is not
             theirs, a number is not finite, or it is strict and an image cannot be used; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
     session: Session | None = None
-    with begin(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
+    with open_extraction(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
         if parts is not None:
             again = set(parts.errors) if strict else readable(parts.errors, records, load)
             session = work(parts, parts.missing(again))
@@ -132,7 +132,7 @@ def extract(
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if errors and len(errors) == images:
-        raise WorkError(none_usable(errors, f"{out} has no regions"))
+        raise RuntimeFailure(none_usable(errors, f"{out} has no regions"))
     computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
     stages = session.stages if session else dict.fromkeys(STAGES, 0.0)
     speed = computed / seconds if computed else 0.0
@@ -149,7 +149,7 @@ def _work(
     workers: int,
     strict: bool,
     parts_of_computing: Callable[[], dict[str, float]],
-    parts: Parts,
+    parts: ShardSet,
     numbers: Sequence[int],
 ) -> Session:
     """Compute shards and merge all into the store."""
@@ -158,12 +158,12 @@ def _work(
         with session.computing():
             _compute_shards(parts, numbers, load, compute, workers, strict, session)
         if parts.errors and len(parts.errors) == len(records):
-            raise WorkError(none_usable(parts.errors, f"{parts.folder} keeps what is finished"))
+            raise RuntimeFailure(none_usable(parts.errors, f"{parts.folder} keeps what is finished"))
         with session.timed("merge"):
             parts.merge(
                 records,
                 lambda: {
-                    **session.told(),
+                    **session.summary(),
                     "batch_size": parts.plan.batch_size,
                     "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
                 },
@@ -172,7 +172,7 @@ def _work(
 
 
 def _compute_shards(
-    parts: Parts,
+    parts: ShardSet,
     numbers: Sequence[int],
     load: Load,
     compute: Compute,
@@ -191,11 +191,11 @@ def _compute_shards(
             with session.timed("load"):
                 try:
                     images = next(loaded)
-                except WorkError as error:
-                    raise WorkError(f"{error}; {kept}: continue with --resume") from error
+                except RuntimeFailure as error:
+                    raise RuntimeFailure(f"{error}; {kept}: continue with --resume") from error
             bad = [image for image in images if isinstance(image, str)]
             if strict and bad:
-                raise WorkError(f"--strict: {bad[0]}; {kept}: add --resume then")
+                raise RuntimeFailure(f"--strict: {bad[0]}; {kept}: add --resume then")
             with session.timed("compute"):
                 finish = begin_batch(batch, images, compute)
             with session.timed("wait"):
@@ -237,7 +237,7 @@ class _Stopped(Exception):
 class _Background:
     """The thread that finishes batches and writes shards; what goes wrong in it is raised in the main thread."""
 
-    def __init__(self, parts: Parts, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
+    def __init__(self, parts: ShardSet, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
         self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
         self._batches: queue.SimpleQueue[Finish | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(_WAITING)
@@ -339,7 +339,7 @@ def load_ahead(
 
 
 @contextmanager
-def _stoppable(parts: Parts, total: int) -> Iterator[None]:
+def _stoppable(parts: ShardSet, total: int) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted that says what is kept and how to go on."""
     try:
         with as_keyboard_interrupt():

@@ -19,10 +19,10 @@ import numpy as np
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard, cut_into_shards
-from refdet.extraction.shards import Parts
-from refdet.files.atomic import MARK, flush, full_disk, write_json
+from refdet.extraction.shards import ShardSet
+from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import alone
 from refdet.files.progress import progress
@@ -39,7 +39,7 @@ def repair_folder(out: Path) -> Path:
     return out.with_name(out.name + ".repair")
 
 
-class Repair(Parts):
+class Repair(ShardSet):
     """The shards of repaired images; made by `repair`."""
 
     def __init__(self, old: Store, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
@@ -55,14 +55,14 @@ class Repair(Parts):
         What the store says of its run stays; that of this one is added as "repaired".
 
         Raises:
-            WorkError: the disk is full, or a shard was damaged meanwhile.
+            RuntimeFailure: the disk is full, or a shard was damaged meanwhile.
         """
         made = self._by_id()
         images = [made.get(r.id) or (self._old_rows[r.id], partial(self._old.read, r.id)) for r in records]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
         os.replace(new, self.out)
-        flush(self.out.parent)
+        fsync(self.out.parent)
         _remove(self.folder, self.out)
 
 
@@ -89,14 +89,14 @@ def repair(
     Raises:
         InputError: another batch size was used for the store, the folder is somebody else's, or another process is
             at it.
-        WorkError: the disk is full; or an image is still broken, and it is strict.
+        RuntimeFailure: the disk is full; or an image is still broken, and it is strict.
     """
     folder = repair_folder(out)
     with store.open(out) as old:
         usable = readable(old.errors, records, load)
         broken = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and broken:
-            raise WorkError(f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images; when their "
+            raise RuntimeFailure(f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images; when their "
                             "files are repaired, run it again with --resume")  # fmt: skip
         if not usable:
             if (folder / _OF).is_file():  # stopped when the store had been replaced already
@@ -111,7 +111,7 @@ def repair(
             raise InputError(f"{folder}: is needed for repaired images, but holds other files; move it")
         affected = [batch for batch in batches if any(record.id in usable for record in batch)]
         shards = cut_into_shards(affected, shard_images)
-        with full_disk(folder, "free some space and run it again"):
+        with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
             with alone(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
@@ -179,7 +179,7 @@ def _rows(old: Store) -> dict[int, ImageRow]:
             check_starts("regions/mask_start", starts, len(old.data["regions/mask_counts"]))
             mask_bytes = np.diff(starts[ends])
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
-    except store.DAMAGE as error:
+    except store.CORRUPTION_ERRORS as error:
         raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
     numbers = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
     return {

@@ -1,7 +1,7 @@
 """One shard on disk: the regions of some images, one image after the other, with checksums. No torch.
 
     "refdet-shard/2\\n"
-    block                 the shard's mark: which shard of which plan it is; JSON
+    block                 the shard's shard_id: which shard of which plan it is; JSON
     blocks                of each image
     u64 0, u32 CRC-32     the end, and the checksum of the checksums of all blocks
 
@@ -10,8 +10,8 @@ head (JSON: its fields, the length of each mask, and name, dtype and shape of ea
 then the arrays in that order. Numbers are little-endian.
 
 Images are written as they come and read one by one, so memory holds one of them however large its features are. Who
-writes or reads a shard learns the `Place` of each image, and can read that one alone afterwards. The CRC-32 is for
-accidents: it finds a cut, a hole and a flipped bit at the speed of memory.
+writes or reads a shard learns the `BlockLocation` of each image, and can read that one alone afterwards. The CRC-32 is
+for accidents: it finds a cut, a hole and a flipped bit at the speed of memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.extraction.plan import Plan
 from refdet.structures.regions import Regions
 
@@ -41,7 +41,7 @@ class ShardError(Exception):
     """A shard is not what was written; the message says what is wrong with it, without its name."""
 
 
-class Place(NamedTuple):
+class BlockLocation(NamedTuple):
     """Where the block of an image is in its shard: the first of its bytes, how many they are, and their CRC-32."""
 
     start: int
@@ -53,23 +53,23 @@ class ShardWriter:
     """Writes the images of one shard to a file opened for it.
 
     Arguments:
-        mark: which shard this is; JSON. `read` wants the same.
+        shard_id: which shard this is; JSON. `read` wants the same.
         plan: says what is kept of the regions.
     """
 
-    def __init__(self, file: BinaryIO, mark: Mapping[str, Any], plan: Plan) -> None:
+    def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any], plan: Plan) -> None:
         self._file, self._plan = file, plan
         self._size = len(_MAGIC)
         self._crc = 0  # of the blocks' own
         file.write(_MAGIC)
-        self._write([json.dumps(mark).encode()])
+        self._write([json.dumps(shard_id).encode()])
 
-    def add(self, regions: Regions) -> Place:
+    def add(self, regions: Regions) -> BlockLocation:
         """Write one image; gives where it is.
 
         Raises:
             ValueError: a column is missing that is to be kept.
-            WorkError: a number is not finite, or too large for float16.
+            RuntimeFailure: a number is not finite, or too large for float16.
         """
         masks = regions.masks or () if self._plan.masks else ()
         if self._plan.masks and len(masks) != len(regions):
@@ -88,7 +88,7 @@ class ShardWriter:
         """Write the end and its checksum."""
         self._file.write(_BLOCK.pack(0, self._crc))
 
-    def _write(self, parts: Sequence[bytes | memoryview]) -> Place:
+    def _write(self, parts: Sequence[bytes | memoryview]) -> BlockLocation:
         length, crc = sum(map(len, parts)), 0
         for part in parts:
             crc = zlib.crc32(part, crc)
@@ -96,12 +96,12 @@ class ShardWriter:
         for part in parts:
             self._file.write(part)
         self._crc = zlib.crc32(_NUMBER.pack(crc), self._crc)
-        place = Place(self._size + _BLOCK.size, length, crc)
+        place = BlockLocation(self._size + _BLOCK.size, length, crc)
         self._size = place.start + length
         return place
 
 
-def read(path: Path, mark: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regions, Place]]:
+def read(path: Path, shard_id: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regions, BlockLocation]]:
     """The images of a shard, in the order they were added.
 
     Only when all have come without an error the shard is whole.
@@ -114,14 +114,14 @@ def read(path: Path, mark: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regi
         try:
             found = json.loads(next(blocks)[0])
         except (ValueError, RecursionError):
-            raise ShardError("damaged: it has no mark") from None
-        if found != mark:
+            raise ShardError("damaged: it has no shard_id") from None
+        if found != shard_id:
             raise ShardError("it is of another extraction")
         for data, place in blocks:
             yield _image(data, plan), place
 
 
-def read_at(path: Path, place: Place, plan: Plan) -> Regions:
+def read_at(path: Path, place: BlockLocation, plan: Plan) -> Regions:
     """One image of a shard.
 
     Raises:
@@ -135,7 +135,7 @@ def read_at(path: Path, place: Place, plan: Plan) -> Regions:
         raise ShardError("it is gone") from None
 
 
-def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Place]]:
+def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
     """All blocks of a shard; each is checked before it is given, and at the end that none is missing."""
     left = os.fstat(file.fileno()).st_size - len(_MAGIC)
     if file.read(len(_MAGIC)) != _MAGIC:
@@ -151,7 +151,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Place]]:
             break
         if left < 0:  # before so many bytes are asked for
             raise ShardError("damaged: it is cut")
-        place = Place(file.tell(), length, crc)
+        place = BlockLocation(file.tell(), length, crc)
         yield _checked(file.read(length), place), place
         all_crcs = zlib.crc32(_NUMBER.pack(crc), all_crcs)
         blocks += 1
@@ -159,7 +159,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Place]]:
         raise ShardError("damaged: its end does not fit")
 
 
-def _checked(data: bytes, place: Place) -> bytes:
+def _checked(data: bytes, place: BlockLocation) -> bytes:
     if len(data) != place.length:
         raise ShardError("damaged: it is cut")
     if zlib.crc32(data) != place.crc:
@@ -224,15 +224,15 @@ def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
         return np.ascontiguousarray(values, dtype)
 
 
-def _not_finite(regions: Regions, name: str, dtype: str) -> WorkError:
+def _not_finite(regions: Regions, name: str, dtype: str) -> RuntimeFailure:
     """The error for an array that holds infinity, or what is no number."""
     where = f"image {regions.image_id} ({regions.file_name}): {name.split('/')[-1]}"
     given = {**regions.features, **regions.maps}.get(name.split("/")[-1])
     if given is not None and np.isfinite(given).all():
         largest = float(np.abs(given).max())
-        return WorkError(f"{where} reaches {largest:g}, more than {dtype} can hold ({np.finfo(dtype).max:g}); "
+        return RuntimeFailure(f"{where} reaches {largest:g}, more than {dtype} can hold ({np.finfo(dtype).max:g}); "
                          "start again with --dtype float32")  # fmt: skip
-    return WorkError(f"{where} is not finite; are the weights of the checkpoint?")
+    return RuntimeFailure(f"{where} is not finite; are the weights of the checkpoint?")
 
 
 def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: Mapping[str, np.ndarray]) -> Regions:

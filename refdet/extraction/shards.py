@@ -19,11 +19,11 @@ from typing import Any
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard
-from refdet.extraction.shard_arrays import Place, ShardError, ShardWriter, read, read_at
+from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
 from refdet.extraction.shard_folder import LOCK, MERGED, OURS, PLAN, begun_plan, check_begun, parts_folder
-from refdet.files.atomic import atomic_path, flush, full_disk, left_behind, write_json
+from refdet.files.atomic import atomic_write, fsync, left_behind, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import alone
 from refdet.store import Columns, Header, ImageRow
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 _Image = tuple[ImageRow, Callable[[], Regions]]  # an image's row in the store, and what reads its regions
 
 
-class Parts:
-    """The shards of one extraction, in ``out``'s `parts_folder` by default; made by `begin`.
+class ShardSet:
+    """The shards of one extraction, in ``out``'s `parts_folder` by default; made by `open_extraction`.
 
     Attributes:
         folder: where they are.
@@ -52,7 +52,7 @@ class Parts:
         self.shards = shards
         self._mend = "what is finished is kept: free some space, then continue with --resume"
         self._of_plan = hashlib.sha256(json.dumps(plan.work(shards, header), sort_keys=True).encode()).hexdigest()
-        self._rows: dict[int, list[tuple[ImageRow, Place]]] = {}  # finished shard -> its images
+        self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape of one region's, once one is known
         for number in range(len(shards)):
             if self._path(number).exists():
@@ -61,7 +61,7 @@ class Parts:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.shard"
 
-    def _mark(self, number: int) -> dict[str, Any]:
+    def _shard_id(self, number: int) -> dict[str, Any]:
         return {"plan": self._of_plan, "shard": number}
 
     def _look_into(self, number: int) -> None:
@@ -69,7 +69,7 @@ class Parts:
         if not path.is_file():
             raise InputError(f"{path}: not a file, where a finished shard should be; remove it")
         try:
-            for regions, place in read(path, self._mark(number), self.plan):
+            for regions, place in read(path, self._shard_id(number), self.plan):
                 rows.append((self._row(regions, path), place))
         except ShardError as error:
             log.warning("note: %s: %s; removed, its images are computed again", path, error)
@@ -82,7 +82,7 @@ class Parts:
         for name, values in regions.features.items():
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
-                raise WorkError(f"{path}: {name} of image {regions.image_id} is {shape}, elsewhere "
+                raise RuntimeFailure(f"{path}: {name} of image {regions.image_id} is {shape}, elsewhere "
                                 f"{self._shapes[name]}; remove {self.folder} and start again")  # fmt: skip
         mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
         size = regions.height, regions.width
@@ -116,12 +116,12 @@ class Parts:
     def write(self, number: int) -> Iterator[Callable[[Regions], None]]:
         """Write one shard: gives a function that takes its images' regions, one by one, in the order of the plan.
 
-        The shard is there when the block ends without an error. WorkError where the disk is full; then nothing of it
-        stays behind.
+        The shard is there when the block ends without an error. RuntimeFailure where the disk is full; then nothing of
+        it stays behind.
         """
         path, rows = self._path(number), []
-        with full_disk(path, self._mend), atomic_path(path) as temporary, temporary.open("wb") as file:
-            writer = ShardWriter(file, self._mark(number), self.plan)
+        with report_disk_full(path, self._mend), atomic_write(path) as temporary, temporary.open("wb") as file:
+            writer = ShardWriter(file, self._shard_id(number), self.plan)
 
             def add(regions: Regions) -> None:
                 place = writer.add(regions)
@@ -136,8 +136,8 @@ class Parts:
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write the store with its images in the order of ``records``, then remove the folder.
 
-        Memory holds one image at a time. WorkError where the disk is full or a shard was damaged meanwhile; the other
-        shards stay. InputError where somebody else has put a file at the store's place.
+        Memory holds one image at a time. RuntimeFailure where the disk is full or a shard was damaged meanwhile; the
+        other shards stay. InputError where somebody else has put a file at the store's place.
 
         Arguments:
             run: gives, when all is written, what the store says of its run.
@@ -168,7 +168,7 @@ class Parts:
         rows = [row for row, _ in images]
         space = space_needed(rows, columns, self.header)
         self._see_that_it_fits(space)
-        with full_disk(path, self._mend), store.create(path, self.header, columns, rows, space) as writer:
+        with report_disk_full(path, self._mend), store.create(path, self.header, columns, rows, space) as writer:
             for _, regions in images:
                 writer.put(regions())
             writer.finish(run())
@@ -182,24 +182,26 @@ class Parts:
             for row, place in rows
         }
 
-    def _read(self, number: int, place: Place) -> Regions:
+    def _read(self, number: int, place: BlockLocation) -> Regions:
         path = self._path(number)
         try:
             return read_at(path, place, self.plan)
         except ShardError as error:
             path.unlink(missing_ok=True)
-            raise WorkError(f"{path}: {error}, since it was written; removed: continue with --resume, which "
+            raise RuntimeFailure(f"{path}: {error}, since it was written; removed: continue with --resume, which "
                             "computes its images again, if the disk can be trusted") from None  # fmt: skip
 
     def _see_that_it_fits(self, need: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < need:
             told = f"the store needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} are free"
-            raise WorkError(f"{self.out}: no space left on the disk: {told}; {self._mend}")
+            raise RuntimeFailure(f"{self.out}: no space left on the disk: {told}; {self._mend}")
 
 
 @contextmanager
-def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool) -> Iterator[Parts | None]:
+def open_extraction(
+    out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool
+) -> Iterator[ShardSet | None]:
     """Start or continue an extraction; one process at a time.
 
     Gives None where ``out`` is there already and complete under this plan and header.
@@ -207,7 +209,7 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
     Raises:
         InputError: see `check_begun`; the shards were cut otherwise; ``out`` is not made of its shards; another process
             is writing them.
-        WorkError: the disk is full.
+        RuntimeFailure: the disk is full.
     """
     folder = parts_folder(out)
     begun = check_begun(out, plan, header, resume)
@@ -219,7 +221,7 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
         raise InputError(f"{folder} was started differently: {told}; use the same options and checkpoint, or remove it")
     if begun is None and resume:
         log.warning("note: --resume: nothing to resume in %s: starting from the beginning", folder)
-    with full_disk(folder, "free some space and run it again"):
+    with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, LOCK, "let it end or choose another --out"):
             now = begun_plan(folder)
@@ -236,8 +238,8 @@ def begin(out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume
                 path.unlink()
             if begun is None:
                 write_json(folder / PLAN, plan.work(shards, header))
-                flush(out.parent)
-            yield Parts(out, plan, header, shards)
+                fsync(out.parent)
+            yield ShardSet(out, plan, header, shards)
 
 
 def _refuse_another(out: Path) -> None:
@@ -264,7 +266,7 @@ def _merged(folder: Path) -> list[int]:
 def _remove(folder: Path) -> None:
     # The plan first: without it the rest is nothing that could be continued.
     (folder / PLAN).unlink()
-    flush(folder)
+    fsync(folder)
     _remove_ours(folder)
 
 

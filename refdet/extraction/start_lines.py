@@ -12,14 +12,14 @@ from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
 from refdet.store import Columns, Header
 
 if TYPE_CHECKING:
-    from refdet.detector.checkpoint import Meta
+    from refdet.detector.checkpoint import CheckpointMetadata
     from refdet.extraction.image_list import ImageList
     from refdet.extraction.options import ExtractOptions
 
 
 def start_lines(
     image_list: ImageList,
-    meta: Meta,
+    meta: CheckpointMetadata,
     options: ExtractOptions,
     device: str | None,
     plan: Plan,

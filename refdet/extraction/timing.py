@@ -77,7 +77,7 @@ class Session:
         self.images += images
         self._note()
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What the store says of all sessions, this one last; JSON."""
         of_all = [*self._before.values(), self._so_far()]
         images, seconds = (sum(one[name] for one in of_all) for name in ("images", "seconds"))

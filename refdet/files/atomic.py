@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import WorkError, is_disk_full
+from refdet.errors import RuntimeFailure, is_disk_full
 
 # Of a temporary name, so that what is cleaned up later is certainly ours.
 MARK = "refdet-tmp"
@@ -20,7 +20,7 @@ _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, which becomes ``path`` when the block ends without an error.
 
     The temporary file lies in the folder of ``path`` (made if it is not there), since only within one file
@@ -40,9 +40,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
     try:
         yield temporary
-        flush(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        flush(path.parent)  # the rename itself
+        fsync(path.parent)  # the rename itself
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         named = error.filename if isinstance(error, OSError) else None
@@ -54,7 +54,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def left_behind(folder: Path, name: str | None = None) -> list[Path]:
-    """The temporary files of `atomic_path` in a folder: of processes that were killed, or are at work.
+    """The temporary files of `atomic_write` in a folder: of processes that were killed, or are at work.
 
     Args:
         name: only those for the file of this name.
@@ -67,25 +67,25 @@ def left_behind(folder: Path, name: str | None = None) -> list[Path]:
 
 
 @contextmanager
-def full_disk(path: Path, mend: str) -> Iterator[None]:
-    """Turn "no space left" into a WorkError that names the file, or else ``path``, and ends with ``mend``."""
+def report_disk_full(path: Path, mend: str) -> Iterator[None]:
+    """Turn "no space left" into a RuntimeFailure that names the file, or else ``path``, and ends with ``mend``."""
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error) or isinstance(error, WorkError):
+        if not is_disk_full(error) or isinstance(error, RuntimeFailure):
             raise
         name = error.filename if isinstance(error, OSError) and error.filename else path
-        raise WorkError(f"{name}: no space left on the disk; {mend}") from error
+        raise RuntimeFailure(f"{name}: no space left on the disk; {mend}") from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented JSON, keys in their own order, atomically."""
     text = json.dumps(obj, indent=2) + "\n"
-    with atomic_path(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """See a file, or the names in a folder, safely on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

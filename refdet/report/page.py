@@ -15,7 +15,7 @@ from refdet import __version__, store
 from refdet.data.coco import ImageRecord
 from refdet.detector.checkpoint import LARGEST_META
 from refdet.errors import InputError
-from refdet.files.atomic import atomic_path
+from refdet.files.atomic import atomic_write
 from refdet.files.small_files import read_small, strict_json
 from refdet.report import sections
 from refdet.report.fields import check_metrics, count, field, rate, text
@@ -78,7 +78,7 @@ def write(out: Path, inputs: Inputs, title: str = "refdet: regions for referring
     if out.exists():
         raise InputError(f"{out} exists; choose another --out or remove it")
     page = render(inputs, title)
-    with atomic_path(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 

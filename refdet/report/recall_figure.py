@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refdet.files.atomic import atomic_path
+from refdet.files.atomic import atomic_write
 from refdet.report.charts import line_chart, standalone
 from refdet.report.recall import recall_axes, recall_series
 
@@ -21,5 +21,5 @@ def recall_figure(metrics: Mapping[str, Any]) -> str:
 
 def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
     """Write recall.svg into the folder ``out``."""
-    with atomic_path(out / "recall.svg") as temporary:
+    with atomic_write(out / "recall.svg") as temporary:
         temporary.write_text(recall_figure(metrics), encoding="utf-8")

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.atomic import atomic_path
+from refdet.files.atomic import atomic_write
 from refdet.splits.held_out import HeldOut, chosen, held_out
 from refdet.splits.image_list import INSTANCES, ImageList
 from refdet.splits.instances_check import InstancesCheck
-from refdet.splits.leak_audit import numbers_of, remarks
+from refdet.splits.leak_audit import numbers_of, warnings_of
 from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
 
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What `build_split` did: ``report`` as written, the paths, and remarks for people."""
+    """What `build_split` did: ``report`` as written, the paths, and warnings_of for people."""
 
     out: Path
     report_path: Path
@@ -78,7 +78,7 @@ def build_split(
         raise InputError(f"{instances}: no image left; none of its {len(keep)} {what} ({refer_root})")
     if not any(named):
         notes.append(f"{instances}: none of its images is in a held-out split; is it of COCO train?")
-    notes += remarks(images)
+    notes += warnings_of(images)
 
     kept = [image for image, stays in zip(images.images, keep, strict=True) if stays]
     ids = {image.id for image in kept if image.id is not None}
@@ -116,7 +116,7 @@ def build_split(
     }
     if images.form != INSTANCES:
         report["provenance"] = provenance.to_json()
-    with atomic_path(report_path) as report_file, atomic_path(out) as out_file:
+    with atomic_write(report_path) as report_file, atomic_write(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
@@ -136,4 +136,4 @@ def _earlier(images: ImageList) -> dict[str, dict[str, int]]:
     except InputError as error:
         raise InputError(f"{images.path}: info.refdet: {error}") from None
     same = written.image_ids_sha256 == image_ids_sha256(images.ids)
-    return written.excluded if same and all(image.known_by_id for image in images.images) else {}
+    return written.excluded if same and all(image.id_matches_file_name for image in images.images) else {}

@@ -38,7 +38,7 @@ class ProvenanceAudit:
         claims: what that says of each held-out split.
         proof: the audit of the file that it was trained on, None if that was not given.
         problem: why it is not clean, "" if it is.
-        notes: remarks for people.
+        notes: warnings_of for people.
     """
 
     kind: str

@@ -16,7 +16,7 @@ import numpy as np
 from refdet.data.coco import ImageRecord
 from refdet.data.image_evidence import goes_by_id
 from refdet.data.image_source import ImageSource, why_unreadable
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.files.progress import progress
 from refdet.splits.held_out import held_out
 from refdet.splits.image_list import INSTANCES, ImageList
@@ -27,19 +27,19 @@ _LARGE_BYTES = 32 << 20  # of a file; such are looked at one at a time
 
 
 @dataclass(frozen=True)
-class Copy:
+class Duplicate:
     """An image of a list that shows the same as a held-out one.
 
     Attributes:
         image: its id in the list, or its name; refer_image_id: COCO's id of the other.
         splits: the held-out splits that have that one.
-        bits, correlation, mirrored: see `refdet.splits.perceptual_hash.Match`.
+        hamming_distance, correlation, mirrored: see `refdet.splits.perceptual_hash.Match`.
     """
 
     image: int | str
     refer_image_id: int
     splits: list[str]
-    bits: int
+    hamming_distance: int
     correlation: float
     mirrored: bool
 
@@ -62,7 +62,7 @@ class ContentResult:
     refer_compared: int
     refer_missing: list[int | str]
     refer_unreadable: list[int | str]
-    copies: list[Copy]
+    copies: list[Duplicate]
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,15 +131,15 @@ def audit_content(
             f"--images {images}: none of the {len(wanted)} images of {instances} can be read there "
             f"(the first: {[*own.missing, *own.unreadable][0][1]})"
         )
-    best: dict[tuple[int, int, bool], Copy] = {}  # an image may have two thumbnails
+    best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
     for match in matches(own.pixels, theirs.pixels):
         first, second = own.rows[match.first], theirs.rows[match.second]
         number = int(theirs.labels[second])
         names = [split.name for split in splits if number in split.image_ids]
         correlation = round(match.correlation, 4)
-        copy = Copy(own.labels[first], number, names, match.bits, correlation, match.mirrored)
+        copy = Duplicate(own.labels[first], number, names, match.hamming_distance, correlation, match.mirrored)
         key = first, second, match.mirrored
-        best[key] = min(best.get(key, copy), copy, key=lambda one: one.bits)
+        best[key] = min(best.get(key, copy), copy, key=lambda one: one.hamming_distance)
     lists = {
         "missing": own.missing,
         "unreadable": own.unreadable,
@@ -188,7 +188,7 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
                 return thumbnails(source.data(name, height, width))
             with one_large:
                 return thumbnails(source.data(name, height, width))
-        except WorkError:  # the whole zip is gone
+        except RuntimeFailure:  # the whole zip is gone
             raise
         except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
             source.refuse_unread(name, error)

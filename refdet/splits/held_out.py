@@ -9,7 +9,7 @@ from pathlib import Path
 import refer
 from refdet.errors import InputError
 from refdet.splits.refer_statistics import counts_of, differences
-from refdet.splits.unrecognized_refs import unread
+from refdet.splits.unrecognized_refs import unrecognized_refs
 
 TRAIN = "train"
 # The images of RefClef are not COCO's; its ids would hit COCO images they have nothing to do with.
@@ -34,7 +34,7 @@ class HeldOut:
 
 
 def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[HeldOut], list[str]]:
-    """The splits to hold out, and remarks for people.
+    """The splits to hold out, and warnings_of for people.
 
     Arguments:
         refer_root: folder of DATASET/refs(SPLIT_BY).p.
@@ -66,7 +66,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
 
 
 def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
-    """The splits that ``--keep-only`` names, and remarks for people.
+    """The splits that ``--keep-only`` names, and warnings_of for people.
 
     Arguments:
         keep_only: each "DATASET:SPLIT_BY" (all its splits) or "DATASET:SPLIT_BY:SPLIT,...".
@@ -85,7 +85,7 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     there = refer.available(refer_root)
     pairs = [pair for pair in there if pair[0] not in NOT_COCO]
     skipped = sorted({dataset for dataset, _ in there} & set(NOT_COCO))
-    misnamed = unread(refer_root)
+    misnamed = unrecognized_refs(refer_root)
     if not pairs:
         hint = f" ({str(misnamed[0])!r} is not read: it must be named so)" if misnamed else ""
         raise InputError(
@@ -115,8 +115,8 @@ def _splits(
     found: dict[str, HeldOut] = {}
     notes: dict[str, None] = {}
     for dataset, split_by, names in wanted:
-        images, remarks = _images_by_split(refer_root, dataset, split_by)
-        notes |= dict.fromkeys(remarks)
+        images, warnings_of = _images_by_split(refer_root, dataset, split_by)
+        notes |= dict.fromkeys(warnings_of)
         unknown = [name for name in names if name not in images]
         if unknown:
             raise InputError(

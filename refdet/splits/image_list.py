@@ -23,7 +23,7 @@ INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES, LINES = (
 )  # fmt: skip
 
 
-class ListedImage(NamedTuple):
+class ImageEntry(NamedTuple):
     """One image of a list.
 
     Attributes:
@@ -31,7 +31,7 @@ class ListedImage(NamedTuple):
         name: its file name or address, "" for none.
         label: what people know it by: its id, its name or its place in the list.
         evidence: what its entry says.
-        known_by_id: see `refdet.data.image_evidence.is_known_by_id`.
+        id_matches_file_name: see `refdet.data.image_evidence.id_matches_file_name`.
         start, end: its entry is ``text[start:end]``.
         numbers: the numbers under which COCO may know it, see `Evidence.numbers`.
         unknown: whether nothing that counts says which image of COCO it is, or that it is none.
@@ -41,7 +41,7 @@ class ListedImage(NamedTuple):
     name: str
     label: int | str
     evidence: Evidence
-    known_by_id: bool
+    id_matches_file_name: bool
     start: int
     end: int
     numbers: frozenset[int] = frozenset()
@@ -56,7 +56,7 @@ class ListedAnnotation(NamedTuple):
     end: int
 
 
-class Member(NamedTuple):
+class TopLevelValue(NamedTuple):
     """A key at the top of an instances file; its value is ``text[start:end]``."""
 
     key: str
@@ -81,9 +81,9 @@ class ImageList:
     path: Path
     form: str
     text: str
-    images: list[ListedImage]
+    images: list[ImageEntry]
     annotations: list[ListedAnnotation] = field(default_factory=list)
-    members: list[Member] = field(default_factory=list)
+    members: list[TopLevelValue] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     elsewhere: dict[str, frozenset[int]] = field(default_factory=dict)
     ids_confirmed: bool = False
@@ -116,7 +116,7 @@ class ImageList:
             self._write_instances(file, images, entries, info)
 
     def _write_instances(
-        self, file: IO[str], images: Sequence[ListedImage], entries: Iterable[str], info: object
+        self, file: IO[str], images: Sequence[ImageEntry], entries: Iterable[str], info: object
     ) -> None:
         ids = {image.id for image in images}
         owned = (self.text[entry.start : entry.end] for entry in self.annotations if entry.image_id in ids)
@@ -135,7 +135,7 @@ class ImageList:
         file.write("}\n")
 
 
-def weigh(images: Sequence[ListedImage]) -> tuple[list[ListedImage], bool]:
+def weigh(images: Sequence[ImageEntry]) -> tuple[list[ImageEntry], bool]:
     """The images with ``numbers`` and ``unknown`` set, and whether the file confirms its ids."""
     confirmed = ids_are_confirmed(image.evidence for image in images)
     weighed = []

@@ -16,7 +16,7 @@ from refdet.errors import InputError
 from refdet.extraction.shard_folder import parts_folder, progress
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
-from refdet.store import DAMAGE
+from refdet.store import CORRUPTION_ERRORS
 from refdet.store.hdf5_door import MAGIC, check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
 from refdet.store.verify import Verification, verify
@@ -127,7 +127,7 @@ def _store(path: Path) -> dict[str, Any]:
                 "run": _attribute(path, file, "run"),
                 "provenance": _provenance(path, _attribute(path, file, "provenance")),
             }
-    except DAMAGE as error:
+    except CORRUPTION_ERRORS as error:
         raise InputError(f"{path}: damaged ({error})") from None
 
 

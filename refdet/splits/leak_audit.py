@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.splits.held_out import held_out
-from refdet.splits.image_list import ImageList, ListedImage
+from refdet.splits.image_list import ImageEntry, ImageList
 from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import file_sha256, image_ids_sha256
 
@@ -38,10 +38,10 @@ class AuditResult:
         form: of the list; see `refdet.splits.image_list`.
         images: how many entries it has; unidentified: how many of them nothing identifies as an image of COCO or of
             another source; unknown: their labels.
-        not_known_by_id: how many have a file that their id does not tell; see `is_known_by_id`.
+        not_known_by_id: how many have a file that their id does not tell; see `id_matches_file_name`.
         file_sha256: of the file; image_ids_sha256: of the ids in it.
         held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
-        splits: the same for each split; notes: remarks for people.
+        splits: the same for each split; notes: warnings_of for people.
     """
 
     form: str
@@ -96,7 +96,7 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
     """
     splits, notes = held_out(refer_root, exclude)
     images = read_image_list(instances)
-    notes += remarks(images)
+    notes += warnings_of(images)
     per_image = Counter(entry.image_id for entry in images.annotations)
     stray = per_image.keys() - images.ids
     if stray:
@@ -119,7 +119,7 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
         images=len(images.images),
         unidentified=len(unknown),
         unknown=unknown,
-        not_known_by_id=sum(not image.known_by_id for image in images.images),
+        not_known_by_id=sum(not image.id_matches_file_name for image in images.images),
         file_sha256=file_sha256(images.path),
         image_ids_sha256=image_ids_sha256(images.ids),
         held_out_images=len(everything),
@@ -129,12 +129,12 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
     )
 
 
-def numbers_of(images: Iterable[ListedImage]) -> frozenset[int]:
+def numbers_of(images: Iterable[ImageEntry]) -> frozenset[int]:
     """The COCO numbers of all of them."""
     return frozenset().union(*(image.numbers for image in images))
 
 
-def remarks(images: ImageList) -> list[str]:
+def warnings_of(images: ImageList) -> list[str]:
     """What people should know of how the images of a list are known, a line each."""
     path, lines = images.path, []
     several = [image for image in images.images if len(image.numbers) > 1]
@@ -151,7 +151,7 @@ def remarks(images: ImageList) -> list[str]:
             f"{path}: the ids of {len(running)} images are not the numbers in their names "
             f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names count"
         )
-    none = [image for image in images.images if image.evidence.not_coco]
+    none = [image for image in images.images if image.evidence.is_non_coco]
     if none:
         lines.append(f"{path}: {len(none)} images are not COCO's according to the file (coco_id null)")
     lines += _unknown(images)
@@ -186,10 +186,10 @@ def _unknown(images: ImageList) -> list[str]:
     return lines
 
 
-def _has_running_id(image: ListedImage) -> bool:
+def _has_running_id(image: ImageEntry) -> bool:
     evidence = image.evidence
     return bool(evidence.named) and evidence.id is not None and evidence.id not in image.numbers and not evidence.genome
 
 
-def _has_id_alone(image: ListedImage) -> bool:
+def _has_id_alone(image: ImageEntry) -> bool:
     return bool(image.evidence.ids) and not image.evidence.unread_names and not image.evidence.genome

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.coco_validation import checked_id, kind
-from refdet.data.image_evidence import COCO_IDS, IDS, NAMES, evidence_of, evidence_of_image, is_known_by_id, names_in
+from refdet.data.image_evidence import (
+    COCO_IDS,
+    IDS,
+    NAMES,
+    evidence_of,
+    evidence_of_image,
+    id_matches_file_name,
+    names_in,
+)
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors
 from refdet.splits.image_list import (
@@ -19,10 +27,10 @@ from refdet.splits.image_list import (
     JSON_LIST,
     JSON_OBJECT,
     LINES,
+    ImageEntry,
     ImageList,
     ListedAnnotation,
-    ListedImage,
-    Member,
+    TopLevelValue,
     weigh,
 )
 from refdet.splits.json_stream import Piece, pieces, read_text
@@ -50,7 +58,7 @@ def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = No
         if not found.images:
             raise InputError(f"{path}: no image in it; give an instances JSON or a list of images")
         images, confirmed = weigh(found.images)
-        if found.form != INSTANCES and not any(i.numbers or i.evidence.not_coco for i in images):
+        if found.form != INSTANCES and not any(i.numbers or i.evidence.is_non_coco for i in images):
             raise InputError(
                 f"{path}: none of its {len(images)} entries has a COCO image id, the first is "
                 f"{images[0].name or images[0].label!r:.60}; {_fix(images)}"
@@ -107,7 +115,7 @@ def _instances(path: Path, text: str, check: Callable[[Piece], None] | None) -> 
 def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
     path, key, position, value, start, end = found.path, *piece[:5]
     if position is None:
-        found.members.append(Member(key, start, end))
+        found.members.append(TopLevelValue(key, start, end))
         if key == "info" and isinstance(value, dict):
             found.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
@@ -128,15 +136,15 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
             ids.add(image_id)
         _check_coco_ids(path, value, what)
         evidence = evidence_of_image(value, image_id)
-        known = is_known_by_id(value, image_id, evidence)
+        known = id_matches_file_name(value, image_id, evidence)
         label = position if image_id is None else image_id
-        found.images.append(ListedImage(image_id, _name(value), label, evidence, known, start, end))
+        found.images.append(ImageEntry(image_id, _name(value), label, evidence, known, start, end))
     elif key == "annotations":
         image_id = checked_id(path, value, "image_id", f"annotations[{position}]")
         found.annotations.append(ListedAnnotation(image_id, start, end))
 
 
-def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ListedImage:
+def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ImageEntry:
     """An entry of a list that is no instances file."""
     if type(value) is int or isinstance(value, str):
         return _plain(value, start, end)
@@ -149,24 +157,24 @@ def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ListedIm
                 checked_id(path, value, id_key, what)
     evidence = evidence_of(value)
     name = _name(value) if isinstance(value, dict) else ""
-    known = isinstance(value, dict) and is_known_by_id(value, evidence.id, evidence)
+    known = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
     label = name or what if evidence.id is None else evidence.id
-    return ListedImage(evidence.id, name, label, evidence, known, start, end)
+    return ImageEntry(evidence.id, name, label, evidence, known, start, end)
 
 
-def _member(member: Entry) -> ListedImage:
+def _member(member: Entry) -> ImageEntry:
     """A member of an object, whose key may be the name or the number of its image."""
     evidence = evidence_of(member.value, key=member.key)
-    known = isinstance(member.value, dict) and is_known_by_id(member.value, evidence.id, evidence)
+    known = isinstance(member.value, dict) and id_matches_file_name(member.value, evidence.id, evidence)
     label = member.key if evidence.id is None else evidence.id
-    return ListedImage(evidence.id, member.key, label, evidence, known, member.start, member.end)
+    return ImageEntry(evidence.id, member.key, label, evidence, known, member.start, member.end)
 
 
-def _plain(value: int | str, start: int, end: int) -> ListedImage:
+def _plain(value: int | str, start: int, end: int) -> ImageEntry:
     """A bare id or name."""
     evidence = evidence_of(value)
     known = len(evidence.named | evidence.bare) == 1
-    return ListedImage(evidence.id, value if isinstance(value, str) else "", value, evidence, known, start, end)
+    return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, known, start, end)
 
 
 def _name(value: dict) -> str:
@@ -195,13 +203,13 @@ def _spans(text: str) -> Iterator[tuple[int, str, int, int]]:
         start += len(line)
 
 
-def _lines(text: str) -> Iterator[ListedImage]:
+def _lines(text: str) -> Iterator[ImageEntry]:
     for _, line, start, end in _spans(text):
         if not line.startswith("#"):
             yield _line(line, start, end)
 
 
-def _line(text: str, start: int, end: int) -> ListedImage:
+def _line(text: str, start: int, end: int) -> ImageEntry:
     """A line is a name, or a table's row: the file names in it count, else its numbers, which may be running ones."""
     listed = _plain(text, start, end)
     fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
@@ -213,7 +221,7 @@ def _line(text: str, start: int, end: int) -> ListedImage:
     evidence = replace(listed.evidence, bare=frozenset(numbers), unread_names=unread or not numbers)
     name = files[0] if files else fields[0]
     first = numbers[0] if numbers else None
-    return listed._replace(id=first, evidence=evidence, name=name, known_by_id=len(set(numbers)) == 1)
+    return listed._replace(id=first, evidence=evidence, name=name, id_matches_file_name=len(set(numbers)) == 1)
 
 
 def _is_json_lines(text: str) -> bool:
@@ -228,7 +236,7 @@ def _is_json_lines(text: str) -> bool:
         return False
 
 
-def _json_lines(path: Path, text: str) -> Iterator[ListedImage]:
+def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
     for number, line, start, end in _spans(text):
         try:
             with json_errors(path):
@@ -238,7 +246,7 @@ def _json_lines(path: Path, text: str) -> Iterator[ListedImage]:
         yield _listed(path, f"line {number}", value, start, end)
 
 
-def _fix(images: Iterable[ListedImage]) -> str:
+def _fix(images: Iterable[ImageEntry]) -> str:
     if any(is_visual_genome(image.name) for image in images):
         return "these are Visual Genome's own names: give its image_data.json, which has their COCO ids"
     return "give COCO's ids, or names such as 000000000009.jpg"

@@ -54,7 +54,7 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
     """The entries of the object at the top of a JSON text, and where they are in it.
 
     A member whose key is the name of an image is an entry, so is each item of a list, and each object that holds
-    other things than lists and objects. Numbers and strings that name no image are taken for remarks.
+    other things than lists and objects. Numbers and strings that name no image are taken for warnings_of.
 
     Raises:
         InputError: the text is malformed, or a key is there twice.

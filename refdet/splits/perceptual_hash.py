@@ -28,14 +28,14 @@ class Match(NamedTuple):
 
     Attributes:
         first, second: rows in the two sets.
-        bits: how many of the 143 bits differ.
+        hamming_distance: how many of the 143 hamming_distance differ.
         correlation: of the thumbnails, 1 for the same up to brightness and contrast.
         mirrored: whether one is the other mirrored left to right.
     """
 
     first: int
     second: int
-    bits: int
+    hamming_distance: int
     correlation: float
     mirrored: bool
 

@@ -13,7 +13,7 @@ _LIKE_REFS = re.compile(r"g?refs([\W_].*)?\.(p|pkl|pickle|json)", re.IGNORECASE)
 _DEPTH = 3  # ROOT/X/DATASET/file: one folder too deep
 
 
-def unread(refer_root: str | Path) -> list[Path]:
+def unrecognized_refs(refer_root: str | Path) -> list[Path]:
     """The files below a REFER root that look like refs and are none of those `refer.available` finds, sorted."""
     root = Path(refer_root)
     read = set(refer.available(root))

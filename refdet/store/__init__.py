@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refdet.store.reader import DAMAGE, SCHEMA, Columns, Header, ImageRow, Store, StoreWriter, create, open
+    from refdet.store.reader import (
+        CORRUPTION_ERRORS,
+        SCHEMA,
+        Columns,
+        Header,
+        ImageRow,
+        Store,
+        StoreWriter,
+        create,
+        open,
+    )
 
-__all__ = ["DAMAGE", "SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
+__all__ = ["CORRUPTION_ERRORS", "SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-shape[0] // rows) * (chunk + chunk // 500 + 64) + 4096
 
 
-class WholeChunks:
+class ChunkedWriter:
     """Fills a dataset from its first row to its last, a chunk at a time.
 
     A chunk that is written twice is compressed twice, and where it has grown its old place in the file stays empty:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
 # What damaged contents make h5py, numpy and json raise.
-DAMAGE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
+CORRUPTION_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 class Store:
@@ -159,7 +159,7 @@ class Store:
             )
         try:
             return self._read(image_id, rows, wanted)
-        except DAMAGE as error:
+        except CORRUPTION_ERRORS as error:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
 
     def _read(self, image_id: int, rows: range, wanted: Sequence[str]) -> Regions:
@@ -207,7 +207,7 @@ class Store:
             raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for the shape {shape}")
         return values.reshape(shape)
 
-    def frame(self) -> pd.DataFrame:
+    def to_dataframe(self) -> pd.DataFrame:
         """All regions without features and masks, one a line: the index ``region`` is the row in the file.
 
         Columns: ``image_id``, ``x1``, ``y1``, ``x2``, ``y2`` (half-open, pixels of the original image), ``area``
@@ -232,7 +232,7 @@ class Store:
             frame["category"] = frame["category_id"].map(names).astype("category")
             if self.has_ann_ids:
                 frame["ann_id"] = self.data["regions/ann_id"][:]
-        except DAMAGE as error:
+        except CORRUPTION_ERRORS as error:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
         return frame.rename_axis("region")
 
@@ -255,6 +255,6 @@ def open(path: str | Path, again: bool = False) -> Store:
         return Store(path, file)
     except BaseException as error:
         file.close()
-        if isinstance(error, DAMAGE):
+        if isinstance(error, CORRUPTION_ERRORS):
             raise InputError(f"{path}: damaged: {error}; extract it again") from None
         raise

@@ -13,7 +13,7 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.files.progress import progress
-from refdet.store import DAMAGE, Store
+from refdet.store import CORRUPTION_ERRORS, Store
 from refdet.store import open as open_store
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
@@ -107,7 +107,7 @@ def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
         without = [name for name in store.data if not name.startswith("images/") and name not in [*names, *_STARTS]]
         found.unchecked += [f"{name} has no checksums" for name in without]
         return {name: values[:, k] for k, name in enumerate(names) if name == "images" or name in store.data}
-    except DAMAGE as error:
+    except CORRUPTION_ERRORS as error:
         found.problems.append(Problem(None, CHECKSUMS, f"damaged: {error}"))
         return {}
 
@@ -136,7 +136,7 @@ def _check_image(
             continue
         try:
             columns[name] = _slice(store, name, i, rows)
-        except DAMAGE as error_:
+        except CORRUPTION_ERRORS as error_:
             wrong.append((name, f"cannot be read: {error_}"))
             continue
         if name in checksums and zlib.crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:

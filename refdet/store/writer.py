@@ -14,8 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from refdet.files.atomic import atomic_path
-from refdet.store.chunks import GZIP_LEVEL, THREADS, WholeChunks, chunk_rows
+from refdet.files.atomic import atomic_write
+from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, chunk_rows
 from refdet.store.hdf5_door import remember
 from refdet.store.hdf5_file import new_file
 from refdet.store.schema import (
@@ -68,7 +68,7 @@ class StoreWriter:
         self._data: dict[str, h5py.Dataset] = {}
         self._describe_images(images)
         self._make_columns()
-        self._chunks = {name: WholeChunks(data, pool) for name, data in self._data.items() if data.chunks}
+        self._chunks = {name: ChunkedWriter(data, pool) for name, data in self._data.items() if data.chunks}
 
     @property
     def path(self) -> Path:
@@ -223,7 +223,7 @@ def create(
         space: bytes to set aside on the disk before the first is written.
     """
     with (
-        atomic_path(path) as temporary,
+        atomic_write(path) as temporary,
         new_file(temporary, space) as file,
         ThreadPoolExecutor(THREADS, "compress") as pool,
     ):

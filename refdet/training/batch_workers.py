@@ -26,7 +26,7 @@ from torch import multiprocessing as processes
 
 from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.data.transforms import input_size
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
 SHARED_MEMORY = Path("/dev/shm")  # where tensors lie that processes hand to each other
@@ -48,7 +48,7 @@ def batches_ahead(
 
     Raises:
         RefdetError: an image cannot be used; from the iterator.
-        WorkError: a worker died or cannot hand over its batches; from the iterator.
+        RuntimeFailure: a worker died or cannot hand over its batches; from the iterator.
     """
     if workers == 0:
         yield _in_this_process(batches, steps, device, stop)
@@ -139,7 +139,7 @@ class _Crew:
             try:
                 self._received.put(_pinned(worker.receive(), self._device))
             except _Died:
-                self._received.put(WorkError(_cause_of_death(worker.process.exitcode)))
+                self._received.put(RuntimeFailure(_cause_of_death(worker.process.exitcode)))
                 return
             except BaseException as error:
                 self._received.put(error)
@@ -191,7 +191,7 @@ def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> No
             except ConnectionError:
                 raise
             except Exception as error:
-                pipe.send(WorkError(_not_handed_over(error)))
+                pipe.send(RuntimeFailure(_not_handed_over(error)))
 
 
 def _cause_of_death(code: int | None) -> str:
@@ -218,7 +218,7 @@ def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
     """See that the batches that `batches_ahead` makes fit into /dev/shm, before hours of work find out.
 
     Raises:
-        WorkError: they do not.
+        RuntimeFailure: they do not.
     """
     free = _free()
     if free is None or workers == 0:
@@ -227,7 +227,7 @@ def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
     pixels = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # and the one that is computed
     need = int(pixels) * 3 * 4 * batches.recipe.train.batch_size
     if free < need:
-        raise WorkError(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
+        raise RuntimeFailure(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
 
 
 def _input_pixels(batches: TrainingBatches) -> Sequence[int]:

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from refdet.files.atomic import atomic_path
+from refdet.files.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _forget_after(metrics: Path, step: int) -> None:
             kept.append(line)
     if damaged:
         log.warning("note: %s: %d of its lines are damaged and left out", metrics, damaged)
-    with atomic_path(metrics) as temporary:
+    with atomic_write(metrics) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from refdet.detector.checkpoint import Meta
-from refdet.files.atomic import atomic_path
+from refdet.detector.checkpoint import CheckpointMetadata
+from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
 
 CARD = "README.md"
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
-def write_card(out: Path, meta: Meta) -> None:
+def write_card(out: Path, meta: CheckpointMetadata) -> None:
     """Write the card, unless there is one that somebody has made his own."""
     path = out / CARD
     try:
@@ -21,11 +21,11 @@ def write_card(out: Path, meta: Meta) -> None:
             return
     except OSError:
         return
-    with atomic_path(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(_text(meta), encoding="utf-8", errors="backslashreplace")
 
 
-def _text(meta: Meta) -> str:
+def _text(meta: CheckpointMetadata) -> str:
     provenance, recipe = meta.provenance, meta.recipe
     model = (
         f"ResNet-{recipe.model.depth}, {recipe.model.neck.upper()}, {'with' if recipe.model.masks else 'without'} masks"
@@ -55,7 +55,7 @@ Features of REFER images:
 """
 
 
-def _leaks(meta: Meta) -> str:
+def _leaks(meta: CheckpointMetadata) -> str:
     provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
     if not provenance.excluded:
         why = provenance.note or "nothing is known to be excluded"

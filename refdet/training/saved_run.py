@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from refdet.config.recipe import Recipe
-from refdet.detector.checkpoint import Meta
+from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import strict_json
@@ -36,7 +36,7 @@ class SavedRun:
     """
 
     path: Path
-    meta: Meta
+    meta: CheckpointMetadata
     fresh: tuple[str, ...] | None
     data_sha256: str | None
 
@@ -64,7 +64,7 @@ class SavedRun:
         try:
             if "meta" not in metadata:
                 raise InputError("its metadata has no 'meta'")
-            meta, fresh = Meta.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
+            meta, fresh = CheckpointMetadata.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
             if not (fresh is None or (isinstance(fresh, list) and all(isinstance(part, str) for part in fresh))):
                 raise InputError(f"fresh: a list of names is needed, not {shown(fresh)}")
         except InputError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import Meta
+from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
 from refdet.files.atomic import left_behind
 from refdet.files.short_text import cut
@@ -80,7 +80,12 @@ def newest(out: Path) -> State:
 
 
 def save(
-    out: Path, model: nn.Module, sgd: torch.optim.SGD, meta: Meta, fresh: tuple[str, ...] | None, data_sha256: str
+    out: Path,
+    model: nn.Module,
+    sgd: torch.optim.SGD,
+    meta: CheckpointMetadata,
+    fresh: tuple[str, ...] | None,
+    data_sha256: str,
 ) -> None:
     """Write the state, then the model; then remove older states. The state alone is enough to go on."""
     folder = out / checkpoint.STATE

@@ -18,11 +18,11 @@ from refdet.config.recipe import Recipe
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import Meta
+from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import described, usable_device
-from refdet.errors import InputError, Interrupted, WorkError
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.files.lock import alone
 from refdet.files.progress import progress_bar
 from refdet.interrupt import Stop, StopRequested
@@ -74,7 +74,7 @@ def train(
 
     Raises:
         InputError: something given does not fit, or another process trains into `out`.
-        WorkError: the loss is not finite, or a worker process died (what was done is kept).
+        RuntimeFailure: the loss is not finite, or a worker process died (what was done is kept).
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
     given = inputs.check(recipe, instances, images, out, weights, resume, crowd_as_object)
@@ -93,7 +93,7 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
             f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
-    meta = Meta(recipe, tuple(index.categories.items()), provenance, 0)
+    meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
     without_memory(recipe, len(meta.categories))  # an error where it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,7 +137,7 @@ class _Training:
     """A training that is under way."""
 
     model: MaskRCNN
-    meta: Meta  # its step is the last that is done
+    meta: CheckpointMetadata  # its step is the last that is done
     batches: TrainingBatches
     out: Path
     sgd: torch.optim.SGD
@@ -200,8 +200,8 @@ class _Training:
             return next(ahead)
         except StopRequested:
             raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
-        except WorkError as error:
-            raise WorkError(f"{error} (training stopped {self._keep(step)})") from error
+        except RuntimeFailure as error:
+            raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
             raise type(error)(
                 f"{error} (training stopped at step {step}; with a good file there, go on with --resume)"
@@ -229,7 +229,7 @@ def _step(
     images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
     targets = [target.to(device) for target in batch.targets]
     with torch.autocast(device.type, torch.bfloat16, enabled=model.recipe.train.bf16):
-        losses = model.losses(images, batch.sizes, targets, generator)
+        losses = model.compute_losses(images, batch.sizes, targets, generator)
     total = torch.stack(list(losses.values())).sum()
     terms = {name: value.item() for name, value in losses.items()}
     if not all(map(math.isfinite, terms.values())):
@@ -245,8 +245,8 @@ def _step(
     return terms
 
 
-def _not_finite(what: str, batch: Batch) -> WorkError:
-    return WorkError(
+def _not_finite(what: str, batch: Batch) -> RuntimeFailure:
+    return RuntimeFailure(
         f"the {what} on images {', '.join(map(str, batch.image_ids))}; "
         "lower train.lr, or look at these images; the last checkpoint is kept"
     )

@@ -265,7 +265,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     from refdet.detector import checkpoint
     from refdet.structures.provenance import Provenance
 
-    meta = checkpoint.Meta(recipe.load("demo"), ((1, "dog"),), Provenance.imported("x", "y"), 5)
+    meta = checkpoint.CheckpointMetadata(recipe.load("demo"), ((1, "dog"),), Provenance.imported("x", "y"), 5)
     monkeypatch.setattr(checkpoint, "load_meta", lambda path: meta)
 
 
@@ -294,7 +294,7 @@ def test_none_of_it_imports_torch(files: Files) -> None:
         "from refdet.detector import checkpoint; from refdet.config import recipe\n"
         "from refdet.structures.provenance import Provenance\n"
         "from refdet.cli.main import main\n"
-        "meta = checkpoint.Meta(recipe.load('demo'), ((1, 'dog'),), Provenance.imported('x', 'y'), 5)\n"
+        "meta = checkpoint.CheckpointMetadata(recipe.load('demo'), ((1, 'dog'),), Provenance.imported('x', 'y'), 5)\n"
         "checkpoint.load_meta = lambda path: meta\n"
         "for line in json.load(sys.stdin):\n"
         "    try:\n        main(line)\n    except SystemExit as left:\n        assert left.code == 2, line\n"

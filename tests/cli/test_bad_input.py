@@ -295,10 +295,10 @@ def test_a_device_that_is_not_there(files: Files, tmp_path: Path) -> None:
 
 @pytest.fixture
 def disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flush(path: Path) -> None:
+    def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as writing to a file has it
 
-    monkeypatch.setattr(atomic, "flush", flush)
+    monkeypatch.setattr(atomic, "fsync", full)
 
 
 @pytest.mark.usefixtures("disk_is_full")

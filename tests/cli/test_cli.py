@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from refdet.cli import common
 from refdet.cli.main import COMMANDS, OUTPUT_LOST, main
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refer import ReferError
 
 FREE_SPACE = "free some space and run it again (what was finished is kept)"
@@ -41,7 +41,7 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raises]:
     ("error", "code", "line"),
     [
         (InputError("a.json: not\nthere"), 2, "a.json: not there"),
-        (WorkError("loss is nan"), 1, "loss is nan"),
+        (RuntimeFailure("loss is nan"), 1, "loss is nan"),
         (ReferError("refs(unc).p: cut short"), 2, "refs(unc).p: cut short"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.jpg"), 2, "x.jpg: No such file"),
         (OSError(errno.EIO, "Input/output error", "x.h5"), 1, "x.h5: Input/output error"),

@@ -11,7 +11,7 @@ import refdet.cli.demo_pipeline as demo_module
 from refdet import store
 from refdet.cli.demo_pipeline import demo
 from refdet.cli.main import main
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]
 COMMANDS = [step for step in STEPS if step not in ("dataset", "listener")]
@@ -116,14 +116,14 @@ def test_a_script_that_fails_is_an_error(tmp_path: Path) -> None:
     script.write_text("import sys\nsys.exit('no such thing')\n")
     said: list[str] = []
     log = demo_module._Log(lambda args, output=None: None, said.append)
-    with pytest.raises(WorkError, match="script.py failed"), log.step("listener"):
+    with pytest.raises(RuntimeFailure, match="script.py failed"), log.step("listener"):
         log.python("listener", script)
     assert "no such thing" in "".join(said)
 
 
 def test_a_blind_audit_is_not_believed(tmp_path: Path) -> None:
     """If audit no longer saw the leak of the original file, its "clean" would mean nothing."""
-    with pytest.raises(WorkError, match="audit found none"):
+    with pytest.raises(RuntimeFailure, match="audit found none"):
         demo(tmp_path / "out", lambda args, output=None: None, lambda text: None, images=20)
 
 

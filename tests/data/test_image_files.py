@@ -19,7 +19,7 @@ from PIL import Image
 from refdet.data.coco import ImageRecord
 from refdet.data.image_decoder import most_bytes
 from refdet.data.image_source import ImageError, ImageSource
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refer.image_folder import list_folder, read_file
 
 RECORD = ImageRecord(1, "x.png", 6, 9)
@@ -150,7 +150,7 @@ def test_folders_that_cannot_be_listed(
 
     monkeypatch.setattr(os, "scandir", closed)
     if number == errno.EIO:  # of the disk, not of the folder
-        with pytest.raises(WorkError, match="cannot be listed now .*Input/output error"):
+        with pytest.raises(RuntimeFailure, match="cannot be listed now .*Input/output error"):
             ImageSource.open(tmp_path)
         return
     assert value_of(ImageSource.open(tmp_path), "x.png") == 7

@@ -34,7 +34,7 @@ def annotated(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = CocoIndex.load(root / "annotations" / "instances_train2017.json")
     chosen = recipe.load("c4-res18").with_changes([*SMALL, "model.norm=batch"])
     model = MaskRCNN(chosen, len(index.categories))
-    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
+    meta = checkpoint.CheckpointMetadata(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
     checkpoint.save(folder / "run", model, meta)
     images = ImageList.of_instances(index.path)
     extract_features(folder / "run", root / "train2017", folder / "f.h5", images, ExtractOptions(regions="annotations"))
@@ -94,7 +94,7 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
     chosen = recipe.load("seed-c4-res50").with_changes(changes)
     torch.manual_seed(0)
     categories = tuple((c["id"], c["name"]) for c in tree["categories"])
-    meta = checkpoint.Meta(chosen, categories, Provenance.imported("seed.pth", "ab" * 32), 0)
+    meta = checkpoint.CheckpointMetadata(chosen, categories, Provenance.imported("seed.pth", "ab" * 32), 0)
     model = MaskRCNN(chosen, len(categories))
     with torch.no_grad():
         for parameter in model.head.box.parameters():  # type: ignore[attr-defined]  # both heads have one

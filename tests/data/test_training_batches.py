@@ -13,7 +13,7 @@ from refdet.config import recipe as recipes
 from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageError, ImageSource
-from refdet.data.training_batches import Batch, TrainingBatches, exact_batches
+from refdet.data.training_batches import Batch, TrainingBatches, group_by_input_size
 from refdet.data.transforms import input_size
 from refdet.errors import InputError
 
@@ -112,7 +112,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
     records = [ImageRecord(i, "", *size) for i, size in enumerate(sizes)]
     options = InputOptions(short_sides=(20,), long_side=40)
-    batches = exact_batches(records, options, batch_size)
+    batches = group_by_input_size(records, options, batch_size)
     assert sorted(r.id for batch in batches for r in batch) == list(range(len(sizes)))
     unfilled = []
     for batch in batches:

@@ -116,7 +116,7 @@ def test_no_region_and_no_box_are_not_an_error() -> None:
 
 def test_images_of_different_input_size_are_refused() -> None:
     images = [*some_images(1), *some_images(1, 96, 160)]
-    with pytest.raises(ValueError, match="exact_batches"):
+    with pytest.raises(ValueError, match="group_by_input_size"):
         detect_batch(small_model(), images, records_of(images), CATEGORY_IDS, DetectOptions())
 
 
@@ -167,7 +167,9 @@ def test_frozen_norm_is_batch_norm_in_eval_mode() -> None:
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
     frozen.load_state_dict(batch.state_dict(), strict=False)
     x = torch.randn(1, 3, 96, 128)
-    torch.testing.assert_close(frozen.maps(x)[0], batch.maps(x)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        frozen.extract_feature_maps(x)[0], batch.extract_feature_maps(x)[0], atol=1e-4, rtol=1e-4
+    )
     assert not any(p.requires_grad for p in frozen.backbone.layer1.parameters())
 
 

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import DetectOptions, detect_batch
-from refdet.detector.target_assignment import BACKGROUND, OBJECT, match
+from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels
 from refdet.ops.masks import mask_coverage
 from refdet.structures import boxes as box_ops
 from refdet.structures.ground_truth import GroundTruth
@@ -26,14 +26,14 @@ def truth_for_loss() -> list[GroundTruth]:
 def test_rpn_losses_are_their_formulas() -> None:
     """All anchors are sampled, so the loss is a sum that can be written out in float64."""
     model = small_model("model.masks=false", "proposals.samples=100000", "proposals.positive_fraction=1.0")
-    output, truths = model.rpn(model.maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
-    found = model.rpn.losses(output, [(96, 128)] * 2, truths, None)
+    output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
+    found = model.rpn.compute_losses(output, [(96, 128)] * 2, truths, None)
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
-        kinds, _ = match(output.anchors, truth, 0.7, 0.3, best_for_each=True)
+        kinds, _ = assign_labels(output.anchors, truth, 0.7, 0.3, best_for_each=True)
         for anchor in range(len(kinds)):
             probability = 1 / (1 + torch.exp(-logits[anchor]))
-            if kinds[anchor] == OBJECT:
+            if kinds[anchor] == POSITIVE:
                 score -= torch.log(probability)
                 x1, y1, x2, y2 = output.anchors[anchor].double().tolist()
                 w, h = x2 - x1, y2 - y1
@@ -41,9 +41,9 @@ def test_rpn_losses_are_their_formulas() -> None:
                 for d, t in zip(deltas[anchor], wanted, strict=True):
                     distance = abs(d - t)
                     box += 4.5 * distance**2 if distance < 1 / 9 else distance - 0.5 / 9
-            elif kinds[anchor] == BACKGROUND:
+            elif kinds[anchor] == NEGATIVE:
                 score -= torch.log(1 - probability)
-            count += int(kinds[anchor] in (OBJECT, BACKGROUND))
+            count += int(kinds[anchor] in (POSITIVE, NEGATIVE))
     torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
 
@@ -67,18 +67,18 @@ def test_second_stage_losses_are_their_formulas() -> None:
         for boxes, label in zip(objects, labels, strict=True)
     ]  # fmt: skip
     images, sizes = torch.randn(2, 3, 96, 128), [(96, 128)] * 2
-    found = model.losses(images, sizes, truths)
+    found = model.compute_losses(images, sizes, truths)
 
-    maps = model.maps(images)
+    maps = model.extract_feature_maps(images)
     score, box, mask, count, cells = 0.0, 0.0, 0.0, 0, 0
-    for image, proposals in enumerate(model.rpn.propose(model.rpn(maps), sizes)):
+    for image, proposals in enumerate(model.rpn.filter_proposals(model.rpn(maps), sizes)):
         for roi in torch.cat((proposals, truths[image].boxes)):
             overlaps = box_ops.iou(roi[None], truths[image].boxes)[0]
             best = int(overlaps.argmax())
             label = labels[image][best] if overlaps[best] >= 0.5 else 0
             row = torch.cat((torch.tensor([image]), roi))[None]
             features = model.head.features(maps, row)
-            logits, deltas = (t.double() for t in model.head.classify(features.fc7))
+            logits, deltas = (t.double() for t in model.head.predict_boxes(features.fc7))
             score -= logits[0].log_softmax(0)[label]
             count += 1
             if not label:
@@ -110,9 +110,9 @@ def test_losses_of_the_seeds_arithmetic() -> None:
     )  # fmt: skip
     truth = GroundTruth(torch.tensor([[10.0, 10, 61, 59]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0))
     images, sizes = torch.randn(1, 3, 96, 128), [(96, 128)]
-    maps = model.maps(images)
+    maps = model.extract_feature_maps(images)
     output = model.rpn(maps)
-    found = model.rpn.losses(output, sizes, [truth], None)
+    found = model.rpn.compute_losses(output, sizes, [truth], None)
     score, box, count = 0.0, 0.0, 0
     inclusive = output.anchors.double() - torch.tensor([0.0, 0, 1, 1])
     overlaps = box_ops.iou(output.anchors, truth.boxes)[:, 0]
@@ -138,9 +138,9 @@ def test_losses_of_the_seeds_arithmetic() -> None:
     torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
     generator = torch.Generator().manual_seed(0)
-    rois, labels, _ = model._sample_rois(model.rpn.propose(output, sizes), [truth], generator)
+    rois, labels, _ = model._sample_rois(model.rpn.filter_proposals(output, sizes), [truth], generator)
     assert len(rois) == 40 and (labels == 2).any()
-    losses = model.losses(images, sizes, [truth], generator)
+    losses = model.compute_losses(images, sizes, [truth], generator)
     assert all(value.isfinite() for value in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -157,7 +157,7 @@ def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
         (1.0, 1.0),
     )
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+        losses = model.compute_losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
     torch.stack(list(losses.values())).sum().backward()
     assert all(value.isfinite() for value in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -171,7 +171,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
         model = small_model(*VARIANTS[variant]).train()
         rle = square_mask(10, 10, 60, 60)
         truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
-        losses = model.losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
+        losses = model.compute_losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
         assert set(losses) == {"rpn_score", "rpn_box", "score", "box", "mask"}
         torch.stack(list(losses.values())).sum().backward()
         for name, parameter in model.named_parameters():
@@ -181,7 +181,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
 def test_a_batch_without_objects_trains_on_background_alone() -> None:
     model = small_model().train()
     empty = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
-    losses = model.losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
+    losses = model.compute_losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
     assert losses["box"].item() == losses["mask"].item() == losses["rpn_box"].item() == 0
     assert losses["score"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
@@ -197,7 +197,7 @@ def without_masks(truths: list[GroundTruth], *missing: tuple[int, int]) -> list[
 
 def losses_of(model: MaskRCNN, truths: list[GroundTruth]) -> dict[str, torch.Tensor]:
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(2))
-    return model.losses(images, [(96, 128)] * 2, truths, torch.Generator().manual_seed(3))
+    return model.compute_losses(images, [(96, 128)] * 2, truths, torch.Generator().manual_seed(3))
 
 
 def some_truths() -> list[GroundTruth]:

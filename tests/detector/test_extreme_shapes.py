@@ -37,7 +37,7 @@ def test_every_network_takes_every_shape(variant: str) -> None:
         masks = [to_rle({"size": [height, width], "counts": [0, height * width]}, height, width)]
         truth = GroundTruth(whole, torch.tensor([1]), masks, torch.zeros(0, 4), size.scale, float(width))
         model.train()
-        losses = model.losses(inputs, [(size.height, size.width)], [truth], torch.Generator().manual_seed(0))
+        losses = model.compute_losses(inputs, [(size.height, size.width)], [truth], torch.Generator().manual_seed(0))
         model.eval()
         total = sum(losses.values())
         total.backward()  # type: ignore[union-attr]

@@ -20,12 +20,12 @@ BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0,
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
 def test_each_feature_is_what_it_says(fast: bool) -> None:
-    model = optimize.for_use(trained_model()) if fast else trained_model()
+    model = optimize.optimize_for_inference(trained_model()) if fast else trained_model()
     images, _ = some_images()
     first, empty = describe_boxes(model, images, BOXES, EVERY)
     size = input_size(96, 128, model.recipe.input)
     inputs = network_input(images[0], size, model.recipe.input)[None]
-    (conv4,) = model.maps(inputs.contiguous(memory_format=torch.channels_last))
+    (conv4,) = model.extract_feature_maps(inputs.contiguous(memory_format=torch.channels_last))
     np.testing.assert_allclose(first.maps["head"], conv4[0].numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(first.im_info, np.array([96, 128, 1], np.float32))
     cells = roi_align(conv4, [torch.from_numpy(BOXES[0])], 7, 1 / 16, sampling_ratio=2, aligned=True).numpy()
@@ -43,7 +43,7 @@ def test_each_feature_is_what_it_says(fast: bool) -> None:
 
 
 def test_features_of_detections_are_those_of_their_boxes() -> None:
-    model = optimize.for_use(trained_model())
+    model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
     names = EVERY[:-1]
     regions = detect_batch(model, images, records, IDS, DetectOptions(0.1, max_regions=10, features=names))
@@ -55,7 +55,7 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
 
 
 def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
-    model = optimize.for_use(trained_model())
+    model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
     options = DetectOptions(0.1)
     wanted = [detect_batch(model, [i], [r], IDS, options)[0] for i, r in zip(images, records, strict=True)]

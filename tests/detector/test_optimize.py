@@ -10,7 +10,7 @@ from trained_models import IDS, VARIANTS, some_images, trained_model
 
 from refdet.detector import optimize
 from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
-from refdet.detector.res5_head import EarlyConv5
+from refdet.detector.res5_head import SplitRes5
 from refdet.detector.resnet import FrozenBatchNorm
 
 NAMES = ("pool5", "fc7", "class_prob")
@@ -20,9 +20,9 @@ NAMES = ("pool5", "fc7", "class_prob")
 def test_the_same_regions_and_features(variant: str) -> None:
     changes, early = VARIANTS[variant]
     model = trained_model(*changes)
-    fast = optimize.for_use(copy.deepcopy(model))
+    fast = optimize.optimize_for_inference(copy.deepcopy(model))
     assert not any(isinstance(part, (FrozenBatchNorm, nn.BatchNorm2d)) for part in fast.modules())
-    assert isinstance(getattr(fast.head, "conv5", None), EarlyConv5) == early
+    assert isinstance(getattr(fast.head, "conv5", None), SplitRes5) == early
     images, records = some_images()
     options = DetectOptions(score_threshold=0.1, max_regions=30, features=NAMES)
     wanted = detect_batch(model, images, records, IDS, options)
@@ -39,16 +39,18 @@ def test_the_same_regions_and_features(variant: str) -> None:
 
 
 def test_conv5_enters_early_only_where_that_is_less_work() -> None:
-    fast = optimize.for_use(trained_model())
-    maps = fast.maps(torch.randn(1, 3, 96, 128))
-    few, many = fast.head.prepare(maps, 0), fast.head.prepare(maps, 100)
+    fast = optimize.optimize_for_inference(trained_model())
+    maps = fast.extract_feature_maps(torch.randn(1, 3, 96, 128))
+    few, many = fast.head.precompute(maps, 0), fast.head.precompute(maps, 100)
     assert (len(few), len(many)) == (1, 2)
     rois = torch.tensor([[0, 10.0, 20, 60, 90], [0, -30, -30, 20, 20], [0, 0, 0, 128, 96]])
-    torch.testing.assert_close(fast.head.vectors(few, rois), fast.head.vectors(many, rois), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        fast.head.box_features(few, rois), fast.head.box_features(many, rois), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_is_not_asked_for_is_not_computed() -> None:
-    fast = optimize.for_use(trained_model())
+    fast = optimize.optimize_for_inference(trained_model())
     images, _ = some_images()
     boxes = [np.array([[1, 1, 60, 60]])] * 2
     wanted = describe_boxes(fast, images, boxes)[0].features["pool5"]
@@ -61,7 +63,7 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
 @pytest.mark.parametrize("variant", ["c4", "fpn", "crop"])
 def test_bfloat16_is_near(variant: str) -> None:
     model = trained_model(*VARIANTS[variant][0])
-    rough = optimize.for_use(copy.deepcopy(model), bf16=True)
+    rough = optimize.optimize_for_inference(copy.deepcopy(model), bf16=True)
     assert rough.head.box.score.weight.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(model.rpn.anchors.buffers(), rough.rpn.anchors.buffers(), strict=True))
     images, records = some_images()
@@ -77,4 +79,4 @@ def test_bfloat16_is_near(variant: str) -> None:
 
 def test_a_norm_after_anything_else_is_refused() -> None:
     with pytest.raises(TypeError, match="a convolution without bias"):
-        optimize.fold_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+        optimize.fuse_conv_bn(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))

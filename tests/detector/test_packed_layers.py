@@ -9,12 +9,12 @@ from torch import nn
 
 from refdet.detector import packed_layers
 from refdet.detector.packed_layers import (
-    BottleneckInUse,
+    FusedBottleneck,
     PackedConv2d,
+    PackedConvTranspose2x2,
     PackedLinear,
-    PackedUpsampling,
+    conv_relu,
     pack_layers,
-    rectified,
 )
 from refdet.detector.resnet import Bottleneck
 from refdet.ops import convolution
@@ -78,14 +78,14 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
 def test_upsampling(half: bool, bias: bool) -> None:
     layer = nn.ConvTranspose2d(128, 64, 2, 2, bias=bias)
     layer = layer.bfloat16() if half else layer
-    assert PackedUpsampling.takes(layer, half) == pointwise_is_quicker(CPU, half)
+    assert PackedConvTranspose2x2.takes(layer, half) == pointwise_is_quicker(CPU, half)
     for x in (torch.randn(3, 128, 7, 7), torch.randn(1, 128, 1, 5), torch.zeros(0, 128, 7, 7)):
-        beside(copy.deepcopy(layer), PackedUpsampling(layer, half), x, half)
+        beside(copy.deepcopy(layer), PackedConvTranspose2x2(layer, half), x, half)
 
 
 @pytest.mark.parametrize("more", [{"stride": 1}, {"padding": 1}, {"groups": 2}, {"output_padding": 1}])
 def test_other_upsampling_is_left(more: dict[str, int]) -> None:
-    assert not PackedUpsampling.takes(nn.ConvTranspose2d(64, 64, 2, **{"stride": 2, **more}))  # type: ignore[arg-type]
+    assert not PackedConvTranspose2x2.takes(nn.ConvTranspose2d(64, 64, 2, **{"stride": 2, **more}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("half", [HALF])
@@ -108,7 +108,7 @@ def folded_bottleneck(stride: int, in_1x1: bool) -> Bottleneck:
 @torch.inference_mode()
 def test_a_bottleneck(half: bool, stride: int, in_1x1: bool) -> None:
     block = folded_bottleneck(stride, in_1x1)
-    used = BottleneckInUse(copy.deepcopy(block))
+    used = FusedBottleneck(copy.deepcopy(block))
     x = torch.randn(2, 64, 12, 14).to(memory_format=torch.channels_last)
     torch.testing.assert_close(used(x), block(x), rtol=0, atol=1e-5)  # without packed layers
     if half:
@@ -123,7 +123,7 @@ def test_a_bottleneck(half: bool, stride: int, in_1x1: bool) -> None:
 
 def test_a_bottleneck_with_norms_is_refused() -> None:
     with pytest.raises(TypeError, match="folded"):
-        BottleneckInUse(Bottleneck(64, 64, 1, nn.BatchNorm2d, False))
+        FusedBottleneck(Bottleneck(64, 64, 1, nn.BatchNorm2d, False))
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -135,8 +135,8 @@ def test_a_sum_after_any_convolution(kernel: int) -> None:
     packed, alone, wanted = PackedConv2d(layer), layer(x), layer(x) + shortcut
     torch.testing.assert_close(packed(x, shortcut), wanted, rtol=0, atol=1e-4)
     for one in (layer, packed):
-        torch.testing.assert_close(rectified(one, x), alone.relu(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(rectified(one, x, shortcut), wanted.relu(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(conv_relu(one, x), alone.relu(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(conv_relu(one, x, shortcut), wanted.relu(), rtol=0, atol=1e-4)
         assert torch.equal(shortcut, before)
 
 
@@ -152,6 +152,6 @@ def test_without_the_kernels_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -
     for half in (False, True):
         for layer in (nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 2, 2), nn.Linear(64, 64)):
             layer = layer.bfloat16() if half else layer
-            kinds = (packed_layers.PackedConv2d, packed_layers.PackedUpsampling, packed_layers.PackedLinear)
+            kinds = (packed_layers.PackedConv2d, packed_layers.PackedConvTranspose2x2, packed_layers.PackedLinear)
             assert not any(kind.takes(layer, half) for kind in kinds)
     assert not half_is_quickest(CPU)

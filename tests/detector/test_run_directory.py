@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 
 from refdet.config import recipe
 from refdet.config.recipe_limits import LIMITS, Range
-from refdet.detector.checkpoint import META, MODEL, Meta, load_meta, run_directory
+from refdet.detector.checkpoint import META, MODEL, CheckpointMetadata, load_meta, run_directory
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 from refdet.structures.provenance import Provenance
 
-GOOD = Meta(recipe.load("demo"), ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3).to_json()
+GOOD = CheckpointMetadata(
+    recipe.load("demo"), ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3
+).to_json()
 OWN = {"backbone.conv1.weight": torch.ones(1), "rpn.conv.weight": torch.ones(1), "head.box.score.weight": torch.ones(1)}
 STATE = {f"model/{name}": value for name, value in OWN.items()} | {"momentum/rpn.conv.weight": torch.ones(1)}
 

@@ -19,7 +19,7 @@ from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import DetectOptions, detect_batch
 from refdet.detector.rpn import DELTA_WEIGHTS
-from refdet.detector.target_assignment import BACKGROUND, OBJECT
+from refdet.detector.target_assignment import NEGATIVE, POSITIVE
 from refdet.detector.weights.import_weights import import_weights
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
@@ -58,7 +58,9 @@ def detectors(
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
         for form in ("trained", "used", "bfloat16"):
-            found[depth, form] = loading.load(folder / str(depth), for_use=form != "trained", bf16=form == "bfloat16")
+            found[depth, form] = loading.load(
+                folder / str(depth), for_inference=form != "trained", bf16=form == "bfloat16"
+            )
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found
 
@@ -101,7 +103,7 @@ def test_input_and_map(case: Case) -> None:
     assert case.size.scale == (case.golden["im_scale"],) * 2
     assert (1, *blob.shape) == tuple(case.golden["blob_shape"])
     pixels = np.abs(blob[::37, ::41] - case.golden["blob_sample"]).max()
-    (conv4,) = case.model.maps(case.inputs)
+    (conv4,) = case.model.extract_feature_maps(case.inputs)
     assert tuple(conv4.shape) == tuple(case.golden["net_conv_shape"])
     error = relative(conv4[0, ::64].numpy(), case.golden["net_conv_sample"])
     print(f"input {pixels:.1e} of 255, conv4 {error:.1e}")
@@ -112,13 +114,13 @@ def test_input_and_map(case: Case) -> None:
 @torch.inference_mode()
 def test_proposals(case: Case, key: Key) -> None:
     model = case.model
-    maps = model.maps(case.inputs)
-    (boxes,) = model.rpn.propose(model.rpn(maps), [(case.size.height, case.size.width)])
+    maps = model.extract_feature_maps(case.inputs)
+    (boxes,) = model.rpn.filter_proposals(model.rpn(maps), [(case.size.height, case.size.width)])
     golden = torch.from_numpy(case.golden["rois"][:, 1:] + ONE_FURTHER)
     overlap, matched = box_ops.iou(boxes, golden).max(dim=1)
     same = overlap > 0.999
-    rois = model._corners(torch.cat((torch.zeros(len(boxes), 1), boxes), 1), maps, case.inputs)
-    logits, deltas = model.head.classify(model.head.features(maps, rois).fc7)
+    rois = model._pooling_rois(torch.cat((torch.zeros(len(boxes), 1), boxes), 1), maps, case.inputs)
+    logits, deltas = model.head.predict_boxes(model.head.features(maps, rois).fc7)
     scaled = deltas.flatten(1) * torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(81)
     scores = np.abs(logits.softmax(1).numpy() - case.golden["cls_prob"][matched])[same].max()
     moves = np.abs(scaled.numpy() - case.golden["bbox_deltas"][matched])[same].max()
@@ -129,7 +131,7 @@ def test_proposals(case: Case, key: Key) -> None:
 
 @torch.inference_mode()
 def test_detections(case: Case, key: Key) -> None:
-    (found,) = case.model.detect(case.inputs, [case.size], 0.0, 0.3, 100)
+    (found,) = case.model.predict(case.inputs, [case.size], 0.0, 0.3, 100)
     pairs = []
     for row, (box, label) in enumerate(
         zip(case.golden["dets_xyxy"] + ONE_FURTHER, case.golden["dets_label"], strict=True)
@@ -155,7 +157,7 @@ def test_detections(case: Case, key: Key) -> None:
 @torch.inference_mode()
 def test_given_boxes(case: Case) -> None:
     boxes = torch.from_numpy(case.golden["given_xyxy"] + ONE_FURTHER)
-    (found,) = case.model.describe(case.inputs, [case.size], [boxes])
+    (found,) = case.model.extract_features(case.inputs, [case.size], [boxes])
     pool5 = relative(found.pool5.numpy(), case.golden["given_pool5"])
     fc7 = relative(found.fc7.numpy(), case.golden["given_fc7"])
     print(f"pool5 {pool5:.1e}, fc7 {fc7:.1e}")
@@ -173,7 +175,7 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str],
     used = key[2] == "used"  # as extract-features --precision bfloat16 has it
     model = detectors[key[0], "bfloat16"].model if used else case.model
     with torch.autocast("cpu", torch.bfloat16, enabled=not used):
-        (found,) = model.describe(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
+        (found,) = model.extract_features(case.inputs.to(torch.bfloat16) if used else case.inputs, [case.size], [boxes])
     wanted = torch.from_numpy(case.golden["given_fc7"])
     cosine = torch.nn.functional.cosine_similarity(found.fc7, wanted).min().item()
     print(f"cosine of fc7 in bfloat16 {cosine:.5f}")
@@ -214,9 +216,9 @@ def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector]
     torch.testing.assert_close(anchors[:24], golden["first_anchors"] + one, atol=0, rtol=0)
     boxes = golden["gt_xyxy_inclusive"] + one
     truth = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0))
-    kinds, matched = rpn.label(anchors, tuple(golden["image_hw"].tolist()), truth)
-    assert (kinds == OBJECT).nonzero()[:, 0].tolist() == golden["positive"].tolist()
-    assert (kinds == BACKGROUND).nonzero()[:, 0].tolist() == golden["negative"].tolist()
+    kinds, matched = rpn.assign_targets(anchors, tuple(golden["image_hw"].tolist()), truth)
+    assert (kinds == POSITIVE).nonzero()[:, 0].tolist() == golden["positive"].tolist()
+    assert (kinds == NEGATIVE).nonzero()[:, 0].tolist() == golden["negative"].tolist()
     positive = golden["positive"]
     targets = box_ops.encode(boxes[matched[positive]], anchors[positive], DELTA_WEIGHTS)
     torch.testing.assert_close(targets, golden["positive_targets"], atol=1e-4, rtol=0)

@@ -85,7 +85,7 @@ def test_detection_waits_no_oftener_for_more_images(changes: tuple[str, ...], at
     for count in (2, 8):
         images, sizes = inputs_of(model, count)
         with counted() as (python, aten):
-            model.detect(images, sizes, 0.05, 0.3, 10, at_least_one)
+            model.predict(images, sizes, 0.05, 0.3, 10, at_least_one)
         found.append((waits(python, aten), sum(aten.calls.values())))
     (few, operators), (many, operators_of_many) = found
     assert few == many and few["nms"] == 2 and few["nonzero"] <= 3
@@ -99,7 +99,7 @@ def test_describing_waits_no_oftener_for_more_images() -> None:
         images, sizes = inputs_of(model, count)
         boxes, labels = [torch.tensor([[8.0, 8, 48, 40], [1, 1, 60, 60]])] * count, [torch.tensor([1, 3])] * count
         with counted() as (python, aten):
-            model.describe(images, sizes, boxes, labels)
+            model.extract_features(images, sizes, boxes, labels)
         found.append((waits(python, aten), sum(aten.calls.values())))
     assert found[0] == found[1]
     assert set(found[0][0]) == {"python tensor", "lift_fresh"}  # numbers of the host, for which `on_device` cares
@@ -122,10 +122,10 @@ def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
     model = small_model()
     images, sizes = inputs_of(model, 2)
     boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
-    assert model.detect(images, sizes, 0.05, 0.3, 10).head is None
-    assert model.describe(images, sizes, boxes).head is None
-    head = model.describe(images, sizes, boxes, features=("pool5", "head")).head
-    assert head is not None and torch.equal(head, model.maps(images)[0])
+    assert model.predict(images, sizes, 0.05, 0.3, 10).head is None
+    assert model.extract_features(images, sizes, boxes).head is None
+    head = model.extract_features(images, sizes, boxes, features=("pool5", "head")).head
+    assert head is not None and torch.equal(head, model.extract_feature_maps(images)[0])
 
 
 @pytest.mark.parametrize("describing", [False, True])

@@ -17,7 +17,7 @@ from torchvision import models
 from refdet.config import recipe
 from refdet.detector import loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.import_weights import import_weights
 
 
@@ -32,7 +32,7 @@ from refdet.detector.weights.import_weights import import_weights
 )
 def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool, name: str) -> None:
     given = seed_weights(depth, anchors, masks=masks)
-    found = recognise({f"module.{key}": value for key, value in given.items()})
+    found = identify_checkpoint({f"module.{key}": value for key, value in given.items()})
     assert found.kind == f"the seed's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
         f"{anchors} anchors a cell"
     )
@@ -53,7 +53,7 @@ def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool,
 
 
 def test_imagenet_styles_are_told_apart() -> None:
-    ours, caffe = recognise(resnet50_of_inputs(1.0)), recognise(resnet50_of_inputs(60.0))
+    ours, caffe = identify_checkpoint(resnet50_of_inputs(1.0)), identify_checkpoint(resnet50_of_inputs(60.0))
     assert (ours.kind, caffe.kind) == (
         "an ImageNet ResNet-50 in torchvision style",
         "an ImageNet ResNet-50 in caffe style",
@@ -65,8 +65,8 @@ def test_imagenet_styles_are_told_apart() -> None:
     assert ours.classes is None and ours.untrained == ("rpn.", "head.box.", "head.mask.")
     assert not [name for name in ours.tensors if name.startswith(ours.untrained)]
     # whoever knows better says so
-    assert recognise(resnet50_of_inputs(60.0), "torchvision").recipe.name == "c4-res50"
-    assert recognise(resnet50_of_inputs(1.0), "caffe").recipe.name == "seed-c4-res50"
+    assert identify_checkpoint(resnet50_of_inputs(60.0), "torchvision").recipe.name == "c4-res50"
+    assert identify_checkpoint(resnet50_of_inputs(1.0), "caffe").recipe.name == "seed-c4-res50"
 
 
 @pytest.mark.parametrize("depth", [18, 50, 101])
@@ -76,7 +76,7 @@ def test_torchvision_files_of_all_ages(depth: int) -> None:
     counts = {f"{name.removesuffix('running_var')}num_batches_tracked": torch.tensor(7)
               for name in old if name.endswith("running_var")}  # fmt: skip
     for given in ({**old, **counts}, old):
-        found = recognise(given)
+        found = identify_checkpoint(given)
         assert found.kind == f"an ImageNet ResNet-{depth} in torchvision style"
         assert (found.recipe.name, found.recipe.model.depth) == (f"c4-res{depth}", depth)
         last = "conv2" if depth == 18 else "conv3"
@@ -98,7 +98,7 @@ def test_an_imported_resnet_computes_what_torchvision_does(tmp_path: Path) -> No
     images = torch.randn(2, 3, 64, 96)
     wanted = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
     wanted = theirs.layer3(theirs.layer2(theirs.layer1(wanted)))
-    (found,) = ours.maps(images)
+    (found,) = ours.extract_feature_maps(images)
     assert found.shape == (2, 1024, 4, 6) and wanted.std() > 0.1
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     theirs.layer4[0].conv2.stride = theirs.layer4[0].downsample[0].stride = (1, 1)

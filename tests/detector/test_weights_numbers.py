@@ -20,15 +20,15 @@ from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.loading import MOST_NUMBERS, load_weights, without_memory
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
-from refdet.detector.weights.convert import recognise
-from refdet.errors import InputError, WorkError
+from refdet.detector.weights.convert import identify_checkpoint
+from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.provenance import Provenance
 from refdet.training.optim import optimiser
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
                                          "model.norm=batch", "input.short_sides=[64]"])  # fmt: skip
-META = checkpoint.Meta(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
+META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
 IMAGE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
 RECORD = ImageRecord(id=1, file_name="a.jpg", height=64, width=80)
 
@@ -85,11 +85,11 @@ def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
         model.get_parameter(name).fill_(math.nan)
     words = "outputs contain NaN or inf; check the checkpoint's weights"
     if "mask" not in name:
-        with pytest.raises(WorkError, match=words):
+        with pytest.raises(RuntimeFailure, match=words):
             detect_batch(model, [IMAGE], [RECORD], [1, 5], DetectOptions(score_threshold=0.0))
     box = np.array([[3, 4, 50, 60]], np.float32)
     if not name.startswith(("rpn", "head.box")):
-        with pytest.raises(WorkError, match=words):
+        with pytest.raises(RuntimeFailure, match=words):
             describe_boxes(model, [IMAGE], [box], ("pool5", "fc7"), [np.array([1])])
 
 
@@ -187,7 +187,7 @@ def test_imported_weights_are_numbers_too(tmp_path: Path) -> None:
         given: Tensors = of_one_number(resnet_shapes(18))
         given["layer4.1.bn2.running_mean"] = torch.full((512,), value)
         with pytest.raises(InputError, match=r"layer4\.1\.bn2\.running_mean has values that are not finite"):
-            recognise(given)
+            identify_checkpoint(given)
     path = tmp_path / "resnet18.pth"
     torch.save({**of_one_number(resnet_shapes(18)), "bn1.weight": torch.full((64,), math.inf)}, path)
     refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), "bn1.weight has values")

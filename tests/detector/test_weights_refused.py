@@ -13,7 +13,7 @@ import torch
 from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes, seed_weights
 from torch import Tensor, nn
 
-from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 
@@ -192,7 +192,7 @@ def seed50() -> Tensors:
 def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> None:
     change, says = WRONG[kind]
     with pytest.raises(InputError) as refusal:
-        recognise(change(seed50))
+        identify_checkpoint(change(seed50))
     assert all(text in str(refusal.value) for text in says), str(refusal.value)
 
 
@@ -202,11 +202,11 @@ def test_what_is_wrong_with_a_network_is_said(seed50: Tensors, kind: str) -> Non
 )
 def test_a_style_is_not_told_from_damaged_tensors(name: str, value: Tensor) -> None:
     with pytest.raises(InputError, match=rf"looks like the weights of .*-res50, but {name} (is|has) "):
-        recognise({**of_one_number(resnet_shapes(50)), name: value})
+        identify_checkpoint({**of_one_number(resnet_shapes(50)), name: value})
 
 
 def test_a_style_that_there_is_no_choice_of(seed50: Tensors) -> None:
     with pytest.raises(InputError, match="--style caffe: this is a detector"):
-        recognise(seed50, "caffe")
+        identify_checkpoint(seed50, "caffe")
     with pytest.raises(InputError, match="no recipe for a Caffe ResNet of less than 50"):
-        recognise(of_one_number(resnet_shapes(18)), "caffe")
+        identify_checkpoint(of_one_number(resnet_shapes(18)), "caffe")

@@ -18,7 +18,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.import_weights import import_weights, read_foreign
 from refdet.errors import InputError
 from refdet.structures.coco_categories import coco_categories
@@ -85,7 +85,7 @@ def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
 def test_wrapped_weights(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
     tree = {"epoch": 3, wrap: {f"module.{name}": nn.Parameter(v.float()) for name, v in resnet18.items()}}
     torch.save(tree, tmp_path / "weights.pth", _use_new_zipfile_serialization=wrap == "model")
-    found = recognise(read_foreign(tmp_path / "weights.pth")).tensors
+    found = identify_checkpoint(read_foreign(tmp_path / "weights.pth")).tensors
     assert torch.equal(found["backbone.layer2.0.conv1.weight"], resnet18["layer2.0.conv1.weight"])
     assert not found["backbone.conv1.weight"].requires_grad
 

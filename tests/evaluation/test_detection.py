@@ -37,7 +37,9 @@ class Folder:
         self.root, self.run, self.file, self.images = root, root / "run", root / "i.json", root / "images"
         model = trained_model(*VARIANTS[variant][0])
         self.run.mkdir(parents=True)
-        checkpoint.save(self.run, model, checkpoint.Meta(model.recipe, CLASSES, Provenance.imported("x", "0" * 64), 0))
+        checkpoint.save(
+            self.run, model, checkpoint.CheckpointMetadata(model.recipe, CLASSES, Provenance.imported("x", "0" * 64), 0)
+        )
         self.images.mkdir()
         random = np.random.default_rng(0)
         images, annotations = [], []
@@ -68,7 +70,7 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
     index = CocoIndex.load(folder.file)
     extract_features(folder.run, folder.images, tmp_path / "a.h5", ImageList.of_instances(folder.file),
                      ExtractOptions(), device="cpu")  # fmt: skip
-    detector = loading.load(folder.run, "cpu", for_use=True)
+    detector = loading.load(folder.run, "cpu", for_inference=True)
     source = ImageSource.open(folder.images)
     measured = list(detection.detected_regions(detector, source, list(index.images.values()),
                                                DetectOptions(features=())))  # fmt: skip
@@ -92,7 +94,7 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def loads(path: Path, device: Any, **how: Any) -> Any:
         asked.update(how)
-        return load(path, device, for_use=True)
+        return load(path, device, for_inference=True)
 
     def detects(detector: Any, source: Any, records: Any, options: Any, batch_size: int, workers: int) -> Any:
         asked.update(options=options, batch_size=batch_size, workers=workers)
@@ -104,7 +106,7 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = folder.evaluate("--precision", "bfloat16", "--batch-size", "3", "--workers", "1")
     assert done.exit_code == 0, done.output
     assert asked == {
-        "for_use": True,
+        "for_inference": True,
         "bf16": True,
         "batch_size": 3,
         "workers": 1,

@@ -14,7 +14,7 @@ from evaluate_examples import regions, write_refer, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation import language
 from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -97,9 +97,9 @@ def test_a_java_that_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     java.write_text("#!/bin/sh\nexit 1\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(WorkError, match="PTBTokenizer gave 1 of .*java -version"):
+    with pytest.raises(RuntimeFailure, match="PTBTokenizer gave 1 of .*java -version"):
         Scorers.find().scores(TRUTH, SAID)
-    with pytest.raises(WorkError, match="METEOR failed.*java -version"):
+    with pytest.raises(RuntimeFailure, match="METEOR failed.*java -version"):
         language._meteor({1: ["a"]}, {1: ["a"]})
 
 

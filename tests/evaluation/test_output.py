@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from refdet.cli.main import main
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.evaluation.tables import COLUMNS, frame, tables, write
+from refdet.evaluation.tables import COLUMNS, tables, to_dataframe, write
 from refdet.files.spreadsheet_text import spreadsheet_cell
 from refdet.report.markup import html
 
@@ -40,7 +40,7 @@ def written(tmp_path: Path) -> tuple[Path, str, list[str]]:
 def test_csv_holds_every_number_of_the_json(written: tuple[Path, str, list[str]]) -> None:
     metrics = json.loads((written[0] / "metrics.json").read_text())
     table = pd.read_csv(written[0] / "metrics.csv", dtype={"metric": str})
-    pd.testing.assert_frame_equal(table, frame(metrics), check_dtype=False)
+    pd.testing.assert_frame_equal(table, to_dataframe(metrics), check_dtype=False)
     assert tuple(table.columns) == COLUMNS and not table.duplicated(list(COLUMNS[:-1])).any()
     val = metrics["splits"]["val"]
     rows = {
@@ -49,7 +49,7 @@ def test_csv_holds_every_number_of_the_json(written: tuple[Path, str, list[str]]
     assert rows["counts", "images"] == 1 and rows["detection.bbox", "AP50"] == val["detection"]["bbox"]["AP50"]
     assert rows["recall_by_regions", "all"] == 1 and rows["comprehension", "accuracy@0.5"] == 0.5
     assert rows["comprehension", "missing"] == 1 and rows["referent_recall", "0.5"] == 1
-    wide = tables(frame(metrics))["recall_by_regions"]
+    wide = tables(to_dataframe(metrics))["recall_by_regions"]
     assert list(wide.columns) == ["1", "2", "5", "10", "20", "50", "100", "all"]
     assert wide.loc["testA"].tolist() == [0.0] + [1.0] * 7
 
@@ -97,7 +97,7 @@ def test_no_name_is_a_formula_or_markup(some_metrics: dict[str, Any], tmp_path: 
     write(tmp_path, metrics)
     with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    plain = frame(some_metrics)
+    plain = to_dataframe(some_metrics)
     assert len(rows) == len(plain)
     readable = name if name not in ("\x00", "\ud800", "\ufffe") else "\ufffd"
     readable = " ".join(readable.replace("\x1b", "\ufffd").splitlines())

@@ -14,7 +14,7 @@ from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.detector.predictor import DetectOptions
 from refdet.extraction import batch_size
-from refdet.extraction.batch_size import fitting_batch_size, halving
+from refdet.extraction.batch_size import auto_batch_size, split_on_oom
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
 IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7
@@ -31,7 +31,7 @@ def test_a_batch_that_does_not_fit_is_cut(fits: int) -> None:
         sizes.append(len(batch))
         return lambda: [record.id for record in batch]
 
-    assert halving(compute)(RECORDS, IMAGES)() == list(range(7))
+    assert split_on_oom(compute)(RECORDS, IMAGES)() == list(range(7))
     assert max(sizes) <= fits and (fits < 7 or sizes == [7])
 
 
@@ -40,7 +40,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        halving(compute)(RECORDS, IMAGES)
+        split_on_oom(compute)(RECORDS, IMAGES)
 
 
 def test_what_was_too_large_once_is_not_tried_again() -> None:
@@ -52,7 +52,7 @@ def test_what_was_too_large_once_is_not_tried_again() -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return lambda: [record.id for record in batch]
 
-    cut = halving(compute)
+    cut = split_on_oom(compute)
     assert cut(RECORDS, IMAGES)() == list(range(7))
     assert tried == [7, 3, 1, 2, 2, 2]
     tried.clear()
@@ -66,7 +66,7 @@ def test_what_was_too_large_once_is_not_tried_again() -> None:
 def test_on_the_cpu_it_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch, free: float, size: int) -> None:
     monkeypatch.setattr(batch_size, "available_bytes", lambda: int(free * 2**30))
     detector = SimpleNamespace(model=trained_model())
-    assert fitting_batch_size(detector, RECORDS, DetectOptions()) == size  # type: ignore[arg-type]
+    assert auto_batch_size(detector, RECORDS, DetectOptions()) == size  # type: ignore[arg-type]
 
 
 class Gpu:
@@ -100,7 +100,7 @@ class Gpu:
         meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
         detector, options = SimpleNamespace(model=model, meta=meta), DetectOptions(0.5, max_regions=36)
         records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
-        return fitting_batch_size(detector, records, options)  # type: ignore[arg-type]
+        return auto_batch_size(detector, records, options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("total", "size"), [(220, 1), (310, 1), (350, 1), (500, 2), (900, 4), (1700, 8), (99999, 32)])

@@ -158,7 +158,9 @@ def run(tmp_path: Path, index: CocoIndex) -> Path:
     classes = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
     (tmp_path / "run").mkdir()
     checkpoint.save(
-        tmp_path / "run", model, checkpoint.Meta(model.recipe, classes, Provenance.imported("x", "0" * 64), 0)
+        tmp_path / "run",
+        model,
+        checkpoint.CheckpointMetadata(model.recipe, classes, Provenance.imported("x", "0" * 64), 0),
     )
     return tmp_path / "run"
 

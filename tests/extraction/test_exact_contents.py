@@ -38,7 +38,7 @@ def detector(request: pytest.FixtureRequest, shapes_root: Path, tmp_path_factory
     chosen = recipe.load(request.param).with_changes(changes)
     torch.manual_seed(0)
     model = MaskRCNN(chosen, len(index.categories))
-    meta = checkpoint.Meta(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
+    meta = checkpoint.CheckpointMetadata(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, model, meta)
     return folder

@@ -113,7 +113,7 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
     if finished:
         run(tmp_path / "a.h5")
     else:
-        with shards.begin(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False):
+        with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False):
             pass
     for key, value, says in (
         ("score_threshold", 0.1, "--score-threshold was 0.05 and is now 0.1"),
@@ -126,7 +126,7 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
 
 def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     with (
-        shards.begin(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False),
+        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False),
         pytest.raises(InputError, match="another process"),
     ):
         run(tmp_path / "a.h5", resume=True)

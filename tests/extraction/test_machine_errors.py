@@ -20,7 +20,7 @@ from store_examples import contents
 from refdet.data import image_decoder, image_files
 from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageError, ImageSource
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 
 RECORD = ImageRecord(1, "1.png", 6, 9)
 MACHINE = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETDOWN, errno.ETIMEDOUT]
@@ -52,7 +52,9 @@ def test_errors_of_the_machine(folder: Path, monkeypatch: pytest.MonkeyPatch, nu
         monkeypatch.setattr(source, "data", raises(error))
     else:
         monkeypatch.setattr(image_files, "read_file", raises(error))
-    with pytest.raises(WorkError, match=f"1.png: cannot be read now .{os.strerror(number)}.*not the image's fault"):
+    with pytest.raises(
+        RuntimeFailure, match=f"1.png: cannot be read now .{os.strerror(number)}.*not the image's fault"
+    ):
         source.read(RECORD)
     monkeypatch.undo()
     assert source.read(RECORD).shape == (6, 9, 3)
@@ -67,17 +69,17 @@ def test_errors_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch, number:
 
 def test_no_memory_to_decode_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_decoder, "as_rgb", raises(MemoryError()))
-    with pytest.raises(WorkError, match="1.png: cannot be read now .MemoryError"):
+    with pytest.raises(RuntimeFailure, match="1.png: cannot be read now .MemoryError"):
         ImageSource.open(folder).read(RECORD)
 
 
 def test_a_folder_that_is_no_longer_mounted(folder: Path) -> None:
     source = ImageSource.open(folder)
     shutil.rmtree(folder)
-    with pytest.raises(WorkError, match="images/1.png: cannot be read now"):
+    with pytest.raises(RuntimeFailure, match="images/1.png: cannot be read now"):
         source.read(RECORD)
     folder.mkdir()  # what is left of a mount
-    with pytest.raises(WorkError, match="1.png: cannot be read now"):
+    with pytest.raises(RuntimeFailure, match="1.png: cannot be read now"):
         source.read(RECORD)
     (folder / "2.png").write_bytes(b"")
     with pytest.raises(ImageError, match="1.png: not a readable image .*No such file"):  # that one alone is missing
@@ -90,7 +92,7 @@ def test_a_zip_that_is_gone(folder: Path, tmp_path: Path) -> None:
         archive.write(folder / "1.png", "1.png")
     source = ImageSource.open(path)
     path.rename(tmp_path / "moved.zip")
-    with pytest.raises(WorkError, match="images.zip: can no longer be read"):
+    with pytest.raises(RuntimeFailure, match="images.zip: can no longer be read"):
         source.read(RECORD)
     (tmp_path / "moved.zip").rename(path)
     assert source.read(RECORD).shape == (6, 9, 3)
@@ -111,7 +113,7 @@ def test_the_run_stops_and_goes_on_to_the_same_store(tmp_path: Path) -> None:
                 return source.read(record)
         return source.read(record)
 
-    with pytest.raises(WorkError, match=r"Input/output error.*kept in .*a.h5.parts: continue with --resume"):
+    with pytest.raises(RuntimeFailure, match=r"Input/output error.*kept in .*a.h5.parts: continue with --resume"):
         run(out, load=hiccup, workers=1)
     assert not out.exists()
     done = run(out, load=source.read, resume=True)

@@ -22,7 +22,7 @@ from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet import store
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.errors import InputError, Interrupted, WorkError
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction import pipeline
 from refdet.extraction.pipeline import STAGES, Finish, Summary, extract
 from refdet.extraction.plan import cut_into_shards
@@ -92,10 +92,10 @@ def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog:
 
 def test_strict_stops_at_a_broken_image_and_keeps_the_rest(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    with pytest.raises(WorkError, match=f"--strict: ümlaut_{BROKEN}.jpg: not a readable image; .*--resume"):
+    with pytest.raises(RuntimeFailure, match=f"--strict: ümlaut_{BROKEN}.jpg: not a readable image; .*--resume"):
         run(out, load=load_but_one, strict=True)
     assert not out.exists()
-    with pytest.raises(WorkError, match=f"ümlaut_{BROKEN}.jpg"):
+    with pytest.raises(RuntimeFailure, match=f"ümlaut_{BROKEN}.jpg"):
         run(out, load=load_but_one, strict=True, resume=True)
     mended = run(out, strict=True, resume=True)  # the file was replaced
     assert (mended.computed, mended.errors) == (len(BATCHES[3]), 0)
@@ -117,14 +117,14 @@ def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(Interrupted, match="5 of 10"):
         run(out, load=other_broken, compute=stops)
-    with pytest.raises(WorkError, match="--strict: broken"):
+    with pytest.raises(RuntimeFailure, match="--strict: broken"):
         run(out, load=other_broken, strict=True, resume=True)
     assert run(out, strict=True, resume=True).computed == 10 - len(BATCHES[1])
 
 
 def test_strict_refuses_a_finished_store_with_broken_images(tmp_path: Path) -> None:
     assert run(tmp_path / "a.h5", load=load_but_one).errors == 1
-    with pytest.raises(WorkError, match=f"--strict: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
+    with pytest.raises(RuntimeFailure, match=f"--strict: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
         run(tmp_path / "a.h5", load=load_but_one, strict=True, resume=True)
 
 
@@ -246,7 +246,7 @@ def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
         features = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, width), np.float32)}
         return lambda: [replace(make_regions(r.id, 2), features=features) for r in batch]
 
-    with pytest.raises(WorkError, match=r"000002.shard: fc7 of image 5 is \(6,\), elsewhere \(5,\)"):
+    with pytest.raises(RuntimeFailure, match=r"000002.shard: fc7 of image 5 is \(6,\), elsewhere \(5,\)"):
         run(tmp_path / "a.h5", compute=changing)
 
 
@@ -265,7 +265,7 @@ def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hdf5_file.os, "posix_fallocate", full)
-    with pytest.raises(WorkError, match="c.h5: no space left on the disk; what is finished is kept"):
+    with pytest.raises(RuntimeFailure, match="c.h5: no space left on the disk; what is finished is kept"):
         run(tmp_path / "c.h5")
     assert not (tmp_path / "c.h5").exists() and len(list((tmp_path / "c.h5.parts").glob("*.shard"))) == 4
 

@@ -16,7 +16,7 @@ from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet import store
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import repair
 from refdet.extraction.pipeline import Finish, Summary, extract
 from refdet.extraction.plan import Plan
@@ -112,7 +112,7 @@ def test_nothing_changes_where_they_are_still_broken(tmp_path: Path) -> None:
     run((3, 4))
     before = run.out.read_bytes()
     assert run((3, 4), resume=True).computed == 0 and run.out.read_bytes() == before and not run.computed
-    with pytest.raises(WorkError, match=f"--strict: {RECORDS[4].file_name}: not a readable image; .* of 2 images"):
+    with pytest.raises(RuntimeFailure, match=f"--strict: {RECORDS[4].file_name}: not a readable image; .* of 2 images"):
         run((4,), resume=True, strict=True)
     assert run.out.read_bytes() == before and not run.computed and not repair_folder(run.out).exists()
     assert run(resume=True, strict=True).errors == 0
@@ -209,7 +209,7 @@ def test_where_every_image_failed_there_is_no_store(tmp_path: Path, strict: bool
         "--strict" if strict else "none of the 10 images could be used; the first: ümlaut_7.jpg: not a readable image; "
     )
     for resume in (False, True, True):
-        with pytest.raises(WorkError, match=says):
+        with pytest.raises(RuntimeFailure, match=says):
             run(every, resume=resume, strict=strict)
         assert not run.out.exists() and not run.computed
     some = run(range(1, 10), resume=True)  # one of them was repaired
@@ -228,7 +228,7 @@ def test_a_finished_store_without_a_usable_image_is_no_success(tmp_path: Path) -
             writer.put(one)
     before = run.out.read_bytes()
     with pytest.raises(
-        WorkError, match="none of the 10 images could be used; the first: broken; .*a.h5 has no regions"
+        RuntimeFailure, match="none of the 10 images could be used; the first: broken; .*a.h5 has no regions"
     ):
         run(range(10), resume=True)
     assert run.out.read_bytes() == before

@@ -13,16 +13,16 @@ from interrupted_extraction import BATCHES, RECORDS, compute, load
 from store_examples import HEADER, PLAN, make_regions
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.extraction.pipeline import Finish, extract
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_arrays import Place, ShardError, ShardWriter, read, read_at
+from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
 from refdet.structures.regions import Regions
 
 FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.float32)}
 
 
-def write(path: Path, images: list[Regions], plan: Plan = PLAN) -> list[Place]:
+def write(path: Path, images: list[Regions], plan: Plan = PLAN) -> list[BlockLocation]:
     with path.open("wb") as file:
         writer = ShardWriter(file, {"shard": 0}, plan)
         places = [writer.add(image) for image in images]
@@ -102,7 +102,7 @@ def test_a_number_that_does_not_fit_is_an_error_and_not_infinity(tmp_path: Path,
     says = (
         "reaches 70000, more than float16 can hold .65504.*--dtype float32" if np.isfinite(value) else "is not finite"
     )
-    with pytest.raises(WorkError, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
+    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
         write(tmp_path / "a", [image], plan)
 
 
@@ -114,6 +114,6 @@ def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None
         return compute(batch, images)
 
     out, plan = tmp_path / "a.h5", replace(PLAN, dtype="float16")
-    with pytest.raises(WorkError, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*--dtype float32"):
+    with pytest.raises(RuntimeFailure, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*--dtype float32"):
         extract(out, plan, HEADER, BATCHES, RECORDS, load, overflows, shard_images=2)
     assert not out.exists()

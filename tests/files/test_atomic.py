@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from refdet.files.atomic import MARK, atomic_path, left_behind, write_json
+from refdet.files.atomic import MARK, atomic_write, left_behind, write_json
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
     target = tmp_path / "new" / "values.npz"
-    with atomic_path(target) as temporary:
+    with atomic_write(target) as temporary:
         assert temporary.parent == target.parent and temporary.suffix == ".npz"
         temporary.write_text("text")
         assert not target.exists()
@@ -20,7 +20,7 @@ def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "values.txt"
     target.write_text("old")
-    with pytest.raises(error), atomic_path(target) as temporary:
+    with pytest.raises(error), atomic_write(target) as temporary:
         temporary.write_text("half")
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ["values.txt"]
@@ -29,7 +29,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]
 
 def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "values.txt"
-    with pytest.raises(FileNotFoundError) as caught, atomic_path(target):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(target):
         pass  # nothing was written
     assert caught.value.filename == str(target)
 
@@ -55,7 +55,7 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
               f".{stem}.0123abcX.{MARK}{suffix}", f"{stem}.0123abcd{MARK}{suffix}"]  # fmt: skip
     for other in others:
         (tmp_path / other).write_text("mine")
-    with atomic_path(target) as temporary, atomic_path(tmp_path / "b.h5") as second:
+    with atomic_write(target) as temporary, atomic_write(tmp_path / "b.h5") as second:
         temporary.write_text("")
         second.write_text("")
         assert left_behind(tmp_path, name) == [temporary]

@@ -17,14 +17,14 @@ from fuzz_damage import damaged, rounds, survives
 from refdet.config import recipe
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import recognise
+from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.structures.provenance import Provenance
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
                                          "model.rpn_channels=4", "model.mask_channels=4"])  # fmt: skip
-META = checkpoint.Meta(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
+META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
 JSON_WORDS = (
     *(b"NaN", b"1e999", b"-1", b"null", b"true", b"{}", b"[]", b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b'"'),
     *(b'"\\ud800"', b'"step": 1, ', b'"id": 1, ', b"\\u0000", b"\xff", b"3000", b'"untrained": [""], '),
@@ -132,7 +132,7 @@ def test_damaged_foreign_checkpoints(tmp_path: Path, kind: str) -> None:
     good, path, passed = checkpoint_of(kind != "legacy"), tmp_path / "weights.pth", 0
 
     def read() -> None:
-        recognise(read_foreign(path))
+        identify_checkpoint(read_foreign(path))
 
     for numbers in rounds(40):
         if kind == "pickle in a zip":

@@ -37,7 +37,7 @@ def run(out: Path, stop_at: int | None = None, **changes: Any) -> Summary:
 
 def interrupted_before_the_merge(out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="10 of 10"):
-        patch.setattr(shards.Parts, "merge", interrupt)
+        patch.setattr(shards.ShardSet, "merge", interrupt)
         run(out)
 
 

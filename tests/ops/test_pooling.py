@@ -117,5 +117,5 @@ def test_the_other_crop_of_the_seed_takes_the_largest_of_four_samples() -> None:
         )  # fmt: skip
         grid = F.affine_grid(theta[None], [1, 1, 14, 14], align_corners=True)
         crops.append(F.max_pool2d(F.grid_sample(x, grid, align_corners=True), 2))
-    found = model.head._pool(x, model._corners(boxes, [x], images))  # type: ignore[operator]
+    found = model.head._pool(x, model._pooling_rois(boxes, [x], images))  # type: ignore[operator]
     torch.testing.assert_close(found, torch.cat(crops), atol=1e-5, rtol=0)

@@ -485,7 +485,7 @@ def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
     model = small_model(*changes).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        maps = model.maps(torch.randn(2, 3, 128, 160, generator=generator))
+        maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
         torch.testing.assert_close(model.head.pool5(maps, rois), model.head.pooled(maps, rois).mean((2, 3)), **CLOSE)
 

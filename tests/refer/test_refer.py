@@ -96,14 +96,14 @@ def test_a_table(tmp_path: Path) -> None:
         *REFS[:2],
         REFS[2] | {"sentences": [REFS[2]["sentences"][0], {"sent_id": 99, "sent": "b", "tokens": ["b"]}]},
     ]
-    table = REFER(write(tmp_path, refs)).frame()
+    table = REFER(write(tmp_path, refs)).to_dataframe()
     assert table["sent_id"].tolist() == [0, 10, 20, 99] and table["sent"].tolist() == ["red dog"] * 3 + ["b"]
     assert table["category"].tolist() == ["dog", "cat", "dog", "dog"] and table["targets"].tolist() == [1] * 4
     assert table["tokens"][0] == ["red", "dog"] and table["file_name"].tolist() == ["3.jpg", "3.jpg", "4.jpg", "4.jpg"]
     assert table[["x", "y", "width", "height"]].iloc[1].tolist() == [2, 0, 4, 2]
     counts = table.groupby("split")["sent_id"].count()
     assert counts.to_dict() == {"train": 1, "testA": 1, "testB": 2}
-    assert len(REFER(write(tmp_path, [])).frame()) == 0
+    assert len(REFER(write(tmp_path, [])).to_dataframe()) == 0
 
 
 def test_a_dataset_that_is_missing_is_explained(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_refs_with_several_targets_and_none(tmp_path: Path) -> None:
     assert empty["area"] == 0 and empty["mask"].shape == (6, 8) and not empty["mask"].any()
     r.Anns[9]["iscrowd"] = 1  # gRefCOCO's own API leaves crowds out
     assert r.getMask(r.Refs[3])["area"] == 10
-    table = r.frame()
+    table = r.to_dataframe()
     assert table["targets"].tolist() == [2, 0, 1, 2] and table["category"].tolist() == [
         ["dog", "cat"],
         [],

@@ -140,7 +140,7 @@ def test_damaged_files(
         assert not (read and cut is not None and not generalized)  # a pickle says where it ends
         if outcome(lambda: REFER(root, "data", "unc"), str(root), ""):
             refer = REFER(root, "data", "unc")
-            assert read and len(refer.frame()) == len([s for one in refer for s in one["sentences"]])
+            assert read and len(refer.to_dataframe()) == len([s for one in refer for s in one["sentences"]])
 
 
 FIELDS = [*REFS[0], *INSTANCES["annotations"][0], "sent", "height", "name", "entry"]

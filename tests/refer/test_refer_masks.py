@@ -41,7 +41,7 @@ def test_refclef_with_strings_as_annotation_ids(tmp_path: Path) -> None:
     assert r.getAnnIds(ref_ids=[0, 2]) == ["8_7", 9]
     assert [[a["id"] for a in r.loadAnns(ids)] for ids in ("8_7", ["8_7", 9], 9)] == [["8_7"], ["8_7", 9], [9]]
     assert r.getRefBox(0) == [1, 0, 4, 2] and r.getMask(r.Refs[0])["area"] == 12
-    assert r.frame()["ann_id"].tolist() == ["8_7", "8_8", 9, "8_6"]
+    assert r.to_dataframe()["ann_id"].tolist() == ["8_7", "8_8", 9, "8_6"]
     with pytest.raises(ReferDataError, match="no annotation with id '8_1'"):
         r.loadAnns("8_1")
     for wrong in ("a\nb", "x" * 65, 9.0, None):

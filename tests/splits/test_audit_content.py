@@ -71,7 +71,9 @@ def test_real_copies_are_found_and_no_others(shared: Path, kind: str) -> None:
 def test_all_real_images_are_different(shared: Path) -> None:
     paths = sorted((shared / "data/coco_mini").glob("*2017/*.jpg"))
     pictures = stacked([path.read_bytes() for path in paths])
-    assert [(m.first, m.second, m.bits) for m in matches(pictures, pictures)] == [(n, n, 0) for n in range(159)]
+    assert [(m.first, m.second, m.hamming_distance) for m in matches(pictures, pictures)] == [
+        (n, n, 0) for n in range(159)
+    ]
 
 
 def test_hashes_follow_the_definition_of_the_dct() -> None:

@@ -14,7 +14,7 @@ from interrupted_extraction import environment
 from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.extraction.pipeline import Finish, extract
 from refdet.store import hdf5_file
 from refdet.structures.regions import Regions
@@ -66,7 +66,7 @@ import resource, sys
 from pathlib import Path
 import test_compressed_space as t
 from refdet.store import hdf5_file
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.structures.regions import Regions
 hdf5_file._reserve = lambda file, space: None
 merge = t.store_merge()
@@ -76,20 +76,20 @@ def limited(self, *rest):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 t.set_merge(limited)
 try: t.run(Path(sys.argv[1]), sys.argv[2])
-except (WorkError, OSError, RuntimeError) as error: print("failed", error)
+except (RuntimeFailure, OSError, RuntimeError) as error: print("failed", error)
 """
 
 
 def store_merge() -> object:
-    from refdet.extraction.shards import Parts
+    from refdet.extraction.shards import ShardSet
 
-    return Parts.merge
+    return ShardSet.merge
 
 
 def set_merge(merge: object) -> None:
-    from refdet.extraction.shards import Parts
+    from refdet.extraction.shards import ShardSet
 
-    Parts.merge = merge  # type: ignore[assignment, method-assign]
+    ShardSet.merge = merge  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("compression", ["none", "lzf"])
@@ -131,7 +131,7 @@ def test_a_disk_that_is_really_full_of_compressed_chunks(tmp_path: Path, compres
 def on_a_small_disk(out: str, compression: str) -> None:
     try:
         run(Path(out), compression)
-    except WorkError as error:
+    except RuntimeFailure as error:
         print(error)
     else:
         print("whole")

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from export_examples import ANNOTATIONS, DETECTIONS, add_heads, write_dataset, write_store
 
 from refdet.cli.main import main
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.store.export import folder as folder_module
 from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.structures.regions import Regions
@@ -52,7 +52,7 @@ def test_an_error_leaves_no_folder_above_either(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".out.1" / "a.npz"))
-    with pytest.raises(WorkError, match=r"/out: disk full, no space left"), new_folder(tmp_path / "out"):
+    with pytest.raises(RuntimeFailure, match=r"/out: disk full, no space left"), new_folder(tmp_path / "out"):
         raise full
     assert list(tmp_path.iterdir()) == []
 
@@ -61,7 +61,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from refdet.errors import WorkError
+from refdet.errors import RuntimeFailure
 from refdet.store.export.folder import new_folder
 with new_folder(Path({str(tmp_path / "out")!r})) as folder:
     (folder / "a").write_text("half")
@@ -191,7 +191,7 @@ def test_a_long_name_and_a_deep_one_are_made(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path / "out", 1)
-    with pytest.raises(WorkError, match=r"out: disk full: the export takes 1000000000 GB and .* are free"):
+    with pytest.raises(RuntimeFailure, match=r"out: disk full: the export takes 1000000000 GB and .* are free"):
         require_space(tmp_path / "out", 10**18)
 
 

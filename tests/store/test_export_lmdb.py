@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from export_examples import ANNOTATIONS, DETECTIONS, write_store
 
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.store.export.lmdb import export_lmdb
 from refdet.structures.regions import Regions
 
@@ -172,7 +172,7 @@ def test_what_lmdb_cannot_write_is_an_error_in_words(
         def __enter__(self) -> Transaction:
             return self
 
-        def begin(self, write: bool) -> Transaction:
+        def open_extraction(self, write: bool) -> Transaction:
             return Transaction()
 
     path = write_store(tmp_path / "a.h5", DETECTIONS)
@@ -180,6 +180,6 @@ def test_what_lmdb_cannot_write_is_an_error_in_words(
     usage = SimpleNamespace(free=free)
     monkeypatch.setattr("refdet.store.export.lmdb.require_space", lambda *_: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(WorkError, match=message):
+    with pytest.raises(RuntimeFailure, match=message):
         export_lmdb(path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from store_examples import HEADER, PLAN, make_regions, record
 
 from refdet import store
-from refdet.errors import InputError, WorkError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import shards
 from refdet.structures.regions import Regions
 
@@ -36,14 +36,14 @@ def assert_equal(a: Regions, b: Regions) -> None:
 def write(out: Path, images: list[Regions], cuts: list[list[int]]) -> None:
     """A store of images whose shards hold the images at these places."""
     planned = [[[record(images[i]) for i in places]] for places in cuts]
-    with shards.begin(out, PLAN, HEADER, planned, resume=True) as parts:
+    with shards.open_extraction(out, PLAN, HEADER, planned, resume=True) as parts:
         assert parts is not None
         for number, places in enumerate(cuts):
             put(parts, number, [images[i] for i in places])
         parts.merge([record(image) for image in images])
 
 
-def put(parts: shards.Parts, number: int, images: list[Regions]) -> None:
+def put(parts: shards.ShardSet, number: int, images: list[Regions]) -> None:
     """Write a shard."""
     with parts.write(number) as add:
         for image in images:
@@ -114,7 +114,7 @@ def test_same_regions_give_the_same_bytes_whatever_the_order_of_the_work(tmp_pat
 def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
     plan = replace(PLAN, dtype="float16")
     image = make_regions(1, 3)
-    with shards.begin(tmp_path / "a.h5", plan, HEADER, [[[record(image)]]], resume=False) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", plan, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
         parts.merge([record(image)])
@@ -128,7 +128,10 @@ def test_float16_halves_the_features_and_nothing_else(tmp_path: Path) -> None:
 def test_an_image_that_was_never_computed_is_no_store(tmp_path: Path) -> None:
     images = [make_regions(1, 2), make_regions(2, 2)]
     planned = [[[record(images[0])]]]
-    with pytest.raises(KeyError), shards.begin(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
+    with (
+        pytest.raises(KeyError),
+        shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts,
+    ):
         assert parts is not None
         put(parts, 0, images[:1])
         parts.merge([record(image) for image in images])
@@ -179,15 +182,15 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pyte
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    full_at = pytest.raises(WorkError, match=r"000001.shard: no space left.*--resume")
-    with full_at, shards.begin(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
+    full_at = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*--resume")
+    with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
         monkeypatch.setattr(shards.ShardWriter, "finish", full)
         put(parts, 1, images[1:])
     monkeypatch.undo()
     assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.shard", "lock", "plan.json"]
-    with shards.begin(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
         assert parts is not None
         assert parts.missing() == [1] and parts.done == 1
 
@@ -206,15 +209,15 @@ def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.Mo
     def full(self: object, regions: Regions) -> None:
         raise error
 
-    full_at = pytest.raises(WorkError, match=r"a.h5: no space left.*--resume")
-    with full_at, shards.begin(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
+    full_at = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*--resume")
+    with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
         with monkeypatch.context() as patch:
             patch.setattr(store.StoreWriter, "put", full)
             parts.merge([record(image)])
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5.parts"]
-    with shards.begin(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=True) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=True) as parts:
         assert parts is not None
         parts.merge([record(image)])
     with store.open(tmp_path / "a.h5") as found:
@@ -224,7 +227,7 @@ def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.Mo
 def test_too_little_space_is_seen_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shards.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(WorkError, match="no space left"):
+    with pytest.raises(RuntimeFailure, match="no space left"):
         write(tmp_path / "a.h5", [make_regions(1, 2)], [[0]])
 
 
@@ -232,8 +235,8 @@ def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.
     images = [make_regions(1, 2), make_regions(2, 2)]
     planned = [[[record(image)]] for image in images]
     shard = tmp_path / "a.h5.parts" / "000000.shard"
-    damaged = pytest.raises(WorkError, match="000000.shard: damaged.*--resume")
-    with damaged, shards.begin(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
+    damaged = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*--resume")
+    with damaged, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
         put(parts, 1, images[1:])
@@ -242,7 +245,7 @@ def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.
     assert not shard.exists() and not (tmp_path / "a.h5").exists()
     other = shard.with_name("000001.shard")
     other.write_bytes(other.read_bytes()[:100])
-    with shards.begin(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
+    with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
         assert parts is not None
         assert parts.missing() == [0, 1]
     assert "000001.shard: damaged" in caplog.text and not other.exists()

@@ -83,7 +83,7 @@ def test_what_is_written_is_read(
             assert_same(image, found[image.image_id])
         for part in (slice(1, 3), slice(None, None, -2), slice(-2, None)):
             assert [r.image_id for r in found[part]] == [r.image_id for r in images[part]]
-        frame = found.frame()
+        frame = found.to_dataframe()
         assert len(frame) == found.regions == sum(map(len, images))
         assert frame["image_id"].tolist() == [image.image_id for image in images for _ in range(len(image))]
         np.testing.assert_array_equal(
@@ -111,7 +111,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_frame_names_and_measures(sound: Path) -> None:
     with store.open(sound) as found:
-        frame, regions = found.frame(), found[12]
+        frame, regions = found.to_dataframe(), found[12]
         own = frame[frame["image_id"] == 12]
         assert own.index.tolist() == list(found.rows(12)) and frame.index.name == "region"
         assert own["category"].tolist() == [{3: "dög", 7: "cat"}[c] for c in regions.category_ids.tolist()]
@@ -298,7 +298,7 @@ def test_flipped_bytes_and_cuts_are_found(tmp_path: Path, compression: str) -> N
                 with store.open(damaged) as b:
                     for image_id in b:
                         b[image_id]
-                    b.frame()
+                    b.to_dataframe()
             except InputError:
                 pass
     assert not [number for number in unseen if number >= 60]

@@ -21,7 +21,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint
-from refdet.errors import Interrupted, WorkError
+from refdet.errors import Interrupted, RuntimeFailure
 from refdet.interrupt import Stop, StopRequested
 from refdet.training import batch_workers
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
@@ -81,7 +81,7 @@ def test_the_batches_are_those_of_their_steps_in_order(tmp_path: Path, workers: 
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_worker_that_dies_is_an_error(tmp_path: Path, happens: Callable[[], object], said: str, at: int) -> None:
     started = time.monotonic()
-    with pytest.raises(WorkError, match=said):
+    with pytest.raises(RuntimeFailure, match=said):
         take(Batches(tmp_path, at, happens))
     assert time.monotonic() - started < 10
 
@@ -126,7 +126,7 @@ def test_a_worker_that_was_killed_costs_no_step(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "__getitem__", dies)
-        with pytest.raises(WorkError, match=r"killed.*\(training stopped after step 4, which is saved"):
+        with pytest.raises(RuntimeFailure, match=r"killed.*\(training stopped after step 4, which is saved"):
             run(tmp_path, "train.steps=6", "train.workers=1")
     assert checkpoint.load_meta(tmp_path / "run").step == 4
     run(tmp_path, "train.steps=6", "train.workers=1", resume=True)
@@ -157,9 +157,11 @@ def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monke
     check_shared_memory(batches, workers=2)
     monkeypatch.setattr(batch_workers, "_free", lambda: need - 1)
     check_shared_memory(batches, workers=0)
-    with pytest.raises(WorkError, match=r"/dev/shm is too small: .*--shm-size=2m, or train with --set train.workers=0"):
+    with pytest.raises(
+        RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=2m, or train with --set train.workers=0"
+    ):
         check_shared_memory(batches, workers=2)
-    with pytest.raises(WorkError, match="/dev/shm"):
+    with pytest.raises(RuntimeFailure, match="/dev/shm"):
         run(tmp_path, "train.workers=2")
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(batch_workers, "_free", lambda: None)  # a system that has no such place

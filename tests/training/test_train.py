@@ -20,7 +20,7 @@ from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint, loading
 from refdet.detector.checkpoint import read_tensors
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.errors import InputError, Interrupted, WorkError
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.evaluation.detection import evaluate
 from refdet.training.optim import learning_rate, optimiser
 from refdet.training.trainer import Summary, train
@@ -163,7 +163,7 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_weights(
         return {**terms, "box": spoil(self, terms["box"])} if len(calls) == 4 else terms
 
     monkeypatch.setattr(MaskRCNN, "losses", spoilt)
-    with pytest.raises(WorkError, match=rf"{said} on images \d+, \d+;"):
+    with pytest.raises(RuntimeFailure, match=rf"{said} on images \d+, \d+;"):
         run(shapes_root, tmp_path / "run", "train.steps=6", "train.save_every=3")
     assert checkpoint.load_meta(tmp_path / "run").step == 3
     kept, _ = read_tensors(tmp_path / "run" / "model.safetensors")

@@ -42,7 +42,7 @@ CAFFE_GAIN = 100.0
 
 
 @dataclass(frozen=True)
-class Recognised:
+class ConvertedWeights:
     """Weights in our names.
 
     Attributes:
@@ -60,7 +60,7 @@ class Recognised:
     untrained: tuple[str, ...]
 
 
-def recognise(tensors: Mapping[str, Tensor], style: str | None = None) -> Recognised:
+def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None) -> ConvertedWeights:
     """Which network foreign tensors are of.
 
     Arguments:
@@ -77,7 +77,7 @@ def recognise(tensors: Mapping[str, Tensor], style: str | None = None) -> Recogn
     return _resnet(given, style)
 
 
-def _seed(given: dict[str, Tensor]) -> Recognised:
+def _seed(given: dict[str, Tensor]) -> ConvertedWeights:
     depth = _depth(given, "resnet.")
     anchors = _rows(given, "rpn_cls_score_net.weight", 24) // 2
     name = {12: f"seed-c4-res{depth}", 15: f"seed-c4-res{depth}-lg"}.get(anchors, "")
@@ -100,10 +100,10 @@ def _seed(given: dict[str, Tensor]) -> Recognised:
         untrained=(),
     )
     kind = f"the seed's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, {anchors} anchors a cell"
-    return Recognised(kind, recipe, classes, converted, ())
+    return ConvertedWeights(kind, recipe, classes, converted, ())
 
 
-def _resnet(given: dict[str, Tensor], style: str | None) -> Recognised:
+def _resnet(given: dict[str, Tensor], style: str | None) -> ConvertedWeights:
     depth = _depth(given, "")
     style = style or ("torchvision" if depth < 50 else _style(given))
     if style == "caffe":
@@ -114,7 +114,7 @@ def _resnet(given: dict[str, Tensor], style: str | None) -> Recognised:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
         recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])
     tensors = _renamed(recipe, 0, given, RESNET_PARTS, ignored=IMAGENET_CLASSIFIER, untrained=HEADS)
-    return Recognised(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEADS)
+    return ConvertedWeights(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEADS)
 
 
 def _depth(given: Mapping[str, Tensor], prefix: str) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import Meta
+from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import Recognised, recognise
+from refdet.detector.weights.convert import ConvertedWeights, identify_checkpoint
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
@@ -50,7 +50,7 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
         source: a ``.pth`` that torch.save wrote, or safetensors.
         out: the run directory, new.
         trained_on: the split the weights were trained on, where the user knows it.
-        style: see `refdet.detector.weights.convert.recognise`.
+        style: see `refdet.detector.weights.convert.identify_checkpoint`.
 
     Raises:
         InputError: the file cannot be read, holds something else than tensors, or is no network known here;
@@ -59,13 +59,13 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists; choose another or remove it")
     try:
-        found = recognise(read_foreign(source), style)
+        found = identify_checkpoint(read_foreign(source), style)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
     categories = _categories(found, source, index)
     provenance = _provenance(source, index)
-    meta = Meta(found.recipe, categories, provenance, 0, found.untrained)
+    meta = CheckpointMetadata(found.recipe, categories, provenance, 0, found.untrained)
     torch.manual_seed(found.recipe.train.seed)  # what the file lacks starts as it would in training
     model = MaskRCNN(found.recipe, len(categories))
     model.load_state_dict({**model.state_dict(), **found.tensors})
@@ -184,7 +184,7 @@ def _unsafe(name: str) -> str:
     return f"it wants to load {shown(name)}, which is no tensor; refused, since loading it could run any program"
 
 
-def _categories(found: Recognised, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
+def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
     """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the seed has them."""
     if found.classes is None:
         return coco_categories()

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import InputError, WorkError, is_disk_full
-from refdet.files.atomic import flush
+from refdet.errors import InputError, RuntimeFailure, is_disk_full
+from refdet.files.atomic import fsync
 
 _LONGEST = 200  # bytes of a folder's name that its temporary name takes over; a name has 255 at most
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to what is there by now
@@ -29,7 +29,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         InputError: ``out`` is a file, a folder that is not empty or cannot be replaced, or no place to write to;
             or another export took the name in the meantime, whose folder stays as it is.
-        WorkError: the disk is full.
+        RuntimeFailure: the disk is full.
     """
     path = resolved(out)
     temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}")
@@ -55,13 +55,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def require_space(out: Path, space: int) -> None:
-    """WorkError if the disk of ``out``, whose parent is there, has not that many bytes left.
+    """RuntimeFailure if the disk of ``out``, whose parent is there, has not that many bytes left.
 
     Said before the work begins; what else fills the disk meanwhile, `new_folder` reports.
     """
     free = shutil.disk_usage(out.resolve().parent).free
     if free < space:
-        raise WorkError(f"{out}: disk full: the export takes {_size(space)} and {_size(free)} are free; "
+        raise RuntimeFailure(f"{out}: disk full: the export takes {_size(space)} and {_size(free)} are free; "
                         "free some space or choose another --out")  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _publish(temporary: Path, path: Path) -> None:
             raise InputError(f"--out {path}: another program wrote to it in the meantime, and that stays; "
                              "choose another --out") from None  # fmt: skip
         raise
-    flush(path.parent)  # the rename itself
+    fsync(path.parent)  # the rename itself
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -132,11 +132,11 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _raise_full(path: Path, error: BaseException) -> None:
-    """WorkError if ``error`` comes of a full disk or a limit of the process on the size of files."""
-    if is_disk_full(error) and not isinstance(error, WorkError):
-        raise WorkError(f"{path}: disk full, no space left; free some and export again") from error
+    """RuntimeFailure if ``error`` comes of a full disk or a limit of the process on the size of files."""
+    if is_disk_full(error) and not isinstance(error, RuntimeFailure):
+        raise RuntimeFailure(f"{path}: disk full, no space left; free some and export again") from error
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        raise WorkError(f"{path}: a file is larger than this process may write; raise the limit (ulimit -f) and "
+        raise RuntimeFailure(f"{path}: a file is larger than this process may write; raise the limit (ulimit -f) and "
                         "export again") from error  # fmt: skip
 
 

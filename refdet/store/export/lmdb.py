@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from refdet.errors import InputError, WorkError, is_disk_full
+from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import write_json
 from refdet.files.progress import progress
 from refdet.store.export import consumers, lmdb_records, portable_pickle
@@ -64,7 +64,7 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
     Raises:
         InputError: the package lmdb is missing, ``out`` is not empty, the store lacks the feature, or numbers of it
             are beyond what the records hold.
-        WorkError: the disk is full, or lmdb cannot write for another reason.
+        RuntimeFailure: the disk is full, or lmdb cannot write for another reason.
     """
     consumers.check_consumer("lmdb", consumer or consumers.LMDB[0])
     lmdb = _package()
@@ -155,7 +155,7 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
 
     Raises:
         OSError: the disk is full, or a file larger than the process may write.
-        WorkError: lmdb fails otherwise; it names ``out``.
+        RuntimeFailure: lmdb fails otherwise; it names ``out``.
     """
     waiting = iter(records)
     size = FIRST_MAP
@@ -182,7 +182,7 @@ def _in_words(error: Exception, folder: Path, out: Path) -> Exception:
     # Of a full disk lmdb may only say "input/output error".
     if is_disk_full(error) or shutil.disk_usage(folder).free < ALMOST_FULL:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return WorkError(f"{out}: lmdb cannot write the database: {error}; try another disk")
+    return RuntimeFailure(f"{out}: lmdb cannot write the database: {error}; try another disk")
 
 
 def _package() -> ModuleType:

@@ -56,7 +56,7 @@ def export_mattnet(
     Raises:
         InputError: ``out`` is not empty; a store is of the wrong kind, lacks fc7, or none or not all of the images;
             annotations without ``prepro``; the detector's categories are not the dataset's.
-        WorkError: the disk is full.
+        RuntimeFailure: the disk is full.
     """
     with ExitStack() as stack:
         detections = stack.enter_context(Source(store))

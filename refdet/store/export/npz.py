@@ -34,7 +34,7 @@ def export_npz(
 
     Raises:
         InputError: ``out`` is not empty, the store lacks the feature, or its images have no usable names of their own.
-        WorkError: the disk is full.
+        RuntimeFailure: the disk is full.
     """
     consumers.check_consumer("npz", consumer)
     layout = LAYOUTS[consumer]
