@@ -83,9 +83,9 @@ bench-extract: env ## extract-features beside the same work by torchvision's det
 	@echo "==> bench-extract: drawn images"
 	@$(BIN)/python benchmarks/extract.py
 
-parity: env ## how near the seed's numbers are, where its golden files lie beside the repository
-	@echo "==> parity: against outputs of the seed's own code"
-	@$(BIN)/pytest tests/detector/test_seed_parity.py -rP
+parity: env ## how near the reference's numbers are, where its golden files lie beside the repository
+	@echo "==> parity: against outputs of the reference's own code"
+	@$(BIN)/pytest tests/detector/test_reference_parity.py -rP
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)

@@ -93,7 +93,7 @@ def make_weights(folder: Path, pixels: list[np.ndarray]) -> float:
     fc7 = []
     for (size, _), m in zip(inputs, maps, strict=True):
         (boxes,) = model.rpn.filter_proposals(model.rpn(m), [(size.height, size.width)])
-        if len(boxes) < recipe.proposals.test_proposals:
+        if len(boxes) < recipe.proposals.post_nms_top_n_test:
             raise SystemExit(f"the drawn weights propose {len(boxes)} boxes only")
         fc7.append(model.head.features(m, torch.cat((torch.zeros(len(boxes), 1), boxes), 1)).fc7)
     _spread(model.head.box.score, torch.cat(fc7), 2.0)

@@ -20,8 +20,8 @@ from peak import peak_memory
 from PIL import Image
 
 HEIGHT, WIDTH, FILES = 120, 160, 20
-RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.short_sides=[120]",
-          "input.long_side=200", "proposals.test_candidates=300", "proposals.test_proposals=50",
+RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.min_sizes=[120]",
+          "input.max_size=200", "proposals.pre_nms_top_n_test=300", "proposals.post_nms_top_n_test=50",
           "model.norm=frozen"]  # fmt: skip
 
 

@@ -77,8 +77,8 @@ class TorchvisionC4(nn.Module):
         options = recipe.proposals
         self.rpn = RegionProposalNetwork(
             anchors, head, options.positive_iou, options.negative_iou, options.samples, options.positive_fraction,
-            {"training": options.train_candidates, "testing": options.test_candidates},
-            {"training": options.train_proposals, "testing": options.test_proposals}, options.nms_threshold,
+            {"training": options.pre_nms_top_n_train, "testing": options.pre_nms_top_n_test},
+            {"training": options.post_nms_top_n_train, "testing": options.post_nms_top_n_test}, options.nms_threshold,
         )  # fmt: skip
         predictor, masks = FastRCNNPredictor(2048, ours.classes + 1), MaskRCNNPredictor(2048, 256, ours.classes + 1)
         self.heads = RoIHeads(
@@ -93,7 +93,7 @@ class TorchvisionC4(nn.Module):
             layer.load_state_dict({k: weights[f"{ours_name}.{k}"] for k in ("weight", "bias")})
         mean, std = ([value / 255 for value in values] for values in (recipe.input.mean, recipe.input.std))
         self.transform = GeneralizedRCNNTransform(
-            recipe.input.short_sides[-1], recipe.input.long_side, mean, std, size_divisible=STRIDE
+            recipe.input.min_sizes[-1], recipe.input.max_size, mean, std, size_divisible=STRIDE
         )
         self.features: dict[str, Tensor] = {}
         self.heads.mask_roi_pool.register_forward_hook(lambda _m, _i, out: self._keep("pool5", out))

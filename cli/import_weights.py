@@ -11,7 +11,9 @@ from .common import echo_json, echo_table, json_option, note
 
 
 @click.command("import-weights")
-@click.option("--from", "source", type=Path, required=True, help="Checkpoint of the seed, or of an ImageNet ResNet.")
+@click.option(
+    "--from", "source", type=Path, required=True, help="Checkpoint of the reference, or of an ImageNet ResNet."
+)
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--trained-on", type=Path, help="The split it was trained on, where you know it.")
 @click.option("--style", type=click.Choice(["caffe", "torchvision"]), help="Of an ImageNet ResNet; told by default.")

@@ -1,4 +1,4 @@
-// RoI pooling on the CPU, forward and backward: RoIAlign, the seed's crop, and the mean of either over its cells.
+// RoI pooling on the CPU, forward and backward: RoIAlign, the reference's crop, and the mean of either over its cells.
 //
 // What: a cell is a sum over rows y and columns x of w_y w_x map[y, x]; find_taps in pooling.h has the weights. The
 // backward pass sums, for each position of the map, over the RoIs in order and their cells w_y w_x gradient[cell].

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from refdet.config.recipe_limits import LONGEST_NAME, check_limits
+from refdet.config.renamed_keys import current, current_name, deprecation
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import read_small
+
+log = logging.getLogger(__name__)
 
 LARGEST_FILE = 2**18  # bytes of a recipe
 
@@ -34,25 +38,27 @@ class ModelOptions:
     norm: str = "auto"  # frozen, batch, or auto: that of the weights given, batch from scratch
     masks: bool = True  # without the mask branch it is a Faster R-CNN
     stride_in_1x1: bool = False  # a bottleneck's stride: on its first 1x1 as in Caffe, or on its 3x3
-    inclusive: bool = False  # the seed's box arithmetic: widths of x2 - x1 + 1; see refdet.structures.box_convention
-    pooling: str = "align"  # of a C4 network: align (RoIAlign), or the seed's crop and crop_align
+    legacy_plus_one: bool = (
+        False  # the reference's box arithmetic: widths of x2 - x1 + 1; see refdet.structures.box_convention
+    )
+    pooling: str = "align"  # of a C4 network: align (RoIAlign), or the reference's crop_and_resize and crop_align
     fpn_channels: int = 256
     fpn_hidden: int = 1024  # width of the two-layer head of the pyramid, and of its fc7
     rpn_channels: int = 512
     mask_channels: int = 256
-    seed_ranking: bool = False  # which of equal scores comes first; see refdet.detector.postprocess
+    legacy_tie_order: bool = False  # which of equal scores comes first; see refdet.detector.postprocess
     # sides of square anchors in pixels of the network's input; with a pyramid one for each level
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
-    rounded_anchors: bool = False  # sides in whole multiples as in the seed; needs sizes in multiples of 16
+    legacy_rounded_anchors: bool = False  # sides in whole multiples as in the reference; needs sizes in multiples of 16
 
 
 @dataclass(frozen=True)
 class InputOptions:
     """How an image becomes the network's input: 0..255, minus mean, over std."""
 
-    short_sides: tuple[int, ...] = (600,)  # one is drawn for each training step; the last serves at test
-    long_side: int = 1000  # an image that would be longer is made smaller
+    min_sizes: tuple[int, ...] = (600,)  # one is drawn for each training step; the last serves at test
+    max_size: int = 1000  # an image that would be longer is made smaller
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     order: str = "rgb"  # of the channels, mean and std: rgb or bgr
@@ -66,13 +72,13 @@ class ProposalOptions:
 
     positive_iou: float = 0.7
     negative_iou: float = 0.3
-    samples: int = 256  # anchors an image that enter the loss
+    batch_size_per_image: int = 256  # anchors an image that enter the loss
     positive_fraction: float = 0.5
     nms_threshold: float = 0.7
-    train_candidates: int = 2000  # best scores (of each level) before NMS
-    train_proposals: int = 1000  # an image, after NMS
-    test_candidates: int = 1000
-    test_proposals: int = 300
+    pre_nms_top_n_train: int = 2000  # best scores (of each level) before NMS
+    post_nms_top_n_train: int = 1000  # an image, after NMS
+    pre_nms_top_n_test: int = 1000
+    post_nms_top_n_test: int = 300
     inside_only: bool = False  # anchors that stick out of the image are not trained
 
 
@@ -81,10 +87,10 @@ class HeadOptions:
     """The second stage: how RoIs are sampled in training."""
 
     positive_iou: float = 0.5
-    samples: int = 256  # RoIs an image that enter the loss
+    batch_size_per_image: int = 256  # RoIs an image that enter the loss
     positive_fraction: float = 0.25
-    add_truth: bool = True  # the annotated boxes are RoIs too; if not, only where no proposal is positive
-    refill: bool = False  # where there are too few RoIs, some are drawn twice
+    append_gt_boxes: bool = True  # the annotated boxes are RoIs too; if not, only where no proposal is positive
+    sample_with_replacement: bool = False  # where there are too few RoIs, some are drawn twice
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,15 @@ class TrainOptions:
     momentum: float = 0.9
     weight_decay: float = 0.0001
     warmup_steps: int = 500  # a fifth of the run at most
-    lr_drops: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate falls to a tenth
-    clip_norm: float = 10.0  # of the whole gradient; 0 leaves it alone
+    lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate falls to a tenth
+    max_grad_norm: float = 10.0  # of the whole gradient; 0 leaves it alone
     flip: bool = True
     bf16: bool = False
     workers: int = 2
     seed: int = 0
-    save_every: int = 1000  # steps
+    checkpoint_interval: int = 1000  # steps
     log_every: int = 20
-    loaded_rate: float = 1.0  # with --weights: what the rate of the layers that they hold is multiplied by
+    pretrained_lr_mult: float = 1.0  # with --weights: what the rate of the layers that they hold is multiplied by
     reset_predictors: bool = False  # with --weights of other classes: train the last layers anew
     empty_images: bool = False  # train on images without an object too, as negatives
 
@@ -129,14 +135,14 @@ class Recipe:
         _one_of("model.neck", model.neck, ("c4", "fpn"))
         _one_of("model.stride", model.stride, (8, 16))
         _one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
-        _one_of("model.pooling", model.pooling, ("align", "crop", "crop_align"))
+        _one_of("model.pooling", model.pooling, ("align", "crop_and_resize", "crop_align"))
         _one_of("input.order", self.input.order, ("rgb", "bgr"))
         _one_of("input.exif", self.input.exif, ("ignore", "apply"))
         _one_of("input.resize", self.input.resize, ("antialias", "opencv"))
         if model.neck == "fpn" and model.pooling != "align":
             raise InputError("model.pooling: a pyramid has align alone")
-        if model.rounded_anchors and any(size % 16 for size in model.anchor_sizes):
-            raise InputError("model.rounded_anchors: model.anchor_sizes must be multiples of 16")
+        if model.legacy_rounded_anchors and any(size % 16 for size in model.anchor_sizes):
+            raise InputError("model.legacy_rounded_anchors: model.anchor_sizes must be multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: a pyramid has 5 levels and takes one size for each")
         check_limits(dataclasses.asdict(self) | {"name": {}})
@@ -164,7 +170,9 @@ class Recipe:
                 place = place.get(parent) if isinstance(place, dict) else None
             if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
                 raise InputError(_unknown(key))
-            place[leaf] = value
+            changed, renamed = current({parents[0]: {leaf: value}}) if len(parents) == 1 else ({}, [])
+            _deprecate(renamed)
+            place.update(changed[parents[0]] if parents and changed else {leaf: value})
         return from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,10 +197,12 @@ _ONLY_WHERE_SET = (("train", "empty_images", False), ("input", "exif", "ignore")
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
     """The recipe that a tree of plain values describes; what is absent has its default.
 
+    Keys that have another name now are read without a word: a run directory is no text that anyone would correct.
+
     Raises:
         InputError: an unknown key or a value of the wrong type, with its name.
     """
-    return _build(Recipe, tree, "")
+    return _build(Recipe, current(tree)[0], "")
 
 
 def load(name_or_path: str) -> Recipe:
@@ -203,6 +213,9 @@ def load(name_or_path: str) -> Recipe:
     Raises:
         InputError: no such recipe or file, or not a recipe.
     """
+    if (newer := current_name(name_or_path)) != name_or_path and newer in names():
+        log.warning("note: recipe %s is called %s now; the old name works until the next version", name_or_path, newer)
+        name_or_path = newer
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
@@ -222,13 +235,22 @@ def load(name_or_path: str) -> Recipe:
     if not isinstance(tree, dict):
         raise InputError(f"{name_or_path}: a recipe is a YAML mapping, not {shown(tree)}")
     base = tree.pop("base", None)
+    if isinstance(base, str):
+        base = current_name(base)
     if base is not None and base not in names():
         raise InputError(f"{name_or_path}: base: one of {', '.join(names())}, not {shown(base)}")
     try:
+        tree, renamed = current(tree)
+        _deprecate(renamed)
         whole = _over(load(base).to_dict(), tree) if base else tree
         return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error
+
+
+def _deprecate(renamed: Sequence[str]) -> None:
+    for name in renamed:
+        log.warning("note: %s", deprecation(name))
 
 
 def _over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

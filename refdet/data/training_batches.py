@@ -88,7 +88,7 @@ class TrainingBatches(Dataset):
             self._plan = (epoch, self._epoch(epoch))
         rows = self._plan[1][position]
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
-        short_side = int(random.choice(options.short_sides))
+        short_side = int(random.choice(options.min_sizes))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
         try:
             examples = [self._example(self.records[r], short_side, bool(f)) for r, f in zip(rows, flips, strict=True)]
@@ -121,7 +121,7 @@ class TrainingBatches(Dataset):
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[Tensor, GroundTruth]:
-        options, convention = self.recipe.input, BoxConvention(self.recipe.model.inclusive)
+        options, convention = self.recipe.input, BoxConvention(self.recipe.model.legacy_plus_one)
         size = input_size(record.height, record.width, options, short_side)
         pixels = self.source.read(record)
         objects = self.objects.objects(record.id)

@@ -16,10 +16,10 @@ from refdet.structures.box_convention import InputSize
 
 def input_size(height: int, width: int, options: InputOptions, short_side: int | None = None) -> InputSize:
     """The size that an image is brought to: short side as the recipe says, unless the long one would be too long."""
-    short = short_side if short_side is not None else options.short_sides[-1]
-    scale, limit = short / min(height, width), options.long_side / max(height, width)
+    short = short_side if short_side is not None else options.min_sizes[-1]
+    scale, limit = short / min(height, width), options.max_size / max(height, width)
     if options.resize == "opencv":
-        if round(scale * max(height, width)) > options.long_side:
+        if round(scale * max(height, width)) > options.max_size:
             scale = limit
         # what is sampled, and by what boxes are scaled, is `scale` itself
         return InputSize(max(round(height * scale), 1), max(round(width * scale), 1), scale, scale, height, width)

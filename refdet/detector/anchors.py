@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ROUNDED_BASE = 16  # pixels: the side of the square whose shapes the seed rounds and then enlarges
+ROUNDED_BASE = 16  # pixels: the side of the square whose shapes the reference rounds and then enlarges
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:

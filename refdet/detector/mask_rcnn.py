@@ -52,7 +52,7 @@ class MaskRCNN(nn.Module):
         model = recipe.model
         self.recipe, self.classes = recipe, classes
         self.stages: Stages | None = None  # is told how long the parts of `predict` and `extract_features` take
-        self.convention = BoxConvention(model.inclusive)
+        self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid = model.neck == "fpn"
         strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, 1)
@@ -66,9 +66,9 @@ class MaskRCNN(nn.Module):
         else:
             self.neck = None
             levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[2]
-        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.rounded_anchors)
+        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.legacy_rounded_anchors)
         self.rpn = RegionProposalNetwork(
-            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.seed_ranking
+            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.legacy_tie_order
         )
         self.head: RoiHead
         if pyramid:
@@ -125,18 +125,22 @@ class MaskRCNN(nn.Module):
         options = self.recipe.head
         rois, labels, matches, first = [], [], [], 0
         for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
-            if options.add_truth:  # so that each object has a RoI from the first step on
+            if options.append_gt_boxes:  # so that each object has a RoI from the first step on
                 boxes = torch.cat((boxes, target.boxes))
             kinds, matched = assign_labels(
                 boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
             )
-            if not options.add_truth and not (kinds == POSITIVE).any():
+            if not options.append_gt_boxes and not (kinds == POSITIVE).any():
                 boxes = torch.cat((boxes, target.boxes))
                 kinds, matched = assign_labels(
                     boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
                 )
             positive, negative = subsample_labels(
-                kinds, options.samples, options.positive_fraction, generator, options.refill
+                kinds,
+                options.batch_size_per_image,
+                options.positive_fraction,
+                generator,
+                options.sample_with_replacement,
             )
             chosen = torch.cat((positive, negative))
             label = torch.full_like(chosen, NEGATIVE)
@@ -222,8 +226,8 @@ class MaskRCNN(nn.Module):
             thresholds = reached(inside, scores, image, len(sizes), score_threshold)
         else:
             thresholds = scores.new_full((len(sizes),), score_threshold)
-        seed_ranking = self.recipe.model.seed_ranking
-        return best_detections(inside, scores, image, thresholds, nms_threshold, max_regions, seed_ranking)
+        legacy_tie_order = self.recipe.model.legacy_tie_order
+        return best_detections(inside, scores, image, thresholds, nms_threshold, max_regions, legacy_tie_order)
 
     @torch.no_grad()
     def extract_features(
@@ -298,7 +302,7 @@ class MaskRCNN(nn.Module):
         """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""
         corners = self.convention.corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
-            # the seed's variant: the first and last pixel of the image lie on the first and last cell of the map
+            # the reference's variant: the first and last pixel of the image lie on the first and last cell of the map
             sides = [
                 (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)

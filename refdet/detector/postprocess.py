@@ -3,11 +3,11 @@
 Ours: by logit, equal ones by index, so that the same logits give the same answer on every device and in every batch.
 In bfloat16 a fair part of the logits of an image are equal to others.
 
-The seed's: by float32 probability. A confident network has hundreds of anchors whose probability is exactly 1, and
-which of them comes first decides which NMS keeps. The seed leaves that to torch.sort, which is not stable, once for the
-candidates and once more in each NMS. For the same boxes to come out, so is it here on the CPU; between processors of
-different vector width the answer may differ in such boxes, as the seed's does. On another device its order of equal
-ones cannot be had, and they come by index, as ours.
+The reference's: by float32 probability. A confident network has hundreds of anchors whose probability is exactly 1, and
+which of them comes first decides which NMS keeps. The reference leaves that to torch.sort, which is not stable, once
+for the candidates and once more in each NMS. For the same boxes to come out, so is it here on the CPU; between
+processors of different vector width the answer may differ in such boxes, as the reference's does. On another device its
+order of equal ones cannot be had, and they come by index, as ours.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from refdet.ops.nms import nms
 from refdet.structures.boxes import numbers
 
 
-def best_anchors(logits: Tensor, count: int, seed_ranking: bool) -> tuple[Tensor, Tensor]:
+def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
     """The `count` best of each row of logits (B, N).
 
     Returns:
         scores (B, count), best first, and their places (B, count).
     """
-    if not seed_ranking:
+    if not legacy_tie_order:
         places = _distinct(logits).topk(count, dim=1).indices
         return logits.gather(1, places), places
     if logits.device.type != "cpu":
@@ -56,7 +56,7 @@ def ranked_nms(
     images: Tensor,
     iou_threshold: float,
     max_keep: int,
-    seed_ranking: bool,
+    legacy_tie_order: bool,
 ) -> Tensor:
     """`nms` of boxes (N, 4) of several images and groups that takes equal scores (N,) in the order asked for.
 
@@ -66,7 +66,7 @@ def ranked_nms(
     Returns:
         indices (K,), by image, of an image best first.
     """
-    if not seed_ranking or boxes.device.type != "cpu":
+    if not legacy_tie_order or boxes.device.type != "cpu":
         return nms(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
     runs = torch.stack((groups, images)).unique_consecutive(dim=1, return_counts=True)[1].tolist()
     order, start = [torch.zeros_like(groups[:0])], 0
@@ -111,7 +111,7 @@ def best_detections(
     score_thresholds: Tensor,
     nms_threshold: float,
     max_regions: int,
-    seed_ranking: bool,
+    legacy_tie_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area.
 
@@ -126,7 +126,7 @@ def best_detections(
     candidates = (scores >= score_thresholds[images, None]) & _solid(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: equal scores are kept in this order
     kept = ranked_nms(
-        boxes[rows, labels], scores[rows, labels], labels, images[rows], nms_threshold, max_regions, seed_ranking
+        boxes[rows, labels], scores[rows, labels], labels, images[rows], nms_threshold, max_regions, legacy_tie_order
     )
     rows, labels = rows[kept], labels[kept]
     counts = counts_of(images[rows], len(score_thresholds))

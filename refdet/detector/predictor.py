@@ -42,8 +42,8 @@ class ImageFeatures:
         masks: n RLE ``counts`` of the image, or None where no classes were given.
         maps: "head" -> (C, H, W) float32 where it was asked for.
         im_info: (3,) float32: height and width of the network's input, and the factor that made its height of the
-            image's. That of the width is input width / image width, exactly; with the seed's way to resize both are
-            the one factor.
+            image's. That of the width is input width / image width, exactly; with the reference's way to resize both
+            are the one factor.
     """
 
     features: dict[str, np.ndarray]

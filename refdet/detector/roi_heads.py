@@ -155,7 +155,7 @@ class C4Head(nn.Module):
 
     Args:
         conv5: the last stage, with stride 1, from the map to `out_channels`.
-        pooling: "align" for RoIAlign; "crop" for the seed's crop; "crop_align" for its other variant, which takes
+        pooling: "align" for RoIAlign; "crop" for the reference's crop; "crop_align" for its other variant, which takes
             the largest of 2x2 samples for each cell.
     """
 
@@ -228,14 +228,14 @@ class C4Head(nn.Module):
         """See `RoiHead`."""
         if self.pooling == "align":
             return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
-        if self.pooling == "crop":
+        if self.pooling == "crop_and_resize":
             return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride)
         return _mean(self._pool(maps[0], rois))
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
         if self.pooling == "align":
             return roi_align(x, rois, POOL_SIZE, self.stride)
-        if self.pooling == "crop":
+        if self.pooling == "crop_and_resize":
             return roi_crop(x, rois, POOL_SIZE, self.stride)
         return F.max_pool2d(roi_crop(x, rois, 2 * POOL_SIZE, self.stride), 2)
 

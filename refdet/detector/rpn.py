@@ -50,11 +50,11 @@ class RegionProposalNetwork(nn.Module):
         anchors: Anchors,
         options: ProposalOptions,
         convention: BoxConvention,
-        seed_ranking: bool,
+        legacy_tie_order: bool,
     ) -> None:
         super().__init__()
         self.anchors, self.options = anchors, options
-        self.convention, self.seed_ranking = convention, seed_ranking
+        self.convention, self.legacy_tie_order = convention, legacy_tie_order
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, anchors.per_cell, 1)
         self.delta = nn.Conv2d(channels, anchors.per_cell * 4, 1)
@@ -83,13 +83,13 @@ class RegionProposalNetwork(nn.Module):
             for each image (P, 4), best first.
         """
         options, train = self.options, self.training
-        candidates = options.train_candidates if train else options.test_candidates
-        count = options.train_proposals if train else options.test_proposals
+        candidates = options.pre_nms_top_n_train if train else options.pre_nms_top_n_test
+        count = options.post_nms_top_n_train if train else options.post_nms_top_n_test
         boxes_of, scores_of, start = [], [], 0
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
-            scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.seed_ranking)
+            scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
             boxes_of.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
             scores_of.append(scores)
@@ -103,7 +103,7 @@ class RegionProposalNetwork(nn.Module):
         ends = on_device(torch.tensor([level.shape[1] for level in scores_of]).cumsum(0), places.device)
         levels = torch.searchsorted(ends, places, right=True)
         boxes, scores = boxes[images, places], scores[images, places]
-        kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.seed_ranking)
+        kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.legacy_tie_order)
         return list(boxes[kept].split(counts_of(images[kept], len(sizes))))
 
     def assign_targets(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,9 @@ class RegionProposalNetwork(nn.Module):
         score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0
         for logits, deltas, size, target in zip(output.logits, output.deltas, sizes, targets, strict=True):
             kinds, matched = self.assign_targets(output.anchors, size, target)
-            positive, negative = subsample_labels(kinds, options.samples, options.positive_fraction, generator)
+            positive, negative = subsample_labels(
+                kinds, options.batch_size_per_image, options.positive_fraction, generator
+            )
             chosen = torch.cat((positive, negative))
             wanted_scores = torch.zeros_like(logits[chosen])
             wanted_scores[: len(positive)] = 1

@@ -51,25 +51,29 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def subsample_labels(
-    kinds: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None, refill: bool = False
+    kinds: Tensor,
+    count: int,
+    positive_fraction: float,
+    generator: torch.Generator | None,
+    sample_with_replacement: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Indices of random candidates: (P,) objects and (Q,) background.
 
     Args:
         count: at most so many, and a fraction of `positive_fraction` at most are objects.
-        refill: give exactly `count`, drawing some twice where the background is too small; where there is none,
-            they are all objects, as in the seed.
+        sample_with_replacement: give exactly `count`, drawing some twice where the background is too small; where there
+            is none, they are all objects, as in the reference.
     """
     objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (POSITIVE, NEGATIVE))
-    everything = refill and len(background) == 0
+    everything = sample_with_replacement and len(background) == 0
     positive = _choose(objects, count if everything else int(count * positive_fraction), generator, everything)
-    return positive, _choose(background, count - len(positive), generator, refill)
+    return positive, _choose(background, count - len(positive), generator, sample_with_replacement)
 
 
-def _choose(found: Tensor, count: int, generator: torch.Generator | None, refill: bool) -> Tensor:
+def _choose(found: Tensor, count: int, generator: torch.Generator | None, sample_with_replacement: bool) -> Tensor:
     if len(found) > count:
         return found[torch.randperm(len(found), generator=generator, device=found.device)[:count]]
-    if refill and 0 < len(found) < count:
+    if sample_with_replacement and 0 < len(found) < count:
         return found[torch.randint(len(found), (count,), generator=generator, device=found.device)]
     return found
 

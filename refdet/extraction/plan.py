@@ -8,7 +8,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from refdet.config.renamed_keys import current
 from refdet.data.coco import ImageRecord
+from refdet.errors import InputError
 from refdet.store.schema import Header
 
 Shard = list[list[ImageRecord]]  # its batches, in the order of the work
@@ -98,17 +100,20 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
     told = []
     for name, text in _HEADER.items():
         old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
+        if name == "recipe":
+            old, new = _parsed(old), _parsed(new)
         if old != new:
-            parts = list(_changed(_parsed(old), _parsed(new)))
+            parts = list(_changed(old, new))
             named = "; ".join(parts[:_SHOWN]) + ("; ..." if len(parts) > _SHOWN else "")
             told.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
     return "; ".join(told)
 
 
 def _parsed(recipe: Any) -> Any:
+    """A recipe's JSON in today's keys, whichever refdet wrote it; what is none as it is."""
     try:
-        return json.loads(recipe)
-    except (TypeError, ValueError, RecursionError):
+        return current(json.loads(recipe))[0]
+    except (TypeError, ValueError, RecursionError, InputError):
         return recipe
 
 

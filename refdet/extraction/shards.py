@@ -44,14 +44,23 @@ class ShardSet:
     """
 
     def __init__(
-        self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard], folder: Path | None = None
+        self,
+        out: Path,
+        plan: Plan,
+        header: Header,
+        shards: Sequence[Shard],
+        folder: Path | None = None,
+        begun: Mapping[str, Any] | None = None,
     ) -> None:
         self.out = out
         self.folder = folder or parts_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
         self._mend = "what is finished is kept: free some space, then continue with --resume"
-        self._of_plan = hashlib.sha256(json.dumps(plan.work(shards, header), sort_keys=True).encode()).hexdigest()
+        work = plan.work(shards, header)
+        if begun is not None:  # an older refdet may have written the same recipe in other words
+            work["header"] = begun["header"]
+        self._of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape of one region's, once one is known
         for number in range(len(shards)):
@@ -239,7 +248,7 @@ def open_extraction(
             if begun is None:
                 write_json(folder / PLAN, plan.work(shards, header))
                 fsync(out.parent)
-            yield ShardSet(out, plan, header, shards)
+            yield ShardSet(out, plan, header, shards, begun=begun)
 
 
 def _refuse_another(out: Path) -> None:

@@ -54,7 +54,7 @@ def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: i
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The crop of the seed (lichengunc/mask-faster-rcnn): one bilinear sample a cell, the first and the last of
+    """The crop of the reference (lichengunc/mask-faster-rcnn): one bilinear sample a cell, the first and the last of
     each row and column on the corners of the RoI, position 0 of the map being the middle of its first cell.
 
     Outside the map everything is 0. Arguments and result as for `roi_align`; `size` is at least 2.

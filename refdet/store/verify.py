@@ -18,7 +18,7 @@ from refdet.store import open as open_store
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
-# The seed's arithmetic of inclusive boxes, scaled back, ends up to a pixel outside.
+# The reference's arithmetic of inclusive boxes, scaled back, ends up to a pixel outside.
 _OUTSIDE = 1.0
 _STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "has no checksums (an older store): only that its parts fit together was checked, not every byte"

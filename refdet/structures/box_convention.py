@@ -33,11 +33,11 @@ class InputSize:
 
 @dataclass(frozen=True)
 class BoxConvention:
-    """How boxes are decoded, clipped and scaled: half-open, or with the seed's inclusive arithmetic.
+    """How boxes are decoded, clipped and scaled: half-open, or with the reference's inclusive arithmetic.
 
-    Boxes are half-open for everyone, of either convention. The seed (lichengunc/mask-faster-rcnn) counts a box from
-    its first to its last pixel, so that its width is ``x2 - x1 + 1``; such a box is the half-open one to ``x2 + 1``.
-    With that its IoU, NMS and deltas are the usual ones, and what is left of the difference is here:
+    Boxes are half-open for everyone, of either convention. The reference (lichengunc/mask-faster-rcnn) counts a box
+    from its first to its last pixel, so that its width is ``x2 - x1 + 1``; such a box is the half-open one to ``x2 +
+    1``. With that its IoU, NMS and deltas are the usual ones, and what is left of the difference is here:
 
     - it does not take the 1 off again when it decodes, so its boxes come out one pixel larger;
     - it scales and pools the last pixel, not the edge behind it.
@@ -52,7 +52,7 @@ class BoxConvention:
 
     @property
     def _max_log_scale(self) -> float:
-        """The seed does not limit the growth of a box; 60 is far beyond any image and still finite."""
+        """The reference does not limit the growth of a box; 60 is far beyond any image and still finite."""
         return 60.0 if self.inclusive else box_ops.MAX_LOG_SCALE
 
     def decode(self, deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:

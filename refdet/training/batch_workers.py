@@ -236,7 +236,7 @@ def _input_pixels(batches: TrainingBatches) -> Sequence[int]:
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
         if (size := (record.height, record.width)) not in known:
-            scaled = input_size(*size, options, max(options.short_sides))
+            scaled = input_size(*size, options, max(options.min_sizes))
             known[size] = scaled.height * scaled.width
     return [known[record.height, record.width] for record in batches.records]
 

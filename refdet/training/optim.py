@@ -14,13 +14,13 @@ def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | 
 
     Args:
         fresh: where training starts from weights, the beginnings of the names of what they did not hold: the rest
-            learns at ``options.loaded_rate`` times the rate. None where it starts from nothing.
+            learns at ``options.pretrained_lr_mult`` times the rate. None where it starts from nothing.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = options.weight_decay if parameter.ndim > 1 else 0.0
-            factor = 1.0 if fresh is None or name.startswith(fresh) else options.loaded_rate
+            factor = 1.0 if fresh is None or name.startswith(fresh) else options.pretrained_lr_mult
             groups.setdefault((decay, factor), []).append(parameter)
     return torch.optim.SGD(
         [
@@ -46,7 +46,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
     if step < warmup:
         rate *= 0.1 + 0.9 * step / warmup
-    passed = sum(step >= drop * options.steps for drop in options.lr_drops)
+    passed = sum(step >= drop * options.steps for drop in options.lr_milestones)
     return rate * 0.1**passed
 
 

@@ -21,7 +21,7 @@ from refdet.training.pretrained import Categories, difference
 from refdet.training.run_folder import states
 
 # What may change without making it another run; train.steps has rules of its own.
-_FREE = {("train", "workers"), ("train", "save_every"), ("train", "log_every"), ("train", "steps")}
+_FREE = {("train", "workers"), ("train", "checkpoint_interval"), ("train", "log_every"), ("train", "steps")}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class SavedRun:
                          "names: that they are the same is not checked")  # fmt: skip
         if after != before:
             lines.append(f"--resume {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
-                         "the rate (train.lr_drops) are counted in parts of the new number")  # fmt: skip
+                         "the rate (train.lr_milestones) are counted in parts of the new number")  # fmt: skip
         return lines
 
 

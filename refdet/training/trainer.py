@@ -171,7 +171,7 @@ class _Training:
                 # seeded by the step, so that a resumed run draws what an undisturbed one draws
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(step, options)
-                terms = _step(self.model, self.sgd, batch, rate, options.clip_norm, generator)
+                terms = _step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
                 del batch  # its shared memory is wanted for the next
                 losses.append(terms)
                 step += 1
@@ -187,7 +187,7 @@ class _Training:
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
                     bar.set_postfix_str(speed, refresh=False)
                     losses = []
-                if step % options.save_every == 0 or step == options.steps:
+                if step % options.checkpoint_interval == 0 or step == options.steps:
                     self._save(step)
         seconds = time.perf_counter() - started
         return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
@@ -222,7 +222,7 @@ class _Training:
 
 
 def _step(
-    model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, clip_norm: float, generator: torch.Generator
+    model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, max_grad_norm: float, generator: torch.Generator
 ) -> dict[str, float]:
     """One update. Returns the terms of the loss."""
     device = generator.device
@@ -238,7 +238,7 @@ def _step(
     set_rate(sgd, rate)
     sgd.zero_grad(set_to_none=True)
     total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     if not norm.isfinite():
         raise _not_finite("gradient is not finite", batch)
     sgd.step()

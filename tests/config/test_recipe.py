@@ -14,7 +14,7 @@ def test_every_shipped_recipe_loads_and_has_its_name() -> None:
 
 
 def test_yaml_and_json_forms_round_trip(tmp_path: Path) -> None:
-    before = recipe.load("demo").with_changes(["train.lr=0.125", "input.short_sides=[100, 120]"])
+    before = recipe.load("demo").with_changes(["train.lr=0.125", "input.min_sizes=[100, 120]"])
     assert recipe.from_dict(before.to_dict()) == before
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(before.to_dict()))
@@ -29,10 +29,10 @@ def test_a_yaml_file_without_a_name_has_its_own(tmp_path: Path) -> None:
 
 
 def test_set_takes_yaml_values() -> None:
-    changed = recipe.load("demo").with_changes(["train.lr=1e-3", "model.masks=false", "train.lr_drops=[0.5]"])
+    changed = recipe.load("demo").with_changes(["train.lr=1e-3", "model.masks=false", "train.lr_milestones=[0.5]"])
     assert changed.train.lr == 0.001
     assert changed.model.masks is False
-    assert changed.train.lr_drops == (0.5,)
+    assert changed.train.lr_milestones == (0.5,)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,13 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_file_changes_its_base(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("base: seed-c4-res101\ninput: {short_sides: [400]}\ntrain: {lr: 0.002}\n")
-    found, base = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("seed-c4-res101")
-    assert found.name == "mine" and found.input.short_sides == (400,) and found.train.lr == 0.002
+    (tmp_path / "mine.yaml").write_text("base: reference-c4-res101\ninput: {min_sizes: [400]}\ntrain: {lr: 0.002}\n")
+    found, base = recipe.load(str(tmp_path / "mine.yaml")), recipe.load("reference-c4-res101")
+    assert found.name == "mine" and found.input.min_sizes == (400,) and found.train.lr == 0.002
     assert found.model == base.model and found.input.mean == base.input.mean
-    assert recipe.load("seed-c4-res50").model.depth == 50 and recipe.load("seed-c4-res50").model.inclusive
+    assert (
+        recipe.load("reference-c4-res50").model.depth == 50 and recipe.load("reference-c4-res50").model.legacy_plus_one
+    )
     (tmp_path / "bad.yaml").write_text("base: nothing\n")
-    with pytest.raises(InputError, match="base: one of .*seed-c4-res101"):
+    with pytest.raises(InputError, match="base: one of .*reference-c4-res101"):
         recipe.load(str(tmp_path / "bad.yaml"))

@@ -25,7 +25,7 @@ from refdet.errors import InputError
 from refdet.training.trainer import train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.steps=6",
-        "head.samples=8", "train.warmup_steps=2", "train.log_every=2", "input.short_sides=[48]"]  # fmt: skip
+        "head.batch_size_per_image=8", "train.warmup_steps=2", "train.log_every=2", "input.min_sizes=[48]"]  # fmt: skip
 SAID = "images with an EXIF orientation other than 1 among those read:"
 
 

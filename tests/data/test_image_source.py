@@ -80,7 +80,7 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     [(480, 640, (600, 800)), (640, 480, (800, 600)), (300, 1000, (300, 1000)), (100, 2000, (50, 1000))],
 )
 def test_short_side_unless_the_long_one_would_be_too_long(height: int, width: int, expected: tuple[int, int]) -> None:
-    size = input_size(height, width, InputOptions(short_sides=(600,), long_side=1000))
+    size = input_size(height, width, InputOptions(min_sizes=(600,), max_size=1000))
     assert (size.height, size.width) == expected
     assert size.scale == (size.width / width, size.height / height)
 
@@ -107,7 +107,7 @@ def test_resizing_a_ramp_keeps_it_a_ramp() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (427, 640), (333, 500), (200, 900), (1, 7)])
 def test_the_seeds_size_and_scale(height: int, width: int) -> None:
-    options = InputOptions(short_sides=(600,), long_side=1000, resize="opencv")
+    options = InputOptions(min_sizes=(600,), max_size=1000, resize="opencv")
     scale = 600 / min(height, width)
     if np.round(scale * max(height, width)) > 1000:
         scale = 1000 / max(height, width)
@@ -119,7 +119,7 @@ def test_the_seeds_size_and_scale(height: int, width: int) -> None:
 def test_the_seeds_resize_is_bilinear_at_the_scale_itself() -> None:
     """In float64, pixel by pixel: position (i + 1/2) / scale - 1/2, borders repeated; BGR, minus the mean."""
     options = InputOptions(
-        short_sides=(23,), long_side=1000, mean=(10.5, 20.25, 30.125), std=(1, 1, 1), order="bgr", resize="opencv"
+        min_sizes=(23,), max_size=1000, mean=(10.5, 20.25, 30.125), std=(1, 1, 1), order="bgr", resize="opencv"
     )
     pixels = np.random.default_rng(0).integers(0, 255, (17, 29, 3), dtype=np.uint8)
     size = input_size(17, 29, options)

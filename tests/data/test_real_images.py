@@ -23,8 +23,8 @@ from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
 from refdet.training.trainer import train
 
-SMALL = ["model.width=16", "input.short_sides=[160]", "input.long_side=240", "model.rpn_channels=32",
-         "model.mask_channels=16", "head.samples=32", "model.anchor_sizes=[8,16,32,64,128]"]  # fmt: skip
+SMALL = ["model.width=16", "input.min_sizes=[160]", "input.max_size=240", "model.rpn_channels=32",
+         "model.mask_channels=16", "head.batch_size_per_image=32", "model.anchor_sizes=[8,16,32,64,128]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,15 @@ def test_training_on_real_images_lowers_the_loss(shared: Path, tmp_path: Path) -
 
 
 def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: Path) -> None:
-    """Through the commands, with the seed's arithmetic, MAttNet's threshold and the detector's masks of annotations."""
+    """Through the commands, with the reference's arithmetic, MAttNet's threshold and predicted masks of annotations."""
     root = shared / "data" / "coco_mini"
     tree = json.loads((root / "annotations" / "instances_train2017.json").read_text())
     tree["images"] = tree["images"][:3]
     kept = {image["id"] for image in tree["images"]}
     tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in kept]
     (tmp_path / "three.json").write_text(json.dumps(tree))
-    changes = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[160]"]
-    chosen = recipe.load("seed-c4-res50").with_changes(changes)
+    changes = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[160]"]
+    chosen = recipe.load("reference-c4-res50").with_changes(changes)
     torch.manual_seed(0)
     categories = tuple((c["id"], c["name"]) for c in tree["categories"])
     meta = checkpoint.CheckpointMetadata(chosen, categories, Provenance.imported("seed.pth", "ab" * 32), 0)

@@ -68,7 +68,7 @@ def test_a_step_is_the_same_whoever_asks_and_differs_with_the_seed(tmp_path: Pat
 
 def test_boxes_follow_the_image(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 100)] * 3)
-    batches = TrainingBatches(index, source, small_recipe("input.short_sides=[100]", "input.long_side=400"))
+    batches = TrainingBatches(index, source, small_recipe("input.min_sizes=[100]", "input.max_size=400"))
     seen: Counter[bool] = Counter()
     for step in range(6):
         batch = batches[step]
@@ -88,7 +88,7 @@ def test_boxes_follow_the_image(tmp_path: Path) -> None:
 
 def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60), (40, 60), (50, 52)])
-    batch = TrainingBatches(index, source, small_recipe("input.short_sides=[50]"))[0]
+    batch = TrainingBatches(index, source, small_recipe("input.min_sizes=[50]"))[0]
     for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
         assert image[:, height:].eq(0).all() and image[:, :, width:].eq(0).all()
         assert image[:, :height, :width].ne(0).all()
@@ -111,7 +111,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 )
 def test_exact_batches(sizes: list[tuple[int, int]], batch_size: int) -> None:
     records = [ImageRecord(i, "", *size) for i, size in enumerate(sizes)]
-    options = InputOptions(short_sides=(20,), long_side=40)
+    options = InputOptions(min_sizes=(20,), max_size=40)
     batches = group_by_input_size(records, options, batch_size)
     assert sorted(r.id for batch in batches for r in batch) == list(range(len(sizes)))
     unfilled = []

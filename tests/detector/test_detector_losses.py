@@ -25,7 +25,7 @@ def truth_for_loss() -> list[GroundTruth]:
 
 def test_rpn_losses_are_their_formulas() -> None:
     """All anchors are sampled, so the loss is a sum that can be written out in float64."""
-    model = small_model("model.masks=false", "proposals.samples=100000", "proposals.positive_fraction=1.0")
+    model = small_model("model.masks=false", "proposals.batch_size_per_image=100000", "proposals.positive_fraction=1.0")
     output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
     found = model.rpn.compute_losses(output, [(96, 128)] * 2, truths, None)
     score, box, count = 0.0, 0.0, 0
@@ -56,7 +56,9 @@ def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
 
 def test_second_stage_losses_are_their_formulas() -> None:
     """Two images with objects; every RoI is sampled, so that the losses can be written out in float64."""
-    model = small_model("head.samples=20000", "head.positive_fraction=1.0", "proposals.test_proposals=150")
+    model = small_model(
+        "head.batch_size_per_image=20000", "head.positive_fraction=1.0", "proposals.post_nms_top_n_test=150"
+    )
     objects = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)]]
     labels = [[2], [4, 1]]
     truths = [
@@ -101,12 +103,14 @@ def test_second_stage_losses_are_their_formulas() -> None:
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_losses_of_the_seeds_arithmetic() -> None:
-    """Inclusive boxes, cropping, anchors inside the image alone, RoIs drawn twice: as the seed writes them, with +1."""
+def test_losses_of_the_references_arithmetic() -> None:
+    """Inclusive boxes, cropping, anchors inside the image alone, RoIs drawn twice: as it writes them, with +1."""
     model = small_model(
-        "model.inclusive=true", "model.pooling=crop", "proposals.inside_only=true", "proposals.samples=100000",
-        "proposals.positive_fraction=1.0", "head.add_truth=false", "head.refill=true", "head.samples=40",
-        "model.stride=16", "model.anchor_sizes=[16,32,64]", "model.rounded_anchors=true", "model.masks=false",
+        "model.legacy_plus_one=true", "model.pooling=crop_and_resize", "proposals.inside_only=true",
+        "proposals.batch_size_per_image=100000",
+        "proposals.positive_fraction=1.0", "head.append_gt_boxes=false", "head.sample_with_replacement=true",
+        "head.batch_size_per_image=40",
+        "model.stride=16", "model.anchor_sizes=[16,32,64]", "model.legacy_rounded_anchors=true", "model.masks=false",
     )  # fmt: skip
     truth = GroundTruth(torch.tensor([[10.0, 10, 61, 59]]), torch.tensor([2]), None, torch.zeros(0, 4), (1.0, 1.0))
     images, sizes = torch.randn(1, 3, 96, 128), [(96, 128)]

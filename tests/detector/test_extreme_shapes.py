@@ -20,7 +20,7 @@ SHAPES = [(1, 1), (2, 2), (1, 300), (300, 1), (2, 4000), (4000, 3)]
 def test_every_network_takes_every_shape(variant: str) -> None:
     changes = VARIANTS[variant]
     model, options = small_model(*changes), small_recipe(*changes).input
-    convention = BoxConvention(small_recipe(*changes).model.inclusive)
+    convention = BoxConvention(small_recipe(*changes).model.legacy_plus_one)
     for height, width in SHAPES:
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         with torch.inference_mode():

@@ -73,15 +73,17 @@ def test_sample_counts() -> None:
 def test_refilled_samples_have_the_count_asked_for() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.tensor([POSITIVE] * 3 + [NEGATIVE] * 5 + [IGNORE] * 4)
-    positive, negative = subsample_labels(kinds, 64, 0.25, generator, refill=True)
+    positive, negative = subsample_labels(kinds, 64, 0.25, generator, sample_with_replacement=True)
     assert sorted(positive.tolist()) == [0, 1, 2]  # objects are drawn once
     assert len(negative) == 61 and set(negative.tolist()) == {3, 4, 5, 6, 7}
-    positive, negative = subsample_labels(kinds[:3], 64, 0.25, generator, refill=True)  # no background: objects fill up
+    positive, negative = subsample_labels(
+        kinds[:3], 64, 0.25, generator, sample_with_replacement=True
+    )  # no background: objects fill up
     assert len(positive) == 64 and set(positive.tolist()) == {0, 1, 2} and len(negative) == 0
-    positive, negative = subsample_labels(torch.full((5,), IGNORE), 64, 0.25, generator, refill=True)
+    positive, negative = subsample_labels(torch.full((5,), IGNORE), 64, 0.25, generator, sample_with_replacement=True)
     assert len(positive) == len(negative) == 0
     many = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 100)
-    positive, negative = subsample_labels(many, 64, 0.25, generator, refill=True)
+    positive, negative = subsample_labels(many, 64, 0.25, generator, sample_with_replacement=True)
     assert len(positive) == len(set(positive.tolist())) == 16 and len(set(negative.tolist())) == 48
 
 
@@ -91,7 +93,7 @@ def test_inside_the_image() -> None:
 
 
 def test_inclusive_rois_get_the_mask_under_their_pixels() -> None:
-    """At scale 2 the seed's RoI 0..38 is the pixels 0..19 of the image."""
+    """At scale 2 the reference's RoI 0..38 is the pixels 0..19 of the image."""
     mask = np.zeros((20, 40), np.uint8)
     mask[:, :10] = 1
     truth = truth_of([[0, 0, 20, 40]], masks=[coco_mask.encode(np.asfortranarray(mask))], scale=(2.0, 2.0))

@@ -78,7 +78,7 @@ def inputs_of(model: MaskRCNN, count: int) -> tuple[torch.Tensor, list[Any]]:
 
 
 @pytest.mark.parametrize("at_least_one", [False, True])
-@pytest.mark.parametrize("changes", [(), ("model.inclusive=true", "model.pooling=crop")])
+@pytest.mark.parametrize("changes", [(), ("model.legacy_plus_one=true", "model.pooling=crop_and_resize")])
 @torch.inference_mode()
 def test_detection_waits_no_oftener_for_more_images(changes: tuple[str, ...], at_least_one: bool) -> None:
     model, found = small_model(*changes), []
@@ -189,7 +189,7 @@ def test_scales_of_many_images_are_those_of_each(inclusive: bool) -> None:
 def test_the_best_anchors_come_by_index_where_they_are_equal() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     logits[0, 5], logits[0, 9], logits[2] = -0.0, 0.0, -1.5
-    scores, places = best_anchors(logits, 6000, seed_ranking=False)
+    scores, places = best_anchors(logits, 6000, legacy_tie_order=False)
     wanted = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(scores, wanted.values[:, :6000]) and torch.equal(places, wanted.indices[:, :6000])
     assert (logits.topk(6000, dim=1).indices != places).any()  # which is why it is not `topk` of the logits
@@ -200,7 +200,7 @@ def test_the_best_anchors_come_by_index_where_they_are_equal() -> None:
 def test_the_seeds_ranking_is_one_sort_where_its_order_cannot_be_had() -> None:
     """On another device than the CPU; here on one that computes shapes alone."""
     with InAten() as aten:
-        scores, places = best_anchors(torch.empty(4, 500, device="meta"), 20, seed_ranking=True)
+        scores, places = best_anchors(torch.empty(4, 500, device="meta"), 20, legacy_tie_order=True)
     assert scores.shape == places.shape == (4, 20) and aten.calls["sort"] == 1
 
 
@@ -211,7 +211,7 @@ def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: py
     monkeypatch.setattr(postprocess, "nms", lambda *given, **more: calls.append((given, more)) or given[1][:1])
     boxes, scores, ids = torch.empty(9, 4, device="meta"), torch.empty(9, device="meta"), torch.empty(9, device="meta")
     with InAten() as aten:
-        ranked_nms(boxes, scores, ids, ids, 0.3, 5, seed_ranking=True)
+        ranked_nms(boxes, scores, ids, ids, 0.3, 5, legacy_tie_order=True)
     assert len(calls) == 1 and calls[0][0][0] is boxes and aten.calls["sort"] == 0
 
 

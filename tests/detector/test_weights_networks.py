@@ -24,16 +24,16 @@ from refdet.detector.weights.import_weights import import_weights
 @pytest.mark.parametrize(
     ("depth", "anchors", "masks", "name"),
     [
-        (50, 12, True, "seed-c4-res50"),
-        (101, 12, False, "seed-c4-res101"),
-        (101, 15, True, "seed-c4-res101-lg"),
-        (152, 12, True, "seed-c4-res152"),
+        (50, 12, True, "reference-c4-res50"),
+        (101, 12, False, "reference-c4-res101"),
+        (101, 15, True, "reference-c4-res101-lg"),
+        (152, 12, True, "reference-c4-res152"),
     ],
 )
 def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool, name: str) -> None:
     given = seed_weights(depth, anchors, masks=masks)
     found = identify_checkpoint({f"module.{key}": value for key, value in given.items()})
-    assert found.kind == f"the seed's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
+    assert found.kind == f"the reference's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
         f"{anchors} anchors a cell"
     )
     assert (found.recipe.name, found.recipe.model.masks, found.classes, found.untrained) == (name, masks, 80, ())
@@ -58,7 +58,7 @@ def test_imagenet_styles_are_told_apart() -> None:
         "an ImageNet ResNet-50 in torchvision style",
         "an ImageNet ResNet-50 in caffe style",
     )
-    assert (ours.recipe.name, caffe.recipe.name) == ("c4-res50", "seed-c4-res50")
+    assert (ours.recipe.name, caffe.recipe.name) == ("c4-res50", "reference-c4-res50")
     assert (ours.recipe.input.order, ours.recipe.model.stride_in_1x1) == ("rgb", False)
     assert (caffe.recipe.input.order, caffe.recipe.model.stride_in_1x1) == ("bgr", True)
     assert ours.recipe.model.norm == caffe.recipe.model.norm == "frozen"
@@ -66,7 +66,7 @@ def test_imagenet_styles_are_told_apart() -> None:
     assert not [name for name in ours.tensors if name.startswith(ours.untrained)]
     # whoever knows better says so
     assert identify_checkpoint(resnet50_of_inputs(60.0), "torchvision").recipe.name == "c4-res50"
-    assert identify_checkpoint(resnet50_of_inputs(1.0), "caffe").recipe.name == "seed-c4-res50"
+    assert identify_checkpoint(resnet50_of_inputs(1.0), "caffe").recipe.name == "reference-c4-res50"
 
 
 @pytest.mark.parametrize("depth", [18, 50, 101])

@@ -27,7 +27,7 @@ from refdet.training.optim import optimiser
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
-                                         "model.norm=batch", "input.short_sides=[64]"])  # fmt: skip
+                                         "model.norm=batch", "input.min_sizes=[64]"])  # fmt: skip
 META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)
 IMAGE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
 RECORD = ImageRecord(id=1, file_name="a.jpg", height=64, width=80)

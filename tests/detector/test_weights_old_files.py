@@ -113,8 +113,8 @@ def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None
     assert not out.exists()
     done = call("import-weights", "--from", source, "--out", out, "--trained-on", instances)
     assert done.exit_code == 0, done.output
-    assert "is the seed's Mask R-CNN with a ResNet-50, 12 anchors a cell" in done.stderr
-    assert done.stdout.split("\n")[1].split()[:2] == ["seed-c4-res50", str(len(index.categories))]
+    assert "is the reference's Mask R-CNN with a ResNet-50, 12 anchors a cell" in done.stderr
+    assert done.stdout.split("\n")[1].split()[:2] == ["reference-c4-res50", str(len(index.categories))]
     loaded = loading.load(out)
     assert loaded.meta.categories == tuple(index.categories.items())
     assert loaded.meta.untrained == () and loaded.meta.step == 0 and not loaded.meta.warnings()

@@ -153,7 +153,7 @@ NAN = torch.tensor(float("nan"))
 WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "missing": (
         without("rpn_net.bias", "resnet.bn1.weight"),
-        ("looks like the weights of seed-c4-res50, but missing: resnet.bn1.weight, rpn_net.bias",),
+        ("looks like the weights of reference-c4-res50, but missing: resnet.bn1.weight, rpn_net.bias",),
     ),
     "left over": (with_("rpn_extra.bias", torch.ones(1)), ("left over: rpn_extra.bias",)),
     "half a mask branch": (without("mask_up_sampling.weight"), ("missing: mask_up_sampling.weight",)),

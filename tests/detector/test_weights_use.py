@@ -90,7 +90,7 @@ def test_wrapped_weights(resnet18: Tensors, tmp_path: Path, wrap: str) -> None:
     assert not found["backbone.conv1.weight"].requires_grad
 
 
-SMALL = ["input.short_sides=[64]", "head.samples=8", "proposals.train_proposals=20", "train.workers=0",
+SMALL = ["input.min_sizes=[64]", "head.batch_size_per_image=8", "proposals.post_nms_top_n_train=20", "train.workers=0",
          "train.batch_size=1", "train.steps=1", "model.rpn_channels=16", "model.mask_channels=8"]  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, i
 def tiny(*changes: str) -> Recipe:
     return recipe.load("demo").with_changes(
         [*SMALL, "model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16", "train.lr=0.05",
-         "train.warmup_steps=0", "train.clip_norm=0", "train.save_every=1", *changes]
+         "train.warmup_steps=0", "train.max_grad_norm=0", "train.checkpoint_interval=1", *changes]
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instanc
     moved = {}
     for rate in (0.0, 0.1, 1.0):
         out = tmp_path / str(rate)
-        train(tiny(f"train.loaded_rate={rate}"), instances, shapes_root / "val2014", out, weights=frcn)
+        train(tiny(f"train.pretrained_lr_mult={rate}"), instances, shapes_root / "val2014", out, weights=frcn)
         moved[rate] = parameters(out)
     names = {name for name, _ in MaskRCNN(tiny(), 1).named_parameters()}
     masks, before = {name for name in names if "mask" in name}, parameters(frcn)
@@ -191,7 +191,7 @@ def test_such_a_run_resumed_is_the_same_run(
     frcn: Path, shapes_root: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, **more: Any) -> None:
-        train(tiny("train.loaded_rate=0.1", "train.steps=2"), instances, shapes_root / "val2014", out, **more)
+        train(tiny("train.pretrained_lr_mult=0.1", "train.steps=2"), instances, shapes_root / "val2014", out, **more)
 
     run(tmp_path / "whole", weights=frcn)
     step, calls = train_module._step, []

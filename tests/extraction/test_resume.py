@@ -25,8 +25,8 @@ from refdet.extraction import shards
 from refdet.files import atomic
 
 OTHERS = [
-    (replace(OWN, recipe=json.dumps(RECIPE | {"input": {"short_sides": [800], "long_side": 1000}})),
-     r"another recipe of the checkpoint \(input.short_sides was \[600\] and is now \[800\]\)"),
+    (replace(OWN, recipe=json.dumps(RECIPE | {"input": {"min_sizes": [800], "max_size": 1000}})),
+     r"another recipe of the checkpoint \(input.min_sizes was \[600\] and is now \[800\]\)"),
     (replace(OWN, recipe="name: other"), "another recipe of the checkpoint"),
     (replace(OWN, classes=[{"id": 3, "name": "cat"}]), "other classes of the checkpoint"),
     (replace(OWN, provenance={"source": "y.json"}), "another provenance of the checkpoint"),

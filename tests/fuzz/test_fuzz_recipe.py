@@ -128,7 +128,9 @@ WORDS = (
 
 def test_damaged_recipes(tmp_path: Path) -> None:
     path, passed = tmp_path / "odd.yaml", 0
-    start = [yaml.safe_dump(recipe.load(name).to_dict()).encode() for name in ("demo", "seed-c4-res101", "fpn-res50")]
+    start = [
+        yaml.safe_dump(recipe.load(name).to_dict()).encode() for name in ("demo", "reference-c4-res101", "fpn-res50")
+    ]
     for numbers in rounds(100):
         path.write_bytes(damaged(numbers.choice(start), numbers, WORDS))
         passed += survives(f"{path.read_bytes()!r}", lambda: recipe.load(str(path)))
@@ -137,7 +139,7 @@ def test_damaged_recipes(tmp_path: Path) -> None:
 
 def test_damaged_assignments() -> None:
     for numbers in rounds(100):
-        text = damaged(b"input.short_sides=[600, 700]", numbers, WORDS).decode("utf-8", "surrogateescape")
+        text = damaged(b"input.min_sizes=[600, 700]", numbers, WORDS).decode("utf-8", "surrogateescape")
         survives(repr(text), lambda text=text: recipe.load("demo").with_changes([text]))  # type: ignore[misc]
 
 

@@ -8,7 +8,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
 
-SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]",
          "model.neck=c4", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
 VARIANTS = {
@@ -18,9 +18,10 @@ VARIANTS = {
     "fpn": PYRAMID,
     "frozen": ["model.norm=frozen"],
     "seed": ["model.stride=16", "model.depth=50", "model.norm=frozen", "model.stride_in_1x1=true",
-             "model.inclusive=true", "model.pooling=crop", "model.seed_ranking=true", "input.resize=opencv",
+             "model.legacy_plus_one=true", "model.pooling=crop_and_resize", "model.legacy_tie_order=true",
+             "input.resize=opencv",
              "input.order=bgr"],
-    "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.inclusive=true"],
+    "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.legacy_plus_one=true"],
 }  # fmt: skip
 CATEGORY_IDS = [1, 3, 7, 44]
 

@@ -12,7 +12,7 @@ from refdet.cli.main import main
 
 Tensors = dict[str, Tensor]
 
-# our beginning of a name -> the seed's, the longer first
+# our beginning of a name -> the reference's, the longer first
 SEED_NAMES = (
     ("head.conv5.", "resnet.layer4."), ("backbone.", "resnet."), ("rpn.conv.", "rpn_net."),
     ("rpn.score.", "rpn_cls_score_net."), ("rpn.delta.", "rpn_bbox_pred_net."), ("head.box.score.", "cls_score_net."),

@@ -17,7 +17,7 @@ from refdet.errors import Interrupted
 from refdet.extraction import shards
 from refdet.extraction.pipeline import Finish, Summary, extract
 
-RECIPE = {"model": {"width": 64}, "input": {"short_sides": [600], "long_side": 1000}}
+RECIPE = {"model": {"width": 64}, "input": {"min_sizes": [600], "max_size": 1000}}
 OWN = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)
 
 

@@ -9,17 +9,17 @@ from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.resnet import FrozenBatchNorm
 
-SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.short_sides=[96]",
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]",
          "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
-CROP = ["model.stride_in_1x1=true", "model.inclusive=true", "model.seed_ranking=true", "input.resize=opencv"]
+CROP = ["model.stride_in_1x1=true", "model.legacy_plus_one=true", "model.legacy_tie_order=true", "input.resize=opencv"]
 # what is folded, and whether conv5 enters early
 VARIANTS: dict[str, tuple[list[str], bool]] = {
     "c4": ([], True),
     "frozen": (["model.norm=frozen"], True),
     "stride8": (["model.stride=8"], True),
     "basic-blocks": (["model.depth=18"], False),
-    "crop": (["model.norm=frozen", "model.pooling=crop", *CROP], True),
+    "crop": (["model.norm=frozen", "model.pooling=crop_and_resize", *CROP], True),
     "crop-align": (["model.norm=frozen", "model.pooling=crop_align", *CROP], False),
     "fpn": (PYRAMID, False),
 }

@@ -14,8 +14,9 @@ from refdet.config.recipe import Recipe
 from refdet.training.trainer import Summary, train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "model.fpn_channels=16",
-        "model.fpn_hidden=32", "train.batch_size=2", "train.workers=0", "head.samples=8", "train.warmup_steps=2",
-        "train.log_every=1", "train.steps=2", "input.short_sides=[64]"]  # fmt: skip
+        "model.fpn_hidden=32", "train.batch_size=2", "train.workers=0", "head.batch_size_per_image=8",
+        "train.warmup_steps=2",
+        "train.log_every=1", "train.steps=2", "input.min_sizes=[64]"]  # fmt: skip
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -56,7 +56,7 @@ def test_the_layout_of_the_map_does_not_matter(layout: torch.memory_format) -> N
 
 
 def crop_by_grid_sample(x: torch.Tensor, rois: torch.Tensor, size: int, stride: float) -> torch.Tensor:
-    """The seed's way: an affine grid from corner to corner, sampled with zeros outside."""
+    """The reference's way: an affine grid from corner to corner, sampled with zeros outside."""
     height, width = x.shape[2:]
     crops = []
     for image, *corners in rois.tolist():
@@ -103,7 +103,7 @@ def test_the_other_crop_of_the_seed_takes_the_largest_of_four_samples() -> None:
     """14x14 samples, the first and last pixel of the image on the first and last cell of the map, 2x2 at a time."""
     from detector_examples import small_model
 
-    model = small_model("model.pooling=crop_align", "model.stride=16", "model.inclusive=true")
+    model = small_model("model.pooling=crop_align", "model.stride=16", "model.legacy_plus_one=true")
     x, images = torch.randn(1, 32, 6, 8), torch.zeros(1, 3, 90, 121)
     boxes = torch.tensor([[0, 5.0, 7, 61, 80], [0, 0, 0, 121, 90]])
     corners = boxes.clone()

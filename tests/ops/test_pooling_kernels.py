@@ -473,7 +473,7 @@ def test_the_mean_of_a_pyramid() -> None:
         pyramid_roi_align(maps, rois + 1, 7, (4, 8, 16, 32))
 
 
-@pytest.mark.parametrize("pooling", ["align", "crop", "crop_align", "fpn"])
+@pytest.mark.parametrize("pooling", ["align", "crop_and_resize", "crop_align", "fpn"])
 def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
     from detector_examples import small_model
 

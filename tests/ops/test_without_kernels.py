@@ -14,9 +14,9 @@ import pytest
 from refdet import store
 from refdet.ops._library import DEVICES
 
-RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.short_sides=[96]",
-          "input.long_side=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=6", "train.log_every=1",
-          "train.batch_size=4", "proposals.test_proposals=40"]  # fmt: skip
+RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
+          "input.max_size=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=6", "train.log_every=1",
+          "train.batch_size=4", "proposals.post_nms_top_n_test=40"]  # fmt: skip
 
 
 def refdet(kernels: bool, *arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""The seed's inclusive arithmetic, written out with its +1s, against half-open boxes and `BoxConvention`."""
+"""The reference's inclusive arithmetic, written out with its +1s, against half-open boxes and `BoxConvention`."""
 
 import numpy as np
 import pytest

@@ -26,7 +26,7 @@ from refdet.training.optim import learning_rate, optimiser
 from refdet.training.trainer import Summary, train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.workers=0",
-        "head.samples=8", "train.warmup_steps=2", "train.log_every=2", "input.short_sides=[80]"]  # fmt: skip
+        "head.batch_size_per_image=8", "train.warmup_steps=2", "train.log_every=2", "input.min_sizes=[80]"]  # fmt: skip
 
 
 def tiny_recipe(*changes: str) -> Recipe:
@@ -63,11 +63,11 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_is_the_same_run(shapes_root: Path, tmp_path: Path, workers: int) -> None:
-    run(shapes_root, tmp_path / "whole", "train.steps=6", "train.save_every=3")
+    run(shapes_root, tmp_path / "whole", "train.steps=6", "train.checkpoint_interval=3")
     shutil.copytree(shapes_root / "val2014", tmp_path / "images")
     broken = sorted((tmp_path / "images").glob("*.jpg"))
     instances = shapes_root / "annotations" / "instances_val2014.json"
-    changes = tiny_recipe("train.steps=6", "train.save_every=3", f"train.workers={workers}")
+    changes = tiny_recipe("train.steps=6", "train.checkpoint_interval=3", f"train.workers={workers}")
 
     # die in the second half: step 5 meets an image that is gone bad
     batches = TrainingBatches(CocoIndex.load(instances), ImageSource.open(tmp_path / "images"), changes)
@@ -112,7 +112,7 @@ def test_a_signal_saves_what_was_done(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(train_module, "_step", with_notice)
-    changes = ["train.steps=6", "train.save_every=5000", f"train.workers={workers}"]
+    changes = ["train.steps=6", "train.checkpoint_interval=5000", f"train.workers={workers}"]
     with pytest.raises(Interrupted, match=rf"stopped by {said} after step 3, which is saved"):
         run(shapes_root, tmp_path / "run", *changes)
     assert checkpoint.load_meta(tmp_path / "run").step == 3
@@ -164,7 +164,7 @@ def test_what_is_not_finite_stops_the_run_and_leaves_the_weights(
 
     monkeypatch.setattr(MaskRCNN, "losses", spoilt)
     with pytest.raises(RuntimeFailure, match=rf"{said} on images \d+, \d+;"):
-        run(shapes_root, tmp_path / "run", "train.steps=6", "train.save_every=3")
+        run(shapes_root, tmp_path / "run", "train.steps=6", "train.checkpoint_interval=3")
     assert checkpoint.load_meta(tmp_path / "run").step == 3
     kept, _ = read_tensors(tmp_path / "run" / "model.safetensors")
     assert all(t.isfinite().all() for t in kept.values())
@@ -242,10 +242,12 @@ def test_damaged_checkpoints_are_named(shapes_root: Path, tmp_path: Path) -> Non
 
 
 def test_learning_rate() -> None:
-    options = tiny_recipe("train.lr=1", "train.steps=100", "train.warmup_steps=10", "train.lr_drops=[0.5, 0.75]").train
+    options = tiny_recipe(
+        "train.lr=1", "train.steps=100", "train.warmup_steps=10", "train.lr_milestones=[0.5, 0.75]"
+    ).train
     rates = [round(learning_rate(step, options), 6) for step in (0, 5, 10, 49, 50, 74, 75, 99)]
     assert rates == [0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    short = tiny_recipe("train.lr=1", "train.steps=10", "train.warmup_steps=500", "train.lr_drops=[0.9]").train
+    short = tiny_recipe("train.lr=1", "train.steps=10", "train.warmup_steps=500", "train.lr_milestones=[0.9]").train
     assert [round(learning_rate(step, short), 6) for step in (0, 1, 2, 8, 9)] == [0.1, 0.55, 1, 1, 0.1]
 
 

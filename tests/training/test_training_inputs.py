@@ -18,7 +18,10 @@ from refdet.cli.main import main
 ON = {"--resume": (), "--out": "run", "--set": TINY}  # goes on with the finished run of two steps
 MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
     "no such device": ({"--device": "gpu"}, "--device gpu: no name of a device; give cpu, cuda"),
-    "another recipe": (ON | {"--set": [*TINY, "head.samples=9"]}, "--resume run: head.samples was 8 and is now 9"),
+    "another recipe": (
+        ON | {"--set": [*TINY, "head.batch_size_per_image=9"]},
+        "--resume run: head.batch_size_per_image was 8 and is now 9",
+    ),
     "another recipe of other data": (
         ON | {"--set": [*TINY, "train.seed=5"], "--instances": "other.json"},
         "train.seed was 0 and is now 5",

@@ -38,7 +38,7 @@ def killed(*given):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*given)
 trainer._step = killed
-run(Path(sys.argv[1]), "train.steps=4", "train.save_every=100")
+run(Path(sys.argv[1]), "train.steps=4", "train.checkpoint_interval=100")
 """
 
 
@@ -137,7 +137,7 @@ def test_a_run_that_goes_on_says_every_step_once(begun: Path) -> None:
 
 def test_a_finished_run_is_prolonged(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(begun, "train.steps=4", resume=True).steps == 4
-    assert "train.steps was 2 and is now 4" in caplog.text and "train.lr_drops" in caplog.text
+    assert "train.steps was 2 and is now 4" in caplog.text and "train.lr_milestones" in caplog.text
     assert checkpoint.load_meta(begun / "run").recipe.train.steps == 4
     with pytest.raises(InputError, match="train.steps=3, but 4 steps are done; give 4 or more"):
         run(begun, "train.steps=3", resume=True)

@@ -1,7 +1,7 @@
 """Weights of other programs: which network they are, and the same in our names.
 
-Known are the seed's checkpoints (lichengunc/mask-faster-rcnn, Mask and Faster R-CNN) and ImageNet ResNets in Caffe's
-and in torchvision's style.
+Known are the reference's checkpoints (lichengunc/mask-faster-rcnn, Mask and Faster R-CNN) and ImageNet ResNets in
+Caffe's and in torchvision's style.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None)
 def _seed(given: dict[str, Tensor]) -> ConvertedWeights:
     depth = _depth(given, "resnet.")
     anchors = _rows(given, "rpn_cls_score_net.weight", 24) // 2
-    name = {12: f"seed-c4-res{depth}", 15: f"seed-c4-res{depth}-lg"}.get(anchors, "")
+    name = {12: f"reference-c4-res{depth}", 15: f"reference-c4-res{depth}-lg"}.get(anchors, "")
     if name not in recipes.names():
         raise InputError(
             f"rpn_cls_score_net.weight: {anchors} anchors a cell with a ResNet-{depth} are no network of a known "
@@ -99,7 +99,7 @@ def _seed(given: dict[str, Tensor]) -> ConvertedWeights:
         ignored=tuple(f"resnet.{name}" for name in IMAGENET_CLASSIFIER),
         untrained=(),
     )
-    kind = f"the seed's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, {anchors} anchors a cell"
+    kind = f"the reference's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, {anchors} anchors a cell"
     return ConvertedWeights(kind, recipe, classes, converted, ())
 
 
@@ -109,7 +109,7 @@ def _resnet(given: dict[str, Tensor], style: str | None) -> ConvertedWeights:
     if style == "caffe":
         if depth < 50:
             raise InputError("--style caffe: there is no recipe for a Caffe ResNet of less than 50 layers")
-        recipe = recipes.load(f"seed-c4-res{depth}")
+        recipe = recipes.load(f"reference-c4-res{depth}")
     else:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
         recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])
@@ -126,7 +126,7 @@ def _depth(given: Mapping[str, Tensor], prefix: str) -> int:
         return depths[0]
     needed = [f"{prefix}conv1.weight", *(f"{prefix}layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4))]
     raise InputError(
-        "not a network known here (the seed's Mask or Faster R-CNN, an ImageNet ResNet): "
+        "not a network known here (the reference's Mask or Faster R-CNN, an ImageNet ResNet): "
         + _differences((n for n in needed if n not in given), (n for n in given if n not in needed))
         + (f"; blocks a stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
     )

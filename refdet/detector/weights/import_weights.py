@@ -185,7 +185,7 @@ def _unsafe(name: str) -> str:
 
 
 def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the seed has them."""
+    """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the reference has them."""
     if found.classes is None:
         return coco_categories()
     if index is not None:

@@ -96,8 +96,8 @@ def export_mattnet(
 def detection(regions: Regions, place: int, name: str, det_id: int, row: int) -> dict[str, Any]:
     """The record of one detection.
 
-    ``box`` is x, y, width, height; the seed's width ``x2 - x1 + 1`` of a box to its last pixel is ``x2 - x1`` of our
-    half-open one. ``region``, its row in the store, is ours: `refdet evaluate-on-refer` takes it for an answer.
+    ``box`` is x, y, width, height; the reference's width ``x2 - x1 + 1`` of a box to its last pixel is ``x2 - x1`` of
+    our half-open one. ``region``, its row in the store, is ours: `refdet evaluate-on-refer` takes it for an answer.
     """
     x1, y1, x2, y2 = regions.boxes[place].tolist()
     return {

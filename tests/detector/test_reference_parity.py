@@ -1,6 +1,6 @@
-"""Parity with the seed: what its own code computed from seed-named weights and real images, and what refdet does.
+"""Parity with the reference: what its own code computed of real images, and what refdet does.
 
-``pytest tests/detector/test_seed_parity.py -rP`` prints the errors measured.
+``pytest tests/detector/test_reference_parity.py -rP`` prints the errors measured.
 """
 
 import sys
@@ -25,7 +25,7 @@ from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
 from refdet.structures.ground_truth import GroundTruth
 
-ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the seed's inclusive boxes to half-open ones
+ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the reference's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
 # "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for convolutions
 CASES = [(depth, image, "trained") for depth, images in IMAGES.items() for image in images]
@@ -45,7 +45,7 @@ Key = tuple[int, str, str]
 def detectors(
     shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[tuple[int, str], loading.TrainedDetector]]:
-    """The detectors of the seed's checkpoints, through import-weights, by depth and form."""
+    """The detectors of the reference's checkpoints, through import-weights, by depth and form."""
     sys.path.insert(0, str(shared / "seed"))
     try:
         from make_checkpoint import make_state_dict  # type: ignore[import-not-found]
@@ -112,7 +112,7 @@ def test_input_and_map(case: Case) -> None:
 
 
 @torch.inference_mode()
-def test_proposals(case: Case, key: Key) -> None:
+def post_nms_top_n_test(case: Case, key: Key) -> None:
     model = case.model
     maps = model.extract_feature_maps(case.inputs)
     (boxes,) = model.rpn.filter_proposals(model.rpn(maps), [(case.size.height, case.size.width)])
@@ -185,7 +185,7 @@ def test_bfloat16_is_near(case: Case, key: Key, detectors: dict[tuple[int, str],
 def test_the_store_holds_the_seeds_boxes(
     detectors: dict[tuple[int, str], loading.TrainedDetector], shared: Path
 ) -> None:
-    """Through what extract-features calls, boxes are half-open: a pixel further than the seed's last one."""
+    """Through what extract-features calls, boxes are half-open: a pixel further than the reference's last one."""
     image, detector = IMAGES[50][1], detectors[50, "used"]
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
     from refdet.data.coco import ImageRecord

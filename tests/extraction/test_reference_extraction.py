@@ -19,8 +19,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 IMAGES = 36  # two shards
-# the network is the seed's; its input and its proposals are few, for a test has little time
-QUICK = {"input": {"short_sides": [96], "long_side": 150}, "proposals": {"test_candidates": 200, "test_proposals": 16}}
+# the network is the reference's; its input and its proposals are few, for a test has little time
+QUICK = {
+    "input": {"min_sizes": [96], "max_size": 150},
+    "proposals": {"pre_nms_top_n_test": 200, "post_nms_top_n_test": 16},
+}
 FEATURES = ("pool5", "fc7", "head")
 
 
@@ -34,7 +37,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imported ResNet-50 of the seed, and the first images of coco_mini's REFER."""
+    """An imported ResNet-50 of the reference, and the first images of coco_mini's REFER."""
     folder = tmp_path_factory.mktemp("seed")
     sys.path.insert(0, str(shared / "seed"))
     try:

@@ -1,0 +1,75 @@
+"""Recipe keys, values and names of refdet 0.1 that have another name now; the old ones work for one more version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from refdet.errors import InputError
+
+KEYS = {
+    "model.inclusive": "legacy_plus_one",
+    "model.rounded_anchors": "legacy_rounded_anchors",
+    "model.seed_ranking": "legacy_tie_order",
+    "input.short_sides": "min_sizes",
+    "input.long_side": "max_size",
+    "proposals.samples": "batch_size_per_image",
+    "proposals.train_candidates": "pre_nms_top_n_train",
+    "proposals.test_candidates": "pre_nms_top_n_test",
+    "proposals.train_proposals": "post_nms_top_n_train",
+    "proposals.test_proposals": "post_nms_top_n_test",
+    "head.samples": "batch_size_per_image",
+    "head.add_truth": "append_gt_boxes",
+    "head.refill": "sample_with_replacement",
+    "train.lr_drops": "lr_milestones",
+    "train.clip_norm": "max_grad_norm",
+    "train.loaded_rate": "pretrained_lr_mult",
+    "train.save_every": "checkpoint_interval",
+}
+"""part.key as it was -> key as it is."""
+
+VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": "crop_and_resize"}}
+"""(part, key as it is) -> value as it was -> as it is."""
+
+
+def current_name(name: str) -> str:
+    """The name of a shipped recipe: those of the reference's networks began with "seed"."""
+    return "reference" + name.removeprefix("seed") if name.startswith("seed-") else name
+
+
+def current(tree: Any) -> tuple[Any, list[str]]:
+    """A recipe's tree in today's keys and values, and what of it was renamed, as "train.save_every".
+
+    What is no recipe is given back as it is.
+
+    Raises:
+        InputError: a key is there under its old and its new name.
+    """
+    if not isinstance(tree, Mapping):
+        return tree, []
+    found, renamed = {}, []
+    for part, options in tree.items():
+        if not isinstance(options, Mapping):
+            found[part] = options
+            continue
+        found[part] = {}
+        for key, value in options.items():
+            name: str = KEYS.get(f"{part}.{key}", key)
+            if name != key:
+                renamed.append(f"{part}.{key}")
+                if name in options:
+                    raise InputError(f"{part}.{key}: {part}.{name} is there too, which is its new name; remove one")
+            values = VALUES.get((str(part), name), {})
+            if isinstance(value, str) and value in values:
+                renamed.append(f"{part}.{name}={value}")
+                value = values[value]
+            found[part][name] = value
+    return found, renamed
+
+
+def deprecation(renamed: str) -> str:
+    """The line that tells of one of the names that `current` gives."""
+    part, _, rest = renamed.partition(".")
+    key, _, value = rest.partition("=")
+    new = f"{key}={VALUES[part, key][value]}" if value else KEYS[renamed]
+    return f"{renamed} is called {part}.{new} now; the old name works until the next version"
