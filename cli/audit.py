@@ -11,7 +11,7 @@ import click
 from refdet.errors import RuntimeFailure
 
 from .arguments import check_json, check_refer_root, check_run_directory, check_store
-from .common import echo_json, echo_line, echo_table, json_option, note, store_option
+from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
 
 if TYPE_CHECKING:
     from refdet.splits.detector_audit import ProvenanceAudit
@@ -34,8 +34,11 @@ SHOWN = 10
 )
 @click.option("--trust-weights", is_flag=True, help="The weights the detector started from saw no held-out image.")
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 though of some images nothing is known.")
-@click.option("--by-content", is_flag=True, help="Also look for copies under other ids, by what the images show.")
-@click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --by-content.")
+@renamed_option(
+    "--find-duplicates", "--by-content", "by_content", is_flag=True,
+    help="Also look for copies under other ids, by what the images show.",
+)  # fmt: skip
+@click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --find-duplicates.")
 @click.option("--refer-images", metavar="DIR", help="The same of the held-out images.  [default: --images]")
 @json_option
 def command(
@@ -54,7 +57,7 @@ def command(
     """Look for REFER's val and test images among training images: exit 0 if these are clean, 1 if they leak.
 
     The images are those of F.json. Of a checkpoint or a store the provenance says what was trained on; together with
-    F.json, the file that was, it is proven. Images that neither their id nor --by-content says anything of are not
+    F.json, the file that was, it is proven. Images that neither their id nor --find-duplicates says anything of are not
     proven clean: exit 1, unless --allow-unidentified. A store of val images is no leak: its detector is what counts.
     """
     if instances is None and checkpoint is None and features is None:
@@ -62,9 +65,9 @@ def command(
     if checkpoint is not None and features is not None:
         raise click.UsageError("--checkpoint and --store: audit them one after the other")
     if by_content and (instances is None or images is None):
-        raise click.UsageError("--by-content needs --instances and --images")
+        raise click.UsageError("--find-duplicates needs --instances and --images")
     if not by_content and (images is not None or refer_images is not None):
-        raise click.UsageError("--images and --refer-images are for --by-content; add it or leave them out")
+        raise click.UsageError("--images and --refer-images are for --find-duplicates; add it or leave them out")
     detector = checkpoint if checkpoint is not None else features
     if trust_weights and detector is None:
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
@@ -111,7 +114,7 @@ def command(
     _raise_leaks(instances, result, by_provenance, content)
     if unproven:
         raise RuntimeFailure(
-            f"{instances}: not proven: {unproven}; compare all with --by-content, or take it so with "
+            f"{instances}: not proven: {unproven}; compare all with --find-duplicates, or take it so with "
             "--allow-unidentified"
         )
     if not as_json:

@@ -14,7 +14,6 @@ import click
 from refdet.files.printable_text import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
-_OLD_STORE = "refdet.store_as_features"  # where click's context keeps what --features was given
 
 
 class OutputLost(Exception):
@@ -44,41 +43,47 @@ def echo_line(text: str = "") -> None:
     _print(printable(text))
 
 
-def store_option(*, required: bool = False, **attributes: Any) -> Callable[[F], F]:
-    """Give a command ``--store``, passed to it as ``store``; ``--features``, its old name, works and is not shown.
+def renamed_option(new: str, old: str, name: str, *, required: bool = False, **attributes: Any) -> Callable[[F], F]:
+    """Give a command an option under a new name; the old one works for a version, with a note, and is not shown.
 
     Args:
+        new, old: such as "--store" and "--features".
+        name: what the value is passed as.
         required: whether one of the two must be given.
-        attributes: further ones of ``click.option``, for both; ``name`` is what the value is passed as.
+        attributes: further ones of ``click.option``, for both.
     """
-    name = attributes.pop("name", "store")
+    key = f"refdet.{old}"  # where click's context keeps what the old name was given
     help_ = attributes.pop("help") + ("  [required]" if required else "")
 
-    def old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-        if value is not None:
-            context.meta[_OLD_STORE] = value
-            context.call_on_close(_say_new_name)
+    def say() -> None:
+        if sys.exc_info()[0] is None:  # an error is to stay one line
+            note(f"note: {old} is called {new} now; the old name works until the next version")
 
-    def new(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        older = context.meta.get(_OLD_STORE)
-        if value is not None and older is not None:
-            raise click.UsageError("--features is the old name of --store; give --store alone", context)
+    def read_old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            context.meta[key] = value
+            context.call_on_close(say)
+
+    def read_new(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        older = context.meta.get(key)
+        if value and older:
+            raise click.UsageError(f"{old} is the old name of {new}; give {new} alone", context)
         if required and value is None and older is None:
             raise click.MissingParameter(ctx=context, param=parameter)
-        return older if value is None else value
+        return value or older or value
 
     def decorate(command: F) -> F:
         # Options are shown in the order of their decorators; an eager one is read before the others.
-        hidden = click.option("--features", f"{name}_by_its_old_name", hidden=True, is_eager=True, expose_value=False,
-                              callback=old, **attributes)  # fmt: skip
-        return click.option("--store", name, callback=new, help=help_, **attributes)(hidden(command))
+        hidden = click.option(old, f"{name}_by_its_old_name", hidden=True, is_eager=True, expose_value=False,
+                              callback=read_old, **attributes)  # fmt: skip
+        return click.option(new, name, callback=read_new, help=help_, **attributes)(hidden(command))
 
     return decorate
 
 
-def _say_new_name() -> None:
-    if sys.exc_info()[0] is None:  # an error is to stay one line
-        note("note: --features is called --store now; the old name still works")
+def store_option(*, required: bool = False, name: str = "store", **attributes: Any) -> Callable[[F], F]:
+    """Give a command ``--store``, passed to it as ``name``, which was ``--features`` once; see `renamed_option`."""
+    return renamed_option("--store", "--features", name, required=required, **attributes)
 
 
 def box_format_option(option: str) -> Callable[[F], F]:

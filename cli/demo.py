@@ -53,7 +53,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     ]
     rows += [
         (f"{who}, accuracy@0.5 on {dataset} {split}", f"{values['comprehension'][name]:.3f}")
-        for who, name in (("listener", "accuracy@0.5"), ("guessing", "guessing@0.5"))
+        for who, name in (("listener", "accuracy@0.5"), ("random baseline", "random_baseline@0.5"))
         for dataset, splits in metrics["refer"].items()
         for split, values in splits.items()
         if "comprehension" in values

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TITLES = {
-    "recall_by_regions": "recall@0.5 by regions kept",
-    "recall_by_regions_with_category": "the same, of the right category",
+    "recall@k": "recall@0.5 by regions kept",
+    "recall@k_with_category": "the same, of the right category",
     "comprehension": "comprehension: boxes",
     "segmentation": "comprehension: masks",
     "generalized": "gRefCOCO",
@@ -54,6 +54,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
             check_json(f"--{name}", given[name])
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
+    from refdet.evaluation.renamed_metrics import with_old_names
     from refdet.evaluation.tables import tables, to_dataframe, write
     from refdet.report.recall_figure import write_recall_figure
     from refdet.structures.provenance import Provenance
@@ -74,7 +75,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
         if values.get("language", {}).get("METEOR", 0) is None:
             note(f"{split}: no METEOR, and words split at blanks: java is not on the PATH")
     if as_json:
-        echo_json(metrics)
+        echo_json(with_old_names(metrics))
         return
     found = tables(to_dataframe(metrics))
     echo_table(*_overview(found))

@@ -19,7 +19,7 @@ from .arguments import (
     check_refer_root,
     check_run_directory,
 )
-from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note
+from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note, renamed_option
 
 if TYPE_CHECKING:
     from refdet.extraction.pipeline import Summary
@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
-@click.option("--at-least-one", is_flag=True, help="Lower the threshold by 0.1 until an image has a region.")
+@renamed_option(
+    "--lower-threshold-if-empty", "--at-least-one", "at_least_one", is_flag=True,
+    help="Lower the threshold by 0.1 until an image has a region.",
+)  # fmt: skip
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
 @click.option("--batch-size", default="4", show_default=True, help="Images at once, or auto for as many as fit.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")

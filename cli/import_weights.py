@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .arguments import check_json, check_new_folder, check_weights
-from .common import echo_json, echo_table, json_option, note
+from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
 @click.command("import-weights")
@@ -16,7 +16,10 @@ from .common import echo_json, echo_table, json_option, note
 )
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--trained-on", type=Path, help="The split it was trained on, where you know it.")
-@click.option("--style", type=click.Choice(["caffe", "torchvision"]), help="Of an ImageNet ResNet; told by default.")
+@renamed_option(
+    "--weight-format", "--style", "style", type=click.Choice(["caffe", "torchvision"]),
+    help="Of an ImageNet ResNet; detected by default.",
+)  # fmt: skip
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
     """Make a run directory of lichengunc/mask-faster-rcnn's checkpoints and of ImageNet ResNets."""

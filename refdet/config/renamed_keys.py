@@ -1,4 +1,4 @@
-"""Recipe keys, values and names of refdet 0.1 that have another name now; the old ones work for one more version."""
+"""Recipe keys, values, names and losses that have another name since refdet 0.1; the old ones work for a version."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": 
 """(part, key as it is) -> value as it was -> as it is."""
 
 
+LOSSES = {"loss_classifier": "score", "loss_box_reg": "box", "loss_mask": "mask", "loss_objectness": "rpn_score",
+          "loss_rpn_box_reg": "rpn_box"}  # fmt: skip
+"""Losses in metrics.jsonl, which has both names: as they are -> as they were."""
+
+
 def current_name(name: str) -> str:
     """The name of a shipped recipe: those of the reference's networks began with "seed"."""
     return "reference" + name.removeprefix("seed") if name.startswith("seed-") else name
@@ -54,7 +59,7 @@ def current(tree: Any) -> tuple[Any, list[str]]:
             continue
         found[part] = {}
         for key, value in options.items():
-            name: str = KEYS.get(f"{part}.{key}", key)
+            name = KEYS.get(f"{part}.{key}", str(key)) if isinstance(key, str) else key
             if name != key:
                 renamed.append(f"{part}.{key}")
                 if name in options:

@@ -105,17 +105,17 @@ class MaskRCNN(nn.Module):
         pooled_at = self._pooling_rois(rois, maps, images)
         features = self.head.features(maps, pooled_at)
         logits, deltas = self.head.predict_boxes(features.fc7)
-        losses["score"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+        losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
         positive = (labels > 0).nonzero()[:, 0]
         wanted = torch.cat([t.boxes for t in targets])[matched[positive]]
-        losses["box"] = F.smooth_l1_loss(
+        losses["loss_box_reg"] = F.smooth_l1_loss(
             deltas[positive, labels[positive]],
             box_ops.encode(wanted, rois[positive, 1:], DELTA_WEIGHTS),
             beta=SMOOTH_L1_BETA,
             reduction="sum",
         ) / max(len(labels), 1)
         if self.recipe.model.masks:
-            losses["mask"] = self._mask_loss(maps, rois, pooled_at, labels, matched, features, positive, targets)
+            losses["loss_mask"] = self._mask_loss(maps, rois, pooled_at, labels, matched, features, positive, targets)
         return losses
 
     def _sample_rois(

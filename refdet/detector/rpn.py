@@ -143,4 +143,4 @@ class RegionProposalNetwork(nn.Module):
                 wanted = box_ops.encode(target.boxes[matched[positive]], output.anchors[positive], DELTA_WEIGHTS)
                 box_loss = box_loss + F.smooth_l1_loss(deltas[positive], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
             count += len(chosen)
-        return {"rpn_score": score_loss / max(count, 1), "rpn_box": box_loss / max(count, 1)}
+        return {"loss_objectness": score_loss / max(count, 1), "loss_rpn_box_reg": box_loss / max(count, 1)}

@@ -43,10 +43,10 @@ def comprehension(
         regions: image id -> the regions of the store.
 
     Returns:
-        comprehension: accuracy@0.5; missing: sentences without a prediction; guessing@0.5: what picking a region of
-        the image at random would reach, on average; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr" all
-        but mean_iou are by generalized IoU. Where an answer of the dataset is ranked also P@1, P@5 and P@10: the share
-        of sentences with a right one among the first so many answers.
+        comprehension: accuracy@0.5; missing: sentences without a prediction; random_baseline@0.5: what picking a region
+        of the image at random would reach, on average; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr"
+        all but mean_iou are by generalized IoU. Where an answer of the dataset is ranked also P@1, P@5 and P@10: the
+        share of sentences with a right one among the first so many answers.
         segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None where no
         prediction has a mask.
     """
@@ -75,7 +75,7 @@ def comprehension(
         "comprehension": {
             "accuracy@0.5": rate(right, 0.5),
             "missing": sum(p is None for p in given),
-            "guessing@0.5": mean(guesses),
+            "random_baseline@0.5": mean(guesses),
             **precisions(right),
             "mean_iou": mean(ious),
             **({f"P@{k}": rate([of[at] for of in best], 0.5) for at, k in enumerate(RANKS)} if ranked else {}),

@@ -58,7 +58,7 @@ def referent_recall(found: Sequence[Coverage]) -> dict[str, float]:
     return recall | {f"with_category@{threshold}": rate(of_category, threshold) for threshold in THRESHOLDS}
 
 
-def recall_by_regions(found: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
+def recall_at_k(found: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
     """Recall at IoU 0.5 if an image keeps its 1, 2, ..., 100 best-scoring regions, and all of them.
 
     It is the ceiling of every model that picks one of so many regions.

@@ -19,7 +19,7 @@ from refdet.evaluation.comprehension import comprehension, generalized
 from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
-from refdet.evaluation.recall import Coverage, coverage, recall_by_regions, referent_recall
+from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
 from refdet.store import Store
 from refdet.structures.regions import Regions
 from refer import REFER
@@ -144,8 +144,8 @@ class _Run:
                 else None,
             },
             "referent_recall": referent_recall(found),
-            "recall_by_regions": recall_by_regions(found),
-            "recall_by_regions_with_category": recall_by_regions(found, with_category=True),
+            "recall@k": recall_at_k(found),
+            "recall@k_with_category": recall_at_k(found, with_category=True),
         }
         if self.predictions is None:
             return metrics
@@ -153,10 +153,10 @@ class _Run:
             return metrics | generalized(self.refer, self.index, refs, self.predictions)
         answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
         rates = answered["comprehension"]
-        if rates["accuracy@0.5"] < rates["guessing@0.5"]:
+        if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
             log.warning("note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
                         "the original images, and in the form of --box-format?", split, rates["accuracy@0.5"],
-                        rates["guessing@0.5"])  # fmt: skip
+                        rates["random_baseline@0.5"])  # fmt: skip
         masks = answered["segmentation"]
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
             bare = masks["missing"] - answered["comprehension"]["missing"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from refdet.evaluation.renamed_metrics import with_old_names
 from refdet.files.atomic import atomic_write, write_json
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
@@ -52,7 +53,7 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
 
     In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
     """
-    write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", with_old_names(metrics))
     with atomic_write(out / "metrics.csv") as temporary:
         numbers = to_dataframe(metrics)
         texts = [name for name in COLUMNS if name != "value"]

@@ -17,6 +17,7 @@ Shard = list[list[ImageRecord]]  # its batches, in the order of the work
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
 _UNSAID = {"exif": "ignore"}  # options that are kept only where they have another value
+_OPTIONS = {"at_least_one": "lower_threshold_if_empty"}  # which are called otherwise on the command line
 _LONGEST = 80  # characters of a value that are shown
 _SHOWN = 3  # changed parts of a recipe that are named
 
@@ -53,7 +54,9 @@ class Plan:
             if name.endswith("_sha256"):
                 told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                told.append(f"--{name.replace('_', '-')} was {_shown(old)} and is now {_shown(new)}")
+                told.append(
+                    f"--{_OPTIONS.get(name, name).replace('_', '-')} was {_shown(old)} and is now {_shown(new)}"
+                )
         return "; ".join(told)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def check_metrics(metrics: Any, where: str) -> None:
         raise InputError(f"{where}: 'splits' is no object with a split, but {shown(splits)}")
     for name, values in splits.items():
         _check_split(values, f"{where}, split {cut(name)}")
-    ticks = [list(values["recall_by_regions"]) for values in splits.values()]
+    ticks = [list(values["recall@k"]) for values in splits.values()]
     if any(one != ticks[0] for one in ticks):
-        raise InputError(f"{where}: 'recall_by_regions' has other numbers of regions in each split")
+        raise InputError(f"{where}: 'recall@k' has other numbers of regions in each split")
 
 
 def _check_split(values: Any, where: str) -> None:
@@ -75,11 +75,11 @@ def _check_split(values: Any, where: str) -> None:
     for key in ("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"):
         if rate(recall, key, where) is None:
             raise InputError(f"{where}: {key!r} of referent_recall is no number")
-    kept = field(values, "recall_by_regions", where)
+    kept = field(values, "recall@k", where)
     if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
-        raise InputError(f"{where}: 'recall_by_regions' is no object of numbers, but {shown(kept)}")
+        raise InputError(f"{where}: 'recall@k' is no object of numbers, but {shown(kept)}")
     if "comprehension" in values:
-        for key in ("guessing@0.5", "accuracy@0.5"):
+        for key in ("random_baseline@0.5", "accuracy@0.5"):
             rate(values["comprehension"], key, where)
         if field(values, "segmentation", where) is not None:
             rate(values["segmentation"], "overall_iou", where)

@@ -12,9 +12,11 @@ from typing import Any
 from markupsafe import escape
 
 from refdet import __version__, store
+from refdet.config.renamed_keys import LOSSES
 from refdet.data.coco import ImageRecord
 from refdet.detector.checkpoint import LARGEST_META
 from refdet.errors import InputError
+from refdet.evaluation.renamed_metrics import in_new_names
 from refdet.files.atomic import atomic_write
 from refdet.files.small_files import read_small, strict_json
 from refdet.report import sections
@@ -86,7 +88,7 @@ def render(inputs: Inputs, title: str) -> str:
     """The report as text; see `write`."""
     recipe_name, steps, provenance = _read_meta(inputs.run / "model.json")
     log = _read_log(inputs.run / "metrics.jsonl")
-    metrics = [part.metrics for part in inputs.parts]
+    metrics = [in_new_names(part.metrics) for part in inputs.parts]
     for part in metrics:
         check_metrics(part, "metrics of evaluate-on-refer")
     for kind, rates in (inputs.detection or {}).items():
@@ -146,7 +148,7 @@ def _highlights(
         found.append((sections.number(min(recalls)), f"referent recall at IoU 0.5, lowest of {len(recalls)} splits"))
     answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
     for boxes in filter(None, answers):
-        guessing = sections.number(boxes["guessing@0.5"])
+        guessing = sections.number(boxes["random_baseline@0.5"])
         right = sections.number(boxes["accuracy@0.5"])
         found.append((right, f"of a listener's answers on val are right; guessing {guessing}"))
     if audit is not None:
@@ -248,6 +250,8 @@ def _read_log(path: Path) -> list[dict[str, float]]:
             if number == len(lines):  # cut when the run was killed
                 break
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+        if isinstance(row, dict):
+            row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
         for name in ("step", "loss", *(key for key, _ in sections.LOSSES if isinstance(row, dict) and key in row)):
             if rate(row, name, where) is None:
                 raise InputError(f"{where}: {name!r} is no number")

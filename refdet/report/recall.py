@@ -16,13 +16,13 @@ def split_names(metrics: Mapping[str, Any]) -> list[str]:
 def recall_series(metrics: Mapping[str, Any]) -> list[Series]:
     """One line a split: recall at IoU 0.5 over the positions of `recall_axes`' ticks."""
     names = split_names(metrics)
-    lines = {name: metrics["splits"][name]["recall_by_regions"] for name in names}
+    lines = {name: metrics["splits"][name]["recall@k"] for name in names}
     return [Series(name, list(enumerate(lines[name].values())), 1 + i % 5) for i, name in enumerate(names)]
 
 
 def recall_axes(metrics: Mapping[str, Any], width: int = 580, height: int = 340) -> Axes:
     """Axes of `recall_series`: x has a place for each number of regions, evenly spaced."""
-    kept = list(next(iter(metrics["splits"].values()))["recall_by_regions"])
+    kept = list(next(iter(metrics["splits"].values()))["recall@k"])
     return Axes(
         "best-scoring regions kept in an image", "share of referred objects with a region of IoU 0.5",
         x_ticks=range(len(kept)), x_names=kept, y_range=(0.0, 1.0), width=width, height=height,

@@ -16,11 +16,11 @@ THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
 # The losses in metrics.jsonl, and what a newcomer may call them.
 LOSSES = (
     ("loss", "total"),
-    ("score", "class: which category is it?"),
-    ("box", "box: where exactly?"),
-    ("mask", "mask: which pixels?"),
-    ("rpn_score", "proposals: is anything here?"),
-    ("rpn_box", "proposals: roughly where?"),
+    ("loss_classifier", "class: which category is it?"),
+    ("loss_box_reg", "box: where exactly?"),
+    ("loss_mask", "mask: which pixels?"),
+    ("loss_objectness", "proposals: is anything here?"),
+    ("loss_rpn_box_reg", "proposals: roughly where?"),
 )
 
 IOU_FIGURE = Markup("""<svg class="iou" viewBox="0 0 480 118" role="img"
@@ -230,7 +230,7 @@ def listener_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
             boxes, masks = values["comprehension"], values["segmentation"]
             rows.append(
                 [f"{part['dataset']} {part['split_by']} {split}", str(values["sentences"])]
-                + [number(boxes["guessing@0.5"]), number(boxes["accuracy@0.5"])]
+                + [number(boxes["random_baseline@0.5"]), number(boxes["accuracy@0.5"])]
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
     header = ["split", "sentences", "guessing", "accuracy", "recall of refs", "overall IoU of masks"]

@@ -79,7 +79,9 @@ class ContentResult:
             ("refer_unreadable", "held-out images cannot be read, so their copies cannot be found"),
         ):
             if labels := getattr(self, name):
-                lines.append(f"--by-content: {len(labels)} {text}, the first is {labels[0]} ({self.reasons[name]})")
+                lines.append(
+                    f"--find-duplicates: {len(labels)} {text}, the first is {labels[0]} ({self.reasons[name]})"
+                )
         return lines
 
 

@@ -180,7 +180,7 @@ def _unknown(images: ImageList) -> list[str]:
         hint = f" ({genome} of them Visual Genome's own, whose image_data.json has COCO ids)" if genome else ""
         lines.append(
             f"{path}: {len(others)} entries have no COCO image id{hint}, the first is "
-            f"{others[0].name or others[0].label!r:.60}: their ids and names prove nothing; audit --by-content "
+            f"{others[0].name or others[0].label!r:.60}: their ids and names prove nothing; audit --find-duplicates "
             "compares what they show"
         )
     return lines

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
+from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class MetricsLog:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Add the numbers of a step, counted from 1."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        old = {LOSSES[name]: value for name, value in row.items() if name in LOSSES}
+        self._file.write(json.dumps({"step": step, **row, **old}) + "\n")
         self._file.flush()
         for name, value in row.items():
             self._board.add_scalar(f"train/{name}", value, step)

@@ -78,7 +78,7 @@ def accuracy(folder: Path, planted: bool, listener: ModuleType, monkeypatch: pyt
                                       "--out", str(folder / "a.json")])  # fmt: skip
     listener.main()
     boxes = evaluate_on_refer(test, root, "toy", "me", predictions=folder / "a.json")["splits"]["val"]["comprehension"]
-    assert boxes["missing"] == 0 and boxes["guessing@0.5"] == pytest.approx(1 / 3)
+    assert boxes["missing"] == 0 and boxes["random_baseline@0.5"] == pytest.approx(1 / 3)
     return boxes["accuracy@0.5"]
 
 

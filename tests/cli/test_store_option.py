@@ -1,4 +1,4 @@
-"""--store, and --features, its older name, of the commands that read a store."""
+"""Options that were renamed: both names work, the older one with a note, and is not shown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from refdet.cli import audit, evaluate_on_refer, export
-from refdet.cli.common import store_option
+from refdet.cli import audit, evaluate_on_refer, export, extract_features, import_weights
+from refdet.cli.common import renamed_option, store_option
 from refdet.errors import InputError
 
-NOTE = "note: --features is called --store now; the old name still works\n"
+NOTE = "note: --features is called --store now; the old name works until the next version\n"
 
 
 def command(**attributes: Any) -> click.Command:
@@ -68,3 +68,30 @@ def test_the_commands_show_the_new_name(module: Any) -> None:
     text = CliRunner().invoke(module.command, ["--help"]).stdout
     assert "--store" in text and "--features" not in text.replace("extract-features", "")
     assert any("--features" in parameter.opts for parameter in module.command.params)
+
+
+RENAMED = [
+    (audit, "--find-duplicates", "--by-content"), (extract_features, "--lower-threshold-if-empty", "--at-least-one"),
+    (import_weights, "--weight-format", "--style"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "new", "old"), RENAMED)
+def test_the_other_renamed_options(module: Any, new: str, old: str) -> None:
+    text = CliRunner().invoke(module.command, ["--help"]).stdout
+    assert new in text and old not in text
+    names = [parameter.opts for parameter in module.command.params]
+    assert [new] in names and [old] in names
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_flag_under_both_names(old: bool) -> None:
+    @click.command()
+    @renamed_option("--new", "--old", "flag", is_flag=True, help="A flag.")
+    def show(flag: bool) -> None:
+        click.echo(flag)
+
+    done = CliRunner().invoke(show, ["--old" if old else "--new"])
+    said = "note: --old is called --new now; the old name works until the next version\n" if old else ""
+    assert (done.stdout, done.stderr) == ("True\n", said)
+    assert CliRunner().invoke(show, []).stdout == "False\n"

@@ -104,7 +104,7 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
               "--instances", str(tmp_path / "three.json")]  # fmt: skip
     said = "detector: imported: seed.pth, sha256 abab"
     run = CliRunner().invoke(
-        main, [*common, "--out", str(tmp_path / "d.h5"), "--score-threshold", "0.65", "--at-least-one"]
+        main, [*common, "--out", str(tmp_path / "d.h5"), "--score-threshold", "0.65", "--lower-threshold-if-empty"]
     )
     assert run.exit_code == 0 and said in run.output and "training data unknown" in run.output
     with store.open(tmp_path / "d.h5") as file:

@@ -44,8 +44,8 @@ def test_rpn_losses_are_their_formulas() -> None:
             elif kinds[anchor] == NEGATIVE:
                 score -= torch.log(1 - probability)
             count += int(kinds[anchor] in (POSITIVE, NEGATIVE))
-    torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_objectness"].double(), score / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_rpn_box_reg"].double(), box / count, rtol=1e-5, atol=0)
 
 
 def square_mask(x1: int, y1: int, x2: int, y2: int) -> dict:
@@ -139,8 +139,8 @@ def test_losses_of_the_references_arithmetic() -> None:
             continue
         count += 1
     assert 0 < count < inside.sum() < len(inside)
-    torch.testing.assert_close(found["rpn_score"].double(), score / count, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["rpn_box"].double(), box / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_objectness"].double(), score / count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["loss_rpn_box_reg"].double(), box / count, rtol=1e-5, atol=0)
     generator = torch.Generator().manual_seed(0)
     rois, labels, _ = model._sample_rois(model.rpn.filter_proposals(output, sizes), [truth], generator)
     assert len(rois) == 40 and (labels == 2).any()
@@ -176,7 +176,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient() -> None:
         rle = square_mask(10, 10, 60, 60)
         truth = GroundTruth(torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([2]), [rle], torch.zeros(0, 4), (1.0, 1.0))
         losses = model.compute_losses(torch.randn(1, 3, 96, 128), [(96, 128)], [truth])
-        assert set(losses) == {"rpn_score", "rpn_box", "score", "box", "mask"}
+        assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
         torch.stack(list(losses.values())).sum().backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -186,8 +186,8 @@ def test_a_batch_without_objects_trains_on_background_alone() -> None:
     model = small_model().train()
     empty = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
     losses = model.compute_losses(torch.randn(2, 3, 96, 128), [(96, 128)] * 2, [empty, empty])
-    assert losses["box"].item() == losses["mask"].item() == losses["rpn_box"].item() == 0
-    assert losses["score"].item() > 0
+    assert losses["loss_box_reg"].item() == losses["loss_mask"].item() == losses["loss_rpn_box_reg"].item() == 0
+    assert losses["loss_classifier"].item() > 0
     torch.stack(list(losses.values())).sum().backward()
 
 
@@ -225,9 +225,9 @@ def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(
     sum(found.values(), torch.zeros(())).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     if len(missing) == 3:
-        assert found["mask"] == 0
+        assert found["loss_mask"] == 0
     else:
-        assert found["mask"].isfinite() and found["mask"] > 0
+        assert found["loss_mask"].isfinite() and found["loss_mask"] > 0
 
 
 def test_the_mask_loss_is_the_mean_over_the_objects_that_have_a_mask() -> None:
@@ -244,7 +244,7 @@ def test_images_without_objects_alone_have_losses(variant: str) -> None:
     nothing = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
     model = small_model(*VARIANTS[variant]).train()
     found = losses_of(model, [nothing, nothing])
-    assert found["mask"] == found["box"] == found["rpn_box"] == 0
-    assert found["score"] > 0 and found["rpn_score"] > 0
+    assert found["loss_mask"] == found["loss_box_reg"] == found["loss_rpn_box_reg"] == 0
+    assert found["loss_classifier"] > 0 and found["loss_objectness"] > 0
     sum(found.values(), torch.zeros(())).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

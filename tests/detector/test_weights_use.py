@@ -64,10 +64,10 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
         f"--out {tmp_path / 'run'}: exists and is not an empty folder",
     )
     refused(call("import-weights", "--from", source, "--out", source), f"--out {source}: exists and")
-    refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--style", "darknet"), "darknet")
+    refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--weight-format", "darknet"), "darknet")
     refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--trained-on", tmp_path / "no.json"),
             "no.json", "no such file")  # fmt: skip
-    refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--style", "caffe"), str(source))
+    refused(call("import-weights", "--from", source, "--out", tmp_path / "b", "--weight-format", "caffe"), str(source))
     assert not (tmp_path / "b").exists()
 
 

@@ -91,7 +91,7 @@ def test_ranked_regions_and_their_masks(tmp_path: Path) -> None:
     assert (of_boxes["P@1"], of_boxes["P@5"], of_boxes["P@10"]) == (0.5, 1.0, 1.0) and of_boxes["accuracy@0.5"] == 0.5
     assert of_masks["precision@0.9"] == 0.5 and of_masks["mean_iou"] == pytest.approx((400 / 12000 + 1) / 2)
     # a split without ranked answers has the same columns
-    assert found["testA"]["comprehension"] == dict.fromkeys(of_boxes, 0.0) | {"missing": 2, "guessing@0.5": 0.5}
+    assert found["testA"]["comprehension"] == dict.fromkeys(of_boxes, 0.0) | {"missing": 2, "random_baseline@0.5": 0.5}
 
 
 @pytest.mark.parametrize(

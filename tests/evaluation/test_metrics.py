@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from refdet.evaluation.grefcoco import Answer, generalized_scores
 from refdet.evaluation.metrics import box_iou, generalized_iou, mask_overlap, precisions, segmentation_scores
-from refdet.evaluation.recall import KEPT, coverage, recall_by_regions, referent_recall
+from refdet.evaluation.recall import KEPT, coverage, recall_at_k, referent_recall
 from refdet.evaluation.targets import empty_mask
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -121,13 +121,13 @@ def test_recall_by_regions_is_brute_force(objects: list, found: list) -> None:
             hits = [any(brute_iou(xyxy(b), xyxy(r)) >= 0.5 and (not with_category or c == rc) for r, rc, _ in kept)
                     for b, c in objects]  # fmt: skip
             wanted[name] = sum(hits) / len(objects)
-        assert recall_by_regions(covered, with_category) == pytest.approx(wanted)
-    assert recall_by_regions(covered)["all"] == referent_recall(covered)["0.5"]
+        assert recall_at_k(covered, with_category) == pytest.approx(wanted)
+    assert recall_at_k(covered)["all"] == referent_recall(covered)["0.5"]
 
 
 def test_rates_of_nothing() -> None:
     assert referent_recall([])["mean_best_iou"] == 0
-    assert recall_by_regions([]) == dict.fromkeys([*map(str, KEPT), "all"], 0.0)
+    assert recall_at_k([]) == dict.fromkeys([*map(str, KEPT), "all"], 0.0)
     assert segmentation_scores([])["overall_iou"] == 0
 
 

@@ -47,9 +47,9 @@ def test_csv_holds_every_number_of_the_json(written: tuple[Path, str, list[str]]
         (g, m): v for s, g, m, v in table[["split", "group", "metric", "value"]].itertuples(index=False) if s == "val"
     }
     assert rows["counts", "images"] == 1 and rows["detection.bbox", "AP50"] == val["detection"]["bbox"]["AP50"]
-    assert rows["recall_by_regions", "all"] == 1 and rows["comprehension", "accuracy@0.5"] == 0.5
+    assert rows["recall@k", "all"] == 1 and rows["comprehension", "accuracy@0.5"] == 0.5
     assert rows["comprehension", "missing"] == 1 and rows["referent_recall", "0.5"] == 1
-    wide = tables(to_dataframe(metrics))["recall_by_regions"]
+    wide = tables(to_dataframe(metrics))["recall@k"]
     assert list(wide.columns) == ["1", "2", "5", "10", "20", "50", "100", "all"]
     assert wide.loc["testA"].tolist() == [0.0] + [1.0] * 7
 

@@ -54,10 +54,8 @@ def test_recall_is_brute_force(tmp_path_factory: pytest.TempPathFactory, refs: l
     assert split["referent_recall"] == pytest.approx(wanted, abs=1e-9)
     kept = {str(k): [max((brute_iou(xyxy(b), box) for box, _ in stored[i][:k]), default=0) for i, b, _ in refs]
             for k in (1, 2, 5, 10, 20, 50, 100)} | {"all": best}  # fmt: skip
-    assert split["recall_by_regions"] == {
-        k: pytest.approx(np.mean([v >= 0.5 for v in of_k])) for k, of_k in kept.items()
-    }
-    assert split["recall_by_regions_with_category"]["all"] == pytest.approx(wanted["with_category@0.5"])
+    assert split["recall@k"] == {k: pytest.approx(np.mean([v >= 0.5 for v in of_k])) for k, of_k in kept.items()}
+    assert split["recall@k_with_category"]["all"] == pytest.approx(wanted["with_category@0.5"])
     assert split["regions_per_image"] == pytest.approx(np.mean([len(stored[i]) for i in {i for i, _, _ in refs}]))
     assert split["detection"]["segm"] is None
     assert (split["images"], split["refs"], split["sentences"]) == (len({r[0] for r in refs}), len(refs), 2 * len(refs))
@@ -107,11 +105,17 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
         "precision@0.8": 0.5,
         "precision@0.9": 0.5,
     }
-    assert val["comprehension"] == {"accuracy@0.5": 0.5, "missing": 0, "guessing@0.5": 0.5, "mean_iou": 0.5, **ious}
+    assert val["comprehension"] == {
+        "accuracy@0.5": 0.5,
+        "missing": 0,
+        "random_baseline@0.5": 0.5,
+        "mean_iou": 0.5,
+        **ious,
+    }
     assert val["segmentation"]["precision@0.9"] == 0.5
     assert val["segmentation"]["overall_iou"] == pytest.approx(400 / 900)
     assert (test["comprehension"]["accuracy@0.5"], test["comprehension"]["missing"]) == (0.0, 1)
-    assert test["comprehension"]["guessing@0.5"] == 1.0  # the one region has IoU 0.5
+    assert test["comprehension"]["random_baseline@0.5"] == 1.0  # the one region has IoU 0.5
     assert test["segmentation"]["mean_iou"] == pytest.approx((640 / 1600) / 2)
     assert test["segmentation"]["overall_iou"] == pytest.approx(640 / 3200)
     assert val["detection"]["segm"]["AP"] == pytest.approx(1.0)
@@ -268,7 +272,7 @@ def test_generalized_predictions(tmp_path: Path) -> None:
     # of three referred objects each of the regions covers its own; the second has another category
     assert val["referent_recall"]["0.9"] == 1.0
     assert val["referent_recall"]["with_category@0.5"] == pytest.approx(1 / 3)
-    assert val["recall_by_regions"]["1"] == pytest.approx(1 / 3)
+    assert val["recall@k"]["1"] == pytest.approx(1 / 3)
 
     masks = [{"sent_id": 0, "segmentations": [rle([10, 10, 30, 30]), rle([0, 0, 0, 0])]},
              {"sent_id": 10, "segmentations": []}, {"sent_id": 11, "segmentation": rle([0, 0, 10, 10])},

@@ -61,7 +61,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extraction(folder: Path, shared: Path, out: Path, *more: object) -> list[str]:
     return refdet(
         "extract-features", "--checkpoint", folder / "run", "--images", shared / "data/coco_mini/train2017",
-        "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--at-least-one",
+        "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--lower-threshold-if-empty",
         "--max-regions", 12, "--features", ",".join(FEATURES), *more,
     )  # fmt: skip
 

@@ -230,7 +230,7 @@ def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
 def test_a_listener_has_its_section(page: str, inputs: Inputs, tmp_path: Path) -> None:
     assert "listener" not in Page(page).words  # nobody listened
     metrics = json.loads(json.dumps(inputs.parts[0].metrics))
-    boxes = {"accuracy@0.5": 0.8123, "guessing@0.5": 0.1456, "missing": 0}
+    boxes = {"accuracy@0.5": 0.8123, "random_baseline@0.5": 0.1456, "missing": 0}
     metrics["splits"]["val"] |= {"comprehension": boxes, "segmentation": None}
     metrics["splits"] = {"val": metrics["splits"]["val"]}
     heard = dataclasses.replace(inputs, parts=[dataclasses.replace(inputs.parts[0], metrics=metrics)])

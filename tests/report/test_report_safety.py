@@ -86,7 +86,7 @@ RATES = {"AP": 0.5, "AP50": 0.8, "AP75": 0.6, "APs": 0.4, "APm": 0.6, "APl": Non
 SPLIT: dict[str, Any] = {
     "images": 2, "refs": 3, "sentences": 4, "detection": {"bbox": RATES, "segm": RATES},
     "referent_recall": {"0.5": 0.9, "0.6": 0.8, "0.7": 0.7, "0.8": 0.5, "0.9": 0.2, "mean_best_iou": 0.7},
-    "recall_by_regions": {"1": 0.2, "all": 0.9}, "comprehension": {"guessing@0.5": 0.1, "accuracy@0.5": 0.6},
+    "recall@k": {"1": 0.2, "all": 0.9}, "comprehension": {"random_baseline@0.5": 0.1, "accuracy@0.5": 0.6},
     "segmentation": {"overall_iou": 0.5},
 }  # fmt: skip
 METRICS: dict[str, Any] = {"dataset": "refcoco", "split_by": "unc", "splits": {"val": SPLIT}}
@@ -163,8 +163,8 @@ def test_names_of_splits_and_ticks_are_escaped(made: Callable[..., str]) -> None
     for hostile in HOSTILE:
 
         def page(name: str) -> str:
-            kept = {f"{name}{key}": value for key, value in SPLIT["recall_by_regions"].items()}
-            split = {**SPLIT, "recall_by_regions": kept}
+            kept = {f"{name}{key}": value for key, value in SPLIT["recall@k"].items()}
+            split = {**SPLIT, "recall@k": kept}
             steps = (Step(name, name, (name,), 1.0),)
             return made(metrics={"dataset": name, "split_by": name, "splits": {name: split}}, title=name, steps=steps)
 
@@ -232,7 +232,7 @@ def test_metrics_without_a_field_are_named() -> None:
         if path[-1] in ("APs", "APm", "APl", "AP", "AP75", "comprehension"):
             check_metrics(broken, "m.json")
             continue
-        if path[-2:] in (("recall_by_regions", "1"), ("recall_by_regions", "all")):
+        if path[-2:] in (("recall@k", "1"), ("recall@k", "all")):
             continue
         with pytest.raises(InputError, match="m.json"):
             check_metrics(broken, "m.json")

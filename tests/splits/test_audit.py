@@ -264,8 +264,8 @@ def test_commands(trained: tuple[Path, Path, Path], tmp_path: Path) -> None:
     for arguments, text in (
         ([], "nothing to audit"),
         (["--checkpoint", run, "--features", run], "one after the other"),
-        (["--instances", split, "--by-content"], "needs --instances and --images"),
-        (["--instances", split, "--images", run], "are for --by-content"),
+        (["--instances", split, "--find-duplicates"], "needs --instances and --images"),
+        (["--instances", split, "--images", run], "are for --find-duplicates"),
         (["--instances", split, "--trust-weights"], "--trust-weights is for"),
         (["--checkpoint", str(tmp_path)], f"a folder of run directories, not a run directory; give one of them: {run}"),
         (["--features", str(tmp_path / "no.h5")], "no such file"),

@@ -1,4 +1,4 @@
-"""audit --by-content: copies under other ids are found, different images are not."""
+"""audit --find-duplicates: copies under other ids are found, different images are not."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
 
 def test_command(world: tuple[Path, Path, Path]) -> None:
     source, root, folder = (str(path) for path in world)
-    arguments = ["audit", "--instances", source, "--refer-root", root, "--by-content", "--images", folder]
+    arguments = ["audit", "--instances", source, "--refer-root", root, "--find-duplicates", "--images", folder]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and "2 of its images are copies of held-out ones" in done.stderr
     assert "mirrored" in done.stdout and "Traceback" not in done.output
@@ -181,7 +181,7 @@ def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path],
         done = CliRunner().invoke(main, arguments)
         return done.exit_code, done.stderr
 
-    content = ("--by-content", "--images", str(folder))
+    content = ("--find-duplicates", "--images", str(folder))
     code, text = run("10\nkitchen.jpg\n")
     assert code == 1 and "not proven: 1 images unknown (first: kitchen.jpg)" in text
     assert run("10\nkitchen.jpg\n", *content)[0] == 0

@@ -135,7 +135,7 @@ def test_what_nothing_but_an_unconfirmed_id_tells_stays_unproven(root: Path, tmp
     for name, seed in ((HELD_NAME, 0), (f"{1:012d}.jpg", 3), (FREE_NAME, 1)):
         (images / name).write_bytes(photograph(seed))
     (tmp_path / "list.json").write_text(json.dumps([{"id": 1, "caption": "x"}, {"image": FREE_NAME}]))
-    arguments = ["audit", "--instances", str(tmp_path / "list.json"), "--refer-root", str(root), "--by-content",
+    arguments = ["audit", "--instances", str(tmp_path / "list.json"), "--refer-root", str(root), "--find-duplicates",
                  "--images", str(images)]  # fmt: skip
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -14,6 +14,7 @@ import torch
 import refdet.training.trainer as train_module
 from refdet.config import recipe
 from refdet.config.recipe import Recipe
+from refdet.config.renamed_keys import LOSSES
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
@@ -47,7 +48,9 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
     assert summary.steps == 4 and summary.loss > 0
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [2, 4]
-    assert {"loss", "rpn_score", "rpn_box", "score", "box", "mask", "lr", "images_per_second"} <= set(rows[0])
+    new = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    assert {"loss", "lr", "images_per_second"} | new <= set(rows[0])
+    assert all(row[old] == row[name] for row in rows for name, old in LOSSES.items())
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     loaded = loading.load(tmp_path / "run")
     index = CocoIndex.load(shapes_root / "annotations" / "instances_val2014.json")

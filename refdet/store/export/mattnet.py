@@ -76,7 +76,7 @@ def export_mattnet(
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
             work.notes.append(f"{len(empty)} images have no detections; MAttNet's evaluation stops at such an image: "
-                              "extract with --at-least-one")  # fmt: skip
+                              "extract with --lower-threshold-if-empty")  # fmt: skip
         _write_annotations(work)
         _write_heads(work, image_ids)
         if prepro is None:

@@ -1,0 +1,46 @@
+"""Metrics of refdet 0.1 that have another name now; metrics.json has both names for one more version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+GROUPS = {"recall@k": "recall_by_regions", "recall@k_with_category": "recall_by_regions_with_category"}
+"""Of a split: name as it is -> as it was."""
+
+COMPREHENSION = {"random_baseline@0.5": "guessing@0.5"}
+"""The same of its rates of comprehension."""
+
+
+def with_old_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of `evaluate_on_refer`, what was renamed under its old name too, as metrics.json holds them."""
+    return {**metrics, "splits": {name: _both(values) for name, values in metrics["splits"].items()}}
+
+
+def in_new_names(metrics: Any) -> Any:
+    """What a metrics.json of any version holds, under today's names alone; what is no such object as it is."""
+    if not isinstance(metrics, Mapping) or not isinstance(metrics.get("splits"), Mapping):
+        return metrics
+    return {**metrics, "splits": {name: _new(values) for name, values in metrics["splits"].items()}}
+
+
+def _both(values: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(values) | {old: values[new] for new, old in GROUPS.items() if new in values}
+    if "comprehension" in values:
+        rates = values["comprehension"]
+        both["comprehension"] = rates | {old: rates[new] for new, old in COMPREHENSION.items() if new in rates}
+    return both
+
+
+def _new(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    found = _renamed(values, GROUPS)
+    if isinstance(found.get("comprehension"), Mapping):
+        found["comprehension"] = _renamed(found["comprehension"], COMPREHENSION)
+    return found
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    current = {old: new for new, old in names.items()}
+    return {current.get(name, name): value for name, value in values.items() if current.get(name) not in values}
