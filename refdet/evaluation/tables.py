@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from refdet.evaluation.renamed_metrics import with_old_names
+from refdet.evaluation.renamed_metrics import in_new_names, with_old_names
 from refdet.files.atomic import atomic_write, write_json
 from refdet.files.spreadsheet_text import spreadsheet_cell
 
@@ -23,6 +23,7 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
         columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on, ``metric`` is "images",
         "AP50", "0.5" and so on; ``value`` is float64, NaN where there was nothing to rate. Texts are left out.
     """
+    metrics = in_new_names(metrics)
     rows = [
         (metrics["dataset"], metrics["split_by"], split, group, metric, value)
         for split, values in metrics["splits"].items()

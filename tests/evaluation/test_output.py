@@ -20,6 +20,7 @@ from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.tables import COLUMNS, tables, to_dataframe, write
 from refdet.files.spreadsheet_text import spreadsheet_cell
 from refdet.report.markup import html
+from refdet.report.recall_figure import write_recall_figure
 
 
 @pytest.fixture
@@ -95,6 +96,7 @@ def test_no_name_is_a_formula_or_markup(some_metrics: dict[str, Any], tmp_path: 
     """Names of datasets and splits come with the files; numbers stay as they are."""
     metrics = {**some_metrics, "dataset": name, "split_by": name, "splits": {name: some_metrics["splits"]["val"]}}
     write(tmp_path, metrics)
+    write_recall_figure(tmp_path, metrics)
     with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     plain = to_dataframe(some_metrics)

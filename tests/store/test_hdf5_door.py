@@ -206,8 +206,11 @@ def test_plugins_of_hdf5_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_opening_a_known_store_starts_no_process(tmp_path: Path) -> None:
     path = write_store(tmp_path / "a.h5")
-    code = "import sys; from refdet.store import reader; sys.addaudithook(lambda e, a: e == 'subprocess.Popen' and sys.exit(7)); "
-    code += "reader.open(sys.argv[1]).close()"
+    code = (
+        "import sys; from refdet.store import reader\n"
+        "sys.addaudithook(lambda e, a: e == 'subprocess.Popen' and sys.exit(7))\n"
+        "reader.open(sys.argv[1]).close()"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
     os.utime(path)
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 7
