@@ -13,8 +13,8 @@ namespace refdet {
 // of rows and the processor, so that work which is cut otherwise gives the same bits.
 struct Single {
   using Map = float;    // what layers give each other
-  using Left = float;
-  using Right = float;
+  using A = float;
+  using B = float;
   static constexpr bool kScaled = false;
   static constexpr int64_t kPanel = 16;  // columns of the right side that lie together, row by row
   static constexpr int64_t kDepth = 256;  // rows of it that are used at once, so that they stay in the first cache
@@ -34,8 +34,8 @@ struct Single {
 // of a row are at most kLargest, and kRun numbers of a column together at most kHeaviest.
 struct Half {
   using Map = c10::BFloat16;
-  using Left = uint32_t;  // a float16 number twice, which is quicker to spread over a vector than one alone
-  using Right = c10::Half;
+  using A = uint32_t;  // a float16 number twice, which is quicker to spread over a vector than one alone
+  using B = c10::Half;
   static constexpr bool kScaled = true;
   static constexpr int64_t kPanel = 64;
   static constexpr int64_t kDepth = 256;

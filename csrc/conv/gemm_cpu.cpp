@@ -36,13 +36,13 @@ constexpr int kTogether = 4;  // rows that are reached from one address
 
 // Where `rows` rows of the left side go on. Groups of rows have an address each, which the compiler does not see
 // through: else it would keep one for every row and every step, more than there are registers.
-template <typename Left, int rows>
+template <typename A, int rows>
 struct RowGroups {
   static constexpr int kGroups = (rows + kTogether - 1) / kTogether;
-  const Left* group[kGroups];
+  const A* group[kGroups];
   int64_t row;
 
-  REFDET_INLINE RowGroups(const Left* a, int64_t row) : row(row) {
+  REFDET_INLINE RowGroups(const A* a, int64_t row) : row(row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kGroups; ++i) group[i] = a + i * kTogether * row;
     hide();
@@ -52,7 +52,7 @@ struct RowGroups {
     for (int i = 0; i < kGroups; ++i) group[i] += kUnrolled;
     hide();
   }
-  REFDET_INLINE Left number(int r, int step) const { return group[r / kTogether][r % kTogether * row + step]; }
+  REFDET_INLINE A number(int r, int step) const { return group[r / kTogether][r % kTogether * row + step]; }
 
  private:
   REFDET_INLINE void hide() {

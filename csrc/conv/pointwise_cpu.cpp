@@ -17,9 +17,9 @@
 
 #include "conv/gemm.h"
 #include "conv/positions.h"
-#include "common/room.h"
+#include "common/scratch.h"
 #include "conv/scales.h"
-#include "common/share.h"
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "conv/weights.h"
 
@@ -42,8 +42,8 @@ struct Result {
 // Room for a block of positions, and for some sums.
 template <typename Product>
 struct Block {
-  Room<typename Product::Left> left;  // in parts of kDepth channels, those of a part by positions
-  Room<float> scale, sums;            // of each position; of kRows of them kWidth sums each
+  Scratch<typename Product::A> left;  // in parts of kDepth channels, those of a part by positions
+  Scratch<float> scale, sums;            // of each position; of kRows of them kWidth sums each
 
   Block(int64_t rows, int64_t depth) : left(rows * depth), scale(rows), sums(kRows * kWidth) {}
 };
@@ -152,11 +152,11 @@ int64_t rows_of_block(int64_t positions, int64_t depth) {
 }
 
 template <typename Product>
-void multiply_positions(const Positions<typename Product::Map>& x, const typename Product::Right* weights,
+void multiply_positions(const Positions<typename Product::Map>& x, const typename Product::B* weights,
                         const Result<Product>& y) {
   const int64_t positions = x.count(), most = rows_of_block(positions, x.channels);
   const auto start = [&] { return Block<Product>(most, x.channels); };
-  share((positions + most - 1) / most, start, [&](Block<Product>& block, int64_t piece) {
+  parallel_tasks((positions + most - 1) / most, start, [&](Block<Product>& block, int64_t piece) {
     const int64_t first = piece * most, rows = std::min(most, positions - first);
     pack_block(x, first, rows, block);
     for (int64_t channel = 0; channel < y.channels; channel += kWidth) {
@@ -195,7 +195,7 @@ at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::
   }
   if (out.numel() > 0) {
     multiply_positions<Product>(
-        Positions<Map>(map), weight.const_data_ptr<typename Product::Right>(),
+        Positions<Map>(map), weight.const_data_ptr<typename Product::B>(),
         {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(), shift.const_data_ptr<float>(),
          added.defined() ? added.const_data_ptr<Map>() : nullptr,
          added.defined() ? distance_of_positions(added) : 0, relu});

@@ -38,13 +38,13 @@ float scale_of(const float* weights, int64_t matrices, int64_t distance, int64_t
 
 template <typename Product>
 std::tuple<at::Tensor, at::Tensor> pack_as(const at::Tensor& weights) {
-  using Right = typename Product::Right;
+  using B = typename Product::B;
   constexpr int64_t kPanel = Product::kPanel;
   const int64_t matrices = weights.size(0), out = weights.size(1), in = weights.size(2);
-  at::Tensor packed = at::empty({matrices, out / kPanel, in, kPanel}, weights.options().dtype(kTypeOf<Right>));
+  at::Tensor packed = at::empty({matrices, out / kPanel, in, kPanel}, weights.options().dtype(kTypeOf<B>));
   at::Tensor scale = at::empty({out}, at::kFloat);
   const float* from = weights.const_data_ptr<float>();
-  Right* to = packed.mutable_data_ptr<Right>();
+  B* to = packed.mutable_data_ptr<B>();
   float* scales = scale.mutable_data_ptr<float>();
   at::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
@@ -52,8 +52,8 @@ std::tuple<at::Tensor, at::Tensor> pack_as(const at::Tensor& weights) {
       scales[o] = 1 / factor;
       for (int64_t matrix = 0; matrix < matrices; ++matrix) {
         const float* numbers = from + (matrix * out + o) * in;
-        Right* panel = to + (matrix * out + o / kPanel * kPanel) * in + o % kPanel;
-        for (int64_t c = 0; c < in; ++c) panel[c * kPanel] = static_cast<Right>(numbers[c] * factor);
+        B* panel = to + (matrix * out + o / kPanel * kPanel) * in + o % kPanel;
+        for (int64_t c = 0; c < in; ++c) panel[c * kPanel] = static_cast<B>(numbers[c] * factor);
       }
     }
   });
@@ -79,10 +79,10 @@ template <typename Product>
 int64_t check_packed(const char* name, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                      const at::Tensor& bias, int64_t matrices) {
   using Map = typename Product::Map;
-  using Right = typename Product::Right;
+  using B = typename Product::B;
   check_processor<Product>(name);
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == matrices && weight.size(3) == Product::kPanel &&
-                  weight.scalar_type() == kTypeOf<Right> && weight.is_contiguous(),
+                  weight.scalar_type() == kTypeOf<B> && weight.is_contiguous(),
               name, ": the weight is not one of pack_", name, ", got ", weight.sizes());
   const int64_t channels = weight.size(1) * Product::kPanel;
   TORCH_CHECK(x.dim() == 4 && x.size(1) == weight.size(2), name, ": the map must be (N, ", weight.size(2),

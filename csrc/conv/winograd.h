@@ -16,9 +16,9 @@
 namespace refdet {
 
 constexpr int kPoints = 6;        // of an axis, for a tile of 4 results; one of 3 uses the first 5
-constexpr int kInfinity = 4;      // its place among the points
+constexpr int kInfinityPoint = 4;      // its place among the points
 constexpr int kTaps = 3;          // weights along an axis
-constexpr std::array<double, kPoints> kPoint = {0, 0.75, -0.75, 1.5, 0, -1.5};  // that at kInfinity is not used
+constexpr std::array<double, kPoints> kPoint = {0, 0.75, -0.75, 1.5, 0, -1.5};  // that at kInfinityPoint is not used
 
 template <int rows, int columns>
 using Matrix = std::array<std::array<float, columns>, rows>;
@@ -28,7 +28,7 @@ template <int used>
 constexpr std::array<double, kPoints> product_of_others(int left_out) {
   std::array<double, kPoints> product = {1};
   for (int other = 0; other < used; ++other) {
-    if (other == left_out || other == kInfinity) continue;
+    if (other == left_out || other == kInfinityPoint) continue;
     for (int power = kPoints - 1; power >= 0; --power) {
       product[power] = (power > 0 ? product[power - 1] : 0) - kPoint[other] * product[power];
     }
@@ -44,7 +44,7 @@ constexpr auto input_matrix() {
   for (int point = 0; point < kUsed; ++point) {
     // what weight_matrix divides by has a factor for each of the 6 points; a smaller tile makes up for those it leaves out
     double missing = 1;
-    for (int other = kUsed; other < kPoints && point != kInfinity; ++other) missing *= kPoint[point] - kPoint[other];
+    for (int other = kUsed; other < kPoints && point != kInfinityPoint; ++other) missing *= kPoint[point] - kPoint[other];
     const auto product = product_of_others<kUsed>(point);
     for (int input = 0; input < kUsed; ++input) matrix[point][input] = static_cast<float>(missing * product[input]);
   }
@@ -74,7 +74,7 @@ constexpr auto output_matrix() {
   for (int point = 0; point < kUsed; ++point) {
     double power = 1;
     for (int result = 0; result < results; ++result, power *= kPoint[point]) {
-      matrix[result][point] = static_cast<float>(point == kInfinity ? result == results - 1 : power);
+      matrix[result][point] = static_cast<float>(point == kInfinityPoint ? result == results - 1 : power);
     }
   }
   return matrix;
@@ -84,13 +84,13 @@ constexpr auto output_matrix() {
 constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
   std::array<std::array<double, kTaps>, kPoints> matrix = {};
   for (int point = 0; point < kPoints; ++point) {
-    if (point == kInfinity) {
+    if (point == kInfinityPoint) {
       matrix[point][kTaps - 1] = 1;
       continue;
     }
     double divisor = 1;
     for (int other = 0; other < kPoints; ++other) {
-      if (other != point && other != kInfinity) divisor *= kPoint[point] - kPoint[other];
+      if (other != point && other != kInfinityPoint) divisor *= kPoint[point] - kPoint[other];
     }
     double power = 1;
     for (int tap = 0; tap < kTaps; ++tap, power *= kPoint[point]) matrix[point][tap] = power / divisor;

@@ -21,9 +21,9 @@
 
 #include "conv/gemm.h"
 #include "conv/positions.h"
-#include "common/room.h"
+#include "common/scratch.h"
 #include "conv/scales.h"
-#include "common/share.h"
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "conv/weights.h"
 #include "conv/winograd.h"
@@ -106,7 +106,7 @@ constexpr auto kOutput = output_matrix<results>();
 // Returns what they are scaled by, of a product that asks for it: a power of two for each tile.
 template <typename Product, int down, int across>
 REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
-                              int64_t column, typename Product::Left* points) {
+                              int64_t column, typename Product::A* points) {
   constexpr int kHigh = down + kTaps - 1, kWide = across + kTaps - 1;
   const auto* image = x.data + block.rows[row].image * x.height * x.width * x.pixel;
   const int64_t top = block.down.start(block.rows[row].tile) - 1, left = block.across.start(column) - 1;
@@ -249,12 +249,12 @@ REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Bl
 // At each point, numbers of tiles times weights. A piece of work is a point, or with many threads some of its output
 // channels: so the tiles' numbers stay in the second cache of a thread.
 template <typename Product>
-void multiply_points(const Block& block, const typename Product::Left* points, int64_t depth_in_all,
-                     const typename Product::Right* weights, int64_t channels, float* products) {
+void multiply_points(const Block& block, const typename Product::A* points, int64_t depth_in_all,
+                     const typename Product::B* weights, int64_t channels, float* products) {
   constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
   const int64_t pieces = std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 for each thread, of all points
-  share(pieces * kAll, [] { return nullptr; }, [&](std::nullptr_t, int64_t piece) {
+  parallel_tasks(pieces * kAll, [] { return nullptr; }, [&](std::nullptr_t, int64_t piece) {
     const int64_t point = piece / pieces, slots = block.slots[point];
     for (int64_t group = piece % pieces; group < groups; group += pieces) {
       const int64_t first = group * kWidthAtOnce, width = std::min(kWidthAtOnce, channels - first);
@@ -271,7 +271,7 @@ void multiply_points(const Block& block, const typename Product::Left* points, i
 }
 
 template <typename Product>
-void convolve(const Positions<typename Product::Map>& x, const typename Product::Right* weights,
+void convolve(const Positions<typename Product::Map>& x, const typename Product::B* weights,
               const Result<Product>& y) {
   const Tiles down(x.height), across(x.width);
   const int64_t total = x.images * down.count(), wide = across.count();
@@ -279,8 +279,8 @@ void convolve(const Positions<typename Product::Map>& x, const typename Product:
   const int64_t each = (total + blocks - 1) / blocks;
   const int64_t most = std::min(each, total) * wide * kPoints * kPoints;
   const int64_t between = kPoints * kPoints * kLanes;
-  const Room<typename Product::Left> in(most * x.channels + between);
-  const Room<float> made(most * y.channels + between);
+  const Scratch<typename Product::A> in(most * x.channels + between);
+  const Scratch<float> made(most * y.channels + between);
   auto* points = in.data();
   float* products = made.data();
   std::vector<float> scales(each * wide);
@@ -337,7 +337,7 @@ at::Tensor run_conv3x3(const at::Tensor& x, const at::Tensor& weight, const at::
   const at::Tensor map = with_positions(x), scales = scale.contiguous(), shift = bias.contiguous();
   at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   if (out.numel() > 0) {
-    convolve<Product>(Positions<typename Product::Map>(map), weight.const_data_ptr<typename Product::Right>(),
+    convolve<Product>(Positions<typename Product::Map>(map), weight.const_data_ptr<typename Product::B>(),
                       {out.mutable_data_ptr<typename Product::Map>(), channels, scales.const_data_ptr<float>(),
                        shift.const_data_ptr<float>(), relu});
   }

@@ -10,9 +10,9 @@ namespace refdet {
 
 // Room for `count` numbers, from PyTorch's allocator: not initialised, and aligned for vectors of any size.
 template <typename T>
-class Room {
+class Scratch {
  public:
-  explicit Room(int64_t count)
+  explicit Scratch(int64_t count)
       : bytes_(at::empty({count * static_cast<int64_t>(sizeof(T))}, at::kByte)),
         data_(reinterpret_cast<T*>(bytes_.mutable_data_ptr<uint8_t>())) {}
 
