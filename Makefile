@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -115,6 +115,11 @@ $(VENV)/.installed: $(VENV)/.torch $(PACKAGE)
 	  else echo "==> env: no C++ compiler, refdet goes without its kernels (same results, slower)"; fi; \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
+
+docs: env ## the pages of docs/ and the API reference, into build/docs/
+	@echo "==> docs: mkdocs"
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs" "mkdocstrings[python]"
+	@$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 clean: ## remove what was built, and demo/; .venv stays
 	@echo "==> clean: removing build/, dist/, demo/, caches and the compiled kernels"

@@ -13,6 +13,7 @@ import click
 
 from refdet.files.printable_text import printable
 
+_OWN = ("refdet", "refer")  # the packages whose loggers are ours
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -118,18 +119,33 @@ def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) ->
         _print("  ".join(cells).rstrip())
 
 
+def set_level(level: int) -> None:
+    """Show what refdet and refer log from a level of `logging` up; notes and progress bars are warnings."""
+    for name in _OWN:
+        logging.getLogger(name).setLevel(level)
+
+
 def note(text: str) -> None:
-    """Print one line for people on stderr. Where nobody reads that, the work goes on."""
+    """Print one line on stderr, unless the command is quiet. Where nobody reads that, the work goes on."""
+    if logging.getLogger("refdet").isEnabledFor(logging.WARNING):
+        print_error(text)
+
+
+def print_error(text: str) -> None:
+    """Print one line on stderr. Where nobody reads that, the work goes on."""
     with suppress(OSError):
         click.echo(printable(text), err=True)
 
 
 class NoteHandler(logging.Handler):
-    """Prints what the libraries log as notes."""
+    """Prints what the libraries log as notes: what refdet's own loggers let through, and warnings of others."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record, its traceback left out."""
-        note(record.getMessage())
+        if record.levelno >= logging.ERROR:
+            print_error(record.getMessage())
+        elif record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OWN:
+            note(record.getMessage())
 
 
 def _print(text: str) -> None:

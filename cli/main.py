@@ -19,7 +19,7 @@ try:
     from refdet.errors import RefdetError, is_disk_full
     from refdet.interrupt import ending_imports
 
-    from .common import NoteHandler, OutputLost, echo_line, note
+    from .common import NoteHandler, OutputLost, echo_line, print_error, set_level
 except KeyboardInterrupt:  # before anything is there that could handle it
     os.write(2, b"error: interrupted\n")
     os._exit(130)
@@ -126,7 +126,7 @@ def _show_notes() -> None:
     """Show what the libraries log, a line each."""
     root = logging.getLogger()
     if not any(isinstance(handler, NoteHandler) for handler in root.handlers):
-        root.addHandler(NoteHandler(logging.WARNING))
+        root.addHandler(NoteHandler(logging.NOTSET))
 
 
 def _flush() -> None:
@@ -148,9 +148,9 @@ def fail(error: Exception, debug: bool) -> NoReturn:
         sys.exit(BAD_INPUT)
     if debug:
         for line in "".join(traceback.format_exception(error)).split("\n")[:-1]:
-            note(line)
+            print_error(line)
     code, text = describe(error)
-    note("error: " + " ".join(text.splitlines()))
+    print_error("error: " + " ".join(text.splitlines()))
     sys.exit(code)
 
 
@@ -200,9 +200,16 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+@click.option("-v", "--verbose", is_flag=True, help="Also say what is read, chosen and skipped on the way.")
+@click.option("-q", "--quiet", is_flag=True, help="Print results and errors only: no notes, no progress.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
     help="Show the versions of refdet and PyTorch, the device and the kernels.",
 )  # fmt: skip
-def main() -> None:
+@click.pass_context
+def main(context: click.Context, verbose: bool, quiet: bool) -> None:
     """Leak-free Mask R-CNN regions and features for referring expressions."""
+    if verbose and quiet:
+        raise click.UsageError("-v and -q: give one of them")
+    set_level(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    context.call_on_close(lambda: set_level(logging.NOTSET))

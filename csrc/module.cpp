@@ -3,8 +3,8 @@
 
 #include <torch/library.h>
 
-#include "conv/gemm.h"
 #include "common/simd.h"
+#include "conv/gemm.h"
 
 TORCH_LIBRARY(refdet, m) {
   m.def("has_cuda() -> bool", []() {
@@ -36,8 +36,7 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "mask_coverage(Tensor counts, Tensor starts, int height, int width, Tensor boxes, Tensor objects, int size)"
       " -> Tensor");
-  m.def(
-      "roi_pool(Tensor x, Tensor rois, int size, float stride, int samples, bool crop, bool mean) -> Tensor");
+  m.def("roi_pool(Tensor x, Tensor rois, int size, float stride, int samples, bool crop, bool mean) -> Tensor");
   m.def(
       "roi_pool_backward(Tensor gradient, Tensor rois, SymInt[] shape, int size, float stride, int samples, bool crop,"
       " bool mean) -> Tensor");

@@ -9,8 +9,9 @@
 
 namespace refdet {
 
-// Calls `work` with every number below `pieces`, on all threads: whoever is done takes the next, so that a processor which
-// others use too delays only the piece it is at. `start` is called once on each thread and gives `work` what it keeps.
+// Calls `work` with every number below `pieces`, on all threads: whoever is done takes the next, so that a processor
+// which others use too delays only the piece it is at. `start` is called once on each thread and gives `work` what it
+// keeps.
 template <typename Start, typename Work>
 void parallel_tasks(int64_t pieces, const Start& start, const Work& work) {
   std::atomic<int64_t> next{0};

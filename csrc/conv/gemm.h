@@ -12,11 +12,11 @@ namespace refdet {
 // Maps, weights and sums in float32. Each number is one chain of fused multiply-adds over depth, whatever the number
 // of rows and the processor, so that work which is cut otherwise gives the same bits.
 struct Single {
-  using Map = float;    // what layers give each other
+  using Map = float;  // what layers give each other
   using A = float;
   using B = float;
   static constexpr bool kScaled = false;
-  static constexpr int64_t kPanel = 16;  // columns of the right side that lie together, row by row
+  static constexpr int64_t kPanel = 16;   // columns of the right side that lie together, row by row
   static constexpr int64_t kDepth = 256;  // rows of it that are used at once, so that they stay in the first cache
 
   // Whether this processor has the instructions it is compiled for.

@@ -5,8 +5,8 @@
 // first two caches, and does nothing but fused multiply-adds. Where another thread has half of the processor's
 // instructions, few of them besides those count.
 
-#include "conv/gemm.h"
 #include "common/simd.h"
+#include "conv/gemm.h"
 
 #ifdef REFDET_FLOAT16
 #include <immintrin.h>
@@ -127,8 +127,8 @@ REFDET_AVX512 void multiply_avx512(const float* a, int64_t a_row, const float* p
     const float* right = panel + k * Single::kPanel;
     int64_t p = 0;
     for (; p + 4 <= panels; p += 4) {
-      multiply_all<Vector16, 4, 6>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel, c_row,
-                                   add);
+      multiply_all<Vector16, 4, 6>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel,
+                                   c_row, add);
     }
     for (; p < panels; ++p) {
       multiply_all<Vector16, 1, 12>(a + k, a_row, right + p * distance, distance, run, rows, c + p * Single::kPanel,
@@ -157,14 +157,14 @@ void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int
 #ifdef REFDET_FLOAT16
 namespace {
 
-// sum += a * b. In assembler: the compiler would let sums and factors change places between registers, of which there are
-// few to spare, and keep some in memory.
+// sum += a * b. In assembler: the compiler would let sums and factors change places between registers, of which there
+// are few to spare, and keep some in memory.
 REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& b, __m512h& sum) {
   asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// A run of depth; `panels` panels of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the compiler
-// would widen _Float16 where it does not know yet for which processor it compiles.
+// A run of depth; `panels` panels of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the
+// compiler would widen _Float16 where it does not know yet for which processor it compiles.
 template <int rows, int panels>
 REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t a_row, const c10::Half* panel,
                                                      int64_t distance, int64_t depth, float* c, int64_t c_row,

@@ -15,12 +15,12 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
 #include "conv/gemm.h"
 #include "conv/positions.h"
-#include "common/scratch.h"
 #include "conv/scales.h"
-#include "common/parallel.h"
-#include "common/simd.h"
 #include "conv/weights.h"
 
 namespace refdet {
@@ -33,7 +33,7 @@ template <typename Product>
 struct Result {
   typename Product::Map* data;
   int64_t channels;
-  const float *scale, *bias;             // of each channel
+  const float *scale, *bias;              // of each channel
   const typename Product::Map* shortcut;  // or null; is added before ReLU
   int64_t shortcut_pixel;
   bool relu;
@@ -43,7 +43,7 @@ struct Result {
 template <typename Product>
 struct Block {
   Scratch<typename Product::A> left;  // in parts of kDepth channels, those of a part by positions
-  Scratch<float> scale, sums;            // of each position; of kRows of them kWidth sums each
+  Scratch<float> scale, sums;         // of each position; of kRows of them kWidth sums each
 
   Block(int64_t rows, int64_t depth) : left(rows * depth), scale(rows), sums(kRows * kWidth) {}
 };
@@ -119,7 +119,8 @@ void pack_block(const Positions<float>& x, int64_t first, int64_t rows, Block<Si
   (has_avx512() ? pack_block_avx512 : pack_block_avx2)(x, first, rows, block);
 }
 
-REFDET_AVX2 void finish_part_avx2(const Block<Single>& block, int64_t first, const Part& part, const Result<Single>& y) {
+REFDET_AVX2 void finish_part_avx2(const Block<Single>& block, int64_t first, const Part& part,
+                                  const Result<Single>& y) {
   finish_rows(block, first, part, y);
 }
 
@@ -194,11 +195,10 @@ at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::
     added = with_positions(*shortcut);
   }
   if (out.numel() > 0) {
-    multiply_positions<Product>(
-        Positions<Map>(map), weight.const_data_ptr<typename Product::B>(),
-        {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(), shift.const_data_ptr<float>(),
-         added.defined() ? added.const_data_ptr<Map>() : nullptr,
-         added.defined() ? distance_of_positions(added) : 0, relu});
+    multiply_positions<Product>(Positions<Map>(map), weight.const_data_ptr<typename Product::B>(),
+                                {out.mutable_data_ptr<Map>(), channels, scales.const_data_ptr<float>(),
+                                 shift.const_data_ptr<float>(), added.defined() ? added.const_data_ptr<Map>() : nullptr,
+                                 added.defined() ? distance_of_positions(added) : 0, relu});
   }
   return out;
 }

@@ -1,5 +1,3 @@
-#include "conv/weights.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
@@ -8,6 +6,7 @@
 #include <cmath>
 
 #include "common/simd.h"
+#include "conv/weights.h"
 
 namespace refdet {
 namespace {
@@ -87,8 +86,8 @@ int64_t check_packed(const char* name, const at::Tensor& x, const at::Tensor& we
   const int64_t channels = weight.size(1) * Product::kPanel;
   TORCH_CHECK(x.dim() == 4 && x.size(1) == weight.size(2), name, ": the map must be (N, ", weight.size(2),
               ", H, W), got ", x.sizes());
-  TORCH_CHECK(x.scalar_type() == kTypeOf<Map>, name, ": the map must be ",
-              Product::kScaled ? "bfloat16" : "float32", ", got ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == kTypeOf<Map>, name, ": the map must be ", Product::kScaled ? "bfloat16" : "float32",
+              ", got ", x.scalar_type());
   for (const at::Tensor& numbers : {scale, bias}) {
     TORCH_CHECK(numbers.sizes() == at::IntArrayRef({channels}) && numbers.scalar_type() == at::kFloat, name, ": the ",
                 numbers.is_same(bias) ? "bias" : "scale", " must be float32 (", channels, "), got ", numbers.sizes());

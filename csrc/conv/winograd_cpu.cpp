@@ -19,12 +19,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
 #include "conv/gemm.h"
 #include "conv/positions.h"
-#include "common/scratch.h"
 #include "conv/scales.h"
-#include "common/parallel.h"
-#include "common/simd.h"
 #include "conv/weights.h"
 #include "conv/winograd.h"
 
@@ -50,7 +50,8 @@ struct Block {
   Tiles down, across;
   std::vector<Row> rows;
   int64_t fours = 0;
-  std::array<int64_t, kPoints * kPoints> slots{}, first{};  // of a point: how many tiles use it, and the sum of all before
+  std::array<int64_t, kPoints * kPoints> slots{},
+      first{};  // of a point: how many tiles use it, and the sum of all before
 
   // Rows of tiles [begin, end), counted over all images.
   Block(const Tiles& down, const Tiles& across, int64_t begin, int64_t end) : down(down), across(across) {
@@ -225,8 +226,8 @@ REFDET_AVX512 void tile_from_points_avx512(const Positions<float>& x, const Bloc
   });
 }
 
-void tile_from_points(const Positions<float>& x, const Block& block, int64_t row, int64_t column,
-                      const float* products, float scale, const Result<Single>& y) {
+void tile_from_points(const Positions<float>& x, const Block& block, int64_t row, int64_t column, const float* products,
+                      float scale, const Result<Single>& y) {
   (has_avx512() ? tile_from_points_avx512 : tile_from_points_avx2)(x, block, row, column, products, scale, y);
 }
 
@@ -238,8 +239,8 @@ REFDET_FLOAT16 float tile_to_points(const Positions<c10::BFloat16>& x, const Blo
   });
 }
 
-REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row,
-                                     int64_t column, const float* products, float scale, const Result<Half>& y) {
+REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Block& block, int64_t row, int64_t column,
+                                     const float* products, float scale, const Result<Half>& y) {
   by_size(block, row, column, [&](auto down, auto across) __attribute__((always_inline)) {
     from_points<Half, down.value, across.value>(x, block, row, column, products, scale, y);
   });
@@ -253,26 +254,28 @@ void multiply_points(const Block& block, const typename Product::A* points, int6
                      const typename Product::B* weights, int64_t channels, float* products) {
   constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
-  const int64_t pieces = std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 for each thread, of all points
-  parallel_tasks(pieces * kAll, [] { return nullptr; }, [&](std::nullptr_t, int64_t piece) {
-    const int64_t point = piece / pieces, slots = block.slots[point];
-    for (int64_t group = piece % pieces; group < groups; group += pieces) {
-      const int64_t first = group * kWidthAtOnce, width = std::min(kWidthAtOnce, channels - first);
-      float* to = products + block.at(point, channels) + first;
-      for (int64_t k = 0; k < depth_in_all; k += Product::kDepth) {
-        const int64_t depth = std::min(Product::kDepth, depth_in_all - k);
-        const auto* left = points + block.at(point, depth_in_all) + k * slots;
-        const auto* panel = weights + (point * channels + first) * depth_in_all + k * Product::kPanel;
-        Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, width / Product::kPanel, depth, slots, to,
-                          channels, k > 0);
-      }
-    }
-  });
+  const int64_t pieces =
+      std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 for each thread, of all points
+  parallel_tasks(
+      pieces * kAll, [] { return nullptr; },
+      [&](std::nullptr_t, int64_t piece) {
+        const int64_t point = piece / pieces, slots = block.slots[point];
+        for (int64_t group = piece % pieces; group < groups; group += pieces) {
+          const int64_t first = group * kWidthAtOnce, width = std::min(kWidthAtOnce, channels - first);
+          float* to = products + block.at(point, channels) + first;
+          for (int64_t k = 0; k < depth_in_all; k += Product::kDepth) {
+            const int64_t depth = std::min(Product::kDepth, depth_in_all - k);
+            const auto* left = points + block.at(point, depth_in_all) + k * slots;
+            const auto* panel = weights + (point * channels + first) * depth_in_all + k * Product::kPanel;
+            Product::multiply(left, depth, panel, depth_in_all * Product::kPanel, width / Product::kPanel, depth, slots,
+                              to, channels, k > 0);
+          }
+        }
+      });
 }
 
 template <typename Product>
-void convolve(const Positions<typename Product::Map>& x, const typename Product::B* weights,
-              const Result<Product>& y) {
+void convolve(const Positions<typename Product::Map>& x, const typename Product::B* weights, const Result<Product>& y) {
   const Tiles down(x.height), across(x.width);
   const int64_t total = x.images * down.count(), wide = across.count();
   const int64_t blocks = std::max((total * wide + kTilesAtOnce / 2) / kTilesAtOnce, int64_t{1});

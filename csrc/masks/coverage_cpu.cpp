@@ -124,8 +124,8 @@ class Bins {
 
  private:
   const Edges& edges_;
-  std::vector<uint32_t> bin_;             // of a row: the first edge in it or below
-  std::vector<int64_t> balance_, rows_;   // of a bin: begins minus ends, and the sum of their rows
+  std::vector<uint32_t> bin_;            // of a row: the first edge in it or below
+  std::vector<int64_t> balance_, rows_;  // of a bin: begins minus ends, and the sum of their rows
 };
 
 void cover(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width, float* found) {

@@ -14,8 +14,8 @@ inline void check_image(const char* name, int64_t height, int64_t width) {
               ": an image of ", height, " x ", width, " pixels has no RLE");
 }
 
-inline void check_masks_to_rle(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height,
-                               int64_t width, double threshold) {
+inline void check_masks_to_rle(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height, int64_t width,
+                               double threshold) {
   TORCH_CHECK(probabilities.dim() == 3 && probabilities.size(1) >= 1 && probabilities.size(1) == probabilities.size(2),
               "masks_to_rle: probabilities must be (N, m, m), got ", probabilities.sizes());
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.size(0) == probabilities.size(0),
@@ -23,8 +23,8 @@ inline void check_masks_to_rle(const at::Tensor& probabilities, const at::Tensor
   TORCH_CHECK(probabilities.scalar_type() == at::kFloat || probabilities.scalar_type() == at::kBFloat16,
               "masks_to_rle: probabilities must be float32 or bfloat16, got ", probabilities.scalar_type());
   TORCH_CHECK(boxes.scalar_type() == at::kFloat, "masks_to_rle: boxes must be float32, got ", boxes.scalar_type());
-  TORCH_CHECK(boxes.device() == probabilities.device(), "masks_to_rle: probabilities are on ",
-              probabilities.device(), ", boxes on ", boxes.device());
+  TORCH_CHECK(boxes.device() == probabilities.device(), "masks_to_rle: probabilities are on ", probabilities.device(),
+              ", boxes on ", boxes.device());
   check_image("masks_to_rle", height, width);
   TORCH_CHECK(threshold >= 0 && threshold <= 1, "masks_to_rle: threshold must be in 0..1, got ", threshold);
 }

@@ -32,9 +32,9 @@ namespace {
 
 // The pixels of one axis of the image whose centres are in the box, and the two cells that each mixes.
 struct Axis {
-  int64_t first = 0, last = 0;       // pixels [first, last)
-  std::vector<int32_t> cell;         // the one before the centre; the other is the next, or the same at the end
-  std::vector<float> lower, upper;   // their weights
+  int64_t first = 0, last = 0;      // pixels [first, last)
+  std::vector<int32_t> cell;        // the one before the centre; the other is the next, or the same at the end
+  std::vector<float> lower, upper;  // their weights
 
   Axis(float low, float high, int64_t size, int64_t limit) {
     const auto pixel = [limit](float edge) {
@@ -136,8 +136,8 @@ Mask mask_of(const float* values, const float* box, int32_t size, int64_t height
   return mask;
 }
 
-EncodedMasks masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height,
-                              int64_t width, double threshold) {
+EncodedMasks masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height, int64_t width,
+                              double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);
   const auto size = static_cast<int32_t>(probabilities.size(1));
   const at::Tensor values = probabilities.to(at::kFloat).contiguous(), corners = boxes.contiguous();

@@ -35,7 +35,6 @@ constexpr int kThreads = 256;
 constexpr int kParts = 64;  // of the columns of a box, a warp each
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-
 // How a pixel mixes the cells of one axis.
 struct Weights {
   int cell, next;
@@ -135,8 +134,8 @@ __global__ void turns_kernel(const float* probabilities, const float* boxes, int
   if (turns == nullptr && threadIdx.x % kWarp == 0) counts[warp] = found;
 }
 
-EncodedMasks masks_to_rle_cuda(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height,
-                               int64_t width, double threshold) {
+EncodedMasks masks_to_rle_cuda(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height, int64_t width,
+                               double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);
   const int64_t n = probabilities.size(0), blocks = (n * kParts + kThreads / kWarp - 1) / (kThreads / kWarp);
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "masks_to_rle: ", n, " masks are too many");
@@ -147,9 +146,8 @@ EncodedMasks masks_to_rle_cuda(const at::Tensor& probabilities, const at::Tensor
     const at::Tensor values = probabilities.to(at::kFloat).contiguous(), corners = boxes.contiguous();
     const auto launch = [&](const at::Tensor& counts, uint32_t* positions) {
       turns_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-          values.const_data_ptr<float>(), corners.const_data_ptr<float>(), n,
-          static_cast<int>(probabilities.size(1)), height, width, static_cast<float>(threshold),
-          counts.mutable_data_ptr<int64_t>(), positions);
+          values.const_data_ptr<float>(), corners.const_data_ptr<float>(), n, static_cast<int>(probabilities.size(1)),
+          height, width, static_cast<float>(threshold), counts.mutable_data_ptr<int64_t>(), positions);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
     const at::Tensor counts = at::empty({n * kParts}, boxes.options().dtype(at::kLong));

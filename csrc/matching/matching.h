@@ -16,8 +16,8 @@ inline void check_match_boxes(const at::Tensor& candidates, const at::Tensor& ob
   for (const at::Tensor& boxes : {candidates, objects}) {
     TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "match_boxes: boxes must be (N, 4) and (M, 4), got ",
                 candidates.sizes(), " and ", objects.sizes());
-    TORCH_CHECK(boxes.scalar_type() == at::kFloat, "match_boxes: boxes must be float32, got ",
-                candidates.scalar_type(), " and ", objects.scalar_type());
+    TORCH_CHECK(boxes.scalar_type() == at::kFloat, "match_boxes: boxes must be float32, got ", candidates.scalar_type(),
+                " and ", objects.scalar_type());
   }
   TORCH_CHECK(candidates.device() == objects.device(), "match_boxes: candidates are on ", candidates.device(),
               ", objects on ", objects.device());

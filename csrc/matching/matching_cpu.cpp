@@ -33,7 +33,7 @@ namespace {
 
 constexpr int kTile = 64;
 constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;  // candidates of which the best of each object is noted
+constexpr int64_t kChunk = 256;   // candidates of which the best of each object is noted
 constexpr float kLeast = 1e-12f;  // of a union that is divided by
 
 struct Box {

@@ -52,9 +52,7 @@ __device__ float iou(const Box& a, const Box& b) {
 }
 
 // Floats of 0 and more have the order of their bits as integers, for which there are atomic maxima.
-__device__ void raise(float* place, float value) {
-  atomicMax(reinterpret_cast<int*>(place), __float_as_int(value));
-}
+__device__ void raise(float* place, float value) { atomicMax(reinterpret_cast<int*>(place), __float_as_int(value)); }
 
 __global__ void match_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, float* best,
                              int64_t* object, float* most, float* block_most) {
@@ -77,8 +75,7 @@ __global__ void match_kernel(const float* candidates, int64_t n, const float* ob
       float found = iou(candidate, others[j]);
       if (found > best_found) best_found = found, best_object = first + j;
       if (!__any_sync(kAllLanes, found > 0.0f)) continue;
-      for (int step = kWarp / 2; step > 0; step /= 2)
-        found = fmaxf(found, __shfl_xor_sync(kAllLanes, found, step));
+      for (int step = kWarp / 2; step > 0; step /= 2) found = fmaxf(found, __shfl_xor_sync(kAllLanes, found, step));
       if (thread % kWarp == 0) raise(&own_most[j], found);
     }
     __syncthreads();

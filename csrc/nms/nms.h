@@ -11,8 +11,7 @@ inline void check_nms_ids(const char* name, const std::optional<at::Tensor>& ids
   if (!ids) return;
   TORCH_CHECK(ids->dim() == 1 && ids->size(0) == boxes.size(0) && ids->scalar_type() == at::kLong, "nms: ", name,
               " must be (", boxes.size(0), ",) int64 like the boxes, got ", ids->sizes(), " ", ids->scalar_type());
-  TORCH_CHECK(ids->device() == boxes.device(), "nms: boxes are on ", boxes.device(), ", ", name, " on ",
-              ids->device());
+  TORCH_CHECK(ids->device() == boxes.device(), "nms: boxes are on ", boxes.device(), ", ", name, " on ", ids->device());
 }
 
 inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
@@ -22,8 +21,7 @@ inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double 
               ",) like the boxes, got ", scores.sizes());
   TORCH_CHECK(boxes.scalar_type() == at::kFloat && scores.scalar_type() == at::kFloat,
               "nms: boxes and scores must be float32, got ", boxes.scalar_type(), " and ", scores.scalar_type());
-  TORCH_CHECK(boxes.device() == scores.device(), "nms: boxes are on ", boxes.device(), ", scores on ",
-              scores.device());
+  TORCH_CHECK(boxes.device() == scores.device(), "nms: boxes are on ", boxes.device(), ", scores on ", scores.device());
   TORCH_CHECK(iou_threshold >= 0 && iou_threshold <= 1, "nms: iou_threshold must be in 0..1, got ", iou_threshold);
   check_nms_ids("groups", groups, boxes);
   check_nms_ids("images", images, boxes);

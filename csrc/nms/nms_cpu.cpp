@@ -11,9 +11,9 @@
 //
 // Why fast: the order is a radix sort of the scores' bits. The kept boxes of a group stand in tiles, field by field, so
 // that comparing a candidate with a tile is one loop without branches, which compilers turn into SIMD, and without a
-// division: a quotient that rounds above t is above t, so that overlap > t union and, as rounding keeps order, overlap >=
-// the rounded t union; only a tile that has such a box is divided. A candidate is dropped after the first tile with a hit. Images are dealt out to the threads; what one does
-// depends on that image alone.
+// division: a quotient that rounds above t is above t, so that overlap > t union and, as rounding keeps order, overlap
+// >= the rounded t union; only a tile that has such a box is divided. A candidate is dropped after the first tile with
+// a hit. Images are dealt out to the threads; what one does depends on that image alone.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -55,9 +55,8 @@ uint32_t descending_key(float score) {
 // Sorts by key. Entries come with ascending indices, and both ways leave equal keys in that order.
 void sort_by_key(std::vector<Ranked>& entries) {
   if (static_cast<int64_t>(entries.size()) < kRadixFrom) {
-    std::sort(entries.begin(), entries.end(), [](const Ranked& a, const Ranked& b) {
-      return a.key != b.key ? a.key < b.key : a.index < b.index;
-    });
+    std::sort(entries.begin(), entries.end(),
+              [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key < b.key : a.index < b.index; });
     return;
   }
   constexpr int kBits = 11, kPasses = 3;
@@ -113,8 +112,7 @@ struct Tile {
   int32_t size = 0, next = kNone;
 
   Tile() {
-    for (auto* field : {x1, y1, x2, y2, area})
-      std::fill(field, field + kTile, std::numeric_limits<float>::quiet_NaN());
+    for (auto* field : {x1, y1, x2, y2, area}) std::fill(field, field + kTile, std::numeric_limits<float>::quiet_NaN());
   }
 
   void add(const float* box, float own_area) {

@@ -168,8 +168,7 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
   plan.push_back(0);
   for (const int64_t size : sizes) plan.push_back(plan.back() + (size + kWord - 1) / kWord);
   const int64_t words = plan.back();
-  for (int64_t image = 0; image < count; ++image)
-    plan.insert(plan.end(), (sizes[image] + kWord - 1) / kWord, image);
+  for (int64_t image = 0; image < count; ++image) plan.insert(plan.end(), (sizes[image] + kWord - 1) / kWord, image);
   const auto places = static_cast<int64_t>(plan.size());
   at::Tensor plan_on_host = at::empty({places}, integers.device(at::kCPU));
   std::copy(plan.begin(), plan.end(), plan_on_host.mutable_data_ptr<int64_t>());
@@ -195,9 +194,8 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
     suppress_kernel<<<grid, kWord, 0, stream>>>(sorted_at, groups_at, layout, words, first, threshold,
                                                 inclusive ? 1.0f : 0.0f, limit, counts_at, bits_at);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    scan_kernel<<<static_cast<unsigned>(count), kScanThreads, 0, stream>>>(bits_at, layout, words, first, limit,
-                                                                           removed_at, kept.mutable_data_ptr<bool>(),
-                                                                           counts_at);
+    scan_kernel<<<static_cast<unsigned>(count), kScanThreads, 0, stream>>>(
+        bits_at, layout, words, first, limit, removed_at, kept.mutable_data_ptr<bool>(), counts_at);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return order.index_select(0, kept.nonzero().squeeze(1));

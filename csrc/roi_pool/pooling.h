@@ -28,7 +28,8 @@ REFDET_HOST_DEVICE inline float times(float a, float b) {
 }
 
 // How a RoI is pooled: `size` cells on a side; `samples` on a side of a cell, or 0 for as many as the cell is long in
-// positions of the map, kMost at most (RoIAlign); or `crop`, one sample a cell from corner to corner; `mean`: of all cells alone.
+// positions of the map, kMost at most (RoIAlign); or `crop`, one sample a cell from corner to corner; `mean`: of all
+// cells alone.
 struct Sampling {
   int64_t size, samples;
   float stride;

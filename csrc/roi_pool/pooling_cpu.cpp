@@ -21,8 +21,8 @@
 
 #include <vector>
 
-#include "roi_pool/pooling.h"
 #include "common/simd.h"
+#include "roi_pool/pooling.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -38,8 +38,13 @@ struct Map {
   int64_t channels, height, width, image_stride, row_stride, column_stride;
 
   Map(const at::Tensor& x, T* data)
-      : data(data), channels(x.size(1)), height(x.size(2)), width(x.size(3)), image_stride(x.stride(0)),
-        row_stride(x.stride(2)), column_stride(x.stride(3)) {}
+      : data(data),
+        channels(x.size(1)),
+        height(x.size(2)),
+        width(x.size(3)),
+        image_stride(x.stride(0)),
+        row_stride(x.stride(2)),
+        column_stride(x.stride(3)) {}
 };
 
 // The taps of all cells along an axis; those of cell i are [i * room, i * room + count[i]).
@@ -138,8 +143,8 @@ REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat1
 
 // Adds to `vectors` vectors of channels of an image what the cells of one RoI say, `cells` on a side.
 template <typename Lane, int vectors, typename T>
-REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, const Readers& y,
-                             const Map<float>& map, float* image) {
+REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, const Readers& y, const Map<float>& map,
+                             float* image) {
   constexpr int64_t kStep = sizeof(Lane) / sizeof(float);
   for (size_t i = 0; i < y.position.size(); ++i) {
     for (size_t j = 0; j < x.position.size(); ++j) {
@@ -286,8 +291,8 @@ at::Tensor roi_pool_backward_cpu(const at::Tensor& gradient, const at::Tensor& r
   const Sampling how = check_pooling(shape, gradient, rois, size, stride, samples, crop, mean);
   check_pooled(gradient, rois, shape, how);
   const at::Tensor pooled = gradient.contiguous(at::MemoryFormat::ChannelsLast), boxes = rois.contiguous();
-  at::Tensor out = at::zeros({shape[0], shape[2], shape[3], shape[1]}, gradient.options().dtype(at::kFloat))
-                       .permute({0, 3, 1, 2});
+  at::Tensor out =
+      at::zeros({shape[0], shape[2], shape[3], shape[1]}, gradient.options().dtype(at::kFloat)).permute({0, 3, 1, 2});
   if (gradient.scalar_type() == at::kFloat) {
     pool_backward<float>(pooled, boxes, how, out);
   } else {

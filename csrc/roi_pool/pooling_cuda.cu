@@ -182,8 +182,7 @@ __global__ void unpool_kernel(const T* pooled, int64_t rois, Shape map, Lists li
             const int at_row = __ffs(r) - 1;
             for (unsigned c = columns; c; c &= c - 1) {
               const int at_column = __ffs(c) - 1;
-              const float weight =
-                  __shfl_sync(kAll, row_weight, at_row) * __shfl_sync(kAll, column_weight, at_column);
+              const float weight = __shfl_sync(kAll, row_weight, at_row) * __shfl_sync(kAll, column_weight, at_column);
               const int64_t cell = (roi * cells + row + at_row) * cells + column + at_column;
               if (!mine) continue;
               const auto values = *reinterpret_cast<const Pack<T, numbers>*>(pooled + cell * map.channels + channel);
@@ -284,7 +283,7 @@ template <typename T, int numbers>
 void unpool(const at::Tensor& pooled, const Shape& map, const Tables& tables, at::Tensor& out, cudaStream_t stream) {
   const dim3 grid(blocks(map.batch * map.height * map.width, kWarps), blocks(map.channels, kWarp * numbers));
   unpool_kernel<T, numbers><<<grid, kThreads, 0, stream>>>(pooled.const_data_ptr<T>(), pooled.size(0), map,
-                                                          tables.lists, out.mutable_data_ptr<T>());
+                                                           tables.lists, out.mutable_data_ptr<T>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

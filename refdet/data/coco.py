@@ -135,6 +135,8 @@ class CocoIndex:
                     f"{path}: none of its {len(objects)} objects has a segmentation; train boxes only with "
                     "--set model.masks=false"
                 )
+        log.info("%s: %d images, %d annotations, %d categories", path, len(index.images),
+                 sum(map(len, index.annotations.values())), len(index.categories))  # fmt: skip
         return index
 
 

@@ -62,7 +62,9 @@ class ImageSource:
                         path, len(unread), unread[0][0], unread[0][1].strerror)  # fmt: skip
         if above:
             log.warning("note: --images %s: the link %s leads to a folder above and is not followed", path, above[0])
-        return cls(files, exif)
+        source = cls(files, exif)
+        log.info("--images %s: %d files", path, len(source._names))
+        return source
 
     def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
         """Find the files of some images. Those that lie under another folder than their name gives are noted.

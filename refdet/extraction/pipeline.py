@@ -121,6 +121,7 @@ def extract(
     """
     work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
     session: Session | None = None
+    log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
         if parts is not None:
             again = set(parts.errors) if strict else readable(parts.errors, records, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
 from typing import IO, Any
@@ -46,6 +47,7 @@ def progress(things: Iterable[Any], desc: str, unit: str, total: int | None = No
 def _bar(
     things: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool, disable: bool
 ) -> tqdm[Any]:
+    disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # a quiet command
     common: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": disable}
     stream = sys.stderr
     if stream is None or not stream.isatty():

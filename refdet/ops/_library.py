@@ -42,5 +42,5 @@ DEVICES = load(Path(__file__).resolve().parents[1])
 def kernels_state() -> str:
     """Which compiled kernels are in use, for the first line of a run and ``refdet --version``."""
     if not DEVICES:
-        return "kernels not compiled (plain PyTorch instead, slower)"
+        return "kernels not compiled (plain PyTorch instead, slower; pip install --no-build-isolation . builds them)"
     return "kernels compiled for CPU and CUDA" if "cuda" in DEVICES else "kernels compiled for the CPU only"

@@ -6,7 +6,7 @@ products of matrices with the sum and the ReLU that follow them. Of each image t
 else is in its batch. There are no gradients. A map beyond 5e36 overflows in a 3x3 convolution, and a number that is not
 finite spoils all results of its tile, some 4x4.
 
-There are two arithmetics. *Single*: maps float32, sums float32; what comes out of a 3x3 convolution is about twice as
+There are two kinds of arithmetic. *Single*: maps float32, sums float32; what comes out of a 3x3 convolution is about twice as
 far from the exact result as that of PyTorch's, some 2e-6 of its standard deviation with 512 channels. *Half*: maps
 bfloat16, products of float16 numbers, on processors with AVX512-FP16, which do twice as many of them in a second as
 in float32 or bfloat16. Rows and columns are scaled by powers of two, so that nothing overflows; 64 products are

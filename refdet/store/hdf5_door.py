@@ -7,6 +7,7 @@ that refdet wrote itself, are remembered (`refdet.store.known_files`), so that o
 
 from __future__ import annotations
 
+import logging
 import stat
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import h5py
 from refdet.errors import InputError
 from refdet.store.hdf5_trial import try_file
 from refdet.store.known_files import FileState, KnownFiles
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
@@ -53,6 +56,7 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
         file.close()
         raise InputError(f"{path}: changed while it was opened; wait until it is written, then try again")
     if not passed:
+        log.info("%s: looked through before it was opened; remembered", path)
         known.add(before)
     return file
 

@@ -1,4 +1,4 @@
-"""The kernels for 3x3 and 1x1 convolutions beside float64, in both arithmetics."""
+"""The kernels for 3x3 and 1x1 convolutions beside float64, in both kinds of arithmetic."""
 
 from typing import NamedTuple
 

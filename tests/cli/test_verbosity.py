@@ -1,0 +1,51 @@
+"""-v and -q: what is said beside the result; errors and results are the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from split_examples import coco, write, write_refs
+
+from refdet.cli.main import main
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """A clean list with a remark, and the REFER data."""
+    instances = write(tmp_path / "f.json", coco([3], [3]))
+    return str(instances), str(write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "train")]}))
+
+
+def audit(files: tuple[str, str], *flags: str, instances: str = "") -> Result:
+    return CliRunner().invoke(main, [*flags, "audit", "--instances", instances or files[0], "--refer-root", files[1]])
+
+
+def test_a_quiet_command_says_its_result_alone(files: tuple[str, str]) -> None:
+    plain, quiet = audit(files), audit(files, "-q")
+    assert "note: " in plain.stderr and quiet.stderr == ""
+    assert (plain.exit_code, plain.stdout) == (quiet.exit_code, quiet.stdout)
+
+
+def test_a_quiet_command_still_says_its_error(files: tuple[str, str]) -> None:
+    done = audit(files, "-q", instances="none.json")
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_verbose_command_says_more(files: tuple[str, str]) -> None:
+    done = CliRunner().invoke(main, ["-v", "inspect", files[0]])
+    assert f"{files[0]}: 1 images, 1 annotations" in done.stderr
+    assert CliRunner().invoke(main, ["inspect", files[0]]).stderr == ""
+
+
+def test_both_at_once_are_refused(files: tuple[str, str]) -> None:
+    done = audit(files, "-v", "-q")
+    assert done.exit_code == 2 and "-v and -q: give one of them" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-v", "-q"])
+def test_afterwards_loggers_are_as_they_were(files: tuple[str, str], flag: str) -> None:
+    audit(files, flag)
+    assert logging.getLogger("refdet").level == logging.getLogger("refer").level == logging.NOTSET
