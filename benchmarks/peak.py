@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Most bytes that this process had in memory; those of the parent that started it are not among them, as they are
-    in what getrusage says."""
+    """Most bytes that this process had in memory.
+
+    Those of the parent that started it are not among them, as they are in what getrusage says.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

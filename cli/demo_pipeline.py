@@ -44,7 +44,8 @@ class RunCommand(Protocol):
     ``output`` is the file that its standard output goes to, None for where it usually goes.
     """
 
-    def __call__(self, args: list[str], output: Path | None = None) -> None: ...
+    def __call__(self, args: list[str], output: Path | None = None) -> None:
+        """Run the command line ``args``, its output into a file where one is given."""
 
 
 @dataclass
@@ -96,7 +97,7 @@ def demo(
 ) -> dict[str, Any]:
     """Run the pipeline into the new folder ``out``.
 
-    Arguments:
+    Args:
         run: runs a command of refdet.
         say: shows a line to the user.
         seed: of the dataset and of the training.

@@ -50,9 +50,11 @@ class LazyGroup(click.Group):
     """A click group that imports commands when they are asked for and reports errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the order of the work."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name, imported now; None where there is none."""
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f".{cmd_name.replace('-', '_')}", __package__).command

@@ -96,6 +96,7 @@ class Listener(nn.Module):
         self.where, self.how = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, features: Tensor, places: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of regions, of what and of where a sentence says."""
         said = (tokens != NO_WORD)[..., None]
         context, _ = self.order(F.dropout(self.words(tokens), 0.1, self.training))
         roles = self.roles(context)
@@ -163,6 +164,7 @@ def gather(refers: Sequence[REFER], images: dict[int, Image], words: dict[str, i
 
 
 def main() -> None:
+    """Train and answer, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "test", "refer-root", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)

@@ -31,7 +31,7 @@ _COCO_DIRS = ("images/mscoco/images/train2014", "images/train2014")
 class REFER:
     """One dataset of referring expressions under one division into splits. Its length and items are its refs.
 
-    Arguments:
+    Args:
         data_root: the folder that holds the folder ``dataset``.
         dataset: "refclef", "refcoco", "refcoco+", "refcocog", "grefcoco" or any other folder of that layout.
         splitBy: who divided it: "unc", "google", "umd", "berkeley", ...
@@ -134,7 +134,7 @@ class REFER:
     ) -> list[int]:
         """Ids of the refs that pass every filter given, in the order of the images given, else of the file.
 
-        Arguments:
+        Args:
             image_ids, cat_ids, ref_ids: one id or several; none means no filter.
             split: "train", "val", "testA", ..., or several; "test" means every test split, "testA" those with
                 an A after "test", as in the original. "" means no filter.
@@ -215,7 +215,7 @@ class REFER:
     def getMask(self, ref: Any) -> dict[str, Any] | None:
         """The mask of the referred object.
 
-        Arguments:
+        Args:
             ref: a ref; in gRefCOCO also one of its annotations, as its own API has it, None for that of no target.
 
         Returns:
@@ -242,7 +242,7 @@ class REFER:
     def getMaskByRef(self, ref: Ref | None = None, ref_id: int | None = None, merge: bool = False) -> Any:
         """The masks of the targets of a ref, as gRefCOCO's own API gives them.
 
-        Arguments:
+        Args:
             ref, ref_id: the ref, or its id.
             merge: give their union.
 
@@ -298,7 +298,7 @@ class REFER:
     def showRef(self, ref: Ref, seg_box: str = "seg") -> None:
         """Draw the image into pyplot's current axes and the object on it, and print the sentences.
 
-        Arguments:
+        Args:
             seg_box: "seg" draws the outline, "box" the box, as in the original.
 
         Raises:

@@ -15,7 +15,7 @@ _Record = TypeVar("_Record")
 def ids_of(ids: Ids | str | Iterable[str], texts: bool = False) -> list[Any]:
     """One id or several as a list.
 
-    Arguments:
+    Args:
         texts: ids may be strings.
 
     Raises:

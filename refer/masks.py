@@ -22,7 +22,7 @@ LONGEST = 1_000_000
 def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
     """The mask of a segmentation.
 
-    Arguments:
+    Args:
         segmentation: polygons ``[[x, y, ...], ...]`` in pixels, one RLE (compressed or not), or a list of
             RLEs, as RefClef has them; the mask is the union of the parts. Polygons of fewer than three points
             enclose nothing.

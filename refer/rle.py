@@ -21,6 +21,7 @@ def covered_pixels(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
     Args:
         counts: (bytes,) uint8, the RLEs back to back.
         starts: (n + 1,) integers, ascending from 0 to ``len(counts)``: RLE i is ``counts[starts[i]:starts[i + 1]]``.
+
     Returns:
         (n,) int64; None where at least one is no RLE, or has a run below 0 or beyond 32 bits.
     """

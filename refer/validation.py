@@ -27,7 +27,7 @@ _LONGEST_ID = 64
 def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) -> None:
     """Check the refs of a file, whose ``ann_id`` and ``category_id`` are lists where it is generalized.
 
-    Arguments:
+    Args:
         ann_id: of what type annotation ids may be, where it is not generalized.
 
     Raises:
@@ -68,7 +68,7 @@ def check_fields(
 ) -> None:
     """Check that entries are dictionaries with these fields of these types.
 
-    Arguments:
+    Args:
         what: names an entry in the error; ``{}`` in it is replaced by the entry's position.
         must, may: fields that have to be there, and that need not.
     """

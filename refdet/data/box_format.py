@@ -81,6 +81,7 @@ def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[s
         name: one of `NAMES`.
         boxes: (n, 4) numbers as they are given.
         sizes: (n, 2) widths and heights of their images in pixels.
+
     Returns:
         A name of `FORMS`; lines that each tell what was guessed or what speaks against it, with counts.
     """

@@ -97,7 +97,7 @@ class CocoIndex:
         Annotations whose box has no area, is not finite or lies wholly outside the image are left out and
         listed in ``dropped``, as are polygons of fewer than three points; a line of the log says how many.
 
-        Arguments:
+        Args:
             path: the file.
             need_segmentation: refuse a file that has objects, none of them with a segmentation.
             crowd_as_object: read each annotation as if its ``iscrowd`` were 0; ``raw`` then has it so too.

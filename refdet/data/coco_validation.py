@@ -97,7 +97,7 @@ def checked_segmentation(
 ) -> tuple[list | dict | None, str]:
     """The segmentation without polygons that enclose nothing (None for none at all), and what is said of those.
 
-    Arguments:
+    Args:
         size: height and width of the image in pixels, which an RLE must have and polygons must lie near; None
             where they are not known yet: then the RLE must fit its own size, and `check_outlines` is called later.
     """

@@ -11,7 +11,7 @@ from refer.types import Ref
 def choose_splits(refs: Iterable[Ref], wanted: Sequence[str], where: str, skip: Sequence[str] = ()) -> list[str]:
     """The splits asked for, or all that the refs have but those in ``skip``.
 
-    Arguments:
+    Args:
         refs: the refs of one dataset and split_by.
         wanted: names, each possibly several with commas between; empty for all.
         where: names the refs in errors.

@@ -16,6 +16,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     Args:
         segmentation: polygons ``[[x, y, ...], ...]`` in pixels, RLE with a list of counts, or compressed RLE.
         height, width: of the image in pixels.
+
     Raises:
         InputError: polygons as of `check_polygons`, an RLE of another size or that does not cover it, or what
             pycocotools cannot read.

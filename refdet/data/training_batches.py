@@ -80,8 +80,10 @@ class TrainingBatches(Dataset):
         return self.recipe.train.steps
 
     def __getitem__(self, step: int) -> Batch | RefdetError:
-        """The batch of a step, or the error of an image that cannot be used: an exception raised in a worker
-        process would reach the user wrapped in a traceback."""
+        """The batch of a step, or the error of an image that cannot be used.
+
+        An exception raised in a worker process would reach the user wrapped in a traceback.
+        """
         options = self.recipe.input
         epoch, position = divmod(step, self.epoch_steps)
         if self._plan[0] != epoch:

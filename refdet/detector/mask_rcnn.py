@@ -84,7 +84,7 @@ class MaskRCNN(nn.Module):
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) -> the conv4 map, or the five maps of the pyramid."""
+        """Images (B, 3, H, W) -> the conv4 map, or the five maps of the pyramid."""
         if self.neck is None:
             return [self.backbone(images, 3)[-1]]
         return self.neck(self.backbone(images, 4))
@@ -155,8 +155,7 @@ class MaskRCNN(nn.Module):
         self, maps: list[Tensor], rois: Tensor, pooled_at: Tensor, labels: Tensor, matched: Tensor,
         features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
     ) -> Tensor:  # fmt: skip
-        """Mean binary cross entropy over the cells of the masks that positive RoIs have of their class, 0 where no
-        object of theirs has one."""
+        """Mean binary cross entropy over the mask cells of positive RoIs for their class; 0 without any mask."""
         drawn = [mask is not None for target in targets for mask in target.masks or ()]
         if not all(drawn):
             positive = positive[torch.tensor(drawn, device=positive.device)[matched[positive]]]

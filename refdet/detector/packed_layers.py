@@ -1,5 +1,7 @@
-"""Layers of a detector that is used and no longer trained, made of those that were: convolutions with a compiled
-kernel where there is one, each in one step with the sum and the ReLU after it."""
+"""Layers for inference, made from trained ones.
+
+Convolutions with a compiled kernel where there is one, each fused with the sum and the ReLU after it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ class PackedConv2d(PackedLayer):
         )
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
-        """x (N, C, H, W) -> (N, K, H / stride, W / stride), in the type of x; a shortcut like that is added."""
+        """X (N, C, H, W) -> (N, K, H / stride, W / stride), in the type of x; a shortcut like that is added."""
         packed, bias = self._packed()
         given = x.to(self.dtype)
         if not self.pointwise:
@@ -111,7 +113,7 @@ class PackedLinear(PackedLayer):
         return _fits(module.in_features, module.out_features, module.weight.device, half)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C) -> (N, K), in the type of x."""
+        """X (N, C) -> (N, K), in the type of x."""
         packed, bias = self._packed()
         return conv1x1(x.to(self.dtype)[:, :, None, None], packed, bias).flatten(1).to(x.dtype)
 
@@ -144,7 +146,7 @@ class PackedConvTranspose2x2(PackedLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, K, 2H, 2W), in the type of x."""
+        """X (N, C, H, W) -> (N, K, 2H, 2W), in the type of x."""
         packed, bias = self._packed()
         y = conv1x1(x.to(self.dtype), packed, bias).to(x.dtype)
         apart = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # N, H, W, 2, 2, K
@@ -165,7 +167,7 @@ class FusedBottleneck(nn.Module):
         self.conv1, self.conv2, self.conv3, self.downsample = block.conv1, block.conv2, block.conv3, block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
+        """X (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
         y = conv_relu(self.conv2, conv_relu(self.conv1, x))
         return conv_relu(self.conv3, y, self.downsample(x))
 

@@ -38,8 +38,7 @@ def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Te
 
 
 def _distinct(values: Tensor) -> Tensor:
-    """Numbers (B, N) int64, none of them twice in a row, that are ordered as float32 values (B, N) are and fall with
-    the index where those are equal.
+    """Distinct keys (B, N) int64 in the order of float32 values (B, N), equal values in the order of their index.
 
     A float's bits, read as an integer, ascend with it above 0 and descend below. `topk`, which is not stable, of these
     numbers takes a fifth longer than of the floats; a stable sort takes three times as long.

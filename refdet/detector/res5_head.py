@@ -40,7 +40,7 @@ class SplitRes5(nn.Module):
         self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
 
     def project(self, x: Tensor) -> Tensor:
-        """x (N, Cin, H, W), the map or cells of RoIs -> (N, C', H, W), which may be pooled before `forward`."""
+        """X (N, Cin, H, W), the map or cells of RoIs -> (N, C', H, W), which may be pooled before `forward`."""
         return self.entry(x)
 
     def forward(self, entered: Tensor) -> Tensor:

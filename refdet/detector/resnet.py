@@ -26,7 +26,7 @@ class FrozenBatchNorm(nn.Module):
             self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, C, H, W), in the type of x; the arithmetic is float32 whatever that is."""
+        """X (N, C, H, W) -> (N, C, H, W), in the type of x; the arithmetic is float32 whatever that is."""
         mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
@@ -55,7 +55,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
+        """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
         y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return add_relu(y, self.downsample(x))
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, channels * self.expansion, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
+        """X (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
         y = relu(self.bn1(self.conv1(x)))
         y = relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -126,6 +126,7 @@ class ResNet(nn.Module):
         Args:
             images: (B, 3, H, W), normalised.
             stages: how many of the four to run.
+
         Returns:
             `stages` maps (B, channels[i], H / s, W / s), where s is 4 and grows with the strides.
         """
@@ -138,8 +139,10 @@ class ResNet(nn.Module):
 
 
 def _initialise(network: nn.Module) -> None:
-    """He initialisation; the last norm of a block starts at 0, so that a block starts as its shortcut
-    (Goyal et al., "Accurate, large minibatch SGD", section 5.1). Frozen norms are left as they are."""
+    """He initialisation; the last norm of a block starts at 0, so that a block starts as its shortcut.
+
+    See Goyal et al., "Accurate, large minibatch SGD", section 5.1. Frozen norms are left as they are.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

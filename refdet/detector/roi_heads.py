@@ -94,8 +94,10 @@ class RoiHead(Protocol):
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
-        """Features of rois (K, 5), and with `labels` (K,), 1..classes, their masks; holds no more of them at once than
-        is asked for."""
+        """Features of rois (K, 5), and with `labels` (K,), 1..classes, their masks.
+
+        Keeps no more of them in memory at once than is asked for.
+        """
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -142,7 +144,7 @@ class MaskPredictor(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.001)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
+        """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
         hidden = self.hidden(x)
         # only the wanted class of each RoI is computed, not all of them
         weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)

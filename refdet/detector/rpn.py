@@ -63,7 +63,7 @@ class RegionProposalNetwork(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> RpnOutput:
-        """maps (B, C, Hi, Wi) -> scores and deltas of their anchors, in float32."""
+        """Maps (B, C, Hi, Wi) -> scores and deltas of their anchors, in float32."""
         logits, deltas = [], []
         for x in maps:
             hidden = torch.relu(self.conv(x))
@@ -79,6 +79,7 @@ class RegionProposalNetwork(nn.Module):
 
         Args:
             sizes: (height, width) of each image in pixels of the network's input, without padding.
+
         Returns:
             for each image (P, 4), best first.
         """
@@ -126,8 +127,10 @@ class RegionProposalNetwork(nn.Module):
         targets: Sequence[GroundTruth],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
-        """Binary cross entropy over sampled anchors, smooth L1 over the positive of them; both are sums
-        divided by the number of sampled anchors."""
+        """Binary cross entropy over sampled anchors, smooth L1 over the positive ones.
+
+        Both are sums divided by the number of sampled anchors.
+        """
         options = self.options
         score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0
         for logits, deltas, size, target in zip(output.logits, output.deltas, sizes, targets, strict=True):

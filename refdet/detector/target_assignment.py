@@ -25,6 +25,7 @@ def assign_labels(
         negative_iou: one below it is background; what lies between is ignored.
         best_for_each: also take for each object the candidates that overlap it most, as the RPN does
             (Ren et al., "Faster R-CNN", section 3.1.2).
+
     Returns:
         kinds (N,) int64 of IGNORE, NEGATIVE and POSITIVE, and object (N,), the index of the object
         that each candidate overlaps most (0 where there are no objects).
@@ -91,6 +92,7 @@ def compute_mask_targets(
         objects: (P,) index of the object of each RoI; each has a mask.
         size: side m of a mask.
         convention: of the RoIs; half-open by default.
+
     Returns:
         (P, m, m) float32 of 0 and 1.
     """

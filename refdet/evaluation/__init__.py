@@ -1,0 +1,1 @@
+"""Evaluation: COCO AP, and the metrics of REFER."""

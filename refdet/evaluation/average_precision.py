@@ -60,9 +60,11 @@ def coco_ap(
         image_ids: the images to evaluate on.
         results: entries of a COCO results JSON.
         kind: "bbox" or "segm".
+
     Returns:
         AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 where the images
         have no such object.
+
     Raises:
         InputError: an annotation's polygons are too far away or too long to be drawn.
     """

@@ -38,7 +38,7 @@ def comprehension(
 ) -> dict[str, Any]:
     """Accuracy of the boxes and overlap of the masks, over the sentences of refs.
 
-    Arguments:
+    Args:
         predictions: sentence id -> prediction; a sentence that has none counts as wrong.
         regions: image id -> the regions of the store.
 

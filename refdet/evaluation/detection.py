@@ -52,9 +52,11 @@ def evaluate(
         workers: threads that read images ahead.
         exif: see `refdet.data.image_decoder.EXIF`.
         crowd_as_object: see `CocoIndex.load`.
+
     Returns:
         {"bbox": rates, "segm": rates or None without a mask branch}; rates are those of `coco_ap`, None where there is
         no object to find.
+
     Raises:
         InputError: the detector's categories are not those of the file, or an image cannot be read.
         RuntimeFailure: the device has too little memory for an image.
@@ -111,6 +113,7 @@ def detected_regions(
 
     Args:
         detector: made for use, see `refdet.detector.loading.load`.
+
     Raises:
         InputError: an image cannot be read.
         RuntimeFailure: the device has too little memory for an image.

@@ -18,7 +18,7 @@ def entries_by_id(
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """The entries of a list of objects: for each where it stands, for errors, its id, and itself.
 
-    Arguments:
+    Args:
         fields: what every entry has, int or str; the first is its id.
         thing: what an id is of, "sentence"; answer: what an entry is, "a prediction".
         known: the ids of the dataset.

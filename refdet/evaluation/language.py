@@ -45,7 +45,7 @@ class Scorers:
     def scores(self, truth: Mapping[int, Sequence[str]], said: Mapping[int, str]) -> dict[str, Any]:
         """The measures over the refs of a split.
 
-        Arguments:
+        Args:
             truth: ref id -> the sentences of people; said: ref id -> the generated one. A ref of ``truth`` that is
                 not in ``said`` counts as one without a word.
 
@@ -94,7 +94,7 @@ _JAVA = "see that `java -version` works, or take java off the PATH to go without
 def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
     """Read and check the JSON of generated expressions.
 
-    Arguments:
+    Args:
         path: ``[{"ref_id": int, "sent": str}]``.
         ref_ids: those of the dataset.
 

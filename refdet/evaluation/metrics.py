@@ -45,8 +45,10 @@ def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -
 
 
 def _areas(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each pair of n and m boxes the area of the overlap, if its sides are more than `least`, of both together,
-    and of the smallest box around both: three of (n, m)."""
+    """Areas of the intersection, the union and the enclosing box of each pair of n and m boxes, (n, m) each.
+
+    An intersection counts if its sides are more than `least`.
+    """
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     shared = np.where((sides > least).all(-1), sides.prod(-1), 0.0)
@@ -66,7 +68,7 @@ def mask_overlap(a: dict, b: dict) -> tuple[int, int]:
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole, and 0 of nothing."""
+    """Part / whole, and 0 of nothing."""
     return part / whole if whole else 0.0
 
 
@@ -88,7 +90,7 @@ def precisions(ious: Sequence[float]) -> dict[str, float]:
 def segmentation_scores(overlaps: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Precision at IoU thresholds, overall IoU (sum of intersections over sum of unions) and mean IoU.
 
-    Arguments:
+    Args:
         overlaps: (intersection, union) in pixels for each sentence.
     """
     ious = [ratio(shared, union) for shared, union in overlaps]

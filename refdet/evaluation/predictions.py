@@ -57,7 +57,7 @@ def load_predictions(
 
     What speaks against the form of the boxes is logged as a warning.
 
-    Arguments:
+    Args:
         path: ``[{"sent_id", "region": row} | {"sent_id", "box": [x, y, w, h]} | {"sent_id", "segmentation"}]``, or
             ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
         store: the store whose rows are meant.

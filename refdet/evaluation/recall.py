@@ -32,7 +32,7 @@ def coverage(
 ) -> list[Coverage]:
     """The coverage of the n referred objects of one image.
 
-    Arguments:
+    Args:
         boxes: (n, 4) half-open xyxy in pixels; category_ids: n of them.
     """
     ious = box_iou(boxes, regions.boxes, protocol)

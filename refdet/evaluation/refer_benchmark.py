@@ -40,7 +40,7 @@ def evaluate_on_refer(
 ) -> dict[str, Any]:
     """Detection AP and referent recall of each split, and how good predictions and expressions are if given.
 
-    Arguments:
+    Args:
         features: the store.
         refer_root: folder of the REFER data.
         splits: names, each possibly several with commas between; all but train where there are none.

@@ -66,6 +66,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
             boxes, scores, categories, masks and annotation ids are taken.
         index: the instances file of the images; the file may have boxes of any of them.
         box_format: how the numbers of a bbox are meant: one of `refdet.data.box_format.NAMES`.
+
     Raises:
         InputError: names the file and the entry: an image or a category that the instances file does not have, a box
             that is not finite, without area, or outside its image, another size of an image, a mask

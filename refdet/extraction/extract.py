@@ -46,7 +46,7 @@ def extract_features(
 ) -> Summary:
     """Regions and features of images by a trained detector, into the store ``out``.
 
-    Arguments:
+    Args:
         checkpoint: run directory; images: folder or zip.
         batch_size: images that go through the detector together; None for as many as fit, or what was found to when
             the work was begun. Regions depend on it by rounding alone; the plan of the work holds it.

@@ -8,8 +8,10 @@ UNKNOWN = 2**32  # bytes: what is taken for free where no one tells
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """What can be had without swapping, in bytes: the least of what the machine has and what the control groups of
-    this process, such as a container's or a batch system's, leave it. `UNKNOWN` where there is no Linux to ask.
+    """Memory that can be allocated without swapping, in bytes.
+
+    The least of what the machine has and what the control groups of this process, such as a container's or a batch
+    system's, leave it. `UNKNOWN` where there is no Linux to ask.
 
     Args:
         proc, cgroups: where Linux tells; others in tests.

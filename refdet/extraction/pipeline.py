@@ -94,7 +94,7 @@ def extract(
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
-    Arguments:
+    Args:
         out: the store.
         plan: what is computed; a resumed extraction must have the same.
         header: what the store says of itself.

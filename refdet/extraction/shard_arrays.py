@@ -1,4 +1,4 @@
-"""One shard on disk: the regions of some images, one image after the other, with checksums. No torch.
+r"""One shard on disk: the regions of some images, one image after the other, with checksums. No torch.
 
     "refdet-shard/2\\n"
     block                 the shard's shard_id: which shard of which plan it is; JSON
@@ -52,7 +52,7 @@ class BlockLocation(NamedTuple):
 class ShardWriter:
     """Writes the images of one shard to a file opened for it.
 
-    Arguments:
+    Args:
         shard_id: which shard this is; JSON. `read` wants the same.
         plan: says what is kept of the regions.
     """

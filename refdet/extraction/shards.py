@@ -148,7 +148,7 @@ class ShardSet:
         Memory holds one image at a time. RuntimeFailure where the disk is full or a shard was damaged meanwhile; the
         other shards stay. InputError where somebody else has put a file at the store's place.
 
-        Arguments:
+        Args:
             run: gives, when all is written, what the store says of its run.
         """
         _refuse_another(self.out)

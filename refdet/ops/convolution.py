@@ -6,10 +6,10 @@ products of matrices with the sum and the ReLU that follow them. Of each image t
 else is in its batch. There are no gradients. A map beyond 5e36 overflows in a 3x3 convolution, and a number that is not
 finite spoils all results of its tile, some 4x4.
 
-There are two kinds of arithmetic. *Single*: maps float32, sums float32; what comes out of a 3x3 convolution is about twice as
-far from the exact result as that of PyTorch's, some 2e-6 of its standard deviation with 512 channels. *Half*: maps
-bfloat16, products of float16 numbers, on processors with AVX512-FP16, which do twice as many of them in a second as
-in float32 or bfloat16. Rows and columns are scaled by powers of two, so that nothing overflows; 64 products are
+There are two kinds of arithmetic. *Single*: maps float32, sums float32; what comes out of a 3x3 convolution is about
+twice as far from the exact result as that of PyTorch's, some 2e-6 of its standard deviation with 512 channels. *Half*:
+maps bfloat16, products of float16 numbers, on processors with AVX512-FP16, which do twice as many of them in a second
+as in float32 or bfloat16. Rows and columns are scaled by powers of two, so that nothing overflows; 64 products are
 summed in float16, and those sums in float32.
 """
 
@@ -73,6 +73,7 @@ def conv3x3(x: Tensor, packed: Packed, bias: Tensor, relu: bool = False) -> Tens
         packed: of `pack_conv3x3`.
         bias: (K,) float32.
         relu: put 0 where the result is negative.
+
     Returns:
         (N, K, H, W) in the type of x, channels_last.
 
@@ -100,6 +101,7 @@ def conv1x1(x: Tensor, packed: Packed, bias: Tensor, shortcut: Tensor | None = N
         bias: (K,) float32.
         shortcut: (N, K, H, W) in the type of x; fastest in channels_last.
         relu: put 0 where the result is negative.
+
     Returns:
         (N, K, H, W) in the type of x, channels_last.
 

@@ -152,6 +152,7 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
         boxes: (K, 4) half-open xyxy in pixels of the image; what lies outside the image is empty, and so is
             a box without area or with a coordinate that is NaN or infinite.
         size: cells on a side, m.
+
     Returns:
         (K, m, m) float32 in 0..1, on the CPU.
 

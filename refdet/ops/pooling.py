@@ -42,6 +42,7 @@ def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = 
         stride: pixels of the network's input for one cell of the map.
         samples: on a side of a cell. 0 for as many as a cell is long in cells of the map, rounded up, for each RoI
             and axis, as torchvision counts them, but 1024 at most.
+
     Returns:
         (K, C, m, m) in the type of the map, channels_last.
     """
@@ -54,8 +55,10 @@ def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: i
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The crop of the reference (lichengunc/mask-faster-rcnn): one bilinear sample a cell, the first and the last of
-    each row and column on the corners of the RoI, position 0 of the map being the middle of its first cell.
+    """The crop of the reference (lichengunc/mask-faster-rcnn).
+
+    One bilinear sample a cell, the first and the last of each row and column on the corners of the RoI; position 0 of
+    the map is the middle of its first cell.
 
     Outside the map everything is 0. Arguments and result as for `roi_align`; `size` is at least 2.
     """
@@ -77,6 +80,7 @@ def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: 
         maps: (B, C, Hi, Wi), finest first.
         rois: (K, 5) as for `roi_align`.
         strides: of the maps, each twice the one before.
+
     Returns:
         (K, C, m, m), channels_last.
     """

@@ -25,8 +25,10 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
         rois: (K, 5) image index and xyxy.
         samples: on a side of a cell; 0 for adaptive.
         crop: one sample a cell, from corner to corner, instead of RoIAlign.
+
     Returns:
         (K, C, m, m) in the type of the map, or with `mean` (K, C, 1, 1) in the type of the sums; channels_last.
+
     Raises:
         IndexError: a RoI is on an image outside of the batch.
     """

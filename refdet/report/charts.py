@@ -52,7 +52,7 @@ class Axes:
 def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Markup:
     """An ``<svg>`` of lines over axes with ticks.
 
-    Arguments:
+    Args:
         title, description: for those who cannot see it.
         dots: mark each point; hovering over it tells its values.
     """

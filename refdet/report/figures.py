@@ -58,7 +58,7 @@ class Key:
 def picture(scene: Scene, pixels: np.ndarray) -> Markup:
     """A ``<figure>``: the image with regions, and below it the sentences.
 
-    Arguments:
+    Args:
         pixels: (height, width, 3) uint8, the image.
     """
     key = Key.of(scene)

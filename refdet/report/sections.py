@@ -110,7 +110,7 @@ def leak_section(
 ) -> Markup:
     """What the detector was trained on, and that none of REFER's val and test images is among it.
 
-    Arguments:
+    Args:
         provenance: of the detector.
         audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the file it was trained on.
         source_audit: the same of the file which that was made from.

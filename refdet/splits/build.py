@@ -41,7 +41,7 @@ def build_split(
     written as it stands in the file, in its order. ``info.refdet`` of an instances file holds the provenance; for
     other lists the report does.
 
-    Arguments:
+    Args:
         instances: what to filter; see `refdet.splits.image_list`.
         refer_root, exclude: see `held_out`.
         out: the file to write; the report of ``x.json`` or ``x.txt`` is ``x.report.json``.

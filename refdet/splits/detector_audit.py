@@ -83,7 +83,7 @@ def audit_provenance(
     The hash is of ids, so it proves something only where they tell the files; else the very file must be given.
     What images a store describes does not matter: features are meant to be of val and test images.
 
-    Arguments:
+    Args:
         path: a run directory or a store.
         refer_root, exclude: what to look for; see `held_out`.
         instances: the file that it was trained on.

@@ -94,7 +94,7 @@ def audit_content(
 ) -> ContentResult:
     """Look for copies of held-out images among the images of a list that are none by their ids.
 
-    Arguments:
+    Args:
         instances: the list; see `refdet.splits.image_list`.
         refer_root, exclude: what is held out; see `held_out`.
         images: folder or zip with the images of the list.

@@ -36,7 +36,7 @@ class HeldOut:
 def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[HeldOut], list[str]]:
     """The splits to hold out, and warnings_of for people.
 
-    Arguments:
+    Args:
         refer_root: folder of DATASET/refs(SPLIT_BY).p.
         exclude: what to hold out, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...";
             empty means all but train of every dataset and split_by found.
@@ -68,7 +68,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
 def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
     """The splits that ``--keep-only`` names, and warnings_of for people.
 
-    Arguments:
+    Args:
         keep_only: each "DATASET:SPLIT_BY" (all its splits) or "DATASET:SPLIT_BY:SPLIT,...".
 
     Raises:

@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
 def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
     """The values of a JSON text in their order.
 
-    Arguments:
+    Args:
         path: names the file in errors.
         text: an object or a list at the top.
         lists: keys whose lists are read entry by entry, with a last piece for the list itself.

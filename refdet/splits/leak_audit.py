@@ -86,7 +86,7 @@ def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] 
 
     Annotations count too: one whose image was removed but which stayed in the file is a leak.
 
-    Arguments:
+    Args:
         instances: an instances JSON or another list; see `refdet.splits.image_list`.
         refer_root, exclude: what to look for; see `held_out`.
 

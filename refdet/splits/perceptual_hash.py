@@ -60,7 +60,7 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
 
     A picture of one colour matches nothing: there is nothing to know it by.
 
-    Arguments:
+    Args:
         first: (N, 32, 32) uint8.
         second: (M, 32, 32) uint8.
     """

@@ -18,8 +18,10 @@ _CHUNK_BYTES = 2**18  # a quarter of the chunks that h5py keeps in memory
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows of a chunk of a dataset that is not empty: about those of one image, or what is quickly unpacked where
-    they are large."""
+    """Rows in a chunk of a dataset that is not empty.
+
+    About those of one image, or what is quickly unpacked where they are large.
+    """
     return min(shape[0], max(1, _CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
 
 
@@ -42,7 +44,7 @@ class ChunkedWriter:
     A chunk that is written twice is compressed twice, and where it has grown its old place in the file stays empty:
     then nobody could say how much space the file needs.
 
-    Arguments:
+    Args:
         pool: compresses what is gzip, several chunks at once; HDF5 itself does one after the other.
     """
 

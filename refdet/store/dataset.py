@@ -30,7 +30,7 @@ class RegionsDataset(Dataset):
     - "features": name -> (n, ...) tensor, "maps": name -> (C, H, W), of the type they are stored in;
     - "im_info": (3,) float32, where there are maps.
 
-    Arguments:
+    Args:
         path: the store.
         features: features and maps to read, None for all.
         image_ids: the images, None for all; such as those of one split.

@@ -180,7 +180,7 @@ def _check_texts(
 
 
 def _kind(name: str, type_id: h5t.TypeID) -> str:
-    """ "number" or "text"; Refused for any other type, and for numbers that numpy has not."""
+    """Whether a type is a "number" or "text"; Refused for any other, and for numbers that numpy lacks."""
     if type_id.committed():
         raise Refused(f"{name} has a type that stands elsewhere in the file")
     kind = type_id.get_class()

@@ -1,5 +1,7 @@
-"""A process that looks through an HDF5 file before ours opens it: damage makes HDF5 crash, go round for ever or take
-all memory, and only a process of its own can be ended then."""
+"""A process that looks through an HDF5 file before ours opens it.
+
+Damage makes HDF5 crash, loop for ever or take all memory, and only a process of its own can be ended then.
+"""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Store:
     def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
         """The regions of an image.
 
-        Arguments:
+        Args:
             image_id: KeyError for an image that is not in the store.
             features: those to read, maps among them; None for all of the store's. KeyError for one it lacks.
 

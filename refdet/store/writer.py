@@ -190,7 +190,7 @@ class StoreWriter:
     def finish(self, run: Mapping[str, Any] | None = None) -> None:
         """Mark the store complete; `create` does it where the caller does not.
 
-        Arguments:
+        Args:
             run: what the run tells of itself, such as images/s; JSON. The one part in which two stores of the same
                 contents may differ.
 
@@ -218,7 +218,7 @@ def create(
 ) -> Iterator[StoreWriter]:
     """Write a store at ``path``: there is nothing under that name until all of it is there.
 
-    Arguments:
+    Args:
         images: all images in the order they get in the file.
         space: bytes to set aside on the disk before the first is written.
     """

@@ -106,7 +106,7 @@ def check(
 
 
 def _refuse_many_processes() -> None:
-    """torchrun and its like would start one whole training each, all in one run directory."""
+    """Torchrun and its like would start one whole training each, all in one run directory."""
     count = os.environ.get("WORLD_SIZE", "")
     if count.isdecimal() and int(count) > 1:
         raise InputError(

@@ -9,8 +9,9 @@ from refdet.config.recipe import TrainOptions
 
 
 def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> torch.optim.SGD:
-    """SGD with momentum; weight decay on the weights of convolutions and linear layers alone, since it would
-    only push biases and the scales of norms towards nothing.
+    """SGD with momentum, and weight decay on the weights of convolutions and linear layers only.
+
+    It would merely push biases and the scales of norms towards 0.
 
     Args:
         fresh: where training starts from weights, the beginnings of the names of what they did not hold: the rest

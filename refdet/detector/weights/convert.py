@@ -63,7 +63,7 @@ class ConvertedWeights:
 def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None) -> ConvertedWeights:
     """Which network foreign tensors are of.
 
-    Arguments:
+    Args:
         style: "caffe" or "torchvision", of an ImageNet ResNet; None to tell it from the tensors.
 
     Raises:

@@ -46,7 +46,7 @@ class Imported:
 def import_weights(source: Path, out: Path, trained_on: Path | None = None, style: str | None = None) -> Imported:
     """Write the run directory of foreign weights.
 
-    Arguments:
+    Args:
         source: a ``.pth`` that torch.save wrote, or safetensors.
         out: the run directory, new.
         trained_on: the split the weights were trained on, where the user knows it.

@@ -15,7 +15,7 @@ _NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characte
 
 
 def base_name(file_name: str) -> str:
-    """The last part of an image's file name; ``\\`` reads as ``/``."""
+    r"""The last part of an image's file name; ``\\`` reads as ``/``."""
     return PurePosixPath(file_name.replace("\\", "/")).name
 
 
