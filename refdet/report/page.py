@@ -24,11 +24,8 @@ from refdet.report.pictures import picture
 from refdet.report.recall import split_names
 from refdet.report.scenes import Scene, hardest, sample, scenes
 from refdet.report.sections import Step
+from refdet.run_folder import LARGEST_LOG
 from refdet.small_files import read_small, strict_json
-
-LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
-
-_LARGEST_LOG = 2**28  # bytes
 
 __all__ = ["Inputs", "ReferPart", "Step", "write"]
 
