@@ -16,11 +16,15 @@ from pathlib import Path
 
 from click.testing import CliRunner
 from fuzzing import watched
-from refdet.cli.main import main
+from refdet.cli.main import describe, main
 
 from refdet import hdf5_door, hdf5_structure, hdf5_trial  # noqa: F401  # what a child imports is watched otherwise
+from refdet.box_files import load_boxes
+from refdet.data.coco import CocoIndex
 from refdet.known_files import FileState
+from refdet.text import printable
 
+BOXES = "boxes"
 REFER = "refer"  # the folder's own, of the images of the stores
 ZONES = "/usr/share/zoneinfo"  # what pandas reads
 _MEMORY = 4 << 30  # of address space; this process has more than the door's own
@@ -37,8 +41,29 @@ def commands(folder: Path, store: Path, out: Path) -> dict[str, list[str]]:
         "npz": ["export", "--format", "npz", *given, "--out", str(out)],
         "mattnet": ["export", "--format", "mattnet", *given, "--out", str(out)],
         "audit": ["audit", *given, *refer],
+        BOXES: [str(store), str(folder / REFER / "toy" / "instances.json")],
         "evaluate": ["evaluate-on-refer", *given, *refer, "--dataset", "toy", "--split-by", "me", "--out", str(out)],
     }
+
+
+def read_boxes(store: str, instances: str) -> tuple[int, str, str]:
+    """What extract-features and evaluate do with a store given as --boxes, before they need a network."""
+    try:
+        index = CocoIndex.load(instances)
+        found = load_boxes(Path(store), index)
+        for record in index.images.values():
+            found.of(record)
+    except Exception as error:
+        code, text = describe(error)
+        return code, f"error: {printable(text)}", ""
+    return 0, "", ""
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """A command's exit code, what it says on stderr, and the traceback if it crashes."""
+    done = CliRunner().invoke(main, words)
+    crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
+    return done.exit_code, done.stderr, "".join(traceback.format_exception(done.exception)) if crashed else ""
 
 
 def trial(path: Path) -> str:
@@ -74,22 +99,20 @@ def most_memory() -> int:
 def answer(folder: Path, name: str, what: str, words: list[str]) -> dict[str, object]:
     """What comes of a command."""
     begun = time.monotonic()
-    outside = ""
+    code, stderr, crash, outside = 0, "", "", ""
     try:
         with watched(folder, *map(Path, (os.environ["XDG_CACHE_HOME"], os.devnull, ZONES)), forks=True):
-            done = CliRunner().invoke(main, words)
+            code, stderr, crash = (read_boxes if what == BOXES else run)(*words)
     except AssertionError as error:
         outside = str(error)
-    crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
     return {
-        "file": name, "command": what, "code": done.exit_code, "seconds": time.monotonic() - begun,
-        "outside": outside, "stderr": done.stderr, "bytes": most_memory(),
-        "crash": "".join(traceback.format_exception(done.exception)) if crashed else "",
+        "file": name, "command": what, "code": code, "seconds": time.monotonic() - begun, "outside": outside,
+        "stderr": stderr, "bytes": most_memory(), "crash": crash,
     }  # fmt: skip
 
 
 def serve(folder: Path) -> None:
-    hdf5_door.try_file = trial
+    hdf5_door.try_file = trial  # type: ignore[attr-defined]
     for line in sys.stdin:
         name = line.strip()
         out = folder / "out"

@@ -24,10 +24,11 @@ from interrupted_extraction import environment
 INPUTS = 24
 LIMIT_SECONDS = 20
 LIMIT_BYTES = 2 << 30
-PREPARED = 40  # inputs that one process takes at most
+PREPARED = 200  # inputs that one process takes at most
 SIZE = (9, 7)  # height and width of the images of the stores
 OBJECTS = [
     {"image_id": 10, "bbox": [1, 1, 3, 4], "category_id": 1, "split": "val"},
+    {"image_id": 11, "bbox": [2, 2, 3, 3], "category_id": 1, "split": "train"},
     {"image_id": 12, "bbox": [0, 0, 5, 5], "category_id": 2, "split": "testA"},
 ]
 
