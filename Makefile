@@ -62,9 +62,11 @@ test-asan: env ## the tests of the compiled kernels, with the address and undefi
 	  PYTHONPATH="$(CURDIR)/$(ASAN)" $(BIN)/pytest --capture=sys $(OP_TESTS)
 
 FUZZ_SECONDS ?= 120
-test-hostile: env ## files from strangers: every format changed at random for FUZZ_SECONDS each (default 120)
-	@echo "==> test-hostile: $(FUZZ_SECONDS) s a format"
-	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/fuzz
+FUZZ_INPUTS ?=
+test-hostile: env ## files from strangers, changed at random: FUZZ_SECONDS (default 120) or FUZZ_INPUTS of each format
+	@echo "==> test-hostile: $(if $(FUZZ_INPUTS),$(FUZZ_INPUTS) inputs,$(FUZZ_SECONDS) s) a format, $(JOBS) processes"
+	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) REFDET_FUZZ_INPUTS=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest -n $(JOBS) tests/fuzz
 
 bench-ops: env ## the kernels beside torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)

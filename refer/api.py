@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -327,6 +328,11 @@ class REFER:
     def to_dataframe(self) -> pandas.DataFrame:
         """A pandas table with a row a sentence; see `refer.table.to_dataframe` for its columns."""
         return to_dataframe(self)
+
+    def frame(self) -> pandas.DataFrame:
+        """The older name of `to_dataframe`; it works until the next version."""
+        warnings.warn("REFER.frame is called to_dataframe now", DeprecationWarning, stacklevel=2)
+        return self.to_dataframe()
 
 
 def _with_area(mask: np.ndarray) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def comprehension(
     with_masks = any(p is not None and p.masks is not None for p in given)
     for ref in refs:
         objects = targets.objects_of(refer, ref)
-        image, box = index.images[ref["image_id"]], targets.boxes(objects)
+        image, box = index.images[ref["image_id"]], targets.boxes(refer, objects)
         truth = targets.mask(refer, objects, image) if with_masks else None
         guess = rate(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
         for sentence in ref["sentences"]:
@@ -113,7 +113,7 @@ def generalized(
             predicted = predictions.get(sentence["sent_id"])
             boxes = None if predicted is None else predicted.boxes
             mask = _mask(predicted, image) if with_masks else None
-            answers.append(Answer(targets.boxes(objects), truth, boxes, mask))
+            answers.append(Answer(targets.boxes(refer, objects), truth, boxes, mask))
     return {"generalized": generalized_scores(answers)}
 
 

@@ -21,6 +21,7 @@ from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
 from refdet.evaluation.recall import Coverage, coverage, recall_at_k, referent_recall
 from refdet.store import Store
+from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
 from refer import REFER
 
@@ -62,6 +63,7 @@ def evaluate_on_refer(
     """
     scorers = Scorers.find() if expressions is not None else None
     with stores.open(features) as store:
+        _check_provenance(store)
         refer = REFER(refer_root, dataset, split_by)
         where = f"{refer_root / dataset}, split-by {split_by}"
         chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
@@ -83,6 +85,14 @@ def evaluate_on_refer(
         if box_format != DEFAULT:
             about["box_format"] = box_format
         return {**about, "provenance": store.provenance, "splits": found}
+
+
+def _check_provenance(store: Store) -> None:
+    """See that a store says what its detector was trained on, before work is done that is told with it."""
+    try:
+        Provenance.from_json(store.provenance)
+    except InputError as error:
+        raise InputError(f"{store.path}: {error}") from None
 
 
 def _predictions(
@@ -170,7 +180,7 @@ class _Run:
         for ref in refs:
             objects = targets.objects_of(self.refer, ref)
             categories = [annotation["category_id"] for annotation in objects]
-            found += coverage(targets.boxes(objects), categories, regions[ref["image_id"]], self.protocol)
+            found += coverage(targets.boxes(self.refer, objects), categories, regions[ref["image_id"]], self.protocol)
         return found
 
     def average_precision(self, ids: list[int], results: list[dict[str, Any]], kind: str) -> dict[str, float | None]:

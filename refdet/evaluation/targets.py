@@ -13,6 +13,7 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refer import REFER
 from refer.types import target_ids
+from refer.validation import box_of
 
 
 def is_generalized(refs: Iterable[Any]) -> bool:
@@ -25,9 +26,13 @@ def objects_of(refer: REFER, ref: Any) -> list[Any]:
     return [refer.Anns[ann_id] for ann_id in target_ids(ref)]
 
 
-def boxes(targets: Sequence[Any]) -> np.ndarray:
-    """(n, 4) float64: the boxes of annotations, half-open xyxy in pixels as the file has them."""
-    xywh = np.array([annotation["bbox"] for annotation in targets], np.float64).reshape(-1, 4)
+def boxes(refer: REFER, targets: Sequence[Any]) -> np.ndarray:
+    """(n, 4) float64: the boxes of annotations, half-open xyxy in pixels as the file has them.
+
+    Raises:
+        refer.ReferError: an annotation has no box, or one that is not finite.
+    """
+    xywh = np.array([box_of(refer.DATA_DIR, annotation) for annotation in targets], np.float64).reshape(-1, 4)
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 

@@ -29,6 +29,8 @@ import numpy as np
 
 from refdet.errors import RuntimeFailure
 from refdet.extraction.plan import Plan
+from refdet.files.short_text import cut
+from refdet.structures.limits import is_id, size_problem
 from refdet.structures.regions import Regions
 
 _MAGIC = b"refdet-shard/2\n"
@@ -173,22 +175,60 @@ def _image(data: bytes, plan: Plan) -> Regions:
         return _parsed(data, plan)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
             struct.error) as error:  # fmt: skip
-        raise ShardError(f"damaged: an image in it is none ({type(error).__name__}: {error})") from None
+        raise ShardError(f"damaged: an image in it is none ({type(error).__name__}: {cut(error)})") from None
 
 
 def _parsed(data: bytes, plan: Plan) -> Regions:
     (length,) = _NUMBER.unpack_from(data)
     at = _NUMBER.size + length
     head = json.loads(data[_NUMBER.size : at])
+    _check_head(head)
     ends = np.cumsum([at, *head["masks"]]).tolist()
     masks = tuple(data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    dtypes = _dtypes(plan)
     arrays, at = {}, ends[-1]
     for name, dtype, shape in head["arrays"]:
+        if dtype != dtypes[name].str:
+            raise ValueError(f"{name} is of {dtype!r:.20}")
         count = math.prod(shape)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"{name} is of a negative size")
         # a copy, since among bytes of any length numbers lie as they do not for any other reader
         arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape).copy() if count else np.zeros(shape, dtype)
         at += count * np.dtype(dtype).itemsize
-    return _regions(head, masks if plan.masks else None, arrays)
+    regions = _regions(head, masks if plan.masks else None, arrays)
+    if missing := _required(regions, plan) - arrays.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    return regions
+
+
+def _check_head(head: Mapping[str, Any]) -> None:
+    """ValueError where a field could not be written to a store."""
+    texts, size = (head["file_name"], head["error"]), (head["height"], head["width"])
+    if not is_id(head["id"]) or any(type(side) is not int for side in size):
+        raise ValueError("its id and its size are not integers")
+    if problem := size_problem(*size):
+        raise ValueError(problem)
+    if min(head["masks"], default=0) < 0:
+        raise ValueError("a mask of a negative length")
+    if any("\0" in text for text in texts):
+        raise ValueError("a zero in a text")
+    for text in texts:
+        text.encode("utf-8", "surrogateescape")
+
+
+def _dtypes(plan: Plan) -> dict[str, np.dtype]:
+    """Each array that an image can have -> what its numbers are."""
+    fixed = {"box": "<f4", "score": "<f4", "category_id": "<i8", "ann_id": "<i8", "im_info": "<f4"}
+    of_plan = [_FEATURE + name for name in plan.features] + [_MAP + name for name in plan.maps]
+    return {name: np.dtype(dtype) for name, dtype in [*fixed.items(), *((name, plan.dtype) for name in of_plan)]}
+
+
+def _required(regions: Regions, plan: Plan) -> set[str]:
+    """The arrays that an image must have beside those of its boxes."""
+    of_regions = ["ann_id"] * plan.ann_ids + [_FEATURE + name for name in plan.features]
+    maps = [] if regions.error else [_MAP + name for name in plan.maps]
+    return {*maps, *(of_regions if len(regions) else [])}
 
 
 def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:

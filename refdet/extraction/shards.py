@@ -80,11 +80,17 @@ class ShardSet:
         try:
             for regions, place in read(path, self._shard_id(number), self.plan):
                 rows.append((self._row(regions, path), place))
+            if not self._are_of(number, rows):
+                raise ShardError("damaged: its images are not those of the plan")
         except ShardError as error:
             log.warning("note: %s: %s; removed, its images are computed again", path, error)
             path.unlink()
         else:
             self._rows[number] = rows
+
+    def _are_of(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
+        """Whether images are those that the plan has in a shard, in that order."""
+        return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
     def _row(self, regions: Regions, path: Path) -> ImageRow:
         """What the store must know of an image before it is written."""
@@ -137,7 +143,7 @@ class ShardSet:
                 rows.append((self._row(regions, path), place))
 
             yield add
-            if [row.id for row, _ in rows] != [record.id for batch in self.shards[number] for record in batch]:
+            if not self._are_of(number, rows):
                 raise ValueError(f"{path}: not the images that the plan has in this shard")
             writer.finish()
         self._rows[number] = rows

@@ -101,7 +101,7 @@ class Session:
 
     def _note(self) -> None:
         # The line may be cut by a kill, so that the next begins a new one; and no work is lost for the want of it.
-        if self._path.exists() and not self._path.is_file():
+        if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
             return
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(self._so_far()))

@@ -27,10 +27,7 @@ from refdet.report.recall import split_names
 from refdet.report.samples import Scene, hardest, sample, scenes
 from refdet.report.sections import Step
 from refdet.structures.provenance import Provenance
-
-LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
-
-_LARGEST_LOG = 2**28  # bytes
+from refdet.training.run_folder import LARGEST_LOG
 
 __all__ = ["Inputs", "ReferPart", "Step", "write"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -206,6 +207,11 @@ class Store:
         if min(shape) < 0 or math.prod(shape) != len(values):
             raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for the shape {shape}")
         return values.reshape(shape)
+
+    def frame(self) -> pd.DataFrame:
+        """The older name of `to_dataframe`; it works until the next version."""
+        warnings.warn("Store.frame is called to_dataframe now", DeprecationWarning, stacklevel=2)
+        return self.to_dataframe()
 
     def to_dataframe(self) -> pd.DataFrame:
         """All regions without features and masks, one a line: the index ``region`` is the row in the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
+from refdet.files.small_files import read_small
+from refdet.training.run_folder import LARGEST_LOG
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ class MetricsLog:
     Args:
         folder: the run directory, which is the caller's.
         first: the step that the run goes on from, 0 at its beginning.
+
+    Raises:
+        InputError: there is a ``metrics.jsonl`` that is no regular file or too large.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -67,10 +73,10 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
 def _forget_after(metrics: Path, step: int) -> None:
     """Drop the rows of later steps, and say how many cannot be read and are dropped too."""
-    if not metrics.exists():
+    if not os.path.lexists(metrics):  # a link that leads nowhere yet would let the log be written there
         return
     kept, damaged = [], 0
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_small(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
         of = _step_of(line)
         if of is None:
             damaged += bool(line.strip())

@@ -17,12 +17,20 @@ def write_card(out: Path, meta: CheckpointMetadata) -> None:
     """Write the card, unless there is one that somebody has made his own."""
     path = out / CARD
     try:
-        if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_FIRST):
+        if path.exists() and not _is_ours(path):
             return
     except OSError:
         return
     with atomic_write(path) as temporary:
         temporary.write_text(_text(meta), encoding="utf-8", errors="backslashreplace")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a card that nobody has made his own. No more of it is read than that takes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_FIRST)) == _FIRST.encode()
 
 
 def _text(meta: CheckpointMetadata) -> str:

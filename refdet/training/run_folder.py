@@ -8,6 +8,7 @@ from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # made before anything else, so that a folder that has it is ours
 BUSY = "let it end or choose another --out"
+LARGEST_LOG = 2**28  # bytes of metrics.jsonl; a line for each 20 steps of the longest training takes a twentieth
 _STATE, _META = "state", "model.json"
 
 

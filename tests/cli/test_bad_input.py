@@ -286,11 +286,12 @@ def test_a_damaged_store(files: Files, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(files: Files, tmp_path: Path) -> None:
-    done = files.call("evaluate", "--checkpoint", files.run, "--instances", files.split, "--images", files.images,
-                      "--device", "gpu")  # fmt: skip
-    fails(done, "--device gpu", "try --device cpu")
-    done = files.extract(tmp_path / "a.h5", "--instances", files.split, "--device", "gpu")
-    fails(done, "--device gpu", "try --device cpu")
+    for name, fix in (("gpu", "give cpu, cuda"), ("cuda:99", "try --device cpu")):
+        done = files.call("evaluate", "--checkpoint", files.run, "--instances", files.split, "--images", files.images,
+                          "--device", name)  # fmt: skip
+        fails(done, f"--device {name}", fix)
+        done = files.extract(tmp_path / "a.h5", "--instances", files.split, "--device", name)
+        fails(done, f"--device {name}", fix)
 
 
 @pytest.fixture

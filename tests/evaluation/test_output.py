@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -125,3 +126,16 @@ def test_any_text_is_a_cell_and_xml(text: str) -> None:
     known = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
                     else c for c in text)  # fmt: skip
     assert (root.text or "") == known.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0
+
+
+@pytest.mark.parametrize("provenance", [{}, {"source": 5}])
+def test_a_store_that_does_not_say_what_its_detector_saw_is_named(tmp_path: Path, provenance: dict[str, Any]) -> None:
+    root = write_refer(tmp_path / "refer", [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "split": "val"}])
+    write_store(tmp_path / "a.h5", [regions(1, [[1, 1, 9, 9]])], masks=False)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["provenance"] = json.dumps(provenance)
+    out = tmp_path / "m"
+    done = CliRunner().invoke(main, ["evaluate-on-refer", "--store", str(tmp_path / "a.h5"), "--refer-root", str(root),
+                                     "--dataset", "toy", "--split-by", "me", "--out", str(out)])  # fmt: skip
+    assert done.exit_code == 2 and done.stderr.startswith(f"error: {tmp_path / 'a.h5'}: provenance: "), done.stderr
+    assert done.stderr.count("\n") == 1 and not out.exists()

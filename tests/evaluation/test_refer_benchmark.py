@@ -27,6 +27,7 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import coco_ap
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.extraction.given_regions import annotated_regions
+from refer import ReferError
 
 corner = st.floats(0, 50, width=32)
 box = st.tuples(corner, corner, st.floats(0.25, 40, width=32), st.floats(0.25, 40, width=32))
@@ -223,6 +224,19 @@ def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, capl
         assert (val["comprehension"]["missing"], masks and masks["missing"]) == wanted
         told = "val: 1 of 2 sentences are answered with a box where others have a mask" in caplog.text
         assert told == (wanted == (0, 1))
+
+
+@pytest.mark.parametrize("box", [[10**400, 1, 5, 5], [1, 1, 1e300, 5]])
+def test_an_object_whose_box_has_no_end_is_named(tmp_path: Path, box: list[float]) -> None:
+    objects = [{"image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 1, "split": "val"}]
+    root = write_refer(tmp_path / "refer", objects)
+    path = root / "toy" / "instances.json"
+    tree = json.loads(path.read_text())
+    tree["annotations"][0]["bbox"] = box
+    path.write_text(json.dumps(tree))
+    write_store(tmp_path / "a.h5", [regions(1, [[1, 1, 9, 9]])], masks=False)
+    with pytest.raises(ReferError, match="toy: the bbox of annotation 100 is not finite"):
+        evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me")
 
 
 def unchecked(*_: Any) -> None:

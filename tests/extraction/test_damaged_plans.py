@@ -18,10 +18,15 @@ from resumable_extraction import load
 from store_examples import HEADER, PLAN, contents
 
 from refdet.cli.main import main
+from refdet.config import recipe
+from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError, Interrupted, RefdetError
 from refdet.extraction.pipeline import Finish, Summary, extract
 from refdet.extraction.shard_arrays import ShardError, read
 from refdet.report.page import _read_log
+from refdet.structures.provenance import Provenance
+from refdet.training.metrics_log import MetricsLog
+from refdet.training.run_card import write_card
 
 ANY_JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
@@ -181,3 +186,35 @@ def test_a_file_of_many_gigabytes(tmp_path: Path) -> None:
     for line in (["inspect", path], ["audit", "--instances", path, "--refer-root", tmp_path]):
         done = CliRunner().invoke(main, list(map(str, line)))
         assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
+
+
+NO_LOGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (fifo, "not a regular file"),
+    "a folder": (folder, "not a regular file"),
+    "a link that leads nowhere yet": (lambda path: path.symlink_to(path.with_name("elsewhere")), "no such file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOGS)
+def test_training_goes_on_with_no_log_but_a_file(tmp_path: Path, kind: str) -> None:
+    make, says = NO_LOGS[kind]
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=f"metrics.jsonl: {says}"):
+        MetricsLog(tmp_path, 3)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder"])
+def test_a_card_that_is_no_file_is_left_alone(tmp_path: Path, kind: str) -> None:
+    BAD[kind](tmp_path / "README.md")
+    write_card(
+        tmp_path, CheckpointMetadata(recipe.load("demo"), ((1, "cat"),), Provenance.imported("drawn", "0" * 64), 3)
+    )
+    assert not (tmp_path / "README.md").is_file()
+
+
+def test_times_are_not_written_through_a_link(begun: Path, tmp_path: Path) -> None:
+    (begun / "sessions.jsonl").unlink()
+    (begun / "sessions.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert run(begun.parent / "a.h5", resume=True).images == 10
+    assert not (tmp_path / "elsewhere").exists()

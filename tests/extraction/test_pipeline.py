@@ -252,7 +252,7 @@ def test_features_that_change_their_shape_are_refused(tmp_path: Path) -> None:
 
 def test_space_for_the_store_is_set_aside_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(pipeline.Session, "told", lambda *_: {})  # what a store tells of its run differs
+    monkeypatch.setattr(pipeline.Session, "summary", lambda *_: {})  # what a store tells of its run differs
     with monkeypatch.context() as patch:
         patch.setattr(hdf5_file.os, "posix_fallocate", lambda handle, start, space: seen.append(space))
         run(tmp_path / "a.h5")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted_extraction import BATCHES, RECORDS, compute, load
-from store_examples import HEADER, PLAN, make_regions
+from interrupted_extraction import BATCHES, RECORDS, compute, load, run
+from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import RuntimeFailure
+from refdet.errors import Interrupted, RuntimeFailure
 from refdet.extraction.pipeline import Finish, extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
@@ -117,3 +120,65 @@ def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None
     with pytest.raises(RuntimeFailure, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*--dtype float32"):
         extract(out, plan, HEADER, BATCHES, RECORDS, load, overflows, shard_images=2)
     assert not out.exists()
+
+
+def damaged(path: Path, **changes: object) -> None:
+    """Change fields of the head of the second image of a shard, and make all checksums right again."""
+    data = path.read_bytes()
+    blocks, at = [], data.index(b"\n") + 1
+    while length := int.from_bytes(data[at : at + 8], "little"):
+        blocks.append(data[at + 12 : at + 12 + length])
+        at += 12 + length
+    end = 4 + int.from_bytes(blocks[2][:4], "little")
+    head = json.dumps(json.loads(blocks[2][4:end]) | changes).encode()
+    blocks[2] = struct.pack("<I", len(head)) + head + blocks[2][end:]
+    crcs = [zlib.crc32(block) for block in blocks]
+    packed = [struct.pack("<QI", len(block), crc) + block for block, crc in zip(blocks, crcs, strict=True)]
+    last = struct.pack("<QI", 0, zlib.crc32(b"".join(struct.pack("<I", crc) for crc in crcs)))
+    path.write_bytes(data[: data.index(b"\n") + 1] + b"".join(packed) + last)
+
+
+BOX, SCORE, CATEGORY = ["box", "<f4", [0, 4]], ["score", "<f4", [0]], ["category_id", "<i8", [0]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": {}}, {"id": 2**63}, {"id": True}, {"height": "9"}, {"height": -1}, {"width": 2**31}, {"file_name": 5},
+        {"file_name": "a\0"}, {"error": "\ud800"}, {"masks": [-1, 1]},
+        {"arrays": [["box", "<f8", [0, 4]], SCORE, CATEGORY]},
+        {"arrays": [BOX, SCORE, CATEGORY, ["x", "<f4", [0]]]}, {"arrays": [BOX, SCORE, ["category_id", "|O", [0]]]},
+        {"arrays": [BOX, SCORE]}, {"arrays": [["box", "<f4", [-1, 4]], SCORE, CATEGORY]},
+    ],
+)  # fmt: skip
+def test_what_no_store_could_hold_is_damage_whatever_the_checksums(tmp_path: Path, changes: dict[str, object]) -> None:
+    write(tmp_path / "a", [make_regions(1, 0), make_regions(2, 2)])
+    damaged(tmp_path / "a")
+    assert len(list(read(tmp_path / "a", {"shard": 0}, PLAN))) == 2
+    damaged(tmp_path / "a", **changes)
+    with pytest.raises(ShardError, match="damaged: an image in it is none"):
+        list(read(tmp_path / "a", {"shard": 0}, PLAN))
+
+
+@pytest.mark.parametrize("missing", ["ann_id", "features/fc7"])
+def test_an_image_with_regions_has_all_that_is_kept(tmp_path: Path, missing: str) -> None:
+    plan = replace(PLAN, ann_ids=missing != "ann_id", features=() if missing == "features/fc7" else PLAN.features)
+    write(tmp_path / "a", [make_regions(1, 2)], plan)
+    with pytest.raises(ShardError, match=f"{missing} is missing|features/pool5"):
+        list(read(tmp_path / "a", {"shard": 0}, PLAN))
+
+
+def test_a_shard_of_other_images_is_computed_again(tmp_path: Path) -> None:
+    out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[2]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    with pytest.raises(Interrupted):
+        run(out, compute=stops)
+    damaged(folder / "000000.shard", id=4)
+    run(out, resume=True)
+    run(tmp_path / "whole.h5")
+    assert contents(out) == contents(tmp_path / "whole.h5")

@@ -1,5 +1,6 @@
 """Run directories and checkpoints of strangers, damaged at random: they load, or end in one short line."""
 
+import contextlib
 import io
 import json
 import random
@@ -10,16 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from foreign_weights import of_one_number, resnet_shapes
-from fuzz_damage import damaged, rounds, survives
+from fuzz_damage import damaged
+from fuzzing import changed_tree, fuzz
+from split_examples import write_refs
 
 from refdet.config import recipe
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
+from refdet.errors import InputError
+from refdet.report import page
+from refdet.splits.detector_audit import audit_provenance
+from refdet.splits.inspect import describe
 from refdet.structures.provenance import Provenance
+from refdet.training.metrics_log import METRICS
+from refdet.training.metrics_log import _forget_after as forget_after
+from refdet.training.saved_run import SavedRun
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
@@ -50,32 +61,94 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_damaged_metadata(run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
     shutil.copytree(run, tmp_path / "run")
-    good, passed = (run / checkpoint.META).read_bytes(), 0
-    for numbers in rounds(100):
-        data = damaged(good, numbers, JSON_WORDS)
-        (tmp_path / "run" / checkpoint.META).write_bytes(data)
-        passed += survives(f"{data!r}", lambda: checkpoint.load_meta(tmp_path / "run"))
-    assert passed
+    return tmp_path / "run"
 
 
-def test_metadata_that_is_valid_and_wrong(run: Path, tmp_path: Path) -> None:
-    """Every value of the tree replaced by every strange one, and the network loaded if that passes."""
-    shutil.copytree(run, tmp_path / "run")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
+
+
+def test_damaged_metadata(copy: Path) -> None:
+    path = copy / checkpoint.META
+    good = path.read_bytes()
+
+    def change(chance: random.Random) -> None:
+        path.write_bytes(damaged(good, chance, JSON_WORDS))
+
+    fuzz(change, lambda: checkpoint.load_meta(copy), copy, 100)
+
+
+def test_metadata_that_is_valid_and_wrong(copy: Path) -> None:
+    """A value of the tree replaced by a strange one, and the network loaded if that passes."""
+    path = copy / checkpoint.META
+    good = path.read_text()
     strange = [None, True, -1, 0, 3, 2**70, 1.5, "", "x" * 10_000, [], {}, [[]], {"a": 1}, [None], "<b>", "\x1b[31m"]
-    for numbers in rounds(30):
-        tree = json.loads((run / checkpoint.META).read_text())
+
+    def change(chance: random.Random) -> None:
+        tree = json.loads(good)
         place = tree
         while True:
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            key = numbers.choice(keys)
-            if not isinstance(place[key], (dict, list)) or not place[key] or numbers.random() < 0.2:
+            key = chance.choice(keys)
+            if not isinstance(place[key], (dict, list)) or not place[key] or chance.random() < 0.2:
                 break
             place = place[key]
-        place[key] = numbers.choice(strange)
-        (tmp_path / "run" / checkpoint.META).write_text(json.dumps(tree))
-        survives(json.dumps(tree)[:3000], lambda: loading.load(tmp_path / "run"))
+        place[key] = chance.choice(strange)
+        path.write_text(json.dumps(tree))
+
+    fuzz(change, lambda: loading.load(copy), copy, 30)
+
+
+@pytest.mark.parametrize("what", ["inspect", "audit", "report"])
+def test_what_a_run_says_of_itself(copy: Path, root: Path, tmp_path: Path, what: str) -> None:
+    """The metadata and the log, damaged as text or as a tree, in what shows them."""
+    meta, log = copy / checkpoint.META, copy / METRICS
+    tree = json.loads(meta.read_text())
+    rows = b"".join(
+        json.dumps({"step": n, "loss": 2.5, "rpn_score": 0.5, "lr": 0.02}).encode() + b"\n" for n in (1, 2, 3)
+    )
+    inputs = page.Inputs(copy, root, tmp_path / "images", ())
+
+    def change(chance: random.Random) -> None:
+        log.write_bytes(rows)
+        if what == "report" and chance.random() < 0.5:
+            log.write_bytes(damaged(rows, chance, JSON_WORDS))
+        elif chance.random() < 0.3:
+            meta.write_bytes(damaged(json.dumps(tree).encode(), chance, JSON_WORDS))
+        else:
+            meta.write_text(json.dumps(changed_tree(tree, chance)), "utf-8", "surrogatepass")
+
+    def work() -> None:
+        if what == "report":
+            text = page.render(inputs, "report")
+            assert "<script" not in text and "\x1b" not in text
+        elif what == "audit":
+            found = audit_provenance(copy, root)
+            assert not found.proven
+            json.dumps(found.to_json())
+        else:
+            json.dumps(describe(copy))
+
+    fuzz(change, work, tmp_path)
+
+
+def test_a_log_that_training_goes_on_with(tmp_path: Path) -> None:
+    """Rows that are whole and of the steps so far are kept, nothing else is, whatever there is."""
+    rows = b"".join(json.dumps({"step": n, "loss": 2.5}).encode() + b"\n" for n in range(1, 7))
+
+    def change(chance: random.Random) -> None:
+        (tmp_path / METRICS).write_bytes(damaged(rows, chance, JSON_WORDS))
+
+    def work() -> None:
+        forget_after(tmp_path / METRICS, 4)
+        kept = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+        assert all(row["step"] <= 4 for row in kept)
+
+    fuzz(change, work, tmp_path)
 
 
 def header_and_data(data: bytes) -> tuple[bytes, bytes]:
@@ -95,17 +168,33 @@ def damaged_safetensors(data: bytes, numbers: random.Random) -> bytes:
     return data[: 8 + len(header)] + damaged(rest, numbers, (b"\xff" * 40, b"\x00\x00\xc0\x7f"))
 
 
-def test_damaged_weights_and_states(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    model, state = run / checkpoint.MODEL, run / "state" / "step-00000003.safetensors"
-    for numbers in rounds(40):
-        data = damaged_safetensors(model.read_bytes(), numbers)
-        (tmp_path / "run" / checkpoint.MODEL).write_bytes(data)
-        survives(f"{data[:9000]!r}", lambda: loading.load(tmp_path / "run"))
-        data = damaged_safetensors(state.read_bytes(), numbers)
-        (tmp_path / "run" / "state").mkdir(exist_ok=True)
-        (tmp_path / "run" / "state" / "step-00000003.safetensors").write_bytes(data)
-        survives(f"{data[:9000]!r}", lambda: newest(tmp_path / "run"))
+def test_damaged_weights(run: Path, copy: Path, root: Path, tmp_path: Path) -> None:
+    good = (run / checkpoint.MODEL).read_bytes()
+
+    def change(chance: random.Random) -> None:
+        (copy / checkpoint.MODEL).write_bytes(damaged_safetensors(good, chance))
+
+    def work() -> None:
+        with contextlib.suppress(InputError):
+            audit_provenance(copy, root)
+        loading.load(copy)
+
+    fuzz(change, work, tmp_path)
+
+
+def test_damaged_states(run: Path, copy: Path) -> None:
+    path = next((copy / "state").iterdir())
+    good = path.read_bytes()
+
+    def change(chance: random.Random) -> None:
+        path.write_bytes(damaged_safetensors(good, chance))
+
+    def work() -> None:
+        with contextlib.suppress(InputError):
+            SavedRun.newest(copy)
+        newest(copy)
+
+    fuzz(change, work, copy)
 
 
 def checkpoint_of(new: bool) -> bytes:
@@ -127,21 +216,25 @@ def rezipped(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["zip", "pickle in a zip", "legacy"])
+@pytest.mark.parametrize("kind", ["zip", "pickle in a zip", "legacy", "safetensors"])
 def test_damaged_foreign_checkpoints(tmp_path: Path, kind: str) -> None:
-    good, path, passed = checkpoint_of(kind != "legacy"), tmp_path / "weights.pth", 0
+    path = tmp_path / "weights.pth"
+    good = checkpoint_of(kind != "legacy")
+    if kind == "safetensors":
+        tensors = torch.load(io.BytesIO(good), weights_only=True)
+        good = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
 
-    def read() -> None:
-        identify_checkpoint(read_foreign(path))
-
-    for numbers in rounds(40):
+    def change(chance: random.Random) -> None:
         if kind == "pickle in a zip":
-            data = rezipped(good, lambda inside, numbers=numbers: damaged(inside, numbers, PICKLE_WORDS))  # type: ignore[misc]
+            data = rezipped(good, lambda inside: damaged(inside, chance, PICKLE_WORDS))
         elif kind == "zip":
-            end = numbers.choice((0, len(good) - 3000))
-            data = good[:end] + damaged(good[end : end + 3000], numbers, PICKLE_WORDS) + good[end + 3000 :]
+            end = chance.choice((0, len(good) - 3000))
+            data = good[:end] + damaged(good[end : end + 3000], chance, PICKLE_WORDS) + good[end + 3000 :]
+        elif kind == "legacy":
+            data = damaged(good[:5000], chance, PICKLE_WORDS) + good[5000:]
         else:
-            data = damaged(good[:5000], numbers, PICKLE_WORDS) + good[5000:]
+            data = damaged_safetensors(good, chance)
         path.write_bytes(data)
-        passed += survives(f"seed of {kind}: {data[:2000]!r}", read)
-    assert not passed  # the shapes are no ResNet's
+
+    # the shapes are no ResNet's
+    fuzz(change, lambda: identify_checkpoint(read_foreign(path)), tmp_path, 40, passes=False)

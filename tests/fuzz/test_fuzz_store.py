@@ -1,90 +1,36 @@
-"""Damaged and hostile stores through the commands: one line and exit code 0, 1 or 2, whatever is in them.
-
-Some dozens of inputs by default; REFDET_FUZZ_SECONDS sets a time instead, REFDET_FUZZ_SEED where it begins.
-"""
+"""Damaged and hostile stores through the commands: one line and exit code 0, 1 or 2, whatever is in them."""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
-import os
 import random
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import fuzz_store_commands
 import h5py
 import pytest
+from evaluate_examples import write_refer
+from fuzz_store_commands import REFER, commands
+from fuzzing import seeds
 from hostile_stores import STRUCTURES, repeat_text, share_bytes, write_store
+from interrupted_extraction import environment
 
 INPUTS = 24
 LIMIT_SECONDS = 20
 LIMIT_BYTES = 2 << 30
-PREPARED = 40  # inputs that one process takes
-
-# Runs each command on each file as the command line does, and prints what came of it; says which files it opened.
-RUN = """
-import json, os, re, shutil, sys, time, traceback
-from pathlib import Path
-from click.testing import CliRunner
-from refdet.cli.main import main
-from refdet.store import hdf5_door
-from refdet.store import hdf5_structure
-from refdet.store import hdf5_trial
-import refdet.splits.inspect, refdet.store.export.npz, refdet.store.export.mattnet, refdet.store.verify
-import pandas, h5py._hl.filters
-
-def most_memory():
-    "Not ru_maxrss, which begins with that of the process that started this one."
-    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-def forked(path):
-    "As the process that the door starts, without the time that Python takes to begin."
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        sys.stdout = os.fdopen(writer, "w")
-        hdf5_trial.main(str(path), 4 << 30, hdf5_trial.SECONDS)
-        sys.stdout.close()
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as file:
-        output = file.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return hdf5_trial.verdict(output, code, hdf5_trial.SECONDS)
-
-hdf5_door.try_file = forked
-opened = []
-def hook(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.path.abspath(os.fsdecode(arguments[0])))
-sys.addaudithook(hook)
-own = (sys.prefix, sys.base_prefix, refdet.__path__[0], os.environ["XDG_CACHE_HOME"],
-       *sys.path)
-own = tuple(map(os.path.realpath, own))
-folder = Path(sys.argv[1])
-for line in sys.stdin:
-    name = line.strip()
-    path = folder / name
-    for number, words in enumerate((["inspect"], ["inspect", "--verify"], ["export", "--format", "npz"],
-                                    ["export", "--format", "mattnet"])):
-        out = folder / "out" / f"{name}-{number}"
-        more = ["--features", str(path), "--out", str(out)] if words[0] == "export" else [str(path)]
-        opened.clear()
-        start = time.monotonic()
-        done = CliRunner().invoke(main, [*words, *more])
-        seconds = time.monotonic() - start
-        outside = [one for one in opened if not one.startswith((str(folder), *own, "/proc", "/dev/null", "/usr"))]
-        print(json.dumps({
-            "file": name, "command": " ".join(words), "code": done.exit_code, "seconds": seconds, "outside": outside,
-            "stderr": done.stderr, "crash": "" if done.exception is None or isinstance(done.exception, SystemExit) else
-            "".join(traceback.format_exception(done.exception)),
-            "bytes": most_memory(),
-        }), flush=True)
-        shutil.rmtree(out, ignore_errors=True)
-"""
+PREPARED = 200  # inputs that one process takes at most
+SIZE = (9, 7)  # height and width of the images of the stores
+OBJECTS = [
+    {"image_id": 10, "bbox": [1, 1, 3, 4], "category_id": 1, "split": "val"},
+    {"image_id": 11, "bbox": [2, 2, 3, 3], "category_id": 1, "split": "train"},
+    {"image_id": 12, "bbox": [0, 0, 5, 5], "category_id": 2, "split": "testA"},
+]
 
 
 def _damage(content: bytes, random_: random.Random) -> bytes:
@@ -105,30 +51,31 @@ def _damage(content: bytes, random_: random.Random) -> bytes:
     return bytes(data[: random_.randrange(len(data))] if random_.randrange(20) == 0 else data)
 
 
-def _inputs(folder: Path, seed: int) -> Iterator[str]:
-    """Write one store after the other, and give their names."""
-    sound = {
-        (compression, libver): write_store(folder / "sound.h5", compression, libver).read_bytes()
+def _sound(folder: Path) -> list[bytes]:
+    """Stores of each layout and compression, of detections and of annotations."""
+    path = folder / "sound.h5"
+    found = [
+        write_store(path, compression, libver, ann_ids).read_bytes()
         for compression in ("none", "gzip", "lzf")
         for libver in ("", "earliest", "latest")
-    }
-    (folder / "sound.h5").unlink()
-    number = seed
-    while True:
-        random_ = random.Random(number)
-        path = folder / f"{number}.h5"
-        path.write_bytes(sound[random_.choice(sorted(sound))])
-        kind = random_.randrange(6)
-        if kind == 0:
-            name = random_.choice(sorted(STRUCTURES))
-            with h5py.File(path, "r+") as file:
-                STRUCTURES[name][0](file)
-        elif kind == 1 and random_.randrange(2):
-            random_.choice([repeat_text, share_bytes])(path)
-        if kind > 1 or random_.randrange(2):
-            path.write_bytes(_damage(path.read_bytes(), random_))
-        yield path.name
-        number += 1
+        for ann_ids in (True, False)
+    ]
+    path.unlink()
+    return found
+
+
+def _write_input(path: Path, sound: list[bytes], seed: int) -> None:
+    chance = random.Random(seed)
+    path.write_bytes(chance.choice(sound))
+    kind = chance.randrange(6)
+    if kind == 0:
+        name = chance.choice(sorted(STRUCTURES))
+        with h5py.File(path, "r+") as file:
+            STRUCTURES[name][0](file)
+    elif kind == 1 and chance.randrange(2):
+        chance.choice([repeat_text, share_bytes])(path)
+    if kind > 1 or chance.randrange(2):
+        path.write_bytes(_damage(path.read_bytes(), chance))
 
 
 def _limited() -> None:
@@ -147,32 +94,35 @@ def _check(found: dict) -> None:
 
 
 def test_no_input_crashes_hangs_or_leaves_the_folder(tmp_path: Path) -> None:
-    budget = float(os.environ.get("REFDET_FUZZ_SECONDS", 0))
-    names = _inputs(tmp_path, int(os.environ.get("REFDET_FUZZ_SEED", 0)))
-    end, done = time.monotonic() + budget, 0
-    while done < INPUTS or time.monotonic() < end:
-        batch = [next(names) for _ in range(INPUTS if not budget else PREPARED)]
-        command = [sys.executable, "-c", RUN, str(tmp_path)]
-        child = subprocess.run(command, input="\n".join(batch), capture_output=True, text=True, preexec_fn=_limited)
+    sound, started = _sound(tmp_path), time.monotonic()
+    write_refer(tmp_path / REFER, OBJECTS, size=SIZE)
+    numbers, codes = seeds(INPUTS), collections.Counter()
+    while batch := [f"{seed}.h5" for seed in itertools.islice(numbers, PREPARED)]:
+        for name in batch:
+            _write_input(tmp_path / name, sound, int(Path(name).stem))
+        command = [sys.executable, fuzz_store_commands.__file__, str(tmp_path)]
+        child = subprocess.run(command, input="\n".join(batch), capture_output=True, text=True, env=environment(),
+                               preexec_fn=_limited)  # fmt: skip
         results = [json.loads(line) for line in child.stdout.splitlines()]
         for found in results:
             _check(found)
+            codes[found["command"], found["code"]] += 1
         last = results[-1]["file"] if results else "the first"
         assert child.returncode == 0, f"ended with {child.returncode} after {last}: {child.stderr[-2000:]}"
-        assert len(results) == 4 * len(batch)
-        done += len(batch)
+        assert len(results) == len(batch) * len(commands(tmp_path, tmp_path, tmp_path))
         for name in batch:
             (tmp_path / name).unlink()
+    print(f"{sum(codes.values())} commands in {time.monotonic() - started:.0f} s, exit codes {dict(codes)}")
 
 
 def test_the_check_can_fail() -> None:
     sound = {"file": "a", "command": "inspect", "code": 2, "crash": "", "stderr": "error: a.h5: damaged\n",
-             "seconds": 1.0, "bytes": 1, "outside": []}  # fmt: skip
+             "seconds": 1.0, "bytes": 1, "outside": ""}  # fmt: skip
     _check(sound)
     for wrong in (
         {"code": 139}, {"crash": "x"}, {"stderr": ""}, {"stderr": "error: unexpected KeyError"}, {"seconds": 21.0},
         {"stderr": "error: x\nerror: y"}, {"stderr": "\x1b[2J\nerror: y"},
-        {"bytes": 1 << 32}, {"outside": ["/etc/passwd"]},
+        {"bytes": 1 << 32}, {"outside": "open /etc/passwd"},
     ):  # fmt: skip
         with pytest.raises(AssertionError):
             _check(sound | wrong)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_examples import regions, write_refer, write_store
+from evaluate_examples import regions, write_grefer, write_refer, write_store
 from fuzzing import changed_bytes, changed_tree, fuzz
 from split_examples import coco, write_refs
 from store_examples import HEADER, PLAN
 
 from refdet import store
 from refdet.data.coco import CocoIndex
+from refdet.data.training_objects import TrainingObjects
+from refdet.evaluation import tables, targets
 from refdet.evaluation.language import load_expressions
 from refdet.evaluation.predictions import load_predictions
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.extraction.boxes_from_file import load_boxes
+from refdet.files.small_files import strict_json
 from refdet.splits.build import build_split
 from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
@@ -75,17 +80,24 @@ def test_lists(root: Path, tmp_path: Path, kind: str) -> None:
         build_split(source, root, out)
         assert audit(out, root).leaked == []
 
-    fuzz(0, writer(source, LISTS[kind]), work, tmp_path)
+    fuzz(writer(source, LISTS[kind]), work, tmp_path)
 
 
 def test_json_lines(root: Path, tmp_path: Path) -> None:
-    source = tmp_path / "list.jsonl"
+    source, out = tmp_path / "list.jsonl", tmp_path / "out" / "out.jsonl"
     lines = "".join(json.dumps({"filename": f"{n:012d}.jpg", "detection": {"a": [n]}}) + "\n" for n in (2, 9, 1))
 
     def change(chance: random.Random) -> None:
         source.write_bytes(changed_bytes(lines.encode(), chance))
 
-    fuzz(0, change, lambda: audit(source, root), tmp_path)
+    def work() -> None:
+        for path in (out, out.with_name("out.report.json")):
+            path.unlink(missing_ok=True)
+        audit(source, root)
+        build_split(source, root, out)
+        assert audit(out, root).leaked == []
+
+    fuzz(change, work, tmp_path)
 
 
 def test_instances_that_are_trained_on(tmp_path: Path) -> None:
@@ -100,8 +112,9 @@ def test_instances_that_are_trained_on(tmp_path: Path) -> None:
             for annotation in records:
                 assert annotation.box[0] < annotation.box[2] and annotation.box[1] < annotation.box[3]
         describe(source)
+        TrainingObjects(index, masks=True).sha256()
 
-    fuzz(1, writer(source, tree), work, tmp_path)
+    fuzz(writer(source, tree), work, tmp_path)
 
 
 def test_refs(tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def test_refs(tmp_path: Path) -> None:
             else:
                 path.write_bytes(pickle.dumps(changed_tree(tree, chance), protocol=chance.choice((0, 2, 4))))
 
-        fuzz(2, change, work, tmp_path)
+        fuzz(change, work, tmp_path)
 
 
 def test_predictions(root: Path, features: Path, tmp_path: Path) -> None:
@@ -131,13 +144,54 @@ def test_predictions(root: Path, features: Path, tmp_path: Path) -> None:
     tree = [
         {"sent_id": sent_ids[0], "region": 0}, {"sent_id": sent_ids[1], "box": [10, 10, 40, 30]},
         {"sent_id": sent_ids[2], "segmentation": {"size": [100, 120], "counts": [6000, 6000]}},
-        {"sent_id": sent_ids[3], "segmentation": [[0, 0, 50, 0, 50, 50]]},
+        {"sent_id": sent_ids[3], "ranked_boxes": [[0, 0, 50, 50], [1, 1, 9, 9]]},
     ]  # fmt: skip
     source = tmp_path / "predictions.json"
     with store.open(features) as opened:
-        fuzz(3, writer(source, tree), lambda: load_predictions(source, opened, images), tmp_path)
+        fuzz(writer(source, tree), lambda: load_predictions(source, opened, images), tmp_path)
     says = [{"ref_id": 0, "sent": "the cat"}, {"ref_id": 1, "sent": "left"}]
-    fuzz(4, writer(source, says), lambda: load_expressions(source, refer.Refs.keys()), tmp_path)
+    fuzz(writer(source, says), lambda: load_expressions(source, refer.Refs.keys()), tmp_path)
+
+
+def test_grefs(tmp_path: Path) -> None:
+    root = write_grefer(tmp_path / "refer", OBJECTS, [(1, [0], "val"), (2, [1], "testA"), (2, [], "testA")])
+    path = root / "toy" / "grefs(me).json"
+
+    def work() -> None:
+        refer = REFER(root, "toy", "me")
+        for ref in refer.data["refs"]:
+            targets.objects_of(refer, ref)
+
+    fuzz(writer(path, json.loads(path.read_text())), work, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["refs", "instances", "predictions"])
+def test_what_is_measured(root: Path, features: Path, tmp_path: Path, kind: str) -> None:
+    """evaluate-on-refer to its last number, with one of its files changed."""
+    answers = [{"sent_id": n, "region": n // 10} for n in (0, 1)] + [
+        {"sent_id": 10, "box": [0, 0, 50, 50]}, {"sent_id": 11, "box": [0, 0, 50, 49]},
+    ]  # fmt: skip
+    files = {"refs": root / "toy" / "refs(me).p", "instances": root / "toy" / "instances.json"}
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text(json.dumps(answers))
+    if kind == "refs":
+        tree = pickle.loads(files[kind].read_bytes())
+
+        def change(chance: random.Random) -> None:
+            files["refs"].write_bytes(pickle.dumps(changed_tree(tree, chance), protocol=2))
+
+    else:
+        source = files.get(kind, predictions)
+        change = writer(source, json.loads(source.read_text()))
+
+    def work() -> None:
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        tables.write(out, evaluate_on_refer(features, root, "toy", "me", predictions=predictions))
+        strict_json((out / "metrics.json").read_bytes())
+
+    fuzz(change, work, tmp_path)
 
 
 def test_boxes(root: Path, tmp_path: Path) -> None:
@@ -154,11 +208,11 @@ def test_boxes(root: Path, tmp_path: Path) -> None:
             for record in index.images.values():
                 load_boxes(source, index).of(record)
 
-        fuzz(5, writer(source, boxes), work, tmp_path)
+        fuzz(writer(source, boxes), work, tmp_path)
 
 
 def test_plans(tmp_path: Path) -> None:
     folder = tmp_path / "f.h5.parts"
     folder.mkdir()
     plan = PLAN.work([], HEADER)
-    fuzz(6, writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)
+    fuzz(writer(folder / "plan.json", plan), lambda: describe(folder), tmp_path)

@@ -41,14 +41,14 @@ def write_store(path: Path, images: list[Regions], masks: bool) -> None:
             writer.put(image)
 
 
-def write_refer(root: Path, objects: list[dict[str, Any]]) -> Path:
+def write_refer(root: Path, objects: list[dict[str, Any]], size: tuple[int, int] = (100, 120)) -> Path:
     """A REFER folder of objects with image_id, bbox, category_id and split; each is a ref of two sentences."""
     refs = []
     for i, o in enumerate(objects):
         refs.append({"ref_id": i, "ann_id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"],
                      "split": o["split"], **sentences(i, o.get("sents", ("it", "it"))),
                      "file_name": f"{o['image_id']}.jpg"})  # fmt: skip
-    write_instances(root / "toy", objects)
+    write_instances(root / "toy", objects, size)
     (root / "toy" / "refs(me).p").write_bytes(pickle.dumps(refs, protocol=2))
     return root
 
@@ -72,7 +72,7 @@ def sentences(ref_id: int, sents: tuple[str, ...] = ("it", "it")) -> dict[str, A
     return {"sentences": records, "sent_ids": [record["sent_id"] for record in records]}
 
 
-def write_instances(folder: Path, objects: list[dict[str, Any]]) -> None:
+def write_instances(folder: Path, objects: list[dict[str, Any]], size: tuple[int, int] = (100, 120)) -> None:
     folder.mkdir(parents=True)
     annotations = []
     for i, o in enumerate(objects):
@@ -81,7 +81,7 @@ def write_instances(folder: Path, objects: list[dict[str, Any]]) -> None:
         annotations.append({"id": 100 + i, "image_id": o["image_id"], "category_id": o["category_id"], "iscrowd": 0,
                             "bbox": o["bbox"], "area": w * h, "segmentation": outline})  # fmt: skip
     ids = sorted({o["image_id"] for o in objects})
-    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 120} for i in ids]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": size[0], "width": size[1]} for i in ids]
     categories = [{"id": i, "name": f"c{i}", "supercategory": ""} for i in (1, 2)]
     data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(data))

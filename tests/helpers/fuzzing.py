@@ -1,7 +1,8 @@
 """Changing files at random, and what must hold of the program that reads the result.
 
-Each format is tried for REFDET_FUZZ_SECONDS seconds or REFDET_FUZZ_INPUTS inputs, by default a second; `make
-test-hostile` gives it more. A run is the function of its seed alone, so that a finding can be repeated.
+Each format is tried with REFDET_FUZZ_INPUTS inputs or, where that is not set, for REFDET_FUZZ_SECONDS seconds, by
+default one; `make test-hostile` gives it more. An input is a function of its seed alone, which a failure names:
+REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries that of seed 71 again.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ import contextlib
 import copy
 import os
 import random
+import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import refdet
 from refdet.errors import RefdetError
 from refer import ReferError
 
-SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS", "1"))
-INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS", "1000000"))
-LONGEST_MESSAGE = 2000
+SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS") or 1)
+INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for as many as there is time for
+FIRST = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
+LONGEST_MESSAGE = 1000
+MOST_SECONDS = 20  # of one input
+MOST_MEMORY = 2**31  # bytes that an input may take beyond what the process has
+ENOUGH = 300  # inputs of which some should be read, where any is
 
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -1e-300, float("nan"), float("inf"), "",
@@ -76,69 +84,132 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
     return data
 
 
-def fuzz(seed: int, change: Callable[[random.Random], None], work: Callable[[], object], allowed: Path) -> int:
-    """Try inputs until the time is up; gives how many.
+def seeds(least: int = 20) -> Iterator[int]:
+    """The seeds of the inputs of one format; `least` of them where there is a limit of time."""
+    started, tried = time.monotonic(), 0
+    while tried < INPUTS if INPUTS else tried < least or time.monotonic() - started < SECONDS:
+        yield FIRST + tried
+        tried += 1
+
+
+def fuzz(
+    change: Callable[[random.Random], object],
+    work: Callable[[], object],
+    allowed: Path,
+    least: int = 20,
+    passes: bool = True,
+) -> None:
+    """Try the inputs of one format.
 
     Args:
-        seed: of the first input.
         change: writes the input that a random generator makes.
         work: reads it; may raise what users are shown, and nothing else.
         allowed: the folder below which files may be opened, beside those of Python and its packages.
+        least: see `seeds`.
+        passes: whether some of the inputs should be read without an error; else none may.
     """
-    started, tried = time.perf_counter(), 0
-    while tried < INPUTS and (time.perf_counter() - started < SECONDS or tried < 20):
-        change(random.Random(seed + tried))
-        before = time.perf_counter()
+    tried = passed = 0
+    started = time.monotonic()
+    for seed in seeds(least):
+        change(random.Random(seed))
         try:
-            with watched(allowed):
+            with limited(), watched(allowed):
                 work()
+            passed += 1
         except (RefdetError, ReferError) as error:
-            check_message(str(error), seed + tried)
+            check_message(str(error), seed)
         except BaseException as error:
-            raise AssertionError(f"input {seed + tried}: {type(error).__name__}: {error}") from error
-        assert time.perf_counter() - before < 20, f"input {seed + tried} took too long"
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
         tried += 1
-    return tried
+    print(f"{tried} inputs in {time.monotonic() - started:.0f} s, {passed} read without an error")
+    assert (passed > 0) == passes or (passes and tried < ENOUGH)
 
 
-def check_message(text: str, number: int) -> None:
-    """An error is one line of bearable length."""
-    assert text and len(text) < LONGEST_MESSAGE and "\n" not in text, f"input {number}: {text[:300]!r}"
+def check_message(text: str, seed: int) -> None:
+    """An error is one line of bearable length, and names no class of Python but in brackets."""
+    assert text and len(text) < LONGEST_MESSAGE and "\n" not in text, f"seed {seed}: {text[:300]!r}"
+    assert "Error" not in text.partition(" (")[0], f"seed {seed}: {text}"
+
+
+class TooMuch(BaseException):
+    """An input takes more time or memory than it may."""
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Fail if what is done meanwhile takes longer than `MOST_SECONDS`, or more than `MOST_MEMORY`."""
+
+    def late(number: int, frame: object) -> None:
+        raise TooMuch(f"more than {MOST_SECONDS} s")
+
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the largest memory is from now on
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        if taken > MOST_MEMORY:
+            raise TooMuch(f"{taken} bytes of memory")
 
 
 _watching: list[Path] = []
+_forks: list[bool] = []
 _seen: list[str] = []
-_OPENS = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.symlink", "shutil.rmtree")
+_OPENS = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.symlink",
+          "os.link", "os.truncate", "os.chmod", "os.rmdir", "shutil.rmtree")  # fmt: skip
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind")
-_OF_PYTHON = [Path(path).resolve() for path in (sys.prefix, sys.base_prefix, *sys.path) if path]
+_OWN = (sys.prefix, sys.base_prefix, *sys.path, str(Path(refdet.__file__).parent))  # what anybody may read
+_OF_PYTHON = [Path(path).resolve() for path in _OWN if path]
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     if not _watching or (event not in _OPENS and event not in _STARTS):
         return
     if event in _STARTS:
-        _seen.append(f"{event} {args!r:.200}")
+        if event != "os.fork" or not _forks:
+            _seen.append(f"{event} {args!r:.200}")
         return
     if args and isinstance(args[0], str | bytes | os.PathLike):
-        path = Path(os.path.realpath(os.fsdecode(args[0])))
-        if not any(path.is_relative_to(folder) for folder in (*_watching, *_OF_PYTHON)):
-            _seen.append(f"{event} {path}")
+        path = Path(os.path.realpath(os.path.join(_folder_of(event, args), os.fsdecode(args[0]))))
+        allowed = _watching if _writes(event, args) and path.parent.name != "__pycache__" else [*_watching, *_OF_PYTHON]
+        if not any(path.is_relative_to(folder) for folder in allowed):
+            _seen.append(f"{event} {path} {args[1:]}")
+
+
+def _folder_of(event: str, args: tuple[Any, ...]) -> str:
+    """What a path is relative to: an open folder in some events."""
+    descriptor = args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
+    return os.readlink(f"/proc/self/fd/{descriptor}") if descriptor > -1 else ""
+
+
+def _writes(event: str, args: tuple[Any, ...]) -> bool:
+    if event == "open":
+        return bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+    return event not in ("os.listdir", "os.scandir")
 
 
 sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def watched(allowed: Path) -> Iterator[None]:
-    """Fail if a file outside a folder is opened meanwhile, or a process started."""
-    _watching.append(allowed.resolve())
+def watched(*allowed: Path, forks: bool = False) -> Iterator[None]:
+    """Fail if a file outside of folders is opened meanwhile, or a process started; but for a fork, if that is said."""
+    _watching.extend(folder.resolve() for folder in allowed)
     _seen.clear()
+    if forks:
+        _forks.append(True)
     try:
         yield
     finally:
-        _watching.pop()
+        _watching.clear()
+        _forks.clear()
         seen = [*_seen]
-    assert not seen, seen
+        assert not seen, seen
 
 
 def _nodes(tree: Any) -> Iterator[tuple[Any, Any]]:

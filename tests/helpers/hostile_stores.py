@@ -9,19 +9,23 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from evaluate_examples import PROVENANCE
 from h5py import h5d, h5p, h5s, h5t, h5z
 
 from refdet import store
 from refdet.structures.regions import Regions
 
 REGIONS = (3, 0, 2)
-HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", {}, {"dtype": "float32"})
+HEADER = store.Header([{"id": 3, "name": "dög"}], "name: test", PROVENANCE, {"dtype": "float32"})
 
 
-def write_store(path: Path, compression: str = "none", libver: str = "") -> Path:
-    """A sound store of three images with all that a store can have, in another layout of HDF5 if one is named."""
+def write_store(path: Path, compression: str = "none", libver: str = "", ann_ids: bool = True) -> Path:
+    """A sound store of three images with all that a store can have, in another layout of HDF5 if one is named.
+
+    With ``ann_ids`` its regions are of annotations.
+    """
     columns = store.Columns(
-        {"fc7": (64,), "spatial_fc7": (4, 2, 2)}, masks=True, ann_ids=True, maps=("head",), compression=compression
+        {"fc7": (64,), "spatial_fc7": (4, 2, 2)}, masks=True, ann_ids=ann_ids, maps=("head",), compression=compression
     )
     rows = [store.ImageRow(10 + i, f"{i}.jpg", 9, 7, "", n, 2 * n, (2, 3, 4)) for i, n in enumerate(REGIONS)]
     random = np.random.default_rng(0)
@@ -32,7 +36,7 @@ def write_store(path: Path, compression: str = "none", libver: str = "") -> Path
                 Regions(
                     row.id, row.file_name, 9, 7, np.tile(np.float32([1, 1, 4, 5]), (n, 1)),
                     random.random(n, np.float32), np.full(n, 3),
-                    ann_ids=np.arange(n), masks=(b"o1",) * n, features=features,
+                    ann_ids=np.arange(n) if ann_ids else None, masks=(b"o1",) * n, features=features,
                     maps={"head": random.random((2, 3, 4), np.float32)}, im_info=np.float32([48, 64, 1.5]),
                 )
             )  # fmt: skip

@@ -106,7 +106,7 @@ def test_masks_are_those_of_pycocotools(data: st.DataObject, height: int, width:
 def test_a_bad_box_is_named(tmp_path: Path, box: Any) -> None:
     r = REFER(write(tmp_path))
     r.refToAnn[0]["bbox"] = box
-    for ask in (lambda: r.getRefBox(0), r.frame):
+    for ask in (lambda: r.getRefBox(0), r.to_dataframe):
         with pytest.raises(ReferDataError, match="annotation 7"):
             ask()
 

@@ -77,7 +77,7 @@ with new_folder(Path({str(tmp_path / "out")!r})) as folder:
 
 def test_the_rename_is_on_the_disk_before_the_folder_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[tuple[str, bool]] = []
-    monkeypatch.setattr(folder_module, "flush", lambda path: flushed.append((path.name, (path / "out").exists())))
+    monkeypatch.setattr(folder_module, "fsync", lambda path: flushed.append((path.name, (path / "out").exists())))
     (tmp_path / "in").mkdir()
     with new_folder(tmp_path / "in" / "out") as folder:
         (folder / "a").write_text("whole")

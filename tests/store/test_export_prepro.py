@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 from export_examples import write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refer_examples import GREFS, write
+from refer_examples import GREFS, INSTANCES, write
 
 from refdet.errors import InputError
 from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare, vocabulary
-from refer import read_refs
+from refer import ReferError, read_refs
 
 WORDS = st.sampled_from(["red", "dog", "cat", "left", "big", "teddy"])
 
@@ -70,9 +71,11 @@ def test_attribute_words_are_counted_once_a_ref(tmp_path: Path) -> None:
     data = prepare(root, "refcoco", "unc", PreproOptions(0, attributes=path, top_attributes=3)).data
     assert data["att_to_cnt"] == {"red": 3, "big": 2, "old": 1} and data["att_to_ix"] == {"red": 0, "big": 1, "old": 2}
     assert [ref["att_wds"] for ref in data["refs"]] == [["red", "big"], ["red", "old"], ["red", "big"], [], []]
-    path.write_text(json.dumps([{"sent_id": 999, "atts": {}}]))
-    with pytest.raises(InputError, match="not refer-parser2's sents.json of this dataset"):
-        prepare(root, "refcoco", "unc", PreproOptions(attributes=path))
+    for sent_id in (999, "x" * 5000):
+        path.write_text(json.dumps([{"sent_id": sent_id, "atts": {}}]))
+        with pytest.raises(InputError, match="not refer-parser2's sents.json of this dataset") as caught:
+            prepare(root, "refcoco", "unc", PreproOptions(attributes=path))
+        assert len(str(caught.value)) < 500
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -83,11 +86,29 @@ def test_refusals(tmp_path: Path) -> None:
         prepare(tmp_path, "grefcoco", "unc", PreproOptions(max_length=5))
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "says"),
+    [
+        ("annotations", "bbox", None, "annotation 7 has no bbox"),
+        ("annotations", "bbox", [1, 1, 10**400, 4], "the bbox of annotation 7 is not finite"),
+        ("annotations", "category_id", "1", "annotation number 0: 'category_id' is '1', it must be of type int"),
+        ("images", "height", 6.5, "image number 0: 'height' is 6.5, it must be of type int"),
+        ("images", "file_name", None, "image number 0: 'file_name' is None, it must be of type str"),
+    ],
+)
+def test_what_data_json_is_made_of_is_checked(tmp_path: Path, part: str, key: str, value: Any, says: str) -> None:
+    entries = [{**INSTANCES[part][1], key: value}, *(e for e in INSTANCES[part] if e is not INSTANCES[part][1])]
+    write(tmp_path, instances={**INSTANCES, part: entries})
+    with pytest.raises(ReferError, match=f"{re.escape(str(tmp_path))}.*: .*{re.escape(says)}"):
+        prepare(tmp_path, "refcoco", "unc", PreproOptions())
+
+
 def test_its_own_data_json_is_read(tmp_path: Path) -> None:
     prepare(write_dataset(tmp_path), "refcoco", "unc", PreproOptions()).write(tmp_path)
     path = tmp_path / "data.json"
     assert [ann["h5_id"] for ann in Prepro.read(path).data["anns"]] == list(range(6))
-    for wrong in ([], {"images": []}, {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}):
+    names: Any = {"images": [], "anns": [], "cat_to_ix": {"dog": "a\nb"}}
+    for wrong in ([], {"images": []}, {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}, names):
         path.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="--data-json"):
             Prepro.read(path)

@@ -16,13 +16,17 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
+from refdet.files.short_text import cut
 from refdet.store.hdf5_file import ANY_READER, new_file
 from refer import REFER
+from refer.validation import Kinds, box_of, check_fields
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word where it found nothing
+_IMAGE: dict[str, Kinds] = {"file_name": str, "height": int, "width": int}
+_ANNOTATION: dict[str, Kinds] = {"category_id": int}
 TABLES = 64 << 10  # bytes of HDF5's own in a file of a few datasets, at most
 
 
@@ -64,8 +68,9 @@ class Prepro:
         try:
             ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
             rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
-            if not isinstance(data.get("cat_to_ix", {}), dict):
-                raise TypeError("cat_to_ix is no object")
+            categories = data.get("cat_to_ix", {})
+            if not isinstance(categories, dict) or not all(type(number) is int for number in categories.values()):
+                raise TypeError("cat_to_ix is no object of numbers")
         except (TypeError, KeyError) as error:
             raise InputError(f"--data-json {path}: not what MAttNet's tools/prepro.py writes ({error!r})") from None
         if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
@@ -100,14 +105,18 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
     refer = REFER(root, dataset, split_by)
     if refer.generalized:
         raise InputError(f"--dataset {dataset}: its refs mean any number of objects, MAttNet's mean one")
+    instances = root / dataset / "instances.json"
+    check_fields(instances, "image number {}", list(refer.Imgs.values()), _IMAGE)
+    check_fields(instances, "annotation number {}", list(refer.Anns.values()), _ANNOTATION)
     word_to_ix, tokens = vocabulary(refer.sentToTokens, refer.Cats.values(), options.word_count_threshold)
     counts, words_of = attributes(refer, options)
     image_ids = [image_id for image_id in refer.Imgs if image_id in refer.imgToRefs]
     data = {
         "refs": [
             {"ref_id": ref_id, "split": ref["split"], "category_id": ref["category_id"], "ann_id": ref["ann_id"],
-             "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]], "box": refer.refToAnn[ref_id]["bbox"],
-             "image_id": ref["image_id"], "att_wds": words_of.get(ref_id, [])}
+             "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
+             "box": box_of(refer.DATA_DIR, refer.refToAnn[ref_id]), "image_id": ref["image_id"],
+             "att_wds": words_of.get(ref_id, [])}
             for ref_id, ref in refer.Refs.items()
         ],
         "images": [
@@ -117,7 +126,8 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
             for row, i in enumerate(image_ids)
         ],
         "anns": [
-            {"ann_id": ann["id"], "category_id": ann["category_id"], "box": ann["bbox"], "image_id": i, "h5_id": row}
+            {"ann_id": ann["id"], "category_id": ann["category_id"], "box": box_of(refer.DATA_DIR, ann), "image_id": i,
+             "h5_id": row}
             for row, (i, ann) in enumerate((i, ann) for i in image_ids for ann in refer.imgToAnns[i])
         ],
         "sentences": [
@@ -170,7 +180,7 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
                 found.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
         raise InputError(f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
-                         f"({type(error).__name__}: {error})") from None  # fmt: skip
+                         f"({type(error).__name__}: {cut(error)})") from None  # fmt: skip
     counts = Counter(word for words in found.values() for word in words)
     top = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: options.top_attributes])
     words_of = {ref_id: [word for word in words if word in top] for ref_id, words in found.items()}

@@ -1,0 +1,128 @@
+"""A process that runs commands on stores in a folder, as the command line does, and says what came of each.
+
+Its argument is the folder; for each name of a store on stdin and each command, a line of JSON is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from click.testing import CliRunner
+from fuzzing import watched
+
+from refdet.cli.main import describe, main
+from refdet.data.coco import CocoIndex
+from refdet.extraction.boxes_from_file import load_boxes
+from refdet.files.printable_text import printable
+from refdet.store import (
+    hdf5_door,
+    hdf5_trial,  # noqa: F401  # what a child imports is watched otherwise
+)
+from refdet.store.known_files import FileState
+
+BOXES = "boxes"
+REFER = "refer"  # the folder's own, of the images of the stores
+ZONES = "/usr/share/zoneinfo"  # what pandas reads
+_MEMORY = 4 << 30  # of address space; this process has more than the door's own
+_verdicts: dict[FileState, str] = {}
+
+
+def commands(folder: Path, store: Path, out: Path) -> dict[str, list[str]]:
+    """Whatever takes a store that somebody may have sent."""
+    refer = ["--refer-root", str(folder / REFER)]
+    given = ["--store", str(store)]
+    return {
+        "inspect": ["inspect", str(store)],
+        "verify": ["inspect", "--verify", str(store)],
+        "npz": ["export", "--format", "npz", *given, "--out", str(out)],
+        "mattnet": ["export", "--format", "mattnet", *given, "--out", str(out)],
+        "audit": ["audit", *given, *refer],
+        BOXES: [str(store), str(folder / REFER / "toy" / "instances.json")],
+        "evaluate": ["evaluate-on-refer", *given, *refer, "--dataset", "toy", "--split-by", "me", "--out", str(out)],
+    }
+
+
+def read_boxes(store: str, instances: str) -> tuple[int, str, str]:
+    """What extract-features and evaluate do with a store given as --boxes, before they need a network."""
+    try:
+        index = CocoIndex.load(instances)
+        found = load_boxes(Path(store), index)
+        for record in index.images.values():
+            found.of(record)
+    except Exception as error:
+        code, text = describe(error)
+        return code, f"error: {printable(text)}", ""
+    return 0, "", ""
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    """A command's exit code, what it says on stderr, and the traceback if it crashes."""
+    done = CliRunner().invoke(main, words)
+    crashed = done.exception is not None and not isinstance(done.exception, SystemExit)
+    return done.exit_code, done.stderr, "".join(traceback.format_exception(done.exception)) if crashed else ""
+
+
+def trial(path: Path) -> str:
+    """As `hdf5_trial.try_file`, in a fork: without the time that Python takes to begin, and once for each file."""
+    state = FileState.of(path)
+    if state not in _verdicts:
+        _verdicts[state] = _forked(path)
+    return _verdicts[state]
+
+
+def _forked(path: Path) -> str:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        sys.stdout = os.fdopen(writer, "w")
+        hdf5_trial.main(str(path), _MEMORY, hdf5_trial.SECONDS)
+        sys.stdout.close()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        output = file.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return hdf5_trial.verdict(output, code, hdf5_trial.SECONDS)
+
+
+def most_memory() -> int:
+    """Not ru_maxrss, which begins with that of the process that started this one."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def answer(folder: Path, name: str, what: str, words: list[str]) -> dict[str, object]:
+    """What comes of a command."""
+    begun = time.monotonic()
+    code, stderr, crash, outside = 0, "", "", ""
+    try:
+        with watched(folder, *map(Path, (os.environ["XDG_CACHE_HOME"], os.devnull, ZONES)), forks=True):
+            code, stderr, crash = (read_boxes if what == BOXES else run)(*words)
+    except AssertionError as error:
+        outside = str(error)
+    return {
+        "file": name, "command": what, "code": code, "seconds": time.monotonic() - begun, "outside": outside,
+        "stderr": stderr, "bytes": most_memory(), "crash": crash,
+    }  # fmt: skip
+
+
+def serve(folder: Path) -> None:
+    hdf5_door.try_file = trial  # type: ignore[attr-defined]
+    for line in sys.stdin:
+        name = line.strip()
+        out = folder / "out"
+        for what, words in commands(folder, folder / name, out).items():
+            print(json.dumps(answer(folder, name, what, words)), flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
