@@ -15,6 +15,21 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU, or the compiled kernels for it, where there is none."""
+    mark = item.get_closest_marker("gpu")
+    if mark is None:
+        return
+    import torch
+
+    from refdet.ops._library import DEVICES
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if mark.kwargs.get("kernels") and "cuda" not in DEVICES:
+        pytest.skip("no CUDA kernels")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real COCO images and refs beside the repository, where there is one."""

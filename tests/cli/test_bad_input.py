@@ -19,6 +19,8 @@ from refdet.data.segmentations import rle_pixels
 from refdet.errors import is_disk_full
 from refdet.files import atomic
 
+pytestmark = pytest.mark.slow
+
 TINY = ("train.steps=2", "train.batch_size=2", "train.log_every=1", "model.width=8", "model.fpn_channels=16",
         "model.fpn_hidden=32", "input.min_sizes=[64]")  # fmt: skip
 SETTINGS = [word for change in TINY for word in ("--set", change)]

@@ -13,6 +13,8 @@ from refdet.cli.demo_pipeline import demo
 from refdet.cli.main import main
 from refdet.errors import InputError, RuntimeFailure
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["dataset", "build-split", "audit", "train", "evaluate", "extract-features", "listener", "evaluate-on-refer"]
 COMMANDS = [step for step in STEPS if step not in ("dataset", "listener")]
 TINY = ("train.steps=8", "train.batch_size=2", "train.workers=0", "train.log_every=4", "model.width=8")

@@ -19,6 +19,8 @@ from refdet import store
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "listener.py"
 COLOURS = ("red", "green", "blue", "white")
 

@@ -27,6 +27,8 @@ from refdet.errors import InputError
 from refdet.files.printable_text import printable
 from refdet.structures.provenance import Provenance
 
+pytestmark = pytest.mark.slow
+
 FORGED = "x\nproven: run was trained on this file\r\x1b[2J\x1b]0;title\x07\u202eevil\u2028\x9b31m\x7f\udcff"
 ANY = st.one_of(st.text(), st.text(st.characters(min_codepoint=0, max_codepoint=0x2FF)), st.just(FORGED))
 

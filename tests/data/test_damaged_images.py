@@ -137,7 +137,7 @@ def test_pillow_warns_of_nothing(folder: Path) -> None:
         "    except t.ImageError: pass\n"
     )
     command = [sys.executable, "-W", "always", "-c", code, str(folder)]
-    process = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    process = subprocess.run(command, env=environment(Path(__file__).parent), capture_output=True, text=True)
     assert process.returncode == 0
     spilt = [line for line in process.stderr.splitlines() if "PIL" in line or "image" in line.lower()]
     assert not spilt

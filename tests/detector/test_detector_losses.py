@@ -15,6 +15,8 @@ from refdet.ops.masks import mask_coverage
 from refdet.structures import boxes as box_ops
 from refdet.structures.ground_truth import GroundTruth
 
+pytestmark = pytest.mark.slow
+
 
 def truth_for_loss() -> list[GroundTruth]:
     return [
@@ -99,7 +101,11 @@ def test_second_stage_losses_are_their_formulas() -> None:
             mask -= torch.where(cell, p.log(), (1 - p).log()).sum()
             cells += cell.numel()
     assert count > 100 and cells > 14 * 14 * 3
-    for name, expected in (("score", score / count), ("box", box / count), ("mask", mask / cells)):
+    for name, expected in (
+        ("loss_classifier", score / count),
+        ("loss_box_reg", box / count),
+        ("loss_mask", mask / cells),
+    ):
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -220,7 +226,7 @@ def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(
 ) -> None:
     model, truths = small_model(*VARIANTS[variant]).train(), some_truths()
     whole, found = losses_of(model, truths), losses_of(model, without_masks(truths, *missing))
-    for name in whole.keys() - {"mask"}:
+    for name in whole.keys() - {"loss_mask"}:
         assert torch.equal(found[name], whole[name]), name
     sum(found.values(), torch.zeros(())).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -232,10 +238,10 @@ def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(
 
 def test_the_mask_loss_is_the_mean_over_the_objects_that_have_a_mask() -> None:
     model, truths, every = small_model().train(), some_truths(), [(0, 0), (1, 0), (1, 1)]
-    alone = [losses_of(model, without_masks(truths, *(o for o in every if o != one)))["mask"] for one in every]
+    alone = [losses_of(model, without_masks(truths, *(o for o in every if o != one)))["loss_mask"] for one in every]
     for kept in ([0, 1], [0, 2], [1, 2]):
         (gone,) = {0, 1, 2} - set(kept)
-        found = losses_of(model, without_masks(truths, every[gone]))["mask"]
+        found = losses_of(model, without_masks(truths, every[gone]))["loss_mask"]
         assert min(alone[i] for i in kept) < found < max(alone[i] for i in kept)
 
 

@@ -25,6 +25,8 @@ from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
 from refdet.structures.ground_truth import GroundTruth
 
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
+
 ONE_FURTHER = np.array([0, 0, 1, 1], np.float32)  # from the reference's inclusive boxes to half-open ones
 IMAGES = {50: ("000000194322", "000000249346", "000000466137", "000000551757"), 101: ("000000466137",)}
 # "used" is the network as extract-features runs it: norms folded, conv5 entered early, kernels for convolutions

@@ -25,6 +25,8 @@ from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import file_sha256
 from refdet.training.trainer import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def resnet18() -> Tensors:

@@ -17,6 +17,8 @@ from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refer import REFER
 
+pytestmark = pytest.mark.slow
+
 
 def brute_giou(a: list[float], b: list[float]) -> float:
     """Of half-open xyxy boxes with area."""

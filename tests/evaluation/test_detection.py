@@ -26,6 +26,8 @@ from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ((3, "car"), (7, "train"), (44, "bottle"), (90, "toothbrush"))
 SIZES = [(96, 128), (128, 96), (96, 128), (96, 128), (60, 90), (128, 96), (96, 128), (96, 128)]
 

@@ -19,6 +19,8 @@ from refdet.evaluation import language
 from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 
+pytestmark = pytest.mark.slow
+
 TRUTH = {1: ["the left man", "man in red shirt"], 2: ["a woman with a yellow t - shirt"], 5: ["dog", "the brown dog"]}
 SAID = {1: "the man in the red shirt", 2: "woman, on the left!", 5: "a brown dog"}
 PEOPLE = st.lists(st.text(max_size=12), min_size=1, max_size=3)

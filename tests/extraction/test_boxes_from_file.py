@@ -26,6 +26,8 @@ from refdet.store.verify import verify
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 CATEGORIES = [{"id": 3, "name": "car"}, {"id": 44, "name": "bottle"}]
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [10.0, 20, 30, 40], "score": 0.5}
 

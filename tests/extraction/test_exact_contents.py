@@ -25,6 +25,8 @@ from refdet.extraction.options import ExtractOptions
 from refdet.extraction.pipeline import Summary
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
          "input.max_size=160", "proposals.post_nms_top_n_test=40"]  # fmt: skip
 PYRAMID = ["model.fpn_channels=16", "model.fpn_hidden=32"]

@@ -18,6 +18,8 @@ import pytest
 from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, environment, line, run
 from store_examples import contents
 
+pytestmark = pytest.mark.slow
+
 
 class Answer(NamedTuple):
     code: int

@@ -29,6 +29,8 @@ from refdet.extraction.plan import cut_into_shards
 from refdet.store import hdf5_file
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 
 def load(record: ImageRecord) -> np.ndarray:
     return np.full((record.height, record.width, 3), record.id, np.uint8)

@@ -18,6 +18,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
+
 IMAGES = 36  # two shards
 # the network is the reference's; its input and its proposals are few, for a test has little time
 QUICK = {

@@ -23,6 +23,8 @@ from refdet.extraction.plan import Plan
 from refdet.extraction.repair import repair_folder
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 PLANS = {
     "all columns": PLAN,
     "no features": replace(PLAN, features=()),

@@ -17,6 +17,8 @@ from refdet.files.small_files import strict_json
 from refdet.store.export.mattnet import export_mattnet
 from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
+pytestmark = pytest.mark.slow
+
 WORDS = [{"sent_id": 10 * n, "atts": {"r1": ["dog"], "r2": ["red"], "r7": ["big", "none"]}} for n in range(5)]
 
 

@@ -19,6 +19,8 @@ from refdet.data.image_source import ImageSource
 from refdet.errors import InputError
 from refdet.splits.perceptual_hash import thumbnails
 
+pytestmark = pytest.mark.slow
+
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]
 RECORD = ImageRecord(7, "7.img", 24, 32)

@@ -18,6 +18,8 @@ from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 
+pytestmark = pytest.mark.slow
+
 
 def laughs(levels: int) -> str:
     text = "&a0 [lol, lol]"

@@ -33,6 +33,8 @@ from refdet.training.metrics_log import _forget_after as forget_after
 from refdet.training.saved_run import SavedRun
 from refdet.training.state import newest
 
+pytestmark = pytest.mark.slow
+
 TINY = recipe.load("demo").with_changes(["model.width=4", "model.fpn_channels=4", "model.fpn_hidden=8",
                                          "model.rpn_channels=4", "model.mask_channels=4"])  # fmt: skip
 META = checkpoint.CheckpointMetadata(TINY, ((1, "cat"), (5, "dog")), Provenance.imported("drawn", "0" * 64), 3)

@@ -21,6 +21,8 @@ from fuzzing import seeds
 from hostile_stores import STRUCTURES, repeat_text, share_bytes, write_store
 from interrupted_extraction import environment
 
+pytestmark = pytest.mark.slow
+
 INPUTS = 24
 LIMIT_SECONDS = 20
 LIMIT_BYTES = 2 << 30

@@ -31,6 +31,8 @@ from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import audit
 from refer import REFER
 
+pytestmark = pytest.mark.slow
+
 OBJECTS = [
     {"image_id": 1, "bbox": [10, 10, 40, 30], "category_id": 1, "split": "val"},
     {"image_id": 2, "bbox": [0, 0, 50, 50], "category_id": 2, "split": "testA"},

@@ -24,6 +24,8 @@ from refdet.extraction.pipeline import Finish
 from refdet.extraction.shard_arrays import ShardError, ShardWriter, read
 from refdet.structures.limits import is_id, size_problem
 
+pytestmark = pytest.mark.slow
+
 MAGIC = b"refdet-shard/2\n"
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from refdet.ops.masks import EncodedMasks, encode_masks, encode_masks_plain, mask_coverage, mask_coverage_plain
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.slow
+
+cuda = pytest.mark.gpu
 both = pytest.mark.parametrize("function", [encode_masks, encode_masks_plain])
 
 

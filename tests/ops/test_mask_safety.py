@@ -12,10 +12,9 @@ from torch import Tensor
 
 from refdet.data.segmentations import to_rle
 from refdet.ops import masks as mask_ops
-from refdet.ops._library import DEVICES
 from refdet.ops.masks import encode_masks, encode_masks_plain, mask_coverage, masks_to_rle
 
-cuda = pytest.mark.skipif("cuda" not in DEVICES or not torch.cuda.is_available(), reason="no GPU, or no kernels for it")
+cuda = pytest.mark.gpu(kernels=True)
 HUGE = [(65535, 65535), (65536, 32768), (46341, 46341)]
 
 

@@ -16,8 +16,10 @@ from torchvision.ops import box_iou
 from refdet.ops._library import DEVICES
 from refdet.ops.matching import Matches, match_boxes, match_boxes_plain
 
+pytestmark = pytest.mark.slow
+
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
-cuda = pytest.mark.skipif("cuda" not in DEVICES or not torch.cuda.is_available(), reason="no GPU, or no kernels for it")
+cuda = pytest.mark.gpu(kernels=True)
 both = pytest.mark.parametrize("function", [match_boxes, match_boxes_plain])
 f32 = np.float32
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from refdet.ops._library import DEVICES
 from refdet.ops.nms import BLOCK, nms, nms_plain
 
+pytestmark = pytest.mark.slow
+
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
-cuda = pytest.mark.skipif(not torch.cuda.is_available() or "cuda" not in DEVICES, reason="no GPU, or no kernels for it")
+cuda = pytest.mark.gpu(kernels=True)
 both = pytest.mark.parametrize("function", [nms, nms_plain])
 
 

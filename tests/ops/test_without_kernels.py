@@ -14,6 +14,8 @@ import pytest
 from refdet import store
 from refdet.ops._library import DEVICES
 
+pytestmark = pytest.mark.slow
+
 RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
           "input.max_size=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=6", "train.log_every=1",
           "train.batch_size=4", "proposals.post_nms_top_n_test=40"]  # fmt: skip

@@ -16,6 +16,8 @@ from refer import ReferDataError
 from refer.pickle_machine import Machine
 from refer.safe_pickle import _is_simple, loads
 
+pytestmark = pytest.mark.slow
+
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=80)

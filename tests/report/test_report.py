@@ -29,6 +29,8 @@ from refdet.splits.build import build_split
 from refdet.structures.regions import Regions
 from refer import REFER
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "the <script>alert('x')</script> & \"that\""
 EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
 

@@ -20,6 +20,8 @@ from refdet.store import Columns, Header, ImageRow, create
 from refdet.structures.provenance import UNKNOWN, Provenance
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 PROVENANCE = Provenance("a.json", "ab", 2, 3, "cd", {"refcoco/unc/val": {"images": 1500, "found": 5}}, "imagenet")
 
 

@@ -19,6 +19,8 @@ from refdet.extraction.pipeline import Finish, extract
 from refdet.store import hdf5_file
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 200
 RECORDS = [ImageRecord(i, f"{i}.jpg", 40, 50) for i in range(IMAGES)]
 ORDER = np.random.default_rng(0).permutation(IMAGES).tolist()

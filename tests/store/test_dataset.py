@@ -15,6 +15,8 @@ from refdet.errors import InputError
 from refdet.store.dataset import RegionsDataset
 from refdet.structures.regions import Regions
 
+pytestmark = pytest.mark.slow
+
 IDS = [9, 4, 7, 30, 2, 11]
 
 

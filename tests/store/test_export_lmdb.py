@@ -172,7 +172,7 @@ def test_what_lmdb_cannot_write_is_an_error_in_words(
         def __enter__(self) -> Transaction:
             return self
 
-        def open_extraction(self, write: bool) -> Transaction:
+        def begin(self, write: bool) -> Transaction:
             return Transaction()
 
     path = write_store(tmp_path / "a.h5", DETECTIONS)

@@ -25,6 +25,8 @@ from refdet.store.hdf5_door import open_store_file
 from refdet.store.known_files import FileState, KnownFiles
 from refdet.store.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:

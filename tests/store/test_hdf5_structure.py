@@ -16,7 +16,7 @@ from refdet.errors import InputError
 from refdet.store import schema
 from refdet.store.hdf5_trial import look_through
 
-pytestmark = pytest.mark.usefixtures("opened_here")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("opened_here")]
 
 
 @pytest.mark.parametrize("libver", ["", "earliest"])

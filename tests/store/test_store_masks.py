@@ -17,6 +17,8 @@ from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.store import Store
 
+pytestmark = pytest.mark.slow
+
 BOXES = {1: [[10, 10, 30, 30], [50, 50, 60, 60]], 2: [[0, 0, 40, 20]], 3: []}
 Change = Callable[[np.random.Generator, list[bytes]], list[bytes]]
 

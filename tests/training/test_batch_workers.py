@@ -26,6 +26,8 @@ from refdet.interrupt import Stop, StopRequested
 from refdet.training import batch_workers
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CODE = (
     "import sys; from pathlib import Path; from refdet.cli.main import main; from training_examples import TINY\n"

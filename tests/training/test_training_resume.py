@@ -22,6 +22,8 @@ from refdet.errors import InputError
 from refdet.files.lock import alone
 from refdet.training.run_folder import LOCK
 
+pytestmark = pytest.mark.slow
+
 Spoil = Callable[[Path], object]
 
 KILLED_AT_THE_THIRD_STEP = f"""
