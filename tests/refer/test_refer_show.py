@@ -145,7 +145,7 @@ def test_only_images_of_the_right_size_are_shown(tmp_path: Path, pyplot: Recorde
         shown(tmp_path, pyplot, ["pipe.png", "4.jpg", "5.jpg"])
 
 
-@pytest.mark.parametrize(("module", "ask"), [("matplotlib", "showMask"), ("pandas", "frame")])
+@pytest.mark.parametrize(("module", "ask"), [("matplotlib", "showMask"), ("pandas", "to_dataframe")])
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, ask: str) -> None:
     r = REFER(write(tmp_path))
     for name in (module, f"{module}.pyplot"):
