@@ -22,6 +22,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -183,7 +184,7 @@ def _parsed(data: bytes, plan: Plan) -> Regions:
     at = _NUMBER.size + length
     head = json.loads(data[_NUMBER.size : at])
     _check_head(head)
-    ends = np.cumsum([at, *head["masks"]]).tolist()
+    ends = list(accumulate(head["masks"], initial=at))
     masks = tuple(data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
     dtypes = _dtypes(plan)
     arrays, at = {}, ends[-1]

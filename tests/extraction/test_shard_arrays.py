@@ -145,7 +145,7 @@ BOX, SCORE, CATEGORY = ["box", "<f4", [0, 4]], ["score", "<f4", [0]], ["category
     "changes",
     [
         {"id": {}}, {"id": 2**63}, {"id": True}, {"height": "9"}, {"height": -1}, {"width": 2**31}, {"file_name": 5},
-        {"file_name": "a\0"}, {"error": "\ud800"}, {"masks": [-1, 1]},
+        {"file_name": "a\0"}, {"error": "\ud800"}, {"masks": [-1, 1]}, {"masks": [2**62, 2**62]},
         {"arrays": [["box", "<f8", [0, 4]], SCORE, CATEGORY]},
         {"arrays": [BOX, SCORE, CATEGORY, ["x", "<f4", [0]]]}, {"arrays": [BOX, SCORE, ["category_id", "|O", [0]]]},
         {"arrays": [BOX, SCORE]}, {"arrays": [["box", "<f4", [-1, 4]], SCORE, CATEGORY]},
