@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import escape
 
-from refdet import __version__, store
+from refdet import store
 from refdet.config.renamed_keys import LOSSES
 from refdet.data.coco import ImageRecord
 from refdet.detector.checkpoint import LARGEST_META
@@ -19,6 +19,7 @@ from refdet.errors import InputError
 from refdet.evaluation.renamed_metrics import in_new_names
 from refdet.files.atomic import atomic_write
 from refdet.files.small_files import read_small, strict_json
+from refdet.files.version import __version__
 from refdet.report import sections
 from refdet.report.fields import check_metrics, count, field, rate, text
 from refdet.report.figures import picture

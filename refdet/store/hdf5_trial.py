@@ -92,10 +92,9 @@ def _import_folders() -> list[str]:
     import h5py
     import numpy
 
-    import refdet
-
-    files = [module.__file__ for module in (refdet, h5py, numpy)]
-    return list(dict.fromkeys(str(Path(file).resolve().parents[1]) for file in files if file))
+    here = Path(__file__).resolve().parents[2]
+    others = (Path(module.__file__).resolve().parents[1] for module in (h5py, numpy) if module.__file__)
+    return list(dict.fromkeys(map(str, (here, *others))))
 
 
 def _environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from refdet import __version__
+from refdet.files.version import __version__
 
 _MOST = 500  # files that are remembered, the newest
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import refdet
 from refdet.files.atomic import write_json
+from refdet.files.version import __version__
 from refdet.store.export.source import Source
 
 NAME = "provenance.json"
@@ -41,5 +41,5 @@ class Exported:
 def write_record(folder: Path, done: Exported, options: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
     """Write `provenance.json`: what was exported from which files, and what their detectors were trained on."""
     described = {name: source.describe() for name, source in sources.items()}
-    record = {"refdet": refdet.__version__, "export": done.to_json(), "options": dict(options), "sources": described}
+    record = {"refdet": __version__, "export": done.to_json(), "options": dict(options), "sources": described}
     write_json(folder / NAME, record)
