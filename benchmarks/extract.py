@@ -172,8 +172,8 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
             regions["torchvision"] = statistics.mean(counts)
         if "refdet" in sides:
             done = extract_features(
-                work.checkpoint, work.images_dir, ours, work.image_list, extraction, options.batch_size,
-                options.workers, str(device),
+                work.checkpoint, work.images_dir, ours, work.image_list, options=extraction,
+                batch_size=options.batch_size, workers=options.workers, device=str(device),
             )  # fmt: skip
             seconds["refdet"].append(done.seconds + done.stages["merge"])
             regions["refdet"] = done.regions / done.images

@@ -56,7 +56,7 @@ def extract(folder: Path, count: int) -> None:
 
     options = ExtractOptions(score_threshold=0.0, max_regions=20, features=("pool5", "fc7", "head"))
     images = ImageList.of_instances(folder / f"{count}.json")
-    done = extract_features(folder / "run", folder, folder / f"{count}.h5", images, options, device="cpu")
+    done = extract_features(folder / "run", folder, folder / f"{count}.h5", images, options=options, device="cpu")
     print(
         json.dumps({"images": done.images, "regions": done.regions, "peak_bytes": peak_memory(), "bytes": done.bytes})
     )

@@ -45,7 +45,17 @@ def command(
 
     for line in load_meta(checkpoint).warnings():
         note(line)
-    found = evaluate(checkpoint, instances, images, batch_size, device, precision, workers, exif, crowd_as_object)
+    found = evaluate(
+        checkpoint,
+        instances,
+        images,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        workers=workers,
+        exif=exif,
+        crowd_as_object=crowd_as_object,
+    )
     if as_json:
         echo_json(found)
     else:

@@ -19,7 +19,17 @@ from .arguments import (
     check_refer_root,
     check_run_directory,
 )
-from .common import box_format_option, echo_json, echo_line, echo_table, exif_option, json_option, note, renamed_option
+from .common import (
+    box_format_option,
+    echo_json,
+    echo_line,
+    echo_table,
+    exif_option,
+    json_option,
+    naming_options,
+    note,
+    renamed_option,
+)
 
 if TYPE_CHECKING:
     from refdet.extraction.pipeline import Summary
@@ -47,7 +57,7 @@ if TYPE_CHECKING:
 @click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 @click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
 @renamed_option(
-    "--lower-threshold-if-empty", "--at-least-one", "at_least_one", is_flag=True,
+    "--lower-threshold-if-empty", "--at-least-one", "lower_threshold_if_empty", is_flag=True,
     help="Lower the threshold by 0.1 until an image has a region.",
 )  # fmt: skip
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
@@ -82,7 +92,7 @@ def command(
     dtype: str,
     score_threshold: float,
     nms_threshold: float,
-    at_least_one: bool,
+    lower_threshold_if_empty: bool,
     max_regions: int,
     batch_size: str,
     workers: int,
@@ -128,27 +138,28 @@ def command(
     from refdet.extraction.options import ExtractOptions
 
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
-    options = ExtractOptions(
-        "boxes" if boxes is not None else regions,
-        names,
-        dtype,
-        score_threshold,
-        nms_threshold,
-        max_regions,
-        precision,
-        at_least_one,
-        masks,
-        compression,
-        exif,
-        crowd_as_object,
-    )
+    with naming_options():
+        options = ExtractOptions(
+            regions=regions,
+            features=names,
+            dtype=dtype,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_regions=max_regions,
+            lower_threshold_if_empty=lower_threshold_if_empty,
+            precision=precision,
+            masks=masks,
+            compression=compression,
+            exif=exif,
+            crowd_as_object=crowd_as_object,
+        )
     meta = load_meta(checkpoint)
     check_features(names, meta.recipe)
     if instances is not None:
-        image_list = ImageList.of_instances(instances, crowd_as_object)
+        image_list = ImageList.of_instances(instances, crowd_as_object=crowd_as_object)
     else:
         assert refer_root is not None and dataset and split_by
-        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits, crowd_as_object)
+        image_list = ImageList.of_refer(refer_root, dataset, split_by, splits=splits, crowd_as_object=crowd_as_object)
     for line in meta.warnings():
         note(line)
     done = extract_features(
@@ -156,16 +167,16 @@ def command(
         images,
         out,
         image_list,
-        options,
-        at_once,
-        workers,
-        device,
-        resume,
-        boxes,
-        strict,
-        note,
-        box_format,
-        note,
+        options=options,
+        boxes=boxes,
+        box_format=box_format,
+        batch_size=at_once,
+        workers=workers,
+        device=device,
+        resume=resume,
+        strict=strict,
+        say=note,
+        announce=note,
     )
     if done.computed == 0:
         note(f"{out} is complete")

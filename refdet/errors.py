@@ -16,6 +16,22 @@ class InputError(RefdetError):
     exit_code = 2
 
 
+class ArgumentError(InputError, ValueError):
+    """An argument of a function has a value that it cannot have.
+
+    Attributes:
+        argument: name of the argument.
+        problem: what is wrong with its value.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument, self.problem = argument, problem
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.problem}"
+
+
 class RuntimeFailure(RefdetError):
     """The work itself failed: a non-finite loss, a full disk, a leak found. Exit code 1."""
 

@@ -110,16 +110,16 @@ def test_extraction_computes_float32_in_float32(
     name = "start_detecting" if regions == "detections" else "start_describing"
     start = getattr(predictor, name)
 
-    def watched(*given: Any) -> Any:
+    def watched(*given: Any, **named: Any) -> Any:
         seen.append(settings())
-        return start(*given)
+        return start(*given, **named)
 
     monkeypatch.setattr(predictor, name, watched)
     torch.set_float32_matmul_precision("medium")
     before = settings()
-    options = ExtractOptions(regions)
-    extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3), options,
-                     device="cpu")  # fmt: skip
+    options = ExtractOptions(regions=regions)
+    extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3),
+                     options=options, device="cpu")  # fmt: skip
     assert seen and all(one == EXACT for one in seen)
     assert settings() == before
 
@@ -150,7 +150,7 @@ def test_extraction_says_that_it_computes_in_float32_instead(
     images, said = images_of(shapes_root, 3), []
     for name, precision in (("a.h5", "bfloat16"), ("b.h5", "float32")):
         extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,
-                         ExtractOptions(precision=precision), device="cpu", say=said.append)  # fmt: skip
+                         options=ExtractOptions(precision=precision), device="cpu", say=said.append)  # fmt: skip
     assert said == ["--precision bfloat16: this processor has no bfloat16 arithmetic: computing in float32, which is "
                     "faster here and exact"]  # fmt: skip
     with store.open(tmp_path / "a.h5") as first, store.open(tmp_path / "b.h5") as second:

@@ -29,6 +29,7 @@ from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels,
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -175,20 +176,14 @@ class MaskRCNN(nn.Module):
         self,
         images: Tensor,
         sizes: Sequence[InputSize],
-        score_threshold: float,
-        nms_threshold: float,
-        max_regions: int,
-        at_least_one: bool = False,
+        options: DetectionOptions,
         features: Sequence[str] = FEATURES,
     ) -> Detections:
         """Detections of images. A GPU is waited for as often for many images as for one.
 
         Args:
             images: (B, 3, H, W), normalised.
-            score_threshold: class probability that a detection must reach.
-            nms_threshold: IoU above which the lower of two detections of a class goes.
-            max_regions: how many are kept over all classes.
-            at_least_one: lower the threshold by 0.1 for an image, as often as it needs to have a detection.
+            options: which detections are kept.
             features: which ones of the detections are wanted, see `BatchFeatures`, and ``head`` for its map.
         """
         with self.timed("backbone"):
@@ -203,30 +198,35 @@ class MaskRCNN(nn.Module):
             logits, deltas = self.head.predict_boxes(self.head.box_features(maps, rois))
         with self.timed("choice"):
             finite = all_finite(scored.logits, scored.deltas, logits, deltas)
-            boxes, best, labels, counts = self._select_detections(
-                boxes, image, logits, deltas, sizes, score_threshold, nms_threshold, max_regions, at_least_one
-            )
+            boxes, best, labels, counts = self._select_detections(boxes, image, logits, deltas, sizes, options)
         masks_of = labels if self.recipe.model.masks else None
         found = self._extract_features(maps, images, sizes, boxes, counts, masks_of, features)
         finite = finite & found.finite
         return Detections(found.counts, found.features, found.masks, found.head, finite, boxes, best, labels)
 
     def _select_detections(
-        self, boxes: Tensor, image: Tensor, logits: Tensor, deltas: Tensor, sizes: Sequence[InputSize],
-        score_threshold: float, nms_threshold: float, max_regions: int, at_least_one: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
+        self,
+        boxes: Tensor,
+        image: Tensor,
+        logits: Tensor,
+        deltas: Tensor,
+        sizes: Sequence[InputSize],
+        options: DetectionOptions,
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.postprocess`."""
         scores = logits.softmax(dim=1)[:, 1:]
         scales, limits = _frames(sizes, boxes)
         anchors = self.convention.unscale(boxes, scales[image])
         decoded = self.convention.decode(deltas[:, 1:], anchors[:, None], DELTA_WEIGHTS)
         inside = box_ops.cut(decoded, limits[image][:, None])
-        if at_least_one:
-            thresholds = reached(inside, scores, image, len(sizes), score_threshold)
+        if options.lower_threshold_if_empty:
+            thresholds = reached(inside, scores, image, len(sizes), options.score_threshold)
         else:
-            thresholds = scores.new_full((len(sizes),), score_threshold)
+            thresholds = scores.new_full((len(sizes),), options.score_threshold)
         legacy_tie_order = self.recipe.model.legacy_tie_order
-        return best_detections(inside, scores, image, thresholds, nms_threshold, max_regions, legacy_tie_order)
+        return best_detections(
+            inside, scores, image, thresholds, options.nms_threshold, options.max_regions, legacy_tie_order
+        )
 
     @torch.no_grad()
     def extract_features(

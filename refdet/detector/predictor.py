@@ -13,24 +13,14 @@ from refdet.config.recipe import InputOptions
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
 from refdet.detector.feature_names import HEAD
-from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.mask_rcnn import FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.device import on_device
 from refdet.errors import RuntimeFailure
 from refdet.ops.masks import masks_to_rle
 from refdet.structures.box_convention import InputSize
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
-
-
-@dataclass(frozen=True)
-class DetectOptions:
-    """Which detections are kept, and what is written of them."""
-
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.3
-    max_regions: int = 100
-    features: tuple[str, ...] = ("pool5", "fc7")
-    at_least_one: bool = False  # lower the threshold by 0.1 until an image has a detection
 
 
 @dataclass(frozen=True)
@@ -57,11 +47,13 @@ def detect_batch(
     images: Sequence[np.ndarray],
     records: Sequence[ImageRecord],
     category_ids: Sequence[int],
-    options: DetectOptions,
+    options: DetectionOptions,
+    *,
+    features: Sequence[str] = FEATURES,
     bf16: bool = False,
 ) -> list[Regions]:
     """The detected regions of images whose inputs have one exact size; see `start_detecting`."""
-    return start_detecting(model, images, records, category_ids, options, bf16)()
+    return start_detecting(model, images, records, category_ids, options, features=features, bf16=bf16)()
 
 
 def start_detecting(
@@ -69,7 +61,9 @@ def start_detecting(
     images: Sequence[np.ndarray],
     records: Sequence[ImageRecord],
     category_ids: Sequence[int],
-    options: DetectOptions,
+    options: DetectionOptions,
+    *,
+    features: Sequence[str] = FEATURES,
     bf16: bool = False,
 ) -> Callable[[], list[Regions]]:
     """Detect regions of images whose inputs have one exact size; what is returned finishes them, in any thread.
@@ -80,14 +74,13 @@ def start_detecting(
         images: (H, W, 3) uint8 RGB each.
         records: their records, for ids and names.
         category_ids: COCO id of label 1, 2, ...
+        options: which detections are kept.
+        features: names, see `refdet.detector.feature_names`.
         bf16: run the network in bfloat16; what leaves it is float32.
     """
     sizes, inputs = _inputs(model, images)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        found = model.predict(
-            inputs, sizes, options.score_threshold, options.nms_threshold, options.max_regions, options.at_least_one,
-            options.features,
-        ).to_cpu_async()  # fmt: skip
+        found = model.predict(inputs, sizes, options, features).to_cpu_async()
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
@@ -103,19 +96,21 @@ def describe_boxes(
     model: MaskRCNN,
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
-    features: Sequence[str] = ("pool5", "fc7"),
+    *,
+    features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
 ) -> list[ImageFeatures]:
     """Features, and with `labels` masks, of given boxes of images; see `start_describing`."""
-    return start_describing(model, images, boxes, features, labels, bf16)()
+    return start_describing(model, images, boxes, features=features, labels=labels, bf16=bf16)()
 
 
 def start_describing(
     model: MaskRCNN,
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
-    features: Sequence[str] = ("pool5", "fc7"),
+    *,
+    features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
     bf16: bool = False,
 ) -> Callable[[], list[ImageFeatures]]:

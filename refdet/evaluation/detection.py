@@ -19,11 +19,11 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
 from refdet.extraction.pipeline import Finish, begin_batch, load_ahead
 from refdet.files.progress import progress_bar
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
 
 if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
-    from refdet.detector.predictor import DetectOptions
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def evaluate(
     run: Path,
     instances: Path,
     images: Path,
+    *,
     batch_size: int = 4,
     device: str | None = None,
     precision: str = "float32",
@@ -76,7 +77,6 @@ def evaluate(
     _log_odd_annotations(index, meta.recipe.model.masks)
 
     from refdet.detector import loading
-    from refdet.detector.predictor import DetectOptions
     from refdet.device import usable_device, usable_precision
 
     where = usable_device(device)
@@ -90,7 +90,7 @@ def evaluate(
         OrientationNote(source),
         progress_bar(len(records), "evaluate", "image") as bar,
     ):
-        for regions in detected_regions(detector, source, records, DetectOptions(features=()), batch_size, workers):
+        for regions in detected_regions(detector, source, records, batch_size, workers):
             results += coco_results([regions])
             bar.update()
     kinds = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
@@ -105,11 +105,10 @@ def detected_regions(
     detector: TrainedDetector,
     source: ImageSource,
     records: Sequence[ImageRecord],
-    options: DetectOptions,
     batch_size: int = 4,
     workers: int = 2,
 ) -> Iterator[Regions]:
-    """The regions of images, batch by batch, as an extraction computes them.
+    """The regions of images, batch by batch, as an extraction computes them by default, without features.
 
     Args:
         detector: made for use, see `refdet.detector.loading.load`.
@@ -131,7 +130,7 @@ def detected_regions(
         pixels = source.read(record)
         return pinned(pixels) if device.type == "cuda" else pixels
 
-    compute = split_on_oom(detecting(detector, options))
+    compute = split_on_oom(detecting(detector, DetectionOptions(), ()))
     batches = group_by_input_size(records, detector.meta.recipe.input, batch_size)
     begun: deque[Finish] = deque()  # a GPU computes a batch while the one before is finished
     with closing(load_ahead(load, batches, workers)) as loaded:

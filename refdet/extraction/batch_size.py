@@ -12,9 +12,10 @@ import torch
 
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
-from refdet.detector.predictor import DetectOptions, detect_batch
+from refdet.detector.predictor import detect_batch
 from refdet.extraction.memory import available_bytes
 from refdet.extraction.pipeline import Compute, Finish
+from refdet.structures.detection_options import DetectionOptions
 
 if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
@@ -24,7 +25,9 @@ SHARE = 0.8  # of the free memory; the rest is for what differs between images, 
 CPU_BYTES = 2**30  # of an image of 600x1000 through the largest network, with room to spare
 
 
-def auto_batch_size(detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectOptions) -> int:
+def auto_batch_size(
+    detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
+) -> int:
     """A power of 2: as many images as the device of a detector has memory for, by the largest input of `records`.
 
     On a GPU it is measured: a batch of one image and one of two, of noise, each at its peak. Every box counts as a
@@ -46,7 +49,8 @@ def auto_batch_size(detector: TrainedDetector, records: Sequence[ImageRecord], o
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            detect_batch(detector.model, [image] * count, [largest] * count, detector.meta.category_ids, every)
+            ids = detector.meta.category_ids
+            detect_batch(detector.model, [image] * count, [largest] * count, ids, every, features=features)
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,44 +25,68 @@ from refdet.store import Header
 if TYPE_CHECKING:
     from refdet.detector.checkpoint import CheckpointMetadata
     from refdet.detector.loading import TrainedDetector
-    from refdet.detector.predictor import DetectOptions
+    from refdet.structures.detection_options import DetectionOptions
 
 
 def extract_features(
-    checkpoint: Path,
-    images: Path,
-    out: Path,
+    checkpoint: str | Path,
+    images: str | Path,
+    out: str | Path,
     image_list: ImageList,
-    options: ExtractOptions,
+    *,
+    options: ExtractOptions | None = None,
+    boxes: str | Path | None = None,
+    box_format: str = "xywh",
     batch_size: int | None = 4,
     workers: int = 2,
     device: str = "auto",
     resume: bool = False,
-    boxes: Path | None = None,
     strict: bool = False,
     say: Callable[[str], object] = warnings.warn,
-    box_format: str = "xywh",
     announce: Callable[[str], object] = lambda line: None,
 ) -> Summary:
-    """Regions and features of images by a trained detector, into the store ``out``.
+    """Write the regions and features of images to a store.
+
+    Example:
+        >>> images = refdet.ImageList.of_refer("demo/data/refer", "refcoco", "unc", splits=["val"])
+        >>> done = refdet.extract_features("demo/run", "demo/data/train2014", "val.h5", images,
+        ...                                options=refdet.ExtractOptions(max_regions=20))
+        >>> done.images == len(images.records), done.errors
+        (True, 0)
 
     Args:
-        checkpoint: run directory; images: folder or zip.
-        batch_size: images that go through the detector together; None for as many as fit, or what was found to when
-            the work was begun. Regions depend on it by rounding alone; the plan of the work holds it.
-        device: "cpu", "cuda", "cuda:1", or "auto" for the best there is.
-        boxes: file of the boxes that are described, see `refdet.extraction.boxes_from_file`; with
-            ``options.regions`` "boxes".
-        strict: stop at an image that cannot be used.
-        say: is given a line where something is done otherwise than asked.
-        box_format: how boxes of results are written, see `refdet.extraction.boxes_from_file.load_boxes`.
-        announce: is given lines about what begins: the device, the images, the detector, the size of the store.
+        checkpoint: run directory of the detector.
+        images: folder or zip of the image files.
+        out: HDF5 file to write.
+        image_list: the images, and the annotations of their objects.
+        options: what is computed and written; the defaults of `ExtractOptions` if None.
+        boxes: file of boxes to describe, instead of detecting any: COCO results JSON or another store; see
+            `refdet.extraction.boxes_from_file`.
+        box_format: how ``boxes`` has its boxes, see `refdet.extraction.boxes_from_file.load_boxes`.
+        batch_size: images per batch; None for as many as fit into memory. Results depend on it by rounding alone.
+        workers: threads that read images ahead.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        resume: continue an extraction into ``out`` that was stopped.
+        strict: stop at an image that cannot be used, instead of recording the reason in its row.
+        say: called with a line for each thing that is done differently than asked.
+        announce: called with lines about the device, the images, the detector and the size of the store.
+
+    Returns:
+        How many images and regions were written, how many images could not be used, and how long it took.
 
     Raises:
         InputError: no checkpoint, none of the images found, ``out`` exists, or see
             `refdet.extraction.shards.open_extraction`.
-        RuntimeFailure: see `extract`; or the device has too little memory for the batch.
+        RuntimeFailure: the device has too little memory for one image, no image could be used, or see `extract`;
+            finished shards are kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
+    checkpoint, out, boxes = Path(checkpoint), Path(out), None if boxes is None else Path(boxes)
+    options = options or ExtractOptions()
+    if boxes is not None:
+        options = replace(options, regions="boxes")
+    elif options.regions == "boxes":
+        raise InputError("regions: 'boxes' needs a file of them; give boxes=FILE")
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.image_source import ImageSource
     from refdet.detector.checkpoint import load_meta
@@ -109,7 +133,7 @@ def extract_features(
         announce(line)
     detector = loading.load(checkpoint, where, for_inference=True, bf16=options.precision == "bfloat16")
     compute = split_on_oom(
-        detecting(detector, _detect_options(options)) if given is None else _described(detector, given, options)
+        detecting(detector, options, options.features) if given is None else _described(detector, given, options)
     )
 
     def load(record: ImageRecord) -> np.ndarray:
@@ -119,7 +143,7 @@ def extract_features(
     try:
         with torch.inference_mode(), exact_float32(), OrientationNote(source):
             size = batch_size or (resume and begun_batch_size(out))
-            size = size or auto_batch_size(detector, records, _detect_options(options))
+            size = size or auto_batch_size(detector, records, options, options.features)
             detector.model.stages = parts = Stages(where)  # without what trying sizes took
             batches = group_by_input_size(records, meta.recipe.input, size)
             return extract(
@@ -158,7 +182,7 @@ def _planned(
             what["crowd_as_object"] = True
     else:
         what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
-                 "max_regions": options.max_regions, "at_least_one": options.at_least_one}  # fmt: skip
+                 "max_regions": options.max_regions, "at_least_one": options.lower_threshold_if_empty}  # fmt: skip
     if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
         what["exif"] = options.exif
     what |= {
@@ -178,20 +202,12 @@ def _planned(
     return plan, header
 
 
-def _detect_options(options: ExtractOptions) -> DetectOptions:
-    from refdet.detector.predictor import DetectOptions
-
-    return DetectOptions(
-        options.score_threshold, options.nms_threshold, options.max_regions, options.features, options.at_least_one
-    )
-
-
-def detecting(detector: TrainedDetector, settings: DetectOptions) -> Compute:
+def detecting(detector: TrainedDetector, options: DetectionOptions, features: Sequence[str]) -> Compute:
     """What detects the regions of a batch of images of one input size; see `refdet.extraction.pipeline.extract`."""
     from refdet.detector.predictor import start_detecting
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        return start_detecting(detector.model, images, batch, detector.meta.category_ids, settings)
+        return start_detecting(detector.model, images, batch, detector.meta.category_ids, options, features=features)
 
     return compute
 
@@ -225,7 +241,8 @@ def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractO
         labels = (
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )
-        finish = start_describing(detector.model, images, [r.boxes for r in bare], options.features, labels)
+        rows = [r.boxes for r in bare]
+        finish = start_describing(detector.model, images, rows, features=options.features, labels=labels)
         return lambda: [
             replace(
                 r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info

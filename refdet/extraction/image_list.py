@@ -27,16 +27,38 @@ class ImageList:
     name: str
 
     @classmethod
-    def of_instances(cls, path: Path, crowd_as_object: bool = False) -> ImageList:
-        """All images of an instances file, in its order; see `CocoIndex.load`."""
+    def of_instances(cls, path: str | Path, *, crowd_as_object: bool = False) -> ImageList:
+        """All images of a COCO instances JSON, in its order.
+
+        Args:
+            path: the instances JSON.
+            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = Path(path)
         index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
         return cls(list(index.images.values()), index, path.name)
 
     @classmethod
     def of_refer(
-        cls, root: Path, dataset: str, split_by: str, splits: Sequence[str] = (), crowd_as_object: bool = False
+        cls,
+        root: str | Path,
+        dataset: str,
+        split_by: str,
+        *,
+        splits: Sequence[str] = (),
+        crowd_as_object: bool = False,
     ) -> ImageList:
-        """The images of the refs of some splits (all splits by default), by ascending id; see `CocoIndex.load`.
+        """The images of the refs of a REFER dataset, by ascending id.
+
+        Args:
+            root: folder of the REFER data.
+            dataset: "refcoco", "refcoco+", "refcocog", ...: a folder in ``root``.
+            split_by: "unc", "umd" or "google".
+            splits: the splits to take; all if empty.
+            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
         Raises:
             InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
@@ -44,6 +66,7 @@ class ImageList:
         """
         from refer import read_refs, target_ids
 
+        root = Path(root)
         refs = read_refs(root, dataset, split_by)
         chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
         index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)

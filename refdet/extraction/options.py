@@ -1,30 +1,51 @@
-"""`ExtractOptions`: what an extraction computes."""
+"""`ExtractOptions`: what an extraction computes and writes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refdet.errors import InputError
+from refdet.errors import ArgumentError
+from refdet.structures.detection_options import DetectionOptions
+
+CHOICES = {
+    "regions": ("detections", "annotations", "boxes"),
+    "dtype": ("float32", "float16"),
+    "precision": ("float32", "bfloat16"),
+    "masks": ("annotated", "predicted"),
+    "compression": ("none", "gzip", "lzf"),
+    "exif": ("ignore", "apply"),
+}
 
 
-@dataclass(frozen=True)
-class ExtractOptions:
-    """What is extracted; see the options of ``refdet extract-features``."""
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(DetectionOptions):
+    """What an extraction computes and writes. The thresholds it inherits are for regions that are detected.
+
+    Attributes:
+        regions: "detections", "annotations" (the annotated objects of the images) or "boxes" (of a file).
+        features: names of the features to write, see ``docs/features.md``.
+        dtype: type of the features in the store, "float32" or "float16".
+        precision: arithmetic of the network, "float32" or "bfloat16".
+        masks: of annotations and boxes, their own masks ("annotated") or the detector's for them ("predicted").
+        compression: of features and maps in the store: "none", "gzip" or "lzf".
+        exif: EXIF orientation of the images: "ignore" it, or "apply" it, which turns images upright.
+        crowd_as_object: whether the image list was read with crowd annotations as objects.
+
+    Raises:
+        ArgumentError: a value is out of range, or none of those above.
+    """
 
     regions: str = "detections"
     features: tuple[str, ...] = ("pool5", "fc7")
     dtype: str = "float32"
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.3
-    max_regions: int = 100
     precision: str = "float32"
-    at_least_one: bool = False
-    masks: str = "annotated"  # of given boxes: theirs, or "predicted" by the detector for them
+    masks: str = "annotated"
     compression: str = "none"
-    exif: str = "ignore"  # or "apply": turn images upright as their EXIF orientation says
-    crowd_as_object: bool = False  # the image list was read so
+    exif: str = "ignore"
+    crowd_as_object: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:  # NaN neither
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a number from 0 to 1")
+        super().__post_init__()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

@@ -8,15 +8,16 @@ from pycocotools import mask as coco_mask
 from torchvision.models import resnet18, resnet50
 
 from refdet.detector.anchors import Anchors, cell_anchors
-from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.resnet import ResNet
 from refdet.ops.pooling import pyramid_roi_align, roi_align
+from refdet.structures.detection_options import DetectionOptions
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_image_has_the_same_regions_whatever_its_batch(variant: str) -> None:
     model, images = small_model(*VARIANTS[variant]), some_images(4)
-    records, options = records_of(images), DetectOptions(score_threshold=0.1, max_regions=30)
+    records, options = records_of(images), DetectionOptions(score_threshold=0.1, max_regions=30)
     together = detect_batch(model, images, records, CATEGORY_IDS, options)
     alone = [detect_batch(model, [i], [r], CATEGORY_IDS, options)[0] for i, r in zip(images, records, strict=True)]
     for a, b in zip(together, alone, strict=True):
@@ -33,7 +34,9 @@ def test_an_image_has_the_same_regions_whatever_its_batch(variant: str) -> None:
 
 def test_regions_are_well_formed() -> None:
     model, images = small_model(), some_images(2, height=70, width=90)
-    for regions in detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.05)):
+    for regions in detect_batch(
+        model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.05)
+    ):
         assert 0 < len(regions) <= 100
         assert (regions.boxes[:, :2] >= 0).all()
         assert (regions.boxes[:, 2] <= 90 + 1e-3).all() and (regions.boxes[:, 3] <= 70 + 1e-3).all()
@@ -46,7 +49,7 @@ def test_regions_are_well_formed() -> None:
 
 def test_features_of_given_boxes_are_those_of_detections() -> None:
     model, images = small_model(), some_images(3)
-    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions())
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions())
     described = describe_boxes(model, images, [r.boxes for r in found])
     for regions, description in zip(found, described, strict=True):
         features = description.features
@@ -56,7 +59,7 @@ def test_features_of_given_boxes_are_those_of_detections() -> None:
 
 def test_masks_of_given_boxes_are_those_of_detections() -> None:
     model, images = small_model(), some_images(2)
-    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions())
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions())
     labels = [np.array([CATEGORY_IDS.index(c) + 1 for c in r.category_ids]) for r in found]
     described = describe_boxes(model, images, [r.boxes for r in found], labels=labels)
     for regions, description in zip(found, described, strict=True):
@@ -71,8 +74,8 @@ def test_images_of_one_input_size_and_several_sizes_keep_their_own_scale() -> No
     model = small_model()
     (small,) = some_images(1)
     large = small.repeat(2, axis=0).repeat(2, axis=1)
-    together = detect_batch(model, [small, large], records_of([small, large]), CATEGORY_IDS, DetectOptions())
-    alone = [detect_batch(model, [i], records_of([i]), CATEGORY_IDS, DetectOptions())[0] for i in (small, large)]
+    together = detect_batch(model, [small, large], records_of([small, large]), CATEGORY_IDS, DetectionOptions())
+    alone = [detect_batch(model, [i], records_of([i]), CATEGORY_IDS, DetectionOptions())[0] for i in (small, large)]
     for found, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-2)
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
@@ -87,13 +90,17 @@ def test_images_of_one_input_size_and_several_sizes_keep_their_own_scale() -> No
 
 def test_the_threshold_is_lowered_until_an_image_has_a_region() -> None:
     model, images = small_model(), some_images(2)
-    every = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(score_threshold=0.0))
+    every = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.0))
     best = [r.scores.max() for r in every]
     assert max(best) < 0.95
-    none = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(score_threshold=0.95))
+    none = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.95))
     assert [len(r.boxes) for r in none] == [0, 0]
     one = detect_batch(
-        model, images, records_of(images), CATEGORY_IDS, DetectOptions(score_threshold=0.95, at_least_one=True)
+        model,
+        images,
+        records_of(images),
+        CATEGORY_IDS,
+        DetectionOptions(score_threshold=0.95, lower_threshold_if_empty=True),
     )
     for regions, highest in zip(one, best, strict=True):
         bar = 0.95
@@ -101,14 +108,14 @@ def test_the_threshold_is_lowered_until_an_image_has_a_region() -> None:
             bar -= 0.1
         assert len(regions.boxes) > 0 and regions.scores.max() == pytest.approx(highest)
         assert (regions.scores >= bar).all()
-    exact = DetectOptions(score_threshold=float(np.float32(best[0])), at_least_one=True)
+    exact = DetectionOptions(score_threshold=float(np.float32(best[0])), lower_threshold_if_empty=True)
     (just,) = detect_batch(model, images[:1], records_of(images[:1]), CATEGORY_IDS, exact)
     assert just.scores.min() == pytest.approx(best[0])  # what reaches the threshold is not lowered for
 
 
 def test_no_region_and_no_box_are_not_an_error() -> None:
     model, images = small_model(), some_images(2)
-    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(score_threshold=0.9999))
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.9999))
     assert [len(r) for r in found] == [0, 0]
     described = describe_boxes(model, images, [np.zeros((0, 4)), np.array([[1, 1, 30, 30]])])
     assert [d.features["fc7"].shape for d in described] == [(0, 64), (1, 64)]
@@ -117,13 +124,15 @@ def test_no_region_and_no_box_are_not_an_error() -> None:
 def test_images_of_different_input_size_are_refused() -> None:
     images = [*some_images(1), *some_images(1, 96, 160)]
     with pytest.raises(ValueError, match="group_by_input_size"):
-        detect_batch(small_model(), images, records_of(images), CATEGORY_IDS, DetectOptions())
+        detect_batch(small_model(), images, records_of(images), CATEGORY_IDS, DetectionOptions())
 
 
 def test_max_regions_and_threshold_are_kept() -> None:
     model, images = small_model(), some_images(1)
-    few = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.1, max_regions=5))[0]
-    many = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions(0.1))[0]
+    few = detect_batch(
+        model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.1, max_regions=5)
+    )[0]
+    many = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions(score_threshold=0.1))[0]
     assert len(few) == 5 and len(many) > 5
     np.testing.assert_allclose(few.boxes, many.boxes[:5], atol=1e-3)
 
@@ -131,7 +140,7 @@ def test_max_regions_and_threshold_are_kept() -> None:
 def test_without_masks_there_is_no_mask_branch() -> None:
     model, images = small_model("model.masks=false"), some_images(1)
     assert not [name for name in model.state_dict() if "mask" in name]
-    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectOptions())[0]
+    found = detect_batch(model, images, records_of(images), CATEGORY_IDS, DetectionOptions())[0]
     assert len(found) and found.masks is None
 
 

@@ -9,8 +9,9 @@ from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, s
 
 from refdet.data.segmentations import to_rle
 from refdet.data.transforms import input_size, network_inputs
-from refdet.detector.predictor import DetectOptions, detect_batch, start_describing
+from refdet.detector.predictor import detect_batch, start_describing
 from refdet.structures.box_convention import BoxConvention
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth
 
 SHAPES = [(1, 1), (2, 2), (1, 300), (300, 1), (2, 4000), (4000, 3)]
@@ -24,7 +25,9 @@ def test_every_network_takes_every_shape(variant: str) -> None:
     for height, width in SHAPES:
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         with torch.inference_mode():
-            [found] = detect_batch(model, [pixels], records_of([pixels]), CATEGORY_IDS, DetectOptions(0.0))
+            [found] = detect_batch(
+                model, [pixels], records_of([pixels]), CATEGORY_IDS, DetectionOptions(score_threshold=0.0)
+            )
             box = np.array([[0, 0, 1, 1], [0, 0, width, height]], np.float32)
             [described] = start_describing(model, [pixels], [box])()
         assert (

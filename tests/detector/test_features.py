@@ -10,8 +10,9 @@ from refdet.config import recipe as recipes
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import optimize
 from refdet.detector.feature_names import check_features
-from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch, start_detecting
+from refdet.detector.predictor import describe_boxes, detect_batch, start_detecting
 from refdet.errors import InputError
+from refdet.structures.detection_options import DetectionOptions
 
 EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
 BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0, 4), np.float32)]
@@ -22,7 +23,7 @@ BOXES = [np.array([[1, 1, 60, 60], [20, 10, 120, 90]], np.float32), np.zeros((0,
 def test_each_feature_is_what_it_says(fast: bool) -> None:
     model = optimize.optimize_for_inference(trained_model()) if fast else trained_model()
     images, _ = some_images()
-    first, empty = describe_boxes(model, images, BOXES, EVERY)
+    first, empty = describe_boxes(model, images, BOXES, features=EVERY)
     size = input_size(96, 128, model.recipe.input)
     inputs = network_input(images[0], size, model.recipe.input)[None]
     (conv4,) = model.extract_feature_maps(inputs.contiguous(memory_format=torch.channels_last))
@@ -46,8 +47,10 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
     model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
     names = EVERY[:-1]
-    regions = detect_batch(model, images, records, IDS, DetectOptions(0.1, max_regions=10, features=names))
-    described = describe_boxes(model, images, [r.boxes for r in regions], names)
+    regions = detect_batch(
+        model, images, records, IDS, DetectionOptions(score_threshold=0.1, max_regions=10), features=names
+    )
+    described = describe_boxes(model, images, [r.boxes for r in regions], features=names)
     for found, wanted in zip(regions, described, strict=True):
         assert list(found.features) == list(names) and len(found) > 3
         for name in names:
@@ -57,7 +60,7 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
 def test_a_batch_may_be_finished_after_the_next_was_started() -> None:
     model = optimize.optimize_for_inference(trained_model())
     images, records = some_images()
-    options = DetectOptions(0.1)
+    options = DetectionOptions(score_threshold=0.1)
     wanted = [detect_batch(model, [i], [r], IDS, options)[0] for i, r in zip(images, records, strict=True)]
     started = [start_detecting(model, [i], [r], IDS, options) for i, r in zip(images, records, strict=True)]
     for finish, alone in reversed(list(zip(started, wanted, strict=True))):

@@ -9,9 +9,10 @@ from torch import nn
 from trained_models import IDS, VARIANTS, some_images, trained_model
 
 from refdet.detector import optimize
-from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.res5_head import SplitRes5
 from refdet.detector.resnet import FrozenBatchNorm
+from refdet.structures.detection_options import DetectionOptions
 
 NAMES = ("pool5", "fc7", "class_prob")
 
@@ -24,16 +25,16 @@ def test_the_same_regions_and_features(variant: str) -> None:
     assert not any(isinstance(part, (FrozenBatchNorm, nn.BatchNorm2d)) for part in fast.modules())
     assert isinstance(getattr(fast.head, "conv5", None), SplitRes5) == early
     images, records = some_images()
-    options = DetectOptions(score_threshold=0.1, max_regions=30, features=NAMES)
-    wanted = detect_batch(model, images, records, IDS, options)
-    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options), strict=True):
+    options = DetectionOptions(score_threshold=0.1, max_regions=30)
+    wanted = detect_batch(model, images, records, IDS, options, features=NAMES)
+    for a, b in zip(wanted, detect_batch(fast, images, records, IDS, options, features=NAMES), strict=True):
         assert len(a) > 5
         np.testing.assert_array_equal(a.category_ids, b.category_ids)
         np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-2)
         np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
     boxes = [r.boxes for r in wanted]
-    found = describe_boxes(fast, images, boxes, NAMES)
-    for exact, other in zip(describe_boxes(model, images, boxes, NAMES), found, strict=True):
+    found = describe_boxes(fast, images, boxes, features=NAMES)
+    for exact, other in zip(describe_boxes(model, images, boxes, features=NAMES), found, strict=True):
         for name in NAMES:
             np.testing.assert_allclose(other.features[name], exact.features[name], rtol=1e-4, atol=1e-5)
 
@@ -55,7 +56,7 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
     boxes = [np.array([[1, 1, 60, 60]])] * 2
     wanted = describe_boxes(fast, images, boxes)[0].features["pool5"]
     fast.head.conv5 = None  # it would fail
-    found = describe_boxes(fast, images, boxes, ("pool5",))[0]
+    found = describe_boxes(fast, images, boxes, features=("pool5",))[0]
     assert list(found.features) == ["pool5"]
     np.testing.assert_array_equal(found.features["pool5"], wanted)
 
@@ -73,7 +74,7 @@ def test_bfloat16_is_near(variant: str) -> None:
         assert found[name].dtype == np.float32
         cosine = (exact[name] * found[name]).sum(1) / np.linalg.norm(exact[name], axis=1)
         assert (cosine / np.linalg.norm(found[name], axis=1)).min() > 0.999
-    detected = detect_batch(rough, images, records, IDS, DetectOptions(score_threshold=0.1))
+    detected = detect_batch(rough, images, records, IDS, DetectionOptions(score_threshold=0.1))
     assert all(len(r) and r.masks is not None for r in detected)
 
 

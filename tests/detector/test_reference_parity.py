@@ -17,12 +17,13 @@ from torch import Tensor
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.predictor import DetectOptions, detect_batch
+from refdet.detector.predictor import detect_batch
 from refdet.detector.rpn import DELTA_WEIGHTS
 from refdet.detector.target_assignment import NEGATIVE, POSITIVE
 from refdet.detector.weights.import_weights import import_weights
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
@@ -133,7 +134,7 @@ def post_nms_top_n_test(case: Case, key: Key) -> None:
 
 @torch.inference_mode()
 def test_detections(case: Case, key: Key) -> None:
-    (found,) = case.model.predict(case.inputs, [case.size], 0.0, 0.3, 100)
+    (found,) = case.model.predict(case.inputs, [case.size], DetectionOptions(score_threshold=0.0))
     pairs = []
     for row, (box, label) in enumerate(
         zip(case.golden["dets_xyxy"] + ONE_FURTHER, case.golden["dets_label"], strict=True)
@@ -195,7 +196,7 @@ def test_the_store_holds_the_seeds_boxes(
     record = ImageRecord(1, f"{image}.png", *pixels.shape[:2])
     with torch.inference_mode():
         (found,) = detect_batch(
-            detector.model, [pixels], [record], detector.meta.category_ids, DetectOptions(score_threshold=0.0)
+            detector.model, [pixels], [record], detector.meta.category_ids, DetectionOptions(score_threshold=0.0)
         )
     with np.load(shared / "seed" / f"golden_res50_{image}.npz") as golden:
         order = np.argsort(-golden["dets_score"], kind="stable")

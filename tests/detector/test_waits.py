@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from refdet.data.transforms import input_size, network_inputs
 from refdet.detector import predictor
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.postprocess import best_anchors, ranked_nms
-from refdet.detector.predictor import DetectOptions, detect_batch, start_describing, start_detecting
+from refdet.detector.predictor import detect_batch, start_describing, start_detecting
 from refdet.structures.box_convention import BoxConvention
+from refdet.structures.detection_options import DetectionOptions
 
 # In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
 PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
-OPTIONS = DetectOptions(0.05, max_regions=10)
+OPTIONS = DetectionOptions(score_threshold=0.05, max_regions=10)
 
 
 class InPython(TorchFunctionMode):
@@ -77,15 +79,16 @@ def inputs_of(model: MaskRCNN, count: int) -> tuple[torch.Tensor, list[Any]]:
     return network_inputs(images, sizes, model.recipe.input).contiguous(memory_format=torch.channels_last), sizes
 
 
-@pytest.mark.parametrize("at_least_one", [False, True])
+@pytest.mark.parametrize("lower_threshold_if_empty", [False, True])
 @pytest.mark.parametrize("changes", [(), ("model.legacy_plus_one=true", "model.pooling=crop_and_resize")])
 @torch.inference_mode()
-def test_detection_waits_no_oftener_for_more_images(changes: tuple[str, ...], at_least_one: bool) -> None:
+def test_detection_waits_no_oftener_for_more_images(changes: tuple[str, ...], lower_threshold_if_empty: bool) -> None:
     model, found = small_model(*changes), []
+    options = replace(OPTIONS, lower_threshold_if_empty=lower_threshold_if_empty)
     for count in (2, 8):
         images, sizes = inputs_of(model, count)
         with counted() as (python, aten):
-            model.predict(images, sizes, 0.05, 0.3, 10, at_least_one)
+            model.predict(images, sizes, options)
         found.append((waits(python, aten), sum(aten.calls.values())))
     (few, operators), (many, operators_of_many) = found
     assert few == many and few["nms"] == 2 and few["nonzero"] <= 3
@@ -122,7 +125,7 @@ def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
     model = small_model()
     images, sizes = inputs_of(model, 2)
     boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
-    assert model.predict(images, sizes, 0.05, 0.3, 10).head is None
+    assert model.predict(images, sizes, OPTIONS).head is None
     assert model.extract_features(images, sizes, boxes).head is None
     head = model.extract_features(images, sizes, boxes, features=("pool5", "head")).head
     assert head is not None and torch.equal(head, model.extract_feature_maps(images)[0])
@@ -150,7 +153,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
     finish: Callable[[], list[Any]]
     if describing:
         boxes, labels = [np.array([[8, 8, 48, 40]], np.float32)] * 2, [np.array([1])] * 2
-        finish = start_describing(model, images, boxes, ("pool5",), labels)
+        finish = start_describing(model, images, boxes, features=("pool5",), labels=labels)
     else:
         finish = start_detecting(model, images, records_of(images), CATEGORY_IDS, OPTIONS)
     assert steps == []
@@ -218,11 +221,14 @@ def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: py
 def test_detections_of_a_batch_are_each_images_own() -> None:
     model, images = small_model(), some_images(3)
     names = ("pool5", "fc7", "head")
-    options = DetectOptions(0.05, max_regions=10, features=names)
+    options = DetectionOptions(score_threshold=0.05, max_regions=10)
     for found, image, record in zip(
-        detect_batch(model, images, records_of(images), CATEGORY_IDS, options), images, records_of(images), strict=True
+        detect_batch(model, images, records_of(images), CATEGORY_IDS, options, features=names),
+        images,
+        records_of(images),
+        strict=True,
     ):
-        (alone,) = detect_batch(model, [image], [record], CATEGORY_IDS, options)
+        (alone,) = detect_batch(model, [image], [record], CATEGORY_IDS, options, features=names)
         np.testing.assert_allclose(found.maps["head"], alone.maps["head"], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
         np.testing.assert_allclose(found.features["fc7"], alone.features["fc7"], rtol=1e-3, atol=1e-3)

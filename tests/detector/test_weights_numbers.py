@@ -19,9 +19,10 @@ from refdet.detector import checkpoint, loading
 from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.loading import MOST_NUMBERS, load_weights, without_memory
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.predictor import DetectOptions, describe_boxes, detect_batch
+from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.weights.convert import identify_checkpoint
 from refdet.errors import InputError, RuntimeFailure
+from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.training.optim import optimiser
 from refdet.training.state import newest
@@ -86,11 +87,11 @@ def test_outputs_that_overflow_are_an_error(run: Path, name: str) -> None:
     words = "outputs contain NaN or inf; check the checkpoint's weights"
     if "mask" not in name:
         with pytest.raises(RuntimeFailure, match=words):
-            detect_batch(model, [IMAGE], [RECORD], [1, 5], DetectOptions(score_threshold=0.0))
+            detect_batch(model, [IMAGE], [RECORD], [1, 5], DetectionOptions(score_threshold=0.0))
     box = np.array([[3, 4, 50, 60]], np.float32)
     if not name.startswith(("rpn", "head.box")):
         with pytest.raises(RuntimeFailure, match=words):
-            describe_boxes(model, [IMAGE], [box], ("pool5", "fc7"), [np.array([1])])
+            describe_boxes(model, [IMAGE], [box], labels=[np.array([1])])
 
 
 def test_a_store_is_not_completed_from_outputs_that_overflow(

@@ -18,12 +18,10 @@ from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.detector import checkpoint, loading
-from refdet.detector.predictor import DetectOptions
 from refdet.evaluation import detection
 from refdet.evaluation.average_precision import METRICS, coco_ap, coco_results
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
-from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
 
 pytestmark = pytest.mark.slow
@@ -71,11 +69,10 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
     folder = Folder(tmp_path / "d", variant)
     index = CocoIndex.load(folder.file)
     extract_features(folder.run, folder.images, tmp_path / "a.h5", ImageList.of_instances(folder.file),
-                     ExtractOptions(), device="cpu")  # fmt: skip
+                     device="cpu")  # fmt: skip
     detector = loading.load(folder.run, "cpu", for_inference=True)
     source = ImageSource.open(folder.images)
-    measured = list(detection.detected_regions(detector, source, list(index.images.values()),
-                                               DetectOptions(features=())))  # fmt: skip
+    measured = list(detection.detected_regions(detector, source, list(index.images.values())))
     with store.open(tmp_path / "a.h5") as written:
         assert {r.image_id for r in measured} == set(written) and written.regions > 50
         for regions in measured:
@@ -98,9 +95,9 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked.update(how)
         return load(path, device, for_inference=True)
 
-    def detects(detector: Any, source: Any, records: Any, options: Any, batch_size: int, workers: int) -> Any:
-        asked.update(options=options, batch_size=batch_size, workers=workers)
-        return regions(detector, source, records, options, batch_size, workers)
+    def detects(detector: Any, source: Any, records: Any, batch_size: int, workers: int) -> Any:
+        asked.update(batch_size=batch_size, workers=workers)
+        return regions(detector, source, records, batch_size, workers)
 
     monkeypatch.setattr(loading, "load", loads)
     monkeypatch.setattr(detection, "detected_regions", detects)
@@ -112,7 +109,6 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "bf16": True,
         "batch_size": 3,
         "workers": 1,
-        "options": DetectOptions(features=()),
     }
 
 

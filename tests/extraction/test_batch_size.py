@@ -12,9 +12,9 @@ from trained_models import IDS, trained_model
 from refdet.cli.main import main
 from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
-from refdet.detector.predictor import DetectOptions
 from refdet.extraction import batch_size
 from refdet.extraction.batch_size import auto_batch_size, split_on_oom
+from refdet.structures.detection_options import DetectionOptions
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
 IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7
@@ -66,17 +66,23 @@ def test_what_was_too_large_once_is_not_tried_again() -> None:
 def test_on_the_cpu_it_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch, free: float, size: int) -> None:
     monkeypatch.setattr(batch_size, "available_bytes", lambda: int(free * 2**30))
     detector = SimpleNamespace(model=trained_model())
-    assert auto_batch_size(detector, RECORDS, DetectOptions()) == size  # type: ignore[arg-type]
+    assert auto_batch_size(detector, RECORDS, DetectionOptions(), ()) == size  # type: ignore[arg-type]
 
 
 class Gpu:
     """Memory of a GPU as PyTorch tells of it: a detector takes `held`, a batch `each` an image and `fixed` besides."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, held: int, fixed: int, each: int) -> None:
-        self.peak, self.batches = 0, list[tuple[int, tuple[int, ...], DetectOptions]]()
+        self.peak, self.batches = 0, list[tuple[int, tuple[int, ...], DetectionOptions]]()
 
         def detect(
-            model: object, images: list[np.ndarray], records: list[ImageRecord], ids: object, options: DetectOptions
+            model: object,
+            images: list[np.ndarray],
+            records: list[ImageRecord],
+            ids: object,
+            options: DetectionOptions,
+            *,
+            features: tuple[str, ...],
         ) -> None:
             self.batches.append((len(images), images[0].shape, options))
             needed = held + fixed + each * len(images)
@@ -98,9 +104,12 @@ class Gpu:
         parameters = [SimpleNamespace(device=torch.device("cuda"))]
         model = SimpleNamespace(parameters=lambda: iter(parameters))
         meta = SimpleNamespace(recipe=recipes.load("demo"), category_ids=IDS)
-        detector, options = SimpleNamespace(model=model, meta=meta), DetectOptions(0.5, max_regions=36)
+        detector, options = (
+            SimpleNamespace(model=model, meta=meta),
+            DetectionOptions(score_threshold=0.5, max_regions=36),
+        )
         records = [ImageRecord(0, "", 100, 300), ImageRecord(1, "", 200, 250), ImageRecord(2, "", 10, 300)]
-        return auto_batch_size(detector, records, options)  # type: ignore[arg-type]
+        return auto_batch_size(detector, records, options, ())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("total", "size"), [(220, 1), (310, 1), (350, 1), (500, 2), (900, 4), (1700, 8), (99999, 32)])
@@ -114,7 +123,7 @@ def test_the_images_tried_on_a_gpu_are_the_largest_with_all_the_regions_there_ma
 ) -> None:
     gpu = Gpu(monkeypatch, 10**6, held=100, fixed=20, each=100)
     gpu.fitting()
-    most = DetectOptions(0.0, max_regions=36)
+    most = DetectionOptions(score_threshold=0.0, max_regions=36)
     assert gpu.batches == [(1, (200, 250, 3), most), (2, (200, 250, 3), most)]
 
 

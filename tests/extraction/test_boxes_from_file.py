@@ -196,8 +196,8 @@ def test_extraction_of_boxes_and_of_a_store_of_them(tmp_path: Path, run: Path) -
     images = ImageList.of_instances(tmp_path / "i.json")
 
     def extract(out: str, boxes: Path, masks: str = "annotated", resume: bool = False) -> Path:
-        options = ExtractOptions("boxes", ("pool5", "fc7", "class_prob"), masks=masks)
-        extract_features(run, tmp_path, tmp_path / out, images, options, device="cpu", boxes=boxes,
+        options = ExtractOptions(features=("pool5", "fc7", "class_prob"), masks=masks)
+        extract_features(run, tmp_path, tmp_path / out, images, options=options, device="cpu", boxes=boxes,
                          resume=resume)  # fmt: skip
         return tmp_path / out
 

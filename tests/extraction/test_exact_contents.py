@@ -64,7 +64,7 @@ def options(regions: str) -> ExtractOptions:
 def run(
     out: Path, detector: Path, folder: Path, images: ImageList, regions: str = "detections", **others: int
 ) -> Summary:
-    return extract_features(detector, folder, out, images, options(regions), device="cpu", **others)
+    return extract_features(detector, folder, out, images, options=options(regions), device="cpu", **others)
 
 
 @pytest.fixture(scope="module")

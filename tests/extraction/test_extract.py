@@ -174,9 +174,9 @@ def test_real_annotations_become_regions(shared: Path) -> None:
 
 def test_images_of_refer_splits(shared: Path) -> None:
     root = shared / "data/coco_mini/refer"
-    chosen = ImageList.of_refer(root, "refcoco", "unc", ["testA,testB"])
+    chosen = ImageList.of_refer(root, "refcoco", "unc", splits=["testA,testB"])
     assert [r.id for r in chosen.records] == sorted(r.id for r in chosen.records)
     assert chosen.name == "refcoco/unc/testA,testB"
     assert len(ImageList.of_refer(root, "refcoco", "unc").records) == 4
     with pytest.raises(InputError, match="--split tset: no such split.*testA, testB, val"):
-        ImageList.of_refer(root, "refcoco", "unc", ["tset"])
+        ImageList.of_refer(root, "refcoco", "unc", splits=["tset"])

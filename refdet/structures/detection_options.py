@@ -1,0 +1,34 @@
+"""`DetectionOptions`: the thresholds that decide which detections of an image are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refdet.errors import ArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionOptions:
+    """Which detections of an image are kept.
+
+    Attributes:
+        score_threshold: class probability that a detection must reach, 0..1.
+        nms_threshold: IoU above which the lower-scoring one of two detections of a class is removed, 0..1.
+        max_regions: detections kept per image over all classes, 1 or more.
+        lower_threshold_if_empty: for an image without detections, lower the score threshold by 0.1 until it has one.
+
+    Raises:
+        ArgumentError: a value is out of range or NaN.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.3
+    max_regions: int = 100
+    lower_threshold_if_empty: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:  # NaN neither
+                raise ArgumentError(name, f"must be a number from 0 to 1, not {getattr(self, name)}")
+        if not self.max_regions >= 1:
+            raise ArgumentError("max_regions", f"must be 1 or more, not {self.max_regions}")
