@@ -89,7 +89,7 @@ def command(
     elif instances is not None:
         from refdet.splits.leak_audit import audit
 
-        result = audit(instances, refer_root, exclude)
+        result = audit(instances, refer_root, exclude=exclude)
         notes = result.notes
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content

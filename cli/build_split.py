@@ -41,7 +41,7 @@ def command(
 
     from refdet.splits.build import build_split
 
-    result = build_split(instances, refer_root, out, exclude, keep_only)
+    result = build_split(instances, refer_root, out, exclude=exclude, keep_only=keep_only)
     for text in result.notes:
         note(f"note: {text}")
     report = result.report

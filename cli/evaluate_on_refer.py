@@ -26,7 +26,7 @@ TITLES = {
 
 
 @click.command("evaluate-on-refer")
-@store_option(name="features", type=Path, required=True, help="Store that extract-features wrote.")
+@store_option(type=Path, required=True, help="Store that extract-features wrote.")
 @click.option("--refer-root", type=Path, required=True, help="Folder of the REFER data.")
 @click.option("--dataset", required=True, help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", required=True, help="unc, umd or google.")
@@ -46,7 +46,7 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")
-    check_store("--store", given["features"])
+    check_store("--store", given["store"])
     check_refer_root(given["refer_root"], given["dataset"])
     check_not_empty("--split", given["splits"])
     for name in ("predictions", "expressions"):

@@ -43,8 +43,7 @@ def command(
     import dataclasses
 
     from refdet.config import recipe
-    from refdet.files.atomic import report_disk_full
-    from refdet.training.inputs import check
+    from refdet.training.train import train
 
     chosen = recipe.load(recipe_name).with_changes((*changes, f"input.exif={exif}") if exif else changes)
     check_new_folder("--out", out, empty=False)
@@ -56,11 +55,16 @@ def command(
         check_run_directory("--weights", weights)
         if (unknown := load_meta(weights).provenance).is_unknown:
             note(f"starts from {weights.name}, {unknown.note}")
-    given = check(chosen, instances, images, out, weights, resume, crowd_as_object)
-    from refdet.training.trainer import train_on  # torch comes with it, which takes seconds
-
-    with report_disk_full(out, "what was saved is kept: free some space, then go on with --resume"):
-        summary = train_on(given, device)
+    summary = train(
+        chosen,
+        instances,
+        images,
+        out,
+        weights=weights,
+        resume=resume,
+        device=device,
+        crowd_as_object=crowd_as_object,
+    )
     if as_json:
         echo_json(dataclasses.asdict(summary))
     else:

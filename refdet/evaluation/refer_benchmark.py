@@ -29,24 +29,32 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_on_refer(
-    features: Path,
-    refer_root: Path,
+    store: str | Path,
+    refer_root: str | Path,
     dataset: str,
     split_by: str,
+    *,
     splits: Sequence[str] = (),
-    predictions: Path | None = None,
-    expressions: Path | None = None,
+    predictions: str | Path | None = None,
+    expressions: str | Path | None = None,
     protocol: Protocol = "standard",
     box_format: str = DEFAULT,
 ) -> dict[str, Any]:
-    """Detection AP and referent recall of each split, and how good predictions and expressions are if given.
+    """Measure a store of regions, and a model's answers if given, on the splits of a REFER dataset.
+
+    Example:
+        >>> metrics = refdet.evaluate_on_refer("demo/refcoco.h5", "demo/data/refer", "refcoco", "unc", splits=["val"])
+        >>> sorted(metrics["splits"]["val"]["detection"])
+        ['bbox', 'segm']
 
     Args:
-        features: the store.
+        store: HDF5 file that `refdet.extract_features` wrote.
         refer_root: folder of the REFER data.
-        splits: names, each possibly several with commas between; all but train where there are none.
-        predictions: see `refdet.evaluation.predictions`.
-        expressions: see `refdet.evaluation.language.load_expressions`.
+        dataset: "refcoco", "refcoco+", "refcocog" or "grefcoco": a folder in ``refer_root``.
+        split_by: "unc", "umd" or "google".
+        splits: names, each possibly several with commas between; all but train if empty.
+        predictions: JSON of a model's answers, see `refdet.evaluation.predictions`.
+        expressions: JSON of a model's expressions, see `refdet.evaluation.language.load_expressions`.
         protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluation.metrics`; COCO's AP
             stays COCO's.
         box_format: how boxes of predictions are written, one of `refdet.data.box_format.NAMES`.
@@ -62,20 +70,23 @@ def evaluate_on_refer(
         refer.ReferError: the refs cannot be read.
     """
     scorers = Scorers.find() if expressions is not None else None
-    with stores.open(features) as store:
-        _check_provenance(store)
+    refer_root = Path(refer_root)
+    with stores.open(store) as regions:
+        _check_provenance(regions)
         refer = REFER(refer_root, dataset, split_by)
         where = f"{refer_root / dataset}, split-by {split_by}"
         chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
         if not chosen:
             raise InputError(f"{where}: all refs are of split train; say --split train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
-        made = None if predictions is None else _predictions(predictions, where, store, refer, index, box_format)
-        said = None if expressions is None else load_expressions(expressions, refer.Refs.keys())
+        made = (
+            None if predictions is None else _predictions(Path(predictions), where, regions, refer, index, box_format)
+        )
+        said = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
         arguments = f"--refer-root {refer_root} --dataset {dataset} --split-by {split_by}"
         for split in chosen:
-            _check_images(store, refer, split, arguments)
-        run = _Run(store, refer, index, made, protocol)
+            _check_images(regions, refer, split, arguments)
+        run = _Run(regions, refer, index, made, protocol)
         found = {split: run.metrics(split) for split in chosen}
         if scorers is not None and said is not None:
             for split in chosen:
@@ -84,7 +95,7 @@ def evaluate_on_refer(
         about = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
         if box_format != DEFAULT:
             about["box_format"] = box_format
-        return {**about, "provenance": store.provenance, "splits": found}
+        return {**about, "provenance": regions.provenance, "splits": found}
 
 
 def _check_provenance(store: Store) -> None:

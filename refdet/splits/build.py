@@ -32,20 +32,32 @@ def build_split(
     instances: str | Path,
     refer_root: str | Path,
     out: str | Path,
+    *,
     exclude: Sequence[str] = (),
     keep_only: Sequence[str] = (),
 ) -> SplitResult:
-    """Write a list of images without those held out and without their annotations, and a report beside it.
+    """Write a list of training images without REFER's val and test images and their annotations.
 
     An image is held out if one of the numbers in its entry is, see `refdet.data.image_evidence`. All that stays is
-    written as it stands in the file, in its order. ``info.refdet`` of an instances file holds the provenance; for
-    other lists the report does.
+    written as it stands in the file, in its order, and a report beside it. ``info.refdet`` of an instances file holds
+    the provenance; for other lists the report does.
+
+    Example:
+        >>> instances = "demo/data/annotations/instances_train2014.json"
+        >>> split = refdet.build_split(instances, "demo/data/refer", "split.json")
+        >>> split.report["images_removed"] > 0
+        True
 
     Args:
-        instances: what to filter; see `refdet.splits.image_list`.
-        refer_root, exclude: see `held_out`.
+        instances: COCO instances JSON or another list of images to filter; see `refdet.splits.image_list`.
+        refer_root: folder of the REFER data.
         out: the file to write; the report of ``x.json`` or ``x.txt`` is ``x.report.json``.
-        keep_only: the reverse: keep the images of these splits and no others; see `chosen`.
+        exclude: the splits to hold out, each "DATASET:SPLIT_BY[:SPLIT,...]"; val and test of all datasets under
+            ``refer_root`` if empty.
+        keep_only: the reverse: keep the images of these splits and no others.
+
+    Returns:
+        The paths of both files, the report, and notes about the list.
 
     Raises:
         InputError: bad input, an output that exists, or no image left.

@@ -103,7 +103,7 @@ def audit_provenance(
     provenance = Provenance.from_json(about["provenance"])
     splits, notes = held_out(refer_root, exclude)
     claims = _claims(provenance, splits)
-    proof = None if instances is None else audit(instances, refer_root, exclude)
+    proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
         notes = proof.notes
     who = str(path) if about["kind"] == "checkpoint" else f"the detector of {path}"

@@ -81,14 +81,25 @@ class AuditResult:
         }
 
 
-def audit(instances: str | Path, refer_root: str | Path, exclude: Sequence[str] = ()) -> AuditResult:
+def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[str] = ()) -> AuditResult:
     """Look for images of REFER's val and test splits in a list of images.
 
     Annotations count too: one whose image was removed but which stayed in the file is a leak.
 
+    Example:
+        >>> refdet.audit("demo/split.json", "demo/data/refer").leaked
+        []
+        >>> len(refdet.audit("demo/data/annotations/instances_train2014.json", "demo/data/refer").leaked) > 0
+        True
+
     Args:
-        instances: an instances JSON or another list; see `refdet.splits.image_list`.
-        refer_root, exclude: what to look for; see `held_out`.
+        instances: COCO instances JSON or another list of images; see `refdet.splits.image_list`.
+        refer_root: folder of the REFER data.
+        exclude: the splits to look for, each "DATASET:SPLIT_BY[:SPLIT,...]"; val and test of all datasets under
+            ``refer_root`` if empty.
+
+    Returns:
+        The ids that leak, by split and in all, and what is known of the list.
 
     Raises:
         InputError: the file is no such list.

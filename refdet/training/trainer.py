@@ -1,4 +1,4 @@
-"""Training: a recipe, an instances file and images make a run directory."""
+"""The training loop: steps, saving and logging, from inputs that `refdet.training.train` has checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 
 from refdet.config.recipe import Recipe
 from refdet.data.image_orientation import OrientationNote
+from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.data.training_objects import TrainingObjects
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
@@ -27,15 +29,15 @@ from refdet.files.lock import alone
 from refdet.files.progress import progress_bar
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state
-from refdet.structures.provenance import file_sha256
-from refdet.training import inputs, state
+from refdet.structures.provenance import Provenance, file_sha256
+from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
-from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.optim import learning_rate, optimiser, set_rate
 from refdet.training.pretrained import load_pretrained
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
+from refdet.training.saved_run import SavedRun
 
 log = logging.getLogger(__name__)
 
@@ -50,39 +52,33 @@ class Summary:
     loss: float | None  # mean over the last steps logged; None if there was nothing left to do
 
 
-def train(
-    recipe: Recipe,
-    instances: Path,
-    images: Path,
-    out: Path,
-    weights: Path | None = None,
-    resume: bool = False,
-    device: str | None = None,
-    crowd_as_object: bool = False,
-) -> Summary:
-    """Train a detector.
+@dataclass(frozen=True)
+class TrainingInputs:
+    """All that a training needs to begin; `refdet.training.train.train` checks and collects it.
 
-    Args:
-        recipe: what to train; ``model.norm`` auto becomes frozen with `weights` and batch without.
-        instances: the split, a COCO instances JSON.
-        images: folder or zip of its images.
-        out: the run directory, new unless `resume`.
-        weights: run directory of a detector to start from.
-        resume: go on with the run in `out`; from the beginning, with a note, where nothing is to be resumed.
-        device: such as "cuda"; the best there is when None.
-        crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
-
-    Raises:
-        InputError: something given does not fit, or another process trains into `out`.
-        RuntimeFailure: the loss is not finite, or a worker process died (what was done is kept).
-        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
+    Attributes:
+        recipe: what to train, with a norm that is frozen or batch.
+        objects: what is trained on, and the instances file it is in.
+        source: where its images are.
+        provenance: of the instances file.
+        out: the run directory.
+        weights: run directory of a detector to start from, or None.
+        before: the state in `out` to go on from, or None.
+        data_sha256: `TrainingObjects.sha256` of the objects.
     """
-    given = inputs.check(recipe, instances, images, out, weights, resume, crowd_as_object)
-    return train_on(given, device)
+
+    recipe: Recipe
+    objects: TrainingObjects
+    source: ImageSource
+    provenance: Provenance
+    out: Path
+    weights: Path | None
+    before: SavedRun | None
+    data_sha256: str
 
 
 def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
-    """As `train`, from inputs that `training_inputs.check` gave."""
+    """Train a detector from inputs that are checked; see `refdet.training.train.train`."""
     target, recipe, out = usable_device(device), given.recipe, given.out
     index = given.objects.index
     batches = TrainingBatches(index, given.source, recipe, given.objects)

@@ -21,7 +21,7 @@ from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.structures.provenance import Provenance
-from refdet.training.trainer import train
+from refdet.training.train import train
 
 SMALL = ["model.width=16", "input.min_sizes=[160]", "input.max_size=240", "model.rpn_channels=32",
          "model.mask_channels=16", "head.batch_size_per_image=32", "model.anchor_sizes=[8,16,32,64,128]"]  # fmt: skip
@@ -37,7 +37,8 @@ def annotated(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta = checkpoint.CheckpointMetadata(chosen, tuple(index.categories.items()), provenance_of_instances(index), 0)
     checkpoint.save(folder / "run", model, meta)
     images = ImageList.of_instances(index.path)
-    extract_features(folder / "run", root / "train2017", folder / "f.h5", images, ExtractOptions(regions="annotations"))
+    extract_features(folder / "run", root / "train2017", folder / "f.h5", images,
+                     options=ExtractOptions(regions="annotations"))  # fmt: skip
     return folder / "f.h5"
 
 

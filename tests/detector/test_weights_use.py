@@ -23,7 +23,7 @@ from refdet.detector.weights.import_weights import import_weights, read_foreign
 from refdet.errors import InputError
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import file_sha256
-from refdet.training.trainer import train
+from refdet.training.train import train
 
 pytestmark = pytest.mark.slow
 

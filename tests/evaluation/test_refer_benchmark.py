@@ -123,7 +123,9 @@ def test_predictions_in_all_three_forms(toy: tuple[Path, Path], tmp_path: Path) 
 
     boxes = [{"sent_id": s, "box": [10, 10, 20, 10]} for s in (0, 1)]
     (tmp_path / "p.json").write_text(json.dumps(boxes))
-    val = evaluate_on_refer(features, root, "toy", "me", ["val"], tmp_path / "p.json")["splits"]["val"]
+    val = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")["splits"][
+        "val"
+    ]
     assert val["comprehension"]["accuracy@0.5"] == 1.0
     assert val["segmentation"] is None
 
@@ -178,7 +180,7 @@ def test_rles_that_do_not_fit_never_reach_pycocotools(
     answer = {"sent_id": 0, "segmentations": [wrong]} if several else None
     (tmp_path / "p.json").write_text(json.dumps([answer or {"sent_id": 0, "segmentation": wrong}]))
     with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): the counts of an RLE"):
-        evaluate_on_refer(features, root, "toy", "me", ["val"], predictions=tmp_path / "p.json")
+        evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_outlines_without_an_end_never_reach_pycocotools(
     instances["annotations"][0]["segmentation"] = polygons
     path.write_text(json.dumps(instances))
     with pytest.raises(InputError, match=r"instances\.json: annotation 100: .*polygon"):
-        evaluate_on_refer(features, root, "toy", "me", ["val"])
+        evaluate_on_refer(features, root, "toy", "me", splits=["val"])
 
 
 def test_a_box_without_an_end_is_no_mask(toy: tuple[Path, Path]) -> None:
@@ -219,7 +221,9 @@ def test_boxes_among_masks_are_told(toy: tuple[Path, Path], tmp_path: Path, capl
     for answers, wanted in cases:
         caplog.clear()
         (tmp_path / "p.json").write_text(json.dumps([{"sent_id": k} | answer for k, answer in enumerate(answers)]))
-        val = evaluate_on_refer(features, root, "toy", "me", ["val"], tmp_path / "p.json")["splits"]["val"]
+        val = evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")["splits"][
+            "val"
+        ]
         masks = val["segmentation"]
         assert (val["comprehension"]["missing"], masks and masks["missing"]) == wanted
         told = "val: 1 of 2 sentences are answered with a box where others have a mask" in caplog.text
@@ -245,9 +249,9 @@ def unchecked(*_: Any) -> None:
 
 def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"lacks 1 of the 1 images of split train \(3\).*extract-features"):
-        evaluate_on_refer(toy[0], toy[1], "toy", "me", ["train"])
+        evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["train"])
     with pytest.raises(InputError, match="--split testB: no such split"):
-        evaluate_on_refer(toy[0], toy[1], "toy", "me", ["testB"])
+        evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["testB"])
 
 
 @pytest.mark.parametrize(("dataset", "split_by"), [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")])

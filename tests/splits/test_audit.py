@@ -75,9 +75,9 @@ def test_counts_per_split_on_real_images(shared: Path, tmp_path: Path) -> None:
 def test_exclude_narrows(tmp_path: Path) -> None:
     root = write_refs(tmp_path / "refer", {("refcoco", "unc"): [(2, "val"), (3, "testA")]})
     source = write(tmp_path / "f.json", coco([2, 3, 4], []))
-    assert audit(source, root, ["refcoco:unc:testA"]).leaked == [3]
-    part = build_split(source, root, tmp_path / "part.json", ["refcoco:unc:testA"])
-    assert audit(part.out, root, ["refcoco:unc:testA"]).leaked == [] and audit(part.out, root).leaked == [2]
+    assert audit(source, root, exclude=["refcoco:unc:testA"]).leaked == [3]
+    part = build_split(source, root, tmp_path / "part.json", exclude=["refcoco:unc:testA"])
+    assert audit(part.out, root, exclude=["refcoco:unc:testA"]).leaked == [] and audit(part.out, root).leaked == [2]
 
 
 def test_missing_standard_splits_are_told(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
     assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
     assert any("refcocog/google/val: 1 of its 2 images hold train refs" in text for text in everything.notes)
-    some = build_split(source, root, tmp_path / "b.json", ["refcoco:unc:testA", "refcocog:google"])
+    some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]
     assert list(some.report["excluded"]) == ["refcoco/unc/testA", "refcocog/google/val"]
     assert audit(some.out, root).leaked == [2]
@@ -110,15 +110,15 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
 )
 def test_unknown_exclude_lists_the_choices(world: tuple[Path, Path], tmp_path: Path, exclude: str, text: str) -> None:
     with pytest.raises(InputError) as caught:
-        build_split(*world, tmp_path / "o.json", [exclude])
+        build_split(*world, tmp_path / "o.json", exclude=[exclude])
     assert text in str(caught.value) and exclude.split(":")[0] in str(caught.value)
     assert not list(tmp_path.glob("*o*.json"))
 
 
 def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], tmp_path: Path) -> None:
     source, root = world
-    first = build_split(source, root, tmp_path / "a.json", ["refcoco:unc:val"])
-    second = build_split(first.out, root, tmp_path / "b.json", ["refcoco:unc:testA"])
+    first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
+    second = build_split(first.out, root, tmp_path / "b.json", exclude=["refcoco:unc:testA"])
     provenance = provenance_of_instances(CocoIndex.load(second.out))
     assert set(provenance.excluded) == {"refcoco/unc/val", "refcoco/unc/testA"}
     assert provenance.source == "a.json" and provenance.images == 4
@@ -169,10 +169,12 @@ def test_refs_under_other_names_are_told(world: tuple[Path, Path], tmp_path: Pat
 
 def test_a_record_is_not_carried_over_where_names_contradict_ids(world: tuple[Path, Path], tmp_path: Path) -> None:
     source, root = world
-    first = build_split(source, root, tmp_path / "a.json", ["refcoco:unc:val"])
+    first = build_split(source, root, tmp_path / "a.json", exclude=["refcoco:unc:val"])
     data = json.loads(first.out.read_text())
     data["images"][0]["file_name"] = "COCO_train2014_000000000002.jpg"
-    second = build_split(write(tmp_path / "edited.json", data), root, tmp_path / "b.json", ["refcoco:unc:testA"])
+    second = build_split(
+        write(tmp_path / "edited.json", data), root, tmp_path / "b.json", exclude=["refcoco:unc:testA"]
+    )
     assert set(json.loads(second.out.read_text())["info"]["refdet"]["excluded"]) == {"refcoco/unc/testA"}
 
 

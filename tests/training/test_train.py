@@ -24,7 +24,8 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.evaluation.detection import evaluate
 from refdet.training.optim import learning_rate, optimiser
-from refdet.training.trainer import Summary, train
+from refdet.training.train import train
+from refdet.training.trainer import Summary
 
 pytestmark = pytest.mark.slow
 

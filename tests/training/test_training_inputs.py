@@ -123,7 +123,7 @@ def test_no_mistake_waits_for_torch(folder: Path) -> None:
 @pytest.mark.parametrize(("count", "code"), [("2", 2), ("8", 2), ("1", 0), ("", 0), ("many", 0)])
 def test_many_processes_are_refused(folder: Path, count: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from refdet.errors import InputError
-    from refdet.training.inputs import _refuse_many_processes
+    from refdet.training.train import _refuse_many_processes
 
     monkeypatch.setenv("WORLD_SIZE", count)
     if code == 0:

@@ -1,0 +1,138 @@
+"""`train`: from a recipe, an instances file and images to a run directory.
+
+What is given is checked before torch is imported, so that most mistakes are found in under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.instances_provenance import provenance_of_instances
+from refdet.data.training_objects import CROWD_OPTION, TrainingObjects
+from refdet.detector.checkpoint import load_meta
+from refdet.errors import InputError
+from refdet.files.atomic import report_disk_full
+from refdet.files.lock import alone
+from refdet.training.pretrained import begins_anew
+from refdet.training.run_folder import BUSY, LOCK, goes_on
+from refdet.training.saved_run import SavedRun
+
+if TYPE_CHECKING:
+    from refdet.training.trainer import Summary
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str,
+    instances: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    weights: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    crowd_as_object: bool = False,
+) -> Summary:
+    """Train a detector.
+
+    Example:
+        >>> summary = refdet.train("demo", "demo/split.json", "demo/data/train2014", "run",
+        ...                        changes=["train.steps=2", "model.width=8"], device="cpu")
+        >>> summary.steps
+        2
+
+    Args:
+        recipe: what to train: the name of a shipped recipe, a YAML file, or a `Recipe`. Its ``model.norm`` "auto" means
+            frozen with ``weights`` and batch without.
+        instances: the split, a COCO instances JSON.
+        images: folder or zip of its images.
+        out: the run directory, new unless ``resume``.
+        changes: changed keys of the recipe, such as "train.steps=500".
+        weights: run directory of a detector to start from.
+        resume: continue the run in ``out``; from the beginning, with a note, where there is nothing to resume.
+        device: "cpu", "cuda" or "cuda:1"; a GPU if there is one if None or "auto".
+        crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
+
+    Returns:
+        How many steps the run has, how long it took and its last loss.
+
+    Raises:
+        InputError: an argument does not fit, or another process trains into ``out``.
+        RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; what was saved is kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
+    """
+    _refuse_many_processes()
+    instances, images, out = Path(instances), Path(images), Path(out)
+    weights = None if weights is None else Path(weights)
+    chosen = (recipes.load(recipe) if isinstance(recipe, str) else recipe).with_changes(changes)
+    continues, remark = goes_on(out, resume)
+    if (out / LOCK).exists():
+        with alone(out, LOCK, BUSY):
+            pass  # nobody trains into it now
+    before = SavedRun.newest(out) if continues else None
+    chosen = _with_norm(chosen, weights, before, continues)
+    if before is not None:
+        before.check_recipe(chosen, out)
+    source = ImageSource.open(images, chosen.input.exif)
+    # without masks nothing needs a segmentation
+    index = CocoIndex.load(instances, chosen.model.masks, crowd_as_object)
+    objects = TrainingObjects(index, chosen.model.masks, chosen.train.empty_images)
+    source.check(objects.records, index.path, index.images.values())
+    categories = tuple(index.categories.items())
+    if weights is not None and not continues:
+        begins_anew(weights, chosen, categories)
+    provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
+    notes = [remark] if remark else []
+    if before is not None:
+        before.check_data(categories, provenance, data_sha256, out)
+        notes += before.notes(chosen, out)
+    if provenance.note:
+        notes.append(f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
+                     f"checked: refdet audit --instances {instances} --refer-root DIR does")  # fmt: skip
+    if crowd_as_object:
+        text = f"its crowds are trained on as objects ({CROWD_OPTION})"
+        provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
+    for line in (*notes, *objects.notes):
+        log.warning("note: %s", line)
+
+    from refdet.training.trainer import TrainingInputs, train_on  # torch comes with it, which takes seconds
+
+    given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
+    with report_disk_full(out, "what was saved is kept: free some space, then go on with --resume"):
+        return train_on(given, device)
+
+
+def _with_norm(recipe: Recipe, weights: Path | None, before: SavedRun | None, continues: bool) -> Recipe:
+    """The recipe with a norm that is frozen or batch; InputError if it would be frozen at random weights."""
+    if weights is not None:
+        norm = load_meta(weights).recipe.model.norm
+    else:  # that of the run, which may be that of the weights it started from
+        norm = before.meta.recipe.model.norm if before else "batch"
+    if recipe.model.norm == "auto":
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
+    if weights is None and not continues and recipe.model.norm == "frozen":
+        raise InputError(
+            f"recipe {recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
+            "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
+        )
+    return recipe
+
+
+def _refuse_many_processes() -> None:
+    """torchrun and its like would start one whole training each, all in one run directory."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if count.isdecimal() and int(count) > 1:
+        raise InputError(
+            f"WORLD_SIZE is {count}: refdet train is one process on one device; start it without torchrun, once"
+        )
