@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from refdet.data.coco import CocoIndex
 from refdet.data.coco_validation import is_finite
 from refdet.data.segmentations import check_polygons
@@ -25,23 +23,8 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
-    """Regions as the entries of a COCO results JSON: box as xywh, mask as RLE where there is one."""
-    results = []
-    for image in regions:
-        rles = image.rles()
-        boxes = image.boxes.astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        for row in range(len(image)):
-            result: dict[str, Any] = {
-                "image_id": image.image_id,
-                "category_id": int(image.category_ids[row]),
-                "bbox": boxes[row].tolist(),
-                "score": float(image.scores[row]),
-            }
-            if rles:
-                result["segmentation"] = rles[row]
-            results.append(result)
-    return results
+    """The regions of images as the entries of a COCO results JSON; see `Regions.to_coco`."""
+    return [result for image in regions for result in image.to_coco()]
 
 
 def coco_ap(

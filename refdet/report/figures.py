@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from refdet.report.markup import Markup, html, joined
 from refdet.report.samples import Scene
+from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
 
 LONG_SIDE = 720  # pixels of a picture in the report: sharp on a dense screen, some 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only where a sentence refers to them
-COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
 MOST_OTHERS = 12  # of the regions that no sentence refers to, so that a crowd can still be seen
 GREY = "#9aa0aa"
-MOST_LETTERS = 60  # of a label
-
-_Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def _item(scene: Scene, i: int, key: Key) -> Markup:
         told = html("found as {}, IoU {:.2f}", scene.names.get(category, str(category)), one.iou)
         if category != one.category_id:
             told += html(' <b class="bad">(it is a {})</b>', one.category)
-        chip = html('<span class="chip" style="background:{};color:{}">{}</span>', colour, _on(colour), i + 1)
+        chip = html('<span class="chip" style="background:{};color:{}">{}</span>', colour, text_colour(colour), i + 1)
     else:
         near = f"the best region has IoU {one.iou:.2f}" if one.region is not None else "there is no region"
         told = html('<b class="bad">missed</b>: {}; {}', one.category, near)
@@ -121,15 +118,10 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
     if regions.masks is not None:
         rles = regions.rles()
         for row, colour, opacity in painted:
-            mask = Image.fromarray(np.asarray(coco_mask.decode(rles[row])) * np.uint8(255))
-            smooth = mask.resize(size, Image.Resampling.BICUBIC).point(lambda v: 255 if v >= 128 else 0)
-            cover = smooth.point(lambda v, opacity=opacity: round(v * opacity))
-            image.paste(Image.new("RGB", size, colour), mask=cover)
-            edge = ImageChops.subtract(smooth, smooth.filter(ImageFilter.MinFilter(5)))
-            image.paste(Image.new("RGB", size, colour), mask=edge)
-    pen = _Pen(ImageDraw.Draw(image), size)
+            paint_mask(image, np.asarray(coco_mask.decode(rles[row])), colour, opacity, edge=5)
+    pen = Pen(ImageDraw.Draw(image), size)
     for row, colour, _ in painted:
-        pen.outline(_scaled(regions.boxes[row], scale), colour, 2 if colour == GREY else 4)
+        pen.outline(_scaled(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
     for i, one in enumerate(scene.referred):
         if not one.found:
             pen.dashes(_scaled(one.box, scale), key.colours[i])
@@ -138,73 +130,15 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, key.numbers.get(row, [])))
-        pen.label(_scaled(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour)
+        pen.label(
+            _scaled(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19
+        )
     for i, one in enumerate(scene.referred):
         if not one.found:
-            pen.label(_scaled(one.box, scale), f"{i + 1}  missed", key.colours[i])
+            pen.label(_scaled(one.box, scale), f"{i + 1}  missed", key.colours[i], 19)
     return image
 
 
-@dataclass
-class _Pen:
-    """Draws boxes and labels, and remembers where labels are."""
-
-    draw: ImageDraw.ImageDraw
-    size: tuple[int, int]
-    taken: list[_Box] = field(default_factory=list)
-
-    def outline(self, box: _Box, colour: str, width: int) -> None:
-        x1, y1, x2, y2 = self._inside(box)
-        if colour != GREY:
-            self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=width + 2)
-        self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
-
-    def dashes(self, box: _Box, colour: str) -> None:
-        x1, y1, x2, y2 = self._inside(box)
-        for width, ink in ((7, "white"), (4, colour)):
-            for x in np.arange(x1, x2, 20):
-                for y in (y1, y2):
-                    self.draw.line((x, y, min(x + 11, x2), y), fill=ink, width=width)
-            for y in np.arange(y1, y2, 20):
-                for x in (x1, x2):
-                    self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
-
-    def label(self, box: _Box, text: str, colour: str) -> None:
-        text = "".join(letter if letter.isprintable() else " " for letter in text[:MOST_LETTERS])
-        letters = 15 if colour == GREY else 19
-        font = ImageFont.load_default(size=letters)
-        width, height = self.draw.textlength(text, font=font) + 10, letters + 6.0
-        x1, y1, x2, y2 = self._inside(box)
-        places = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2),
-                  (x1, y1), (x2 - width, y2 - height), (x1, y2 - height), (x2 - width, y1)]  # fmt: skip
-        spots = [self._fit(x, y, width, height) for x, y in places]
-        spot = min(spots, key=lambda spot: sum(_shared(spot, other) for other in self.taken))
-        self.taken.append(spot)
-        self.draw.rounded_rectangle(spot, radius=4, fill=colour, outline="white")
-        self.draw.text((spot[0] + 5, spot[1] + height / 2), text, fill=_on(colour), font=font, anchor="lm")
-
-    def _fit(self, x: float, y: float, width: float, height: float) -> _Box:
-        x = max(0.0, min(x, self.size[0] - width - 1))
-        y = max(0.0, min(y, self.size[1] - height - 1))
-        return x, y, x + width, y + height
-
-    def _inside(self, box: _Box) -> _Box:
-        x1, y1 = (min(max(value, 2.0), side - 4.0) for value, side in zip(box[:2], self.size, strict=True))
-        x2, y2 = (min(max(value, 2.0), side - 3.0) for value, side in zip(box[2:], self.size, strict=True))
-        return x1, y1, max(x1, x2), max(y1, y2)
-
-
-def _scaled(box: np.ndarray, scale: float) -> _Box:
+def _scaled(box: np.ndarray, scale: float) -> Box:
     x1, y1, x2, y2 = (float(value) * scale for value in box)
     return x1, y1, x2, y2
-
-
-def _shared(a: _Box, b: _Box) -> float:
-    """Area of the intersection."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour "#rrggbb"."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

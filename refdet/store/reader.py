@@ -51,6 +51,7 @@ class Store:
         image_ids, heights, widths, file_names, image_errors: (I,), in the order of the file; see the schema.
         region_start: (I + 1,) int64.
         classes, recipe, provenance, options, run: see `Header`.
+        names: category id -> name.
         complete: True.
         feature_names, map_names: the features and the maps of whole images it has.
         has_masks, has_ann_ids: whether regions have masks and annotation ids.
@@ -61,6 +62,7 @@ class Store:
         self.path = path
         self.file = file
         self.classes: list[dict[str, Any]] = parse_classes(file)
+        self.names: dict[int, str] = {one["id"]: one["name"] for one in self.classes}
         self.recipe = str(file.attrs["recipe"])
         self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
         self.options: dict[str, Any] = parse_json(file, "options", dict)
@@ -100,6 +102,11 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join((*self.feature_names, *self.map_names)) or "no features"
+        masks = ", masks" if self.has_masks else ""
+        return f"Store({str(self.path)!r}: {len(self)} images, {self.regions} regions, {names}{masks})"
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -183,6 +190,7 @@ class Store:
             error=str(self.image_errors[i]),
             maps=maps,
             im_info=data["maps/im_info"][i] if maps else None,
+            names=self.names,
         )
 
     def _masks(self, i: int, rows: range) -> tuple[bytes, ...]:
@@ -234,8 +242,7 @@ class Store:
                 columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
             frame = pd.DataFrame(columns)
-            names = {int(c["id"]): str(c["name"]) for c in self.classes}
-            frame["category"] = frame["category_id"].map(names).astype("category")
+            frame["category"] = frame["category_id"].map(self.names).astype("category")
             if self.has_ann_ids:
                 frame["ann_id"] = self.data["regions/ann_id"][:]
         except CORRUPTION_ERRORS as error:
@@ -243,10 +250,18 @@ class Store:
         return frame.rename_axis("region")
 
 
-def open(path: str | Path, again: bool = False) -> Store:
+def open(path: str | Path, *, again: bool = False) -> Store:
     """Open a store for reading; use it in a ``with``.
 
+    Example:
+        >>> with refdet.open_store("demo/features/refcoco.h5") as store:
+        ...     regions = store[store.image_ids[0]]
+        ...     table = store.to_dataframe()
+        >>> len(table) >= len(regions)
+        True
+
     Args:
+        path: the HDF5 file that `refdet.extract_features` wrote.
         again: look through the file for damage even if it was done before; see `refdet.store.hdf5_door`.
 
     Raises:

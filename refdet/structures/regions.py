@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refdet.errors import ArgumentError
 
-@dataclass(frozen=True)
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+NO_CATEGORY = -1
+"""Category id of a region whose category nobody said."""
+
+
+@dataclass(frozen=True, repr=False)
 class Regions:
     """The n regions of one image.
 
@@ -18,7 +29,7 @@ class Regions:
         height, width: size of the original image in pixels.
         boxes: (n, 4) float32, half-open ``x1 y1 x2 y2`` in pixels of the original image.
         scores: (n,) float32 in 0..1, or what a file of given boxes says; 1 for regions that are annotations.
-        category_ids: (n,) int64, COCO category ids.
+        category_ids: (n,) int64, COCO category ids; `NO_CATEGORY` for boxes that were given without one.
         ann_ids: (n,) int64 annotation ids, or None for detections.
         masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None where there are none.
         features: name -> (n, ...) array, in the order of the boxes: (n, width), or (n, C, 7, 7) of spatial ones.
@@ -26,6 +37,8 @@ class Regions:
         maps: name -> (C, H, W) array of the whole image: "head" is the map that boxes are pooled from.
         im_info: (3,) float32: height and width of the network's input in pixels, and the factor that made its height
             of the original image's; that of the width is the ratio of the widths. None where there are no maps.
+        names: category id -> name, for labels; None where nobody said them. They are no part of what is compared or
+            stored.
     """
 
     image_id: int
@@ -41,6 +54,7 @@ class Regions:
     error: str = ""
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     im_info: np.ndarray | None = None
+    names: Mapping[int, str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
@@ -66,10 +80,89 @@ class Regions:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} region{'' if len(self) == 1 else 's'}"]
+        if self.error:
+            parts.append(f"error {self.error!r:.60}")
+        if self.masks is not None:
+            parts.append("masks")
+        arrays = [*self.features.items(), *self.maps.items()]
+        parts += [f"{name} {'x'.join(map(str, values.shape))} {values.dtype}" for name, values in arrays]
+        name = f" {self.file_name!r:.60}" if self.file_name else ""
+        return f"Regions(image {self.image_id}{name}, {self.width}x{self.height}: {', '.join(parts)})"
+
     def rles(self) -> list[dict]:
         """The masks as pycocotools RLE objects ``{"size": [height, width], "counts": bytes}``."""
         size = [self.height, self.width]
         return [{"size": size, "counts": counts} for counts in self.masks or ()]
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """The regions as entries of a COCO results JSON.
+
+        Example:
+            >>> regions.to_coco()[0].keys()
+            dict_keys(['image_id', 'category_id', 'bbox', 'score', 'segmentation'])
+
+        Returns:
+            For each region "image_id", "category_id", "bbox" (``[x, y, width, height]`` in pixels of the original
+            image), "score" and, where there are masks, "segmentation", an RLE whose ``counts`` are text.
+        """
+        boxes = self.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        results: list[dict[str, Any]] = [
+            {"image_id": self.image_id, "category_id": category, "bbox": box, "score": score}
+            for category, box, score in zip(
+                self.category_ids.tolist(), boxes.tolist(), self.scores.tolist(), strict=True
+            )
+        ]
+        if self.masks is not None:
+            for result, counts in zip(results, self.masks, strict=True):
+                result["segmentation"] = {"size": [self.height, self.width], "counts": counts.decode("ascii")}
+        return results
+
+    def draw(
+        self,
+        image: np.ndarray | Image.Image | str | Path,
+        *,
+        min_score: float = 0.0,
+        names: Mapping[int, str] | None = None,
+    ) -> Image.Image:
+        """A copy of the image with boxes, translucent masks and labels drawn on it. A notebook shows it by itself.
+
+        Example:
+            >>> regions.draw(image, min_score=0.3).save("regions.png")
+
+        Args:
+            image: the image that the regions are of: (H, W, 3) uint8 RGB, a PIL image or a path.
+            min_score: score that a region must reach to be drawn.
+            names: category id -> name for the labels; by default those that the detector or the store knows.
+
+        Raises:
+            ArgumentError: no such image, or one of another size.
+            InputError: the path is no readable image file.
+        """
+        from pycocotools import mask as coco_mask
+
+        from refdet.structures.drawing import Drawn, draw_regions
+        from refdet.structures.pixels import opened, rgb_pixels
+
+        pixels = rgb_pixels(opened(image) if isinstance(image, str | Path) else image)
+        height, width = pixels.shape[:2]
+        if (height, width) != (self.height, self.width):
+            raise ArgumentError(
+                "image",
+                f"is {width}x{height}, but the regions are of an image of {self.width}x{self.height}; give that image",
+            )
+        texts = names if names is not None else self.names or {}
+        rles, drawn = self.rles(), []
+        for row in np.argsort(-self.scores, kind="stable").tolist():
+            if self.scores[row] >= min_score:
+                category = int(self.category_ids[row])
+                name = texts.get(category, "" if category == NO_CATEGORY else str(category))
+                x1, y1, x2, y2 = self.boxes[row].tolist()
+                mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
+                drawn.append(Drawn((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
+        return draw_regions(pixels, drawn)
 
     @classmethod
     def empty(cls, image_id: int, file_name: str, height: int, width: int, error: str = "") -> Regions:

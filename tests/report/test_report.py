@@ -23,9 +23,10 @@ from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import Inputs, ReferPart, Step
 from refdet.report.charts import Axes, Series, line_chart, linear_ticks, log_ticks, standalone
-from refdet.report.figures import COLOURS, LONG_SIDE, Key, draw
+from refdet.report.figures import LONG_SIDE, Key, draw
 from refdet.report.samples import Referred, Scene, hardest, sample, scenes
 from refdet.splits.build import build_split
+from refdet.structures.drawing import COLOURS
 from refdet.structures.regions import Regions
 from refer import REFER
 
@@ -109,7 +110,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Input
     file.write_bytes(pickle.dumps(refs, protocol=2))
 
     source = shapes_root / "annotations" / "instances_train2014.json"
-    build_split(source, refer_root, work / "split.json", ())
+    build_split(source, refer_root, work / "split.json")
     run = work / "run"
     run.mkdir()
     provenance = json.loads((work / "split.json").read_text())["info"]["refdet"]

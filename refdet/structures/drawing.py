@@ -1,0 +1,139 @@
+"""Boxes, masks and labels, drawn onto a PIL image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+Box = tuple[float, float, float, float]
+"""Half-open ``x1 y1 x2 y2`` in pixels."""
+
+COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
+MOST_LETTERS = 60  # of a label
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A region to draw.
+
+    Attributes:
+        box: in pixels of the image.
+        label: the text beside the box.
+        mask: (H, W) uint8, 1 on the region, or None.
+    """
+
+    box: Box
+    label: str
+    mask: np.ndarray | None
+
+
+def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
+    """A copy of an image with regions drawn on it, the first on top, each in a colour of its own.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        regions: the most important ones first.
+    """
+    image = Image.fromarray(pixels)
+    long_side = max(image.size)
+    line, letters = max(1, round(long_side / 320)), min(max(10, round(long_side / 40)), 24)
+    coloured = [(region, COLOURS[i % len(COLOURS)]) for i, region in enumerate(regions)]
+    for region, colour in reversed(coloured):
+        if region.mask is not None:
+            paint_mask(image, region.mask, colour, opacity=0.35, edge=1 + 2 * line)
+    pen = Pen(ImageDraw.Draw(image), image.size)
+    for region, colour in reversed(coloured):
+        pen.outline(region.box, colour, line, halo=False)
+    for region, colour in coloured:
+        pen.label(region.box, region.label, colour, letters)
+    return image
+
+
+def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float, edge: int) -> None:
+    """Paint a mask onto an image, translucent and with an opaque edge.
+
+    Args:
+        image: in mode RGB; changed in place.
+        mask: (H, W) uint8 of 0 and 1, resized to the image where that has another size.
+        colour: "#rrggbb".
+        opacity: of the inside, 0..1.
+        edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
+    """
+    whole = Image.fromarray(mask * np.uint8(255))
+    if whole.size != image.size:
+        whole = whole.resize(image.size, Image.Resampling.BICUBIC).point(lambda v: 255 if v >= 128 else 0)
+    paint = Image.new("RGB", image.size, colour)
+    image.paste(paint, mask=whole.point(lambda v: round(v * opacity)))
+    image.paste(paint, mask=ImageChops.subtract(whole, whole.filter(ImageFilter.MinFilter(edge))))
+
+
+@dataclass
+class Pen:
+    """Draws boxes and labels, and places each label where it covers few others."""
+
+    draw: ImageDraw.ImageDraw
+    size: tuple[int, int]
+    taken: list[Box] = field(default_factory=list)
+
+    def outline(self, box: Box, colour: str, width: int, *, halo: bool) -> None:
+        """Draw a box, with a white line around it if ``halo``."""
+        x1, y1, x2, y2 = self._inside(box)
+        if halo:
+            self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=width + 2)
+        self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
+
+    def dashes(self, box: Box, colour: str) -> None:
+        """Draw a box in dashes."""
+        x1, y1, x2, y2 = self._inside(box)
+        for width, ink in ((7, "white"), (4, colour)):
+            for x in np.arange(x1, x2, 20):
+                for y in (y1, y2):
+                    self.draw.line((x, y, min(x + 11, x2), y), fill=ink, width=width)
+            for y in np.arange(y1, y2, 20):
+                for x in (x1, x2):
+                    self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
+
+    def label(self, box: Box, text: str, colour: str, letters: int) -> None:
+        """Write a text beside a box, on a ground of the box's colour.
+
+        Args:
+            box: in pixels of the image.
+            text: cut after `MOST_LETTERS`.
+            colour: of the ground, "#rrggbb".
+            letters: height of the letters in pixels.
+        """
+        text = "".join(letter if letter.isprintable() else " " for letter in text[:MOST_LETTERS])
+        font = ImageFont.load_default(size=letters)
+        width, height = self.draw.textlength(text, font=font) + 10, letters + 6.0
+        x1, y1, x2, y2 = self._inside(box)
+        places = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2),
+                  (x1, y1), (x2 - width, y2 - height), (x1, y2 - height), (x2 - width, y1)]  # fmt: skip
+        spots = [self._fit(x, y, width, height) for x, y in places]
+        spot = min(spots, key=lambda spot: sum(_shared(spot, other) for other in self.taken))
+        self.taken.append(spot)
+        self.draw.rounded_rectangle(spot, radius=4, fill=colour, outline="white")
+        self.draw.text((spot[0] + 5, spot[1] + height / 2), text, fill=text_colour(colour), font=font, anchor="lm")
+
+    def _fit(self, x: float, y: float, width: float, height: float) -> Box:
+        x = max(0.0, min(x, self.size[0] - width - 1))
+        y = max(0.0, min(y, self.size[1] - height - 1))
+        return x, y, x + width, y + height
+
+    def _inside(self, box: Box) -> Box:
+        x1, y1 = (min(max(value, 2.0), side - 4.0) for value, side in zip(box[:2], self.size, strict=True))
+        x2, y2 = (min(max(value, 2.0), side - 3.0) for value, side in zip(box[2:], self.size, strict=True))
+        return x1, y1, max(x1, x2), max(y1, y2)
+
+
+def text_colour(ground: str) -> str:
+    """Black or white, whichever reads better on a colour "#rrggbb"."""
+    red, green, blue = (int(ground[i : i + 2], 16) for i in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+
+
+def _shared(a: Box, b: Box) -> float:
+    """Area of the intersection."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

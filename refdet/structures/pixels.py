@@ -1,0 +1,60 @@
+"""Images that are given as arrays or PIL images, as RGB pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refdet.errors import ArgumentError, InputError
+from refdet.structures.limits import size_problem
+from refer.pixels import FORMATS, as_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def opened(path: str | Path) -> Image.Image:
+    """The image in a file, for looking at; what is computed on is read by `refdet.data.image_decoder`.
+
+    Raises:
+        InputError: no such file, or no image that can be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return image
+    except Exception as error:  # decoders of damaged files fail in ways that nobody lists
+        raise InputError(f"{path}: not a readable image ({error}); give another file") from error
+
+
+def rgb_pixels(image: np.ndarray | Image.Image) -> np.ndarray:
+    """The pixels of an image, (H, W, 3) uint8 RGB. An array is given back as it is.
+
+    Of 16-bit greyscale the upper 8 bits are kept; transparency is dropped.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, or a PIL image of any mode whose pixels have a known range.
+
+    Raises:
+        ArgumentError: another type, shape or dtype, or an image without pixels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ArgumentError("image", f"uint8 (H, W, 3) RGB is needed, not {image.dtype} {image.shape}")
+        problem = size_problem(*image.shape[:2])
+    else:
+        if not hasattr(image, "getbands"):  # PIL is not imported only to say no
+            raise ArgumentError("image", f"a NumPy array, a PIL image or a path is needed, not {type(image).__name__}")
+        problem = size_problem(image.height, image.width)
+    if problem:
+        raise ArgumentError("image", problem)
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        return np.array(as_rgb(image).convert("RGB"))
+    except (ValueError, OSError) as error:
+        raise ArgumentError("image", f"cannot be read as RGB: {error}; convert it first") from error

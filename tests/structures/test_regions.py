@@ -1,0 +1,130 @@
+"""`Regions`: as COCO results, drawn, shown, and what its names leave alone."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from store_examples import HEADER, contents, make_regions, record
+
+from refdet import store
+from refdet.errors import InputError
+from refdet.structures.drawing import COLOURS
+from refdet.structures.regions import NO_CATEGORY, Regions
+
+BLACK = np.zeros((60, 80, 3), np.uint8)
+BLUE, ORANGE = (tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in COLOURS[:2])
+
+
+def two(masks: bool = True) -> Regions:
+    """A region of score 0.9 on the right and one of 0.4 on the left of an image."""
+    boxes = np.float32([[40, 20, 70, 50], [5, 20, 25, 50]])
+    pixels = np.zeros((60, 80, 2), np.uint8, order="F")
+    for i, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
+        pixels[y1:y2, x1:x2, i] = 1
+    rles = tuple(rle["counts"] for rle in coco_mask.encode(pixels))
+    return Regions(
+        7, "a.png", 60, 80, boxes, np.float32([0.9, 0.4]), np.array([3, 5]), masks=rles if masks else None,
+        features={"fc7": np.zeros((2, 8), np.float32)}, names={3: "dog", 5: "cat"},
+    )  # fmt: skip
+
+
+def test_coco_results_can_be_written_and_read_back() -> None:
+    results = json.loads(json.dumps(two().to_coco()))
+    assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
+        (7, 3, [40, 20, 30, 30]), (7, 5, [5, 20, 20, 30]),
+    ]  # fmt: skip
+    assert [r["score"] for r in results] == pytest.approx([0.9, 0.4])
+    assert coco_mask.area([r["segmentation"] for r in results]).tolist() == [900, 600]
+
+
+def test_coco_results_without_masks_or_regions() -> None:
+    assert "segmentation" not in two(masks=False).to_coco()[0]
+    assert Regions.empty(7, "", 60, 80).to_coco() == []
+
+
+def test_repr_is_one_line() -> None:
+    assert repr(two()) == "Regions(image 7 'a.png', 80x60: 2 regions, masks, fc7 2x8 float32)"
+    assert repr(Regions.empty(7, "", 60, 80, "no file")) == "Regions(image 7, 80x60: 0 regions, error 'no file')"
+
+
+def test_names_are_neither_compared_nor_stored(tmp_path: Path) -> None:
+    bare = make_regions(4, 3)
+    named = replace(bare, names={3: "other"})
+    assert named == bare
+    columns = store.Columns({"pool5": (4,), "fc7": (6,)}, masks=True, ann_ids=True)
+    for name, regions in (("a.h5", bare), ("b.h5", named)):
+        counts = sum(map(len, regions.masks or ()))
+        row = store.ImageRow(*(getattr(record(regions), key) for key in ("id", "file_name", "height", "width")), "",
+                             len(regions), counts)  # fmt: skip
+        with store.create(tmp_path / name, HEADER, columns, [row]) as writer:
+            writer.put(regions)
+    assert contents(tmp_path / "a.h5") == contents(tmp_path / "b.h5")
+    with store.open(tmp_path / "b.h5") as written:
+        assert written[4].names == {3: "dög"}  # those of the file
+        assert repr(written).endswith("1 images, 3 regions, fc7, pool5, masks)")
+
+
+def test_regions_can_be_sent_to_another_process() -> None:
+    assert pickle.loads(pickle.dumps(two())).names == {3: "dog", 5: "cat"}
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_picture_shows_boxes_and_masks(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, *label: None)  # which covers some of them
+    drawn = two(masks).draw(BLACK)
+    assert drawn.size == (80, 60) and drawn.mode == "RGB" and not BLACK.any()
+    assert drawn.getpixel((70, 48)) == BLUE and drawn.getpixel((25, 48)) == ORANGE  # their right sides
+    assert (drawn.getpixel((55, 40)) != (0, 0, 0)) == masks
+
+
+def test_the_picture_is_the_same_from_each_kind_of_image(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    wanted = np.asarray(two().draw(pixels))
+    for image in (Image.fromarray(pixels), str(tmp_path / "a.png"), tmp_path / "a.png"):
+        np.testing.assert_array_equal(np.asarray(two().draw(image)), wanted)
+
+
+def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, box, text, *more: seen.append(text))
+    two().draw(BLACK)
+    two().draw(BLACK, names={3: "hound"}, min_score=0.5)
+    replace(two(), names=None).draw(BLACK, min_score=0.5)
+    replace(two(), category_ids=np.full(2, NO_CATEGORY)).draw(BLACK, min_score=0.5)
+    assert seen == ["dog 0.90", "cat 0.40", "hound 0.90", "3 0.90", "0.90"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (3, 2)])
+def test_images_of_any_size_are_drawn_on(size: tuple[int, int]) -> None:
+    height, width = size
+    box = np.float32([[0, 0, width, height]])
+    regions = Regions(1, "", height, width, box, np.ones(1, np.float32), np.array([1]))
+    assert regions.draw(np.zeros((height, width, 3), np.uint8)).size == (width, height)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_pil_images_of_other_modes_are_drawn_on(mode: str) -> None:
+    image = Image.new(mode, (80, 60)) if mode == "I;16" else Image.fromarray(BLACK).convert(mode)
+    assert two().draw(image).mode == "RGB"
+
+
+def test_what_cannot_be_drawn_on_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^image: is 80x61, but the regions are of an image of 80x60; give that"):
+        two().draw(np.zeros((61, 80, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"^image: uint8 \(H, W, 3\) RGB is needed, not float32 \(3, 64, 64\)$"):
+        two().draw(np.zeros((3, 64, 64), np.float32))
+    with pytest.raises(ValueError, match="^image: a NumPy array, a PIL image or a path is needed, not list$"):
+        two().draw([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^image: cannot be read as RGB: .*mode F"):
+        two().draw(Image.new("F", (80, 60)))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="a.png: not a readable image .*; give another file"):
+        two().draw(tmp_path / "a.png")
