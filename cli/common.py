@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
 
-from refdet.errors import ArgumentError, InputError
 from refdet.files.printable_text import printable
 
 _OWN = ("refdet", "refer")  # the packages whose loggers are ours
@@ -95,15 +94,6 @@ def box_format_option(option: str) -> Callable[[F], F]:
         help=f"Of boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of the image, "
         "in the order that they fit, or -xyxy or -xywh.",
     )  # fmt: skip
-
-
-@contextmanager
-def naming_options() -> Iterator[None]:
-    """Within it an error about an argument of the library names the option that the argument was given by."""
-    try:
-        yield
-    except ArgumentError as error:
-        raise InputError(f"--{error.argument.replace('_', '-')}: {error.problem}") from None
 
 
 def echo_json(obj: Any) -> None:

@@ -26,7 +26,6 @@ from .common import (
     echo_table,
     exif_option,
     json_option,
-    naming_options,
     note,
     renamed_option,
 )
@@ -138,21 +137,20 @@ def command(
     from refdet.extraction.options import ExtractOptions
 
     names = tuple(dict.fromkeys(name.strip() for name in features.split(",") if name.strip()))
-    with naming_options():
-        options = ExtractOptions(
-            regions=regions,
-            features=names,
-            dtype=dtype,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_regions=max_regions,
-            lower_threshold_if_empty=lower_threshold_if_empty,
-            precision=precision,
-            masks=masks,
-            compression=compression,
-            exif=exif,
-            crowd_as_object=crowd_as_object,
-        )
+    options = ExtractOptions(
+        regions=regions,
+        features=names,
+        dtype=dtype,
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        max_regions=max_regions,
+        lower_threshold_if_empty=lower_threshold_if_empty,
+        precision=precision,
+        masks=masks,
+        compression=compression,
+        exif=exif,
+        crowd_as_object=crowd_as_object,
+    )
     meta = load_meta(checkpoint)
     check_features(names, meta.recipe)
     if instances is not None:

@@ -16,7 +16,7 @@ try:
     import click
     from click.exceptions import NoArgsIsHelpError
 
-    from refdet.errors import RefdetError, is_disk_full
+    from refdet.errors import ArgumentError, RefdetError, is_disk_full
     from refdet.interrupt import ending_imports
 
     from .common import NoteHandler, OutputLost, echo_line, print_error, set_level
@@ -158,6 +158,8 @@ def fail(error: Exception, debug: bool) -> NoReturn:
 
 def describe(error: Exception) -> tuple[int, str]:
     """The exit code and the message for an error."""
+    if isinstance(error, ArgumentError):  # of the library, whose arguments have the names of the options
+        return error.exit_code, f"--{error.argument.replace('_', '-')}: {error.problem}"
     if isinstance(error, RefdetError):
         return error.exit_code, str(error)
     if isinstance(error, click.Abort):

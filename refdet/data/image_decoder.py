@@ -92,6 +92,21 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
     return Decoded(np.array(upright(pixels, orientation) if exif == "apply" else pixels, order="C"), orientation)
 
 
+def decode_any_size(data: bytes) -> Decoded:
+    """As `decode`, an image whose size nobody declared, as it is stored; up to the limit that Pillow has.
+
+    Raises:
+        SizeError: it has more pixels.
+        Exception: of any kind that Pillow has for a file it cannot decode.
+    """
+    try:
+        with _opened(data) as image:
+            height, width = _stored_size(image)
+    except Image.DecompressionBombError as error:
+        raise SizeError(f"too many pixels: {error}; scale it down") from None
+    return decode(data, height, width)
+
+
 def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
     """The picture as (side, side) uint8 grey, each pixel the mean of its part.
 

@@ -75,7 +75,7 @@ def test_a_pyramid_has_no_spatial_features() -> None:
     check_features(EVERY, c4)
     check_features(("pool5", "fc7", "class_prob"), pyramid)
     for name in EVERY[3:]:
-        with pytest.raises(InputError, match=f"--features {name}: .*C4"):
+        with pytest.raises(InputError, match=f"^features: .* has no '{name}', .*C4"):
             check_features(["pool5", name], pyramid)
-    with pytest.raises(InputError, match="--features fc8: no such feature"):
+    with pytest.raises(InputError, match="^features: there is no 'fc8'; choose from pool5, "):
         check_features(["fc8"], c4)

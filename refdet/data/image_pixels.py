@@ -1,0 +1,40 @@
+"""Images that are given one by one, as arrays, PIL images or paths, as RGB pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refdet.data.image_decoder import decode_any_size
+from refdet.data.image_source import ImageError, why_unreadable
+from refdet.files.small_files import read_small
+from refdet.structures.pixels import rgb_pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_BYTES = 1 << 28  # of an image file
+
+
+def read_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+    """The pixels of an image, (H, W, 3) uint8 RGB.
+
+    A file is decoded as those of an extraction are: its EXIF orientation is ignored, as COCO's boxes are of the pixels
+    as they are stored. Of 16 bits the upper 8 are kept; transparency is dropped.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, a PIL image, or the path of an image file.
+
+    Raises:
+        ArgumentError: an array of another shape or dtype, or an image without pixels.
+        InputError: no such file, or no image that can be read.
+    """
+    if not isinstance(image, str | Path):
+        return rgb_pixels(image)
+    data = read_small(Path(image), MOST_BYTES)
+    try:
+        return decode_any_size(data).pixels
+    except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
+        raise ImageError(f"{image}: not a readable image ({why_unreadable(error)}); give another file") from error

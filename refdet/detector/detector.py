@@ -1,0 +1,329 @@
+"""`Detector`: a trained network that detects and describes regions of images.
+
+Letters in shapes: n regions of an image, H and W its height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+import torch
+
+from refdet.config.recipe import Recipe
+from refdet.data.coco import ImageRecord
+from refdet.data.image_pixels import read_pixels
+from refdet.data.training_batches import group_by_input_size
+from refdet.detector import loading
+from refdet.detector.feature_names import check_features
+from refdet.detector.given_boxes import checked_boxes, checked_categories
+from refdet.detector.loading import TrainedDetector
+from refdet.detector.mask_rcnn import FEATURES
+from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
+from refdet.device import exact_float32, usable_device, usable_precision
+from refdet.errors import ArgumentError, RuntimeFailure
+from refdet.files.printable_text import printable
+from refdet.files.short_text import cut
+from refdet.structures.detection_options import DetectionOptions
+from refdet.structures.provenance import Provenance
+from refdet.structures.regions import NO_CATEGORY, Regions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+ImageLike: TypeAlias = "np.ndarray | Image.Image | str | Path"
+"""(H, W, 3) uint8 RGB, a PIL image, or the path of an image file."""
+Images: TypeAlias = list[Any] | tuple[Any, ...]
+"""Several `ImageLike`."""
+
+BATCH_SIZE = 4  # images that go through the network together, as in an extraction
+CHUNK = 64  # images of a list that are decoded before any of them is computed
+
+_Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
+
+
+def load_detector(path: str | Path, *, device: str | torch.device = "auto", precision: str = "float32") -> Detector:
+    """Load a trained detector.
+
+    Example:
+        >>> detector = refdet.load_detector("demo/run", device="cpu")
+        >>> detector
+        Detector('demo/run': recipe demo, 10 classes, cpu, float32;
+          trained on ... images of instances_train2014.json, 11 splits held out)
+
+    Args:
+        path: run directory, as ``refdet train`` and ``refdet import-weights`` write it.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        precision: "float32", exact on a GPU too, or "bfloat16", faster where the device has it; a processor without
+            bfloat16 arithmetic computes in float32, with a warning.
+
+    Raises:
+        InputError: no checkpoint, a damaged one, or a device that cannot be used.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ArgumentError("precision", f"must be float32 or bfloat16, not {precision!r}")
+    where = usable_device(str(device))
+    usable = usable_precision(precision, where)
+    if usable != precision:
+        log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
+    trained = loading.load(path, where, for_inference=True, bf16=usable == "bfloat16")
+    for line in trained.meta.warnings():
+        log.warning("%s", line)
+    return Detector(trained, usable)
+
+
+class Detector:
+    """A trained network that detects and describes regions of images; made by `load_detector`.
+
+    It computes what ``refdet extract-features`` writes, with the same network in the same arithmetic.
+
+    Attributes:
+        path: its run directory.
+        classes: category id -> name of what it detects.
+        recipe: its architecture, and how it was trained.
+        provenance: what it was trained on.
+        device: where it computes.
+        precision: its arithmetic, "float32" or "bfloat16".
+    """
+
+    def __init__(self, trained: TrainedDetector, precision: str) -> None:
+        self.path: Path = trained.path
+        self.classes: Mapping[int, str] = dict(trained.meta.categories)
+        self.recipe: Recipe = trained.meta.recipe
+        self.provenance: Provenance = trained.meta.provenance
+        self.device: torch.device = next(trained.model.parameters()).device
+        self.precision = precision
+        self._model = trained.model
+
+    def __repr__(self) -> str:
+        known, count = self.provenance, len(self.classes)
+        data = known.note if known.is_unknown else f"trained on {known.images} images of {known.source}"
+        if known.excluded:
+            data += f", {len(known.excluded)} split{'' if len(known.excluded) == 1 else 's'} held out"
+        classes = f"{count} class{'' if count == 1 else 'es'}"
+        about = f"recipe {self.recipe.name}, {classes}, {self.device}, {self.precision}"
+        return f"Detector({str(self.path)!r}: {about};\n  {printable(cut(data, 100))})"
+
+    @overload
+    def detect(
+        self,
+        image: ImageLike,
+        *,
+        score_threshold: float = ...,
+        nms_threshold: float = ...,
+        max_regions: int = ...,
+        lower_threshold_if_empty: bool = ...,
+        features: Sequence[str] = ...,
+    ) -> Regions: ...
+    @overload
+    def detect(
+        self,
+        image: Images,
+        *,
+        score_threshold: float = ...,
+        nms_threshold: float = ...,
+        max_regions: int = ...,
+        lower_threshold_if_empty: bool = ...,
+        features: Sequence[str] = ...,
+    ) -> list[Regions]: ...
+    def detect(
+        self,
+        image: ImageLike | Images,
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.3,
+        max_regions: int = 100,
+        lower_threshold_if_empty: bool = False,
+        features: Sequence[str] = FEATURES,
+    ) -> Regions | list[Regions]:
+        """Detect the objects in an image, or in each of several.
+
+        Example:
+            >>> regions = detector.detect("image.jpg", score_threshold=0.01)
+            >>> regions.boxes.shape == (len(regions), 4)
+            True
+            >>> [len(found) for found in detector.detect([image, "image.jpg"], max_regions=5)]
+            [5, 5]
+
+        Args:
+            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
+            score_threshold: class probability that a detection must reach, 0..1.
+            nms_threshold: IoU above which the lower-scoring one of two detections of a class is removed, 0..1.
+            max_regions: detections kept per image, best first.
+            lower_threshold_if_empty: for an image without detections, lower the score threshold by 0.1 until it has
+                one.
+            features: names of the features to compute, see `refdet.detector.feature_names`; none if empty.
+
+        Returns:
+            Boxes (n, 4) in pixels of the image, scores, categories, masks if the detector has a mask branch, and
+            features; of a list, a list in its order. ``image_id`` is the place in the list.
+
+        Raises:
+            ArgumentError: an image of another dtype or shape, or an option that is out of range.
+            InputError: a file cannot be read.
+            RuntimeFailure: the device has too little memory, or the network gives NaN.
+        """
+        options = DetectionOptions(
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_regions=max_regions,
+            lower_threshold_if_empty=lower_threshold_if_empty,
+        )
+        check_features(features, self.recipe)
+
+        def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
+            return detect_batch(self._model, pixels, records, list(self.classes), options, features=features)
+
+        return self._one_or_all(image, compute)
+
+    @overload
+    def describe(
+        self, image: ImageLike, boxes: Any, *, category_ids: Any = ..., features: Sequence[str] = ...
+    ) -> Regions: ...
+    @overload
+    def describe(
+        self,
+        image: Images,
+        boxes: Sequence[Any],
+        *,
+        category_ids: Any = ...,
+        features: Sequence[str] = ...,
+    ) -> list[Regions]: ...
+    def describe(
+        self,
+        image: ImageLike | Images,
+        boxes: Any,
+        *,
+        category_ids: Any = None,
+        features: Sequence[str] = FEATURES,
+    ) -> Regions | list[Regions]:
+        """Compute the features, and with category ids the masks, of given boxes.
+
+        Example:
+            >>> regions = detector.describe(image, [[10, 10, 60, 50], [0, 20, 30, 40]])
+            >>> regions.features["fc7"].shape[0], regions.masks
+            (2, None)
+            >>> category = next(iter(detector.classes))
+            >>> len(detector.describe(image, [[10, 10, 60, 50]], category_ids=[category]).masks)
+            1
+
+        Args:
+            image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
+            boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image; what lies outside of the image is
+                cut off. For a list of images a list of such.
+            category_ids: (n,) category id of each box, keys of `classes`: the masks are of these. For a list of images
+                a list of such.
+            features: names of the features to compute, see `refdet.detector.feature_names`.
+
+        Returns:
+            The boxes with score 1 and their features; of a list, a list in its order.
+
+        Raises:
+            ArgumentError: an image of another dtype or shape; a box that is reversed, not finite or outside of its
+                image; a category that the detector does not know.
+            InputError: a file cannot be read.
+            RuntimeFailure: the device has too little memory, or the network gives NaN.
+        """
+        check_features(features, self.recipe)
+        several = isinstance(image, list | tuple)
+        if isinstance(image, list | tuple):
+            _check_as_many("boxes", boxes, len(image))
+            if category_ids is not None:
+                _check_as_many("category_ids", category_ids, len(image))
+
+        def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
+            given, ids = [], []
+            for record in records:
+                place = record.id if several else None
+                with _naming(place):
+                    given.append(checked_boxes(_of(boxes, place), record.height, record.width))
+                    if category_ids is not None:
+                        ids.append(checked_categories(_of(category_ids, place), len(given[-1]), self.classes))
+            labels = None
+            if category_ids is not None and self.recipe.model.masks:
+                label_of = {category: label for label, category in enumerate(self.classes, start=1)}
+                labels = [np.array([label_of[c] for c in of.tolist()], np.int64) for of in ids]
+            found = describe_boxes(self._model, pixels, given, features=features, labels=labels)
+            ids = ids or [np.full(len(rows), NO_CATEGORY, np.int64) for rows in given]
+            return [_described(*one) for one in zip(records, given, ids, found, strict=True)]
+
+        return self._one_or_all(image, compute)
+
+    def _one_or_all(self, image: ImageLike | Images, compute: _Compute) -> Regions | list[Regions]:
+        """The regions of an image, or of each image of a list."""
+        if not isinstance(image, list | tuple):
+            return self._computed([image], None, compute)[0]
+        chunks = (self._computed(image[i : i + CHUNK], i, compute) for i in range(0, len(image), CHUNK))
+        return [regions for chunk in chunks for regions in chunk]
+
+    def _computed(self, images: Sequence[ImageLike], first: int | None, compute: _Compute) -> list[Regions]:
+        """The regions of a few images, in their order.
+
+        Args:
+            images: of any sizes; those of one input size go through the network together.
+            first: place of the first in the caller's list, None for an image that was given alone.
+            compute: computes a batch.
+        """
+        pixels: dict[int, np.ndarray] = {}
+        records = []
+        for place, image in enumerate(images, start=first or 0):
+            with _naming(None if first is None else place):
+                pixels[place] = read_pixels(image)
+            name = Path(image).name if isinstance(image, str | Path) else ""
+            records.append(ImageRecord(place, name, *pixels[place].shape[:2]))
+        found: dict[int, Regions] = {}
+        for batch in group_by_input_size(records, self.recipe.input, BATCH_SIZE):
+            try:
+                with torch.inference_mode(), exact_float32():
+                    of_batch = compute([pixels[record.id] for record in batch], batch)
+            except torch.cuda.OutOfMemoryError as error:
+                raise RuntimeFailure(
+                    f"{self.device} has too little memory for {len(batch)} images; free some, or give them one by one"
+                ) from error
+            found |= {regions.image_id: replace(regions, names=self.classes) for regions in of_batch}
+        return [found[record.id] for record in records]
+
+
+def _described(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:
+    """The regions of an image whose boxes were given."""
+    return Regions(
+        record.id,
+        record.file_name,
+        record.height,
+        record.width,
+        boxes=boxes,
+        scores=np.ones(len(boxes), np.float32),
+        category_ids=category_ids,
+        masks=found.masks,
+        features=found.features,
+        maps=found.maps,
+        im_info=found.im_info,
+    )
+
+
+def _check_as_many(argument: str, values: Any, count: int) -> None:
+    """ArgumentError unless there is a value for each image of a list."""
+    if not hasattr(values, "__len__") or len(values) != count:
+        raise ArgumentError(argument, f"a list of {count} is needed, one for each image")
+
+
+def _of(values: Any, place: int | None) -> Any:
+    return values if place is None else values[place]
+
+
+@contextmanager
+def _naming(place: int | None) -> Iterator[None]:
+    """Within it an error about an argument says which of a list it is about; None for an argument that is no list."""
+    try:
+        yield
+    except ArgumentError as error:
+        if place is None:
+            raise
+        raise ArgumentError(f"{error.argument}[{place}]", error.problem) from None

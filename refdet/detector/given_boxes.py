@@ -1,0 +1,77 @@
+"""Checks of the boxes and categories that a caller gives, to be described. No torch.
+
+Letters in shapes: n boxes of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import numpy as np
+
+from refdet.errors import ArgumentError
+
+
+def checked_boxes(boxes: object, height: int, width: int) -> np.ndarray:
+    """Boxes (n, 4) float32, cut to an image.
+
+    Args:
+        boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels, or anything empty.
+        height, width: of the image in pixels.
+
+    Raises:
+        ArgumentError: another shape, or a row that is not finite, reversed, without area or outside of the image.
+    """
+    try:
+        given = np.asarray(boxes, np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentError("boxes", "(n, 4) numbers are needed, x1 y1 x2 y2 of each box") from None
+    if given.size == 0:
+        return np.zeros((0, 4), np.float32)
+    if given.ndim != 2 or given.shape[1] != 4:
+        raise ArgumentError("boxes", f"(n, 4) numbers are needed, x1 y1 x2 y2 of each box, not {given.shape}")
+    cut = given.clip(0, [width, height] * 2).astype(np.float32)
+    bad = ~np.isfinite(given).all(axis=1) | ~(cut[:, 2:] > cut[:, :2]).all(axis=1)
+    for row in np.flatnonzero(bad)[:1].tolist():
+        raise ArgumentError("boxes", f"row {row}, {given[row].tolist()}, {_problem(given[row], height, width)}")
+    return cut
+
+
+def _problem(box: np.ndarray, height: int, width: int) -> str:
+    x1, y1, x2, y2 = box.tolist()
+    if not np.isfinite(box).all():
+        return "is not finite"
+    if x2 < x1 or y2 < y1:
+        return "is reversed; give x1 y1 x2 y2 with x1 < x2 and y1 < y2, not x y width height"
+    if x1 == x2 or y1 == y2:
+        return "has no area"
+    return f"has no area in the image, which is {width}x{height}"
+
+
+def checked_categories(category_ids: object, count: int, classes: Container[int]) -> np.ndarray:
+    """Category ids (n,) int64 of `count` boxes.
+
+    Args:
+        category_ids: (n,) integers.
+        count: n.
+        classes: the ids there are.
+
+    Raises:
+        ArgumentError: another number of ids, no integers, or an id that is not there.
+    """
+    try:
+        given = np.asarray(category_ids)
+    except ValueError:
+        given = np.zeros((), object)
+    if given.size == 0:
+        given = np.zeros(0, np.int64)
+    if given.shape != (count,) or given.dtype.kind not in "iu":
+        raise ArgumentError(
+            "category_ids", f"({count},) integers are needed, one per box, not {given.dtype} {given.shape}"
+        )
+    for row, category in enumerate(given.tolist()):
+        if category not in classes:
+            raise ArgumentError(
+                "category_ids", f"row {row}, {category}, is no category of the detector; see its classes"
+            )
+    return given.astype(np.int64)
