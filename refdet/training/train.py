@@ -130,7 +130,7 @@ def _with_norm(recipe: Recipe, weights: Path | None, before: SavedRun | None, co
 
 
 def _refuse_many_processes() -> None:
-    """torchrun and its like would start one whole training each, all in one run directory."""
+    """Torchrun and its like would start one whole training each, all in one run directory."""
     count = os.environ.get("WORLD_SIZE", "")
     if count.isdecimal() and int(count) > 1:
         raise InputError(
