@@ -32,7 +32,8 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
         InputError: no such file, or no image that can be read.
     """
     if not isinstance(image, str | Path):
-        return rgb_pixels(image)
+        pixels = rgb_pixels(image)
+        return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns of arrays that are read-only
     data = read_small(Path(image), MOST_BYTES)
     try:
         return decode_any_size(data).pixels

@@ -20,7 +20,7 @@ from split_examples import coco, write, write_refs
 
 from refdet.data import image_decoder
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.image_decoder import SizeError, decode, thumbnails, upright
+from refdet.data.image_decoder import SizeError, decode, decode_any_size, thumbnails, upright
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import SIDE
@@ -68,6 +68,17 @@ def test_the_audit_sees_what_training_reads(kind: str) -> None:
         difference = np.abs(found.astype(int) - np.asarray(seen))
         assert difference.max() <= (3 if "JPEG" in kind else 0) or ("turned" in kind and difference.mean() < 1.5)
     assert seen.getextrema()[1] - seen.getextrema()[0] > 5  # neither white nor black
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_image_of_undeclared_size_is_read_as_others_are(kind: str) -> None:
+    data = FILES[kind]()
+    np.testing.assert_array_equal(decode_any_size(data).pixels, decode(data, 120, 160).pixels)
+
+
+def test_an_image_of_undeclared_size_has_a_limit() -> None:
+    with pytest.raises(SizeError, match="too many pixels: .*; scale it down"):
+        decode_any_size(bomb(40_000, 40_000))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])

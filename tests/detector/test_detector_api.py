@@ -99,6 +99,13 @@ def test_an_image_may_be_an_array_a_pil_image_or_a_path(tmp_path: Path, detector
     assert detector.detect(tmp_path / "a.png", max_regions=5).file_name == "a.png"
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_are_read_only_are_taken_without_a_warning(detector: refdet.Detector) -> None:
+    pixels = np.asarray(Image.fromarray(IMAGES[0]))
+    assert not pixels.flags.writeable
+    same(detector.detect(pixels, max_regions=5), detector.detect(IMAGES[0], max_regions=5))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
 def test_pil_images_and_files_of_a_mode_are_read_alike(tmp_path: Path, detector: refdet.Detector, mode: str) -> None:
     grey = (IMAGES[0][..., 0].astype(np.uint16) << 8) + 77
