@@ -136,7 +136,9 @@ class REFER:
         """Ids of the refs that pass every filter given, in the order of the images given, else of the file.
 
         Args:
-            image_ids, cat_ids, ref_ids: one id or several; none means no filter.
+            image_ids: one id or several; none means no filter.
+            cat_ids: likewise, of categories.
+            ref_ids: likewise, of refs.
             split: "train", "val", "testA", ..., or several; "test" means every test split, "testA" those with
                 an A after "test", as in the original. "" means no filter.
 
@@ -244,7 +246,8 @@ class REFER:
         """The masks of the targets of a ref, as gRefCOCO's own API gives them.
 
         Args:
-            ref, ref_id: the ref, or its id.
+            ref: the ref.
+            ref_id: its id, instead.
             merge: give their union.
 
         Returns:

@@ -81,7 +81,7 @@ def test_functions_are_typed_and_their_options_keyword_only(name: str) -> None:
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
     options = [p for p in parameters if p.default is not inspect.Parameter.empty]
     assert options and all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in options)
-    for part in ("Example:", "Args:", "Raises:"):
+    for part in ("Examples:", "Args:", "Raises:"):
         assert f"\n    {part}\n" in function.__doc__
 
 

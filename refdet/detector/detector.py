@@ -52,7 +52,7 @@ _Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
 def load_detector(path: str | Path, *, device: str | torch.device = "auto", precision: str = "float32") -> Detector:
     """Load a trained detector.
 
-    Example:
+    Examples:
         >>> detector = refdet.load_detector("demo/run", device="cpu")
         >>> detector
         Detector('demo/run': recipe demo, 10 classes, cpu, float32;
@@ -145,7 +145,7 @@ class Detector:
     ) -> Regions | list[Regions]:
         """Detect the objects in an image, or in each of several.
 
-        Example:
+        Examples:
             >>> regions = detector.detect("image.jpg", score_threshold=0.01)
             >>> regions.boxes.shape == (len(regions), 4)
             True
@@ -206,7 +206,7 @@ class Detector:
     ) -> Regions | list[Regions]:
         """Compute the features, and with category ids the masks, of given boxes.
 
-        Example:
+        Examples:
             >>> regions = detector.describe(image, [[10, 10, 60, 50], [0, 20, 30, 40]])
             >>> regions.features["fc7"].shape[0], regions.masks
             (2, None)

@@ -42,7 +42,7 @@ def evaluate_on_refer(
 ) -> dict[str, Any]:
     """Measure a store of regions, and a model's answers if given, on the splits of a REFER dataset.
 
-    Example:
+    Examples:
         >>> metrics = refdet.evaluate_on_refer("demo/features/refcoco.h5", "demo/data/refer", "refcoco", "unc")
         >>> sorted(metrics["splits"]["val"]["detection"])
         ['bbox', 'segm']

@@ -47,7 +47,7 @@ def extract_features(
 ) -> Summary:
     """Write the regions and features of images to a store.
 
-    Example:
+    Examples:
         >>> images = refdet.ImageList.of_refer("demo/data/refer", "refcoco", "unc", splits=["val"])
         >>> done = refdet.extract_features("demo/run", "demo/data/train2014", "val.h5", images,
         ...                                options=refdet.ExtractOptions(max_regions=20))

@@ -42,7 +42,7 @@ def build_split(
     written as it stands in the file, in its order, and a report beside it. ``info.refdet`` of an instances file holds
     the provenance; for other lists the report does.
 
-    Example:
+    Examples:
         >>> instances = "demo/data/annotations/instances_train2014.json"
         >>> split = refdet.build_split(instances, "demo/data/refer", "split.json")
         >>> split.report["images_removed"] > 0

@@ -86,7 +86,7 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
 
     Annotations count too: one whose image was removed but which stayed in the file is a leak.
 
-    Example:
+    Examples:
         >>> refdet.audit("demo/split.json", "demo/data/refer").leaked
         []
         >>> len(refdet.audit("demo/data/annotations/instances_train2014.json", "demo/data/refer").leaked) > 0

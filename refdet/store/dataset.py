@@ -30,7 +30,7 @@ class RegionsDataset(Dataset):
     - "features": name -> (n, ...) tensor, "maps": name -> (C, H, W), of the type they are stored in;
     - "im_info": (3,) float32, where there are maps.
 
-    Example:
+    Examples:
         >>> dataset = refdet.RegionsDataset("demo/features/refcoco.h5", features=["fc7"])
         >>> loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=list)
         >>> [item["features"]["fc7"].shape[1] for item in next(iter(loader))]

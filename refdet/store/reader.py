@@ -253,7 +253,7 @@ class Store:
 def open(path: str | Path, *, again: bool = False) -> Store:
     """Open a store for reading; use it in a ``with``.
 
-    Example:
+    Examples:
         >>> with refdet.open_store("demo/features/refcoco.h5") as store:
         ...     regions = store[store.image_ids[0]]
         ...     table = store.to_dataframe()

@@ -99,7 +99,7 @@ class Regions:
     def to_coco(self) -> list[dict[str, Any]]:
         """The regions as entries of a COCO results JSON.
 
-        Example:
+        Examples:
             >>> regions.to_coco()[0].keys()
             dict_keys(['image_id', 'category_id', 'bbox', 'score', 'segmentation'])
 
@@ -129,7 +129,7 @@ class Regions:
     ) -> Image.Image:
         """A copy of the image with boxes, translucent masks and labels drawn on it. A notebook shows it by itself.
 
-        Example:
+        Examples:
             >>> regions.draw(image, min_score=0.3).save("regions.png")
 
         Args:

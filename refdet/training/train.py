@@ -46,7 +46,7 @@ def train(
 ) -> Summary:
     """Train a detector.
 
-    Example:
+    Examples:
         >>> summary = refdet.train("demo", "demo/split.json", "demo/data/train2014", "run",
         ...                        changes=["train.steps=2", "model.width=8"], device="cpu")
         >>> summary.steps
