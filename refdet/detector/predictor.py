@@ -50,10 +50,9 @@ def detect_batch(
     options: DetectionOptions,
     *,
     features: Sequence[str] = FEATURES,
-    bf16: bool = False,
 ) -> list[Regions]:
     """The detected regions of images whose inputs have one exact size; see `start_detecting`."""
-    return start_detecting(model, images, records, category_ids, options, features=features, bf16=bf16)()
+    return start_detecting(model, images, records, category_ids, options, features=features)()
 
 
 def start_detecting(
@@ -64,7 +63,6 @@ def start_detecting(
     options: DetectionOptions,
     *,
     features: Sequence[str] = FEATURES,
-    bf16: bool = False,
 ) -> Callable[[], list[Regions]]:
     """Detect regions of images whose inputs have one exact size; what is returned finishes them, in any thread.
 
@@ -76,11 +74,9 @@ def start_detecting(
         category_ids: COCO id of label 1, 2, ...
         options: which detections are kept.
         features: names, see `refdet.detector.feature_names`.
-        bf16: run the network in bfloat16; what leaves it is float32.
     """
     sizes, inputs = _inputs(model, images)
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        found = model.predict(inputs, sizes, options, features).to_cpu_async()
+    found = model.predict(inputs, sizes, options, features).to_cpu_async()
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
@@ -99,10 +95,9 @@ def describe_boxes(
     *,
     features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
-    bf16: bool = False,
 ) -> list[ImageFeatures]:
     """Features, and with `labels` masks, of given boxes of images; see `start_describing`."""
-    return start_describing(model, images, boxes, features=features, labels=labels, bf16=bf16)()
+    return start_describing(model, images, boxes, features=features, labels=labels)()
 
 
 def start_describing(
@@ -112,7 +107,6 @@ def start_describing(
     *,
     features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
-    bf16: bool = False,
 ) -> Callable[[], list[ImageFeatures]]:
     """Describe given boxes of images whose inputs have one exact size; what is returned finishes, in any thread.
 
@@ -121,7 +115,6 @@ def start_describing(
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
         features: names, see `refdet.detector.feature_names`.
         labels: (n,) each, 1..classes: the class whose mask is wanted.
-        bf16: see `start_detecting`.
     """
     sizes, inputs = _inputs(model, images)
     rows, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
@@ -129,9 +122,8 @@ def start_describing(
     if labels is not None:
         of_all = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
         classes = on_device(of_all, inputs.device).split(counts)
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-        on_its = on_device(rows, inputs.device).split(counts)
-        described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async()
+    on_its = on_device(rows, inputs.device).split(counts)
+    described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async()
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[ImageFeatures]:

@@ -9,6 +9,7 @@ from detector_examples import CATEGORY_IDS, VARIANTS, records_of, small_model, s
 from pycocotools import mask as coco_mask
 
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.optimize import optimize_for_inference
 from refdet.detector.predictor import detect_batch
 from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels
 from refdet.ops.masks import mask_coverage
@@ -173,7 +174,8 @@ def test_training_and_detection_run_in_bfloat16(variant: str) -> None:
     assert all(value.isfinite() for value in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     images = some_images(2)
-    found = detect_batch(model.eval(), images, records_of(images), CATEGORY_IDS, DetectionOptions(), bf16=True)
+    rough = optimize_for_inference(model.eval(), bf16=True)
+    found = detect_batch(rough, images, records_of(images), CATEGORY_IDS, DetectionOptions())
     assert all(len(r) and r.boxes.dtype == np.float32 and np.isfinite(r.boxes).all() for r in found)
 
 
