@@ -20,11 +20,9 @@ inline void check_masks_to_rle(const at::Tensor& probabilities, const at::Tensor
               "masks_to_rle: probabilities must be (N, m, m), got ", probabilities.sizes());
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.size(0) == probabilities.size(0),
               "masks_to_rle: boxes must be (", probabilities.size(0), ", 4) like the masks, got ", boxes.sizes());
-  TORCH_CHECK(probabilities.scalar_type() == at::kFloat || probabilities.scalar_type() == at::kBFloat16,
-              "masks_to_rle: probabilities must be float32 or bfloat16, got ", probabilities.scalar_type());
+  TORCH_CHECK(probabilities.scalar_type() == at::kFloat, "masks_to_rle: probabilities must be float32, got ",
+              probabilities.scalar_type());
   TORCH_CHECK(boxes.scalar_type() == at::kFloat, "masks_to_rle: boxes must be float32, got ", boxes.scalar_type());
-  TORCH_CHECK(boxes.device() == probabilities.device(), "masks_to_rle: probabilities are on ", probabilities.device(),
-              ", boxes on ", boxes.device());
   check_image("masks_to_rle", height, width);
   TORCH_CHECK(threshold >= 0 && threshold <= 1, "masks_to_rle: threshold must be in 0..1, got ", threshold);
 }

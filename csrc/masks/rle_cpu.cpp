@@ -140,7 +140,7 @@ EncodedMasks masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor&
                               double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);
   const auto size = static_cast<int32_t>(probabilities.size(1));
-  const at::Tensor values = probabilities.to(at::kFloat).contiguous(), corners = boxes.contiguous();
+  const at::Tensor values = probabilities.contiguous(), corners = boxes.contiguous();
   const float* value = values.const_data_ptr<float>();
   const float* corner = corners.const_data_ptr<float>();
   const Verdict verdict(static_cast<float>(threshold));

@@ -46,8 +46,7 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
     having their value at their middle and the outer half-cells that of their edge; it belongs to the
     mask where that reaches the threshold. The box is never rounded. A box with a coordinate that is NaN
     or infinite has no pixels. All is float32, in one order, so that the answer is the same with the
-    compiled kernels and without. On a GPU with kernels the runs are found there, and only they are copied to
-    the CPU, where the strings are made; without, the cells are.
+    compiled kernels and without. What is on a GPU is copied to the CPU first.
 
     Args:
         probabilities: (N, m, m) in 0..1, any floating type.
@@ -72,12 +71,8 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
         raise ValueError(f"an image of {height} x {width} pixels has no RLE")
     if not 0 <= threshold <= 1:
         raise ValueError(f"masks need a threshold in 0..1, got {threshold}")
-    boxes, values = boxes.detach().float(), probabilities.detach()
-    if values.dtype != torch.bfloat16:  # which the kernels read themselves
-        values = values.float()
-    if values.device.type not in DEVICES:
-        values, boxes = values.cpu(), boxes.cpu()
-    if values.device.type in DEVICES:
+    values, boxes = (given.detach().cpu().float() for given in (probabilities, boxes))
+    if "cpu" in DEVICES:
         return EncodedMasks(*torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold))
     return encode_masks_plain(values, boxes, height, width, threshold)
 
@@ -228,11 +223,11 @@ if DEVICES:
         probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, length = boxes.shape[0], torch.library.get_ctx().new_dynamic_size()
-        return (  # on the CPU, wherever the masks are
-            torch.empty((length,), dtype=torch.uint8, device="cpu"),
-            torch.empty((count + 1,), dtype=torch.int64, device="cpu"),
-            torch.empty((count,), dtype=torch.int64, device="cpu"),
-            torch.empty((count, 4), device="cpu"),
+        return (
+            boxes.new_empty((length,), dtype=torch.uint8),
+            boxes.new_empty((count + 1,), dtype=torch.int64),
+            boxes.new_empty((count,), dtype=torch.int64),
+            boxes.new_empty((count, 4)),
         )
 
     @torch.library.register_fake("refdet::mask_coverage")
