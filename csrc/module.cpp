@@ -32,7 +32,7 @@ TORCH_LIBRARY(refdet, m) {
       " -> (Tensor best, Tensor object, Tensor most, Tensor reaches)");
   m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
-      " -> (Tensor counts, Tensor starts, Tensor areas, Tensor tight_boxes)");
+      " -> (Tensor counts, Tensor starts)");
   m.def(
       "mask_coverage(Tensor counts, Tensor starts, int height, int width, Tensor boxes, Tensor objects, int size)"
       " -> Tensor");

@@ -15,20 +15,79 @@
 // that decision are loops without branches over the m cells of a column, which compilers turn into SIMD.
 // Masks are dealt out to the threads; each writes its own string.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "masks/masks.h"
-#include "masks/rle.h"
 
 namespace refdet {
 namespace {
+
+constexpr int64_t kMasksPerTask = 4;
+
+// COCO's string: each count in groups of five bits, lowest first, in characters from '0' on, the sixth bit telling
+// that more follow; from the fourth count on it is the difference to the count two before.
+class Counts {
+ public:
+  void add(int64_t count) {
+    int64_t left = added_ > 2 ? count - older_ : count;
+    ++added_, older_ = newer_, newer_ = count;
+    bool more = true;
+    while (more) {
+      int64_t group = left & 31;
+      left >>= 5;  // keeps the sign
+      more = group & 16 ? left != -1 : left != 0;
+      if (more) group |= 32;
+      text_.push_back(static_cast<uint8_t>(group + '0'));
+    }
+  }
+  std::vector<uint8_t> take_text() { return std::move(text_); }
+
+ private:
+  std::vector<uint8_t> text_;
+  int64_t added_ = 0, older_ = 0, newer_ = 0;
+};
+
+// A mask as it comes into being: runs are opened and closed in the order of the columns.
+class Mask {
+ public:
+  Mask(int64_t height, int64_t width) : height_(height), pixels_(height * width) {}
+
+  bool open() const { return open_; }
+
+  // The first pixel of the other kind is (x, y); y may be the height, which is the top of the next column.
+  void turn(int64_t x, int64_t y) {
+    const int64_t position = x * height_ + y;
+    counts_.add(position - position_);
+    position_ = position;
+    open_ = !open_;
+  }
+
+  // From (x, y) on comes background, or the end of the image.
+  void leave(int64_t x, int64_t y) {
+    if (open_ && x * height_ + y < pixels_) turn(x, y);
+  }
+
+  std::vector<uint8_t> finish() {
+    counts_.add(pixels_ - position_);
+    return counts_.take_text();
+  }
+
+ private:
+  Counts counts_;
+  int64_t height_, pixels_, position_ = 0;
+  bool open_ = false;
+};
 
 // The pixels of one axis of the image whose centres are in the box, and the two cells that each mixes.
 struct Axis {
@@ -119,9 +178,9 @@ void draw(const float* cells, int32_t size, const Axis& columns, const Axis& row
   mask.leave(columns.last - 1, rows.last);
 }
 
-// One of N masks: `values` (m, m) row by row, `box` xyxy.
-Mask mask_of(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
-             const Verdict& verdict) {
+// The string of one of N masks: `values` (m, m) row by row, `box` xyxy.
+std::vector<uint8_t> text_of(const float* values, const float* box, int32_t size, int64_t height, int64_t width,
+                             const Verdict& verdict) {
   Mask mask(height, width);
   if (std::all_of(box, box + 4, [](float edge) { return std::isfinite(edge); })) {
     const Axis columns(box[0], box[2], size, width), rows(box[1], box[3], size, height);
@@ -132,21 +191,32 @@ Mask mask_of(const float* values, const float* box, int32_t size, int64_t height
       draw(cells.data(), size, columns, rows, height, verdict, mask);
     }
   }
-  mask.finish();
-  return mask;
+  return mask.finish();
 }
 
-EncodedMasks masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes, int64_t height, int64_t width,
-                              double threshold) {
+// The strings back to back (M,) uint8, and where each begins (N + 1,) int64.
+std::tuple<at::Tensor, at::Tensor> masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes,
+                                                    int64_t height, int64_t width, double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);
+  const int64_t n = probabilities.size(0);
   const auto size = static_cast<int32_t>(probabilities.size(1));
   const at::Tensor values = probabilities.contiguous(), corners = boxes.contiguous();
   const float* value = values.const_data_ptr<float>();
   const float* corner = corners.const_data_ptr<float>();
   const Verdict verdict(static_cast<float>(threshold));
-  return encode(probabilities.size(0), [&](int64_t i) {
-    return mask_of(value + i * size * size, corner + 4 * i, size, height, width, verdict);
+  std::vector<std::vector<uint8_t>> texts(n);
+  at::parallel_for(0, n, kMasksPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      texts[i] = text_of(value + i * size * size, corner + 4 * i, size, height, width, verdict);
   });
+  const at::Tensor starts = at::empty({n + 1}, boxes.options().dtype(at::kLong));
+  auto* start = starts.mutable_data_ptr<int64_t>();
+  start[0] = 0;
+  for (int64_t i = 0; i < n; ++i) start[i + 1] = start[i] + static_cast<int64_t>(texts[i].size());
+  const at::Tensor counts = at::empty({start[n]}, boxes.options().dtype(at::kByte));
+  auto* text = counts.mutable_data_ptr<uint8_t>();
+  for (int64_t i = 0; i < n; ++i) std::copy(texts[i].begin(), texts[i].end(), text + start[i]);
+  return {counts, starts};
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,31 +16,7 @@ from refdet.ops._library import DEVICES
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class EncodedMasks:
-    """N masks of one image as COCO compressed RLE, on the CPU.
-
-    Attributes:
-        counts: (M,) uint8, their ``counts`` back to back.
-        starts: (N + 1,) int64; mask i has the bytes [starts[i], starts[i + 1]).
-        areas: (N,) int64, pixels.
-        boxes: (N, 4) float32 half-open xyxy, tight about the pixels; zeros for a mask without any.
-    """
-
-    counts: Tensor
-    starts: Tensor
-    areas: Tensor
-    boxes: Tensor
-
-
 def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
-    """`encode_masks` as N COCO compressed RLE ``counts`` of ``size`` [height, width]."""
-    found = encode_masks(probabilities, boxes, height, width, threshold)
-    text, starts = found.counts.numpy().tobytes(), found.starts.tolist()
-    return [text[start:end] for start, end in zip(starts, starts[1:], strict=False)]
-
-
-def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> EncodedMasks:
     """Masks of boxes as RLE of the whole image, at sub-pixel precision.
 
     A pixel whose centre lies in the box takes the bilinear interpolation of the cells about it, cells
@@ -53,6 +30,9 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
         boxes: (N, 4) half-open xyxy in pixels of the image, on the same device.
         height, width: of the image.
         threshold: in 0..1.
+
+    Returns:
+        N COCO compressed RLE ``counts`` of ``size`` [height, width].
 
     Raises:
         TypeError: probabilities or boxes are not floating point.
@@ -73,17 +53,19 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
         raise ValueError(f"masks need a threshold in 0..1, got {threshold}")
     values, boxes = (given.detach().cpu().float() for given in (probabilities, boxes))
     if "cpu" in DEVICES:
-        return EncodedMasks(*torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold))
-    return encode_masks_plain(values, boxes, height, width, threshold)
+        counts, starts = torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold)
+        text = counts.numpy().tobytes()
+        return [text[start:end] for start, end in itertools.pairwise(starts.tolist())]
+    return masks_to_rle_plain(values, boxes, height, width, threshold)
 
 
-def encode_masks_plain(
+def masks_to_rle_plain(
     probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
-) -> EncodedMasks:
-    """`encode_masks` with numpy and pycocotools, for CPU tensors, which it does not check."""
+) -> list[bytes]:
+    """`masks_to_rle` with numpy and pycocotools, for float32 on the CPU, which it does not check."""
     full = np.zeros((height, width, 1), np.uint8, order="F")
-    masks, areas = [], []
-    for cells, box in zip(probabilities.float().numpy(), boxes.numpy(), strict=True):
+    counts = []
+    for cells, box in zip(probabilities.numpy(), boxes.numpy(), strict=True):
         top, rows = _interpolation(box[1], box[3], len(cells), height)
         left, columns = _interpolation(box[0], box[2], len(cells), width)
         with np.errstate(over="ignore", invalid="ignore"):  # cells that are no probabilities
@@ -91,17 +73,9 @@ def encode_masks_plain(
             window = rows.mix(window) >= np.float32(threshold)
         place = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
         full[place] = window
-        masks += coco_mask.encode(full)
-        areas.append(int(window.sum()))
+        counts.append(coco_mask.encode(full)[0]["counts"])
         full[place] = 0
-    counts = [mask["counts"] for mask in masks]
-    tight = np.asarray(coco_mask.toBbox(masks), np.float32).reshape(-1, 4)
-    tight[:, 2:] += tight[:, :2]
-    return EncodedMasks(
-        *_joined(counts),
-        areas=torch.tensor(areas, dtype=torch.int64),
-        boxes=torch.from_numpy(tight),
-    )
+    return counts
 
 
 @dataclass(frozen=True)
@@ -221,14 +195,10 @@ if DEVICES:
     @torch.library.register_fake("refdet::masks_to_rle")
     def _masks_to_rle_fake(
         probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count, length = boxes.shape[0], torch.library.get_ctx().new_dynamic_size()
-        return (
-            boxes.new_empty((length,), dtype=torch.uint8),
-            boxes.new_empty((count + 1,), dtype=torch.int64),
-            boxes.new_empty((count,), dtype=torch.int64),
-            boxes.new_empty((count, 4)),
-        )
+    ) -> tuple[Tensor, Tensor]:
+        length = torch.library.get_ctx().new_dynamic_size()
+        counts = boxes.new_empty((length,), dtype=torch.uint8)
+        return counts, boxes.new_empty((boxes.shape[0] + 1,), dtype=torch.int64)
 
     @torch.library.register_fake("refdet::mask_coverage")
     def _mask_coverage_fake(

@@ -1,4 +1,6 @@
-"""Cells and boxes of masks at random, and how results of pasting them are compared."""
+"""Cells and boxes of masks at random, masks as RLE, and arguments of the kernels."""
+
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from refdet.ops._library import DEVICES
-from refdet.ops.masks import EncodedMasks
 
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
 f32 = np.float32
@@ -47,13 +48,8 @@ def pasting_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int, float]:
     return torch.from_numpy(cells), boxes, height, width, draw(st.sampled_from([0.5, 0.5, 0.3, 0.0, 1.0]))
 
 
-def assert_same(found: EncodedMasks, expected: EncodedMasks) -> None:
-    for name, value in vars(expected).items():
-        assert getattr(found, name).equal(value), name
-
-
-def coded(masks: np.ndarray) -> list[dict]:
-    return [coco_mask.encode(np.asfortranarray(mask)) for mask in masks.astype(np.uint8)]
+def coded(masks: Iterable[np.ndarray]) -> list[dict]:
+    return [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
 
 
 KERNEL_ARGUMENTS = {
