@@ -15,8 +15,8 @@ TORCH_LIBRARY(refdet, m) {
 #endif
   });
   m.def(
-      "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None,"
-      " bool inclusive=False) -> Tensor");
+      "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None)"
+      " -> Tensor");
   // float32 products, and those of float16 numbers, on this processor
   m.def("has_products(bool half) -> bool",
         [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });

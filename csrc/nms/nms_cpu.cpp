@@ -3,8 +3,8 @@
 // What: of each image, boxes are visited from the best score down (equal scores: the lower index first; NaN counts as
 // -inf); one is kept unless its IoU with a box of its group kept before it exceeds the threshold, until max_keep of the
 // image are kept (negative: no limit). IoU is float32, each operation rounded on its own: (x2-x1)(y2-y1) both ways,
-// with 1 added to each side if inclusive, a + b - overlap, one division; it is compared with the threshold rounded to
-// float32. A NaN IoU (a NaN coordinate, 0/0) suppresses nothing.
+// a + b - overlap, one division; it is compared with the threshold rounded to float32. A NaN IoU (a NaN coordinate,
+// 0/0) suppresses nothing.
 //
 // Cost: O(N) for the order and at most visited * kept-of-its-group IoUs, where the usual kernel does N * N: of 6000
 // boxes with 300 to keep, all that come after the 300th survivor are never looked at.
@@ -99,12 +99,7 @@ struct Slots {
   }
 };
 
-struct Threshold {
-  float iou;   // above it a box suppresses
-  float side;  // what inclusive boxes add to a side
-};
-
-float area_of(const float* box, float side) { return (box[2] - box[0] + side) * (box[3] - box[1] + side); }
+float area_of(const float* box) { return (box[2] - box[0]) * (box[3] - box[1]); }
 
 // Boxes that were kept, of one group, field by field; padded with NaN boxes, which have no IoU with anything.
 struct Tile {
@@ -120,14 +115,14 @@ struct Tile {
     area[size++] = own_area;
   }
 
-  bool suppresses(const float* box, float own_area, const Threshold& threshold) const {
-    const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3], side = threshold.side;
-    const float limit = threshold.iou;
+  // Whether the IoU of the box with one of these exceeds `limit`.
+  bool suppresses(const float* box, float own_area, float limit) const {
+    const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3];
     float overlaps[kTile], unions[kTile];
     int32_t possible = 0;
     for (int i = 0; i < kTile; ++i) {
-      const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]) + side, 0.0f);
-      const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]) + side, 0.0f);
+      const float width = std::max(std::min(bx2, x2[i]) - std::max(bx1, x1[i]), 0.0f);
+      const float height = std::max(std::min(by2, y2[i]) - std::max(by1, y1[i]), 0.0f);
       overlaps[i] = width * height;
       unions[i] = own_area + area[i] - overlaps[i];
       possible |= static_cast<int32_t>(overlaps[i] >= limit * unions[i]) & static_cast<int32_t>(overlaps[i] > 0.0f);
@@ -145,9 +140,9 @@ class Kept {
   explicit Kept(size_t groups) : chains_(groups) {}
 
   // Adds the box unless one of its group suppresses it.
-  bool add(uint32_t group, const float* box, const Threshold& threshold) {
+  bool add(uint32_t group, const float* box, float threshold) {
     Chain& chain = chains_[group];
-    const float area = area_of(box, threshold.side);
+    const float area = area_of(box);
     for (int32_t tile = chain.first; tile != kNone; tile = pool_[tile].next)
       if (pool_[tile].suppresses(box, area, threshold)) return false;
     if (chain.last == kNone || pool_[chain.last].size == kTile) {
@@ -170,7 +165,7 @@ class Kept {
 
 // NMS of the boxes `members` of one image, which are in ascending order.
 std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const int64_t* groups,
-                                  const std::vector<uint32_t>& members, int64_t max_keep, const Threshold& threshold) {
+                                  const std::vector<uint32_t>& members, int64_t max_keep, float threshold) {
   const size_t n = members.size();
   const size_t limit = max_keep < 0 ? n : static_cast<size_t>(std::min<int64_t>(max_keep, n));
   std::vector<int64_t> kept;
@@ -205,7 +200,7 @@ std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) 
 }
 
 at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
-                   const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images, bool inclusive) {
+                   const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
   check_nms(boxes, scores, iou_threshold, groups, images);
   const int64_t n = boxes.size(0);
   TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: ", n, " boxes are too many");
@@ -215,7 +210,7 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
   const float* box = flat_boxes.const_data_ptr<float>();
   const float* score = flat_scores.const_data_ptr<float>();
   const int64_t* group = groups ? flat_groups.const_data_ptr<int64_t>() : nullptr;
-  const Threshold threshold{static_cast<float>(iou_threshold), inclusive ? 1.0f : 0.0f};
+  const auto threshold = static_cast<float>(iou_threshold);
 
   const auto members = members_of(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
   std::vector<std::vector<int64_t>> kept(members.size());

@@ -47,13 +47,11 @@ struct Images {
 };
 
 // The _rn functions are never fused into multiply-adds, so every operation rounds as it does on the CPU.
-__device__ float area_of(float4 box, float side) {
-  return __fmul_rn(__fadd_rn(__fsub_rn(box.z, box.x), side), __fadd_rn(__fsub_rn(box.w, box.y), side));
-}
+__device__ float area_of(float4 box) { return __fmul_rn(__fsub_rn(box.z, box.x), __fsub_rn(box.w, box.y)); }
 
-__device__ bool suppresses(float4 a, float4 b, float area_a, float area_b, float threshold, float side) {
-  const float width = fmaxf(__fadd_rn(__fsub_rn(fminf(a.z, b.z), fmaxf(a.x, b.x)), side), 0.0f);
-  const float height = fmaxf(__fadd_rn(__fsub_rn(fminf(a.w, b.w), fmaxf(a.y, b.y)), side), 0.0f);
+__device__ bool suppresses(float4 a, float4 b, float area_a, float area_b, float threshold) {
+  const float width = fmaxf(__fsub_rn(fminf(a.z, b.z), fmaxf(a.x, b.x)), 0.0f);
+  const float height = fmaxf(__fsub_rn(fminf(a.w, b.w), fmaxf(a.y, b.y)), 0.0f);
   const float overlap = __fmul_rn(width, height);
   return __fdiv_rn(overlap, __fsub_rn(__fadd_rn(area_a, area_b), overlap)) > threshold;
 }
@@ -61,8 +59,7 @@ __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b, float
 // Bit j of bits[row - first_row][word] says whether box `row` suppresses the later box 64 * word + j, both counted
 // within the image. A block does 64 rows and one word; words before the diagonal are left as they are and never read.
 __global__ void suppress_kernel(const float4* boxes, const int64_t* groups, Images images, int64_t words,
-                                int64_t first_row, float threshold, float side, int64_t limit, const int64_t* counts,
-                                Bits* bits) {
+                                int64_t first_row, float threshold, int64_t limit, const int64_t* counts, Bits* bits) {
   const int64_t global_word = blockIdx.x, image = images.of_word[global_word];
   if (counts[image] >= limit) return;
   const int64_t begin = images.first_box[image], n = images.first_box[image + 1] - begin;
@@ -75,18 +72,18 @@ __global__ void suppress_kernel(const float4* boxes, const int64_t* groups, Imag
   const int thread = threadIdx.x;
   if (thread < columns) {
     others[thread] = boxes[begin + word * kWord + thread];
-    areas[thread] = area_of(others[thread], side);
+    areas[thread] = area_of(others[thread]);
     other_groups[thread] = groups ? groups[begin + word * kWord + thread] : 0;
   }
   __syncthreads();
   const int64_t row = row_word * kWord + thread;
   if (row >= n) return;
   const float4 box = boxes[begin + row];
-  const float area = area_of(box, side);
+  const float area = area_of(box);
   const int64_t group = groups ? groups[begin + row] : 0;
   Bits found = 0;
   for (int j = word == row_word ? thread + 1 : 0; j < columns; ++j) {
-    if (other_groups[j] == group && suppresses(box, others[j], area, areas[j], threshold, side)) found |= Bits{1} << j;
+    if (other_groups[j] == group && suppresses(box, others[j], area, areas[j], threshold)) found |= Bits{1} << j;
   }
   bits[(row - first_row) * words + global_word] = found;
 }
@@ -151,7 +148,7 @@ std::vector<int64_t> image_sizes(const std::optional<at::Tensor>& images, const 
 }
 
 at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
-                    const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images, bool inclusive) {
+                    const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
   check_nms(boxes, scores, iou_threshold, groups, images);
   const c10::cuda::CUDAGuard guard(boxes.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
@@ -192,7 +189,7 @@ at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double io
     const int64_t slab_rows = std::min(kRows, largest - first);
     const dim3 grid(static_cast<unsigned>(words), static_cast<unsigned>((slab_rows + kWord - 1) / kWord));
     suppress_kernel<<<grid, kWord, 0, stream>>>(sorted_at, groups_at, layout, words, first, threshold,
-                                                inclusive ? 1.0f : 0.0f, limit, counts_at, bits_at);
+                                                limit, counts_at, bits_at);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     scan_kernel<<<static_cast<unsigned>(count), kScanThreads, 0, stream>>>(
         bits_at, layout, words, first, limit, removed_at, kept.mutable_data_ptr<bool>(), counts_at);

@@ -18,7 +18,6 @@ def nms(
     *,
     groups: Tensor | None = None,
     images: Tensor | None = None,
-    inclusive: bool = False,
 ) -> Tensor:
     """Indices of the boxes that no better box of their image and group overlaps too much.
 
@@ -28,13 +27,12 @@ def nms(
     coordinate suppress nothing and always stay. The answer is the same with the compiled kernel and without.
 
     Args:
-        boxes: (N, 4) xyxy, half-open unless `inclusive`, any floating type.
+        boxes: (N, 4) half-open xyxy, any floating type.
         scores: (N,) on the same device.
         iou_threshold: in 0..1.
         max_keep: stop as soon as this many are kept of an image, over all its groups; negative for no limit.
         groups: (N,) int64, any numbers: only boxes of one group suppress each other. None: all are of one.
         images: (N,) int64, any numbers: each image is thinned on its own. None: all are of one.
-        inclusive: the pixels x2 and y2 belong to the box, so that a side is ``x2 - x1 + 1``.
 
     Returns:
         (K,) int64, by image number, of an image best score first.
@@ -57,7 +55,7 @@ def nms(
     _check_ids("images", images, boxes)
     boxes, scores = boxes.detach().float(), scores.detach().float()
     chosen = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
-    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images, inclusive=inclusive)
+    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
 
 
 def _check_ids(name: str, ids: Tensor | None, boxes: Tensor) -> None:
@@ -79,7 +77,6 @@ def nms_plain(
     *,
     groups: Tensor | None = None,
     images: Tensor | None = None,
-    inclusive: bool = False,
 ) -> Tensor:
     """`nms` in plain PyTorch, for float32 boxes and scores; checks nothing.
 
@@ -92,10 +89,9 @@ def nms_plain(
         order = order[images[order].argsort(stable=True)]
         parts = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
     threshold = boxes.new_tensor(iou_threshold)
-    side = float(inclusive)
 
     def suppressing(a: Tensor, b: Tensor) -> Tensor:
-        found = _iou(boxes[a], boxes[b], side) > threshold
+        found = _iou(boxes[a], boxes[b]) > threshold
         return found if groups is None else found & (groups[a][:, None] == groups[b])
 
     kept_of = []
@@ -116,12 +112,12 @@ def nms_plain(
     return torch.cat(kept_of) if kept_of else order
 
 
-def _iou(a: Tensor, b: Tensor, side: float) -> Tensor:
+def _iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU (N, M), operation by operation as in csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
-    area_a, area_b = ((x[:, 2] - x[:, 0] + side) * (x[:, 3] - x[:, 1] + side) for x in (a, b))
+    area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    width, height = (high - low + side).clamp(min=0).unbind(dim=2)
+    width, height = (high - low).clamp(min=0).unbind(dim=2)
     overlap = width * height
     return overlap / (area_a[:, None] + area_b - overlap)
 
@@ -136,7 +132,6 @@ if DEVICES:
         max_keep: int,
         groups: Tensor | None = None,
         images: Tensor | None = None,
-        inclusive: bool = False,
     ) -> Tensor:
         kept = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((kept,), dtype=torch.int64)

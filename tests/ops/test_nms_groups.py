@@ -34,13 +34,11 @@ class Problem:
     max_keep: int
     groups: Tensor | None
     images: Tensor | None
-    inclusive: bool
 
     def solve(self, function: Callable[..., Tensor], device: str = "cpu") -> list[int]:
         groups, images = (None if ids is None else ids.to(device) for ids in (self.groups, self.images))
         boxes, scores = self.boxes.to(device), self.scores.to(device)
-        options = {"groups": groups, "images": images, "inclusive": self.inclusive}
-        return function(boxes, scores, self.threshold, self.max_keep, **options).tolist()
+        return function(boxes, scores, self.threshold, self.max_keep, groups=groups, images=images).tolist()
 
     def brute_force(self) -> list[int]:
         """One pair after the other, in numpy, one float32 operation at a time."""
@@ -48,7 +46,7 @@ class Problem:
         nothing = np.zeros(len(boxes), np.int64)
         groups = nothing if self.groups is None else self.groups.numpy()
         images = nothing if self.images is None else self.images.numpy()
-        side, zero = np.float32(self.inclusive), np.float32(0)
+        zero = np.float32(0)
         answer: list[int] = []
         for image in sorted(set(images.tolist())):
             rows = np.flatnonzero(images == image).tolist()
@@ -59,10 +57,10 @@ class Problem:
                 others = [j for j in kept if groups[j] == groups[i]]
                 (x1, y1, x2, y2), (ox1, oy1, ox2, oy2) = boxes[i], boxes[others].T
                 with np.errstate(all="ignore"):
-                    width = np.maximum(np.minimum(x2, ox2) - np.maximum(x1, ox1) + side, zero)
-                    height = np.maximum(np.minimum(y2, oy2) - np.maximum(y1, oy1) + side, zero)
-                    area = (x2 - x1 + side) * (y2 - y1 + side)
-                    other_area = (ox2 - ox1 + side) * (oy2 - oy1 + side)
+                    width = np.maximum(np.minimum(x2, ox2) - np.maximum(x1, ox1), zero)
+                    height = np.maximum(np.minimum(y2, oy2) - np.maximum(y1, oy1), zero)
+                    area = (x2 - x1) * (y2 - y1)
+                    other_area = (ox2 - ox1) * (oy2 - oy1)
                     iou = width * height / (area + other_area - width * height)
                 if not (iou > np.float32(self.threshold)).any():
                     kept.append(i)
@@ -99,7 +97,7 @@ def problems(draw: st.DrawFn) -> Problem:
     threshold = draw(st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
     max_keep = draw(st.sampled_from([-1, 0, 1, 20, 1000]))
     tensors = torch.from_numpy(boxes).float(), torch.from_numpy(scores).float()
-    return Problem(*tensors, threshold, max_keep, groups, images, draw(st.booleans()))
+    return Problem(*tensors, threshold, max_keep, groups, images)
 
 
 @both
@@ -116,14 +114,14 @@ def test_cuda_is_the_brute_force(problem: Problem) -> None:
     assert problem.solve(nms, "cuda") == problem.brute_force()
 
 
-def scene(count: int, groups: int, images: int, inclusive: bool = False, max_keep: int = -1) -> Problem:
+def scene(count: int, groups: int, images: int, max_keep: int = -1) -> Problem:
     random = torch.Generator().manual_seed(count)
     centre = torch.randint(0, 200, (count, 2), generator=random).float()
     size = torch.rand(count, 2, generator=random) * 60 + 5
     boxes = torch.cat((centre - size / 2, centre + size / 2), dim=1)
     scores = torch.rand(count, generator=random)
     ids = (torch.randint(0, number, (count,), generator=random) for number in (groups, images))
-    return Problem(boxes, scores, 0.4, max_keep, *ids, inclusive)
+    return Problem(boxes, scores, 0.4, max_keep, *ids)
 
 
 @both
@@ -142,18 +140,10 @@ def test_each_image_is_as_it_is_alone(function: Callable[..., Tensor]) -> None:
     wanted = []
     for image in range(5):
         rows = (batch.images == image).nonzero()[:, 0]
-        alone = Problem(batch.boxes[rows], batch.scores[rows], 0.4, 60, batch.groups[rows], None, False)
+        alone = Problem(batch.boxes[rows], batch.scores[rows], 0.4, 60, batch.groups[rows], None)
         wanted += rows[alone.solve(function)].tolist()
     assert len(wanted) == 300
     assert batch.solve(function) == wanted
-
-
-@both
-def test_inclusive_boxes_are_a_pixel_larger(function: Callable[..., Tensor]) -> None:
-    boxes = torch.tensor([[0.0, 0, 9, 0], [0, 0, 3, 0], [0, 0, 2, 0]])  # 10, 4 and 3 pixels: IoU 4/10 and 3/10
-    scores = torch.tensor([3.0, 2, 1])
-    assert function(boxes, scores, 0.3, inclusive=True).tolist() == [0, 2]
-    assert function(boxes, scores, 0.3).tolist() == [0, 1, 2]  # half-open, they have no area
 
 
 @both
@@ -224,7 +214,7 @@ def test_the_kernel_checks_ids_for_itself(ids: Tensor) -> None:
 @compiled
 def test_the_operator_is_registered_well() -> None:
     problem = scene(90, 3, 2)
-    options = {"groups": problem.groups, "images": problem.images, "inclusive": True}
+    options = {"groups": problem.groups, "images": problem.images}
     torch.library.opcheck(torch.ops.refdet.nms.default, (problem.boxes, problem.scores, 0.5, 10), options)
 
 
@@ -248,7 +238,7 @@ boxes = torch.arange(800.0).reshape(200, 4) % 37
 boxes[:, 2:] += boxes[:, :2]
 places = torch.arange(200)
 print("cpu" in DEVICES)
-print(nms(boxes, boxes[:, 0] / 37, 0.3, 20, groups=places % 3, images=places % 5, inclusive=True).tolist())
+print(nms(boxes, boxes[:, 0] / 37, 0.3, 20, groups=places % 3, images=places % 5).tolist())
 """
     runs = [
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
