@@ -27,9 +27,7 @@ TORCH_LIBRARY(refdet, m) {
   m.def("pack_conv1x1(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
   m.def(
       "conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? shortcut=None, bool relu=False) -> Tensor");
-  m.def(
-      "match_boxes(Tensor candidates, Tensor objects)"
-      " -> (Tensor best, Tensor object, Tensor most, Tensor reaches)");
+  m.def("match_boxes(Tensor candidates, Tensor objects) -> (Tensor best, Tensor object, Tensor reaches)");
   m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"
       " -> (Tensor counts, Tensor starts)");

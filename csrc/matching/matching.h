@@ -9,8 +9,8 @@
 
 namespace refdet {
 
-// best (N,), object (N,), most (M,), reaches (N,).
-using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// best (N,), object (N,), reaches (N,).
+using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 inline void check_match_boxes(const at::Tensor& candidates, const at::Tensor& objects) {
   for (const at::Tensor& boxes : {candidates, objects}) {

@@ -1,10 +1,10 @@
 // Which objects candidate boxes overlap most, and the other way round, on the CPU.
 //
 // What: for each of N candidates its best IoU with M objects and the first object that has it (0 and object 0 where
-// it overlaps none), for each object the best IoU of any candidate, and whether a candidate reaches that of some
-// object with more than 0. IoU is float32 and every operation rounded on its own, in the order of `iou` in
-// refdet/boxes.py: ((x2-x1)(y2-y1) both ways, a + b - overlap, one division). Where the union is not above 0 or is no
-// number, which a NaN coordinate always makes it, the IoU is 0; so it is never NaN itself.
+// it overlaps none), and whether it reaches the best IoU that some object has with any candidate, with more than 0.
+// IoU is float32 and every operation rounded on its own, in the order of `iou` in refdet/structures/boxes.py:
+// (x2-x1)(y2-y1) both ways, a + b - overlap, one division. Where the union is not above 0 or is no number, which a NaN
+// coordinate always makes it, the IoU is 0; so it is never NaN itself.
 //
 // Cost: N M IoUs at most, and memory for N + M numbers and M more for every kChunk candidates. The matrix of overlaps
 // (40 MB for 100,000 anchors and 100 objects, and ten times that with all that leads to it) never exists.
@@ -130,18 +130,16 @@ Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects)
 
   const at::Tensor best = at::empty({n}, candidates.options());
   const at::Tensor object = at::empty({n}, candidates.options().dtype(at::kLong));
-  const at::Tensor most = at::zeros({m}, candidates.options());
   const at::Tensor reaches = at::zeros({n}, candidates.options().dtype(at::kBool));
   auto* best_at = best.mutable_data_ptr<float>();
   auto* object_at = object.mutable_data_ptr<int64_t>();
-  auto* most_at = most.mutable_data_ptr<float>();
   auto* reaches_at = reaches.mutable_data_ptr<bool>();
 
   const auto tiles_of = [n](int64_t chunk, const auto& take) {
     const int64_t end = std::min((chunk + 1) * kChunk, n);
     for (int64_t i = chunk * kChunk; i < end; i += kTile) take(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
   };
-  std::vector<float> chunk_most(chunks * m);
+  std::vector<float> most(m), chunk_most(chunks * m);
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       tiles_of(chunk, [&](int64_t i, int count) {
@@ -149,17 +147,17 @@ Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects)
       });
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < m; ++i) most_at[i] = std::max(most_at[i], chunk_most[chunk * m + i]);
+    for (int64_t i = 0; i < m; ++i) most[i] = std::max(most[i], chunk_most[chunk * m + i]);
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t i = 0; i < m; ++i) {
-        if (!(most_at[i] > 0) || chunk_most[chunk * m + i] != most_at[i]) continue;
+        if (!(most[i] > 0) || chunk_most[chunk * m + i] != most[i]) continue;
         tiles_of(chunk, [&](int64_t first, int count) {
-          mark_tile(candidate + 4 * first, count, known[i], most_at[i], reaches_at + first);
+          mark_tile(candidate + 4 * first, count, known[i], most[i], reaches_at + first);
         });
       }
   });
-  return {best, object, most, reaches};
+  return {best, object, reaches};
 }
 
 }  // namespace

@@ -111,10 +111,10 @@ Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects
   const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
   const at::Tensor best = at::empty({n}, candidates.options());
   const at::Tensor object = at::empty({n}, candidates.options().dtype(at::kLong));
-  const at::Tensor most = at::zeros({m}, candidates.options());
   const at::Tensor reaches = at::empty({n}, candidates.options().dtype(at::kBool));
-  if (n == 0) return {best, object, most, reaches};
+  if (n == 0) return {best, object, reaches};
 
+  const at::Tensor most = at::zeros({m}, candidates.options());
   const at::Tensor block_most = at::empty({blocks, m}, candidates.options());
   const float* candidate = flat_candidates.const_data_ptr<float>();
   const float* known = flat_objects.const_data_ptr<float>();
@@ -126,7 +126,7 @@ Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects
   reach_kernel<<<grid, kThreads, 0, stream>>>(candidate, n, known, m, most.const_data_ptr<float>(),
                                               block_most.const_data_ptr<float>(), reaches.mutable_data_ptr<bool>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {best, object, most, reaches};
+  return {best, object, reaches};
 }
 
 }  // namespace

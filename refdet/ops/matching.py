@@ -17,14 +17,12 @@ class Matches(NamedTuple):
     Attributes:
         best: (N,) float32, the largest IoU of each candidate with an object; 0 where it overlaps none.
         object: (N,) int64, the first object with that IoU; 0 where there is none.
-        most: (M,) float32, the largest IoU of each object with a candidate.
-        reaches: (N,) bool, the candidates whose IoU with some object is `most` of it and above 0. Several
-            reach it where they overlap the object alike.
+        reaches: (N,) bool, the candidates whose IoU with some object is the largest of all candidates and above 0.
+            Several reach it where they overlap the object alike.
     """
 
     best: Tensor
     object: Tensor
-    most: Tensor
     reaches: Tensor
 
 
@@ -61,21 +59,20 @@ def match_boxes_plain(candidates: Tensor, objects: Tensor) -> Matches:
     count = len(candidates)
     if count == 0 or len(objects) == 0:
         none = candidates.new_zeros(count)
-        return Matches(none, none.long(), candidates.new_zeros(len(objects)), none.bool())
+        return Matches(none, none.long(), none.bool())
     overlaps = box_ops.iou(candidates, objects)
     best, matched = overlaps.max(dim=1)
     most = overlaps.amax(dim=0)
-    return Matches(best, matched, most, ((overlaps == most) & (most > 0)).any(dim=1))
+    return Matches(best, matched, ((overlaps == most) & (most > 0)).any(dim=1))
 
 
 if DEVICES:
 
     @torch.library.register_fake("refdet::match_boxes")
-    def _match_boxes_fake(candidates: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _match_boxes_fake(candidates: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = candidates.shape[0]
         return (
             candidates.new_empty((count,)),
             candidates.new_empty((count,), dtype=torch.int64),
-            candidates.new_empty((objects.shape[0],)),
             candidates.new_empty((count,), dtype=torch.bool),
         )
