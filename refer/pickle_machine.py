@@ -65,8 +65,8 @@ class Machine:
             raise ReferDataError(f"the file is {'cut short' if self._data else 'empty'}; download it again")
         return self._data[start : self._position]
 
-    def _number(self, width: int, signed: bool = False) -> int:
-        return int.from_bytes(self._take(width), "little", signed=signed)
+    def _number(self, width: int) -> int:
+        return int.from_bytes(self._take(width), "little")
 
     def _line(self) -> bytes:
         end = self._data.find(b"\n", self._position)

@@ -76,7 +76,6 @@ class CocoIndex:
         images: image id -> record, in the order of the file.
         annotations: image id -> annotations in the order of the file; every image has an entry.
         categories: category id -> name, in the order of the file.
-        supercategories: category id -> supercategory, "" where the file gives none.
         raw: the JSON as parsed.
         dropped: what was left out of ``annotations``, one line for people each.
     """
@@ -86,7 +85,6 @@ class CocoIndex:
     images: dict[int, ImageRecord]
     annotations: dict[int, list[Annotation]]
     categories: dict[int, str]
-    supercategories: dict[int, str]
     raw: dict
     dropped: list[str]
 
@@ -119,10 +117,10 @@ class CocoIndex:
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}
-            categories, supercategories = _categories(path, raw["categories"])
+            categories = _categories(path, raw["categories"])
             images = _images(path, raw["images"])
             annotations, dropped = _annotations(path, raw["annotations"], images, categories)
-        index = cls(path, info, images, annotations, categories, supercategories, raw, dropped)
+        index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
                 "note: %s: %d annotations cannot be used as they are (the first: %s); refdet inspect lists them",
@@ -140,16 +138,14 @@ class CocoIndex:
         return index
 
 
-def _categories(path: Path, entries: list[dict]) -> tuple[dict[int, str], dict[int, str]]:
+def _categories(path: Path, entries: list[dict]) -> dict[int, str]:
     names: dict[int, str] = {}
-    supercategories: dict[int, str] = {}
     for position, entry in enumerate(entries):
         category_id, name = checked_category(path, position, entry)
         if category_id in names:
             raise InputError(f"{path}: duplicate category id {category_id}")
         names[category_id] = name
-        supercategories[category_id] = str(entry.get("supercategory", ""))
-    return names, supercategories
+    return names
 
 
 def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:

@@ -28,11 +28,9 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
     return InputSize(new_height, new_width, new_width / width, new_height / height, height, width)
 
 
-def network_input(
-    pixels: np.ndarray, size: InputSize, options: InputOptions, device: torch.device | None = None
-) -> Tensor:
+def network_input(pixels: np.ndarray, size: InputSize, options: InputOptions) -> Tensor:
     """(H, W, 3) uint8 RGB -> (3, size.height, size.width) float32; see `network_inputs`."""
-    return network_inputs([pixels], [size], options, device)[0]
+    return network_inputs([pixels], [size], options)[0]
 
 
 def network_inputs(

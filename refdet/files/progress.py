@@ -29,14 +29,12 @@ class _Lines:
         self._stream.flush()
 
 
-def progress_bar(
-    total: int, desc: str, unit: str, initial: int = 0, leave: bool = True, disable: bool = False
-) -> tqdm[Any]:
+def progress_bar(total: int, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm[Any]:
     """A tqdm bar on stderr that counts to ``total``; a line each `SECONDS` at most where stderr is no terminal.
 
     Work that is done sooner than that leaves no line in a log.
     """
-    return _bar(None, total, desc, unit, initial, leave, disable)
+    return _bar(None, total, desc, unit, initial, True, disable)
 
 
 def progress(things: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:

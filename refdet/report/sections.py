@@ -52,9 +52,9 @@ class Step:
     seconds: float
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Any) -> str:
     """A rate for people; a dash where there is nothing to rate (None, or COCO's -1)."""
-    return "–" if value is None or value < 0 else f"{value:.{digits}f}"
+    return "–" if value is None or value < 0 else f"{value:.3f}"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], groups: Markup | None = None) -> Markup:

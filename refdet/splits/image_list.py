@@ -74,7 +74,6 @@ class ImageList:
         images: in the order of the file.
         annotations, members, info: of an instances file; empty for others.
         elsewhere: of an instances file, other keys at its top -> the COCO numbers in names under them.
-        ids_confirmed: whether names in the file show that its ids are COCO's.
         tree: where the entries of a JSON object are, None for other forms.
     """
 
@@ -86,7 +85,6 @@ class ImageList:
     members: list[TopLevelValue] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     elsewhere: dict[str, frozenset[int]] = field(default_factory=dict)
-    ids_confirmed: bool = False
     tree: Node | None = None
 
     @property
@@ -135,8 +133,8 @@ class ImageList:
         file.write("}\n")
 
 
-def weigh(images: Sequence[ImageEntry]) -> tuple[list[ImageEntry], bool]:
-    """The images with ``numbers`` and ``unknown`` set, and whether the file confirms its ids."""
+def weigh(images: Sequence[ImageEntry]) -> list[ImageEntry]:
+    """The images with ``numbers`` and ``unknown`` set."""
     confirmed = ids_are_confirmed(image.evidence for image in images)
     weighed = []
     for image in images:
@@ -144,7 +142,7 @@ def weigh(images: Sequence[ImageEntry]) -> tuple[list[ImageEntry], bool]:
         id_ = min(numbers, default=None) if image.id is None else image.id
         unknown = not image.evidence.is_understood(confirmed)
         weighed.append(image._replace(id=id_, numbers=numbers, unknown=unknown))
-    return weighed, confirmed
+    return weighed
 
 
 def _write_entries(file: IO[str], entries: Iterable[str], separator: str) -> None:

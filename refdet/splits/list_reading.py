@@ -57,13 +57,13 @@ def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = No
         found = _read(path, read_text(path), check)
         if not found.images:
             raise InputError(f"{path}: no image in it; give an instances JSON or a list of images")
-        images, confirmed = weigh(found.images)
+        images = weigh(found.images)
         if found.form != INSTANCES and not any(i.numbers or i.evidence.is_non_coco for i in images):
             raise InputError(
                 f"{path}: none of its {len(images)} entries has a COCO image id, the first is "
                 f"{images[0].name or images[0].label!r:.60}; {_fix(images)}"
             )
-        return replace(found, images=images, ids_confirmed=confirmed)
+        return replace(found, images=images)
 
 
 def _read(path: Path, text: str, check: Callable[[Piece], None] | None) -> ImageList:

@@ -67,7 +67,6 @@ class Store:
         self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
         self.options: dict[str, Any] = parse_json(file, "options", dict)
         self.run: dict[str, Any] = parse_json(file, "run", dict) if "run" in file.attrs else {}
-        self.complete = bool(file.attrs["complete"])
         self.feature_names = tuple(file["features"])
         self.map_names = tuple(name for name in MAPS if f"maps/{name}" in file)
         self.has_masks = "mask_counts" in file["regions"]

@@ -43,7 +43,6 @@ def test_reads_everything_in_file_order(tmp_path: Path) -> None:
     assert list(index.images) == [3, 1]
     assert index.images[1].file_name == "" and index.images[3].width == 20
     assert list(index.categories.items()) == [(18, "dog"), (2, "bicycle")]
-    assert index.supercategories == {18: "animal", 2: ""}
     [annotation] = index.annotations[3]
     assert annotation.box == (1, 2, 4, 6) and annotation.area == 9.5 and not annotation.iscrowd
     assert index.annotations[1] == [] and index.dropped == [] and index.info == {"year": 2014}

@@ -21,7 +21,6 @@ from refdet.detector.resnet import BLOCKS
 from refdet.errors import InputError
 from refdet.files.short_text import cut
 
-STYLES = ("caffe", "torchvision")
 SEED_PARTS = {
     "rpn.conv.": "rpn_net.",
     "rpn.score.": "rpn_cls_score_net.",

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from refdet.errors import InputError
 from refdet.store import Store
 
-KINDS = ("stem", "file", "id")
 _LONGEST = 255  # bytes of a name, of every common file system
 _NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line separators
 
