@@ -76,7 +76,8 @@ class TorchvisionC4(nn.Module):
         head.bbox_pred = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios) * 4, 1)
         options = recipe.proposals
         self.rpn = RegionProposalNetwork(
-            anchors, head, options.positive_iou, options.negative_iou, options.batch_size_per_image, options.positive_fraction,
+            anchors, head, options.positive_iou, options.negative_iou, options.batch_size_per_image,
+            options.positive_fraction,
             {"training": options.pre_nms_top_n_train, "testing": options.pre_nms_top_n_test},
             {"training": options.post_nms_top_n_train, "testing": options.post_nms_top_n_test}, options.nms_threshold,
         )  # fmt: skip
