@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import RuntimeFailure
+from refdet.files.short_text import counted
 
 from .arguments import check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
@@ -22,24 +23,24 @@ SHOWN = 10
 
 
 @click.command("audit")
-@click.option("--instances", metavar="F.json", help="COCO instances file or list of images to look through.")
-@click.option("--refer-root", required=True, metavar="DIR", help="Folder of DATASET/refs(SPLIT_BY).p.")
-@click.option("--checkpoint", metavar="RUN_DIR", help="Detector to audit by its provenance.")
-@store_option(name="features", metavar="F.h5", help="Store whose detector to audit by its provenance.")
+@click.option("--instances", metavar="F.json", help="COCO instances file or image list to audit.")
+@click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
+@click.option("--checkpoint", metavar="RUN_DIR", help="Detector whose provenance to audit.")
+@store_option(name="features", metavar="F.h5", help="Store whose detector's provenance to audit.")
 @click.option(
     "--exclude",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
-    help="Look for these only; may be repeated. Default: val and test of all under --refer-root.",
+    help="Audit only these splits; may be repeated. Default: val and test of all datasets under --refer-root.",
 )
-@click.option("--trust-weights", is_flag=True, help="The weights the detector started from saw no held-out image.")
-@click.option("--allow-unidentified", is_flag=True, help="Exit 0 though of some images nothing is known.")
+@click.option("--trust-weights", is_flag=True, help="The initial weights have seen no held-out image.")
+@click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
     "--find-duplicates", "--by-content", "by_content", is_flag=True,
-    help="Also look for copies under other ids, by what the images show.",
+    help="Also find copies under other ids, by image content.",
 )  # fmt: skip
 @click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --find-duplicates.")
-@click.option("--refer-images", metavar="DIR", help="The same of the held-out images.  [default: --images]")
+@click.option("--refer-images", metavar="DIR", help="Folder or zip of the held-out images.  [default: --images]")
 @json_option
 def command(
     instances: str | None,
@@ -54,11 +55,11 @@ def command(
     refer_images: str | None,
     as_json: bool,
 ) -> None:
-    """Look for REFER's val and test images among training images: exit 0 if these are clean, 1 if they leak.
+    """Check training images for REFER's val and test images: exit 0 if there are none, 1 if they leak.
 
-    The images are those of F.json. Of a checkpoint or a store the provenance says what was trained on; together with
-    F.json, the file that was, it is proven. Images that neither their id nor --find-duplicates says anything of are not
-    proven clean: exit 1, unless --allow-unidentified. A store of val images is no leak: its detector is what counts.
+    Audits the images of F.json. For a checkpoint or a store, audits its provenance, which is a claim; with F.json, the
+    file it was trained on, it is proven. Images identified neither by id nor by --find-duplicates are not proven clean:
+    exit 1, unless --allow-unidentified. A store of val images is not a leak: what matters is its detector.
     """
     if instances is None and checkpoint is None and features is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
@@ -114,7 +115,7 @@ def command(
     _raise_leaks(instances, result, by_provenance, content)
     if unproven:
         raise RuntimeFailure(
-            f"{instances}: not proven: {unproven}; compare all with --find-duplicates, or take it so with "
+            f"{instances}: not proven: {unproven}; compare them with --find-duplicates, or accept them with "
             "--allow-unidentified"
         )
     if not as_json:
@@ -136,7 +137,7 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
             (claim.name, str(claim.images), "no" if claim.uncovered else "yes", str(claim.uncovered))
             for claim in detector.claims
         ]
-        echo_table(rows, ("split", "images", "excluded, it says", "images not excluded"))
+        echo_table(rows, ("split", "images", "claimed excluded", "images not excluded"))
     if content is not None and content.copies:
         echo_line()
         rows = [
@@ -158,13 +159,14 @@ def _raise_leaks(
         raise RuntimeFailure(detector.problem)
     if result is not None and result.leaked:
         raise RuntimeFailure(
-            f"{instances}: {len(result.leaked)} held-out images leak into it; make a clean file with refdet build-split"
+            f"{instances}: contains {counted(len(result.leaked), 'held-out image')}; make a clean file with "
+            "refdet build-split"
         )
     if content is not None and content.copies:
         count = len({copy.image for copy in content.copies})
         raise RuntimeFailure(
-            f"{instances}: {count} of its images are copies of held-out ones under other ids; look at them and take "
-            "them out"
+            f"{instances}: contains copies of held-out images under other ids ({counted(count, 'image')}); inspect and "
+            "remove them"
         )
 
 
@@ -172,12 +174,12 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
     """Of which images nothing is known, "" if something is of all."""
     if content is None:
         unknown = [] if result is None else result.unknown
-        return f"{len(unknown)} images unknown (first: {unknown[0]})" if unknown else ""
+        return f"{counted(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
     own = [*content.missing, *content.unreadable]
     theirs = [*content.refer_missing, *content.refer_unreadable]
-    parts = [f"{len(own)} images not compared (first: {own[0]})"] if own else []
+    parts = [f"{counted(len(own), 'image')} not compared (first: {own[0]})"] if own else []
     if theirs:
-        parts.append(f"{len(theirs)} held-out images not compared (first: {theirs[0]})")
+        parts.append(f"{counted(len(theirs), 'held-out image')} not compared (first: {theirs[0]})")
     return ", ".join(parts)
 
 
@@ -186,18 +188,21 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
     if detector is not None and detector.provenance is not None:
         who = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
         if result is None:
-            lines.append(f"clean, by what {who} says of itself: {detector.provenance.one_line()}")
-            lines.append("that is its claim; --instances with the file it was trained on makes it a proof")
+            lines.append(f"clean according to the provenance of {who}: {detector.provenance.one_line()}")
+            lines.append("this is only a claim; to prove it, pass the training file with --instances")
         else:
-            lines.append(f"proven: {who} was trained on the images of this file, whose ids have the same hash")
+            lines.append(f"proven: {who} was trained on the images of this file (the image ids have the same hash)")
     if result is not None:
         lines.append(
-            f"clean: {result.images} images against {result.held_out_images} val/test images of "
-            f"{len(result.splits)} splits"
+            f"clean: {counted(result.images, 'image')} checked against "
+            f"{counted(result.held_out_images, 'val/test image')} of {counted(len(result.splits), 'split')}"
         )
         if result.unidentified:
-            lines.append(f"but for {result.unidentified} images of which the ids say nothing")
+            lines.append(f"except for {counted(result.unidentified, 'image')} not identified by id")
         lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
     if content is not None:
-        lines.append(f"no copies: {content.compared} images compared with {content.refer_compared} held-out ones")
+        lines.append(
+            f"no copies: {counted(content.compared, 'image')} compared with "
+            f"{counted(content.refer_compared, 'held-out image')}"
+        )
     return lines

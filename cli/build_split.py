@@ -6,34 +6,36 @@ from pathlib import Path
 
 import click
 
+from refdet.files.short_text import counted
+
 from .arguments import check_json, check_new_file, check_refer_root
 from .common import echo_json, echo_line, echo_table, json_option, note
 
 
 @click.command("build-split")
-@click.option("--instances", required=True, metavar="F.json", help="COCO instances file or list of images to filter.")
-@click.option("--refer-root", required=True, metavar="DIR", help="Folder of DATASET/refs(SPLIT_BY).p.")
-@click.option("--out", required=True, metavar="OUT.json", help="File to write, in the form of F.json.")
+@click.option("--instances", required=True, metavar="F.json", help="COCO instances file or image list to filter.")
+@click.option("--refer-root", required=True, metavar="DIR", help="Folder with DATASET/refs(SPLIT_BY).p.")
+@click.option("--out", required=True, metavar="OUT.json", help="File to write, in the format of F.json.")
 @click.option(
     "--exclude",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
-    help="Leave out only these; may be repeated. Default: val and test of all under --refer-root.",
+    help="Exclude only these splits; may be repeated. Default: val and test of all datasets under --refer-root.",
 )
 @click.option(
     "--keep-only",
     multiple=True,
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
-    help="The reverse: keep the images of these splits and no others; may be repeated.",
+    help="The reverse: keep only the images of these splits; may be repeated.",
 )
 @json_option
 def command(
     instances: str, refer_root: str, out: str, exclude: tuple[str, ...], keep_only: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write a list of training images without REFER's val and test images and their annotations.
+    """Remove REFER's val and test images and their annotations from a list of training images.
 
     F.json is an instances file (COCO, LVIS, ...), a JSON list (Visual Genome's image_data.json, ids, names) or text
-    with an id or a file name a line. Images are known by their COCO ids, whatever their files are called.
+    with one id or file name per line. Images are identified by COCO id, whatever their file names.
     """
     check_json("--instances", Path(instances), "an instances JSON or a list of images")
     check_new_file("--out", Path(out))
@@ -57,8 +59,9 @@ def command(
     rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in ("images", "annotations")]
     echo_table(rows, ("", "before", "after"))
     echo_line()
+    total = counted(report["refer_images"], "image" if keep_only else "held-out image")
     echo_line(
-        f"of {report['refer_images']} images {'to keep' if keep_only else 'held out'} {report['refer_images_found']} "
-        f"were found, {report['refer_images_missing']} are not in {instances}"
+        f"found {report['refer_images_found']} of {total}{' to keep' if keep_only else ''} in {instances}, "
+        f"{report['refer_images_missing']} missing"
     )
     echo_line(f"wrote {result.out} and {result.report_path}")

@@ -35,7 +35,7 @@ def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
     """Give a command ``--exif``; ``None`` as its default is for the one that has it in its recipe too."""
     return click.option(
         "--exif", type=click.Choice(["ignore", "apply"]), default=default, show_default=default is not None,
-        help="EXIF orientation: leave pixels as stored, as COCO's are, or turn images upright.",
+        help="EXIF orientation: ignore (COCO's boxes are for the pixels as stored), or apply to turn images upright.",
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
 
     def say() -> None:
         if sys.exc_info()[0] is None:  # an error is to stay one line
-            note(f"note: {old} is called {new} now; the old name works until the next version")
+            note(f"note: {old} was renamed to {new}; the old name works until the next version")
 
     def read_old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value:
@@ -90,9 +90,9 @@ def store_option(*, required: bool = False, name: str = "store", **attributes: A
 def box_format_option(option: str) -> Callable[[F], F]:
     """Give a command ``--box-format``, the form of the boxes in the file of another option."""
     return click.option(
-        "--box-format", type=click.Choice(BOX_FORMATS), default="xywh", show_default=True, metavar="FORM",
-        help=f"Of boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of the image, "
-        "in the order that they fit, or -xyxy or -xywh.",
+        "--box-format", type=click.Choice(BOX_FORMATS), default="xywh", show_default=True, metavar="FORMAT",
+        help=f"Format of the boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of "
+        "the image size, with -xyxy or -xywh, or else in the order that fits.",
     )  # fmt: skip
 
 

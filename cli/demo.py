@@ -10,15 +10,15 @@ from .common import echo_json, echo_line, echo_table, json_option
 
 
 @click.command("demo")
-@click.option("--out", type=Path, default=Path("demo"), show_default=True, help="Folder to make.")
+@click.option("--out", type=Path, default=Path("demo"), show_default=True, help="Folder to create.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the images and the training."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dataset and of training."
 )
-@click.option("--images", type=int, help="Train images to draw; 800 by default.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=20.")
+@click.option("--images", type=int, help="Number of train images to draw.  [default: 800]")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=20.")
 @json_option
 def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], as_json: bool) -> None:
-    """Draw a dataset, then split, audit, train, evaluate, extract and report on it; a few minutes."""
+    """Run the whole pipeline on a synthetic dataset, from splitting to a report; takes a few minutes."""
     import sys
     from contextlib import redirect_stdout
 
@@ -62,7 +62,7 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     echo_line()
     echo_table([(name, f"{seconds:.1f}") for name, seconds in metrics["seconds"].items()], header=("step", "seconds"))
     echo_line()
-    echo_line(f"numbers: {out / 'metrics.json'}")
+    echo_line(f"metrics: {out / 'metrics.json'}")
     echo_line(f"report:  {out / 'report.html'}  (open it in a browser)")
 
 

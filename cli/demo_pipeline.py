@@ -24,17 +24,15 @@ DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
 LISTENER = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
 
 ABOUT = {
-    "dataset": "Drew the images and wrote them, their annotations and sentences in the layouts of COCO 2014 and REFER.",
-    "build-split": "Took the images that REFER holds out for val and test, and their annotations, out of the training "
-    "file.",
-    "audit": "Looked for held-out images: the original file leaks, the split does not.",
+    "dataset": "Drew the images, annotations and sentences, in the layout of COCO 2014 and REFER.",
+    "build-split": "Removed REFER's val and test images and their annotations from the training file.",
+    "audit": "Checked for held-out images: the original file leaks, the split does not.",
     "train": "Trained a Mask R-CNN from scratch on the split.",
-    "evaluate": "Measured COCO's box and mask AP on the val images.",
-    "extract-features": "Detected regions on the val and test images of REFER and stored boxes, masks and features.",
-    "listener": "Trained a small model of words and stored features on the train refs, and let it answer the sentences "
-    "of RefCOCO's val and test images.",
-    "evaluate-on-refer": "Measured whether the regions cover the objects that the sentences refer to, and how often "
-    "the listener finds them.",
+    "evaluate": "Computed COCO box and mask AP on the val images.",
+    "extract-features": "Detected regions on REFER's val and test images and stored boxes, masks and features.",
+    "listener": "Trained a small model of words and stored features on the train refs and ran it on the sentences of "
+    "RefCOCO's val and test images.",
+    "evaluate-on-refer": "Measured how many referred objects the regions cover, and how often the listener finds them.",
 }
 
 
@@ -84,7 +82,7 @@ class _Log:
         done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.say(done.stdout.rstrip())
         if done.returncode:
-            raise RuntimeFailure(f"{script} failed; what it said stands above")
+            raise RuntimeFailure(f"{script} failed; see its output above")
 
 
 def demo(
@@ -124,7 +122,7 @@ def demo(
     with log.step("dataset"):
         call = f"shapes.write({str(data)!r}, seed={seed}, images={images})"
         log.commands["dataset"].append(f'python -c "from refdet.data import shapes; {call}"')
-        say("drawing images and their sentences, laid out as COCO 2014 and REFER")
+        say("drawing images and sentences, in the layout of COCO 2014 and REFER")
         shapes.write(data, seed, images)
     with log.step("build-split"):
         log.refdet("build-split", "--instances", original, "--refer-root", refer_root, "--out", split)
@@ -174,7 +172,7 @@ def demo(
 def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
     """Train the listener on the first of `DATASETS`; its answers there, None where there is no listener."""
     if not LISTENER.is_file():
-        log.say(f"\n--- listener\nleft out: {LISTENER.name} is one of the examples, which come with the source")
+        log.say(f"\n--- listener\nskipped: {LISTENER.name} comes with the source only")
         return None
     dataset, split_by = DATASETS[0]
     train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
@@ -191,7 +189,7 @@ def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
     try:
         log.refdet("audit", "--instances", original, "--refer-root", refer_root)
     except RuntimeFailure as error:
-        log.say(f"error: {error}\n(exit code 1, as it should be: the original file holds val and test images)")
+        log.say(f"error: {error}\n(exit code 1, as expected: the original file contains val and test images)")
     else:
         raise RuntimeFailure(f"{original}: audit found none of the held-out images that are in it")
 

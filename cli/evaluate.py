@@ -11,14 +11,20 @@ from .common import echo_json, echo_table, exif_option, json_option, note
 
 
 @click.command("evaluate")
-@click.option("--checkpoint", type=Path, required=True, help="Run directory.")
+@click.option("--checkpoint", type=Path, required=True, help="Run directory of the detector.")
 @click.option("--instances", type=Path, required=True, help="COCO instances JSON to evaluate on.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images at once.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
-@click.option("--crowd-as-object", is_flag=True, help="Annotations of iscrowd 1 are to be found as others are.")
-@click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images per batch.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
+@click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
+@click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of the network.",
+)
 @exif_option()
 @json_option
 def command(
@@ -33,7 +39,7 @@ def command(
     exif: str,
     as_json: bool,
 ) -> None:
-    """Box and mask AP of the regions that extract-features writes by default, on an instances file."""
+    """Compute box and mask AP on an instances file, of the regions that extract-features writes by default."""
     check_device("--device", device)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refdet.errors import InputError
+from refdet.files.short_text import counted
 
 from .arguments import check_json, check_new_folder, check_not_empty, check_refer_root, check_store
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
@@ -16,32 +17,32 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TITLES = {
-    "recall@k": "recall@0.5 by regions kept",
-    "recall@k_with_category": "the same, of the right category",
+    "recall@k": "recall@0.5 with the top k regions",
+    "recall@k_with_category": "recall@0.5 with the top k regions, right category",
     "comprehension": "comprehension: boxes",
     "segmentation": "comprehension: masks",
     "generalized": "gRefCOCO",
-    "language": "expressions",
+    "language": "generated expressions",
 }
 
 
 @click.command("evaluate-on-refer")
-@store_option(type=Path, required=True, help="Store that extract-features wrote.")
+@store_option(type=Path, required=True, help="Store written by extract-features.")
 @click.option("--refer-root", type=Path, required=True, help="Folder of the REFER data.")
 @click.option("--dataset", required=True, help="refcoco, refcoco+, refcocog or grefcoco.")
 @click.option("--split-by", required=True, help="unc, umd or google.")
-@click.option("--split", "splits", multiple=True, help="Splits, with commas between; all but train by default.")
+@click.option("--split", "splits", multiple=True, help="Comma-separated splits.  [default: all but train]")
 @click.option("--predictions", type=Path, help="JSON of a model's answers, for comprehension and segmentation.")
-@click.option("--expressions", type=Path, help="JSON of a model's expressions, for BLEU, ROUGE-L, CIDEr and METEOR.")
+@click.option("--expressions", type=Path, help="JSON of generated expressions, for BLEU, ROUGE-L, CIDEr and METEOR.")
 @click.option(
     "--protocol", type=click.Choice(["standard", "mattnet", "mdetr"]), default="standard", show_default=True,
-    help="How boxes are compared: mattnet by IoU as MAttNet's code has it, mdetr answers by generalized IoU.",
+    help="Box comparison: mattnet uses MAttNet's IoU; mdetr uses generalized IoU for answers.",
 )  # fmt: skip
 @box_format_option("--predictions")
 @click.option("--out", type=Path, required=True, help="Folder for metrics.json, metrics.csv and recall.svg.")
 @json_option
 def command(out: Path, as_json: bool, **given: Any) -> None:
-    """Detection AP, referent recall and, given a model's answers, how good these are."""
+    """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_new_folder("--out", out, empty=False)
     path = out / "metrics.json"
     if path.exists():
@@ -71,9 +72,9 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
         for group, what in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
             missing = values.get(group, {}).get("missing", 0)
             if missing:
-                note(f"{split}: {missing} of {values[what]} {what} have no answer and count as wrong")
+                note(f"{split}: {missing} of {counted(values[what], what[:-1])} without an answer, counted as wrong")
         if values.get("language", {}).get("METEOR", 0) is None:
-            note(f"{split}: no METEOR, and words split at blanks: java is not on the PATH")
+            note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
         echo_json(with_old_names(metrics))
         return

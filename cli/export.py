@@ -29,30 +29,30 @@ OPTIONS = {"consumer": "for"}
 
 
 @click.command("export")
-@store_option(type=Path, required=True, help="Store that extract-features wrote.")
-@click.option("--format", "format_", type=click.Choice(list(TAKEN)), required=True)
+@store_option(type=Path, required=True, help="Store written by extract-features.")
+@click.option("--format", "format_", type=click.Choice(list(TAKEN)), required=True, help="Output format.")
 @click.option("--for", "consumer", type=click.Choice([*consumers.NPZ, *consumers.LMDB]),
-              help="npz, lmdb: the program that is to read it.  "
+              help="npz, lmdb: the program that will read it.  "
                    f"[default: {consumers.NPZ[0]}, {consumers.LMDB[0]}]")  # fmt: skip
-@click.option("--out", type=Path, required=True, help="Folder to write; must be empty or not there.")
-@click.option("--feature", help="npz, lmdb: the feature of a region.  [default: fc7]")
+@click.option("--out", type=Path, required=True, help="Folder to write; must be empty or absent.")
+@click.option("--feature", help="npz, lmdb: the feature to export.  [default: fc7]")
 @click.option("--names", type=click.Choice(["stem", "file", "id"]),
-              help="npz: files named by the image file without or with its suffix, or by id.  "
+              help="npz: name files after the image file without or with its suffix, or the id.  "
                    "[default: stem; file for rosita]")  # fmt: skip
-@click.option("--annotations", type=Path, help="mattnet: store of --regions annotations, for ann_feats.h5.")
+@click.option("--annotations", type=Path, help="mattnet: store made with --regions annotations, for ann_feats.h5.")
 @click.option("--refer-root", type=Path, help="mattnet: folder of the REFER data, for data.json and data.h5.")
 @click.option("--dataset", help="mattnet: refcoco, refcoco+ or refcocog.")
 @click.option("--split-by", help="mattnet: unc, umd or google.")
-@click.option("--data-json", type=Path, help="mattnet: data.json of its own prepro.py, instead of --refer-root.")
+@click.option("--data-json", type=Path, help="mattnet: data.json from its own prepro.py, instead of --refer-root.")
 @click.option("--word-count-threshold", type=click.IntRange(min=0),
-              help="mattnet: words no more frequent are <UNK>.  [default: 5]")  # fmt: skip
+              help="mattnet: words with at most this count become <UNK>.  [default: 5]")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=1),
-              help="mattnet: words of a sentence.  [default: 20 of refcocog, else 10]")  # fmt: skip
-@click.option("--attributes", type=Path, help="mattnet: sents.json of refer-parser2, for attribute words.")
-@click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: how many of these words.  [default: 50]")
+              help="mattnet: maximum words per sentence.  [default: 20 for refcocog, else 10]")  # fmt: skip
+@click.option("--attributes", type=Path, help="mattnet: refer-parser2's sents.json, for attribute words.")
+@click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: number of attribute words.  [default: 50]")
 @json_option
 def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -> None:
-    """A store in the form of MAttNet's files, of bottom-up-attention's npz or of ViLBERT's or UNITER's LMDB."""
+    """Export a store as MAttNet's files, bottom-up-attention's npz, or ViLBERT's or UNITER's LMDB."""
     chosen = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in chosen if name not in TAKEN[format_]]
     if wrong:

@@ -9,6 +9,7 @@ import click
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
+from refdet.files.short_text import counted
 
 from .arguments import (
     check_device,
@@ -35,43 +36,78 @@ if TYPE_CHECKING:
 
 
 @click.command("extract-features")
-@click.option("--checkpoint", type=Path, required=True, help="Run directory.")
+@click.option("--checkpoint", type=Path, required=True, help="Run directory of the detector.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of the images.")
 @click.option("--out", type=Path, required=True, help="HDF5 file to write.")
 @click.option("--refer-root", type=Path, help="Folder of the REFER data; with --dataset and --split-by.")
 @click.option("--dataset", help="refcoco, refcoco+ or refcocog.")
 @click.option("--split-by", help="unc, umd or google.")
-@click.option("--split", "splits", multiple=True, help="Splits, with commas between; all by default.")
-@click.option("--instances", type=Path, help="Instead of REFER: all images of this COCO instances JSON.")
-@click.option("--regions", type=click.Choice(["detections", "annotations"]), default="detections", show_default=True)
-@click.option("--crowd-as-object", is_flag=True, help="Annotations of iscrowd 1 are regions too.")
-@click.option("--boxes", type=Path, help="Instead of --regions: boxes of COCO results JSON, or of a store (.h5).")
+@click.option("--split", "splits", multiple=True, help="Comma-separated splits.  [default: all]")
+@click.option("--instances", type=Path, help="Instead of REFER: use all images of this COCO instances JSON.")
+@click.option(
+    "--regions",
+    type=click.Choice(["detections", "annotations"]),
+    default="detections",
+    show_default=True,
+    help="Regions to extract.",
+)
+@click.option("--crowd-as-object", is_flag=True, help="Also extract iscrowd annotations.")
+@click.option("--boxes", type=Path, help="Instead of --regions: boxes from COCO results JSON or a store (.h5).")
 @box_format_option("--boxes")
 @click.option(
     "--masks", type=click.Choice(["annotated", "predicted"]), default="annotated", show_default=True,
-    help="Of annotations and --boxes: theirs, or the detector's for them.",
+    help="With annotations or --boxes: use their masks, or predict them.",
 )  # fmt: skip
-@click.option("--features", default="pool5,fc7", show_default=True, help="Which features, with commas between.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
-@click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.05, show_default=True)
-@click.option("--nms-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True)
+@click.option(
+    "--features",
+    default="pool5,fc7",
+    show_default=True,
+    help="Comma-separated features: pool5, fc7, class_prob; with a C4 detector also spatial_pool5, spatial_fc7, head.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the stored features.",
+)
+@click.option(
+    "--score-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Minimum score of a detection.",
+)
+@click.option(
+    "--nms-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="IoU threshold of the NMS within a class.",
+)
 @renamed_option(
     "--lower-threshold-if-empty", "--at-least-one", "lower_threshold_if_empty", is_flag=True,
-    help="Lower the threshold by 0.1 until an image has a region.",
+    help="Lower the threshold in steps of 0.1 for an image without regions.",
 )  # fmt: skip
-@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Of an image.")
-@click.option("--batch-size", default="4", show_default=True, help="Images at once, or auto for as many as fit.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that read images.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto is the best there is.")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Per image.")
+@click.option("--batch-size", default="4", show_default=True, help="Images per batch, or auto for as many as fit.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto uses a GPU if available.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of the network.",
+)
 @click.option(
     "--compression", type=click.Choice(["none", "gzip", "lzf"]), default="none", show_default=True,
-    help="Of features and maps in the file.",
+    help="Compression of features and maps.",
 )  # fmt: skip
 @exif_option()
-@click.option("--strict", is_flag=True, help="Stop at an image that cannot be used, instead of telling why in its row.")
-@click.option("--profile", is_flag=True, help="Show at the end where the time went.")
-@click.option("--resume", is_flag=True, help="Continue from the shards of a run that was stopped.")
+@click.option("--strict", is_flag=True, help="Stop at an unusable image instead of recording the error.")
+@click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
+@click.option("--resume", is_flag=True, help="Resume a stopped run.")
 @json_option
 def command(
     checkpoint: Path,
@@ -104,7 +140,7 @@ def command(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Boxes, masks and features of the images of REFER splits (or of an instances file), as HDF5."""
+    """Extract boxes, masks and features of REFER splits (or of an instances file) into HDF5."""
     from dataclasses import asdict
 
     check_not_empty("--split", splits)
@@ -179,8 +215,8 @@ def command(
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:
-        note(f"{done.errors} of {done.images} images could not be used; /images/error in {out} says why; when their "
-             "files are repaired, the same command with --resume recomputes the batches they are in")  # fmt: skip
+        note(f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
+             "the files are repaired, repeat the command with --resume to recompute their batches")  # fmt: skip
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return

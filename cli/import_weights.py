@@ -12,17 +12,17 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 
 @click.command("import-weights")
 @click.option(
-    "--from", "source", type=Path, required=True, help="Checkpoint of the reference, or of an ImageNet ResNet."
+    "--from", "source", type=Path, required=True, help="Checkpoint of mask-faster-rcnn or of an ImageNet ResNet."
 )
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
-@click.option("--trained-on", type=Path, help="The split it was trained on, where you know it.")
+@click.option("--trained-on", type=Path, help="The split it was trained on, if known.")
 @renamed_option(
     "--weight-format", "--style", "style", type=click.Choice(["caffe", "torchvision"]),
-    help="Of an ImageNet ResNet; detected by default.",
+    help="Format of an ImageNet ResNet; detected by default.",
 )  # fmt: skip
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
-    """Make a run directory of lichengunc/mask-faster-rcnn's checkpoints and of ImageNet ResNets."""
+    """Convert a checkpoint of lichengunc/mask-faster-rcnn or an ImageNet ResNet to a run directory."""
     from dataclasses import asdict
 
     check_weights("--from", source)
@@ -36,11 +36,11 @@ def command(source: Path, out: Path, trained_on: Path | None, style: str | None,
     note(f"{source.name} is {done.kind}")
     if done.untrained:
         note(
-            f"it has no {', '.join(part.rstrip('.') for part in done.untrained)}: start a training from it (--weights)"
+            f"it has no {', '.join(part.rstrip('.') for part in done.untrained)}: use it as initial weights (--weights)"
         )
     note(f"trained on: {done.provenance.one_line()}")
     if as_json:
         echo_json(asdict(done))
         return
     row = (done.recipe, str(done.classes), f"{done.numbers:,}", str(out))
-    echo_table([row], header=("recipe", "classes", "numbers", "run directory"))
+    echo_table([row], header=("recipe", "classes", "parameters", "run directory"))

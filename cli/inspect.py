@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import RuntimeFailure
+from refdet.files.short_text import counted
 
 from .common import echo_json, echo_line, echo_table, json_option
 
@@ -19,12 +20,10 @@ SHOWN = 20
 
 @click.command("inspect")
 @click.argument("file")
-@click.option(
-    "--verify", is_flag=True, help="Read all of a store and compare it with its checksums; exit 1 if damaged."
-)
+@click.option("--verify", is_flag=True, help="Check a whole store against its checksums; exit 1 if damaged.")
 @json_option
 def command(file: str, verify: bool, as_json: bool) -> None:
-    """Tell what a split, checkpoint (run directory), store or unfinished store holds, and its provenance."""
+    """Show the contents and provenance of a split, checkpoint (run directory), store or unfinished store."""
     from refdet.splits.inspect import check, describe
 
     if verify:
@@ -55,14 +54,16 @@ def _tell(found: Verification, as_json: bool) -> None:
         for problem in found.problems[:SHOWN]:
             echo_line(str(problem))
         if len(found.problems) > SHOWN:
-            echo_line(f"... and {len(found.problems) - SHOWN} more; --json has all of them")
+            echo_line(f"... and {len(found.problems) - SHOWN} more (--json lists all)")
         for what in found.unchecked:
             echo_line(f"not checked: {what}")
     if found.problems:
-        images = f" in {len(found.damaged_images)} images" if found.damaged_images else ""
-        raise RuntimeFailure(f"{found.path}: damaged: {len(found.problems)} problems{images}; extract it again")
+        images = f" in {counted(len(found.damaged_images), 'image')}" if found.damaged_images else ""
+        raise RuntimeFailure(
+            f"{found.path}: damaged: {counted(len(found.problems), 'problem')}{images}; extract it again"
+        )
     if not as_json:
-        echo_line(f"OK: {found.images} images, {found.regions} regions")
+        echo_line(f"OK: {counted(found.images, 'image')}, {counted(found.regions, 'region')}")
 
 
 def _text(value: object) -> str:

@@ -204,8 +204,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-@click.option("-v", "--verbose", is_flag=True, help="Also say what is read, chosen and skipped on the way.")
-@click.option("-q", "--quiet", is_flag=True, help="Print results and errors only: no notes, no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print what is read, chosen and skipped.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only results and errors: no notes, no progress.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
     help="Show the versions of refdet and PyTorch, the device and the kernels.",

@@ -11,16 +11,16 @@ from .common import echo_json, echo_table, exif_option, json_option, note
 
 
 @click.command("train")
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME|YAML", help="A shipped recipe, or a YAML file.")
-@click.option("--instances", type=Path, required=True, help="COCO instances JSON, such as build-split writes.")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|YAML", help="Built-in recipe or YAML file.")
+@click.option("--instances", type=Path, required=True, help="COCO instances JSON, e.g. from build-split.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
-@click.option("--weights", type=Path, help="Run directory of a detector to start from.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a recipe key, train.steps=500.")
+@click.option("--weights", type=Path, help="Run directory of the initial weights.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=500.")
 @exif_option(default=None)
-@click.option("--crowd-as-object", is_flag=True, help="Train on annotations of iscrowd 1 as on others.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--device", help="cpu, cuda, cuda:1; the best there is by default.")
+@click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
+@click.option("--resume", is_flag=True, help="Resume the run in --out.")
+@click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
 @json_option
 def command(
     recipe_name: str,
@@ -74,5 +74,5 @@ def command(
             ("images/s", f"{summary.images_per_second:.1f}"),
         ]
         if summary.loss is not None:
-            rows.append(("last loss", f"{summary.loss:.3f}"))
+            rows.append(("final loss", f"{summary.loss:.3f}"))
         echo_table(rows, header=("trained", str(out)))

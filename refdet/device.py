@@ -35,16 +35,16 @@ def usable_device(name: str | None) -> torch.device:
 def described(name: str | None) -> str:
     """The device of a name, as in `usable_device`, and why it is that, for the first line of a run.
 
-    "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)", "cpu (as asked)".
+    "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)", "cpu (as requested)".
 
     Raises:
         InputError: there is no such device, or it cannot be used.
     """
     device, chosen = usable_device(name), name is None or name == "auto"
     if device.type != "cuda":
-        return f"{device} ({'no GPU is visible' if chosen else 'as asked'})"
+        return f"{device} ({'no GPU is visible' if chosen else 'as requested'})"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return f"cuda:{index} {torch.cuda.get_device_name(index)} ({'chosen by default' if chosen else 'as asked'})"
+    return f"cuda:{index} {torch.cuda.get_device_name(index)} ({'chosen by default' if chosen else 'as requested'})"
 
 
 def usable_precision(precision: str, device: torch.device) -> str:

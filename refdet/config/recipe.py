@@ -214,7 +214,7 @@ def load(name_or_path: str) -> Recipe:
         InputError: no such recipe or file, or not a recipe.
     """
     if (newer := current_name(name_or_path)) != name_or_path and newer in names():
-        log.warning("note: recipe %s is called %s now; the old name works until the next version", name_or_path, newer)
+        log.warning("note: recipe %s was renamed to %s; the old name works until the next version", name_or_path, newer)
         name_or_path = newer
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):

@@ -77,4 +77,4 @@ def deprecation(renamed: str) -> str:
     part, _, rest = renamed.partition(".")
     key, _, value = rest.partition("=")
     new = f"{key}={VALUES[part, key][value]}" if value else KEYS[renamed]
-    return f"{renamed} is called {part}.{new} now; the old name works until the next version"
+    return f"{renamed} was renamed to {part}.{new}; the old name works until the next version"

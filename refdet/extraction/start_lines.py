@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from refdet.data.coco import ImageRecord
 from refdet.extraction.plan import Plan
 from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
+from refdet.files.short_text import counted
 from refdet.store import Columns, Header
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def start_lines(
         bytes_ = estimated_bytes(
             image_list.records, given or (lambda _: options.max_regions), meta.recipe, header, columns, map_size
         )
-        about = "about" if given is not None else f"at most, with {options.max_regions} regions an image,"
-        size = f"; the store takes {about} {_readable(bytes_)}"
+        most = f"at most, with {counted(options.max_regions, 'region')} per image,"
+        size = f"; file size: {'about' if given is not None else most} {_readable(bytes_)}"
         size += " before compression" if plan.compression != "none" else ""
     lines.append(f"images: {len(image_list.records)} of {image_list.name}{size}")
     lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")

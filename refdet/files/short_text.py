@@ -24,6 +24,11 @@ def shown(value: object) -> str:
     return cut(_REPR.repr(value), 2 * LONGEST)
 
 
+def counted(n: int, noun: str) -> str:
+    """A count with its noun: "1 image", "2 images". For nouns with a regular plural."""
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
 def cut(text: object, longest: int = LONGEST) -> str:
     """A text in one line, without its middle where it is longer than `longest` characters."""
     line = " ".join(str(text)[: 100 * longest].split())

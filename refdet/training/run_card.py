@@ -40,37 +40,37 @@ def _text(meta: CheckpointMetadata) -> str:
     )
     rows = [
         ("recipe", f"{recipe.name} ({model})"),
-        ("steps", f"{meta.step} of {recipe.train.steps}, of {recipe.train.batch_size} images"),
+        ("steps", f"{meta.step} of {recipe.train.steps}, batch size {recipe.train.batch_size}"),
         ("classes", str(len(meta.categories))),
         ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
-        ("started from", provenance.weights or "random weights"),
-        ("left out", ", ".join(sorted(provenance.excluded)) or "nothing that is known"),
+        ("initial weights", provenance.weights or "random"),
+        ("excluded", ", ".join(sorted(provenance.excluded)) or "nothing known"),
         ("leaks", _leaks(meta)),
     ]
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
     return f"""{_FIRST}
-# A detector of refdet
+# refdet detector
 
 | | |
 |---|---|
 {table}
 
-Features of REFER images:
+Extract features of REFER images:
 
     refdet extract-features --checkpoint RUN --images DIR --out F.h5 --refer-root DIR --dataset refcoco --split-by unc
 
-`refdet inspect RUN` shows all of its provenance, `refdet audit` checks it against REFER.
+`refdet inspect RUN` shows its full provenance; `refdet audit` checks it against REFER.
 """
 
 
 def _leaks(meta: CheckpointMetadata) -> str:
     provenance, source = meta.provenance, shlex.quote(meta.provenance.source)
     if not provenance.excluded:
-        why = provenance.note or "nothing is known to be excluded"
-        return f"not checked ({why}); `refdet audit --instances {source} --refer-root DIR` checks it"
+        why = provenance.note or "no known exclusions"
+        return f"not checked ({why}); check with `refdet audit --instances {source} --refer-root DIR`"
     if provenance.weights and meta.warnings():
-        return "not known of the weights that it started from"
-    return f"none by its split; `refdet audit --instances {source} --refer-root DIR` proves it"
+        return "unknown for the initial weights"
+    return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
 
 
 def _cell(text: str) -> str:

@@ -27,6 +27,7 @@ from refdet.device import described, usable_device
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.files.lock import alone
 from refdet.files.progress import progress_bar
+from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state
 from refdet.structures.provenance import Provenance, file_sha256
@@ -106,13 +107,14 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     sgd = optimiser(model, recipe.train, fresh)
     if before is not None:
         before.restore(model, sgd)
-    start = f"goes on from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
+    start = f"resumes from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
     # weights, and a state of weights and momentum, each twice while it is replaced
     most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
     log.warning(
-        "train: %s, %s, %s; %d images of %s; recipe %s, %s; %d steps of %d images; up to %d MiB on disk",
-        described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(), len(batches.records),
-        index.path.name, recipe.name, start, recipe.train.steps, recipe.train.batch_size,
+        "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
+        described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(),
+        counted(len(batches.records), "image"),
+        index.path.name, recipe.name, start, counted(recipe.train.steps, "step"), recipe.train.batch_size,
         -(-most // 2**20),
     )  # fmt: skip
     check_shared_memory(batches, recipe.train.workers)
@@ -144,7 +146,7 @@ class _Training:
         """All steps that are left to do."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         if first >= options.steps:
-            log.warning("note: --resume: all %d steps are done; a larger train.steps prolongs the run", first)
+            log.warning("note: --resume: all %d steps are done; increase train.steps to extend the run", first)
             checkpoint.save(self.out, self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
         generator = torch.Generator(device)

@@ -70,7 +70,7 @@ def test_commands_are_shown_and_recorded(done: tuple[Path, Result]) -> None:
     for step in COMMANDS:
         assert f"$ refdet {step} " in result.stderr
     assert "examples/listener.py --train " in result.stderr
-    assert "held-out images leak into it" in result.stderr and "as it should be" in result.stderr
+    assert "held-out images; make a clean file" in result.stderr and "as expected" in result.stderr
     seed = json.loads((out / "run" / "model.json").read_text())["recipe"]["train"]["seed"]
     assert seed == 3
 
@@ -110,7 +110,7 @@ def test_without_the_examples_there_is_no_listener(tmp_path: Path, monkeypatch: 
     said: list[str] = []
     log = demo_module._Log(lambda args, output=None: None, said.append)
     assert demo_module._listen(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
-    assert "left out" in said[0] and not log.seconds
+    assert "skipped: listener.py" in said[0] and not log.seconds
 
 
 def test_a_script_that_fails_is_an_error(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from refdet.cli import audit, evaluate_on_refer, export, extract_features, impor
 from refdet.cli.common import renamed_option, store_option
 from refdet.errors import InputError
 
-NOTE = "note: --features is called --store now; the old name works until the next version\n"
+NOTE = "note: --features was renamed to --store; the old name works until the next version\n"
 
 
 def command(**attributes: Any) -> click.Command:
@@ -92,6 +92,6 @@ def test_a_flag_under_both_names(old: bool) -> None:
         click.echo(flag)
 
     done = CliRunner().invoke(show, ["--old" if old else "--new"])
-    said = "note: --old is called --new now; the old name works until the next version\n" if old else ""
+    said = "note: --old was renamed to --new; the old name works until the next version\n" if old else ""
     assert (done.stdout, done.stderr) == ("True\n", said)
     assert CliRunner().invoke(show, []).stdout == "False\n"

@@ -52,7 +52,7 @@ def test_the_command_says_what_it_took_it_for(imagenet: Path, tmp_path: Path) ->
     assert (told["recipe"], told["classes"], told["provenance"]["note"]) == ("c4-res18", 80, note)
     assert told["untrained"] == ["rpn.", "head.box.", "head.mask."]
     assert told["numbers"] == sum(v.numel() for k, v in read_foreign(source).items() if "fc." not in k) - 20  # counts
-    assert f"trained on: {note}" in done.stderr and "start a training from it (--weights)" in done.stderr
+    assert f"trained on: {note}" in done.stderr and "use it as initial weights (--weights)" in done.stderr
     meta = checkpoint.load_meta(tmp_path / "run")
     assert meta.categories == coco_categories() and meta.provenance.is_unknown
     assert meta.warnings()[0] == f"detector: {note}" and "not trained" in meta.warnings()[1]

@@ -60,7 +60,11 @@ def test_figure_and_tables_show_both_splits(written: tuple[Path, str, list[str]]
     out, printed, _ = written
     words = "".join(ElementTree.parse(out / "recall.svg").getroot().itertext())
     assert "val" in words and "testA" in words and "all" in words and "toy me" in words
-    for text in ("recall@0.5 by regions kept", "comprehension: boxes", "val: 1 of 2 sentences have no answer"):
+    for text in (
+        "recall@0.5 with the top k regions",
+        "comprehension: boxes",
+        "val: 1 of 2 sentences without an answer",
+    ):
         assert text in printed
     assert "nan" not in printed and "comprehension: masks" not in printed
 

@@ -217,10 +217,10 @@ def test_commands(world: tuple[Path, Path], tmp_path: Path) -> None:
     again = run(main, ["build-split", "--instances", str(source), "--out", out, *common])
     assert again.exit_code == 2 and "exists" in again.stderr
     clean = run(main, ["audit", "--instances", out, *common])
-    assert clean.exit_code == 0 and "clean: 2 images against 4 val/test images of 3 splits" in clean.stdout
+    assert clean.exit_code == 0 and "clean: 2 images checked against 4 val/test images of 3 splits" in clean.stdout
     assert image_ids_sha256([1, 6]) in clean.stdout
     leaking = run(main, ["audit", "--instances", str(source), *common])
-    assert leaking.exit_code == 1 and "4 held-out images leak" in leaking.stderr
+    assert leaking.exit_code == 1 and "contains 4 held-out images" in leaking.stderr
     as_json = run(main, ["audit", "--instances", str(source), *common, "--json"])
     assert as_json.exit_code == 1 and json.loads(as_json.stdout)["leaked_image_ids"] == [2, 3, 4, 5]
     assert build_command.command.name == "build-split" and audit_command.command.name == "audit"

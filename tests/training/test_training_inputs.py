@@ -137,6 +137,6 @@ def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.Log
     run(folder, out="line", weights=folder / "run")
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train: ")]
     for part in ("cpu (", "float32, kernels ", "4 images of instances.json", "recipe demo", "starts from run (",
-                 "2 steps of 2 images"):  # fmt: skip
+                 "2 steps, batch size 2"):  # fmt: skip
         assert part in line
     assert "refdet audit --instances" in caplog.text and "was not checked" in caplog.text

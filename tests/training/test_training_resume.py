@@ -242,7 +242,7 @@ def test_the_card_says_what_is_not_checked_and_stays_what_somebody_made_of_it(be
     card = begun / "run" / "README.md"
     text = card.read_text()
     assert "not checked (not built by refdet build-split" in text and "refdet audit --instances" in text
-    assert "2 of 2, of 2 images" in text and "random weights" in text
+    assert "2 of 2, batch size 2" in text and "| initial weights | random |" in text
     run(begun, "train.steps=3", resume=True)
     assert "3 of 3" in card.read_text()
     card.write_text("# my own\n")
