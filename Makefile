@@ -15,29 +15,29 @@ PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 .PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity docs clean
 .DELETE_ON_ERROR:
 
-help: ## this list
-	@echo "make TARGET   (PYTHON=python3.12 chooses the Python of .venv)"
+help: ## list the targets
+	@echo "make TARGET   (PYTHON=python3.12 selects the Python of .venv)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-env: $(VENV)/.installed ## set up .venv: torch, torchvision, refdet with its compiled kernels
+env: $(VENV)/.installed ## set up .venv with torch, torchvision, refdet and its compiled kernels
 
-demo: env ## the whole pipeline on the embedded dataset, into demo/
+demo: env ## run the whole pipeline on a synthetic dataset, into demo/
 	@echo "==> demo: replacing demo/, then build-split, audit, train, evaluate, extract, evaluate on REFER"
 	@rm -rf demo
 	@$(BIN)/refdet demo --out demo
 
-check: lint types ## style, types and the fast tests, in a minute or two
-	@echo "==> check: pytest, without the slow tests, $(JOBS) processes"
+check: lint types ## run linting, type checks and the fast tests, in a minute or two
+	@echo "==> check: pytest without the slow tests, $(JOBS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
 
-test: lint types cuda-check unit ## style, types, CUDA compilation where there is nvcc, and all tests
+test: lint types cuda-check unit ## run linting, type checks, CUDA compilation (if nvcc is found) and all tests
 	@echo "==> test: all passed"
 
 lint: env
 	@echo "==> lint: ruff check, ruff format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@echo "==> lint: imports go down only"
+	@echo "==> lint: import layers"
 	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: env
@@ -52,7 +52,7 @@ unit: env
 
 # The sanitizers must be in the process before Python is, and with them the C++ library whose exceptions they watch.
 ASAN := build/asan/lib
-test-asan: env ## the tests of the compiled kernels, with the address and undefined-behaviour sanitizers
+test-asan: env ## test the compiled kernels with the address and undefined-behavior sanitizers
 	@echo "==> test-asan: building the kernels with sanitizers into $(ASAN)"
 	@REFDET_SANITIZE=1 REFDET_REQUIRE_EXT=1 REFDET_BUILD_CUDA=0 \
 	  $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib $(ASAN) >/dev/null
@@ -63,37 +63,37 @@ test-asan: env ## the tests of the compiled kernels, with the address and undefi
 
 FUZZ_SECONDS ?= 120
 FUZZ_INPUTS ?=
-test-hostile: env ## files from strangers, changed at random: FUZZ_SECONDS (default 120) or FUZZ_INPUTS of each format
-	@echo "==> test-hostile: $(if $(FUZZ_INPUTS),$(FUZZ_INPUTS) inputs,$(FUZZ_SECONDS) s) a format, $(JOBS) processes"
+test-hostile: env ## fuzz the readers of all file formats, FUZZ_SECONDS (default 120) or FUZZ_INPUTS per format
+	@echo "==> test-hostile: $(if $(FUZZ_INPUTS),$(FUZZ_INPUTS) inputs,$(FUZZ_SECONDS) s) per format, $(JOBS) processes"
 	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) REFDET_FUZZ_INPUTS=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n $(JOBS) tests/fuzz
 
-bench-ops: env ## the kernels beside torchvision and pycocotools (JSON=1 for JSON)
+bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
 
-bench-data: env ## loading and splitting files of the real size
+bench-data: env ## benchmark loading and splitting files of real size
 	@echo "==> bench-data: REFER"
 	@$(BIN)/python benchmarks/refer_load.py
 	@echo "==> bench-data: build-split"
 	@$(BIN)/python benchmarks/build_split.py
 	@echo "==> bench-data: the store"
 	@$(BIN)/python benchmarks/store.py
-	@echo "==> bench-data: memory of an extraction"
+	@echo "==> bench-data: memory of extract-features"
 	@$(BIN)/python benchmarks/memory.py
 
-bench-extract: env ## extract-features beside the same work by torchvision's detection parts
-	@echo "==> bench-extract: drawn images"
+bench-extract: env ## benchmark extract-features against torchvision's detection modules
+	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
 
-parity: env ## how near the reference's numbers are, where its golden files lie beside the repository
-	@echo "==> parity: against outputs of the reference's own code"
+parity: env ## compare with the reference, if its golden files are next to the repository
+	@echo "==> parity: comparing with outputs of the reference's own code"
 	@$(BIN)/pytest tests/detector/test_reference_parity.py -rP
 
 ifneq ($(shell command -v nvcc),)
 cuda-check: $(CUDA_SOURCES:csrc/%.cu=build/cuda-check/%.o)
 else
 cuda-check:
-	@echo "==> cuda-check: no nvcc here, csrc/*/*.cu are not compiled"
+	@echo "==> cuda-check: nvcc not found, skipping csrc/*/*.cu"
 endif
 
 build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h) $(VENV)/.torch | env
@@ -103,27 +103,27 @@ build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h) $(VENV)/.torch | env
 	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*("-I" + i for i in p()))' 2>/dev/null)
 
 $(VENV)/.torch:
-	@echo "==> env 1/3: making $(VENV) with $(PYTHON)"
+	@echo "==> env 1/3: creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "error: refdet needs Python 3.10 or newer; choose one with make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	@echo "==> env 2/3: installing torch and torchvision (gigabytes; some minutes)"
+	@echo "==> env 2/3: installing torch and torchvision (gigabytes, takes a few minutes)"
 	@$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel ninja "torch>=2.11" "torchvision>=0.26"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(PACKAGE)
-	@echo "==> env 3/3: installing refdet, editable, with its kernels and the tools to test it"
+	@echo "==> env 3/3: installing refdet (editable) with its kernels and the development tools"
 	@if command -v $${CXX:-c++} >/dev/null; then export REFDET_REQUIRE_EXT=1; \
-	  else echo "==> env: no C++ compiler, refdet goes without its kernels (same results, slower)"; fi; \
+	  else echo "==> env: no C++ compiler found, installing without the kernels (same results, slower)"; fi; \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-docs: env ## the pages of docs/ and the API reference, into build/docs/
+docs: env ## build docs/ and the API reference into build/docs/
 	@echo "==> docs: mkdocs"
 	@$(BIN)/python -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet "mkdocs" "mkdocstrings[python]"
 	@$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
-clean: ## remove what was built, and demo/; .venv stays
+clean: ## remove build outputs and demo/; keep .venv
 	@echo "==> clean: removing build/, dist/, demo/, caches and the compiled kernels"
 	@rm -rf build dist demo *.egg-info refdet/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.installed
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -46,17 +46,17 @@ def with_cuda() -> bool:
         return False
     reason = ""
     if torch.version.cuda is None:
-        reason = "this torch is built without CUDA"
+        reason = "torch is built without CUDA"
     elif CUDA_HOME is None or not (nvcc := Path(CUDA_HOME, "bin", "nvcc")).exists():
-        reason = "there is no nvcc"
+        reason = "nvcc was not found"
     else:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         if f"release {torch.version.cuda.split('.')[0]}." not in told:
-            reason = f"{nvcc} is not of CUDA {torch.version.cuda}, which torch is built with"
+            reason = f"{nvcc} does not match CUDA {torch.version.cuda}, which torch is built with"
     if reason and wanted == "1":
         sys.exit(f"refdet: REFDET_BUILD_CUDA=1, but {reason}")
     if reason:
-        say(f"no CUDA kernels: {reason}")
+        say(f"building without CUDA kernels: {reason}")
     return not reason
 
 
@@ -93,7 +93,7 @@ def without_extension(error: BaseException) -> None:
     if REQUIRED:
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
-    say(f"installing without compiled kernels, plain PyTorch does their work: {reason[:300]}")
+    say(f"installing without compiled kernels, using the PyTorch fallback: {reason[:300]}")
 
 
 def find_cuda() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from refdet.files.short_text import counted
 from refdet.report.markup import Markup, html, joined
 from refdet.report.samples import Scene
 from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
@@ -64,10 +65,9 @@ def picture(scene: Scene, pixels: np.ndarray) -> Markup:
     source = base64.b64encode(data.getvalue()).decode("ascii")
     items = joined((_item(scene, i, key) for i in range(len(scene.referred))), "\n")
     drawn = len(key.others) + len(key.numbers)
-    counted = f"{drawn} region{'' if drawn == 1 else 's'}"
     left_out = len(scene.regions) - drawn
-    less_likely = f"; {left_out} less likely ones are not drawn" if left_out else ""
-    where = f"{scene.split}, image {scene.regions.image_id}: {counted}{less_likely}"
+    less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
+    where = f"{scene.split}, image {scene.regions.image_id}: {counted(drawn, 'region')}{less_likely}"
     return html(
         """<figure>
 <img alt="{alt}" src="data:image/jpeg;base64,{source}" loading="lazy">
@@ -97,10 +97,10 @@ def _item(scene: Scene, i: int, key: Key) -> Markup:
         category = int(scene.regions.category_ids[one.region])
         told = html("found as {}, IoU {:.2f}", scene.names.get(category, str(category)), one.iou)
         if category != one.category_id:
-            told += html(' <b class="bad">(it is a {})</b>', one.category)
+            told += html(' <b class="bad">(actual category: {})</b>', one.category)
         chip = html('<span class="chip" style="background:{};color:{}">{}</span>', colour, text_colour(colour), i + 1)
     else:
-        near = f"the best region has IoU {one.iou:.2f}" if one.region is not None else "there is no region"
+        near = f"best IoU {one.iou:.2f}" if one.region is not None else "no regions"
         told = html('<b class="bad">missed</b>: {}; {}', one.category, near)
         chip = html('<span class="chip missed" style="border-color:{}">{}</span>', colour, i + 1)
     return html('<li>{}<span>{}<span class="iou-of">{}</span></span></li>', chip, quotes, told)

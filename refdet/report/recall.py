@@ -24,6 +24,6 @@ def recall_axes(metrics: Mapping[str, Any], width: int = 580, height: int = 340)
     """Axes of `recall_series`: x has a place for each number of regions, evenly spaced."""
     kept = list(next(iter(metrics["splits"].values()))["recall@k"])
     return Axes(
-        "best-scoring regions kept in an image", "share of referred objects with a region of IoU 0.5",
+        "top-scoring regions per image", "referent recall at IoU 0.5",
         x_ticks=range(len(kept)), x_names=kept, y_range=(0.0, 1.0), width=width, height=height,
     )  # fmt: skip

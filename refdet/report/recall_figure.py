@@ -13,7 +13,7 @@ from refdet.report.recall import recall_axes, recall_series
 
 def recall_figure(metrics: Mapping[str, Any]) -> str:
     """A whole SVG file of the recall of all splits."""
-    title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by regions kept"
+    title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
     series, axes = recall_series(metrics), recall_axes(metrics)
     told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
     return standalone(line_chart(title, told, series, axes, dots=True), title, series, axes)

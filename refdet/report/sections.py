@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from refdet.files.short_text import counted
 from refdet.report.charts import Axes, Series, legend, line_chart
 from refdet.report.markup import Markup, html, joined
 from refdet.report.recall import recall_axes, recall_series, split_names
@@ -98,8 +99,8 @@ def steps_section(steps: Sequence[Step]) -> Markup:
         "\n",
     )  # fmt: skip
     return html(
-        """<p>These commands were run one after the other, {} in all; the bars compare their times. With your
-own images the same commands do the same work: only the paths change.</p>
+        """<p>These commands were run in this order, {} in total; the bars compare their times. To run them on your
+own images, change the paths.</p>
 <ol class="steps">{}</ol>""",
         _seconds(sum(step.seconds for step in steps)), items,
     )  # fmt: skip
@@ -117,33 +118,33 @@ def leak_section(
     """
     parts = [
         Markup(
-            "<p>All images of RefCOCO, RefCOCO+ and RefCOCOg lie inside COCO train2014, so a detector trained on all "
-            "of that has already seen the answers of the val and test images: its regions there are better than on "
-            "images that are really new. This is a <em>leak</em>. <code>build-split</code> takes those images and "
-            "their annotations out before training, <code>audit</code> checks it.</p>"
+            "<p>All images of RefCOCO, RefCOCO+ and RefCOCOg are in COCO train2014, so a detector trained on all "
+            "of it has already seen the objects of the val and test images: its regions there are better than on "
+            "new images. This is a <em>leak</em>. <code>build-split</code> removes those images and "
+            "their annotations before training; <code>audit</code> verifies it.</p>"
         )
     ]
     if audit is not None:
         parts.append(_verdict(audit, source_audit))
-        header, rows = ["held-out split", "its images"], []
+        header, rows = ["held-out split", "images"], []
         if source_audit is not None:
             header.append("in the original file")
         header.append("in the training file")
         for name, leak in audit["splits"].items():
             before = [] if source_audit is None else [str(source_audit["splits"][name]["leaked"])]
             rows.append([name, str(leak["images"]), *before, str(leak["leaked"])])
-        caption = "How many images of each held-out split are in the file; splits share images, so the sum is larger"
+        caption = "Images of each held-out split in the file; splits share images, so the sum is larger"
         parts.append(table(caption, header, rows))
     parts.append(
         html(
-            '<p class="small hash"><b>Provenance of the detector.</b> Trained on {images} images with {annotations} '
-            "annotations of <code>{source}</code>, started from {weights}.{note} SHA-256 of the source file "
+            '<p class="small hash"><b>Provenance of the detector.</b> Trained on {images} with {annotations} '
+            "of <code>{source}</code>, started from {weights}.{note} SHA-256 of the source file "
             "<code>{source_sha256}</code>, of the image ids <code>{image_ids_sha256}</code>. "
-            "The same record stands in the split, the checkpoint, the feature files and the metrics.</p>",
-            images=provenance.images,
-            annotations=provenance.annotations,
+            "The same record is in the split, the checkpoint, the feature files and the metrics.</p>",
+            images=counted(provenance.images, "image"),
+            annotations=counted(provenance.annotations, "annotation"),
             source=provenance.source,
-            weights=provenance.weights or "nothing: random weights",
+            weights=provenance.weights or "random weights",
             note=html(" <b>{}</b>.", provenance.note) if provenance.note else "",
             source_sha256=provenance.source_sha256,
             image_ids_sha256=provenance.image_ids_sha256,
@@ -153,15 +154,15 @@ def leak_section(
 
 
 def _verdict(audit: Mapping[str, Any], source_audit: Mapping[str, Any] | None) -> Markup:
-    leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
+    leaked, held_out = len(audit["leaked_image_ids"]), counted(audit["held_out_images"], "held-out image")
     if leaked:
-        text = html('<b class="bad">Leak: {} of the {} held-out images are in the training file.</b>', leaked, held_out)
+        text = html('<b class="bad">Leak: {} of {} in the training file.</b>', leaked, held_out)
     else:
-        text = html('<b class="good">Clean: none of the {} held-out images is in the training file.</b>', held_out)
+        text = html('<b class="good">Clean: 0 of {} in the training file.</b>', held_out)
     if source_audit is not None:
         before, after = source_audit["images"], audit["images"]
         there = len(source_audit["leaked_image_ids"])
-        text += f" The original file had {before} images, {there} of them held out; {after} were left to train on."
+        text += f" The original file had {counted(before, 'image')}, {there} of them held out; {after} remain."
     return html("<p>{}</p>", text)
 
 
@@ -169,13 +170,12 @@ def detection_section(detection: Mapping[str, Any]) -> Markup:
     """COCO's numbers of boxes and masks."""
     kinds = (("bbox", "boxes"), ("segm", "masks"))
     rows = [[name, *(number(detection[k][ap]) for ap in AP_NAMES)] for k, name in kinds if detection.get(k)]
-    caption = "COCO average precision on the val images; a dash: no object of that size"
+    caption = "COCO average precision on the val images; a dash means no object of that size"
     return html(
-        """<p><b>AP</b>, average precision, sums up how many objects are found and how many of the finds are right,
-from 0 to 1. A find is right if its category is and if it overlaps the object enough: <b>IoU</b>, the area in common
-divided by the area of both together, must reach a threshold. AP50 asks for 0.5, AP75 for 0.75; AP is the mean over
-thresholds from 0.5 to 0.95. APs, APm and APl are AP of small, medium and large objects (under 32², under 96² and
-over 96² pixels).</p>
+        """<p><b>AP</b>, average precision, summarizes how many objects are found and how many detections are correct,
+from 0 to 1. A detection is correct if its category is and it overlaps the object enough: <b>IoU</b>, intersection over
+union, must reach a threshold. AP50 uses 0.5, AP75 uses 0.75; AP is the mean over thresholds from 0.5 to 0.95. APs, APm
+and APl are AP of small, medium and large objects (under 32², under 96² and over 96² pixels).</p>
 {figure}
 {numbers}""",
         figure=IOU_FIGURE,
@@ -198,24 +198,24 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
                 + [number(recall[name]) for name in (*THRESHOLDS, "mean_best_iou")]
             )
     groups = Markup(
-        '<tr class="groups"><td></td><th colspan="3" scope="colgroup">how many</th>'
+        '<tr class="groups"><td></td><th colspan="3" scope="colgroup">count</th>'
         '<th colspan="2" scope="colgroup">AP50</th>'
         '<th colspan="5" scope="colgroup">referent recall at IoU</th><th></th></tr>'
     )
     header = ["split", "images", "refs", "sentences", "box", "mask", *THRESHOLDS, "mean best IoU"]
     return html(
-        """<p>A <b>ref</b> is one object that people referred to, with several <b>sentences</b> each.
-<b>Referent recall</b> is the share of refs with at least one region over the object with the IoU asked for. It is the
-ceiling of every model that picks one of these regions: what has no region cannot be picked.</p>
+        """<p>A <b>ref</b> is one referred object, usually with several <b>sentences</b>.
+<b>Referent recall</b> is the share of refs whose object has a region of at least the given IoU. It is the upper bound
+of every model that picks one of these regions: what has no region cannot be picked.</p>
 {numbers}
-<h3>Recall when more overlap is asked for</h3>
-<p class="soft small">Left: rough boxes count. Right: only nearly perfect ones do. Where the lines fall, boxes are found
+<h3>Recall by IoU threshold</h3>
+<p class="soft small">Left: rough boxes count. Right: only near-perfect ones do. Where the lines drop, boxes are found
 but not tight.</p>
 {by_iou}
-<h3>Recall when only the best regions are kept</h3>
-<p class="soft small">How many regions of an image a model must look at: those of the highest scores, at IoU 0.5.</p>
+<h3>Recall by number of regions</h3>
+<p class="soft small">How many of the top-scoring regions of an image a model needs, at IoU 0.5.</p>
 {by_regions}""",
-        numbers=table("The regions on the images of each split, measured", header, rows, groups),
+        numbers=table("Regions on the images of each split", header, rows, groups),
         by_iou=_recall_charts(metrics),
         by_regions=_kept_charts(metrics),
     )
@@ -233,14 +233,14 @@ def listener_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
                 + [number(boxes["random_baseline@0.5"]), number(boxes["accuracy@0.5"])]
                 + [number(values["referent_recall"]["0.5"]), number(masks["overall_iou"] if masks else None)]
             )
-    header = ["split", "sentences", "guessing", "accuracy", "recall of refs", "overall IoU of masks"]
+    header = ["split", "sentences", "random baseline", "accuracy", "referent recall", "overall mask IoU"]
     return html(
-        """<p>A <b>listener</b> reads a sentence and picks one of the regions of the image. It sees no image: it
-is a small model of words and of what the feature file holds, and it learned from sentences about the train images. An
-answer is right if its region has IoU 0.5 or more with the object; <b>guessing</b> is what picking a region at random
-would reach. If the features told nothing of the objects, the two would be alike.</p>
+        """<p>A <b>listener</b> reads a sentence and picks one of the regions of the image. It does not see the image:
+it is a small model of words and stored features, trained on sentences about the train images. An answer is correct if
+its region has an IoU of 0.5 or more with the object; the <b>random baseline</b> picks a region at random. If the
+features said nothing about the objects, the two would be equal.</p>
 {answers}""",
-        answers=table("The answers to the sentences of each split", header, rows),
+        answers=table("Answers to the sentences of each split", header, rows),
     )
 
 
@@ -251,7 +251,7 @@ def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> Markup:
         series, axes = recall_series(part), recall_axes(part, width=340, height=250)
         title = f"{part['dataset']} {part['split_by']}"
         told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
-        svg = line_chart(f"Referent recall of {title} by regions kept", told, series, axes, dots=True)
+        svg = line_chart(f"Referent recall of {title} by number of regions", told, series, axes, dots=True)
         charts.append(_panel(title, legend(series), svg))
     return html('<div class="panels">{}</div>', joined(charts))
 
@@ -260,7 +260,7 @@ def _recall_charts(metrics: Sequence[Mapping[str, Any]]) -> Markup:
     names = list(dict.fromkeys(split for part in metrics for split in split_names(part)))
     style = {name: 1 + i % 5 for i, name in enumerate(names)}
     x_ticks = [float(t) for t in THRESHOLDS]
-    axes = Axes("IoU asked for", "share of refs with a region", x_ticks, (0.0, 1.0), width=340, height=250)
+    axes = Axes("IoU threshold", "referent recall", x_ticks, (0.0, 1.0), width=340, height=250)
     charts = []
     for part in metrics:
         splits = part["splits"]
@@ -287,13 +287,13 @@ def loss_section(log: Sequence[Mapping[str, float]]) -> Markup:
         for style, (key, name) in enumerate(LOSSES)
         if any(key in line for line in log)
     ]
-    axes = Axes("training step", "loss (logarithmic)", log_y=True)
+    axes = Axes("training step", "loss (log scale)", log_y=True)
     first, last = log[0], log[-1]
     told = f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
     return html(
-        """<p>The <b>loss</b> says how wrong the network is on the images it trains on; training lowers it step by
-step. The total is the sum of five terms, one for each question the network learns to answer. {told}
-On this scale equal distances are equal ratios, so that small terms can be seen beside large ones.</p>
+        """<p>The <b>loss</b> measures the network's error on the training images; training lowers it step by step.
+The total is the sum of its terms, one for each question the network learns to answer. {told} The logarithmic scale
+keeps small terms visible.</p>
 <figure class="chart">{chart}{names}</figure>""",
         told=told,
         chart=line_chart("Training loss by step", told, series, axes),
