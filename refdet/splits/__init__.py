@@ -1,1 +1,1 @@
-"""Leak-free splits: which images REFER holds out, building a split without them, and proving that it has none."""
+"""Leak-free splits: find the images that REFER holds out, build splits without them and audit existing ones."""

@@ -1,4 +1,4 @@
-"""Leak-free splits: taking the images that REFER holds out out of whatever lists training images."""
+"""Build leak-free splits: remove the images that REFER holds out from a list of training images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha2
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What `build_split` did: ``report`` as written, the paths, and warnings_of for people."""
+    """Result of `build_split`.
+
+    Attributes:
+        out: the list that was written.
+        report_path: the report that was written.
+        report: contents of the report.
+        notes: human-readable warnings.
+    """
 
     out: Path
     report_path: Path
@@ -60,8 +67,8 @@ def build_split(
         The paths of both files, the report, and notes about the list.
 
     Raises:
-        InputError: bad input, an output that exists, or no image left.
-        refer.ReferError: bad REFER data.
+        InputError: invalid input, an output that already exists, or no images left.
+        refer.ReferError: invalid REFER data.
     """
     out = Path(out)
     report_path = out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
@@ -69,7 +76,7 @@ def build_split(
         if path.exists():
             raise InputError(f"{path} exists; choose another --out or remove it")
     if exclude and keep_only:
-        raise InputError("--exclude and --keep-only: give one of them; what --keep-only does not name goes anyway")
+        raise InputError("--exclude and --keep-only: cannot be combined; drop --exclude, --keep-only removes all else")
     splits, notes = chosen(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
     check = InstancesCheck(Path(instances))
     images = read_image_list(instances, check)
@@ -80,16 +87,16 @@ def build_split(
     for key, numbers in images.elsewhere.items():
         if not keep_only and (out_of_reach := sorted(numbers & everything)):
             raise InputError(
-                f"{images.path}: {key!r:.60} names held-out images ({out_of_reach[0]}), and only those under 'images' "
-                "can be taken out; remove it from the file first"
+                f"{images.path}: {key!r:.60} refers to held-out images ({out_of_reach[0]}), but only entries of "
+                "'images' can be removed; delete it from the file first"
             )
     named = [not everything.isdisjoint(image.numbers) for image in images.images]
     keep = named if keep_only else [not there for there in named]
     if not any(keep):
-        what = "are of the splits to keep" if keep_only else "are left: all are held out"
-        raise InputError(f"{instances}: no image left; none of its {len(keep)} {what} ({refer_root})")
+        why = f"none of its {len(keep)} images is in a split to keep" if keep_only else f"all {len(keep)} are held out"
+        raise InputError(f"{instances}: no images left: {why} ({refer_root}); check the list and the splits")
     if not any(named):
-        notes.append(f"{instances}: none of its images is in a held-out split; is it of COCO train?")
+        notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")
     notes += warnings_of(images)
 
     kept = [image for image, stays in zip(images.images, keep, strict=True) if stays]
@@ -103,7 +110,7 @@ def build_split(
         excluded = _counts([split for split in every if split.image_ids.isdisjoint(numbers_of(kept))], there)
         shared = [split.name for split in every if split.name not in excluded and split.name not in counts]
         if shared:
-            notes.append(f"what is kept holds images of {', '.join(shared)} too")
+            notes.append(f"the kept images include some of {', '.join(shared)}")
     provenance = Provenance(
         source=images.path.name,
         source_sha256=file_sha256(images.path),
@@ -140,7 +147,7 @@ def _counts(splits: Sequence[HeldOut], there: frozenset[int]) -> dict[str, dict[
 
 
 def _earlier(images: ImageList) -> dict[str, dict[str, int]]:
-    """What a file that build-split wrote excludes already, if its images are still those and go by their ids."""
+    """Splits excluded by an earlier build-split, if the images are unchanged and their ids match their names."""
     if "refdet" not in images.info:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Audit of a detector by its provenance: of a checkpoint, or of a store of features, which carries its detector's."""
+"""Audit a detector by its provenance, from a checkpoint or from a feature store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from refdet.structures.provenance import Provenance
 
 @dataclass(frozen=True)
 class SplitClaim:
-    """What a provenance says of one held-out split.
+    """What a provenance claims about one held-out split.
 
     Attributes:
-        name: "refcoco/unc/val"; images: how many images it has.
-        uncovered: how many of them no split that it excludes has.
+        name: such as "refcoco/unc/val".
+        images: number of images in the split.
+        uncovered: number of those images that are in none of the excluded splits.
     """
 
     name: str
@@ -30,15 +31,16 @@ class SplitClaim:
 
 @dataclass(frozen=True)
 class ProvenanceAudit:
-    """What is known of the training images of a detector.
+    """What is known about a detector's training images.
 
     Attributes:
-        kind: "checkpoint" or "store"; path: where it is.
-        provenance: what it says of itself, None if nothing.
-        claims: what that says of each held-out split.
-        proof: the audit of the file that it was trained on, None if that was not given.
+        kind: "checkpoint" or "store".
+        path: the audited run directory or store.
+        provenance: its provenance, None if it has none.
+        claims: what the provenance claims about each held-out split.
+        proof: audit of the training file, None if none was given.
         problem: why it is not clean, "" if it is.
-        notes: warnings_of for people.
+        notes: human-readable warnings.
     """
 
     kind: str
@@ -51,7 +53,7 @@ class ProvenanceAudit:
 
     @property
     def proven(self) -> bool:
-        """Whether it is clean and the file it was trained on was looked through, not only what it says."""
+        """Whether it is clean according to the training file itself, not only by its own claim."""
         return self.proof is not None and not self.problem
 
     def to_json(self) -> dict[str, Any]:
@@ -76,29 +78,34 @@ def audit_provenance(
     exclude: Sequence[str] = (),
     trust_weights: bool = False,
 ) -> ProvenanceAudit:
-    """Look for REFER's val and test images among those that a detector was trained on.
+    """Check whether a detector was trained on any of REFER's val and test images.
 
-    A provenance holds a hash of the training images, and says which splits were excluded: that is a claim. With
-    the file that it was trained on it is a proof: its hash must be the same, and all its images are looked through.
-    The hash is of ids, so it proves something only where they tell the files; else the very file must be given.
-    What images a store describes does not matter: features are meant to be of val and test images.
+    A provenance holds a hash of the training image ids and the names of the excluded splits, which is only a claim.
+    The training file turns it into a proof: its hash must match, and every image in it is checked. The hash covers
+    ids, so it proves something only where ids match the file names; otherwise the identical file is required.
+    The images that a store describes are irrelevant, as features of val and test images are expected.
 
     Args:
         path: a run directory or a store.
-        refer_root, exclude: what to look for; see `held_out`.
-        instances: the file that it was trained on.
-        trust_weights: take it that the weights it started from have not seen held-out images.
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        instances: the file that the detector was trained on.
+        exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
+            looks for all but train of every dataset found.
+        trust_weights: assume that the initial weights have not seen held-out images.
+
+    Returns:
+        The claims, the proof if ``instances`` was given, and the problem if there is one.
 
     Raises:
-        InputError: bad input, or ``path`` is neither.
-        refer.ReferError: bad REFER data.
+        InputError: invalid input, or ``path`` is neither a run directory nor a store.
+        refer.ReferError: invalid REFER data.
     """
     about = describe(path)
     if about["kind"] not in ("checkpoint", "store"):
-        raise InputError(f"{path}: not a run directory nor a store; audit such a file with --instances")
+        raise InputError(f"{path}: neither a run directory nor a store; use --instances to audit a list of images")
     if about["provenance"] is None:
         splits, notes = held_out(refer_root, exclude)
-        problem = f"{path}: training data unknown: it has no provenance"
+        problem = f"{path}: training data unknown: no provenance"
         return ProvenanceAudit(about["kind"], str(path), None, _claims(None, splits), None, problem, notes)
     provenance = Provenance.from_json(about["provenance"])
     splits, notes = held_out(refer_root, exclude)
@@ -110,17 +117,19 @@ def audit_provenance(
     problem = _problem(who, provenance, claims, proof, instances)
     if provenance.weights is not None:
         if trust_weights:
-            notes.append(f"on your word, its first weights have not seen held-out images: {provenance.weights}")
+            notes.append(
+                f"--trust-weights: assumed that the initial weights have seen no held-out images: {provenance.weights}"
+            )
         elif not problem:
             problem = (
-                f"{who}: clean but for the weights it started from, of which nothing is proven: {provenance.weights}; "
-                "if they have seen no held-out image (ImageNet's have not, or audit their run), add --trust-weights"
+                f"{who}: clean except for its initial weights, which are unproven: {provenance.weights}; if they have "
+                "seen no held-out images (ImageNet's have not, or audit their run), add --trust-weights"
             )
     return ProvenanceAudit(about["kind"], str(path), provenance, claims, proof, problem, notes)
 
 
 def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
-    """A split is covered by those excluded; one whose number of images differs is another than that excluded."""
+    """Claims for each split, where an excluded split counts only if its number of images is the same."""
     excluded = {} if provenance is None else provenance.excluded
     there = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
     covered = frozenset().union(*(split.image_ids for split in there))
@@ -139,24 +148,24 @@ def _problem(
     if proof is not None:
         if proof.image_ids_sha256 != provenance.image_ids_sha256:
             return (
-                f"{who}: was not trained on {instances}: the image ids there hash to {proof.image_ids_sha256[:12]}, "
-                f"the provenance has {provenance.image_ids_sha256[:12]}; give the file it was trained on"
+                f"{who}: was not trained on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
+                f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was trained on"
             )
         if proof.leaked:
-            return f"{who}: was trained on {instances}, into which {len(proof.leaked)} held-out images leak"
-        # A provenance of a file without a record has that file's own hash, which is of its names too.
+            return f"{who}: was trained on {instances}, which contains {len(proof.leaked)} held-out images"
+        # Without exclusions the provenance has the hash of the whole file, which covers the names too.
         same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
         if proof.not_known_by_id and not same_file:
             return (
-                f"{who}: cannot be proven: ids of {proof.not_known_by_id} images of {instances} are not their COCO "
-                "numbers, so other images may have the same hash; train on a file whose ids are those in its file names"
+                f"{who}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their COCO "
+                "ids, so other images may have the same hash; train on a file whose ids match its file names"
             )
         return ""
     if not provenance.excluded:
-        why = provenance.note or "its provenance excludes nothing"
+        why = provenance.note or "its provenance excludes no split"
         return f"{who}: training data unknown: {why}; give the file it was trained on with --instances"
     open_ = [claim for claim in claims if claim.uncovered]
     if open_:
         names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in open_)
-        return f"{who}: its provenance does not exclude {names}; the file it was trained on, --instances, can tell more"
+        return f"{who}: its provenance does not exclude {names}; give the file it was trained on with --instances"
     return ""

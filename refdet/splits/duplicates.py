@@ -1,4 +1,4 @@
-"""Copies of REFER's images under other ids, found by what they show."""
+"""Find copies of REFER's images under other ids, by image content."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from refdet.splits.image_list import INSTANCES, ImageList
 from refdet.splits.list_reading import read_image_list
 from refdet.splits.perceptual_hash import SIDE, matches, thumbnails
 
-_LARGE_BYTES = 32 << 20  # of a file; such are looked at one at a time
+_LARGE_BYTES = 32 << 20  # larger files are decoded one at a time
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """An image of a list that shows the same as a held-out one.
+    """An image in a list that is a copy of a held-out image.
 
     Attributes:
-        image: its id in the list, or its name; refer_image_id: COCO's id of the other.
-        splits: the held-out splits that have that one.
-        hamming_distance, correlation, mirrored: see `refdet.splits.perceptual_hash.Match`.
+        image: its id in the list, or its name.
+        refer_image_id: COCO id of the held-out image.
+        splits: held-out splits that contain that image.
+        hamming_distance: number of the 143 hash bits that differ.
+        correlation: of the thumbnails, 1 for identical up to brightness and contrast.
+        mirrored: whether one is the other flipped left to right.
     """
 
     image: int | str
@@ -46,14 +49,17 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class ContentResult:
-    """What `audit_content` compared and found.
+    """Result of `audit_content`.
 
     Attributes:
-        compared: how many images of the list; held-out ones by id, which need no comparing, are not among them.
-        missing: those that have no file; unreadable: those whose file is damaged.
-        refer_compared, refer_missing, refer_unreadable: the same of the held-out images.
-        copies: in the order of the list.
-        reasons: why the first of each of the four lists of images that were not compared could not be, by its name.
+        compared: number of images of the list that were compared. Images already held out by id are skipped.
+        missing: images of the list that have no file.
+        unreadable: images of the list whose file is damaged.
+        refer_compared: number of held-out images that were compared.
+        refer_missing: held-out images that have no file.
+        refer_unreadable: held-out images whose file is damaged.
+        copies: copies that were found, in the order of the list.
+        reasons: why the first image could not be compared, for each nonempty list above, by its attribute name.
     """
 
     compared: int
@@ -70,7 +76,7 @@ class ContentResult:
         return asdict(self)
 
     def notes(self) -> list[str]:
-        """What could not be compared, a line each."""
+        """One line for each kind of image that could not be compared."""
         lines = []
         for name, text in (
             ("missing", "images of the list have no file"),
@@ -79,9 +85,7 @@ class ContentResult:
             ("refer_unreadable", "held-out images cannot be read, so their copies cannot be found"),
         ):
             if labels := getattr(self, name):
-                lines.append(
-                    f"--find-duplicates: {len(labels)} {text}, the first is {labels[0]} ({self.reasons[name]})"
-                )
+                lines.append(f"--find-duplicates: {len(labels)} {text}, first: {labels[0]} ({self.reasons[name]})")
         return lines
 
 
@@ -92,17 +96,22 @@ def audit_content(
     refer_images: str | Path | None = None,
     exclude: Sequence[str] = (),
 ) -> ContentResult:
-    """Look for copies of held-out images among the images of a list that are none by their ids.
+    """Look for copies of held-out images among the images of a list whose ids are not held out.
 
     Args:
-        instances: the list; see `refdet.splits.image_list`.
-        refer_root, exclude: what is held out; see `held_out`.
+        instances: the list, in any of the forms of `refdet.splits.image_list`.
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
         images: folder or zip with the images of the list.
-        refer_images: the same with the held-out images; None if they are in ``images``.
+        refer_images: folder or zip with the held-out images, None if they are in ``images``.
+        exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
+            looks for all but train of every dataset found.
+
+    Returns:
+        The copies, and which images could not be compared.
 
     Raises:
-        InputError: the list or a folder is bad, or no image at all can be compared.
-        refer.ReferError: bad REFER data.
+        InputError: an invalid list or folder, or no image can be compared.
+        refer.ReferError: invalid REFER data.
     """
     splits, _ = held_out(refer_root, exclude)
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
@@ -122,16 +131,16 @@ def audit_content(
     theirs = _compared(refer_source, [(record.id, record) for record in held], "held-out images")
     if not theirs.labels:
         raise InputError(
-            f"{refer_images or images}: none of the {len(ids)} held-out images can be read there; "
+            f"{refer_images or images}: none of the {len(ids)} held-out images can be read; "
             "give the folder that has them with --refer-images"
         )
-    # all of them, as training does: which file one means can depend on the others
+    # Locate all records, as training does: which file a name refers to can depend on the others.
     own_source.locate([record for of_entry in records for record in of_entry])
     own = _compared(own_source, wanted, "images of the list")
     if wanted and not own.labels:
         raise InputError(
-            f"--images {images}: none of the {len(wanted)} images of {instances} can be read there "
-            f"(the first: {[*own.missing, *own.unreadable][0][1]})"
+            f"--images {images}: none of the {len(wanted)} images in {instances} can be read "
+            f"(first: {[*own.missing, *own.unreadable][0][1]}); give the folder that has them"
         )
     best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
     for match in matches(own.pixels, theirs.pixels):
@@ -162,12 +171,14 @@ def audit_content(
 
 @dataclass(frozen=True)
 class _Compared:
-    """Images as thumbnails: of some there are two, see `thumbnails`.
+    """Thumbnails of images; an image with an EXIF orientation has two.
 
     Attributes:
-        labels: of the images that could be read; rows: the image, a row of labels, of each thumbnail.
-        pixels: (N, 32, 32) uint8, the thumbnails.
-        missing, unreadable: the labels of the others, each with why.
+        labels: labels of the images that could be read.
+        rows: index into ``labels`` of each thumbnail.
+        pixels: (N, 32, 32) uint8 thumbnails, N = len(rows).
+        missing: labels of the images without a file, each with the reason.
+        unreadable: labels of the images with a damaged file, each with the reason.
     """
 
     labels: list[int | str]
@@ -190,9 +201,9 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
                 return thumbnails(source.data(name, height, width))
             with one_large:
                 return thumbnails(source.data(name, height, width))
-        except RuntimeFailure:  # the whole zip is gone
+        except RuntimeFailure:  # the whole zip became unreadable
             raise
-        except Exception as error:  # a damaged file can make a decoder fail in any way; it is counted and named
+        except Exception as error:  # decoders can raise anything on a damaged file
             source.refuse_unread(name, error)
             return f"{name}: {why_unreadable(error)}"
 
@@ -213,9 +224,9 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
 
 
 def _records(found: ImageList, number: int) -> list[ImageRecord]:
-    """The images of an entry as training looks them up: of an instances file as `CocoIndex` does, else by every name.
+    """Records of an entry's images, looked up as `CocoIndex` does for an instances file, else by every name.
 
-    Their size is 0x0 where the list does not give one.
+    Height and width are 0 where the list does not give them.
     """
     image = found.images[number]
     if found.form == INSTANCES:
@@ -228,10 +239,10 @@ def _records(found: ImageList, number: int) -> list[ImageRecord]:
         return [ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))]
     names = image.evidence.addresses or ((image.name,) if image.name and not image.name.isdecimal() else ())
     if names:
-        # urls are other addresses of an image that has a file name
+        # a URL is another address of an image that has a file name
         files = [name for name in names if "://" not in name] or names
         return [ImageRecord(-1, name, 0, 0) for name in files]
-    # what is known by nothing but an id that is not confirmed is not compared, so it stays unproven
+    # an image with only an unconfirmed id is not compared, so it stays unproven
     return [ImageRecord(-1 if image.unknown else min(image.numbers, default=-1), "", 0, 0)]
 
 

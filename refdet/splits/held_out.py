@@ -1,4 +1,4 @@
-"""The images of REFER's splits, and which of them a detector must not see."""
+"""Images of REFER's splits that a detector must not be trained on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from refdet.splits.refer_statistics import counts_of, differences
 from refdet.splits.unrecognized_refs import unrecognized_refs
 
 TRAIN = "train"
-# The images of RefClef are not COCO's; its ids would hit COCO images they have nothing to do with.
+# RefClef has no COCO images; its ids would match unrelated COCO images.
 NOT_COCO = ("refclef",)
-# What results are reported on. RefCOCO and RefCOCO+ have the same val and test images.
+# Splits that results are commonly reported on. RefCOCO and RefCOCO+ have the same val and test images.
 STANDARD = ((("refcoco", "unc"), ("refcoco+", "unc")), (("refcocog", "umd"),))
 
 
@@ -23,9 +23,9 @@ class HeldOut:
     """The images of one split of REFER.
 
     Attributes:
-        name: "refcoco/unc/val".
-        image_ids: COCO ids of all its images.
-        shared: how many of them hold refs of the train split of the same dataset and split_by too.
+        name: such as "refcoco/unc/val".
+        image_ids: COCO ids of its images.
+        shared: number of its images that also have refs in the train split of the same dataset and split_by.
     """
 
     name: str
@@ -34,15 +34,18 @@ class HeldOut:
 
 
 def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[HeldOut], list[str]]:
-    """The splits to hold out, and warnings_of for people.
+    """Find the splits to hold out.
 
     Args:
-        refer_root: folder of DATASET/refs(SPLIT_BY).p.
-        exclude: what to hold out, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...";
-            empty means all but train of every dataset and split_by found.
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        exclude: splits to hold out, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
+            holds out all but train of every dataset and split_by found.
+
+    Returns:
+        The splits ordered by name, and human-readable warnings.
 
     Raises:
-        InputError: nothing is there, or a name in ``exclude`` is not (the choices are listed).
+        InputError: no refs found, or an unknown name in ``exclude`` (the choices are listed).
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
@@ -50,29 +53,35 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
     splits, more = _splits(refer_root, wanted, "--exclude", skip=TRAIN)
     notes += more
     if not splits:
-        raise InputError(f"{refer_root}: its refs are all of the train split; nothing is there to hold out")
+        raise InputError(
+            f"{refer_root}: all its refs are in the train split, nothing to hold out; add refs with val or test splits"
+        )
     if not exclude:
         for choice in STANDARD:
             if not set(choice) & set(pairs):
                 names = " nor ".join("/".join(pair) for pair in choice)
-                notes.append(f"{refer_root}: no {names} there, so their val and test images are not held out")
+                notes.append(f"{refer_root}: no {names} found, so their val and test images are not held out")
     for split in splits:
         if split.shared:
             notes.append(
-                f"{split.name}: {split.shared} of its {len(split.image_ids)} images hold train refs too "
-                "(this division is by object); they are held out as well"
+                f"{split.name}: {split.shared} of its {len(split.image_ids)} images also have train refs "
+                "(this dataset is split by object); they are held out as well"
             )
     return splits, notes
 
 
 def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
-    """The splits that ``--keep-only`` names, and warnings_of for people.
+    """Find the splits that ``--keep-only`` names.
 
     Args:
-        keep_only: each "DATASET:SPLIT_BY" (all its splits) or "DATASET:SPLIT_BY:SPLIT,...".
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        keep_only: splits to keep, each "DATASET:SPLIT_BY" (all its splits) or "DATASET:SPLIT_BY:SPLIT,...".
+
+    Returns:
+        The splits ordered by name, and human-readable warnings.
 
     Raises:
-        InputError: nothing is there, or a name is not (the choices are listed).
+        InputError: no refs found, or an unknown name (the choices are listed).
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
@@ -87,13 +96,13 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     skipped = sorted({dataset for dataset, _ in there} & set(NOT_COCO))
     misnamed = unrecognized_refs(refer_root)
     if not pairs:
-        hint = f" ({str(misnamed[0])!r} is not read: it must be named so)" if misnamed else ""
+        hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
         raise InputError(
-            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images below it; is this the REFER data?{hint}"
+            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images found; give the REFER data folder{hint}"
         )
-    notes = [f"{dataset}: left alone, its images are not COCO's" for dataset in skipped]
+    notes = [f"{dataset}: skipped, its images are not from COCO" for dataset in skipped]
     return pairs, notes + [
-        f"not read: {str(path)!r}; name it {refer_root}/DATASET/refs(SPLIT_BY).p" for path in misnamed
+        f"{str(path)!r}: not read; rename it to {refer_root}/DATASET/refs(SPLIT_BY).p" for path in misnamed
     ]
 
 
@@ -101,7 +110,7 @@ def _parse(option: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[st
     parts = text.split(":")
     names = tuple(parts[2].split(",")) if len(parts) == 3 else ()
     if len(parts) not in (2, 3) or not all(parts) or not all(names):
-        raise InputError(f"{option} {text}: it must be DATASET:SPLIT_BY or DATASET:SPLIT_BY:SPLIT,...")
+        raise InputError(f"{option} {text}: invalid split; use DATASET:SPLIT_BY or DATASET:SPLIT_BY:SPLIT,...")
     if (parts[0], parts[1]) not in pairs:
         choices = ", ".join(f"{dataset}:{split_by}" for dataset, split_by in pairs)
         raise InputError(f"{option} {text}: no such dataset and split_by; choose from {choices}")
@@ -111,12 +120,12 @@ def _parse(option: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[st
 def _splits(
     refer_root: str | Path, wanted: Iterable[tuple[str, str, tuple[str, ...]]], option: str, skip: str | None
 ) -> tuple[list[HeldOut], list[str]]:
-    """The splits in ``wanted``, each once, ordered by name; where none is named, all but ``skip``."""
+    """Unique splits in ``wanted``, ordered by name; all but ``skip`` where no split is named."""
     found: dict[str, HeldOut] = {}
     notes: dict[str, None] = {}
     for dataset, split_by, names in wanted:
-        images, warnings_of = _images_by_split(refer_root, dataset, split_by)
-        notes |= dict.fromkeys(warnings_of)
+        images, warnings = _images_by_split(refer_root, dataset, split_by)
+        notes |= dict.fromkeys(warnings)
         unknown = [name for name in names if name not in images]
         if unknown:
             raise InputError(
@@ -136,5 +145,5 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
     for ref in refs:
         images.setdefault(ref["split"], set()).add(ref["image_id"])
     lines = differences(dataset, split_by, counts_of(refs))
-    notes = [f"{line}; is {Path(root) / dataset} a damaged download?" for line in lines]
+    notes = [f"{line}; {Path(root) / dataset} may be a damaged download" for line in lines]
     return {split: frozenset(ids) for split, ids in images.items()}, notes

@@ -1,10 +1,10 @@
-"""Whatever lists training images: instances files, JSON lists and objects, lines of JSON or text, read alike.
+"""Lists of training images: instances files, JSON lists and objects, and lines of JSON or text.
 
-- an object with a list ``images`` (and ``annotations``): COCO 2014 and 2017, minival, LVIS, captions, key points,
-  panoptic, MDETR's, Karpathy's;
-- a JSON list of ids, of file names or of objects (Visual Genome's ``image_data.json``, Detectron2's dicts, LLaVA's);
-- any other JSON object: lists by split, or entries by the name of their image;
-- JSON lines (ODVG), or text with an id or a file name a line.
+- an object with a list ``images`` (and ``annotations``): COCO 2014 and 2017, minival, LVIS, captions, keypoints,
+  panoptic, MDETR, Karpathy;
+- a JSON list of ids, of file names or of objects (Visual Genome's ``image_data.json``, Detectron2, LLaVA);
+- any other JSON object: lists by split, or entries by image name;
+- JSON lines (ODVG), or text with an id or file name per line.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class ImageEntry(NamedTuple):
     """One image of a list.
 
     Attributes:
-        id: the number under which the list knows it, else the smallest of ``numbers``, else None.
-        name: its file name or address, "" for none.
-        label: what people know it by: its id, its name or its place in the list.
-        evidence: what its entry says.
-        id_matches_file_name: see `refdet.data.image_evidence.id_matches_file_name`.
-        start, end: its entry is ``text[start:end]``.
-        numbers: the numbers under which COCO may know it, see `Evidence.numbers`.
-        unknown: whether nothing that counts says which image of COCO it is, or that it is none.
+        id: its id in the list, else the smallest of ``numbers``, else None.
+        name: its file name or URL, "" if it has none.
+        label: its human-readable name: its id, its file name or its position in the list.
+        evidence: what its entry says about its COCO id.
+        id_matches_file_name: whether its id is the number in its file name.
+        start: offset of its entry in the text of the list.
+        end: offset of the end of its entry.
+        numbers: COCO ids that it may have.
+        unknown: whether its entry identifies it neither as a COCO image nor as an image of another source.
     """
 
     id: int | None
@@ -49,7 +50,7 @@ class ImageEntry(NamedTuple):
 
 
 class ListedAnnotation(NamedTuple):
-    """One annotation: its image, and its entry ``text[start:end]``."""
+    """An annotation: its image id and its entry, ``text[start:end]``."""
 
     image_id: int
     start: int
@@ -57,7 +58,7 @@ class ListedAnnotation(NamedTuple):
 
 
 class TopLevelValue(NamedTuple):
-    """A key at the top of an instances file; its value is ``text[start:end]``."""
+    """A top-level key of an instances file and its value, ``text[start:end]``."""
 
     key: str
     start: int
@@ -66,14 +67,17 @@ class TopLevelValue(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageList:
-    """A list of images as it stands in a file.
+    """A list of images and its source text.
 
     Attributes:
+        path: the file.
         form: INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES or LINES.
-        text: all of the file.
-        images: in the order of the file.
-        annotations, members, info: of an instances file; empty for others.
-        elsewhere: of an instances file, other keys at its top -> the COCO numbers in names under them.
+        text: contents of the file.
+        images: its images, in file order.
+        annotations: annotations of an instances file, empty for other forms.
+        members: top-level keys of an instances file, empty for other forms.
+        info: ``info`` of an instances file, empty for other forms.
+        elsewhere: other top-level keys of an instances file -> COCO ids in the names below them.
         tree: where the entries of a JSON object are, None for other forms.
     """
 
@@ -89,16 +93,16 @@ class ImageList:
 
     @property
     def ids(self) -> set[int]:
-        """The ids of all images that have one."""
+        """Ids of the images that have one."""
         return {image.id for image in self.images if image.id is not None}
 
     def write(self, file: IO[str], keep: Sequence[bool], info: object) -> None:
-        """Write the list in its own form, its entries as they stand in the file.
+        """Write the list in its original form, with the exact text of each entry.
 
         Args:
-            file: a text file, open for writing.
-            keep: whether each image stays; the annotations of those that go go with them.
-            info: takes the place of ``info`` in an instances file.
+            file: a text file open for writing.
+            keep: whether to keep each image and its annotations.
+            info: replaces ``info`` in an instances file.
         """
         images = [image for image, stays in zip(self.images, keep, strict=True) if stays]
         entries = (self.text[image.start : image.end] for image in images)
@@ -134,7 +138,7 @@ class ImageList:
 
 
 def weigh(images: Sequence[ImageEntry]) -> list[ImageEntry]:
-    """The images with ``numbers`` and ``unknown`` set."""
+    """Return the images with ``numbers`` and ``unknown`` set."""
     confirmed = ids_are_confirmed(image.evidence for image in images)
     weighed = []
     for image in images:

@@ -1,4 +1,4 @@
-"""What a file of ours holds: a split, a checkpoint or a store, and its provenance."""
+"""Describe a split, checkpoint or store and its provenance."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from refdet.structures.provenance import Provenance
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Describe an instances JSON, a run directory (or a file in one), a store, or the folder of an unfinished one.
+    """Describe an instances JSON, a run directory (or a file in one), a store, or the folder of an unfinished store.
+
+    Args:
+        path: the file or folder.
 
     Returns:
-        a JSON object: "kind" is "split", "checkpoint", "store" or "unfinished store", "path", then what it holds, and
+        A JSON object with "kind" ("split", "checkpoint", "store" or "unfinished store"), "path", the contents, and
         "provenance" (an object, or None where the file has none).
 
     Raises:
-        InputError: there is no such file, it is none of these, or it is damaged.
+        InputError: the file does not exist, is none of these, or is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -50,8 +53,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if kind is FileKind.JSON:
         return _split(path)
     near = run_directory_near(path) if kind is FileKind.STATE else None
-    hint = f"; look at its run directory {near}" if near else ""
-    raise InputError(f"{path}: {kind.value}, neither an instances JSON, a run directory nor a store of features{hint}")
+    hint = f"; give its run directory {near}" if near else ""
+    raise InputError(f"{path}: {kind.value}, not an instances JSON, run directory or feature store{hint}")
 
 
 def _split(path: Path) -> dict[str, Any]:
@@ -77,10 +80,10 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     weights = folder / "model.safetensors"
     for needed in (folder / "model.json", weights):
         if not needed.is_file():
-            raise InputError(f"{folder}: no {needed.name} in it; a run directory of refdet train has one")
+            raise InputError(f"{folder}: no {needed.name} in it; give a run directory of refdet train")
     model = read_json(folder / "model.json")
     if not isinstance(model, dict):
-        raise InputError(f"{folder / 'model.json'}: not an object")
+        raise InputError(f"{folder / 'model.json'}: not a JSON object; train or import the model again")
     try:
         with safe_open(weights, framework="numpy") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # not a mapping
@@ -132,7 +135,7 @@ def _store(path: Path) -> dict[str, Any]:
 
 
 def _masks(file: h5py.File) -> int:
-    """How many regions have a mask: none of a detector without a mask branch, whose stores lack these columns."""
+    """Number of regions with a mask: 0 for a detector without a mask branch, whose stores lack these columns."""
     if "mask_start" not in file["regions"]:
         return 0
     return int(np.count_nonzero(np.diff(file["regions/mask_start"][:])))
@@ -159,45 +162,51 @@ def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
 def _state(begun: dict[str, Any]) -> str:
     shards = _count(begun, "shards")
     done = f"{begun['finished']} of {'?' if shards is None else shards} shards are finished"
-    return f"{done}; the same refdet extract-features with --resume does the rest"
+    return f"{done}; finish it with the same refdet extract-features command and --resume"
 
 
 def _count(begun: dict[str, Any], name: str) -> int | None:
-    """A number of a plan, None where it has none."""
+    """Return a number in a plan, None where it is missing or invalid."""
     value = begun.get(name)
     return value if type(value) is int and is_id(value) else None
 
 
 def _missing(path: Path, what: str) -> str:
-    """What to say where there is no such file."""
+    """Error message for a missing path."""
     folder = parts_folder(path)
     begun = progress(folder) if folder.is_dir() else None
-    return f"no such {what}" if begun is None else f"not finished yet: of {folder}, {_state(begun)}"
+    return f"no such {what}" if begun is None else f"not finished yet: in {folder}, {_state(begun)}"
 
 
 def _feature(data: h5py.Dataset) -> dict[str, Any]:
-    """What a feature is: the width of a vector or the shape of a map, its type, and its compression if it has one."""
+    """Describe a feature: vector width or map shape, dtype, and compression if it has one."""
     wide = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
     return {**wide, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
 
 
 def check(path: str | Path) -> Verification:
-    """Verify a whole store; see `refdet.store.verify.verify`.
+    """Verify a whole store.
+
+    Args:
+        path: the store.
+
+    Returns:
+        The result of `refdet.store.verify.verify`.
 
     Raises:
-        InputError: there is no such file, or it is no HDF5.
+        InputError: the file does not exist or is not HDF5.
     """
     path = Path(path)
     if path.is_dir():
         begun = progress(path)
-        told = "a folder; --verify is for the files of refdet extract-features"
-        raise InputError(f"{path}: {told if begun is None else f'an unfinished store: {_state(begun)}'}")
+        what = "a folder; --verify needs a file written by refdet extract-features"
+        raise InputError(f"{path}: {what if begun is None else f'an unfinished store: {_state(begun)}'}")
     if not path.exists():
         raise InputError(f"{path}: {_missing(path, 'file')}")
     check_regular(path)
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise InputError(f"{path}: no store of features; --verify is for the files of refdet extract-features")
+            raise InputError(f"{path}: not a feature store; --verify needs a file written by refdet extract-features")
     return verify(path)
 
 
@@ -208,7 +217,7 @@ def _attribute(path: Path, file: h5py.File, name: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError):
-        raise InputError(f"{path}: its attribute {name!r} is not JSON") from None
+        raise InputError(f"{path}: damaged: attribute {name!r} is not JSON") from None
 
 
 def _provenance(path: Path, value: Any) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Whether an instances file that is read entry by entry is one that `CocoIndex` takes."""
+"""Check that an instances file that is read entry by entry is one that `CocoIndex` accepts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from refdet.splits.json_stream import Piece
 
 
 class InstancesCheck:
-    """Looks at every entry as it is read, and at the end at what belongs together.
+    """Checks every entry as it is read, and the references between entries at the end.
 
-    Files with no categories (captions) or with panoptic segments are no instances files: of theirs only ids are
-    checked. That is known at the end of the file alone, so the first fault is kept until then.
+    Only ids are checked in files without categories (captions) or with panoptic segments, which are not instances
+    files. This is known only at the end of the file, so the first error is held back until then.
+
+    Args:
+        path: the file, for error messages.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,12 +36,12 @@ class InstancesCheck:
         self._sizes: dict[int, tuple[int, int]] = {}
         self._categories: set[int] = set()
         self._annotations: set[int] = set()
-        self._first_of: dict[int, int] = {}  # category id -> the first annotation of it
+        self._first_of: dict[int, int] = {}  # category id -> its first annotation
         self._rle: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
-        self._wide: list[tuple[int, int, list]] = []  # annotation id, image id, polygons that may reach too far
+        self._wide: list[tuple[int, int, list]] = []  # annotation id, image id, polygons that may be too large
 
     def __call__(self, piece: Piece) -> None:
-        """Check one entry of ``images``, ``annotations`` or ``categories``."""
+        """Check an entry of ``images``, ``annotations`` or ``categories``."""
         self._has_categories |= piece.key == "categories"
         self._panoptic |= piece.key == "annotations" and "segments_info" in piece.value
         if self._fault is None:
@@ -79,24 +82,27 @@ class InstancesCheck:
         checked_area(path, entry.get("area", 0), what)
 
     def finish(self, images: ImageList) -> None:
-        """Raise what is wrong with the whole file.
+        """Check the references between entries and raise the first error of the file.
+
+        Args:
+            images: the list that was read.
 
         Raises:
-            InputError: one line that names the file and the culprit in it.
+            InputError: a one-line message with the file and the invalid entry.
         """
         path, ids = self._path, images.ids
         stray = next((entry for entry in images.annotations if entry.image_id not in ids), None)
         if stray is not None:
             raise InputError(
-                f"{path}: an annotation belongs to image {stray.image_id}, which is not in the file; "
-                "take such annotations out first"
+                f"{path}: an annotation refers to image {stray.image_id}, which is not in the file; "
+                "remove such annotations first"
             )
         if not self._has_categories or self._panoptic:
             return
         if self._fault is not None:
             raise self._fault
         if all(member.key != "annotations" for member in images.members):
-            raise InputError(f"{path}: no list 'annotations' in it; is it a COCO instances JSON?")
+            raise InputError(f"{path}: no list 'annotations' in it; give a COCO instances JSON")
         for category_id, annotation_id in self._first_of.items():
             if category_id not in self._categories:
                 raise InputError(
@@ -105,7 +111,7 @@ class InstancesCheck:
         for annotation_id, image_id, size in self._rle:
             if size != self._sizes[image_id]:
                 raise InputError(
-                    f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, its image is "
+                    f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, but its image is "
                     f"{list(self._sizes[image_id])}"
                 )
         for annotation_id, image_id, polygons in self._wide:

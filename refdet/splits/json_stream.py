@@ -1,7 +1,7 @@
-"""A large JSON file read piece by piece: its values one at a time, and where in the text each stands.
+"""Stream a large JSON file: one value at a time, with its position in the text.
 
-A COCO file of 330 MB takes 2 GB when it is parsed whole. One entry at a time it takes little more than its text,
-and what is kept of it can be written as it stood, digit for digit.
+Parsing a COCO file of 330 MB at once takes 2 GB of memory. Parsed entry by entry it takes little more than its text,
+and the entries that are kept can be written back byte for byte.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_STRING = json.decoder.scanstring  # type: ignore[attr-defined]  # the decoder's own, which typeshed leaves out
+_STRING = json.decoder.scanstring  # type: ignore[attr-defined]  # missing in typeshed
 
 
 class Piece(NamedTuple):
-    """One value of a JSON text.
+    """A value in a JSON text.
 
     Attributes:
-        key: the key of the object at the top that it belongs to; "" if a list is at the top.
-        position: which entry of its list it is; None for the whole value of the key.
-        value: what it says. Of a list read entry by entry the last piece has its position None and an empty value.
-        start, end: it is ``text[start:end]``.
-        key_start: where the key of an object's member starts; ``start`` for other values.
+        key: the top-level key that it belongs to, "" if the top level is a list.
+        position: its index in its list, None for the whole value of the key.
+        value: the parsed value. A list read entry by entry ends with a piece of position None and value [].
+        start: offset of the value in the text.
+        end: offset of the end of the value.
+        key_start: offset of the key of an object's member, 0 for other values.
     """
 
     key: str
@@ -39,10 +40,16 @@ class Piece(NamedTuple):
 
 
 def read_text(path: Path) -> str:
-    """A text file, in UTF-8, UTF-16 or UTF-32.
+    """Read a text file in UTF-8, UTF-16 or UTF-32.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its contents.
 
     Raises:
-        InputError: it is not there, cannot be read or is no text.
+        InputError: the file does not exist, cannot be read or is not text.
     """
     data = read_bytes(path)
     with json_errors(path):
@@ -50,15 +57,18 @@ def read_text(path: Path) -> str:
 
 
 def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
-    """The values of a JSON text in their order.
+    """Iterate over the values of a JSON text in order.
 
     Args:
-        path: names the file in errors.
-        text: an object or a list at the top.
-        lists: keys whose lists are read entry by entry, with a last piece for the list itself.
+        path: the file, for error messages.
+        text: its contents, an object or a list at the top level.
+        lists: keys whose lists are read entry by entry, followed by a piece for the list itself.
+
+    Yields:
+        The members of the object, or the items of the list and a piece for the list itself.
 
     Raises:
-        InputError: the text is malformed, a key is there twice, or neither an object nor a list is at the top.
+        InputError: malformed text, a duplicate key, or a top level that is neither an object nor a list.
     """
     with json_errors(path):
         start = _skip(text, 0)
@@ -67,15 +77,15 @@ def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
         elif text[start : start + 1] == "{":
             end = yield from _members(path, text, start, lists)
         else:
-            json.JSONDecoder().decode(text)  # malformed: it says where
-            raise InputError(f"{path}: neither an object nor a list is at the top of this JSON")
+            json.JSONDecoder().decode(text)  # raises if malformed
+            raise InputError(f"{path}: neither an object nor a list at the top level; give an instances JSON or a list")
         end = _skip(text, end)
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
 
 
 def pieces_at(path: Path, text: str, start: int) -> Iterator[Piece]:
-    """The members of the object, or the items of the list, whose bracket is ``text[start]``; errors as of `pieces`."""
+    """Iterate over the object or list that opens at ``text[start]``; raises the errors of `pieces`."""
     with json_errors(path):
         if text[start] == "[":
             for piece in _entries(text, start, ""):
@@ -95,7 +105,7 @@ def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Gener
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
         key_start = at
         key, at = _STRING(text, at + 1, True)
-        if key in seen:  # which of the two counts is up to the reader, so that one could hide the other
+        if key in seen:  # JSON readers differ in which one they use, so one could hide the other
             raise InputError(f"{path}: duplicate key {key!r:.60}")
         seen.add(key)
         at = _skip(text, at)
@@ -129,7 +139,7 @@ def _entries(text: str, start: int, key: str) -> Generator[Piece, None, int]:
 
 
 def _next(text: str, at: int, close: str) -> tuple[int, bool]:
-    """The start of the next value, or the end of what ``close`` closes; and whether there is a next."""
+    """Return the start of the next value, or the offset after ``close``, and whether there is a next value."""
     found = text[at : at + 1]
     if found != ",":
         at = _skip(text, at)
@@ -142,14 +152,14 @@ def _next(text: str, at: int, close: str) -> tuple[int, bool]:
 
 
 def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # always matches
 
 
-_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out too
+_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # missing in typeshed
 
 
 def _value(text: str, at: int) -> tuple[Any, int]:
     try:
         return _SCAN(text, at)
-    except StopIteration as stop:  # which inside a generator would be its end
+    except StopIteration as stop:  # would end the calling generator
         raise json.JSONDecodeError("Expecting value", text, stop.value) from None

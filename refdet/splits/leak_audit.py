@@ -1,4 +1,4 @@
-"""What of REFER's val and test images is in a list of training images."""
+"""Find REFER's val and test images in a list of training images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from refdet.structures.provenance import file_sha256, image_ids_sha256
 
 @dataclass(frozen=True)
 class SplitLeak:
-    """What of one held-out split is in a list.
+    """Images of one held-out split that are in a list.
 
     Attributes:
-        name: "refcoco/unc/val"; images: how many images it has.
-        image_ids: ids in the list of the images that are in it, ascending.
-        annotations: how many annotations of the list are on those images.
+        name: such as "refcoco/unc/val".
+        images: number of images in the split.
+        image_ids: ids, in the list, of the images that are in the split, ascending.
+        annotations: number of annotations of those images in the list.
     """
 
     name: str
@@ -32,16 +33,20 @@ class SplitLeak:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What `audit` found.
+    """Result of `audit`.
 
     Attributes:
-        form: of the list; see `refdet.splits.image_list`.
-        images: how many entries it has; unidentified: how many of them nothing identifies as an image of COCO or of
-            another source; unknown: their labels.
-        not_known_by_id: how many have a file that their id does not tell; see `id_matches_file_name`.
-        file_sha256: of the file; image_ids_sha256: of the ids in it.
-        held_out_images: how many are held out, each counted once; leaked: ids in the list, ascending.
-        splits: the same for each split; notes: warnings_of for people.
+        form: form of the list: "instances", "JSON list", "JSON object", "JSON lines" or "lines of text".
+        images: number of entries in the list.
+        unidentified: number of entries that cannot be identified as an image of COCO or of another source.
+        unknown: labels of the unidentified entries.
+        not_known_by_id: number of images whose id is not the number in their file name.
+        file_sha256: hash of the file.
+        image_ids_sha256: hash of the ids in the file.
+        held_out_images: number of held-out images, each counted once.
+        splits: leaks of each split.
+        leaked: ids, in the list, of the held-out images in it, ascending.
+        notes: human-readable warnings.
     """
 
     form: str
@@ -84,7 +89,7 @@ class AuditResult:
 def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[str] = ()) -> AuditResult:
     """Look for images of REFER's val and test splits in a list of images.
 
-    Annotations count too: one whose image was removed but which stayed in the file is a leak.
+    Annotations count too: an annotation left in the file after its image was removed is a leak.
 
     Examples:
         >>> refdet.audit("demo/split.json", "demo/data/refer").leaked
@@ -93,17 +98,17 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
         True
 
     Args:
-        instances: COCO instances JSON or another list of images; see `refdet.splits.image_list`.
-        refer_root: folder of the REFER data.
-        exclude: the splits to look for, each "DATASET:SPLIT_BY[:SPLIT,...]"; val and test of all datasets under
-            ``refer_root`` if empty.
+        instances: an instances JSON or another list, in any of the forms of `refdet.splits.image_list`.
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
+            looks for all but train of every dataset found.
 
     Returns:
-        The ids that leak, by split and in all, and what is known of the list.
+        The leaks of each split, hashes of the list and warnings.
 
     Raises:
-        InputError: the file is no such list.
-        refer.ReferError: bad REFER data.
+        InputError: the file is not a list of images.
+        refer.ReferError: invalid REFER data.
     """
     splits, notes = held_out(refer_root, exclude)
     images = read_image_list(instances)
@@ -112,11 +117,11 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
     stray = per_image.keys() - images.ids
     if stray:
         count = sum(per_image[image_id] for image_id in stray)
-        notes.append(f"{images.path}: {count} annotations are of images that are not in it")
+        notes.append(f"{images.path}: {count} annotations refer to images that are not in it")
     elsewhere = frozenset().union(*images.elsewhere.values())
     if elsewhere:
         keys = ", ".join(map(repr, images.elsewhere))
-        notes.append(f"{images.path}: names of COCO images stand outside of 'images' too, under {keys:.80}: they count")
+        notes.append(f"{images.path}: COCO image names outside of 'images', under {keys:.80}, are checked too")
     leaks = []
     everything = frozenset().union(*(split.image_ids for split in splits))
     suspects = [image for image in images.images if not everything.isdisjoint(image.numbers)]
@@ -141,58 +146,58 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
 
 
 def numbers_of(images: Iterable[ImageEntry]) -> frozenset[int]:
-    """The COCO numbers of all of them."""
+    """Union of the images' COCO numbers."""
     return frozenset().union(*(image.numbers for image in images))
 
 
 def warnings_of(images: ImageList) -> list[str]:
-    """What people should know of how the images of a list are known, a line each."""
+    """Human-readable warnings about how the images of a list are identified, one line each."""
     path, lines = images.path, []
     several = [image for image in images.images if len(image.numbers) > 1]
     if several:
         first = several[0]
         numbers = " and ".join(map(str, sorted(first.numbers)[:3]))
         lines.append(
-            f"{path}: {len(several)} entries have numbers of several COCO images ({first.label!s:.60}: {numbers}); "
-            "an entry is held out if any of its numbers is"
+            f"{path}: {len(several)} entries refer to several COCO images ({first.label!s:.60}: {numbers}); "
+            "an entry is held out if any of them is"
         )
     running = [image for image in images.images if _has_running_id(image)]
     if running:
         lines.append(
-            f"{path}: the ids of {len(running)} images are not the numbers in their names "
-            f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names count"
+            f"{path}: the ids of {len(running)} images differ from the numbers in their names "
+            f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names are used"
         )
     none = [image for image in images.images if image.evidence.is_non_coco]
     if none:
-        lines.append(f"{path}: {len(none)} images are not COCO's according to the file (coco_id null)")
+        lines.append(f"{path}: {len(none)} images are not from COCO according to the file (coco_id null)")
     lines += _unknown(images)
     bare = [image for image in images.images if image.evidence.bare and not image.evidence.named]
     if bare:
         first = bare[0]
-        what = "ids" if all(type(image.label) is int and not image.name for image in bare) else "names are mere numbers"
+        what = "ids" if all(type(image.label) is int and not image.name for image in bare) else "numeric names"
         lines.append(
-            f"{path}: {len(bare)} {what} (the first: {first.name or first.label!r:.60}): taken as COCO image ids"
+            f"{path}: {len(bare)} {what} (first: {first.name or first.label!r:.60}) are taken as COCO image ids"
         )
     return lines
 
 
 def _unknown(images: ImageList) -> list[str]:
-    """A line each for entries that are known only by an id that nothing confirms, and for those that are not known."""
+    """Warnings about entries with only an unconfirmed id, and about entries that cannot be identified."""
     by_id = [image for image in images.images if image.unknown and _has_id_alone(image)]
     others = [image for image in images.images if image.unknown and not _has_id_alone(image)]
     path, lines = images.path, []
     if by_id:
         lines.append(
-            f"{path}: {len(by_id)} images have nothing but an id (the first: {by_id[0].label}), and no name such as "
+            f"{path}: {len(by_id)} images have only an id (first: {by_id[0].label}), and no name such as "
             "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
         )
     if others:
         genome = sum(image.evidence.genome for image in others)
-        hint = f" ({genome} of them Visual Genome's own, whose image_data.json has COCO ids)" if genome else ""
+        hint = f" ({genome} are Visual Genome's, whose image_data.json has COCO ids)" if genome else ""
         lines.append(
-            f"{path}: {len(others)} entries have no COCO image id{hint}, the first is "
-            f"{others[0].name or others[0].label!r:.60}: their ids and names prove nothing; audit --find-duplicates "
-            "compares what they show"
+            f"{path}: {len(others)} entries have no COCO image id{hint}, first: "
+            f"{others[0].name or others[0].label!r:.60}; their ids and names prove nothing, use audit "
+            "--find-duplicates to compare their content"
         )
     return lines
 

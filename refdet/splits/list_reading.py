@@ -1,4 +1,4 @@
-"""Reading a list of images in any of the forms of `refdet.splits.image_list`."""
+"""Read a list of images in any of the forms of `refdet.splits.image_list`."""
 
 from __future__ import annotations
 
@@ -47,21 +47,24 @@ def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = No
 
     Args:
         path: the file.
-        check: called with every entry of an instances file, in the order of the file.
+        check: called with every entry of an instances file, in file order.
+
+    Returns:
+        The list and its text.
 
     Raises:
-        InputError: one line that names the file and what is wrong in it.
+        InputError: a one-line message with the file and what is wrong with it.
     """
     path = Path(path)
     with no_garbage_collection():
         found = _read(path, read_text(path), check)
         if not found.images:
-            raise InputError(f"{path}: no image in it; give an instances JSON or a list of images")
+            raise InputError(f"{path}: no images in it; give an instances JSON or a list of images")
         images = weigh(found.images)
         if found.form != INSTANCES and not any(i.numbers or i.evidence.is_non_coco for i in images):
             raise InputError(
-                f"{path}: none of its {len(images)} entries has a COCO image id, the first is "
-                f"{images[0].name or images[0].label!r:.60}; {_fix(images)}"
+                f"{path}: none of its {len(images)} entries has a COCO image id (first: "
+                f"{images[0].name or images[0].label!r:.60}); {_fix(images)}"
             )
         return replace(found, images=images)
 
@@ -100,15 +103,15 @@ def _instances(path: Path, text: str, check: Callable[[Piece], None] | None) -> 
                 _add(found, ids, piece)
                 if check is not None and piece.position is not None:
                     check(piece)
-            except InputError as error:  # raised at the end, so that a file that is cut short is named as such
+            except InputError as error:  # raised at the end, so that a truncated file is reported as such
                 fault = error
     if not is_instances:
-        return None  # some other object, to which none of this applies
+        return None  # not an instances file
     if fault is not None:
         raise fault
     if found.annotations and len(ids) < len(found.images):
         nameless = next(n for n, image in enumerate(found.images) if image.evidence.id is None)
-        raise InputError(f"{path}: images[{nameless}]: 'id' is missing, which its annotations need")
+        raise InputError(f"{path}: images[{nameless}]: no 'id'; its annotations need one")
     return found
 
 
@@ -119,19 +122,19 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
         if key == "info" and isinstance(value, dict):
             found.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
-            raise InputError(f"{path}: {key!r} is a {kind(value)}, it must be a list")
+            raise InputError(f"{path}: {key!r} is a {kind(value)}; it must be a list")
         elif key not in _LISTS and (names := names_in(value)):
             found.elsewhere[key] = names
         return
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key}[{position}] is a {kind(value)}, not an object")
+        raise InputError(f"{path}: {key}[{position}] is a {kind(value)}; it must be an object")
     if key == "images":
         what, image_id = f"images[{position}]", None
         if value.get("id") is not None or not _is_named(value):
             image_id = checked_id(path, value, "id", what)
             what = f"image {image_id}"
-        if image_id in ids:  # one could hide the other
-            raise InputError(f"{path}: duplicate image id {image_id}; give each image one entry")
+        if image_id in ids:
+            raise InputError(f"{path}: duplicate image id {image_id}; keep one entry per image")
         if image_id is not None:
             ids.add(image_id)
         _check_coco_ids(path, value, what)
@@ -145,11 +148,11 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
 
 
 def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ImageEntry:
-    """An entry of a list that is no instances file."""
+    """An entry of a list that is not an instances file."""
     if type(value) is int or isinstance(value, str):
         return _plain(value, start, end)
     if not isinstance(value, dict | list):
-        raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object of one")
+        raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object with one")
     if isinstance(value, dict):
         _check_coco_ids(path, value, what)
         for id_key in IDS:
@@ -163,7 +166,7 @@ def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ImageEnt
 
 
 def _member(member: Entry) -> ImageEntry:
-    """A member of an object, whose key may be the name or the number of its image."""
+    """A member of an object, whose key may be the name or number of its image."""
     evidence = evidence_of(member.value, key=member.key)
     known = isinstance(member.value, dict) and id_matches_file_name(member.value, evidence.id, evidence)
     label = member.key if evidence.id is None else evidence.id
@@ -182,7 +185,7 @@ def _name(value: dict) -> str:
 
 
 def _is_named(value: dict) -> bool:
-    """Whether an entry without an id can be known by something else, as Karpathy's are."""
+    """Whether an entry without an id can be identified otherwise, as in Karpathy's lists."""
     return any(value.get(key) is not None for key in COCO_IDS) or any(isinstance(value.get(key), str) for key in NAMES)
 
 
@@ -193,7 +196,7 @@ def _check_coco_ids(path: Path, value: dict, what: str) -> None:
 
 
 def _spans(text: str) -> Iterator[tuple[int, str, int, int]]:
-    """The lines that are not blank: their number from 1 on, without the space around them, start and end."""
+    """Nonblank lines: line number from 1, stripped text, start and end offset."""
     start = 0
     for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", text), start=1):
         bare = line.strip(_SPACE)
@@ -210,7 +213,7 @@ def _lines(text: str) -> Iterator[ImageEntry]:
 
 
 def _line(text: str, start: int, end: int) -> ImageEntry:
-    """A line is a name, or a table's row: the file names in it count, else its numbers, which may be running ones."""
+    """An entry of a line: a name, or a row of a table, identified by its file names or else by its numbers."""
     listed = _plain(text, start, end)
     fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
     if listed.evidence.named or listed.evidence.bare or len(fields) < 2:
@@ -225,7 +228,7 @@ def _line(text: str, start: int, end: int) -> ImageEntry:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first line is an object by itself and others follow."""
+    """Whether the first line is a complete object and more lines follow."""
     start = len(text) - len(text.lstrip(_SPACE))
     end = text.find("\n", start)
     if text[start : start + 1] != "{" or end < 0 or not re.compile(r"\S").search(text, end):
@@ -248,5 +251,5 @@ def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
 
 def _fix(images: Iterable[ImageEntry]) -> str:
     if any(is_visual_genome(image.name) for image in images):
-        return "these are Visual Genome's own names: give its image_data.json, which has their COCO ids"
-    return "give COCO's ids, or names such as 000000000009.jpg"
+        return "these are Visual Genome's names: give its image_data.json, which has their COCO ids"
+    return "give COCO ids, or names such as 000000000009.jpg"

@@ -1,4 +1,4 @@
-"""The entries of a JSON object that is no instances file: lists by split, or entries by the name of their image."""
+"""Entries of a JSON object that is not an instances file: lists by split, or entries by image name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEPTH = 4  # {"refcoco": {"train": {"000000000009.jpg": ...}}} is three objects
 
 
 class Entry(NamedTuple):
-    """An entry: its key where it is a member of an object, its value, and ``text[start:end]``."""
+    """An entry ``text[start:end]``: its value, and its key if it is a member of an object, else ""."""
 
     key: str
     value: Any
@@ -29,10 +29,11 @@ class Node:
     """A part of a JSON text that holds entries.
 
     Attributes:
-        start: where it starts, with its key if it has one; ``value`` is where its value starts.
-        end: where it ends.
-        entry: the position of the entry that it is, None for a list or object of others.
-        parts: what that list or object holds.
+        start: offset of the part, including its key if it has one.
+        value: offset of its value.
+        end: offset of its end.
+        entry: index of the entry, None for a list or object of entries.
+        parts: parts of that list or object.
     """
 
     start: int
@@ -42,7 +43,7 @@ class Node:
     parts: list[Node] = field(default_factory=list)
 
     def render(self, text: str, keep: Sequence[bool]) -> str:
-        """The text without the entries that go, otherwise as it stands."""
+        """Return the text without the entries that are not kept, otherwise unchanged."""
         stays = [part for part in self.parts if part.entry is None or keep[part.entry]]
         if not self.parts:
             return text[self.start : self.end]
@@ -51,13 +52,20 @@ class Node:
 
 
 def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
-    """The entries of the object at the top of a JSON text, and where they are in it.
+    """Find the entries of the top-level object of a JSON text.
 
-    A member whose key is the name of an image is an entry, so is each item of a list, and each object that holds
-    other things than lists and objects. Numbers and strings that name no image are taken for warnings_of.
+    An entry is a member whose key is an image name, an item of a list, or an object that holds other values than
+    lists and objects. Numbers and strings that do not name an image are ignored.
+
+    Args:
+        path: the file, for error messages.
+        text: its contents.
+
+    Returns:
+        The tree of the text's parts, and the entries in order.
 
     Raises:
-        InputError: the text is malformed, or a key is there twice.
+        InputError: malformed text or a duplicate key.
     """
     entries: list[Entry] = []
     start = len(text) - len(text.lstrip(" \t\r\n"))
@@ -81,7 +89,7 @@ def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -
 
 
 def _holds_entries(piece: Piece, depth: int) -> bool:
-    """Whether a member is a list of entries, or an object that holds nothing but lists and objects."""
+    """Whether a member is a list of entries, or an object that holds only lists and objects."""
     if depth == 0 or piece.key in _NOT_IMAGES or _names_an_image(piece.key):
         return False
     if isinstance(piece.value, list):

@@ -1,9 +1,9 @@
-"""Whether two files show the same picture: a perceptual hash, and a comparison that confirms what it finds.
+"""Find files that show the same picture by a perceptual hash, confirmed by correlation.
 
-The hash is the DCT one that is known as pHash (Zauner, "Implementation and benchmarking of perceptual image hash
-functions", 2010), with 143 bits instead of 64: a grey thumbnail of 32x32, its 12x12 lowest frequencies without
-the mean, each above their median or not. Of two different pictures half of the bits differ (71.5, standard
-deviation 6); of a resized or recompressed copy a dozen at most.
+The hash is the DCT hash known as pHash (Zauner, "Implementation and benchmarking of perceptual image hash
+functions", 2010), with 143 bits instead of 64: the 12x12 lowest frequencies of a 32x32 grey thumbnail, without the
+mean, thresholded at their median. Half of the bits of two different pictures differ (71.5, standard deviation 6),
+at most a dozen of a resized or recompressed copy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from refdet.data import image_decoder
 SIDE = 32
 LOW = 12
 BITS = LOW * LOW - 1
-# Measured on 159 COCO images; docs/refer.md says what these find and what they do not.
+# Measured on 159 COCO images; docs/refer.md lists what these thresholds find and miss.
 MOST_BITS = 28
 LEAST_CORRELATION = 0.8
-_ROWS = 2048  # of the first set compared at once: 2048 x 7000 float32 are 57 MB
+_ROWS = 2048  # rows of the first set compared at once: 2048 x 7000 float32 are 57 MB
 
 
 class Match(NamedTuple):
     """Two pictures that are the same.
 
     Attributes:
-        first, second: rows in the two sets.
-        hamming_distance: how many of the 143 hamming_distance differ.
-        correlation: of the thumbnails, 1 for the same up to brightness and contrast.
-        mirrored: whether one is the other mirrored left to right.
+        first: row in the first set.
+        second: row in the second set.
+        hamming_distance: number of the 143 hash bits that differ.
+        correlation: of the thumbnails, 1 for identical up to brightness and contrast.
+        mirrored: whether one is the other flipped left to right.
     """
 
     first: int
@@ -41,28 +42,28 @@ class Match(NamedTuple):
 
 
 def thumbnails(data: bytes) -> list[np.ndarray]:
-    """The picture in an image file as (32, 32) uint8 grey; twice where its EXIF says that it should be turned.
-
-    See `refdet.data.image_decoder.thumbnails`.
-    """
+    """Decode an image file to a (32, 32) uint8 grey thumbnail, with a second one rotated by its EXIF orientation."""
     return image_decoder.thumbnails(data, SIDE)
 
 
 def hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 32, 32) thumbnails -> (N, 143) float32 of 1 and -1."""
+    """Hash (N, 32, 32) thumbnails to (N, 143) float32 of 1 and -1."""
     waves = _dct()
     low = (waves @ thumbnails.astype(np.float32) @ waves.T).reshape(len(thumbnails), -1)[:, 1:]
     return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
 
 
 def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
-    """The pairs of thumbnails that show the same picture, mirrored or not, ordered by rows.
+    """Find pairs of thumbnails that show the same picture, mirrored or not.
 
-    A picture of one colour matches nothing: there is nothing to know it by.
+    A picture of a single colour matches nothing.
 
     Args:
-        first: (N, 32, 32) uint8.
-        second: (M, 32, 32) uint8.
+        first: (N, 32, 32) uint8 grey thumbnails.
+        second: (M, 32, 32) uint8 grey thumbnails.
+
+    Returns:
+        The matches, ordered by rows.
     """
     if not len(first) or not len(second):
         return []
@@ -81,7 +82,7 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
 
 
 def _dct() -> np.ndarray:
-    """The first 12 of the 32 waves of DCT-II, (12, 32)."""
+    """The 12 lowest of the 32 DCT-II basis functions, (12, 32) float32."""
     wave, place = np.arange(LOW)[:, None], np.arange(SIDE)
     return np.cos(np.pi * (2 * place + 1) * wave / (2 * SIDE)).astype(np.float32)
 

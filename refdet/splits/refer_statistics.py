@@ -1,4 +1,4 @@
-"""Whether the REFER data at hand is as large as what was published, to tell a damaged download from a whole one."""
+"""Compare the size of REFER data with the published size, to detect a damaged download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refer.types import Ref
 
 
 def counts_of(refs: Iterable[Ref]) -> dict[str, Counts]:
-    """The sizes of the splits of one dataset and split_by."""
+    """Number of refs, images and sentences of each split of a dataset and split_by."""
     images: dict[str, set[int]] = {}
     numbers: dict[str, list[int]] = {}
     for ref in refs:
@@ -21,10 +21,18 @@ def counts_of(refs: Iterable[Ref]) -> dict[str, Counts]:
 
 
 def differences(dataset: str, split_by: str, found: dict[str, Counts]) -> list[str]:
-    """How a dataset differs from the published one, a line a split; [] if it does not.
+    """List the differences between a dataset and the published one, one line per split.
 
-    A dataset is compared if one of its splits has at least half of the published refs: less is a sample that
-    somebody made on purpose.
+    A dataset with less than half of the published refs in every split is taken as an intentional sample and not
+    compared.
+
+    Args:
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+        found: counts of each split, as of `counts_of`.
+
+    Returns:
+        The lines, [] if there is no difference.
     """
     published = COUNTS.get((dataset, split_by), {})
     nothing = Counts(0, 0, 0)
@@ -34,10 +42,10 @@ def differences(dataset: str, split_by: str, found: dict[str, Counts]) -> list[s
     for split, right in published.items():
         own = found.get(split, nothing)
         wrong = [
-            f"{there:,} {what} instead of {wanted:,}"
+            f"{there:,} {what} instead of the published {wanted:,}"
             for what, there, wanted in zip(Counts._fields, own, right, strict=True)
             if wanted is not None and there != wanted
         ]
         if wrong:
-            lines.append(f"{dataset}/{split_by}/{split}: {', '.join(wrong)}, which is what was published")
+            lines.append(f"{dataset}/{split_by}/{split}: {', '.join(wrong)}")
     return lines

@@ -1,4 +1,4 @@
-"""Files that look like refs but are called or placed so that they are not read."""
+"""Find files that look like refs but are not read because of their name or folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEPTH = 3  # ROOT/X/DATASET/file: one folder too deep
 
 
 def unrecognized_refs(refer_root: str | Path) -> list[Path]:
-    """The files below a REFER root that look like refs and are none of those `refer.available` finds, sorted."""
+    """Sorted files below a REFER root that look like refs but are not found by `refer.available`."""
     root = Path(refer_root)
     read = set(refer.available(root))
     return sorted(path for path in _files(root, _DEPTH) if _looks_unread(root, path, read))
@@ -36,5 +36,5 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
                     yield folder / entry.name
                 elif depth > 1 and entry.is_dir():
                     yield from _files(folder / entry.name, depth - 1)
-    except OSError:  # a folder that may not be read has nothing that could be told
+    except OSError:  # skip unreadable folders
         return

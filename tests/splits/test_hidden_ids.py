@@ -59,7 +59,7 @@ def test_a_hidden_image_is_a_leak(root: Path, tmp_path: Path, kind: str) -> None
     try:
         split = build_split(source, root, tmp_path / "out.json").out
     except InputError as error:
-        assert "no image left" in str(error) or "'val' names held-out images" in str(error)
+        assert "no images left" in str(error) or "'val' refers to held-out images" in str(error)
     else:
         assert str(HELD_OUT) not in split.read_text() and audit(split, root).leaked == []
 

@@ -138,14 +138,14 @@ def test_an_unfinished_store(tmp_path: Path) -> None:
     assert found["kind"] == "unfinished store" and (found["shards_finished"], found["shards"]) == (2, 4)
     assert (found["images"], found["categories"], found["options"]["score_threshold"]) == (10, 1, 0.05)
     assert found["provenance"] == PROVENANCE.to_json()
-    says = "2 of 4 shards are finished; the same refdet extract-features with --resume"
+    says = "2 of 4 shards are finished; finish it with the same refdet extract-features command and --resume"
     assert says in found["state"]
     with pytest.raises(InputError, match=f"a.h5.parts: an unfinished store: {says}"):
         check(parts)
     for look in (describe, check):
-        with pytest.raises(InputError, match=f"a.h5: not finished yet: of .*a.h5.parts, {says}"):
+        with pytest.raises(InputError, match=f"a.h5: not finished yet: in .*a.h5.parts, {says}"):
             look(out)
-    with pytest.raises(InputError, match="a folder; --verify is for the files"):
+    with pytest.raises(InputError, match="a folder; --verify needs a file"):
         check(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
     for name, text in (
-        ("x.txt", "neither"),
+        ("x.txt", "not an instances JSON, run directory or feature store"),
         ("cut.h5", "damaged"),
         ("other.h5", "no store"),
         ("no", "no such file"),

@@ -45,7 +45,7 @@ def test_nothing_held_out_remains_and_all_else_is_verbatim(
     leaking = audit(source, root)
     assert leaking.leaked == sorted(forbidden & set(ids))
     if set(ids) <= forbidden:
-        with pytest.raises(InputError, match="no image left"):
+        with pytest.raises(InputError, match="no images left"):
             build_split(source, root, out)
         assert not out.exists()
         return
@@ -91,7 +91,7 @@ def test_default_and_exclude(world: tuple[Path, Path], tmp_path: Path) -> None:
     everything = build_split(source, root, tmp_path / "a.json")
     assert everything.report["removed_image_ids"] == [2, 3, 4, 5]
     assert any("refclef" in text for text in everything.notes)  # image 6 is not COCO's 6 there
-    assert any("refcocog/google/val: 1 of its 2 images hold train refs" in text for text in everything.notes)
+    assert any("refcocog/google/val: 1 of its 2 images also have train refs" in text for text in everything.notes)
     some = build_split(source, root, tmp_path / "b.json", exclude=["refcoco:unc:testA", "refcocog:google"])
     assert some.report["removed_image_ids"] == [3, 4, 5]
     assert list(some.report["excluded"]) == ["refcoco/unc/testA", "refcocog/google/val"]
@@ -140,7 +140,7 @@ def test_none_found_is_noted_and_roots_without_refs_refused(world: tuple[Path, P
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no DATASET"):
         held_out(tmp_path / "empty")
-    with pytest.raises(InputError, match="nothing is there to hold out"):
+    with pytest.raises(InputError, match="nothing to hold out"):
         held_out(write_refs(tmp_path / "t", {("refcoco", "unc"): [(1, "train")]}))
     with pytest.raises(ReferError, match="nowhere"):
         held_out(tmp_path / "nowhere")
@@ -158,12 +158,12 @@ def test_refs_under_other_names_are_told(world: tuple[Path, Path], tmp_path: Pat
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     (root / "refcoco" / "refseg.json").write_bytes(b"")
-    told = [text for text in held_out(root)[1] if text.startswith("not read: ")]
+    told = [text for text in held_out(root)[1] if ": not read; rename it to " in text]
     assert len(told) == len(others) and all(any(str(root / name) in text for text in told) for name in others)
     arguments = ["build-split", "--instances", str(source), "--refer-root", str(root)]
     arguments += ["--out", str(tmp_path / "o.json")]
-    assert "note: not read: " in CliRunner().invoke(main, arguments).stderr
-    with pytest.raises(InputError, match=r"Refs\(UNC\).p' is not read"):
+    assert ": not read; rename it to " in CliRunner().invoke(main, arguments).stderr
+    with pytest.raises(InputError, match=r"Refs\(UNC\).p', which is not read"):
         held_out(root / "refcoco")
 
 
@@ -186,7 +186,7 @@ def test_renumbered_images_do_not_slip_through(world: tuple[Path, Path], tmp_pat
     source = write(tmp_path / "re.json", coco([70, 71, 72], [70, 71], names))
     found = audit(source, root)
     assert found.leaked == [70, 72] and any(
-        "ids of 3 images are not the numbers in their names (70: 2)" in text for text in found.notes
+        "ids of 3 images differ from the numbers in their names (70: 2)" in text for text in found.notes
     )
     assert build_split(source, root, tmp_path / "o.json").report["removed_image_ids"] == [70, 72]
 

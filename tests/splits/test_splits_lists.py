@@ -96,7 +96,7 @@ def test_visual_genome_is_matched_by_coco_id_alone(root: Path, tmp_path: Path) -
     result = build_split(source, root, tmp_path / "vg.json")
     assert json.loads(result.out.read_text()) == GENOME[:3]
     assert result.report["removed_image_ids"] == [4, 5] and result.report_path.name == "vg.report.json"
-    assert any("2 images are not COCO's according to the file" in note for note in result.notes)
+    assert any("2 images are not from COCO according to the file" in note for note in result.notes)
     assert audit(result.out, root).leaked == []
     assert Provenance.from_json(result.report["provenance"]).image_ids_sha256 == image_ids_sha256([1, 2, 3])
 
@@ -129,8 +129,8 @@ def test_what_ids_say_nothing_of_is_told(root: Path, tmp_path: Path) -> None:
     source.write_text("kitchen.jpg\nVG_100K/2.jpg\n9.jpg\n")
     found = audit(source, root)
     assert found.leaked == [] and found.unidentified == 2
-    assert any("2 entries have no COCO image id (1 of them Visual Genome's own" in note for note in found.notes)
-    assert any("1 names are mere numbers" in note for note in found.notes)
+    assert any("2 entries have no COCO image id (1 are Visual Genome's" in note for note in found.notes)
+    assert any("1 numeric names" in note for note in found.notes)
     source.write_text("VG_100K/2.jpg\nVG_100K/3.jpg\n")
     with pytest.raises(InputError, match=r"none of its 2 entries has a COCO image id.*image_data.json"):
         audit(source, root)
@@ -310,7 +310,7 @@ def test_every_form_removes_the_same(tmp_path_factory: pytest.TempPathFactory, n
     source.write_text("".join(f"{entry}\n" for entry in entries) if lines else json.dumps(entries))
     kept = [entry for entry, number in zip(entries, numbers, strict=True) if number not in held]
     if not kept:
-        with pytest.raises(InputError, match="no image left"):
+        with pytest.raises(InputError, match="no images left"):
             build_split(source, root, folder / "out.json")
         return
     result = build_split(source, root, folder / f"out{source.suffix}")

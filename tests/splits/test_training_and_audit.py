@@ -58,7 +58,7 @@ def test_what_training_reads_is_audited(
     try:
         split = build_split(source, root, folder / "split.json").out
     except InputError as error:
-        assert "no image left" in str(error)
+        assert "no images left" in str(error)
         return
     assert HELD_OUT.isdisjoint(read_by_training(split, folder / "images").values())
     assert audit(split, root).leaked == []
