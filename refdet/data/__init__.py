@@ -1,1 +1,1 @@
-"""Data: instances files, images and their decoding, transforms, training batches. It knows no network."""
+"""Data: instances files, image decoding, transforms and training batches, independent of the network."""

@@ -1,4 +1,4 @@
-"""`CocoIndex`: an instances JSON in COCO's format, checked once and indexed by image."""
+"""`CocoIndex`: a COCO instances JSON, validated and indexed by image."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image.
+    """An image.
 
     Attributes:
         id: its COCO id.
-        file_name: as in the file, "" where it gives none.
-        height, width: in pixels.
-        by_id: whether an image without a file name may be looked up under COCO's names by its id; see
-            `refdet.data.image_evidence.goes_by_id`.
+        file_name: as in the file, "" if it has none.
+        height: in pixels.
+        width: in pixels.
+        by_id: whether an image without a file name may be looked up by its id under COCO's file names.
     """
 
     id: int
@@ -48,13 +48,17 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One annotated object.
+    """An annotated object.
 
     Attributes:
-        box: half-open ``x1 y1 x2 y2`` in pixels as in the file: it may reach over the border of the image.
+        id: its id.
+        image_id: id of its image.
+        category_id: id of its category.
+        box: half-open ``x1 y1 x2 y2`` in pixels of the image; not clipped to the image.
         segmentation: polygons ``[[x, y, x, y, ...], ...]`` in pixels, an RLE ``{"size": [h, w],
             "counts": ...}``, or None.
-        area: as in the file; width times height of the box where the file gives none. Square pixels.
+        area: in square pixels, as in the file or else that of the box.
+        iscrowd: whether it is a crowd.
     """
 
     id: int
@@ -68,16 +72,16 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class CocoIndex:
-    """The images, annotations and categories of one instances file.
+    """Images, annotations and categories of an instances file.
 
     Attributes:
         path: the file.
         info: its ``info`` object, {} if it has none.
-        images: image id -> record, in the order of the file.
-        annotations: image id -> annotations in the order of the file; every image has an entry.
-        categories: category id -> name, in the order of the file.
-        raw: the JSON as parsed.
-        dropped: what was left out of ``annotations``, one line for people each.
+        images: image id -> record, in file order.
+        annotations: image id -> annotations in file order; every image has an entry.
+        categories: category id -> name, in file order.
+        raw: the parsed JSON.
+        dropped: human-readable descriptions of what was dropped from ``annotations``.
     """
 
     path: Path
@@ -90,30 +94,33 @@ class CocoIndex:
 
     @classmethod
     def load(cls, path: str | Path, need_segmentation: bool = False, crowd_as_object: bool = False) -> CocoIndex:
-        """Read and check an instances JSON.
+        """Read and validate an instances JSON.
 
-        Annotations whose box has no area, is not finite or lies wholly outside the image are left out and
-        listed in ``dropped``, as are polygons of fewer than three points; a line of the log says how many.
+        Annotations whose box is empty, not finite or entirely outside the image are dropped and listed in
+        ``dropped``, and so are polygons with fewer than three points. Their number is logged.
 
         Args:
             path: the file.
-            need_segmentation: refuse a file that has objects, none of them with a segmentation.
-            crowd_as_object: read each annotation as if its ``iscrowd`` were 0; ``raw`` then has it so too.
+            need_segmentation: refuse a file with objects but no segmentation.
+            crowd_as_object: treat ``iscrowd`` as 0 in every annotation, also in ``raw``.
+
+        Returns:
+            The index.
 
         Raises:
-            InputError: one line that names the file and the culprit in it.
+            InputError: a one-line message with the file and the invalid entry.
         """
         path = Path(path)
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):
-                raise InputError(f"{path}: an instances JSON is an object, this is a {kind(raw)}")
+                raise InputError(f"{path}: a JSON {kind(raw)}, not an object; give a COCO instances JSON")
             for key in ("images", "annotations", "categories"):
                 if not isinstance(raw.get(key), list):
-                    raise InputError(f"{path}: no list {key!r} in it; is it a COCO instances JSON?")
+                    raise InputError(f"{path}: no list {key!r} in it; give a COCO instances JSON")
                 for position, entry in enumerate(raw[key]):
                     if not isinstance(entry, dict):
-                        raise InputError(f"{path}: {key}[{position}] is a {kind(entry)}, not an object")
+                        raise InputError(f"{path}: {key}[{position}] is a {kind(entry)}; it must be an object")
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}
@@ -123,14 +130,14 @@ class CocoIndex:
         index = cls(path, info, images, annotations, categories, raw, dropped)
         if dropped:
             log.warning(
-                "note: %s: %d annotations cannot be used as they are (the first: %s); refdet inspect lists them",
+                "note: %s: %d unusable annotations (first: %s); refdet inspect lists them",
                 path, len(dropped), dropped[0],
             )  # fmt: skip
         if need_segmentation:
             objects = [a for of_image in annotations.values() for a in of_image if not a.iscrowd]
             if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
-                    f"{path}: none of its {len(objects)} objects has a segmentation; train boxes only with "
+                    f"{path}: none of its {len(objects)} objects has a segmentation; train without masks by "
                     "--set model.masks=false"
                 )
         log.info("%s: %d images, %d annotations, %d categories", path, len(index.images),
@@ -173,7 +180,7 @@ def _annotations(
         seen.add(annotation_id)
         image = images.get(image_id)
         if image is None:
-            raise InputError(f"{path}: {what} belongs to image {image_id}, which is not in the file")
+            raise InputError(f"{path}: {what} refers to image {image_id}, which is not in the file")
         if category_id not in categories:
             raise InputError(f"{path}: {what} has category {category_id}, which is not in the file")
         x, y, width, height = checked_box(path, entry.get("bbox"), what)
@@ -194,8 +201,8 @@ def _annotations(
 
 
 def _no_box(x: float, y: float, width: float, height: float, image: ImageRecord) -> str:
-    """Why this box is none, or ""."""
-    # the sums too can be beyond what a float holds, and an integer that is cannot even be added to a float
+    """Why a box is invalid, "" if it is valid."""
+    # the sums can overflow too, and an integer beyond the range of floats cannot be added to a float
     if not (all(map(is_finite, (x, y, width, height))) and is_finite(x + width) and is_finite(y + height)):
         return "box is not finite"
     if width <= 0 or height <= 0:

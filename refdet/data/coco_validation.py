@@ -1,4 +1,4 @@
-"""The checks that an entry of an instances JSON must pass, each an InputError that names the file and the entry."""
+"""Validation of the entries of an instances JSON. Every InputError names the file and the entry."""
 
 from __future__ import annotations
 
@@ -10,44 +10,81 @@ from refdet.errors import InputError
 from refdet.structures.limits import is_id, size_problem
 from refer.masks import rle_pixels
 
-_NUMBERS = {int, float}  # what JSON has for numbers; bool is an int to isinstance
+_NUMBERS = {int, float}  # compared by type, as isinstance accepts bool
 
 
 def kind(value: object) -> str:
-    """The JSON name of a value's type."""
+    """JSON name of a value's type."""
     names = {dict: "object", list: "list", str: "string", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 
 def checked_id(path: Path, entry: dict, key: str, what: str) -> int:
-    """The integer ``entry[key]``; ``what`` names the entry."""
+    """Return the integer ``entry[key]``.
+
+    Args:
+        path: the file, for error messages.
+        entry: a JSON object.
+        key: the key to read.
+        what: name of the entry, for error messages.
+
+    Returns:
+        The integer.
+
+    Raises:
+        InputError: it is missing, not an integer or too large.
+    """
     value = entry.get(key)
-    if type(value) is not int:  # bool is an int to isinstance
+    if type(value) is not int:  # not isinstance, which accepts bool
         shown = f"is {value!r:.40}" if key in entry else "is missing"
-        raise InputError(f"{path}: {what}: {key!r} {shown}, it must be an integer")
+        raise InputError(f"{path}: {what}: {key!r} {shown}; it must be an integer")
     if not is_id(value):
-        raise InputError(f"{path}: {what}: {key!r} is an integer of more than 64 bits, which no store can hold")
+        raise InputError(f"{path}: {what}: {key!r} is larger than 64 bits; use smaller ids")
     return value
 
 
 def checked_category(path: Path, position: int, entry: dict) -> tuple[int, str]:
-    """Id and name of ``categories[position]``."""
+    """Return id and name of ``categories[position]``.
+
+    Args:
+        path: the file, for error messages.
+        position: index of the entry.
+        entry: the entry.
+
+    Returns:
+        Category id and name.
+
+    Raises:
+        InputError: either is invalid.
+    """
     category_id = checked_id(path, entry, "id", f"categories[{position}]")
     name = entry.get("name")
     if not isinstance(name, str):
-        raise InputError(f"{path}: category {category_id} has no name")
+        raise InputError(f"{path}: category {category_id} has no name; add one")
     return category_id, name
 
 
 def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int, int]:
-    """Id, file name ("" for none), height and width in pixels of ``images[position]``."""
+    """Return id, file name and size of ``images[position]``.
+
+    Args:
+        path: the file, for error messages.
+        position: index of the entry.
+        entry: the entry.
+
+    Returns:
+        Image id, file name ("" for none), and height and width in pixels.
+
+    Raises:
+        InputError: one of them is invalid.
+    """
     image_id = checked_id(path, entry, "id", f"images[{position}]")
     what = f"image {image_id}"
     file_name = entry.get("file_name") or ""
     if not isinstance(file_name, str):
-        raise InputError(f"{path}: {what}: 'file_name' is a {kind(file_name)}, it must be a string")
+        raise InputError(f"{path}: {what}: 'file_name' is a {kind(file_name)}; it must be a string")
     if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):
-        raise InputError(f"{path}: {what}: 'file_name' is {file_name!a}, which is no text")
+        raise InputError(f"{path}: {what}: 'file_name' {file_name!a} contains NUL or unpaired surrogates; rename it")
     height, width = (checked_id(path, entry, key, what) for key in ("height", "width"))
     if problem := size_problem(height, width):
         raise InputError(f"{path}: {what}: {problem}")
@@ -55,37 +92,85 @@ def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int
 
 
 def checked_ids(path: Path, position: int, entry: dict) -> tuple[int, int, int]:
-    """Id, image id and category id of ``annotations[position]``."""
+    """Return id, image id and category id of ``annotations[position]``.
+
+    Args:
+        path: the file, for error messages.
+        position: index of the entry.
+        entry: the entry.
+
+    Returns:
+        Annotation id, image id and category id.
+
+    Raises:
+        InputError: one of them is invalid.
+    """
     annotation_id = checked_id(path, entry, "id", f"annotations[{position}]")
     what = f"annotation {annotation_id}"
     return annotation_id, checked_id(path, entry, "image_id", what), checked_id(path, entry, "category_id", what)
 
 
 def checked_box(path: Path, bbox: object, what: str) -> list[float]:
-    """``[x, y, width, height]``: four numbers, finite or not, as they stand in the file."""
+    """Check that a box is four numbers, which may be infinite or NaN.
+
+    Args:
+        path: the file, for error messages.
+        bbox: the box, ``[x, y, width, height]`` in pixels.
+        what: name of the annotation, for error messages.
+
+    Returns:
+        The box.
+
+    Raises:
+        InputError: it is missing or not four numbers.
+    """
     if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= _NUMBERS:
         shown = "is missing" if bbox is None else f"is {bbox!r:.60}"
-        raise InputError(f"{path}: {what}: 'bbox' {shown}, it must be four numbers [x, y, width, height]")
+        raise InputError(f"{path}: {what}: 'bbox' {shown}; it must be four numbers [x, y, width, height]")
     return bbox
 
 
 def checked_crowd(path: Path, entry: dict, what: str) -> bool:
-    """``iscrowd``, False where it is not given."""
+    """Return ``iscrowd`` of an annotation, False by default.
+
+    Args:
+        path: the file, for error messages.
+        entry: the annotation.
+        what: name of the annotation, for error messages.
+
+    Returns:
+        Whether it is a crowd.
+
+    Raises:
+        InputError: ``iscrowd`` is neither 0 nor 1.
+    """
     iscrowd = entry.get("iscrowd", 0)
     if iscrowd not in (0, 1):
-        raise InputError(f"{path}: {what}: 'iscrowd' is {iscrowd!r:.40}, it must be 0 or 1")
+        raise InputError(f"{path}: {what}: 'iscrowd' is {iscrowd!r:.40}; it must be 0 or 1")
     return bool(iscrowd)
 
 
 def checked_area(path: Path, area: object, what: str) -> float:
-    """An area in square pixels."""
+    """Check an area.
+
+    Args:
+        path: the file, for error messages.
+        area: the area in square pixels.
+        what: name of the annotation, for error messages.
+
+    Returns:
+        The area as a float.
+
+    Raises:
+        InputError: it is not a finite number.
+    """
     if not is_finite(area):
-        raise InputError(f"{path}: {what}: 'area' is {area!r:.40}, it must be a finite number")
+        raise InputError(f"{path}: {what}: 'area' is {area!r:.40}; it must be a finite number")
     return float(area)  # type: ignore[arg-type]
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that a finite float can hold."""
+    """Whether a value is a number within the range of finite floats."""
     try:
         return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
     except OverflowError:  # an integer beyond the range of floats
@@ -95,11 +180,20 @@ def is_finite(value: object) -> bool:
 def checked_segmentation(
     path: Path, value: object, what: str, size: tuple[int, int] | None
 ) -> tuple[list | dict | None, str]:
-    """The segmentation without polygons that enclose nothing (None for none at all), and what is said of those.
+    """Check a segmentation and drop polygons with fewer than three points.
 
     Args:
-        size: height and width of the image in pixels, which an RLE must have and polygons must lie near; None
-            where they are not known yet: then the RLE must fit its own size, and `check_outlines` is called later.
+        path: the file, for error messages.
+        value: the segmentation: polygons, an RLE or None.
+        what: name of the annotation, for error messages.
+        size: height and width of the image in pixels, to check the size of an RLE and the extent of polygons. None
+            if not known yet: an RLE must then match its own size, and the caller must call `check_outlines` later.
+
+    Returns:
+        The segmentation (None if nothing is left), and a description of the dropped polygons ("" for none).
+
+    Raises:
+        InputError: it is neither polygons nor an RLE, or does not fit the image.
     """
     if value is None or value == []:
         return None, ""
@@ -107,7 +201,7 @@ def checked_segmentation(
         _check_rle(path, value, what, size)
         return value, ""
     if not isinstance(value, list):
-        raise InputError(f"{path}: {what}: 'segmentation' is a {kind(value)}, it must be polygons or an RLE")
+        raise InputError(f"{path}: {what}: 'segmentation' is a {kind(value)}; it must be polygons or an RLE")
     polygons, left_out = checked_polygons(path, value, what)
     if polygons is not None and size is not None:
         check_outlines(path, polygons, what, *size)
@@ -118,18 +212,18 @@ def _check_rle(path: Path, rle: dict, what: str, image_size: tuple[int, int] | N
     size, counts = rle.get("size"), rle.get("counts")
     if image_size is None:
         if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-            raise InputError(f"{path}: {what}: its RLE has size {size!r:.40}, it must be [height, width]")
+            raise InputError(f"{path}: {what}: its RLE has size {size!r:.40}; it must be [height, width]")
         image_size = (size[0], size[1])
     height, width = image_size
     if size != [height, width]:
-        raise InputError(f"{path}: {what}: its RLE has size {size!r:.40}, its image is [{height}, {width}]")
+        raise InputError(f"{path}: {what}: its RLE has size {size!r:.40}, but its image is [{height}, {width}]")
     pixels = height * width
     if isinstance(counts, list):
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise InputError(f"{path}: {what}: the counts of its RLE must be integers from 0 on")
+            raise InputError(f"{path}: {what}: the counts of its RLE must be nonnegative integers")
         if sum(counts) != pixels:
-            raise InputError(f"{path}: {what}: its RLE covers {sum(counts)} pixels, its image has {pixels}")
+            raise InputError(f"{path}: {what}: its RLE covers {sum(counts)} pixels, but its image has {pixels}")
     elif not isinstance(counts, str):
-        raise InputError(f"{path}: {what}: its RLE has no 'counts' (a list or a string)")
+        raise InputError(f"{path}: {what}: 'counts' of its RLE is missing or not a list or string")
     elif rle_pixels(counts) != pixels:
-        raise InputError(f"{path}: {what}: its RLE is damaged: it does not cover the {pixels} pixels of its image")
+        raise InputError(f"{path}: {what}: its RLE is damaged, it does not cover the {pixels} pixels of its image")

@@ -1,4 +1,4 @@
-"""How the bytes of an image file become pixels: for training, extraction, evaluation and the audit by content."""
+"""Decode image files to pixels."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import Image
 
 from refer.pixels import FORMATS, as_rgb
 
-# Pillow warns of odd metadata, and of many pixels; here the instances file says how many there must be.
+# Pillow warns about odd metadata and many pixels; the expected size is known from the instances file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 EXIF = ("ignore", "apply")
-"""What may be done with EXIF orientation: leave the pixels as they are stored, as COCO's are, or turn them upright."""
+"""Handling of EXIF orientation: keep the pixels as stored, as COCO does, or rotate them upright."""
 
-MOST_PIXELS = 1 << 29  # of an image whose size is declared: as float32 RGB it takes 6 GiB
-MOST_UNDECLARED_PIXELS = 1 << 28  # of one to be looked at only, which takes 1 GiB
-_METADATA_BYTES, _PIXEL_BYTES = 64 << 20, 16  # twice what 16-bit colour with alpha takes uncompressed
-_LARGE_PIXELS = 1 << 25  # 32 megapixels: such images are decoded one at a time
-_TIFF_TILE_PIXELS = 1 << 24  # a tile or strip may be larger than its image, by this much
-_MOST_SCANS = 500  # of a JPEG: each goes over the whole image, and takes no more than a few bytes
+MOST_PIXELS = 1 << 29  # of an image of declared size; 6 GiB as float32 RGB
+MOST_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
+_METADATA_BYTES, _PIXEL_BYTES = 64 << 20, 16  # per pixel twice the size of 16-bit RGBA
+_LARGE_PIXELS = 1 << 25  # larger images are decoded one at a time
+_TIFF_TILE_PIXELS = 1 << 24  # by which a tile or strip may exceed its image
+_MOST_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257
 _UPRIGHT = 1
 _SIDEWAYS = (5, 6, 7, 8)
@@ -34,10 +34,11 @@ _large = threading.Lock()
 
 
 class SizeError(ValueError):
-    """An image is not of the size that was declared for it; the message says of which it is.
+    """An image has another size than declared; the message has both.
 
-    Attributes:
-        orientation: EXIF's, 1 to 8, where it is known.
+    Args:
+        message: the error message.
+        orientation: its EXIF orientation, 1 to 8, or 1 if unknown.
     """
 
     def __init__(self, message: str, orientation: int = 1) -> None:
@@ -46,11 +47,11 @@ class SizeError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image.
+    """A decoded image.
 
     Attributes:
-        pixels: (H, W, 3) uint8 RGB, new and writable.
-        orientation: EXIF's, 1 to 8; 1 where there is none.
+        pixels: (H, W, 3) uint8 RGB, a new, writable array.
+        orientation: its EXIF orientation, 1 to 8, or 1 if it has none.
     """
 
     pixels: np.ndarray
@@ -58,25 +59,29 @@ class Decoded(NamedTuple):
 
 
 def most_bytes(height: int, width: int) -> int:
-    """How large the file of an image of so many pixels may be: 64 MiB, and 16 bytes a pixel."""
+    """Maximum file size in bytes of an image of a size in pixels: 64 MiB plus 16 bytes per pixel."""
     return _METADATA_BYTES + _PIXEL_BYTES * height * width
 
 
 def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decoded:
-    """The first picture in an image file, as `refer.pixels.as_rgb` reads it.
+    """Decode the first frame of an image file as `refer.pixels.as_rgb` does.
 
     Args:
-        data: the file; see `FORMATS`.
-        height, width: that the image must have, after it is turned if it is; with another size it is not decoded.
-        exif: see `EXIF`.
+        data: contents of a file in one of the `FORMATS`.
+        height: expected height in pixels, after rotation by ``exif``.
+        width: expected width in pixels, after rotation by ``exif``.
+        exif: "ignore" to keep the pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
+
+    Returns:
+        The pixels and the EXIF orientation.
 
     Raises:
-        SizeError: it has another size.
-        Exception: of any kind that Pillow has for a file it cannot decode.
+        SizeError: the image has another size; it is then not decoded.
+        Exception: any exception that Pillow raises for a file it cannot decode.
     """
     declared = f"the instances file says {width}x{height}"
     if height * width > MOST_PIXELS:
-        raise SizeError(f"{declared}, more than the {MOST_PIXELS / 1e6:.0f} megapixels that are read; scale it down")
+        raise SizeError(f"{declared}, more than the limit of {MOST_PIXELS / 1e6:.0f} megapixels; scale it down")
     try:
         with _pixels_allowed(height * width), _opened(data) as image:
             size = _stored_size(image)
@@ -108,13 +113,19 @@ def decode_any_size(data: bytes) -> Decoded:
 
 
 def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
-    """The picture as (side, side) uint8 grey, each pixel the mean of its part.
+    """Decode an image file of any size to grey thumbnails, downscaled by averaging.
 
-    It is seen as `decode` reads it, whatever its size; where it has an EXIF orientation, as it is stored and turned
-    upright, since a detector can be trained on either.
+    An image with an EXIF orientation has two, as stored and rotated upright, as a detector can be trained on either.
+
+    Args:
+        data: contents of a file in one of the `FORMATS`.
+        side: height and width of the thumbnails in pixels.
+
+    Returns:
+        One or two (side, side) uint8 arrays.
 
     Raises:
-        Exception: of any kind that Pillow has for a file it cannot decode.
+        Exception: any exception that Pillow raises for a file it cannot decode.
     """
     try:
         with _opened(data) as image:
@@ -128,11 +139,11 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
                 return _thumbnails(image, side)
     except Image.DecompressionBombError:
         pass
-    raise SizeError(f"more than the {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels that are compared")
+    raise SizeError(f"more than the limit of {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (H, W, ...) turned and mirrored as an EXIF orientation of 1 to 8 says."""
+    """Rotate and mirror pixels (H, W, ...) by an EXIF orientation of 1 to 8."""
     if orientation in _SIDEWAYS:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -144,7 +155,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     if image.mode in ("L", "RGB"):
-        image.draft("L", (4 * side, 4 * side))  # a JPEG is decoded at an eighth of its size, which is much faster
+        image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster
     orientation = _orientation(image)
     grey = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
     stored = _turned_back(np.asarray(grey), image, orientation)
@@ -153,24 +164,23 @@ def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """An image of a format that is read here, with nothing in it that takes much more than its pixels to decode."""
+    """Open an image of a supported format, refusing files that take far more memory or time than their pixels."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.format == "TIFF":
             tags = image.tag_v2  # type: ignore[attr-defined]
             tile = tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)
             if tile > image.width * image.height + _TIFF_TILE_PIXELS:
-                raise ValueError(f"its tiles of {tile} pixels are far larger than itself")
+                raise ValueError(f"its tiles of {tile} pixels are far larger than the image")
         elif image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MOST_SCANS:
-            raise ValueError(f"a JPEG of more than {_MOST_SCANS} scans")
+            raise ValueError(f"a JPEG with more than {_MOST_SCANS} scans")
         yield image
 
 
 @contextmanager
 def _pixels_allowed(pixels: int) -> Iterator[None]:
-    """Let Pillow decode an image of so many pixels; large ones one at a time.
+    """Let Pillow decode an image of so many pixels within the block, large images one at a time.
 
-    Its limit, beyond which it takes an image for an attack, is one for the whole process, so it is raised for as long
-    as it must be.
+    Pillow's limit against decompression bombs is global to the process, so it is raised only within the block.
     """
     if pixels <= _LARGE_PIXELS:
         yield
@@ -186,31 +196,31 @@ def _pixels_allowed(pixels: int) -> Iterator[None]:
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of the pixels as they are stored. Of a TIFF Pillow says how they are once it has turned them."""
+    """(height, width) of the stored pixels; Pillow reports a TIFF's size after rotation."""
     if image.format == "TIFF":
         return image.tag_v2[_LENGTH], image.tag_v2[_WIDTH]  # type: ignore[attr-defined]
     return image.height, image.width
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8."""
-    if image.format != "TIFF":  # a TIFF forgets it when it is decoded, others may have it behind their pixels
+    """EXIF orientation, 1 to 8."""
+    if image.format != "TIFF":  # a TIFF loses it when decoded, other formats may store it after the pixels
         image.load()
     try:
         found = image.getexif().get(_ORIENTATION)
-    except Exception:  # the metadata may be anything
+    except Exception:  # damaged metadata can raise anything
         return _UPRIGHT
     return found if isinstance(found, int) and 1 < found <= 8 else _UPRIGHT
 
 
 def _stored_pixels(image: Image.Image, orientation: int) -> np.ndarray:
-    """(H, W, 3) uint8."""
+    """Pixels as stored, (H, W, 3) uint8 RGB."""
     pixels = np.asarray(as_rgb(image))
     return _turned_back(np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels, image, orientation)
 
 
 def _turned_back(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
-    """The pixels as they are stored: Pillow turns those of a TIFF by its orientation and takes it out of the tags."""
+    """Undo the rotation that Pillow applies to a TIFF, whose orientation it removes from the tags."""
     if image.format == "TIFF" and _ORIENTATION not in image.getexif():
         return upright(pixels, {6: 8, 8: 6}.get(orientation, orientation))
     return pixels
@@ -220,5 +230,5 @@ def _why_turned(orientation: int, exif: str) -> str:
     if orientation not in _SIDEWAYS:
         return ""
     if exif == "apply":
-        return f" and its EXIF orientation {orientation} turns it: leave out --exif apply if it was annotated as stored"
-    return f": its EXIF orientation is {orientation}; --exif apply turns images upright, as they were annotated then"
+        return f" and its EXIF orientation {orientation} rotates it; omit --exif apply if it was annotated as stored"
+    return f" and its EXIF orientation is {orientation}; add --exif apply if it was annotated upright"

@@ -1,4 +1,4 @@
-"""What an entry of a list of images says about which COCO image it is of."""
+"""Evidence in an entry of an image list about which COCO image it is."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from refer.image_lookup import coco_number
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 IDS = ("image_id", "id", "img_id")
 COCO_IDS = ("coco_id", "cocoid")
-# COCO's id under other keys: coco_image_id, MDETR's original_id, COCO_ID. At any depth.
+# COCO ids under other keys at any depth: coco_image_id, MDETR's original_id, COCO_ID.
 _COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
-# Visual Genome's other files do not name an image, but their entries have lists under these keys.
+# Entries of Visual Genome's other files have no image name but lists under these keys.
 _GENOME_LISTS = {
     "regions": None, "relationships": None, "qas": None, "objects": "object_id", "attributes": "object_id",
 }  # fmt: skip
@@ -24,20 +24,19 @@ _GENOME_LISTS = {
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one entry says.
+    """Evidence in an entry.
 
     Attributes:
-        id: the integer under which the list knows it, None for none.
-        named: numbers in COCO's own form in any of its strings or keys, at any depth, and its ``coco_id``.
-        bare: numbers that are all of a name: "9.jpg".
-        ids: integers under id keys that its names do not contradict. Lists number their images in their own ways, so
-            these prove something only where names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
-        is_non_coco: whether a null ``coco_id`` says that the image is not COCO's.
-        genome: whether it is an entry of Visual Genome's, whose numbers are its own.
-        unread_names: whether it names an image by a file name or address that holds no number.
-        addresses: its file names and addresses.
-        looked_up: of an entry of an instances file, the number under which training may look its image up
-            (`lookup_number`).
+        id: its id in the list, None if it has none.
+        named: COCO-style numbers in any of its strings or keys, at any depth, and its ``coco_id``.
+        bare: numbers that are an entire name, such as "9.jpg".
+        ids: integers under id keys that its names do not contradict. As lists may have their own numbering, these are
+            COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
+        is_non_coco: whether a null ``coco_id`` marks the image as not from COCO.
+        genome: whether it is an entry of Visual Genome, which has its own ids.
+        unread_names: whether it has a file name or URL without a number.
+        addresses: its file names and URLs.
+        looked_up: in an instances file, the number by which training may look its image up (`lookup_number`).
     """
 
     id: int | None
@@ -52,14 +51,17 @@ class Evidence:
 
     @property
     def numbers(self) -> frozenset[int]:
-        """The numbers under which COCO may know the image: the image is held out if any of them is."""
+        """COCO ids that the image may have; the image is held out if any of them is."""
         return self.named | self.bare | self.ids | _coco_range([self.looked_up])
 
     def is_understood(self, ids_confirmed: bool) -> bool:
-        """Whether it is known which COCO image the entry is of, or that it is of none.
+        """Whether the entry identifies a COCO image, or says that it is not one.
 
         Args:
             ids_confirmed: whether names in the same file confirm that its ids are COCO's.
+
+        Returns:
+            False if the COCO image is unknown.
         """
         if self.unread_names:
             return False
@@ -69,7 +71,7 @@ class Evidence:
 
 
 class _Text(NamedTuple):
-    """A string of an entry, the key it stands under, and whether it is one of several in a list."""
+    """A string of an entry, its key, and whether it is an item of a list."""
 
     key: str
     text: str
@@ -77,14 +79,17 @@ class _Text(NamedTuple):
 
 
 def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evidence:
-    """The evidence in an entry: a number, a name, or an object with names and ids at any depth.
+    """Collect the evidence in an entry: a number, a name, or an object with names and ids at any depth.
 
     Args:
         entry: a JSON value.
-        id_keys: the keys under which the list may have its id; the first that is there counts.
-        key: the key of the entry itself where it is a member of an object, "" where it is none.
+        id_keys: keys that may hold its id in the list; the first one present is used.
+        key: key of the entry itself if it is a member of an object, else "".
+
+    Returns:
+        The evidence.
     """
-    if type(entry) is int and not key:  # a list of bare ids is what its user says it is
+    if type(entry) is int and not key:  # a list of bare ids is taken at its word
         return Evidence(entry, frozenset(), _coco_range([entry]), frozenset(), False, False, False)
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
@@ -97,11 +102,11 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     genome = _is_genome_entry(top, [text.text for text in texts])
     ids = _coco_range([own, *_integers(entry, _ID_KEY), *(_loose_integers(entry))])
     of_key = bare_number(key) if key else None
-    if of_key is not None and (named or bare or ids or addresses):  # perhaps a running number
+    if of_key is not None and (named or bare or ids or addresses):  # may be a running number
         ids |= _coco_range([of_key])
     elif of_key is not None:
         bare = frozenset([of_key])
-    # Running numbers, as MDETR's: the name is that of another image. A coco_id alone does not say that of a file name.
+    # Ids are running numbers, as MDETR's, if a name has another number. A coco_id alone says nothing about file names.
     unread = _has_unread(addresses, bool(coco_ids))
     of_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
     other = genome or bool(of_names) or (bool(coco_ids) and not _has_unread(addresses, False))
@@ -119,25 +124,33 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether the names in a file, or its coco_ids, show that its ids are COCO's: most that can be compared agree."""
+    """Whether most ids that can be compared with names or a ``coco_id`` in the same file are COCO's."""
     votes = [entry.id in entry.named for entry in entries if entry.id is not None and entry.named]
     return 2 * sum(votes) > len(votes)
 
 
 def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidence:
-    """The evidence in an entry of an instances file's ``images``, whose id is ``image_id``."""
+    """Collect the evidence in an entry of ``images`` in an instances file, whose id is ``image_id``."""
     evidence = evidence_of(entry, ("id", "image_id", "img_id"))
     name = entry.get("file_name")
-    # training reads the file of that name, whatever the number in another address
+    # training reads the file of that name, whatever number a URL has
     other_file = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
     unread = evidence.unread_names or (other_file and not evidence.is_non_coco)
     return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), unread_names=unread)
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
-    """The number under whose COCO names training may look an image up; None for none.
+    """Return the number by which training may look an image up under COCO's file names.
 
-    It is the one in the ``file_name``, and of an entry without a ``file_name`` its id, if it goes by that.
+    It is the number in the ``file_name``, or without a ``file_name`` the id if `goes_by_id`.
+
+    Args:
+        entry: an entry of ``images`` in an instances file.
+        image_id: its id, None if it has none.
+        evidence: its evidence, if already collected.
+
+    Returns:
+        The number, None if there is none.
     """
     name = entry.get("file_name")
     if isinstance(name, str) and name:
@@ -146,16 +159,24 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
 
 
 def goes_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
-    """Whether an entry without a ``file_name`` may be looked up by its id: nothing there says it is no COCO id."""
+    """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts a COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
     return not evidence.genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
 
 
 def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
-    """Whether the id of an entry alone tells which file training reads for it.
+    """Whether the id of an entry alone determines which file training reads for it.
 
-    Training looks an image up by its ``file_name``, and by its id only where there is none. So a hash of ids says which
-    images they were only if each file name is that of its id, and nothing else in the entry contradicts.
+    Training looks an image up by its ``file_name``, and by its id only if it has none. So a hash of ids identifies the
+    images only if each file name has the number of its id and nothing else in the entry contradicts it.
+
+    Args:
+        entry: an entry of ``images`` in an instances file.
+        image_id: its id, None if it has none.
+        evidence: its evidence, if already collected.
+
+    Returns:
+        Whether the id is the number in the file name, without a contradiction.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
     if evidence.genome or evidence.is_non_coco or evidence.numbers | {image_id} != {image_id}:
@@ -167,12 +188,12 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
 
 
 def names_in(value: Any) -> frozenset[int]:
-    """The numbers in COCO's own form in any string or key of a JSON value."""
+    """COCO-style numbers in any string or key of a JSON value."""
     return frozenset().union(*(numbers_in_name(text.text) for text in _texts(value)))
 
 
 def _texts(value: Any) -> Iterator[_Text]:
-    """All strings in a JSON value, and those keys of its objects that name an image."""
+    """Iterate over all strings in a JSON value and over keys that are image names."""
     waiting: list[_Text | tuple[str, Any, bool]] = [("", value, False)]
     while waiting:
         key, part, listed = waiting.pop()
@@ -188,10 +209,10 @@ def _texts(value: Any) -> Iterator[_Text]:
 
 
 def _has_unread(addresses: Collection[_Text], has_coco_id: bool) -> bool:
-    """Whether an image is named by an address without a number.
+    """Whether an image has a file name or URL without a number.
 
-    One image may have several addresses: beside COCO's own url others need no number, nor do urls beside a file name.
-    The items of a list are images each.
+    An image may have several: other names need no number next to COCO's own URL, nor do URLs next to a file name.
+    Every item of a list is a separate image.
     """
     numbered = {a: bool(numbers_in_name(a.text)) or _bare(a) is not None for a in addresses}
     if any(not has for a, has in numbered.items() if a.listed and "url" not in a.key):
@@ -203,7 +224,7 @@ def _has_unread(addresses: Collection[_Text], has_coco_id: bool) -> bool:
 
 
 def _bare(text: _Text) -> int | None:
-    """The mere number that a string is as a file name; under other keys than an image's only with a suffix."""
+    """Number that is an entire file name; a suffix is required under keys that are not for image names."""
     return bare_number(text.text) if text.key in NAMES or text.key == "" or is_image_file(text.text) else None
 
 
@@ -212,7 +233,7 @@ def _id_texts(texts: Collection[_Text]) -> list[_Text]:
 
 
 def _integer(value: Any) -> int | None:
-    """An id, also one that is written as text or as a float."""
+    """An integer id, which may be written as text or as a float."""
     if isinstance(value, str):
         return bare_number(value)
     if isinstance(value, float) and value.is_integer():
@@ -221,7 +242,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _integers(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
-    """The integers, also in lists, under keys of a form, at any depth."""
+    """Integers under matching keys, also in lists, at any depth."""
     waiting: list[tuple[str, Any]] = [("", entry)]
     while waiting:
         key, part = waiting.pop()
@@ -234,7 +255,7 @@ def _integers(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
 
 
 def _loose_integers(entry: Any) -> list[int]:
-    """The integers of an entry that is a list, or of a member that is a number."""
+    """Integers of an entry that is itself a list or a number."""
     return [part for part in (entry if isinstance(entry, list) else [entry]) if type(part) is int]
 
 

@@ -1,4 +1,4 @@
-"""Where image files lie: a folder, or a zip such as COCO's own. Both list their files and give the bytes of one."""
+"""List and read image files in a folder or in a zip such as COCO's."""
 
 from __future__ import annotations
 
@@ -21,45 +21,51 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 
 class ImageFiles(Protocol):
-    """A folder or zip. Safe to hand to worker processes and threads."""
+    """A folder or zip of images. Safe to pass to worker processes and threads."""
 
     path: Path
     listing: Listing
 
     def read(self, name: str, most: int) -> bytes:
-        """The bytes of a listed file, if they are no more than ``most``; an error of any kind if it cannot be read."""
+        """Read a listed file of at most ``most`` bytes; any exception if it cannot be read."""
 
     def size(self, name: str) -> int:
-        """The bytes of a listed file; no more are read of it."""
+        """Size of a listed file in bytes, without reading it."""
 
     def same(self, names: Sequence[str]) -> bool:
-        """Whether several listed files are one on the disk."""
+        """Whether several listed files are the same file on disk."""
 
     def lost(self, name: str) -> bool:
-        """Whether the folder or zip as a whole is gone: unmounted, or a ticket ran out."""
+        """Whether the whole folder or zip is gone: unmounted, or an expired ticket."""
 
 
 def open_files(path: Path) -> ImageFiles:
-    """A folder with its folders, or a zip.
+    """List a folder, recursively, or a zip.
+
+    Args:
+        path: the folder or zip.
+
+    Returns:
+        Its files.
 
     Raises:
-        InputError: there is no such thing, or it cannot be listed.
-        RuntimeFailure: the disk or network fails.
+        InputError: the path does not exist or cannot be listed.
+        RuntimeFailure: a disk or network error.
     """
     try:
         if path.is_dir():
             return _Folder(path)
         if not path.is_file():
-            raise InputError(f"--images {path}: no such folder or zip")
+            raise InputError(f"--images {path}: no such file or folder; give a folder or zip of images")
         return _Zip(path)
     except InputError:
         raise
-    except Exception as error:  # a damaged directory of a zip can fail in ways that nobody lists
+    except Exception as error:  # zipfile can raise anything on a damaged zip
         if is_of_the_machine(error):
-            raise RuntimeFailure(f"--images {path}: cannot be listed now ({error}); run it again") from error
+            raise RuntimeFailure(f"--images {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
-        kind = "the folder cannot be listed" if path.is_dir() else "neither a folder nor a readable zip"
-        raise InputError(f"--images {path}: {kind} ({why})") from error
+        fault = "cannot be listed" if path.is_dir() else "not a readable zip"
+        raise InputError(f"--images {path}: {fault} ({why}); give a folder or zip of images") from error
 
 
 class _Folder:
@@ -91,7 +97,7 @@ class _Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: tuple[int, zipfile.ZipFile] | None = None
-        self._members: dict[str, str] = {}  # name as it was meant -> as zipfile knows it, where they differ
+        self._members: dict[str, str] = {}  # correct name -> name in zipfile, where they differ
         files, unusable = [], {}
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -112,7 +118,7 @@ class _Zip:
         refuse_huge(info.file_size, most)
         if info.compress_type == zipfile.ZIP_BZIP2:
             return _bunzipped(archive, info, most)
-        # not read(), which would unpack all before it cuts it at the size that the directory gives
+        # not ZipFile.read, which decompresses everything before truncating it to the declared size
         with archive.open(info) as member:
             return member.read(info.file_size + 1)
 
@@ -126,12 +132,12 @@ class _Zip:
         return not self.path.is_file()
 
     def _opened(self) -> zipfile.ZipFile:
-        # an open zip must not be shared with a forked worker: both would move one file position
+        # not shared with forked workers, as they would share the file position
         if self._open is None or self._open[0] != os.getpid():
             try:
                 self._open = (os.getpid(), zipfile.ZipFile(self.path))
             except Exception as error:
-                raise RuntimeFailure(f"{self.path}: can no longer be read ({error}); is it still there?") from error
+                raise RuntimeFailure(f"{self.path}: can no longer be read ({error}); check that it exists") from error
         return self._open[1]
 
     def __getstate__(self) -> dict:
@@ -139,7 +145,7 @@ class _Zip:
 
 
 def _meant(info: zipfile.ZipInfo) -> str:
-    """The name of a member. macOS and others write UTF-8 without the flag for it, which zipfile takes for cp437."""
+    """Name of a member; macOS and others write UTF-8 without its flag, which zipfile decodes as cp437."""
     if info.flag_bits & _UTF8_FLAG or info.filename.isascii():
         return info.filename
     try:
@@ -149,22 +155,22 @@ def _meant(info: zipfile.ZipInfo) -> str:
 
 
 def _unusable(info: zipfile.ZipInfo) -> str:
-    """Why a member cannot be read, "" where it can."""
+    """Why a member cannot be read, "" if it can."""
     if info.flag_bits & _ENCRYPTED:
         return "encrypted; unpack the zip and give the folder"
     if info.compress_type not in _METHODS:
-        return f"compressed by method {info.compress_type}, which is not read here; unpack the zip and give the folder"
+        return f"compressed by unsupported method {info.compress_type}; unpack the zip and give the folder"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "a link; unpack the zip and give the folder"
     return ""
 
 
 def _bunzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
-    """A member packed by bzip2, which zipfile would unpack whole, whatever size the directory gives."""
+    """Read a bzip2 member up to its declared size; zipfile would decompress all of it."""
     refuse_huge(info.compress_size, most)
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
-    del packed.CRC  # which is of what is unpacked
+    del packed.CRC  # of the decompressed data
     with archive.open(packed) as member:
         data = bz2.BZ2Decompressor().decompress(member.read(info.compress_size), info.file_size + 1)
     if len(data) != info.file_size or zlib.crc32(data) != info.CRC:

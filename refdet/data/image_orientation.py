@@ -1,4 +1,4 @@
-"""How many images of a run have an EXIF orientation, said once."""
+"""Note on the number of images with an EXIF orientation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ log = logging.getLogger(__name__)
 
 
 class OrientationNote:
-    """Around the work that reads images: a line of the log says how many had an orientation other than 1.
+    """Context manager that logs once how many images had an EXIF orientation other than 1.
 
-    It comes when the work ends, however it ends, or when all images have been read, if the work goes on longer.
+    Logged when the block ends, also by an exception, or as soon as all images have been read.
 
     Args:
-        source: what is read from; images that other processes read are reported to `add`.
-        batches: after so many calls of `add` all images have been read; None where nobody knows.
+        source: source of the images; images read by other processes must be reported to `add`.
+        batches: number of calls of `add` after which all images have been read, None if unknown.
     """
 
     def __init__(self, source: ImageSource, batches: int | None = None) -> None:
         self._source, self._left, self._said = source, batches, False
 
     def add(self, oriented: Mapping[str, int]) -> None:
-        """Report the files of a batch that have an orientation other than 1."""
+        """Add the files of a batch with an orientation other than 1, file name -> orientation."""
         self._source.oriented.update(oriented)
         if self._left is not None:
             self._left -= 1
@@ -37,12 +37,12 @@ class OrientationNote:
             return
         self._said = True
         done = (
-            "used as they are stored, as COCO's are: give --exif apply if they were annotated upright"
+            "they are used as stored, as COCO's are; add --exif apply if they were annotated upright"
             if exif == "ignore"
-            else "turned upright"
+            else "they are rotated upright"
         )
         log.warning(
-            "note: --images %s: images with an EXIF orientation other than 1 among those read: %d, such as %s; %s",
+            "note: --images %s: %d of the images read have an EXIF orientation other than 1, such as %s; %s",
             self._source.path, len(names), names[0], done,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`ImageSource`: the images of a list, found in a folder or zip and read."""
+"""`ImageSource`: find and read the images of a list in a folder or zip."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-_MOST_UNDECLARED_BYTES = 1 << 28  # of a file whose image has no declared size
+_MOST_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
 
 
 class ImageError(InputError):
-    """One image cannot be used; the message names the file and why."""
+    """An unusable image; the message has the file and the reason."""
 
 
 class ImageSource:
-    """A folder of images, or a zip of them such as COCO's own. Safe to hand to worker processes and threads.
+    """A folder or zip of images. Safe to pass to worker processes and threads.
 
-    `locate` (or `check`) is given the whole list first, since which file one image means can depend on the others; see
-    `refer.image_lookup` for the rule.
+    Call `locate` or `check` with the whole list first, as the file of an image can depend on the other images
+    (`refer.image_lookup`).
+
+    Args:
+        files: the folder or zip.
+        exif: "ignore" to keep pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
 
     Attributes:
         path: the folder or zip.
-        exif: see `refdet.data.image_decoder.EXIF`.
-        oriented: files read so far, in this process, that have an EXIF orientation other than 1 -> which.
+        exif: as given.
+        oriented: file -> EXIF orientation, of files with an orientation other than 1 that this process has read.
     """
 
     def __init__(self, files: ImageFiles, exif: str = "ignore") -> None:
@@ -49,31 +53,39 @@ class ImageSource:
 
     @classmethod
     def open(cls, path: str | Path, exif: str = "ignore") -> ImageSource:
-        """List a folder (with its folders, through links) or a zip.
+        """List a folder (recursively, following links) or a zip.
+
+        Args:
+            path: the folder or zip.
+            exif: "ignore" to keep pixels as stored, or "apply" to rotate them upright by their EXIF orientation.
+
+        Returns:
+            The source.
 
         Raises:
-            InputError: there is no such thing, or the zip is damaged.
-            RuntimeFailure: the disk or network fails.
+            InputError: the path does not exist, or the zip is damaged.
+            RuntimeFailure: a disk or network error.
         """
         files = open_files(Path(path))
         unread, above = files.listing.unread, files.listing.above
         if unread:
-            log.warning("note: --images %s: %d of its folders cannot be listed, the first is %s (%s)",
+            log.warning("note: --images %s: %d subfolders cannot be listed, first: %s (%s)",
                         path, len(unread), unread[0][0], unread[0][1].strerror)  # fmt: skip
         if above:
-            log.warning("note: --images %s: the link %s leads to a folder above and is not followed", path, above[0])
+            log.warning("note: --images %s: link %s to a parent folder is not followed", path, above[0])
         source = cls(files, exif)
         log.info("--images %s: %d files", path, len(source._names))
         return source
 
     def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
-        """Find the files of some images. Those that lie under another folder than their name gives are noted.
+        """Find the files of images, with a note about files found in another folder than their name says.
 
         Args:
-            listed: all images of the list that ``records`` are of, where these are not all.
+            records: the images.
+            listed: all images of their list, if ``records`` is only a part of it.
 
         Returns:
-            For each image that has no file its name and why, in the order of ``records``.
+            Name and reason for each image without a file, in the order of ``records``.
         """
         both = (*records, *listed)
         found = self._names.locate(_sought(record) for record in both if record.file_name or record.by_id)
@@ -82,8 +94,8 @@ class ImageSource:
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.elsewhere and match.path]
         if moved:
             log.warning(
-                "note: --images %s: %d of %d images lie under another folder than their file_name gives, the first is "
-                "%s, read from %s", self.path, len(moved), len(records), moved[0][0].file_name, moved[0][1].path,
+                "note: --images %s: %d of %d images are in another folder than their file_name says, first: %s, "
+                "read from %s", self.path, len(moved), len(records), moved[0][0].file_name, moved[0][1].path,
             )  # fmt: skip
         return [
             f"{_named(record)} ({match.reason})"
@@ -92,47 +104,67 @@ class ImageSource:
         ]
 
     def find(self, record: ImageRecord) -> str | None:
-        """The path, inside the folder or zip, of an image; None if it has none."""
+        """Path of an image within the folder or zip, None if it has no file."""
         return self._match(record).path
 
     def why_missing(self, record: ImageRecord) -> str:
-        """Why an image has no file; "" where it has one."""
+        """Why an image has no file, "" if it has one."""
         return self._match(record).reason
 
     def check(self, records: Sequence[ImageRecord], listed_in: Path, listed: Iterable[ImageRecord] = ()) -> None:
-        """`locate`, and see that every image is there, before hours of work find out.
+        """Find the files of images and check that none is missing.
+
+        Args:
+            records: the images.
+            listed_in: the file that lists them, for error messages.
+            listed: all images of their list, if ``records`` is only a part of it.
 
         Raises:
-            InputError: how many are not, and the first.
+            InputError: images are missing; the message has their number and the first one.
         """
         if missing := self.locate(records, listed):
             self.refuse_missing(records, missing, listed_in)
 
     def refuse_missing(self, records: Sequence[ImageRecord], missing: Sequence[str], listed_in: Path) -> NoReturn:
-        """InputError for what `locate` gave of a list."""
+        """Raise an InputError for missing images.
+
+        Args:
+            records: the images.
+            missing: the result of `locate` for them.
+            listed_in: the file that lists them.
+
+        Raises:
+            InputError: always.
+        """
         unclear = [record for record in records if self._match(record).unclear]
         if unclear:
             what = f"{_named(unclear[0])}: {self.why_missing(unclear[0])}"
             raise InputError(
-                f"--images {self.path}: {what} (so it is with {len(unclear)} of the {len(records)} images of "
-                f"{listed_in.name}); give the folder that holds the images alone, or name the folder in each file_name"
+                f"--images {self.path}: {what} (the same for {len(unclear)} of the {len(records)} images in "
+                f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(
-            f"--images {self.path}: {len(missing)} of the {len(records)} images of {listed_in.name} are not there, "
-            f"the first is {missing[0]}, among its {len(self._names)} files; give the folder or zip that holds them all"
+            f"--images {self.path}: {len(missing)} of the {len(records)} images in {listed_in.name} are missing among "
+            f"its {len(self._names)} files, first: {missing[0]}; give the folder or zip that holds them all"
         )
 
     def read(self, record: ImageRecord) -> np.ndarray:
-        """The image as (H, W, 3) uint8 RGB, of the height and width that the record gives.
+        """Read an image.
 
-        Greyscale, palette and CMYK images become RGB, of 16 bits the upper 8 are kept, transparency is left out, and of
-        an animation the first picture is read. EXIF orientation is applied only if the source was opened so: COCO's
-        boxes are drawn on the pixels as they are stored.
+        Greyscale, palette and CMYK images are converted to RGB, 16-bit channels are reduced to their upper 8 bits,
+        transparency is dropped, and only the first frame of an animation is read. EXIF orientation is applied only if
+        the source was opened so, as COCO's boxes refer to the pixels as stored.
+
+        Args:
+            record: the image.
+
+        Returns:
+            (H, W, 3) uint8 RGB of the record's height and width.
 
         Raises:
-            ImageError: not found, not decodable, or of another size.
-            RuntimeFailure: the machine could not read it, which says nothing of the image: a disk or network that
-                fails, too many open files, no memory.
+            ImageError: the image is missing, cannot be decoded or has another size.
+            RuntimeFailure: a failure of the machine, not of the image: disk or network errors, too many open files or
+                no memory.
         """
         match = self._match(record)
         if match.path is None:
@@ -146,49 +178,65 @@ class ImageSource:
             if error.orientation != 1:
                 self.oriented[name] = error.orientation
             raise ImageError(f"{self.path}/{name}: {error}") from None
-        except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
+        except Exception as error:  # decoders can raise anything on damaged or hostile files
             self.refuse_unread(name, error)
             raise ImageError(
                 f"{self.path}/{name}: not a readable image ({why_unreadable(error)}); "
-                "replace it, or take it out of the instances file"
+                "replace it or remove it from the instances file"
             ) from error
         if decoded.orientation != 1:
             self.oriented[name] = decoded.orientation
         return decoded.pixels
 
     def size(self, name: str) -> int:
-        """The bytes of a file under a name that `find` gave, by its folder or zip; no more are read."""
+        """Size in bytes of a file that `find` returned, without reading it."""
         return self._files.size(name)
 
     def data(self, name: str, height: int = 0, width: int = 0) -> bytes:
-        """The bytes of a file under a name that `find` gave, if they can be an image of a height and width, 0 for any.
+        """Read a file that `find` returned.
+
+        Args:
+            name: the file.
+            height: height of the image in pixels, 0 if unknown.
+            width: width of the image in pixels, 0 if unknown.
+
+        Returns:
+            Its contents.
 
         Raises:
-            OSError, and what zipfile raises: it cannot be read, or is far too large for an image.
-            RuntimeFailure: the zip as a whole is no longer there.
+            OSError: it cannot be read, or is far too large for such an image; zipfile raises other exceptions too.
+            RuntimeFailure: the whole zip is gone.
         """
         return self._files.read(name, most_bytes(height, width) if height and width else _MOST_UNDECLARED_BYTES)
 
     def refuse_unread(self, name: str, error: Exception) -> None:
-        """RuntimeFailure where what kept a file from being read is not the file's fault."""
+        """Raise a RuntimeFailure if an error is a failure of the machine and not of the file.
+
+        Args:
+            name: the file.
+            error: the exception from reading it.
+
+        Raises:
+            RuntimeFailure: the error is one of the disk, the network or memory.
+        """
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.lost(name)
         if gone or is_of_the_machine(error):
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RuntimeFailure(
-                f"{self.path}/{name}: cannot be read now ({what}): that is not the image's fault; see to the disk, "
-                "the network or memory"
+                f"{self.path}/{name}: cannot be read now ({what}), though the image may be intact; check the disk, "
+                "the network and memory"
             ) from error
 
     def oriented_among(self, records: Sequence[ImageRecord]) -> dict[str, int]:
-        """Those of ``oriented`` that are the files of some images."""
+        """Entries of ``oriented`` for the files of some images."""
         names = (self.find(record) for record in records)
         return {name: self.oriented[name] for name in names if name in self.oriented}
 
     def _match(self, record: ImageRecord) -> Match:
         if not record.file_name and not record.by_id:
-            return Match(None, "it has no file_name, and its entry says that its id is no COCO id")
+            return Match(None, "no file_name, and its entry says that its id is not a COCO id")
         key: Key = record.file_name or record.id
-        if key not in self._located:  # of a list that is this image alone
+        if key not in self._located:  # not in a list given to locate
             found = self._names.locate([_sought(record)])
             self._located[key] = self._usable(found[key])
         return self._located[key]
@@ -203,11 +251,11 @@ def _sought(record: ImageRecord) -> tuple[int, str]:
 
 
 def _named(record: ImageRecord) -> str:
-    """What an image is sought by, for people."""
+    """Human-readable name by which an image is looked up."""
     return record.file_name or f"id {record.id} without a file_name"
 
 
 def why_unreadable(error: Exception) -> str:
-    """What kept a file from being decoded."""
-    # Pillow's own text for this one is the address of a buffer
+    """Human-readable reason why a file could not be decoded."""
+    # Pillow's message for this one has only the address of a buffer.
     return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__

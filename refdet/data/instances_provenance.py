@@ -1,4 +1,4 @@
-"""What an instances file says of itself: the provenance of a detector that is trained on it."""
+"""Provenance of an instances file and so of a detector trained on it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from refdet.data.image_evidence import id_matches_file_name
 from refdet.errors import InputError
 from refdet.structures.provenance import UNKNOWN, Provenance, file_sha256, image_ids_sha256
 
-EDITED = "its images are not those refdet build-split wrote: nothing is known to be excluded"
-RENAMED = "its file names are not those of its image ids, so what refdet build-split left out is not believed"
+EDITED = "its images are not those written by refdet build-split, so nothing is known to be excluded"
+RENAMED = "its file names do not match its image ids, so the exclusions of refdet build-split are not trusted"
 
 
 def provenance_of_instances(index: CocoIndex) -> Provenance:
-    """Its ``info.refdet``, if refdet build-split wrote the file and it is still as it was written.
+    """Return ``info.refdet`` of a file written by refdet build-split, if it is unchanged.
 
-    That is, its images are the same, and their ids tell the files that are read for them (`id_matches_file_name`),
-    since the record is of ids alone. Otherwise nothing is known to be excluded, and ``note`` says so.
+    Its image ids must be the same and must match the file names (`id_matches_file_name`), as the provenance covers
+    only ids. Otherwise nothing is known to be excluded, and ``note`` says so.
+
+    Args:
+        index: the instances file.
+
+    Returns:
+        The provenance.
 
     Raises:
         InputError: ``info.refdet`` is damaged.

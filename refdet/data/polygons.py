@@ -1,4 +1,4 @@
-"""Polygons of an instances JSON: what is wrong with them, said so that their writer can be corrected."""
+"""Validation of the polygons in an instances JSON, with messages that help to correct their writer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ _FEWEST = 6  # numbers: three points
 
 
 def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, str]:
-    """The polygons that enclose something (None for none at all), and what is said of those left out, "" for none.
+    """Check polygons and drop those with fewer than three points.
 
     Args:
-        value: ``segmentation`` of an annotation, a list.
-        what: names the annotation.
+        path: the file, for error messages.
+        value: ``segmentation`` of an annotation, ``[[x, y, x, y, ...], ...]`` in pixels.
+        what: name of the annotation, for error messages.
+
+    Returns:
+        The polygons (None if none is left), and a description of the dropped ones ("" for none).
 
     Raises:
-        InputError: one is no list of an even number of finite numbers.
+        InputError: a polygon is not a list of an even number of finite numbers.
     """
     if value and type(value[0]) in (int, float) and all(type(part) in (int, float) for part in value):
-        raise InputError(f"{path}: {what}: 'segmentation' is a flat list of numbers; a polygon needs another list "
-                         "around it: [[x, y, x, y, ...]]")  # fmt: skip
+        raise InputError(f"{path}: {what}: 'segmentation' is a flat list of numbers; wrap it in "
+                         "another list: [[x, y, x, y, ...]]")  # fmt: skip
     for polygon in value:
         try:
-            # Adding up is the quick way to see that all of a long list are finite numbers.
+            # Summing is the fastest check that all numbers of a long list are finite.
             good = isinstance(polygon, list) and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
         except (TypeError, OverflowError):
             good = False
@@ -41,25 +45,32 @@ def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, s
 
 
 def check_outlines(path: Path, polygons: list, what: str, height: int, width: int) -> None:
-    """See that polygons which passed `checked_polygons` can be drawn in an image of this size in pixels.
+    """Check that polygons which passed `checked_polygons` can be drawn (`refer.masks.can_be_drawn`).
+
+    Args:
+        path: the file, for error messages.
+        polygons: ``[[x, y, x, y, ...], ...]`` in pixels.
+        what: name of the annotation, for error messages.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Raises:
-        InputError: one lies far from its image, or they are absurdly long: see `refer.masks.can_be_drawn`.
+        InputError: a polygon reaches far outside its image, or the outlines are absurdly long.
     """
     if is_surely_drawn(polygons) or can_be_drawn(polygons, height, width):
         return
-    reach = min(max(max(map(abs, polygon)) for polygon in polygons), 1e300)  # an integer may exceed all floats
+    reach = min(max(max(map(abs, polygon)) for polygon in polygons), 1e300)  # an integer may exceed the range of floats
     if reach > FARTHEST + max(height, width):
-        told = f"a polygon reaches to {reach:.6g}, more than {FARTHEST} pixels from its image of {width}x{height}"
+        fault = f"a polygon reaches {reach:.6g}, more than {FARTHEST} pixels outside its image of {width}x{height}"
     else:
-        told = f"its polygons are more than {LONGEST} pixels long, going to and fro"
-    raise InputError(f"{path}: {what}: {told}; correct them or take the annotation out")
+        fault = f"the outlines of its polygons are longer than {LONGEST} pixels"
+    raise InputError(f"{path}: {what}: {fault}; correct or remove the annotation")
 
 
 def is_surely_drawn(polygons: list) -> bool:
-    """Whether polygons can be drawn in an image of any size, which nearly all can: a quick look without arrays.
+    """Whether polygons can be drawn in an image of any size, by a quick, conservative test that nearly all pass.
 
-    Each step of an outline is at most as long as its numbers differ.
+    Bounds the length of each step of an outline by the range of the polygon's numbers.
     """
     length = 0.0
     for polygon in polygons:
@@ -72,26 +83,26 @@ def is_surely_drawn(polygons: list) -> bool:
 
 def _fault(polygon: Any) -> str:
     if not isinstance(polygon, list):
-        return f"is {reprlib.repr(polygon)}, no list"
+        return f"is {reprlib.repr(polygon)}, not a list"
     if any(isinstance(part, list) for part in polygon):
         return "is a list of points [[x, y], ...]"
     for number in polygon:
         if type(number) not in (int, float, bool):
-            return f"holds {reprlib.repr(number)}, no number"
+            return f"contains {reprlib.repr(number)}, not a number"
         if isinstance(number, float) and not math.isfinite(number):
-            return f"holds {number}"
+            return f"contains {number}"
     if len(polygon) % 2:
         return f"has an odd number of coordinates ({len(polygon)})"
-    return "holds numbers that are too large"
+    return "contains numbers that are too large"
 
 
 def _left_out(short: list[list]) -> str:
-    """What is said of polygons with fewer than three points."""
+    """Description of polygons with fewer than three points."""
     sizes = sorted({len(polygon) // 2 for polygon in short})
     points = " or ".join(map(str, sizes)) + (" point" if sizes == [1] else " points")
-    told = f"{len(short)} of its polygons with fewer than three points ({points}"
+    what = f"{len(short)} of its polygons with fewer than three points ({points}"
     if sizes == [2] and len(short) == 1:
-        return f"{told}; a box [x, y, width, height] is no polygon)"
+        return f"{what}; a box [x, y, width, height] is not a polygon)"
     if sizes == [1] and len(short) >= 3:
-        return f"{told} each; a polygon is one list of numbers [x, y, x, y, ...])"
-    return f"{told})"
+        return f"{what} each; a polygon is one list of numbers [x, y, x, y, ...])"
+    return f"{what})"

@@ -1,4 +1,4 @@
-"""COCO's three ways of writing a mask, as one."""
+"""Convert COCO's three mask formats to one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from refer.masks import can_be_drawn, rle_pixels
 
 
 def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
-    """A segmentation as a pycocotools RLE ``{"size": [height, width], "counts": bytes}``.
+    """Convert a segmentation to a compressed RLE.
 
     Args:
-        segmentation: polygons ``[[x, y, ...], ...]`` in pixels, RLE with a list of counts, or compressed RLE.
-        height, width: of the image in pixels.
+        segmentation: polygons ``[[x, y, ...], ...]`` in pixels, an RLE with a list of counts, or a compressed RLE.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        A pycocotools RLE ``{"size": [height, width], "counts": bytes}``.
 
     Raises:
-        InputError: polygons as of `check_polygons`, an RLE of another size or that does not cover it, or what
+        InputError: invalid polygons, an RLE of another size or with wrong counts, or a segmentation that
             pycocotools cannot read.
     """
     try:
@@ -27,34 +31,43 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
             check_polygons(polygons, height, width)
             return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         if segmentation["size"] != [height, width]:
-            raise InputError(f"a segmentation has size {segmentation['size']!r:.40}, its image {[height, width]}")
+            raise InputError(f"segmentation has size {segmentation['size']!r:.40}, but its image has {[height, width]}")
         counts = segmentation["counts"]
-        # pycocotools writes beyond its memory for some RLEs that do not fit their size.
+        # pycocotools writes out of bounds for some RLEs that do not match their size.
         if not _covers(counts, height * width):
-            raise InputError(f"the counts of an RLE do not add up to the {height * width} pixels of its image")
+            raise InputError(f"counts of an RLE do not add up to the {height * width} pixels of its image")
         if isinstance(counts, list):
             return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"a segmentation is neither polygons nor RLE: {_shown(segmentation)}") from error
+        raise InputError(f"segmentation {_shown(segmentation)} is neither polygons nor RLE") from error
 
 
 def check_polygons(polygons: list, height: int, width: int) -> None:
-    """InputError if pycocotools cannot draw polygons of an image of this size: see `refer.masks.can_be_drawn`."""
+    """Check that pycocotools can draw polygons (`refer.masks.can_be_drawn`).
+
+    Args:
+        polygons: ``[[x, y, ...], ...]`` in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Raises:
+        InputError: it cannot.
+    """
     if not can_be_drawn(polygons, height, width):
         raise InputError(
-            f"a polygon is no list of numbers [x, y, x, y, ...], far from its image or of absurd length: "
+            f"polygon is not a list of numbers [x, y, x, y, ...], far outside its image or absurdly long: "
             f"{_shown(polygons)}"
         )
 
 
 def _covers(counts: object, pixels: int) -> bool:
-    """Whether the counts of an RLE, compressed or not, are sound and add up to so many pixels."""
+    """Whether the counts of an RLE, compressed or not, are valid and add up to the number of pixels."""
     if isinstance(counts, list):
         return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == pixels
     return isinstance(counts, str | bytes) and rle_pixels(counts) == pixels
 
 
 def _shown(segmentation: object) -> str:
-    # a short piece of it: the repr of the whole may be of megabytes
+    # the full repr may have megabytes
     return reprlib.repr(segmentation)[:80]

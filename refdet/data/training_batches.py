@@ -1,4 +1,4 @@
-"""Batches: which images go together, for training and for extraction."""
+"""Batches of images for training and extraction."""
 
 from __future__ import annotations
 
@@ -23,21 +23,29 @@ from refdet.structures.ground_truth import GroundTruth
 
 @dataclass(frozen=True)
 class Batch:
-    """Images padded with zeros, below and right, to one size (B, 3, H, W), and what is in them."""
+    """A batch of images and their annotations.
+
+    Attributes:
+        images: (B, 3, H, W) float32 network inputs, zero-padded at the bottom and right to a common size.
+        sizes: (height, width) in pixels of each image without padding.
+        targets: annotations of each image, in pixels of the network input.
+        image_ids: COCO id of each image.
+        oriented: file -> EXIF orientation, of the files with an orientation other than 1.
+    """
 
     images: Tensor
-    sizes: list[tuple[int, int]]  # (height, width) of each without padding
+    sizes: list[tuple[int, int]]
     targets: list[GroundTruth]
     image_ids: list[int]
-    oriented: dict[str, int] = field(default_factory=dict)  # their files with an EXIF orientation other than 1 -> which
+    oriented: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
-        """The same with the images in memory from which a GPU can be fed while it works; called by the DataLoader."""
+        """Copy the images to pinned memory; called by the DataLoader."""
         return replace(self, images=self.images.pin_memory())
 
 
 def pad_batch(images: Sequence[Tensor]) -> Tensor:
-    """Images (3, Hi, Wi) -> (B, 3, H, W), the largest height and width, zero (the mean colour) elsewhere."""
+    """Zero-pad images (3, Hi, Wi) to their largest height and width, (B, 3, H, W); zero is the mean colour."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     padded = images[0].new_zeros(len(images), 3, height, width)
     for row, image in zip(padded, images, strict=True):
@@ -46,17 +54,20 @@ def pad_batch(images: Sequence[Tensor]) -> Tensor:
 
 
 class TrainingBatches(Dataset):
-    """The batch of every step of a run, each a function of the recipe's seed and the step alone.
+    """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
-    So a run that was interrupted goes on with exactly the batches that it would have had, whatever the number
-    of worker processes. Within an epoch each image comes once, but for less than a batch of them; landscape
-    and portrait images go apart, which saves padding.
+    A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
+    per epoch, except for a remainder of less than a batch. Landscape and portrait images are batched separately, which
+    saves padding.
 
     Args:
-        objects: what of the index is trained on, where that is known and its images were found already.
+        index: the instances file.
+        source: the images.
+        recipe: the recipe.
+        objects: objects of the index to train on, if already known and their images located.
 
     Raises:
-        InputError: no objects, or image files missing.
+        InputError: no objects, or missing image files.
     """
 
     def __init__(
@@ -69,20 +80,20 @@ class TrainingBatches(Dataset):
         if objects is None:
             source.check(self.records, index.path, index.images.values())
         self._landscape = np.array([r.width >= r.height for r in self.records])
-        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the epoch that was asked for last
+        self._plan: tuple[int, list[np.ndarray]] = (-1, [])  # the last epoch and its batches
 
     @property
     def epoch_steps(self) -> int:
-        """How many steps go over all images once."""
+        """Number of steps per epoch."""
         return max(len(self.records) // self.recipe.train.batch_size, 1)
 
     def __len__(self) -> int:
         return self.recipe.train.steps
 
     def __getitem__(self, step: int) -> Batch | RefdetError:
-        """The batch of a step, or the error of an image that cannot be used.
+        """Return the batch of a step, or the error of an unusable image.
 
-        An exception raised in a worker process would reach the user wrapped in a traceback.
+        Errors are not raised, as the DataLoader would wrap them in a worker's traceback.
         """
         options = self.recipe.input
         epoch, position = divmod(step, self.epoch_steps)
@@ -106,7 +117,7 @@ class TrainingBatches(Dataset):
         )
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        """Rows of `records` of each batch of an epoch."""
+        """Indices into ``records`` for each batch of an epoch."""
         size = self.recipe.train.batch_size
         random = np.random.default_rng((self.recipe.train.seed, 0, epoch))
         order = random.permutation(len(self.records))
@@ -156,10 +167,15 @@ def _mirror(boxes: Tensor, width: float) -> Tensor:
 def group_by_input_size(
     records: Sequence[ImageRecord], options: InputOptions, batch_size: int
 ) -> list[list[ImageRecord]]:
-    """Images in batches of one exact input size, so that no padding ever touches a feature.
+    """Group images into batches of equal input size, so that padding never affects features.
 
-    The plan depends on the list and the batch size alone. Batches come in the order of their first image, and
-    images within one in the order of the list.
+    Args:
+        records: the images.
+        options: input options of the recipe.
+        batch_size: maximum number of images per batch.
+
+    Returns:
+        The batches, ordered by their first image, with images in the order of ``records``.
     """
     open_batches: dict[tuple[int, int], list[ImageRecord]] = {}
     batches: list[list[ImageRecord]] = []

@@ -1,4 +1,4 @@
-"""`TrainingObjects`: which images and which objects of an instances file are trained on. No torch."""
+"""`TrainingObjects`: images and objects of an instances file to train on, without torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ CROWD_OPTION = "--crowd-as-object"
 
 
 class TrainingObjects:
-    """What of an instances file is trained on.
+    """Images and objects of an instances file to train on.
 
-    Objects are annotations that are no crowds, with a segmentation or without: one without is left out of the mask
-    loss. Images without an object are left out, unless they are wanted as negatives.
+    Objects are annotations that are not crowds. An object without a segmentation is excluded from the mask loss. Images
+    without objects are excluded unless they are wanted as negatives.
+
+    Args:
+        index: the instances file.
+        masks: whether masks are trained.
+        empty_images: whether to include images without objects as negatives.
 
     Attributes:
         index: the instances file.
         masks: whether masks are trained.
-        records: the images, in the order of the file.
-        notes: what is left out or special, a line for people each.
+        records: the images, in file order.
+        notes: human-readable notes about exclusions and special cases.
 
     Raises:
         InputError: there is nothing to train on.
@@ -41,33 +46,33 @@ class TrainingObjects:
         self.notes: list[str] = []
         if crowds:
             self.notes.append(
-                f"{index.path}: iscrowd is 1 on {crowds} of {crowds + objects} annotations: what lies in those is "
-                f"neither object nor background; {CROWD_OPTION} trains on them as objects"
+                f"{index.path}: {crowds} of {crowds + objects} annotations have iscrowd 1 and are neither object nor "
+                f"background; add {CROWD_OPTION} to train on them as objects"
             )
         bare = sum(a.segmentation is None for found in self._objects.values() for a in found)
         if masks and bare:
             self.notes.append(
-                f"{index.path}: {bare} of {objects} objects have no segmentation: their classes and boxes are trained, "
-                "their masks are not"
+                f"{index.path}: {bare} of {objects} objects have no segmentation; only their classes and boxes are "
+                "trained"
             )
         if empty := sum(not found for found in self._objects.values()):
             done = (
-                "trained on as negatives" if empty_images else "left out (--set train.empty_images=true trains on them)"
+                "used as negatives" if empty_images else "excluded (add --set train.empty_images=true to include them)"
             )
-            self.notes.append(f"{index.path}: {empty} of {len(index.images)} images have no object: {done}")
+            self.notes.append(f"{index.path}: {empty} of {len(index.images)} images have no objects and are {done}")
 
     def objects(self, image_id: int) -> list[Annotation]:
-        """The objects of an image."""
+        """Objects of an image."""
         return self._objects[image_id]
 
     def crowds(self, image_id: int) -> list[Annotation]:
-        """The crowds of an image, which are neither object nor background."""
+        """Crowds of an image, which are neither object nor background."""
         return [a for a in self.index.annotations[image_id] if a.iscrowd]
 
     def sha256(self) -> str:
-        """SHA-256 of all that training reads of the file: names and sizes of images, categories, boxes, masks, crowds.
+        """SHA-256 of what training reads from the file: image names and sizes, categories, boxes, masks and crowds.
 
-        Not of what it does not read, such as areas and licences, nor of how the JSON is laid out.
+        Independent of anything else, such as areas, licences and the layout of the JSON.
         """
         digest = hashlib.sha256(_encoded([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:
@@ -91,14 +96,14 @@ def _nothing(index: CocoIndex, crowds: int) -> str:
     if crowds:
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
         return (
-            f"{index.path}: iscrowd is 1 on {which} (CVAT writes that for masks), so that there is no object to train "
-            f"on; {CROWD_OPTION} trains on them as objects"
+            f"{index.path}: no objects to train on, iscrowd is 1 on {which} (CVAT writes this for masks); "
+            f"add {CROWD_OPTION} to train on them as objects"
         )
     if index.raw["annotations"]:
         return (
-            f"{index.path}: none of its {len(index.raw['annotations'])} annotations can be used (the first: "
-            f"{index.dropped[0] if index.dropped else 'no image has it'}); mend them"
+            f"{index.path}: none of its {len(index.raw['annotations'])} annotations can be used (first: "
+            f"{index.dropped[0] if index.dropped else 'no image has it'}); correct them"
         )
     if not index.images:
-        return f"{index.path}: no image in it to train on"
-    return f"{index.path}: no annotation in it, so that there is no object to train on; give a file with annotations"
+        return f"{index.path}: no images to train on; give a file with images"
+    return f"{index.path}: no annotations to train on; give a file with annotations"

@@ -1,4 +1,4 @@
-"""Boxes from a file, as regions whose features are wanted: COCO results, or another store."""
+"""Read boxes to extract features for from COCO results or another store."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_ROWS = 1 << 16  # boxes that are checked at once
+_ROWS = 1 << 16  # boxes to check at once
 
 
 @dataclass(frozen=True)
 class BoxFile:
-    """The boxes of a file.
+    """Boxes of a file.
 
     Attributes:
-        regions: image id -> its regions, without features, in the order of the file; of a store they are read when
-            they are asked for.
-        categories: id -> name of those that the regions may have.
-        masks, ann_ids: whether all regions have a mask, and an annotation id.
-        box_format: the form in which the boxes were read, of `refdet.data.box_format.FORMS`.
+        regions: image id -> regions without features, in file order; read lazily from a store.
+        categories: category id -> name.
+        masks: whether all regions have masks.
+        ann_ids: whether all regions have annotation ids.
+        box_format: format of the boxes, a key of `refdet.data.box_format.FORMS`.
     """
 
     regions: Mapping[int, Regions]
@@ -45,7 +45,7 @@ class BoxFile:
     box_format: str = DEFAULT
 
     def of(self, record: ImageRecord) -> Regions:
-        """The regions of an image; none where the file has none."""
+        """Regions of an image, empty if the file has none."""
         found = self.regions.get(record.id)
         if found is not None:
             return found
@@ -56,30 +56,30 @@ class BoxFile:
 def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFile:
     """Read and check the boxes of a file.
 
-    Boxes that reach over the border of their image are cut there, as annotations are; if many do, as boxes do whose
-    form is another than was said, a warning is logged. Everything else that is wrong is an error, since features of
-    another box than the one meant would be worse than none.
+    Boxes are clipped to their image, as annotations are. A warning is logged if many boxes exceed their image, as they
+    do in a wrong format. Anything else is an error, since features of wrong boxes are worse than none.
 
     Args:
-        path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, the
-            score optional (then 1) and the segmentation too, but in all entries or none; or a store (.h5), of which
-            boxes, scores, categories, masks and annotation ids are taken.
-        index: the instances file of the images; the file may have boxes of any of them.
-        box_format: how the numbers of a bbox are meant: one of `refdet.data.box_format.NAMES`.
+        path: COCO results ``[{"image_id", "category_id", "bbox": [x, y, w, h], "score", "segmentation"}, ...]``, with
+            optional score (1 by default) and with segmentation in all entries or none; or a store (.h5), of which
+            boxes, scores, categories, masks and annotation ids are used.
+        index: the instances file with the images.
+        box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
+
+    Returns:
+        The boxes, clipped, as half-open ``x1 y1 x2 y2`` in pixels.
 
     Raises:
-        InputError: names the file and the entry: an image or a category that the instances file does not have, a box
-            that is not finite, without area, or outside its image, another size of an image, a mask
-            of a results file that is none.
+        InputError: an image or category that is not in the instances file; a box that is not finite, has no area or is
+            outside its image; another image size; or an invalid mask. The message has the file and the entry.
     """
     if path.suffix in (".h5", ".hdf5"):
         if box_format != DEFAULT:
-            raise InputError(f"--boxes {path}: a store says itself how its boxes are written; leave --box-format "
-                             f"{box_format} out")  # fmt: skip
+            raise InputError(f"--boxes {path}: a store has its own box format; omit --box-format {box_format}")
         return _of_store(path, index)
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise InputError(f"--boxes {path}: COCO results are a list of entries; give such a file, or a store (.h5)")
+        raise InputError(f"--boxes {path}: not a list of entries; give COCO results or a store (.h5)")
     records: list[ImageRecord] = []
     rows: dict[int, list[int]] = {}  # image id -> its entries
     masks: dict[int, list[bytes]] = {}
@@ -88,7 +88,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
         with _of_entry(path, number):
             record = _checked(entry, index)
             if ("segmentation" in entry) != with_masks:
-                raise InputError("some entries have a segmentation and some have none")
+                raise InputError("segmentation missing in some entries; give it in all or none")
             if with_masks:
                 rle = to_rle(entry["segmentation"], record.height, record.width)
                 masks.setdefault(record.id, []).append(rle["counts"])
@@ -120,7 +120,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
 
 @contextmanager
 def _of_entry(path: Path, number: int) -> Iterator[None]:
-    """Name the entry in an error."""
+    """Add the file and the entry to error messages."""
     try:
         yield
     except InputError as error:
@@ -128,12 +128,12 @@ def _of_entry(path: Path, number: int) -> Iterator[None]:
 
 
 def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
-    """The image of an entry whose fields are sound."""
+    """Check the fields of an entry and return its image."""
     if not isinstance(entry, dict):
-        raise InputError(f"an object with image_id, category_id and bbox is needed, not {reprlib.repr(entry)}")
+        raise InputError(f"must be an object with image_id, category_id and bbox, not {reprlib.repr(entry)}")
     for key in ("image_id", "category_id"):
         if type(entry.get(key)) is not int:
-            raise InputError(f"{key} must be a whole number, not {reprlib.repr(entry.get(key))}")
+            raise InputError(f"{key} must be an integer, not {reprlib.repr(entry.get(key))}")
     record = index.images.get(entry["image_id"])
     if record is None:
         raise InputError(f"image {entry['image_id']} is not in {index.path}")
@@ -148,30 +148,30 @@ def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
 
 
 def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether each box (n, 4) xyxy has area in its image of (n, 2) width and height."""
+    """Whether boxes (N, 4) xyxy in pixels have area inside their images of (N, 2) width and height, (N,) bool."""
     low, high = corners[:, :2], corners[:, 2:]
     inside: np.ndarray = (low < high) & (low.clip(0) < np.minimum(high, sizes))
     return np.asarray(inside.all(axis=1))
 
 
 def _check_inside(corners: list[float], record: ImageRecord, read_as: str = "") -> None:
-    """InputError if a box xyxy has no area in its image."""
+    """Raise an InputError if a box xyxy in pixels has no area inside its image."""
     x1, y1, x2, y2 = corners
     read = f", read as {read_as}," if read_as else ""
     if not (x1 < x2 and y1 < y2):
-        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} has no area")
+        raise InputError(f"box {corners} (x1, y1, x2, y2){read} has no area")
     if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
-        raise InputError(f"the box {corners} (x1, y1, x2, y2){read} is outside its image of "
+        raise InputError(f"box {corners} (x1, y1, x2, y2){read} is outside its image of "
                          f"{record.width}x{record.height}")  # fmt: skip
 
 
 def _is_number(value: object) -> bool:
-    # a whole number may be too large for a float
+    # an integer may be too large for a float
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class _StoreRegions(Mapping[int, Regions]):
-    """The regions of an open store, read image by image: with their masks they may be more than memory holds."""
+    """Regions of an open store, read per image, as with masks they may not fit in memory."""
 
     def __init__(self, source: store.Store, index: CocoIndex) -> None:
         self._source, self._index = source, index
@@ -201,14 +201,14 @@ def _of_store(path: Path, index: CocoIndex) -> BoxFile:
     except BaseException as error:
         source.close()
         if isinstance(error, store.CORRUPTION_ERRORS):
-            raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
+            raise InputError(f"--boxes {path}: damaged ({error}); extract it again") from None
         raise
     categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
     return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)
 
 
 def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
-    """See that the images of a store are the index's, and that each box has area in its image."""
+    """Check that a store's images are in the index and that each box has area inside its image."""
     for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
         record = index.images.get(image_id)
         if record is None:

@@ -1,4 +1,4 @@
-"""Regions that are described rather than detected: annotated objects, or boxes of a file."""
+"""Regions that are given instead of detected: annotated objects or boxes from a file."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class GivenRegions:
     """Regions that are not detected.
 
     Attributes:
-        of: the regions of an image, without features.
-        count: how many an image has, where that is known without reading them.
-        categories: id -> name of those that the regions may have.
-        masks, ann_ids: whether all have a mask, and an annotation id.
-        box_format: of the file that they are of.
+        of: returns the regions of an image, without features.
+        count: returns the number of regions of an image, None if unknown without reading them.
+        categories: category id -> name.
+        masks: whether all regions have masks.
+        ann_ids: whether all regions have annotation ids.
+        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMS`.
     """
 
     of: Callable[[ImageRecord], Regions]
@@ -40,33 +41,37 @@ class GivenRegions:
 
 
 def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
-    """Say how many annotations of the images are crowds, which are no regions; InputError where all are."""
+    """Report the number of crowds, which are not used as regions; raise an InputError if all annotations are crowds."""
     found = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
     crowds, path = sum(a.iscrowd for a in found), image_list.index.path
     if not found:
-        say(f"{path}: the {len(image_list.records)} images have no annotation, so the store gets no region")
+        say(f"{path}: no annotations on the {len(image_list.records)} images, so the store has no regions")
     elif crowds == len(found):
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
-        raise InputError(f"{path}: iscrowd is 1 on {which} of the images (CVAT writes that for masks): crowds are no "
-                         "regions; --crowd-as-object takes them as objects")  # fmt: skip
+        raise InputError(f"{path}: no regions, iscrowd is 1 on {which} of the images (CVAT writes this for masks); "
+                         "add --crowd-as-object to use them as objects")  # fmt: skip
     elif crowds:
-        say(f"{path}: iscrowd is 1 on {crowds} of {len(found)} annotations of the images, which are no regions; "
-            "--crowd-as-object takes them as objects")  # fmt: skip
+        say(f"{path}: {crowds} of {len(found)} annotations of the images have iscrowd 1 and are not used as regions; "
+            "add --crowd-as-object to use them as objects")  # fmt: skip
 
 
 def given_regions(
     image_list: ImageList, regions: str, boxes: Path | None, box_format: str, say: Callable[[str], object]
 ) -> GivenRegions | None:
-    """The regions to describe; None where they are to be detected.
+    """Select the regions to extract features for, unless they are to be detected.
 
     Args:
+        image_list: the images.
         regions: "annotations" for the annotated objects of the images.
-        boxes: file of the boxes, see `refdet.extraction.boxes_from_file`; None for none.
-        box_format: how boxes of results are written.
-        say: is given a line about annotations that are no regions.
+        boxes: COCO results or a store with the boxes, None for none.
+        box_format: format of the boxes in COCO results, one of `refdet.data.box_format.NAMES`.
+        say: called with a line about annotations that are not used.
+
+    Returns:
+        The regions, None if they are to be detected.
 
     Raises:
-        InputError: the file is bad, or all annotations are crowds.
+        InputError: the file is invalid, or all annotations are crowds.
     """
     index = image_list.index
     if boxes is not None:
@@ -85,9 +90,16 @@ def given_regions(
 
 
 def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
-    """The annotated objects of an image as regions of score 1, without features; crowds are left out.
+    """Convert annotated objects to regions with score 1 and without features, excluding crowds.
 
-    Boxes are clipped to the image. An object without a segmentation gets its box as its mask.
+    Boxes are clipped to the image. An object without a segmentation gets its box as mask.
+
+    Args:
+        record: the image.
+        annotations: its annotations.
+
+    Returns:
+        The regions, with half-open boxes ``x1 y1 x2 y2`` in pixels.
     """
     objects = [a for a in annotations if not a.iscrowd]
     size = (record.height, record.width)

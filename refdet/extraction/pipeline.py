@@ -1,7 +1,7 @@
-"""The work of an extraction, a shard at a time, whatever computes the regions. No torch.
+"""Extraction pipeline, independent of how regions are computed. No torch.
 
-Three stages overlap: threads load images ahead, the main thread computes, and one thread in the background finishes
-the batches in their order and writes the shards.
+Three stages overlap: threads prefetch images, the main thread computes, and a background thread finishes batches in
+order and writes shards.
 """
 
 from __future__ import annotations
@@ -40,25 +40,27 @@ Load = Callable[[ImageRecord], np.ndarray]
 Finish = Callable[[], list[Regions]]
 Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]
 
-SHARD_IMAGES = 32  # what a stop can cost; with 100 regions of 3072 float32 an image, 40 MB
-_PIXELS_AHEAD = 1 << 28  # of images that wait for their turn, 0.8 GB
-_WAITING = 2  # batches computed and not yet finished; a GPU holds them all
+SHARD_IMAGES = 32  # lost at most by an interruption; 40 MB with 100 regions of 3072 float32 per image
+_PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
+_WAITING = 2  # batches computed but not finished, which stay in GPU memory
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction did.
+    """Result of an extraction.
 
     Attributes:
-        images, regions: in the store; errors: images that could not be used.
-        computed: images of this run, the others were finished before; seconds: what they took.
+        images: number of images in the store.
+        regions: number of regions in the store.
+        errors: number of unusable images.
+        computed: number of images computed by this run.
+        seconds: duration of computing them.
         bytes: size of the store.
-        images_per_second: of this run, without the merge; 0 where nothing was left to compute.
-        batch_size: images of a batch at most.
-        computing: seconds of each part of computing, where that tells; see `refdet.detector.profiler`.
-        stages: seconds of each of `STAGES`. The main thread waits for images (load), computes, and waits for the
-            thread in the background (wait); that one meanwhile finishes batches and writes shards. At last the
-            shards become the store (merge).
+        images_per_second: of this run, without the merge; 0 if nothing was computed.
+        stages: seconds per stage: load (waiting for images), compute and wait (for the background thread) in the main
+            thread, finish and write in the background thread, and merge at the end.
+        batch_size: maximum number of images per batch.
+        computing: seconds per part of computing, if measured (`refdet.detector.profiler`).
     """
 
     images: int
@@ -74,7 +76,7 @@ class Summary:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of each stage in the time of this run, 0 to 1; see `refdet.extraction.timing.shares`."""
+        """Fraction of this run's time spent in each stage, 0 to 1."""
         return shares(self.seconds, self.stages)
 
 
@@ -96,27 +98,28 @@ def extract(
 
     Args:
         out: the store.
-        plan: what is computed; a resumed extraction must have the same.
-        header: what the store says of itself.
-        batches: the images in the order of the work; those of a batch go through the detector together.
-        records: the same images in the order they get in the store.
-        load: gives an image as (H, W, 3) uint8 of its record's size; where it raises InputError, that image
-            gets no regions but the reason. Any other error ends the work.
-        compute: called with a batch in the main thread; what it gives is called once, in another thread and in the
-            order of the batches, for the batch's `Regions`, one for each of its images. What belongs to a thread, such
-            as ``torch.inference_mode`` and the stream of a GPU, is not handed over. An image that could not be loaded
-            is replaced by another of its batch, which is then in it twice.
-        resume: continue from finished shards; of a finished store compute the images that could not be used and now
-            can, with the other images of their batches.
-        workers: threads that load ahead.
-        shard_images: a shard is closed when it has this many images; a resumed extraction must have the same.
-        strict: stop at an image that cannot be used.
-        parts_of_computing: tells when the work is done how many seconds each part of computing took.
+        plan: what to compute; must be unchanged to resume.
+        header: metadata of the store.
+        batches: images in the order of computation; the images of a batch are computed together.
+        records: the same images in the order of the store.
+        load: loads an image as (H, W, 3) uint8 of its record's size. If it raises InputError, the reason is stored
+            instead of regions. Other exceptions abort the extraction.
+        compute: called with a batch in the main thread. Returns a function that is called once, in another thread and
+            in batch order, and returns the `Regions` of each image. Thread-local state (``torch.inference_mode``, CUDA
+            stream) is not passed on. Another image of the batch replaces one that could not be loaded.
+        resume: continue from finished shards. In a finished store, retry unusable images, with their whole batches.
+        workers: number of threads that prefetch images.
+        shard_images: number of images at which a shard is complete; must be unchanged to resume.
+        strict: fail at an unusable image.
+        parts_of_computing: called at the end; returns the seconds per part of computing.
+
+    Returns:
+        Numbers and timings.
 
     Raises:
-        InputError: see `refdet.extraction.shards.open_extraction`.
-        RuntimeFailure: no image at all could be used, the disk is full, images cannot be read for a reason that is not
-            theirs, a number is not finite, or it is strict and an image cannot be used; finished shards are kept.
+        InputError: as `refdet.extraction.shards.open_extraction`.
+        RuntimeFailure: no usable images, a full disk, a failure of the machine to read images, NaN or inf, or an
+            unusable image if ``strict``; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
@@ -153,13 +156,13 @@ def _work(
     parts: ShardSet,
     numbers: Sequence[int],
 ) -> Session:
-    """Compute shards and merge all into the store."""
+    """Compute shards and merge them into the store."""
     session = Session(parts.folder)
     with _stoppable(parts, len(records)):
         with session.computing():
             _compute_shards(parts, numbers, load, compute, workers, strict, session)
         if parts.errors and len(parts.errors) == len(records):
-            raise RuntimeFailure(none_usable(parts.errors, f"{parts.folder} keeps what is finished"))
+            raise RuntimeFailure(none_usable(parts.errors, f"finished shards are kept in {parts.folder}"))
         with session.timed("merge"):
             parts.merge(
                 records,
@@ -182,7 +185,7 @@ def _compute_shards(
     session: Session,
 ) -> None:
     batches = [batch for number in numbers for batch in parts.shards[number]]
-    kept = f"what is finished is kept in {parts.folder}"
+    kept = f"finished shards are kept in {parts.folder}"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
@@ -193,10 +196,10 @@ def _compute_shards(
                 try:
                     images = next(loaded)
                 except RuntimeFailure as error:
-                    raise RuntimeFailure(f"{error}; {kept}: continue with --resume") from error
+                    raise RuntimeFailure(f"{error}; {kept}, continue with --resume") from error
             bad = [image for image in images if isinstance(image, str)]
             if strict and bad:
-                raise RuntimeFailure(f"--strict: {bad[0]}; {kept}: add --resume then")
+                raise RuntimeFailure(f"--strict: {bad[0]}; {kept}, continue with --resume")
             with session.timed("compute"):
                 finish = begin_batch(batch, images, compute)
             with session.timed("wait"):
@@ -204,10 +207,10 @@ def _compute_shards(
 
 
 def begin_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
-    """Compute a batch; an image that could not be loaded gets no regions, and says why.
+    """Start computing a batch of (H, W, 3) uint8 images; a string is the reason why an image could not be loaded.
 
-    The place of such an image is taken by another of the batch, so that the batch keeps its size: what a network makes
-    of an image can depend on that, by rounding.
+    Such an image gets empty regions with the reason. Another one is computed in its place, to keep the batch size,
+    which can affect rounding.
     """
     good = [(record, image) for record, image in zip(batch, images, strict=True) if not isinstance(image, str)]
     bad = {
@@ -225,18 +228,18 @@ def begin_batch(batch: list[ImageRecord], images: list[np.ndarray | str], comput
     def regions() -> list[Regions]:
         found = finish()
         if [r.image_id for r in found] != asked:
-            raise ValueError("the detector gave regions of other images than it was asked for")
+            raise ValueError("the detector returned regions of other images")
         return [bad.get(place, one) for place, one in enumerate(found)]
 
     return regions
 
 
 class _Stopped(Exception):
-    """No more batches come."""
+    """There are no more batches."""
 
 
 class _Background:
-    """The thread that finishes batches and writes shards; what goes wrong in it is raised in the main thread."""
+    """Thread that finishes batches and writes shards; its exceptions are raised in the main thread."""
 
     def __init__(self, parts: ShardSet, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
         self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
@@ -251,8 +254,8 @@ class _Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        # Also when the work is stopped, what was computed is finished: it may complete a shard. Whoever cannot wait and
-        # presses Ctrl-C again still has to, or another process might write to the same folder as the thread.
+        # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C must
+        # wait too, or another process could write to the folder at the same time as the thread.
         again: KeyboardInterrupt | None = None
         with self._session.timed("wait"):
             while not self._ended.is_set():
@@ -261,14 +264,14 @@ class _Background:
                     self._ended.wait()
                 except KeyboardInterrupt as pressed:
                     again = pressed
-                    log.warning("note: what is computed is being finished first")
+                    log.warning("note: finishing the computed batches first")
         self._thread.join()
         error = self._error or again
         if error is not None and kind is None:
             raise error
 
     def put(self, finish: Finish) -> None:
-        """Hand over the next batch of the plan; waits while the thread is behind."""
+        """Queue the next batch of the plan, waiting while the queue is full."""
         self._room.acquire()
         if self._error is not None:
             raise self._error
@@ -282,7 +285,7 @@ class _Background:
             pass
         except BaseException as error:
             self._error = error
-            self._room.release()  # or the main thread would wait for ever
+            self._room.release()  # or the main thread would wait forever
         finally:
             self._ended.set()
 
@@ -309,16 +312,13 @@ class _Background:
 def load_ahead(
     load: Load, batches: Sequence[list[ImageRecord]], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """The images of each batch, an image that cannot be used as the reason.
-
-    ``ahead`` batches are loaded at once, fewer where their images are so large that they would fill the memory.
-    """
+    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one."""
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
         try:
             return load(record)
         except InputError as error:
-            # a name on disk need not be Unicode, but what the store holds must be
+            # file names need not be valid Unicode, but strings in the store must be
             return str(error).replace("\0", "?").encode(errors="replace").decode()
 
     pool = ThreadPoolExecutor(max(1, workers))
@@ -341,10 +341,10 @@ def load_ahead(
 
 @contextmanager
 def _stoppable(parts: ShardSet, total: int) -> Iterator[None]:
-    """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted that says what is kept and how to go on."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted with what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():
             yield
     except KeyboardInterrupt:
         kept = f"{parts.done} of {total} images are finished and kept in {parts.folder}"
-        raise Interrupted(f"stopped; {kept}; add --resume to continue") from None
+        raise Interrupted(f"stopped: {kept}; continue with --resume") from None

@@ -1,4 +1,4 @@
-"""The plan of an extraction, fixed before the first image is read: what is computed, in which shards. No torch."""
+"""Plan of an extraction: what is computed, and its division into shards. No torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from typing import Any
 from refdet.config.renamed_keys import current
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
+from refdet.files.short_text import cut
 from refdet.store.schema import Header
 
-Shard = list[list[ImageRecord]]  # its batches, in the order of the work
+Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
-_UNSAID = {"exif": "ignore"}  # options that are kept only where they have another value
-_OPTIONS = {"at_least_one": "lower_threshold_if_empty"}  # which are called otherwise on the command line
-_LONGEST = 80  # characters of a value that are shown
-_SHOWN = 3  # changed parts of a recipe that are named
+_UNSAID = {"exif": "ignore"}  # options that are stored only with another value
+_OPTIONS = {"at_least_one": "lower_threshold_if_empty"}  # stored name -> name on the command line
+_SHOWN = 3  # changed keys of a recipe in a message
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is being computed: all that decides the contents of the store, and the batch size.
+    """What is computed: everything that determines the contents of the store, and the batch size.
 
     Attributes:
-        options: names and values as they are kept in the store; two extractions with equal options give the
-            same file.
-        features, dtype, masks, ann_ids, maps, compression: the columns, see `refdet.store.Columns`.
-        batch_size: images of a batch at most. It is no option of the store: on another machine another one is right,
-            and what a batch computes differs by rounding alone. But shards of two batch sizes do not fit together.
+        options: options as stored; extractions with equal options write identical files.
+        features: names of the feature columns, such as "fc7".
+        dtype: of features and maps, "float16" or "float32".
+        masks: whether masks are stored.
+        ann_ids: whether annotation ids are stored.
+        batch_size: maximum number of images per batch. Not an option of the store, as it depends on the machine and
+            affects results only by rounding, but shards of different batch sizes cannot be combined.
+        maps: names of the feature maps stored for each image.
+        compression: of features and maps, "none", "gzip" or "lzf".
     """
 
     options: dict[str, Any]
@@ -44,23 +48,31 @@ class Plan:
     compression: str = "none"
 
     def differences(self, other: dict[str, Any], undecided: Container[str] = ()) -> str:
-        """What differs from another plan's options but for those undecided, for people; "" where nothing does."""
-        told = []
-        mine = json.loads(json.dumps(self.options))  # tuples become lists, as they did on disk
+        """Describe the differences to another plan's options.
+
+        Args:
+            other: options of the other plan.
+            undecided: options to ignore.
+
+        Returns:
+            A human-readable description, "" if there is no difference.
+        """
+        found = []
+        mine = json.loads(json.dumps(self.options))  # turns tuples into lists, as on disk
         for name in [*mine, *(key for key in other if key not in mine)]:
             old, new = (options.get(name, _UNSAID.get(name)) for options in (other, mine))
             if old == new or name in undecided:
                 continue
             if name.endswith("_sha256"):
-                told.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
+                found.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                told.append(
+                found.append(
                     f"--{_OPTIONS.get(name, name).replace('_', '-')} was {_shown(old)} and is now {_shown(new)}"
                 )
-        return "; ".join(told)
+        return "; ".join(found)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
-        """The plan with its cut into shards and what the store will say of itself, as ``plan.json`` keeps it."""
+        """Contents of ``plan.json``: the plan, its division into shards, and the store's header."""
         return {
             "options": self.options,
             "batch_size": self.batch_size,
@@ -69,38 +81,53 @@ class Plan:
         }
 
     def other_options(self, header: Header, other: Mapping[str, Any], undecided: Container[str] = ()) -> str:
-        """What differs from the options and header that another ``plan.json`` holds, for people; "" where nothing does.
+        """Describe the differences to the options and header in another ``plan.json``.
 
-        A plan of a refdet that did not keep the recipe, classes and provenance in it is of another version: nobody
-        knows whether its shards are of the same detector. A batch size is compared where one was chosen.
+        A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
+        may be of another detector. The batch size is compared unless it is 0.
+
+        Args:
+            header: metadata of the store.
+            other: contents of the other ``plan.json``.
+            undecided: options to ignore.
+
+        Returns:
+            A human-readable description, "" if there is no difference.
         """
         if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
-            return "by another version of refdet"
-        told = self.differences(other["options"], undecided) or header_differences(header, other["header"])
-        if not told and self.batch_size and other.get("batch_size") != self.batch_size:
+            return "another version of refdet"
+        found = self.differences(other["options"], undecided) or header_differences(header, other["header"])
+        if not found and self.batch_size and other.get("batch_size") != self.batch_size:
             return f"--batch-size was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
-        return told
+        return found
 
     def other_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
-        """Whether the work of another ``plan.json`` was cut into other shards, for people; "" where it was not."""
+        """Describe a different division into shards in another ``plan.json``, "" if it is the same."""
         mine = self._cut(shards)
-        return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "in other shards"
+        return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "other shards"
 
     def _cut(self, shards: Sequence[Shard]) -> dict[str, Any]:
-        cut = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
+        ids = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
         return {
             "shards": len(shards),
             "images": sum(len(batch) for shard in shards for batch in shard),
-            "shards_sha256": hashlib.sha256(cut.encode()).hexdigest(),
+            "shards_sha256": hashlib.sha256(ids.encode()).hexdigest(),
         }
 
 
 def header_differences(header: Header, other: Mapping[str, Any]) -> str:
-    """What differs from the recipe, classes and provenance of ``other``, for people; "" where nothing does.
+    """Describe the differences to another recipe, classes and provenance.
 
-    They come of a checkpoint's ``model.json``, which may change while the weights stay what they are.
+    They come from a checkpoint's ``model.json``, which can change while the weights stay the same.
+
+    Args:
+        header: metadata of the store.
+        other: the other recipe, classes and provenance.
+
+    Returns:
+        A human-readable description, "" if there is no difference.
     """
-    told = []
+    found = []
     for name, text in _HEADER.items():
         old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
         if name == "recipe":
@@ -108,12 +135,12 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
         if old != new:
             parts = list(_changed(old, new))
             named = "; ".join(parts[:_SHOWN]) + ("; ..." if len(parts) > _SHOWN else "")
-            told.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
-    return "; ".join(told)
+            found.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
+    return "; ".join(found)
 
 
 def _parsed(recipe: Any) -> Any:
-    """A recipe's JSON in today's keys, whichever refdet wrote it; what is none as it is."""
+    """Parse a recipe and rename old keys; anything else is returned unchanged."""
     try:
         return current(json.loads(recipe))[0]
     except (TypeError, ValueError, RecursionError, InputError):
@@ -121,7 +148,7 @@ def _parsed(recipe: Any) -> Any:
 
 
 def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """The parts in which two JSON objects differ, each with its dotted name."""
+    """Describe each difference between two JSON objects, with its dotted key."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
             yield f"{name or 'it'} was {_shown(old)} and is now {_shown(new)}"
@@ -131,7 +158,15 @@ def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 
 def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:
-    """Batches in shards: one is closed when it has so many images."""
+    """Group batches into shards.
+
+    Args:
+        batches: the batches.
+        images: number of images at which a shard is complete.
+
+    Returns:
+        The shards.
+    """
     shards: list[Shard] = []
     size = images
     for batch in batches:
@@ -144,5 +179,4 @@ def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[S
 
 
 def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return cut(value if isinstance(value, str) else json.dumps(value))

@@ -1,7 +1,7 @@
-"""Images of a finished store that could not be used, computed once their files are repaired. No torch.
+"""Compute unusable images of a finished store after their files have been repaired. No torch.
 
-Only the batches that hold such images are computed, into the shards of a folder ``F.h5.repair``; all other images are
-read from the store itself. What comes of both takes the store's place when it is whole, so a store is always complete.
+Only the batches with such images are computed, to shards in a folder ``F.h5.repair``; the other images are copied from
+the store. The result replaces the store atomically, so a store is always complete.
 """
 
 from __future__ import annotations
@@ -31,16 +31,23 @@ from refdet.store.schema import check_starts
 
 log = logging.getLogger(__name__)
 
-_OF = "repair.json"  # which store is repaired, and how
+_OF = "repair.json"  # the store and the plan of its repair
 
 
 def repair_folder(out: Path) -> Path:
-    """Where the shards of repaired images are until they are in the store."""
+    """Folder of the shards of repaired images until they are merged."""
     return out.with_name(out.name + ".repair")
 
 
 class Repair(ShardSet):
-    """The shards of repaired images; made by `repair`."""
+    """Shards of repaired images; created by `repair`.
+
+    Args:
+        old: the store.
+        plan: what is computed.
+        header: metadata of the store.
+        shards: batches of each shard.
+    """
 
     def __init__(self, old: Store, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
         super().__init__(old.path, plan, header, shards, repair_folder(old.path))
@@ -50,12 +57,16 @@ class Repair(ShardSet):
                 self._shapes.setdefault(name, old.data[f"features/{name}"].shape[1:])
 
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Write the store anew, put it in the place of the old one, and remove the folder.
+        """Write a new store, replace the old one with it, and remove the folder.
 
-        What the store says of its run stays; that of this one is added as "repaired".
+        The store keeps the information about its run, and that of this run is added as "repaired".
+
+        Args:
+            records: images in the order of the store.
+            run: called after writing; returns the information about this run.
 
         Raises:
-            RuntimeFailure: the disk is full, or a shard was damaged meanwhile.
+            RuntimeFailure: the disk is full, or a shard is damaged.
         """
         made = self._by_id()
         images = [made.get(r.id) or (self._old_rows[r.id], partial(self._old.read, r.id)) for r in records]
@@ -77,38 +88,45 @@ def repair(
     strict: bool,
     shard_images: int,
 ) -> Iterator[Repair | None]:
-    """Start or continue to compute images of a finished store that could not be used and now can.
+    """Start or continue computing unusable images of a finished store that can now be read.
 
-    What was finished of another repair, of an earlier store or other images, is computed anew. Gives None where there
-    is nothing to do.
+    Finished shards of another repair, for an earlier store or other images, are discarded.
 
     Args:
-        out: the store, complete and made under this plan and header of these batches.
-        strict: begin only where all of its images can be used.
+        out: the store, complete and with this plan, header and batches.
+        plan: what to compute.
+        header: metadata of the store.
+        batches: all batches of the extraction.
+        records: all images in the order of the store.
+        load: loads an image, raising InputError if it is unusable.
+        strict: fail if an image is still unusable.
+        shard_images: number of images at which a shard is complete.
+
+    Yields:
+        The shards of the repair, None if there is nothing to do.
 
     Raises:
-        InputError: another batch size was used for the store, the folder is somebody else's, or another process is
-            at it.
-        RuntimeFailure: the disk is full; or an image is still broken, and it is strict.
+        InputError: the store has another batch size, the folder has other files, or another process is using it.
+        RuntimeFailure: the disk is full, or an image is still unusable and ``strict`` is True.
     """
     folder = repair_folder(out)
     with store.open(out) as old:
         usable = readable(old.errors, records, load)
         broken = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and broken:
-            raise RuntimeFailure(f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images; when their "
-                            "files are repaired, run it again with --resume")  # fmt: skip
+            raise RuntimeFailure(f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
+                            "their files and run it again with --resume")  # fmt: skip
         if not usable:
-            if (folder / _OF).is_file():  # stopped when the store had been replaced already
+            if (folder / _OF).is_file():  # interrupted after replacing the store
                 _remove(folder, out)
             yield None
             return
         size = old.run.get("batch_size", plan.batch_size)
         if size != plan.batch_size:
-            raise InputError(f"{out} is complete but was made differently: --batch-size was {size} and is now "
+            raise InputError(f"{out} is complete but has different settings: --batch-size was {size} and is now "
                              f"{plan.batch_size}; use the same to compute its repaired images")  # fmt: skip
         if folder.exists() and any(folder.iterdir()) and not (folder / _OF).is_file():
-            raise InputError(f"{folder}: is needed for repaired images, but holds other files; move it")
+            raise InputError(f"{folder}: needed for repaired images, but contains other files; move it")
         affected = [batch for batch in batches if any(record.id in usable for record in batch)]
         shards = cut_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
@@ -118,28 +136,37 @@ def repair(
                 if _begun(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, but=("lock",))
                     write_json(folder / _OF, work)
-                for path in (folder / out.name, *_half_written(folder)):  # when a process was killed
+                for path in (folder / out.name, *_half_written(folder)):  # by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
 
 def readable(errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]) -> set[int]:
-    """Which of the images that could not be used can be read now: their files were repaired or put there."""
+    """Find unusable images that can now be read, as their files were repaired or added.
+
+    Args:
+        errors: ids of the unusable images.
+        records: all images.
+        load: loads an image, raising InputError if it is unusable.
+
+    Returns:
+        Ids of the images that can be read.
+    """
     found = set()
     for record in progress([r for r in records if r.id in errors], "look for repaired images", "image", leave=False):
         with suppress(InputError):
             load(record)
             found.add(record.id)
     if found:
-        log.warning("note: %d images that could not be used can be read now", len(found))
+        log.warning("note: %d previously unusable images can now be read", len(found))
     return found
 
 
 def none_usable(errors: Mapping[int, str], kept: str) -> str:
-    """The error of an extraction of which every image failed, with the first reason and what is kept."""
+    """Error message of an extraction without usable images, with the first reason and what is kept."""
     return (
-        f"none of the {len(errors)} images could be used; the first: {next(iter(errors.values()))}; {kept}: see to the "
-        "files (or to --images), then run it again with --resume"
+        f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
+        "files or --images and run it again with --resume"
     )
 
 
@@ -151,7 +178,7 @@ def _begun(folder: Path) -> Any:
 
 
 def _remove(folder: Path, out: Path, but: Sequence[str] = ()) -> None:
-    """Remove what a repair writes, the file last that says so, then the folder if nothing else is in it."""
+    """Remove the files of a repair, `_OF` last, and the folder if it is then empty."""
     ours = [*folder.glob("[0-9]*.shard"), *_half_written(folder), folder / "sessions.jsonl", folder / out.name]
     for path in (*ours, folder / "lock", folder / _OF):
         if path.name not in but:
@@ -161,12 +188,18 @@ def _remove(folder: Path, out: Path, but: Sequence[str] = ()) -> None:
 
 
 def _half_written(folder: Path) -> list[Path]:
-    """The temporary files of a process that was killed."""
+    """Temporary files of a process that was killed."""
     return list(folder.glob(f".*.{MARK}.*"))
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:
-    """Image id -> its row in a store, as it is announced to a writer.
+    """Rows of a store by image id, as a writer needs them.
+
+    Args:
+        old: the store.
+
+    Returns:
+        Image id -> row.
 
     Raises:
         InputError: the store is damaged.
@@ -180,7 +213,7 @@ def _rows(old: Store) -> dict[int, ImageRow]:
             mask_bytes = np.diff(starts[ends])
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
     except store.CORRUPTION_ERRORS as error:
-        raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
+        raise InputError(f"{old.path}: damaged ({error}); extract it again") from None
     numbers = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
     return {
         image_id: ImageRow(image_id, str(name), height, width, str(error), regions, length, (c, h, w))

@@ -1,17 +1,16 @@
-r"""One shard on disk: the regions of some images, one image after the other, with checksums. No torch.
+r"""File format of a shard: the regions of several images with checksums. No torch.
 
     "refdet-shard/2\\n"
-    block                 the shard's shard_id: which shard of which plan it is; JSON
-    blocks                of each image
-    u64 0, u32 CRC-32     the end, and the checksum of the checksums of all blocks
+    block                 shard_id: number of the shard and hash of its plan; JSON
+    blocks                one per image
+    u64 0, u32 CRC-32     end marker, and checksum of the checksums of all blocks
 
-A block is its length (u64), its CRC-32 (u32) and so many bytes. Those of an image are the length of a head (u32), the
-head (JSON: its fields, the length of each mask, and name, dtype and shape of each array), then the masks back to back,
-then the arrays in that order. Numbers are little-endian.
+A block is its length (u64), its CRC-32 (u32) and its data. The data of an image are the length of a header (u32), the
+header (JSON: fields, length of each mask, and name, dtype and shape of each array), the concatenated masks, and the
+arrays in order. Numbers are little-endian.
 
-Images are written as they come and read one by one, so memory holds one of them however large its features are. Who
-writes or reads a shard learns the `BlockLocation` of each image, and can read that one alone afterwards. The CRC-32 is
-for accidents: it finds a cut, a hole and a flipped bit at the speed of memory.
+Images are written and read one at a time, so only one is in memory. Writing and reading return the `BlockLocation` of
+each image, by which it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
 """
 
 from __future__ import annotations
@@ -41,11 +40,17 @@ _FEATURE, _MAP = "features/", "maps/"
 
 
 class ShardError(Exception):
-    """A shard is not what was written; the message says what is wrong with it, without its name."""
+    """A damaged or foreign shard; the message does not include its path."""
 
 
 class BlockLocation(NamedTuple):
-    """Where the block of an image is in its shard: the first of its bytes, how many they are, and their CRC-32."""
+    """Location of an image's block in its shard.
+
+    Attributes:
+        start: offset of its data in bytes.
+        length: number of bytes.
+        crc: CRC-32 of the data.
+    """
 
     start: int
     length: int
@@ -53,30 +58,37 @@ class BlockLocation(NamedTuple):
 
 
 class ShardWriter:
-    """Writes the images of one shard to a file opened for it.
+    """Writes the images of a shard.
 
     Args:
-        shard_id: which shard this is; JSON. `read` wants the same.
-        plan: says what is kept of the regions.
+        file: a binary file open for writing.
+        shard_id: identity of the shard, JSON; `read` requires the same.
+        plan: which columns of the regions to write.
     """
 
     def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any], plan: Plan) -> None:
         self._file, self._plan = file, plan
         self._size = len(_MAGIC)
-        self._crc = 0  # of the blocks' own
+        self._crc = 0  # of the blocks' CRCs
         file.write(_MAGIC)
         self._write([json.dumps(shard_id).encode()])
 
     def add(self, regions: Regions) -> BlockLocation:
-        """Write one image; gives where it is.
+        """Write an image.
+
+        Args:
+            regions: the regions of the image.
+
+        Returns:
+            Location of its block.
 
         Raises:
-            ValueError: a column is missing that is to be kept.
+            ValueError: a required column is missing.
             RuntimeFailure: a number is not finite, or too large for float16.
         """
         masks = regions.masks or () if self._plan.masks else ()
         if self._plan.masks and len(masks) != len(regions):
-            raise ValueError(f"image {regions.image_id}: regions without masks where masks are kept")
+            raise ValueError(f"image {regions.image_id}: no masks, which the plan requires")
         arrays = _arrays(regions, self._plan)
         head = json.dumps({
             "id": regions.image_id, "file_name": regions.file_name,
@@ -88,7 +100,7 @@ class ShardWriter:
         return self._write([_NUMBER.pack(len(head)), head, *masks, *parts])
 
     def finish(self) -> None:
-        """Write the end and its checksum."""
+        """Write the end marker and the checksum of all blocks."""
         self._file.write(_BLOCK.pack(0, self._crc))
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> BlockLocation:
@@ -105,78 +117,94 @@ class ShardWriter:
 
 
 def read(path: Path, shard_id: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regions, BlockLocation]]:
-    """The images of a shard, in the order they were added.
+    """Iterate over the images of a shard in order.
 
-    Only when all have come without an error the shard is whole.
+    The shard is known to be complete only at the end of the iteration.
+
+    Args:
+        path: the shard.
+        shard_id: expected identity of the shard.
+        plan: columns of the regions.
+
+    Yields:
+        Regions of each image and location of its block.
 
     Raises:
-        ShardError: it is cut or damaged, or is another shard.
+        ShardError: the shard is truncated, damaged or another one.
     """
     with path.open("rb") as file:
         blocks = _blocks(file)
         try:
             found = json.loads(next(blocks)[0])
         except (ValueError, RecursionError):
-            raise ShardError("damaged: it has no shard_id") from None
+            raise ShardError("damaged: no shard_id") from None
         if found != shard_id:
-            raise ShardError("it is of another extraction")
+            raise ShardError("belongs to another extraction")
         for data, place in blocks:
             yield _image(data, plan), place
 
 
 def read_at(path: Path, place: BlockLocation, plan: Plan) -> Regions:
-    """One image of a shard.
+    """Read one image of a shard.
+
+    Args:
+        path: the shard.
+        place: location of the image's block.
+        plan: columns of the regions.
+
+    Returns:
+        Regions of the image.
 
     Raises:
-        ShardError: what is there is not what was written, or the shard is gone.
+        ShardError: the shard is damaged or missing.
     """
     try:
         with path.open("rb") as file:
             file.seek(place.start)
             return _image(_checked(file.read(place.length), place), plan)
     except FileNotFoundError:
-        raise ShardError("it is gone") from None
+        raise ShardError("missing") from None
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
-    """All blocks of a shard; each is checked before it is given, and at the end that none is missing."""
+    """Iterate over the blocks of a shard, checking each one and finally that none is missing."""
     left = os.fstat(file.fileno()).st_size - len(_MAGIC)
     if file.read(len(_MAGIC)) != _MAGIC:
-        raise ShardError("damaged: it is no shard" if left > -len(_MAGIC) else "damaged: it is empty")
+        raise ShardError("damaged: not a shard" if left > -len(_MAGIC) else "damaged: empty")
     blocks = 0
     all_crcs = 0
     while True:
         if left < _BLOCK.size:
-            raise ShardError("damaged: it is cut")
+            raise ShardError("damaged: truncated")
         length, crc = _BLOCK.unpack(file.read(_BLOCK.size))
         left -= _BLOCK.size + length
         if not length:
             break
-        if left < 0:  # before so many bytes are asked for
-            raise ShardError("damaged: it is cut")
+        if left < 0:  # before allocating so many bytes
+            raise ShardError("damaged: truncated")
         place = BlockLocation(file.tell(), length, crc)
         yield _checked(file.read(length), place), place
         all_crcs = zlib.crc32(_NUMBER.pack(crc), all_crcs)
         blocks += 1
     if crc != all_crcs or left or not blocks:
-        raise ShardError("damaged: its end does not fit")
+        raise ShardError("damaged: wrong end marker or checksum")
 
 
 def _checked(data: bytes, place: BlockLocation) -> bytes:
     if len(data) != place.length:
-        raise ShardError("damaged: it is cut")
+        raise ShardError("damaged: truncated")
     if zlib.crc32(data) != place.crc:
-        raise ShardError("damaged: a checksum does not fit")
+        raise ShardError("damaged: checksum mismatch")
     return data
 
 
 def _image(data: bytes, plan: Plan) -> Regions:
-    # A checksum is right of what somebody wrote on purpose, too.
+    # A file written with malicious intent has valid checksums, too.
     try:
         return _parsed(data, plan)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
             struct.error) as error:  # fmt: skip
-        raise ShardError(f"damaged: an image in it is none ({type(error).__name__}: {cut(error)})") from None
+        raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
 
 
 def _parsed(data: bytes, plan: Plan) -> Regions:
@@ -190,11 +218,11 @@ def _parsed(data: bytes, plan: Plan) -> Regions:
     arrays, at = {}, ends[-1]
     for name, dtype, shape in head["arrays"]:
         if dtype != dtypes[name].str:
-            raise ValueError(f"{name} is of {dtype!r:.20}")
+            raise ValueError(f"{name} has dtype {dtype!r:.20}")
         count = math.prod(shape)
         if min(shape, default=0) < 0:
-            raise ValueError(f"{name} is of a negative size")
-        # a copy, since among bytes of any length numbers lie as they do not for any other reader
+            raise ValueError(f"{name} has a negative size")
+        # copied, as the data may be unaligned
         arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape).copy() if count else np.zeros(shape, dtype)
         at += count * np.dtype(dtype).itemsize
     regions = _regions(head, masks if plan.masks else None, arrays)
@@ -204,36 +232,36 @@ def _parsed(data: bytes, plan: Plan) -> Regions:
 
 
 def _check_head(head: Mapping[str, Any]) -> None:
-    """ValueError where a field could not be written to a store."""
+    """Raise a ValueError if a field cannot be written to a store."""
     texts, size = (head["file_name"], head["error"]), (head["height"], head["width"])
     if not is_id(head["id"]) or any(type(side) is not int for side in size):
-        raise ValueError("its id and its size are not integers")
+        raise ValueError("id or size is not an integer")
     if problem := size_problem(*size):
         raise ValueError(problem)
     if min(head["masks"], default=0) < 0:
-        raise ValueError("a mask of a negative length")
+        raise ValueError("mask with a negative length")
     if any("\0" in text for text in texts):
-        raise ValueError("a zero in a text")
+        raise ValueError("NUL in a text")
     for text in texts:
         text.encode("utf-8", "surrogateescape")
 
 
 def _dtypes(plan: Plan) -> dict[str, np.dtype]:
-    """Each array that an image can have -> what its numbers are."""
+    """Name -> dtype of each array that an image can have."""
     fixed = {"box": "<f4", "score": "<f4", "category_id": "<i8", "ann_id": "<i8", "im_info": "<f4"}
     of_plan = [_FEATURE + name for name in plan.features] + [_MAP + name for name in plan.maps]
     return {name: np.dtype(dtype) for name, dtype in [*fixed.items(), *((name, plan.dtype) for name in of_plan)]}
 
 
 def _required(regions: Regions, plan: Plan) -> set[str]:
-    """The arrays that an image must have beside those of its boxes."""
+    """Names of the arrays that an image must have besides its boxes."""
     of_regions = ["ann_id"] * plan.ann_ids + [_FEATURE + name for name in plan.features]
     maps = [] if regions.error else [_MAP + name for name in plan.maps]
     return {*maps, *(of_regions if len(regions) else [])}
 
 
 def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:
-    """What is kept of an image's regions, as it is kept; with `_regions` the only place that knows the columns."""
+    """Convert an image's regions to the arrays that are stored; the inverse of `_regions`."""
     arrays = {
         "box": np.ascontiguousarray(regions.boxes, "<f4"),
         "score": np.ascontiguousarray(regions.scores, "<f4"),
@@ -241,12 +269,12 @@ def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:
     }
     if plan.ann_ids and len(regions):
         if regions.ann_ids is None:
-            raise ValueError(f"image {regions.image_id}: regions without annotation ids where they are kept")
+            raise ValueError(f"image {regions.image_id}: no annotation ids, which the plan requires")
         arrays["ann_id"] = np.ascontiguousarray(regions.ann_ids, "<i8")
     for name in plan.features:
         if len(regions) and name not in regions.features:
-            raise ValueError(f"image {regions.image_id}: regions without {name}")
-        if name in regions.features:  # an image without regions may still know the shape of its features
+            raise ValueError(f"image {regions.image_id}: no {name} features")
+        if name in regions.features:  # an image without regions may have features with a known shape
             arrays[_FEATURE + name] = _cast(regions.features[name], plan.dtype)
     for name in plan.maps:
         if name not in regions.maps and not regions.error:
@@ -261,19 +289,19 @@ def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:
 
 
 def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
+    with np.errstate(over="ignore"):  # infinite values are refused later
         return np.ascontiguousarray(values, dtype)
 
 
 def _not_finite(regions: Regions, name: str, dtype: str) -> RuntimeFailure:
-    """The error for an array that holds infinity, or what is no number."""
+    """Error for an array that contains infinity or NaN."""
     where = f"image {regions.image_id} ({regions.file_name}): {name.split('/')[-1]}"
     given = {**regions.features, **regions.maps}.get(name.split("/")[-1])
     if given is not None and np.isfinite(given).all():
         largest = float(np.abs(given).max())
-        return RuntimeFailure(f"{where} reaches {largest:g}, more than {dtype} can hold ({np.finfo(dtype).max:g}); "
+        return RuntimeFailure(f"{where} reaches {largest:g}, beyond the range of {dtype} ({np.finfo(dtype).max:g}); "
                          "start again with --dtype float32")  # fmt: skip
-    return RuntimeFailure(f"{where} is not finite; are the weights of the checkpoint?")
+    return RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 
 def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: Mapping[str, np.ndarray]) -> Regions:

@@ -1,6 +1,6 @@
-"""The folder of an unfinished extraction: whether it is one, under which plan it was begun, and whether work may go on.
+"""Folder of an unfinished extraction: read its plan and check whether it can be resumed.
 
-No torch: what does not fit is found before the detector is loaded.
+Without torch, so that mismatches are found before the detector is loaded.
 """
 
 from __future__ import annotations
@@ -19,29 +19,36 @@ from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
 LOCK, PLAN = "lock", "plan.json"
-MERGED = "merged.json"  # which file the shards became
-_MOST_AT_ONCE = 4096  # images of a batch that a plan is believed
-# The names that an extraction gives in its folder; before they had MARK, temporary files had eight hex digits alone.
+MERGED = "merged.json"  # inode of the file merged from the shards
+_MOST_AT_ONCE = 4096  # largest batch size accepted from a plan
+# File names of an extraction; older temporary files have eight hex digits without MARK.
 OURS = re.compile(rf"{LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
                   rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)")  # fmt: skip
 
 
 def parts_folder(out: Path) -> Path:
-    """Where the finished shards of ``out`` are until it is complete."""
+    """Folder of the finished shards of ``out`` until it is complete."""
     return out.with_name(out.name + ".parts")
 
 
 def progress(folder: Path) -> dict[str, Any] | None:
-    """What ``plan.json`` says of an unfinished extraction, and as "finished" how many shards there are.
+    """Read the plan of an unfinished extraction.
 
-    None where the folder is of none. InputError where its plan is damaged.
+    Args:
+        folder: folder of the shards.
+
+    Returns:
+        Contents of ``plan.json`` and the number of shards as "finished"; None if it is not such a folder.
+
+    Raises:
+        InputError: the plan is damaged.
     """
     begun = begun_plan(folder)
     return None if begun is None else {**begun, "finished": len(list(folder.glob("[0-9]*.shard")))}
 
 
 def begun_batch_size(out: Path) -> int | None:
-    """The batch size of an unfinished extraction, or of a finished one that says it; None where nothing was begun."""
+    """Batch size of an unfinished or finished extraction into ``out``, None if unknown."""
     begun = begun_plan(parts_folder(out))
     if begun is None and out.exists():
         with store.open(out) as finished:
@@ -51,10 +58,16 @@ def begun_batch_size(out: Path) -> int | None:
 
 
 def begun_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan under which a folder was begun; None where there is none, or nothing that was done under it.
+    """Read the plan in a folder.
+
+    Args:
+        folder: folder of the shards.
+
+    Returns:
+        Contents of ``plan.json``; None if it does not exist, or is damaged and there are no shards.
 
     Raises:
-        InputError: it is damaged, and there are shards.
+        InputError: it is damaged and there are shards.
     """
     path = folder / PLAN
     if not os.path.lexists(path):
@@ -62,7 +75,7 @@ def begun_plan(folder: Path) -> dict[str, Any] | None:
     try:
         value = read_small_json(path)
         if not isinstance(value, dict):
-            raise InputError(f"{path}: not an object")
+            raise InputError(f"{path}: not a JSON object")
     except InputError as error:
         if not any(folder.glob("[0-9]*.shard")):
             return None
@@ -74,19 +87,23 @@ def begun_plan(folder: Path) -> dict[str, Any] | None:
 def check_begun(
     out: Path, plan: Plan, header: Header, resume: bool, undecided: Container[str] = ()
 ) -> dict[str, Any] | None:
-    """See that an extraction into ``out`` may begin or, with ``resume``, go on; what was begun goes on only as it was.
+    """Check that an extraction into ``out`` can start or, with ``resume``, continue with the same settings.
 
-    How the images are cut into shards is not looked at; see `Plan.other_shards`.
+    Does not compare the division into shards (`Plan.other_shards`).
 
     Args:
-        undecided: options of the plan that are not compared.
+        out: the store.
+        plan: what to compute.
+        header: metadata of the store.
+        resume: whether to continue an unfinished extraction.
+        undecided: options of the plan to ignore.
 
     Returns:
-        the plan under which it was begun; None where nothing was.
+        Contents of ``plan.json`` of the unfinished extraction, None if there is none.
 
     Raises:
-        InputError: ``out`` or its shards exist and ``resume`` is False; they were made under another plan or header;
-            files of somebody else are in the folder.
+        InputError: ``out`` or its shards exist and ``resume`` is False; they have another plan or header; or the
+            folder has foreign files.
     """
     folder = parts_folder(out)
     begun = begun_plan(folder)
@@ -95,22 +112,22 @@ def check_begun(
     if begun is not None:
         if not resume:
             raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
-        if told := plan.other_options(header, begun, undecided):
-            raise InputError(f"{folder} was started differently: {told}; use the same options and checkpoint, or "
-                             "remove it")  # fmt: skip
+        if difference := plan.other_options(header, begun, undecided):
+            raise InputError(f"{folder} was started with different settings: {difference}; use the same options and "
+                             "checkpoint, or remove it")  # fmt: skip
     elif out.exists():
         with store.open(out) as finished:
             said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
-            told = plan.differences(finished.options, undecided) or header_differences(header, said)
-        if told:
-            raise InputError(f"{out} is complete but was made differently: {told}; choose another --out")
+            difference = plan.differences(finished.options, undecided) or header_differences(header, said)
+        if difference:
+            raise InputError(f"{out} is complete but has different settings: {difference}; choose another --out")
     elif strange := _strange(folder):
-        raise InputError(f"{folder}: holds {strange}, which no extraction wrote; move it or choose another --out")
+        raise InputError(f"{folder}: contains {strange}, not part of an extraction; move it or choose another --out")
     return begun
 
 
 def _strange(folder: Path) -> str:
-    """The first name in a folder that no extraction gives, "" where there is none."""
+    """First file name in a folder that is not part of an extraction, "" if there is none."""
     try:
         return min((path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)), default="")
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Extraction in progress: the folder ``F.h5.parts`` of finished shards, and their merging into ``F.h5``.
+"""Shards of an unfinished extraction in the folder ``F.h5.parts``, and merging them into ``F.h5``. No torch.
 
-``plan.json`` says what is being computed and how it is cut into shards; a folder made under another plan is refused.
-Shard k holds the images that the plan gives it, is whole or absent, and has a checksum: so what a store holds does not
-depend on who stopped the work, when, and how often. A shard that is damaged is removed and computed again. No torch.
+``plan.json`` holds what is computed and how it is divided into shards; a folder with another plan is refused. A shard
+holds the images that the plan assigns to it, is complete or absent, and has a checksum, so the contents of a store do
+not depend on interruptions. A damaged shard is removed and computed again.
 """
 
 from __future__ import annotations
@@ -32,15 +32,26 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_Image = tuple[ImageRow, Callable[[], Regions]]  # an image's row in the store, and what reads its regions
+_Image = tuple[ImageRow, Callable[[], Regions]]  # row in the store, and a function that reads the regions
 
 
 class ShardSet:
-    """The shards of one extraction, in ``out``'s `parts_folder` by default; made by `open_extraction`.
+    """Shards of an extraction; created by `open_extraction`.
+
+    Args:
+        out: the store.
+        plan: what is computed.
+        header: metadata of the store.
+        shards: batches of each shard.
+        folder: folder of the shards, by default the `parts_folder` of ``out``.
+        begun: contents of the folder's ``plan.json``, if it exists.
 
     Attributes:
-        folder: where they are.
-        shards: the plan's, by their number.
+        out: the store.
+        folder: folder of the shards.
+        plan: what is computed.
+        header: metadata of the store.
+        shards: batches of each shard.
     """
 
     def __init__(
@@ -56,16 +67,16 @@ class ShardSet:
         self.folder = folder or parts_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
-        self._mend = "what is finished is kept: free some space, then continue with --resume"
+        self._fix = "finished shards are kept; free some space and continue with --resume"
         work = plan.work(shards, header)
-        if begun is not None:  # an older refdet may have written the same recipe in other words
+        if begun is not None:  # an older refdet may have written the same recipe differently
             work["header"] = begun["header"]
         self._of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
-        self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape of one region's, once one is known
+        self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
         for number in range(len(shards)):
             if self._path(number).exists():
-                self._look_into(number)
+                self._load(number)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.shard"
@@ -73,31 +84,31 @@ class ShardSet:
     def _shard_id(self, number: int) -> dict[str, Any]:
         return {"plan": self._of_plan, "shard": number}
 
-    def _look_into(self, number: int) -> None:
+    def _load(self, number: int) -> None:
         path, rows = self._path(number), []
         if not path.is_file():
-            raise InputError(f"{path}: not a file, where a finished shard should be; remove it")
+            raise InputError(f"{path}: not a file; remove it so that the shard can be written")
         try:
             for regions, place in read(path, self._shard_id(number), self.plan):
                 rows.append((self._row(regions, path), place))
-            if not self._are_of(number, rows):
-                raise ShardError("damaged: its images are not those of the plan")
+            if not self._matches(number, rows):
+                raise ShardError("damaged: its images differ from the plan")
         except ShardError as error:
-            log.warning("note: %s: %s; removed, its images are computed again", path, error)
+            log.warning("note: %s: %s; removed, computing its images again", path, error)
             path.unlink()
         else:
             self._rows[number] = rows
 
-    def _are_of(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
-        """Whether images are those that the plan has in a shard, in that order."""
+    def _matches(self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]]) -> bool:
+        """Whether images are those of a shard in the plan, in the same order."""
         return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
     def _row(self, regions: Regions, path: Path) -> ImageRow:
-        """What the store must know of an image before it is written."""
+        """Row of an image, which the store needs before it is written."""
         for name, values in regions.features.items():
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
-                raise RuntimeFailure(f"{path}: {name} of image {regions.image_id} is {shape}, elsewhere "
+                raise RuntimeFailure(f"{path}: {name} of image {regions.image_id} has shape {shape}, others have "
                                 f"{self._shapes[name]}; remove {self.folder} and start again")  # fmt: skip
         mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
         size = regions.height, regions.width
@@ -107,19 +118,22 @@ class ShardSet:
 
     @property
     def done(self) -> int:
-        """How many images finished shards hold."""
+        """Number of images in finished shards."""
         return sum(map(len, self._rows.values()))
 
     @property
     def errors(self) -> dict[int, str]:
-        """The images of finished shards that could not be used -> why."""
+        """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
     def missing(self, again: Container[int] = ()) -> list[int]:
-        """Numbers of the shards that are to be computed.
+        """List the shards to compute.
 
         Args:
-            again: ids of images whose shards are computed anew where the images could not be used.
+            again: ids of images to try again; finished shards in which they were unusable are included.
+
+        Returns:
+            Shard numbers.
         """
         return [
             number
@@ -129,13 +143,19 @@ class ShardSet:
 
     @contextmanager
     def write(self, number: int) -> Iterator[Callable[[Regions], None]]:
-        """Write one shard: gives a function that takes its images' regions, one by one, in the order of the plan.
+        """Write a shard atomically.
 
-        The shard is there when the block ends without an error. RuntimeFailure where the disk is full; then nothing of
-        it stays behind.
+        Args:
+            number: number of the shard.
+
+        Yields:
+            A function to call with the regions of each image, in the order of the plan.
+
+        Raises:
+            RuntimeFailure: the disk is full; nothing is left behind.
         """
         path, rows = self._path(number), []
-        with report_disk_full(path, self._mend), atomic_write(path) as temporary, temporary.open("wb") as file:
+        with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb") as file:
             writer = ShardWriter(file, self._shard_id(number), self.plan)
 
             def add(regions: Regions) -> None:
@@ -143,25 +163,29 @@ class ShardSet:
                 rows.append((self._row(regions, path), place))
 
             yield add
-            if not self._are_of(number, rows):
-                raise ValueError(f"{path}: not the images that the plan has in this shard")
+            if not self._matches(number, rows):
+                raise ValueError(f"{path}: images differ from the plan")
             writer.finish()
         self._rows[number] = rows
 
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Write the store with its images in the order of ``records``, then remove the folder.
+        """Write the store from the finished shards, then remove the folder.
 
-        Memory holds one image at a time. RuntimeFailure where the disk is full or a shard was damaged meanwhile; the
-        other shards stay. InputError where somebody else has put a file at the store's place.
+        Only one image at a time is in memory.
 
         Args:
-            run: gives, when all is written, what the store says of its run.
+            records: images in the order of the store.
+            run: called after writing; returns the store's information about its run.
+
+        Raises:
+            InputError: another program has created a file at the path of the store.
+            RuntimeFailure: the disk is full or a shard is damaged; the other shards are kept.
         """
         _refuse_another(self.out)
 
         def seal(written: Path) -> None:
             _refuse_another(self.out)
-            # A file keeps its inode in a rename; until then the one that an earlier merge has put there is ours too.
+            # A rename keeps the inode; before it the file of an earlier merge may be at the path of the store.
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
 
@@ -176,21 +200,21 @@ class ShardSet:
         run: Callable[[], Mapping[str, Any]],
         seal: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        """Write images to a store at ``path``; ``seal`` is called with the file before it gets that name."""
+        """Write images to a store at ``path``; ``seal`` is called with the file before it is renamed to ``path``."""
         plan = self.plan
         shapes = {name: self._shapes.get(name, (0,)) for name in plan.features}
         columns = Columns(shapes, plan.dtype, plan.masks, plan.ann_ids, plan.maps, plan.compression)
         rows = [row for row, _ in images]
         space = space_needed(rows, columns, self.header)
-        self._see_that_it_fits(space)
-        with report_disk_full(path, self._mend), store.create(path, self.header, columns, rows, space) as writer:
+        self._check_space(space)
+        with report_disk_full(path, self._fix), store.create(path, self.header, columns, rows, space) as writer:
             for _, regions in images:
                 writer.put(regions())
             writer.finish(run())
             seal(writer.path)
 
     def _by_id(self) -> dict[int, _Image]:
-        """The images of finished shards."""
+        """Images in finished shards by id."""
         return {
             row.id: (row, partial(self._read, number, place))
             for number, rows in self._rows.items()
@@ -203,53 +227,62 @@ class ShardSet:
             return read_at(path, place, self.plan)
         except ShardError as error:
             path.unlink(missing_ok=True)
-            raise RuntimeFailure(f"{path}: {error}, since it was written; removed: continue with --resume, which "
-                            "computes its images again, if the disk can be trusted") from None  # fmt: skip
+            raise RuntimeFailure(f"{path}: {error}, after it was written, and removed; check the disk and compute its "
+                            "images again with --resume") from None  # fmt: skip
 
-    def _see_that_it_fits(self, need: int) -> None:
+    def _check_space(self, need: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            told = f"the store needs {need / 2**20:.1f} MiB and {free / 2**20:.1f} are free"
-            raise RuntimeFailure(f"{self.out}: no space left on the disk: {told}; {self._mend}")
+            why = f"the store needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
+            raise RuntimeFailure(f"{self.out}: no space left on the disk ({why}); {self._fix}")
 
 
 @contextmanager
 def open_extraction(
     out: Path, plan: Plan, header: Header, shards: Sequence[Shard], resume: bool
 ) -> Iterator[ShardSet | None]:
-    """Start or continue an extraction; one process at a time.
+    """Start or continue an extraction, locking its folder.
 
-    Gives None where ``out`` is there already and complete under this plan and header.
+    Args:
+        out: the store.
+        plan: what to compute.
+        header: metadata of the store.
+        shards: batches of each shard.
+        resume: continue from finished shards.
+
+    Yields:
+        The shards, or None if ``out`` is already complete with this plan and header.
 
     Raises:
-        InputError: see `check_begun`; the shards were cut otherwise; ``out`` is not made of its shards; another process
-            is writing them.
+        InputError: as `check_begun`; other shards; ``out`` was not made from its shards; or another process is
+            writing them.
         RuntimeFailure: the disk is full.
     """
     folder = parts_folder(out)
     begun = check_begun(out, plan, header, resume)
     if begun is None and out.exists():
-        _remove_ours(folder)  # stopped while it was removed
+        _remove_ours(folder)  # in case its removal was interrupted
         yield None
         return
-    if begun is not None and (told := plan.other_shards(shards, begun)):
-        raise InputError(f"{folder} was started differently: {told}; use the same options and checkpoint, or remove it")
+    if begun is not None and (difference := plan.other_shards(shards, begun)):
+        raise InputError(f"{folder} was started with different settings: {difference}; use the same options and "
+                         "checkpoint, or remove it")  # fmt: skip
     if begun is None and resume:
-        log.warning("note: --resume: nothing to resume in %s: starting from the beginning", folder)
+        log.warning("note: --resume: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, LOCK, "let it end or choose another --out"):
             now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
-                raise InputError(f"{folder}: another process was writing it just now; run it again")
+                raise InputError(f"{folder}: another process has just written to it; try again")
             _refuse_another(out)
             half_written = [
                 *(path for path in folder.glob(".*") if OURS.fullmatch(path.name)),
                 *left_behind(out.parent, out.name),
             ]
-            if not out.exists():  # nor may a later file be taken for what was merged
+            if not out.exists():  # a later file must not be taken for the merged one
                 half_written += folder.glob(MERGED)
-            for path in half_written:  # when a process was killed
+            for path in half_written:  # by a process that was killed
                 path.unlink()
             if begun is None:
                 write_json(folder / PLAN, plan.work(shards, header))
@@ -258,10 +291,10 @@ def open_extraction(
 
 
 def _refuse_another(out: Path) -> None:
-    """InputError where there is a file at ``out`` that was not made of its shards.
+    """Raise an InputError if there is a file at ``out`` that was not merged from its shards.
 
-    One that was made of them is there when the folder could not be removed to its end. As the power may have failed
-    before all of it was on the disk, it is made again.
+    A merged file exists with its folder if removing the folder was interrupted. It is merged again, as it may be
+    incomplete on disk after a power failure.
     """
     folder = parts_folder(out)
     if not out.exists():
@@ -271,7 +304,7 @@ def _refuse_another(out: Path) -> None:
 
 
 def _merged(folder: Path) -> list[int]:
-    """The inodes of the files that were made of the shards of a folder."""
+    """Inodes of the files that were merged from the shards in a folder."""
     try:
         return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
     except (InputError, ValueError, TypeError, KeyError, OverflowError):
@@ -279,15 +312,15 @@ def _merged(folder: Path) -> list[int]:
 
 
 def _remove(folder: Path) -> None:
-    # The plan first: without it the rest is nothing that could be continued.
+    # The plan first, as without it nothing can be resumed.
     (folder / PLAN).unlink()
     fsync(folder)
     _remove_ours(folder)
 
 
 def _remove_ours(folder: Path) -> None:
-    """Remove what extractions write there, and the folder if nothing else is in it."""
-    # NFS keeps a file that is open, as the lock is, so the folder with it; the store is there all the same.
+    """Remove the files of an extraction, and the folder if it is then empty."""
+    # NFS keeps open files such as the lock, and so the folder, but the store is complete anyway.
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
             if OURS.fullmatch(path.name):

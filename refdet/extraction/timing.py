@@ -1,7 +1,7 @@
-"""How long an extraction takes over all of its sessions, those that were killed too. No torch.
+"""Timing of an extraction over all of its sessions, including killed ones. No torch.
 
-``sessions.jsonl`` beside the shards gets a line whenever a shard is finished, with what its session has done so far;
-the last line of each session counts.
+Whenever a shard is finished, a line with the session's timing so far is appended to ``sessions.jsonl`` next to the
+shards; only the last line of a session is used.
 """
 
 from __future__ import annotations
@@ -16,24 +16,34 @@ from typing import Any
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
 _FILE = "sessions.jsonl"
-_MOST = 2**26  # bytes of it that are read
+_MOST = 2**26  # bytes; larger files are ignored
 
 
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
-    """The share of each stage in ``seconds`` and the merge after them, 0 to 1.
+    """Compute the fraction of time spent in each stage.
 
-    Those of the main thread and the merge make nearly 1 together; finish and write go on at the same time.
+    The stages of the main thread and the merge add up to almost 1; finish and write run in parallel.
+
+    Args:
+        seconds: total time without the merge.
+        stages: seconds per stage.
+
+    Returns:
+        Stage -> fraction, 0 to 1.
     """
     whole = seconds + stages.get("merge", 0.0)
     return {name: value / whole if whole else 0.0 for name, value in stages.items()}
 
 
 class Session:
-    """What one process does of an extraction, and what others did before it.
+    """Timing of one process of an extraction, and of earlier ones.
+
+    Args:
+        folder: folder of the shards.
 
     Attributes:
-        stages: seconds of each of `STAGES`.
-        images: those in the shards it finished.
+        stages: seconds per stage of `STAGES`.
+        images: number of images in the shards that it finished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,17 +53,17 @@ class Session:
         self._path = folder / _FILE
         self._before = _read(self._path)
         self._number = 1 + max(self._before, default=0)
-        self._since: dict[str, float] = {}  # the stages that go on, and when they began
+        self._since: dict[str, float] = {}  # running stage -> start time
         self._note()
 
     @property
     def seconds(self) -> float:
-        """What the computing took, until now if it goes on."""
+        """Seconds spent computing, up to now if it is running."""
         return self._computing + self._going_on("computing")
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """All stages but the merge."""
+        """Time all stages except the merge."""
         self._since["computing"] = time.perf_counter()
         try:
             yield
@@ -63,22 +73,22 @@ class Session:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Time a part of a stage; each stage is of one thread."""
+        """Time a part of a stage; a stage must be timed by one thread only."""
         self._since[stage] = time.perf_counter()
         try:
             yield
         finally:
             self.stages[stage] += time.perf_counter() - self._since.pop(stage)
-            if stage == "merge":  # after which no shard is finished
+            if stage == "merge":  # no shard is finished after it
                 self._note()
 
     def finished(self, images: int) -> None:
-        """Note that a shard of so many images was finished."""
+        """Record that a shard with a number of images was finished."""
         self.images += images
         self._note()
 
     def summary(self) -> dict[str, Any]:
-        """What the store says of all sessions, this one last; JSON."""
+        """Summary of all sessions for the store, JSON."""
         of_all = [*self._before.values(), self._so_far()]
         images, seconds = (sum(one[name] for one in of_all) for name in ("images", "seconds"))
         stages = {name: sum(one["stages"][name] for one in of_all) for name in STAGES}
@@ -100,7 +110,7 @@ class Session:
         return {"session": self._number, "images": self.images, "seconds": self.seconds, "stages": stages}
 
     def _note(self) -> None:
-        # The line may be cut by a kill, so that the next begins a new one; and no work is lost for the want of it.
+        # A killed process may leave a partial line, so start a new one; losing a line is harmless.
         if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
             return
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
@@ -108,10 +118,10 @@ class Session:
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """Session -> its last whole line."""
+    """Session -> its last complete line."""
     found: dict[int, dict[str, Any]] = {}
     with suppress(OSError):
-        if not path.is_file() or path.stat().st_size > _MOST:  # a pipe would keep us waiting
+        if not path.is_file() or path.stat().st_size > _MOST:  # opening a pipe would block
             return found
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):

@@ -16,7 +16,11 @@ from refdet.cli.main import main
 BASE = {"--checkpoint": "run", "--images": "images", "--instances": "instances.json", "--device": "cpu"}
 # The store to resume, what differs from how it was begun, and what is said of that.
 OTHERWISE: dict[str, tuple[str, dict[str, str], str]] = {
-    "option": ("begun.h5", {"--max-regions": "5"}, "begun.h5.parts was started differently: --max-regions was 100 and"),
+    "option": (
+        "begun.h5",
+        {"--max-regions": "5"},
+        "begun.h5.parts was started with different settings: --max-regions was 100 and",
+    ),
     "batch": ("begun.h5", {"--batch-size": "2"}, "--batch-size was 4 and is now 2"),
     "weights": ("begun.h5", {"--checkpoint": "again"}, "another checkpoint"),
     "list": ("begun.h5", {"--instances": "fewer.json"}, "another image list"),
@@ -28,10 +32,10 @@ OTHERWISE: dict[str, tuple[str, dict[str, str], str]] = {
     "of a whole store": (
         "whole.h5",
         {"--score-threshold": "0.5"},
-        "whole.h5 is complete but was made differently: --sc",
+        "whole.h5 is complete but has different settings: --sc",
     ),
     "weights of a whole store": ("whole.h5", {"--checkpoint": "again"}, "another checkpoint"),
-    "a folder of somebody else": ("mine.h5", {}, "mine.h5.parts: holds notes.txt, which no extraction wrote"),
+    "a folder of somebody else": ("mine.h5", {}, "mine.h5.parts: contains notes.txt, not part of an extraction"),
     "a damaged plan": ("lost.h5", {}, "plan.json: damaged"),
 }
 

@@ -77,12 +77,15 @@ def test_the_order_is_that_which_the_boxes_fit(seed: int, unit: str, order: str)
     corners, sizes = some_boxes(seed, 30)
     settled, lines = settle(unit, written(f"{unit}-{order}", corners, sizes), sizes)
     assert settled == f"{unit}-{order}" and len(lines) == 1
-    assert lines[0].startswith("note: the boxes are read as [x") and "0 of 30 do not fit" in lines[0]
+    assert lines[0].startswith("note: reading boxes as [x") and "0 of 30 do not fit" in lines[0]
 
 
 def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
     settled, lines = settle("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
-    assert settled == "normalized-xyxy" and "as many, 1 of 1, fit [x, y, width, height] in 0..1" in lines[0]
+    assert (
+        settled == "normalized-xyxy"
+        and "if they are [x, y, width, height] in 0..1 of the image, which equally many (1 of 1) fit" in lines[0]
+    )
     assert "--box-format normalized-xywh" in lines[0]
     assert settle("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
 
@@ -168,7 +171,7 @@ def test_true_boxes_of_each_form_are_all_right(
     assert found["splits"]["val"]["comprehension"]["accuracy@0.5"] == 1.0
     assert found["splits"]["val"]["comprehension"]["mean_iou"] == pytest.approx(1.0)
     assert found.get("box_format", "xywh") == asked and "warning" not in caplog.text
-    assert ("note: " in caplog.text and "p.json: the boxes are read as" in caplog.text) == (asked in BY_EVIDENCE)
+    assert ("note: " in caplog.text and "p.json: reading boxes as" in caplog.text) == (asked in BY_EVIDENCE)
 
 
 @pytest.mark.parametrize("name", [n for n in FORMS if n != "xywh"])

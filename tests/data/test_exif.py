@@ -26,7 +26,7 @@ from refdet.training.train import train
 
 TINY = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "train.batch_size=2", "train.steps=6",
         "head.batch_size_per_image=8", "train.warmup_steps=2", "train.log_every=2", "input.min_sizes=[48]"]  # fmt: skip
-SAID = "images with an EXIF orientation other than 1 among those read:"
+SAID = "of the images read have an EXIF orientation other than 1"
 
 
 def write_dataset(root: Path, orientations: Sequence[int]) -> Path:
@@ -80,10 +80,10 @@ def test_extraction(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     """As stored it says how many images are oriented; applied it sees what a folder of upright images holds."""
     code, text = extract(world, tmp_path / "stored.h5")
     assert code == 0 and "2 of 7 images could not be used" in text
-    assert caplog.text.count(SAID) == 1 and f"{SAID} 5, such as 3.png" in caplog.text
+    assert caplog.text.count(SAID) == 1 and f": 5 {SAID}, such as 3.png" in caplog.text
     caplog.clear()
     assert extract(world, tmp_path / "turned.h5", "--exif", "apply")[0] == 0
-    assert caplog.text.count(SAID) == 1 and "; turned upright" in caplog.text
+    assert caplog.text.count(SAID) == 1 and "; they are rotated upright" in caplog.text
     caplog.clear()
     (tmp_path / "images").mkdir()
     applied, entries = ImageSource.open(world / "images", "apply"), CocoIndex.load(world / "instances.json").images
@@ -98,7 +98,7 @@ def test_extraction(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with h5py.File(tmp_path / "stored.h5") as stored:
         errors = [error.decode() for error in stored["images/error"][:]]
         assert [bool(error) for error in errors] == [False] * 5 + [True] * 2
-        assert "its EXIF orientation is 6; --exif apply" in errors[5]
+        assert "its EXIF orientation is 6; add --exif apply" in errors[5]
     code, text = extract(world, tmp_path / "stored.h5", "--resume", "--exif", "apply")
     assert code == 2 and "--exif was ignore and is now apply" in text
 
@@ -107,10 +107,10 @@ def test_evaluation(world: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = ("evaluate", "--checkpoint", world / "run", "--images", world / "images", "--instances",
                  world / "instances.json")  # fmt: skip
     code, text = run(*arguments)
-    assert code == 2 and "6.png: is 48x64, but the instances file says 64x48: its EXIF orientation is 6" in text
+    assert code == 2 and "6.png: is 48x64, but the instances file says 64x48 and its EXIF orientation is 6" in text
     caplog.clear()
     assert run(*arguments, "--exif", "apply")[0] == 0
-    assert caplog.text.count(SAID) == 1 and f"{SAID} 5," in caplog.text
+    assert caplog.text.count(SAID) == 1 and f": 5 {SAID}," in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -118,7 +118,7 @@ def test_training_says_it_once_whoever_reads(tmp_path: Path, caplog: pytest.LogC
     instances = write_dataset(tmp_path, (1, 2, 3, 4))
     # 2 steps go over all images, so that it is said before the end
     train(tiny("train.steps=5", f"train.workers={workers}"), instances, tmp_path / "images", tmp_path / "run")
-    assert caplog.text.count(SAID) == 1 and f"{SAID} 3, such as 2.png; used as they are stored" in caplog.text
+    assert caplog.text.count(SAID) == 1 and f": 3 {SAID}, such as 2.png; they are used as stored" in caplog.text
     index = CocoIndex.load(instances)
     batches = TrainingBatches(index, ImageSource.open(tmp_path / "images"), tiny())
     found: dict[str, int] = {}
@@ -142,15 +142,15 @@ def test_recipes_that_say_nothing_are_as_they_were() -> None:
     applied = tiny("input.exif=apply")
     assert applied.to_dict()["input"]["exif"] == "apply" and recipe.from_dict(applied.to_dict()) == applied
     assert recipe.from_dict(tiny().to_dict()) == tiny()
-    with pytest.raises(InputError, match="input.exif: one of ignore, apply, not 'upright'"):
+    with pytest.raises(InputError, match="input.exif: must be one of ignore, apply, not 'upright'"):
         tiny("input.exif=upright")
 
 
 def test_an_image_that_ends_the_training_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     instances = write_dataset(tmp_path, (1, 6, 1, 1, 1))
-    with pytest.raises(InputError, match="its EXIF orientation is 6; --exif apply"):
+    with pytest.raises(InputError, match="its EXIF orientation is 6; add --exif apply"):
         train(tiny("train.workers=0"), instances, tmp_path / "images", tmp_path / "run")
-    assert caplog.text.count(SAID) == 1 and f"{SAID} 1, such as 2.png" in caplog.text
+    assert caplog.text.count(SAID) == 1 and f": 1 {SAID}, such as 2.png" in caplog.text
 
 
 @pytest.mark.parametrize(("batches", "calls"), [(None, 3), (2, 3), (9, 3), (None, 0)])
@@ -163,4 +163,4 @@ def test_the_note_comes_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, b
         raise KeyError  # also where the work fails
     assert caplog.text.count(SAID) == min(calls, 1)
     if calls:
-        assert f"read: {2 if batches == 2 else 3}," in caplog.text
+        assert f": {2 if batches == 2 else 3} {SAID}," in caplog.text

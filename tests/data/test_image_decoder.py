@@ -133,7 +133,7 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
     records = [ImageRecord(1, "6.jpg", 160, 120), ImageRecord(2, "3.jpg", 120, 160), ImageRecord(3, "1.jpg", 120, 160)]
     source = ImageSource.open(tmp_path)
     with pytest.raises(
-        ImageError, match="6.jpg: is 160x120, but .* says 120x160: its EXIF orientation is 6; --exif apply"
+        ImageError, match="6.jpg: is 160x120, but .* says 120x160 and its EXIF orientation is 6; add --exif apply"
     ):
         source.read(records[0])
     for record in records[1:]:
@@ -142,7 +142,7 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
     applied = ImageSource.open(tmp_path, "apply")
     assert [applied.read(record).shape[:2] for record in records] == [(160, 120), (120, 160), (120, 160)]
     assert applied.oriented_among(records) == {"6.jpg": 6, "3.jpg": 3} and not applied.oriented_among(records[2:])
-    with pytest.raises(ImageError, match="is 160x120, .* orientation 6 turns it: leave out --exif apply"):
+    with pytest.raises(ImageError, match="is 160x120, .* orientation 6 rotates it; omit --exif apply"):
         applied.read(ImageRecord(1, "6.jpg", 120, 160))
 
 
@@ -173,10 +173,10 @@ def test_large_images_of_the_declared_size_are_read(monkeypatch: pytest.MonkeyPa
 
 
 def test_sizes_that_nobody_should_declare() -> None:
-    with pytest.raises(SizeError, match="says 40000x40000, more than the 537 megapixels that are read"):
+    with pytest.raises(SizeError, match="says 40000x40000, more than the limit of 537 megapixels"):
         decode(bomb(10, 10), 40_000, 40_000)
     header = png(b"\0\0\x80\0\0\0\x80\0\x08\0\0\0\0", b"")  # 32768 x 32768
-    with pytest.raises(SizeError, match="more than the 268 megapixels that are compared"):
+    with pytest.raises(SizeError, match="more than the limit of 268 megapixels"):
         thumbnails(header, SIDE)
 
 
@@ -207,11 +207,11 @@ def test_tiles_and_scans_that_take_far_more_than_the_image() -> None:
     for old, new in ((305, 322), (315, 323)):  # tags of text become the width and length of a tile
         at = tiff.index(struct.pack("<HH", old, 2))
         tiff = tiff[:at] + struct.pack("<HHII", new, 4, 1, 60_000) + tiff[at + 12 :]
-    with pytest.raises(ValueError, match="tiles of 3600000000 pixels are far larger than itself"):
+    with pytest.raises(ValueError, match="tiles of 3600000000 pixels are far larger than the image"):
         decode(tiff, 120, 160)
     jpeg = encoded(PHOTO, "JPEG", progressive=True)
     start = jpeg.rindex(b"\xff\xda")
-    with pytest.raises(ValueError, match="a JPEG of more than 500 scans"):
+    with pytest.raises(ValueError, match="a JPEG with more than 500 scans"):
         decode(jpeg[:start] + jpeg[start:-2] * 600 + jpeg[-2:], 120, 160)
 
 
@@ -249,7 +249,7 @@ def test_turned_and_deep_copies_are_found(tmp_path: Path) -> None:
     found = audit_content(write(tmp_path / "f.json", listed), root, tmp_path / "images")
     assert [(copy.image, copy.refer_image_id) for copy in found.copies] == [(10, 1), (11, 2)]
     assert (found.compared, found.missing) == (2, [12])
-    assert "the first is 12 (no file of that name)" in found.notes()[0]
+    assert "first: 12 (no file of that name)" in found.notes()[0]
 
 
 def test_the_audit_reads_the_file_that_training_reads(tmp_path: Path) -> None:

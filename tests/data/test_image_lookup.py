@@ -212,22 +212,22 @@ def test_folders_and_zips(tmp_path: Path, zipped: bool, caplog: pytest.LogCaptur
         assert paths == ["cam1/1.png", "cam1/2.png", f"{NFD}.png", None, OTHER]
         assert [one.data(path).decode() for path in paths if path] == [path for path in paths if path]
         assert missing == ["gone.png (no file of that name)"]
-    assert caplog.text.count("1 of 5 images lie under another folder") == 2
+    assert caplog.text.count("1 of 5 images are in another folder") == 2
     assert "cam2/2.png, read from cam1/2.png" in caplog.text
     located = pickle.loads(pickle.dumps(source))
     assert [located.find(record) for record in listed] == paths
     with pytest.raises(ImageError, match=r"no file for image 4, gone\.png: no file of that name"):
         source.read(listed[3])
-    with pytest.raises(InputError, match=r"1 of the 5 images of i\.json are not there, the first is gone\.png"):
+    with pytest.raises(
+        InputError, match=r"1 of the 5 images in i\.json are missing among its \d+ files, first: gone\.png"
+    ):
         source.check(listed, Path("i.json"))
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_what_is_not_clear_is_an_error_that_names_both(tmp_path: Path, zipped: bool) -> None:
     source = write(tmp_path, ["images/1.png", "masks/1.png", "images/2.png"], zipped)
-    with pytest.raises(
-        InputError, match=r"1\.png: it is not clear .* images/1\.png, masks/1\.png \(so it is with 1 of"
-    ):
+    with pytest.raises(InputError, match=r"1\.png: it is not clear .* images/1\.png, masks/1\.png \(the same for 1 of"):
         source.check(records("1.png", "2.png"), Path("i.json"))
     with pytest.raises(
         ImageError, match=r"image 1, 1\.png: it is not clear which file that is: images/1\.png, masks/1\.png"
@@ -243,7 +243,7 @@ def test_the_list_is_whole_though_some_of_its_images_are_asked_for(tmp_path: Pat
     assert source.locate([asked], [asked, other]) == [
         "cam2/1.png (the nearest, cam1/1.png, is the file of another image of the list)"
     ]
-    with pytest.raises(InputError, match=r"the first is cam2/1\.png \(the nearest, cam1/1\.png, is the file"):
+    with pytest.raises(InputError, match=r"first: cam2/1\.png \(the nearest, cam1/1\.png, is the file"):
         source.check([asked], Path("i.json"), [other])
     assert source.find(asked) is None and source.find(other) == "cam1/1.png"
 
@@ -262,7 +262,7 @@ def test_the_folders_own_name_is_no_other_folder(tmp_path: Path, caplog: pytest.
     source.locate(records(f"{tmp_path}/images/1.png"))
     assert "another folder" not in caplog.text
     source.locate(records("pictures/1.png"))
-    assert "1 of 1 images lie under another folder than their file_name gives" in caplog.text
+    assert "1 of 1 images are in another folder than their file_name says" in caplog.text
 
 
 def test_renaming_between_2014_and_2017_is_nothing_to_speak_of(

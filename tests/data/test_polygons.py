@@ -18,18 +18,18 @@ from refer.masks import can_be_drawn
 
 REFUSED = {
     "odd": ([[1, 1, 5, 1, 5, 5, 1]], "a polygon has an odd number of coordinates (7); it must be numbers [x, y, x"),
-    "flat": (SQUARE, "'segmentation' is a flat list of numbers; a polygon needs another list around it"),
+    "flat": (SQUARE, "'segmentation' is a flat list of numbers; wrap it in another list"),
     "points": ([[[1, 1], [5, 1], [5, 5]]], "a polygon is a list of points [[x, y], ...]"),
-    "text": ([[1, 1, 5, 1, 5, "5"]], "a polygon holds '5', no number"),
-    "null": ([[1, 1, 5, 1, 5, None]], "a polygon holds None, no number"),
-    "a number among polygons": ([SQUARE, 5], "a polygon is 5, no list"),
-    "nan": ([[1, 1, 5, 1, 5, math.nan]], "a polygon holds nan"),
-    "infinite": ([[1, 1, 5, 1, 5, -math.inf]], "a polygon holds -inf"),
+    "text": ([[1, 1, 5, 1, 5, "5"]], "a polygon contains '5', not a number"),
+    "null": ([[1, 1, 5, 1, 5, None]], "a polygon contains None, not a number"),
+    "a number among polygons": ([SQUARE, 5], "a polygon is 5, not a list"),
+    "nan": ([[1, 1, 5, 1, 5, math.nan]], "a polygon contains nan"),
+    "infinite": ([[1, 1, 5, 1, 5, -math.inf]], "a polygon contains -inf"),
     "too large": ([[1, 1, 5, 1, 5, 10**400]], "numbers that are too large"),
-    "far away": ([[1, 1, 5, 1, 30_000_000, 5]], "reaches to 3e+07, more than 10000 pixels from its image of 16x12"),
-    "far away below": ([SQUARE, [1, 1, 5, 1, -1e300, 5]], "reaches to 1e+300"),
-    "huge integers": ([[10**400, 1, -(10**400), 1, 5, 5]], "reaches to 1e+300"),
-    "to and fro": ([[-9000, 0, 9000, 0] * 100], "its polygons are more than 1000000 pixels long"),
+    "far away": ([[1, 1, 5, 1, 30_000_000, 5]], "reaches 3e+07, more than 10000 pixels outside its image of 16x12"),
+    "far away below": ([SQUARE, [1, 1, 5, 1, -1e300, 5]], "reaches 1e+300"),
+    "huge integers": ([[10**400, 1, -(10**400), 1, 5, 5]], "reaches 1e+300"),
+    "to and fro": ([[-9000, 0, 9000, 0] * 100], "the outlines of its polygons are longer than 1000000 pixels"),
     "a string": ("abc", "'segmentation' is a string"),
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(tmp_path: Path, kind: str, anno
 
 
 LEFT_OUT = {
-    "two points": ([[1, 1, 5, 5]], "(2 points; a box [x, y, width, height] is no polygon)"),
+    "two points": ([[1, 1, 5, 5]], "(2 points; a box [x, y, width, height] is not a polygon)"),
     "one point": ([[80.0, 60.0]], "(1 point)"),
     "points for polygons": ([[1, 1], [5, 1], [5, 5]], "(1 point each; a polygon is one list of numbers"),
     "an empty one": ([[]], "(0 points)"),

@@ -51,11 +51,16 @@ def only_first(tree: dict[str, Any]) -> None:
     ("change", "empty", "records", "said"),
     [
         (lambda tree: None, False, [1, 2, 3, 4], []),
-        (crowds(1), False, [1, 2, 3, 4], ["iscrowd is 1 on 1 of 8 annotations"]),
-        (crowds(0, 1), False, [2, 3, 4], ["iscrowd is 1 on 2 of 8", "1 of 4 images have no object: left out"]),
+        (crowds(1), False, [1, 2, 3, 4], ["1 of 8 annotations have iscrowd 1"]),
+        (
+            crowds(0, 1),
+            False,
+            [2, 3, 4],
+            ["2 of 8 annotations have iscrowd 1", "1 of 4 images have no objects and are excluded"],
+        ),
         (bare(0, 3, 7), False, [1, 2, 3, 4], ["3 of 8 objects have no segmentation"]),
-        (only_first, False, [1], ["3 of 4 images have no object: left out"]),
-        (only_first, True, [1, 2, 3, 4], ["3 of 4 images have no object: trained on as negatives"]),
+        (only_first, False, [1], ["3 of 4 images have no objects and are excluded"]),
+        (only_first, True, [1, 2, 3, 4], ["3 of 4 images have no objects and are used as negatives"]),
     ],
 )
 def test_what_is_left_out_is_counted(
@@ -72,8 +77,8 @@ def test_what_is_left_out_is_counted(
     ("change", "said"),
     [
         (crowds(*range(8)), r"iscrowd is 1 on all 8 annotations \(CVAT .*--crowd-as-object"),
-        (lambda tree: tree.update(annotations=[]), "no annotation in it"),
-        (lambda tree: tree.update(images=[], annotations=[]), "no image in it"),
+        (lambda tree: tree.update(annotations=[]), "no annotations to train on"),
+        (lambda tree: tree.update(images=[], annotations=[]), "no images to train on"),
         (lambda tree: [a["bbox"].__setitem__(2, 0) for a in tree["annotations"]], "none of its 8 .*box has no area"),
     ],
 )

@@ -127,7 +127,7 @@ def test_bad_notes_beside_the_shards_cost_nothing(begun: Path, name: str, kind: 
 @pytest.mark.parametrize("kind", ["a pipe", "a folder"])
 def test_a_shard_that_is_no_file_is_named(begun: Path, kind: str) -> None:
     BAD[kind](begun / "000001.shard")
-    with pytest.raises(InputError, match="000001.shard: not a file, where a finished shard should be; remove it"):
+    with pytest.raises(InputError, match="000001.shard: not a file; remove it"):
         run(begun.parent / "a.h5", resume=True)
 
 
@@ -143,7 +143,7 @@ def test_a_shard_with_right_checksums_and_a_wrong_head(
         parts += [len(block).to_bytes(8, "little"), zlib.crc32(block).to_bytes(4, "little"), block]
         crc = zlib.crc32(zlib.crc32(block).to_bytes(4, "little"), crc)
     path.write_bytes(b"".join([*parts, bytes(8), crc.to_bytes(4, "little")]))
-    with pytest.raises(ShardError, match="damaged: an image in it is none"):
+    with pytest.raises(ShardError, match="damaged: invalid image"):
         list(read(path, {"shard": 0}, PLAN))
 
 

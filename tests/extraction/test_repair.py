@@ -90,7 +90,7 @@ def test_only_their_batches_are_computed_and_the_file_is_the_same(
     done = run(resume=True)
     affected = [[r.id for r in batch] for batch in BATCHES if any(r.id in broken for r in batch)]
     assert run.computed == affected and (done.errors, done.computed) == (0, sum(map(len, affected)))
-    assert f"{len(broken)} images that could not be used can be read now" in caplog.text
+    assert f"{len(broken)} previously unusable images can now be read" in caplog.text
     assert contents(run.out) == whole(tmp_path, plan)
     with store.open(run.out) as found:
         assert found.run["images"] == 10 and found.run["repaired"]["images"] == done.computed
@@ -188,7 +188,7 @@ def test_other_options_and_another_batch_size_are_refused(tmp_path: Path) -> Non
             run(resume=True, **changes)
     repair_folder(run.out).mkdir()
     (repair_folder(run.out) / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="a.h5.repair: is needed .* holds other files; move it"):
+    with pytest.raises(InputError, match="a.h5.repair: needed .* contains other files; move it"):
         run(resume=True)
     assert (repair_folder(run.out) / "thesis.txt").read_text() == "mine" and run((4,), resume=True).computed == 0
 
@@ -207,9 +207,7 @@ def test_a_damaged_store_is_named_and_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_where_every_image_failed_there_is_no_store(tmp_path: Path, strict: bool) -> None:
     run, every = Extraction(tmp_path / "a.h5"), range(10)
-    says = (
-        "--strict" if strict else "none of the 10 images could be used; the first: ümlaut_7.jpg: not a readable image; "
-    )
+    says = "--strict" if strict else "none of the 10 images could be used .first: ümlaut_7.jpg: not a readable image.; "
     for resume in (False, True, True):
         with pytest.raises(RuntimeFailure, match=says):
             run(every, resume=resume, strict=strict)
@@ -230,7 +228,7 @@ def test_a_finished_store_without_a_usable_image_is_no_success(tmp_path: Path) -
             writer.put(one)
     before = run.out.read_bytes()
     with pytest.raises(
-        RuntimeFailure, match="none of the 10 images could be used; the first: broken; .*a.h5 has no regions"
+        RuntimeFailure, match="none of the 10 images could be used .first: broken.; .*a.h5 has no regions"
     ):
         run(range(10), resume=True)
     assert run.out.read_bytes() == before

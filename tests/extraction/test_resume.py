@@ -63,7 +63,7 @@ def test_work_of_a_refdet_that_did_not_keep_the_recipe_is_refused(tmp_path: Path
     older = json.loads(plan.read_text())
     del older["header"]
     plan.write_text(json.dumps(older))
-    with pytest.raises(InputError, match="started differently: by another version of refdet; .* or remove it"):
+    with pytest.raises(InputError, match="started with different settings: another version of refdet; .* or remove it"):
         run(out, resume=True)
 
 
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks_is_told_once(
 
     monkeypatch.setattr(fcntl, "flock", fails)
     run(tmp_path / "a.h5")
-    assert caplog.text.count("has no locks (No locks available): see that no other process") == 1
+    assert caplog.text.count("file system without locks (No locks available); make sure no other process") == 1
 
 
 def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> Non
     command = [sys.executable, "-c", code, str(tmp_path / "a.h5")]
     process = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert "5 of 10 images are finished" in process.stderr and "--resume" in process.stderr
-    assert "is being finished first" in process.stderr
+    assert "finishing the computed batches first" in process.stderr
     assert run(tmp_path / "a.h5", resume=True).computed == 5
     run(tmp_path / "whole.h5")
     assert contents(tmp_path / "a.h5") == contents(tmp_path / "whole.h5")
@@ -184,7 +184,7 @@ def test_files_of_somebody_else_beside_a_store_and_its_shards_stay(tmp_path: Pat
 def test_a_folder_of_somebody_else_is_not_taken_for_shards(tmp_path: Path, name: str, resume: bool) -> None:
     (tmp_path / "a.h5.parts").mkdir()
     (tmp_path / "a.h5.parts" / name).write_text("mine")
-    with pytest.raises(InputError, match=f"holds {name}, which no extraction wrote"):
+    with pytest.raises(InputError, match=f"contains {name}, not part of an extraction"):
         run(tmp_path / "a.h5", resume=resume)
     assert [path.name for path in (tmp_path / "a.h5.parts").iterdir()] == [name]
 
