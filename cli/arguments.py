@@ -1,4 +1,4 @@
-"""Checks of a command's arguments that take no time, done before what is slow to import. Each names its option."""
+"""Fast checks of a command's arguments, done before slow imports. Every error names the option."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from pathlib import Path
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near, runs_in
 
-_LONGEST_NAME = 255 - 32  # bytes; temporary files beside it have longer names
+_LONGEST_NAME = 255 - 32  # bytes; leaves room for the suffixes of temporary files
 _WEIGHTS = (FileKind.TORCH, FileKind.PICKLE, FileKind.SAFETENSORS)
 
 
 def check_run_directory(option: str, path: Path) -> None:
-    """InputError unless a path leads to a run directory (or its model file); it says what is there and what to give."""
+    """Check that a path is a run directory or its model file.
+
+    Args:
+        option: the option, for error messages.
+        path: the path that was given.
+
+    Raises:
+        InputError: it is neither; the message says what it is and what to give.
+    """
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE):
         return
@@ -26,73 +34,122 @@ def check_run_directory(option: str, path: Path) -> None:
     if near is not None and kind is not FileKind.ADDRESS:
         raise InputError(f"{option} {path}: {kind.value}; give the run directory {near}")
     if kind in _WEIGHTS:
-        raise InputError(f"{option} {path}: {kind.value}, not a run directory; refdet import-weights makes one of "
-                         "other programs' weights")  # fmt: skip
-    _refuse(option, path, kind, "a run directory", "the folder that refdet train or refdet import-weights wrote")
+        raise InputError(f"{option} {path}: {kind.value}, not a run directory; convert it with refdet import-weights")
+    _refuse(option, path, kind, "a run directory", "a folder written by refdet train or refdet import-weights")
 
 
 def check_store(option: str, path: Path) -> None:
-    """InputError unless a path leads to an HDF5 file."""
+    """Check that a path is an HDF5 file.
+
+    Args:
+        option: the option, for error messages.
+        path: the path that was given.
+
+    Raises:
+        InputError: it is not; the message says what it is and what to give.
+    """
     kind = kind_of(path)
     if kind is FileKind.STORE:
         return
     unfinished = path if kind is FileKind.UNFINISHED else path.with_name(path.name + ".parts") if path.name else path
     if kind in (FileKind.UNFINISHED, FileKind.MISSING) and (unfinished / "plan.json").is_file():
-        raise InputError(f"{option} {path}: not finished yet, {unfinished} holds its parts; the same refdet "
-                         "extract-features with --resume does the rest")  # fmt: skip
-    _refuse(option, path, kind, "a store of features", "the HDF5 file that refdet extract-features writes")
+        raise InputError(f"{option} {path}: not finished yet (parts in {unfinished}); finish it with the same refdet "
+                         "extract-features command and --resume")  # fmt: skip
+    _refuse(option, path, kind, "a feature store", "an HDF5 file written by refdet extract-features")
 
 
 def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
-    """InputError unless a path leads to text, which the command will read and check."""
+    """Check that a path can be a JSON or other text file, without parsing it.
+
+    Args:
+        option: the option, for error messages.
+        path: the path that was given.
+        what: the kind of file that is needed, with an article.
+
+    Raises:
+        InputError: it is a folder or another kind of file.
+    """
     kind = kind_of(path)
-    # What is malformed is named by its line later; JSON in UTF-16 looks like anything.
+    # Malformed text is reported with its line later; UTF-16 looks like binary data.
     if kind not in (FileKind.JSON, FileKind.TEXT, FileKind.EMPTY, FileKind.BINARY):
         _refuse(option, path, kind, what)
 
 
 def check_weights(option: str, path: Path) -> None:
-    """InputError unless a path leads to what may be another program's weights."""
+    """Check that a path can be a weights file of another program.
+
+    Args:
+        option: the option, for error messages.
+        path: the path that was given.
+
+    Raises:
+        InputError: it is a folder, one of refdet's own files or another kind of file.
+    """
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE, FileKind.STATE):
-        raise InputError(f"{option} {path}: {kind.value} of refdet's own; give the run directory itself to "
+        raise InputError(f"{option} {path}: {kind.value} of refdet; pass the run directory itself to "
                          "--checkpoint or --weights")  # fmt: skip
     if kind.is_folder:
-        raise InputError(f"{option} {path}: a folder; give the file in it")
+        raise InputError(f"{option} {path}: a folder; give a file in it")
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
-        _refuse(option, path, kind, "a file of weights")
+        _refuse(option, path, kind, "a weights file")
     if kind not in (*_WEIGHTS, FileKind.ZIP, FileKind.BINARY):
-        raise InputError(f"{option} {path}: {kind.value}: damaged, or not a file of torch.save or safetensors")
+        raise InputError(f"{option} {path}: {kind.value}; give an intact file written by torch.save or safetensors")
 
 
 def check_images(option: str, path: Path) -> None:
-    """InputError unless a path leads to a folder or a zip."""
+    """Check that a path is a folder or zip of images.
+
+    Args:
+        option: the option, for error messages.
+        path: the path that was given.
+
+    Raises:
+        InputError: it is neither.
+    """
     kind = kind_of(path)
     if kind is FileKind.MISSING:
-        raise InputError(f"{option} {path}: no such folder or zip of images")
+        raise InputError(f"{option} {path}: no such file or folder; give a folder or zip of images")
     if kind in (FileKind.RUN, FileKind.STATES, FileKind.UNFINISHED):
-        raise InputError(f"{option} {path}: {kind.value}, not a folder or zip of images")
+        raise InputError(f"{option} {path}: {kind.value}; give a folder or zip of images")
     if not kind.is_folder and kind is not FileKind.ZIP:
-        raise InputError(f"{option} {path}: neither a folder nor a readable zip of images: {kind.value}")
+        raise InputError(f"{option} {path}: {kind.value}; give a folder or readable zip of images")
 
 
 def check_refer_root(path: Path, dataset: str) -> None:
-    """InputError unless a path leads to the folder above that of a dataset."""
+    """Check that a path is the folder that holds the REFER datasets.
+
+    Args:
+        path: the value of --refer-root.
+        dataset: name of a dataset in it, "" if none is known.
+
+    Raises:
+        InputError: it is not a folder, or it is the folder of a single dataset.
+    """
     kind = kind_of(path)
     if kind is FileKind.DATASET and not (dataset and (path / dataset).is_dir()):
         raise InputError(f"--refer-root {path}: {kind.value}; give the folder above it: {path.resolve().parent}")
     if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
-        kind.is_folder or kind is FileKind.MISSING  # of which the reader says where to get it
+        kind.is_folder or kind is FileKind.MISSING  # the reader says where to download it
     ):
-        _refuse("--refer-root", path, kind, "the folder of the REFER data")
+        _refuse("--refer-root", path, kind, "the REFER data folder")
 
 
 def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
-    """InputError unless a file can be written at a path, over an older one only where ``may_exist``."""
+    """Check that a file can be written.
+
+    Args:
+        option: the option, for error messages.
+        path: the file to write.
+        may_exist: whether the path may be an existing store, to resume.
+
+    Raises:
+        InputError: the path exists, is invalid or cannot be written to.
+    """
     _check_name(option, path)
     if not path.name or path.is_dir():
         name = "features.h5" if path.name in ("", "..") else f"{path.name}.h5"
-        raise InputError(f"{option} {path}: a folder; give the name of a file, such as {path / name}")
+        raise InputError(f"{option} {path}: a folder; give a file name, such as {path / name}")
     if os.path.lexists(path):
         kind = kind_of(path)
         if kind is FileKind.SPECIAL:
@@ -100,32 +157,57 @@ def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
         if not may_exist:
             raise InputError(f"{path} exists; choose another {option} or remove it")
         if kind is not FileKind.STORE:
-            raise InputError(f"{option} {path}: {kind.value}, not a store to resume; choose another {option}")
+            raise InputError(f"{option} {path}: {kind.value}, not a feature store to resume; choose another {option}")
     _check_parent(option, path.absolute().parent)
 
 
 def check_new_folder(option: str, path: Path, empty: bool = True) -> None:
-    """InputError unless files can be written into a folder at a path; nothing may be in it where ``empty``."""
+    """Check that a folder can be written to.
+
+    Args:
+        option: the option, for error messages.
+        path: the folder.
+        empty: whether it must be empty or missing.
+
+    Raises:
+        InputError: it is a file, is not empty or cannot be written to.
+    """
     _check_name(option, path)
     is_file = os.path.lexists(path) and not path.is_dir()
     if empty and (is_file or (path.is_dir() and any(path.iterdir()))):
-        raise InputError(f"{option} {path}: exists and is not an empty folder; choose another or remove it")
+        raise InputError(f"{option} {path}: exists and is not an empty folder; choose another {option} or remove it")
     if is_file:
-        raise InputError(f"{option} {path}: is a file where a folder is needed; choose another {option}")
+        raise InputError(f"{option} {path}: a file, not a folder; choose another {option}")
     _check_parent(option, path if path.is_dir() else path.absolute().parent)
 
 
 def check_device(option: str, name: str | None) -> None:
-    """InputError unless a name is that of a device; whether there is one, only torch knows."""
+    """Check the syntax of a device name, but not whether the device exists.
+
+    Args:
+        option: the option, for error messages.
+        name: the name, None if the option was not given.
+
+    Raises:
+        InputError: it is not the name of a device.
+    """
     if name is not None and not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", name):
-        raise InputError(f"{option} {name}: no name of a device; give cpu, cuda, cuda:1 (the second GPU) or auto")
+        raise InputError(f"{option} {name}: not a device; give cpu, cuda, cuda:1 (the second GPU) or auto")
 
 
 def check_not_empty(option: str, values: Iterable[str]) -> None:
-    """InputError where an option that takes names with commas between has been given none."""
+    """Check that each value of an option with comma-separated names has at least one name.
+
+    Args:
+        option: the option, for error messages.
+        values: the values that were given.
+
+    Raises:
+        InputError: a value has no name.
+    """
     for text in values:
         if not any(name.strip() for name in text.split(",")):
-            raise InputError(f"{option} {text!r}: no name in it; leave {option} out, or name what you want")
+            raise InputError(f"{option} {text!r}: no names in it; give at least one or omit {option}")
 
 
 def _refuse(option: str, path: Path, kind: FileKind, wanted: str, which: str = "") -> None:
@@ -137,19 +219,21 @@ def _refuse(option: str, path: Path, kind: FileKind, wanted: str, which: str = "
 
 def _check_name(option: str, path: Path) -> None:
     if kind_of(path) is FileKind.ADDRESS:
-        raise InputError(f"{option} {path}: an address; give a path on this machine")
+        raise InputError(f"{option} {path}: a URL; give a local path")
     try:
         encoded = path.name.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{option} {path}: its name is not valid UTF-8; choose another {option}") from None
+        raise InputError(f"{option} {path}: name is not valid UTF-8; choose another {option}") from None
     if "\0" in str(path) or len(encoded) > _LONGEST_NAME:
-        raise InputError(f"{option} {str(path)[:60]!r}...: its name is too long or no name; choose another {option}")
+        raise InputError(f"{option} {str(path)[:60]!r}...: name is too long or contains NUL; choose another {option}")
 
 
 def _check_parent(option: str, folder: Path) -> None:
-    """See that the folder, or the nearest there is above it, can be written to."""
+    """Check that the folder, or its nearest existing parent, can be written to."""
     there = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent)), folder)
     if not there.is_dir():
-        raise InputError(f"{option}: {there} is a file where a folder is needed; choose another {option}")
+        raise InputError(f"{option}: {there} is a file, not a folder; choose another {option}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option}: {there} cannot be written to (permission denied, or it is mounted read-only)")
+        raise InputError(
+            f"{option}: {there} cannot be written to (permission denied or read-only); choose another {option}"
+        )

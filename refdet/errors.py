@@ -1,17 +1,17 @@
-"""How a command can fail; the command line turns each into one line and an exit code."""
+"""Exceptions that the command line reports as one line and an exit code."""
 
 import errno
 import os
 
 
 class RefdetError(Exception):
-    """An error whose message is written for the user: it names the culprit and the mend."""
+    """Base class of errors with a message for the user, "name: problem; fix"."""
 
     exit_code = 1
 
 
 class InputError(RefdetError):
-    """Something the user gave is wrong: a file, an option, a recipe key. Exit code 2."""
+    """Invalid input: a file, an option or a recipe key. Exit code 2."""
 
     exit_code = 2
 
@@ -33,26 +33,26 @@ class ArgumentError(InputError, ValueError):
 
 
 class RuntimeFailure(RefdetError):
-    """The work itself failed: a non-finite loss, a full disk, a leak found. Exit code 1."""
+    """A failure at run time: a non-finite loss, a full disk or a leak that was found. Exit code 1."""
 
     exit_code = 1
 
 
 class Interrupted(RefdetError):
-    """The work was stopped by Ctrl-C or a signal; what was finished is kept. Exit code 130, whatever the signal."""
+    """Stopped by Ctrl-C or another signal; finished work is kept. Exit code 130 for every signal."""
 
     exit_code = 130
 
 
-# What the system says of one file, which another one beside it need not share.
+# Errors specific to a single file, which need not affect other files on the same disk.
 _OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
               errno.EINVAL}  # fmt: skip
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether what failed to be read may be sound: the disk, the network, memory or the process's limits failed.
+    """Whether a read failed because of the machine (disk, network, memory, process limits), not because of the file.
 
-    A decoder's OSError for a damaged file has no number.
+    An OSError that a decoder raises for a damaged file has no errno.
     """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in _OF_A_FILE
@@ -60,7 +60,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error comes of a full disk or quota; HDF5 and safetensors say so in their text alone."""
+    """Whether an error is caused by a full disk or quota; HDF5 and safetensors report it only in their message."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in full:
         return True

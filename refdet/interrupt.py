@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: what each kind of work makes of them. All end in exit code 130."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP, which all end in exit code 130."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _Handler = Callable[[int, FrameType | None], None]
 
 
 class StopRequested(KeyboardInterrupt):
-    """A signal ended a wait within `Stop.ends_waiting`; no error of its own, so that nothing takes it for one."""
+    """A signal ended a wait within `Stop.ends_waiting`; not an Exception, so that no handler catches it as one."""
 
 
 class Stop:
-    """Remembers the first signal that asked training to stop, which the training looks for after each step.
+    """Records the first stop signal; training checks for it after each step.
 
-    Nothing is cut short by it, but for the waits within `ends_waiting`. Later signals change nothing: schedulers and
-    impatient people send several, and what is being saved must be saved to its end.
+    A signal interrupts only waits within `ends_waiting`. Later signals are ignored: schedulers and impatient users
+    send several, and saving must not be interrupted.
     """
 
     def __init__(self) -> None:
@@ -32,24 +32,24 @@ class Stop:
     @classmethod
     @contextmanager
     def watching(cls) -> Iterator[Stop]:
-        """Handle the signals within the block, where it runs in the main thread."""
+        """Handle the signals within the block, if it runs in the main thread."""
         stop = cls()
         with _handled_by(stop._note):
             yield stop
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal was received."""
         return self.signal is not None
 
     @property
     def name(self) -> str:
-        """What came, for people."""
+        """Human-readable name of the signal."""
         return "Ctrl-C" if self.signal == signal.SIGINT else str(self.signal and self.signal.name)
 
     @contextmanager
     def ends_waiting(self) -> Iterator[None]:
-        """Within it a signal, also one that came before, raises StopRequested: whatever is waited for is given up."""
+        """Raise StopRequested within the block on a signal, including one that was received earlier."""
         self._waiting = True
         try:
             if self.requested:
@@ -62,8 +62,8 @@ class Stop:
         if self.signal is None:
             self.signal = signal.Signals(number)
             if number == signal.SIGINT and not self._waiting:
-                # Not by way of sys.stderr, which the interrupted code may be writing to.
-                os.write(2, b"\nstopping after this step, which is then saved\n")
+                # Not sys.stderr, which the interrupted code may be writing to.
+                os.write(2, b"\nstopping; finishing and saving this step\n")
         if self._waiting:
             self._waiting = False
             raise StopRequested
@@ -71,7 +71,7 @@ class Stop:
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Within the block each of the signals raises KeyboardInterrupt, as Ctrl-C does."""
+    """Raise KeyboardInterrupt within the block on any of the signals."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -82,10 +82,10 @@ def as_keyboard_interrupt() -> Iterator[None]:
 
 @contextmanager
 def ending_imports() -> Iterator[None]:
-    """As `as_keyboard_interrupt`, but a signal that comes during an import ends the process at once, in one line.
+    """Like `as_keyboard_interrupt`, but a signal during an import exits the process at once with one line.
 
-    Extension modules clear whatever exception an import of theirs raises, KeyboardInterrupt too, and go on without
-    what they wanted. While modules are imported no work has begun, so nothing can be lost.
+    Extension modules may swallow any exception of their imports, including KeyboardInterrupt, and continue without
+    the module. No work has started while modules are imported, so nothing is lost.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -99,7 +99,7 @@ def ending_imports() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """For helper processes: a terminal or a scheduler signals them all, and their parent says when they end."""
+    """Ignore the signals in a worker process; terminals and schedulers signal every process, but the parent ends it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -114,7 +114,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _handled_by(handler: _Handler) -> Iterator[None]:
-    """Handle the signals within the block; in another thread than the main one it cannot be, and nothing changes."""
+    """Handle the signals within the block; does nothing outside the main thread, where Python cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,7 +122,7 @@ def _handled_by(handler: _Handler) -> Iterator[None]:
     try:
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup asked for it
+                continue  # set by nohup
             before[number] = signal.signal(number, handler)
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Recipes: everything that defines a training run, as typed values with bounds."""
+"""Recipes: typed, range-checked configuration of a training run."""

@@ -1,7 +1,6 @@
-"""The range of every number of a recipe.
+"""Range of every number in a recipe.
 
-The upper ends are far above what anyone trains with. They are there since a recipe may be a stranger's: what passes
-can be built, and what it needs has an end.
+The upper limits are far above practical values. They bound the resources that an untrusted recipe can request.
 """
 
 from __future__ import annotations
@@ -17,7 +16,15 @@ from refdet.files.short_text import shown
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` (without it if `above`) to `high`; of a list each item, of which there are `fewest` to `most`."""
+    """Allowed range of a number, or of each item of a list.
+
+    Attributes:
+        low: minimum.
+        high: maximum.
+        above: whether the minimum itself is excluded.
+        fewest: minimum number of items in a list.
+        most: maximum number of items in a list.
+    """
 
     low: float
     high: float
@@ -26,24 +33,32 @@ class Range:
     most: int = 0
 
     def check(self, key: str, value: Any) -> None:
-        """InputError if a number, or an item of a tuple, is outside."""
+        """Check a number, or each item of a tuple.
+
+        Args:
+            key: the recipe key, for error messages.
+            value: its value.
+
+        Raises:
+            InputError: a number is out of range, or a tuple has too few or too many items.
+        """
         if not isinstance(value, tuple):
             self._check_one(key, value)
             return
         if not self.fewest <= len(value) <= self.most:
-            needs = "at least one value is needed" if not value else f"{self.fewest} to {self.most} values are needed"
-            raise InputError(f"{key}: {needs}, not {len(value)}")
+            needs = "at least one value" if not value else f"{self.fewest} to {self.most} values"
+            raise InputError(f"{key}: must have {needs}, not {len(value)}")
         for item in value:
             self._check_one(key, item)
 
     def _check_one(self, key: str, value: float) -> None:
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key}: a finite number is needed, not {value}")
+            raise InputError(f"{key}: must be finite, not {value}")
         if self.low <= value <= self.high and not (self.above and value == self.low):
             return
-        least = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
-        needs = f"{self.low:g} to {self.high:g}" if self.high == 1 else f"{least}, at most {self.high:,g}"
-        raise InputError(f"{key}: {needs} is needed, not {shown(value)}")
+        least = f"greater than {self.low:g}" if self.above else f"at least {self.low:g}"
+        needs = f"from {self.low:g} to {self.high:g}" if self.high == 1 else f"{least} and at most {self.high:,g}"
+        raise InputError(f"{key}: must be {needs}, not {shown(value)}")
 
 
 def _count(high: int) -> Range:
@@ -78,7 +93,7 @@ LIMITS: dict[str, Range] = {
     "head.positive_iou": FRACTION,
     "head.batch_size_per_image": _count(20_000),
     "head.positive_fraction": FRACTION,
-    "train.steps": _count(10**8 - 1),  # the names of the states have 8 digits
+    "train.steps": _count(10**8 - 1),  # state file names have 8 digits
     "train.batch_size": _count(10_000),
     "train.lr": Range(0, 1000, above=True),
     "train.momentum": FRACTION,
@@ -93,14 +108,17 @@ LIMITS: dict[str, Range] = {
     "train.pretrained_lr_mult": Range(0, 1000),
 }
 
-LONGEST_NAME = 200  # characters of the recipe's name
+LONGEST_NAME = 200  # characters
 
 
 def check_limits(tree: Mapping[str, Any]) -> None:
-    """Check the numbers of a recipe, part -> option -> value.
+    """Check the numbers of a recipe.
+
+    Args:
+        tree: part -> option -> value.
 
     Raises:
-        InputError: one is outside of its range; the key is named.
+        InputError: a number is out of range; the message has its key.
     """
     for part, options in tree.items():
         for option, value in options.items():

@@ -1,4 +1,4 @@
-"""Recipe keys, values, names and losses that have another name since refdet 0.1; the old ones work for a version."""
+"""Recipe keys, values, names and losses renamed since refdet 0.1; the old names work for one more version."""
 
 from __future__ import annotations
 
@@ -26,29 +26,33 @@ KEYS = {
     "train.loaded_rate": "pretrained_lr_mult",
     "train.save_every": "checkpoint_interval",
 }
-"""part.key as it was -> key as it is."""
+"""Old part.key -> new key."""
 
 VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": "crop_and_resize"}}
-"""(part, key as it is) -> value as it was -> as it is."""
+"""(part, new key) -> old value -> new value."""
 
 
 LOSSES = {"loss_classifier": "score", "loss_box_reg": "box", "loss_mask": "mask", "loss_objectness": "rpn_score",
           "loss_rpn_box_reg": "rpn_box"}  # fmt: skip
-"""Losses in metrics.jsonl, which has both names: as they are -> as they were."""
+"""New -> old names of the losses in metrics.jsonl, which has both."""
 
 
 def current_name(name: str) -> str:
-    """The name of a shipped recipe: those of the reference's networks began with "seed"."""
+    """Current name of a shipped recipe; the reference networks used to have the prefix "seed"."""
     return "reference" + name.removeprefix("seed") if name.startswith("seed-") else name
 
 
 def current(tree: Any) -> tuple[Any, list[str]]:
-    """A recipe's tree in today's keys and values, and what of it was renamed, as "train.save_every".
+    """Rename the old keys and values of a recipe.
 
-    What is no recipe is given back as it is.
+    Args:
+        tree: part -> option -> value; anything else is returned unchanged.
+
+    Returns:
+        The tree with current names, and the old names that were replaced, such as "train.save_every".
 
     Raises:
-        InputError: a key is there under its old and its new name.
+        InputError: a key is given under both its old and its new name.
     """
     if not isinstance(tree, Mapping):
         return tree, []
@@ -63,7 +67,7 @@ def current(tree: Any) -> tuple[Any, list[str]]:
             if name != key:
                 renamed.append(f"{part}.{key}")
                 if name in options:
-                    raise InputError(f"{part}.{key}: {part}.{name} is there too, which is its new name; remove one")
+                    raise InputError(f"{part}.{key}: also given under its new name {part}.{name}; remove one")
             values = VALUES.get((str(part), name), {})
             if isinstance(value, str) and value in values:
                 renamed.append(f"{part}.{name}={value}")
@@ -73,7 +77,7 @@ def current(tree: Any) -> tuple[Any, list[str]]:
 
 
 def deprecation(renamed: str) -> str:
-    """The line that tells of one of the names that `current` gives."""
+    """Deprecation message for an old name returned by `current`."""
     part, _, rest = renamed.partition(".")
     key, _, value = rest.partition("=")
     new = f"{key}={VALUES[part, key][value]}" if value else KEYS[renamed]

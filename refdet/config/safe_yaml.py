@@ -1,6 +1,6 @@
-"""YAML that may come from strangers: mappings with text as keys, lists and scalars, within limits.
+"""Parse untrusted YAML: mappings with text keys, lists and scalars, within limits.
 
-Aliases are refused: with them a few hundred bytes describe a tree of gigabytes.
+Aliases are refused, as with them a few hundred bytes can expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TEXT = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader within limits, which are checked before anything is constructed."""
+    """PyYAML's safe loader with limits that are checked before anything is constructed."""
 
     def __init__(self, stream: str | bytes) -> None:
         super().__init__(stream)
@@ -28,11 +28,11 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            raise _refused(f"the alias *{cut(event.anchor)} is not supported; write the value in its place", event)
+            raise _refused(f"alias *{cut(event.anchor)} is not supported; write out the value", event)
         if getattr(event, "tag", None) is not None:
-            raise _refused(f"the tag {cut(event.tag)} is not supported", event)
+            raise _refused(f"tag {cut(event.tag)} is not supported; remove it", event)
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
-            raise _refused(f"a value of more than {LONGEST_SCALAR} characters", event)
+            raise _refused(f"value longer than {LONGEST_SCALAR} characters", event)
         if self._depth > DEEPEST:
             raise _refused(f"nested more than {DEEPEST} levels deep", event)
         if self._nodes > MOST_NODES:
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != _TEXT:
-                raise _refused(f"the key {shown(key.value)} is not text; put it in quotes", key)
+                raise _refused(f"key {shown(key.value)} is not text; put it in quotes", key)
             if key.value in seen:
                 raise _refused(f"duplicate key {shown(key.value)}", key)
             seen.add(key.value)
@@ -54,18 +54,24 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
+
+    Args:
+        text: the text.
+
+    Returns:
+        Its value.
 
     Raises:
-        InputError: it is not YAML, or has what is refused: aliases, tags, duplicate keys, keys that are not text, too
-            much nesting, or too many or too long values.
+        InputError: invalid YAML, or a feature that is refused: aliases, tags, duplicate keys, keys that are not text,
+            deep nesting, or too many or too long values.
     """
     try:
         return yaml.load(text, _Loader)  # noqa: S506  # a safe loader
     except yaml.YAMLError as error:
-        raise InputError(f"not YAML that can be used ({_problem(error)})") from None
-    except (ValueError, OverflowError, RecursionError) as error:  # of a scalar, such as the date 2001-99-99
-        raise InputError(f"not YAML that can be used ({cut(error)})") from None
+        raise InputError(f"invalid or unsupported YAML ({_problem(error)})") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # from a scalar such as the date 2001-99-99
+        raise InputError(f"invalid or unsupported YAML ({cut(error)})") from None
 
 
 def _refused(what: str, at: Any) -> yaml.MarkedYAMLError:
@@ -78,5 +84,5 @@ def _problem(error: yaml.YAMLError) -> str:
         problem = error.problem.replace("found unexpected ", "found ")
         return cut(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
     if isinstance(error, yaml.reader.ReaderError):
-        return f"a character that is no text at position {error.position}"
+        return f"invalid character at position {error.position}"
     return cut(error, 200)

@@ -1,1 +1,1 @@
-"""Files and what goes with them: atomic writes, locks, kinds, safe texts, progress."""
+"""File helpers: atomic writes, locks, file kinds, safe text and progress bars."""

@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all, whatever interrupts the writing."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from typing import Any
 
 from refdet.errors import RuntimeFailure, is_disk_full
 
-# Of a temporary name, so that what is cleaned up later is certainly ours.
+# Part of every temporary name, so that cleaning up removes only our own files.
 MARK = "refdet-tmp"
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes ``path`` when the block ends without an error.
+    """Yield a temporary path that replaces ``path`` when the block ends without an exception.
 
-    The temporary file lies in the folder of ``path`` (made if it is not there), since only within one file
-    system is renaming atomic, and keeps its suffix, since some writers choose their format by it. It is
-    flushed to the disk before it takes the place of ``path``: after a power cut the file has its old contents
-    or its new ones. On any exception it is removed and ``path`` stays as it was; a process that is killed leaves
-    it, for `left_behind` to find.
+    The temporary file is in the same folder as ``path`` (created if missing), as a rename is atomic only within a
+    file system, and has the same suffix, as some writers choose the format by it. It is synced to disk before the
+    rename, so ``path`` has its old or its new contents even after a power failure. On an exception it is deleted
+    and ``path`` is unchanged. A process that is killed leaves it behind, for `left_behind` to find.
+
+    Args:
+        path: the file to write.
 
     Yields:
-        the temporary path; the block must write a file there.
+        The temporary path; the block must write a file there.
 
     Raises:
-        OSError: the file cannot be written; it names ``path``, not the temporary file.
+        OSError: the file cannot be written; the error has ``path``, not the temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         named = error.filename if isinstance(error, OSError) else None
-        if named is None and is_disk_full(error):  # some writers name no file or have an exception of their own
+        if named is None and is_disk_full(error):  # some writers give no file name or raise their own exceptions
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if isinstance(error, OSError) and named is not None and Path(named) == temporary:
             error.filename = str(path)
@@ -54,10 +56,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def left_behind(folder: Path, name: str | None = None) -> list[Path]:
-    """The temporary files of `atomic_write` in a folder: of processes that were killed, or are at work.
+    """Find temporary files of `atomic_write`, from processes that were killed or are still running.
 
     Args:
-        name: only those for the file of this name.
+        folder: where to look.
+        name: only temporary files for the file of this name.
+
+    Returns:
+        Their paths, sorted.
     """
     try:
         found = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
@@ -67,26 +73,34 @@ def left_behind(folder: Path, name: str | None = None) -> list[Path]:
 
 
 @contextmanager
-def report_disk_full(path: Path, mend: str) -> Iterator[None]:
-    """Turn "no space left" into a RuntimeFailure that names the file, or else ``path``, and ends with ``mend``."""
+def report_disk_full(path: Path, fix: str) -> Iterator[None]:
+    """Turn "no space left" errors into a RuntimeFailure.
+
+    Args:
+        path: the file to name where the error names none.
+        fix: what to do, the end of the message.
+
+    Raises:
+        RuntimeFailure: the disk is full.
+    """
     try:
         yield
     except Exception as error:
         if not is_disk_full(error) or isinstance(error, RuntimeFailure):
             raise
         name = error.filename if isinstance(error, OSError) and error.filename else path
-        raise RuntimeFailure(f"{name}: no space left on the disk; {mend}") from error
+        raise RuntimeFailure(f"{name}: no space left on the disk; {fix}") from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write ``obj`` as indented JSON, keys in their own order, atomically."""
+    """Write ``obj`` atomically as indented JSON, without sorting keys."""
     text = json.dumps(obj, indent=2) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:
-    """See a file, or the names in a folder, safely on the disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

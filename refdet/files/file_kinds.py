@@ -1,6 +1,6 @@
-"""What a path leads to, told by a look at its first bytes: so that a wrong file for an option is named for what it is.
+"""Detect what a path is from its first bytes, so that errors can say what was given.
 
-Neither torch, h5py nor numpy is needed, so that a command can ask before it imports them.
+Needs neither torch, h5py nor numpy, so that commands can check paths before importing them.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import stat
 from enum import Enum
 from pathlib import Path
 
-_START = 4096  # bytes that are looked at
+_START = 4096  # bytes to read
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class FileKind(Enum):
-    """What there is at a path; the value is how people are told."""
+    """What a path is; the value is its description in messages."""
 
     MISSING = "no such file or folder"
-    ADDRESS = "an address; download it and give the file's path"
-    FORBIDDEN = "cannot be looked at (permission denied)"
+    ADDRESS = "a URL; download it and give the file's path"
+    FORBIDDEN = "cannot be read (permission denied)"
     SPECIAL = "a pipe or a device, not a regular file"
     EMPTY = "an empty file"
     RUN = "a run directory"
     RUN_FILE = "a file of a run directory"
     STATES = "the folder of a run's training states"
-    STATE = "a training state, from which refdet train --resume goes on"
+    STATE = "a training state for refdet train --resume"
     RUNS = "a folder of run directories"
     UNFINISHED = "the folder of an unfinished extraction"
     REFER = "a folder of REFER data"
     DATASET = "one dataset's folder of REFER data"
     FOLDER = "a folder"
-    STORE = "an HDF5 file, such as a store of features"
+    STORE = "an HDF5 file, such as a feature store"
     SAFETENSORS = "a safetensors file"
-    TORCH = "a checkpoint of PyTorch"
-    PICKLE = "a pickle"
-    ZIP = "a zip"
+    TORCH = "a PyTorch checkpoint"
+    PICKLE = "a pickle file"
+    ZIP = "a zip file"
     JSON = "a JSON file"
     IMAGE = "an image"
     TEXT = "a text file"
-    BINARY = "a file of another kind"
+    BINARY = "a file of an unknown kind"
 
     @property
     def is_folder(self) -> bool:
@@ -62,7 +62,7 @@ _MAGIC = (
 
 
 def kind_of(path: Path) -> FileKind:
-    """What is at a path. Opens regular files alone: a pipe would keep us waiting."""
+    """Detect what a path is. Only regular files are opened, as opening a pipe would block."""
     if _ADDRESS.match(str(path)):
         return FileKind.ADDRESS
     try:
@@ -75,13 +75,13 @@ def kind_of(path: Path) -> FileKind:
             start = file.read(_START)
     except PermissionError:
         return FileKind.FORBIDDEN
-    except (OSError, ValueError):  # a name that is too long, or with a zero in it, is none either
+    except (OSError, ValueError):  # including names that are too long or contain NUL
         return FileKind.MISSING
     return _kind_of_file(path, start)
 
 
 def run_directory_near(path: Path) -> Path | None:
-    """The run directory that is meant by a path which is none: a folder above it, or the only one in it."""
+    """Run directory that a path probably means: one of its two parents, or the only run directory in it."""
     for folder in (path.parent, path.parent.parent):
         if _is_run(folder):
             return folder
@@ -90,7 +90,7 @@ def run_directory_near(path: Path) -> Path | None:
 
 
 def runs_in(folder: Path, most: int = 1000) -> list[Path]:
-    """The run directories that lie in a folder, among its first entries."""
+    """Sorted run directories among the first ``most`` entries of a folder."""
     try:
         found = [entry for entry, _ in zip(folder.iterdir(), range(most), strict=False) if _is_run(entry)]
     except OSError:

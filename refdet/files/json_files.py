@@ -1,4 +1,4 @@
-"""Reading JSON files, with errors that name them: those of `refer.plain_files`, as InputError."""
+"""Read JSON files as `refer.plain_files` does, but with errors as InputError."""
 
 from __future__ import annotations
 
@@ -15,32 +15,63 @@ _SMALL = 2**25  # bytes
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. InputError names the file and, where it is malformed, the line."""
+    """Parse a JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        InputError: it cannot be read or is malformed; the message has the file and the line.
+    """
     with json_errors(path):
         return json.loads(read_bytes(path))
 
 
 def read_small_json(path: Path) -> Any:
-    """The value of a JSON file of ours that is never large, as of `read_json`; InputError for one that is."""
+    """Parse one of refdet's own JSON files, which are at most 32 MiB.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        InputError: it cannot be read, is malformed or is larger.
+    """
     with json_errors(path):
         return json.loads(read_bytes(path, _SMALL))
 
 
 def read_bytes(path: Path, most: int = plain_files.LARGEST) -> bytes:
-    """All of a regular file. InputError for what cannot be read or has more bytes, and for a pipe or a device."""
-    with _ours():
+    """Read a regular file.
+
+    Args:
+        path: the file.
+        most: maximum size in bytes.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        InputError: it cannot be read, is larger, or is a pipe or device.
+    """
+    with _as_input_error():
         return plain_files.read_bytes(path, most)
 
 
 @contextmanager
 def json_errors(path: Path) -> Iterator[None]:
-    """Turn what parsing the JSON file ``path`` raises into an InputError that names it."""
-    with _ours(), plain_files.json_errors(path):
+    """Turn errors from parsing the JSON file ``path`` into an InputError with its name."""
+    with _as_input_error(), plain_files.json_errors(path):
         yield
 
 
 @contextmanager
-def _ours() -> Iterator[None]:
+def _as_input_error() -> Iterator[None]:
     try:
         yield
     except ReferError as error:

@@ -1,13 +1,13 @@
-"""Text of files that others made (names, categories, remarks), made safe to show."""
+"""Make text from untrusted files (names, categories, notes) safe to print."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, every character that is not shown as itself written out: ``\n``, ``\x1b``, ``\u202e``.
+    r"""Escape every character that is not printable, such as ``\n``, ``\x1b`` and ``\u202e``.
 
-    Escape sequences would otherwise move the cursor or repaint what stands there, a new line could pass for one of
-    refdet's own, and bidirectional controls would show letters in another order. Letters of all scripts stay.
+    Escape sequences could otherwise move the cursor or overwrite the screen, new lines could pass for output of
+    refdet, and bidirectional controls could reorder letters. Letters of all scripts are kept.
     """
     if text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar at a terminal, elsewhere a line now and then, so that a log stays readable."""
+"""Progress bars on a terminal, occasional lines elsewhere, so that logs stay readable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-SECONDS = 30  # between two lines where there is no terminal
+SECONDS = 30  # between two lines without a terminal
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 
 class _Lines:
-    """A stream that a bar writes to, which makes a line of what would overwrite the line before."""
+    """A stream for a bar that writes each update as a new line."""
 
     encoding = "utf-8"
 
@@ -30,22 +30,43 @@ class _Lines:
 
 
 def progress_bar(total: int, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm[Any]:
-    """A tqdm bar on stderr that counts to ``total``; a line each `SECONDS` at most where stderr is no terminal.
+    """Create a tqdm bar on stderr, or one line every `SECONDS` at most if stderr is not a terminal.
 
-    Work that is done sooner than that leaves no line in a log.
+    Work that takes less than `SECONDS` writes no line.
+
+    Args:
+        total: number of units of work.
+        desc: what the work is.
+        unit: name of a unit, in the singular.
+        initial: units that are already finished.
+        disable: whether to show nothing.
+
+    Returns:
+        The bar.
     """
     return _bar(None, total, desc, unit, initial, True, disable)
 
 
 def progress(things: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:
-    """The things one by one, with a `progress_bar`."""
+    """Iterate over things with a `progress_bar`.
+
+    Args:
+        things: what to iterate over.
+        desc: what the work is.
+        unit: name of one of the things, in the singular.
+        total: number of things, None if unknown.
+        leave: whether the finished bar stays on the terminal.
+
+    Returns:
+        An iterator over the things.
+    """
     return _bar(things, total, desc, unit, 0, leave, False)
 
 
 def _bar(
     things: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool, disable: bool
 ) -> tqdm[Any]:
-    disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # a quiet command
+    disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # -q
     common: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": disable}
     stream = sys.stderr
     if stream is None or not stream.isatty():

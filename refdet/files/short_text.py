@@ -1,4 +1,4 @@
-"""Values and texts of any size, cut to what fits in one line of an error message."""
+"""Shorten values and text to fit in a one-line error message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LONGEST = 80  # characters of a value in a message
 
 
 class _Repr(reprlib.Repr):
-    """As reprlib's, but of large integers too, whose digits Python may refuse to write."""
+    """reprlib.Repr that can show huge integers, whose digits Python may refuse to print."""
 
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
@@ -20,7 +20,7 @@ _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 4
 
 
 def shown(value: object) -> str:
-    """The repr of a value in `LONGEST` characters or so."""
+    """Repr of a value, shortened to about `LONGEST` characters."""
     return cut(_REPR.repr(value), 2 * LONGEST)
 
 
@@ -30,7 +30,7 @@ def counted(n: int, noun: str) -> str:
 
 
 def cut(text: object, longest: int = LONGEST) -> str:
-    """A text in one line, without its middle where it is longer than `longest` characters."""
+    """Text on one line, with the middle replaced by "..." if it is longer than ``longest`` characters."""
     line = " ".join(str(text)[: 100 * longest].split())
     half = (longest - 3) // 2
     return line if len(line) <= longest else f"{line[:half]}...{line[-half:]}"

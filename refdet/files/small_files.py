@@ -1,4 +1,4 @@
-"""Small text files that may come from strangers: read whole, up to a size, and parsed strictly."""
+"""Read and strictly parse small, untrusted text files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes.
+    """Read a small regular file.
+
+    Args:
+        path: the file.
+        most: maximum size in bytes.
+
+    Returns:
+        Its contents.
 
     Raises:
-        InputError: there is no such file, it is larger, or it is a folder, a pipe or a device.
+        InputError: the file does not exist, is larger, or is a folder, pipe or device.
     """
     try:
-        # without waiting for a writer, where it is a pipe
+        # nonblocking, as opening a pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -36,16 +43,22 @@ def read_small(path: Path, most: int) -> bytes:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > most:
-        raise InputError(f"{path}: larger than {most} bytes, the most that such a file may have")
+        raise InputError(f"{path}: larger than {most} bytes, the limit for such a file")
     return data
 
 
 def strict_json(data: bytes | str) -> Any:
-    """The value of a JSON text.
+    """Parse JSON strictly.
+
+    Args:
+        data: the text, in UTF-8 if it is bytes.
+
+    Returns:
+        Its value.
 
     Raises:
-        InputError: it is malformed or nested too deeply, has a key twice in an object, or a number that JSON does not
-            have (NaN, Infinity, 1e999).
+        InputError: malformed or too deeply nested JSON, a duplicate key, or a number that is not JSON (NaN, Infinity,
+            1e999).
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
@@ -79,11 +92,11 @@ def _no_constant(name: str) -> NoReturn:
 def _finite_float(text: str) -> float:
     value = float(text)
     if value - value != 0:
-        raise InputError(f"{cut(text)} is too large a number")
+        raise InputError(f"number {cut(text)} is too large")
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > 20:
-        raise InputError(f"{cut(text)} is too large an integer")
+        raise InputError(f"integer {cut(text)} is too large")
     return int(text)

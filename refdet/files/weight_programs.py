@@ -1,6 +1,6 @@
-"""Which program's network a checkpoint is of, told from the names of its tensors and classes; without torch.
+"""Detect the program and network of a checkpoint from the names of its tensors and classes, without torch.
 
-It is for error messages alone: what can be imported is decided in `refdet.detector.weights.convert`.
+Used only in error messages; `refdet.detector.weights.convert` decides what can be imported.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# Of each program expressions of which every one must begin some name; the first that fits counts.
+# The first entry of which every expression matches the start of some tensor name.
 _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
     ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
@@ -44,7 +44,7 @@ _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a DenseNet", (r"features\.denseblock1\.",)),
     ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
 )
-# The first module of a class that the file names.
+# Top-level module of a class in the file.
 _BY_CLASSES = {
     "ultralytics": "an Ultralytics YOLO model",
     "models": "a YOLOv5 or YOLOv7 model",
@@ -66,17 +66,20 @@ _WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")
 
 
 def has_all(names: Iterable[str], beginnings: Iterable[str]) -> bool:
-    """Whether each of the expressions begins some name."""
+    """Whether each expression matches the start of some name."""
     text = "\n".join(names)
     return all(re.search(f"^(?:{expression})", text, re.MULTILINE) for expression in beginnings)
 
 
 def program_of(names: Iterable[str], classes: Iterable[str] = ()) -> str | None:
-    """What a checkpoint is, such as "a torchvision Mask R-CNN"; None where nothing tells.
+    """Describe a checkpoint, such as "a torchvision Mask R-CNN".
 
     Args:
-        names: of the tensors.
-        classes: dotted names of what a pickle wants to import.
+        names: names of its tensors.
+        classes: dotted names that its pickle imports.
+
+    Returns:
+        The description, None if unknown.
     """
     names = list(names)
     bare = [_WRAPPERS.sub("", name) for name in names]

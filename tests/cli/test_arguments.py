@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "no checkpoint": (lambda f: extract(f, checkpoint=f.root / "no"), "no: no such file or folder; a run directory is"),
     "an address": (
         lambda f: extract(f, checkpoint="https://a.org/run"),
-        "--checkpoint https:/a.org/run: an address; down",
+        "--checkpoint https:/a.org/run: a URL; download it",
     ),
     "above": (
         lambda f: extract(f, checkpoint=f.runs),
@@ -110,24 +110,24 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     ),
     "a state": (
         lambda f: extract(f, checkpoint=f.run / "state/step-00000005.safetensors"),
-        "from which refdet train --resume goes on; give the run directory",
+        "a training state for refdet train --resume; give the run directory",
     ),
     "a lost file of a run": (lambda f: extract(f, checkpoint=f.run / "model.pth"), "give the run directory"),
     "a store": (
         lambda f: extract(f, checkpoint=f.store),
-        "an HDF5 file, such as a store of features, not a run directory",
+        "an HDF5 file, such as a feature store, not a run directory",
     ),
     "a split": (
         lambda f: extract(f, checkpoint=f.instances),
-        "f.json: a JSON file, not a run directory; give the folder that refdet",
+        "f.json: a JSON file, not a run directory; give a folder written by refdet",
     ),
     "weights of others": (
         lambda f: extract(f, checkpoint=f.torch),
-        "a checkpoint of PyTorch, not a run directory; refdet i",
+        "a PyTorch checkpoint, not a run directory; convert it with refdet i",
     ),
     "safetensors alone": (
         lambda f: extract(f, checkpoint=f.root / "lone.safetensors"),
-        "refdet import-weights makes one",
+        "convert it with refdet import-weights",
     ),
     "a pipe": (lambda f: extract(f, checkpoint=f.pipe), "a pipe or a device, not a regular file"),
     "evaluate": (
@@ -144,26 +144,26 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     # splits
     "split of a store": (lambda f: split(f, instances=f.store), "not an instances JSON or a list of images"),
     "split of a pipe": (lambda f: split(f, instances=f.pipe), "a pipe or a device"),
-    "split of an address": (lambda f: split(f, instances="http://a.org/f.json"), "an address; download it"),
-    "split into a folder": (lambda f: split(f, out="."), "--out .: a folder; give the name of a file"),
+    "split of an address": (lambda f: split(f, instances="http://a.org/f.json"), "a URL; download it"),
+    "split into a folder": (lambda f: split(f, out="."), "--out .: a folder; give a file name"),
     "split of one dataset": (lambda f: split(f, refer_root=f.refer / "refcoco"), "give the folder above it"),
     "audit of a pipe": (lambda f: other("audit", instances=f.pipe, refer_root=f.refer), "a pipe or a device"),
     "inspect a pipe": (lambda f: ["inspect", str(f.pipe)], "a pipe or a device, not a regular file"),
-    "inspect an address": (lambda f: ["inspect", "https://a.org/b"], "an address; download it"),
+    "inspect an address": (lambda f: ["inspect", "https://a.org/b"], "a URL; download it"),
     "inspect a state": (
         lambda f: ["inspect", str(f.run / "state/step-00000005.safetensors")],
-        "look at its run directory",
+        "give its run directory",
     ),
     "inspect an image": (
         lambda f: ["inspect", str(f.images / "000000000002.jpg")],
-        "an image, neither an instances JSON",
+        "an image, not an instances JSON, run directory or feature store",
     ),
     # images
     "no images": (lambda f: extract(f, images=f.root / "no"), "--images"),
-    "images in a run": (lambda f: extract(f, images=f.run), "a run directory, not a folder or zip of images"),
+    "images in a run": (lambda f: extract(f, images=f.run), "a run directory; give a folder or zip of images"),
     "images in a file": (
         lambda f: extract(f, images=f.instances),
-        "neither a folder nor a readable zip of images: a JSON",
+        "a JSON file; give a folder or readable zip of images",
     ),
     "a pipe of images": (lambda f: extract(f, images=f.pipe), "a pipe or a device"),
     # lists
@@ -184,29 +184,29 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
         lambda f: extract(f, instances=None, refer_root=f.refer, split=" ,", **ON_REFER),
         "--split ' ,': no",
     ),
-    "no device": (lambda f: extract(f, device="gpu"), "--device gpu: no name of a device; give cpu, cuda, cuda:1"),
+    "no device": (lambda f: extract(f, device="gpu"), "--device gpu: not a device; give cpu, cuda, cuda:1"),
     "no device to evaluate": (
         lambda f: other("evaluate", checkpoint=f.run, instances=f.instances, images=f.images, device="cuda:x"),
-        "--device cuda:x: no name of a device",
+        "--device cuda:x: not a device",
     ),
-    "no features": (lambda f: extract(f, features=""), "--features '': no name in it"),
+    "no features": (lambda f: extract(f, features=""), "--features '': no names in it"),
     "a NaN": (lambda f: extract(f, score_threshold="nan"), "--score-threshold: must be a number from 0 to 1, not nan"),
     "another NaN": (lambda f: extract(f, nms_threshold="nan"), "--nms-threshold: must be"),
     # what is written
     "out exists": (lambda f: extract(f, out=f.text), "a.txt exists; choose another --out or remove it"),
-    "out is a folder": (lambda f: extract(f, out=f.images), "images: a folder; give the name of a file, such as"),
+    "out is a folder": (lambda f: extract(f, out=f.images), "images: a folder; give a file name, such as"),
     "out is this folder": (
         lambda f: extract(f, out="."),
-        "--out .: a folder; give the name of a file, such as features.h5",
+        "--out .: a folder; give a file name, such as features.h5",
     ),
     "out is above": (lambda f: extract(f, out=".."), "--out ..: a folder"),
-    "out in a file": (lambda f: extract(f, out=f.text / "a.h5"), "a.txt is a file where a folder is needed"),
+    "out in a file": (lambda f: extract(f, out=f.text / "a.h5"), "a.txt is a file, not a folder"),
     "out is a device": (lambda f: extract(f, out="/dev/null"), "/dev/null: a pipe or a device"),
-    "out is an address": (lambda f: extract(f, out="s3://bucket/a.h5"), "an address; give a path on this machine"),
-    "out is too long": (lambda f: extract(f, out="x" * 250), "its name is too long"),
+    "out is an address": (lambda f: extract(f, out="s3://bucket/a.h5"), "a URL; give a local path"),
+    "out is too long": (lambda f: extract(f, out="x" * 250), "name is too long"),
     "out is no text": (
         lambda f: extract(f, out=os.fsdecode(b"a\xff.h5")),
-        r"--out a\udcff.h5: its name is not valid UTF-8",
+        r"--out a\udcff.h5: name is not valid UTF-8",
     ),
     "out is begun": (
         lambda f: extract(f, out=f.root / "begun.h5"),
@@ -215,27 +215,30 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     # stores
     "a store that is none": (
         lambda f: export(f, f.run),
-        "a run directory, not a store of features; give the HDF5 file",
+        "a run directory, not a feature store; give an HDF5 file",
     ),
     "an unfinished store": (
         lambda f: export(f, f.parts),
-        "the same refdet extract-features with --resume does the rest",
+        "finish it with the same refdet extract-features command and --resume",
     ),
-    "the name of one": (lambda f: export(f, f.root / "begun.h5"), "not finished yet, "),
-    "a text to resume": (lambda f: [*extract(f, out=f.text), "--resume"], "not a store to resume"),
+    "the name of one": (lambda f: export(f, f.root / "begun.h5"), "not finished yet (parts in "),
+    "a text to resume": (lambda f: [*extract(f, out=f.text), "--resume"], "not a feature store to resume"),
     "a split for a store": (lambda f: export(f, f.instances), "--store"),
     "export over files": (lambda f: export(f, f.store, out=f.images), "exists and is not an empty folder"),
-    "evaluation of a split": (lambda f: on_refer(f, features=f.instances), "a JSON file, not a store of features"),
-    "evaluation into a file": (lambda f: on_refer(f, out=f.text), "is a file where a folder is needed"),
+    "evaluation of a split": (lambda f: on_refer(f, features=f.instances), "a JSON file, not a feature store"),
+    "evaluation into a file": (lambda f: on_refer(f, out=f.text), "a file, not a folder"),
     "no predictions": (lambda f: on_refer(f, predictions=f.root / "no"), "--predictions"),
     "predictions in a store": (lambda f: on_refer(f, predictions=f.store), "--predictions"),
     # weights
     "no weights": (lambda f: weights(f, f.root / "no"), "--from"),
-    "a split for weights": (lambda f: weights(f, f.instances), "a JSON file: damaged, or not a file of torch.save"),
+    "a split for weights": (
+        lambda f: weights(f, f.instances),
+        "a JSON file; give an intact file written by torch.save",
+    ),
     "a store for weights": (lambda f: weights(f, f.store), "an HDF5 file"),
-    "own weights": (lambda f: weights(f, f.run), "a run directory of refdet's own; give the run directory itself to"),
+    "own weights": (lambda f: weights(f, f.run), "a run directory of refdet; pass the run directory itself to"),
     "weights in a pipe": (lambda f: weights(f, f.pipe), "a pipe or a device"),
-    "weights at an address": (lambda f: weights(f, "https://a.org/w.pth"), "an address; download it"),
+    "weights at an address": (lambda f: weights(f, "https://a.org/w.pth"), "a URL; download it"),
     "weights over files": (lambda f: weights(f, f.torch, out=f.images), "exists and is not an empty folder"),
 }
 

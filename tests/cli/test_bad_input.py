@@ -163,7 +163,7 @@ def test_annotations_without_area_or_outside_are_told_and_left_out(
     assert any("no area" in line for line in dropped) or any("outside" in line for line in dropped)
     caplog.clear()
     assert files.train(bad, tmp_path / "run").exit_code == 0
-    assert f"{bad}: {len(dropped)} annotations" in caplog.text and dropped[0] in caplog.text
+    assert f"{bad}: {len(dropped)} unusable annotations" in caplog.text and dropped[0] in caplog.text
     done = files.extract(tmp_path / "a.h5", "--instances", bad, "--regions", "annotations")
     assert done.exit_code == 0 and json.loads(done.stdout)["errors"] == 0
     crowds = changed(files.split, tmp_path / "crowds.json", lambda t: [a.update(iscrowd=1) for a in t["annotations"]])
@@ -193,8 +193,9 @@ def test_bad_images(files: Files, tmp_path: Path) -> None:
     some = tmp_path / "some"
     shutil.copytree(files.images, some)
     (some / names[0]).write_bytes(b"not an image")
-    for folder, says in ((tmp_path / "none", names[0]), (tmp_path / "no", "no such folder or zip"),
-                         (files.split, "neither a folder nor a readable zip")):  # fmt: skip
+    for folder, says in ((tmp_path / "none", names[0]),
+                         (tmp_path / "no", "no such file or folder; give a folder or zip"),
+                         (files.split, "give a folder or readable zip")):  # fmt: skip
         fails(files.train(files.split, tmp_path / "run", images=folder), f"--images {folder}", says)
         fails(files.evaluate(files.split, images=folder), f"--images {folder}", says)
         done = files.extract(tmp_path / "a.h5", "--instances", files.split, images=folder)
@@ -246,7 +247,7 @@ def test_bad_checkpoints(files: Files, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [("train.step=5", "did you mean train.steps?"), ("train.steps", "key=value"), ("train.steps=x", "int expected")],
+    [("train.step=5", "did you mean train.steps?"), ("train.steps", "key=value"), ("train.steps=x", "must be int")],
 )
 def test_a_wrong_setting(files: Files, tmp_path: Path, change: str, says: str) -> None:
     fails(files.train(files.split, tmp_path / "run", "--set", change), change.partition("=")[0], says)
@@ -273,7 +274,7 @@ def test_an_output_that_exists(files: Files, tmp_path: Path) -> None:
         fails(done, "exists", "choose another")
     assert files.evaluate_on_refer(tmp_path).exit_code == 0
     fails(files.evaluate_on_refer(tmp_path), str(tmp_path / "metrics.json"), "exists; choose another --out")
-    fails(files.evaluate_on_refer(files.split), str(files.split), "a folder is needed; choose another --out")
+    fails(files.evaluate_on_refer(files.split), str(files.split), "a file, not a folder; choose another --out")
 
 
 def test_a_damaged_store(files: Files, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_set_takes_yaml_values() -> None:
         ("train.steps", ["key=value"]),
         ("train.steps=many", ["train.steps", "int"]),
         ("train.steps=true", ["train.steps", "int"]),
-        ("train.steps=0", ["train.steps", "more than 0"]),
+        ("train.steps=0", ["train.steps", "greater than 0"]),
         ("train.lr=.nan", ["train.lr"]),
         ("train.lr=[", ["YAML"]),
         ("model.depth=42", ["model.depth", "101"]),
@@ -94,5 +94,5 @@ def test_a_file_changes_its_base(tmp_path: Path) -> None:
         recipe.load("reference-c4-res50").model.depth == 50 and recipe.load("reference-c4-res50").model.legacy_plus_one
     )
     (tmp_path / "bad.yaml").write_text("base: nothing\n")
-    with pytest.raises(InputError, match="base: one of .*reference-c4-res101"):
+    with pytest.raises(InputError, match="base: must be one of .*reference-c4-res101"):
         recipe.load(str(tmp_path / "bad.yaml"))

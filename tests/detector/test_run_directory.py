@@ -84,11 +84,11 @@ def tensors(given: Tensors) -> Callable[[Path], object]:
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "store.h5": (hdf5, "an HDF5 file, as a store of features is"),
-    "instances.json": (instances, "a COCO instances file (it belongs to --instances)"),
+    "store.h5": (hdf5, "an HDF5 file, such as a feature store"),
+    "instances.json": (instances, "a COCO instances file (pass it to --instances)"),
     "other.json": (lambda path: path.write_text("[1]"), "a JSON file"),
-    "state.safetensors": (tensors(STATE), "the state of a training (its run directory is the folder above state/)"),
-    "copy.safetensors": (tensors(OWN), "the weights of a run directory (give the folder that holds them"),
+    "state.safetensors": (tensors(STATE), "a training state (its run directory is the folder above state/)"),
+    "copy.safetensors": (tensors(OWN), "the weights of a run directory (give the folder with them"),
     "damaged.safetensors": (
         lambda path: path.write_bytes(b"\x20" + bytes(7) + b"{" * 40),
         "a damaged safetensors file",
@@ -111,10 +111,10 @@ def test_a_file_is_named_for_what_it_is(tmp_path: Path, name: str) -> None:
 def test_weights_of_other_programs_are_sent_to_import_weights(tmp_path: Path) -> None:
     torch.save(of_one_number(resnet_shapes(18)), tmp_path / "resnet18.pth")
     (tmp_path / "strange.bin").write_bytes(b"\x01\x02\x03")
-    assert "a PyTorch checkpoint (refdet import-weights makes" in refusal(tmp_path / "resnet18.pth")
+    assert "a PyTorch checkpoint (convert it with refdet import-weights)" in refusal(tmp_path / "resnet18.pth")
     save_file({"backbone.body.conv1.weight": torch.ones(1), "roi_heads.box_predictor.cls_score.weight": torch.ones(1)},
               tmp_path / "tv.safetensors")  # fmt: skip
-    assert "a torchvision Faster R-CNN (refdet import-weights" in refusal(tmp_path / "tv.safetensors")
+    assert "a torchvision Faster R-CNN (convert it with refdet import-weights" in refusal(tmp_path / "tv.safetensors")
     assert "a file, not a run directory" in refusal(tmp_path / "strange.bin")
     with pytest.raises(InputError, match="a run directory already; give it to --weights or --checkpoint"):
         read_foreign(run_at(tmp_path / "run"))
@@ -141,8 +141,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "deep": (DEEP, "nested too deeply"),
     "deep object": ('{"a":' * 100_000, "nested too deeply"),
     "NaN": (json.dumps(changed("step", math.nan)), "NaN is not a JSON number"),
-    "too large": (json.dumps(GOOD).replace('"step": 3', '"step": 1e999'), "1e999 is too large a number"),
-    "many digits": (json.dumps(GOOD).replace('"step": 3', f'"step": {"9" * 9999}'), "too large an integer"),
+    "too large": (json.dumps(GOOD).replace('"step": 3', '"step": 1e999'), "number 1e999 is too large"),
+    "many digits": (json.dumps(GOOD).replace('"step": 3', f'"step": {"9" * 9999}'), "is too large"),
     "twice": (json.dumps(GOOD)[:-1] + ', "step": 4}', "duplicate key 'step'"),
     "no UTF-8": ("\\", "malformed JSON"),
     "half a letter": (json.dumps(changed("categories.0.name", "\ud800")), "not UTF-8 text"),
@@ -168,10 +168,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "images": (changed("provenance.images", -1), "provenance: a field has the wrong type"),
     "excluded": (changed("provenance.excluded", {"refcoco/unc/val": {"images": "1"}}), "'excluded' has the wrong type"),
     "unknown fields": (changed("provenance." + "x" * 100_000, 1), "fields unknown: "),
-    "recipe": (changed("recipe", []), "a mapping of options is needed"),
+    "recipe": (changed("recipe", []), "must be a mapping of options"),
     "recipe key": (changed("recipe.model.widht", 8), "did you mean model.width?"),
-    "recipe value": (changed("recipe.model.width", [1]), "model.width: int expected"),
-    "recipe name": (changed("recipe.name", "x" * 201), "name: 1 to 200 characters"),
+    "recipe value": (changed("recipe.model.width", [1]), "model.width: must be int"),
+    "recipe name": (changed("recipe.name", "x" * 201), "name: must have 1 to 200 characters"),
 }  # fmt: skip
 
 

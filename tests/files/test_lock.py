@@ -25,7 +25,7 @@ def test_another_process_is_kept_out_until_it_dies(tmp_path: Path, number: signa
     assert holder.stdout and holder.stdout.readline() == "held\n"
     for _ in range(2):
         with (
-            pytest.raises(InputError, match="another process is writing it; let it end$"),
+            pytest.raises(InputError, match="another process is writing to it; let it end$"),
             alone(tmp_path, "lock", "let it end"),
         ):
             raise AssertionError("got in")
@@ -46,7 +46,7 @@ def test_a_file_system_without_locks_is_said(
     ran = []
     with alone(tmp_path, "lock", "x"):
         ran.append(1)
-    assert ran and f"has no locks ({os.strerror(number)})" in caplog.text
+    assert ran and f"without locks ({os.strerror(number)})" in caplog.text
 
 
 def test_a_folder_that_cannot_hold_it_is_an_error_of_its_own(tmp_path: Path) -> None:

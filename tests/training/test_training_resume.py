@@ -233,7 +233,7 @@ def test_empty_images_make_another_run_and_older_runs_have_no_such_key(begun: Pa
 
 
 def test_one_process_at_a_time(begun: Path) -> None:
-    with alone(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing it"):
+    with alone(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
         run(begun, "train.steps=4", resume=True)
     assert run(begun, "train.steps=4", resume=True).steps == 4
 
