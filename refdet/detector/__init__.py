@@ -1,1 +1,1 @@
-"""The detector: the network, its checkpoints, and what it makes of images."""
+"""The detector: network, checkpoints and inference."""

@@ -1,4 +1,13 @@
-"""Anchors: the boxes that the region proposal network scores and moves."""
+"""Anchors of the region proposal network.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    C, H, W: channels, height and width of a feature map
+    A: anchors per cell, len(ratios) * len(sizes)
+
+Anchors are xyxy in pixels of the network's input.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ROUNDED_BASE = 16  # pixels: the side of the square whose shapes the reference rounds and then enlarges
+ROUNDED_BASE = 16  # pixels: side of the square whose aspect ratios the reference rounds before scaling
 
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool = False) -> Tensor:
-    """Anchors about the origin: (len(ratios) * len(sizes), 4), ratios outer, sizes inner.
+    """Anchors (A, 4) centred at the origin, ratios outer, sizes inner.
 
     Args:
-        sizes: sides in pixels of the square of equal area.
-        ratios: height over width.
-        rounded: as Faster R-CNN's first code did it: a square of 16 pixels is given each ratio, its sides are
-            rounded, half to even, and then multiplied by ``size / 16``.
+        sizes: square roots of the areas, in pixels.
+        ratios: height / width.
+        rounded: as in the original Faster R-CNN code: round the sides of a 16-pixel square of each ratio, half to
+            even, then multiply them by ``size / 16``.
     """
     if rounded:
         widths = [round(ROUNDED_BASE / ratio**0.5) for ratio in ratios]
@@ -32,13 +41,13 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float], rounded: bool 
 
 
 class Anchors(nn.Module):
-    """The anchors of every cell of every map.
+    """Generates the anchors of all cells of all feature maps.
 
     Args:
-        sizes: for each map the sizes of its anchors, in pixels of the network's input.
-        ratios: height over width, the same on each map.
-        strides: of the maps, in pixels.
-        rounded: see `cell_anchors`.
+        sizes: anchor sizes of each map, in pixels of the network's input.
+        ratios: height / width, the same for all maps.
+        strides: stride of each map, in pixels of the network's input.
+        rounded: round the sides as the original Faster R-CNN code does.
     """
 
     def __init__(
@@ -48,14 +57,14 @@ class Anchors(nn.Module):
         self.strides = tuple(strides)
         self.per_cell = len(sizes[0]) * len(ratios)
         for level, level_sizes in enumerate(sizes):
-            with torch.device("cpu"):  # they are numbers even where the network has yet no memory
+            with torch.device("cpu"):  # real values even in a model on the meta device
                 cell = cell_anchors(level_sizes, ratios, rounded)
             self.register_buffer(f"cell{level}", cell, persistent=False)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Anchors (H * W * A, 4) of each map (B, C, H, W), row by row, the A anchors of a cell together.
+        """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
-        Cell (0, 0) stands at its middle, stride / 2, where RoIAlign reads it too.
+        The centre of cell (0, 0) is at stride / 2, as in RoIAlign.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):

@@ -1,8 +1,7 @@
-"""Checkpoints: the run directory that `train` writes and every other command takes.
+"""Checkpoints: the run directory that `train` writes and the other commands read.
 
-``model.safetensors`` holds the weights, ``model.json`` what they mean (recipe, categories, provenance, step),
-``state/`` what resuming needs. Each file is replaced whole or not at all. What a run directory is can be read without
-torch; only its tensors need it.
+``model.safetensors`` holds the weights, ``model.json`` their metadata (recipe, categories, provenance, step) and
+``state/`` what resuming needs. Files are replaced atomically. Metadata is read without torch.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ if TYPE_CHECKING:
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
 LARGEST_META = 2**23  # bytes of a model.json
 MOST_CATEGORIES = 50_000
-HEADS = ("rpn.", "head.box.", "head.mask.")  # parts of a detector that an ImageNet network does not have
+HEADS = ("rpn.", "head.box.", "head.mask.")  # parts that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What weights mean: ``model.json``."""
+    """Metadata of weights: the contents of ``model.json``."""
 
     recipe: Recipe
     categories: tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
     provenance: Provenance
     step: int
-    untrained: tuple[str, ...] = ()  # beginnings of the names of parameters that nobody trained
+    untrained: tuple[str, ...] = ()  # prefixes of the names of untrained parameters
 
     @property
     def category_ids(self) -> list[int]:
@@ -49,7 +48,7 @@ class CheckpointMetadata:
         return [category for category, _ in self.categories]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """The JSON object of ``model.json``."""
         return {
             "recipe": self.recipe.to_dict(),
             "categories": [{"id": id_, "name": name} for id_, name in self.categories],
@@ -60,7 +59,7 @@ class CheckpointMetadata:
 
     @classmethod
     def from_json(cls, tree: Any) -> CheckpointMetadata:
-        """The inverse of `to_json`. Raises InputError where a field is missing or wrong; it is named."""
+        """The inverse of `to_json`. Raises InputError that names a missing or invalid field."""
         if not isinstance(tree, dict):
             raise InputError(f"an object is needed, not {shown(tree)}")
         missing = [name for name in ("recipe", "categories", "provenance", "step") if name not in tree]
@@ -76,11 +75,11 @@ class CheckpointMetadata:
 
     @classmethod
     def parse(cls, text: str | bytes) -> CheckpointMetadata:
-        """As `from_json`, from the text of ``model.json``. Raises InputError; it names no file."""
+        """`from_json` of the text of ``model.json``. Raises InputError without a file name."""
         return cls.from_json(strict_json(text))
 
     def warnings(self) -> list[str]:
-        """What everyone who uses these weights should be told, a line each."""
+        """Warnings for users of these weights, one line each."""
         lines = []
         if self.provenance.is_unknown:
             lines.append(f"detector: {self.provenance.note}")
@@ -88,7 +87,7 @@ class CheckpointMetadata:
             lines.append(f"detector: started from {self.provenance.weights}")
         if self.untrained:
             parts = ", ".join(part.rstrip(".") for part in self.untrained)
-            lines.append(f"detector: its {parts} are not trained; only features of given boxes mean something")
+            lines.append(f"detector: {parts} are not trained; only features of given boxes are meaningful")
         return lines
 
 
@@ -107,10 +106,10 @@ def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
 
 
 def run_directory(path: str | Path) -> Path:
-    """The run directory that a path names: itself, or the folder of its model file.
+    """The run directory of a path, which may also be its model file.
 
     Raises:
-        InputError: there is no checkpoint; the message says what there is, and which folder to give instead.
+        InputError: there is no checkpoint; the message says what was found and which folder to give instead.
     """
     path = Path(path)
     folder = path.parent if path.name in (MODEL, META) else path
@@ -121,7 +120,7 @@ def run_directory(path: str | Path) -> Path:
 
 
 def _not_a_run(path: Path, folder: Path, missing: str) -> str:
-    """Why a path is no run directory, and what to give."""
+    """Why a path is not a run directory, and the fix."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
         if is_address(path):
             return "an address; download the run directory, and give its folder"
@@ -151,10 +150,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def load_meta(path: str | Path) -> CheckpointMetadata:
-    """What the weights of a run directory mean.
+    """The metadata of a run directory.
 
     Raises:
-        InputError: no checkpoint, or a damaged ``model.json``.
+        InputError: there is no checkpoint, or ``model.json`` is damaged.
     """
     file = run_directory(path) / META
     data = read_small(file, LARGEST_META)
@@ -171,22 +170,22 @@ def save(folder: Path, model: nn.Module, meta: CheckpointMetadata) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file  # brings torch
+    """Write a safetensors file atomically."""
+    from safetensors.torch import save_file  # imports torch
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata))
-        umask = os.umask(0)  # safetensors makes files that only their owner reads
+        umask = os.umask(0)  # safetensors makes its files readable by the owner only
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. They are mapped, not read, until somebody needs them.
+    """The tensors, memory-mapped, and the metadata of a safetensors file.
 
     Raises:
-        InputError: it cannot be read, or has more tensors than any network here.
+        InputError: it cannot be read, or has too many tensors.
     """
     check_safetensors(path)
     try:

@@ -1,6 +1,9 @@
 """`Detector`: a trained network that detects and describes regions of images.
 
-Letters in shapes: n regions of an image, H and W its height and width in pixels.
+Shape shorthand in this module:
+
+    n: regions of an image
+    H, W: height and width of an image in pixels
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ ImageLike: TypeAlias = "np.ndarray | Image.Image | str | Path"
 Images: TypeAlias = list[Any] | tuple[Any, ...]
 """Several `ImageLike`."""
 
-BATCH_SIZE = 4  # images that go through the network together, as in an extraction
-CHUNK = 64  # images of a list that are decoded before any of them is computed
+BATCH_SIZE = 4  # images per batch, as in an extraction
+CHUNK = 64  # images of a list that are decoded at once
 
 _Compute = Callable[[list[np.ndarray], list[ImageRecord]], list[Regions]]
 
@@ -65,7 +68,7 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
             bfloat16 arithmetic computes in float32, with a warning.
 
     Raises:
-        InputError: no checkpoint, a damaged one, or a device that cannot be used.
+        InputError: the checkpoint is missing or damaged, or the device cannot be used.
     """
     if precision not in ("float32", "bfloat16"):
         raise ArgumentError("precision", f"must be float32 or bfloat16, not {precision!r}")
@@ -86,11 +89,11 @@ class Detector:
 
     Attributes:
         path: its run directory.
-        classes: category id -> name of what it detects.
-        recipe: its architecture, and how it was trained.
-        provenance: what it was trained on.
-        device: where it computes.
-        precision: its arithmetic, "float32" or "bfloat16".
+        classes: category id -> name of the classes it detects.
+        recipe: its architecture and training options.
+        provenance: its training data.
+        device: the device of its weights.
+        precision: "float32" or "bfloat16".
     """
 
     def __init__(self, trained: TrainedDetector, precision: str) -> None:
@@ -154,21 +157,20 @@ class Detector:
 
         Args:
             image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
-            score_threshold: class probability that a detection must reach, 0..1.
-            nms_threshold: IoU above which the lower-scoring one of two detections of a class is removed, 0..1.
-            max_regions: detections kept per image, best first.
-            lower_threshold_if_empty: for an image without detections, lower the score threshold by 0.1 until it has
-                one.
-            features: names of the features to compute, see `refdet.detector.feature_names`; none if empty.
+            score_threshold: lowest class probability of a detection, 0..1.
+            nms_threshold: IoU above which the lower-scoring of two detections of a class is removed, 0..1.
+            max_regions: detections to keep per image, best first.
+            lower_threshold_if_empty: lower the score threshold of an image without detections by 0.1 until it has one.
+            features: names of the features to compute, from `refdet.detector.feature_names`; none if empty.
 
         Returns:
             Boxes (n, 4) in pixels of the image, scores, categories, masks if the detector has a mask branch, and
-            features; of a list, a list in its order. ``image_id`` is the place in the list.
+            features. For a list of images a list in the same order; ``image_id`` is the index in the list.
 
         Raises:
-            ArgumentError: an image of another dtype or shape, or an option that is out of range.
+            ArgumentError: an image has the wrong dtype or shape, or an option is out of range.
             InputError: a file cannot be read.
-            RuntimeFailure: the device has too little memory, or the network gives NaN.
+            RuntimeFailure: the device has too little memory, or the network outputs NaN.
         """
         options = DetectionOptions(
             score_threshold=score_threshold,
@@ -204,7 +206,7 @@ class Detector:
         category_ids: Any = None,
         features: Sequence[str] = FEATURES,
     ) -> Regions | list[Regions]:
-        """Compute the features, and with category ids the masks, of given boxes.
+        """Compute the features of given boxes, and their masks if category ids are given.
 
         Examples:
             >>> regions = detector.describe(image, [[10, 10, 60, 50], [0, 20, 30, 40]])
@@ -216,20 +218,19 @@ class Detector:
 
         Args:
             image: (H, W, 3) uint8 RGB, a PIL image or a path; or a list of such, of any sizes.
-            boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image; what lies outside of the image is
-                cut off. For a list of images a list of such.
-            category_ids: (n,) category id of each box, keys of `classes`: the masks are of these. For a list of images
-                a list of such.
-            features: names of the features to compute, see `refdet.detector.feature_names`.
+            boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels of the image, clipped to the image. For a list
+                of images a list of such.
+            category_ids: (n,) category ids, keys of `classes`, of the masks. For a list of images a list of such.
+            features: names of the features to compute, from `refdet.detector.feature_names`.
 
         Returns:
-            The boxes with score 1 and their features; of a list, a list in its order.
+            The boxes with score 1 and their features. For a list of images a list in the same order.
 
         Raises:
-            ArgumentError: an image of another dtype or shape; a box that is reversed, not finite or outside of its
-                image; a category that the detector does not know.
+            ArgumentError: an image has the wrong dtype or shape; a box is reversed, not finite or outside its image;
+                or the detector does not have a category.
             InputError: a file cannot be read.
-            RuntimeFailure: the device has too little memory, or the network gives NaN.
+            RuntimeFailure: the device has too little memory, or the network outputs NaN.
         """
         check_features(features, self.recipe)
         several = isinstance(image, list | tuple)
@@ -257,18 +258,18 @@ class Detector:
         return self._one_or_all(image, compute)
 
     def _one_or_all(self, image: ImageLike | Images, compute: _Compute) -> Regions | list[Regions]:
-        """The regions of an image, or of each image of a list."""
+        """Regions of an image, or of each image of a list."""
         if not isinstance(image, list | tuple):
             return self._computed([image], None, compute)[0]
         chunks = (self._computed(image[i : i + CHUNK], i, compute) for i in range(0, len(image), CHUNK))
         return [regions for chunk in chunks for regions in chunk]
 
     def _computed(self, images: Sequence[ImageLike], first: int | None, compute: _Compute) -> list[Regions]:
-        """The regions of a few images, in their order.
+        """Regions of a few images, in the same order.
 
         Args:
-            images: of any sizes; those of one input size go through the network together.
-            first: place of the first in the caller's list, None for an image that was given alone.
+            images: of any sizes; images of one input size are batched.
+            first: index of the first in the caller's list; None for a single image.
             compute: computes a batch.
         """
         pixels: dict[int, np.ndarray] = {}
@@ -285,14 +286,14 @@ class Detector:
                     of_batch = compute([pixels[record.id] for record in batch], batch)
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(
-                    f"{self.device} has too little memory for {len(batch)} images; free some, or give them one by one"
+                    f"{self.device} has too little memory for {len(batch)} images; free some, or pass them one by one"
                 ) from error
             found |= {regions.image_id: replace(regions, names=self.classes) for regions in of_batch}
         return [found[record.id] for record in records]
 
 
 def _described(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:
-    """The regions of an image whose boxes were given."""
+    """Regions of an image from its given boxes and their features."""
     return Regions(
         record.id,
         record.file_name,
@@ -309,7 +310,7 @@ def _described(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray,
 
 
 def _check_as_many(argument: str, values: Any, count: int) -> None:
-    """ArgumentError unless there is a value for each image of a list."""
+    """Raise ArgumentError unless there is one value per image."""
     if not hasattr(values, "__len__") or len(values) != count:
         raise ArgumentError(argument, f"a list of {count} is needed, one for each image")
 
@@ -320,7 +321,7 @@ def _of(values: Any, place: int | None) -> Any:
 
 @contextmanager
 def _naming(place: int | None) -> Iterator[None]:
-    """Within it an error about an argument says which of a list it is about; None for an argument that is no list."""
+    """Add the index in the caller's list to the argument names of errors; None for a single image."""
     try:
         yield
     except ArgumentError as error:

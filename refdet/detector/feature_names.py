@@ -1,4 +1,4 @@
-"""Names of the features that a detector computes, and which detector has which; without torch."""
+"""Names of the features that a detector computes. No torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from refdet.config.recipe import Recipe
 from refdet.errors import ArgumentError
 
 FEATURES = ("pool5", "fc7", "class_prob")
-SPATIAL = ("spatial_pool5", "spatial_fc7")  # of a C4 network
-HEAD = "head"  # the map itself: a feature of an image, not of its boxes
+SPATIAL = ("spatial_pool5", "spatial_fc7")  # C4 networks only
+HEAD = "head"  # the feature map of an image, C4 networks only
 
 
 def check_features(names: Sequence[str], recipe: Recipe) -> None:
-    """Check that a detector of this recipe has the features asked for.
+    """Check that a detector of this recipe has these features.
 
     Raises:
-        ArgumentError: no list, there is no such feature, or a pyramid does not have it.
+        ArgumentError: `names` is not a list, or the detector does not have one of them.
     """
     if isinstance(names, str):
         raise ArgumentError("features", f"a list of names is needed, not {names!r}")
     every = (*FEATURES, *SPATIAL, HEAD)
     for name in names:
         if name not in every:
-            raise ArgumentError("features", f"there is no {name!r}; choose from {', '.join(every)}")
+            raise ArgumentError("features", f"unknown feature {name!r}; choose from {', '.join(every)}")
         if name not in FEATURES and recipe.model.neck == "fpn":
             raise ArgumentError(
                 "features",
@@ -33,5 +33,5 @@ def check_features(names: Sequence[str], recipe: Recipe) -> None:
 
 
 def of_regions(names: Sequence[str]) -> tuple[str, ...]:
-    """The features among `names` that belong to regions."""
+    """The names that are features of regions."""
     return tuple(name for name in names if name != HEAD)

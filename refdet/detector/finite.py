@@ -1,4 +1,4 @@
-"""Checks that weights and outputs are numbers: of NaN no box is the best, so that nothing is found and nothing said."""
+"""Checks for NaN and inf in weights and outputs, which would silently yield no detections."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# What multiplies beyond any use. Weights are below a thousand, variances of unnormalised inputs below a million.
+# Real weights are below 1e3, variances of unnormalised inputs below 1e6.
 LARGEST_WEIGHT = 1e9
 
 
 def unusable(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> list[str]:
-    """Names of tensors with NaN, inf or values beyond `largest`, and of variances below 0, whose root is NaN.
-
-    One pass over the numbers, without copies of them.
-    """
+    """Names of tensors with NaN, inf or magnitudes above `largest`, and of negative running variances."""
     bad = []
     for name, value in tensors.items():
         if not value.numel() or not value.dtype.is_floating_point:
@@ -29,5 +26,5 @@ def unusable(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> 
 
 
 def all_finite(*tensors: Tensor) -> Tensor:
-    """Whether all numbers of some tensors of one device are finite, as a scalar there, for which nothing waits."""
+    """Whether all values are finite, as a () bool tensor on the tensors' device; does not synchronize."""
     return torch.stack([value.isfinite().all() for value in tensors]).all()

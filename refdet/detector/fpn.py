@@ -1,4 +1,11 @@
-"""The feature pyramid (Lin et al., "Feature Pyramid Networks", 2017)."""
+"""The feature pyramid (Lin et al., "Feature Pyramid Networks", 2017).
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    Ci, Hi, Wi: channels, height and width of feature map i, finest first
+    C: channels of every pyramid level
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,7 @@ from torch.nn import functional as F
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of one width at strides 4, 8, 16, 32 from the four stages of a ResNet, and 64 by subsampling."""
+    """Five feature maps at strides 4 to 64 from the four stages of a ResNet; the coarsest by subsampling."""
 
     strides = (4, 8, 16, 32, 64)
 
@@ -20,7 +27,7 @@ class FeaturePyramid(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Four maps (B, Ci, Hi, Wi), finest first -> five maps (B, C, Hi, Wi)."""
+        """Four feature maps (B, Ci, Hi, Wi), finest first -> five (B, C, Hi, Wi)."""
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
         for level in range(len(merged) - 2, -1, -1):
             merged[level] = merged[level] + F.interpolate(merged[level + 1], size=merged[level].shape[-2:])

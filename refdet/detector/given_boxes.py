@@ -1,6 +1,8 @@
-"""Checks of the boxes and categories that a caller gives, to be described. No torch.
+"""Checks of the boxes and categories passed to `Detector.describe`. No torch.
 
-Letters in shapes: n boxes of an image.
+Shape shorthand in this module:
+
+    n: boxes of an image
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from refdet.errors import ArgumentError
 
 
 def checked_boxes(boxes: object, height: int, width: int) -> np.ndarray:
-    """Boxes (n, 4) float32, cut to an image.
+    """Boxes (n, 4) float32, clipped to the image.
 
     Args:
         boxes: (n, 4) numbers, half-open ``x1 y1 x2 y2`` in pixels, or anything empty.
-        height, width: of the image in pixels.
+        height: of the image in pixels.
+        width: of the image in pixels.
 
     Raises:
-        ArgumentError: another shape, or a row that is not finite, reversed, without area or outside of the image.
+        ArgumentError: wrong shape, or a box that is not finite, reversed, empty or outside the image.
     """
     try:
         given = np.asarray(boxes, np.float64)
@@ -54,10 +57,10 @@ def checked_categories(category_ids: object, count: int, classes: Container[int]
     Args:
         category_ids: (n,) integers.
         count: n.
-        classes: the ids there are.
+        classes: the category ids of the detector.
 
     Raises:
-        ArgumentError: another number of ids, no integers, or an id that is not there.
+        ArgumentError: wrong number of ids, not integers, or an unknown id.
     """
     try:
         given = np.asarray(category_ids)
@@ -72,6 +75,6 @@ def checked_categories(category_ids: object, count: int, classes: Container[int]
     for row, category in enumerate(given.tolist()):
         if category not in classes:
             raise ArgumentError(
-                "category_ids", f"row {row}, {category}, is no category of the detector; see its classes"
+                "category_ids", f"row {row}, {category}, is not a category of the detector; see its classes"
             )
     return given.astype(np.int64)

@@ -1,4 +1,4 @@
-"""A trained detector: the network that a run directory holds."""
+"""Load a trained detector from its run directory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from refdet.files.short_text import cut
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COUNTER = "num_batches_tracked"
-MOST_NUMBERS = 500_000_000  # of a network; the largest of the published ones has 80 million
+MOST_NUMBERS = 500_000_000  # parameters and buffers of a network; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
 class TrainedDetector:
-    """A detector, what its weights mean, and the run directory they are from."""
+    """A detector, the metadata of its weights, and its run directory."""
 
     model: MaskRCNN
     meta: CheckpointMetadata
@@ -34,14 +34,16 @@ class TrainedDetector:
 def load(
     path: str | Path, device: str | torch.device = "cpu", for_inference: bool = False, bf16: bool = False
 ) -> TrainedDetector:
-    """The detector of a run directory, in eval mode, channels_last.
+    """Load the detector of a run directory, in eval mode and channels_last.
 
     Args:
-        for_inference: make it as fast as it can be, the same within rounding; its weights then have other names.
-        bf16: in bfloat16, for use alone; see `refdet.detector.optimize`.
+        path: the run directory.
+        device: device to load it to.
+        for_inference: fuse and repack layers for inference; the state dict can no longer be loaded elsewhere.
+        bf16: compute in bfloat16; implies `for_inference`.
 
     Raises:
-        InputError: no checkpoint, a damaged one, or weights that do not fit its recipe.
+        InputError: the checkpoint is missing or damaged, or its weights do not fit its recipe.
     """
     folder, meta = run_directory(path), load_meta(path)
     tensors = read_tensors(folder / MODEL)[0]
@@ -54,18 +56,18 @@ def load(
 
 
 def without_memory(recipe: Recipe, classes: int) -> MaskRCNN:
-    """The network of a recipe on torch's device "meta": it has shapes alone, until `load_weights` gives it numbers.
+    """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: it has more than `MOST_NUMBERS`.
+        InputError: it has more than `MOST_NUMBERS` parameters and buffers.
     """
     with torch.device("meta"):
         model = MaskRCNN(recipe, classes)
     numbers = sum(value.numel() for value in model.state_dict().values())
     if numbers > MOST_NUMBERS:
         raise InputError(
-            f"recipe {recipe.name}: a network of {numbers / 1e9:.1f} billion numbers ({4 * numbers / 2**30:.0f} GiB); "
-            f"lower model.width and the other numbers of channels (at most {MOST_NUMBERS / 1e9:g} billion)"
+            f"recipe {recipe.name}: {numbers / 1e9:.1f} billion numbers ({4 * numbers / 2**30:.0f} GiB) is more than "
+            f"{MOST_NUMBERS / 1e9:g} billion; lower model.width and the other channel counts"
         )
     return model
 
@@ -73,14 +75,17 @@ def without_memory(recipe: Recipe, classes: int) -> MaskRCNN:
 def load_weights(
     model: MaskRCNN, tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = (), counters: bool = False
 ) -> None:
-    """Put tensors into a model, all of them, but for names that begin with one of `skip`.
+    """Load all tensors into a model, except names that begin with one of `skip`.
 
     Args:
-        model: may be `without_memory`, if nothing is skipped; it then takes copies of the tensors as they are.
-        counters: batch norms' counts of batches too, where the tensors have them.
+        model: the network; may be on the meta device if nothing is skipped, and then gets copies of the tensors.
+        tensors: name -> tensor.
+        source: the file of the tensors, for errors.
+        skip: prefixes of the names to ignore.
+        counters: load the batch counters of batch norms too.
 
     Raises:
-        InputError: a tensor is missing, left over, of another shape, or holds NaN, inf or absurd values.
+        InputError: a tensor is missing, unexpected, of another shape, or contains NaN, inf or implausible values.
     """
     own = model.state_dict()
     check_fit(own, tensors, source, skip)
@@ -88,13 +93,13 @@ def load_weights(
     bad = unusable(given)
     if bad:
         raise InputError(
-            f"{source}: {cut(bad[0])} holds NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance "
-            f"({len(bad)} such tensors); the weights are damaged or their training diverged: give another checkpoint"
+            f"{source}: {cut(bad[0])} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance "
+            f"({len(bad)} such tensors): the file is damaged or training diverged; use another checkpoint"
         )
     empty = next(model.parameters()).is_meta
     if counters or empty:
         given |= {name: _counter(tensors.get(name)) for name in own if name.endswith(COUNTER)}
-    if empty:  # a copy, as what safetensors gives is a part of its file
+    if empty:  # copy: safetensors returns views of the memory-mapped file
         given = {name: value.to(own[name].dtype, copy=True) for name, value in given.items()}
     model.load_state_dict(given, strict=False, assign=empty)
 
@@ -106,36 +111,38 @@ def _counter(found: Tensor | None) -> Tensor:
 def check_fit(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = ()
 ) -> None:
-    """Compare names, shapes and kinds of tensors with those of a network; no number is read.
+    """Check names, shapes and dtypes of tensors against a network, without reading their values.
 
     Args:
-        own: the network's state.
-        skip: beginnings of names that do not count.
+        own: state dict of the network.
+        tensors: name -> tensor.
+        source: the file of the tensors, for errors.
+        skip: prefixes of the names to ignore.
 
     Raises:
-        InputError: a tensor is missing, left over, of another shape, or of integers where reals are needed.
+        InputError: a tensor is missing, unexpected, of another shape, or not floating point.
     """
     own, given = _compared(own, skip), _compared(tensors, skip)
     wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{cut(name)} is not of this network" for name in given if name not in own]
+    wrong += [f"{cut(name)} is not in this network" for name in given if name not in own]
     wrong += [
-        f"{name} is {tuple(given[name].shape)}, the recipe wants {tuple(value.shape)}"
+        f"{name} is {tuple(given[name].shape)}, the recipe expects {tuple(value.shape)}"
         for name, value in own.items()
         if name in given and given[name].shape != value.shape
     ]
     wrong += [
-        f"{name} is of {given[name].dtype}, not of real numbers"
+        f"{name} is {given[name].dtype}, not floating point"
         for name in own
         if name in given and given[name].dtype not in REAL
     ]
     if wrong:
         raise InputError(
-            f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such); are model.json and "
-            "model.safetensors of different runs?"
+            f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such); check that model.json and "
+            "model.safetensors are from the same run"
         )
 
 
 def _compared(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
-    # a frozen norm and a batch norm differ by a counter alone
+    # a batch norm has a counter, a frozen norm has not
     names = (name for name in tensors if not name.startswith(skip) and not name.endswith(COUNTER))
     return {name: tensors[name] for name in names}

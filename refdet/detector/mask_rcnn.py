@@ -1,7 +1,12 @@
-"""Mask R-CNN (He et al., 2017), put together: backbone, proposals, second stage.
+"""Mask R-CNN (He et al., 2017): backbone, region proposals, second stage.
 
-Images enter as a padded batch with the true size of each. RoIs are in pixels of the network's input; what is
-detected, and the boxes that are described, in pixels of the original image.
+Shape shorthand in this module:
+
+    B: images in the batch, padded to height H and width W
+    P, K, N: proposals, RoIs and boxes of all images
+    n: boxes of an image
+
+Proposals and RoIs are in pixels of the network's input; detections and given boxes in pixels of the original image.
 """
 
 from __future__ import annotations
@@ -34,17 +39,17 @@ from refdet.structures.ground_truth import GroundTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
-FEATURES = ("pool5", "fc7")  # what is computed where nothing else is said
+FEATURES = ("pool5", "fc7")  # the default
 FROM_CONV5 = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
 
 class MaskRCNN(nn.Module):
-    """The detector. `compute_losses` trains it; `predict` and `extract_features` use it, in eval mode.
+    """Mask R-CNN. Call `compute_losses` to train, `predict` and `extract_features` in eval mode.
 
     Args:
-        recipe: says which network; ``recipe.model.norm`` must be frozen or batch.
+        recipe: architecture; ``recipe.model.norm`` must be frozen or batch.
         classes: number of object classes, without background.
     """
 
@@ -52,7 +57,7 @@ class MaskRCNN(nn.Module):
         super().__init__()
         model = recipe.model
         self.recipe, self.classes = recipe, classes
-        self.stages: Stages | None = None  # is told how long the parts of `predict` and `extract_features` take
+        self.stages: Stages | None = None  # profiler of `predict` and `extract_features`
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid = model.neck == "fpn"
@@ -75,7 +80,7 @@ class MaskRCNN(nn.Module):
         if pyramid:
             self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
         else:
-            conv5 = self.backbone.get_submodule("layer4")  # conv5 works on the RoIs, so it belongs to the head
+            conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
             del self.backbone.layer4
             self.head = C4Head(
                 conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling
@@ -85,7 +90,7 @@ class MaskRCNN(nn.Module):
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the conv4 map, or the five maps of the pyramid."""
+        """Images (B, 3, H, W) -> the conv4 feature map, or the five of the pyramid."""
         if self.neck is None:
             return [self.backbone(images, 3)[-1]]
         return self.neck(self.backbone(images, 4))
@@ -93,11 +98,13 @@ class MaskRCNN(nn.Module):
     def compute_losses(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """The five (without masks four) terms of the loss, each a scalar; their sum is to be minimised.
+        """The loss terms, scalars to be summed: five, or four without masks.
 
         Args:
-            images: (B, 3, H, W), normalised and zero-padded below and right.
-            generator: draws the samples of anchors and RoIs, on the device of the images.
+            images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
+            sizes: (height, width) of each image in pixels of the network's input, without padding.
+            targets: annotated objects of each image.
+            generator: samples anchors and RoIs; on the device of the images.
         """
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
@@ -122,11 +129,11 @@ class MaskRCNN(nn.Module):
     def _sample_rois(
         self, proposals: Sequence[Tensor], targets: Sequence[GroundTruth], generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """RoIs (K, 5) of the batch, their labels (K,), and the object of each (K,), counted over the batch."""
+        """RoIs (K, 5) of the batch, their labels (K,) and the index (K,) of their object within the batch."""
         options = self.recipe.head
         rois, labels, matches, first = [], [], [], 0
         for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
-            if options.append_gt_boxes:  # so that each object has a RoI from the first step on
+            if options.append_gt_boxes:
                 boxes = torch.cat((boxes, target.boxes))
             kinds, matched = assign_labels(
                 boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
@@ -156,7 +163,7 @@ class MaskRCNN(nn.Module):
         self, maps: list[Tensor], rois: Tensor, pooled_at: Tensor, labels: Tensor, matched: Tensor,
         features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
     ) -> Tensor:  # fmt: skip
-        """Mean binary cross entropy over the mask cells of positive RoIs for their class; 0 without any mask."""
+        """Mean binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are no masks."""
         drawn = [mask is not None for target in targets for mask in target.masks or ()]
         if not all(drawn):
             positive = positive[torch.tensor(drawn, device=positive.device)[matched[positive]]]
@@ -179,12 +186,13 @@ class MaskRCNN(nn.Module):
         options: DetectionOptions,
         features: Sequence[str] = FEATURES,
     ) -> Detections:
-        """Detections of images. A GPU is waited for as often for many images as for one.
+        """Detect objects. The number of GPU synchronizations does not depend on the batch size.
 
         Args:
             images: (B, 3, H, W), normalised.
-            options: which detections are kept.
-            features: which ones of the detections are wanted, see `BatchFeatures`, and ``head`` for its map.
+            sizes: input and original size of each image.
+            options: thresholds and limits of the detections.
+            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map.
         """
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
@@ -213,7 +221,11 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         options: DetectionOptions,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Of proposals (P, 4), on images (P,), the best detections; see `refdet.detector.postprocess`."""
+        """Detections from proposals (P, 4) with image indices (P,).
+
+        Returns:
+            boxes (N, 4), scores (N,), labels (N,) and the number of detections of each image.
+        """
         scores = logits.softmax(dim=1)[:, 1:]
         scales, limits = _frames(sizes, boxes)
         anchors = self.convention.unscale(boxes, scales[image])
@@ -237,14 +249,14 @@ class MaskRCNN(nn.Module):
         labels: Sequence[Tensor] | None = None,
         features: Sequence[str] = FEATURES,
     ) -> BatchFeatures:
-        """Features, and with `labels` masks, of given boxes of each image.
+        """Features of given boxes, and their masks if `labels` are given; computes only what is needed.
 
         Args:
             images: (B, 3, H, W), normalised.
+            sizes: input and original size of each image.
             boxes: (n, 4) of each image, half-open xyxy in pixels of the original image.
-            labels: (n,) of each image, 1..classes: of which class the masks are to be.
-            features: which ones, see `BatchFeatures`, and ``head`` for its map; what nothing asked for needs is not
-                computed.
+            labels: (n,) of each image, 1..classes: the class of each mask; None for no masks.
+            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map.
         """
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
@@ -255,7 +267,7 @@ class MaskRCNN(nn.Module):
         return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
-        """Within it a part of the work is done, which `stages` measures, if somebody asks."""
+        """Context manager that measures a part with `stages`, if set."""
         return nullcontext() if self.stages is None else self.stages(part)
 
     def _extract_features(
@@ -268,11 +280,7 @@ class MaskRCNN(nn.Module):
         labels: Tensor | None,
         names: Sequence[str],
     ) -> BatchFeatures:
-        """As `extract_features`, from maps that `RoiHead.precompute` gave.
-
-        Args:
-            boxes: (N, 4), image after image; labels: (N,).
-        """
+        """`extract_features` of boxes (N, 4), labels (N,), from the maps of `RoiHead.precompute`."""
         with self.timed("features and masks"):
             image = _image_of_each(counts, images.device)
             scaled = self.convention.scale(boxes, _frames(sizes, boxes)[0][image])
@@ -298,10 +306,10 @@ class MaskRCNN(nn.Module):
         return BatchFeatures(counts, features, masks, maps[0] if HEAD in names else None, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Where the head pools rois (K, 5): image index and corners, in pixels of the network's input."""
+        """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""
         corners = self.convention.corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
-            # the reference's variant: the first and last pixel of the image lie on the first and last cell of the map
+            # the reference's variant aligns the first and last pixel with the first and last cell of the map
             sides = [
                 (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
@@ -311,17 +319,17 @@ class MaskRCNN(nn.Module):
 
 
 def _image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Of each box (N,) int64, the number of its image, which has so many of them."""
+    """Image index of each box, (N,) int64."""
     return on_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
 
 
 def _rois(image: Tensor, boxes: Tensor) -> Tensor:
-    """Images (K,) and boxes (K, 4) -> (K, 5)."""
+    """Image indices (K,) and boxes (K, 4) -> RoIs (K, 5)."""
     return torch.cat((image.to(boxes.dtype)[:, None], boxes), dim=1)
 
 
 def _frames(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image its scale (B, 2), and its own width and height (B, 2), of the type of a tensor, where it is."""
+    """Scale (B, 2) and original width and height (B, 2) of each image, with the dtype and device of `like`."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
     scales, limits = on_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
     return scales, limits

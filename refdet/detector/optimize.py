@@ -1,7 +1,7 @@
-"""Batch norm folded into convolutions: for a detector that is used and no longer trained.
+"""Optimizations for inference: batch norms folded into convolutions, fused and repacked layers.
 
-A norm in eval mode is a scale and a shift for each channel, and the convolution before it is linear, so
-``norm(conv(x))`` is one convolution with scaled weights and a bias. What comes out is the same within rounding.
+In eval mode a norm is a scale and a shift per channel and the convolution before it is linear, so ``norm(conv(x))``
+is one convolution with scaled weights and a bias. Outputs are the same within rounding.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from refdet.ops.convolution import half_is_quickest
 
 
 def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
-    """Make of a trained detector one that finds the same and is faster; it is for use alone.
+    """Fuse and repack layers for inference; the outputs are the same within rounding.
 
-    Norms are folded, conv5 enters early where pooling is linear (see `refdet.detector.res5_head`), layers have kernels
-    of their own where there are some (see `refdet.detector.packed_layers`), and weights lie in channels_last.
+    Folds norms, runs conv5's first convolutions before pooling where pooling is linear (`refdet.detector.res5_head`),
+    replaces layers by compiled kernels (`refdet.detector.packed_layers`) and converts weights to channels_last.
 
     Args:
-        model: on the device where it will be used. It is changed and must not be trained or saved afterwards: its
-            tensors have other names.
-        bf16: have the weights, and what flows between them, in bfloat16, all but those that predict classes and boxes.
+        model: on the device where it will run. Modified in place; it must not be trained or saved afterwards, as its
+            state dict can no longer be loaded elsewhere.
+        bf16: compute in bfloat16, except for the box predictor.
     """
     fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
-    # the largest of several samples is not linear: crop_align must pool first
+    # crop_align takes a maximum over samples, which is not linear, so it must pool first
     if isinstance(head, C4Head) and head.pooling != "crop_align" and can_enter_early(head.conv5):
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
-        rpn = model.rpn  # whose anchors are no weights
+        rpn = model.rpn  # its anchors stay float32
         parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.score, rpn.delta]
         parts += [part for name, part in model.named_children() if name == "neck"]
         parts += [part for name, part in head.named_children() if name != "box"]
@@ -48,7 +48,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
             if isinstance(child, Bottleneck):
                 setattr(parent, name, FusedBottleneck(child))
     half = bf16 and half_is_quickest(next(model.parameters()).device)
-    # a mask predictor reads the weights of its last layer itself
+    # MaskPredictor indexes the weights of its last layer
     keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
     pack_layers(model, half, frozenset(keep))
     return model
@@ -56,11 +56,10 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
 
 @torch.no_grad()
 def fuse_conv_bn(model: nn.Module) -> None:
-    """Put the norms of a model, as they are in eval mode, into the convolutions before them.
+    """Fold the norms of a model in eval mode into the convolutions before them.
 
     Args:
-        model: norms stand as ``bnX`` beside the ``convX`` that feeds them, or right after it in a `Sequential`, as in
-            `refdet.detector.resnet`.
+        model: its norms are named ``bnX`` beside their ``convX``, or follow their convolution in a `Sequential`.
     """
     for parent in list(model.modules()):
         children = dict(parent.named_children())
@@ -74,9 +73,9 @@ def fuse_conv_bn(model: nn.Module) -> None:
 
 
 def _with_norm(convolution: nn.Module, norm: FrozenBatchNorm | nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that does what a convolution without bias and a norm do; computed in float64."""
+    """The convolution with the norm folded in, computed in float64."""
     if not isinstance(convolution, nn.Conv2d) or convolution.bias is not None:
-        raise TypeError(f"a norm can be folded into a convolution without bias, not into {convolution}")
+        raise TypeError(f"cannot fold a norm into {convolution}; a convolution without bias is needed")
     values = {name: getattr(norm, name).double() for name in ("weight", "bias", "running_mean", "running_var")}
     scale = values["weight"] / (values["running_var"] + norm.eps).sqrt()
     both = copy.deepcopy(convolution)

@@ -1,4 +1,13 @@
-"""What the detector finds in a batch of images: one tensor of each kind, so that each leaves the device at once."""
+"""Outputs of the detector for a batch, concatenated over its images so that each tensor is copied to the host once.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    N: boxes of all images
+    C, D: channels of pool5 and of fc7
+    H, W: height and width of a feature map
+    m: side of a mask in cells
+"""
 
 from __future__ import annotations
 
@@ -15,19 +24,18 @@ _Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchFeatures:
-    """What is in N boxes of a batch of B images, those of the first image first. Iterating gives each image alone.
+    """Features of the boxes of a batch, image after image. Iterating yields the features of each image.
 
     Attributes:
-        counts: how many of the boxes each image has.
-        features: of those that were asked for, float32: ``pool5`` (N, C), mean of the cells pooled from the map;
-            ``fc7`` (N, D), what classes and boxes are predicted from; ``class_prob`` (N, classes + 1), probabilities,
-            background first; of a C4 network ``spatial_pool5`` (N, C, 7, 7), the cells, and ``spatial_fc7``
-            (N, D, 7, 7), whose mean is fc7.
-        masks: (N, m, m) probabilities on the box, or None where no classes were given.
-        head: (B, C, H, W) the map that C4 features are pooled from, the finest one of a pyramid, in the type that the
-            network computes in; None where it was not asked for.
-        finite: () bool, whether all that the network said of the boxes is numbers. Of NaN no box is the best, so
-            that without this nothing would be found and nothing said.
+        counts: number of boxes of each image.
+        features: the requested ones, float32: ``pool5`` (N, C), the mean of the pooled cells; ``fc7`` (N, D), the
+            input of the box predictor; ``class_prob`` (N, classes + 1), probabilities, background first; of a C4
+            network ``spatial_pool5`` (N, C, 7, 7), the pooled cells, and ``spatial_fc7`` (N, D, 7, 7), whose mean is
+            fc7.
+        masks: (N, m, m) probabilities within the box, or None if no classes were given.
+        head: (B, C, H, W) the feature map that C4 features are pooled from, or the finest one of a pyramid, in the
+            network's dtype; None if not requested.
+        finite: () bool, whether all outputs are finite. NaN scores would otherwise silently yield no detections.
     """
 
     counts: Sequence[int]
@@ -43,7 +51,7 @@ class BatchFeatures:
             first += count
 
     def to_cpu_async(self: _Kind) -> _Kind:
-        """The same in the host's memory; what a GPU has may still be on its way until it has done all it was given."""
+        """Copy to host memory without waiting; synchronize with the GPU before reading the values."""
 
         def to_host(values: Tensor) -> Tensor:
             return values.to("cpu", non_blocking=True)  # into pinned memory
@@ -63,21 +71,21 @@ class BatchFeatures:
 
     @property
     def pool5(self) -> Tensor:
-        """(N, C), where it was asked for."""
+        """(N, C) float32, if requested."""
         return self.features["pool5"]
 
     @property
     def fc7(self) -> Tensor:
-        """(N, D), where it was asked for."""
+        """(N, D) float32, if requested."""
         return self.features["fc7"]
 
 
 @dataclass(frozen=True)
 class Detections(BatchFeatures):
-    """The detections of a batch of images, of each image best first; masks are there with a mask branch.
+    """Detections of a batch, best first within each image; with masks if the detector has a mask branch.
 
     Attributes:
-        boxes: (N, 4) half-open xyxy, pixels of the original image, inside it.
+        boxes: (N, 4) half-open xyxy in pixels of the original image, clipped to it.
         scores: (N,) class probabilities.
         labels: (N,) int64, 1..classes.
     """

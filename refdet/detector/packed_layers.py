@@ -1,6 +1,10 @@
-"""Layers for inference, made from trained ones.
+"""Inference layers made from trained ones: compiled convolutions fused with the sum and the ReLU after them.
 
-Convolutions with a compiled kernel where there is one, each fused with the sum and the ReLU after it.
+Shape shorthand in this module:
+
+    N: images or RoIs
+    C, K: input and output channels
+    H, W: height and width of the input
 """
 
 from __future__ import annotations
@@ -21,14 +25,14 @@ from refdet.ops.convolution import (
     pointwise_is_quicker,
 )
 
-WORTHWHILE = 64  # channels below which PyTorch's own convolution is the faster one
+WORTHWHILE = 64  # channels; below it PyTorch's convolution is faster
 
 
 class PackedLayer(nn.Module):
-    """What the packed layers share: a layer's weights as the kernels take them.
+    """Base class that holds packed weights.
 
     Args:
-        packed: its weights.
+        packed: weights in the layout of the kernels.
         bias: (K,), or None for zeros.
     """
 
@@ -48,11 +52,11 @@ class PackedLayer(nn.Module):
 
 
 class PackedConv2d(PackedLayer):
-    """A convolution by a kernel of `refdet.ops.convolution`; the arithmetic is what that says, whatever the map is.
+    """A 1x1 or 3x3 convolution by a kernel of `refdet.ops.convolution`.
 
     Args:
-        convolution: is not changed; `takes` says which ones will do.
-        half: see `refdet.ops.convolution`.
+        convolution: one that `takes` accepts; not modified.
+        half: multiply in float16 instead of float32.
     """
 
     def __init__(self, convolution: nn.Conv2d, half: bool = False) -> None:
@@ -65,7 +69,7 @@ class PackedConv2d(PackedLayer):
 
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
-        """Whether a module is a convolution for which a kernel is there and faster."""
+        """Whether a module is a convolution that has a kernel, and the kernel is faster."""
         if type(module) is not nn.Conv2d or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
@@ -80,7 +84,13 @@ class PackedConv2d(PackedLayer):
         )
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
-        """X (N, C, H, W) -> (N, K, H / stride, W / stride), in the type of x; a shortcut like that is added."""
+        """X (N, C, H, W) -> (N, K, H / stride, W / stride), in the dtype of x.
+
+        Args:
+            x: the input.
+            shortcut: added to the result; of its shape.
+            rectify: apply ReLU at the end.
+        """
         packed, bias = self._packed()
         given = x.to(self.dtype)
         if not self.pointwise:
@@ -98,8 +108,8 @@ class PackedLinear(PackedLayer):
     """A linear layer by the kernel of 1x1 convolutions.
 
     Args:
-        linear: is not changed; `takes` says which ones will do.
-        half: see `refdet.ops.convolution`.
+        linear: one that `takes` accepts; not modified.
+        half: multiply in float16 instead of float32.
     """
 
     def __init__(self, linear: nn.Linear, half: bool = False) -> None:
@@ -107,23 +117,23 @@ class PackedLinear(PackedLayer):
 
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
-        """Whether a module is a linear layer for which the kernel is there and faster, which it is with `half` only."""
+        """Whether a module is a linear layer for which the kernel is faster, which needs `half`."""
         if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
         return _fits(module.in_features, module.out_features, module.weight.device, half)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (N, C) -> (N, K), in the type of x."""
+        """X (N, C) -> (N, K), in the dtype of x."""
         packed, bias = self._packed()
         return conv1x1(x.to(self.dtype)[:, :, None, None], packed, bias).flatten(1).to(x.dtype)
 
 
 class PackedConvTranspose2x2(PackedLayer):
-    """A transposed convolution of 2x2 with stride 2, whose results do not overlap, by the kernel of 1x1 convolutions.
+    """A 2x2 transposed convolution with stride 2 by the kernel of 1x1 convolutions.
 
     Args:
-        convolution: is not changed; `takes` says which ones will do.
-        half: see `refdet.ops.convolution`.
+        convolution: one that `takes` accepts; not modified.
+        half: multiply in float16 instead of float32.
     """
 
     def __init__(self, convolution: nn.ConvTranspose2d, half: bool = False) -> None:
@@ -133,7 +143,7 @@ class PackedConvTranspose2x2(PackedLayer):
 
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
-        """Whether a module is such a layer for which the kernel is there and faster."""
+        """Whether a module is a 2x2 transposed convolution with stride 2 for which the kernel is faster."""
         if type(module) is not nn.ConvTranspose2d or module.weight.dtype != _dtype(half):
             return False
         return (
@@ -146,7 +156,7 @@ class PackedConvTranspose2x2(PackedLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (N, C, H, W) -> (N, K, 2H, 2W), in the type of x."""
+        """X (N, C, H, W) -> (N, K, 2H, 2W), in the dtype of x."""
         packed, bias = self._packed()
         y = conv1x1(x.to(self.dtype), packed, bias).to(x.dtype)
         apart = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # N, H, W, 2, 2, K
@@ -157,13 +167,13 @@ class FusedBottleneck(nn.Module):
     """A bottleneck whose norms are folded into its convolutions.
 
     Args:
-        block: its layers become those of this.
+        block: the bottleneck; its layers are shared, not copied.
     """
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
         if not all(isinstance(norm, nn.Identity) for norm in (block.bn1, block.bn2, block.bn3)):
-            raise TypeError("the norms of a bottleneck in use must have been folded")
+            raise TypeError("bottleneck: its norms are not folded; call fuse_conv_bn first")
         self.conv1, self.conv2, self.conv3, self.downsample = block.conv1, block.conv2, block.conv3, block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,14 +183,14 @@ class FusedBottleneck(nn.Module):
 
 
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """ReLU of a convolution, packed or not, of x (N, C, H, W), and of its sum with a shortcut like its result."""
+    """ReLU of a convolution, packed or not, of x (N, C, H, W), after adding `shortcut` if given."""
     if isinstance(convolution, PackedConv2d):
         return convolution(x, shortcut, rectify=True)
     return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 
 
 def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = frozenset()) -> None:
-    """Put packed layers in the place of those in a model that can be, but for `keep` and what is in them."""
+    """Replace layers of a model by packed ones where possible, except within `keep`."""
     for name, child in list(model.named_children()):
         if child in keep:
             continue

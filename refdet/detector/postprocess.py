@@ -1,13 +1,19 @@
-"""Which of several scores are best: of anchors, and of detections.
+"""Top-scoring anchors and detections, and the order of ties.
 
-Ours: by logit, equal ones by index, so that the same logits give the same answer on every device and in every batch.
-In bfloat16 a fair part of the logits of an image are equal to others.
+Shape shorthand in this module:
 
-The reference's: by float32 probability. A confident network has hundreds of anchors whose probability is exactly 1, and
-which of them comes first decides which NMS keeps. The reference leaves that to torch.sort, which is not stable, once
-for the candidates and once more in each NMS. For the same boxes to come out, so is it here on the CPU; between
-processors of different vector width the answer may differ in such boxes, as the reference's does. On another device its
-order of equal ones cannot be had, and they come by index, as ours.
+    B: images in the batch
+    N: anchors of a level, or boxes of all images
+    P: proposals of all images
+
+Default order: by logit, ties by index, so that the same logits give the same result on every device and in every batch.
+In bfloat16 many logits of an image are equal.
+
+Legacy order (`legacy_tie_order`): by float32 probability, as in the reference. A confident network has hundreds of
+anchors with probability exactly 1, and their order decides which ones NMS keeps. The reference leaves it to torch.sort,
+which is not stable, once for the candidates and once in each NMS. On the CPU this module does the same to get the same
+boxes; ties may differ between processors of different vector width, as in the reference. On other devices its order
+cannot be reproduced, and ties are in index order.
 """
 
 from __future__ import annotations
@@ -21,10 +27,10 @@ from refdet.structures.boxes import numbers
 
 
 def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
-    """The `count` best of each row of logits (B, N).
+    """The top `count` of each row of logits (B, N).
 
     Returns:
-        scores (B, count), best first, and their places (B, count).
+        scores (B, count), best first, and their indices (B, count).
     """
     if not legacy_tie_order:
         places = _distinct(logits).topk(count, dim=1).indices
@@ -32,18 +38,18 @@ def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Te
     if logits.device.type != "cpu":
         scores, places = logits.sigmoid().sort(dim=1, descending=True, stable=True)
         return scores[:, :count], places[:, :count]
-    # row by row: sorted together, rows could come out in another order than alone
+    # row by row: sorting rows together can order ties differently
     rows = [row.sigmoid().sort(descending=True) for row in logits]
     return torch.stack([row.values[:count] for row in rows]), torch.stack([row.indices[:count] for row in rows])
 
 
 def _distinct(values: Tensor) -> Tensor:
-    """Distinct keys (B, N) int64 in the order of float32 values (B, N), equal values in the order of their index.
+    """Distinct int64 keys (B, N) in the order of float32 values (B, N), ties in index order.
 
-    A float's bits, read as an integer, ascend with it above 0 and descend below. `topk`, which is not stable, of these
-    numbers takes a fifth longer than of the floats; a stable sort takes three times as long.
+    The bits of a float, read as an integer, ascend with it above 0 and descend below. `topk` of these keys takes a
+    fifth longer than of the floats; a stable sort takes three times as long.
     """
-    bits = (values + 0.0).view(torch.int32)  # there are two zeros: -0.0 becomes 0.0
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ascending.long() << 32) - torch.arange(values.shape[1], device=values.device)
 
@@ -57,19 +63,25 @@ def ranked_nms(
     max_keep: int,
     legacy_tie_order: bool,
 ) -> Tensor:
-    """`nms` of boxes (N, 4) of several images and groups that takes equal scores (N,) in the order asked for.
+    """`nms` within each group of each image, with ties in the default or the legacy order.
 
     Args:
-        groups, images: (N,) int64; the boxes of one group of one image are next to each other.
+        boxes: (N, 4) xyxy.
+        scores: (N,).
+        groups: (N,) int64; the boxes of one group of one image are contiguous.
+        images: (N,) int64 image indices.
+        iou_threshold: boxes that overlap a better one by more are dropped.
+        max_keep: boxes to keep per image.
+        legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        indices (K,), by image, of an image best first.
+        indices (K,) of the kept boxes, image after image, best first.
     """
     if not legacy_tie_order or boxes.device.type != "cpu":
         return nms(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
     runs = torch.stack((groups, images)).unique_consecutive(dim=1, return_counts=True)[1].tolist()
     order, start = [torch.zeros_like(groups[:0])], 0
-    for run in scores.split(runs):  # run by run: sorted together, they could come out in another order than alone
+    for run in scores.split(runs):  # run by run: sorting runs together can order ties differently
         order.append(run.sort(descending=True).indices + start)
         start += len(run)
     places = torch.cat(order)
@@ -78,26 +90,27 @@ def ranked_nms(
 
 
 def counts_of(images: Tensor, count: int) -> list[int]:
-    """How often each of the numbers 0..count - 1 is among `images` (K,) int64."""
+    """Number of entries of `images` (K,) int64 for each image index 0..count - 1."""
     every = torch.arange(count, device=images.device)
-    return (images == every[:, None]).sum(dim=1).tolist()  # `bincount` would wait for a GPU twice more
+    return (images == every[:, None]).sum(dim=1).tolist()  # `bincount` would synchronize twice more
 
 
 def reached(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold: float) -> Tensor:
-    """Thresholds (B,), each lowered by 0.1 until a box of the image that has an area reaches it: MAttNet's rule.
+    """Score thresholds (B,), each lowered in steps of 0.1 until a non-empty box reaches it, as in MAttNet.
 
     Args:
         boxes: (P, classes, 4), of all images.
         scores: (P, classes).
-        images: (P,) int64, the image of each row, 0..count - 1.
-        count: of images, B.
+        images: (P,) int64 image index of each row.
+        count: number of images, B.
+        threshold: the threshold to start from.
     """
     best = scores.masked_fill(~_solid(boxes), -torch.inf).amax(dim=1)
     highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
     lowered = []
     for most in highest.tolist():
         own = threshold
-        while -np.inf < most < np.float32(own):  # compared in float32, as `best_detections` does
+        while -np.inf < most < np.float32(own):  # in float32, as in `best_detections`
             own -= 0.1
         lowered.append(own)
     return numbers(lowered, highest)
@@ -112,18 +125,23 @@ def best_detections(
     max_regions: int,
     legacy_tie_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The best of boxes (P, classes, 4) with scores (P, classes), after NMS within each class; none without area.
+    """Apply the score thresholds and NMS within each class; boxes without area are dropped.
 
     Args:
-        images: (P,) int64, the image of each row, 0..B - 1.
-        score_thresholds: (B,) float32, what a score must reach.
+        boxes: (P, classes, 4), of all images.
+        scores: (P, classes).
+        images: (P,) int64 image index of each row.
+        score_thresholds: (B,) float32, the lowest score to keep.
+        nms_threshold: IoU above which the lower-scoring box is dropped.
+        max_regions: boxes to keep per image.
+        legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, of each image best first; and how
-        many there are of each.
+        boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, best first within an image; and the
+        number of boxes of each image.
     """
     candidates = (scores >= score_thresholds[images, None]) & _solid(boxes)
-    labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: equal scores are kept in this order
+    labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: the order of ties
     kept = ranked_nms(
         boxes[rows, labels], scores[rows, labels], labels, images[rows], nms_threshold, max_regions, legacy_tie_order
     )

@@ -1,4 +1,12 @@
-"""From images to `Regions` and back to original pixels: the detector in use."""
+"""Inference on images: preprocessing, the network, and its outputs in pixels of the original images.
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    n: boxes of an image
+    H, W: height and width of an image in pixels
+    C: channels of a feature map
+"""
 
 from __future__ import annotations
 
@@ -25,15 +33,14 @@ from refdet.structures.regions import Regions
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the network says of n given boxes of an image.
+    """Features of the given boxes of an image.
 
     Attributes:
-        features: name -> (n, ...) float32, see `refdet.detector.mask_rcnn.BatchFeatures`.
-        masks: n RLE ``counts`` of the image, or None where no classes were given.
-        maps: "head" -> (C, H, W) float32 where it was asked for.
-        im_info: (3,) float32: height and width of the network's input, and the factor that made its height of the
-            image's. That of the width is input width / image width, exactly; with the reference's way to resize both
-            are the one factor.
+        features: name -> (n, ...) float32; `refdet.detector.outputs.BatchFeatures` lists names and shapes.
+        masks: n RLE ``counts`` of the image, or None if no classes were given.
+        maps: "head" -> (C, H', W') float32 feature map, if requested.
+        im_info: (3,) float32: height and width of the network's input, and input height / image height. The scale of
+            x is input width / image width; the reference's resizing uses one scale for both.
     """
 
     features: dict[str, np.ndarray]
@@ -51,7 +58,7 @@ def detect_batch(
     *,
     features: Sequence[str] = FEATURES,
 ) -> list[Regions]:
-    """The detected regions of images whose inputs have one exact size; see `start_detecting`."""
+    """Detect regions of images of one input size; takes the arguments of `start_detecting`."""
     return start_detecting(model, images, records, category_ids, options, features=features)()
 
 
@@ -64,16 +71,19 @@ def start_detecting(
     *,
     features: Sequence[str] = FEATURES,
 ) -> Callable[[], list[Regions]]:
-    """Detect regions of images whose inputs have one exact size; what is returned finishes them, in any thread.
-
-    Finishing waits until a GPU has sent its results, and makes the masks; meanwhile the GPU can do the next batch.
+    """Start to detect regions of images of one input size.
 
     Args:
+        model: the network, in eval mode.
         images: (H, W, 3) uint8 RGB each.
         records: their records, for ids and names.
-        category_ids: COCO id of label 1, 2, ...
-        options: which detections are kept.
-        features: names, see `refdet.detector.feature_names`.
+        category_ids: COCO ids of the labels 1, 2, ...
+        options: thresholds and limits of the detections.
+        features: names from `refdet.detector.feature_names`.
+
+    Returns:
+        A function that waits for the GPU, encodes the masks and returns the regions. It can be called from any
+        thread while the GPU computes the next batch.
     """
     sizes, inputs = _inputs(model, images)
     found = model.predict(inputs, sizes, options, features).to_cpu_async()
@@ -96,7 +106,7 @@ def describe_boxes(
     features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
 ) -> list[ImageFeatures]:
-    """Features, and with `labels` masks, of given boxes of images; see `start_describing`."""
+    """Compute features, and masks if `labels` are given, of boxes; takes the arguments of `start_describing`."""
     return start_describing(model, images, boxes, features=features, labels=labels)()
 
 
@@ -108,13 +118,17 @@ def start_describing(
     features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
 ) -> Callable[[], list[ImageFeatures]]:
-    """Describe given boxes of images whose inputs have one exact size; what is returned finishes, in any thread.
+    """Start to compute the features of given boxes of images of one input size.
 
     Args:
+        model: the network, in eval mode.
         images: (H, W, 3) uint8 RGB each.
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
-        features: names, see `refdet.detector.feature_names`.
-        labels: (n,) each, 1..classes: the class whose mask is wanted.
+        features: names from `refdet.detector.feature_names`.
+        labels: (n,) each, 1..classes: the class of each mask; None for no masks.
+
+    Returns:
+        A function that waits for the GPU and returns the features, callable from any thread.
     """
     sizes, inputs = _inputs(model, images)
     rows, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
@@ -136,12 +150,12 @@ def start_describing(
 
 
 def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
-    """The input sizes of images, all the same, and their inputs (B, 3, H, W) on the model's device."""
+    """Input sizes of the images, all equal, and the batch (B, 3, H', W') on the model's device."""
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
     if len({(s.height, s.width) for s in sizes}) > 1:
         raise ValueError(
-            f"one input size for a batch, not {sizes}; see refdet.data.training_batches.group_by_input_size"
+            f"images: several input sizes {sizes}; batch with refdet.data.training_batches.group_by_input_size"
         )
     weight = next(model.parameters())
     with model.timed("input"):
@@ -154,10 +168,11 @@ def _rows(boxes: np.ndarray) -> np.ndarray:
 
 
 def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[], None]:
-    """Waits until all is done that a device was given so far; does not block it for what it is given later.
+    """A function that waits for the work queued on a device so far.
 
     Args:
-        images: are kept until then, as the device may yet have to fetch them.
+        device: the model's device.
+        images: kept alive until then, as the GPU may not have copied them yet.
     """
     if device.type != "cuda":
         return lambda: None
@@ -173,13 +188,13 @@ def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable
 
 
 def _check_finite(found: BatchFeatures) -> None:
-    """RuntimeFailure if the network said NaN or inf of a batch: such a box is never found, and never missed."""
+    """Raise RuntimeFailure if outputs contain NaN or inf, which would silently yield no detections."""
     if not found.finite:
         raise RuntimeFailure("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
 def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
-    """Of one image, in the host's memory."""
+    """Regions of one image; `found` is in host memory."""
     described = _image_features(found, found.boxes, size)
     ids = np.asarray(category_ids, np.int64)
     return Regions(
@@ -195,7 +210,7 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
 
 
 def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize) -> ImageFeatures:
-    """Of one image, in the host's memory."""
+    """Features of one image; `found` is in host memory."""
     masks = None
     if found.masks is not None:
         masks = tuple(masks_to_rle(found.masks, boxes, size.image_height, size.image_width))

@@ -1,4 +1,4 @@
-"""How long each part of the network takes, on its device and without keeping it waiting."""
+"""Time spent in each part of the network, measured without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-_PENDING = 512  # measurements of a GPU that are not read yet; by then the first are long done
+_PENDING = 512  # GPU measurements kept before the older half is read
 
 
 class Stages:
-    """Seconds of each part of the network's work.
-
-    On the CPU by the clock. On a GPU by events in its stream, so that they are the times of the device, which may
-    lie after those in which the work was given to it.
-    """
+    """Seconds spent in each part of the network: by the clock on a CPU, by CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -25,7 +21,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure what is done within it as a part of this name."""
+        """Add the time of the ``with`` block to the part `name`."""
         if not self._on_gpu:
             started = time.perf_counter()
             try:
@@ -44,7 +40,7 @@ class Stages:
                 self._read(_PENDING // 2)
 
     def seconds(self) -> dict[str, float]:
-        """Part -> seconds until now, in the order of the work; waits for a GPU to finish."""
+        """Part -> seconds so far, in order of first use; waits for the GPU."""
         self._read(len(self._pending))
         return dict(self._seconds)
 

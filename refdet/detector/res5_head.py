@@ -1,4 +1,13 @@
-"""conv5 of a detector in use, whose first 1x1 convolutions can run on the map before RoIs are pooled from it."""
+"""conv5 for inference; its first 1x1 convolutions can run on the feature map before RoI pooling.
+
+Shape shorthand in this module:
+
+    N: images or RoIs
+    K: RoIs
+    Cin, C: input and output channels of conv5 (C' between its two steps)
+    H, W: height and width of a feature map
+    m: cells on a side of a RoI
+"""
 
 from __future__ import annotations
 
@@ -10,14 +19,14 @@ from refdet.detector.resnet import Bottleneck, relu
 
 
 class SplitRes5(nn.Module):
-    """A last stage of bottlenecks in two steps, `enter` and `forward`.
+    """A stage of bottlenecks in two steps, `project` and `forward`.
 
-    Its first block begins with two 1x1 convolutions, one of them the shortcut. They and pooling are linear and work
-    on different axes, so their order does not matter: with hundreds of RoIs on one map, the map has far fewer
-    positions than the RoIs have cells. Only the biases must wait until after pooling, which is 0 outside the map.
+    The first block begins with two 1x1 convolutions, one of them the shortcut. They and pooling are linear and act on
+    different axes, so they commute, and with hundreds of RoIs a feature map has far fewer positions than the RoIs have
+    cells. Biases are added after pooling, which is 0 outside the map.
 
     Args:
-        stage: bottlenecks of stride 1 without norms, as `refdet.detector.optimize` makes them.
+        stage: bottlenecks of stride 1 whose norms are folded.
     """
 
     def __init__(self, stage: nn.Sequential) -> None:
@@ -40,18 +49,18 @@ class SplitRes5(nn.Module):
         self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
 
     def project(self, x: Tensor) -> Tensor:
-        """X (N, Cin, H, W), the map or cells of RoIs -> (N, C', H, W), which may be pooled before `forward`."""
+        """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `forward`."""
         return self.entry(x)
 
     def forward(self, entered: Tensor) -> Tensor:
-        """Cells (K, C', m, m) -> (K, C, m, m)."""
+        """Pooled cells (K, C', m, m) of `project` -> (K, C, m, m)."""
         lowered, shortcut = entered.split(self.widths, dim=1)
         y = conv_relu(self.conv2, relu(lowered + self.lower_bias))
         return self.rest(conv_relu(self.conv3, y, shortcut))
 
 
 def can_enter_early(stage: nn.Module) -> bool:
-    """Whether a stage is one that `SplitRes5` takes."""
+    """Whether `SplitRes5` accepts a stage."""
     first = stage[0] if isinstance(stage, nn.Sequential) else None
     if not isinstance(first, Bottleneck) or not isinstance(first.downsample, nn.Sequential):
         return False

@@ -1,4 +1,11 @@
-"""ResNet (He et al., 2015), of any width, as four stages that the detector puts where it needs them."""
+"""ResNet (He et al., 2015) of any width, in four stages.
+
+Shape shorthand in this module:
+
+    N: images or RoIs (B: images in the batch)
+    Cin, C: input and output channels (of a bottleneck, of its 3x3 convolution)
+    H, W: height and width of the input
+"""
 
 from __future__ import annotations
 
@@ -14,10 +21,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm whose statistics and affine terms never change: a scale and a shift for each channel.
-
-    The tensors have BatchNorm2d's names, so either loads the other's.
-    """
+    """Batch norm with fixed statistics and affine parameters, as buffers with the names of BatchNorm2d."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -26,23 +30,23 @@ class FrozenBatchNorm(nn.Module):
             self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (N, C, H, W) -> (N, C, H, W), in the type of x; the arithmetic is float32 whatever that is."""
+        """X (N, C, H, W) -> (N, C, H, W), in the dtype of x; computed in float32."""
         mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU of a tensor that nobody else holds: in place, which saves memory traffic, unless gradients are wanted."""
+    """ReLU, in place unless gradients are enabled."""
     return torch.relu(x) if torch.is_grad_enabled() else x.relu_()
 
 
 def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
-    """The end of a block, ReLU of a sum (N, C, H, W); as `relu`, `x` may be overwritten."""
+    """ReLU of x + shortcut (N, C, H, W), in place unless gradients are enabled."""
     return torch.relu(x + shortcut) if torch.is_grad_enabled() else x.add_(shortcut).relu_()
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; for ResNet-18 and 34."""
+    """Two 3x3 convolutions and a shortcut, for ResNet-18 and 34."""
 
     expansion = 1
 
@@ -62,7 +66,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut; the stride sits on the 3x3 as in torchvision, or on the first 1x1 as in Caffe."""
+    """1x1, 3x3, 1x1 and a shortcut; the stride is in the 3x3 as in torchvision, or in the first 1x1 as in Caffe."""
 
     expansion = 4
 
@@ -91,14 +95,14 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> n
 
 
 class ResNet(nn.Module):
-    """Stem and stages of a ResNet. `forward` runs the stem and the stages that `stages` names.
+    """Stem and stages of a ResNet.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         width: channels of the first stage (64 in the paper).
-        norm: makes the normalisation of a number of channels.
-        strides: of the four stages.
-        stride_in_1x1: where a bottleneck has its stride; nothing to a network of basic blocks.
+        norm: makes a norm of the given number of channels.
+        strides: stride of each of the four stages.
+        stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
     """
 
     def __init__(
@@ -121,14 +125,14 @@ class ResNet(nn.Module):
         _initialise(self)
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
-        """Maps of the first `stages` stages.
+        """Feature maps of the first `stages` stages.
 
         Args:
             images: (B, 3, H, W), normalised.
-            stages: how many of the four to run.
+            stages: number of stages to run, 1 to 4.
 
         Returns:
-            `stages` maps (B, channels[i], H / s, W / s), where s is 4 and grows with the strides.
+            Feature maps (B, channels[i], H / s, W / s), where s is 4 times the product of the strides so far.
         """
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         maps = []
@@ -139,9 +143,9 @@ class ResNet(nn.Module):
 
 
 def _initialise(network: nn.Module) -> None:
-    """He initialisation; the last norm of a block starts at 0, so that a block starts as its shortcut.
+    """He initialisation; the last batch norm of each block is zero, so that the block starts as its shortcut.
 
-    See Goyal et al., "Accurate, large minibatch SGD", section 5.1. Frozen norms are left as they are.
+    As in Goyal et al., "Accurate, large minibatch SGD", section 5.1.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,14 @@
-"""The second stage: what is in a RoI, where exactly, and which of its pixels."""
+"""The second stage: classes, boxes and masks of RoIs.
+
+Shape shorthand in this module:
+
+    K: RoIs of the batch
+    C: channels of a feature map
+    D: channels of fc7 (D' of the features that masks are predicted from)
+    m: side of a mask in cells
+
+RoIs (K, 5) are rows of image index and xyxy corners in pixels of the network's input.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +32,7 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
-# RoIs go through conv5 in pieces whose output is about so large, in float32, where no gradient is wanted
+# without gradients, RoIs go through conv5 in chunks whose float32 output is about this large
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**31}
 
 
@@ -31,8 +41,8 @@ class RoiFeatures:
     """Features of K RoIs.
 
     Attributes:
-        fc7: (K, D) what classes and boxes are predicted from.
-        spatial: (K, D', 7, 7) what masks are predicted from; of a C4 network fc7 is its mean.
+        fc7: (K, D) input of the box predictor.
+        spatial: (K, D', 7, 7) input of the mask predictor; fc7 is its mean in a C4 network.
     """
 
     fc7: Tensor
@@ -44,10 +54,11 @@ class RoiFeatures:
 
 @dataclass(frozen=True)
 class RoiOutput:
-    """What is asked for of K RoIs.
+    """Outputs of `RoiHead.forward_inference`.
 
     Attributes:
-        fc7: (K, D) float32; spatial: (K, D', 7, 7), or None; see `RoiFeatures`.
+        fc7: (K, D) float32.
+        spatial: (K, D', 7, 7), or None.
         mask_logits: (K, m, m) float32, or None.
     """
 
@@ -57,7 +68,7 @@ class RoiOutput:
 
     @classmethod
     def joined(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
-        """Of the RoIs of all parts, which were asked for the same."""
+        """Concatenate outputs that have the same fields."""
         first = parts[0]
         return cls(
             torch.cat([part.fc7 for part in parts]),
@@ -69,24 +80,21 @@ class RoiOutput:
 
 
 class RoiHead(Protocol):
-    """What the detector asks of a head; `C4Head` and `PyramidHead` answer.
-
-    RoIs (K, 5) are rows of image index and the corners to pool at, in pixels of the network's input.
-    """
+    """Interface of the second stage, implemented by `C4Head` and `PyramidHead`."""
 
     mask_size: int
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """What the other methods take as maps; made once for a batch of which about so many RoIs will be asked."""
+        """Prepare the feature maps for the other methods, once per batch; `rois` is about how many follow."""
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """The cells (K, C, 7, 7) of rois (K, 5), read from the maps."""
+        """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """(K, C) mean over the cells of rois (K, 5), in float32."""
+        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """(K, D) what classes and boxes are predicted from, of rois (K, 5), in float32."""
+        """fc7 (K, D) of rois (K, 5), in float32."""
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
@@ -94,20 +102,20 @@ class RoiHead(Protocol):
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
-        """Features of rois (K, 5), and with `labels` (K,), 1..classes, their masks.
+        """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given.
 
-        Keeps no more of them in memory at once than is asked for.
+        Keeps spatial features only if `spatial` is set.
         """
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
-        """Mask logits (K, m, m), in float32, of the class (1..classes) that `labels` (K,) names for each."""
+        """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
 
 
 class BoxPredictor(nn.Module):
-    """Two linear layers: classes, and deltas for each class."""
+    """Two linear layers: class logits and per-class box deltas."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -126,7 +134,7 @@ class BoxPredictor(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """Convolutions, one 2x2 up-sampling, and a 1x1 that has a mask for each class."""
+    """3x3 convolutions, a 2x2 transposed convolution, and a 1x1 convolution with a mask per class."""
 
     def __init__(self, in_channels: int, channels: int, classes: int, convolutions: int) -> None:
         super().__init__()
@@ -146,19 +154,24 @@ class MaskPredictor(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """X (K, C, s, s), labels (K,) -> logits (K, 2s, 2s), in float32."""
         hidden = self.hidden(x)
-        # only the wanted class of each RoI is computed, not all of them
+        # compute only the mask of each RoI's class
         weight = self.logits.weight[labels, :, 0, 0].to(hidden.dtype)
         bias = self.logits.bias[labels].float()  # type: ignore[index]
         return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
 
 
 class C4Head(nn.Module):
-    """conv5 of the ResNet on 7x7 RoIs of the conv4 map; masks of 14x14 from its output.
+    """conv5 of the ResNet on 7x7 RoIs of the conv4 map; 14x14 masks from its output.
 
     Args:
-        conv5: the last stage, with stride 1, from the map to `out_channels`.
-        pooling: "align" for RoIAlign; "crop" for the reference's crop; "crop_align" for its other variant, which takes
-            the largest of 2x2 samples for each cell.
+        conv5: the last stage, with stride 1.
+        out_channels: its output channels, D.
+        stride: of the conv4 map, in pixels of the network's input.
+        classes: number of object classes, without background.
+        mask_channels: hidden channels of the mask predictor.
+        masks: whether there is a mask predictor.
+        pooling: "align" for RoIAlign; "crop_and_resize" for the reference's crop; "crop_align" for its other variant,
+            which takes the maximum of 2x2 samples per cell.
     """
 
     mask_size = 2 * POOL_SIZE
@@ -180,7 +193,7 @@ class C4Head(nn.Module):
         self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """The map, and where it saves work what conv5's first convolutions make of it; see `RoiHead`."""
+        """The feature map, and conv5's first convolutions of it if that saves work."""
         (x,) = maps
         positions = x.shape[0] * x.shape[2] * x.shape[3]
         if isinstance(self.conv5, SplitRes5) and rois * POOL_SIZE**2 > positions:
@@ -188,22 +201,22 @@ class C4Head(nn.Module):
         return maps
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         return self._pool(maps[0], rois)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """fc7 (K, D) of rois (K, 5), in float32."""
         return torch.cat([_mean(self._spatial(maps, part)) for part in self._chunks(rois)])
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
-        """See `RoiHead`."""
+        """Features of rois (K, 5)."""
         spatial = self._spatial(maps, rois)
         return RoiFeatures(_mean(spatial), spatial)
 
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
-        """See `RoiHead`."""
+        """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         parts, first = [], 0
         for part in self._chunks(rois):
             features, rows = self.features(maps, part), slice(first, first + len(part))
@@ -217,17 +230,17 @@ class C4Head(nn.Module):
             return [rois]
         budget = CHUNK_BYTES.get(rois.device.type, CHUNK_BYTES["cpu"])
         most = max(budget // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
-        return rois.chunk(max(-(-len(rois) // most), 1))  # of one size, or nearly
+        return rois.chunk(max(-(-len(rois) // most), 1))
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """conv5's output (K, D, 7, 7) of rois (K, 5) from maps that `precompute` gave."""
+        """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
         if not isinstance(self.conv5, SplitRes5):
             return self.conv5(self._pool(maps[0], rois))
         early = len(maps) > 1
         return self.conv5(self._pool(maps[1], rois) if early else self.conv5.project(self._pool(maps[0], rois)))
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         if self.pooling == "align":
             return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
         if self.pooling == "crop_and_resize":
@@ -242,18 +255,18 @@ class C4Head(nn.Module):
         return F.max_pool2d(roi_crop(x, rois, 2 * POOL_SIZE, self.stride), 2)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
-        """See `RoiHead`."""
+        """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
         return self.box(fc7)
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
         if self.mask is None:
             raise ValueError("this detector has no mask branch")
         return self.mask(features.spatial, labels)
 
 
 class PyramidHead(nn.Module):
-    """Two linear layers on 7x7 RoIs of the pyramid; masks of 28x28 by convolutions on 14x14 RoIs."""
+    """Two linear layers on 7x7 RoIs of the pyramid; 28x28 masks by convolutions on 14x14 RoIs."""
 
     mask_size = 4 * POOL_SIZE
 
@@ -269,45 +282,45 @@ class PyramidHead(nn.Module):
         self.mask = MaskPredictor(channels, mask_channels, classes, convolutions=4) if masks else None
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """The maps as they are; see `RoiHead`."""
+        """The feature maps, unchanged."""
         return maps
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """From the four finest maps of the pyramid; see `RoiHead`."""
+        """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
         return pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """fc7 (K, D) of rois (K, 5), in float32."""
         return self.features(maps, rois).fc7.float()
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
-        """See `RoiHead`."""
+        """Features of rois (K, 5)."""
         pooled = self.pooled(maps, rois)
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
 
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
-        """See `RoiHead`."""
+        """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         features = self.features(maps, rois)
         logits = None if labels is None else self.mask_logits(maps, rois, features, labels)
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
-        """See `RoiHead`."""
+        """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
         return self.box(fc7)
 
     def mask_logits(self, maps: Sequence[Tensor], rois: Tensor, features: RoiFeatures, labels: Tensor) -> Tensor:
-        """See `RoiHead`."""
+        """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
         if self.mask is None:
             raise ValueError("this detector has no mask branch")
         return self.mask(pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides), labels)
 
 
 def _mean(cells: Tensor) -> Tensor:
-    """The mean (K, C) over cells (K, C, m, m), in float32 whatever their type."""
+    """Mean (K, C) over cells (K, C, m, m), accumulated in float32."""
     return cells.mean((2, 3), dtype=torch.float32 if cells.dtype != torch.float64 else None)

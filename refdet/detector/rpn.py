@@ -1,4 +1,15 @@
-"""The region proposal network (Ren et al., "Faster R-CNN", 2015)."""
+"""The region proposal network (Ren et al., "Faster R-CNN", 2015).
+
+Shape shorthand in this module:
+
+    B: images in the batch
+    N: anchors of all feature maps
+    C: channels of a feature map
+    Hi, Wi: height and width of feature map i
+    P: proposals of an image
+
+Boxes are xyxy in pixels of the network's input.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +31,18 @@ from refdet.structures.ground_truth import GroundTruth
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1.0 / 9
-MIN_SIDE = 1e-3  # pixels; a proposal clipped to nothing has no features
+MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped
 
 
 @dataclass(frozen=True)
 class RpnOutput:
-    """What the network says of each anchor of a batch; N is all anchors of all levels.
+    """RPN predictions for a batch.
 
     Attributes:
         logits: (B, N) objectness before the sigmoid.
-        deltas: (B, N, 4).
-        anchors: (N, 4).
-        level_sizes: number of anchors of each level, in order.
+        deltas: (B, N, 4) box deltas.
+        anchors: (N, 4), level after level.
+        level_sizes: number of anchors of each level.
     """
 
     logits: Tensor
@@ -41,7 +52,7 @@ class RpnOutput:
 
 
 class RegionProposalNetwork(nn.Module):
-    """One 3x3 convolution and two 1x1, the same on each map."""
+    """A 3x3 convolution and two 1x1 predictors, shared by all feature maps."""
 
     def __init__(
         self,
@@ -63,7 +74,7 @@ class RegionProposalNetwork(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> RpnOutput:
-        """Maps (B, C, Hi, Wi) -> scores and deltas of their anchors, in float32."""
+        """Feature maps (B, C, Hi, Wi) -> float32 logits and deltas of their anchors."""
         logits, deltas = [], []
         for x in maps:
             hidden = torch.relu(self.conv(x))
@@ -75,13 +86,14 @@ class RegionProposalNetwork(nn.Module):
 
     @torch.no_grad()
     def filter_proposals(self, output: RpnOutput, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """The best boxes of each image: scored, decoded, clipped, thinned by NMS level by level.
+        """Decode the top-scoring anchors of each level, clip them, and apply NMS within each level.
 
         Args:
+            output: predictions of `forward`.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
 
         Returns:
-            for each image (P, 4), best first.
+            (P, 4) proposals of each image, best first.
         """
         options, train = self.options, self.training
         candidates = options.pre_nms_top_n_train if train else options.pre_nms_top_n_test
@@ -108,7 +120,7 @@ class RegionProposalNetwork(nn.Module):
         return list(boxes[kept].split(counts_of(images[kept], len(sizes))))
 
     def assign_targets(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
-        """Which anchors (N, 4) of an image of (height, width) are trained as what; see `assign_labels`."""
+        """Label the anchors (N, 4) of an image of (height, width); returns the same as `assign_labels`."""
         options = self.options
         if not options.inside_only:
             return assign_labels(anchors, target, options.positive_iou, options.negative_iou, best_for_each=True)
@@ -127,9 +139,9 @@ class RegionProposalNetwork(nn.Module):
         targets: Sequence[GroundTruth],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
-        """Binary cross entropy over sampled anchors, smooth L1 over the positive ones.
+        """Binary cross entropy over the sampled anchors and smooth L1 over the positive ones.
 
-        Both are sums divided by the number of sampled anchors.
+        Both are summed and divided by the number of sampled anchors.
         """
         options = self.options
         score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0

@@ -1,4 +1,13 @@
-"""What the network should have said: which anchors and RoIs stand for which objects, and the masks of RoIs."""
+"""Training targets: labels of anchors and RoIs, their sampling, and masks of RoIs.
+
+Shape shorthand in this module:
+
+    N: candidates of an image, anchors or RoIs
+    P, Q: positive and negative candidates
+    m: side of a mask in cells
+
+Boxes are xyxy in pixels of the network's input.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +26,19 @@ IGNORE, NEGATIVE, POSITIVE = -1, 0, 1
 def assign_labels(
     candidates: Tensor, truth: GroundTruth, positive_iou: float, negative_iou: float, best_for_each: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which candidates are objects, background, or neither.
+    """Label candidates as positive, negative or ignored.
 
     Args:
-        candidates: (N, 4) boxes, anchors or RoIs.
-        positive_iou: a candidate at or above it is an object.
-        negative_iou: one below it is background; what lies between is ignored.
-        best_for_each: also take for each object the candidates that overlap it most, as the RPN does
+        candidates: (N, 4) anchors or RoIs.
+        truth: annotated objects of the image.
+        positive_iou: candidates with this IoU or more are positive.
+        negative_iou: candidates below it are negative; those between the two are ignored.
+        best_for_each: also label the candidates that overlap each object most as positive, as in the RPN
             (Ren et al., "Faster R-CNN", section 3.1.2).
 
     Returns:
-        kinds (N,) int64 of IGNORE, NEGATIVE and POSITIVE, and object (N,), the index of the object
-        that each candidate overlaps most (0 where there are no objects).
+        kinds (N,) int64 of IGNORE, NEGATIVE and POSITIVE, and the index (N,) int64 of the object that each candidate
+        overlaps most (0 if there are none).
     """
     count = len(candidates)
     kinds = torch.full((count,), NEGATIVE, dtype=torch.int64, device=candidates.device)
@@ -47,7 +57,7 @@ def assign_labels(
 
 
 def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which of boxes (N, 4) lie in an image of this size, (N,) bool."""
+    """Whether boxes (N, 4) lie within an image of this size, (N,) bool."""
     return ((boxes[:, :2] >= 0) & (boxes[:, 2:] <= boxes.new_tensor([width, height]))).all(dim=1)
 
 
@@ -58,12 +68,18 @@ def subsample_labels(
     generator: torch.Generator | None,
     sample_with_replacement: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Indices of random candidates: (P,) objects and (Q,) background.
+    """Sample candidates at random.
 
     Args:
-        count: at most so many, and a fraction of `positive_fraction` at most are objects.
-        sample_with_replacement: give exactly `count`, drawing some twice where the background is too small; where there
-            is none, they are all objects, as in the reference.
+        kinds: (N,) labels from `assign_labels`.
+        count: number of samples, at most.
+        positive_fraction: largest fraction of positives among them.
+        generator: on the device of `kinds`.
+        sample_with_replacement: return exactly `count`, with repeats if there are too few negatives; positives only if
+            there are no negatives, as in the reference.
+
+    Returns:
+        indices (P,) of positives and (Q,) of negatives.
     """
     objects, background = ((kinds == kind).nonzero()[:, 0] for kind in (POSITIVE, NEGATIVE))
     everything = sample_with_replacement and len(background) == 0
@@ -82,29 +98,30 @@ def _choose(found: Tensor, count: int, generator: torch.Generator | None, sample
 def compute_mask_targets(
     rois: Tensor, objects: Tensor, truth: GroundTruth, size: int, convention: BoxConvention | None = None
 ) -> Tensor:
-    """The masks that RoIs should get.
+    """Mask targets of RoIs.
 
-    Each cell is 1 where the object covers at least half of it; the coverage is exact, measured in the
-    original image, so nothing is resized.
+    A cell is 1 if the object covers at least half of it. The coverage is exact and computed in the original image, so
+    nothing is resized.
 
     Args:
         rois: (P, 4) in pixels of the network's input.
         objects: (P,) index of the object of each RoI; each has a mask.
+        truth: annotated objects of the image.
         size: side m of a mask.
-        convention: of the RoIs; half-open by default.
+        convention: box convention of the RoIs; half-open by default.
 
     Returns:
         (P, m, m) float32 of 0 and 1.
     """
     if truth.masks is None:
-        raise ValueError("these targets were made without masks")
+        raise ValueError("truth: has no masks; make the targets with masks")
     boxes = (convention or BoxConvention()).unscale(rois.detach().cpu(), truth.scale)
     if truth.flipped_width is not None:
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
         )
     drawn = torch.tensor([mask is not None for mask in truth.masks], dtype=torch.int64)
-    place = drawn.cumsum(0) - 1  # of an object's mask among those that there are
+    place = drawn.cumsum(0) - 1  # index of an object's mask in `rles`
     rles = [mask for mask in truth.masks if mask is not None]
     found = mask_coverage(rles, place[objects.cpu()], boxes, size)
     if truth.flipped_width is not None:

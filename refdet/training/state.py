@@ -51,14 +51,14 @@ class State(SavedRun):
     def _check(self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whole: bool) -> None:
         for name in wanted if whole else given:
             if name not in given or name not in wanted:
-                raise self._damaged(f"{cut(name)} is {'missing' if name in wanted else 'not of this network'}")
+                raise self._damaged(f"{cut(name)} is {'missing' if name in wanted else 'not in this network'}")
             if given[name].shape != wanted[name].shape:
-                sizes = f"{tuple(given[name].shape)}, the recipe wants {tuple(wanted[name].shape)}"
+                sizes = f"{tuple(given[name].shape)}, the recipe expects {tuple(wanted[name].shape)}"
                 raise self._damaged(f"{name} is {sizes}")
             if not given[name].isfinite().all():
                 raise self._damaged(f"{name} has numbers that are not finite")
         if whole and (strange := sorted(given.keys() - wanted.keys())):
-            raise self._damaged(f"{strange[0]} is not of this network")
+            raise self._damaged(f"{strange[0]} is not in this network")
 
     def _damaged(self, why: str) -> InputError:
         return damaged(self.path, why)

@@ -220,7 +220,7 @@ def test_bad_boxes_are_told(detector: refdet.Detector, kind: str) -> None:
 
 def test_bad_categories_are_told(detector: refdet.Detector) -> None:
     for ids, said in (
-        ([1, 2], "row 1, 2, is no category of the detector; see its classes"),
+        ([1, 2], "row 1, 2, is not a category of the detector; see its classes"),
         ([1], r"\(2,\) integers are needed, one per box, not int64 \(1,\)"),
         ([1.0, 3.0], r"\(2,\) integers are needed, one per box, not float64"),
     ):
@@ -233,7 +233,7 @@ def test_bad_categories_are_told(detector: refdet.Detector) -> None:
 def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
     with pytest.raises(ValueError, match="^score_threshold: must be a number from 0 to 1, not 50"):
         detector.detect(IMAGES[0], score_threshold=50)
-    with pytest.raises(ValueError, match="^features: there is no 'fc8'; choose from pool5, "):
+    with pytest.raises(ValueError, match="^features: unknown feature 'fc8'; choose from pool5, "):
         detector.detect(IMAGES[0], features=["fc8"])
     with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'"):
         detector.describe(IMAGES[0], BOXES, features="fc7")

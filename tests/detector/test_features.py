@@ -77,5 +77,5 @@ def test_a_pyramid_has_no_spatial_features() -> None:
     for name in EVERY[3:]:
         with pytest.raises(InputError, match=f"^features: .* has no '{name}', .*C4"):
             check_features(["pool5", name], pyramid)
-    with pytest.raises(InputError, match="^features: there is no 'fc8'; choose from pool5, "):
+    with pytest.raises(InputError, match="^features: unknown feature 'fc8'; choose from pool5, "):
         check_features(["fc8"], c4)

@@ -56,12 +56,12 @@ def with_value(run: Path, out: Path, name: str, value: float) -> Path:
                                   "head.fc7.weight", "head.mask.logits.weight"])  # fmt: skip
 def test_absurd_weights_are_refused(run: Path, tmp_path: Path, name: str, value: float) -> None:
     bad = with_value(run, tmp_path / "bad", name, value)
-    with pytest.raises(InputError, match=rf"bad/model\.safetensors: {name} holds NaN, inf.* another checkpoint"):
+    with pytest.raises(InputError, match=rf"bad/model\.safetensors: {name} contains NaN, inf.* another checkpoint"):
         loading.load(bad)
 
 
 def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"backbone\.bn1\.running_var holds .* negative variance"):
+    with pytest.raises(InputError, match=r"backbone\.bn1\.running_var contains .* negative variance"):
         loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
     loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
     assert unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
@@ -121,7 +121,7 @@ def test_a_network_of_another_width_is_refused_before_it_is_made(
         torch.nn.init, "kaiming_normal_",
         lambda weight, *a, **k: (made.append(weight.is_meta), initialise(weight, *a, **k))[1],
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"backbone\.conv1\.weight is \(8, 3, 7, 7\), the recipe wants \(128, 3"):
+    with pytest.raises(InputError, match=r"backbone\.conv1\.weight is \(8, 3, 7, 7\), the recipe expects \(128, 3"):
         loading.load(tmp_path / "run")
     assert made and all(made)
 
@@ -140,7 +140,7 @@ def test_the_largest_recipe_is_too_large() -> None:
 def test_integers_are_no_weights(run: Path) -> None:
     tensors = load_file(run / checkpoint.MODEL)
     tensors["rpn.score.bias"] = tensors["rpn.score.bias"].to(torch.int32)
-    with pytest.raises(InputError, match=r"rpn\.score\.bias is of torch\.int32, not of real numbers"):
+    with pytest.raises(InputError, match=r"rpn\.score\.bias is torch\.int32, not floating point"):
         load_weights(MaskRCNN(TINY, 2), tensors, run)
 
 
@@ -177,7 +177,7 @@ def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
     state_file(path, GOOD, momentum=1e12)
     state = newest(tmp_path)
     state.restore(model, sgd)
-    for wrong, says in (("rpn.score.bias", "recipe wants"), ("rpn.nothing", "not of this network")):
+    for wrong, says in (("rpn.score.bias", "recipe expects"), ("rpn.nothing", "not in this network")):
         others = {**state.tensors, f"momentum/{wrong}": torch.ones(())}
         with pytest.raises(InputError, match=says):
             replace(state, tensors=others).restore(model, sgd)
@@ -187,9 +187,9 @@ def test_imported_weights_are_numbers_too(tmp_path: Path) -> None:
     for value in (math.nan, 1e30):
         given: Tensors = of_one_number(resnet_shapes(18))
         given["layer4.1.bn2.running_mean"] = torch.full((512,), value)
-        with pytest.raises(InputError, match=r"layer4\.1\.bn2\.running_mean has values that are not finite"):
+        with pytest.raises(InputError, match=r"layer4\.1\.bn2\.running_mean contains NaN, inf"):
             identify_checkpoint(given)
     path = tmp_path / "resnet18.pth"
     torch.save({**of_one_number(resnet_shapes(18)), "bn1.weight": torch.full((64,), math.inf)}, path)
-    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), "bn1.weight has values")
+    refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), "bn1.weight contains NaN")
     assert not (tmp_path / "run").exists()

@@ -79,7 +79,7 @@ def test_damaged_safetensors(imagenet: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cut\.safetensors: not a readable safetensors file"):
         read_foreign(path)
     save_file({"conv1.weight": torch.ones(2, dtype=torch.complex64)}, path)
-    with pytest.raises(InputError, match=r"cut\.safetensors: 'conv1.weight' is no named tensor of real numbers"):
+    with pytest.raises(InputError, match=r"cut\.safetensors: 'conv1.weight' is not a named tensor of real numbers"):
         read_foreign(path)
 
 

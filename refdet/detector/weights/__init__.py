@@ -1,1 +1,1 @@
-"""Weights of other programs: which network they are, and the same in our names."""
+"""Import of weights from other programs."""

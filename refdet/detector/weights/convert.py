@@ -1,7 +1,7 @@
-"""Weights of other programs: which network they are, and the same in our names.
+"""Identify the network of another program's weights and rename its tensors.
 
-Known are the reference's checkpoints (lichengunc/mask-faster-rcnn, Mask and Faster R-CNN) and ImageNet ResNets in
-Caffe's and in torchvision's style.
+Supports the reference's checkpoints (lichengunc/mask-faster-rcnn, Mask and Faster R-CNN) and ImageNet ResNets in Caffe
+and torchvision style.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refdet.detector.resnet import BLOCKS
 from refdet.errors import InputError
 from refdet.files.short_text import cut
 
-SEED_PARTS = {
+REFERENCE_PARTS = {
     "rpn.conv.": "rpn_net.",
     "rpn.score.": "rpn_cls_score_net.",
     "rpn.delta.": "rpn_bbox_pred_net.",
@@ -33,23 +33,22 @@ SEED_PARTS = {
     "backbone.": "resnet.",
 }
 RESNET_PARTS = {"head.conv5.": "layer4.", "backbone.": ""}
-IMAGENET_CLASSIFIER = ("fc.weight", "fc.bias")  # of no use to a detector
-# Weights of a first convolution for inputs in 0..255 are small against what comes out, in units of 1 not; the
-# quotient taken below is a few hundreds or more and a few units (the inputs' variances, 58 ** 2 and 1, times
-# what neighbouring pixels have in common).
+IMAGENET_CLASSIFIER = ("fc.weight", "fc.bias")  # unused by a detector
+# Output variance / squared norm of the first filters: hundreds or more for inputs in 0..255 (variance 58 ** 2), a few
+# for normalised ones (variance 1), times the correlation of neighbouring pixels.
 CAFFE_GAIN = 100.0
 
 
 @dataclass(frozen=True)
 class ConvertedWeights:
-    """Weights in our names.
+    """Weights under refdet's names.
 
     Attributes:
-        kind: what they are, for people.
-        recipe: the network that they are of, with which everything else about them is said.
-        classes: number of object classes, None for a network without a detector's heads.
-        tensors: name -> float32 tensor, for all parameters and buffers but those of `untrained`.
-        untrained: beginnings of the names of what the file does not have.
+        kind: human-readable description.
+        recipe: the network.
+        classes: number of object classes, None for a network without detection heads.
+        tensors: name -> float32 tensor, for all parameters and buffers except `untrained`.
+        untrained: prefixes of the names that the file does not have.
     """
 
     kind: str
@@ -60,13 +59,14 @@ class ConvertedWeights:
 
 
 def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None) -> ConvertedWeights:
-    """Which network foreign tensors are of.
+    """Identify the network of another program's tensors.
 
     Args:
-        style: "caffe" or "torchvision", of an ImageNet ResNet; None to tell it from the tensors.
+        tensors: name -> tensor.
+        style: "caffe" or "torchvision", of an ImageNet ResNet; None to detect it.
 
     Raises:
-        InputError: they are no network known here; the message lists what is missing and what is left over.
+        InputError: unknown network; the message lists missing and unexpected tensors.
     """
     given = {name.removeprefix("module."): value for name, value in tensors.items()}
     if any(name.startswith(("resnet.", "rpn_")) for name in given):
@@ -74,29 +74,29 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None)
             raise InputError(
                 f"--weight-format {style}: this is a detector, only an ImageNet ResNet has a choice of styles"
             )
-        return _seed(given)
+        return _reference(given)
     return _resnet(given, style)
 
 
-def _seed(given: dict[str, Tensor]) -> ConvertedWeights:
+def _reference(given: dict[str, Tensor]) -> ConvertedWeights:
     depth = _depth(given, "resnet.")
     anchors = _rows(given, "rpn_cls_score_net.weight", 24) // 2
     name = {12: f"reference-c4-res{depth}", 15: f"reference-c4-res{depth}-lg"}.get(anchors, "")
     if name not in recipes.names():
         raise InputError(
-            f"rpn_cls_score_net.weight: {anchors} anchors a cell with a ResNet-{depth} are no network of a known "
-            "recipe; 12 (scales 4, 8, 16, 32) are known for 50, 101 and 152, 15 (and 2) for 101"
+            f"rpn_cls_score_net.weight: {anchors} anchors a cell with a ResNet-{depth} match no recipe; supported are "
+            "12 (scales 4, 8, 16, 32) with 50, 101 and 152, and 15 (and scale 2) with 101"
         )
     masks = any(key.startswith("mask_") for key in given)
     classes = max(_rows(given, "cls_score_net.weight", 81) - 1, 1)
     if classes > MOST_CATEGORIES:
-        raise InputError(f"cls_score_net.weight: {classes} classes, more than the {MOST_CATEGORIES} that there may be")
+        raise InputError(f"cls_score_net.weight: {classes} classes, more than the limit of {MOST_CATEGORIES}")
     recipe = recipes.load(name).with_changes([] if masks else ["model.masks=false"])
     converted = _renamed(
         recipe,
         classes,
         given,
-        SEED_PARTS,
+        REFERENCE_PARTS,
         ignored=tuple(f"resnet.{name}" for name in IMAGENET_CLASSIFIER),
         untrained=(),
     )
@@ -109,7 +109,7 @@ def _resnet(given: dict[str, Tensor], style: str | None) -> ConvertedWeights:
     style = style or ("torchvision" if depth < 50 else _style(given))
     if style == "caffe":
         if depth < 50:
-            raise InputError("--weight-format caffe: there is no recipe for a Caffe ResNet of less than 50 layers")
+            raise InputError("--weight-format caffe: no recipe for a Caffe ResNet of fewer than 50 layers")
         recipe = recipes.load(f"reference-c4-res{depth}")
     else:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
@@ -119,7 +119,7 @@ def _resnet(given: dict[str, Tensor], style: str | None) -> ConvertedWeights:
 
 
 def _depth(given: Mapping[str, Tensor], prefix: str) -> int:
-    """Depth of the ResNet whose blocks are there, even if some of their tensors are not."""
+    """Depth of the ResNet from its blocks, even if some of their tensors are missing."""
     blocks = tuple(_count(given, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4))
     bottleneck = any(name.startswith(f"{prefix}layer") and ".conv3." in name for name in given)
     depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == bottleneck]
@@ -127,7 +127,7 @@ def _depth(given: Mapping[str, Tensor], prefix: str) -> int:
         return depths[0]
     needed = [f"{prefix}conv1.weight", *(f"{prefix}layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4))]
     raise InputError(
-        "not a network known here (the reference's Mask or Faster R-CNN, an ImageNet ResNet): "
+        "unknown network (supported are the reference's Mask or Faster R-CNN and ImageNet ResNets): "
         + _differences((n for n in needed if n not in given), (n for n in given if n not in needed))
         + (f"; blocks a stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
     )
@@ -139,22 +139,22 @@ def _count(given: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _rows(given: Mapping[str, Tensor], name: str, usual: int) -> int:
-    """Length of the first axis of a tensor, the usual one where it is missing."""
+    """Length of the first axis of a tensor; `usual` if it is missing."""
     shape = given[name].shape if name in given else (usual,)
     return shape[0] if shape else 0
 
 
 def _style(given: Mapping[str, Tensor]) -> str:
-    """Caffe's or torchvision's, whose tensors have the same names and shapes.
+    """Caffe or torchvision style, whose tensors have the same names and shapes.
 
-    Batch norm counts its batches since PyTorch 0.4, later than the conversions from Caffe. Without a count, the
-    first norm tells the range of the input by how much larger the variances it saw are than the filters.
+    Batch norms count batches since PyTorch 0.4, later than the conversions from Caffe. Without a counter, the ratio of
+    the first norm's variances to its filters gives the range of the input.
     """
     if any(name.endswith("num_batches_tracked") for name in given):
         return "torchvision"
     weight, variance = given.get("conv1.weight"), given.get("bn1.running_var")
     if weight is None or variance is None or weight.shape[1:] != (3, 7, 7) or variance.shape != weight.shape[:1]:
-        return "caffe"  # what is wrong will be told
+        return "caffe"  # reported later
     filters = weight.float().flatten(1).square().sum(1)
     gain = (variance.float() / filters.clamp(min=1e-12)).median().item()
     untouched = bool((variance == 1).all())
@@ -169,7 +169,7 @@ def _renamed(
     ignored: tuple[str, ...],
     untrained: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """The tensors of a model of `recipe`, taken from `given` by `parts` (beginning of our name -> of theirs)."""
+    """The tensors of a model of `recipe`, from `given` by `parts` (refdet's prefix -> the other program's)."""
     with torch.device("meta"):
         model = MaskRCNN(recipe, classes)
     wanted = {
@@ -190,8 +190,8 @@ def _renamed(
             continue
         value = given[theirs].detach().float()
         if unusable({name: value}):
-            wrong.append(f"{theirs} has values that are not finite, beyond {LARGEST_WEIGHT:g}, or a negative variance")
-        if pairs:  # a softmax over the pair is a sigmoid of the difference
+            wrong.append(f"{theirs} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance")
+        if pairs:  # softmax over the pair = sigmoid of the difference
             background, objects = value.chunk(2)
             value = objects - background
         found[name] = value.contiguous()
@@ -205,10 +205,10 @@ def _renamed(
 
 
 def _differences(missing: Iterable[str], left: Iterable[str]) -> str:
-    """What is missing and what is left over, some names of each."""
-    told = []
+    """Missing and unexpected tensors, the first names of each."""
+    listed = []
     for what, names in (("missing", sorted(missing)), ("left over", sorted(left))):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            told.append(f"{what}: {', '.join(map(cut, names[:8]))}{more}")
-    return "; ".join(told)
+            listed.append(f"{what}: {', '.join(map(cut, names[:8]))}{more}")
+    return "; ".join(listed)

@@ -1,4 +1,4 @@
-"""Import: a checkpoint of another program becomes a run directory."""
+"""Import a checkpoint of another program as a run directory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ from refdet.files.weight_programs import OWN, STATE, has_all, program_of
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.provenance import Provenance, file_sha256
 
-WRAPPERS = ("state_dict", "model")  # names under which programs put the weights beside other things
+WRAPPERS = ("state_dict", "model")  # keys of the weights in checkpoints that hold more
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
-MOST_SHARED = 2**27  # numbers of tensors that are views of few; the largest network here has half as many
+MOST_SHARED = 2**27  # numbers in tensors that share storage; the largest network has half as many
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported: `kind` for people, the name of the recipe, counts, and what the file knows of itself."""
+    """What was imported.
+
+    Attributes:
+        kind: human-readable description.
+        recipe: name of the recipe.
+        classes: number of categories.
+        numbers: parameters and buffers imported.
+        untrained: prefixes of the names that the file does not have.
+        provenance: the training data, if known.
+    """
 
     kind: str
     recipe: str
@@ -44,17 +53,17 @@ class Imported:
 
 
 def import_weights(source: Path, out: Path, trained_on: Path | None = None, style: str | None = None) -> Imported:
-    """Write the run directory of foreign weights.
+    """Import another program's weights as a run directory.
 
     Args:
-        source: a ``.pth`` that torch.save wrote, or safetensors.
-        out: the run directory, new.
-        trained_on: the split the weights were trained on, where the user knows it.
-        style: see `refdet.detector.weights.convert.identify_checkpoint`.
+        source: a ``.pth`` written by torch.save, or safetensors.
+        out: the run directory to create.
+        trained_on: the split the weights were trained on, if known.
+        style: "caffe" or "torchvision", of an ImageNet ResNet; None to detect it.
 
     Raises:
-        InputError: the file cannot be read, holds something else than tensors, or is no network known here;
-            `out` exists; or the classes are not those of `trained_on`.
+        InputError: the file cannot be read, is not a state dict, or is an unknown network; `out` exists; or the
+            classes are not those of `trained_on`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists; choose another or remove it")
@@ -66,7 +75,7 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
     categories = _categories(found, source, index)
     provenance = _provenance(source, index)
     meta = CheckpointMetadata(found.recipe, categories, provenance, 0, found.untrained)
-    torch.manual_seed(found.recipe.train.seed)  # what the file lacks starts as it would in training
+    torch.manual_seed(found.recipe.train.seed)  # missing tensors start as they would in training
     model = MaskRCNN(found.recipe, len(categories))
     model.load_state_dict({**model.state_dict(), **found.tensors})
     out.mkdir(parents=True, exist_ok=True)
@@ -76,11 +85,11 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of a foreign checkpoint, read without running anything that it may hold.
+    """The tensors of another program's checkpoint, read without running code from it.
 
     Raises:
-        InputError: no such file, damaged, or it holds something else than named, dense tensors of real numbers; or it
-            is another program's network, which is named.
+        InputError: the file is missing or damaged, holds anything but named, dense tensors of real numbers, or is of
+            an unsupported program.
     """
     if not path.is_file():
         raise InputError(f"{path}: {_no_file(path)}")
@@ -103,22 +112,22 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {_unsafe(contents.refused)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about the age and the make of the file
+            warnings.simplefilter("ignore")  # torch warns about old file formats
             tree: Any = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # what a damaged file makes of torch.load is anything
+    except Exception as error:  # torch.load can raise anything on a damaged file
         raise InputError(f"{path}: {_refusal(error)}") from error
     for wrapper in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
     if not isinstance(tree, Mapping):
-        raise InputError(f"{path}: a {type(tree).__name__} where named tensors are needed; save the state_dict")
+        raise InputError(f"{path}: holds a {type(tree).__name__} instead of named tensors; save the state_dict")
     return _named_tensors(tree, path)
 
 
 def _no_file(path: Path) -> str:
-    """Why a path is no file, and what to do with it."""
+    """Why a path is not a file, and the fix."""
     if is_address(path):
         return "an address; download the file, and give its path"
     if not path.is_dir():
@@ -129,7 +138,7 @@ def _no_file(path: Path) -> str:
 
 
 def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
-    """InputError if the names are of a network of a program whose checkpoints are known but not imported."""
+    """Raise InputError if the names are of a program whose checkpoints are known but not supported."""
     names = list(names)
     if has_all(names, STATE) or has_all(names, OWN):
         raise InputError(f"{path}: {what_is(path)}; it needs no import")
@@ -142,17 +151,17 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
 
 
 def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """The same, once every name is seen to be text and every value a tensor that holds its numbers."""
+    """Check that every name is printable text and every value a dense tensor on the CPU."""
     strange = [
         name
         for name, value in tree.items()
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
     ]
     if strange or not tree:
-        what = f"{shown(strange[0])} is no named tensor of real numbers" if strange else "nothing in it"
+        what = f"{shown(strange[0])} is not a named tensor of real numbers" if strange else "empty"
         raise InputError(f"{path}: {what}; save the model's state_dict alone")
     if len(tree) > MOST_TENSORS:
-        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} that a network here may have")
+        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())
     if numbers > max(MOST_SHARED, path.stat().st_size):
         raise InputError(f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
@@ -165,7 +174,7 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def _refusal(error: Exception) -> str:
-    """Why torch would not load a file, without its advice to read it unsafely."""
+    """Why torch refused a file, without its advice to load it unsafely."""
     text = str(error)
     if "TorchScript archives" in text:
         return SCRIPT
@@ -177,15 +186,15 @@ def _refusal(error: Exception) -> str:
     for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL ", "Unsupported class "):
         if start in text:
             return _unsafe(text.split(start, 1)[1].split()[0].rstrip(".,"))
-    return "not a file of torch.save that holds tensors alone; save the model's state_dict"
+    return "not a torch.save file of tensors alone; save the model's state_dict"
 
 
 def _unsafe(name: str) -> str:
-    return f"it wants to load {shown(name)}, which is no tensor; refused, since loading it could run any program"
+    return f"refused to load {shown(name)}, which is not a tensor and could run any code; save the model's state_dict"
 
 
 def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
-    """(id, name) of the classes 1, 2, ..., in the order of the instances file, as the reference has them."""
+    """(id, name) of the labels 1, 2, ..., in the order of the instances file, as in the reference."""
     if found.classes is None:
         return coco_categories()
     if index is not None:

@@ -1,7 +1,7 @@
-"""Checks of a file of torch.save before torch reads it: what reading it takes is in proportion to its size.
+"""Checks of a torch.save file before torch.load, so that loading takes time and memory in proportion to its size.
 
-torch's reader with ``weights_only`` runs nothing of a file's own. It unpacks, builds and hashes whatever the file asks
-for, though, and that may be far larger than the file.
+torch.load with ``weights_only`` runs no code from the file. It does unpack, build and hash whatever the file contains,
+which may be far larger than the file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, BinaryIO
 from refdet.errors import InputError
 from refdet.files.short_text import cut
 
-MOST_OPCODES = 400_000  # of a pickle; the state of a ResNet-152 takes 40,000
-MOST_VALUES = 10_000_000  # with what is shared counted each time
-LARGEST_DIRECTORY = 2**24  # bytes of a zip's list of members
+MOST_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
+MOST_VALUES = 10_000_000  # counting shared values each time
+LARGEST_DIRECTORY = 2**24  # bytes of a zip's central directory
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
 _NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
 SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
 DAMAGED = "damaged, or not a file of torch.save"
-# modules of which torch's reader decides itself; of others it would load what is no tensor, such as a bytearray
+# modules that torch.load checks itself; from others it would also load values that are not tensors, such as bytearray
 _LEFT_TO_TORCH = ("torch", "collections")
 _STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
 _PLAIN = ("set", "frozenset", "complex", "bytearray", "object", "slice", "range")
@@ -33,11 +33,11 @@ _BUILTINS = ("__builtin__", "builtins")
 
 @dataclass
 class Contents:
-    """What the pickles of a file speak of.
+    """Names in the pickles of a file.
 
     Attributes:
-        strings: the short ones, the names of tensors among them.
-        classes: dotted names of what it wants to import.
+        strings: short strings, including the names of tensors.
+        classes: dotted names of the imports.
     """
 
     strings: list[str] = field(default_factory=list)
@@ -45,18 +45,18 @@ class Contents:
 
     @property
     def refused(self) -> str | None:
-        """The first class that is neither a tensor nor a part of one, as torch would name it."""
+        """The first class that is not part of a tensor, as torch would name it."""
         strange = [name.lstrip(".") for name in self.classes if _is_strange(name)]
-        strange.sort(key=lambda name: _without_builtins(name) in _PLAIN)  # says less than a class of a program
+        strange.sort(key=lambda name: _without_builtins(name) in _PLAIN)  # least informative last
         return _without_builtins(strange[0]) if strange else None
 
 
 def read_contents(path: Path) -> Contents:
-    """What a file of torch.save speaks of, once it is seen to be harmless to read.
+    """Names in a torch.save file, after checking that it is safe to load.
 
     Raises:
-        InputError: it is packed or repeats itself, so that it would become far larger than it is; or it is damaged.
-            The message names no file.
+        InputError: the file is compressed or repeats itself, so that it would expand far beyond its size; or it is
+            damaged. The message has no file name.
     """
     found = Contents()
     with path.open("rb") as file:
@@ -72,7 +72,7 @@ def read_contents(path: Path) -> Contents:
 
 
 class _Limited:
-    """A file whose `read` never makes room for more than there is."""
+    """A file whose `read` allocates no more than the file holds."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -92,23 +92,23 @@ class _Limited:
 
 
 def _scan(file: _Limited, found: Contents) -> bool:
-    """Go through one pickle without building anything; whether it ended, and was no strange one."""
+    """Scan one pickle without building anything; False if it ended early after a refused class."""
     weights = _Weights()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
             if number >= MOST_OPCODES:
-                raise InputError(f"{DAMAGED}: its pickle is of more than {MOST_OPCODES} instructions")
+                raise InputError(f"{DAMAGED}: its pickle has more than {MOST_OPCODES} instructions")
             weights.step(opcode, argument)
             text = argument if isinstance(argument, str) else ""
             if opcode.name in _STRINGS and len(text) <= 300:
                 found.strings.append(text)
             elif opcode.name in ("GLOBAL", "INST"):
                 found.classes.append(text.replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":  # of the two strings before it, if they are not taken from the memo
+            elif opcode.name == "STACK_GLOBAL":  # from the two strings before it, unless they are in the memo
                 found.classes.append(".".join(["", *found.strings[-2:]]))
     except InputError:
         raise
-    except Exception as error:  # what damaged opcodes make of pickletools is anything
+    except Exception as error:  # pickletools can raise anything on a damaged pickle
         if found.refused:
             return False
         raise InputError(f"{DAMAGED} ({cut(error)})") from None
@@ -116,9 +116,9 @@ def _scan(file: _Limited, found: Contents) -> bool:
 
 
 class _Weights:
-    """How many values each thing on the stack of a pickle is, counting what is shared wherever it stands.
+    """Number of values in each item on the stack of a pickle, counting shared ones each time.
 
-    Tuples that hold one tuple twice, which holds one twice, and so on, are small in memory; their hash takes for ever.
+    Nested tuples that each hold another one twice are small in memory, but take exponential time to hash.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class _Weights:
         self.memo: dict[Any, int] = {}
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """What one instruction does to the stack."""
+        """Apply one instruction to the stack."""
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1] or 0
@@ -155,7 +155,7 @@ class _Weights:
 
 
 def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
-    """``data.pkl`` of a zip whose members are as torch.save stores them: unpacked, apart, each once."""
+    """``data.pkl`` of a zip whose members are uncompressed, disjoint and unique, as torch.save writes them."""
     size = _check_directory(file)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -163,22 +163,22 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
             if any(member.filename.endswith("/constants.pkl") for member in members):
                 raise InputError(SCRIPT)
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-                raise InputError(f"{DAMAGED}: a member of the zip is packed, which torch.save does not do")
+                raise InputError(f"{DAMAGED}: a member of the zip is compressed, which torch.save does not do")
             names = {member.filename for member in members}
             if len(names) < len(members) or sum(member.file_size for member in members) > size:
-                raise InputError(f"{DAMAGED}: members of the zip are there twice")
+                raise InputError(f"{DAMAGED}: duplicate or overlapping members in the zip")
             pickles = [name for name in names if name.partition("/")[2] == "data.pkl"]
             if len(pickles) != 1:
                 raise InputError(f"{DAMAGED} (no data.pkl in the zip)")
             return archive.read(pickles[0])
     except InputError:
         raise
-    except Exception as error:  # what a damaged zip makes of zipfile is anything
+    except Exception as error:  # zipfile can raise anything on a damaged zip
         raise InputError(f"{DAMAGED} ({cut(error) or type(error).__name__})") from None
 
 
 def _check_directory(file: BinaryIO) -> int:
-    """See that a zip's directory is where every reader finds the same one, and not huge. Returns the file's size."""
+    """Check that all readers find the same central directory, and that it is not huge. Returns the file size."""
     size = file.seek(0, io.SEEK_END)
     end = size - 22
     file.seek(max(end - 20, 0))
