@@ -1,1 +1,1 @@
-"""The heavy operations of the detector: Python faces of csrc/, each with a plain PyTorch fallback."""
+"""Operators of the detector: wrappers of the kernels in csrc/, with fallbacks in plain PyTorch."""

@@ -1,4 +1,4 @@
-"""Loads refdet/_C, the compiled kernels, where they were built."""
+"""Loads the compiled kernels, refdet/_C, if they were built."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 
 
 def load(folder: Path) -> frozenset[str]:
-    """Load the kernels in ``folder`` as ``torch.ops.refdet`` and tell for which device types there are some.
+    """Load the kernels in ``folder`` as ``torch.ops.refdet`` and return the device types that they support.
 
-    None where the extension was not built, where it cannot be loaded (it was built with another torch, say;
-    a warning tells), or with ``REFDET_NO_EXT=1`` in the environment. The functions of `refdet.ops` then do
-    without.
+    Empty if the extension was not built, if it cannot be loaded (with a warning; for example, it was built with
+    another torch), or with ``REFDET_NO_EXT=1`` in the environment. `refdet.ops` then uses plain PyTorch.
     """
     path = folder / f"_C{EXTENSION_SUFFIXES[0]}"
     if os.environ.get("REFDET_NO_EXT") == "1" or not path.exists():
@@ -23,13 +22,13 @@ def load(folder: Path) -> frozenset[str]:
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
-        if len(torch.ops.refdet.match_boxes.default._schema.returns) != 3:  # what changed last
-            raise RuntimeError("it was built of older sources")
+        if len(torch.ops.refdet.match_boxes.default._schema.returns) != 3:  # the latest change of a schema
+            raise RuntimeError("it was built from older sources")
     except (OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(
-            f"{path.name} does not load with torch {torch.__version__}; plain PyTorch does its work, slower. "
-            f"Install refdet again to rebuild it. ({reason})",
+            f"{path.name} does not load with torch {torch.__version__} ({reason}); falling back to plain PyTorch, "
+            "which is slower. Reinstall refdet to rebuild it.",
             stacklevel=2,
         )
         return frozenset()
@@ -41,7 +40,7 @@ DEVICES = load(Path(__file__).resolve().parents[1])
 
 
 def kernels_state() -> str:
-    """Which compiled kernels are in use, for the first line of a run and ``refdet --version``."""
+    """The compiled kernels in use, for the first line of a run and ``refdet --version``."""
     if not DEVICES:
         return "kernels not compiled (plain PyTorch instead, slower; pip install --no-build-isolation . builds them)"
     return "kernels compiled for CPU and CUDA" if "cuda" in DEVICES else "kernels compiled for the CPU only"

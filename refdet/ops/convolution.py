@@ -1,16 +1,22 @@
-"""Convolutions of a network in use: compiled kernels for 1x1 and 3x3 ones on the CPU.
+"""1x1 and 3x3 convolutions for inference on the CPU, by compiled kernels.
 
-3x3 convolutions go by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-Networks", 2016), which needs a third of the multiplications. Stride 1, one row of zeros around the map. 1x1 ones are
-products of matrices with the sum and the ReLU that follow them. Of each image the result is the same bits, whatever
-else is in its batch. There are no gradients. A map beyond 5e36 overflows in a 3x3 convolution, and a number that is not
-finite spoils all results of its tile, some 4x4.
+Shape shorthand in this module:
 
-There are two kinds of arithmetic. *Single*: maps float32, sums float32; what comes out of a 3x3 convolution is about
-twice as far from the exact result as that of PyTorch's, some 2e-6 of its standard deviation with 512 channels. *Half*:
-maps bfloat16, products of float16 numbers, on processors with AVX512-FP16, which do twice as many of them in a second
-as in float32 or bfloat16. Rows and columns are scaled by powers of two, so that nothing overflows; 64 products are
-summed in float16, and those sums in float32.
+    N: images
+    C, K: input and output channels
+    H, W: height and width of a feature map
+    P: matrices of packed weights, 36 of a 3x3 convolution and 1 of a 1x1
+
+3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
+Convolutional Neural Networks", 2016), which needs a third of the multiplications. 1x1 convolutions are matrix products,
+fused with the sum and the ReLU after them. The result of an image does not depend on the rest of its batch, bit for
+bit. There are no gradients. In a 3x3 convolution inputs beyond 5e36 overflow, and a NaN or inf spoils its whole output
+tile of 4x4.
+
+Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, some 2e-6 of
+the standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs, float16 products, on processors with
+AVX512-FP16, which has twice the throughput of float32 or bfloat16. Rows and columns are scaled by powers of two to
+prevent overflow; 64 products are summed in float16, and those sums in float32.
 """
 
 from __future__ import annotations
@@ -22,18 +28,18 @@ from torch import Tensor
 
 from refdet.ops._library import DEVICES
 
-CHANNELS = 16  # input channels are multiples of it
-OUTPUTS = {False: 16, True: 64}  # so are output channels; the key is `half`
-POINTS = 36  # at which a 3x3 convolution multiplies
+CHANNELS = 16  # input channels must be a multiple of this
+OUTPUTS = {False: 16, True: 64}  # `half` -> output channels must be a multiple of this
+POINTS = 36  # evaluation points of the 3x3 Winograd transform
 
 
 class Packed(NamedTuple):
-    """Weights as the kernels take them.
+    """Weights in the layout of the kernels.
 
     Attributes:
-        weight: (P, K / panel, C, panel), float32 and panels of 16 output channels, or with `half` float16 and 64; P is
-            36 of a 3x3 convolution and 1 of a 1x1.
-        scale: (K,) float32, what sums are multiplied by.
+        weight: (P, K / panel, C, panel): float32 in panels of 16 output channels, or with `half` float16 in panels of
+            64.
+        scale: (K,) float32 factors of the sums.
     """
 
     weight: Tensor
@@ -41,26 +47,26 @@ class Packed(NamedTuple):
 
 
 def has_products(device: torch.device, half: bool = False) -> bool:
-    """Whether there are kernels for tensors of a device: on processors with AVX2, or `half` with AVX512-FP16."""
+    """Whether there are kernels for a device: CPUs with AVX2, or with AVX512-FP16 for `half`."""
     return device.type == "cpu" and "cpu" in DEVICES and torch.ops.refdet.has_products(half)
 
 
 def pointwise_is_quicker(device: torch.device, half: bool) -> bool:
-    """Whether `conv1x1` is quicker than PyTorch's: with `half`, or in float32 with the 32 registers of AVX-512."""
+    """Whether `conv1x1` is faster than PyTorch's: with `half`, or in float32 with the 32 registers of AVX-512."""
     return has_products(device, half) and (half or torch.ops.refdet.has_avx512())
 
 
 def half_is_quickest(device: torch.device) -> bool:
-    """Whether bfloat16 layers should go by *half*: there are kernels, and no matrix units (AMX), which PyTorch uses."""
+    """Whether bfloat16 layers should use `half`: there are kernels, and no AMX, which PyTorch would use."""
     return has_products(device, half=True) and not torch.ops.refdet.has_matrix_units()
 
 
 def pack_conv3x3(weight: Tensor, half: bool = False) -> Packed:
-    """Weights (K, C, 3, 3), float32, as `conv3x3` takes them; four times as many numbers.
+    """Pack float32 weights (K, C, 3, 3) for `conv3x3`; they take four times the space.
 
     Raises:
-        RuntimeError: channels are not multiples of `CHANNELS` and `OUTPUTS`, the weights are not float32, or there is
-            no kernel.
+        RuntimeError: C or K is not a multiple of `CHANNELS` or `OUTPUTS`, the weights are not float32, or there is no
+            kernel.
     """
     return Packed(*torch.ops.refdet.pack_conv3x3(weight.detach(), half))
 
@@ -70,24 +76,25 @@ def conv3x3(x: Tensor, packed: Packed, bias: Tensor, relu: bool = False) -> Tens
 
     Args:
         x: (N, C, H, W) float32, or bfloat16 for half; fastest in channels_last.
-        packed: of `pack_conv3x3`.
+        packed: from `pack_conv3x3`.
         bias: (K,) float32.
-        relu: put 0 where the result is negative.
+        relu: apply ReLU.
 
     Returns:
-        (N, K, H, W) in the type of x, channels_last.
+        (N, K, H, W) in the dtype of x, channels_last.
 
     Raises:
-        RuntimeError: shapes or types do not fit.
+        RuntimeError: shapes or dtypes do not match.
     """
     return torch.ops.refdet.conv3x3(x, packed.weight, packed.scale, bias, relu)
 
 
 def pack_conv1x1(weight: Tensor, half: bool = False) -> Packed:
-    """Weights (K, C), float32, as `conv1x1` takes them.
+    """Pack float32 weights (K, C) for `conv1x1`.
 
     Raises:
-        RuntimeError: see `pack_conv3x3`.
+        RuntimeError: C or K is not a multiple of `CHANNELS` or `OUTPUTS`, the weights are not float32, or there is no
+            kernel.
     """
     return Packed(*torch.ops.refdet.pack_conv1x1(weight.detach(), half))
 
@@ -97,16 +104,16 @@ def conv1x1(x: Tensor, packed: Packed, bias: Tensor, shortcut: Tensor | None = N
 
     Args:
         x: (N, C, H, W) float32, or bfloat16 for half; fastest in channels_last.
-        packed: of `pack_conv1x1`.
+        packed: from `pack_conv1x1`.
         bias: (K,) float32.
-        shortcut: (N, K, H, W) in the type of x; fastest in channels_last.
-        relu: put 0 where the result is negative.
+        shortcut: (N, K, H, W) in the dtype of x; fastest in channels_last.
+        relu: apply ReLU.
 
     Returns:
-        (N, K, H, W) in the type of x, channels_last.
+        (N, K, H, W) in the dtype of x, channels_last.
 
     Raises:
-        RuntimeError: shapes or types do not fit.
+        RuntimeError: shapes or dtypes do not match.
     """
     return torch.ops.refdet.conv1x1(x, packed.weight, packed.scale, bias, shortcut, relu)
 

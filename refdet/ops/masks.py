@@ -1,4 +1,10 @@
-"""Between mask arrays of boxes and RLE of an image: the compiled kernels, and the same in plain PyTorch."""
+"""Conversion between masks of boxes and RLE of the image, by compiled kernels or plain PyTorch.
+
+Shape shorthand in this module:
+
+    N, K: boxes
+    m: side of a mask in cells
+"""
 
 from __future__ import annotations
 
@@ -17,27 +23,27 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[bytes]:
-    """Masks of boxes as RLE of the whole image, at sub-pixel precision.
+    """Paste masks of boxes into the image as RLE, at sub-pixel precision.
 
-    A pixel whose centre lies in the box takes the bilinear interpolation of the cells about it, cells
-    having their value at their middle and the outer half-cells that of their edge; it belongs to the
-    mask where that reaches the threshold. The box is never rounded. A box with a coordinate that is NaN
-    or infinite has no pixels. All is float32, in one order, so that the answer is the same with the
-    compiled kernels and without. What is on a GPU is copied to the CPU first.
+    Each pixel whose centre is in the box is interpolated bilinearly from the values at the cell centres, clamped at the
+    outer cells, and thresholded. Boxes are not rounded. A box with a NaN or infinite coordinate has an empty mask.
+    Computed in float32 in a fixed order, so that the result is the same with and without the compiled kernels. Tensors
+    on a GPU are copied to the CPU first.
 
     Args:
-        probabilities: (N, m, m) in 0..1, any floating type.
+        probabilities: (N, m, m) in 0..1, any floating dtype.
         boxes: (N, 4) half-open xyxy in pixels of the image, on the same device.
-        height, width: of the image.
-        threshold: in 0..1.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        threshold: lowest probability of a mask pixel, in 0..1.
 
     Returns:
         N COCO compressed RLE ``counts`` of ``size`` [height, width].
 
     Raises:
         TypeError: probabilities or boxes are not floating point.
-        ValueError: shapes or devices do not fit, the image has no pixels or 2**32 and more, or the threshold
-            is not in 0..1.
+        ValueError: shapes or devices do not match, the image has no pixels or 2**32 or more, or the threshold is not in
+            0..1.
     """
     if not (probabilities.is_floating_point() and boxes.is_floating_point()):
         raise TypeError(f"masks need floating-point cells and boxes, got {probabilities.dtype} and {boxes.dtype}")
@@ -62,13 +68,13 @@ def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
 def masks_to_rle_plain(
     probabilities: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
 ) -> list[bytes]:
-    """`masks_to_rle` with numpy and pycocotools, for float32 on the CPU, which it does not check."""
+    """`masks_to_rle` with NumPy and pycocotools, for float32 CPU tensors; arguments are not checked."""
     full = np.zeros((height, width, 1), np.uint8, order="F")
     counts = []
     for cells, box in zip(probabilities.numpy(), boxes.numpy(), strict=True):
         top, rows = _interpolation(box[1], box[3], len(cells), height)
         left, columns = _interpolation(box[0], box[2], len(cells), width)
-        with np.errstate(over="ignore", invalid="ignore"):  # cells that are no probabilities
+        with np.errstate(over="ignore", invalid="ignore"):  # from values outside 0..1
             window = columns.mix(cells.T).T  # (m, columns)
             window = rows.mix(window) >= np.float32(threshold)
         place = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
@@ -80,20 +86,20 @@ def masks_to_rle_plain(
 
 @dataclass(frozen=True)
 class _Interpolation:
-    """Which two cells each pixel of an axis mixes, with the weights `lower` and 1 - `lower`."""
+    """The first of the two cells that each pixel of an axis interpolates, with weights `lower` and 1 - `lower`."""
 
     cell: np.ndarray
     lower: np.ndarray
 
     def mix(self, values: np.ndarray) -> np.ndarray:
-        """(m, K) cells as (pixels, K)."""
+        """Cells (m, K) -> (pixels, K)."""
         following = np.minimum(self.cell + 1, len(values) - 1)
         weights = self.lower[:, None]
         return values[self.cell] * weights + values[following] * (np.float32(1) - weights)
 
 
 def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> tuple[int, _Interpolation]:
-    """First pixel whose centre is in [low, high), and how each pixel from there on mixes the cells."""
+    """The first pixel whose centre is in [low, high), and the interpolation of the pixels from there on."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return 0, _Interpolation(np.zeros(0, np.int64), np.zeros(0, np.float32))
     first, last = (int(np.clip(np.ceil(np.float64(edge) - 0.5), 0, limit)) for edge in (low, high))
@@ -108,26 +114,25 @@ def _interpolation(low: np.float32, high: np.float32, size: int, limit: int) -> 
 
 
 def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """How much of each cell of a grid over each box its object's mask covers, exactly.
+    """Exact fraction of each cell of a grid over a box that the object's mask covers.
 
-    The mask's integral image, linear between pixel corners, is read at the corners of the cells; a
-    difference of four such values is the covered area, whatever fractions of pixels it is made of. The
-    answer is the same with the compiled kernel, which reads the runs, and without. There is none for a GPU:
-    annotations are RLE on the CPU, and the answer is small.
+    The covered area of a cell is a difference of four values of the mask's integral image, which is interpolated
+    linearly between pixel corners. The result is the same with and without the compiled kernel. It always runs on the
+    CPU, as annotations are RLE.
 
     Args:
-        rles: pycocotools RLEs of the objects of one image, ``counts`` being bytes.
-        objects: (K,) int64, the object of each box.
-        boxes: (K, 4) half-open xyxy in pixels of the image; what lies outside the image is empty, and so is
-            a box without area or with a coordinate that is NaN or infinite.
+        rles: pycocotools RLEs of the objects of one image, with ``counts`` as bytes.
+        objects: (K,) int64 index of the object of each box.
+        boxes: (K, 4) half-open xyxy in pixels of the image; nothing is covered outside the image, nor in a box that is
+            empty or has a NaN or infinite coordinate.
         size: cells on a side, m.
 
     Returns:
         (K, m, m) float32 in 0..1, on the CPU.
 
     Raises:
-        ValueError: shapes do not fit, a box asks for an object that there is not, masks are of different sizes,
-            or an RLE does not fit its size.
+        ValueError: shapes do not match, an object index is out of range, masks differ in size, or an RLE does not match
+            its size.
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4 or objects.shape != boxes.shape[:1]:
         raise ValueError(f"(K, 4) boxes need (K,) objects, got {tuple(boxes.shape)} and {tuple(objects.shape)}")
@@ -137,10 +142,12 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
     if len(objects) == 0:
         return torch.zeros(0, size, size)
     if int(objects.min()) < 0 or int(objects.max()) >= len(rles):
-        raise ValueError(f"boxes ask for objects {int(objects.min())} to {int(objects.max())} of {len(rles)}")
+        raise ValueError(
+            f"objects: indices {int(objects.min())} to {int(objects.max())} are out of range for {len(rles)} masks"
+        )
     sizes = {tuple(rle["size"]) for rle in rles}
     if len(sizes) > 1:
-        raise ValueError(f"masks of one image have one size, not {sorted(sizes)}")
+        raise ValueError(f"rles: masks of one image differ in size: {sorted(sizes)}")
     if "cpu" not in DEVICES:
         return mask_coverage_plain(rles, objects, boxes, size)
     height, width = sizes.pop()
@@ -149,7 +156,7 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
 
 
 def mask_coverage_plain(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """`mask_coverage` in plain PyTorch, for int64 objects and float64 boxes on the CPU, which it does not check."""
+    """`mask_coverage` in plain PyTorch, for int64 objects and float64 boxes on the CPU; arguments are not checked."""
     known = (boxes.abs() <= FLOAT32_MAX).all(dim=1) & (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
     boxes = torch.where(known[:, None], boxes, 0.0)
     found = torch.zeros(len(boxes), size, size)
@@ -185,7 +192,7 @@ def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def _joined(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Texts back to back (M,) uint8, and where each starts (N + 1,) int64."""
+    """Concatenated bytes (M,) uint8, and the start of each text (N + 1,) int64."""
     starts = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
     return torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8)), torch.from_numpy(starts)
 

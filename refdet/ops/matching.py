@@ -1,4 +1,10 @@
-"""Which objects boxes overlap most: the compiled kernel, and the same in plain PyTorch."""
+"""Matching of candidate boxes to objects by IoU, by a compiled kernel or plain PyTorch.
+
+Shape shorthand in this module:
+
+    N: candidates
+    M: objects
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,13 @@ from refdet.structures import boxes as box_ops
 
 
 class Matches(NamedTuple):
-    """How N candidates and M objects overlap.
+    """Result of `match_boxes`.
 
     Attributes:
-        best: (N,) float32, the largest IoU of each candidate with an object; 0 where it overlaps none.
-        object: (N,) int64, the first object with that IoU; 0 where there is none.
-        reaches: (N,) bool, the candidates whose IoU with some object is the largest of all candidates and above 0.
-            Several reach it where they overlap the object alike.
+        best: (N,) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
+        object: (N,) int64, index of the first object with that IoU; 0 if it overlaps none.
+        reaches: (N,) bool, whether the candidate has the highest IoU of all candidates, above 0, with some object; ties
+            included.
     """
 
     best: Tensor
@@ -27,19 +33,18 @@ class Matches(NamedTuple):
 
 
 def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
-    """Best overlaps of candidates and objects, both ways, as `refdet.structures.boxes.iou` computes them.
+    """Find the best object of each candidate and the best candidates of each object, by IoU.
 
-    The kernels never hold the (N, M) matrix of overlaps. All is float32, in one order of operations, so that
-    the answer is the same with the compiled kernels and without. A box with a NaN coordinate overlaps nothing,
-    nor does one of infinite area or without any.
+    The kernels never store the (N, M) IoU matrix. Computed in float32 in a fixed order, so that the result is the same
+    with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap nothing.
 
     Args:
-        candidates: (N, 4) half-open xyxy, any floating type.
-        objects: (M, 4) likewise, on the same device.
+        candidates: (N, 4) half-open xyxy, any floating dtype.
+        objects: (M, 4) half-open xyxy, on the same device.
 
     Raises:
         TypeError: the boxes are not floating point.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not match.
     """
     if not (candidates.is_floating_point() and objects.is_floating_point()):
         raise TypeError(f"matching needs floating-point boxes, got {candidates.dtype} and {objects.dtype}")
@@ -55,7 +60,7 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
 
 
 def match_boxes_plain(candidates: Tensor, objects: Tensor) -> Matches:
-    """`match_boxes` in plain PyTorch, for float32 boxes, which it does not check."""
+    """`match_boxes` in plain PyTorch, for float32 boxes; arguments are not checked."""
     count = len(candidates)
     if count == 0 or len(objects) == 0:
         none = candidates.new_zeros(count)

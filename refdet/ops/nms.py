@@ -1,4 +1,10 @@
-"""Greedy non-maximum suppression: the compiled kernel, and the same in plain PyTorch."""
+"""Greedy non-maximum suppression, by a compiled kernel or plain PyTorch.
+
+Shape shorthand in this module:
+
+    N: boxes of all images
+    K: boxes that are kept
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from torch import Tensor
 
 from refdet.ops._library import DEVICES
 
-BLOCK = 512  # boxes nms_plain takes at a time: two synchronisations with the device for each
+BLOCK = 512  # boxes per block of nms_plain; each block synchronizes twice with the device
 
 
 def nms(
@@ -19,27 +25,26 @@ def nms(
     groups: Tensor | None = None,
     images: Tensor | None = None,
 ) -> Tensor:
-    """Indices of the boxes that no better box of their image and group overlaps too much.
+    """Greedy NMS within each group of each image.
 
-    Boxes are visited from the best score down, equal scores by index, NaN as -inf; a box is kept unless its
-    IoU with one kept before exceeds the threshold. Computed in float32, and the threshold is rounded to
-    float32 too, so that an IoU of exactly 3/10 is not above 0.3. Boxes without area and boxes with a NaN
-    coordinate suppress nothing and always stay. The answer is the same with the compiled kernel and without.
+    Boxes are visited by descending score, ties by index, NaN as -inf; a box is kept unless its IoU with a kept one
+    exceeds the threshold. Both are float32, so an IoU of exactly 3/10 is not above 0.3. Empty boxes and boxes with a
+    NaN coordinate suppress nothing and are always kept. The result is the same with and without the compiled kernel.
 
     Args:
-        boxes: (N, 4) half-open xyxy, any floating type.
+        boxes: (N, 4) half-open xyxy, any floating dtype.
         scores: (N,) on the same device.
         iou_threshold: in 0..1.
-        max_keep: stop as soon as this many are kept of an image, over all its groups; negative for no limit.
-        groups: (N,) int64, any numbers: only boxes of one group suppress each other. None: all are of one.
-        images: (N,) int64, any numbers: each image is thinned on its own. None: all are of one.
+        max_keep: boxes to keep per image, over all its groups; negative for no limit.
+        groups: (N,) int64, any values: only boxes of one group suppress each other. None for a single group.
+        images: (N,) int64, any values: the image of each box. None for a single image.
 
     Returns:
-        (K,) int64, by image number, of an image best score first.
+        Indices (K,) int64 of the kept boxes, by image, then by descending score.
 
     Raises:
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
-        ValueError: shapes or devices do not fit, or the threshold is not in 0..1.
+        ValueError: shapes or devices do not match, or the threshold is not in 0..1.
     """
     if not (boxes.is_floating_point() and scores.is_floating_point()):
         raise TypeError(f"nms needs floating-point boxes and scores, got {boxes.dtype} and {scores.dtype}")
@@ -78,10 +83,10 @@ def nms_plain(
     groups: Tensor | None = None,
     images: Tensor | None = None,
 ) -> Tensor:
-    """`nms` in plain PyTorch, for float32 boxes and scores; checks nothing.
+    """`nms` in plain PyTorch, for float32 boxes and scores; arguments are not checked.
 
-    Takes the boxes of each image in blocks: each block is compared with the boxes kept so far, and what is left of it
-    is settled on the host from its matrix of overlaps.
+    The boxes of an image are processed in blocks: each block is compared with the boxes kept so far, and the rest is
+    resolved on the host from its IoU matrix.
     """
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
     parts: tuple[Tensor, ...] = (order,)
@@ -113,7 +118,7 @@ def nms_plain(
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU (N, M), operation by operation as in csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
+    """IoU (N, M), in the order of operations of csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
     area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])

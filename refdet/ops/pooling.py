@@ -1,20 +1,25 @@
-"""RoI pooling: the features of boxes, read from maps.
+"""RoI pooling from feature maps, by compiled kernels or plain PyTorch.
 
-The functions here take maps (B, C, H, W) of any floating type and memory layout; channels_last is the fastest, as any
-other is copied into it. All sums are float32 (float64 for float64 maps), and so are means, of a map of any type; where
-the compiled kernels do the work and where plain PyTorch does, results differ by the rounding of these sums alone: for
-values about 1, by less than 1e-5.
+Shape shorthand in this module:
 
-RoIs (K, 5) are rows of image index and box, half-open xyxy, in pixels of the network's input. No gradient flows to
-them. What is outside of the map, or of a RoI with a coordinate that is NaN or infinite, reads 0. A box without area
-is a point: RoIAlign with fixed sampling and the crop read the map there, adaptive sampling takes no samples and gives
-0. Corners that are swapped turn the cells round; with adaptive sampling they give 0. The values of a map are to be
-finite: one that is not may show in RoIs beside it.
+    B: images in the batch
+    C, H, W: channels, height and width of a feature map
+    K: RoIs of the batch
+    m: cells on a side of a RoI
 
-Raises, all of them:
+Feature maps (B, C, H, W) may have any floating dtype and memory format; channels_last is fastest, as others are copied
+into it. Sums and means are float32 (float64 for float64 maps). With and without the compiled kernels results differ
+only by the rounding of these sums, by less than 1e-5 for values about 1.
+
+RoIs (K, 5) are rows of image index and half-open xyxy box in pixels of the network's input, without gradient. Samples
+outside the map, or of a RoI with a NaN or infinite coordinate, are 0. An empty box is a point: RoIAlign with fixed
+sampling and the crop read the map there; adaptive sampling takes no samples, so it returns 0. Swapped corners flip the
+cells, and give 0 with adaptive sampling. Feature maps must be finite: NaN and inf may spread to neighbouring RoIs.
+
+All functions raise:
     TypeError: the map or the RoIs are not floating point.
-    ValueError: shapes or devices do not fit, or size, stride or samples make no grid.
-    IndexError: a RoI is on an image outside of the batch. The CUDA kernels, which do not wait to tell, give NaN for it.
+    ValueError: shapes or devices do not match, or size, stride or samples are out of range.
+    IndexError: the image index of a RoI is out of range. The CUDA kernels do not synchronize and return NaN instead.
 """
 
 from __future__ import annotations
@@ -36,50 +41,58 @@ def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = 
     """RoIAlign (He et al., "Mask R-CNN", 2017) with half-pixel alignment.
 
     Args:
-        x: (B, C, H, W) map; fastest in channels_last.
+        x: (B, C, H, W) feature map; fastest in channels_last.
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
-        size: cells on a side, m.
-        stride: pixels of the network's input for one cell of the map.
-        samples: on a side of a cell. 0 for as many as a cell is long in cells of the map, rounded up, for each RoI
-            and axis, as torchvision counts them, but 1024 at most.
+        size: cells on a side of a RoI, m.
+        stride: of the feature map, in pixels of the network's input.
+        samples: on a side of a cell. 0 for adaptive sampling as in torchvision, ceil(RoI side / m) in positions of the
+            map, at most 1024.
 
     Returns:
-        (K, C, m, m) in the type of the map, channels_last.
+        (K, C, m, m) in the dtype of the map, channels_last.
     """
     return _pool(x, rois, size, stride, samples, crop=False, mean=False)
 
 
 def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
-    """The mean (K, C) of `roi_align` over its cells, without making them: in float32, of a float64 map in float64."""
+    """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
     return _pool(x, rois, size, stride, samples, crop=False, mean=True).flatten(1)
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The crop of the reference (lichengunc/mask-faster-rcnn).
+    """Crop and resize as in the reference (lichengunc/mask-faster-rcnn).
 
-    One bilinear sample a cell, the first and the last of each row and column on the corners of the RoI; position 0 of
-    the map is the middle of its first cell.
+    One bilinear sample per cell, the outermost ones on the corners of the RoI; position 0 of the map is the centre of
+    its first cell. Outside the map everything is 0.
 
-    Outside the map everything is 0. Arguments and result as for `roi_align`; `size` is at least 2.
+    Args:
+        x: (B, C, H, W) feature map; fastest in channels_last.
+        rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
+        size: cells on a side of a RoI, m; at least 2.
+        stride: of the feature map, in pixels of the network's input.
+
+    Returns:
+        (K, C, m, m) in the dtype of the map, channels_last.
     """
     return _pool(x, rois, size, stride, 1, crop=True, mean=False)
 
 
 def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
-    """The mean (K, C) of `roi_crop` over its cells, without making them; its type as of `roi_align_mean`."""
+    """Mean (K, C) of `roi_crop` over its cells, without storing them; float32, or float64 for float64 maps."""
     return _pool(x, rois, size, stride, 1, crop=True, mean=True).flatten(1)
 
 
 def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
-    """RoIAlign from the level of a pyramid that fits each RoI.
+    """RoIAlign from the pyramid level that fits the size of each RoI.
 
-    A RoI of 224 pixels goes to the level of stride 16, one of half the size to the next finer one:
-    equation 1 of Lin et al., "Feature Pyramid Networks".
+    A RoI of 224 pixels is assigned to the level of stride 16, one of half the size to the next finer level, and so on
+    (equation 1 of Lin et al., "Feature Pyramid Networks").
 
     Args:
-        maps: (B, C, Hi, Wi), finest first.
-        rois: (K, 5) as for `roi_align`.
-        strides: of the maps, each twice the one before.
+        maps: (B, C, Hi, Wi) feature maps, finest first.
+        rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
+        size: cells on a side of a RoI, m.
+        strides: of the maps, each twice the one before, in pixels of the network's input.
 
     Returns:
         (K, C, m, m), channels_last.
@@ -88,7 +101,7 @@ def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: 
 
 
 def pyramid_roi_align_mean(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
-    """The mean (K, C) of `pyramid_roi_align` over its cells, without making them; its type as of `roi_align_mean`."""
+    """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
     return _by_level(maps, rois, size, strides, roi_align_mean)
 
 
@@ -112,7 +125,7 @@ def _by_level(
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
-    """(K, C, m, m) in the type of the map, or with `mean` (K, C, 1, 1), not rounded to fewer bits than float32 has."""
+    """(K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in float32 or float64."""
     _check_rois(x, rois)
     if not (2 if crop else 1) <= size <= MOST:
         raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MOST} cells on a side, got {size}")

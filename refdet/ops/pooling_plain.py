@@ -1,9 +1,16 @@
-"""RoI pooling in plain PyTorch, for where there are no compiled kernels.
+"""RoI pooling in plain PyTorch, the fallback without compiled kernels.
 
-A cell is a weighted sum of positions of the map, its weight the product of one along x and one along y. With fixed
-sampling a cell reads the few positions about its samples: an embedding bag over the rows of a channels_last map,
-which PyTorch runs with SIMD along C. With adaptive sampling, and for the mean, it reads a whole stretch of them, and
-the sum is two products of matrices.
+Shape shorthand in this module:
+
+    B: images in the batch
+    C, H, W: channels, height and width of the feature map
+    K: RoIs of the batch
+    m: cells on a side of a RoI
+    n: samples on a side of a cell
+
+A cell is a weighted sum of positions of the map; the weights are separable in x and y. With fixed sampling a cell reads
+few positions: an embedding bag over the rows of a channels_last map, which PyTorch vectorizes along C. With adaptive
+sampling, and for the mean, it reads a whole range of positions: two matrix products.
 """
 
 from __future__ import annotations
@@ -13,24 +20,27 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
 
-MOST = 1024  # cells on a side, and samples on a side of a cell
-CHUNK = 64  # RoIs that the products of matrices take at a time, so that what lies between them stays small
+MOST = 1024  # cells on a side of a RoI, and samples on a side of a cell
+CHUNK = 64  # RoIs per matrix product, to bound the memory of intermediate results
 
 
 def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
-    """What `refdet::roi_pool` computes, of arguments that were checked.
+    """`refdet::roi_pool` in plain PyTorch; only image indices are checked.
 
     Args:
-        x: (B, C, H, W), computed in float64 if it is that, else in float32.
-        rois: (K, 5) image index and xyxy.
+        x: (B, C, H, W), computed in float64 for float64, else in float32.
+        rois: (K, 5) image index and half-open xyxy in pixels of the network's input.
+        size: cells on a side of a RoI, m.
+        stride: of the feature map, in pixels of the network's input.
         samples: on a side of a cell; 0 for adaptive.
-        crop: one sample a cell, from corner to corner, instead of RoIAlign.
+        crop: one sample per cell, from corner to corner, instead of RoIAlign.
+        mean: return the mean over the cells.
 
     Returns:
-        (K, C, m, m) in the type of the map, or with `mean` (K, C, 1, 1) in the type of the sums; channels_last.
+        (K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in the dtype of the sums; channels_last.
 
     Raises:
-        IndexError: a RoI is on an image outside of the batch.
+        IndexError: the image index of a RoI is out of range.
     """
     values = x if x.dtype == torch.float64 else x.float()
     rois = rois.detach().to(values.dtype)
@@ -39,7 +49,7 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
         row = int(wrong.nonzero()[0])
         raise IndexError(f"RoI pooling: RoI {row} is on image {rois[row, 0].item():g} of a batch of {len(x)}")
     cells = 1 if mean else size
-    if len(rois) == 0 or x.numel() == 0:  # the sum gives it a gradient, as it has else
+    if len(rois) == 0 or x.numel() == 0:  # the sum keeps the result differentiable
         nothing = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
         return nothing if mean else nothing.to(x.dtype)
     if x.device.type != "cpu" and samples and not crop and not mean:
@@ -62,10 +72,10 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
 
 
 def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: bool) -> tuple[Tensor, Tensor]:
-    """Along one axis of a map, the positions that each cell reads and their weights, both (K, size, 2n).
+    """Positions that each cell reads along one axis of the map, and their weights, both (K, m, 2n).
 
-    In RoIAlign a sample up to one position outside the map takes the value of the border, one further out is 0, as in
-    the original.
+    In RoIAlign a sample up to one position outside the map takes the value at the border, and one further out is 0, as
+    in the original.
     """
     side = (high - low)[:, None, None]
     adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MOST)
@@ -89,7 +99,7 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: 
 
 
 def _sum_of_rows(x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> Tensor:
-    """Cells (K, C, m, m), each the sum of rows of C numbers that its taps weigh."""
+    """Cells (K, C, m, m) as weighted sums of rows of the channels_last map."""
     (x_cells, x_weights), (y_cells, y_weights) = across, down
     channels, height, width = x.shape[1:]
     count, size, bag = len(image), x_cells.shape[1], x_cells.shape[2] * y_cells.shape[2]
@@ -102,12 +112,12 @@ def _sum_of_rows(x: Tensor, image: Tensor, across: tuple[Tensor, Tensor], down: 
 
 
 def _matrix(cells: Tensor, weights: Tensor, limit: int) -> Tensor:
-    """The weights (K, size, limit) of all positions, from those of taps (K, size, 2n)."""
+    """Dense weights (K, m, limit) from the positions and weights (K, m, 2n) of taps."""
     return weights.new_zeros((*weights.shape[:2], limit)).scatter_add(2, cells, weights)
 
 
 def _product(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Cells (K, C, m, m) from the weights of columns (K, m, W) and of rows (K, m, H)."""
+    """Cells (K, C, m, m) from dense weights of columns (K, m, W) and rows (K, m, H)."""
     channels, height, width = x.shape[1:]
     order, pooled = [], []
     for index, table in enumerate(x.permute(0, 2, 3, 1)):

@@ -1,1 +1,1 @@
-"""The values that all parts share: boxes, regions, ground truth, provenance, ids. They know no files and no network."""
+"""Data structures shared by all packages: boxes, regions, ground truth, provenance, ids. No file or network code."""

@@ -1,4 +1,4 @@
-"""The two frames of boxes, the original image and the network's input, and the way between them."""
+"""Conversion of boxes between the original image and the network's input, in either box convention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from refdet.structures import boxes as box_ops
 
 Weights = tuple[float, float, float, float]
 Scale = tuple[float, float] | Tensor
-"""(sx, sy), pixels of one frame for one of another; or such a pair for each box, (..., 2)."""
+"""(sx, sy), the scale factors of x and y; or a pair for each box, (..., 2)."""
 
 
 @dataclass(frozen=True)
 class InputSize:
-    """Size in pixels of an image as the network sees it, what it was scaled by, and its own size."""
+    """Size in pixels of the network's input for an image, its scale factors, and the original size."""
 
     height: int
     width: int
@@ -27,7 +27,7 @@ class InputSize:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """(sx, sy): pixels of the network's input for one of the original image."""
+        """(sx, sy): size of the network's input / size of the original image."""
         return self.scale_x, self.scale_y
 
 
@@ -35,32 +35,32 @@ class InputSize:
 class BoxConvention:
     """How boxes are decoded, clipped and scaled: half-open, or with the reference's inclusive arithmetic.
 
-    Boxes are half-open for everyone, of either convention. The reference (lichengunc/mask-faster-rcnn) counts a box
-    from its first to its last pixel, so that its width is ``x2 - x1 + 1``; such a box is the half-open one to ``x2 +
-    1``. With that its IoU, NMS and deltas are the usual ones, and what is left of the difference is here:
+    Boxes are always half-open. The reference (lichengunc/mask-faster-rcnn) uses inclusive boxes of width
+    ``x2 - x1 + 1``, equal to half-open ones that end at ``x2 + 1``, so IoU, NMS and deltas are the same. Two
+    differences remain, which ``inclusive`` reproduces:
 
-    - it does not take the 1 off again when it decodes, so its boxes come out one pixel larger;
-    - it scales and pools the last pixel, not the edge behind it.
+    - decoding does not subtract the 1 again, so boxes are one pixel larger;
+    - scaling and pooling use the last pixel instead of the edge after it.
     """
 
     inclusive: bool = False
 
     @property
     def _far(self) -> float:
-        """From the far corner that is scaled and pooled to the edge of the half-open box, in pixels."""
+        """Distance in pixels from the far corner that is scaled and pooled to the edge of the half-open box."""
         return 1.0 if self.inclusive else 0.0
 
     @property
     def _max_log_scale(self) -> float:
-        """The reference does not limit the growth of a box; 60 is far beyond any image and still finite."""
+        """The reference has no limit; 60 is beyond any image and still finite."""
         return 60.0 if self.inclusive else box_ops.MAX_LOG_SCALE
 
     def decode(self, deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-        """Boxes (..., 4) that deltas (..., 4) make of anchors (..., 4); see `refdet.structures.boxes.decode`."""
+        """Apply deltas (..., 4) to anchors (..., 4); returns boxes (..., 4) in the same pixels."""
         return self._shifted(box_ops.decode(deltas, anchors, weights, self._max_log_scale), self._far)
 
     def clip(self, boxes: Tensor, height: float, width: float) -> Tensor:
-        """Boxes (..., 4) cut to an image of the given size; inclusive ones keep at least one pixel."""
+        """Clip boxes (..., 4) to an image of the given size in pixels; inclusive ones keep at least one pixel."""
         if not self.inclusive:
             return box_ops.clip(boxes, height, width)
         sides = []
@@ -70,7 +70,7 @@ class BoxConvention:
         return torch.stack([side[end] for end in (0, 1) for side in sides], dim=-1)
 
     def scale(self, boxes: Tensor, scale: Scale) -> Tensor:
-        """Boxes (..., 4) in a frame that has (sx, sy) pixels for one of theirs."""
+        """Scale boxes (..., 4) by (sx, sy)."""
         return self._shifted(self.corners(boxes) * _factors(scale, boxes), self._far)
 
     def unscale(self, boxes: Tensor, scale: Scale) -> Tensor:
@@ -78,7 +78,7 @@ class BoxConvention:
         return self._shifted(self.corners(boxes) / _factors(scale, boxes), self._far)
 
     def corners(self, boxes: Tensor) -> Tensor:
-        """The corners (..., 4) at which boxes (..., 4) are pooled."""
+        """The corners (..., 4) to pool boxes (..., 4) at."""
         return self._shifted(boxes, -self._far)
 
     def _shifted(self, boxes: Tensor, by: float) -> Tensor:
@@ -86,6 +86,6 @@ class BoxConvention:
 
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:
-    """What boxes (..., 4) are multiplied by, as a tensor: a GPU rounds a division by a number otherwise."""
+    """Factors (..., 4) of boxes (..., 4), as a tensor: on a GPU division by a Python number rounds differently."""
     pair = scale if isinstance(scale, Tensor) else box_ops.numbers(scale, boxes)
     return torch.cat((pair, pair), dim=-1)

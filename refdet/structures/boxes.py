@@ -1,4 +1,9 @@
-"""Box arithmetic. Boxes are half-open ``x1 y1 x2 y2`` in pixels, so a width is ``x2 - x1``."""
+"""Box operations. Boxes are half-open ``x1 y1 x2 y2`` in pixels, so the width is ``x2 - x1``.
+
+Shape shorthand in this module:
+
+    N, M: boxes
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,22 @@ from torch import Tensor
 
 from refdet.device import on_device
 
-# A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; beyond it exp() only overflows.
+# A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; the limit keeps exp() from overflowing.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    """A few numbers (n,) in the type and on the device of a tensor. `Tensor.new_tensor` would wait for a GPU."""
+    """`like.new_tensor(values)`, but without synchronizing with the GPU."""
     return on_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Areas (N,) of boxes (N, 4) in square pixels."""
+    """Areas (N,) of boxes (N, 4)."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Areas (N, M) of the overlap of every box of a (N, 4) with every box of b (M, 4)."""
+    """Intersection areas (N, M) of boxes a (N, 4) and b (M, 4)."""
     ax1, ay1, ax2, ay2 = a[:, :, None].unbind(dim=1)
     bx1, by1, bx2, by2 = b[:, :, None].transpose(0, 2).unbind(dim=1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
@@ -33,33 +38,34 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union (N, M) of boxes a (N, 4) and b (M, 4); 0 where both have no area."""
+    """Intersection over union (N, M) of boxes a (N, 4) and b (M, 4); 0 if both are empty."""
     overlap = intersection(a, b)
     union = area(a)[:, None] + area(b)[None, :] - overlap
     return torch.where(union > 0, overlap / union.clamp(min=1e-12), torch.zeros_like(overlap))
 
 
 def clip(boxes: Tensor, height: float, width: float) -> Tensor:
-    """Boxes (..., 4) cut to an image of the given size in pixels."""
+    """Clip boxes (..., 4) to an image of the given size in pixels."""
     x = boxes[..., 0::2].clamp(0, width)
     y = boxes[..., 1::2].clamp(0, height)
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
 def cut(boxes: Tensor, limits: Tensor) -> Tensor:
-    """Boxes (..., 4) cut at the borders of their images; one that lies wholly outside gets a side of less than 0.
+    """Clip boxes (..., 4) to their images; a box outside its image gets a negative width or height.
 
     Args:
+        boxes: (..., 4) xyxy.
         limits: (..., 2) width and height of the image of each box, in pixels.
     """
     return torch.cat((boxes[..., :2].clamp(min=0), torch.minimum(boxes[..., 2:], limits)), dim=-1)
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """Deltas (N, 4) that move anchors (N, 4) onto boxes (N, 4).
+    """Deltas (N, 4) that transform anchors (N, 4) into boxes (N, 4).
 
-    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)`` on centres and sizes, likewise y and h:
-    Girshick et al., "Rich feature hierarchies", appendix C; the weights are those of Fast R-CNN.
+    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)`` for centres and sizes, likewise for y and h
+    (Girshick et al., "Rich feature hierarchies", appendix C), with the weights of Fast R-CNN.
     """
     anchor_size = anchors[:, 2:] - anchors[:, :2]
     size = boxes[:, 2:] - boxes[:, :2]
@@ -71,9 +77,9 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, f
 def decode(
     deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float], max_log_scale: float = MAX_LOG_SCALE
 ) -> Tensor:
-    """Boxes (..., 4) that deltas (..., 4) make of anchors (..., 4): the inverse of `encode`.
+    """Apply deltas (..., 4) to anchors (..., 4): the inverse of `encode`.
 
-    A box grows at most by ``exp(max_log_scale)``.
+    Sides grow by a factor of at most ``exp(max_log_scale)``.
     """
     deltas = deltas / numbers(weights, deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]

@@ -1,4 +1,4 @@
-"""The 80 categories of COCO's instances files, whose ids have gaps."""
+"""The 80 categories of COCO's instances files; their ids have gaps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ _NAMES = """
 
 
 def coco_categories() -> tuple[tuple[int, str], ...]:
-    """(id, name) of each category, by ascending id: the order of the classes of detectors trained on COCO."""
+    """(id, name) of each category by ascending id, the class order of detectors trained on COCO."""
     pairs = (entry.split(maxsplit=1) for entry in _NAMES.replace("\n", " ").split(","))
     return tuple((int(id_), name.strip()) for id_, name in pairs)

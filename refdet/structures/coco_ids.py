@@ -1,30 +1,30 @@
-"""COCO image numbers in file names, paths and addresses."""
+"""COCO image ids in file names, paths and URLs."""
 
 from __future__ import annotations
 
 import re
 
-# COCO writes an id with twelve digits: COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's own
-# COCO_train2014_000000000009_4.jpg. Its ids are below a million: twelve digits without six zeros are a date.
+# COCO pads ids to twelve digits: COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's
+# COCO_train2014_000000000009_4.jpg. Ids are below a million, so twelve digits without six leading zeros are a date.
 _TWELVE = re.compile(r"(?<![0-9])0{6}([0-9]{6})(?![0-9])")
 _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
-# Visual Genome's images lie in VG_100K and VG_100K_2 under numbers of its own.
+# Visual Genome's images are in VG_100K and VG_100K_2, with ids of their own.
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
 _IMAGE_FILE = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
 LARGEST = 999_999
-"""COCO's ids have six digits at most."""
+"""Largest COCO image id: six digits."""
 
 
 def numbers_in_name(name: str) -> frozenset[int]:
-    """The numbers of twelve digits, six zeros first, anywhere in a path or address."""
+    """Zero-padded twelve-digit ids anywhere in a path or URL."""
     return frozenset(int(digits) for digits in _TWELVE.findall(name))
 
 
 def bare_number(name: str) -> int | None:
-    """The number that is all of a name but its suffix ("9.jpg" and "9": 9), unless it is Visual Genome's own.
+    """The id if a file name without its suffix is a number ("9.jpg" and "9": 9), else None.
 
-    COCO's ids have six digits at most, so a longer number is None.
+    None also for Visual Genome's images and for numbers of more than six digits.
     """
     if is_visual_genome(name):
         return None
@@ -33,12 +33,12 @@ def bare_number(name: str) -> int | None:
 
 
 def is_visual_genome(name: str) -> bool:
-    """Whether a path or address is of a file in Visual Genome's own folders."""
+    """Whether a path or URL is in Visual Genome's image folders."""
     return _VISUAL_GENOME.search(name) is not None
 
 
 def is_image_file(name: str) -> bool:
-    """Whether a path or address ends as an image file's does."""
+    """Whether a path or URL has the suffix of an image file."""
     last = _last_part(name)
     return _IMAGE_FILE.fullmatch(last[max(last.rfind("."), 0) :]) is not None and len(last) < 300
 

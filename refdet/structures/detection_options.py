@@ -1,4 +1,4 @@
-"""`DetectionOptions`: the thresholds that decide which detections of an image are kept."""
+"""`DetectionOptions`: thresholds and limits of the detections of an image."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from refdet.errors import ArgumentError
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionOptions:
-    """Which detections of an image are kept.
+    """Thresholds and limits of the detections of an image.
 
     Attributes:
-        score_threshold: class probability that a detection must reach, 0..1.
-        nms_threshold: IoU above which the lower-scoring one of two detections of a class is removed, 0..1.
-        max_regions: detections kept per image over all classes, 1 or more.
-        lower_threshold_if_empty: for an image without detections, lower the score threshold by 0.1 until it has one.
+        score_threshold: lowest class probability of a detection, 0..1.
+        nms_threshold: IoU above which the lower-scoring of two detections of a class is removed, 0..1.
+        max_regions: detections to keep per image, over all classes; 1 or more.
+        lower_threshold_if_empty: lower the score threshold of an image without detections by 0.1 until it has one.
 
     Raises:
         ArgumentError: a value is out of range or NaN.
@@ -28,7 +28,7 @@ class DetectionOptions:
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:  # NaN neither
+            if not 0 <= getattr(self, name) <= 1:  # NaN too
                 raise ArgumentError(name, f"must be a number from 0 to 1, not {getattr(self, name)}")
         if not self.max_regions >= 1:
             raise ArgumentError("max_regions", f"must be 1 or more, not {self.max_regions}")

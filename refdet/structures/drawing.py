@@ -1,4 +1,4 @@
-"""Boxes, masks and labels, drawn onto a PIL image."""
+"""Drawing of boxes, masks and labels on a PIL image."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Drawn:
 
 
 def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
-    """A copy of an image with regions drawn on it, the first on top, each in a colour of its own.
+    """A copy of an image with regions drawn on it, the first on top, in different colours.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
-        regions: the most important ones first.
+        regions: most important first.
     """
     image = Image.fromarray(pixels)
     long_side = max(image.size)
@@ -56,8 +56,8 @@ def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float
     """Paint a mask onto an image, translucent and with an opaque edge.
 
     Args:
-        image: in mode RGB; changed in place.
-        mask: (H, W) uint8 of 0 and 1, resized to the image where that has another size.
+        image: in mode RGB; modified in place.
+        mask: (H, W) uint8 of 0 and 1, resized to the image if necessary.
         colour: "#rrggbb".
         opacity: of the inside, 0..1.
         edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
@@ -97,12 +97,12 @@ class Pen:
                     self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
 
     def label(self, box: Box, text: str, colour: str, letters: int) -> None:
-        """Write a text beside a box, on a ground of the box's colour.
+        """Write a text beside a box, on a background of the box's colour.
 
         Args:
             box: in pixels of the image.
-            text: cut after `MOST_LETTERS`.
-            colour: of the ground, "#rrggbb".
+            text: truncated to `MOST_LETTERS`.
+            colour: of the background, "#rrggbb".
             letters: height of the letters in pixels.
         """
         text = "".join(letter if letter.isprintable() else " " for letter in text[:MOST_LETTERS])
@@ -129,7 +129,7 @@ class Pen:
 
 
 def text_colour(ground: str) -> str:
-    """Black or white, whichever reads better on a colour "#rrggbb"."""
+    """Black or white, whichever is more legible on a background "#rrggbb"."""
     red, green, blue = (int(ground[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
 

@@ -1,4 +1,10 @@
-"""`GroundTruth`: what is in one training image, as the network sees it."""
+"""`GroundTruth`: the annotated objects of a training image, in the network's input.
+
+Shape shorthand in this module:
+
+    G: objects
+    K: crowds
+"""
 
 from __future__ import annotations
 
@@ -15,12 +21,11 @@ class GroundTruth:
     Attributes:
         boxes: (G, 4) float32, half-open xyxy in pixels of the network's input.
         labels: (G,) int64, 1..number of classes; 0 is the background.
-        masks: G pycocotools RLEs in the frame of the original image, None for an object whose mask nobody drew; or
-            None where masks are not trained.
-        crowds: (K, 4) boxes of crowds, in pixels of the network's input: what lies in them is neither
-            object nor background.
-        scale: (sx, sy), pixels of the network's input for one of the original image.
-        flipped_width: the width of the original image where it was mirrored, else None.
+        masks: G pycocotools RLEs in pixels of the original image, None for an object without a mask; None if masks are
+            not trained.
+        crowds: (K, 4) boxes of crowds in pixels of the network's input, ignored in training.
+        scale: (sx, sy), size of the network's input / size of the original image.
+        flipped_width: width of the original image if it was flipped, else None.
     """
 
     boxes: Tensor
@@ -31,7 +36,7 @@ class GroundTruth:
     flipped_width: float | None = None
 
     def to(self, device: torch.device) -> GroundTruth:
-        """The same on another device (masks stay RLE)."""
+        """Copy to a device; masks stay RLE."""
         return GroundTruth(
             self.boxes.to(device), self.labels.to(device), self.masks,
             self.crowds.to(device), self.scale, self.flipped_width,

@@ -1,4 +1,4 @@
-"""Images that are given as arrays or PIL images, as RGB pixels."""
+"""RGB pixels of NumPy arrays and PIL images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def opened(path: str | Path) -> Image.Image:
-    """The image in a file, for looking at; what is computed on is read by `refdet.data.image_decoder`.
+    """Open an image file for display; the detector reads its inputs with `refdet.data.image_decoder`.
 
     Raises:
-        InputError: no such file, or no image that can be read.
+        InputError: the file is missing or not a readable image.
     """
     from PIL import Image
 
@@ -27,27 +27,27 @@ def opened(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image
-    except Exception as error:  # decoders of damaged files fail in ways that nobody lists
+    except Exception as error:  # decoders can raise anything on a damaged file
         raise InputError(f"{path}: not a readable image ({error}); give another file") from error
 
 
 def rgb_pixels(image: np.ndarray | Image.Image) -> np.ndarray:
-    """The pixels of an image, (H, W, 3) uint8 RGB. An array is given back as it is.
+    """The pixels of an image, (H, W, 3) uint8 RGB. Arrays are returned as they are.
 
-    Of 16-bit greyscale the upper 8 bits are kept; transparency is dropped.
+    16-bit greyscale keeps its upper 8 bits; transparency is dropped.
 
     Args:
-        image: (H, W, 3) uint8 RGB, or a PIL image of any mode whose pixels have a known range.
+        image: (H, W, 3) uint8 RGB, or a PIL image of a mode with a known range.
 
     Raises:
-        ArgumentError: another type, shape or dtype, or an image without pixels.
+        ArgumentError: wrong type, shape or dtype, or an image without pixels.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ArgumentError("image", f"uint8 (H, W, 3) RGB is needed, not {image.dtype} {image.shape}")
         problem = size_problem(*image.shape[:2])
     else:
-        if not hasattr(image, "getbands"):  # PIL is not imported only to say no
+        if not hasattr(image, "getbands"):  # avoids importing PIL
             raise ArgumentError("image", f"a NumPy array, a PIL image or a path is needed, not {type(image).__name__}")
         problem = size_problem(image.height, image.width)
     if problem:

@@ -1,4 +1,4 @@
-"""`Provenance`: what a detector was trained on. It travels split -> checkpoint -> store -> metrics."""
+"""`Provenance`: the training data of a detector, copied from split to checkpoint to store to metrics."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ UNKNOWN_DATA = "training data unknown"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where training images come from and which REFER splits are not among them.
+    """The source of the training images and the REFER splits excluded from them.
 
     Attributes:
-        source: name of the instances file the images were taken from; this, the two hashes and the counts
-            are empty for imported weights whose training data nobody knows.
+        source: name of the original instances file; this, the hashes and the counts are empty for imported weights of
+            unknown training data.
         source_sha256: SHA-256 of that file.
-        images, annotations: how many were left to train on.
-        image_ids_sha256: `image_ids_sha256` of those images.
+        images: number of training images.
+        annotations: number of training annotations.
+        image_ids_sha256: `image_ids_sha256` of the training images.
         excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
-        weights: the weights training started from, None for none.
-        note: a remark for people, "" for none.
+        weights: the weights that training started from, or None.
+        note: a human-readable remark, or "".
     """
 
     source: str
@@ -66,20 +67,20 @@ class Provenance:
 
     @classmethod
     def imported(cls, name: str, sha256: str) -> Provenance:
-        """Of a foreign checkpoint of which nobody says what it was trained on."""
+        """Provenance of an imported checkpoint of unknown training data."""
         return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
 
     @property
     def is_unknown(self) -> bool:
-        """Whether not even the images are known."""
+        """Whether the training images are unknown."""
         return not self.image_ids_sha256
 
     def with_weights(self, text: str) -> Provenance:
-        """The same with ``weights`` set to what training started from."""
+        """A copy with ``weights`` set."""
         return replace(self, weights=text)
 
     def one_line(self) -> str:
-        """The gist for people."""
+        """A human-readable summary in one line."""
         if self.is_unknown:
             return self.note
         parts = [f"{self.images} images of {self.source}"]
@@ -94,7 +95,7 @@ class Provenance:
 
 
 def image_ids_sha256(ids: Iterable[int]) -> str:
-    """SHA-256 of the ids in decimal, ascending, a newline after each: what ``sort -n | sha256sum`` gives."""
+    """SHA-256 of the ids in decimal, ascending, one per line, as from ``sort -n | sha256sum``."""
     return hashlib.sha256("".join(f"{i}\n" for i in sorted(ids)).encode()).hexdigest()
 
 
@@ -108,7 +109,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _is_hash(value: object) -> bool:
-    """Whether it is hexadecimal; empty of imported weights."""
+    """Whether a value is hexadecimal text; empty for imported weights."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{0,64}", value) is not None
 
 

@@ -1,4 +1,10 @@
-"""`Regions`: the regions of one image, the one thing that leaves the detector and enters the store."""
+"""`Regions`: the regions of one image, as the detector outputs and the store holds them.
+
+Shape shorthand in this module:
+
+    n: regions of the image
+    C, H, W: channels, height and width of a feature map
+"""
 
 from __future__ import annotations
 
@@ -16,29 +22,29 @@ if TYPE_CHECKING:
 
 
 NO_CATEGORY = -1
-"""Category id of a region whose category nobody said."""
+"""Category id of a region without a category."""
 
 
 @dataclass(frozen=True, repr=False)
 class Regions:
-    """The n regions of one image.
+    """The regions of one image.
 
     Attributes:
         image_id: COCO image id.
-        file_name: name of the image file as the instances JSON gives it ("" if unknown).
-        height, width: size of the original image in pixels.
+        file_name: file name from the instances JSON ("" if unknown).
+        height: of the original image in pixels.
+        width: of the original image in pixels.
         boxes: (n, 4) float32, half-open ``x1 y1 x2 y2`` in pixels of the original image.
-        scores: (n,) float32 in 0..1, or what a file of given boxes says; 1 for regions that are annotations.
-        category_ids: (n,) int64, COCO category ids; `NO_CATEGORY` for boxes that were given without one.
+        scores: (n,) float32 in 0..1, or the scores of a file of boxes; 1 for annotations.
+        category_ids: (n,) int64, COCO category ids; `NO_CATEGORY` for boxes without one.
         ann_ids: (n,) int64 annotation ids, or None for detections.
-        masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None where there are none.
-        features: name -> (n, ...) array, in the order of the boxes: (n, width), or (n, C, 7, 7) of spatial ones.
-        error: "" or why this image has no regions.
-        maps: name -> (C, H, W) array of the whole image: "head" is the map that boxes are pooled from.
-        im_info: (3,) float32: height and width of the network's input in pixels, and the factor that made its height
-            of the original image's; that of the width is the ratio of the widths. None where there are no maps.
-        names: category id -> name, for labels; None where nobody said them. They are no part of what is compared or
-            stored.
+        masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None.
+        features: name -> (n, C) array, or (n, C, 7, 7) for spatial features.
+        error: why this image has no regions, or "".
+        maps: name -> (C, H, W) array: "head" is the feature map that boxes are pooled from.
+        im_info: (3,) float32: height and width of the network's input in pixels, and input height / image height; the
+            scale of x is the ratio of the widths. None without maps.
+        names: category id -> name, for labels, or None. Neither compared nor stored.
     """
 
     image_id: int
@@ -105,7 +111,7 @@ class Regions:
 
         Returns:
             For each region "image_id", "category_id", "bbox" (``[x, y, width, height]`` in pixels of the original
-            image), "score" and, where there are masks, "segmentation", an RLE whose ``counts`` are text.
+            image), "score" and, with masks, "segmentation", an RLE whose ``counts`` are text.
         """
         boxes = self.boxes.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
@@ -127,19 +133,19 @@ class Regions:
         min_score: float = 0.0,
         names: Mapping[int, str] | None = None,
     ) -> Image.Image:
-        """A copy of the image with boxes, translucent masks and labels drawn on it. A notebook shows it by itself.
+        """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
 
         Examples:
             >>> regions.draw(image, min_score=0.3).save("regions.png")
 
         Args:
-            image: the image that the regions are of: (H, W, 3) uint8 RGB, a PIL image or a path.
-            min_score: score that a region must reach to be drawn.
-            names: category id -> name for the labels; by default those that the detector or the store knows.
+            image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
+            min_score: lowest score of a region to draw.
+            names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
-            ArgumentError: no such image, or one of another size.
-            InputError: the path is no readable image file.
+            ArgumentError: not an image, or an image of another size.
+            InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask
 
@@ -166,7 +172,7 @@ class Regions:
 
     @classmethod
     def empty(cls, image_id: int, file_name: str, height: int, width: int, error: str = "") -> Regions:
-        """An image without regions, and why."""
+        """An image without regions; `error` says why."""
         return cls(
             image_id, file_name, height, width,
             np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), error=error,

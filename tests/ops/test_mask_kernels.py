@@ -194,8 +194,8 @@ def test_coverage_of_strided_and_other_types() -> None:
         ([0, 1], torch.zeros(1, 4), 7, r"got \(1, 4\) and \(2,\)"),
         ([0], torch.zeros(1, 5), 7, r"got \(1, 5\)"),
         ([0], torch.zeros(1, 4), 0, "size of 0"),
-        ([2], torch.zeros(1, 4), 7, "objects 2 to 2 of 2"),
-        ([-1], torch.zeros(1, 4), 7, "objects -1 to -1 of 2"),
+        ([2], torch.zeros(1, 4), 7, "objects: indices 2 to 2 are out of range for 2"),
+        ([-1], torch.zeros(1, 4), 7, "objects: indices -1 to -1 are out of range for 2"),
     ],
 )
 def test_bad_boxes_for_coverage(objects: list[int], boxes: Tensor, size: int, text: str) -> None:
@@ -205,7 +205,7 @@ def test_bad_boxes_for_coverage(objects: list[int], boxes: Tensor, size: int, te
 
 def test_masks_of_one_image_have_one_size() -> None:
     rles = coded(np.ones((1, 9, 9))) + coded(np.ones((1, 9, 8)))
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="differ in size"):
         mask_coverage(rles, torch.tensor([0]), torch.zeros(1, 4), 7)
 
 

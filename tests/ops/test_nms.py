@@ -181,7 +181,7 @@ print(nms(boxes, boxes[:, 0] / 37, 0.5).tolist())
 def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:
     assert load(tmp_path) == frozenset()
     (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="Install refdet again"):
+    with pytest.warns(UserWarning, match="Reinstall refdet"):
         assert load(tmp_path) == frozenset()
 
 
