@@ -257,7 +257,7 @@ def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.M
     assert "not a readable safetensors file" in header(overlap.encode())
     save_file({f"{i}": torch.ones(1) for i in range(30)}, path)
     monkeypatch.setattr(weight_files, "MOST_TENSORS", 20)
-    with pytest.raises(InputError, match="30 tensors, more than the 20"):
+    with pytest.raises(InputError, match="30 tensors, more than the limit of 20"):
         read_tensors(path)
 
 
