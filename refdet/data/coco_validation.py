@@ -39,7 +39,7 @@ def checked_id(path: Path, entry: dict, key: str, what: str) -> int:
         shown = f"is {value!r:.40}" if key in entry else "is missing"
         raise InputError(f"{path}: {what}: {key!r} {shown}; it must be an integer")
     if not is_id(value):
-        raise InputError(f"{path}: {what}: {key!r} is larger than 64 bits; use smaller ids")
+        raise InputError(f"{path}: {what}: {key!r} is an integer of more than 64 bits; use a smaller one")
     return value
 
 

@@ -201,7 +201,7 @@ def _of_store(path: Path, index: CocoIndex) -> BoxFile:
     except BaseException as error:
         source.close()
         if isinstance(error, store.CORRUPTION_ERRORS):
-            raise InputError(f"--boxes {path}: damaged ({error}); extract it again") from None
+            raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
         raise
     categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
     return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)

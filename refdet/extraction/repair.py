@@ -213,7 +213,7 @@ def _rows(old: Store) -> dict[int, ImageRow]:
             mask_bytes = np.diff(starts[ends])
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
     except store.CORRUPTION_ERRORS as error:
-        raise InputError(f"{old.path}: damaged ({error}); extract it again") from None
+        raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
     numbers = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
     return {
         image_id: ImageRow(image_id, str(name), height, width, str(error), regions, length, (c, h, w))

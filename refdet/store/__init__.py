@@ -1,4 +1,4 @@
-"""The store: the HDF5 file of regions, schema ``refdet-features/1``. No torch, but for `refdet.store.dataset`."""
+"""The store: an HDF5 file of regions, schema ``refdet-features/1``. No torch, except for `refdet.store.dataset`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["CORRUPTION_ERRORS", "SCHEMA", "Columns", "Header", "ImageRow", "Stor
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `refdet.store.reader`, imported when one is used: h5py takes a tenth of a second."""
+    """Import names from `refdet.store.reader` on first use, as importing h5py takes a tenth of a second."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from refdet.store import reader

@@ -1,4 +1,4 @@
-"""Datasets in chunks that are compressed each for itself: how large they are, and how they are filled."""
+"""Size and writing of chunked, compressed datasets."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import h5py
 import numpy as np
 
-GZIP_LEVEL = 1  # higher ones take three times as long for floats and save less than 1%
-THREADS = min(8, os.cpu_count() or 1)  # that compress; beyond it the writing is slower than they are
+GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
+THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
 
-_CHUNK_BYTES = 2**18  # a quarter of the chunks that h5py keeps in memory
+_CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows in a chunk of a dataset that is not empty.
-
-    About those of one image, or what is quickly unpacked where they are large.
-    """
+    """Number of rows per chunk of a nonempty dataset: about those of an image, fewer if rows are large."""
     return min(shape[0], max(1, _CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
 
 
 def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Bytes that a dataset in chunks needs at most, if each of them is written once.
+    """Maximum size in bytes of a chunked dataset whose chunks are written once.
 
-    The last is as long as the others. What does not shrink is stored as it is by lzf, and grows by a thousandth at
-    most by gzip. The table of the chunks has less than 32 bytes for each.
+    The last chunk has full size. Incompressible data are stored unchanged by lzf and grow by at most a thousandth
+    with gzip. The chunk index takes less than 32 bytes per chunk.
     """
     if 0 in shape:
         return 0
@@ -39,24 +36,25 @@ def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 class ChunkedWriter:
-    """Fills a dataset from its first row to its last, a chunk at a time.
+    """Writes a dataset sequentially, one full chunk at a time.
 
-    A chunk that is written twice is compressed twice, and where it has grown its old place in the file stays empty:
-    then nobody could say how much space the file needs.
+    A chunk that is written twice is also compressed twice, and if it grows its old space in the file is wasted, so the
+    size of the file would be unpredictable.
 
     Args:
-        pool: compresses what is gzip, several chunks at once; HDF5 itself does one after the other.
+        data: a chunked dataset.
+        pool: compresses several gzip chunks in parallel, which HDF5 does sequentially.
     """
 
     def __init__(self, data: h5py.Dataset, pool: ThreadPoolExecutor) -> None:
         self._data = data
         self._pool = pool if data.compression == "gzip" else None
         self._rows = np.zeros((data.chunks[0], *data.shape[1:]), data.dtype)
-        self._first = self._filled = 0  # the row that the chunk begins with, and how many of its rows are there
+        self._first = self._filled = 0  # first row and current size of the chunk
         self._squeezed: deque[tuple[int, Future[bytes]]] = deque()  # first row, chunk
 
     def append(self, values: np.ndarray) -> None:
-        """Add rows."""
+        """Append rows."""
         while len(values):
             part, values = np.split(values, [len(self._rows) - self._filled])
             self._rows[self._filled : self._filled + len(part)] = part
@@ -65,7 +63,7 @@ class ChunkedWriter:
                 self._write_chunk()
 
     def finish(self) -> None:
-        """Write what is left, when the last row was added."""
+        """Write the last chunk after all rows were appended."""
         if self._filled:
             self._write_chunk()
         self._write_squeezed(0)
@@ -80,13 +78,13 @@ class ChunkedWriter:
         self._first, self._filled = self._first + self._filled, 0
 
     def _write_squeezed(self, left: int) -> None:
-        """Write chunks, the first ones first, until so many are left."""
+        """Write compressed chunks in order until ``left`` remain."""
         while len(self._squeezed) > left:
             first, chunk = self._squeezed.popleft()
             self._data.id.write_direct_chunk((first, *[0] * (self._data.ndim - 1)), chunk.result())
 
 
 def _squeezed(rows: np.ndarray) -> bytes:
-    """A chunk as HDF5's filters shuffle and gzip make it."""
+    """Compress a chunk as HDF5's shuffle and gzip filters do."""
     by_place = rows.reshape(-1).view(np.uint8).reshape(-1, rows.itemsize).T  # first bytes of all numbers, then second
     return zlib.compress(np.ascontiguousarray(by_place).data, GZIP_LEVEL)

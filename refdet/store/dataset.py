@@ -1,4 +1,4 @@
-"""`RegionsDataset`: a store as a PyTorch dataset, an item an image."""
+"""`RegionsDataset`: a store as a PyTorch dataset of images."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from refdet.store.hdf5_door import known
 
 
 class RegionsDataset(Dataset):
-    """The images of a store, in the order of the file or as they are given.
+    """Images of a store with their regions and features.
 
-    It may be used in forked and in spawned workers and before them in the parent: each process opens the file for
-    itself when it first reads. Images have different numbers of regions, so a `DataLoader` needs a ``collate_fn`` that
-    pads or, as ``collate_fn=list``, leaves them apart.
+    Works in forked and spawned workers, even after use in the parent process, as each process opens the file when it
+    first reads. Images differ in their number of regions N, so a `DataLoader` needs a ``collate_fn`` that pads them, or
+    ``collate_fn=list``.
 
-    ``dataset[k]`` is a dictionary, its boxes in pixels of the original image, half-open:
+    ``dataset[k]`` is a dictionary:
 
-    - "image_id" int, "file_name" str, "size" (height, width) int;
-    - "boxes" (n, 4), "scores" (n,) float32; "category_ids" (n,) int64, and "ann_ids" (n,) int64 if the store has them;
-    - "masks": n pycocotools RLE objects, with ``masks=True``;
-    - "features": name -> (n, ...) tensor, "maps": name -> (C, H, W), of the type they are stored in;
-    - "im_info": (3,) float32, where there are maps.
+    - "image_id" int, "file_name" str, "size" (height, width) int in pixels;
+    - "boxes" (N, 4) float32, half-open ``x1 y1 x2 y2`` in pixels of the original image, "scores" (N,) float32,
+      "category_ids" (N,) int64, and "ann_ids" (N,) int64 if the store has them;
+    - "masks": N pycocotools RLE objects, with ``masks=True``;
+    - "features": name -> (N, ...) tensor, "maps": name -> (C, H, W) tensor, in the stored dtype;
+    - "im_info": (3,) float32 height, width and scale of the network input, if there are maps.
 
     Examples:
         >>> dataset = refdet.RegionsDataset("demo/features/refcoco.h5", features=["fc7"])
@@ -39,11 +40,11 @@ class RegionsDataset(Dataset):
     Args:
         path: the store.
         features: features and maps to read, None for all.
-        image_ids: the images, None for all; such as those of one split.
-        masks: whether to give the masks.
+        image_ids: the images in order, such as those of a split; None for all in file order.
+        masks: whether to read masks.
 
     Raises:
-        InputError: see `refdet.store.open`; the store lacks a feature or an image.
+        InputError: as `refdet.store.open`; or the store lacks a feature, masks or an image.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class RegionsDataset(Dataset):
             self._state = known.here(self.path)
             lacking = sorted(set(self.features or ()) - {*found.feature_names, *found.map_names})
             if lacking or (masks and not found.has_masks):
-                raise InputError(f"{self.path}: has no {lacking[0] if lacking else 'masks'}; extract it with them")
+                raise InputError(f"{self.path}: no {lacking[0] if lacking else 'masks'}; extract it with them")
             self.image_ids = [int(i) for i in (found if image_ids is None else image_ids)]
             strange = [i for i in self.image_ids if i not in found]
         if strange:
-            raise InputError(f"{self.path}: lacks {len(strange)} of the images asked for, the first is {strange[0]}")
+            raise InputError(f"{self.path}: {len(strange)} requested images missing, first: {strange[0]}; extract them")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -97,8 +98,8 @@ class RegionsDataset(Dataset):
     def _opened(self) -> store.Store:
         if self._store is None or self._process != os.getpid():
             if self._store is not None:
-                self._store.close()  # the copy that fork made; HDF5 would hand out its state again
+                self._store.close()  # the copy from a fork, whose state HDF5 would reuse
             if self._state is not None:
-                known.add_here(self._state)  # the parent looked through it; a spawned worker need not
+                known.add_here(self._state)  # checked by the parent of a spawned worker
             self._store, self._process = store.open(self.path), os.getpid()
         return self._store

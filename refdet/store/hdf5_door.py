@@ -1,8 +1,8 @@
-"""The one way to open a store's HDF5 file, whoever sent it.
+"""Open the HDF5 file of a store, which may be untrusted.
 
-A file that is not known is first looked through by a process of its own (`refdet.store.hdf5_trial`), which refuses
-what no store has (`refdet.store.hdf5_structure`) and may crash or never end without harm. Files that passed, and those
-that refdet wrote itself, are remembered (`refdet.store.known_files`), so that opening them again costs nothing.
+An unknown file is first checked in a separate process (`refdet.store.hdf5_trial`), which refuses anything that no store
+has (`refdet.store.hdf5_structure`) and may crash or hang without harm. Files that passed and files that refdet wrote
+are remembered (`refdet.store.known_files`), so opening them again costs nothing.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ known = KnownFiles(f"HDF5 {h5py.version.hdf5_version} by h5py {h5py.__version__}
 def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     """Open the HDF5 file of a store for reading.
 
-    Of what is in it only the kinds of its parts are checked here, not that it has all parts of a store: see
-    `refdet.store.open`.
+    Checks the file's structure, but not that it has all parts of a store, which `refdet.store.open` does.
 
     Args:
-        again: look through it even if it is known.
+        path: the store.
+        again: check the file even if it is known.
+
+    Returns:
+        The open file.
 
     Raises:
-        InputError: it is no regular file, no HDF5, no store, damaged, or holds what no store holds.
+        InputError: not a regular file, not HDF5, not a store, damaged, or with parts that no store has.
     """
     path = Path(path)
     check_regular(path)
     try:
         with path.open("rb") as start:
             if start.read(len(MAGIC)) != MAGIC:
-                raise InputError(f"{path}: not a readable HDF5 file; refdet extract-features writes one")
+                raise InputError(f"{path}: not a readable HDF5 file; give a file written by refdet extract-features")
         before = FileState.of(path)
         passed = not again and before in known
         if not passed and (wrong := try_file(path)):
@@ -54,25 +57,32 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
         raise InputError(f"{path}: not a readable HDF5 file: {error}") from None
     if after != before:
         file.close()
-        raise InputError(f"{path}: changed while it was opened; wait until it is written, then try again")
+        raise InputError(f"{path}: changed while being opened; wait until it is written and try again")
     if not passed:
-        log.info("%s: looked through before it was opened; remembered", path)
+        log.info("%s: checked before opening, remembered", path)
         known.add(before)
     return file
 
 
 def check_regular(path: Path) -> None:
-    """InputError where there is no file, or something that is none: a pipe would be waited for, a device has no end."""
+    """Check that a path is a regular file, as opening a pipe would block and a device may be endless.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: it does not exist or is not a regular file.
+    """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; refdet extract-features writes it") from None
+        raise InputError(f"{path}: no such file; create it with refdet extract-features") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if kind != stat.S_IFREG:
-        raise InputError(f"{path}: {_KINDS.get(kind, 'no file')}, not a file; refdet extract-features writes one")
+        raise InputError(f"{path}: {_KINDS.get(kind, 'special')}, not a file; give one of refdet extract-features")
 
 
 def remember(path: Path) -> None:
-    """Say of a file that refdet has just written it itself."""
+    """Remember a file that refdet has just written."""
     known.add(FileState.of(path))

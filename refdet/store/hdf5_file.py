@@ -1,4 +1,4 @@
-"""HDF5 files that cannot run out of disk halfway: the library answers that with a crash."""
+"""Create HDF5 files with reserved disk space, as HDF5 crashes if the disk becomes full while writing."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from pathlib import Path
 
 import h5py
 
-# The layout of HDF5 1.10 has checksums in its own tables too, which the older one has not.
+# The file format of HDF5 1.10 has checksums of metadata, unlike the older one.
 CHECKED = ("v110", "v110")
-ANY_READER = ("earliest", "latest")  # what every HDF5 since 1.6 reads
+ANY_READER = ("earliest", "latest")  # readable by HDF5 1.6 and newer
 
 
 @contextmanager
 def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKED) -> Iterator[h5py.File]:
-    """A new HDF5 file to write to, for which the disk has set aside so many bytes; what is left of them is given back.
+    """Create an HDF5 file with reserved disk space; unused space is released at the end.
 
-    The block keeps its datasets open to its end, also where it fails: see `_abandon`.
+    The block must keep its datasets open to its end, even if it fails (`_abandon`).
 
     Args:
         path: the file.
-        space: bytes that it takes at most.
-        libver: the oldest and the newest layout it may have, see h5py.
+        space: maximum size of the file in bytes.
+        libver: oldest and newest file format, as in h5py.
+
+    Yields:
+        The open file.
 
     Raises:
-        OSError: the disk has no room for them.
+        OSError: not enough disk space.
     """
     file = h5py.File(path, "w", libver=libver)
     try:
@@ -43,10 +46,10 @@ def new_file(path: Path, space: int, libver: tuple[str, str] = CHECKED) -> Itera
 
 
 def _abandon(file: h5py.File) -> None:
-    """Close a file that nobody wants any more, whatever state its disk is in.
+    """Close an unwanted file even if its disk is full.
 
-    HDF5 writes what it still holds when the file or one of its datasets is closed, and where that fails it crashes the
-    process a little later. So before any of that it gets the one device to write to that is never full.
+    HDF5 flushes its buffers when the file or a dataset is closed and crashes the process later if that fails, so the
+    file descriptor is first redirected to the null device.
     """
     if not file:
         return  # closed already
@@ -65,5 +68,5 @@ def _reserve(file: h5py.File, space: int) -> None:
     try:
         os.posix_fallocate(file.id.get_vfd_handle(), 0, space)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not every file system can
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # unsupported by some file systems
             raise

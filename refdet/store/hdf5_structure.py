@@ -1,7 +1,7 @@
-"""What the HDF5 file of a store may consist of; everything else that HDF5 can hold is refused before it is used.
+"""Check the structure of a store's HDF5 file, refusing HDF5 features that no store uses.
 
-HDF5 files can point into other files (external links, external storage, virtual datasets), contain themselves, and
-claim sizes that they have no bytes for. A store needs none of that: groups, and plain arrays whose bytes are all there.
+HDF5 files can refer to other files (external links, external storage, virtual datasets), contain themselves, and
+declare sizes without data. A store consists only of groups and plain arrays with all their data.
 """
 
 from __future__ import annotations
@@ -17,48 +17,51 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
 from refdet.store.hdf5_chunks import Refused, check_chunks, check_filters
 
-MAX_OBJECTS = 1000  # a store has some 25
+MAX_OBJECTS = 1000  # a store has about 25
 MAX_DEPTH = 8
 MAX_RANK = 8
-MAX_ATTRIBUTES = 100  # of one object
+MAX_ATTRIBUTES = 100  # per object
 MAX_ATTRIBUTE_VALUES = 4096
 MAX_TEXT = 2**26  # bytes of an attribute
 MAX_NAME = 255
-MAX_FIXED_TEXT = 4096  # bytes of a string of fixed length
+MAX_FIXED_TEXT = 4096  # bytes of a fixed-length string
 
-# Features and maps are read an image at a time, and many are zeros. All else is read whole.
+# Features and maps are read per image and may compress well, being mostly zeros. The rest is read at once.
 _PACKED_WELL = ("/features/", "/maps/head")
 MAX_UNPACKED = 2**26
 MAX_RATIO = 32
 
-_TEXT_REFERENCE = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable string on disk
-_TEXT_BLOCK = 10_000  # strings that are read at once
+_TEXT_REFERENCE = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable-length string on disk
+_TEXT_BLOCK = 10_000  # strings to read at once
 
 
 def check_structure(file: h5py.File) -> None:
-    """Look at everything in a file but the values of its large arrays.
+    """Check everything in a file except the values of large arrays.
 
-    All attributes and all texts are read once, since they are the part that HDF5 reads without checksums.
+    All attributes and strings are read once, since HDF5 reads these without checksums.
+
+    Args:
+        file: the open file.
 
     Raises:
-        Refused: the file has a part that no store has, or claims more bytes than are there.
-        Exception: whatever h5py raises where the file is damaged.
+        Refused: the file has a part that no store has, or declares more data than it has.
+        Exception: any exception that h5py raises on a damaged file.
     """
     descriptor = file.id.get_vfd_handle()
     size = os.fstat(descriptor).st_size
     if file.id.get_create_plist().get_userblock():
-        raise Refused("its HDF5 part does not begin at its first byte")
+        raise Refused("its HDF5 data do not start at the first byte")
     stored = 0
     for name, node in _objects(h5g.open(file.id, b"/")):
         _check_attributes(name, node)
         if isinstance(node, h5d.DatasetID):
             stored += _check_dataset(name, node, size, descriptor)
     if stored > size:
-        raise Refused(f"its datasets share their bytes: they take {stored} in a file of {size}")
+        raise Refused(f"its datasets overlap: {stored} bytes in a file of {size}")
 
 
 def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
-    """(path, object) of all groups and datasets, each once; links are looked at before they are followed."""
+    """Iterate over (path, object) of all groups and datasets once, checking links before following them."""
     waiting: list[tuple[str, int, h5g.GroupID]] = [("", 0, root)]
     seen = {h5o.get_info(root).addr}
     yield "/", root
@@ -67,14 +70,14 @@ def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
         for name, kind in _links(parent, group):
             path = f"{parent}/{name}"
             if kind != h5l.TYPE_HARD:
-                raise Refused(f"{path} is {_LINKS.get(kind, 'a user-defined link')}, not data of its own")
+                raise Refused(f"{path} is {_LINKS.get(kind, 'a user-defined link')}")
             node = h5o.open(group, name.encode())
             address = h5o.get_info(node).addr
             if isinstance(node, h5g.GroupID):
                 if address in seen:
-                    raise Refused(f"{path} is a group that is there under another name already")
+                    raise Refused(f"{path} is a group that already exists under another name")
                 if depth == MAX_DEPTH:
-                    raise Refused(f"{path} lies more than {MAX_DEPTH} groups deep")
+                    raise Refused(f"{path} is more than {MAX_DEPTH} groups deep")
                 waiting.append((path, depth + 1, node))
             elif not isinstance(node, h5d.DatasetID):
                 raise Refused(f"{path} is neither a group nor a dataset")
@@ -89,7 +92,7 @@ _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another fi
 
 
 def _links(parent: str, group: h5g.GroupID) -> list[tuple[str, int]]:
-    """(name, kind) of a group's links, none of them followed."""
+    """(name, kind) of a group's links, without following them."""
     found: list[tuple[bytes, int]] = []
 
     def take(name: bytes, info: Any) -> bool | None:
@@ -109,7 +112,7 @@ def _name(parent: str, name: bytes) -> str:
         or "/" in text
         or text in ("", ".", "..")
     ):
-        raise Refused(f"{parent or '/'} has a name that is none: {text!r:.80}")
+        raise Refused(f"{parent or '/'} has an invalid name in it: {text!r:.80}")
     return text
 
 
@@ -132,34 +135,34 @@ def _check_attributes(path: str, node: Any) -> None:
             raise Refused(f"{name} has {math.prod(shape)} values")
         value = holder.attrs[raw.decode()]
         if kind == "text" and isinstance(value, str) and len(value) > MAX_TEXT:
-            raise Refused(f"{name} is a text of {len(value)} characters")
+            raise Refused(f"{name} has {len(value)} characters")
 
 
 def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -> int:
-    """The bytes that a dataset takes in the file."""
+    """Check a dataset and return its size in the file in bytes."""
     plan = data.get_create_plist()
     if plan.get_external_count():
-        raise Refused(f"{name} keeps its values in another file (external storage)")
+        raise Refused(f"{name} has its values in another file (external storage)")
     layout = plan.get_layout()
     if layout not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
-        raise Refused(f"{name} is a virtual dataset: its values lie in other datasets")
+        raise Refused(f"{name} is a virtual dataset")
     kind, shape = _kind(name, data.get_type()), _shape(name, data.get_space())
     width = _TEXT_REFERENCE.itemsize if kind == "text" else data.get_type().get_size()
     filters = check_filters(name, plan, width)
     claimed, stored = math.prod(shape) * width, data.get_storage_size()
     if not name.startswith(_PACKED_WELL) and claimed > max(MAX_UNPACKED, MAX_RATIO * stored):
-        raise Refused(f"{name} claims {claimed} bytes and has {stored}")
+        raise Refused(f"{name} declares {claimed} bytes but has {stored}")
     if layout == h5d.CHUNKED:
         if kind == "text":
-            raise Refused(f"{name} is a text in chunks")
+            raise Refused(f"{name} has chunked strings")
         check_chunks(name, data, shape, width, plan.get_chunk(), filters, size)
         return stored
     offset = data.get_offset() if layout == h5d.CONTIGUOUS else 0
     if claimed and (stored != claimed or offset is None or offset + stored > size):
-        raise Refused(f"{name} claims {claimed} bytes and has {stored}")
+        raise Refused(f"{name} declares {claimed} bytes but has {stored}")
     if kind == "text" and claimed:
         if layout != h5d.CONTIGUOUS:
-            raise Refused(f"{name} is a text inside of the header")
+            raise Refused(f"{name} has strings in the header")
         _check_texts(name, data, shape, offset, size, descriptor)
     return stored
 
@@ -167,34 +170,34 @@ def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -
 def _check_texts(
     name: str, data: h5d.DatasetID, shape: tuple[int, ...], offset: int, size: int, descriptor: int
 ) -> None:
-    """Read all strings once. They may all lie at the same place of the file, so their lengths are added up first."""
+    """Read all strings once, after checking their total length, as they could all share the same bytes."""
     if len(shape) != 1:
-        raise Refused(f"{name} is a text of {len(shape)} dimensions")
+        raise Refused(f"{name} has strings in {len(shape)} dimensions")
     raw = os.pread(descriptor, shape[0] * _TEXT_REFERENCE.itemsize, offset)
     total = int(np.frombuffer(raw, _TEXT_REFERENCE)["bytes"].sum(dtype=np.uint64))
     if total > size:
-        raise Refused(f"{name} claims {total} bytes of text in a file of {size}")
+        raise Refused(f"{name} declares {total} bytes of strings in a file of {size}")
     texts = h5py.Dataset(data)
     for first in range(0, shape[0], _TEXT_BLOCK):
         texts[first : first + _TEXT_BLOCK]
 
 
 def _kind(name: str, type_id: h5t.TypeID) -> str:
-    """Whether a type is a "number" or "text"; Refused for any other, and for numbers that numpy lacks."""
+    """Classify a type as "number" or "text"; raises Refused for others and for numbers that numpy lacks."""
     if type_id.committed():
-        raise Refused(f"{name} has a type that stands elsewhere in the file")
+        raise Refused(f"{name} has a committed type")
     kind = type_id.get_class()
     if kind == h5t.STRING:
         if type_id.is_variable_str():
             return "text"
         if type_id.get_size() <= MAX_FIXED_TEXT:
-            return "number"  # of a fixed length, as numbers are
+            return "number"  # fixed-length, like numbers
     elif kind in (h5t.INTEGER, h5t.FLOAT) and type_id.get_size() <= 8:
         if type_id.equal(h5t.py_create(type_id.dtype)):
             return "number"
     elif kind == h5t.ENUM and type_id.equal(h5t.py_create(np.dtype(bool), logical=True)):
         return "number"
-    raise Refused(f"{name} is of a type that no store has")
+    raise Refused(f"{name} has an unsupported type")
 
 
 def _shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:

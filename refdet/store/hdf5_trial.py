@@ -1,6 +1,6 @@
-"""A process that looks through an HDF5 file before ours opens it.
+"""Check an HDF5 file in a separate process before opening it.
 
-Damage makes HDF5 crash, loop for ever or take all memory, and only a process of its own can be ended then.
+Damaged files can make HDF5 crash, loop forever or use all memory, which only a separate process survives.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from refdet.store.schema import FAMILY, SCHEMA
 
 log = logging.getLogger(__name__)
 
-MEMORY = 3 << 29  # bytes of address space; Python with h5py takes a tenth, a store whatever its size little more
-SECONDS = 2.5  # of computing, and
-SECONDS_A_GB = 200.0  # for each GB of the file: its chunks are unpacked, of lzf in Python
-PATIENCE = 6  # times as many seconds may pass while it waits for the disk
-_SOON = 3.0  # seconds without a word
+MEMORY = 3 << 29  # bytes of address space; Python with h5py uses a tenth, any store little more
+SECONDS = 2.5  # of CPU time, plus
+SECONDS_A_GB = 200.0  # per GB of the file, as chunks are decompressed (lzf in Python)
+PATIENCE = 6  # ratio of wall time to CPU time, to wait for the disk
+_SOON = 3.0  # seconds before a note is logged
 
 _STARTED = b"started\n"
-# The folder we are in may be a stranger's: -I takes it, and all that the environment says, off the path of imports.
+# The current folder may be untrusted, so -I removes it and the environment's settings from the import path.
 _START = """
 import sys
 at = next((i for i, p in enumerate(sys.path) if p.endswith(("site-packages", "dist-packages"))), len(sys.path))
@@ -38,9 +38,13 @@ main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
 
 
 def try_file(path: Path) -> str:
-    """What is wrong with a file, as the words after its name in an error; "" if HDF5 can read it and it is a store's.
+    """Check a file in a separate process, or in this one with a warning if none can be started.
 
-    Where no process can be started, the file is looked through in this one, and a warning says so.
+    Args:
+        path: the file.
+
+    Returns:
+        The problem as the end of an error message, "" if HDF5 can read the file and it is a store.
     """
     seconds = SECONDS + SECONDS_A_GB * path.stat().st_size / 1e9
     try:
@@ -54,11 +58,11 @@ def try_file(path: Path) -> str:
         try:
             output = _wait(child, path, PATIENCE * seconds)
         except subprocess.TimeoutExpired:
-            return _damaged(f"HDF5 does not get to its end within {PATIENCE * seconds:.3g} seconds")
+            return _damaged(f"HDF5 does not finish within {PATIENCE * seconds:.3g} seconds")
         finally:
             child.kill()
     if not output.startswith(_STARTED):
-        return _try_here(path, f"it ends with {child.returncode}")
+        return _try_here(path, f"exit code {child.returncode}")
     return verdict(output, child.returncode, seconds)
 
 
@@ -66,29 +70,38 @@ def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
     try:
         return child.communicate(timeout=_SOON)[0]
     except subprocess.TimeoutExpired:
-        log.warning("note: looking through %s for damage, once", path)
+        log.warning("note: checking %s for damage, once", path)
     return child.communicate(timeout=seconds)[0]
 
 
 def verdict(output: bytes, code: int, seconds: float) -> str:
-    """What `try_file` says, of the other process's output and exit code."""
+    """Interpret the result of the process of `try_file`.
+
+    Args:
+        output: its standard output.
+        code: its exit code.
+        seconds: its limit of CPU time.
+
+    Returns:
+        The problem as the end of an error message, "" if there is none.
+    """
     with suppress(ValueError):
         return str(json.loads(output.removeprefix(_STARTED))["wrong"])
     if code >= 0:
-        return _damaged(f"HDF5 ends with {code}")
+        return _damaged(f"HDF5 exits with {code}")
     name = signal.Signals(-code).name
     if name == "SIGXCPU":
-        return _damaged(f"HDF5 does not get to its end within {seconds:.3g} seconds of computing")
+        return _damaged(f"HDF5 does not finish within {seconds:.3g} seconds of CPU time")
     return _damaged(f"HDF5 crashes ({name})")
 
 
 def _try_here(path: Path, why: str) -> str:
-    log.warning("note: %s: looked through without the guard of a process of its own (%s)", path, why)
+    log.warning("note: %s: checked without a separate process (%s)", path, why)
     return look_through(path)
 
 
 def _import_folders() -> list[str]:
-    """Where this process has the packages from that the other one needs."""
+    """Folders of the packages that the process needs to import."""
     import h5py
     import numpy
 
@@ -98,14 +111,20 @@ def _import_folders() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without plugins that HDF5 would load for a filter that it does not know, and with one thread."""
+    """Environment of this process, without HDF5 plugins for unknown filters and with one thread."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
     return kept | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(path: str, memory: int, seconds: float) -> None:
-    """The other process: say "started", then what is wrong as JSON."""
-    import refdet.store.hdf5_structure  # noqa: F401  # before anything of the file is read: what fails up to here is ours
+    """Entry point of the process: print "started", then the problem as JSON.
+
+    Args:
+        path: the file to check.
+        memory: limit of the address space in bytes.
+        seconds: limit of CPU time.
+    """
+    import refdet.store.hdf5_structure  # noqa: F401  # errors before "started" are not the file's
 
     with suppress(ImportError):  # not on Windows
         import resource
@@ -120,7 +139,7 @@ def main(path: str, memory: int, seconds: float) -> None:
 
 
 def look_through(path: Path) -> str:
-    """See `try_file`; in this process."""
+    """Check a file in this process; returns the problem as `try_file` does."""
     from refdet.store.hdf5_chunks import Refused
 
     try:
@@ -128,7 +147,7 @@ def look_through(path: Path) -> str:
     except Refused as error:
         return f"refused: {_line(error)}; extract it again"
     except MemoryError:
-        return _damaged("HDF5 asks for more memory than a store can need")
+        return _damaged("HDF5 needs more memory than any store")
     except Exception as error:
         return _damaged(_line(error))
 
@@ -146,7 +165,7 @@ def _look(path: Path) -> str:
         schema = file.attrs.get("schema")
         if not (isinstance(schema, str) and schema.startswith(FAMILY)):
             found = "no schema" if schema is None else f"schema {schema!r:.60}"
-            return f"no store of refdet: {found}, not {SCHEMA!r}; is it a file of refdet extract-features?"
+            return f"not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet extract-features"
         check_structure(file)
     return ""
 

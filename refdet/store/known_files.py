@@ -1,4 +1,4 @@
-"""Which files were looked at before and are still the same, so that they need not be looked at again."""
+"""Remember which files were checked and have not changed since."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from typing import NamedTuple
 
 from refdet.files.version import __version__
 
-_MOST = 500  # files that are remembered, the newest
+_MOST = 500  # most recent files to remember
 
 
 class FileState(NamedTuple):
-    """Where a file is and what it was when it was looked at.
+    """State of a file when it was checked.
 
-    The time of its last change (``changed``) cannot be set by whoever packs or copies a file, as the others can.
-    Times are in nanoseconds.
+    Attributes:
+        path: absolute path without links.
+        inode: its inode.
+        size: in bytes.
+        modified: time of the last modification in nanoseconds.
+        changed: time of the last status change in nanoseconds; unlike the others, it cannot be set when packing or
+            copying a file.
     """
 
     path: str
@@ -30,20 +35,20 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: str | Path) -> FileState:
-        """The present state of a file; OSError if there is none."""
+        """Return the current state of a file; raises OSError if it does not exist."""
         real = os.path.realpath(path)
         found = os.stat(real)
         return cls(real, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class KnownFiles:
-    """Files that passed a check, for this process and in a file of the user's cache folder for the next ones.
+    """Files that passed a check, kept in this process and in the user's cache folder.
 
-    Whoever sends a file cannot put it in here: the cache lies in a folder of the user's own, and is not used where
-    others may write to it. A cache that cannot be read or written is none.
+    The sender of a file cannot add it: the cache is in the user's own folder and is ignored if others can write to it.
+    A cache that cannot be read or written is treated as empty.
 
     Args:
-        check: names the check and whatever its outcome depends on; what passed another is not known.
+        check: identity of the check and of everything its result depends on; files that passed another are unknown.
     """
 
     def __init__(self, check: str) -> None:
@@ -56,21 +61,21 @@ class KnownFiles:
         return self._here.get(state.path) == state
 
     def add_here(self, state: FileState) -> None:
-        """Remember a file in this process and those that it forks."""
+        """Remember a file in this process and its forks."""
         self._here[state.path] = state
 
     def here(self, path: str | Path) -> FileState | None:
-        """The state of a file that this process remembers."""
+        """State of a file that this process remembers, None if it is unknown."""
         return self._here.get(os.path.realpath(path))
 
     def add(self, state: FileState) -> None:
-        """Remember a file, also for later processes."""
+        """Remember a file in this and later processes."""
         self.add_here(state)
         known = self._read()
         known.pop(state.path, None)
         known[state.path] = list(state[1:])
         newest = dict(list(known.items())[-_MOST:])
-        with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
+        with suppress(OSError, RuntimeError):  # RuntimeError: no home directory
             _replace(_cache(), json.dumps({"check": self._check, "files": newest}))
 
     def _read(self) -> dict[str, list[int]]:
@@ -86,7 +91,7 @@ class KnownFiles:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Give a file new contents at once; it need not outlive a power cut."""
+    """Replace a file atomically, without syncing it to disk."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -1,4 +1,4 @@
-"""The HDF5 file of regions, schema ``refdet-features/1``: its reader; `create` writes one. No torch."""
+"""Reader of the HDF5 file of regions, schema ``refdet-features/1``. No torch."""
 
 from __future__ import annotations
 
@@ -36,26 +36,40 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA", "Columns", "Header", "ImageRow", "Store", "StoreWriter", "create", "open"]
 
-# What damaged contents make h5py, numpy and json raise.
+# Exceptions of h5py, numpy and json on damaged contents.
 CORRUPTION_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 class Store:
-    """A complete file of regions, read as needed; made by `open`.
+    """A complete, lazily read file of regions; created by `open`.
 
-    ``len(store)`` is the number of images and iterating gives their ids. ``store[image_id]`` is a `Regions`;
-    ``store[10:20]`` is a list of them, of the images at these *places* in the file. An integer is always an id.
+    ``len(store)`` is the number of images I, and iteration yields their ids. ``store[image_id]`` is a `Regions`;
+    ``store[10:20]`` is a list of the `Regions` at these *positions* in the file. An integer is always an id.
+
+    Args:
+        path: the file.
+        file: the open file.
 
     Attributes:
         path: the file.
-        image_ids, heights, widths, file_names, image_errors: (I,), in the order of the file; see the schema.
-        region_start: (I + 1,) int64.
-        classes, recipe, provenance, options, run: see `Header`.
+        image_ids: (I,) int64 image ids, in file order.
+        heights: (I,) int32 image heights in pixels.
+        widths: (I,) int32 image widths in pixels.
+        file_names: (I,) image file names.
+        image_errors: (I,) why an image is unusable, "" if it is usable.
+        region_start: (I + 1,) int64 first row of the regions of each image, and the number of regions.
+        classes: categories of the detector, ``[{"id": int, "name": str}]``.
         names: category id -> name.
-        complete: True.
-        feature_names, map_names: the features and the maps of whole images it has.
-        has_masks, has_ann_ids: whether regions have masks and annotation ids.
-        file, data: the file itself and its open datasets by name (``data["regions/box"]``), for h5py.
+        recipe: recipe of the detector as text.
+        provenance: provenance of the detector as JSON.
+        options: options of the extraction.
+        run: information about the run that wrote the file, {} if it has none.
+        feature_names: names of the features.
+        map_names: names of the maps of whole images.
+        has_masks: whether regions have masks.
+        has_ann_ids: whether regions have annotation ids.
+        file: the h5py file.
+        data: open datasets by name, such as ``data["regions/box"]``.
     """
 
     def __init__(self, path: Path, file: h5py.File) -> None:
@@ -71,7 +85,7 @@ class Store:
         self.map_names = tuple(name for name in MAPS if f"maps/{name}" in file)
         self.has_masks = "mask_counts" in file["regions"]
         self.has_ann_ids = "ann_id" in file["regions"]
-        # Looking a dataset up by its name takes longer than reading an image's rows of it.
+        # Kept open, as looking up a dataset by name takes longer than reading the rows of an image.
         self.data = open_datasets(file)
         self.image_ids: np.ndarray = self.data["images/id"][:]
         self.heights, self.widths = self.data["images/height"][:], self.data["images/width"][:]
@@ -81,7 +95,7 @@ class Store:
         self._at = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
         check_starts("images/region_start", self.region_start, len(self.data["regions/box"]))
         if len(self._at) != len(self.image_ids):
-            raise ValueError("images/id: an image is in it twice")
+            raise ValueError("images/id: duplicate image")
         if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:
             raise ValueError("images/height or images/width is not positive")
         self._map_starts = {name: self.data[f"maps/{name}_start"][:] for name in self.map_names}
@@ -127,42 +141,46 @@ class Store:
 
     @property
     def errors(self) -> dict[int, str]:
-        """The images that could not be used -> why."""
+        """Image id -> reason, of the unusable images."""
         return {int(i): str(error) for i, error in zip(self.image_ids, self.image_errors, strict=True) if error}
 
     @property
     def regions(self) -> int:
-        """How many regions there are in all: rows are 0 .. regions - 1."""
+        """Total number of regions; rows are 0 to regions - 1."""
         return int(self.region_start[-1])
 
     def rows(self, image_id: int) -> range:
-        """The rows of an image's regions; KeyError for an image that is not in the store."""
+        """Rows of an image's regions; raises KeyError for an unknown image."""
         i = self._at[image_id]
         return range(int(self.region_start[i]), int(self.region_start[i + 1]))
 
     def region(self, row: int) -> tuple[int, int]:
-        """The image a row belongs to and the region's place in that image's `Regions`; IndexError if outside."""
+        """Image id and index in the image's `Regions` of a row; raises IndexError if it is out of range."""
         if not 0 <= row < self.regions:
             raise IndexError(f"{self.path}: no region {row}, rows are 0 to {self.regions - 1}")
         i = int(np.searchsorted(self.region_start, row, side="right")) - 1
         return int(self.image_ids[i]), row - int(self.region_start[i])
 
     def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
-        """The regions of an image.
+        """Read the regions of an image.
 
         Args:
-            image_id: KeyError for an image that is not in the store.
-            features: those to read, maps among them; None for all of the store's. KeyError for one it lacks.
+            image_id: the image.
+            features: names of features and maps to read, None for all.
+
+        Returns:
+            The regions.
 
         Raises:
-            InputError: the file is damaged there.
+            KeyError: unknown image or feature.
+            InputError: the file is damaged.
         """
         rows = self.rows(image_id)
         wanted = (*self.feature_names, *self.map_names) if features is None else tuple(features)
         lacking = [name for name in wanted if name not in self.feature_names and name not in self.map_names]
         if lacking:
             raise KeyError(
-                f"{self.path} has no feature {lacking[0]!r}; it has {[*self.feature_names, *self.map_names]}"
+                f"{self.path}: no feature {lacking[0]!r}; choose from {[*self.feature_names, *self.map_names]}"
             )
         try:
             return self._read(image_id, rows, wanted)
@@ -199,7 +217,7 @@ class Store:
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
         read = counts[int(starts[0]) : int(starts[-1])]
-        # pycocotools writes beyond its memory for what is no RLE of its image, so none leaves here unchecked
+        # checked, as pycocotools writes out of bounds for an RLE that does not match its image
         covered = covered_pixels(read, starts - starts[0])
         if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
             raise ValueError(f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
@@ -212,20 +230,21 @@ class Store:
         values: np.ndarray = self.data[f"maps/{name}"][first:last]
         shape = self._map_shapes[name][i].tolist()
         if min(shape) < 0 or math.prod(shape) != len(values):
-            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for the shape {shape}")
+            raise ValueError(f"maps/{name} of image {self.image_ids[i]} has {len(values)} values for shape {shape}")
         return values.reshape(shape)
 
     def frame(self) -> pd.DataFrame:
-        """The older name of `to_dataframe`; it works until the next version."""
-        warnings.warn("Store.frame is called to_dataframe now", DeprecationWarning, stacklevel=2)
+        """Deprecated alias of `to_dataframe`, which works until the next version."""
+        warnings.warn("Store.frame was renamed to to_dataframe", DeprecationWarning, stacklevel=2)
         return self.to_dataframe()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """All regions without features and masks, one a line: the index ``region`` is the row in the file.
+        """Convert all regions, without features and masks, to a data frame.
 
-        Columns: ``image_id``, ``x1``, ``y1``, ``x2``, ``y2`` (half-open, pixels of the original image), ``area``
-        (of the box, square pixels), ``score``, ``category_id``, ``category`` (its name), and ``ann_id`` where the
-        store has them.
+        Returns:
+            One row per region, indexed by ``region``, its row in the file. Columns: ``image_id``, ``x1``, ``y1``,
+            ``x2``, ``y2`` (half-open, pixels of the original image), ``area`` (of the box, square pixels), ``score``,
+            ``category_id``, ``category`` (its name), and ``ann_id`` if the store has it.
 
         Raises:
             InputError: the file is damaged.
@@ -237,7 +256,7 @@ class Store:
             categories = self.data["regions/category_id"][:]
             columns = {"image_id": np.repeat(self.image_ids, np.diff(self.region_start))}
             columns |= dict(zip(("x1", "y1", "x2", "y2"), boxes.T, strict=True))
-            with np.errstate(all="ignore"):  # boxes of a damaged file need not be finite
+            with np.errstate(all="ignore"):  # boxes of a damaged file may not be finite
                 columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
             frame = pd.DataFrame(columns)
@@ -250,7 +269,7 @@ class Store:
 
 
 def open(path: str | Path, *, again: bool = False) -> Store:
-    """Open a store for reading; use it in a ``with``.
+    """Open a store for reading, as a context manager.
 
     Examples:
         >>> with refdet.open_store("demo/features/refcoco.h5") as store:
@@ -260,18 +279,21 @@ def open(path: str | Path, *, again: bool = False) -> Store:
         True
 
     Args:
-        path: the HDF5 file that `refdet.extract_features` wrote.
-        again: look through the file for damage even if it was done before; see `refdet.store.hdf5_door`.
+        path: the store.
+        again: check the file for damage even if this was done before.
+
+    Returns:
+        The store.
 
     Raises:
-        InputError: no such file, not HDF5, another schema, parts missing or that no store has, or not complete.
+        InputError: no such file, not HDF5, another schema, missing or unsupported parts, or incomplete.
     """
     path = Path(path)
     file = open_store_file(path, again)
     try:
         check_parts(path, file)
         if not file.attrs["complete"]:
-            raise InputError(f"{path}: is not complete; extract it again")
+            raise InputError(f"{path}: incomplete; extract it again")
         return Store(path, file)
     except BaseException as error:
         file.close()

@@ -1,4 +1,4 @@
-"""What writer, reader and verification of a store share: its schema, its header and its checksums."""
+"""Schema, header and checksums of a store."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
 MAPS = ("head",)
 
-# What every store has; of the images with the kind of their dtype.
+# Columns of every store; those of images with the kind of their dtype.
 IMAGE_COLUMNS = {"id": "int", "file_name": "text", "height": "int", "width": "int", "region_start": "int",
                  "error": "text"}  # fmt: skip
 REGION_COLUMNS = ("box", "score", "category_id")
-# The types of each kind. Text is of any length.
+# Dtypes of each kind. Text has any length.
 KINDS = {"int": ("int32", "int64"), "float": ("float32", "float16"), "float32": ("float32",), "uint8": ("uint8",),
          "text": ("object",)}  # fmt: skip
-# What one image may take in memory where its file is smaller than a quarter of it: zeros are compressed a thousandfold.
+# Memory limit of an image if that is more than 4 times the file size; zeros compress a thousandfold.
 MAX_UNPACKED = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a store says about itself.
+    """Metadata of a store.
 
     Attributes:
-        classes: the categories its detector knows, ``[{"id": int, "name": str}]``.
-        recipe: the detector's recipe as text.
-        provenance: `refdet.structures.provenance.Provenance` as JSON.
-        options: how the regions were computed; JSON.
+        classes: categories of the detector, ``[{"id": int, "name": str}]``.
+        recipe: recipe of the detector as text.
+        provenance: provenance of the detector (`refdet.structures.provenance.Provenance`) as JSON.
+        options: options of the extraction, JSON.
     """
 
     classes: list[dict[str, Any]]
@@ -52,14 +52,15 @@ class Header:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which optional columns a store has.
+    """Optional columns of a store.
 
     Attributes:
-        features: feature name -> the shape of one region's, ``(1024,)`` or ``(2048, 7, 7)``.
-        dtype: "float32" or "float16", of all features and maps.
-        masks, ann_ids: whether there are masks and annotation ids.
+        features: feature name -> shape per region, such as ``(1024,)`` or ``(2048, 7, 7)``.
+        dtype: of features and maps, "float32" or "float16".
+        masks: whether regions have masks.
+        ann_ids: whether regions have annotation ids.
         maps: names of the maps of whole images, ``()`` or ``("head",)``.
-        compression: of features and maps: "none", "gzip" or "lzf".
+        compression: of features and maps, "none", "gzip" or "lzf".
     """
 
     features: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -71,17 +72,17 @@ class Columns:
 
     def __post_init__(self) -> None:
         if self.compression not in COMPRESSIONS:
-            raise ValueError(f"compression {self.compression!r} is none of {COMPRESSIONS}")
+            raise ValueError(f"compression {self.compression!r}: must be one of {COMPRESSIONS}")
         if set(self.maps) - set(MAPS):
-            raise ValueError(f"maps {self.maps}: a store holds {MAPS}")
+            raise ValueError(f"maps {self.maps}: must be among {MAPS}")
 
     def is_compressed(self, dataset: str) -> bool:
-        """Whether a dataset (by its whole name) is one of those that are compressed, if any are."""
+        """Whether a dataset, given by its full name, is compressed."""
         large = dataset.startswith("features/") or dataset in [f"maps/{name}" for name in self.maps]
         return large and self.compression != "none"
 
     def names(self) -> tuple[str, ...]:
-        """The datasets that have a checksum for each image, and "images" for its row of ``/images``."""
+        """Names of the datasets with checksums per image, and "images" for its row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]
         return ("images", *(f"regions/{name}" for name in regions), *(f"features/{name}" for name in self.features),
@@ -89,9 +90,17 @@ class Columns:
 
 
 class ImageRow(NamedTuple):
-    """One image of a store to be written: what must be known of it before the regions are.
+    """An image of a store, as needed before its regions are written.
 
-    ``map_shape`` is the (C, H, W) of its head map, zeros where it has none.
+    Attributes:
+        id: image id.
+        file_name: its file name.
+        height: in pixels.
+        width: in pixels.
+        error: why it is unusable, "" if it is usable.
+        regions: number of its regions.
+        mask_bytes: total size of its masks in bytes.
+        map_shape: (C, H, W) of its head map, zeros if it has none.
     """
 
     id: int
@@ -105,40 +114,68 @@ class ImageRow(NamedTuple):
 
 
 def starts_of(counts: Sequence[int]) -> np.ndarray:
-    """(n + 1,) int64: where each of n runs of these lengths starts, and the end."""
+    """Start of each of N runs of these lengths, and the end, (N + 1,) int64."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64), dtype=np.int64)])
 
 
 def image_checksum(image_id: int, height: int, width: int, first: int, last: int, file_name: str, error: str) -> int:
-    """CRC-32 of an image's row of ``/images``: the fields as text, tabs between them; its regions are [first, last)."""
+    """Compute the checksum of an image's row of ``/images``.
+
+    Args:
+        image_id: its id.
+        height: in pixels.
+        width: in pixels.
+        first: row of its first region.
+        last: row after its last region.
+        file_name: its file name.
+        error: why it is unusable, or "".
+
+    Returns:
+        CRC-32 of the fields as tab-separated text.
+    """
     text = f"{image_id}\t{height}\t{width}\t{first}\t{last}\t{file_name}\t{error}"
     return zlib.crc32(text.encode("utf-8", "surrogateescape"))
 
 
 def attributes_checksum(attributes: Mapping[str, Any]) -> int:
-    """CRC-32 of the schema, classes, recipe, provenance and options as they stand in the file, zeros between them."""
+    """CRC-32 of the attributes schema, classes, recipe, provenance and options, separated by NUL."""
     texts = (str(attributes[name]) for name in ("schema", "classes", "recipe", "provenance", "options"))
     return zlib.crc32("\0".join(texts).encode("utf-8", "surrogateescape"))
 
 
 def check_parts(path: Path, file: h5py.File) -> None:
-    """InputError where a file is no store, is of another schema or lacks a part that every store has."""
+    """Check that a file is a store with this schema and all required parts.
+
+    Args:
+        path: the file, for error messages.
+        file: the open file.
+
+    Raises:
+        InputError: it is not.
+    """
     schema = file.attrs.get("schema")
     if not isinstance(schema, str) or schema != SCHEMA:
         found = "no schema" if schema is None else f"schema {schema!r:.60}"
-        raise InputError(f"{path}: {found}, not {SCHEMA!r}; is it a file of refdet extract-features?")
+        raise InputError(f"{path}: not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet "
+                         "extract-features")  # fmt: skip
     wanted = [f"images/{name}" for name in IMAGE_COLUMNS] + [f"regions/{name}" for name in REGION_COLUMNS]
     missing = [f"attribute {name}" for name in ATTRIBUTES if name not in file.attrs]
     missing += [name for name in [*wanted, "features"] if name not in file]
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; extract it again")
+        raise InputError(f"{path}: missing {', '.join(missing)}; extract it again")
 
 
 def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """All datasets of a store that passed `check_parts`, by name: ``data["regions/box"]``.
+    """Open all datasets of a store that passed `check_parts`.
+
+    Args:
+        file: the open file.
+
+    Returns:
+        Datasets by name, such as ``data["regions/box"]``.
 
     Raises:
-        ValueError: one has a type or shape that no store has, or one is missing that another asks for.
+        ValueError: a dataset has an invalid type or shape, or is missing although another one needs it.
     """
     images, regions = len(file["images/id"]), len(file["regions/box"])
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -162,28 +199,28 @@ def open_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     data = {name: file[name] for name in shapes}
     for name, (kind, shape) in shapes.items():
         if data[name].dtype not in KINDS[kind] or data[name].shape != shape:
-            raise ValueError(f"{name} is {data[name].dtype} {data[name].shape}")
+            raise ValueError(f"{name} has dtype {data[name].dtype} and shape {data[name].shape}")
         if kind == "text" and h5py.check_string_dtype(data[name].dtype) is None:
-            raise ValueError(f"{name} is no text")
+            raise ValueError(f"{name} is not text")
     return data
 
 
 def check_starts(name: str, starts: np.ndarray, end: int) -> None:
-    """ValueError where offsets do not ascend from 0 to ``end``."""
+    """Check that offsets ascend from 0 to ``end``; raises ValueError otherwise."""
     if len(starts) == 0 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
         raise ValueError(f"{name} does not ascend from 0 to {end}")
 
 
 def parse_json(file: h5py.File, name: str, kind: type) -> Any:
-    """An attribute that is JSON of a list or an object; ValueError where it is not."""
+    """Parse an attribute that is a JSON list or object; raises ValueError if it is not."""
     value = json.loads(file.attrs[name])
     if not isinstance(value, kind):
-        raise ValueError(f"attribute {name} is no JSON {'list' if kind is list else 'object'}")
+        raise ValueError(f"attribute {name} is not a JSON {'list' if kind is list else 'object'}")
     return value
 
 
 def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
-    """The attribute ``classes``; ValueError where it is not ``[{"id": int, "name": str}]``."""
+    """Parse the attribute ``classes``; raises ValueError if it is not ``[{"id": int, "name": str}]``."""
     classes: list[dict[str, Any]] = parse_json(file, "classes", list)
     for one in classes:
         number = one.get("id") if isinstance(one, dict) else None
@@ -193,15 +230,18 @@ def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
 
 
 def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarray], size: int) -> None:
-    """ValueError where one image would take much more memory than its file has bytes.
+    """Check that no image takes far more memory than the size of the file.
 
     Args:
         data: datasets by name.
-        starts: of the datasets whose rows are images' -> where each image's start.
-        size: bytes of the file.
+        starts: name of a dataset -> (I + 1,) first row of each image, and the end.
+        size: size of the file in bytes.
+
+    Raises:
+        ValueError: an image takes too much memory.
     """
     for name, of_images in starts.items():
         rows = int(np.diff(of_images).max(initial=0))
         need = rows * math.prod(data[name].shape[1:]) * data[name].dtype.itemsize
         if need > max(MAX_UNPACKED, 4 * size):
-            raise ValueError(f"{name} of one image takes {need} bytes, and the file has {size}")
+            raise ValueError(f"{name} of an image takes {need} bytes, but the file has {size}")

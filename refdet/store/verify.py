@@ -1,4 +1,4 @@
-"""Whether a store is whole: its checksums, and that its parts fit together. No torch."""
+"""Verify a store by its checksums and by the consistency of its parts. No torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from refdet.store import open as open_store
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
-# The reference's arithmetic of inclusive boxes, scaled back, ends up to a pixel outside.
+# Boxes in the reference's inclusive convention, scaled back, may exceed the image by a pixel.
 _OUTSIDE = 1.0
 _STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
-_NO_CHECKSUMS = "has no checksums (an older store): only that its parts fit together was checked, not every byte"
+_NO_CHECKSUMS = "no checksums (an older store); only the consistency of its parts was checked, not every byte"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one part of a store; ``image_id`` is None where it is not one image's."""
+    """A damaged part of a store.
+
+    Attributes:
+        image_id: the image, None if it does not belong to one.
+        part: name of the dataset or attribute.
+        what: the problem.
+    """
 
     image_id: int | None
     part: str
@@ -39,13 +45,14 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
         path: the store.
-        images, regions: how many were looked at.
-        problems: what is damaged.
-        unchecked: what could not be checked.
+        images: number of images that were checked.
+        regions: number of regions that were checked.
+        problems: damaged parts.
+        unchecked: parts that could not be checked.
     """
 
     path: str
@@ -56,11 +63,11 @@ class Verification:
 
     @property
     def damaged_images(self) -> list[int]:
-        """The ids of the images that a problem is about, in the order of the file."""
+        """Ids of the images with problems, in file order."""
         return list(dict.fromkeys(p.image_id for p in self.problems if p.image_id is not None))
 
     def to_json(self) -> dict[str, Any]:
-        """As `refdet inspect --verify --json` prints it."""
+        """JSON object as printed by `refdet inspect --verify --json`."""
         return {
             "kind": "store", "path": self.path, "ok": not self.problems, "images": self.images,
             "regions": self.regions, "unchecked": self.unchecked, "damaged_images": self.damaged_images,
@@ -69,9 +76,13 @@ class Verification:
 
 
 def verify(path: Path) -> Verification:
-    """Read a whole store, an image at a time, and compare it with its checksums and with itself.
+    """Read a whole store and check it against its checksums and for consistency.
 
-    What cannot be opened at all is one problem of the whole file.
+    Args:
+        path: the store.
+
+    Returns:
+        The problems; a single one for the whole file if it cannot be opened.
     """
     found = Verification(str(path))
     try:
@@ -83,14 +94,14 @@ def verify(path: Path) -> Verification:
         found.images, found.regions = len(store), store.regions
         checksums = _checksums(store, found)
         categories = np.array([one["id"] for one in store.classes], np.int64)
-        rates = "boxes_sha256" not in store.options  # boxes that were given have the scores of whatever found them
+        rates = "boxes_sha256" not in store.options  # given boxes may have any scores
         for i in progress(range(len(store)), "verify", "image", leave=False):
             _check_image(store, i, checksums, categories, rates, found)
     return found
 
 
 def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
-    """Column -> (I,) checksums; empty where there are none."""
+    """Column -> (I,) uint32 checksums of each image, empty if there are none."""
     try:
         if CHECKSUMS not in store.file:
             found.unchecked.append(_NO_CHECKSUMS)
@@ -98,11 +109,11 @@ def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
         table = store.file[CHECKSUMS]
         names, values = json.loads(table.attrs["columns"]), table[:]
         if values.dtype != np.uint32 or values.shape != (len(store), len(names)):
-            raise ValueError(f"is {values.dtype} {values.shape} for {len(store)} images and {len(names)} columns")
+            raise ValueError(f"{values.dtype} of shape {values.shape} for {len(store)} images and {len(names)} columns")
         if int(table.attrs["attributes"]) != attributes_checksum(store.file.attrs):
-            found.problems.append(Problem(None, "attributes", "are not those that were written"))
+            found.problems.append(Problem(None, "attributes", "checksum mismatch"))
         found.problems += [
-            Problem(None, name, "is missing") for name in names if name != "images" and name not in store.data
+            Problem(None, name, "missing") for name in names if name != "images" and name not in store.data
         ]
         without = [name for name in store.data if not name.startswith("images/") and name not in [*names, *_STARTS]]
         found.unchecked += [f"{name} has no checksums" for name in without]
@@ -127,9 +138,9 @@ def _check_image(
     if "images" in checksums:
         row = image_checksum(image_id, *size, rows.start, rows.stop, file_name, error)
         if row != checksums["images"][i]:
-            wrong.append(("images", "not what was written"))
+            wrong.append(("images", "checksum mismatch"))
     if error and len(rows):
-        wrong.append(("images/error", "it has regions although it could not be read"))
+        wrong.append(("images/error", "has regions although it is unusable"))
     columns: dict[str, np.ndarray] = {}
     for name in store.data:
         if name.startswith("images/") or name in _STARTS:
@@ -140,17 +151,17 @@ def _check_image(
             wrong.append((name, f"cannot be read: {error_}"))
             continue
         if name in checksums and zlib.crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:
-            wrong.append((name, "not what was written"))
+            wrong.append((name, "checksum mismatch"))
     wrong += _inconsistencies(columns, size, categories, rates)
     found.problems += [Problem(image_id, part, what) for part, what in wrong]
 
 
 def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
-    """An image's part of a dataset."""
+    """Rows of a dataset that belong to an image."""
     data = store.data[name]
     first, last = rows.start, rows.stop
     if name == "regions/mask_start" and len(rows):
-        first, last = rows.start + 1, rows.stop + 1  # where its masks end
+        first, last = rows.start + 1, rows.stop + 1  # ends of its masks
     elif name == "regions/mask_counts" and len(rows):
         starts = store.data["regions/mask_start"][rows.start : rows.stop + 1]
         first, last = int(starts[0]), int(starts[-1])
@@ -160,7 +171,7 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
     elif name.startswith("maps/"):
         first, last = i, i + 1
     if not 0 <= first <= last <= len(data):
-        raise ValueError("its place lies outside of the dataset")
+        raise ValueError("rows outside the dataset")
     values: np.ndarray = data[first:last]
     return values
 
@@ -168,21 +179,21 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
 def _inconsistencies(
     columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, rates: bool
 ) -> Iterator[tuple[str, str]]:
-    """What no sound image of a store has, as (part, what)."""
+    """Iterate over inconsistencies of an image as (part, problem)."""
     height, width = size
     if (boxes := columns.get("regions/box")) is not None:
         limit = np.array([width, height], np.float64) + _OUTSIDE
         low, high = boxes[:, :2], boxes[:, 2:]
         if not ((low >= -_OUTSIDE) & (low <= high) & (high <= limit)).all():
-            yield "regions/box", f"a box is not inside the image of {width}x{height}, or is turned over"
+            yield "regions/box", f"a box is outside the image of {width}x{height} or inverted"
     if (scores := columns.get("regions/score")) is not None:
         if not np.isfinite(scores).all():
             yield "regions/score", "a score is not finite"
         elif rates and not ((scores >= 0) & (scores <= 1)).all():
-            yield "regions/score", "a score is not in 0 to 1"
+            yield "regions/score", "a score is outside 0 to 1"
     known = columns.get("regions/category_id")
     if known is not None and len(categories) and not np.isin(known, categories).all():
-        yield "regions/category_id", "a category is none of the file's classes"
+        yield "regions/category_id", "a category is not in the file's classes"
     ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
     if ends is not None and counts is not None and len(ends):
         cuts = (ends - (ends[-1] - len(counts)))[:-1]
@@ -193,4 +204,4 @@ def _inconsistencies(
             yield name, "a value is not finite"
         shape = columns.get(f"{name}_shape")
         if shape is not None and np.prod(shape, dtype=np.int64) != len(values):
-            yield name, f"{len(values)} values do not make a map of {shape[0].tolist()}"
+            yield name, f"{len(values)} values for a map of shape {shape[0].tolist()}"

@@ -1,4 +1,4 @@
-"""Writing a store; see `refdet.store` for reading it. No torch."""
+"""Writer of the HDF5 file of regions. No torch."""
 
 from __future__ import annotations
 
@@ -32,10 +32,16 @@ from refdet.structures.regions import Regions
 
 
 class StoreWriter:
-    """Puts regions into a new store, image by image in the order of the file; made by `create`.
+    """Writes regions to a new store, image by image in file order; created by `create`.
 
-    All datasets have their final size from the start, so an image's rows go straight to their place and memory
-    holds one image at a time, and a chunk of each dataset that is compressed; the others are contiguous.
+    Datasets have their final size from the start. Only one image, and a chunk of each compressed dataset, is in memory.
+
+    Args:
+        file: the file, open for writing.
+        header: metadata of the store.
+        columns: optional columns of the store.
+        images: all images in file order.
+        pool: threads for compression.
     """
 
     def __init__(
@@ -50,8 +56,8 @@ class StoreWriter:
         self._columns = columns
         self._images = images
         if len({image.id for image in images}) != len(images):
-            raise ValueError("an image is in the list twice")
-        self._next = 0  # the place of the image that comes next
+            raise ValueError("duplicate image")
+        self._next = 0  # index of the next image
         self._region_start = starts_of([image.regions for image in images])
         self._mask_start = starts_of([image.mask_bytes for image in images])
         self._head_start = starts_of([math.prod(image.map_shape) for image in images])
@@ -64,7 +70,7 @@ class StoreWriter:
         file.attrs["provenance"] = json.dumps(header.provenance)
         file.attrs["options"] = json.dumps(header.options)
         file.attrs["complete"] = False
-        # All are kept open: where the disk fails, one that is closed on its own takes HDF5 down; see `new_file`.
+        # Kept open, as closing a dataset on a full disk crashes HDF5 (`new_file`).
         self._data: dict[str, h5py.Dataset] = {}
         self._describe_images(images)
         self._make_columns()
@@ -72,7 +78,7 @@ class StoreWriter:
 
     @property
     def path(self) -> Path:
-        """The file that is written to, which is not yet under its name."""
+        """Temporary path of the file."""
         return Path(self._file.filename)
 
     def _describe_images(self, images: Sequence[ImageRow]) -> None:
@@ -124,15 +130,22 @@ class StoreWriter:
         return data
 
     def put(self, regions: Regions) -> None:
-        """Write the next image's regions. ValueError where they are not what was announced in ``images``."""
+        """Write the regions of the next image.
+
+        Args:
+            regions: the regions.
+
+        Raises:
+            ValueError: they do not match ``images``.
+        """
         i = self._next
         if i == len(self._images) or regions.image_id != self._images[i].id:
-            wanted = "none" if i == len(self._images) else f"image {self._images[i].id}"
-            raise ValueError(f"image {regions.image_id}: {wanted} was announced to come next")
+            wanted = "no image" if i == len(self._images) else f"image {self._images[i].id}"
+            raise ValueError(f"image {regions.image_id}: expected {wanted} next")
         self._next += 1
         first, last = int(self._region_start[i]), int(self._region_start[i + 1])
         if len(regions) != last - first:
-            raise ValueError(f"image {regions.image_id}: {len(regions)} regions, {last - first} were announced")
+            raise ValueError(f"image {regions.image_id}: {len(regions)} regions, expected {last - first}")
         image = self._images[i]
         checksum = image_checksum(image.id, image.height, image.width, first, last, image.file_name, image.error)
         self._checksums[i, 0] = checksum
@@ -147,11 +160,11 @@ class StoreWriter:
         self._write(i, "regions/category_id", rows, regions.category_ids)
         if self._columns.ann_ids:
             if regions.ann_ids is None:
-                raise ValueError(f"image {regions.image_id}: its regions have no annotation ids")
+                raise ValueError(f"image {regions.image_id}: no annotation ids")
             self._write(i, "regions/ann_id", rows, regions.ann_ids)
         if self._columns.masks:
             if regions.masks is None:
-                raise ValueError(f"image {regions.image_id}: its regions have no masks")
+                raise ValueError(f"image {regions.image_id}: no masks")
             start, stop = int(self._mask_start[i]), int(self._mask_start[i + 1])
             text = np.frombuffer(b"".join(regions.masks), np.uint8)
             self._write(i, "regions/mask_counts", slice(start, stop), text)
@@ -166,7 +179,7 @@ class StoreWriter:
             values = regions.maps.get(name)
             found = (0, 0, 0) if values is None else values.shape
             if found != tuple(shape):
-                raise ValueError(f"image {regions.image_id}: its {name} map is {found}, {shape} was announced")
+                raise ValueError(f"image {regions.image_id}: {name} map has shape {found}, expected {shape}")
             self._write(i, f"maps/{name}_shape", row, np.array([shape], np.int32))
             if values is not None:
                 cells = slice(int(self._head_start[i]), int(self._head_start[i + 1]))
@@ -175,12 +188,12 @@ class StoreWriter:
         self._write(i, "maps/im_info", row, info[None])
 
     def _write(self, i: int, name: str, rows: slice, values: np.ndarray) -> None:
-        """Write rows of a dataset and keep their checksum as image ``i``'s."""
+        """Write rows of a dataset and record their checksum for image ``i``."""
         data = self._data[name]
         values = np.ascontiguousarray(values, data.dtype)
         if values.shape != (rows.stop - rows.start, *data.shape[1:]):
             wanted = (rows.stop - rows.start, *data.shape[1:])
-            raise ValueError(f"image {self._images[i].id}: its {name} is {values.shape}, not {wanted}")
+            raise ValueError(f"image {self._images[i].id}: {name} has shape {values.shape}, expected {wanted}")
         if name in self._chunks:
             self._chunks[name].append(values)
         elif values.size:
@@ -188,19 +201,19 @@ class StoreWriter:
         self._checksums[i, self._names.index(name)] = zlib.crc32(values.data) if values.size else 0
 
     def finish(self, run: Mapping[str, Any] | None = None) -> None:
-        """Mark the store complete; `create` does it where the caller does not.
+        """Mark the store complete; called by `create` if the caller does not.
 
         Args:
-            run: what the run tells of itself, such as images/s; JSON. The one part in which two stores of the same
+            run: information about the run, such as images/s; JSON. The only part in which two stores with the same
                 contents may differ.
 
         Raises:
-            ValueError: an image was never put.
+            ValueError: images are missing.
         """
         if self._finished:
             return
         if missing := self._images[self._next :]:
-            raise ValueError(f"{len(missing)} images were never written, the first {missing[0].id}")
+            raise ValueError(f"{len(missing)} images were not written, first: {missing[0].id}")
         for chunks in self._chunks.values():
             chunks.finish()
         sums = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
@@ -216,11 +229,17 @@ class StoreWriter:
 def create(
     path: Path, header: Header, columns: Columns, images: Sequence[ImageRow], space: int = 0
 ) -> Iterator[StoreWriter]:
-    """Write a store at ``path``: there is nothing under that name until all of it is there.
+    """Write a store atomically.
 
     Args:
-        images: all images in the order they get in the file.
-        space: bytes to set aside on the disk before the first is written.
+        path: the file.
+        header: metadata of the store.
+        columns: optional columns of the store.
+        images: all images in file order.
+        space: disk space in bytes to reserve before writing.
+
+    Yields:
+        The writer.
     """
     with (
         atomic_write(path) as temporary,

@@ -52,7 +52,7 @@ def test_npz_from_the_command_line(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"3.npz", "4.npz", "5.npz", "provenance.json"}
     options = json.loads((out / "provenance.json").read_text())["options"]
     assert options == {"for": "bottom-up-attention", "feature": "pool5", "names": "id"}
-    assert "note: objects_id numbers the detector's classes from 0" in result.stderr
+    assert "note: objects_id counts the detector's classes from 0" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_npz_from_the_command_line(tmp_path: Path) -> None:
         (["--format", "mattnet", "--for", "uniter"], "--for is not for --format mattnet"),
         (
             ["--format", "npz", "--for", "uniter"],
-            "--for uniter: does not read --format npz; choose bottom-up",
+            "--for uniter: cannot read --format npz; choose bottom-up",
         ),
-        (["--format", "lmdb", "--for", "mcan"], "--for mcan: does not read --format lmdb; choose vilbert-m"),
+        (["--format", "lmdb", "--for", "mcan"], "--for mcan: cannot read --format lmdb; choose vilbert-m"),
         (["--format", "mattnet", "--dataset", "refcoco"], "data.json needs --refer-root"),
         (["--format", "mattnet", "--max-length", "3"], "data.json needs --refer-root"),
         (["--format", "mattnet", "--data-json", "x", "--dataset", "refcoco"], "--data-json: give it without"),
-        (["--format", "mattnet", "--annotations", "a.h5"], "--annotations: data.json numbers the rows"),
+        (["--format", "mattnet", "--annotations", "a.h5"], "--annotations: the rows of ann_feats.h5 need a data.json"),
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path: Path, args: list[str], message: str) -> None:

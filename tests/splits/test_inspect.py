@@ -158,7 +158,7 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
     for name, text in (
         ("x.txt", "not an instances JSON, run directory or feature store"),
         ("cut.h5", "damaged"),
-        ("other.h5", "no store"),
+        ("other.h5", "not a feature store"),
         ("no", "no such file"),
     ):
         with pytest.raises(InputError, match=f"{name}: .*{text}"):

@@ -131,7 +131,7 @@ def test_heads_are_a_file_an_image(done: Exported, tmp_path: Path) -> None:
     np.testing.assert_array_equal(info, [INFOS[0]])
     assert loader.head(3)[0].shape == (1, 2, 1, 5)
     assert sorted(path.name for path in (tmp_path / "out" / "head").iterdir()) == ["3.h5", "4.h5"]
-    assert "1 of 3 images have no head" in done.notes
+    assert "1 of 3 images have no head map" in done.notes
 
 
 def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> Non
 def test_what_has_no_detections_is_told(done: Exported) -> None:
     assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
     assert any("--lower-threshold-if-empty" in note for note in done.notes)
-    assert not any("numbers a region" in note for note in done.notes)
+    assert not any("numbers per region" in note for note in done.notes)
 
 
 def test_the_store_alone_gives_the_files_of_the_detections(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_images_of_no_ref_are_left_out(tmp_path: Path, prepro: Prepro) -> None:
     done = export_mattnet(dets, tmp_path / "out", None, prepro, {})
     found: list[dict[str, Any]] = json.loads((tmp_path / "out" / "dets.json").read_text())
     assert {det["image_id"] for det in found} == {3, 4} and [det["region"] for det in found][-1] == 5
-    assert any("1 images of dets.h5 are not of the dataset" in note for note in done.notes)
+    assert any("1 images of dets.h5 are not in the dataset" in note for note in done.notes)
 
 
 def test_no_detection_at_all(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_no_detection_at_all(tmp_path: Path) -> None:
 def test_an_annotation_that_is_there_twice_is_refused(tmp_path: Path, prepro: Prepro) -> None:
     dets, twice = write_store(tmp_path / "d.h5", DETECTIONS), regions(3, [1, 2], [1, 1], [7, 7])
     anns = write_store(tmp_path / "a.h5", [twice, *ANNOTATIONS[1:]])
-    with pytest.raises(InputError, match="image 3 has an annotation twice"):
+    with pytest.raises(InputError, match="duplicate annotation of image 3"):
         export_mattnet(dets, tmp_path / "out", anns, prepro, {})
 
 
@@ -199,13 +199,13 @@ def test_refusals(tmp_path: Path, prepro: Prepro) -> None:
     foreign = write_store(tmp_path / "foreign.h5", [other])
     renamed = replace(prepro, data=prepro.data | {"cat_to_ix": {"dog": 2, "cat": 1}})
     cases: list[tuple[Path, Path | None, Prepro | None, str]] = [
-        (anns, None, None, "regions of annotations"),
+        (anns, None, None, "has annotations"),
         (dets, dets, prepro, "has detections"),
-        (dets, anns, None, "data.json numbers the rows"),
-        (dets, one, prepro, "2 of the 3 images .* the first is 4"),
-        (bare, None, None, "has no feature fc7"),
+        (dets, anns, None, "the rows of ann_feats.h5 need a data.json"),
+        (dets, one, prepro, "2 of the 3 images .* first: 4"),
+        (bare, None, None, "no feature fc7"),
         (foreign, None, prepro, "has none of the 3 images"),
-        (dets, None, renamed, "category cat is 2, and 1 in the dataset"),
+        (dets, None, renamed, "category cat has id 2, but 1 in the dataset"),
     ]
     for features, of_annotations, data, message in cases:
         with pytest.raises(InputError, match=message):

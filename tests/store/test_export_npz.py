@@ -41,8 +41,8 @@ def test_an_image_without_regions_has_a_file_of_none(tmp_path: Path) -> None:
     done = export_npz(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out", "pool5", "id")
     found = np.load(tmp_path / "out" / "5.npz")  # without the pickle, as readers of x alone do it
     assert found["x"].shape == (0, 1024) and found["bbox"].shape == (0, 4) and found["num_bbox"] == 0
-    assert done.notes[0].startswith("objects_id numbers the detector's classes from 0, without the background")
-    assert done.notes[1:] == ["1 images have no regions; their files hold 0 boxes"]
+    assert done.notes[0].startswith("objects_id counts the detector's classes from 0, without the background")
+    assert done.notes[1:] == ["1 images have no regions; their files have 0 boxes"]
 
 
 def test_the_same_store_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -59,9 +59,9 @@ def test_refusals(tmp_path: Path) -> None:
     nameless = write_store(tmp_path / "n.h5", [replace(DETECTIONS[0], file_name="", features=spatial)])
     twice = write_store(tmp_path / "t.h5", [replace(r, file_name=f"{r.image_id}/a.jpg") for r in DETECTIONS])
     for path, feature, message in (
-        (nameless, "spatial", "image 4 has none; export with --names id"),
-        (nameless, "fc7", "has no feature fc7, but spatial"),
-        (twice, "fc7", "images 4 and 3 are both 'a'"),
+        (nameless, "spatial", r"image 4 has no name\); export with --names id"),
+        (nameless, "fc7", r"no feature fc7 \(it has spatial\)"),
+        (twice, "fc7", "images 4 and 3 are both named 'a'"),
     ):
         with pytest.raises(InputError, match=message):
             export_npz(path, tmp_path / "out", feature)
@@ -73,7 +73,7 @@ def test_a_feature_of_more_than_a_vector_is_refused(tmp_path: Path) -> None:
     path = write_store(tmp_path / "a.h5", DETECTIONS)
     with h5py.File(path, "a") as file:
         file["features/spatial_fc7"] = np.zeros((5, 3, 7, 7), np.float32)
-    with pytest.raises(InputError, match="spatial_fc7 is 3 x 7 x 7 for a region"):
+    with pytest.raises(InputError, match="spatial_fc7 has shape 3 x 7 x 7 per region"):
         export_npz(path, tmp_path / "out", "spatial_fc7")
 
 
@@ -123,7 +123,7 @@ def test_openvqas_gqa_loader_finds_its_images(tmp_path: Path) -> None:
         np.testing.assert_allclose(boxes[: len(regions)] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
     assert "grid features" in done.notes[0]
     other = export_npz(store, tmp_path / "other", consumer="openvqa-gqa")
-    assert any("3 images are read by another id" in note and "--names id" in note for note in other.notes)
+    assert any("3 images are read with another id" in note and "--names id" in note for note in other.notes)
 
 
 def test_rosita_finds_its_images(tmp_path: Path) -> None:
@@ -144,20 +144,20 @@ def test_rosita_finds_its_images(tmp_path: Path) -> None:
         assert types["x"] == types["boxes"] == types["objects_conf"] == types["attrs_conf"] == np.float32
         assert types["objects_id"] == types["attrs_id"] == np.int64
         assert not file["attrs_id"].any() and len(file["attrs_conf"]) == len(regions)
-    assert any("attrs_id and attrs_conf are zeros" in note for note in done.notes)
-    assert any("at which ROSITA's loaders stop" in note for note in done.notes)
+    assert any("attrs_id and attrs_conf are zero" in note for note in done.notes)
+    assert any("at which ROSITA's loaders fail" in note for note in done.notes)
 
 
 def test_a_width_that_the_reader_does_not_take_is_said(tmp_path: Path) -> None:
     store = write_store(tmp_path / "a.h5", DETECTIONS)
     for consumer in consumers.NPZ:
         done = export_npz(store, tmp_path / consumer, "pool5", consumer=consumer)
-        assert any("pool5 has 1024 numbers a region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
+        assert any("pool5 has 1024 numbers per region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
     assert set(LAYOUTS) == set(consumers.NPZ)
 
 
 def test_a_category_that_the_detector_lacks_is_named(tmp_path: Path) -> None:
     regions = replace(DETECTIONS[1], category_ids=np.array([9], np.int64))
-    with pytest.raises(InputError, match="image 3: category 9 is not one of the 2 classes"):
+    with pytest.raises(InputError, match="image 3: category 9 is not among the 2 classes"):
         export_npz(write_store(tmp_path / "a.h5", [regions]), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -82,7 +82,7 @@ def test_refusals(tmp_path: Path) -> None:
     write(tmp_path, GREFS, "grefs(unc).json", "grefcoco")
     with pytest.raises(InputError, match="give --max-length"):
         prepare(tmp_path, "grefcoco", "unc", PreproOptions())
-    with pytest.raises(InputError, match="any number of objects"):
+    with pytest.raises(InputError, match="any number of targets"):
         prepare(tmp_path, "grefcoco", "unc", PreproOptions(max_length=5))
 
 

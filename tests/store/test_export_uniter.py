@@ -72,9 +72,7 @@ def test_uniter_reads_it(tmp_path: Path, images: list[Regions], prefix: str) -> 
         np.testing.assert_allclose(place[:, :4] * [WIDTH, HEIGHT, WIDTH, HEIGHT], of.boxes, rtol=1e-3)
         np.testing.assert_allclose(place[:, 4:6] * [WIDTH, HEIGHT], sides, rtol=1e-3)
         np.testing.assert_allclose(place[:, 6] * WIDTH * HEIGHT, sides.prod(axis=1), rtol=2e-3)
-    assert done.empty == {5: "cannot be read"} and any(
-        "1 images have no regions and are left out" in n for n in done.notes
-    )
+    assert done.empty == {5: "cannot be read"} and any("1 images without regions are omitted" in n for n in done.notes)
 
 
 def test_soft_labels_are_the_probabilities_of_the_store(tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_soft_labels_are_made_of_scores_where_the_store_has_no_probabilities(tmp
     found = Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000004.npz")["soft_labels"]
     # background, cat (2), dog (1): the detector's order
     assert found.tolist() == [[0.25, 0, 0.75], [0.5, 0.5, 0], [0, 0, 1]]
-    assert any("soft_labels are made of scores and categories, for a.h5 has no class_prob" in n for n in done.notes)
+    assert any("soft_labels are derived from scores and categories, as a.h5 has no class_prob" in n for n in done.notes)
 
 
 def test_annotations_are_numbered_as_its_text_database_wants(tmp_path: Path) -> None:
@@ -120,7 +118,7 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path, value: float, fits: 
     if fits:
         export_lmdb(path, tmp_path / "out", consumer="uniter")
         return
-    with pytest.raises(InputError, match="image 4: features has numbers beyond float16"):
+    with pytest.raises(InputError, match="image 4: features is out of the range of float16"):
         export_lmdb(path, tmp_path / "out", consumer="uniter")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 
@@ -134,7 +132,7 @@ def test_what_uniter_will_not_read_is_said(tmp_path: Path) -> None:
     )  # fmt: skip
     done = export_lmdb(write_store(tmp_path / "a.h5", [many]), tmp_path / "out", consumer="uniter")
     assert any(note.startswith("1 images have more than 100 regions") for note in done.notes)
-    assert "fc7 has 16 numbers a region; uniter takes 2048" in done.notes
+    assert "fc7 has 16 numbers per region, but uniter expects 2048" in done.notes
     assert len(Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000001.npz")["conf"]) == 100
 
 

@@ -151,11 +151,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 
 LOOKS = {
-    "while True: pass": "does not get to its end within 0.5.* seconds of computing",
+    "while True: pass": "does not finish within 0.5.* seconds of CPU time",
     "os.kill(os.getpid(), signal.SIGSEGV)": r"HDF5 crashes \(SIGSEGV\)",
-    "raise SystemExit(3)": "HDF5 ends with 3",
-    "bytearray(2**33)": "HDF5 asks for more memory",
-    "time.sleep(60)": "does not get to its end within 1.5.* seconds",
+    "raise SystemExit(3)": "HDF5 exits with 3",
+    "bytearray(2**33)": "HDF5 needs more memory",
+    "time.sleep(60)": "does not finish within 1.5.* seconds",
 }
 
 
@@ -182,7 +182,7 @@ def test_where_no_process_can_be_started_it_is_tried_here(
 ) -> None:
     monkeypatch.setattr(hdf5_trial.sys, "executable", "/nonexistent")
     store.open(foreign).close()
-    assert "a.h5: looked through without the guard of a process of its own" in caplog.text
+    assert "a.h5: checked without a separate process" in caplog.text
 
 
 @pytest.mark.parametrize("how", [["-m", "refdet"], ["-P", "-c", "from refdet.cli.main import main; main()"]])

@@ -33,8 +33,8 @@ def test_what_no_store_holds_is_refused(tmp_path: Path, name: str, libver: str) 
 
 @pytest.mark.parametrize(
     ("change", "libver", "says"),
-    [(repeat_text, "", "/x claims 100000000 bytes of text in a file of"),
-     (share_bytes, "earliest", "its datasets share their bytes")],
+    [(repeat_text, "", "/x declares 100000000 bytes of strings in a file of"),
+     (share_bytes, "earliest", "its datasets overlap")],
 )  # fmt: skip
 def test_the_same_bytes_count_each_time(tmp_path: Path, change: Callable[[Path], None], libver: str, says: str) -> None:
     path = write_store(tmp_path / "a.h5", libver=libver)
@@ -111,30 +111,30 @@ def _column(name: str, values: np.ndarray) -> Callable[[h5py.File], None]:
         (_attribute("classes", '[{"id": 1, "name": null}]'), "classes is not"),
         (_attribute("classes", '[{"id": 1e400, "name": "a"}]'), "classes is not"),
         (_attribute("classes", f'[{{"id": {2**63}, "name": "a"}}]'), "classes is not"),
-        (_attribute("classes", "{}"), "no JSON list"),
+        (_attribute("classes", "{}"), "not a JSON list"),
         (_attribute("classes", "[" * 100_000), "recursion"),
         (_attribute("classes", b"[]\xff"), "."),
-        (_attribute("options", "7"), "no JSON object"),
-        (_attribute("provenance", "[]"), "no JSON object"),
-        (_attribute("run", '"x"'), "no JSON object"),
+        (_attribute("options", "7"), "not a JSON object"),
+        (_attribute("provenance", "[]"), "not a JSON object"),
+        (_attribute("run", '"x"'), "not a JSON object"),
         (_attribute("provenance", 3), "."),
         (_column("images/height", np.array([9, 0, 9], np.int32)), "not positive"),
         (_column("images/width", np.array([9, 7, -1], np.int32)), "not positive"),
-        (_column("images/height", np.array([9, 9, 9], np.float32)), "images/height is float32"),
-        (_column("images/height", np.array([9, 9, 9], ">i4")), "images/height is >i4"),
-        (_column("images/id", np.array([1, 1, 2])), "twice"),
+        (_column("images/height", np.array([9, 9, 9], np.float32)), "images/height has dtype float32"),
+        (_column("images/height", np.array([9, 9, 9], ">i4")), "images/height has dtype >i4"),
+        (_column("images/id", np.array([1, 1, 2])), "duplicate image"),
         (_column("images/id", np.array([[1, 2, 3]])), "images/"),
-        (_column("images/file_name", np.array([b"a", b"b", b"c"])), "images/file_name is"),
+        (_column("images/file_name", np.array([b"a", b"b", b"c"])), "images/file_name has"),
         (_column("images/region_start", np.array([0, 2**31 - 1, -5, 5], np.int32)), "does not ascend"),
         (_column("images/region_start", np.array([0, 2**63 - 1, -(2**63), 5])), "does not ascend"),
         (_column("images/region_start", np.array([1, 3, 3, 5])), "does not ascend"),
-        (_column("regions/box", np.zeros((5, 4))), "regions/box is float64"),
-        (_column("regions/box", np.zeros((5, 5), np.float32)), "regions/box is"),
-        (_column("regions/score", np.zeros(4, np.float32)), "regions/score is"),
-        (_column("regions/mask_counts", np.zeros(10, np.int8)), "regions/mask_counts is"),
-        (_column("features/fc7", np.zeros((5, 2), ">f4")), "features/fc7 is"),
-        (_column("features/fc7", np.zeros((5, 2), "i4")), "features/fc7 is"),
-        (_column("features/fc7", np.zeros((4, 2), "f4")), "features/fc7 is"),
+        (_column("regions/box", np.zeros((5, 4))), "regions/box has dtype float64"),
+        (_column("regions/box", np.zeros((5, 5), np.float32)), "regions/box has"),
+        (_column("regions/score", np.zeros(4, np.float32)), "regions/score has"),
+        (_column("regions/mask_counts", np.zeros(10, np.int8)), "regions/mask_counts has"),
+        (_column("features/fc7", np.zeros((5, 2), ">f4")), "features/fc7 has"),
+        (_column("features/fc7", np.zeros((5, 2), "i4")), "features/fc7 has"),
+        (_column("features/fc7", np.zeros((4, 2), "f4")), "features/fc7 has"),
         (_column("maps/head_start", np.array([0, 24, 48, 73])), "does not ascend"),
         (lambda file: (file.__delitem__("features/fc7"), file.create_group("features/fc7")), "."),
         (lambda file: (file.__delitem__("regions"), file.__setitem__("regions", np.zeros(3))), "."),
@@ -144,7 +144,7 @@ def test_contents_of_another_kind_are_damage(tmp_path: Path, change: Callable[[h
     path = write_store(tmp_path / "a.h5")
     with h5py.File(path, "r+") as file:
         change(file)
-    with pytest.raises(InputError, match=rf"a\.h5: (damaged|lacks|refused).*({says})") as raised:
+    with pytest.raises(InputError, match=rf"a\.h5: (damaged|missing|refused).*({says})") as raised:
         store.open(path)
     assert "\n" not in str(raised.value)
 
@@ -176,6 +176,6 @@ def test_one_image_may_not_take_much_more_memory_than_the_file_has_bytes(
         file.create_dataset("features/zeros", data=data, chunks=(1, 2**18), compression="gzip")
     store.open(path).close()
     monkeypatch.setattr(schema, "MAX_UNPACKED", 2**20)
-    says = re.escape(f"features/zeros of one image takes {3 * 2**20} bytes, and the file has {path.stat().st_size}")
+    says = re.escape(f"features/zeros of an image takes {3 * 2**20} bytes, but the file has {path.stat().st_size}")
     with pytest.raises(InputError, match=says):
         store.open(path)

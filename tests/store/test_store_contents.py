@@ -152,9 +152,9 @@ def test_wrong_regions_are_not_written(tmp_path: Path) -> None:
     good = draw(1, 2, columns)
     row = store.ImageRow(1, "a.jpg", 9, 7, "", 2, sum(map(len, good.masks or ())), good.maps["head"].shape)
     for wrong, says in (
-        (row._replace(map_shape=(2, 3, 4)), "map is"),
+        (row._replace(map_shape=(2, 3, 4)), "map has shape"),
         (row._replace(mask_bytes=1), "mask_counts"),
-        (row._replace(regions=3), "3 were announced"),
+        (row._replace(regions=3), "expected 3"),
     ):
         with pytest.raises(ValueError, match=says), store.create(tmp_path / "a.h5", HEADER, columns, [wrong]) as writer:
             writer.put(good)
@@ -262,7 +262,7 @@ def test_a_store_without_checksums_says_so(sound: Path, tmp_path: Path) -> None:
     shutil.copy(sound, tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         del file["checksums"]
-    for path, text in ((sound, ""), (tmp_path / "a.h5", "not checked: has no checksums")):
+    for path, text in ((sound, ""), (tmp_path / "a.h5", "not checked: no checksums")):
         done = CliRunner().invoke(main, ["inspect", str(path), "--verify"])
         assert done.exit_code == 0 and "OK: 5 images, 9 regions" in done.stdout and text in done.stdout
     (tmp_path / "x.json").write_text("{}")

@@ -28,18 +28,18 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     columns = store.Columns()
     rows = [store.ImageRow(i, "a.jpg", 9, 7, "", 1, 0) for i in (1, 2)]
     with (
-        pytest.raises(ValueError, match="image 2: image 1 was announced to come next"),
+        pytest.raises(ValueError, match="image 2: expected image 1 next"),
         store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
     ):
         writer.put(draw(2, 1, columns))
     with (
-        pytest.raises(ValueError, match="image 2: none was announced"),
+        pytest.raises(ValueError, match="image 2: expected no image next"),
         store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
     ):
         for i in (1, 2, 2):
             writer.put(draw(i, 1, columns))
     with (
-        pytest.raises(ValueError, match="1 images were never written, the first 2"),
+        pytest.raises(ValueError, match="1 images were not written, first: 2"),
         store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer,
     ):
         writer.put(draw(1, 1, columns))

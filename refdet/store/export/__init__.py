@@ -1,1 +1,1 @@
-"""Exports: a store of regions in the forms that models people already have load as they are. No torch."""
+"""Export a store to the file formats of existing models. No torch."""

@@ -1,4 +1,4 @@
-"""The programs that an export can be written for, by format; the first of each is the default."""
+"""Programs that an export can be written for, by format; the first one is the default."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ NPZ = ("bottom-up-attention", "openvqa", "openvqa-gqa", "mcan", "rosita")
 LMDB = ("vilbert-multi-task", "vilbert-beta", "uniter")
 BY_FORMAT = {"npz": NPZ, "lmdb": LMDB}
 
-WIDTH = 2048  # of the features that all of these were trained with
+WIDTH = 2048  # of the features that these programs were trained with
 
 
 def check_consumer(format_: str, consumer: str) -> None:
-    """InputError for a program that does not read this format."""
+    """Check that a program reads a format.
+
+    Args:
+        format_: the format, a key of `BY_FORMAT`.
+        consumer: the program.
+
+    Raises:
+        InputError: it does not.
+    """
     if consumer not in BY_FORMAT[format_]:
-        raise InputError(f"--for {consumer}: does not read --format {format_}; choose {', '.join(BY_FORMAT[format_])}")
+        raise InputError(f"--for {consumer}: cannot read --format {format_}; choose {', '.join(BY_FORMAT[format_])}")
 
 
 def width_note(feature: str, width: int, consumer: str) -> list[str]:
-    """A note where a program takes features of another width, [] where it does not or takes any."""
+    """Note if a program expects features of another width, else []."""
     if width == WIDTH or consumer == "bottom-up-attention":
         return []
-    return [f"{feature} has {width} numbers a region; {consumer} takes {WIDTH}"]
+    return [f"{feature} has {width} numbers per region, but {consumer} expects {WIDTH}"]

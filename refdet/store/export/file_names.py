@@ -1,4 +1,4 @@
-"""The names that the files of an export have, one an image, made of names that anyone may have chosen."""
+"""File names of an export, one per image, from untrusted image names."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from pathlib import Path, PurePosixPath
 from refdet.errors import InputError
 from refdet.store import Store
 
-_LONGEST = 255  # bytes of a name, of every common file system
+_LONGEST = 255  # bytes of a name, on all common file systems
 _NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line separators
 
 
 def base_name(file_name: str) -> str:
-    r"""The last part of an image's file name; ``\\`` reads as ``/``."""
+    r"""Last component of an image's file name, with ``\\`` treated as ``/``."""
     return PurePosixPath(file_name.replace("\\", "/")).name
 
 
 def file_names(store: Store, kind: str, suffix: str) -> dict[int, str]:
-    """Image id -> name without ``suffix``, all different and fit to be names of files in one folder.
+    """Choose unique, valid file names for the images of a store.
 
     Args:
-        store: whose images.
-        kind: "stem" (the image's file name without its suffix), "file" (with it) or "id" (the id in decimal).
-        suffix: what the caller appends, such as ".npz".
+        store: the store.
+        kind: "stem" (the image's file name without suffix), "file" (with suffix) or "id" (the decimal id).
+        suffix: suffix that the caller appends, such as ".npz".
+
+    Returns:
+        Image id -> name without ``suffix``.
 
     Raises:
-        InputError: an image has no such name, an unusable one, or that of another image.
+        InputError: a missing, invalid or duplicate name.
     """
     if kind == "id":
         return {image_id: str(image_id) for image_id in store}
@@ -42,22 +45,22 @@ def file_names(store: Store, kind: str, suffix: str) -> dict[int, str]:
             raise unusable(store.path, f"image {image_id} {problem}{shown}")
         other = owner.setdefault(name, image_id)
         if other != image_id:
-            raise unusable(store.path, f"images {other} and {image_id} are both {name!r}")
+            raise unusable(store.path, f"images {other} and {image_id} are both named {name!r}")
         names[image_id] = name
     return names
 
 
 def unusable(path: Path, why: str) -> InputError:
-    """The error for file names that cannot serve."""
-    return InputError(f"{path}: no files named by image file: {why}; export with --names id")
+    """Error for unusable file names."""
+    return InputError(f"{path}: image names cannot be used as file names ({why}); export with --names id")
 
 
 def _problem(name: str, suffix: str) -> str:
-    """Why this is no name for a file, "" if it is one."""
+    """Why a file name is invalid, "" if it is valid."""
     if not name.strip(". "):
-        return "has none"
+        return "has no name"
     if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
-        return "has control characters in it"
+        return "has a name with control characters"
     if len(os.fsencode(name + suffix)) > _LONGEST:
-        return f"has one longer than {_LONGEST} bytes"
+        return f"has a name longer than {_LONGEST} bytes"
     return ""

@@ -1,4 +1,4 @@
-"""The folder of an export: wholly there or not at all, and the files in it that are written piece by piece."""
+"""Write the folder of an export atomically."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from typing import Any
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
 
-_LONGEST = 200  # bytes of a folder's name that its temporary name takes over; a name has 255 at most
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to what is there by now
+_LONGEST = 200  # bytes of the name kept in the temporary name; the limit of a name is 255
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
 _UNUSABLE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` to write to, which becomes ``out`` when the block ends without an error.
+    """Yield a temporary folder that becomes ``out`` when the block ends without an exception.
 
-    A process that is killed leaves the temporary folder, whose name begins with a dot, and nothing under ``out``.
+    A process that is killed leaves the temporary folder next to ``out``, with a name that starts with a dot.
+
+    Args:
+        out: the folder.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        InputError: ``out`` is a file, a folder that is not empty or cannot be replaced, or no place to write to;
-            or another export took the name in the meantime, whose folder stays as it is.
+        InputError: ``out`` is a file, is not empty, or cannot be written to or replaced; or another export has created
+            it in the meantime, which is kept.
         RuntimeFailure: the disk is full.
     """
     path = resolved(out)
@@ -41,11 +47,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         _remove_empty(made)
         _raise_full(path, error)
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise InputError(f"--out {out}: lies inside a file; choose another folder") from None
+            raise InputError(f"--out {out}: parent is a file; choose another folder") from None
         raise _unusable(out, error) from None
     try:
         yield temporary
-        os.sync()  # once for all: an fsync for each of 28,000 files would take minutes
+        os.sync()  # once, as an fsync of each of 28,000 files would take minutes
         _publish(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,19 +61,24 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def require_space(out: Path, space: int) -> None:
-    """RuntimeFailure if the disk of ``out``, whose parent is there, has not that many bytes left.
+    """Check the free disk space before starting an export.
 
-    Said before the work begins; what else fills the disk meanwhile, `new_folder` reports.
+    Args:
+        out: the folder, whose parent exists.
+        space: required space in bytes.
+
+    Raises:
+        RuntimeFailure: there is less.
     """
     free = shutil.disk_usage(out.resolve().parent).free
     if free < space:
-        raise RuntimeFailure(f"{out}: disk full: the export takes {_size(space)} and {_size(free)} are free; "
+        raise RuntimeFailure(f"{out}: disk full, the export needs {_size(space)} but {_size(free)} are free; "
                         "free some space or choose another --out")  # fmt: skip
 
 
 @contextmanager
 def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
-    """Write a JSON list whose items are given one after the other, so that memory holds one of them."""
+    """Write a JSON list item by item; yields a function that appends an item."""
     with path.open("w", encoding="utf-8") as file:
         between = "[\n"
 
@@ -81,23 +92,33 @@ def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
 
 
 def resolved(out: Path) -> Path:
-    """The whole path of a folder that can be made. InputError where it cannot."""
+    """Resolve the path of an export folder and check that it can be created.
+
+    Args:
+        out: the folder.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        InputError: it cannot be created.
+    """
     try:
         path = out.resolve()
         there = _is_there(path)
         taken = there and (not path.is_dir() or any(path.iterdir()))
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise _unusable(out, error) from None
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"--out {str(out)!a}: the name is not UTF-8; choose another") from None
+        raise InputError(f"--out {str(out)!a}: name is not valid UTF-8; choose another") from None
     if taken:
         raise InputError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if there and (path == Path.cwd() or os.path.ismount(path)):
-        what = "the current folder" if path == Path.cwd() else "where a disk is mounted"
-        raise InputError(f"--out {out}: is {what}, which an export cannot replace; name a new folder in it, "
-                         f"such as {out / 'export'}")  # fmt: skip
+        what = "the current folder" if path == Path.cwd() else "a mount point"
+        raise InputError(f"--out {out}: {what} cannot be replaced; give a new folder in it, such as "
+                         f"{out / 'export'}")  # fmt: skip
     return path
 
 
@@ -118,34 +139,34 @@ def _publish(temporary: Path, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno in _TAKEN:
-            raise InputError(f"--out {path}: another program wrote to it in the meantime, and that stays; "
+            raise InputError(f"--out {path}: written by another program in the meantime, and left unchanged; "
                              "choose another --out") from None  # fmt: skip
         raise
     fsync(path.parent)  # the rename itself
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the deepest first, unless something has been put into them."""
+    """Remove empty folders, deepest first."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def _raise_full(path: Path, error: BaseException) -> None:
-    """RuntimeFailure if ``error`` comes of a full disk or a limit of the process on the size of files."""
+    """Raise a RuntimeFailure if an error is caused by a full disk or by the limit on file sizes."""
     if is_disk_full(error) and not isinstance(error, RuntimeFailure):
-        raise RuntimeFailure(f"{path}: disk full, no space left; free some and export again") from error
+        raise RuntimeFailure(f"{path}: disk full; free some space and export again") from error
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        raise RuntimeFailure(f"{path}: a file is larger than this process may write; raise the limit (ulimit -f) and "
-                        "export again") from error  # fmt: skip
+        raise RuntimeFailure(f"{path}: file size limit of this process exceeded; raise it (ulimit -f) and export "
+                        "again") from error  # fmt: skip
 
 
 def _unusable(out: Path, error: Exception) -> Exception:
-    """What to raise where the folder cannot be made."""
+    """Exception for a folder that cannot be created."""
     if isinstance(error, OSError) and error.errno not in _UNUSABLE:
         return error
-    why = error.strerror if isinstance(error, OSError) else "links in a circle"
-    return InputError(f"--out {out}: cannot be made: {why}; choose another folder")
+    why = error.strerror if isinstance(error, OSError) else "loop of links"
+    return InputError(f"--out {out}: cannot be created ({why}); choose another folder")
 
 
 def _size(space: int) -> str:

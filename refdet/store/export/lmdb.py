@@ -1,4 +1,4 @@
-"""LMDBs that the image feature readers of ViLBERT and UNITER open."""
+"""Export to LMDB for ViLBERT and UNITER."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
 
-COMMIT_IMAGES = 32  # what memory holds at most
-FIRST_MAP = 64 << 20  # bytes of address space; doubled as needed
-ALMOST_FULL = 1 << 20  # bytes: with no more left, an input/output error is taken for a full disk
-UNITER_FOLDER = "feat_numbb100"  # what UNITER opens for conf_th -1 and num_bb 100, as its configs of RefCOCO have it
+COMMIT_IMAGES = 32  # images in memory
+FIRST_MAP = 64 << 20  # initial map size in bytes, doubled as needed
+ALMOST_FULL = 1 << 20  # bytes; with less, an input/output error is taken for a full disk
+UNITER_FOLDER = "feat_numbb100"  # opened by UNITER for conf_th -1 and num_bb 100, as in its RefCOCO configs
 UNITER_REGIONS = 100
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the database of one reader looks.
+    """Layout of the database for a program.
 
     Attributes:
-        key: image id -> the key of its record.
-        record: image id -> its record.
-        keys: the key and the contents of the list of all keys.
-        space: bytes of a region, at least.
-        folder: where in the export the database lies.
-        notes: what a user should know.
+        key: returns the key of an image's record.
+        record: returns an image's record.
+        keys: returns key and contents of the list of all keys.
+        space: minimum size of a region in bytes.
+        folder: folder of the database in the export.
+        notes: human-readable notes.
     """
 
     key: Callable[[int], str]
@@ -50,21 +50,24 @@ class _Layout:
 
 
 def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | None = None) -> Exported:
-    """Write an LMDB of one record an image, see `refdet.store.export.lmdb_records`, and of the list of its keys.
+    """Write an LMDB with a record per image (`refdet.store.export.lmdb_records`) and a list of its keys.
 
-    Images without regions are left out: ViLBERT's reader divides by their number, UNITER points into them. The region
-    that is the whole image, which ViLBERT puts first, its reader makes itself.
+    Images without regions are omitted: ViLBERT's reader divides by their number, and UNITER indexes into them.
+    ViLBERT's reader adds the region of the whole image itself.
 
     Args:
-        store: the file of regions.
-        out: the folder; it is the database or, for UNITER, the folder of databases.
-        feature: which feature is written.
+        store: the store.
+        out: the folder, which is the database or, for UNITER, contains it.
+        feature: the feature to write.
         consumer: one of `consumers.LMDB`, None for the first.
 
+    Returns:
+        What was written, with notes.
+
     Raises:
-        InputError: the package lmdb is missing, ``out`` is not empty, the store lacks the feature, or numbers of it
-            are beyond what the records hold.
-        RuntimeFailure: the disk is full, or lmdb cannot write for another reason.
+        InputError: the package lmdb is missing, ``out`` is not empty, the store lacks the feature, or its numbers are
+            out of range.
+        RuntimeFailure: the disk is full, or lmdb fails for another reason.
     """
     consumers.check_consumer("lmdb", consumer or consumers.LMDB[0])
     lmdb = _package()
@@ -78,10 +81,10 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
         _write(lmdb, database, _records(layout, kept), out)
         notes = list(layout.notes)
         if consumer is None:
-            notes.insert(0, "written as arrays, for vilbert-multi-task; older exports of refdet have base64, which "
-                            "--for vilbert-beta writes")  # fmt: skip
+            notes.insert(0, "written as arrays for vilbert-multi-task; give --for vilbert-beta for base64 as in older "
+                            "exports of refdet")  # fmt: skip
         if empty:
-            notes.append(f"{len(empty)} images have no regions and are left out; provenance.json lists them")
+            notes.append(f"{len(empty)} images without regions are omitted, listed in provenance.json")
         files = ["/".join(filter(None, (layout.folder, "data.mdb")))]
         if layout.folder and source.store.has_ann_ids:
             write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, kept)})
@@ -115,11 +118,11 @@ def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str
     places = {category: i for i, category in enumerate(source.names, start=1)}
     probabilities = CLASS_PROB in read
     if not probabilities:
-        notes.append(f"soft_labels are made of scores and categories, for {source.path.name} has no {CLASS_PROB}; "
-                     "UNITER reads them in pretraining alone")  # fmt: skip
+        notes.append(f"soft_labels are derived from scores and categories, as {source.path.name} has no {CLASS_PROB}; "
+                     "UNITER reads them only in pretraining")  # fmt: skip
     many = sum(len(source.store.rows(image_id)) > UNITER_REGIONS for image_id in source.store)
     if many:
-        notes.append(f"{many} images have more than {UNITER_REGIONS} regions, of which UNITER reads the first")
+        notes.append(f"{many} images have more than {UNITER_REGIONS} regions; UNITER reads only the first")
 
     def record(image_id: int) -> bytes:
         regions = source.read(image_id, read, categories=not probabilities)
@@ -141,7 +144,7 @@ def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, byt
 
 
 def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
-    """The annotations of each image in the order of its regions, as UNITER's prepro.py wants them."""
+    """Annotation ids of each image in the order of its regions, for UNITER's prepro.py."""
     found = {}
     for image_id in image_ids:
         ann_ids = source.read(image_id, (), categories=False).ann_ids
@@ -151,11 +154,17 @@ def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
 
 
 def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]], out: Path) -> None:
-    """Write a database, a few records at a time, in as much address space as it turns out to need.
+    """Write a database in batches of records, increasing the map size as needed.
+
+    Args:
+        lmdb: the package.
+        folder: the database.
+        records: keys and values.
+        out: the export folder, for error messages.
 
     Raises:
-        OSError: the disk is full, or a file larger than the process may write.
-        RuntimeFailure: lmdb fails otherwise; it names ``out``.
+        OSError: the disk is full, or the limit on file sizes is exceeded.
+        RuntimeFailure: lmdb fails otherwise.
     """
     waiting = iter(records)
     size = FIRST_MAP
@@ -172,17 +181,17 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
                         size *= 2
                         database.set_mapsize(size)
     except lmdb.Error as error:
-        raise _in_words(error, folder, out) from error
+        raise _translated(error, folder, out) from error
 
 
-def _in_words(error: Exception, folder: Path, out: Path) -> Exception:
-    """The system's error where lmdb's text tells it, so that all formats report it alike."""
+def _translated(error: Exception, folder: Path, out: Path) -> Exception:
+    """System error behind an error of lmdb, so that all formats report it alike."""
     if os.strerror(errno.EFBIG) in str(error):
         return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    # Of a full disk lmdb may only say "input/output error".
+    # lmdb may report a full disk as "input/output error".
     if is_disk_full(error) or shutil.disk_usage(folder).free < ALMOST_FULL:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return RuntimeFailure(f"{out}: lmdb cannot write the database: {error}; try another disk")
+    return RuntimeFailure(f"{out}: lmdb cannot write the database ({error}); try another disk")
 
 
 def _package() -> ModuleType:
@@ -190,6 +199,6 @@ def _package() -> ModuleType:
         import lmdb
     except ImportError:
         raise InputError(
-            "--format lmdb needs the package lmdb: pip install 'refdet[lmdb]', or pip install lmdb"
+            "--format lmdb: package lmdb is missing; pip install 'refdet[lmdb]' or pip install lmdb"
         ) from None
     return lmdb

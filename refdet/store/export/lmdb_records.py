@@ -1,4 +1,4 @@
-"""The records of one image, as the readers of LMDBs unpack them."""
+"""Record of an image in an LMDB for ViLBERT and UNITER."""
 
 from __future__ import annotations
 
@@ -12,44 +12,48 @@ from refdet.errors import InputError
 from refdet.store.export import portable_pickle
 from refdet.structures.regions import Regions
 
-PROTOCOL = 4  # of pickles: the readers run on Python 3.6 too
+PROTOCOL = 4  # of pickle, for readers on Python 3.6
 CLASS_PROB = "class_prob"
 
 
 def vilbert_multi_task(regions: Regions, feature: str) -> bytes:
-    """The record of facebookresearch/vilbert-multi-task.
+    """Encode a record for facebookresearch/vilbert-multi-task.
+
+    Args:
+        regions: regions of an image.
+        feature: the feature to write.
 
     Returns:
-        a pickled dict: ``image_id`` (text), ``image_h``, ``image_w``, ``num_boxes`` (int), and as float32 arrays
-        ``boxes`` (n, 4), half-open xyxy in pixels, ``features`` (n, width) and, if the store has class probabilities,
-        ``cls_prob`` (n, 1 + classes), the background first.
+        A pickled dict: ``image_id`` (text), ``image_h``, ``image_w``, ``num_boxes`` (int), and float32 arrays ``boxes``
+        (N, 4), half-open xyxy in pixels, ``features`` (N, width) and, if the store has class probabilities,
+        ``cls_prob`` (N, 1 + classes) with the background first.
     """
     return portable_pickle.dumps(_vilbert(regions, feature), PROTOCOL)
 
 
 def vilbert_beta(regions: Regions, feature: str) -> bytes:
-    """The record of jiasenlu/vilbert_beta: as `vilbert_multi_task`, each array as base64 of its values row by row."""
+    """Encode a record for jiasenlu/vilbert_beta: as `vilbert_multi_task`, with arrays as base64 in row-major order."""
     record = {name: base64.b64encode(value.tobytes()) if isinstance(value, np.ndarray) else value
               for name, value in _vilbert(regions, feature).items()}  # fmt: skip
     return portable_pickle.dumps(record, PROTOCOL)
 
 
 def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
-    """The record of ChenRocks/UNITER, of a database that is not compressed.
+    """Encode a record for ChenRocks/UNITER, for an uncompressed database.
 
     Args:
-        regions: those of one image.
-        feature: which feature is written.
-        soft_labels: (n, 1 + classes) probabilities, the background first.
+        regions: regions of an image.
+        feature: the feature to write.
+        soft_labels: (N, 1 + classes) probabilities with the background first.
 
     Returns:
-        MessagePack of a dict of float16 arrays in the form of msgpack-numpy: ``norm_bb`` (n, 6), x1 y1 x2 y2 w h as
-        fractions of the image's sides; ``features`` (n, width); ``conf`` (n,), the scores; ``soft_labels``.
+        MessagePack of a dict of float16 arrays in msgpack-numpy's format: ``norm_bb`` (N, 6), x1 y1 x2 y2 w h as
+        fractions of the image size; ``features`` (N, width); ``conf`` (N,), the scores; ``soft_labels``.
 
     Raises:
-        InputError: a number is beyond float16.
+        InputError: a number is out of the range of float16.
     """
-    with np.errstate(all="ignore"):  # looked for below
+    with np.errstate(all="ignore"):  # checked below
         corners = regions.boxes.astype(np.float64) / ([regions.width, regions.height] * 2)
         arrays = {
             "norm_bb": np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1),
@@ -58,24 +62,24 @@ def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
         halves = {name: np.ascontiguousarray(values, np.float16) for name, values in arrays.items()}
     for name, values in halves.items():
         if not np.isfinite(values).all():
-            raise InputError(f"image {regions.image_id}: {name} has numbers beyond float16, which UNITER's files hold; "
+            raise InputError(f"image {regions.image_id}: {name} is out of the range of float16, which UNITER uses; "
                              "export another --feature")  # fmt: skip
     return msgspec.msgpack.encode({name: _msgpack_numpy(values) for name, values in halves.items()})
 
 
 def soft_labels_of(regions: Regions, places: dict[int, int]) -> np.ndarray:
-    """Probabilities where the store has none: a region's score for its category, the rest for the background.
+    """Derive probabilities from scores: a region's score for its category, the rest for the background.
 
     Args:
-        regions: those of one image.
-        places: category id -> its column, from 1 on.
+        regions: regions of an image.
+        places: category id -> column, starting at 1.
 
     Returns:
-        (n, 1 + classes) float32.
+        (N, 1 + classes) float32 probabilities.
     """
     probabilities = np.zeros((len(regions), 1 + len(places)), np.float32)
     columns = [places[category] for category in regions.category_ids.tolist()]
-    scores = np.clip(regions.scores, 0, 1)  # of given boxes they may be anything
+    scores = np.clip(regions.scores, 0, 1)  # given boxes may have any scores
     probabilities[np.arange(len(regions)), columns] = scores
     probabilities[:, 0] = 1 - scores
     return probabilities
@@ -93,5 +97,5 @@ def _vilbert(regions: Regions, feature: str) -> dict[str, Any]:
 
 
 def _msgpack_numpy(values: np.ndarray) -> dict[bytes, Any]:
-    """An array as the package msgpack-numpy packs it; it tells arrays from maps by the key ``nd``, which is bytes."""
+    """Encode an array as msgpack-numpy does, which recognises arrays by the bytes key ``nd``."""
     return {b"nd": True, b"type": values.dtype.str, b"kind": b"", b"shape": values.shape, b"data": values.tobytes()}

@@ -1,4 +1,4 @@
-"""The files that lichengunc/MAttNet trains on and is evaluated with."""
+"""Export to the training and evaluation files of lichengunc/MAttNet."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ from refdet.store.hdf5_file import ANY_READER, new_file
 from refdet.structures.regions import Regions
 
 FEATURES = ("pool5", "fc7")
-WIDTHS = {"pool5": 1024, "fc7": 2048}  # what its loaders and layers are made for
+WIDTHS = {"pool5": 1024, "fc7": 2048}  # expected by its loaders and layers
 HEADS = "head"
 
 
 @dataclass(frozen=True)
 class _Work:
-    """An export under way: what is read, where it goes, and what there is to say at the end."""
+    """State of an export.
+
+    Attributes:
+        folder: the folder to write to.
+        detections: store of detections.
+        annotations: store of annotations, None for none.
+        prepro: the dataset, None if not given.
+        notes: human-readable notes so far.
+    """
 
     folder: Path
     detections: Source
@@ -39,34 +47,37 @@ class _Work:
 def export_mattnet(
     store: Path, out: Path, annotations: Path | None, prepro: Prepro | None, options: Mapping[str, Any]
 ) -> Exported:
-    """Write what the stores and the dataset suffice for; the rest is told in the notes.
+    """Write the files that can be made from the stores and the dataset, with notes about the others.
 
-    - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: of the detections;
-    - ``head/ID.h5``: of the stores that have heads;
-    - ``data.json``, ``data.h5``: ``prepro``, unless it was read from MAttNet's own;
-    - ``ann_feats.h5``: of the annotations, in the order of ``prepro``.
+    - ``dets.json``, ``masks.json`` (with masks), ``det_feats.h5``: the detections;
+    - ``head/ID.h5``: from stores with head maps;
+    - ``data.json``, ``data.h5``: ``prepro``, unless it was read from MAttNet's own file;
+    - ``ann_feats.h5``: the annotations, in the order of ``prepro``.
 
     Args:
-        store: detections.
+        store: store of detections.
         out: the folder.
-        annotations: store of annotations.
-        prepro: images that are not in it are left out; without it all are taken.
-        options: for the record.
+        annotations: store of annotations, None for none.
+        prepro: the dataset, whose images are exported; None for all images.
+        options: options to record in the provenance.
+
+    Returns:
+        What was written, with notes.
 
     Raises:
-        InputError: ``out`` is not empty; a store is of the wrong kind, lacks fc7, or none or not all of the images;
-            annotations without ``prepro``; the detector's categories are not the dataset's.
+        InputError: ``out`` is not empty; a store is of the wrong kind, lacks fc7 or lacks images; annotations without
+            ``prepro``; or the categories of detector and dataset differ.
         RuntimeFailure: the disk is full.
     """
     with ExitStack() as stack:
         detections = stack.enter_context(Source(store))
         if detections.store.has_ann_ids:
-            raise InputError(f"--store {store}: regions of annotations; give detections, and these as --annotations")
+            raise InputError(f"--store {store}: has annotations; give a store of detections, this is for --annotations")
         given = stack.enter_context(Source(annotations)) if annotations else None
         if given is not None and not given.store.has_ann_ids:
             raise InputError(f"--annotations {annotations}: has detections; extract with --regions annotations")
         if given is not None and prepro is None:
-            raise InputError("--annotations: data.json numbers the rows of ann_feats.h5; give --refer-root with "
+            raise InputError("--annotations: the rows of ann_feats.h5 need a data.json; give --refer-root with "
                              "--dataset and --split-by, or --data-json")  # fmt: skip
         folder = stack.enter_context(new_folder(out))
         work = _Work(folder, detections, given, prepro, [])
@@ -75,16 +86,16 @@ def export_mattnet(
         regions = _write_detections(work, image_ids)
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
-            work.notes.append(f"{len(empty)} images have no detections; MAttNet's evaluation stops at such an image: "
+            work.notes.append(f"{len(empty)} images have no detections, at which MAttNet's evaluation fails; "
                               "extract with --lower-threshold-if-empty")  # fmt: skip
         _write_annotations(work)
         _write_heads(work, image_ids)
         if prepro is None:
-            work.notes.append("no data.json and data.h5: give --refer-root with --dataset and --split-by")
+            work.notes.append("no data.json and data.h5; give --refer-root with --dataset and --split-by")
         elif prepro.labels is not None:
             prepro.write(folder)
             if not prepro.data["att_to_ix"]:
-                work.notes.append("data.json has no attribute words, without which MAttNet does not train: "
+                work.notes.append("data.json has no attribute words, which MAttNet needs for training; "
                                   "give --attributes")  # fmt: skip
         sources = {"features": detections} | ({"annotations": given} if given is not None else {})
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
@@ -94,10 +105,20 @@ def export_mattnet(
 
 
 def detection(regions: Regions, place: int, name: str, det_id: int, row: int) -> dict[str, Any]:
-    """The record of one detection.
+    """Create the record of a detection.
 
-    ``box`` is x, y, width, height; the reference's width ``x2 - x1 + 1`` of a box to its last pixel is ``x2 - x1`` of
-    our half-open one. ``region``, its row in the store, is ours: `refdet evaluate-on-refer` takes it for an answer.
+    The reference's width ``x2 - x1 + 1`` of an inclusive box is ``x2 - x1`` of a half-open one.
+
+    Args:
+        regions: regions of an image.
+        place: index of the region.
+        name: name of its category.
+        det_id: number of the detection.
+        row: row of the region in the store.
+
+    Returns:
+        The record, with ``box`` as x, y, width, height in pixels. ``region``, the row in the store, is an addition that
+        `refdet evaluate-on-refer` accepts as an answer.
     """
     x1, y1, x2, y2 = regions.boxes[place].tolist()
     return {
@@ -108,30 +129,30 @@ def detection(regions: Regions, place: int, name: str, det_id: int, row: int) ->
 
 
 def _images(work: _Work) -> list[int]:
-    """The images to export, in the order of the store."""
+    """Ids of the images to export, in the order of the store."""
     source = work.detections
     if work.prepro is None:
         return list(source.store)
     names = work.prepro.data.get("cat_to_ix", {})
     for category_id, name in source.names.items():
         if names.get(name, category_id) != category_id:
-            raise InputError(f"{source.path}: category {name} is {category_id}, and {names[name]} in the dataset; "
-                             "extract with a detector of the dataset's categories")  # fmt: skip
+            raise InputError(f"{source.path}: category {name} has id {category_id}, but {names[name]} in the dataset; "
+                             "extract with a detector that has the dataset's categories")  # fmt: skip
     wanted = {image["image_id"] for image in work.prepro.data["images"]}
     found = [image_id for image_id in source.store if image_id in wanted]
     if not found:
-        raise InputError(f"{source.path}: has none of the {len(wanted)} images of the dataset")
+        raise InputError(f"{source.path}: has none of the {len(wanted)} images of the dataset; extract them")
     if len(found) < len(wanted):
         work.notes.append(f"{len(wanted) - len(found)} of the {len(wanted)} images of the dataset are not in "
                           f"{source.path.name} and have no detections")  # fmt: skip
     if len(found) < len(source.store):
-        work.notes.append(f"{len(source.store) - len(found)} images of {source.path.name} are not of the dataset and "
-                          "are left out")  # fmt: skip
+        work.notes.append(f"{len(source.store) - len(found)} images of {source.path.name} are not in the dataset and "
+                          "are omitted")  # fmt: skip
     return found
 
 
 def _space(work: _Work, image_ids: list[int]) -> int:
-    """Bytes that features and heads take, at least."""
+    """Minimum size of features and head maps in bytes."""
     rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
     counted = [(work.detections, rows)]
     if work.annotations is not None and work.prepro is not None:
@@ -142,18 +163,18 @@ def _space(work: _Work, image_ids: list[int]) -> int:
 
 
 def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
-    """New datasets of float32 for the features of so many regions, to be kept open while the file is."""
+    """Create float32 datasets for features, which must be kept open until the file is closed."""
     return {name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False)
             for name in names}  # fmt: skip
 
 
 def _room(source: Source, names: list[str], rows: int) -> int:
-    """Bytes of a file of these, at most."""
+    """Maximum size in bytes of a file of features."""
     return 4 * rows * sum(source.width(name) for name in names) + TABLES
 
 
 def _names(work: _Work, source: Source) -> list[str]:
-    """The features that are exported of a store."""
+    """Names of the features of a store to export."""
     names = [name for name in FEATURES if name in source.store.feature_names]
     for name in FEATURES:
         if name not in names and name != "fc7":
@@ -161,15 +182,15 @@ def _names(work: _Work, source: Source) -> list[str]:
             continue
         width = source.width(name)
         if width != WIDTHS[name]:
-            work.notes.append(f"{name} of {source.path.name} has {width} numbers a region, "
-                              f"MAttNet's layers take {WIDTHS[name]}")  # fmt: skip
+            work.notes.append(f"{name} of {source.path.name} has {width} numbers per region, but "
+                              f"MAttNet's layers expect {WIDTHS[name]}")  # fmt: skip
     return names
 
 
 def _write_detections(work: _Work, image_ids: list[int]) -> int:
-    """Write dets.json, masks.json and det_feats.h5; returns the number of detections.
+    """Write dets.json, masks.json and det_feats.h5 and return the number of detections.
 
-    They are numbered as run_detect.py does: image by image, class by class, the best first.
+    Detections are numbered as in run_detect.py: by image, class and descending score.
     """
     source, store = work.detections, work.detections.store
     names = _names(work, source)
@@ -202,16 +223,16 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
 
 
 def _write_annotations(work: _Work) -> None:
-    """Write ann_feats.h5, whose rows are the ``h5_id`` of the annotations in data.json."""
+    """Write ann_feats.h5, with rows by ``h5_id`` of the annotations in data.json."""
     source = work.annotations
     if source is None or work.prepro is None:
-        work.notes.append("no ann_feats.h5: give --annotations")
+        work.notes.append("no ann_feats.h5; give --annotations")
         return
     images, anns = work.prepro.data["images"], work.prepro.data["anns"]
     lost = [image["image_id"] for image in images if image["image_id"] not in source.store]
     if lost:
         raise InputError(f"--annotations {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
-                         f"not in it, the first is {lost[0]}; extract all splits")  # fmt: skip
+                         f"missing, first: {lost[0]}; extract all splits")  # fmt: skip
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
     names, seen = _names(work, source), 0
     with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
@@ -220,9 +241,9 @@ def _write_annotations(work: _Work) -> None:
             regions = source.read(image["image_id"], names, categories=False)
             assert regions.ann_ids is not None
             rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
-            order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py wants ascending rows
+            order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py needs ascending rows
             if len(np.unique(rows[order])) < len(order):
-                raise InputError(f"--annotations {source.path}: image {image['image_id']} has an annotation twice; "
+                raise InputError(f"--annotations {source.path}: duplicate annotation of image {image['image_id']}; "
                                  "extract it again")  # fmt: skip
             if len(order):
                 for name in names:
@@ -230,14 +251,14 @@ def _write_annotations(work: _Work) -> None:
             seen += len(order)
     if seen < len(anns):
         work.notes.append(f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
-                          f"{source.path.name} (crowds, unusable images); their rows are zeros")  # fmt: skip
+                          f"{source.path.name} (crowds or unusable images); their rows are zero")  # fmt: skip
 
 
 def _write_heads(work: _Work, image_ids: list[int]) -> None:
-    """Write the head of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from the stores that have it."""
+    """Write the head map of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from stores that have it."""
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
     if not sources:
-        work.notes.append(f"no {HEADS}/*.h5, which MAttNet trains and is evaluated with: "
+        work.notes.append(f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; "
                           "extract with --features pool5,fc7,head")  # fmt: skip
         return
     wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
@@ -256,4 +277,4 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
             for dataset, values in zip(datasets, arrays.values(), strict=True):
                 dataset[...] = values
     if missing:
-        work.notes.append(f"{missing} of {len(wanted)} images have no head")
+        work.notes.append(f"{missing} of {len(wanted)} images have no head map")

@@ -1,6 +1,6 @@
-"""MAttNet's ``data.json`` and ``data.h5``: refs, images, annotations and sentences, numbered, with a vocabulary.
+"""MAttNet's ``data.json`` and ``data.h5``: numbered refs, images, annotations and sentences, with a vocabulary.
 
-What its ``tools/prepro.py`` makes of the same REFER folder, run by a Python that keeps the order of dictionaries.
+Equivalent to the output of its ``tools/prepro.py``, run by a Python with ordered dictionaries.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from refer.validation import Kinds, box_of, check_fields
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
-NO_ATTRIBUTE = "none"  # refer-parser2's word where it found nothing
+NO_ATTRIBUTE = "none"  # refer-parser2's word for no attribute
 _IMAGE: dict[str, Kinds] = {"file_name": str, "height": int, "width": int}
 _ANNOTATION: dict[str, Kinds] = {"category_id": int}
-TABLES = 64 << 10  # bytes of HDF5's own in a file of a few datasets, at most
+TABLES = 64 << 10  # maximum size in bytes of HDF5's metadata in a file of a few datasets
 
 
 @dataclass(frozen=True)
 class PreproOptions:
-    """The options of prepro.py, with its defaults.
+    """Options of prepro.py, with its defaults.
 
     Attributes:
-        word_count_threshold: words that occur no more often become ``<UNK>``.
-        max_length: tokens of a sentence that are kept, None for 20 of RefCOCOg's and 10 of the others'.
+        word_count_threshold: words that do not occur more often become ``<UNK>``.
+        max_length: maximum number of tokens of a sentence, None for 20 in RefCOCOg and 10 in the others.
         attributes: ``sents.json`` of refer-parser2, None for no attribute words.
-        top_attributes: how many attribute words there are.
+        top_attributes: number of attribute words.
     """
 
     word_count_threshold: int = 5
@@ -49,13 +49,13 @@ class PreproOptions:
 
 @dataclass(frozen=True)
 class Prepro:
-    """The contents of ``data.json`` and ``data.h5``.
+    """Contents of ``data.json`` and ``data.h5``.
 
     Attributes:
-        data: the JSON object: "refs", "images", "anns", "sentences", "word_to_ix", "att_to_ix", "att_to_cnt",
-            "cat_to_ix", "label_length".
-        labels: (sentences, label_length) int32, words by ``word_to_ix``, 0 after the last; None where ``data``
-            was read.
+        data: JSON object with "refs", "images", "anns", "sentences", "word_to_ix", "att_to_ix", "att_to_cnt",
+            "cat_to_ix" and "label_length".
+        labels: (sentences, label_length) int32 words by ``word_to_ix``, padded with 0; None if ``data`` was read from
+            a file.
     """
 
     data: dict[str, Any]
@@ -63,27 +63,44 @@ class Prepro:
 
     @classmethod
     def read(cls, path: Path) -> Prepro:
-        """The data.json that prepro.py wrote. InputError if it is none."""
+        """Read a data.json written by prepro.py.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Its contents.
+
+        Raises:
+            InputError: it is not such a file.
+        """
         data = read_json(path)
         try:
             ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
             rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
             categories = data.get("cat_to_ix", {})
             if not isinstance(categories, dict) or not all(type(number) is int for number in categories.values()):
-                raise TypeError("cat_to_ix is no object of numbers")
+                raise TypeError("cat_to_ix is not an object of numbers")
         except (TypeError, KeyError) as error:
-            raise InputError(f"--data-json {path}: not what MAttNet's tools/prepro.py writes ({error!r})") from None
+            raise InputError(f"--data-json {path}: not a data.json of MAttNet's tools/prepro.py ({error!r})") from None
         if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
-            raise InputError(f"--data-json {path}: its annotations are not numbered from 0 on by h5_id")
+            raise InputError(f"--data-json {path}: h5_id does not number its annotations from 0; create it again")
         return cls(data)
 
     def write(self, folder: Path) -> None:
-        """Write ``data.json`` and ``data.h5``. InputError if a number has no form in JSON."""
+        """Write ``data.json`` and ``data.h5``.
+
+        Args:
+            folder: the folder to write to.
+
+        Raises:
+            InputError: a number is not finite.
+        """
         assert self.labels is not None
         try:
             text = json.dumps(self.data, allow_nan=False)
         except ValueError:
-            raise InputError("data.json: a box of the dataset is not finite; repair its instances.json") from None
+            raise InputError("data.json: a box of the dataset is not finite; correct its instances.json") from None
         (folder / "data.json").write_text(text, encoding="utf-8")
         with new_file(folder / "data.h5", self.labels.nbytes + TABLES, ANY_READER) as file:
             labels = file.create_dataset("labels", self.labels.shape, self.labels.dtype, track_times=False)
@@ -91,20 +108,29 @@ class Prepro:
 
 
 def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> Prepro:
-    """What prepro.py makes of a dataset.
+    """Preprocess a dataset as prepro.py does.
 
-    Images without a ref are left out, for MAttNet's loaders take an image's split from its first ref.
+    Images without refs are omitted, as MAttNet's loaders take an image's split from its first ref.
+
+    Args:
+        root: folder with the REFER datasets.
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+        options: options of prepro.py.
+
+    Returns:
+        Contents of ``data.json`` and ``data.h5``.
 
     Raises:
         refer.ReferError: the dataset cannot be read.
-        InputError: a dataset of refs with several targets; no ``max_length`` is known for it; wrong attributes.
+        InputError: refs with several targets, an unknown dataset without ``max_length``, or invalid attributes.
     """
     length = options.max_length or MAX_LENGTH.get(dataset)
     if length is None:
-        raise InputError(f"--dataset {dataset}: MAttNet knows no length of its sentences; give --max-length")
+        raise InputError(f"--dataset {dataset}: MAttNet has no default sentence length for it; give --max-length")
     refer = REFER(root, dataset, split_by)
     if refer.generalized:
-        raise InputError(f"--dataset {dataset}: its refs mean any number of objects, MAttNet's mean one")
+        raise InputError(f"--dataset {dataset}: refs with any number of targets; give a dataset with one each")
     instances = root / dataset / "instances.json"
     check_fields(instances, "image number {}", list(refer.Imgs.values()), _IMAGE)
     check_fields(instances, "annotation number {}", list(refer.Anns.values()), _ANNOTATION)
@@ -148,11 +174,18 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
 def vocabulary(
     sentences: dict[int, list[str]], categories: Iterable[str], threshold: int
 ) -> tuple[dict[str, int], dict[int, list[str]]]:
-    """The numbers of the words, and the sentences with ``<UNK>`` for each word that has none.
+    """Build the vocabulary and replace rare words.
 
-    Words have numbers in this order: ``<PAD>`` 0, those that occur more than ``threshold`` times as they first occur,
-    the other words of category names and of ``__background__``, ``<UNK>`` if a word of the sentences is rare,
-    ``<BOS>``, ``<EOS>``.
+    The order is ``<PAD>`` (0), words that occur more than ``threshold`` times by first occurrence, other words of
+    category names and ``__background__``, ``<UNK>`` if there are rare words, ``<BOS>``, ``<EOS>``.
+
+    Args:
+        sentences: sentence id -> tokens.
+        categories: names of the categories.
+        threshold: words that do not occur more often are rare.
+
+    Returns:
+        Word -> number, and sentence id -> tokens with ``<UNK>`` for rare words.
     """
     counts = Counter(word for words in sentences.values() for word in words)
     known = {word: None for word, n in counts.items() if n > threshold}
@@ -164,9 +197,17 @@ def vocabulary(
 
 
 def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], dict[int, list[str]]]:
-    """How many refs have each attribute word, the most frequent first, and the attribute words of the refs.
+    """Count attribute words, excluding names of categories.
 
-    Names of categories are none. Words of the same frequency are in alphabetical order.
+    Args:
+        refer: the dataset.
+        options: options of prepro.py.
+
+    Returns:
+        Word -> number of refs with it, by descending frequency and then alphabetically, and ref id -> its words.
+
+    Raises:
+        InputError: the file of attributes does not match the dataset.
     """
     if options.attributes is None:
         return {}, {}

@@ -1,4 +1,4 @@
-"""One ``.npz`` an image, with the keys of bottom-up-attention or of one of its readers."""
+"""Export to one ``.npz`` per image, in the format of bottom-up-attention or of one of its readers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from refdet.store.export.source import Source
 def export_npz(
     store: Path, out: Path, feature: str = "fc7", names: str | None = None, consumer: str = consumers.NPZ[0]
 ) -> Exported:
-    """Write ``NAME.npz`` for each image of a store; see `refdet.store.export.npz_layouts` for what is in them.
+    """Write ``NAME.npz`` for each image of a store, in the layouts of `refdet.store.export.npz_layouts`.
 
-    An image without regions gets a file with 0 of them, which models that pad to a fixed number take.
+    An image without regions gets a file with 0 regions, which models that pad to a fixed number accept.
 
     Args:
-        store: the file of regions.
+        store: the store.
         out: the folder.
-        feature: which feature becomes ``x``.
-        names: what NAME is: "stem", the image's file name up to its suffix, "file", all of it, or "id", the image id
-            in decimal; None for what the consumer looks for.
+        feature: the feature to write as ``x``.
+        names: NAME is "stem" (the image's file name without suffix), "file" (with suffix) or "id" (the decimal image
+            id); None for what the program expects.
         consumer: one of `consumers.NPZ`.
 
+    Returns:
+        What was written, with notes.
+
     Raises:
-        InputError: ``out`` is not empty, the store lacks the feature, or its images have no usable names of their own.
+        InputError: ``out`` is not empty, the store lacks the feature, or its images have no usable names.
         RuntimeFailure: the disk is full.
     """
     consumers.check_consumer("npz", consumer)
@@ -52,13 +55,13 @@ def export_npz(
             regions = source.read(image_id, (feature,))
             try:
                 write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, places))
-            except FileExistsError:  # a file system that ignores case or composes accents
-                raise unusable(store, f"this disk takes {name!r} of image {image_id} for another's name") from None
+            except FileExistsError:  # a file system that ignores case or normalises accents
+                raise unusable(store, f"the disk takes {name!r} of image {image_id} for another name") from None
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         if empty:
             notes.append(f"{len(empty)} images have no regions; {layout.empty}")
         if names != layout.names and consumer == "rosita":
-            notes.append("ROSITA looks for files called after the image file, suffix and all (--names file)")
+            notes.append("ROSITA expects files named after the image file with its suffix (--names file)")
         pattern = "/".join(filter(None, (layout.folder, "*.npz")))
         done = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
         write_record(folder, done, {"for": consumer, "feature": feature, "names": names}, {"features": source})
@@ -66,10 +69,14 @@ def export_npz(
 
 
 def write_npz(path: Path, values: dict[str, Any]) -> None:
-    """Write arrays, and dicts as numpy pickles them, so that numpy of any age reads them.
+    """Write arrays, and dicts as pickled object arrays, readable by any version of numpy.
+
+    Args:
+        path: the file.
+        values: arrays, numbers, strings and dicts by name.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: the file exists.
     """
     with zipfile.ZipFile(path, "x") as archive:
         for name, value in values.items():
@@ -80,4 +87,4 @@ def write_npz(path: Path, values: dict[str, Any]) -> None:
                     continue
                 header = {"descr": "|O", "fortran_order": False, "shape": array.shape}
                 np.lib.format.write_array_header_1_0(member, header)
-                member.write(portable_pickle.dumps(array, 2))  # protocol 2, which every Python reads
+                member.write(portable_pickle.dumps(array, 2))  # protocol 2, readable by any Python

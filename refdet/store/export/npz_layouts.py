@@ -1,4 +1,4 @@
-"""What the readers of bottom-up-attention's npz files look for in them, reader by reader."""
+"""Layouts of npz files for bottom-up-attention and its readers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from refdet.store.export.file_names import base_name, unusable
 from refdet.structures.regions import Regions
 
 Arrays = dict[str, Any]
-NUMBERS_NOTE = ("objects_id numbers the detector's classes from 0, without the background, as bottom-up-attention "
-                "has since September 2020; refdet's older exports count from 1")  # fmt: skip
+NUMBERS_NOTE = ("objects_id counts the detector's classes from 0, without the background, as bottom-up-attention does "
+                "since September 2020; older exports of refdet count from 1")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of one reader look.
+    """Layout of the files for a program.
 
     Attributes:
-        arrays: regions, which feature, the file's name and the places of the categories -> what the file holds.
-        names: what its files are called by default, see `refdet.store.export.file_names`.
-        folder: where in the export its files lie.
-        image_id: the id that the reader makes of a file's name; ValueError where it cannot.
-        notes: what a user should know.
-        empty: what becomes of an image without regions.
+        arrays: function of regions, feature name, file name and index of each category; returns the file's contents.
+        names: default file names, "stem", "file" or "id".
+        folder: folder of the files in the export.
+        image_id: image id that the program parses from a file name, raising ValueError if it cannot.
+        notes: human-readable notes.
+        empty: what happens to images without regions.
     """
 
     arrays: Callable[[Regions, str, str, Mapping[int, int]], Arrays]
@@ -35,11 +35,23 @@ class Layout:
     folder: str = ""
     image_id: Callable[[str], str] | None = None
     notes: tuple[str, ...] = ()
-    empty: str = "their files hold 0 boxes"
+    empty: str = "their files have 0 boxes"
 
 
 def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[str]:
-    """InputError if the reader cannot tell the images apart by these names; notes on what it will read otherwise."""
+    """Check that the program can identify images by their file names.
+
+    Args:
+        path: the store, for error messages.
+        layout: layout of the files.
+        names: image id -> file name.
+
+    Returns:
+        Notes about images that the program reads with another id.
+
+    Raises:
+        InputError: a name without an image id, or two names with the same.
+    """
     if layout.image_id is None:
         return []
     owner: dict[str, int] = {}
@@ -47,26 +59,32 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         try:
             read = layout.image_id(name)
         except ValueError:
-            raise unusable(path, f"the reader finds no image id in {name!r} of image {image_id}") from None
+            raise unusable(path, f"no image id in {name!r} of image {image_id}") from None
         other = owner.setdefault(read, image_id)
         if other != image_id:
-            raise unusable(path, f"the reader takes images {other} and {image_id} both for {read!r}")
+            raise unusable(path, f"images {other} and {image_id} are both read as {read!r}")
     others = [image_id for read, image_id in owner.items() if read != str(image_id)]
     if not others:
         return []
     read = layout.image_id(names[others[0]])
-    return [f"{len(others)} images are read by another id than the store's (image {others[0]} as {read!r}); "
+    return [f"{len(others)} images are read with another id than in the store (image {others[0]} as {read!r}); "
             "if that is wrong, export with --names id"]  # fmt: skip
 
 
 def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
-    """The file of MILVLG/bottom-up-attention.pytorch.
+    """Contents of a file for MILVLG/bottom-up-attention.pytorch.
+
+    Args:
+        regions: regions of an image.
+        feature: the feature to write.
+        name: name of the file.
+        places: category id -> index in the detector's classes.
 
     Returns:
-        ``x`` (n, width) float32; ``bbox`` (n, 4) float32, half-open xyxy in pixels; ``num_bbox``, ``image_h``,
-        ``image_w``; ``info``, a dict that numpy pickles, with ``image_id`` (the name), ``image_h``, ``image_w``,
-        ``num_boxes``, ``objects_id`` (n,) int64, places in the detector's classes from 0 on, ``objects_conf`` (n,)
-        float32, and, ours, ``category_id`` (n,) int64, COCO's.
+        ``x`` (N, width) float32; ``bbox`` (N, 4) float32, half-open xyxy in pixels; ``num_bbox``, ``image_h``,
+        ``image_w``; ``info``, a pickled dict with ``image_id`` (the name), ``image_h``, ``image_w``, ``num_boxes``,
+        ``objects_id`` (N,) int64, indices into the detector's classes from 0, ``objects_conf`` (N,) float32, and in
+        addition ``category_id`` (N,) int64, COCO's category ids.
     """
     info = {
         "image_id": name, "image_h": regions.height, "image_w": regions.width, "num_boxes": len(regions),
@@ -79,13 +97,13 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mappi
 
 
 def transposed(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
-    """The same with ``x`` (width, n), as openvqa's VQA loader and mcan-vqa transpose it back."""
+    """As `bottom_up_attention` with ``x`` (width, N), which openvqa's VQA loader and mcan-vqa transpose back."""
     x = np.ascontiguousarray(_features(regions, feature).T)
     return bottom_up_attention(regions, feature, name, places) | {"x": x}
 
 
 def openvqa_gqa(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
-    """The file of openvqa's GQA loader: ``x`` (n, width), ``bbox`` (n, 4), and the image's ``height``, ``width``."""
+    """Contents for openvqa's GQA loader: ``x`` (N, width), ``bbox`` (N, 4) xyxy in pixels, ``height``, ``width``."""
     return {
         "x": _features(regions, feature), "bbox": regions.boxes, "num_bbox": len(regions),
         "height": regions.height, "width": regions.width,
@@ -93,7 +111,7 @@ def openvqa_gqa(regions: Regions, feature: str, name: str, places: Mapping[int, 
 
 
 def rosita(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
-    """The file of ROSITA, which its loaders and its converter to TSV read; the attributes are zeros."""
+    """Contents for ROSITA's loaders and TSV converter, with zero attributes."""
     n = len(regions)
     return {
         "filename": base_name(regions.file_name), "x": _features(regions, feature), "image_h": regions.height,
@@ -122,9 +140,9 @@ LAYOUTS = {
     "bottom-up-attention": Layout(bottom_up_attention, notes=(NUMBERS_NOTE,)),
     "openvqa": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
     "openvqa-gqa": Layout(openvqa_gqa, image_id=_up_to_a_dot,
-                          notes=("openvqa's GQA loader reads grid features too, which are not in here",)),
+                          notes=("openvqa's GQA loader also reads grid features, which are not exported",)),
     "mcan": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
-    "rosita": Layout(rosita, "file", "npz_files",  # a folder of their own: its converter reads every file there
-                     notes=(NUMBERS_NOTE, "attrs_id and attrs_conf are zeros: the detector knows no attributes"),
-                     empty="their files hold 0 boxes, at which ROSITA's loaders stop"),
+    "rosita": Layout(rosita, "file", "npz_files",  # its converter reads every file in the folder
+                     notes=(NUMBERS_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
+                     empty="their files have 0 boxes, at which ROSITA's loaders fail"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pickles of arrays that numpy of any age reads."""
+"""Pickle arrays so that any version of numpy can read them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 
 class _PortablePickler(pickle.Pickler):
-    """Rebuilds arrays from ``numpy.ndarray`` and ``numpy.dtype`` alone.
+    """Pickles arrays by ``numpy.ndarray`` and ``numpy.dtype`` only.
 
-    numpy itself names a function of ``numpy._core``, a module that numpy before 1.26 lacks.
+    numpy's own pickles refer to ``numpy._core``, which does not exist before numpy 1.26.
     """
 
     def reducer_override(self, value: object) -> Any:
@@ -23,7 +23,7 @@ class _PortablePickler(pickle.Pickler):
 
 
 def dumps(value: object, protocol: int) -> bytes:
-    """Pickle plain Python values, and numpy arrays (no numpy scalars) anywhere among them."""
+    """Pickle plain Python values that may contain numpy arrays, but no numpy scalars."""
     file = io.BytesIO()
     _PortablePickler(file, protocol).dump(value)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What an export did, and the `provenance.json` it leaves beside its files."""
+"""Result of an export and its `provenance.json`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ NAME = "provenance.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did.
+    """Result of an export.
 
     Attributes:
         format: "mattnet", "npz" or "lmdb".
-        images, regions: how many were written.
-        files: what lies in the folder; of files that there is one of for each image, the pattern of their names.
+        images: number of images that were written.
+        regions: number of regions that were written.
+        files: names of the files in the folder, or a pattern for files per image.
         empty: image id -> why it has no regions.
-        notes: what the given inputs could not make, and what a consumer will stumble over; for people.
+        notes: human-readable notes about missing files and limitations of the program.
     """
 
     format: str
@@ -34,12 +35,19 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
+        """Convert to a JSON object."""
         return asdict(self)
 
 
 def write_record(folder: Path, done: Exported, options: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
-    """Write `provenance.json`: what was exported from which files, and what their detectors were trained on."""
+    """Write `provenance.json`: the export, its source files and the provenance of their detectors.
+
+    Args:
+        folder: the folder of the export.
+        done: result of the export.
+        options: options of the export.
+        sources: the stores by name.
+    """
     described = {name: source.describe() for name, source in sources.items()}
     record = {"refdet": __version__, "export": done.to_json(), "options": dict(options), "sources": described}
     write_json(folder / NAME, record)

@@ -1,4 +1,4 @@
-"""`Source`: a store that is exported, with its maps and the shapes of its features."""
+"""`Source`: a store to export."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from refdet.structures.regions import Regions
 
 
 class Source:
-    """A complete store, open for reading; use it in a ``with``.
+    """A complete store, open for reading, as a context manager.
+
+    Args:
+        path: the store.
 
     Attributes:
-        path: the file.
+        path: the store.
         store: its reader.
-        has_heads: whether it has the map that regions are pooled from (`head`).
+        has_heads: whether it has head maps, from which regions are pooled.
         names: category id -> name, in the order of the detector's classes.
     """
 
@@ -46,27 +49,41 @@ class Source:
         self.store.close()
 
     def width(self, feature: str) -> int:
-        """Numbers a region has of a feature. InputError if the store lacks it or has more than a vector of it."""
+        """Length of a feature vector.
+
+        Args:
+            feature: name of the feature.
+
+        Returns:
+            Number of values per region.
+
+        Raises:
+            InputError: the store lacks the feature, or it is not a vector.
+        """
         there = self.store.feature_names
         if feature not in there:
-            raise InputError(f"{self.path}: has no feature {feature}, but {', '.join(there) or 'none'}; "
+            raise InputError(f"{self.path}: no feature {feature} (it has {', '.join(there) or 'none'}); "
                              f"extract it with refdet extract-features --features {feature}")  # fmt: skip
         shape = self.store.data[f"features/{feature}"].shape[1:]
         if len(shape) != 1:
-            raise InputError(f"{self.path}: {feature} is {' x '.join(map(str, shape))} for a region; "
-                             "this format takes vectors such as fc7")  # fmt: skip
+            raise InputError(f"{self.path}: {feature} has shape {' x '.join(map(str, shape))} per region; "
+                             "export a vector such as fc7")  # fmt: skip
         return int(shape[0])
 
     def read(self, image_id: int, features: Sequence[str], categories: bool = True) -> Regions:
-        """The regions of an image.
+        """Read and check the regions of an image.
 
         Args:
-            image_id: KeyError for an image that is not in the store.
-            features: those to read.
-            categories: whether every category must be one of `names`.
+            image_id: the image.
+            features: names of the features to read.
+            categories: whether every category must be in `names`.
+
+        Returns:
+            The regions.
 
         Raises:
-            InputError: a box or score is not finite, a mask is no text, or a category is unknown.
+            KeyError: unknown image.
+            InputError: a box or score is not finite, a mask is not text, or a category is unknown.
         """
         regions = self.store.read(image_id, features)
         where = f"{self.path}: image {image_id}"
@@ -76,18 +93,23 @@ class Source:
             raise InputError(f"{where}: a mask is not a compressed RLE; extract it again")
         unknown = set(regions.category_ids.tolist()) - set(self.names) if categories else set()
         if unknown:
-            raise InputError(f"{where}: category {min(unknown)} is not one of the {len(self.names)} classes of the "
-                             "store's detector, which this format numbers; export regions it detected")  # fmt: skip
+            raise InputError(f"{where}: category {min(unknown)} is not among the {len(self.names)} classes of the "
+                             "store's detector, which this format needs; export regions it detected")  # fmt: skip
         return regions
 
     def head_size(self, image_id: int) -> int:
-        """How many numbers the `head` of an image has, 0 for an image without one."""
+        """Number of values in the head map of an image, 0 if it has none."""
         return int(self._head_sizes.get(image_id, 0))
 
     def head(self, image_id: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The map regions are pooled from, (C, H, W) float32, and (height, width, scale) of the network's input.
+        """Read the head map of an image.
 
-        None for an image that has none, since it could not be used or is not in the store.
+        Args:
+            image_id: the image.
+
+        Returns:
+            (C, H, W) float32, and (3,) float32 height, width and scale of the network input; None if the image has no
+            map, as it is unusable or not in the store.
         """
         if not self.head_size(image_id):
             return None
@@ -96,13 +118,13 @@ class Source:
         return regions.maps["head"].astype(np.float32), regions.im_info
 
     def why_empty(self, image_id: int) -> str:
-        """Why an image has no regions, "" if it has some."""
+        """Why an image has no regions, "" if it has any."""
         if self.store.rows(image_id):
             return ""
         return self._errors.get(image_id) or "no regions"
 
     def describe(self) -> dict[str, Any]:
-        """Which file this is and how it was computed, for the record of an export."""
+        """File, hash, provenance and options of the store, for `provenance.json`."""
         of = self.store
         return {"file": self.path.name, "sha256": file_sha256(self.path), "provenance": of.provenance,
                 "options": of.options, "recipe": of.recipe}  # fmt: skip
