@@ -1,4 +1,4 @@
-"""The device that the network runs on, how exactly it computes, and how it is given what the host has."""
+"""Devices, their precision, and copies from the host."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Value = TypeVar("_Value")
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of a name such as "cpu" or "cuda:1"; the best there is for None and "auto".
+    """The device of a name such as "cpu" or "cuda:1"; a GPU if there is one for None and "auto".
 
     Raises:
-        InputError: there is no such device, or it cannot be used.
+        InputError: the device does not exist or cannot be used.
     """
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,12 +33,12 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def described(name: str | None) -> str:
-    """The device of a name, as in `usable_device`, and why it is that, for the first line of a run.
+    """The device of a name and why it was chosen, for the first line of a run.
 
     "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)", "cpu (as requested)".
 
     Raises:
-        InputError: there is no such device, or it cannot be used.
+        InputError: the device does not exist or cannot be used.
     """
     device, chosen = usable_device(name), name is None or name == "auto"
     if device.type != "cuda":
@@ -48,10 +48,7 @@ def described(name: str | None) -> str:
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """What to compute in where "float32" or "bfloat16" is asked for: float32 on a processor without bfloat16.
-
-    There each of its numbers is taken apart and put together again, which takes 10 to 40 times as long.
-    """
+    """The precision to use: float32 instead of bfloat16 on CPUs that only emulate it, 10 to 40 times slower."""
     if precision != "bfloat16" or device.type != "cpu":
         return precision
     try:
@@ -63,12 +60,11 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Within it float32 is computed in float32; afterwards the settings are what they were.
+    """Context manager that disables TF32 and reduced-precision float32, then restores the settings.
 
-    PyTorch lets convolutions on a GPU round what they multiply to TF32, 10 bits after the point instead of 23, unless
-    it is told otherwise, and products of matrices, also on the CPU, where it is told to. It knows of that in older
-    settings and in newer ones and fails where they contradict each other, so both are set. They are of the whole
-    process, not of a thread.
+    By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23, and
+    optionally those of matrix products, on the CPU too. There are older and newer settings, which raise an error where
+    they contradict each other, so both are set. They are per process, not per thread.
     """
     backends: Any = torch.backends
     newer = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.conv,
@@ -84,7 +80,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def _older(setting: Callable[[], _Value], strict: _Value) -> _Value:
-    """A setting, or the strict one where it contradicts the newer ones already, so that it cannot be read."""
+    """An older setting, or the strict value if it contradicts the newer ones and cannot be read."""
     try:
         with _quiet():
             return setting()
@@ -96,25 +92,25 @@ def _set(convolutions: bool, products: str, newer: Sequence[Any], values: Sequen
     with _quiet():
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
-    for setting, value in zip(newer, values, strict=True):  # after the older ones, which change them
+    for setting, value in zip(newer, values, strict=True):  # after the older ones, which change these
         setting.fp32_precision = value
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Some versions of PyTorch warn of any use of the older settings."""
+    """Suppress PyTorch's warnings about the older settings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         yield
 
 
 def pinned(values: np.ndarray) -> np.ndarray:
-    """A copy in memory that a GPU can read while the host goes on; made in any thread."""
+    """A copy in pinned memory; can be called from any thread."""
     return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().numpy()
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; does not wait for what a GPU was given before."""
+    """Copy a host tensor to a device without synchronizing with the GPU."""
     if device.type != "cuda":
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -1,1 +1,1 @@
-"""Training: a recipe, an instances file and images make a run directory."""
+"""Training: from a recipe, an instances file and images to a run directory."""

@@ -1,8 +1,8 @@
-"""Worker processes that make the batches of a training ahead.
+"""Worker processes that prefetch the batches of a training.
 
-Each worker has a pipe of its own, so that one that dies, at whatever moment, is noticed by the end of its pipe, and
-whoever waits for a batch can be stopped. torch's DataLoader has one queue for all workers: what one of them cannot
-hand over, for want of shared memory, is lost in a thread of it, and the training waits for ever.
+Each worker has its own pipe, so that a worker's death is always noticed and waiting for a batch can be interrupted. In
+torch's DataLoader all workers share a queue: a batch that cannot be sent for lack of shared memory is lost in a thread
+of the worker, and training hangs.
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ from refdet.data.transforms import input_size
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
-SHARED_MEMORY = Path("/dev/shm")  # where tensors lie that processes hand to each other
+SHARED_MEMORY = Path("/dev/shm")  # of tensors sent between processes
 _MORE_ROOM = "in docker start the container with docker run --shm-size={}m, or train with --set train.workers=0"
-_AHEAD = 2  # batches that each worker makes ahead
-_LOOK = 0.2  # seconds between two looks at whether a signal came
-_PATIENCE = 1.0  # seconds that a worker has to end by itself
+_AHEAD = 2  # batches prefetched per worker
+_LOOK = 0.2  # seconds between checks for a signal
+_PATIENCE = 1.0  # seconds before a worker is killed
 
 
 @contextmanager
 def batches_ahead(
     batches: TrainingBatches, steps: range, workers: int, device: torch.device, stop: Stop
 ) -> Iterator[Iterator[Batch]]:
-    """The batches of some steps, in their order, made ahead by so many worker processes; by none in this one.
+    """Context manager that yields an iterator over the batches of some steps, prefetched by worker processes.
 
     Args:
-        device: that they are for; for a GPU their images are put into memory from which it is fed while it works.
-        stop: a signal ends any wait for a batch with StopRequested.
+        batches: makes the batch of a step.
+        steps: the steps, in order.
+        workers: number of processes; 0 to make the batches in this one.
+        device: device of the training; batches for a GPU are pinned.
+        stop: a signal ends waiting for a batch with StopRequested.
 
     Raises:
         RefdetError: an image cannot be used; from the iterator.
-        RuntimeFailure: a worker died or cannot hand over its batches; from the iterator.
+        RuntimeFailure: a worker died or cannot send its batches; from the iterator.
     """
     if workers == 0:
         yield _in_this_process(batches, steps, device, stop)
@@ -88,18 +91,18 @@ class _Worker:
         self.pipe, theirs = processes.Pipe()
         self.process = processes.Process(target=_work, args=(batches, theirs, self.pipe), daemon=True)
         self.process.start()
-        theirs.close()  # or the end of the worker would not be the end of the pipe
+        theirs.close()  # so that the pipe closes with the worker
 
     def ask(self, step: int) -> None:
-        """Have it make a batch, after those that it was asked for before."""
-        with suppress(OSError):  # it is dead, which `receive` says
+        """Queue the batch of a step."""
+        with suppress(OSError):  # a dead worker, reported by `receive`
             self.pipe.send(step)
 
     def receive(self) -> Batch:
-        """The next batch that it was asked for; waits for it."""
+        """Wait for the next batch."""
         try:
             found = self.pipe.recv()
-        except (EOFError, ConnectionError, FileNotFoundError) as error:  # the tensors come by a socket of theirs
+        except (EOFError, ConnectionError, FileNotFoundError) as error:  # tensors come through a separate socket
             self.process.join(_PATIENCE)
             raise _Died from error
         if isinstance(found, tuple):
@@ -109,18 +112,18 @@ class _Worker:
 
 
 class _Crew:
-    """All workers of a training, and the thread that receives what they make."""
+    """The workers of a training, and the thread that receives their batches."""
 
     def __init__(self, batches: TrainingBatches, steps: range, workers: int, device: torch.device) -> None:
         self._steps, self._device = steps, device
         self._received: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
-        multiprocessing.util.get_temp_dir()  # for the sockets of all; each would leave one of its own when it is killed
+        multiprocessing.util.get_temp_dir()  # shared by all workers; a killed worker would leave its own behind
         for _ in range(min(workers, max(len(steps), 1))):
             self._workers.append(_Worker(batches))
         for position in range(min(_AHEAD * len(self._workers), len(steps))):
             self._ask(position)
-        # Its waits end when the workers do; only a thread can receive, and pin, while the last batch is computed.
+        # a thread, to receive and pin batches while one is computed; it ends with the workers
         self._thread = threading.Thread(target=self._receive, name="receive batches", daemon=True)
         self._thread.start()
 
@@ -133,7 +136,7 @@ class _Crew:
 
     def _receive(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # each thread begins with the first
+            torch.cuda.set_device(self._device)  # the current device is per thread
         for position in range(len(self._steps)):
             worker = self._of(position)
             try:
@@ -146,10 +149,10 @@ class _Crew:
                 return
 
     def batches(self, stop: Stop) -> Iterator[Batch]:
-        """The batches in their order."""
+        """The batches in order."""
         for position in range(len(self._steps)):
             batch = _usable(self._next(stop))
-            self._ask(position + _AHEAD * len(self._workers))  # only now: what is ahead fills memory
+            self._ask(position + _AHEAD * len(self._workers))  # not earlier, to bound the memory
             yield batch
             del batch
 
@@ -162,7 +165,7 @@ class _Crew:
         raise StopRequested
 
     def dismiss(self) -> None:
-        """End the workers, at once where they do not end by themselves; a read that hangs does not let them."""
+        """Stop the workers; those that do not exit in time, as in a hanging read, are killed."""
         for worker in self._workers:
             with suppress(OSError):
                 worker.pipe.send(None)
@@ -176,9 +179,9 @@ class _Crew:
 
 
 def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> None:
-    """What a worker process does until it is told None, or nobody is there to tell it anything."""
+    """Main loop of a worker process; ends on None or when the parent dies."""
     ignore()
-    parents.close()  # a copy, by which the pipe would outlive the parent
+    parents.close()  # an inherited copy would keep the pipe open after the parent's death
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while (step := pipe.recv()) is not None:
@@ -195,27 +198,27 @@ def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> No
 
 
 def _cause_of_death(code: int | None) -> str:
-    """What to say of a worker that ended before its time."""
+    """Error message for a worker that died."""
     if code == -signal.SIGBUS:
-        return f"a worker process ended by SIGBUS, as it does where {SHARED_MEMORY} is full: {_MORE_ROOM.format(1024)}"
+        return f"worker process: died of SIGBUS, probably as {SHARED_MEMORY} is full; {_MORE_ROOM.format(1024)}"
     if code == -signal.SIGKILL:
         return (
-            "a worker process that makes batches was killed, possibly because memory ran out (see dmesg); lower "
-            "train.workers or train.batch_size if it was memory"
+            "worker process: killed, possibly because memory ran out (see dmesg); lower train.workers or "
+            "train.batch_size if it was memory"
         )
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-    return f"a worker process that makes batches ended {how}; use --set train.workers=0 to avoid worker processes"
+    return f"worker process: ended {how}; use --set train.workers=0 to avoid worker processes"
 
 
 def _not_handed_over(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
-        return _no_room("a worker process found no room for a batch")
-    return f"a worker process cannot hand over its batch ({text}); use --set train.workers=0 to avoid worker processes"
+        return _no_room("no room for a batch of a worker process")
+    return f"worker process: cannot send its batch ({text}); use --set train.workers=0 to avoid worker processes"
 
 
 def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
-    """See that the batches that `batches_ahead` makes fit into /dev/shm, before hours of work find out.
+    """Check that the prefetched batches fit into /dev/shm.
 
     Raises:
         RuntimeFailure: they do not.
@@ -224,14 +227,14 @@ def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
     if free is None or workers == 0:
         return
     sizes = _input_pixels(batches)
-    pixels = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # and the one that is computed
+    pixels = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
     need = int(pixels) * 3 * 4 * batches.recipe.train.batch_size
     if free < need:
         raise RuntimeFailure(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
 
 
 def _input_pixels(batches: TrainingBatches) -> Sequence[int]:
-    """The area of each image as the network's input, at its largest."""
+    """Largest area of each image as the network's input, in pixels."""
     options = batches.recipe.input
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
@@ -249,7 +252,7 @@ def _no_room(what: str, need: int = 1 << 29) -> str:
 
 
 def _free() -> int | None:
-    """Bytes that are free in shared memory; None where there is no such place."""
+    """Free bytes of shared memory; None if there is none."""
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:

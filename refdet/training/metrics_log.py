@@ -1,4 +1,4 @@
-"""What a training says of itself step by step: ``metrics.jsonl`` and TensorBoard's event files of a run directory."""
+"""Training metrics of a run directory: ``metrics.jsonl`` and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ _EVENTS = "events.out.tfevents.*"
 
 
 class MetricsLog:
-    """Writes a row of numbers for a step into both; a context manager.
+    """Context manager that logs the metrics of steps.
 
-    Rows of later steps than `first`, which a run that was killed has left, are written again, so they are dropped
-    here, and TensorBoard is told to drop them.
+    Rows of later steps than `first`, left by a killed run, are dropped, also in TensorBoard.
 
     Args:
-        folder: the run directory, which is the caller's.
-        first: the step that the run goes on from, 0 at its beginning.
+        folder: the run directory, locked by the caller.
+        first: the step that the run resumes from, or 0.
 
     Raises:
-        InputError: there is a ``metrics.jsonl`` that is no regular file or too large.
+        InputError: ``metrics.jsonl`` is not a regular file or too large.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -47,7 +46,7 @@ class MetricsLog:
         self._file = (folder / METRICS).open("a", encoding="utf-8")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Add the numbers of a step, counted from 1."""
+        """Log the metrics of a step, counted from 1."""
         old = {LOSSES[name]: value for name, value in row.items() if name in LOSSES}
         self._file.write(json.dumps({"step": step, **row, **old}) + "\n")
         self._file.flush()
@@ -65,15 +64,15 @@ class MetricsLog:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second they were made in."""
+    """Wait until a new event file sorts last: TensorBoard orders them by name, which has the time in seconds."""
     seconds = [int(part) for path in folder.glob(_EVENTS) if (part := path.name.split(".")[3]).isdecimal()]
     if seconds:
         time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
 
 
 def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the rows of later steps, and say how many cannot be read and are dropped too."""
-    if not os.path.lexists(metrics):  # a link that leads nowhere yet would let the log be written there
+    """Drop the rows of later steps, and damaged ones with a warning."""
+    if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return
     kept, damaged = [], 0
     for line in read_small(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
@@ -89,7 +88,7 @@ def _forget_after(metrics: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a row, None for what is none."""
+    """The step of a row, None if it is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

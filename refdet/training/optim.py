@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate."""
+"""The optimiser and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from refdet.config.recipe import TrainOptions
 
 
 def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> torch.optim.SGD:
-    """SGD with momentum, and weight decay on the weights of convolutions and linear layers only.
-
-    It would merely push biases and the scales of norms towards 0.
+    """SGD with momentum; weight decay only on the weights of convolutions and linear layers.
 
     Args:
-        fresh: where training starts from weights, the beginnings of the names of what they did not hold: the rest
-            learns at ``options.pretrained_lr_mult`` times the rate. None where it starts from nothing.
+        model: the network; frozen parameters are left out.
+        options: learning rate, momentum and weight decay.
+        fresh: prefixes of the names that pretrained weights did not have; the other parameters learn at
+            ``options.pretrained_lr_mult`` times the rate. None without pretrained weights.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -34,15 +34,15 @@ def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | 
 
 
 def set_rate(sgd: torch.optim.SGD, rate: float) -> None:
-    """Give each group of an `optimiser` its part of a rate."""
+    """Set the learning rate of each parameter group of an `optimiser`."""
     for group in sgd.param_groups:
         group["lr"] = rate * group["rate"]
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of a step, counted from 0: a linear warm-up from a tenth, then a tenth at each drop.
+    """Learning rate of a step, counted from 0: linear warm-up from a tenth, then times 0.1 at each milestone.
 
-    The warm-up takes a fifth of the run at most, so that a run cut short by ``train.steps`` still learns.
+    The warm-up takes at most a fifth of the run, so that short runs learn too.
     """
     rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
     if step < warmup:
@@ -52,7 +52,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 
 def momentum_of(model: nn.Module, sgd: torch.optim.SGD) -> dict[str, Tensor]:
-    """The momentum of each parameter, by the parameter's name."""
+    """Parameter name -> momentum buffer."""
     found = {}
     for name, parameter in model.named_parameters():
         buffer = sgd.state.get(parameter, {}).get("momentum_buffer")

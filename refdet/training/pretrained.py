@@ -1,4 +1,4 @@
-"""The start of a training from weights: what of them fits, and what begins anew. Torch only where they are read."""
+"""Training from pretrained weights: which parameters are loaded and which start afresh. Torch only to load them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 
-# layers that depend on the classes; `train.reset_predictors` starts them anew
+# layers that depend on the classes; `train.reset_predictors` reinitialises them
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
 
 
 def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
-    """What of a training from weights begins anew: the beginnings of the names of its parameters.
+    """Prefixes of the names of the parameters that pretrained weights do not provide.
 
-    Taken is all that someone trained: of an imported ImageNet network its convolutions, of a Faster R-CNN all but the
-    mask branch. Classes must agree, unless the layers that depend on them begin anew anyway.
+    All trained parameters are loaded: the convolutions of an ImageNet network, or all but the mask branch of a Faster
+    R-CNN. Classes must be the same unless the layers that depend on them are reinitialised.
 
     Raises:
-        InputError: the weights are of other classes, or another style of input.
+        InputError: the weights have other classes, another network or another input format.
     """
     theirs = checkpoint.load_meta(weights)
     _check_network(theirs.recipe, recipe, weights, bool(theirs.untrained))
@@ -37,7 +37,7 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
     if recipe.train.reset_predictors:
         fresh += PREDICTORS
     if recipe.model.masks != theirs.recipe.model.masks:
-        fresh += (MASK_BRANCH,)  # which is not there, or not wanted
+        fresh += (MASK_BRANCH,)  # missing in one of the two
     if theirs.categories != categories and not any("head.box.".startswith(part) for part in fresh):
         raise InputError(
             f"--weights {weights}: {difference(theirs.categories, categories)}; keep all but its last layers with "
@@ -49,10 +49,10 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
 
 
 def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> tuple[str, ...]:
-    """Put the weights of a run directory into a new model; returns what `begins_anew`.
+    """Load the weights of a run directory into a new model; returns the prefixes of `begins_anew`.
 
     Raises:
-        InputError: see `begins_anew`; or the weights are of another network.
+        InputError: the weights have other classes, another network or another input format.
     """
     from refdet.detector.loading import load_weights
 
@@ -67,7 +67,7 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
 
 
 def difference(theirs: tuple, ours: tuple) -> str:
-    """Where the categories of a checkpoint differ from those of an instances file, for people."""
+    """Human-readable difference between the categories of a checkpoint and of an instances file."""
     if len(theirs) != len(ours):
         return f"the checkpoint has {len(theirs)} classes, the instances file {len(ours)}"
     first = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
@@ -75,17 +75,17 @@ def difference(theirs: tuple, ours: tuple) -> str:
 
 
 def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An imported ResNet, whose conv5 stands in the head of a C4 network, for one that has it in the backbone."""
+    """Move conv5 of an imported ResNet from the head, as in a C4 network, to the backbone."""
     return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
 
 
 def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
-    """Another depth, width or neck would show as a list of tensors that do not fit."""
+    """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
     keys = ("depth", "width") if backbone_alone else ("depth", "width", "neck")
     if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
         raise InputError(
-            f"--weights {weights}: a {_network(theirs)}; recipe {ours.name} wants a {_network(ours)}; choose a recipe "
-            "that fits, or other weights"
+            f"--weights {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
+            "recipe or other weights"
         )
 
 
@@ -96,14 +96,14 @@ def _network(recipe: Recipe) -> str:
 
 
 def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:
-    """Weights know the range and the order of the channels, and where the stride is, though no shape shows it."""
-    mends = []
+    """Raise InputError for another input format or position of the stride, which shapes do not show."""
+    fixes = []
     for part, key in (
         ("input", "order"), ("input", "mean"), ("input", "std"), ("model", "stride_in_1x1"),
     ):  # fmt: skip
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
         if before != now:
             value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()
-            mends.append(f"--set {part}.{key}={value}")
-    if mends:
-        raise InputError(f"--weights {weights}: trained in another style than the recipe's; add {' '.join(mends)}")
+            fixes.append(f"--set {part}.{key}={value}")
+    if fixes:
+        raise InputError(f"--weights {weights}: trained in another style than the recipe's; add {' '.join(fixes)}")

@@ -1,4 +1,4 @@
-"""The card of a run directory, ``README.md``: what was trained on what, whether leaks are known, and how to use it."""
+"""The model card of a run directory, ``README.md``: training data, leaks and usage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FIRST = "<!-- Written by refdet train at each save; remove this line to keep yo
 
 
 def write_card(out: Path, meta: CheckpointMetadata) -> None:
-    """Write the card, unless there is one that somebody has made his own."""
+    """Write the card, unless the user has edited it."""
     path = out / CARD
     try:
         if path.exists() and not _is_ours(path):
@@ -26,7 +26,7 @@ def write_card(out: Path, meta: CheckpointMetadata) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a card that nobody has made his own. No more of it is read than that takes."""
+    """Whether a file is a card that the user has not edited; reads only its first line."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -74,5 +74,5 @@ def _leaks(meta: CheckpointMetadata) -> str:
 
 
 def _cell(text: str) -> str:
-    """Foreign text as it may stand in a table of Markdown."""
+    """Escape untrusted text for a Markdown table."""
     return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

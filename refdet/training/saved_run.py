@@ -1,4 +1,4 @@
-"""What the state of a training says of itself, and whether a run would go on as it was started. No torch."""
+"""Metadata of a training state, and checks that a run is resumed as it was started. No torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from refdet.structures.provenance import Provenance
 from refdet.training.pretrained import Categories, difference
 from refdet.training.run_folder import states
 
-# What may change without making it another run; train.steps has rules of its own.
+# options that may change on resuming; train.steps is checked separately
 _FREE = {("train", "workers"), ("train", "checkpoint_interval"), ("train", "log_every"), ("train", "steps")}
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a state says of itself.
+    """Metadata of a training state.
 
     Attributes:
-        path: its file.
+        path: the file of the state.
         meta: recipe, categories, provenance and step.
-        fresh: see `refdet.training.optim.optimiser`.
-        data_sha256: `TrainingObjects.sha256` of what it was trained on; None in states of older versions.
+        fresh: prefixes of the names that pretrained weights did not have; None without pretrained weights.
+        data_sha256: `TrainingObjects.sha256` of the training data; None in states of older versions.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class SavedRun:
 
     @classmethod
     def newest(cls, out: Path) -> SavedRun:
-        """Of the newest state in a run directory, which has one.
+        """The newest state in a run directory that has one.
 
         Raises:
             InputError: it is damaged.
@@ -60,7 +60,7 @@ class SavedRun:
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str]) -> SavedRun:
-        """From the metadata of a state. Raises InputError where it is damaged."""
+        """Parse the metadata of a state. Raises InputError if it is damaged."""
         try:
             if "meta" not in metadata:
                 raise InputError("its metadata has no 'meta'")
@@ -72,10 +72,10 @@ class SavedRun:
         return SavedRun(path, meta, None if fresh is None else tuple(fresh), metadata.get("training_data_sha256"))
 
     def check_recipe(self, recipe: Recipe, out: Path) -> None:
-        """See that a recipe is the one that the run was started with.
+        """Check that the recipe is the one the run was started with.
 
         Raises:
-            InputError: it is another one, or has fewer steps than are done.
+            InputError: the recipe differs, or has fewer steps than are done.
         """
         old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
         for part, options in old.items():
@@ -92,10 +92,10 @@ class SavedRun:
             )
 
     def check_data(self, categories: Categories, provenance: Provenance, data_sha256: str, out: Path) -> None:
-        """See that what is trained on is what the run was started with.
+        """Check that the training data is what the run was started with.
 
         Raises:
-            InputError: it is not.
+            InputError: it differs.
         """
         then = self.meta
         if then.categories != categories:
@@ -107,11 +107,11 @@ class SavedRun:
         if self.data_sha256 is not None and self.data_sha256 != data_sha256:
             raise InputError(
                 f"--resume {out}: the run was started with other boxes, masks, categories, crowds or file names of "
-                "these images; give the file and the options that it was started with"
+                "these images; give the file and the options it was started with"
             )
 
     def notes(self, recipe: Recipe, out: Path) -> list[str]:
-        """What its user should know of going on with it, a line each."""
+        """Notes for the user on resuming, one line each."""
         lines, before, after = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
             lines.append(f"--resume {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
@@ -123,7 +123,7 @@ class SavedRun:
 
 
 def damaged(path: Path, why: str) -> InputError:
-    """The error of a damaged state, which says what to do."""
+    """The error of a damaged state, with the fix."""
     others = [other for other in states(path.parent.parent) if other != path]
     fix = (
         f"remove it: --resume then goes on from {others[-1].name}"

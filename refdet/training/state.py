@@ -1,4 +1,4 @@
-"""The state of a training: what its run directory holds so that it can go on as if nothing had happened."""
+"""The training state of a run directory, from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from refdet.training.saved_run import SavedRun, damaged
 
 @dataclass(frozen=True)
 class State(SavedRun):
-    """A state that was read whole.
+    """A training state with its tensors.
 
     Attributes:
-        tensors: of the model and of its momentum, under "model/" and "momentum/".
+        tensors: model and momentum tensors, with the prefixes "model/" and "momentum/".
     """
 
     tensors: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, sgd: torch.optim.SGD) -> None:
-        """Put the tensors into a model and its optimiser.
+        """Load the tensors into a model and its optimiser.
 
         Raises:
-            InputError: they are not those of this model.
+            InputError: they do not match the model.
         """
         momentum = self._part("momentum/")
         wanted = dict(model.named_parameters())
@@ -56,7 +56,7 @@ class State(SavedRun):
                 sizes = f"{tuple(given[name].shape)}, the recipe expects {tuple(wanted[name].shape)}"
                 raise self._damaged(f"{name} is {sizes}")
             if not given[name].isfinite().all():
-                raise self._damaged(f"{name} has numbers that are not finite")
+                raise self._damaged(f"{name} contains NaN or inf")
         if whole and (strange := sorted(given.keys() - wanted.keys())):
             raise self._damaged(f"{strange[0]} is not in this network")
 
@@ -65,7 +65,7 @@ class State(SavedRun):
 
 
 def newest(out: Path) -> State:
-    """The newest state of a run directory, which has one.
+    """The newest state of a run directory that has one.
 
     Raises:
         InputError: it is damaged.
@@ -87,7 +87,7 @@ def save(
     fresh: tuple[str, ...] | None,
     data_sha256: str,
 ) -> None:
-    """Write the state, then the model; then remove older states. The state alone is enough to go on."""
+    """Write the state, then the model, then remove older states. The state alone is enough to resume."""
     folder = out / checkpoint.STATE
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
@@ -105,7 +105,7 @@ def save(
 
 
 def clean(out: Path) -> None:
-    """Remove what a run that was killed while it saved has left half-written."""
+    """Remove temporary files of a run that was killed while saving."""
     found = left_behind(out / checkpoint.STATE)
     for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
         found += left_behind(out, name)

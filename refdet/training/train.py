@@ -1,6 +1,6 @@
 """`train`: from a recipe, an instances file and images to a run directory.
 
-What is given is checked before torch is imported, so that most mistakes are found in under a second.
+Arguments are checked before torch is imported, so that most mistakes are reported in under a second.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ def train(
         2
 
     Args:
-        recipe: what to train: the name of a shipped recipe, a YAML file, or a `Recipe`. Its ``model.norm`` "auto" means
-            frozen with ``weights`` and batch without.
+        recipe: name of a shipped recipe, a YAML file, or a `Recipe`. Its ``model.norm`` "auto" means frozen with
+            ``weights`` and batch without.
         instances: the split, a COCO instances JSON.
         images: folder or zip of its images.
         out: the run directory, new unless ``resume``.
-        changes: changed keys of the recipe, such as "train.steps=500".
+        changes: overrides of recipe keys, such as "train.steps=500".
         weights: run directory of a detector to start from.
-        resume: continue the run in ``out``; from the beginning, with a note, where there is nothing to resume.
-        device: "cpu", "cuda" or "cuda:1"; a GPU if there is one if None or "auto".
+        resume: continue the run in ``out``; starts from the beginning, with a note, if there is nothing to resume.
+        device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
         crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
 
     Returns:
-        How many steps the run has, how long it took and its last loss.
+        The number of steps, the time and the last loss.
 
     Raises:
-        InputError: an argument does not fit, or another process trains into ``out``.
-        RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; what was saved is kept.
+        InputError: an argument is invalid, or another process trains into ``out``.
+        RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
     _refuse_many_processes()
@@ -79,13 +79,13 @@ def train(
     continues, remark = goes_on(out, resume)
     if (out / LOCK).exists():
         with alone(out, LOCK, BUSY):
-            pass  # nobody trains into it now
+            pass  # no other process trains into it
     before = SavedRun.newest(out) if continues else None
     chosen = _with_norm(chosen, weights, before, continues)
     if before is not None:
         before.check_recipe(chosen, out)
     source = ImageSource.open(images, chosen.input.exif)
-    # without masks nothing needs a segmentation
+    # segmentations are needed only with masks
     index = CocoIndex.load(instances, chosen.model.masks, crowd_as_object)
     objects = TrainingObjects(index, chosen.model.masks, chosen.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
@@ -106,33 +106,33 @@ def train(
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
 
-    from refdet.training.trainer import TrainingInputs, train_on  # torch comes with it, which takes seconds
+    from refdet.training.trainer import TrainingInputs, train_on  # imports torch, which takes seconds
 
     given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
-    with report_disk_full(out, "what was saved is kept: free some space, then go on with --resume"):
+    with report_disk_full(out, "what was saved is kept: free some space, then continue with --resume"):
         return train_on(given, device)
 
 
 def _with_norm(recipe: Recipe, weights: Path | None, before: SavedRun | None, continues: bool) -> Recipe:
-    """The recipe with a norm that is frozen or batch; InputError if it would be frozen at random weights."""
+    """Resolve the norm to frozen or batch; InputError for frozen norms with random weights."""
     if weights is not None:
         norm = load_meta(weights).recipe.model.norm
-    else:  # that of the run, which may be that of the weights it started from
+    else:  # the norm of the run, which may come from the weights it started from
         norm = before.meta.recipe.model.norm if before else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
     if weights is None and not continues and recipe.model.norm == "frozen":
         raise InputError(
-            f"recipe {recipe.name}: model.norm=frozen keeps norms and first layers as they are, which from "
-            "nothing is noise; give --weights RUN_DIR (refdet import-weights makes one of an ImageNet ResNet)"
+            f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give --weights "
+            "RUN_DIR (refdet import-weights makes one from an ImageNet ResNet)"
         )
     return recipe
 
 
 def _refuse_many_processes() -> None:
-    """Torchrun and its like would start one whole training each, all in one run directory."""
+    """Raise InputError under torchrun, which would start several trainings in one run directory."""
     count = os.environ.get("WORLD_SIZE", "")
     if count.isdecimal() and int(count) > 1:
         raise InputError(
-            f"WORLD_SIZE is {count}: refdet train is one process on one device; start it without torchrun, once"
+            f"WORLD_SIZE is {count}: refdet train runs as one process on one device; start it once, without torchrun"
         )

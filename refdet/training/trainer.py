@@ -1,4 +1,4 @@
-"""The training loop: steps, saving and logging, from inputs that `refdet.training.train` has checked."""
+"""The training loop: steps, checkpoints and logs, on inputs that `refdet.training.train` has checked."""
 
 from __future__ import annotations
 
@@ -45,26 +45,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run went."""
+    """Result of a training.
+
+    Attributes:
+        steps: number of steps that are done.
+        seconds: wall time of this run.
+        images_per_second: mean throughput of this run.
+        loss: mean over the last logging interval; None if all steps were already done.
+    """
 
     steps: int
     seconds: float
     images_per_second: float
-    loss: float | None  # mean over the last steps logged; None if there was nothing left to do
+    loss: float | None
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """All that a training needs to begin; `refdet.training.train.train` checks and collects it.
+    """Checked inputs of a training, made by `refdet.training.train.train`.
 
     Attributes:
-        recipe: what to train, with a norm that is frozen or batch.
-        objects: what is trained on, and the instances file it is in.
-        source: where its images are.
+        recipe: the recipe, its norm frozen or batch.
+        objects: annotated objects and their instances file.
+        source: folder or zip of the images.
         provenance: of the instances file.
         out: the run directory.
         weights: run directory of a detector to start from, or None.
-        before: the state in `out` to go on from, or None.
+        before: the state in `out` to resume from, or None.
         data_sha256: `TrainingObjects.sha256` of the objects.
     """
 
@@ -79,7 +86,7 @@ class TrainingInputs:
 
 
 def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
-    """Train a detector from inputs that are checked; see `refdet.training.train.train`."""
+    """Train a detector on checked inputs."""
     target, recipe, out = usable_device(device), given.recipe, given.out
     index = given.objects.index
     batches = TrainingBatches(index, given.source, recipe, given.objects)
@@ -91,7 +98,7 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
-    without_memory(recipe, len(meta.categories))  # an error where it is far too large
+    without_memory(recipe, len(meta.categories))  # raises InputError if it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = fresh = None
@@ -100,7 +107,7 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
         if (before.path, before.meta) != (given.before.path, given.before.meta):
             raise _written_meanwhile(out)
         fresh = before.fresh
-        # the run's own provenance: it may name the weights it started from
+        # the run's own provenance, which may name the weights it started from
         meta = dataclasses.replace(meta, provenance=before.meta.provenance, step=before.meta.step)
     elif given.weights is not None:
         fresh = load_pretrained(model, meta.categories, given.weights)
@@ -108,7 +115,7 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     if before is not None:
         before.restore(model, sgd)
     start = f"resumes from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
-    # weights, and a state of weights and momentum, each twice while it is replaced
+    # weights, and a state of weights and momentum; each exists twice while it is replaced
     most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
@@ -132,10 +139,10 @@ def _written_meanwhile(out: Path) -> InputError:
 
 @dataclass
 class _Training:
-    """A training that is under way."""
+    """A running training."""
 
     model: MaskRCNN
-    meta: CheckpointMetadata  # its step is the last that is done
+    meta: CheckpointMetadata  # of the last save
     batches: TrainingBatches
     out: Path
     sgd: torch.optim.SGD
@@ -143,7 +150,7 @@ class _Training:
     data_sha256: str
 
     def run(self) -> Summary:
-        """All steps that are left to do."""
+        """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         if first >= options.steps:
             log.warning("note: --resume: all %d steps are done; increase train.steps to extend the run", first)
@@ -162,15 +169,15 @@ class _Training:
             progress_bar(options.steps, "train", "step", initial=first) as bar,
             batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
         ):
-            started = window = time.perf_counter()  # now that all is imported and open
+            started = window = time.perf_counter()
             while step < options.steps:
                 batch = self._next(ahead, step, stop)
                 orientations.add(batch.oriented)
-                # seeded by the step, so that a resumed run draws what an undisturbed one draws
+                # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(step, options)
                 terms = _step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
-                del batch  # its shared memory is wanted for the next
+                del batch  # frees its shared memory for the next
                 losses.append(terms)
                 step += 1
                 bar.update()
@@ -191,7 +198,7 @@ class _Training:
         return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; where it cannot be had, what is done is saved before the reason is raised."""
+        """The batch of a step; on failure the steps so far are saved before the error is raised."""
         try:
             if stop.requested:
                 raise StopRequested
@@ -202,16 +209,16 @@ class _Training:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
             raise type(error)(
-                f"{error} (training stopped at step {step}; with a good file there, go on with --resume)"
+                f"{error} (training stopped at step {step}; replace the file and continue with --resume)"
             ) from error
 
     def _keep(self, step: int) -> str:
-        """Save a step, and say so."""
+        """Save a step; returns the end of a message."""
         if step == 0:
             return "before the first step; start again with --resume"
         if step != self.meta.step:
             self._save(step)
-        return f"after step {step}, which is saved; go on with --resume"
+        return f"after step {step}, which is saved; continue with --resume"
 
     def _save(self, step: int) -> None:
         self.meta = dataclasses.replace(self.meta, step=step)
@@ -222,7 +229,7 @@ class _Training:
 def _step(
     model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, max_grad_norm: float, generator: torch.Generator
 ) -> dict[str, float]:
-    """One update. Returns the terms of the loss."""
+    """One optimiser step. Returns the loss terms."""
     device = generator.device
     images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
     targets = [target.to(device) for target in batch.targets]
@@ -246,13 +253,13 @@ def _step(
 def _not_finite(what: str, batch: Batch) -> RuntimeFailure:
     return RuntimeFailure(
         f"the {what} on images {', '.join(map(str, batch.image_ids))}; "
-        "lower train.lr, or look at these images; the last checkpoint is kept"
+        "lower train.lr, or check these images; the last checkpoint is kept"
     )
 
 
 @contextmanager
 def _frozen_objects() -> Iterator[None]:
-    """Hide what there is from the garbage collector, whose walks would copy it into every worker process."""
+    """Hide existing objects from the garbage collector, which would copy their memory pages in every worker."""
     gc.freeze()
     try:
         yield

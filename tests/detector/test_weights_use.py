@@ -136,15 +136,15 @@ def test_weights_of_another_style_are_refused_with_the_mend(shapes_root: Path, i
     words = ["train", "--recipe", "c4-res50", "--instances", instances, "--images", shapes_root / "val2014", "--device",
              "cpu", "--weights", run, "--out", tmp_path / "run",
              *(word for change in SMALL for word in ("--set", change))]  # fmt: skip
-    mend = ("--set input.order=bgr --set input.mean=[102.9801,115.9465,122.7717] --set input.std=[1.0,1.0,1.0] "
+    fix = ("--set input.order=bgr --set input.mean=[102.9801,115.9465,122.7717] --set input.std=[1.0,1.0,1.0] "
             "--set model.stride_in_1x1=true")  # fmt: skip
     done = call(*words)
     assert done.exit_code == 2
     told, error = done.stderr.splitlines()
     assert told.startswith("starts from caffe, imported: res50.pth") and told.endswith("training data unknown")
-    assert error == f"error: --weights {run}: trained in another style than the recipe's; add {mend}"
+    assert error == f"error: --weights {run}: trained in another style than the recipe's; add {fix}"
     assert not (tmp_path / "run").exists()
-    done = call(*words, *mend.split())
+    done = call(*words, *fix.split())
     assert done.exit_code == 0 and (tmp_path / "run" / "model.safetensors").exists(), done.output
 
 

@@ -55,7 +55,7 @@ MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
     "frozen from nothing": ({"--set": "model.norm=frozen"}, "give --weights RUN_DIR"),
     "another network": (
         {"--weights": "run"},
-        "a ResNet-18 of width 8 with a feature pyramid; recipe demo",
+        "a ResNet-18 of width 8 with a feature pyramid, but recipe demo has",
     ),
     "other classes": (
         {"--weights": "run", "--instances": "other.json", "--recipe": "tiny.yaml"},

@@ -117,7 +117,7 @@ def test_killed_before_the_first_save_it_starts_again_and_says_every_step_once(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_of(tmp_path / "run") == [1, 2]
-    with pytest.raises(InputError, match="go on with it by --resume"):
+    with pytest.raises(InputError, match="continue it with --resume"):
         run(tmp_path, "train.steps=4")
     run(tmp_path, "train.steps=4", resume=True)
     assert "ended before its first save: starting from the beginning" in caplog.text
