@@ -1,7 +1,7 @@
-"""COCO's box and mask AP, as pycocotools computes it. No torch.
+"""COCO's box and mask AP, as computed by pycocotools. No torch.
 
-faster-coco-eval, the extra ``fast`` (``pip install ".[fast]"``), gives the same numbers sooner and is used where it is
-installed.
+faster-coco-eval (the extra ``fast``: ``pip install ".[fast]"``) is used if installed; it returns the same numbers
+faster.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_results(regions: Iterable[Regions]) -> list[dict[str, Any]]:
-    """The regions of images as the entries of a COCO results JSON; see `Regions.to_coco`."""
+    """The entries of a COCO results JSON (`Regions.to_coco`) of several images."""
     return [result for image in regions for result in image.to_coco()]
 
 
 def coco_ap(
     index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
 ) -> dict[str, float]:
-    """AP of results on images, exactly as pycocotools has it for ids from 1 on.
+    """AP of results, exactly as pycocotools computes it for ids from 1 on.
 
-    What the ids are makes no difference: COCOeval takes an annotation of id 0 for no match, and its libraries hold ids
-    in C integers and floats, so they are given a copy in which images, categories and annotations are numbered from 1.
+    Any ids work: images, categories and annotations are renumbered from 1, since COCOeval treats annotation id 0 as no
+    match and its libraries store ids as C integers and floats.
 
-    For "segm" a result's size is the area of its mask, as in COCO's own evaluation, not that of its box. An
-    annotation without a segmentation has its box as its mask. Results of other images and categories count nowhere.
+    For "segm" the size of a result is the area of its mask, as in COCO's evaluation, not of its box. An annotation
+    without a segmentation uses its box as mask. Results of other images and categories are ignored.
 
     Args:
         index: the annotations.
@@ -45,11 +45,11 @@ def coco_ap(
         kind: "bbox" or "segm".
 
     Returns:
-        AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 where the images
-        have no such object.
+        AP (IoU 0.5 to 0.95), AP50, AP75 and AP of small, medium and large objects, 0..1; -1 if there are no such
+        objects.
 
     Raises:
-        InputError: an annotation's polygons are too far away or too long to be drawn.
+        InputError: an annotation's polygons are too far outside the image or too long to be rasterized.
     """
     numbers = _Numbers.of(index, image_ids)
     if not numbers.images:
@@ -73,7 +73,7 @@ def coco_ap(
 
 
 def why_undefined(index: CocoIndex, image_ids: Iterable[int]) -> str | None:
-    """Why there is no AP on these images, with the counts; None where there is one."""
+    """Why AP is undefined on these images, with counts; None if it is defined."""
     annotations = [annotation for image_id in image_ids for annotation in index.annotations[image_id]]
     if not annotations:
         return "AP is not defined: no usable annotation is on these images"
@@ -86,7 +86,7 @@ def why_undefined(index: CocoIndex, image_ids: Iterable[int]) -> str | None:
 
 
 def _evaluator() -> tuple[Any, Any]:
-    """The classes COCO and COCOeval of the fastest library there is."""
+    """The classes COCO and COCOeval of the fastest library installed."""
     try:
         fast = importlib.import_module("faster_coco_eval")
         return fast.COCO, fast.COCOeval_faster
@@ -97,7 +97,7 @@ def _evaluator() -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Numbers from 1 on for the ids of the copy. They keep the order of the ids, which decides between equal scores."""
+    """Ids renumbered from 1 on, in the same order, which breaks ties of scores."""
 
     images: dict[int, int]
     categories: dict[int, int]
@@ -108,7 +108,7 @@ class _Numbers:
 
 
 def _results(results: Sequence[dict[str, Any]], kind: str, numbers: _Numbers) -> list[dict[str, Any]]:
-    """Copies of what is judged: of a box alone COCO takes its size, of a box beside a mask that of the box as well."""
+    """Copies of the results with the box or the mask only: with both COCO would take the size from the box."""
     judged = "bbox" if kind == "bbox" else "segmentation"
     return [
         {"image_id": image, "category_id": category, "score": result["score"], judged: result[judged]}
@@ -119,7 +119,7 @@ def _results(results: Sequence[dict[str, Any]], kind: str, numbers: _Numbers) ->
 
 
 def _dataset(index: CocoIndex, kind: str, numbers: _Numbers) -> dict[str, Any]:
-    """What COCOeval is given, and writes into. pycocotools 2.0.10 asks for ``info``, which files may lack."""
+    """The dataset for COCOeval, which modifies it. pycocotools 2.0.10 needs ``info``, which files may lack."""
     records = [index.images[image_id] for image_id in numbers.images]
     return {
         "info": {},
@@ -137,7 +137,7 @@ def _annotations(index: CocoIndex, kind: str, numbers: _Numbers) -> list[dict[st
         if entry["image_id"] not in numbers.images:
             continue
         known, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
-        # a box without area is an object that nobody finds, as in COCO; one that is not finite would equal all others
+        # an empty box is never found, as in COCO; one that is not finite would match everything
         if known is None and not (kind == "bbox" and all(map(is_finite, (x, y, w, h)))):
             continue
         area, crowd = (known.area, known.iscrowd) if known else (entry.get("area"), entry.get("iscrowd", 0))

@@ -1,4 +1,4 @@
-"""Predictions against refs: comprehension and segmentation, or gRefCOCO's metrics."""
+"""Metrics of predictions for refs: comprehension and segmentation, or gRefCOCO's metrics."""
 
 from __future__ import annotations
 
@@ -36,22 +36,26 @@ def comprehension(
     regions: Mapping[int, Regions],
     protocol: Protocol,
 ) -> dict[str, Any]:
-    """Accuracy of the boxes and overlap of the masks, over the sentences of refs.
+    """Accuracy of boxes and IoU of masks over the sentences of refs.
 
     Args:
-        predictions: sentence id -> prediction; a sentence that has none counts as wrong.
+        refer: the REFER dataset.
+        index: its instances file.
+        refs: the refs to evaluate.
+        predictions: sentence id -> prediction; a sentence without one counts as wrong.
         regions: image id -> the regions of the store.
+        protocol: how boxes are compared.
 
     Returns:
-        comprehension: accuracy@0.5; missing: sentences without a prediction; random_baseline@0.5: what picking a region
-        of the image at random would reach, on average; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr"
-        all but mean_iou are by generalized IoU. Where an answer of the dataset is ranked also P@1, P@5 and P@10: the
-        share of sentences with a right one among the first so many answers.
-        segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None where no
+        comprehension: accuracy@0.5; missing: sentences without a prediction; random_baseline@0.5: expected accuracy of
+        a random region of the image; precision@0.5 ... 0.9 and mean_iou. With the protocol "mdetr" all but mean_iou
+        use generalized IoU. If any prediction is ranked also P@1, P@5 and P@10: the share of sentences with a correct
+        answer among the first 1, 5 and 10.
+        segmentation: `segmentation_scores` and missing: sentences without a mask, which count as wrong; None if no
         prediction has a mask.
     """
     ious: list[float] = []
-    right: list[float] = []  # what decides of an answer: the IoU, or what the protocol has instead
+    right: list[float] = []  # the overlap that the protocol thresholds
     best: list[list[float]] = []
     guesses: list[float] = []
     overlaps: list[tuple[int, int]] = []
@@ -87,7 +91,7 @@ def comprehension(
 
 
 def _best_of_first(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:
-    """The highest overlap of the first k answers with a box (1, 4), for each k of `RANKS`; 0 without an answer."""
+    """Highest overlap of the first k answers with a box (1, 4), for each k in `RANKS`; 0 without an answer."""
     if predicted is None:
         return [0.0] * len(RANKS)
     answers = predicted.boxes if predicted.ranked is None else predicted.ranked
@@ -106,7 +110,7 @@ def generalized(
     for ref in refs:
         objects = targets.objects_of(refer, ref)
         image = index.images[ref["image_id"]]
-        # The authors' code draws no crowds, but has their boxes; so does REFER.getMask.
+        # the authors' code and REFER.getMask skip the masks of crowds, but not their boxes
         drawn = [annotation for annotation in objects if not annotation.get("iscrowd")]
         truth = targets.mask(refer, drawn, image) if with_masks else None
         for sentence in ref["sentences"]:
@@ -118,6 +122,6 @@ def generalized(
 
 
 def _mask(predicted: Prediction | None, image: ImageRecord) -> dict:
-    """All that a prediction covers; without a pixel where there is no prediction, or none with a mask."""
+    """Union of the masks of a prediction; empty without one."""
     masks = () if predicted is None else predicted.masks or ()
     return coco_mask.merge([targets.empty_mask(image.height, image.width), *masks])

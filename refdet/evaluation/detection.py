@@ -1,4 +1,4 @@
-"""Detection quality of a checkpoint on an instances file."""
+"""Detection AP of a checkpoint on an instances file."""
 
 from __future__ import annotations
 
@@ -42,37 +42,39 @@ def evaluate(
 ) -> dict[str, dict[str, float | None] | None]:
     """Box and mask AP of a detector on all images of an instances file.
 
-    What is measured are the regions that `refdet.extraction.extract.extract_features` writes with its default
-    thresholds, made by the same network in the same arithmetic. But an image that cannot be used ends the work, since
-    its objects would count as missed.
+    Evaluates the same regions as `refdet.extraction.extract.extract_features` writes with its default thresholds. An
+    image that cannot be used is an error, since its objects would count as missed.
 
     Args:
-        batch_size: images that go through the detector together.
-        device: "cpu", "cuda", "cuda:1"; the best there is for None.
-        precision: "float32", or "bfloat16" where the device has it.
+        run: run directory of the detector.
+        instances: COCO instances JSON.
+        images: folder or zip of its images.
+        batch_size: images per batch.
+        device: "cpu", "cuda", "cuda:1"; None for a GPU if there is one.
+        precision: "float32", or "bfloat16" if the device has it.
         workers: threads that read images ahead.
-        exif: see `refdet.data.image_decoder.EXIF`.
-        crowd_as_object: see `CocoIndex.load`.
+        exif: "ignore" or "apply" the EXIF orientation of the images.
+        crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
     Returns:
-        {"bbox": rates, "segm": rates or None without a mask branch}; rates are those of `coco_ap`, None where there is
-        no object to find.
+        {"bbox": rates, "segm": rates or None without a mask branch}; the rates of `coco_ap`, None if there are no
+        objects.
 
     Raises:
-        InputError: the detector's categories are not those of the file, or an image cannot be read.
+        InputError: the categories of detector and file differ, or an image cannot be read.
         RuntimeFailure: the device has too little memory for an image.
     """
     meta, index = load_meta(run), CocoIndex.load(instances, crowd_as_object=crowd_as_object)
     records, source = list(index.images.values()), ImageSource.open(images, exif)
     if not records:
-        raise InputError(f"{instances}: no image in it to evaluate on")
+        raise InputError(f"{instances}: has no images to evaluate on")
     source.check(records, instances)
     ours, theirs = dict(meta.categories), index.categories
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         raise InputError(
-            f"--checkpoint {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they are not the "
-            f"same ({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
+            f"--checkpoint {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they differ "
+            f"({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
         )
     _log_odd_annotations(index, meta.recipe.model.masks)
 
@@ -108,10 +110,14 @@ def detected_regions(
     batch_size: int = 4,
     workers: int = 2,
 ) -> Iterator[Regions]:
-    """The regions of images, batch by batch, as an extraction computes them by default, without features.
+    """Regions of images as an extraction computes them by default, without features.
 
     Args:
-        detector: made for use, see `refdet.detector.loading.load`.
+        detector: loaded with ``for_inference=True``.
+        source: folder or zip of the images.
+        records: the images.
+        batch_size: images per batch.
+        workers: threads that read images ahead.
 
     Raises:
         InputError: an image cannot be read.
@@ -132,7 +138,7 @@ def detected_regions(
 
     compute = split_on_oom(detecting(detector, DetectionOptions(), ()))
     batches = group_by_input_size(records, detector.meta.recipe.input, batch_size)
-    begun: deque[Finish] = deque()  # a GPU computes a batch while the one before is finished
+    begun: deque[Finish] = deque()  # a GPU computes a batch while the previous one is finished
     with closing(load_ahead(load, batches, workers)) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
             bad = next((image for image in images if isinstance(image, str)), None)
@@ -150,7 +156,7 @@ def detected_regions(
 
 
 def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
-    """Log what makes AP undefined, or measured on something else than what the file holds."""
+    """Warn if AP is undefined, or if boxes replace missing masks."""
     reason = why_undefined(index, index.images)
     if reason:
         crowds = any(annotation.iscrowd for of_image in index.annotations.values() for annotation in of_image)
@@ -158,5 +164,5 @@ def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
     annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
     bare = sum(not annotation.segmentation for annotation in annotations)
     if masks and bare:
-        log.warning("note: %s: %d of %d annotations have no segmentation; for the AP of masks their boxes stand in",
+        log.warning("note: %s: %d of %d annotations have no segmentation; mask AP uses their boxes instead",
                     index.path, bare, len(annotations))  # fmt: skip

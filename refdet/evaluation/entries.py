@@ -1,4 +1,4 @@
-"""What models hand in, read: a JSON list of objects, one for each id."""
+"""Reading of model outputs: a JSON list of objects with unique ids."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _KINDS = {int: "an integer", str: "a text"}
 def entries_by_id(
     path: Path, fields: Mapping[str, type], thing: str, answer: str, known: Container[int]
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The entries of a list of objects: for each where it stands, for errors, its id, and itself.
+    """Iterate over (position for errors, id, entry) of a list of objects.
 
     Args:
-        fields: what every entry has, int or str; the first is its id.
-        thing: what an id is of, "sentence"; answer: what an entry is, "a prediction".
+        path: the JSON file.
+        fields: required fields and their types, int or str; the first is the id.
+        thing: what the ids are of, such as "sentence".
+        answer: what the entries are, such as "a prediction".
         known: the ids of the dataset.
 
     Raises:
-        InputError: the file is no such list, or an id is unknown or there twice.
+        InputError: the file is not such a list, or an id is unknown or a duplicate.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -43,13 +45,13 @@ def entries_by_id(
         if id_ not in known:
             raise InputError(f"{where}: {thing} {id_} is not in this dataset and split_by")
         if id_ in seen:
-            raise InputError(f"{where}: {thing} {id_} has {answer} already")
+            raise InputError(f"{where}: {thing} {id_} already has {answer}; remove one")
         seen.add(id_)
         yield where, id_, entry
 
 
 def _found(entry: Any, fields: Mapping[str, type]) -> str:
-    """What stands in the place of a field, for the end of an error."""
+    """The invalid value of a field, for the end of an error."""
     if not isinstance(entry, dict):
         return f", not {reprlib.repr(entry)[:60]}"
     name = next(name for name, kind in fields.items() if type(entry.get(name)) is not kind)

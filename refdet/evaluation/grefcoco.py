@@ -1,7 +1,7 @@
 """gRefCOCO's metrics, for sentences that refer to no, one or several objects.
 
-N-acc, T-acc, gIoU and cIoU are those of Liu et al., "GRES: Generalized Referring Expression Segmentation"; precision
-at F1 = 1 is that of He et al., "GREC: Generalized Referring Expression Comprehension".
+N-acc, T-acc, gIoU and cIoU as in Liu et al., "GRES: Generalized Referring Expression Segmentation"; precision at F1 = 1
+as in He et al., "GREC: Generalized Referring Expression Comprehension".
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from refdet.evaluation.metrics import box_iou, generalized_iou, mask_overlap, me
 
 @dataclass(frozen=True)
 class Answer:
-    """One sentence: what it refers to, and what the model says.
+    """Ground truth and prediction of one sentence.
 
     Attributes:
-        truth: (n, 4) boxes of the objects, half-open xyxy in pixels; n is 0 where there is no target.
-        truth_mask: RLE of them all; None where masks are not compared.
-        predicted: (m, 4) boxes, m is 0 for "no such object"; None where the model says nothing.
-        predicted_mask: RLE of them all; without a pixel where the model says nothing.
+        truth: (n, 4) boxes of the objects, half-open xyxy in pixels; n is 0 without a target.
+        truth_mask: RLE of their union; None if masks are not compared.
+        predicted: (m, 4) boxes, m is 0 for "no such object"; None without a prediction.
+        predicted_mask: RLE of their union, empty without a prediction; None if masks are not compared.
     """
 
     truth: np.ndarray
@@ -32,16 +32,16 @@ class Answer:
 
 
 def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | None]:
-    """All metrics over the sentences of a split; a sentence without an answer counts as wrong.
+    """All metrics over the sentences of a split; a sentence without a prediction counts as wrong.
 
     Returns:
-        no_target: how many sentences refer to nothing; missing: how many have no answer.
-        N-acc: share of the sentences without a target that are answered with none, T-acc: share of those with
-        a target that are answered with some; None where there are no such sentences.
-        precision@F1=1,IoU>=0.5: share of the sentences with every object found and nothing else; the same by GIoU,
-        which the authors' code has in the place of IoU.
-        gIoU: mean IoU, 1 for "none" rightly said and 0 for it wrongly said or not said; cIoU: all intersections
-        over all unions; precision@0.5 ... 0.9: of the masks of sentences with a target. None without masks.
+        no_target: number of sentences without a target; missing: number of sentences without a prediction.
+        N-acc: share of the sentences without a target that are predicted so; T-acc: share of the sentences with a
+        target that are predicted to have one; None if there are no such sentences.
+        precision@F1=1,IoU>=0.5: share of the sentences with all objects found and nothing else; and the same with
+        GIoU, as in the authors' code.
+        gIoU: mean IoU, where a sentence without a target has 1 if predicted so, else 0; cIoU: sum of intersections
+        over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without masks.
     """
     none = [a for a in answers if not len(a.truth)]
     some = [a for a in answers if len(a.truth)]
@@ -75,7 +75,7 @@ def _overlap(answer: Answer) -> tuple[int, int] | None:
 
 
 def _all_right(answer: Answer, overlap: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> bool:
-    """Whether F1 is 1: as many boxes as objects, and pairs of them, the best first, all of IoU 0.5 or more."""
+    """Whether F1 is 1: as many boxes as objects, and all greedily matched pairs overlap by 0.5 or more."""
     if answer.predicted is None or len(answer.predicted) != len(answer.truth):
         return False
     ious = overlap(answer.predicted, answer.truth)

@@ -1,7 +1,7 @@
-"""Generated expressions against people's: BLEU, ROUGE-L, CIDEr and METEOR, as pycocoevalcap computes them.
+"""BLEU, ROUGE-L, CIDEr and METEOR of generated expressions, as computed by pycocoevalcap.
 
-That is COCO's caption evaluation, which lichengunc/refer uses for expressions too. It is an extra that is installed
-with ``pip install pycocoevalcap``; its tokenizer and METEOR are programs in Java, which it finds on the PATH.
+pycocoevalcap is COCO's caption evaluation, which lichengunc/refer uses for expressions too. It is optional
+(``pip install pycocoevalcap``); its tokenizer and METEOR need Java on the PATH.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.entries import entries_by_id
 
 INSTALL = "pycocoevalcap, which computes it, is not installed: pip install pycocoevalcap"
-# What PTBTokenizer of pycocoevalcap leaves out, of one token or stuck to a word.
+# punctuation that PTBTokenizer of pycocoevalcap removes
 _PUNCTUATION = "'`.?!,:;-()[]{}\""
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """pycocoevalcap's measures, those that can run here.
+    """The metrics of pycocoevalcap that can run here.
 
     Attributes:
-        java: whether Java is there; without it words are split at blanks and there is no METEOR.
+        java: whether Java is installed; without it words are split at blanks and there is no METEOR.
     """
 
     java: bool
 
     @classmethod
     def find(cls) -> Scorers:
-        """InputError where pycocoevalcap is not installed."""
+        """Raises InputError if pycocoevalcap is not installed."""
         try:
             _load("bleu.bleu", "Bleu")
         except ImportError:
@@ -43,14 +43,14 @@ class Scorers:
         return cls(java=shutil.which("java") is not None)
 
     def scores(self, truth: Mapping[int, Sequence[str]], said: Mapping[int, str]) -> dict[str, Any]:
-        """The measures over the refs of a split.
+        """The metrics over the refs of a split.
 
         Args:
-            truth: ref id -> the sentences of people; said: ref id -> the generated one. A ref of ``truth`` that is
-                not in ``said`` counts as one without a word.
+            truth: ref id -> the annotated sentences.
+            said: ref id -> the generated expression; empty text if missing.
 
         Returns:
-            BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs, missing, and which
+            BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs, missing, and the
             tokenizer: "ptb", or "blanks" without Java.
 
         Raises:
@@ -76,19 +76,17 @@ class Scorers:
     def _tokens(self, texts: dict[int, list[str]]) -> dict[int, list[str]]:
         if not self.java:
             return {ref_id: [_split(text) for text in of_ref] for ref_id, of_ref in texts.items()}
-        # It reads and writes lines, and a line without a word could be lost: these stay here.
+        # the tokenizer works line by line and could lose empty lines, so these are skipped
         lines = {(ref_id, i): text for ref_id, of_ref in texts.items() for i, text in enumerate(of_ref) if text}
         done = _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(
             {k: [{"caption": t}] for k, t in lines.items()}
         )
         if len(done) != len(lines):
-            raise RuntimeFailure(
-                f"--expressions: PTBTokenizer gave {len(done)} of {len(lines)} sentences back; {_JAVA}"
-            )
+            raise RuntimeFailure(f"--expressions: PTBTokenizer returned {len(done)} of {len(lines)} sentences; {_JAVA}")
         return {r: [done[r, i][0] if text else "" for i, text in enumerate(of_ref)] for r, of_ref in texts.items()}
 
 
-_JAVA = "see that `java -version` works, or take java off the PATH to go without METEOR"
+_JAVA = "check that `java -version` works, or remove java from the PATH to skip METEOR"
 
 
 def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
@@ -96,13 +94,13 @@ def load_expressions(path: Path, ref_ids: Collection[int]) -> dict[int, str]:
 
     Args:
         path: ``[{"ref_id": int, "sent": str}]``.
-        ref_ids: those of the dataset.
+        ref_ids: ref ids of the dataset.
 
     Returns:
         ref id -> expression.
 
     Raises:
-        InputError: names the file and the entry that is wrong.
+        InputError: an entry is invalid; the message names the file and the entry.
     """
     entries = entries_by_id(path, {"ref_id": int, "sent": str}, "ref", "an expression", ref_ids)
     return {ref_id: entry["sent"] for _, ref_id, entry in entries}
@@ -113,7 +111,7 @@ def _load(module: str, name: str) -> Any:
 
 
 def _clean(text: str) -> str:
-    """On one line, with characters that can be written, and without the "|||" that METEOR's protocol is made of."""
+    """Put a text on one line, without unencodable characters and without METEOR's separator "|||"."""
     return " ".join(text.encode("utf-8", "replace").decode().replace("|", " ").split())
 
 
@@ -129,10 +127,10 @@ def _meteor(people: dict[int, list[str]], machine: dict[int, list[str]]) -> floa
         raise RuntimeFailure(f"--expressions: METEOR does not start ({error}); {_JAVA}") from error
     try:
         return float(scorer.compute_score(people, machine)[0])
-    except (OSError, ValueError) as error:  # its Java ended, or said something else than numbers
+    except (OSError, ValueError) as error:  # Java ended, or printed something else than numbers
         raise RuntimeFailure(f"--expressions: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
     finally:
-        if scorer.lock.locked():  # after an error it still is, and its destructor would wait for it for ever
+        if scorer.lock.locked():  # still held after an error; the destructor would deadlock
             scorer.lock.release()
-        with contextlib.suppress(OSError):  # else the destructor fails where Java has ended
+        with contextlib.suppress(OSError):  # otherwise the destructor fails if Java has ended
             scorer.meteor_p.stdin.close()

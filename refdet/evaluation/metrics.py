@@ -1,4 +1,4 @@
-"""Overlap of boxes and masks, and the rates that are made of it. Numpy and pycocotools only."""
+"""Overlap of boxes and masks, and rates of it. NumPy and pycocotools only."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ Protocol = Literal["standard", "mattnet", "mdetr"]
 
 
 def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
-    """IoU of half-open boxes xyxy: (n, 4) and (m, 4) -> (n, m) float64; 0 where both have no area.
+    """IoU of half-open xyxy boxes: (n, 4) and (m, 4) -> (n, m) float64; 0 if both are empty.
 
-    "mattnet" is computeIoU of lichengunc/MAttNet, lib/models/eval_dets_utils.py. It takes boxes x y w h to the
-    inclusive corners x, y, x + w - 1, y + h - 1 and counts pixels with + 1, which gives the same number, but for this:
-    it asks for one inclusive corner to lie left of the other, so an overlap of one pixel or less in width or height
-    is none. It differs for thin boxes and for slight overlaps only. "mdetr" has the standard IoU: see `box_overlap`.
+    "mattnet" is computeIoU of lichengunc/MAttNet, lib/models/eval_dets_utils.py, on the inclusive corners x, y,
+    x + w - 1, y + h - 1. It equals the standard IoU, except that an intersection of one pixel or less in width or
+    height counts as none. "mdetr" is the standard IoU here, and differs in `box_overlap`.
     """
     shared, union, _ = _areas(a, b, least=1.0 if protocol == "mattnet" else 0.0)
     return _quotient(shared, union)
 
 
 def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """GIoU of half-open boxes xyxy: (n, 4) and (m, 4) -> (n, m) float64 in -1..1.
+    """GIoU of half-open xyxy boxes: (n, 4) and (m, 4) -> (n, m) float64 in -1..1.
 
-    IoU less the share of the smallest box around both that neither covers: Rezatofighi et al., "Generalized
-    Intersection over Union". 0 where that box has no area.
+    IoU minus the share of the enclosing box that neither covers (Rezatofighi et al., "Generalized Intersection over
+    Union"); 0 if the enclosing box is empty.
     """
     shared, union, around = _areas(a, b, least=0.0)
     return _quotient(shared, union) - _quotient(around - union, around)
 
 
 def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
-    """What must reach 0.5 for an answer to be right: (n, 4) and (m, 4) -> (n, m) float64.
+    """The overlap that must reach 0.5 for a correct answer: (n, 4) and (m, 4) -> (n, m) float64.
 
-    The IoU, but for "mdetr" the generalized IoU, as in RefExpEvaluator of ashkamath/mdetr, datasets/refexp.py. It is
-    never more than the IoU.
+    The IoU, or for "mdetr" the generalized IoU, as in RefExpEvaluator of ashkamath/mdetr, datasets/refexp.py, which is
+    never larger.
     """
     return generalized_iou(a, b) if protocol == "mdetr" else box_iou(a, b, protocol)
 
 
 def _areas(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Areas of the intersection, the union and the enclosing box of each pair of n and m boxes, (n, m) each.
+    """Areas of the intersection, the union and the enclosing box of each pair of boxes, (n, m) each.
 
-    An intersection counts if its sides are more than `least`.
+    An intersection counts only if both sides exceed `least`.
     """
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
@@ -62,23 +61,23 @@ def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def mask_overlap(a: dict, b: dict) -> tuple[int, int]:
-    """Pixels in both and in either of two RLE masks of one size."""
+    """Pixels in the intersection and in the union of two RLE masks of one size."""
     both = int(coco_mask.area(coco_mask.merge([a, b], intersect=True)))
     return both, int(coco_mask.area(a)) + int(coco_mask.area(b)) - both
 
 
 def ratio(part: float, whole: float) -> float:
-    """Part / whole, and 0 of nothing."""
+    """Part / whole; 0 if whole is 0."""
     return part / whole if whole else 0.0
 
 
 def rate(values: Sequence[float] | np.ndarray, threshold: float) -> float:
-    """Share of the values that reach the threshold; 0 of none."""
+    """Share of the values that reach the threshold; 0 if there are none."""
     return float(np.mean(np.asarray(values) >= threshold)) if len(values) else 0.0
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their mean; 0 of none."""
+    """Mean; 0 if there are no values."""
     return float(np.mean(values)) if len(values) else 0.0
 
 

@@ -1,7 +1,7 @@
-"""Predictions of a comprehension model: for a sentence a region of the store, a box or a segmentation.
+"""Predictions of a comprehension model: a region of the store, a box or a segmentation per sentence.
 
-For gRefCOCO, where a sentence may refer to no or several objects, a list of them; for other datasets possibly a ranked
-list of boxes or regions, the best first.
+For gRefCOCO, where a sentence may refer to no or several objects, a list of them; for other datasets optionally a
+ranked list of boxes or regions, best first.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from refdet.store import Store
 log = logging.getLogger(__name__)
 
 _KINDS = ("region", "box", "segmentation")
-_FARTHEST = 1e9  # pixels; areas stay far within the range of floats
+_FARTHEST = 1e9  # pixels; areas do not overflow
 _LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
 _RANKED = {"ranked_regions": "region", "ranked_boxes": "box"}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says a sentence refers to.
+    """The prediction for a sentence.
 
     Attributes:
-        boxes: (n, 4) float64 half-open xyxy in pixels; n is 1 but for gRefCOCO.
-        masks: n RLEs of the whole image, None where only boxes are known.
-        ranked: (k, 4) boxes, the best first, of which ``boxes`` has the first; None where the answer is not ranked.
+        boxes: (n, 4) float64 half-open xyxy in pixels of the image; n is 1 except for gRefCOCO.
+        masks: n RLEs of the whole image, or None without masks.
+        ranked: (k, 4) boxes, best first, of which ``boxes`` has the first; None without a ranking.
     """
 
     boxes: np.ndarray
@@ -53,24 +53,22 @@ def load_predictions(
     several: bool = False,
     box_format: str = DEFAULT,
 ) -> dict[int, Prediction]:
-    """Read and check a predictions JSON.
-
-    What speaks against the form of the boxes is logged as a warning.
+    """Read and check a predictions JSON; warns if the boxes look like another format.
 
     Args:
         path: ``[{"sent_id", "region": row} | {"sent_id", "box": [x, y, w, h]} | {"sent_id", "segmentation"}]``, or
             ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
-        store: the store whose rows are meant.
+        store: the store of the region rows.
         images: sentence id -> its image, for every sentence of the dataset.
-        several: an entry may instead have a list, empty for "no such object": ``regions``, ``boxes`` or
-            ``segmentations``. A segmentation without a pixel then is no object. There are no ranked lists.
-        box_format: how the numbers of a box are meant: one of `refdet.data.box_format.NAMES`.
+        several: entries may instead have a list, empty for "no such object": ``regions``, ``boxes`` or
+            ``segmentations``. An empty segmentation then counts as no object. There are no ranked lists.
+        box_format: format of the boxes, one of `refdet.data.box_format.NAMES`.
 
     Returns:
         sentence id -> prediction.
 
     Raises:
-        InputError: names the file and the entry that is wrong.
+        InputError: an entry is invalid; the message names the file and the entry.
     """
     entries = list(entries_by_id(path, {"sent_id": int}, "sentence", "a prediction", images))
     boxes, sizes = [], []
@@ -101,14 +99,14 @@ def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
 
 
 def _are_numbers(value: Any) -> bool:
-    # An integer may be beyond the range of floats, but it can be compared with one; NaN is in no range.
+    # comparison works for integers beyond the range of floats too, and is False for NaN
     numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
     return numbers and all(-_FARTHEST <= v <= _FARTHEST for v in value)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes predictions of entries."""
+    """Converts entries to predictions."""
 
     store: Store
     form: BoxForm
@@ -145,7 +143,7 @@ class _Reader:
                              "sentence without an answer")  # fmt: skip
 
     def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
-        """Of each answer the box, xyxy in pixels, and the mask, if there is one."""
+        """Box (xyxy in pixels) and mask, if any, of each answer."""
         if kind == "box":
             return [(corners, None) for corners in self._corners(values, image)]
         return [self._region(v, image) if kind == "region" else _segmentation(v, image) for v in values]
@@ -153,7 +151,7 @@ class _Reader:
     def _region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
         store = self.store
         if type(row) is not int or not 0 <= row < store.regions:
-            raise InputError(f"region {row!r:.40} is no row of {store.path}, which has rows 0 to {store.regions - 1}")
+            raise InputError(f"region {row!r:.40} is not a row of {store.path}; rows are 0 to {store.regions - 1}")
         image_id, place = store.region(row)
         if image_id != image.id:
             raise InputError(f"region {row} is of image {image_id}, the sentence is of image {image.id}")
@@ -162,7 +160,7 @@ class _Reader:
         return regions.boxes[place].astype(np.float64), masks[place] if masks else None
 
     def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
-        """Boxes (n, 4) xyxy in pixels."""
+        """Boxes (n, 4) xyxy in pixels of the image."""
         wrong = [value for value in values if not _are_numbers(value)]
         if not wrong:
             sizes = np.full((len(values), 2), (image.width, image.height))

@@ -1,4 +1,4 @@
-"""Referent recall: how many of the objects that sentences refer to have a region. Numpy only."""
+"""Referent recall: the share of referred objects that have a region. NumPy only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ KEPT = (1, 2, 5, 10, 20, 50, 100)
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well the regions of its image cover one referred object.
+    """Best IoU of one referred object with the regions of its image.
 
     Attributes:
-        best: highest IoU of its box with one of the k best-scoring regions, for each k of `KEPT` and then for all;
-            0 without regions.
-        best_of_category: the same with those of these regions that have its category.
+        best: highest IoU of its box with the k top-scoring regions, for each k in `KEPT` and then for all; 0 without
+            regions.
+        best_of_category: the same for regions of its category.
     """
 
     best: tuple[float, ...]
@@ -33,25 +33,28 @@ def coverage(
     """The coverage of the n referred objects of one image.
 
     Args:
-        boxes: (n, 4) half-open xyxy in pixels; category_ids: n of them.
+        boxes: (n, 4) half-open xyxy in pixels of the image.
+        category_ids: n category ids.
+        regions: the regions of the image.
+        protocol: how boxes are compared.
     """
     ious = box_iou(boxes, regions.boxes, protocol)
     same = np.asarray(category_ids).reshape(-1, 1) == regions.category_ids.reshape(1, -1)
-    # Regions of equal score are kept in the order of the store.
+    # ties in the order of the store
     order = np.argsort(-regions.scores, kind="stable")
     best, of_category = _best_of_first(ious[:, order]), _best_of_first(np.where(same, ious, 0.0)[:, order])
     return [Coverage(tuple(a), tuple(b)) for a, b in zip(best.tolist(), of_category.tolist(), strict=True)]
 
 
 def _best_of_first(ious: np.ndarray) -> np.ndarray:
-    """The highest of the first k of each row (n, m), k of `KEPT` and then all: (n, 8)."""
+    """Maximum of the first k values of each row (n, m), for each k in `KEPT` and then for all: (n, 8)."""
     so_far = np.maximum.accumulate(np.pad(ious, ((0, 0), (1, 0))), axis=1)
     last = so_far.shape[1] - 1
     return so_far[:, [min(k, last) for k in (*KEPT, last)]]
 
 
 def referent_recall(found: Sequence[Coverage]) -> dict[str, float]:
-    """Share of the referred objects with a region of IoU 0.5 to 0.9, of any category and of theirs."""
+    """Share of referred objects with a region of IoU 0.5 to 0.9, of any category and of the same category."""
     best, of_category = [c.best[-1] for c in found], [c.best_of_category[-1] for c in found]
     recall = {str(threshold): rate(best, threshold) for threshold in THRESHOLDS}
     recall["mean_best_iou"] = mean(best)
@@ -59,9 +62,9 @@ def referent_recall(found: Sequence[Coverage]) -> dict[str, float]:
 
 
 def recall_at_k(found: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
-    """Recall at IoU 0.5 if an image keeps its 1, 2, ..., 100 best-scoring regions, and all of them.
+    """Recall at IoU 0.5 with the 1, 2, ..., 100 top-scoring regions of an image, and with all.
 
-    It is the ceiling of every model that picks one of so many regions.
+    It is the upper bound of any model that picks one of these regions.
     """
     best = [c.best_of_category if with_category else c.best for c in found]
     names = [*map(str, KEPT), "all"]

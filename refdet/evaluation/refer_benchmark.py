@@ -1,4 +1,4 @@
-"""A store of regions, and what models made of it, measured on the splits of a REFER dataset. No torch."""
+"""Evaluation of a store of regions, and of model outputs on it, on the splits of a REFER dataset. No torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluate_on_refer(
     protocol: Protocol = "standard",
     box_format: str = DEFAULT,
 ) -> dict[str, Any]:
-    """Measure a store of regions, and a model's answers if given, on the splits of a REFER dataset.
+    """Evaluate a store of regions, and a model's predictions if given, on the splits of a REFER dataset.
 
     Examples:
         >>> metrics = refdet.evaluate_on_refer("demo/features/refcoco.h5", "demo/data/refer", "refcoco", "unc")
@@ -48,25 +48,24 @@ def evaluate_on_refer(
         ['bbox', 'segm']
 
     Args:
-        store: HDF5 file that `refdet.extract_features` wrote.
+        store: HDF5 file written by `refdet.extract_features`.
         refer_root: folder of the REFER data.
         dataset: "refcoco", "refcoco+", "refcocog" or "grefcoco": a folder in ``refer_root``.
         split_by: "unc", "umd" or "google".
-        splits: names, each possibly several with commas between; all but train if empty.
-        predictions: JSON of a model's answers, see `refdet.evaluation.predictions`.
-        expressions: JSON of a model's expressions, see `refdet.evaluation.language.load_expressions`.
-        protocol: how boxes are compared, see `box_iou` and `box_overlap` of `refdet.evaluation.metrics`; COCO's AP
-            stays COCO's.
-        box_format: how boxes of predictions are written, one of `refdet.data.box_format.NAMES`.
+        splits: names of splits, also comma-separated; all but train if empty.
+        predictions: JSON of a model's predictions, as read by `refdet.evaluation.predictions.load_predictions`.
+        expressions: JSON of generated expressions, as read by `refdet.evaluation.language.load_expressions`.
+        protocol: how boxes are compared: "standard" IoU, "mattnet" or "mdetr"; COCO's AP does not depend on it.
+        box_format: format of the boxes in ``predictions``, one of `refdet.data.box_format.NAMES`.
 
     Returns:
-        What goes into ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None where there is nothing to rate: AP of
-        small objects where there are none, mask AP of a store without masks. A sentence without a prediction counts
-        as wrong; ``missing`` says how many there are, of ``segmentation`` also those with a box only.
+        The contents of ``metrics.json``; rates in 0..1 (CIDEr in 0..10), None if undefined, such as AP of small objects
+        if there are none, or mask AP of a store without masks. A sentence without a prediction counts as wrong;
+        ``missing`` is their number, in ``segmentation`` including those with only a box.
 
     Raises:
-        InputError: a file or a split is not there or damaged; the store lacks images of a split; expressions are
-            given and pycocoevalcap is not installed.
+        InputError: a file or a split is missing or damaged; the store lacks images of a split; or expressions are given
+            and pycocoevalcap is not installed.
         refer.ReferError: the refs cannot be read.
     """
     scorers = Scorers.find() if expressions is not None else None
@@ -77,7 +76,7 @@ def evaluate_on_refer(
         where = f"{refer_root / dataset}, split-by {split_by}"
         chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
         if not chosen:
-            raise InputError(f"{where}: all refs are of split train; say --split train to evaluate on it")
+            raise InputError(f"{where}: all refs are in split train; give --split train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
         made = (
             None if predictions is None else _predictions(Path(predictions), where, regions, refer, index, box_format)
@@ -99,7 +98,7 @@ def evaluate_on_refer(
 
 
 def _check_provenance(store: Store) -> None:
-    """See that a store says what its detector was trained on, before work is done that is told with it."""
+    """Check the provenance of a store before evaluating it."""
     try:
         Provenance.from_json(store.provenance)
     except InputError as error:
@@ -111,13 +110,13 @@ def _predictions(
 ) -> dict[int, Prediction]:
     refs = refer.data["refs"]
     if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
-        raise InputError(f"{where}: a sent_id is there twice, so a prediction for it is ambiguous; renumber")
+        raise InputError(f"{where}: duplicate sent_id makes predictions ambiguous; renumber")
     images = {sent_id: index.images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
     return load_predictions(path, store, images, targets.is_generalized(refs), box_format)
 
 
 def _refs(refer: REFER, split: str) -> list[Any]:
-    # By the name itself: asked for "test", the REFER API gives testA and testB too.
+    # exact match: for "test" the REFER API returns testA and testB too
     return [ref for ref in refer.data["refs"] if ref["split"] == split]
 
 
@@ -132,7 +131,7 @@ def _check_images(store: Store, refer: REFER, split: str, arguments: str) -> Non
 
 @dataclass(frozen=True)
 class _Run:
-    """What the metrics of every split are made of."""
+    """Inputs of the metrics of every split."""
 
     store: Store
     refer: REFER
@@ -186,7 +185,7 @@ class _Run:
         return metrics | answered
 
     def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:
-        """Of every object that the refs refer to, ref by ref."""
+        """Coverage of every referred object, ref by ref."""
         found = []
         for ref in refs:
             objects = targets.objects_of(self.refer, ref)
@@ -195,6 +194,6 @@ class _Run:
         return found
 
     def average_precision(self, ids: list[int], results: list[dict[str, Any]], kind: str) -> dict[str, float | None]:
-        # COCO says -1 where there is no object of that size: no rate, so None.
+        # COCO's -1 for no objects of that size becomes None
         rates = coco_ap(self.index, ids, results, kind)
         return {name: value if value >= 0 else None for name, value in rates.items()}

@@ -1,4 +1,4 @@
-"""Metrics of refdet 0.1 that have another name now; metrics.json has both names for one more version."""
+"""Renamed metrics of refdet 0.1; metrics.json has both names for one more version."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 GROUPS = {"recall@k": "recall_by_regions", "recall@k_with_category": "recall_by_regions_with_category"}
-"""Of a split: name as it is -> as it was."""
+"""Groups of a split: new name -> old name."""
 
 COMPREHENSION = {"random_baseline@0.5": "guessing@0.5"}
-"""The same of its rates of comprehension."""
+"""Comprehension rates: new name -> old name."""
 
 
 def with_old_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of `evaluate_on_refer`, what was renamed under its old name too, as metrics.json holds them."""
+    """Add the old names of renamed metrics, as in metrics.json."""
     return {**metrics, "splits": {name: _both(values) for name, values in metrics["splits"].items()}}
 
 
 def in_new_names(metrics: Any) -> Any:
-    """What a metrics.json of any version holds, under today's names alone; what is no such object as it is."""
+    """Rename the metrics of a metrics.json of any version to the new names; other values are returned as they are."""
     if not isinstance(metrics, Mapping) or not isinstance(metrics.get("splits"), Mapping):
         return metrics
     return {**metrics, "splits": {name: _new(values) for name, values in metrics["splits"].items()}}

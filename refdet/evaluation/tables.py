@@ -1,4 +1,4 @@
-"""The metrics of evaluate-on-refer as pandas tables, and the files that are written of them."""
+"""The metrics of evaluate-on-refer as pandas tables and as files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COUNTS = "counts"
 
 
 def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """All numbers of metrics.json, one a row.
+    """All numbers of metrics.json, one per row.
 
     Returns:
-        columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on, ``metric`` is "images",
-        "AP50", "0.5" and so on; ``value`` is float64, NaN where there was nothing to rate. Texts are left out.
+        Columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on, ``metric`` is "images",
+        "AP50", "0.5" and so on; ``value`` is float64, NaN if undefined. Texts are left out.
     """
     metrics = in_new_names(metrics)
     rows = [
@@ -41,7 +41,7 @@ def _numbers(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, 
 
 
 def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Group -> its numbers, a row a split and a column a metric, both in the order of `to_dataframe`."""
+    """Group -> table with one row per split and one column per metric, in the order of `to_dataframe`."""
     found = {}
     for group, rows in numbers.groupby("group", sort=False):
         wide = rows.pivot(index="split", columns="metric", values="value")
@@ -52,7 +52,7 @@ def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
     """Write metrics.json, then metrics.csv (`to_dataframe`), into the folder ``out``.
 
-    In the CSV an apostrophe stands before names that a spreadsheet would take for a formula.
+    In the CSV, names that a spreadsheet would take for a formula are prefixed with an apostrophe.
     """
     write_json(out / "metrics.json", with_old_names(metrics))
     with atomic_write(out / "metrics.csv") as temporary:

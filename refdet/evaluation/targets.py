@@ -1,4 +1,4 @@
-"""What the sentences of a ref refer to: one annotated object, or in gRefCOCO any number of them, also none."""
+"""The objects that the sentences of a ref refer to: one annotation, or in gRefCOCO any number of them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from refer.validation import box_of
 
 
 def is_generalized(refs: Iterable[Any]) -> bool:
-    """Whether refs may have no or several objects, as in gRefCOCO: then ``ann_id`` is a list."""
+    """Whether refs may have any number of objects, as in gRefCOCO, where ``ann_id`` is a list."""
     return any(isinstance(ref["ann_id"], list) for ref in refs)
 
 
 def objects_of(refer: REFER, ref: Any) -> list[Any]:
-    """The annotations of the objects a ref refers to."""
+    """The annotations of the objects of a ref."""
     return [refer.Anns[ann_id] for ann_id in target_ids(ref)]
 
 
 def boxes(refer: REFER, targets: Sequence[Any]) -> np.ndarray:
-    """(n, 4) float64: the boxes of annotations, half-open xyxy in pixels as the file has them.
+    """Boxes (n, 4) float64 of annotations, half-open xyxy in pixels, as in the file.
 
     Raises:
         refer.ReferError: an annotation has no box, or one that is not finite.
@@ -37,10 +37,10 @@ def boxes(refer: REFER, targets: Sequence[Any]) -> np.ndarray:
 
 
 def mask(refer: REFER, targets: Sequence[Any], image: ImageRecord) -> dict:
-    """The union of the masks of annotations as an RLE of the whole image; of none it has no pixel.
+    """RLE of the union of the masks of annotations; empty if there are none.
 
     Raises:
-        InputError: an annotation has no segmentation, or one that cannot be drawn.
+        InputError: an annotation has no segmentation, or an invalid one.
     """
     rles = [empty_mask(image.height, image.width)]
     for annotation in targets:
@@ -55,5 +55,5 @@ def mask(refer: REFER, targets: Sequence[Any], image: ImageRecord) -> dict:
 
 
 def empty_mask(height: int, width: int) -> dict:
-    """An RLE without a pixel."""
+    """RLE of an empty mask."""
     return to_rle({"size": [height, width], "counts": [height * width]}, height, width)

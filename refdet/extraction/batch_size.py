@@ -1,4 +1,4 @@
-"""How many images go through the detector together: what fits, and less where it did not."""
+"""Automatic batch size, and smaller batches after running out of memory."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from refdet.structures.detection_options import DetectionOptions
 if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
 
-LARGEST = {"cpu": 4, "cuda": 32}  # beyond it nothing is gained
-SHARE = 0.8  # of the free memory; the rest is for what differs between images, and for other processes
-CPU_BYTES = 2**30  # of an image of 600x1000 through the largest network, with room to spare
+LARGEST = {"cpu": 4, "cuda": 32}  # larger batches are not faster
+SHARE = 0.8  # of the free memory; the rest is for variation between images and for other processes
+CPU_BYTES = 2**30  # per image of 600x1000 with the largest network, with a margin
 
 
 def auto_batch_size(
     detector: TrainedDetector, records: Sequence[ImageRecord], options: DetectionOptions, features: Sequence[str]
 ) -> int:
-    """A power of 2: as many images as the device of a detector has memory for, by the largest input of `records`.
+    """The largest power of 2 of images that fit into the memory of the detector's device.
 
-    On a GPU it is measured: a batch of one image and one of two, of noise, each at its peak. Every box counts as a
-    detection, so that there are as many as ``options.max_regions`` allows.
+    On a GPU the peak memory of one and of two random images of the largest size in `records` is measured, with a score
+    threshold of 0 so that ``options.max_regions`` is reached.
 
     Raises:
-        torch.cuda.OutOfMemoryError: also one image is too much.
+        torch.cuda.OutOfMemoryError: even one image does not fit.
     """
     device = next(detector.model.parameters()).device
     most = LARGEST.get(device.type, 1)
@@ -71,14 +71,12 @@ def _power_of_2(count: float, most: int) -> int:
 
 
 def split_on_oom(compute: Compute) -> Compute:
-    """`compute` for batches of any size: one for which a GPU has too little memory is cut into halves.
-
-    So are those after it that are as large, at once: to try them would cost the time and fail the same way.
+    """`compute` that halves a batch when the GPU runs out of memory, and later batches of that size at once.
 
     Raises:
-        torch.cuda.OutOfMemoryError: also one image is too much.
+        torch.cuda.OutOfMemoryError: even one image does not fit.
     """
-    too_many = sys.maxsize  # images, as far as is known
+    too_many = sys.maxsize  # smallest batch that failed
 
     def each_half(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
         nonlocal too_many
@@ -89,7 +87,7 @@ def split_on_oom(compute: Compute) -> Compute:
                 if len(batch) == 1:
                     raise
                 too_many = len(batch)
-            # outside of the handler, whose traceback holds the tensors
+            # outside the handler, whose traceback keeps the tensors alive
             torch.cuda.empty_cache()
         half = len(batch) // 2
         first, second = each_half(batch[:half], images[:half]), each_half(batch[half:], images[half:])

@@ -1,4 +1,4 @@
-"""Extraction: the regions and features of a list of images, by a trained detector, into a store."""
+"""Extraction of regions and features of a list of images into a store, by a trained detector."""
 
 from __future__ import annotations
 
@@ -59,25 +59,24 @@ def extract_features(
         images: folder or zip of the image files.
         out: HDF5 file to write.
         image_list: the images, and the annotations of their objects.
-        options: what is computed and written; the defaults of `ExtractOptions` if None.
-        boxes: file of boxes to describe, instead of detecting any: COCO results JSON or another store; see
-            `refdet.extraction.boxes_from_file`.
-        box_format: how ``boxes`` has its boxes, see `refdet.extraction.boxes_from_file.load_boxes`.
-        batch_size: images per batch; None for as many as fit into memory. Results depend on it by rounding alone.
+        options: what to compute and write; the defaults of `ExtractOptions` if None.
+        boxes: file of boxes to use instead of detections: COCO results JSON or another store.
+        box_format: format of the boxes in ``boxes``, as in `refdet.extraction.boxes_from_file.load_boxes`.
+        batch_size: images per batch; None for as many as fit into memory. It changes results only by rounding.
         workers: threads that read images ahead.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
-        resume: continue an extraction into ``out`` that was stopped.
+        resume: continue an interrupted extraction into ``out``.
         strict: stop at an image that cannot be used, instead of recording the reason in its row.
-        say: called with a line for each thing that is done differently than asked.
+        say: called with each warning.
         announce: called with lines about the device, the images, the detector and the size of the store.
 
     Returns:
-        How many images and regions were written, how many images could not be used, and how long it took.
+        The numbers of images, regions and unusable images, and the time.
 
     Raises:
-        InputError: no checkpoint, none of the images found, ``out`` exists, or see
-            `refdet.extraction.shards.open_extraction`.
-        RuntimeFailure: the device has too little memory for one image, no image could be used, or see `extract`;
+        InputError: there is no checkpoint, none of the images is found, ``out`` exists, or the extraction to resume
+            was started with different settings.
+        RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
@@ -99,21 +98,21 @@ def extract_features(
         raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
-        raise InputError(f"{image_list.index.path}: no image in it to extract")
+        raise InputError(f"{image_list.index.path}: has no images to extract")
     missing = source.locate(records, image_list.index.images.values())
     if len(missing) == len(records):
         source.refuse_missing(records, missing, image_list.index.path)
     if missing:
-        say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are not there "
-            f"and get no regions, the first is {missing[0]}")  # fmt: skip
+        say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
+            f"and get no regions; the first is {missing[0]}")  # fmt: skip
     given = given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
     plan, header = _planned(image_list, given, boxes, options, batch_size, meta, checkpoint)
-    # A processor without bfloat16 computes in float32, but only torch knows what it has.
+    # whether a CPU has bfloat16 is known only after torch is imported
     check_begun(out, plan, header, resume, undecided=("precision",) if options.precision == "bfloat16" else ())
 
-    import torch  # from here on: it takes seconds, and what is wrong above is told at once
+    import torch  # takes seconds, so the checks above come first
 
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
@@ -144,15 +143,15 @@ def extract_features(
         with torch.inference_mode(), exact_float32(), OrientationNote(source):
             size = batch_size or (resume and begun_batch_size(out))
             size = size or auto_batch_size(detector, records, options, options.features)
-            detector.model.stages = parts = Stages(where)  # without what trying sizes took
+            detector.model.stages = parts = Stages(where)  # after measuring batch sizes
             batches = group_by_input_size(records, meta.recipe.input, size)
             return extract(
                 out, replace(plan, batch_size=size), header, batches, records, load, compute, resume, workers,
                 strict=strict, parts_of_computing=parts.seconds,
             )  # fmt: skip
     except torch.cuda.OutOfMemoryError as error:
-        raise RuntimeFailure(f"{where} has too little memory for one image; what is finished is kept: "
-                        "free some of it and continue with --resume") from error  # fmt: skip
+        raise RuntimeFailure(f"{where} has too little memory for one image; finished images are kept: "
+                        "free some memory and continue with --resume") from error  # fmt: skip
 
 
 def _planned(
@@ -164,7 +163,7 @@ def _planned(
     meta: CheckpointMetadata,
     checkpoint: Path,
 ) -> tuple[Plan, Header]:
-    """What is to be computed, and what the store says of itself."""
+    """The plan of the extraction, and the header of the store."""
     from refdet.detector.checkpoint import MODEL, run_directory
     from refdet.detector.feature_names import HEAD, of_regions
     from refdet.structures.provenance import file_sha256
@@ -178,12 +177,12 @@ def _planned(
     elif given is not None:
         what["instances_sha256"] = file_sha256(image_list.index.path)
         what["masks"] = options.masks
-        if options.crowd_as_object:  # only then: work that was begun by an older refdet can go on
+        if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
             what["crowd_as_object"] = True
     else:
         what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
                  "max_regions": options.max_regions, "at_least_one": options.lower_threshold_if_empty}  # fmt: skip
-    if options.exif != "ignore":  # a store that says nothing of it is of images as they are stored
+    if options.exif != "ignore":  # the default is left out
         what["exif"] = options.exif
     what |= {
         "image_list": image_list.name,
@@ -203,7 +202,7 @@ def _planned(
 
 
 def detecting(detector: TrainedDetector, options: DetectionOptions, features: Sequence[str]) -> Compute:
-    """What detects the regions of a batch of images of one input size; see `refdet.extraction.pipeline.extract`."""
+    """The function that `refdet.extraction.pipeline.extract` calls to detect regions of a batch of one input size."""
     from refdet.detector.predictor import start_detecting
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
@@ -215,7 +214,7 @@ def detecting(detector: TrainedDetector, options: DetectionOptions, features: Se
 def _check_masks(
     options: ExtractOptions, meta: CheckpointMetadata, given: GivenRegions | None, checkpoint: Path
 ) -> None:
-    """InputError where masks are to be predicted that cannot be."""
+    """Raise InputError if masks cannot be predicted."""
     if options.masks != "predicted":
         return
     if given is None:
@@ -226,8 +225,8 @@ def _check_masks(
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     strange = sorted(given.categories.items() - dict(meta.categories).items())
     if strange:
-        raise InputError(f"--masks predicted: the regions may be of category {strange[0][0]} ({strange[0][1]}), "
-                         "which the detector does not know")  # fmt: skip
+        raise InputError(f"--masks predicted: the detector has no category {strange[0][0]} ({strange[0][1]}), "
+                         "which the regions may have")  # fmt: skip
 
 
 def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractOptions) -> Compute:

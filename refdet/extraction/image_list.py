@@ -17,9 +17,9 @@ class ImageList:
     """The images of an extraction and their annotations.
 
     Attributes:
-        records: in the order they get in the store.
-        index: the instances file they are in.
-        name: where they come from, as it is kept in the store.
+        records: the images, in the order of the store.
+        index: their instances file.
+        name: their source, as recorded in the store.
     """
 
     records: list[ImageRecord]
@@ -61,7 +61,7 @@ class ImageList:
             crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
         Raises:
-            InputError: no such split, or a ref is of an image or annotation that instances.json lacks.
+            InputError: unknown split, or instances.json lacks an image or annotation of a ref.
             refer.ReferError: the refs cannot be read.
         """
         from refer import read_refs, target_ids
@@ -73,12 +73,13 @@ class ImageList:
         ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
         lost = [i for i in ids if i not in index.images]
         if lost:
-            raise InputError(f"{index.path}: {len(lost)} images of the refs are not in it, the first is {lost[0]}")
+            raise InputError(f"{index.path}: lacks {len(lost)} images of the refs, the first is {lost[0]}; download "
+                             "both files again")  # fmt: skip
         annotations = {annotation["id"] for annotation in index.raw["annotations"]}
         stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
         if stray:
-            raise InputError(f"{index.path}: {len(stray)} refs point to annotations that are not in it, the first is "
-                             f"ref {stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files anew")  # fmt: skip
+            raise InputError(f"{index.path}: lacks the annotations of {len(stray)} refs, the first is ref "
+                             f"{stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files again")  # fmt: skip
         return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
 
     def sha256(self) -> str:

@@ -1,20 +1,21 @@
-"""How much memory this process may still take."""
+"""Memory available to this process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-UNKNOWN = 2**32  # bytes: what is taken for free where no one tells
+UNKNOWN = 2**32  # bytes; assumed where nothing is known
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that can be allocated without swapping, in bytes.
 
-    The least of what the machine has and what the control groups of this process, such as a container's or a batch
-    system's, leave it. `UNKNOWN` where there is no Linux to ask.
+    The minimum of the machine's available memory and of the limits of the process's control groups, as set by
+    containers and batch systems. `UNKNOWN` if not on Linux.
 
     Args:
-        proc, cgroups: where Linux tells; others in tests.
+        proc: mount point of procfs.
+        cgroups: mount point of the control groups.
     """
     found = [bytes_ for bytes_ in (_of_machine(proc), *_of_groups(proc, cgroups)) if bytes_ is not None]
     return max(min(found, default=UNKNOWN), 0)
@@ -26,7 +27,7 @@ def _of_machine(proc: Path) -> int | None:
 
 
 def _of_groups(proc: Path, cgroups: Path) -> list[int | None]:
-    """What each group leaves that this process is in, of version 1 or 2; every group limits those below it."""
+    """Memory left in each control group (v1 or v2) of this process and their parents."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -40,14 +41,14 @@ def _of_groups(proc: Path, cgroups: Path) -> list[int | None]:
             root, files = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # in a container the name may be that outside, where only the root is what it is inside
+        # in a container the name may be the host's; only the root is then right
         own = root / name.lstrip("/")
         found += [_left(group, *files) for group in (own, *own.parents) if group.is_relative_to(root)]
     return found
 
 
 def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
-    """What is left of the limit of a group; None where it has none. Cached files make room when it is needed."""
+    """Memory left in a group; None if it has no limit. The page cache counts as free."""
     most, taken = _number(group / limit), _number(group / used)
     if most is None or taken is None:
         return None
@@ -57,12 +58,12 @@ def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # there is none, or it is "max"
+    except (OSError, ValueError):  # missing, or "max"
         return None
 
 
 def _named(path: Path, name: str) -> int | None:
-    """The number behind a name, in a file with a name and a number a line."""
+    """The value of a name in a file with one name and number per line."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
     except OSError:

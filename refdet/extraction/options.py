@@ -19,20 +19,20 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(DetectionOptions):
-    """What an extraction computes and writes. The thresholds it inherits are for regions that are detected.
+    """What an extraction computes and writes. The inherited thresholds apply to detections only.
 
     Attributes:
         regions: "detections", "annotations" (the annotated objects of the images) or "boxes" (of a file).
-        features: names of the features to write, see ``docs/features.md``.
+        features: names of the features to write, from `refdet.detector.feature_names`.
         dtype: type of the features in the store, "float32" or "float16".
         precision: arithmetic of the network, "float32" or "bfloat16".
-        masks: of annotations and boxes, their own masks ("annotated") or the detector's for them ("predicted").
+        masks: masks of annotations and boxes: their own ("annotated") or the detector's ("predicted").
         compression: of features and maps in the store: "none", "gzip" or "lzf".
-        exif: EXIF orientation of the images: "ignore" it, or "apply" it, which turns images upright.
+        exif: "ignore" or "apply" the EXIF orientation of the images.
         crowd_as_object: whether the image list was read with crowd annotations as objects.
 
     Raises:
-        ArgumentError: a value is out of range, or none of those above.
+        ArgumentError: a value is out of range or not one of the choices.
     """
 
     regions: str = "detections"

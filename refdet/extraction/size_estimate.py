@@ -1,4 +1,4 @@
-"""How large a store will get, said before the work begins. No torch."""
+"""Estimate of the size of a store before an extraction. No torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from refdet.data.coco import ImageRecord
 from refdet.store import Columns, Header, ImageRow
 from refdet.store.size import space_needed
 
-_MASK_BYTES = 200  # of a region's RLE, on average
+_MASK_BYTES = 200  # average RLE of a region
 _POOLED = 7  # cells on a side of a spatial feature
 
 
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each feature of one region that a detector of this recipe computes."""
+    """Shape of each feature of one region, for a detector of this recipe."""
     model = recipe.model
-    channels = model.width * (4 if model.depth >= 50 else 1)  # of the first stage: bottlenecks give four times theirs
+    channels = model.width * (4 if model.depth >= 50 else 1)  # of the first stage; bottlenecks expand four times
     pyramid = model.neck == "fpn"
     pooled, fc7 = (model.fpn_channels, model.fpn_hidden) if pyramid else (channels * 4, channels * 8)
     return {
@@ -36,12 +36,15 @@ def estimated_bytes(
     columns: Columns,
     map_size: Callable[[ImageRecord], tuple[int, int]],
 ) -> int:
-    """Bytes of a store, before compression.
+    """Size of a store in bytes, before compression.
 
     Args:
-        regions: of an image, as many as there are or may be.
-        columns: those it will have, with `feature_shapes`.
-        map_size: height and width of the map of an image, for stores that hold these.
+        records: the images.
+        regions: image -> number of its regions, or the limit.
+        recipe: the recipe of the detector.
+        header: the header of the store.
+        columns: the columns of the store, with `feature_shapes`.
+        map_size: image -> height and width of its feature map, for stores that hold these.
     """
     channels = feature_shapes(recipe, 0)["pool5"][0]
     rows = []

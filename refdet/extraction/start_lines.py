@@ -1,4 +1,4 @@
-"""What an extraction says when it begins."""
+"""The first lines that an extraction logs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,16 @@ def start_lines(
     header: Header,
     given: Callable[[ImageRecord], int] | None,
 ) -> list[str]:
-    """Where and how exactly it computes, of which images, by which detector, and how large the store gets.
+    """Lines about the device and precision, the images, the detector, and the size of the store.
 
     Args:
-        device: as it was asked for.
-        given: the number of given regions of an image, where they are known; detections are counted as the most.
+        image_list: the images.
+        meta: metadata of the detector.
+        options: the options of the extraction.
+        device: the device option; None or "auto" for the default.
+        plan: the plan of the extraction.
+        header: the header of the store.
+        given: image -> number of its given regions; None for detections, which count as ``options.max_regions``.
     """
     from refdet.data.transforms import input_size
     from refdet.device import described

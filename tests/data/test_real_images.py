@@ -132,4 +132,4 @@ def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: P
     run = CliRunner().invoke(
         main, [*common, "--out", str(tmp_path / "n.h5"), "--regions", "annotations", "--masks", "predicted"]
     )
-    assert run.exit_code == 2 and "(circle), which the detector does not know" in run.output
+    assert run.exit_code == 2 and "(circle), which the regions may have" in run.output

@@ -106,7 +106,7 @@ def test_ranked_regions_and_their_masks(tmp_path: Path) -> None:
         ({"ranked_boxes": [None]}, "box None must be four numbers"),
         ({"box": None}, "box None must be four numbers"),
         ({"box": {}}, "must be four numbers"),
-        ({"ranked_regions": [0, 9]}, "region 9 is no row"),
+        ({"ranked_regions": [0, 9]}, "region 9 is not a row"),
         ({"ranked_regions": [0], "box": [1, 2, 3, 4]}, r"it has \['box', 'ranked_regions'\]"),
         ({"boxes": [[1, 2, 3, 4]]}, "boxes is for gRefCOCO; .*: box, or ranked_regions or ranked_boxes"),
         ({}, "or a list of them: ranked_regions, ranked_boxes; it has none"),

@@ -99,7 +99,7 @@ def test_a_java_that_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     java.write_text("#!/bin/sh\nexit 1\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(RuntimeFailure, match="PTBTokenizer gave 1 of .*java -version"):
+    with pytest.raises(RuntimeFailure, match="PTBTokenizer returned 1 of .*java -version"):
         Scorers.find().scores(TRUTH, SAID)
     with pytest.raises(RuntimeFailure, match="METEOR failed.*java -version"):
         language._meteor({1: ["a"]}, {1: ["a"]})
@@ -135,7 +135,7 @@ def test_expressions_are_measured_split_by_split(tmp_path: Path, monkeypatch: py
         ([{"ref_id": 1}], "entry 0: it must be"),
         ([{"ref_id": True, "sent": "a"}], "entry 0: it must be"),
         ([{"ref_id": 1, "sent": "a"}, {"ref_id": 8, "sent": "a"}], "entry 1: ref 8 is not in this dataset"),
-        ([{"ref_id": 1, "sent": "a"}, {"ref_id": 1, "sent": "b"}], "entry 1: ref 1 has an expression already"),
+        ([{"ref_id": 1, "sent": "a"}, {"ref_id": 1, "sent": "b"}], "entry 1: ref 1 already has an expression"),
     ],
 )
 def test_bad_expressions_are_named(tmp_path: Path, entries: Any, says: str) -> None:
