@@ -1,4 +1,4 @@
-"""The HTML report of a run: one file, no network."""
+"""The self-contained HTML report of a run."""
 
 from refdet.report.page import Inputs, ReferPart, write
 from refdet.report.sections import Step

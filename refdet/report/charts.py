@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no file, colours from the page's style sheet."""
+"""Line charts as inline SVG, without scripts, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Series:
     """One line.
 
     Attributes:
-        name: as it stands in the legend.
-        points: (x, y), ascending in x; those that are not finite are left out.
-        style: 0 to 5, which of the page's series colours.
+        name: label in the legend.
+        points: (x, y), ascending in x; points that are not finite are left out.
+        style: index of the page's series colours, 0 to 5.
     """
 
     name: str
@@ -28,15 +28,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """What a chart's axes say, and how large it is.
+    """Axes and size of a chart.
 
     Attributes:
-        x_label, y_label: what is measured, with its unit.
-        x_ticks: where the ticks of x are, None for round numbers.
-        y_range: lowest and highest y, None for that of the points.
-        log_y: y is logarithmic; points that are not positive are left out.
-        width, height: of the view box.
-        x_names: what stands at each of ``x_ticks``, None for the numbers themselves.
+        x_label: quantity and unit of x.
+        y_label: quantity and unit of y.
+        x_ticks: positions of the ticks of x, None for round numbers.
+        y_range: lowest and highest y, None for the range of the points.
+        log_y: logarithmic y; points that are not positive are left out.
+        width: of the view box.
+        height: of the view box.
+        x_names: labels of ``x_ticks``, None for the numbers themselves.
     """
 
     x_label: str
@@ -50,11 +52,14 @@ class Axes:
 
 
 def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Markup:
-    """An ``<svg>`` of lines over axes with ticks.
+    """An ``<svg>`` line chart with ticks; empty without points.
 
     Args:
-        title, description: for those who cannot see it.
-        dots: mark each point; hovering over it tells its values.
+        title: for screen readers.
+        description: for screen readers.
+        series: the lines, the first on top.
+        axes: the axes.
+        dots: mark each point, with its values as a tooltip.
     """
     lines = [(s, [p for p in s.points if _shown(p, axes.log_y)]) for s in series]
     xs = [x for _, points in lines for x, _ in points]
@@ -107,7 +112,7 @@ _STYLE = (
 
 
 def standalone(chart: Markup, title: str, series: Sequence[Series], axes: Axes) -> str:
-    """An SVG file of its own: title, legend, and the chart that `line_chart` made of the series and axes."""
+    """A standalone SVG file: title, legend, and the chart from `line_chart`."""
     head = 50
     style = _STYLE + "".join(
         f"polyline.s{i}{{stroke:{c}}}.k{i},circle.s{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS)
@@ -130,7 +135,7 @@ def standalone(chart: Markup, title: str, series: Sequence[Series], axes: Axes) 
 
 
 def linear_ticks(low: float, high: float, about: int) -> list[float]:
-    """About so many multiples of 1, 2 or 5 times a power of ten, from at or under ``low`` to at or over ``high``."""
+    """About `about` multiples of 1, 2 or 5 times a power of ten that enclose ``low`` and ``high``."""
     span = (high - low) or abs(high) or 1.0
     rough = span / max(about - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -140,7 +145,7 @@ def linear_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from at or under ``low`` to at or over ``high``, both positive."""
+    """1, 2 and 5 times powers of ten that enclose ``low`` and ``high``, both positive."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
     under = [t for t in ticks if t <= low * 1.001]

@@ -1,4 +1,4 @@
-"""Values of JSON files that a report shows: seen to be what they should be before anything is made of them."""
+"""Validation of the JSON values that a report shows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from refdet.files.short_text import cut, shown
 
 
 def field(tree: Any, key: str, where: str) -> Any:
-    """The value of a key. InputError if `tree`, which `where` names, has none or is no object."""
+    """The value of a key. InputError, with `where`, if `tree` is not an object or lacks it."""
     if not isinstance(tree, Mapping) or key not in tree:
         raise InputError(f"{where}: {cut(key)!r} is missing")
     return tree[key]
 
 
 def text(tree: Any, key: str, where: str) -> str:
-    """A text; InputError if it is something else."""
+    """A string; InputError otherwise."""
     value = field(tree, key, where)
     if not isinstance(value, str):
         raise InputError(f"{where}: {cut(key)!r} is no text but {shown(value)}")
@@ -26,7 +26,7 @@ def text(tree: Any, key: str, where: str) -> str:
 
 
 def count(tree: Any, key: str, where: str) -> int:
-    """A whole number, 0 or more; InputError if it is something else."""
+    """An integer, 0 or more; InputError otherwise."""
     value = field(tree, key, where)
     if type(value) is not int or value < 0:
         raise InputError(f"{where}: {cut(key)!r} is no count but {shown(value)}")
@@ -34,7 +34,7 @@ def count(tree: Any, key: str, where: str) -> int:
 
 
 def rate(tree: Any, key: str, where: str) -> float | None:
-    """A finite number, or None where there is nothing to rate; InputError if it is something else."""
+    """A finite number, or None if undefined; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
         raise InputError(f"{where}: {cut(key)!r} is no number but {shown(value)}")
@@ -42,15 +42,15 @@ def rate(tree: Any, key: str, where: str) -> float | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number, and no truth value."""
+    """Whether a value is a finite number (not a bool)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_metrics(metrics: Any, where: str) -> None:
-    """Check all of an evaluate-on-refer's metrics that a report shows.
+    """Check the metrics of evaluate-on-refer that a report shows.
 
     Raises:
-        InputError: a field is missing or of the wrong type; `where` and its name are in the message.
+        InputError: a field is missing or has the wrong type; the message has `where` and the field.
     """
     text(metrics, "dataset", where)
     text(metrics, "split_by", where)

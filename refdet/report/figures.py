@@ -1,4 +1,4 @@
-"""One image with its regions drawn on it, and the sentences that refer to them beside it, as HTML."""
+"""HTML figure of an image with its regions and the sentences that refer to them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from refdet.report.markup import Markup, html, joined
 from refdet.report.samples import Scene
 from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
 
-LONG_SIDE = 720  # pixels of a picture in the report: sharp on a dense screen, some 60 kB
-SHOWN_SCORE = 0.5  # regions with a lower score are drawn only where a sentence refers to them
-MOST_OTHERS = 12  # of the regions that no sentence refers to, so that a crowd can still be seen
+LONG_SIDE = 720  # pixels of a picture in the report: sharp on high-density screens, about 60 kB
+SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
+MOST_OTHERS = 12  # regions drawn without a sentence
 GREY = "#9aa0aa"
 
 
 @dataclass(frozen=True)
 class Key:
-    """Which numbers and colours the referred objects and the regions of a scene have.
+    """Numbers and colours of the referred objects and regions of a scene.
 
     Attributes:
-        colours: one for each referred object. Those found in the same region share its colour.
+        colours: one per referred object; objects found in the same region share its colour.
         numbers: region -> the numbers, from 1, of the referred objects found in it.
-        others: regions to which no sentence refers: the best `MOST_OTHERS` with `SHOWN_SCORE` or more.
+        others: regions without a sentence: the best `MOST_OTHERS` with `SHOWN_SCORE` or more.
     """
 
     colours: list[str]
@@ -37,7 +37,7 @@ class Key:
 
     @classmethod
     def of(cls, scene: Scene) -> Key:
-        """Numbers are in the order of the referred objects."""
+        """Number the referred objects of a scene in order."""
         colours: list[str] = []
         numbers: dict[int, list[int]] = {}
         for i, one in enumerate(scene.referred):
@@ -54,10 +54,11 @@ class Key:
 
 
 def picture(scene: Scene, pixels: np.ndarray) -> Markup:
-    """A ``<figure>``: the image with regions, and below it the sentences.
+    """A ``<figure>`` with the image and its regions, and the sentences below it.
 
     Args:
-        pixels: (height, width, 3) uint8, the image.
+        scene: regions and referred objects of the image.
+        pixels: the image, (height, width, 3) uint8 RGB.
     """
     key = Key.of(scene)
     data = io.BytesIO()
@@ -112,7 +113,7 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    # Little paint, since sentences name the colours of things.
+    # nearly transparent, since sentences name the colours of things
     painted = [(row, GREY, 0.15) for row in key.others]
     painted += [(row, key.colours[numbers[0] - 1], 0.25) for row, numbers in key.numbers.items()]
     if regions.masks is not None:
@@ -125,7 +126,7 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
     for i, one in enumerate(scene.referred):
         if not one.found:
             pen.dashes(_scaled(one.box, scale), key.colours[i])
-    # Labels last, and the important ones first: a later label makes room for an earlier one.
+    # labels last, the important ones first: later labels avoid earlier ones
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"

@@ -1,6 +1,6 @@
-"""HTML that escapes by default: what is put into a template is text, unless it is a `Markup` that `html` made.
+"""HTML templates that escape by default: values are text unless they are `Markup` from `html`.
 
-A forgotten conversion shows as visible tags; it cannot make text run.
+A forgotten conversion shows as visible tags and never as active markup.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ __all__ = ["Markup", "html", "joined"]
 
 
 def html(template: str, /, *values: Any, **named: Any) -> Markup:
-    """A template in the form of `str.format`, written in the code, with every value escaped.
+    """`str.format` of a template, with every value escaped.
 
     Args:
-        template: HTML of ours; never text from elsewhere.
-        values, named: what stands for ``{}`` and ``{name}``; `Markup` stays as it is.
+        template: trusted HTML, a literal in the code.
+        *values: values of ``{}``; `Markup` is not escaped.
+        **named: values of ``{name}``; `Markup` is not escaped.
     """
     return Markup(template).format(*map(_clean, values), **{name: _clean(value) for name, value in named.items()})
 
 
 def joined(parts: Iterable[Markup], separator: str = "") -> Markup:
-    """Pieces of HTML, one after the other; a piece that is text is escaped."""
+    """Join pieces of HTML; plain text is escaped."""
     return Markup(separator).join(parts)
 
 

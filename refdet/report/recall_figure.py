@@ -1,4 +1,4 @@
-"""Recall against the number of regions kept, as a picture."""
+"""SVG figure of recall by number of regions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refdet.report.recall import recall_axes, recall_series
 
 
 def recall_figure(metrics: Mapping[str, Any]) -> str:
-    """A whole SVG file of the recall of all splits."""
+    """A standalone SVG of the recall of all splits."""
     title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
     series, axes = recall_series(metrics), recall_axes(metrics)
     told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)

@@ -1,4 +1,4 @@
-"""Which images a report shows: the images of REFER splits with what their refs and regions have in common."""
+"""The images that a report shows: REFER images with their refs and regions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refdet.evaluation.metrics import box_iou
 from refdet.structures.regions import Regions
 from refer import REFER
 
-FOUND = 0.5  # IoU from which a referred object counts as found, as everywhere in the field
+FOUND = 0.5  # IoU from which a referred object counts as found
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Referred:
     """One referred object of an image.
 
     Attributes:
-        category_id, category: its COCO id and its name.
-        sentences: what people said of it.
-        box: (4,) half-open xyxy in pixels of the image: the annotation's.
-        region: row of the region with the highest IoU, None in an image without regions.
+        category_id: its COCO category id.
+        category: the name of its category.
+        sentences: its referring expressions.
+        box: (4,) annotated box, half-open xyxy in pixels of the image.
+        region: row of the region with the highest IoU, None without regions.
         iou: that IoU, 0 without regions.
     """
 
@@ -37,13 +38,13 @@ class Referred:
 
     @property
     def found(self) -> bool:
-        """Whether a region covers it with an IoU of `FOUND` or more."""
+        """Whether a region has an IoU of `FOUND` or more."""
         return self.iou >= FOUND
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image of one split: "refcoco/unc/val"; the names are those of the store's categories."""
+    """One image of a split such as "refcoco/unc/val"; `names` are the store's categories."""
 
     split: str
     regions: Regions
@@ -96,7 +97,7 @@ def _referred(refer: REFER, ref_id: int, regions: Regions) -> Referred:
 
 
 def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """About as many of each split, evenly spaced in it whatever the results, no image twice."""
+    """A sample of `count` images, balanced over the splits and evenly spaced within each, without duplicates."""
     of_split: dict[str, list[Scene]] = {}
     for scene in all_scenes:
         of_split.setdefault(scene.split, []).append(scene)
@@ -105,7 +106,7 @@ def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     for turn in range(share):
         for some in of_split.values():
             start = (2 * turn + 1) * len(some) // (2 * share)
-            # RefCOCO and RefCOCO+ share their images: go on to the next that is not there yet.
+            # RefCOCO and RefCOCO+ share images: take the next one that is new
             new = (s for s in [*some[start:], *some[:start]] if s.regions.image_id not in chosen)
             if len(chosen) < count and (found := next(new, None)) is not None:
                 chosen[found.regions.image_id] = found
@@ -114,7 +115,7 @@ def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
 
 
 def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
-    """The images with the referred objects found worst, worst first, each once; only those with one missed."""
+    """Images with missed objects, lowest IoU first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: scene.worst):
         if scene.worst < FOUND and len(chosen) < count:

@@ -14,7 +14,7 @@ from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
-# The losses in metrics.jsonl, and what a newcomer may call them.
+# The losses in metrics.jsonl, and their labels in the chart.
 LOSSES = (
     ("loss", "total"),
     ("loss_classifier", "class: which category is it?"),
@@ -42,9 +42,9 @@ class Step:
 
     Attributes:
         name: "build-split".
-        about: what it is for, one sentence.
+        about: its purpose in one sentence.
         commands: the command lines.
-        seconds: how long they took together.
+        seconds: their total time.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Step:
 
 
 def number(value: Any) -> str:
-    """A rate for people; a dash where there is nothing to rate (None, or COCO's -1)."""
+    """A human-readable rate; a dash if undefined (None, or COCO's -1)."""
     return "–" if value is None or value < 0 else f"{value:.3f}"
 
 
@@ -79,13 +79,13 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], gr
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> Markup:
-    """The few numbers that matter, large: (value, what it is)."""
+    """Tiles of key figures: (value, description)."""
     cells = (html('<div class="tile"><b>{}</b><span>{}</span></div>', value, what) for value, what in values)
     return html('<div class="tiles">{}</div>', joined(cells))
 
 
 def steps_section(steps: Sequence[Step]) -> Markup:
-    """The commands in their order, with their share of the time."""
+    """The commands in order, with bars of their time."""
     longest = max((step.seconds for step in steps), default=0.0) or 1.0
     items = joined(
         (
@@ -109,12 +109,12 @@ own images, change the paths.</p>
 def leak_section(
     provenance: Provenance, audit: Mapping[str, Any] | None, source_audit: Mapping[str, Any] | None
 ) -> Markup:
-    """What the detector was trained on, and that none of REFER's val and test images is among it.
+    """The training data of the detector, and the audit for REFER's val and test images.
 
     Args:
         provenance: of the detector.
-        audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the file it was trained on.
-        source_audit: the same of the file which that was made from.
+        audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the training file.
+        source_audit: the same of the file that the training file was made from.
     """
     parts = [
         Markup(
@@ -167,7 +167,7 @@ def _verdict(audit: Mapping[str, Any], source_audit: Mapping[str, Any] | None) -
 
 
 def detection_section(detection: Mapping[str, Any]) -> Markup:
-    """COCO's numbers of boxes and masks."""
+    """COCO AP of boxes and masks."""
     kinds = (("bbox", "boxes"), ("segm", "masks"))
     rows = [[name, *(number(detection[k][ap]) for ap in AP_NAMES)] for k, name in kinds if detection.get(k)]
     caption = "COCO average precision on the val images; a dash means no object of that size"
@@ -184,7 +184,7 @@ and APl are AP of small, medium and large objects (under 32², under 96² and ov
 
 
 def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
-    """The numbers of each split of each dataset, and how they fall with the IoU asked for."""
+    """Metrics of each split of each dataset, and recall by IoU threshold and number of regions."""
     rows = []
     for part in metrics:
         for split in split_names(part):
@@ -222,7 +222,7 @@ but not tight.</p>
 
 
 def listener_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
-    """How often a model finds what a sentence refers to. ``metrics``: those with answers of one."""
+    """Comprehension accuracy of a model. ``metrics``: those that have predictions."""
     rows = []
     for part in metrics:
         for split in split_names(part):
@@ -245,7 +245,7 @@ features said nothing about the objects, the two would be equal.</p>
 
 
 def _kept_charts(metrics: Sequence[Mapping[str, Any]]) -> Markup:
-    """Recall against the number of regions kept, a chart a dataset."""
+    """Recall by number of regions, one chart per dataset."""
     charts = []
     for part in metrics:
         series, axes = recall_series(part), recall_axes(part, width=340, height=250)
@@ -281,7 +281,7 @@ def _panel(title: str, names: Markup, chart: Markup) -> Markup:
 
 
 def loss_section(log: Sequence[Mapping[str, float]]) -> Markup:
-    """The loss curve. ``log``: the lines of metrics.jsonl."""
+    """The loss curve. ``log``: the rows of metrics.jsonl."""
     series = [
         Series(name, [(line["step"], line[key]) for line in log if key in line], style)
         for style, (key, name) in enumerate(LOSSES)

@@ -1,6 +1,6 @@
-"""The embedded dataset: drawn scenes with referring expressions, in the layouts of COCO 2014 and REFER.
+"""A synthetic dataset of drawn scenes with referring expressions, in the formats of COCO 2014 and REFER.
 
-Everything is drawn from a seed, so nothing is downloaded; the readers of real data read it unchanged.
+It is generated from a seed without downloads, and read by the same code as real data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
 
     Args:
         out: a folder that does not exist or is empty.
-        seed: same seed, same bytes; >= 0.
-        images: number of train2014 images, 800 if None; val2014 has a fifth of it.
+        seed: 0 or more; the same seed writes the same bytes.
+        images: number of train2014 images, 800 if None; val2014 has a fifth as many.
 
     Raises:
-        InputError: `out` holds something, `seed` is negative, or `images` too few for all splits of REFER.
+        InputError: `out` is not empty, `seed` is negative, or `images` is too small for all splits of REFER.
     """
     out = Path(out)
     train = TRAIN_IMAGES if images is None else images
@@ -44,7 +44,7 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists; choose another --out or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Drawn beside the goal and renamed at the end: `out` is never half a dataset.
+    # written to a temporary folder and renamed at the end, so that `out` is never incomplete
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_all(part, seed, train)
@@ -75,7 +75,7 @@ def _write_all(out: Path, seed: int, train: int) -> None:
 
 
 def _draw_split(out: Path, split: str, ids: list[int], seed: list[int], first_annotation: int) -> list[Picture]:
-    """Draw and save the images of a COCO split, each from its own random stream."""
+    """Draw and save the images of a COCO split, each with its own random generator."""
     folder = out / split
     folder.mkdir()
     pictures: list[Picture] = []

@@ -1,4 +1,4 @@
-"""What can be drawn: the categories with their COCO ids, and the colours with their names."""
+"""Categories with their ids, and named colours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Category:
-    """A category as it stands in an instances file. Ids have gaps, as COCO's have."""
+    """A category of an instances file. Ids have gaps, as in COCO."""
 
     id: int
     name: str
@@ -29,7 +29,7 @@ CATEGORIES: tuple[Category, ...] = (
 
 PERSON = CATEGORIES[0]
 
-# RGB, far enough from each other (and from the muted backgrounds) to be named without doubt after JPEG.
+# RGB, distinct from each other and from the muted backgrounds even after JPEG compression.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
     "orange": (246, 138, 22),
@@ -41,5 +41,5 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 242),
 }
 
-# The same three numbers in a greyscale picture; nobody names them.
+# Levels in a greyscale picture; they have no names.
 GREYS: tuple[int, ...] = (18, 56, 204, 244)

@@ -1,4 +1,4 @@
-"""Instances files in the layout of COCO 2014, from scenes."""
+"""Instances files of scenes, in the format of COCO 2014."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refdet.data.shapes.scene import Thing
 
 @dataclass(frozen=True)
 class Picture:
-    """An image on disk and the things in it; `annotation_ids` goes with `things`."""
+    """An image file and its things, with one annotation id per thing."""
 
     id: int
     file_name: str
@@ -25,12 +25,12 @@ class Picture:
 
 
 def file_name(split: str, image_id: int) -> str:
-    """COCO 2014's name of an image file."""
+    """Name of an image file in COCO 2014."""
     return f"COCO_{split}_{image_id:012d}.jpg"
 
 
 def annotation_ids(things: Sequence[Thing], image_id: int, first: int) -> tuple[int, ...]:
-    """Ids as in COCO: counted on, and 9 + category (3 digits) + image (8 digits) for a crowd."""
+    """Annotation ids as in COCO: consecutive, and 9 + category (3 digits) + image (8 digits) for a crowd."""
     return tuple(
         int(f"9{thing.category.id:03d}{image_id:08d}") if thing.crowd else first + k for k, thing in enumerate(things)
     )
@@ -63,7 +63,7 @@ def _annotation_record(thing: Thing, annotation_id: int, image_id: int) -> dict[
 
 
 def instances(pictures: Sequence[Picture], only: Collection[int] | None = None) -> dict[str, Any]:
-    """The JSON object of an instances file; `only` keeps the images with these ids."""
+    """The JSON object of an instances file, of all images or of those with an id in `only`."""
     kept = [p for p in pictures if only is None or p.id in only]
     return {
         "info": {
@@ -86,6 +86,6 @@ def instances(pictures: Sequence[Picture], only: Collection[int] | None = None) 
 
 
 def write_instances(path: Path, pictures: Sequence[Picture], only: Collection[int] | None = None) -> None:
-    """Write an instances file, making its folder."""
+    """Write an instances file, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(instances(pictures, only)), encoding="utf-8")

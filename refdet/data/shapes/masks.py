@@ -1,4 +1,4 @@
-"""Between polygons, masks and the two forms of `segmentation` in a COCO file."""
+"""Conversion between polygons, masks, and COCO's two formats of `segmentation`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refdet.data.shapes.outlines import Outline, area, clip
 
 
 def flat(points: np.ndarray) -> list[float]:
-    """(K, 2) points as COCO writes a polygon: [x0, y0, x1, y1, ...] with two decimals."""
+    """Points (K, 2) as a COCO polygon: [x0, y0, x1, y1, ...] with two decimals."""
     return [round(float(v), 2) for v in points.reshape(-1)]
 
 
@@ -24,7 +24,7 @@ def rasterise(polygons: list[list[float]], height: int, width: int) -> np.ndarra
 
 
 def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list[float]], list[list[float]]]:
-    """(parts, holes) of a placed outline, clipped to the picture and rounded as they are written."""
+    """(parts, holes) of a placed outline, clipped to the picture and rounded as in the file."""
 
     def inside(pieces: tuple[np.ndarray, ...]) -> list[list[float]]:
         cut = [clip(p, height, width) for p in pieces]
@@ -34,10 +34,11 @@ def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list
 
 
 def trace(mask: np.ndarray) -> tuple[list[list[float]], bool]:
-    """Follow the pixel edges of a bool (H, W) mask.
+    """Trace the pixel edges of a bool (H, W) mask.
 
-    Returns the outer boundaries, one COCO polygon a 4-connected part with corners on the pixel grid (so
-    that pycocotools fills exactly the mask), and whether the mask has a hole, which polygons cannot say.
+    Returns:
+        One COCO polygon per 4-connected part, with corners on the pixel grid so that pycocotools fills exactly the
+        mask, and whether the mask has a hole, which polygons cannot represent.
     """
     padded = np.pad(mask, 1)
     core = padded[1:-1, 1:-1]
@@ -74,7 +75,7 @@ def _loop(
     doubled_area = 0
     while True:
         moves = step[x, y]
-        # Two ways on where pixels touch by a corner: turning right stays with the pixel at hand.
+        # where pixels touch at a corner, turning right follows the current pixel
         right = (-heading[1], heading[0])
         move = right if right in moves else moves[0]
         moves.remove(move)
@@ -84,7 +85,7 @@ def _loop(
             corners.append((x, y))
         doubled_area += x * move[1] - y * move[0]
         x, y, heading = x + move[0], y + move[1], move
-        # Back at the start, unless the boundary touches itself there and still has to turn right and go on.
+        # back at the start, unless the boundary touches itself there and continues to the right
         if (x, y) == start and (-heading[1], heading[0]) not in step.get(start, []):
             break
     if len(corners) > 1 and _direction(corners[0], corners[1]) == heading:
@@ -97,7 +98,7 @@ def _direction(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed RLE of a bool (H, W) mask: run lengths down the columns, the first of zeros."""
+    """Uncompressed COCO RLE of a bool (H, W) mask: column-major run lengths, zeros first."""
     pixels = mask.reshape(-1, order="F")
     ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     runs = np.diff(np.concatenate([[0], ends, [pixels.size]])).tolist()
@@ -107,12 +108,12 @@ def uncompressed_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def segmentation(mask: np.ndarray) -> list[list[float]] | dict[str, Any]:
-    """What stands in the file for a mask: polygons, or RLE where it has a hole."""
+    """COCO segmentation of a mask: polygons, or RLE if it has a hole."""
     polygons, hole = trace(mask)
     return uncompressed_rle(mask) if hole else polygons
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Half-open x1 y1 x2 y2 of a mask that is not empty."""
+    """Half-open x1 y1 x2 y2 of a non-empty mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,7 +1,7 @@
-"""What a referring expression says, and which things of a scene it can mean.
+"""Meanings of referring expressions, and the things of a scene that they can refer to.
 
-Every word has a clear and a borderline range ("small" at 32 px is arguable). An expression is read twice,
-strictly and loosely; it is used only if both readings give one and the same thing.
+Every word has a clear and a borderline range ("small" at 32 px is arguable). An expression is interpreted strictly and
+loosely, and used only if both interpretations give the same single thing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from refdet.data.shapes.scene import Thing
 
-# Pixels: longest side of the box at which small ends and large begins, and how far from it the word is clear.
+# Pixels: longest side of the box at which small ends and large begins, and the margin of the borderline range.
 SMALL, LARGE, SIZE_MARGIN = 31.0, 45.0, 3.0
 # "biggest" and "smallest": ratio of the longest sides. Positions: pixels between box centres.
 SIZE_RATIO, PLACE_MARGIN = 1.2, 8.0
@@ -26,10 +26,10 @@ NEXT_TO = "next to"
 
 @dataclass(frozen=True)
 class Meaning:
-    """The content of an expression; what is None is not said.
+    """The content of an expression; None for parts it does not mention.
 
-    `size` is small, large, smallest or biggest; `place` one of SIDES or CORNERS and `rank` counts from there;
-    `relation` is one of DIRECTIONS or NEXT_TO and then `other` says what to.
+    `size` is small, large, smallest or biggest; `place` is one of SIDES or CORNERS, and `rank` counts from there;
+    `relation` is one of DIRECTIONS or NEXT_TO, and `other` is the thing it relates to.
     """
 
     category: str | None = None
@@ -52,16 +52,16 @@ def side(thing: Thing) -> float:
 
 
 def referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
-    """Index of the one thing the expression means, None where it means none or could mean several."""
+    """Index of the thing that the expression refers to; None if there is none or it is ambiguous."""
     strict = matches(meaning, things, loose=False)
     return strict[0] if len(strict) == 1 and strict == matches(meaning, things, loose=True) else None
 
 
 def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
-    """Indices of the things that fit: clearly (`loose` False) or arguably (True). A crowd is never meant."""
+    """Indices of the things that match clearly, or with `loose` arguably. Crowds never match."""
     fitting = _described(meaning, things, loose)
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
-        # Clearly the leftmost star: left of all that are arguably stars. Arguably: of all that clearly are.
+        # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
         rivals = _described(meaning, things, not loose)
         fitting = [i for i in fitting if _outdoes(meaning, things, i, [j for j in rivals if j != i], loose)]
     if meaning.relation is not None and meaning.other is not None:
@@ -89,9 +89,9 @@ def _described(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[i
 
 
 def _outdoes(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[int], loose: bool) -> bool:
-    """Whether thing i is the smallest, the biggest, or at the place that `meaning` names, among its rivals.
+    """Whether thing i is the smallest, the biggest, or at the place of `meaning` among its rivals.
 
-    Strictly there have to be rivals: nobody says "the left star" where there is one star.
+    Strictly there must be rivals: "the left star" makes no sense for a single star.
     """
     if not rivals:
         return loose
@@ -117,12 +117,12 @@ def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, r
     after = sum(gap > PLACE_MARGIN for gap in gaps)
     if loose:
         return before <= rank - 1 <= len(rivals) - after
-    # The last of them is not called the second or third: that needs one more behind it.
+    # the last one is not called the second or third: that needs another one behind it
     return before == rank - 1 and before + after == len(rivals) and (rank == 1 or after > 0)
 
 
 def related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
-    """Whether the relation holds between the two boxes: by their centres, or their gap for "next to"."""
+    """Whether a relation holds between two boxes, by their centres, or by their gap for "next to"."""
     if relation == NEXT_TO:
         a, b = thing.box, anchor.box
         gap = max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3], 0.0)
@@ -130,7 +130,7 @@ def related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
     (x, y), (ax, ay) = centre(thing), centre(anchor)
     dx, dy = x - ax, y - ay
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
-    # Mostly in that direction: within about 40 degrees of it clearly, 60 arguably.
+    # within about 40 degrees of the direction strictly, 60 loosely
     if loose:
         return along > 2 and along >= 0.6 * abs(across)
     return along >= 12 and along >= 1.2 * abs(across)

@@ -1,7 +1,7 @@
-"""The shapes as polygons: unit outlines, their pose in a picture, clipping to the picture.
+"""Outlines of the shapes as polygons, their placement in a picture, and clipping.
 
-Unit outlines lie in the square [-0.5, 0.5]^2, x to the right and y down; a placed outline is in pixels of the
-picture, pixel (i, j) covering [j, j + 1) x [i, i + 1).
+Unit outlines are in the square [-0.5, 0.5]^2, x to the right and y down; placed outlines are in pixels, where pixel
+(i, j) covers [j, j + 1) x [i, i + 1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Points = np.ndarray  # (K, 2) float64
 
 @dataclass(frozen=True)
 class Outline:
-    """The union of `parts` less the union of `holes`."""
+    """The union of `parts` minus the union of `holes`."""
 
     parts: tuple[Points, ...]
     holes: tuple[Points, ...] = ()
@@ -43,7 +43,7 @@ def _person() -> Outline:
 
 
 def _moon() -> Outline:
-    # Two circles: radius 0.5 about the origin less radius 0.4 about (0.25, 0); they meet where x = 0.305.
+    # circle of radius 0.5 at the origin minus circle of radius 0.4 at (0.25, 0); they intersect at x = 0.305
     x = (0.5**2 - 0.4**2 + 0.25**2) / (2 * 0.25)
     y = math.sqrt(0.5**2 - x**2)
     outer, inner = math.atan2(y, x), math.atan2(y, x - 0.25)
@@ -71,7 +71,7 @@ def _cross() -> Outline:
 
 
 def unit_outline(name: str) -> Outline:
-    """The outline of a category by its name; KeyError for a name that is not drawn."""
+    """Unit outline of a category by name; KeyError for an unknown name."""
     makers = {
         "person": _person,
         "circle": lambda: Outline((_disc(0.5),)),
@@ -100,7 +100,7 @@ def unit_outline(name: str) -> Outline:
 
 
 def place(outline: Outline, centre: tuple[float, float], size: tuple[float, float], angle: float) -> Outline:
-    """Scale to `size` (width, height, px), turn by `angle` (radians, clockwise), move to `centre` (x, y)."""
+    """Scale to `size` (width, height in pixels), rotate by `angle` (radians, clockwise), move to `centre` (x, y)."""
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos * size[0], -sin * size[1]], [sin * size[0], cos * size[1]]])
     move = np.array(centre)
@@ -108,9 +108,9 @@ def place(outline: Outline, centre: tuple[float, float], size: tuple[float, floa
 
 
 def clip(points: Points, height: int, width: int) -> Points:
-    """The polygon cut to the picture (Sutherland-Hodgman): (K', 2), K' = 0 when nothing is left.
+    """Clip a polygon (K, 2) to the picture (Sutherland-Hodgman); returns (K', 2), empty if nothing is left.
 
-    Where a cut leaves several pieces they stay joined by an edge along the border, which encloses no area.
+    Several pieces stay connected by edges along the border, which enclose no area.
     """
     if points.min() >= 0 and points[:, 0].max() <= width and points[:, 1].max() <= height:
         return points
@@ -139,7 +139,7 @@ def clip(points: Points, height: int, width: int) -> Points:
 
 
 def area(points: Points) -> float:
-    """Area enclosed by a simple polygon (shoelace formula), in square pixels."""
+    """Area of a simple polygon (K, 2) in square pixels, by the shoelace formula."""
     if len(points) < 3:
         return 0.0
     x, y = points[:, 0], points[:, 1]

@@ -1,4 +1,4 @@
-"""Paint a scene: a muted textured background, and shapes with a shade and a dark rim."""
+"""Painting of scenes: a muted textured background, and shaded shapes with a dark rim."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _muted(rng: np.random.Generator) -> np.ndarray:
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """float64 (height, width, 3), 0..255: two muted colours mixed by a texture, with a little grain."""
+    """Background (height, width, 3) float64 in 0..255: two muted colours blended by a texture, with noise."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
     angle = float(rng.uniform(0, 2 * np.pi))
@@ -49,7 +49,7 @@ def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
         rim |= neighbour != scene.owner
     for i, thing in enumerate(scene.things):
         if thing.crowd:
-            rim &= scene.owner != i  # its shapes are so small that they would be nothing but rim
+            rim &= scene.owner != i  # its shapes are too small for a rim
     slope = np.linspace(1.05, 0.92, scene.height)[:, None]
     grain = rng.normal(1.0, 0.025, scene.owner.shape)
     shade = np.where(rim, 0.62, slope * grain)

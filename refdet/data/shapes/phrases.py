@@ -1,4 +1,4 @@
-"""Referring expressions for a thing: its true meanings, and English for them in each dataset's manner."""
+"""Referring expressions for a thing: its unambiguous meanings, and sentences in the style of each dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ORDINALS = {2: "second", 3: "third"}
 
 @dataclass(frozen=True)
 class Manner:
-    """How one dataset speaks: in full phrases or not, with locations or not, how often of what."""
+    """Style of a dataset: full phrases or not, locations or not, and weights of the kinds of expressions."""
 
     full: bool
     locations: bool
@@ -23,19 +23,19 @@ class Manner:
 
 
 REFCOCO = Manner(full=False, locations=True, weights=(0.35, 0.45, 0.2))
-# The annotators of RefCOCO+ were not allowed to use location words.
+# RefCOCO+ annotators could not use location words.
 REFCOCO_PLUS = Manner(full=False, locations=False, weights=(0.7, 0.0, 0.3))
 REFCOCOG = Manner(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 
 
 def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list[Meaning], ...]:
-    """All meanings that are true of things[target] alone: (plain, place, relation)."""
+    """All meanings that refer to things[target] alone: (plain, place, relation)."""
     thing = things[target]
     name, colour = thing.category.name, thing.colour
     bases = [Meaning(name)] + ([Meaning(name, colour)] if colour is not None else [])
     sized = [replace(base, size=size) for base in bases for size in ("small", "large", "smallest", "biggest")]
     if manner.full:
-        # Long expressions say all that can be said: a colour at least.
+        # long expressions always mention a colour
         bases, sized = bases[-1:], [m for m in sized if m.colour == colour]
     plain = bases + sized
     place: list[Meaning] = []
@@ -63,7 +63,7 @@ def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list
 
 
 def can_be_meant(target: int, things: Sequence[Thing], manner: Manner) -> bool:
-    """Whether `meanings` finds any. The shortest, which most things have, answers it sooner."""
+    """Whether `meanings` finds any; tries the shortest ones first."""
     return _shortest(target, things) is not None or any(meanings(target, things, manner))
 
 
@@ -74,7 +74,7 @@ def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
 
 
 def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], manner: Manner, count: int) -> list[Meaning]:
-    """Up to `count` different meanings, their kinds drawn by the weights; [] where there is none."""
+    """Up to `count` different meanings, with kinds sampled by the weights; [] if there are none."""
     left = [list(kind) for kind in options]
     chosen: list[Meaning] = []
     while len(chosen) < count:
@@ -87,12 +87,12 @@ def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], manner:
 
 
 def noun_phrase(meaning: Meaning) -> str:
-    """Size, colour and category: "small red star", or "shape" where no category is said."""
+    """Size, colour and category: "small red star", or "shape" without a category."""
     return " ".join(w for w in (meaning.size, meaning.colour, meaning.category or "shape") if w)
 
 
 def sentence(rng: np.random.Generator, meaning: Meaning, manner: Manner) -> str:
-    """One of the ways to say it: lower case, words separated by one blank."""
+    """A random phrasing: lower case, words separated by single spaces."""
     noun = noun_phrase(meaning)
     if meaning.relation is not None and meaning.other is not None:
         other = noun_phrase(meaning.other)

@@ -1,4 +1,4 @@
-"""The folders of RefCOCO, RefCOCO+ and RefCOCOg: refs pickles and their instances.json."""
+"""The folders of RefCOCO, RefCOCO+ and RefCOCOg: refs pickles and instances.json."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from refdet.data.shapes.refer_splits import Referred
 def ref_records(
     rng: np.random.Generator, objects: Sequence[Referred], manner: Manner, counts: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """One record an object, as in REFER's pickles, with `counts` (least, most) sentences each.
+    """One record per object, as in REFER's pickles, with `counts` (min, max) sentences each.
 
-    There are fewer than were drawn where the object cannot be meant in so many ways.
+    An object with fewer meanings gets fewer sentences than sampled.
     """
     records: list[dict[str, Any]] = []
     sent_id = 0
@@ -30,7 +30,7 @@ def ref_records(
         chosen = choose(rng, options, manner, int(rng.integers(counts[0], counts[1] + 1)))
         sents: list[str] = []
         for k in range(max(counts[0], len(chosen))):
-            # A thing that can be meant in one way only is said twice: both annotators had the same idea.
+            # repeat a meaning if there are too few, as if two annotators had the same idea
             sents.append(sentence(rng, chosen[k % len(chosen)], manner))
         sentences = [
             {"tokens": s.split(), "raw": _raw(rng, s, manner), "sent_id": sent_id + k, "sent": s}
@@ -53,7 +53,7 @@ def ref_records(
 
 
 def _raw(rng: np.random.Generator, sent: str, manner: Manner) -> str:
-    """What the annotator typed: the sentence, at times with a capital and a full stop."""
+    """The raw text of the annotator: the sentence, sometimes with a capital and a full stop."""
     if manner.full:
         return sent[0].upper() + sent[1:] + "."
     return sent.capitalize() if rng.random() < 0.2 else sent
@@ -67,12 +67,12 @@ def _write_dataset(folder: Path, pictures: Sequence[Picture], refs: dict[str, li
     image_ids = {record["image_id"] for records in refs.values() for record in records}
     write_instances(folder / "instances.json", pictures, image_ids)
     for split_by, records in refs.items():
-        # Protocol 2: what the published files have, readable by Python 2 code as well.
+        # protocol 2 as in the published files, readable by Python 2
         (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(records, protocol=2))
 
 
 def write_refer(root: Path, pictures: Sequence[Picture], rng: np.random.Generator) -> None:
-    """Write root/refcoco, root/refcoco+ and root/refcocog over these train2014 pictures."""
+    """Write root/refcoco, root/refcoco+ and root/refcocog of these train2014 pictures."""
     objects = refer_splits.unc(rng, pictures)
     refs = ref_records(rng, objects, REFCOCO, (2, 4))
     by_object = _with_splits(refs, refer_splits.google(rng, len(refs), test=True))

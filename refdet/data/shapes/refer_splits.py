@@ -1,7 +1,7 @@
-"""Which train2014 images and objects are referred to, and how each dataset divides them.
+"""Choice of the referred objects in train2014, and the splits of each dataset.
 
-unc (RefCOCO, RefCOCO+) and umd (RefCOCOg) divide images; google divides objects, so that one image can be in
-several of its splits. testA holds images with several persons and refers to persons, testB to other things.
+unc (RefCOCO, RefCOCO+) and umd (RefCOCOg) split by image; google splits by object, so that an image can be in several
+splits. testA has images with several persons and refers to persons, testB to other things.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refdet.data.shapes.categories import PERSON
 from refdet.data.shapes.coco_files import Picture
 from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Manner, can_be_meant
 
-# Shares of train2014: images of RefCOCO (and RefCOCO+) and of RefCOCOg, and of them those held out.
+# Fractions of the train2014 images in RefCOCO (and RefCOCO+) and in RefCOCOg, and of the held-out ones.
 UNC_SHARE, UNC_VAL, UNC_TEST = 0.36, 0.038, 0.02
 UMD_SHARE, UMD_VAL, UMD_TEST = 0.27, 0.02, 0.03
 GOOGLE_SHARE = 0.06
@@ -26,7 +26,7 @@ MOST_REFS = 3
 
 @dataclass(frozen=True)
 class Referred:
-    """One object that is referred to: thing number `thing` of a picture, in an image-wise split."""
+    """A referred object: index `thing` of a picture, in an image-wise split."""
 
     picture: Picture
     thing: int
@@ -47,7 +47,7 @@ def _repeated(picture: Picture) -> dict[str, int]:
 
 
 def _some(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
-    """Up to MOST_REFS of the allowed things, those of a repeated category first, as REFER has them."""
+    """Up to MOST_REFS of the allowed things, those of a repeated category first, as in REFER."""
     repeated = _repeated(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)
@@ -59,7 +59,7 @@ def _at_least_one(share: float, total: int) -> int:
 
 
 def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
-    """The objects of RefCOCO and RefCOCO+ with their unc split: train, val, testA, testB."""
+    """Objects of RefCOCO and RefCOCO+ with their unc split: train, val, testA or testB."""
     total = len(pictures)
     held = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
     held["val"] = _at_least_one(UNC_VAL, total)
@@ -88,7 +88,7 @@ def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]
 
 
 def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
-    """The objects of RefCOCOg with their umd split: train, val, test."""
+    """Objects of RefCOCOg with their umd split: train, val or test."""
     total = len(pictures)
     left = {"val": _at_least_one(UMD_VAL, total), "test": _at_least_one(UMD_TEST, total)}
     left["train"] = max(1, round(UMD_SHARE * total) - sum(left.values()))
@@ -105,7 +105,7 @@ def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]
 
 
 def google(rng: np.random.Generator, count: int, test: bool) -> list[str]:
-    """A split for each of `count` objects, whatever image they are in; RefCOCOg's test was never released."""
+    """The google split of each of `count` objects, regardless of images; RefCOCOg's test was never released."""
     part = _at_least_one(GOOGLE_SHARE, count)
     splits = ["train"] * count
     order = rng.permutation(count).tolist()

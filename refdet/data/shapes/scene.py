@@ -1,4 +1,4 @@
-"""Scenes: which shapes, where, what hides what. Nothing is painted or worded here."""
+"""Layout of scenes: shapes, positions and occlusion."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Box = tuple[float, float, float, float]
 
 SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
 SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))
-LEAST_VISIBLE = 0.75  # of a shape that others cover, or that the border cuts: less is a riddle, not an example
+LEAST_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
 _CROWD = 254
 _NOTHING = 255
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One annotated thing: what of it can be seen.
+    """The visible part of one annotated thing.
 
-    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` that mask's pixels, `rgb` the
-    paint; `colour` is its name, None in a greyscale picture. A crowd is one Thing for the whole cluster.
+    `box` is half-open x1 y1 x2 y2 in pixels around the visible mask, `area` the pixels of that mask, and `colour` the
+    name of `rgb`, None in a greyscale picture. A crowd is one Thing for the whole cluster.
     """
 
     category: Category
@@ -40,9 +40,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The things of a picture in the order they are painted, and whose each pixel is.
+    """The things of a picture in painting order, and the owner of each pixel.
 
-    `owner` is uint8 (height, width): index into `things`, or 255 for background. A crowd is the last thing.
+    `owner` is (height, width) uint8: index into `things`, or 255 for background. A crowd is the last thing.
     """
 
     height: int
@@ -54,7 +54,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scene is asked to have: a greyscale file, a crowd, several persons."""
+    """Requirements of a scene: a greyscale file, a crowd, several persons."""
 
     grey: bool
     crowd: bool
@@ -62,13 +62,13 @@ class Plan:
 
     @staticmethod
     def of_index(index: int) -> Plan:
-        """Fixed shares by position in the split, so that small sets have every kind too."""
+        """Fixed fractions by index in the split, so that small datasets have every kind."""
         return Plan(grey=index % 10 == 3, crowd=index % 20 == 7, persons=index % 4 == 1)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A shape before others cover it: `box` is around `mask`, `whole` its area on an endless canvas."""
+    """A shape before occlusion: `box` encloses `mask`, `whole` is its area without clipping."""
 
     category: Category
     colour: str
@@ -81,7 +81,7 @@ class _Drawn:
 
 
 def draw_scene(rng: np.random.Generator, plan: Plan) -> Scene:
-    """A scene that keeps to `plan`: 3 to 8 shapes, each visible for the most part."""
+    """A random scene that satisfies `plan`: 3 to 8 shapes, each mostly visible."""
     while True:
         scene = _try_scene(rng, plan)
         if scene is not None:
@@ -97,7 +97,7 @@ def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
         wanted.append(CATEGORIES[int(rng.integers(len(CATEGORIES)))])
     crowd = _draw_crowd(rng, plan, wanted, height, width) if plan.crowd else None
 
-    # Large shapes tend to be painted first, or they would hide the small ones.
+    # large shapes tend to be painted first, so that they do not hide small ones
     sizes = rng.choice(len(SIDES), size=len(wanted), p=(0.3, 0.45, 0.25))
     order = np.argsort(-sizes + rng.normal(0, 0.7, len(wanted)), kind="stable")
     drawn: list[_Drawn] = []
@@ -140,10 +140,10 @@ def _draw_shape(
 ) -> _Drawn | None:
     side = float(rng.uniform(*sides))
     if category == PERSON:
-        side *= 1.15  # a person is narrow: as many pixels as the others
+        side *= 1.15  # a person is narrow; gives it as many pixels as the others
     size = (side * float(rng.uniform(0.92, 1.08)), side * float(rng.uniform(0.92, 1.08)))
     angle = math.radians(float(rng.uniform(-20, 20)) * (0.5 if category == PERSON else 1.0))
-    # One in eight sticks out of the picture.
+    # one in eight extends beyond the picture
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     centre = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
     colour, rgb = _paint_for(rng, grey)
@@ -172,7 +172,7 @@ def _rasterised(
 
 
 def _fits(shape: _Drawn, drawn: list[_Drawn], owner: np.ndarray) -> bool:
-    """Whether the shape, painted on top, leaves everything recognisable (itself too, at the border)."""
+    """Whether the shape, painted on top, leaves everything recognisable, including itself at the border."""
     if shape.mask.sum() < LEAST_VISIBLE * shape.whole or (owner[shape.mask] == _CROWD).any():
         return False
     for i, other in enumerate(drawn):
@@ -181,7 +181,7 @@ def _fits(shape: _Drawn, drawn: list[_Drawn], owner: np.ndarray) -> bool:
         before = owner == i
         after = before & ~shape.mask
         touched = int(before.sum()) != int(after.sum())
-        # Two shapes that overlap must differ, and not in the paint by too little to see where one ends.
+        # overlapping shapes must differ in category and clearly in colour
         contrast = max(abs(a - b) for a, b in zip(shape.rgb, other.rgb, strict=True))
         if touched and (shape.category == other.category or contrast < 100):
             return False
@@ -202,7 +202,7 @@ def _iou(a: Box, b: Box) -> float:
 
 
 def _draw_crowd(rng: np.random.Generator, plan: Plan, wanted: list[Category], height: int, width: int) -> _Drawn:
-    """A cluster of tiny shapes of a category the scene has nowhere else."""
+    """A cluster of tiny shapes of a category that is not elsewhere in the scene."""
     free = [c for c in CATEGORIES if c not in wanted]
     category = free[int(rng.integers(len(free)))]
     colour, rgb = _paint_for(rng, plan.grey)
