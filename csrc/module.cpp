@@ -1,5 +1,5 @@
-// The operators of refdet as PyTorch sees them. The kernels register themselves, each in its own file, and the
-// fake implementations and plain fallbacks stand in refdet/ops beside the functions people call.
+// Schemas of refdet's operators. Each kernel registers itself in its own file; fake implementations and plain PyTorch
+// fallbacks are in refdet/ops.
 
 #include <torch/library.h>
 

@@ -1,4 +1,4 @@
-// Work shared out to threads piece by piece.
+// Dynamic distribution of work to threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,9 +9,8 @@
 
 namespace refdet {
 
-// Calls `work` with every number below `pieces`, on all threads: whoever is done takes the next, so that a processor
-// which others use too delays only the piece it is at. `start` is called once on each thread and gives `work` what it
-// keeps.
+// Calls `work` with every number below `pieces`, on all threads: an idle thread takes the next piece, so that a busy
+// core delays only its current one. `start` is called once on each thread and returns the state that `work` gets.
 template <typename Start, typename Work>
 void parallel_tasks(int64_t pieces, const Start& start, const Work& work) {
   std::atomic<int64_t> next{0};

@@ -1,4 +1,4 @@
-// Memory for numbers that are between two steps of a kernel.
+// Temporary memory of kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace refdet {
 
-// Room for `count` numbers, from PyTorch's allocator: not initialised, and aligned for vectors of any size.
+// `count` uninitialised values from PyTorch's allocator, aligned for vectors of any size.
 template <typename T>
 class Scratch {
  public:

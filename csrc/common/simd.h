@@ -1,4 +1,4 @@
-// Vectors of channels on the CPU: reading and writing them as float32 or bfloat16, and code for several processors.
+// SIMD vectors of channels: loads and stores as float32 or bfloat16, and function multiversioning.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Compiled for several processors, of which the loader picks one. There is no -mfma: all of them round alike.
+// Compiled for several instruction sets; the loader picks one. Without -mfma, so that all of them round alike.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define REFDET_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -15,7 +15,7 @@
 #endif
 #define REFDET_INLINE inline __attribute__((always_inline))
 
-// Compiled for one kind of processor; whoever calls asks whether it is there.
+// Compiled for one instruction set; the caller checks for support.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define REFDET_AVX2 __attribute__((target("avx2")))
 #define REFDET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
@@ -24,7 +24,7 @@
 #define REFDET_AVX512
 #endif
 
-// Compiled for a processor that computes with float16, by a compiler that is known to know of such.
+// Compiled for AVX512-FP16, if the compiler is known to support it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define REFDET_FLOAT16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512fp16,f16c,fma")))
 #endif
@@ -37,7 +37,7 @@ using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-// One number, for the channels that fill no vector.
+// A scalar, for the remaining channels.
 template <typename T>
 REFDET_INLINE void load(const T* from, float& to) {
   to = static_cast<float>(*from);

@@ -1,9 +1,8 @@
-// The product of a few rows with some panels: the one loop that all convolutions of csrc spend their time in.
+// The product of a few rows with some panels: the inner loop of all convolutions.
 //
-// Why fast: 6 rows x 16 columns (AVX2), 6 x 64 (AVX-512) or 6 x 128 (AVX512-FP16) of the result stay in registers
-// while depth goes by; each step reads one row of the panels and one number of each row of `a`, all of them from the
-// first two caches, and does nothing but fused multiply-adds. Where another thread has half of the processor's
-// instructions, few of them besides those count.
+// Speed: 6 rows x 16 columns (AVX2), 6 x 64 (AVX-512) or 6 x 128 (AVX512-FP16) of the result stay in registers over
+// depth; each step reads one row of the panels and one value of each row of `a` from the L1 and L2 caches, and is all
+// fused multiply-adds. With hyper-threading, keeping other instructions few matters most.
 
 #include "common/simd.h"
 #include "conv/gemm.h"
@@ -27,7 +26,7 @@ namespace refdet {
 #ifdef REFDET_GEMM
 namespace {
 
-// Aligned as single numbers are, so that they may be read anywhere.
+// With the alignment of a scalar, for unaligned loads.
 using Vector8 = float __attribute__((vector_size(8 * sizeof(float)), aligned(alignof(float)), may_alias));
 using Vector16 = float __attribute__((vector_size(16 * sizeof(float)), aligned(alignof(float)), may_alias));
 
@@ -98,7 +97,7 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* pan
   }
 }
 
-// All rows, `most` at a time, and the rest by halves of that.
+// All rows, `most` at a time, and the remainder by successive halves of that.
 template <typename Vector, int vectors, int most>
 REFDET_INLINE void multiply_all(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
                                 int64_t rows, float* c, int64_t c_row, bool add) {
@@ -118,7 +117,7 @@ __attribute__((target("avx2,fma"))) void multiply_avx2(const float* a, int64_t a
   }
 }
 
-// A run of four panels stays in the first cache while all rows go by.
+// A run of four panels stays in the L1 cache over all rows.
 REFDET_AVX512 void multiply_avx512(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t panels,
                                    int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
   constexpr int64_t kRun = 64;
@@ -223,7 +222,7 @@ bool Half::can() { return has_float16(); }
 
 bool has_matrix_units() { return __builtin_cpu_supports("amx-bf16"); }
 
-// A run of a pair of panels stays in the first cache while all rows go by.
+// A run of a pair of panels stays in the L1 cache over all rows.
 REFDET_FLOAT16 void Half::multiply(const uint32_t* a, int64_t a_row, const c10::Half* panel, int64_t distance,
                                    int64_t panels, int64_t depth, int64_t rows, float* c, int64_t c_row, bool add) {
   for (int64_t k = 0; k < depth; k += kRun, add = true) {

@@ -1,12 +1,11 @@
-// 1x1 convolutions of a detector in use, on the CPU, with bias, shortcut and ReLU: channels in multiples of 16.
+// 1x1 convolutions for inference on the CPU, fused with bias, shortcut and ReLU; channels in multiples of 16.
 //
-// What: a matrix product of positions and weights (gemm.h), and what is usually done to its result afterwards.
+// A matrix product of positions and weights (gemm.h), followed by the sum and the ReLU.
 //
-// Cost: the bytes of the map, of the shortcut and of the result, each once, and the weights once for some hundreds of
-// positions.
+// Cost: one pass over the map, the shortcut and the result, and one over the weights per several hundred positions.
 //
-// Why fast: positions are packed once and then meet all weights, sums stay in the first two caches until they are
-// finished, and nothing goes through memory between the product and the ReLU.
+// Speed: positions are packed once and multiplied with all weights, sums stay in the L1 and L2 caches until they are
+// complete, and nothing goes through memory between the product and the ReLU.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -39,7 +38,7 @@ struct Result {
   bool relu;
 };
 
-// Room for a block of positions, and for some sums.
+// Buffers for a block of positions, and for sums.
 template <typename Product>
 struct Block {
   Scratch<typename Product::A> left;  // in parts of kDepth channels, those of a part by positions
@@ -72,12 +71,12 @@ REFDET_INLINE void pack_rows(const Positions<typename Product::Map>& x, int64_t 
   }
 }
 
-// A part of a block: some positions of it, and output channels.
+// A part of a block: a range of its positions and of output channels.
 struct Part {
   int64_t row, rows, channel, width;
 };
 
-// What becomes of a part, of a block that begins at the position `first`, from its sums.
+// Writes the results of a part, from its sums; its block begins at the position `first`.
 template <typename Product>
 REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const Part part, const Result<Product> y) {
   const int64_t channel = part.channel;
@@ -143,7 +142,7 @@ REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const P
 }
 #endif
 
-// How many positions a block has: as many as the second cache holds beside weights, but equally many for all threads.
+// Positions per block: as many as fit into the L2 cache beside weights, balanced over the threads.
 int64_t rows_of_block(int64_t positions, int64_t depth) {
   const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
   const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();

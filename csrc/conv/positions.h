@@ -1,4 +1,4 @@
-// Maps whose channels lie side by side, as convolutions of csrc read them.
+// Feature maps with contiguous channels (channels_last), the input of the convolutions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,8 +8,8 @@
 
 namespace refdet {
 
-// Numbers from one position of a map to the next, if its channels are side by side and its positions at equal
-// distances; else 0. The stride of a dimension of size 1 says nothing.
+// Stride between positions of a map with contiguous channels and evenly spaced positions; else 0. The stride of a
+// dimension of size 1 is ignored.
 inline int64_t distance_of_positions(const at::Tensor& x) {
   int64_t pixel = x.size(1), positions = 1;
   for (const int64_t dimension : {3, 2, 0}) {
@@ -21,12 +21,12 @@ inline int64_t distance_of_positions(const at::Tensor& x) {
   return (x.stride(1) == 1 || x.size(1) == 1) && pixel >= x.size(1) ? pixel : 0;
 }
 
-// The map, or a copy of it whose positions are at equal distances.
+// The map, or a copy of it with evenly spaced positions.
 inline at::Tensor with_positions(const at::Tensor& x) {
   return distance_of_positions(x) != 0 ? x : at::empty_like(x, at::MemoryFormat::ChannelsLast).copy_(x);
 }
 
-// A map (N, C, H, W): `pixel` numbers from one position to the next.
+// A map (N, C, H, W) with stride `pixel` between positions.
 template <typename Map>
 struct Positions {
   const Map* data;

@@ -1,4 +1,4 @@
-// Powers of two that bring numbers to where float16 holds them well, see `Half` in gemm.h.
+// Scale factors, powers of two, that bring values into the range of float16 (`Half` in gemm.h).
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace refdet {
 
-// The largest magnitude of many bfloat16 numbers, as bits, which are ordered as the magnitudes are.
+// Largest magnitude of bfloat16 values, as bits, which have the same order.
 struct Largest {
   Halves bits{};
 
@@ -23,8 +23,8 @@ struct Largest {
   }
 };
 
-// The power of two that makes a number at most `bound`, also a power of two, and at least half of it. 1 where a
-// number is not finite, whose results then are not finite either; 2^100 is the largest, for 0 and what is close to it.
+// The power of two that scales a value to at most `bound`, also a power of two, and at least half of it. 1 if the value
+// is not finite, so that its results are not finite either; at most 2^100, for values near 0.
 REFDET_INLINE float scale_to(float bound, const Largest& largest) {
   int bits = 0, bound_bits;
   for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, static_cast<int>(largest.bits[lane]));

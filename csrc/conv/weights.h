@@ -1,4 +1,4 @@
-// Weights of convolutions as gemm.h multiplies with them.
+// Packing of convolution weights for gemm.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,14 +9,14 @@
 
 namespace refdet {
 
-// Raises unless a weight (K, C, ...) is float32, its channels are such as can be packed, and the processor can use it.
+// Checks that a weight (K, C, ...) is float32, that its channels can be packed, and that the processor is supported.
 void check_weight(const char* name, const at::Tensor& weight, bool half);
 
-// Weights (P, K, C) float32, of which each of P is a matrix of its own -> panels (P, K / panel, C, panel), float32 or
-// float16, and what the sums of each output channel are to be multiplied by (K), float32: 1, or a power of two.
+// P weight matrices (P, K, C) float32 -> panels (P, K / panel, C, panel), float32 or float16, and float32 factors (K)
+// of the sums of each output channel: 1, or a power of two.
 std::tuple<at::Tensor, at::Tensor> pack(const at::Tensor& weights, bool half);
 
-// Raises unless a map, what `pack` gave for P = `matrices`, and a bias (K) fit each other; returns K.
+// Checks that a map, weights packed with P = `matrices`, and a bias (K) match; returns K.
 template <typename Product>
 int64_t check_packed(const char* name, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                      const at::Tensor& bias, int64_t matrices);

@@ -21,7 +21,7 @@ void check_processor(const char* name) {
                                : "AVX2 or no fused multiply-adds");
 }
 
-// The power of two by which the weights of a channel are multiplied, see `Half`.
+// The scale factor of the weights of a channel, for `Half`.
 float scale_of(const float* weights, int64_t matrices, int64_t distance, int64_t in) {
   double heaviest = 0;
   for (int64_t matrix = 0; matrix < matrices; ++matrix) {

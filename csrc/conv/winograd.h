@@ -1,13 +1,13 @@
 // Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016) for 3x3
-// convolutions: the matrices, and how an axis is cut into tiles.
+// convolutions: the transform matrices, and the tiling of an axis.
 //
-// 4 results of a convolution with 3 weights are 6 products, at 6 points, instead of 12; 3 results are 5 instead of 9.
-// Along both axes that is a quarter or so of the products, each of them summed over all channels. 3 results use 5 of
-// the same 6 points, so that one set of weights serves tiles of either size, and 7 = 4 + 3 wastes nothing.
+// 4 results of a convolution with 3 weights take 6 products, at 6 points, instead of 12; 3 results take 5 instead of 9.
+// Along both axes that is about a quarter of the products, each summed over all channels. 3 results use 5 of the same 6
+// points, so that one set of weights serves tiles of both sizes, and 7 = 4 + 3 has no padding.
 //
-// The points are 0, 3/4, -3/4, 3/2, infinity and -3/2. All numbers of the matrices but the weights' are exact in
-// float32, and these points are good to rounding: a result with 512 channels is 5 times as far from the exact one
-// as that of the plain sum in float32 is, while it is 9 times with the usual 0, 1, -1, 2, -2 and infinity.
+// The points are 0, 3/4, -3/4, 3/2, infinity and -3/2. All matrices but that of the weights are exact in float32, and
+// these points have small rounding errors: with 512 channels 5 times that of the plain float32 sum, compared with 9
+// times for the usual 0, 1, -1, 2, -2 and infinity.
 #pragma once
 
 #include <array>
@@ -37,7 +37,7 @@ constexpr std::array<double, kPoints> product_of_others(int left_out) {
   return product;
 }
 
-// From the inputs along an axis to their values at the points, for a tile of `results`.
+// Input transform along an axis, for a tile of `results`.
 template <int results>
 constexpr auto input_matrix() {
   constexpr int kUsed = results + kTaps - 1;
@@ -54,7 +54,7 @@ constexpr auto input_matrix() {
   return matrix;
 }
 
-// No number at a point is larger than this times the largest input of its tile.
+// Largest value at a point / largest input of the tile.
 constexpr float kGrowth = 64;
 
 template <int results>
@@ -69,7 +69,7 @@ constexpr bool grows_no_more() {
 }
 static_assert(grows_no_more<3>() && grows_no_more<4>());
 
-// From the products at the points to the results of a tile along an axis.
+// Output transform along an axis.
 template <int results>
 constexpr auto output_matrix() {
   constexpr int kUsed = results + kTaps - 1;
@@ -83,7 +83,7 @@ constexpr auto output_matrix() {
   return matrix;
 }
 
-// From the weights along an axis to their values at the points; in float64, since no number but 0 is exact.
+// Weight transform along an axis, in float64, since no value but 0 is exact.
 constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
   std::array<std::array<double, kTaps>, kPoints> matrix = {};
   for (int point = 0; point < kPoints; ++point) {
@@ -101,7 +101,7 @@ constexpr std::array<std::array<double, kTaps>, kPoints> weight_matrix() {
   return matrix;
 }
 
-// Tiles along an axis: first those of 4 results, then those of 3, as many of each as cost the fewest products.
+// Tiles along an axis: first those of 4 results, then those of 3, with the fewest products in total.
 struct Tiles {
   int64_t fours = 0, threes = 0;
 
@@ -114,7 +114,7 @@ struct Tiles {
   }
 
   int64_t count() const { return fours + threes; }
-  // How many use a point.
+  // Number of tiles that use a point.
   int64_t with(int point) const { return point < kPoints - 1 ? count() : fours; }
   bool is_four(int64_t tile) const { return tile < fours; }
   int64_t start(int64_t tile) const { return 3 * tile + (is_four(tile) ? tile : fours); }

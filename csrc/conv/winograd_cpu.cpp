@@ -1,14 +1,14 @@
-// 3x3 convolutions of a detector in use, on the CPU: stride 1, one row of zeros around the map, channels in multiples
-// of 16. In float32, or with maps in bfloat16 and products of float16 (see gemm.h).
+// 3x3 convolutions for inference on the CPU: stride 1, padding 1, channels in multiples of 16. In float32, or with maps
+// in bfloat16 and products in float16 (gemm.h).
 //
-// What: Winograd's minimal filtering (winograd.h). Inputs go to points; at each of 36 points there is a matrix product
-// of tiles and weights, summed over the input channels (gemm.h); the products go to results.
+// Winograd's minimal filtering (winograd.h): input transform; at each of 36 points a matrix product of tiles and
+// weights over the input channels (gemm.h); output transform.
 //
-// Cost: 121 products for the 49 results of a 7x7 RoI instead of 441, and the bytes of 2.5 maps in and 2.5 out.
+// Cost: 121 products for the 49 results of a 7x7 RoI instead of 441, and memory traffic of 2.5 maps in and 2.5 out.
 //
-// Why fast: a third or a fourth of the multiply-adds of the plain sum, in a loop that does nothing else. Weights are
-// packed once. Tiles go through the three steps in blocks that stay in the last cache. Each number comes out the same
-// whatever the batch, the other RoIs of a call and the number of threads, see `Single`.
+// Speed: a third or a quarter of the multiply-adds of a direct convolution, in a loop that does nothing else. Weights
+// are packed once. Tiles go through the three steps in blocks that stay in the last-level cache. Results do not depend
+// on the batch, the other RoIs of a call or the number of threads (`Single`).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -42,7 +42,7 @@ struct Result {
   bool relu;
 };
 
-// Some rows of tiles, of one or more images, and where their numbers lie at each point.
+// A range of rows of tiles, of one or more images, and the layout of their values at each point.
 struct Block {
   struct Row {
     int64_t image, tile, among_fours;
@@ -182,7 +182,7 @@ REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const 
   }
 }
 
-// Calls `each` with the size of a tile, as constants.
+// Calls `each` with the size of a tile as compile-time constants.
 template <typename Each>
 REFDET_INLINE auto by_size(const Block& block, int64_t row, int64_t column, const Each& each) {
   using Four = std::integral_constant<int, 4>;
@@ -247,8 +247,8 @@ REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Bl
 }
 #endif
 
-// At each point, numbers of tiles times weights. A piece of work is a point, or with many threads some of its output
-// channels: so the tiles' numbers stay in the second cache of a thread.
+// At each point, values of tiles times weights. A piece of work is a point, or with many threads a range of its output
+// channels, so that the tiles' values stay in the L2 cache of a thread.
 template <typename Product>
 void multiply_points(const Block& block, const typename Product::A* points, int64_t depth_in_all,
                      const typename Product::B* weights, int64_t channels, float* products) {
@@ -300,7 +300,7 @@ void convolve(const Positions<typename Product::Map>& x, const typename Product:
   }
 }
 
-// Weights (K, C, 3, 3) at the points: (36, K, C), as they are wanted, not yet packed.
+// Transformed weights (36, K, C) of weights (K, C, 3, 3), not yet packed.
 at::Tensor weights_at_points(const at::Tensor& weight) {
   const at::Tensor given = weight.contiguous();
   const int64_t out = given.size(0), in = given.size(1);

@@ -1,17 +1,17 @@
-// How much of the cells of boxes the masks of objects cover, from COCO's compressed RLE, on the CPU.
+// Fraction of each cell of a box that an object's mask covers, from COCO's compressed RLE, on the CPU.
 //
-// What: an object's integral image T(y, x), the number of its pixels above y and left of x, continued linearly between
-// the corners of pixels, is read at the (m + 1)^2 corners of a box's cells; a difference of four is the covered area,
-// which is divided by the cell's. The numbers of pixels are whole, so that it does not matter how they are counted;
-// the rest is float64, each operation rounded on its own, in the order of mask_coverage_plain in refdet/ops/masks.py.
-// A box that is empty or has a coordinate that is not finite gets 0.
+// The integral image T(y, x) of a mask, its number of pixels above y and left of x, interpolated linearly between pixel
+// corners, is evaluated at the (m + 1)^2 corners of a box's cells; a difference of four values is the covered area,
+// which is divided by the area of the cell. Pixel counts are integers, so their order does not matter; the rest is
+// float64, with each operation rounded separately, in the order of mask_coverage_plain in refdet/ops/masks.py. A box
+// that is empty or has a coordinate that is not finite gets 0.
 //
-// Cost: the runs of the objects that boxes ask for, once, and for each box the runs up to its right edge and
-// 2 (m + 1)^2 steps. Neither the mask nor T is ever made.
+// Cost: the runs of the referenced objects, once, and for each box the runs up to its right edge and 2 (m + 1)^2 steps.
+// Neither the mask nor T is stored.
 //
-// Why fast: what the columns up to x contribute to T at the m + 1 heights of the corners follows from how many runs
-// begin and end between two heights and from the sum of those rows: a run adds to two bins, whatever it is long, and
-// only at the columns where a corner lies the bins are summed up. Boxes are dealt out to the threads.
+// Speed: the contribution of the columns up to x to T at the m + 1 heights of the corners follows from the number of
+// runs that begin and end between two heights and the sum of those rows: a run updates two bins, whatever its length,
+// and the bins are summed only at the columns of corners. Boxes are distributed to threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -37,8 +37,8 @@ struct Run {
   uint32_t x, top, bottom;
 };
 
-// The runs of a mask, cut at the ends of columns. The coding is told at Counts in rle_cpu.cpp.
-// `error` stays as it is where the string is sound.
+// The runs of a mask, split at the ends of columns. The encoding is described at Counts in rle_cpu.cpp.
+// `error` is set only if the string is invalid.
 std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
   std::vector<Run> runs;
   const int64_t pixels = height * width;
@@ -77,7 +77,7 @@ std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height
   return runs;
 }
 
-// Along one axis, the pixels that the m + 1 edges of a box's cells lie in, and where in them.
+// The pixels that contain the m + 1 cell edges of a box along one axis, and the positions within them.
 struct Edges {
   std::vector<int64_t> pixel;
   std::vector<double> fraction;
@@ -93,7 +93,7 @@ struct Edges {
   }
 };
 
-// The runs seen so far, as what T at the heights of the edges follows from.
+// Sums over the runs so far, from which T at the heights of the edges follows.
 class Bins {
  public:
   Bins(const Edges& edges, int64_t height)

@@ -1,4 +1,4 @@
-// What the kernels between masks of boxes and RLE of images ask of their arguments.
+// Argument checks of the mask kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

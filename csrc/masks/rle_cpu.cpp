@@ -1,19 +1,18 @@
-// Mask probabilities of boxes to COCO's compressed RLE of the image, on the CPU.
+// Pastes mask probabilities of boxes into the image as COCO's compressed RLE, on the CPU.
 //
-// What: a pixel of the image whose centre lies in the box takes the bilinear interpolation of the box's m x m cells,
-// which have their value at their middle; it belongs to the mask where that reaches the threshold. Every operation is
-// float32 and rounded on its own, in the order of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along
-// y, each time lower * (1 - f) + upper * (1 - (1 - f)). The mask is read column by column, as COCO does, and only the
-// ends of its runs come into being: no pixel outside the box is ever touched, and no mask is made.
-// A box with a coordinate that is not finite has no pixels.
+// A pixel whose centre is in the box is interpolated bilinearly from the values at the centres of the m x m cells, and
+// is in the mask if the result reaches the threshold. Every operation is float32 and rounded separately, in the order
+// of masks_to_rle_plain in refdet/ops/masks.py: along x first, then along y, each time
+// lower * (1 - f) + upper * (1 - (1 - f)). The mask is scanned column by column, as in COCO, and only the ends of its
+// runs are computed: no pixel outside the box is visited, and no mask is stored. A box with a coordinate that is not
+// finite has an empty mask.
 //
-// Cost: for a box of w x h pixels w m mixtures along x, and along y as many as there are pixels between two cells of
-// which one is not clearly inside or outside: about w plus the length of the outline times h / m, instead of w h.
+// Cost: for a box of w x h pixels, w m interpolations along x, and along y one per pixel between two cells that are not
+// clearly both inside or both outside: about w plus the length of the outline times h / m, instead of w h.
 //
-// Why fast: within a column, pixels between two cell centres lie between their two values. Where both are above the
-// threshold or both below it, by more than rounding can do, all of these pixels are decided at once. The mixtures and
-// that decision are loops without branches over the m cells of a column, which compilers turn into SIMD.
-// Masks are dealt out to the threads; each writes its own string.
+// Speed: within a column, pixels between two cell centres have values between theirs. If both are above the threshold
+// or both below it, by more than rounding errors, all of these pixels are decided at once. Interpolation and decision
+// are branchless loops over the m cells of a column that compilers vectorize. Masks are distributed to threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -35,8 +34,8 @@ namespace {
 
 constexpr int64_t kMasksPerTask = 4;
 
-// COCO's string: each count in groups of five bits, lowest first, in characters from '0' on, the sixth bit telling
-// that more follow; from the fourth count on it is the difference to the count two before.
+// COCO's string: each count in groups of five bits, lowest first, as characters from '0' on; the sixth bit is set if
+// more follow. From the fourth count on, the difference to the count two before is encoded.
 class Counts {
  public:
   void add(int64_t count) {
@@ -58,7 +57,7 @@ class Counts {
   int64_t added_ = 0, older_ = 0, newer_ = 0;
 };
 
-// A mask as it comes into being: runs are opened and closed in the order of the columns.
+// A mask under construction: runs are opened and closed in column order.
 class Mask {
  public:
   Mask(int64_t height, int64_t width) : height_(height), pixels_(height * width) {}
@@ -89,7 +88,7 @@ class Mask {
   bool open_ = false;
 };
 
-// The pixels of one axis of the image whose centres are in the box, and the two cells that each mixes.
+// The pixels along one axis whose centres are in the box, and the two cells that each interpolates.
 struct Axis {
   int64_t first = 0, last = 0;      // pixels [first, last)
   std::vector<int32_t> cell;        // the one before the centre; the other is the next, or the same at the end
@@ -114,8 +113,8 @@ struct Axis {
   }
 };
 
-// How the pixels between two cells stand to the threshold whatever their weights; rounding changes a mixture by less
-// than 2^-21 of it, or 2^-140 where it is denormal.
+// Whether the pixels between two cells are above or below the threshold for any weights; rounding changes an
+// interpolated value by less than 2^-21 of it, or 2^-140 if it is denormal.
 struct Verdict {
   enum : uint8_t { kUnclear = 0, kInside = 1, kOutside = 2 };
   float threshold, surely_inside, surely_outside;
@@ -194,7 +193,7 @@ std::vector<uint8_t> text_of(const float* values, const float* box, int32_t size
   return mask.finish();
 }
 
-// The strings back to back (M,) uint8, and where each begins (N + 1,) int64.
+// The concatenated strings (M,) uint8, and the start of each (N + 1,) int64.
 std::tuple<at::Tensor, at::Tensor> masks_to_rle_cpu(const at::Tensor& probabilities, const at::Tensor& boxes,
                                                     int64_t height, int64_t width, double threshold) {
   check_masks_to_rle(probabilities, boxes, height, width, threshold);

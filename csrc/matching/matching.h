@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernel of match_boxes ask of their arguments, and the shape of their answer.
+// Argument checks and outputs that the CPU and CUDA kernels of match_boxes share.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,18 +1,17 @@
-// Which objects candidate boxes overlap most, and the other way round, on the CPU.
+// Matching of N candidate boxes to M objects by IoU, on the CPU.
 //
-// What: for each of N candidates its best IoU with M objects and the first object that has it (0 and object 0 where
-// it overlaps none), and whether it reaches the best IoU that some object has with any candidate, with more than 0.
-// IoU is float32 and every operation rounded on its own, in the order of `iou` in refdet/structures/boxes.py:
-// (x2-x1)(y2-y1) both ways, a + b - overlap, one division. Where the union is not above 0 or is no number, which a NaN
-// coordinate always makes it, the IoU is 0; so it is never NaN itself.
+// Output: for each candidate its best IoU and the first object that has it (0 and object 0 if it overlaps none), and
+// whether it has the highest IoU of all candidates, above 0, with some object. IoU is float32, with every operation
+// rounded separately, in the order of `iou` in refdet/structures/boxes.py: (x2-x1)(y2-y1) of both, a + b - overlap, one
+// division. If the union is not above 0, or NaN, as with any NaN coordinate, the IoU is 0, so it is never NaN.
 //
-// Cost: N M IoUs at most, and memory for N + M numbers and M more for every kChunk candidates. The matrix of overlaps
-// (40 MB for 100,000 anchors and 100 objects, and ten times that with all that leads to it) never exists.
+// Cost: at most N M IoUs, and memory for N + M values and M more per kChunk candidates. The IoU matrix (40 MB for
+// 100,000 anchors and 100 objects, and ten times that with its intermediate results) is never stored.
 //
-// Why fast: a tile of candidates stands field by field in the first cache, and comparing it with an object is one
-// loop without branches, which compilers turn into SIMD. An object that does not touch the rectangle about the tile
-// is passed over: anchors follow each other in rows, so most objects are far from most tiles. Who reaches the best of
-// an object needs a second look, but only at those chunks whose own best is as good.
+// Speed: a tile of candidates is stored as a struct of arrays in the L1 cache, and compared with an object in a
+// branchless loop that compilers vectorize. Objects outside the tile's bounding box are skipped: anchors come in rows,
+// so most objects are far from most tiles. The candidates with the highest IoU of an object take a second pass, but
+// only over chunks whose own best is as good.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -33,8 +32,8 @@ namespace {
 
 constexpr int kTile = 64;
 constexpr int64_t kChunksPerTask = 8;
-constexpr int64_t kChunk = 256;   // candidates of which the best of each object is noted
-constexpr float kLeast = 1e-12f;  // of a union that is divided by
+constexpr int64_t kChunk = 256;   // candidates per recorded best IoU of each object
+constexpr float kLeast = 1e-12f;  // smallest divisor
 
 struct Box {
   float x1, y1, x2, y2, area;
@@ -43,7 +42,7 @@ struct Box {
       : x1(box[0]), y1(box[1]), x2(box[2]), y2(box[3]), area((box[2] - box[0]) * (box[3] - box[1])) {}
 };
 
-// Up to kTile candidates, field by field; the rest of the tile is empty boxes, which overlap nothing.
+// Up to kTile candidates as a struct of arrays, padded with empty boxes, which overlap nothing.
 class Tile {
  public:
   Tile(const float* boxes, int count) {
@@ -54,7 +53,7 @@ class Tile {
       const Box box(i < count ? boxes + 4 * i : none);
       x1_[i] = box.x1, y1_[i] = box.y1, x2_[i] = box.x2, y2_[i] = box.y2, area_[i] = box.area;
       if (i >= count) continue;
-      // a NaN changes nothing here: such a candidate overlaps nothing
+      // NaN is ignored: such a candidate overlaps nothing
       left_ = std::min(left_, box.x1), top_ = std::min(top_, box.y1);
       right_ = std::max(right_, box.x2), bottom_ = std::max(bottom_, box.y2);
     }
@@ -81,7 +80,7 @@ class Tile {
   float left_, top_, right_, bottom_;
 };
 
-// The largest of kTile numbers that are 0 and more: as integers they have the same order, and those need no care.
+// Maximum of kTile non-negative values, compared as integers, which have the same order and no NaN.
 float largest(const float* values) {
   int32_t bits[kTile], found = 0;
   std::memcpy(bits, values, sizeof bits);
@@ -91,7 +90,7 @@ float largest(const float* values) {
   return value;
 }
 
-// Candidates against all objects: writes `best` and `object` of each and raises `most` of each object.
+// Compares candidates with all objects: writes their `best` and `object` and updates `most` of each object.
 void match_tile(const float* candidates, int count, const std::vector<Box>& objects, float* best, int64_t* object,
                 float* most) {
   const Tile tile(candidates, count);

@@ -1,14 +1,11 @@
-// Which objects candidate boxes overlap most, and the other way round, on the GPU: the answer of matching_cpu.cpp,
-// bit for bit.
+// Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit.
 //
-// What: see matching_cpu.cpp.
+// Cost: at most 2 N M IoUs, and memory for N + M values and M more per kThreads candidates; no IoU matrix.
 //
-// Cost: 2 N M IoUs at most, and memory for N + M numbers and M more for every kThreads candidates; no matrix.
-//
-// Why fast: a thread keeps its candidate in registers, the objects pass by in shared memory, and each box is read from
-// memory once. The best of an object is found within a warp, and only where some lane overlaps it at all, then within
-// the block in shared memory and over the blocks by one atomic maximum a block; maxima do not depend on their order.
-// The second look, at who reaches the best of an object, is taken only by blocks whose own best is as good.
+// Speed: a thread keeps its candidate in registers, objects are in shared memory, and each box is read from global
+// memory once. The best IoU of an object is reduced within a warp, only if some lane overlaps it, then in shared memory
+// within the block, and over the blocks by one atomic maximum per block; maxima do not depend on their order. Only
+// blocks whose own best is as good take the second pass, for the candidates with the highest IoU of an object.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -36,7 +33,7 @@ struct Box {
   float x1, y1, x2, y2, area;
 };
 
-// The _rn functions are never fused into multiply-adds, so every operation rounds as it does on the CPU.
+// The _rn functions are never fused into multiply-adds, so that rounding is as on the CPU.
 __device__ Box box_at(const float* boxes, int64_t i) {
   Box box{boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3], 0.0f};
   box.area = __fmul_rn(__fsub_rn(box.x2, box.x1), __fsub_rn(box.y2, box.y1));
@@ -51,7 +48,7 @@ __device__ float iou(const Box& a, const Box& b) {
   return sum > 0.0f ? __fdiv_rn(overlap, fmaxf(sum, 1e-12f)) : 0.0f;
 }
 
-// Floats of 0 and more have the order of their bits as integers, for which there are atomic maxima.
+// Non-negative floats have the order of their bits as integers, which have an atomic maximum.
 __device__ void raise(float* place, float value) { atomicMax(reinterpret_cast<int*>(place), __float_as_int(value)); }
 
 __global__ void match_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, float* best,
@@ -60,7 +57,7 @@ __global__ void match_kernel(const float* candidates, int64_t n, const float* ob
   __shared__ float own_most[kObjects];
   const int thread = threadIdx.x;
   const int64_t i = blockIdx.x * int64_t{kThreads} + thread;
-  // threads beyond the candidates take an empty box, which overlaps nothing, and stay for their warp
+  // threads beyond the candidates use an empty box, which overlaps nothing, and stay active for their warp
   const Box candidate = i < n ? box_at(candidates, i) : Box{};
   float best_found = 0.0f;
   int64_t best_object = 0;
@@ -95,7 +92,7 @@ __global__ void reach_kernel(const float* candidates, int64_t n, const float* ob
   const Box candidate = box_at(candidates, i);
   bool found = false;
   for (int64_t j = 0; j < m; ++j) {
-    // the same for the whole block
+    // uniform within the block
     if (!(most[j] > 0.0f) || block_most[blockIdx.x * m + j] != most[j]) continue;
     found |= iou(candidate, box_at(objects, j)) == most[j];
   }

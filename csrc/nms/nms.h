@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernel of nms ask of their arguments.
+// Argument checks that the CPU and CUDA kernels of nms share.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,19 +1,18 @@
-// Greedy non-maximum suppression of many images and groups on the CPU.
+// Greedy non-maximum suppression of several images and groups on the CPU.
 //
-// What: of each image, boxes are visited from the best score down (equal scores: the lower index first; NaN counts as
-// -inf); one is kept unless its IoU with a box of its group kept before it exceeds the threshold, until max_keep of the
-// image are kept (negative: no limit). IoU is float32, each operation rounded on its own: (x2-x1)(y2-y1) both ways,
-// a + b - overlap, one division; it is compared with the threshold rounded to float32. A NaN IoU (a NaN coordinate,
-// 0/0) suppresses nothing.
+// The boxes of each image are visited by descending score (ties by index, NaN as -inf); a box is kept unless its IoU
+// with a kept box of its group exceeds the threshold, until max_keep boxes of the image are kept (negative: no limit).
+// IoU is float32, with each operation rounded separately: (x2-x1)(y2-y1) of both, a + b - overlap, one division; it is
+// compared with the threshold rounded to float32. A NaN IoU (a NaN coordinate, 0/0) suppresses nothing.
 //
-// Cost: O(N) for the order and at most visited * kept-of-its-group IoUs, where the usual kernel does N * N: of 6000
-// boxes with 300 to keep, all that come after the 300th survivor are never looked at.
+// Cost: O(N) for the order, and at most visited * kept-of-its-group IoUs instead of N * N: with 6000 boxes and 300 to
+// keep, boxes after the 300th survivor are never visited.
 //
-// Why fast: the order is a radix sort of the scores' bits. The kept boxes of a group stand in tiles, field by field, so
-// that comparing a candidate with a tile is one loop without branches, which compilers turn into SIMD, and without a
-// division: a quotient that rounds above t is above t, so that overlap > t union and, as rounding keeps order, overlap
-// >= the rounded t union; only a tile that has such a box is divided. A candidate is dropped after the first tile with
-// a hit. Images are dealt out to the threads; what one does depends on that image alone.
+// Speed: the order is a radix sort of the bits of the scores. The kept boxes of a group are stored in tiles as a struct
+// of arrays, so that a candidate is compared with a tile in a branchless loop that compilers vectorize, and without
+// division: a quotient that rounds above t is above t, so overlap > t union and, as rounding is monotonic, overlap >=
+// the rounded t union; only tiles with such a box are divided. A candidate is dropped at the first tile with a hit.
+// Images are distributed to threads; the result of an image does not depend on the others.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -35,14 +34,14 @@ namespace refdet {
 namespace {
 
 constexpr int kTile = 32;
-constexpr int64_t kRadixFrom = 200;  // fewer boxes are sorted by comparing
+constexpr int64_t kRadixFrom = 200;  // fewer boxes use a comparison sort
 constexpr int32_t kNone = -1;
 
 struct Ranked {
   uint32_t key, index;
 };
 
-// A key that is smaller for a better score; -0 and +0 are the same score.
+// A sort key, smaller for a higher score; -0 and +0 are equal.
 uint32_t descending_key(float score) {
   if (score != score) score = -std::numeric_limits<float>::infinity();
   score += 0.0f;
@@ -52,7 +51,7 @@ uint32_t descending_key(float score) {
   return ~ascending;
 }
 
-// Sorts by key. Entries come with ascending indices, and both ways leave equal keys in that order.
+// Stable sort by key; entries come with ascending indices.
 void sort_by_key(std::vector<Ranked>& entries) {
   if (static_cast<int64_t>(entries.size()) < kRadixFrom) {
     std::sort(entries.begin(), entries.end(),
@@ -73,7 +72,7 @@ void sort_by_key(std::vector<Ranked>& entries) {
   }
 }
 
-// Numbers any ids from 0 on, in ascending order of the ids: slot[i] for ids[members[i]].
+// Renumbers arbitrary ids from 0 on, in ascending order: slot[i] for ids[members[i]].
 struct Slots {
   std::vector<uint32_t> slot;
   size_t count = 0;
@@ -101,7 +100,7 @@ struct Slots {
 
 float area_of(const float* box) { return (box[2] - box[0]) * (box[3] - box[1]); }
 
-// Boxes that were kept, of one group, field by field; padded with NaN boxes, which have no IoU with anything.
+// Kept boxes of one group as a struct of arrays, padded with NaN boxes, which suppress nothing.
 struct Tile {
   float x1[kTile], y1[kTile], x2[kTile], y2[kTile], area[kTile];
   int32_t size = 0, next = kNone;
@@ -115,7 +114,7 @@ struct Tile {
     area[size++] = own_area;
   }
 
-  // Whether the IoU of the box with one of these exceeds `limit`.
+  // Whether the IoU of the box with any of these exceeds `limit`.
   bool suppresses(const float* box, float own_area, float limit) const {
     const float bx1 = box[0], by1 = box[1], bx2 = box[2], by2 = box[3];
     float overlaps[kTile], unions[kTile];
@@ -134,12 +133,12 @@ struct Tile {
   }
 };
 
-// The kept boxes of one image: a chain of tiles for each group, all in one pool.
+// Kept boxes of one image: a linked list of tiles per group, in one pool.
 class Kept {
  public:
   explicit Kept(size_t groups) : chains_(groups) {}
 
-  // Adds the box unless one of its group suppresses it.
+  // Adds the box unless a kept one of its group suppresses it.
   bool add(uint32_t group, const float* box, float threshold) {
     Chain& chain = chains_[group];
     const float area = area_of(box);
@@ -163,7 +162,7 @@ class Kept {
   std::vector<Tile> pool_;
 };
 
-// NMS of the boxes `members` of one image, which are in ascending order.
+// NMS of the boxes `members` (ascending) of one image.
 std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const int64_t* groups,
                                   const std::vector<uint32_t>& members, int64_t max_keep, float threshold) {
   const size_t n = members.size();
@@ -186,7 +185,7 @@ std::vector<int64_t> nms_of_image(const float* boxes, const float* scores, const
   return kept;
 }
 
-// The boxes of each image, in ascending order of image and index.
+// Boxes of each image, by ascending image and index.
 std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) {
   if (!images) {
     std::vector<std::vector<uint32_t>> all(1, std::vector<uint32_t>(n));

@@ -1,15 +1,15 @@
-// Greedy non-maximum suppression of many images and groups on the GPU: the answer of nms_cpu.cpp, bit for bit.
+// Greedy non-maximum suppression of several images and groups on the GPU, with the output of nms_cpu.cpp, bit for bit.
 //
-// What: see nms_cpu.cpp. The boxes are sorted by image and score first; from then on a box is its place in that order.
+// The boxes are first sorted by image and score; from then on a box is its index in that order.
 //
-// Cost: the sorts, half the IoUs of all pairs of an image among the boxes visited, and 8 kRows N / 64 bytes.
+// Cost: the sorts, half the IoUs of all pairs of visited boxes of an image, and 8 kRows N / 64 bytes.
 //
-// Why fast: the boxes of an image are taken in slabs of kRows, of all images at the same time. For each slab one kernel
-// computes in parallel which later boxes each box would suppress, one bit a pair, and no IoU for two boxes of different
-// groups; then one block an image goes through its slab, 64 boxes at a time: one thread settles those among themselves
-// on bits in shared memory, and all threads together strike out what the survivors suppress. The host waits once for
-// the sizes of the images, if there are several, and once for the result; in between, the blocks of an image that has
-// max_keep return at once. Slabs also bound the memory: 100,000 boxes take 25 MB instead of 1.25 GB.
+// Speed: the boxes of each image are processed in slabs of kRows, of all images at once. For each slab one kernel
+// computes in parallel which later boxes each box would suppress, one bit per pair, without the IoU of pairs of
+// different groups. Then one block per image scans its slab, 64 boxes at a time: one thread resolves those among
+// themselves on bits in shared memory, and all threads remove what the survivors suppress. The host synchronizes once
+// for the sizes of the images, if there are several, and once for the result; the blocks of an image that has max_keep
+// boxes return at once. Slabs also bound the memory: 100,000 boxes take 25 MB instead of 1.25 GB.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -39,14 +39,14 @@ constexpr int kWord = 64;           // boxes in a word of bits, and threads in a
 constexpr int64_t kRows = 32 * 64;  // boxes of an image in a slab
 constexpr int kScanThreads = 512;
 
-// Where the boxes of each image begin, and its words of bits: no word is of two images.
+// Start of the boxes and of the words of bits of each image: no word is shared by two images.
 struct Images {
   const int64_t* first_box;   // of each image, and one more
   const int64_t* first_word;  // likewise
   const int64_t* of_word;     // the image of each word
 };
 
-// The _rn functions are never fused into multiply-adds, so every operation rounds as it does on the CPU.
+// The _rn functions are never fused into multiply-adds, so that rounding is as on the CPU.
 __device__ float area_of(float4 box) { return __fmul_rn(__fsub_rn(box.z, box.x), __fsub_rn(box.w, box.y)); }
 
 __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b, float threshold) {
@@ -88,8 +88,8 @@ __global__ void suppress_kernel(const float4* boxes, const int64_t* groups, Imag
   bits[(row - first_row) * words + global_word] = found;
 }
 
-// Goes through the boxes of one slab in order, a block an image. `removed` (a bit a box), `kept` (a byte a box) and
-// `counts` (how many are kept of each image) carry over to the next slab.
+// Scans the boxes of one slab in order, one block per image. `removed` (a bit per box), `kept` (a byte per box) and
+// `counts` (boxes kept of each image) carry over to the next slab.
 __global__ void scan_kernel(const Bits* bits, Images images, int64_t words, int64_t first_row, int64_t limit,
                             Bits* removed, bool* kept, int64_t* counts) {
   __shared__ Bits own[kWord];
@@ -130,7 +130,7 @@ __global__ void scan_kernel(const Bits* bits, Images images, int64_t words, int6
   if (thread == 0) counts[image] = total;
 }
 
-// The order in which boxes are visited: by image, best score first, lower index first.
+// The visiting order: by image, then by descending score, then by index.
 at::Tensor visiting_order(const at::Tensor& scores, const std::optional<at::Tensor>& images) {
   const at::Tensor known = scores.masked_fill(scores.isnan(), -std::numeric_limits<double>::infinity());
   const at::Tensor order = std::get<1>(at::sort(known, /*stable=*/true, /*dim=*/0, /*descending=*/true));
@@ -139,7 +139,7 @@ at::Tensor visiting_order(const at::Tensor& scores, const std::optional<at::Tens
   return order.index_select(0, std::get<1>(at::sort(own, /*stable=*/true, /*dim=*/0, /*descending=*/false)));
 }
 
-// How many boxes each image has, in the order of visiting_order.
+// Number of boxes of each image, in the order of visiting_order.
 std::vector<int64_t> image_sizes(const std::optional<at::Tensor>& images, const at::Tensor& order) {
   if (!images) return {order.size(0)};
   const auto [ids, places, sizes] = at::unique_consecutive(images->index_select(0, order), false, true);

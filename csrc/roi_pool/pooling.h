@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernels of RoI pooling share: which positions of the map a cell reads, with which weights.
+// Shared by the CPU and CUDA kernels of RoI pooling: the positions of the map that a cell reads, and their weights.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ namespace refdet {
 
 constexpr int64_t kMost = 1024;  // cells on a side of a RoI, and samples on a side of a cell
 
-// One operation, one rounding, on the GPU too, so that a sample on the edge of the map falls on the same side.
+// Every operation is rounded separately, on the GPU too, so that a sample at the edge of the map is on the same side.
 REFDET_HOST_DEVICE inline float times(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -27,9 +27,8 @@ REFDET_HOST_DEVICE inline float times(float a, float b) {
 #endif
 }
 
-// How a RoI is pooled: `size` cells on a side; `samples` on a side of a cell, or 0 for as many as the cell is long in
-// positions of the map, kMost at most (RoIAlign); or `crop`, one sample a cell from corner to corner; `mean`: of all
-// cells alone.
+// Pooling options: `size` cells on a side; `samples` on a side of a cell, or 0 for adaptive sampling, at most kMost
+// (RoIAlign); or `crop`, one sample per cell from corner to corner; `mean`: only the mean over the cells.
 struct Sampling {
   int64_t size, samples;
   float stride;
@@ -37,7 +36,7 @@ struct Sampling {
 
   REFDET_HOST_DEVICE int64_t cells() const { return mean ? 1 : size; }
 
-  // The most positions one cell can read along an axis of `limit` positions.
+  // Largest number of positions that a cell can read along an axis of `limit` positions.
   int64_t capacity(int64_t limit) const {
     const int64_t of_cell = crop ? 1 : samples > 0 ? samples : kMost;
     return std::min(2 * of_cell * (mean ? size : 1), limit);
@@ -53,7 +52,7 @@ struct Sampling {
   }
 };
 
-// The positions that a cell reads along one axis, ascending and each once, and their weights.
+// The positions that a cell reads along one axis, ascending and unique, and their weights.
 struct Taps {
   int32_t* position;
   float* weight;
@@ -70,8 +69,8 @@ struct Taps {
   }
 };
 
-// Fills `taps`, which has room for capacity(limit), for the cell of a RoI from `low` to `high`, in pixels of the
-// network's input. Samples that are outside of the map, NaN or infinite read nothing.
+// Fills `taps`, of size capacity(limit), for a cell of a RoI from `low` to `high`, in pixels of the network's input.
+// Samples that are outside the map, NaN or infinite read nothing.
 REFDET_HOST_DEVICE inline void find_taps(const Sampling& how, float low, float high, int64_t cell, int64_t limit,
                                          Taps& taps) {
   low /= how.stride, high /= how.stride;
@@ -121,7 +120,7 @@ inline void check_pooled(const at::Tensor& pooled, const at::Tensor& rois, at::I
               "RoI pooling: the gradient does not fit, got ", pooled.sizes());
 }
 
-// The map with the numbers of a position side by side; a copy only where they are not.
+// The map in channels_last; copied only if necessary.
 inline at::Tensor with_channels_last(const at::Tensor& map) {
   return map.size(1) <= 1 || map.stride(1) == 1 ? map : map.contiguous(at::MemoryFormat::ChannelsLast);
 }

@@ -1,17 +1,17 @@
 // RoI pooling on the CPU, forward and backward: RoIAlign, the reference's crop, and the mean of either over its cells.
 //
-// What: a cell is a sum over rows y and columns x of w_y w_x map[y, x]; find_taps in pooling.h has the weights. The
-// backward pass sums, for each position of the map, over the RoIs in order and their cells w_y w_x gradient[cell].
-// float32 or bfloat16 maps; everything in between is float32, one rounding an operation, and so are means.
+// A cell is the sum of w_y w_x map[y, x] over rows y and columns x, with the weights of find_taps in pooling.h. The
+// backward pass sums w_y w_x gradient[cell] for each position of the map, over the RoIs in order and their cells. Maps
+// are float32 or bfloat16; sums and means are float32, with each operation rounded separately.
 //
-// Cost: C multiply-adds for each different position that a cell reads; the 4 samples of a cell have 16 corners, but
-// mostly only 6 to 9 different ones. The mean costs each position of the RoI once, and makes no cells.
+// Cost: C multiply-adds per distinct position that a cell reads; the 4 samples of a cell have 16 corners, of which
+// mostly only 6 to 9 are distinct. The mean reads each position of the RoI once, and stores no cells.
 //
-// Why fast: in channels_last a position is C numbers side by side, so that all is SIMD along C, with the sums of up
-// to 128 channels in registers; forward a RoI is done 128 channels at a time, so that what its cells share stays in
-// the first cache. The backward pass goes the other way round, from positions to the cells that read them: it adds to
-// each position of the map once for a RoI, not once for each cell. Forward the RoIs are dealt out to the threads,
-// backward images and channels, so that each number is the same sum in the same order with any number of threads.
+// Speed: in channels_last the C channels of a position are contiguous, so all loops are SIMD along C, with the sums of
+// up to 128 channels in registers; the forward pass takes 128 channels of a RoI at a time, so that what its cells share
+// stays in the L1 cache. The backward pass iterates over positions and the cells that read them: it adds to each
+// position once per RoI, not once per cell. The forward pass distributes RoIs to threads, the backward pass images and
+// channels, so that each sum has the same order with any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@
 namespace refdet {
 namespace {
 
-// A map or its gradient: numbers from one image, row and column to the next; channels are side by side.
+// A map or its gradient, with the strides of images, rows and columns; channels are contiguous.
 template <typename T>
 struct Map {
   T* data;
@@ -64,7 +64,7 @@ struct Axis {
   }
 };
 
-// The same the other way round: the cells that read a position. Those of position[i] are [start[i], start[i + 1]).
+// The inverse: the cells that read a position. Those of position[i] are [start[i], start[i + 1]).
 struct Readers {
   std::vector<int32_t> position, start, cell;
   std::vector<float> weight;
@@ -141,7 +141,7 @@ REFDET_SIMD void pool_one(const at::BFloat16* image, const Map<const at::BFloat1
   pool_roi(image, map, x, y, out);
 }
 
-// Adds to `vectors` vectors of channels of an image what the cells of one RoI say, `cells` on a side.
+// Adds the gradient of the cells of one RoI, `cells` on a side, to `vectors` vectors of channels of an image.
 template <typename Lane, int vectors, typename T>
 REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, const Readers& y, const Map<float>& map,
                              float* image) {
@@ -170,7 +170,7 @@ REFDET_INLINE void add_cells(const T* pooled, int64_t cells, const Readers& x, c
   }
 }
 
-// Adds to channels [begin, end) of one image what its RoIs say; `pooled` is the gradient of all cells of all RoIs.
+// Adds the gradient of the RoIs of one image to its channels [begin, end); `pooled` is the gradient of all cells.
 template <typename T>
 REFDET_INLINE void add_rois(const T* pooled, int64_t cells, const std::vector<int64_t>& rois,
                             const std::vector<Readers>& x, const std::vector<Readers>& y, const Map<float>& map,
@@ -198,7 +198,7 @@ REFDET_SIMD void add_all(const at::BFloat16* pooled, int64_t cells, const std::v
   add_rois(pooled, cells, rois, x, y, map, image, begin, end);
 }
 
-// Of each RoI, the image it lies on.
+// Image index of each RoI.
 std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
   std::vector<int64_t> images(rois.size(0));
   const float* roi = rois.const_data_ptr<float>();
@@ -211,8 +211,7 @@ std::vector<int64_t> images_of(const at::Tensor& rois, int64_t batch) {
   return images;
 }
 
-// Asks for large pages under new memory of many megabytes: else each 4 kB that are written first are a trap into the
-// kernel, and those take longer than the pooling.
+// Requests huge pages for large new buffers: otherwise the page faults take longer than the pooling.
 void ask_for_large_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

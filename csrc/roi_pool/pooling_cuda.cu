@@ -1,18 +1,17 @@
-// RoI pooling on CUDA, forward and backward: the same sums as csrc/pooling_cpu.cpp, from the same find_taps.
+// RoI pooling on CUDA, forward and backward: the same sums as csrc/roi_pool/pooling_cpu.cpp, with the same find_taps.
 //
-// What: tap_kernel writes, for each RoI, axis and cell, the positions read and their weights. pool_kernel sums the
-// positions of each cell, mean_kernel those of the whole RoI; unpool_kernel sums for each position of the map over the
-// RoIs in order and over those of their cells that read it. Sums are float32, and so are means. There are no atomics:
-// results are the same in every run. A RoI on an image that is not in the batch gives NaN and no gradient, as telling
-// the host would mean to wait for the device.
+// tap_kernel writes the positions and weights of each RoI, axis and cell. pool_kernel sums the positions of each cell,
+// mean_kernel those of the whole RoI; unpool_kernel sums for each position of the map over the RoIs in order and their
+// cells that read it. Sums and means are float32. There are no atomics, so results are deterministic. A RoI with an
+// image index out of range gets NaN and no gradient, as an error would need a synchronization.
 //
-// Cost: forward each cell is written once and the map read once from memory, the positions that cells share from the
-// cache. Backward each position of the map is written once, and a cell read as often as positions are in it, mostly
-// from the cache; besides, each warp looks over the windows of all RoIs, 32 at a time.
+// Cost: the forward pass writes each cell once and reads the map from global memory once, shared positions from the
+// cache. The backward pass writes each position once, and reads a cell once per position in it, mostly from the cache;
+// each warp also scans the windows of all RoIs, 32 at a time.
 //
-// Why fast: in channels_last a warp reads 512 bytes of a position at once, 16 a thread, and so writes them. A block
-// does all cells of a RoI in one slice of channels, so that what they share is in its SM's first cache. The taps are
-// found once for all channels. The backward pass adds up in registers and needs no cleared map and no float32 copy.
+// Speed: in channels_last a warp reads and writes 512 bytes of a position at once, 16 per thread. A block processes all
+// cells of a RoI for one slice of channels, so that what they share is in the L1 cache of its SM. The taps are computed
+// once for all channels. The backward pass accumulates in registers, without a zeroed map or a float32 copy.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -44,7 +43,7 @@ struct Lists {
   int64_t room, cells;
 };
 
-// A map or its gradient: sizes, and numbers from one image, row and column to the next.
+// A map or its gradient: sizes, and strides of images, rows and columns.
 struct Shape {
   int64_t batch, channels, height, width, image_stride, row_stride, column_stride;
 };
@@ -54,7 +53,7 @@ struct alignas(sizeof(T) * numbers) Pack {
   T value[numbers];
 };
 
-// One block a RoI.
+// One block per RoI.
 __global__ void tap_kernel(const float* rois, Sampling how, Shape map, Lists lists) {
   __shared__ int first[2], last[2];
   const int64_t roi = blockIdx.x;
@@ -105,7 +104,7 @@ __device__ void write(T* to, const float* sum) {
   *reinterpret_cast<Pack<T, numbers>*>(to) = values;
 }
 
-// A block does one RoI in one slice of channels, a warp every kWarps-th cell.
+// A block processes one RoI for one slice of channels, a warp every kWarps-th cell.
 template <typename T, int numbers>
 __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   const int64_t roi = blockIdx.x, channel = (blockIdx.y * int64_t{kWarp} + threadIdx.x % kWarp) * numbers;
@@ -123,7 +122,7 @@ __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   }
 }
 
-// The same where a RoI is one cell, and not rounded: each warp sums every kWarps-th row.
+// The same for the mean, without rounding: each warp sums every kWarps-th row.
 template <typename T, int numbers>
 __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   __shared__ float parts[kWarps][kWarp * numbers];
@@ -153,7 +152,7 @@ __device__ float weight_at(const Lists& lists, int64_t list, int32_t at) {
   return position[place] == at ? lists.weight[list * lists.room + place] : 0;
 }
 
-// A warp does one position of the map in one slice of channels.
+// A warp processes one position of the map for one slice of channels.
 template <typename T, int numbers>
 __global__ void unpool_kernel(const T* pooled, int64_t rois, Shape map, Lists lists, T* out) {
   const int lane = threadIdx.x % kWarp;
@@ -198,7 +197,7 @@ __global__ void unpool_kernel(const T* pooled, int64_t rois, Shape map, Lists li
 
 // ---- host code
 
-// The lists of all RoIs, found on the device, and the memory they are in.
+// The taps of all RoIs, computed on the device, and their memory.
 struct Tables {
   at::Tensor positions, counts, weights, windows, images;
   Lists lists;
@@ -222,7 +221,7 @@ struct Tables {
   }
 };
 
-// Whether every position of a map begins at a multiple of 16 bytes and is one long.
+// Whether every position of a map is aligned to 16 bytes and its size a multiple of 16.
 bool fits_packs(const at::Tensor& map, int64_t numbers) {
   return map.size(1) % numbers == 0 && map.stride(0) % numbers == 0 && map.stride(2) % numbers == 0 &&
          map.stride(3) % numbers == 0 && reinterpret_cast<uintptr_t>(map.const_data_ptr()) % 16 == 0;
