@@ -1,4 +1,4 @@
-"""Referring expressions of RefCOCO and its kin: a drop-in for ``from refer import REFER`` of lichengunc/refer."""
+"""Referring expressions of RefCOCO and similar datasets: a drop-in replacement for lichengunc/refer."""
 
 from .api import REFER
 from .errors import ReferDataError, ReferError, ReferIdError, ReferNotFoundError

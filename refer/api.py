@@ -1,4 +1,4 @@
-"""`REFER`: refs, sentences and annotations of one dataset, with the names of lichengunc/refer."""
+"""`REFER`: refs, sentences and annotations of a dataset, with the API of lichengunc/refer."""
 
 from __future__ import annotations
 
@@ -23,36 +23,43 @@ from .validation import box_of
 if TYPE_CHECKING:
     import pandas
 
-# The splits of the published data. A dataset that lacks one of them simply has no refs in it.
+# Splits of the published data; one that a dataset lacks has no refs.
 _SPLITS = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
 _IMAGE_DIRS = {"refclef": ("images/saiapr_tc-12",)}
 _COCO_DIRS = ("images/mscoco/images/train2014", "images/train2014")
 
 
 class REFER:
-    """One dataset of referring expressions under one division into splits. Its length and items are its refs.
+    """A dataset of referring expressions with one division into splits, as a sequence of its refs.
 
     Args:
-        data_root: the folder that holds the folder ``dataset``.
-        dataset: "refclef", "refcoco", "refcoco+", "refcocog", "grefcoco" or any other folder of that layout.
-        splitBy: who divided it: "unc", "google", "umd", "berkeley", ...
+        data_root: folder that contains the folder ``dataset``.
+        dataset: "refclef", "refcoco", "refcoco+", "refcocog", "grefcoco" or another folder of that layout.
+        splitBy: name of the division: "unc", "google", "umd", "berkeley", ...
 
     Attributes:
-        data: "dataset", "refs", "images", "annotations", "categories" as in the files.
-        Refs, Anns, Imgs, Sents: id -> record.
+        data: "dataset", "refs", "images", "annotations" and "categories" as in the files.
+        Refs: ref id -> ref.
+        Anns: annotation id -> annotation.
+        Imgs: image id -> image.
+        Sents: sentence id -> sentence.
         Cats: category id -> name.
-        imgToRefs, imgToAnns: image id -> list of records; images without any are not in it.
-        refToAnn, annToRef: ref id -> annotation, annotation id -> ref.
-        catToRefs: category id -> list of refs.
-        sentToRef, sentToTokens: sentence id -> ref, -> list of tokens.
-        availableSplits: the splits that there are refs of, in the order of the file.
-        ROOT_DIR, DATA_DIR, IMAGE_DIR: the folders of this module, of the dataset, and of the images.
-        generalized: whether this is gRefCOCO, where a ref means any number of annotations and none. There
-            ``refToAnn`` and ``annToRef`` hold lists, as in gRefCOCO's own API, `getRefBox` gives a list of boxes
-            and `getMask` the union; all these are empty for a ref without a target, whose annotation -1 is None.
+        imgToRefs: image id -> refs, without images that have none.
+        imgToAnns: image id -> annotations, without images that have none.
+        refToAnn: ref id -> annotation.
+        annToRef: annotation id -> ref.
+        catToRefs: category id -> refs.
+        sentToRef: sentence id -> ref.
+        sentToTokens: sentence id -> tokens.
+        availableSplits: splits that have refs, in file order.
+        ROOT_DIR: folder of this module.
+        DATA_DIR: folder of the dataset.
+        IMAGE_DIR: folder of the images.
+        generalized: whether it is gRefCOCO, with any number of targets per ref. As in its own API, ``refToAnn`` and
+            ``annToRef`` then hold lists, and `getRefBox` returns a list; a ref without target has annotation -1.
 
     Raises:
-        ReferNotFoundError: no such dataset, split or file; lists what there is, and how to get it.
+        ReferNotFoundError: no such dataset, split or file; the message lists the existing ones and how to get it.
         ReferDataError: a damaged file, or a ref without its annotation or image.
     """
 
@@ -68,7 +75,7 @@ class REFER:
             self.createIndex()
 
     def createIndex(self) -> None:
-        """Make the index attributes from ``data`` anew, say after refs were taken out of ``data["refs"]``."""
+        """Rebuild the index attributes from ``data``, for example after removing items of ``data["refs"]``."""
         self.Anns: dict[Any, Annotation] = {ann["id"]: ann for ann in self.data["annotations"]}
         self.Imgs: dict[int, Image] = {image["id"]: image for image in self.data["images"]}
         self.Cats: dict[int, str] = {category["id"]: category["name"] for category in self.data["categories"]}
@@ -92,7 +99,7 @@ class REFER:
     def _add(self, ref: Ref) -> None:
         ref_id, image_id = ref["ref_id"], ref["image_id"]
         if image_id not in self.Imgs:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} is on image {image_id}, "
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} has image {image_id}, "
                                  "which is not in instances.json")  # fmt: skip
         anns = [self._target(ref, ann_id) for ann_id in target_ids(ref)]
         self.Refs[ref_id] = ref
@@ -114,11 +121,11 @@ class REFER:
     def _target(self, ref: Ref, ann_id: Any) -> Annotation:
         ann = self.Anns.get(ann_id)
         if ann is None:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} points to annotation {ann_id}, "
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} has annotation {ann_id}, "
                                  "which is not in instances.json")  # fmt: skip
         if ann["image_id"] != ref["image_id"]:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} is on image {ref['image_id']}, "
-                                 f"its annotation {ann_id} on image {ann['image_id']}")  # fmt: skip
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} has image {ref['image_id']}, but "
+                                 f"its annotation {ann_id} has image {ann['image_id']}")  # fmt: skip
         return ann
 
     def __len__(self) -> int:
@@ -133,17 +140,17 @@ class REFER:
     def getRefIds(
         self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str | Iterable[str] = ""
     ) -> list[int]:
-        """Ids of the refs that pass every filter given, in the order of the images given, else of the file.
+        """Return the ids of refs that match all filters, in the order of the given images or else in file order.
 
         Args:
-            image_ids: one id or several; none means no filter.
-            cat_ids: likewise, of categories.
-            ref_ids: likewise, of refs.
-            split: "train", "val", "testA", ..., or several; "test" means every test split, "testA" those with
-                an A after "test", as in the original. "" means no filter.
+            image_ids: one id or several; empty for all.
+            cat_ids: one id or several; empty for all.
+            ref_ids: one id or several; empty for all.
+            split: "train", "val", "testA", ..., or several; "" for all. As in the original, "test" matches every test
+                split and "testA" those with an A after "test".
 
         Raises:
-            ReferDataError: there is no such split.
+            ReferDataError: unknown split.
         """
         images, cats, ids = ids_of(image_ids), set(ids_of(cat_ids)), set(ids_of(ref_ids))
         asked = [name for name in ([split] if isinstance(split, str) else split) if name]
@@ -160,7 +167,7 @@ class REFER:
     def _splits(self, asked: str) -> set[str]:
         there = set(self.availableSplits)
         if asked not in there and asked not in _SPLITS:
-            raise ReferDataError(f"{self.DATA_DIR}: no split {asked!r}; there is {', '.join(sorted(there))}")
+            raise ReferDataError(f"{self.DATA_DIR}: no split {asked!r}; choose from {', '.join(sorted(there))}")
         tests = {name for name in there if name.startswith("test")}
         if asked == "test":
             return tests
@@ -169,7 +176,7 @@ class REFER:
         return {asked}
 
     def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[Any]:
-        """Ids of the annotations that pass every filter given, in the order of the images given, else of the file."""
+        """Return the ids of annotations that match all filters, in the order of the given images or of the file."""
         images, cats, refs = ids_of(image_ids), set(ids_of(cat_ids)), self.loadRefs(ref_ids)
         ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
         anns = self.data["annotations"]
@@ -181,33 +188,33 @@ class REFER:
         ]  # fmt: skip
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
-        """Ids of the images of these refs, each once; of all images where no ref is given."""
+        """Return the unique ids of the images of refs, or of all images if no ref is given."""
         refs = self.loadRefs(ref_ids)
         return list(dict.fromkeys(ref["image_id"] for ref in refs)) if refs else list(self.Imgs)
 
     def getCatIds(self) -> list[int]:
-        """Ids of all categories."""
+        """Return the ids of all categories."""
         return list(self.Cats)
 
     def loadRefs(self, ref_ids: Ids = ()) -> list[Ref]:
-        """The refs with these ids; ReferIdError, a KeyError, names one that is not there."""
+        """Return the refs with these ids; raises ReferIdError, a KeyError, for an unknown id."""
         return records_of(self.Refs, ids_of(ref_ids), "ref")
 
     def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Any]:
-        """The annotations with these ids, in gRefCOCO None for -1; ReferIdError names one that is not there."""
+        """Return the annotations with these ids (None for -1 in gRefCOCO); raises ReferIdError for an unknown id."""
         known = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
         return records_of(known, ids_of(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
-        """The images with these ids; ReferIdError names one that is not there."""
+        """Return the images with these ids; raises ReferIdError for an unknown id."""
         return records_of(self.Imgs, ids_of(image_ids), "image")
 
     def loadCats(self, cat_ids: Ids = ()) -> list[str]:
-        """The names of these categories; ReferIdError names one that is not there."""
+        """Return the names of categories; raises ReferIdError for an unknown id."""
         return records_of(self.Cats, ids_of(cat_ids), "category")
 
     def getRefBox(self, ref_id: int) -> list[Any]:
-        """The box of the referred object, ``[x, y, width, height]`` in pixels; in gRefCOCO a list of such boxes."""
+        """Return the box of a ref, ``[x, y, width, height]`` in pixels, or a list of boxes in gRefCOCO."""
         boxes = [box_of(self.DATA_DIR, ann) for ann in self._anns(*self.loadRefs(ref_id))]
         return boxes if self.generalized else boxes[0]
 
@@ -216,15 +223,15 @@ class REFER:
     @overload
     def getMask(self, ref: Ref | Annotation) -> dict[str, Any]: ...
     def getMask(self, ref: Any) -> dict[str, Any] | None:
-        """The mask of the referred object.
+        """Return the mask of a ref.
 
         Args:
-            ref: a ref; in gRefCOCO also one of its annotations, as its own API has it, None for that of no target.
+            ref: a ref. In gRefCOCO also an annotation as in its own API, or None for no target.
 
         Returns:
-            "mask": (height, width) uint8, 1 inside; "area": its pixels. The mask is the union of the parts of
-            the object; the original adds them up, which differs only where they overlap. In gRefCOCO it is the
-            union of all targets but crowds, as in its own API, and zero where there is none. None for None.
+            "mask", (height, width) uint8 with 1 inside, and "area" in pixels; None for None. The mask is the union of
+            the object's parts (the original sums them, which differs only where they overlap). In gRefCOCO it is the
+            union of all targets except crowds, as in its own API, and zero if there are none.
 
         Raises:
             ReferDataError: a segmentation is missing or damaged, or the annotation is a crowd.
@@ -233,34 +240,33 @@ class REFER:
             return None
         if self.generalized and "ref_id" not in ref:
             if ref.get("iscrowd"):
-                raise ReferDataError(
-                    f"{self.DATA_DIR}: annotation {ref['id']} is a crowd, which has no mask of its own"
-                )
+                raise ReferDataError(f"{self.DATA_DIR}: annotation {ref['id']} is a crowd, which has no mask")
             return _with_area(self._mask(ref, self._image(ref)))
         masks = self._masks(ref)
         if len({mask.shape for mask in masks}) > 1:
-            raise ReferDataError(f"{self.DATA_DIR}: the masks of ref {ref['ref_id']} are of different sizes")
+            raise ReferDataError(f"{self.DATA_DIR}: the masks of ref {ref['ref_id']} have different sizes")
         return _with_area(np.bitwise_or.reduce(masks or [self._no_mask(ref)]))
 
     def getMaskByRef(self, ref: Ref | None = None, ref_id: int | None = None, merge: bool = False) -> Any:
-        """The masks of the targets of a ref, as gRefCOCO's own API gives them.
+        """Return the masks of a ref's targets, as gRefCOCO's own API does.
 
         Args:
             ref: the ref.
-            ref_id: its id, instead.
-            merge: give their union.
+            ref_id: its id, instead of ``ref``.
+            merge: whether to return the union of the masks.
 
         Returns:
-            For a ref without a target {"mask": zeros, "empty": True}. Else a list of {"mask", "area"}, one a target
-            but crowds; with ``merge`` {"mask": their union, "empty": False}. Masks are (height, width) uint8.
+            {"mask": zeros, "empty": True} without targets, else a list of {"mask", "area"} for targets except crowds,
+            or {"mask": union, "empty": False} with ``merge``. Masks are (height, width) uint8.
 
         Raises:
-            ReferDataError: neither ref nor ref_id is given, or see `getMask`; ReferIdError: there is no such ref.
+            ReferDataError: neither ``ref`` nor ``ref_id`` is given, or a segmentation is missing or damaged.
+            ReferIdError: unknown ref.
         """
         if ref is None:
             asked = [] if ref_id is None else self.loadRefs(ref_id)
             if len(asked) != 1:
-                raise ReferDataError(f"getMaskByRef needs a ref or one ref_id, not {ref_id!r:.40}")
+                raise ReferDataError(f"getMaskByRef: give a ref or a single ref_id, not {ref_id!r:.40}")
             ref = asked[0]
         if not target_ids(ref):
             return {"mask": self._no_mask(ref), "empty": True}
@@ -269,7 +275,7 @@ class REFER:
         return [_with_area(mask) for mask in self._masks(ref)]
 
     def _masks(self, ref: Ref) -> list[np.ndarray]:
-        """Of each target, in gRefCOCO of each that is no crowd."""
+        """Mask of each target, except crowds in gRefCOCO."""
         image, anns = self._image(ref), self._anns(ref)
         return [self._mask(ann, image) for ann in anns if not (self.generalized and ann.get("iscrowd"))]
 
@@ -300,18 +306,17 @@ class REFER:
         return image
 
     def showRef(self, ref: Ref, seg_box: str = "seg") -> None:
-        """Draw the image into pyplot's current axes and the object on it, and print the sentences.
+        """Draw the image and the object in pyplot's current axes, and print the sentences.
 
         Args:
-            seg_box: "seg" draws the outline, "box" the box, as in the original.
+            ref: the ref.
+            seg_box: "seg" to draw the outline, "box" to draw the box, as in the original.
 
         Raises:
-            ReferError: matplotlib is not installed.
-            ReferNotFoundError: the image is not in ``IMAGE_DIR``; see `refer.image_lookup` for where it is sought.
-            ReferDataError: what is there is no image, or one of another size.
+            ReferError: matplotlib is not installed, or the image is missing, unreadable or of another size.
         """
         if seg_box not in ("seg", "box"):
-            raise ReferDataError(f"seg_box is {seg_box!r}, it must be 'seg' or 'box'")
+            raise ReferDataError(f"seg_box {seg_box!r}: must be 'seg' or 'box'")
         ax, image = drawing.axes(), self._image(ref)
         drawing.draw_image(ax, self.IMAGE_DIR, image, self.Imgs.values())
         for position, sentence in enumerate(ref["sentences"], start=1):
@@ -320,21 +325,21 @@ class REFER:
             if seg_box == "box":
                 drawing.draw_box(ax, box_of(self.DATA_DIR, ann))
             else:
-                mask = self._mask(ann, image)  # which also checks the polygons
+                mask = self._mask(ann, image)  # also checks the polygons
                 drawing.draw_outline(ax, ann["segmentation"], mask)
 
     def showMask(self, ref: Ref) -> None:
-        """Draw the mask of `getMask` into pyplot's current axes; ReferError if matplotlib is not installed."""
+        """Draw the mask of a ref in pyplot's current axes; raises ReferError if matplotlib is not installed."""
         mask = self.getMask(ref)["mask"]
         drawing.axes().imshow(mask)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A pandas table with a row a sentence; see `refer.table.to_dataframe` for its columns."""
+        """Convert to a pandas data frame with a row per sentence (`refer.table.to_dataframe`)."""
         return to_dataframe(self)
 
     def frame(self) -> pandas.DataFrame:
-        """The older name of `to_dataframe`; it works until the next version."""
-        warnings.warn("REFER.frame is called to_dataframe now", DeprecationWarning, stacklevel=2)
+        """Deprecated alias of `to_dataframe`, which works until the next version."""
+        warnings.warn("REFER.frame was renamed to to_dataframe", DeprecationWarning, stacklevel=2)
         return self.to_dataframe()
 
 

@@ -1,4 +1,4 @@
-"""Drawing a ref on its image with matplotlib, for notebooks."""
+"""Draw a ref on its image with matplotlib, for notebooks."""
 
 from __future__ import annotations
 
@@ -19,33 +19,39 @@ _MASK_COLOUR = (2 / 255, 166 / 255, 101 / 255, 0.5)
 
 
 def axes() -> Any:
-    """The current axes of pyplot; ReferError if matplotlib is not installed."""
+    """Return pyplot's current axes; raises ReferError if matplotlib is not installed."""
     return _matplotlib("pyplot").gca()
 
 
 def draw_image(ax: Any, folder: str, image: Image, images: Iterable[Image]) -> None:
-    """Show an image of those of a dataset, found in a folder by the rule of `refer.image_lookup`.
+    """Draw an image, found in a folder by the rules of `refer.image_lookup`.
+
+    Args:
+        ax: matplotlib axes.
+        folder: folder of the images.
+        image: the image.
+        images: all images of the dataset.
 
     Raises:
-        ReferNotFoundError: it is not there.
-        ReferDataError: it is no image, or of another size.
+        ReferNotFoundError: the image is not found.
+        ReferDataError: the file is not an image or has another size.
     """
     path = _path_of(Path(folder), image, images)
     try:
         pixels = _pixels(path, (image["width"], image["height"]))
     except ReferDataError:
         raise
-    except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
-        # Pillow's own text for what it does not know is the address of a buffer
+    except Exception as error:  # decoders can raise anything on damaged or hostile files
+        # Pillow's message for this one has only the address of a buffer.
         why = "no known image format" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise ReferDataError(f"{path}: cannot be read as an image ({why})") from None
+        raise ReferDataError(f"{path}: not a readable image ({why}); replace it") from None
     ax.imshow(pixels)
 
 
 def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
     name = _name(image)
     parts = image_lookup.parts_of(name)
-    if parts and (folder / Path(*parts)).is_file():  # quicker than listing a folder of COCO's size
+    if parts and (folder / Path(*parts)).is_file():  # faster than listing a folder of COCO's size
         return folder / Path(*parts)
     try:
         listing = image_folder.list_folder(folder)
@@ -71,7 +77,7 @@ def _name(image: Image) -> str:
 
 
 def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """The pixels of an image of a (width, height), as they are stored."""
+    """Decode an image of (width, height) to (height, width, 3) uint8 RGB, without rotation."""
     from PIL import Image as Pillow
 
     from .pixels import FORMATS, as_rgb
@@ -85,7 +91,7 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
-    """Polygons as red lines with a yellow rim; the mask of RLEs, (height, width), as a green veil."""
+    """Draw polygons as red lines with yellow edges, or an RLE's (height, width) mask in translucent green."""
     if isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation):
         outlines = [np.reshape(polygon, (-1, 2)) for polygon in segmentation if polygon]
         collection = _matplotlib("collections").PolyCollection
@@ -96,7 +102,7 @@ def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:
 
 
 def draw_box(ax: Any, box: list[float]) -> None:
-    """A green frame around ``[x, y, width, height]``."""
+    """Draw a box ``[x, y, width, height]`` in pixels in green."""
     corner, width, height = box[:2], box[2], box[3]
     frame = _matplotlib("patches").Rectangle(corner, width, height, fill=False, edgecolor="green", linewidth=3)
     ax.add_patch(frame)
@@ -106,4 +112,4 @@ def _matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError:
-        raise ReferError("showRef and showMask need matplotlib: pip install matplotlib") from None
+        raise ReferError("matplotlib is not installed; showRef and showMask need it: pip install matplotlib") from None

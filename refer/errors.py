@@ -1,20 +1,20 @@
-"""What can be wrong with REFER data. Every message is one line that names the file or id."""
+"""Errors of REFER data, with one-line messages that have the file or id."""
 
 
 class ReferError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class ReferDataError(ReferError, ValueError):
-    """A file of REFER data, or what was asked of it, is wrong."""
+    """Invalid REFER data, or an invalid request."""
 
 
 class ReferIdError(ReferDataError, KeyError):
-    """There is no such ref, annotation, image or category. Also a KeyError, which the original raises."""
+    """Unknown ref, annotation, image or category; also a KeyError, as in the original."""
 
     def __str__(self) -> str:
-        return ReferError.__str__(self)  # KeyError's own puts quotes around the message
+        return ReferError.__str__(self)  # KeyError would quote the message
 
 
 class ReferNotFoundError(ReferError, FileNotFoundError):
-    """A dataset, split or file is not there; the message lists what is."""
+    """Missing dataset, split or file; the message lists the existing ones."""

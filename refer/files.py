@@ -1,8 +1,8 @@
-"""Finding, reading and checking the files below a REFER data root.
+"""Find, read and check the files below a REFER data root.
 
-ROOT/DATASET/refs(SPLIT_BY).p        a pickled list of refs
-ROOT/DATASET/grefs(SPLIT_BY).json    gRefCOCO: the same as JSON; a ref may have no or several annotations
-ROOT/DATASET/instances.json          the COCO annotations the refs point to
+ROOT/DATASET/refs(SPLIT_BY).p        pickled list of refs
+ROOT/DATASET/grefs(SPLIT_BY).json    gRefCOCO: the same as JSON, where a ref has any number of annotations
+ROOT/DATASET/instances.json          COCO annotations that the refs refer to
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ _REFS_FILE = re.compile(r"(refs\((?P<split_by>[^()]+)\)\.p)|(grefs\((?P<generali
 
 
 def available(root: str | Path) -> list[tuple[str, str]]:
-    """The (dataset, split_by) pairs found under a data root, sorted; [] if there are none.
+    """List the datasets below a data root.
+
+    Args:
+        root: folder with the REFER datasets.
+
+    Returns:
+        Sorted (dataset, split_by) pairs.
 
     Raises:
-        ReferNotFoundError: the root is no folder.
-        ReferDataError: a folder cannot be read, or holds two files for one pair.
+        ReferNotFoundError: the root is not a folder.
+        ReferDataError: a folder cannot be read, or has two files for the same pair.
     """
     found = _find(Path(root))
     for files in found.values():
@@ -35,15 +41,20 @@ def available(root: str | Path) -> list[tuple[str, str]]:
 
 
 def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
-    """The checked refs of one dataset and split_by, in the order of the file.
+    """Read and check the refs of a dataset and split_by.
 
-    ``ann_id`` and ``category_id`` are lists in gRefCOCO's files, [-1] where a ref has no target (`target_ids`).
+    Args:
+        root: folder with the REFER datasets.
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+
+    Returns:
+        The refs in file order. In gRefCOCO, ``ann_id`` and ``category_id`` are lists, [-1] for a ref without target.
 
     Raises:
-        ReferNotFoundError: there is no such dataset or split_by; the message lists what there is, and for a
-            published dataset says how to get it.
-        ReferDataError: the file is damaged, a field is missing or of the wrong type, a ref id is there twice, or
-            there are two such files.
+        ReferNotFoundError: no such dataset or split_by; the message lists the existing ones, and how to get a
+            published dataset.
+        ReferDataError: a damaged file, a missing field or one of the wrong type, a duplicate ref id, or two files.
     """
     path = refs_file(root, dataset, split_by)
     with no_garbage_collection():
@@ -56,11 +67,11 @@ def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
 
 
 def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
-    """The file of the refs of one dataset and split_by; errors as of `read_refs`."""
+    """Find the refs file of a dataset and split_by; raises the errors of `read_refs`."""
     root = Path(root)
     if not root.is_dir():
         hint = how_to_get(root, dataset, split_by)
-        raise ReferNotFoundError(f"{root}: no such folder of REFER data{'; ' * bool(hint)}{hint}")
+        raise ReferNotFoundError(f"{root}: no such folder{'; ' * bool(hint)}{hint}")
     found = _find(root)
     if (dataset, split_by) not in found:
         raise ReferNotFoundError(_not_there(root, dataset, split_by, sorted(found)))
@@ -68,26 +79,35 @@ def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
 
 
 def is_generalized(path: Path) -> bool:
-    """Whether the refs of a file may have no or several targets."""
+    """Whether the refs in a file may have any number of targets."""
     return path.name.startswith("grefs")
 
 
 def read_instances(root: str | Path, dataset: str) -> Instances:
-    """The checked ``instances.json`` of one dataset.
+    """Read and check the ``instances.json`` of a dataset.
+
+    Args:
+        root: folder with the REFER datasets.
+        dataset: such as "refcoco".
+
+    Returns:
+        Its images, annotations and categories.
 
     Raises:
-        ReferNotFoundError: there is no such file.
-        ReferDataError: it is malformed (the line is named), or an image, annotation or category has no
-            integer id or one that is there twice; RefClef's annotation ids may also be strings.
+        ReferNotFoundError: the file does not exist.
+        ReferDataError: malformed JSON (with the line), or an image, annotation or category with a missing, invalid or
+            duplicate id. RefClef's annotation ids may be strings.
     """
     path = Path(root) / dataset / "instances.json"
     with no_garbage_collection():
         try:
             instances = read_json(path)
         except ReferNotFoundError:
-            raise ReferNotFoundError(f"{path}: no such file; it comes in one archive with the refs") from None
+            raise ReferNotFoundError(f"{path}: no such file; extract it from the archive of the refs") from None
         if not isinstance(instances, dict):
-            raise ReferDataError(f"{path}: holds a {type(instances).__name__}, not a COCO instances object")
+            raise ReferDataError(
+                f"{path}: contains a {type(instances).__name__}, not an object; give a COCO instances file"
+            )
         fields: dict[str, dict[str, Kinds]] = {
             "images": {"id": int},
             "annotations": {"id": _ann_id(dataset), "image_id": int},
@@ -95,7 +115,7 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
         }
         for key, wanted in fields.items():
             if not isinstance(instances.get(key), list):
-                raise ReferDataError(f"{path}: no list {key!r} in it")
+                raise ReferDataError(f"{path}: no list {key!r} in it; give a COCO instances file")
             check_fields(path, f"{key}[{{}}]", instances[key], wanted)
             check_ids(path, f"{key}: id", [entry["id"] for entry in instances[key]])
     return Instances(
@@ -104,29 +124,29 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
 
 
 def _ann_id(dataset: str) -> Kinds:
-    """Of what type the annotation ids of a dataset are: RefClef's are of image and region, "8_1"."""
+    """Type of a dataset's annotation ids; RefClef's consist of image and region, such as "8_1"."""
     return (int, str) if dataset == "refclef" else int
 
 
 def _only(files: list[Path]) -> Path:
-    """The one file; ReferDataError if there are several, of which all but one would be overlooked."""
+    """Return the only file; raises ReferDataError if there are several, as the others would be ignored."""
     if len(files) > 1:
         folder, names = files[0].parent, " and ".join(sorted((file.name for file in files), reverse=True))
-        mend = "keep one of them" if all(map(is_generalized, files)) else "put gRefCOCO into a folder of its own"
-        raise ReferDataError(f"{folder}: holds {names}; {mend}")
+        fix = "keep one of them" if all(map(is_generalized, files)) else "move gRefCOCO to its own folder"
+        raise ReferDataError(f"{folder}: contains {names}; {fix}")
     return files[0]
 
 
 def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
     if not root.is_dir():
-        raise ReferNotFoundError(f"{root}: no such folder of REFER data")
+        raise ReferNotFoundError(f"{root}: no such folder; give the REFER data folder")
     found: dict[tuple[str, str], list[Path]] = {}
     try:
         files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
         for file in files:
             match = _REFS_FILE.fullmatch(file.name)
             split_by = match and (match["split_by"] or match["generalized"])
-            # A name that cannot be printed could not be named in an error or in a report either.
+            # Unprintable names are ignored, as they cannot be shown in messages and reports.
             if split_by and file.is_file() and f"{file.parent.name}{split_by}".isprintable():
                 found.setdefault((file.parent.name, split_by), []).append(file)
     except OSError as error:
@@ -135,7 +155,7 @@ def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
 
 
 def _with_lists(ref: Any) -> Any:
-    """The ref with lists in the fields that gRefCOCO may hold as a single number, and one way to say "none"."""
+    """Convert single numbers of gRefCOCO's list fields to lists, and empty lists to [-1]."""
     if not isinstance(ref, dict):
         return ref
     lists = {key: [ref[key]] if type(ref[key]) is int else ref[key] for key in ("ann_id", "category_id") if key in ref}
@@ -144,13 +164,13 @@ def _with_lists(ref: Any) -> Any:
 
 def _not_there(root: Path, dataset: str, split_by: str, pairs: list[tuple[str, str]]) -> str:
     if any(_REFS_FILE.fullmatch(file.name) for file in root.iterdir()):
-        return f"{root}: this is the folder of one dataset; give the folder above it"
+        return f"{root}: the folder of a single dataset; give the folder above it"
     hint = how_to_get(root, dataset, split_by)
     hint = f"; {hint}" if hint else ""
     if not pairs:
-        return f"{root}: no DATASET/refs(SPLIT_BY).p below it; is it the folder of the REFER data?{hint[1:]}"
+        return f"{root}: no DATASET/refs(SPLIT_BY).p found; give the REFER data folder{hint}"
     split_bys = [by for name, by in pairs if name == dataset]
     if split_bys:
-        return f"{root / dataset}: no refs({split_by}).p; there is split_by {', '.join(split_bys)}{hint}"
+        return f"{root / dataset}: no refs({split_by}).p; choose split_by {', '.join(split_bys)}{hint}"
     names = sorted({name for name, _ in pairs})
-    return f"{root}: no dataset {dataset!r}; there is {', '.join(names)}{hint}"
+    return f"{root}: no dataset {dataset!r}; choose from {', '.join(names)}{hint}"

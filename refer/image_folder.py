@@ -1,4 +1,4 @@
-"""The files in a folder of images, each real folder visited once, and a guarded way to read one."""
+"""List a folder of images, visiting each folder once, and read files safely."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _KINDS = {
 
 
 class Listing(NamedTuple):
-    """What is in a folder or zip; paths are relative to it, with slashes.
+    """Contents of a folder or zip, with relative paths and forward slashes.
 
     Attributes:
         files: paths of files.
-        unusable: path -> why what is there cannot be read as a file, such as a link to nothing.
-        linked: path of a link to a folder -> path under which that folder's files are listed.
+        unusable: path -> why it cannot be read as a file, such as a broken link.
+        linked: path of a link to a folder -> path under which the folder's files are listed.
         unread: folders that could not be listed, with the error.
-        above: links to a folder that holds this one; they are not followed.
+        above: links to a parent of the root, which are not followed.
     """
 
     files: list[str]
@@ -33,20 +33,25 @@ class Listing(NamedTuple):
 
 
 def list_folder(root: str | Path) -> Listing:
-    """List a folder with all below it, through links.
+    """List a folder recursively, following links.
 
-    A folder that can be reached in several ways is listed once, under its own path if that lies below the root. So
-    links to a folder itself cost nothing, and links that lead above the root are not followed. A link to a file is a
-    file; pipes, devices and links to nothing are ``unusable``.
+    A folder with several paths is listed once, under its real path if that is below the root. Links to parents of the
+    root are not followed. A link to a file is a file; pipes, devices and broken links are ``unusable``.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        Its contents.
 
     Raises:
-        OSError: the root itself cannot be listed.
+        OSError: the root cannot be listed.
     """
     found = Listing([], {}, {}, [], [])
     own = os.stat(root)
     visited = {(own.st_dev, own.st_ino): ""}
     above = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(root).resolve().parents)}
-    folders, links = deque([""]), deque[str]()  # folders below the root come before any link to them
+    folders, links = deque([""]), deque[str]()  # real folders are visited before links
     while folders or links:
         linked = not folders
         folder = links.popleft() if linked else folders.popleft()
@@ -78,11 +83,11 @@ def list_folder(root: str | Path) -> Listing:
 
 
 def _what(entry: os.DirEntry, path: str, found: Listing) -> str:
-    """Note a link or a special file in the listing; "folder" for a link to one."""
+    """Add a link or special file to the listing; returns "folder" for a link to a folder."""
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:
-        found.unusable[path] = "a link to nothing"
+        found.unusable[path] = "a broken link"
     except OSError as error:
         found.unusable[path] = f"a link that cannot be followed ({error.strerror})"
     else:
@@ -96,7 +101,7 @@ def _what(entry: os.DirEntry, path: str, found: Listing) -> str:
 
 
 def same_file(paths: Sequence[str | Path]) -> bool:
-    """Whether all of these are one file on the disk."""
+    """Whether all paths are the same file on disk."""
     try:
         return len({(status.st_dev, status.st_ino) for status in map(os.stat, paths)}) == 1
     except OSError:
@@ -104,16 +109,20 @@ def same_file(paths: Sequence[str | Path]) -> bool:
 
 
 def read_file(path: str | Path, most: int, of: str = "an image") -> bytes:
-    """The bytes of a regular file.
+    """Read a regular file.
 
     Args:
-        most: bytes; a larger file is refused.
-        of: what it should be, for the message.
+        path: the file.
+        most: maximum size in bytes.
+        of: what the file should be, for the message.
+
+    Returns:
+        Its contents.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger.
+        OSError: it cannot be read, is not a regular file, or is larger.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # or a pipe would keep us waiting
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would block
     with open(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -123,7 +132,7 @@ def read_file(path: str | Path, most: int, of: str = "an image") -> bytes:
 
 
 def refuse_huge(size: int, most: int, of: str = "an image") -> None:
-    """OSError where a file of this size in bytes is too large."""
+    """Raise an OSError if ``size`` exceeds ``most``, both in bytes."""
     if size > most:
         shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-        raise OSError(f"of {shown}, too large for {of}")
+        raise OSError(f"{shown} is too large for {of}")

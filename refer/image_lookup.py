@@ -1,16 +1,16 @@
-"""Which file an image's ``file_name`` means, among the files of a folder or zip.
+"""Find the file of an image's ``file_name`` in a folder or zip.
 
-The rule, for everything that opens an image:
+The rules, for everything that opens images:
 
-1. the file at exactly that path;
-2. else the one that shares the longest path suffix with it, component by component ("b/x.png" is meant by
-   "a/b/x.png" rather than "c/x.png" is); several equally good ones are an error that names two;
-3. else, where the name is in COCO's form, the file of the same COCO number under COCO's other names, since REFER
-   names the files of 2014 and many keep those of 2017;
-4. where there is no file name at all, the file of the image's id under COCO's names.
+1. the file with exactly that path;
+2. else the file with the longest common path suffix, by component ("a/b/x.png" matches "b/x.png" rather than
+   "c/x.png"); several equally good matches are an error that names two;
+3. else, for a COCO file name, the file of the same COCO number under COCO's other names, since REFER has the file names
+   of 2014 but many keep the files of 2017;
+4. without a file name, the file of the image's id under COCO's names.
 
-A backslash counts as a slash, names are compared in Unicode's NFC, and "..", a drive or a leading slash only ever take
-part in the comparison: nothing is opened but what was listed. Two images of different names never share a file.
+Backslashes are treated as slashes and names are compared in Unicode NFC. "..", drives and leading slashes are only
+compared, and only listed files are opened. Images with different names never share a file.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 # COCO_train2014_000000000009.jpg, 000000000009.jpg, and REFER's own COCO_train2014_000000000009_4.jpg. Twelve digits
-# with other words beside them are somebody's crop, mask or depth map of that image.
+# with other words are a crop, mask or depth map of that image.
 _COCO = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_0{6}([0-9]{6})(?:_[0-9]{1,4})?|0{6}([0-9]{6}))(?:\.[A-Za-z]+)?")
 _COCO_NAMES = ("{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg")
-_FEW = 8  # candidates that are looked at one by one
+_FEW = 8  # candidates to compare individually
 
 Key = str | int
-"""What an image is sought by: its file name, or its id where it has none."""
+"""File name of an image, or its id if it has none."""
 
 
 class Match(NamedTuple):
     """The file of an image.
 
     Attributes:
-        path: as it was listed; None for none.
-        reason: why there is none, "" where there is one.
-        shared: how many components of the name are those of the path, from the last on.
-        others: how many components of the name are left over.
-        elsewhere: whether the file lies under another folder than the name gives.
-        unclear: whether there is none because several would do.
+        path: its listed path, None if there is no file.
+        reason: why there is no file, "" if there is one.
+        shared: number of trailing components that name and path have in common.
+        others: number of remaining components of the name.
+        elsewhere: whether the file is in another folder than the name says.
+        unclear: whether there is no file because of several equally good matches.
     """
 
     path: str | None
@@ -51,7 +51,7 @@ class Match(NamedTuple):
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """The components of a path in NFC, without ".", ".." and what ".." takes back."""
+    """Split a path into components in NFC, resolving "." and ".."."""
     if not name.isascii():
         name = unicodedata.normalize("NFC", name)
     parts: list[str] = []
@@ -64,27 +64,27 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def coco_number(name: str) -> int | None:
-    """The COCO number of a file name in COCO's or REFER's form; None for any other name."""
+    """COCO number of a file name in COCO's or REFER's format, None for other names."""
     match = _COCO.fullmatch((parts_of(name.partition("?")[0]) or ("",))[-1])
     return int(match[1] or match[2]) if match else None
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a file or folder of this name is what a system or program keeps for itself."""
+    """Whether a file or folder name is hidden or reserved by an operating system."""
     return part.startswith(".") or part in ("__MACOSX", "@eaDir")
 
 
 class FileNames:
-    """The files of a folder or zip, by the end of their paths.
+    """Files of a folder or zip, indexed by their path suffixes.
 
-    Hidden files and those in hidden folders (``__MACOSX/._x.jpg``, ``.thumbnails/x.jpg``) are found only by a name that
-    spells what is hidden about them.
+    Hidden files and files in hidden folders (``__MACOSX/._x.jpg``, ``.thumbnails/x.jpg``) are found only by a name that
+    includes the hidden components.
 
     Args:
-        paths: with slashes, relative to the folder; a path that is there twice counts twice.
-        root: the components of the folder's own path, which a ``file_name`` may begin with.
-        linked: path of a link to a folder -> path of that folder, "" for the root, where its files are listed.
-        same_file: tells whether several paths are one file on the disk.
+        paths: paths relative to the folder, with forward slashes; a duplicate path counts twice.
+        root: components of the folder's own path, with which a ``file_name`` may start.
+        linked: path of a link to a folder -> path under which the folder's files are listed, "" for the root.
+        same_file: returns whether several paths are the same file on disk.
     """
 
     def __init__(
@@ -112,10 +112,15 @@ class FileNames:
         return {**self.__dict__, "_grouped": {}, "_unhidden": {}}
 
     def locate(self, images: Iterable[tuple[int, str]]) -> dict[Key, Match]:
-        """The files of all images of a list, given as ids and file names ("" for none).
+        """Find the files of all images of a list.
 
-        The list must be whole: of two different names that would mean one file, the one that shares less of its path
-        has no file.
+        The list must be complete: if two names match the same file, the worse match has no file.
+
+        Args:
+            images: ids and file names ("" for none).
+
+        Returns:
+            File name or id -> match.
         """
         found: dict[Key, Match] = {}
         for image_id, name in images:
@@ -134,7 +139,7 @@ class FileNames:
     def _named(self, name: str) -> Match:
         parts = parts_of(name)
         if not parts:
-            return Match(None, "that names no file")
+            return Match(None, "not a file name")
         match = self._exact(name, parts)
         if match is None and (inside := self._inside_root(parts)):
             match = self._exact(name, inside)
@@ -144,7 +149,7 @@ class FileNames:
         return match or Match(None, "no file of that name")
 
     def _inside_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
-        """The rest of a name that begins with the end of the folder's own path ("images/x.png" in .../images)."""
+        """Remove the end of the folder's own path from the start of a name ("images/x.png" in .../images)."""
         for count in range(min(len(parts) - 1, len(self._root)), 0, -1):
             if parts[:count] == self._root[len(self._root) - count :]:
                 return parts[count:]
@@ -158,7 +163,7 @@ class FileNames:
         return Match(None, f"no file {', '.join(names[:-1])} or {names[-1]}")
 
     def _exact(self, name: str, parts: tuple[str, ...]) -> Match | None:
-        """The file at this path, also through a link to a folder that is listed elsewhere."""
+        """File with this path, also through a link to a folder that is listed elsewhere."""
         path: list[str] = []
         for part in parts:
             path.append(part)
@@ -174,14 +179,14 @@ class FileNames:
                     found = self._groups(hidden, wanted[-shared:], found).get("", [])
                 elif len(parts_of(found[0])) > shared:
                     found = []
-                if 1 < len(found) <= _FEW and found.count(name) == 1:  # another differs in its Unicode form alone
+                if 1 < len(found) <= _FEW and found.count(name) == 1:  # others differ only in Unicode normalization
                     found = [name]
                 if found:
                     return self._one_of(found, parts, len(parts))
         return None
 
     def _longest(self, parts: tuple[str, ...]) -> Match | None:
-        """The file that shares the longest suffix with the name."""
+        """File with the longest common suffix."""
         for hidden in (True, False):
             table = self._hidden if hidden else self._visible
             if parts[-1] not in table or (hidden and not any(map(is_hidden, parts))):
@@ -194,7 +199,7 @@ class FileNames:
         return None
 
     def _narrowed(self, hidden: bool, parts: tuple[str, ...], found: list[str]) -> tuple[list[str], int]:
-        """Those of the files of one name that share most of a path, and how many components that is."""
+        """Files of one name with the longest common suffix, and its number of components."""
         shared = 1
         while len(found) > 1 and shared < len(parts):
             deeper = self._groups(hidden, parts[-shared:], found).get(parts[-shared - 1])
@@ -206,9 +211,9 @@ class FileNames:
         return found, shared
 
     def _groups(self, hidden: bool, suffix: tuple[str, ...], found: list[str]) -> dict[str, list[str]]:
-        """The files that end in a suffix, all of a table, by the component before it; "" where there is none.
+        """Group files with a common suffix by the component before it, "" if there is none.
 
-        Kept, so that folders with a hundred thousand files of one name cost no more than others.
+        Cached, so that a hundred thousand files of the same name are not slower than others.
         """
         key = (hidden, "/".join(suffix))
         if key not in self._grouped:
@@ -220,7 +225,7 @@ class FileNames:
         return self._grouped[key]
 
     def _spelt(self, suffix: tuple[str, ...], found: list[str]) -> list[str]:
-        """Those of the files that end in a suffix that have nothing hidden before it."""
+        """Files with a common suffix that have no hidden component before it."""
         key = "/".join(suffix)
         if len(found) == 1 or key not in self._unhidden:
             kept = [path for path in found if not any(map(is_hidden, parts_of(path)[: -len(suffix)]))]
@@ -232,8 +237,8 @@ class FileNames:
     def _one_of(self, found: list[str], parts: tuple[str, ...], shared: int) -> Match:
         if len(found) > 1 and not (len(found) <= _FEW and self._same_file(found)):
             more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-            which = f"{found[0]} is there twice" if found[0] == found[1] else f"{found[0]}, {found[1]}{more}"
-            return Match(None, f"it is not clear which file that is: {which}", unclear=True)
+            which = f"duplicate {found[0]}" if found[0] == found[1] else f"{found[0]}, {found[1]}{more}"
+            return Match(None, f"ambiguous file name: {which}", unclear=True)
         whole = (*self._root, *parts_of(found[0]))
         before = whole[len(whole) - shared - 1] if len(whole) > shared else None
         others = len(parts) - shared
@@ -242,11 +247,11 @@ class FileNames:
 
 
 def _settle(path: str, keys: list[Key], found: dict[Key, Match]) -> None:
-    """Leave a file to those of several images that name it best."""
+    """Assign a file to the best match of several images."""
     number = coco_number(path)
     numbers = {key if isinstance(key, int) else coco_number(key) for key in keys}
     if number is not None and numbers == {number}:
-        return  # the same image of COCO, under whatever folder
+        return  # the same COCO image
     names = {key: parts_of(key) if isinstance(key, str) else (str(key),) for key in keys}
     best = max((found[key].shared, -found[key].others) for key in keys)
     owners = [key for key in keys if (found[key].shared, -found[key].others) == best]
@@ -255,9 +260,9 @@ def _settle(path: str, keys: list[Key], found: dict[Key, Match]) -> None:
     for key in keys:
         if key not in owning:
             named = "" if owners[0] == path else f", {owners[0]}"
-            found[key] = Match(None, f"the nearest, {path}, is the file of another image of the list{named}")
+            found[key] = Match(None, f"the best match, {path}, is the file of another image in the list{named}")
         elif len(rivals) > 1:
-            why = f"it is not clear whose file {path} is: {rivals[0]} and {rivals[1]} fit it equally well"
+            why = f"ambiguous match: {rivals[0]} and {rivals[1]} match {path} equally well"
             found[key] = Match(None, why, unclear=True)
 
 

@@ -1,4 +1,4 @@
-"""Ids as programs give them, and the records that they name."""
+"""Look up records by ids."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ _Record = TypeVar("_Record")
 
 
 def ids_of(ids: Ids | str | Iterable[str], texts: bool = False) -> list[Any]:
-    """One id or several as a list.
+    """Convert one id or several to a list.
 
     Args:
-        texts: ids may be strings.
+        ids: one id or several.
+        texts: whether ids may be strings.
+
+    Returns:
+        The ids.
 
     Raises:
-        ReferDataError: they are neither integers nor, with ``texts``, strings.
+        ReferDataError: an id is not an integer, or a string with ``texts``.
     """
     try:
         several = ids if isinstance(ids, Iterable) and not (texts and isinstance(ids, str)) else [ids]
-        # operator.index takes numpy's integers too
+        # operator.index also accepts numpy integers
         return [one if texts and isinstance(one, str) else operator.index(one) for one in several]  # type: ignore[arg-type]
     except TypeError:
-        raise ReferDataError(f"ids are integers or lists of integers, not {ids!r:.40}") from None
+        raise ReferDataError(f"ids must be integers or lists of integers, not {ids!r:.40}") from None
 
 
 def records_of(records: Mapping[Any, _Record], ids: list[Any], what: str) -> list[_Record]:
-    """The records with these ids; ReferIdError names the first that is not there, as a ``what``."""
+    """Return the records with these ids; raises ReferIdError for an unknown ``what``."""
     for one in ids:
         if one not in records:
             raise ReferIdError(f"no {what} with id {one!r:.80}")

@@ -1,4 +1,4 @@
-"""Binary masks of COCO segmentations."""
+"""Convert COCO segmentations to binary masks."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .errors import ReferDataError
 from .rle import covered_pixels
 
 _MOST_PIXELS = 2**28
-# pycocotools walks along every edge of a polygon in fifths of a pixel, and writes down each step: what lies far away,
-# or goes to and fro for ever, would take all the memory.
+# pycocotools stores every step of a fifth of a pixel along the edges of a polygon, so distant or very long polygons
+# would use all memory.
 FARTHEST = 10_000
 LONGEST = 1_000_000
 
 
 def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
-    """The mask of a segmentation.
+    """Decode a segmentation to a mask.
 
     Args:
-        segmentation: polygons ``[[x, y, ...], ...]`` in pixels, one RLE (compressed or not), or a list of
-            RLEs, as RefClef has them; the mask is the union of the parts. Polygons of fewer than three points
-            enclose nothing.
-        height, width: size of the image in pixels.
+        segmentation: polygons ``[[x, y, ...], ...]`` in pixels, an RLE (compressed or not), or a list of RLEs as in
+            RefClef; the mask is the union of the parts. Polygons with fewer than three points are empty.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
-        (height, width) uint8, 1 inside; RLEs are of the size that they say themselves.
+        (height, width) uint8 with 1 inside; RLEs have their own size.
 
     Raises:
         ReferDataError: the segmentation is neither, or damaged.
@@ -39,7 +39,7 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
     rles: list[dict[str, Any]] = []
     polygons = [part for part in parts if isinstance(part, list)]
     if not (set(map(type, chain.from_iterable(polygons))) <= {int, float} and can_be_drawn(polygons, height, width)):
-        raise ReferDataError("a polygon must be numbers [x, y, x, y, ...] on or near its image, and of bearable length")
+        raise ReferDataError("a polygon must be numbers [x, y, x, y, ...] in or near its image, and not absurdly long")
     for part in parts:
         if isinstance(part, list):
             if len(part) >= 6:
@@ -47,19 +47,27 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
         elif isinstance(part, dict):
             rles.append(_rle(part))
         else:
-            raise ReferDataError(f"a segmentation is polygons or RLEs, not a {type(part).__name__}")
+            raise ReferDataError(f"segmentation must be polygons or RLEs, not a {type(part).__name__}")
     if not rles:
         return np.zeros((height, width), np.uint8)
     if any(list(rle["size"]) != list(rles[0]["size"]) for rle in rles):
-        raise ReferDataError("the parts of a segmentation are of different sizes")
+        raise ReferDataError("parts of a segmentation have different sizes")
     return np.asarray(coco_mask.decode(coco_mask.merge(rles)), np.uint8)
 
 
 def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
-    """Whether pycocotools draws these polygons without an end of time or memory.
+    """Whether pycocotools can draw polygons with reasonable time and memory.
 
-    They must be numbers ``[x, y, x, y, ...]`` in pixels, within 10,000 of the image, and their outlines together at
-    most a million steps from pixel to pixel long, diagonals being one step.
+    They must be numbers within 10,000 pixels of the image, with a total length of at most a million pixels, where
+    diagonal steps count as one.
+
+    Args:
+        polygons: ``[[x, y, x, y, ...], ...]`` in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        Whether they can be drawn.
     """
     farthest, length = FARTHEST + max(height, width), 0.0
     for polygon in polygons:
@@ -75,11 +83,11 @@ def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
 
 def _check_size(height: Any, width: Any) -> None:
     if not (type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= _MOST_PIXELS):
-        raise ReferDataError("there is no usable height and width")
+        raise ReferDataError("no valid height and width")
 
 
 def _rle(rle: dict[str, Any]) -> dict[str, Any]:
-    """A checked and compressed RLE: pycocotools writes beyond its memory for some bad ones."""
+    """Check and compress an RLE; pycocotools writes out of bounds for some invalid ones."""
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list) or len(size) != 2:
         raise ReferDataError("an RLE has no size [height, width]")
@@ -96,9 +104,9 @@ def _rle(rle: dict[str, Any]) -> dict[str, Any]:
 
 
 def rle_pixels(counts: str | bytes) -> int:
-    """How many pixels a compressed RLE covers, inside and outside of its mask; -1 where it is none.
+    """Number of pixels that a compressed RLE covers, inside and outside its mask; -1 if it is invalid.
 
-    pycocotools decodes what does not fit its image to garbage or beyond its memory, so this is asked first.
+    Checked first, as pycocotools decodes an RLE that does not match its image to garbage or out of bounds.
     """
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
     covered = covered_pixels(np.frombuffer(data, np.uint8), np.array([0, len(data)]))

@@ -1,4 +1,4 @@
-"""`Machine`: the opcodes of pickles that build plain values, in Python; Python's ``pickletools`` describes them."""
+"""`Machine`: a Python interpreter of the pickle opcodes (see ``pickletools``) that build plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ReferDataError
 
-_ONLY = "only lists, tuples, dictionaries, sets, numbers and strings are read"
+_ONLY = "only lists, tuples, dictionaries, sets, numbers and strings are supported"
 _SCALARS = (str, int, float, bytes, type(None))
 _INTEGER = re.compile(rb"-?\d{1,19}")
 _OPCODES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
@@ -19,7 +19,7 @@ _NAME = re.compile(r"[\w.]{1,80}", re.ASCII)
 
 
 class _SetType:
-    """What Python 2, and Python 3 before protocol 4, call to make a set."""
+    """Stands for the type that is called to create a set, in Python 2 and before protocol 4."""
 
     def __init__(self, make: Callable[[Iterable[Any]], Any]) -> None:
         self.make = make
@@ -29,11 +29,14 @@ _SETS = {(m, make.__name__): _SetType(make) for m in ("builtins", "__builtin__")
 
 
 class Machine:
-    """Reads one pickle. It has a stack and a memo, and no opcode that could import or call anything.
+    """Reads a pickle with a stack and a memo, and without any opcode that could import or call something.
 
-    Nothing is allocated for a length or an index before its bytes are there. Keys of dictionaries and members
-    of sets must be scalars, and integers have 64 bits at most: hashes of nested tuples recurse without a limit,
-    and long integers can be chosen such that all their hashes are equal.
+    Nothing is allocated for a length or index without its bytes. Dictionary keys and set members must be scalars, as
+    hashing nested tuples recurses without limit, and integers have at most 64 bits, as long ones can be chosen to have
+    equal hashes.
+
+    Args:
+        data: the pickle.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -43,7 +46,7 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The value. ReferDataError says in one line what is wrong with the data."""
+        """Return the value; raises ReferDataError with a one-line message for invalid data."""
         while True:
             at, opcode = self._position, self._take(1)
             try:
@@ -55,14 +58,14 @@ class Machine:
                 action(self)
             except (ReferDataError, MemoryError):
                 raise
-            except Exception as error:  # bytes that are no pickle fail in any way, as with a KeyError of the memo
+            except Exception as error:  # invalid data can raise anything, such as a KeyError of the memo
                 reason = f"{type(error).__name__} at byte {at}, {_opcode_name(opcode)}"
                 raise ReferDataError(f"not a readable pickle ({reason}); download it again") from None
 
     def _take(self, count: int) -> bytes:
         start, self._position = self._position, self._position + count
         if self._position > len(self._data):
-            raise ReferDataError(f"the file is {'cut short' if self._data else 'empty'}; download it again")
+            raise ReferDataError(f"{'truncated' if self._data else 'empty'} file; download it again")
         return self._data[start : self._position]
 
     def _number(self, width: int) -> int:
@@ -77,7 +80,7 @@ class Machine:
 
     def _pop(self) -> Any:
         if self._marks and len(self._stack) <= self._marks[-1]:
-            raise IndexError("a mark where a value should be")
+            raise IndexError("mark instead of a value")
         return self._stack.pop()
 
     def _discard(self) -> None:
@@ -94,7 +97,7 @@ class Machine:
 
     def _top(self, kind: type) -> Any:
         if type(self._stack[-1]) is not kind:
-            raise TypeError(f"no {kind.__name__}")
+            raise TypeError(f"not a {kind.__name__}")
         return self._stack[-1]
 
     def _append(self) -> None:
@@ -125,7 +128,7 @@ class Machine:
 
     def _global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name that is no string")
+            raise TypeError("name is not a string")
         if (module, name) not in _SETS:
             raise ReferDataError(f"asks for {_shown(f'{module}.{name}')}; {_ONLY}")
         self._push(_SETS[module, name])
@@ -141,15 +144,15 @@ class Machine:
     def _reduce(self) -> None:
         arguments, called = self._pop(), self._pop()
         if type(called) is not _SetType or type(arguments) is not tuple or len(arguments) > 1:
-            raise TypeError("a call of what is no set")
+            raise TypeError("call of something else than a set")
         members = arguments[0] if arguments else []
         if not isinstance(members, list | tuple | set | frozenset):
-            raise TypeError("a set of what is no list")
+            raise TypeError("set of something else than a list")
         self._push(called.make(_scalars(members)))
 
 
 def utf8_or_latin1(error: UnicodeError) -> tuple[str, int]:
-    """Error handler of codecs: the bytes that are no UTF-8, as latin-1."""
+    """Codec error handler that decodes invalid UTF-8 bytes as latin-1."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return error.object[error.start : error.end].decode("latin-1"), error.end
@@ -158,15 +161,15 @@ def utf8_or_latin1(error: UnicodeError) -> tuple[str, int]:
 def _plain(values: list[Any]) -> list[Any]:
     for value in values:
         if type(value) is _SetType:
-            raise ReferDataError(f"asks for a type as a value; {_ONLY}")
+            raise ReferDataError(f"contains a type as a value; {_ONLY}")
     return values
 
 
 def _scalars(values: Collection[Any]) -> Collection[Any]:
     for value in values:
         if not isinstance(value, _SCALARS):
-            raise ReferDataError(f"has a {type(value).__name__} as key of a dictionary or member of a set; "
-                                 "only numbers and strings are read there")  # fmt: skip
+            raise ReferDataError(f"has a {type(value).__name__} as dictionary key or set member; "
+                                 "only numbers and strings are supported")  # fmt: skip
     return values
 
 
@@ -178,10 +181,10 @@ def _text(data: bytes, encoding: str, errors: str) -> str:
     text = data.decode(encoding, errors)
     if text.isascii():
         return text
-    try:  # Python 2 may have written a character beyond 16 bits as two halves
+    try:  # Python 2 may have written a character beyond 16 bits as a surrogate pair
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
-        raise ReferDataError(f"half a character in the string {ascii(text[:40])}") from None
+        raise ReferDataError(f"unpaired surrogate in string {ascii(text[:40])}") from None
 
 
 def _unicode(data: bytes) -> str:
@@ -195,28 +198,28 @@ def _bytes(data: bytes) -> str:
 def _quoted(line: bytes) -> str:
     line = line.strip()
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
-        raise ValueError("no quotes around a string")
+        raise ValueError("string without quotes")
     return _bytes(codecs.escape_decode(line[1:-1])[0])
 
 
 def _int(line: bytes) -> int:
-    if line in (b"00", b"01"):  # how protocol 0 writes booleans
+    if line in (b"00", b"01"):  # booleans in protocol 0
         return line == b"01"
     line = line.removesuffix(b"L")
     if not _INTEGER.fullmatch(line):
-        raise ReferDataError("has an integer of more than 64 bits" if line.strip(b"-").isdigit() else "has no integer "
-                             f"where one is due: {line[:20]!a}")  # fmt: skip
+        raise ReferDataError("has an integer of more than 64 bits" if line.strip(b"-").isdigit() else "has an "
+                             f"invalid integer: {line[:20]!a}")  # fmt: skip
     return int(line)
 
 
 def _long(data: bytes) -> int:
     if len(data) > 8:
-        raise ReferDataError(f"has an integer of {8 * len(data)} bits; 64 are read")
+        raise ReferDataError(f"has an integer of {8 * len(data)} bits; at most 64 are supported")
     return int.from_bytes(data, "little", signed=True)
 
 
 def _shown(name: str) -> str:
-    return name if _NAME.fullmatch(name) else ascii(name[:80])  # it may hold control characters
+    return name if _NAME.fullmatch(name) else ascii(name[:80])  # may contain control characters
 
 
 def _opcode_name(opcode: bytes) -> str:

@@ -1,8 +1,8 @@
-"""Reading a pickle that may hold nothing but plain values, so that a downloaded file cannot run code.
+"""Read pickles of plain values only, so that a downloaded file cannot run code.
 
-Most files are read in two steps: a regular expression reads all of the file as opcodes that build lists,
-dictionaries, strings and numbers, and only if it can, C's unpickler gets the file, which is ten times as fast
-as ours. Tuples, sets, damage and attacks go to `Machine`, which reads them or says what is wrong.
+Most files are read in two steps: if a regular expression matches the whole file as opcodes that build lists,
+dictionaries, strings and numbers, the C unpickler reads it, which is ten times as fast as `Machine`. Files with tuples,
+sets, damage or attacks are left to `Machine`, which reads them or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import ReferDataError
 from .pickle_machine import Machine, utf8_or_latin1
 from .plain_files import read_bytes
 
-# A string up to this length is read by the regular expression, which tries one length after the other.
+# Maximum length of a string in the regular expression, which has an alternative for each length.
 _SHORT = 63
 
 
@@ -26,8 +26,8 @@ def _counted(opcode: bytes, width: int) -> bytes:
     return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_SHORT + 1)) + b")"
 
 
-# Small indices only: C's unpickler allocates its memo up to twice the largest one at once. (At ``{1,2000}``: each
-# repetition costs memory until the whole match is done.) Tuples and sets are left to the machine; see there.
+# Small indices only, as the C unpickler allocates its memo up to twice the largest one. (The repetition is limited to
+# 2000, as each one uses memory until the end of the match.) Tuples and sets are left to `Machine`.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
 _SIMPLE = re.compile(
     b"(?:" + b"|".join((
@@ -43,16 +43,22 @@ _SIMPLE = re.compile(
 )  # fmt: skip
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
 _LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
-# How Python 2 wrote characters beyond 16 bits, if it had been built for 16: two halves, which the machine joins.
+# Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `Machine` joins them.
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_plain_pickle(path: Path) -> Any:
     """Unpickle a file of lists, tuples, dictionaries, sets, numbers, strings, booleans and None.
 
+    Args:
+        path: the file.
+
+    Returns:
+        Its value.
+
     Raises:
-        ReferNotFoundError: there is no such file.
-        ReferDataError: see `loads`; the message names the file.
+        ReferNotFoundError: the file does not exist.
+        ReferDataError: as `loads`; the message has the file.
     """
     try:
         return loads(read_bytes(path))
@@ -62,23 +68,29 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """The value of a pickle of plain values, of Python 2 or 3.
+    """Unpickle plain values, written by Python 2 or 3.
 
-    Byte strings of Python 2 become text: UTF-8, and the bytes that are none latin-1.
+    Byte strings of Python 2 are decoded as UTF-8, with invalid bytes as latin-1.
+
+    Args:
+        data: the pickle.
+
+    Returns:
+        Its value.
 
     Raises:
-        ReferDataError: the data is cut short, no pickle, or asks for anything else, which is named.
+        ReferDataError: the data is truncated, not a pickle, or contains anything else.
     """
     if _is_simple(data):
         try:
             return pickle.loads(data, encoding="utf-8", errors=utf8_or_latin1.__name__)
-        except Exception:  # opcodes that make no sense together: the machine says which
+        except Exception:  # an invalid sequence of opcodes, which `Machine` reports
             pass
     return Machine(data).load()
 
 
 def _is_simple(data: bytes) -> bool:
-    """Whether the data is nothing but opcodes that are harmless in C's unpickler too."""
+    """Whether the data consists only of opcodes that are harmless in the C unpickler."""
     if b"\\u" in data and _HALF_CHARACTER.search(data):
         return False
     position = 0

@@ -1,7 +1,7 @@
-"""The published datasets: which archive holds them, and how many refs, images and sentences a whole one has.
+"""Archives of the published datasets and their numbers of refs, images and sentences.
 
-Counts: Yu et al., "Modeling Context in Referring Expressions" (2016) and its data page, for the umd division
-Nagaraja et al. (2016), for gRefCOCO Liu, Ding and Jiang, "GRES" (2023).
+Counts: Yu et al., "Modeling Context in Referring Expressions" (2016) and its data page; Nagaraja et al. (2016) for the
+umd division; Liu, Ding and Jiang, "GRES" (2023) for gRefCOCO.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 
 class Counts(NamedTuple):
-    """What a whole split holds; ``sentences`` is None where it was not published."""
+    """Size of a split.
+
+    Attributes:
+        refs: number of refs.
+        images: number of images.
+        sentences: number of sentences, None if not published.
+    """
 
     refs: int
     images: int
@@ -35,13 +41,13 @@ COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("refcocog", "google"): {"train": Counts(44822, 24698), "val": Counts(5000, 4650)},
 }  # fmt: skip
 _IN_WORDS = {
-    "refclef": "about 20000 images, which are not COCO's but saiapr_tc-12.zip, divided by unc and by berkeley",
-    "grefcoco": "278232 sentences on 19994 images, divided by unc",
+    "refclef": "about 20000 images, from saiapr_tc-12.zip instead of COCO, split by unc and by berkeley",
+    "grefcoco": "278232 sentences on 19994 images, split by unc",
 }
 
 
 def how_to_get(root: Path, dataset: str, split_by: str) -> str:
-    """One sentence: which archive is needed, where it goes and what is in it; "" for a dataset that is not known."""
+    """Describe which archive to download, where to extract it and what it contains; "" for an unknown dataset."""
     divided = sorted(by for name, by in COUNTS if name == dataset)
     if dataset == "grefcoco":
         source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"
@@ -54,7 +60,7 @@ def how_to_get(root: Path, dataset: str, split_by: str) -> str:
     if split_by in divided or len(divided) == 1:
         by = split_by if split_by in divided else divided[0]
         splits = (f"{split} {c.refs} refs on {c.images} images" for split, c in COUNTS[dataset, by].items())
-        counts = f"divided by {by}: {', '.join(splits)}"
+        counts = f"split by {by}: {', '.join(splits)}"
     else:
-        counts = _IN_WORDS.get(dataset) or f"divided by {' and by '.join(divided)}"
-    return f"{source} {root / dataset}; whole, it is {counts}"
+        counts = _IN_WORDS.get(dataset) or f"split by {' and by '.join(divided)}"
+    return f"{source} {root / dataset} (complete: {counts})"

@@ -1,4 +1,4 @@
-"""The refs of a dataset as a pandas table."""
+"""Convert the refs of a dataset to a pandas data frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("sent_id", "sent", "tokens", "ref_id", "split", "image_id", "file_na
 
 
 class Dataset(Protocol):
-    """What a table is made of; see `refer.REFER`."""
+    """The part of `refer.REFER` that is needed for a table."""
 
     DATA_DIR: str
     generalized: bool
@@ -29,20 +29,25 @@ class Dataset(Protocol):
 
 
 def to_dataframe(refer: Dataset) -> pandas.DataFrame:
-    """A table with a row a sentence, in the order of the file.
+    """Convert the refs of a dataset to a data frame.
 
-    Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``, ``image_id``, ``file_name`` (of the
-    image; None where the file gives none), ``ann_id``, ``category_id``, ``category`` (lists in gRefCOCO),
-    ``targets`` (how many objects are meant) and the box ``x y width height`` in pixels (NaN unless just one is).
+    Args:
+        refer: the dataset.
+
+    Returns:
+        One row per sentence in file order. Columns: ``sent_id``, ``sent``, ``tokens`` (list), ``ref_id``, ``split``,
+        ``image_id``, ``file_name`` (of the image, None if it has none), ``ann_id``, ``category_id``, ``category``
+        (lists in gRefCOCO), ``targets`` (number of targets) and the box ``x``, ``y``, ``width``, ``height`` in pixels
+        (NaN unless there is exactly one target).
 
     Raises:
         ReferError: pandas is not installed.
-        ReferDataError: an annotation has no usable box.
+        ReferDataError: an annotation has no valid box.
     """
     try:
         import pandas
     except ImportError:
-        raise ReferError("to_dataframe needs pandas: pip install pandas") from None
+        raise ReferError("pandas is not installed; to_dataframe needs it: pip install pandas") from None
     rows: list[tuple[Any, ...]] = []
     for ref in refer:
         targets = target_ids(ref)

@@ -1,15 +1,15 @@
-"""The records of REFER and COCO files as they stand on disk."""
+"""Records of REFER and COCO files."""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-# What gRefCOCO has for the annotation and the category of a ref without a target.
+# Annotation and category id of a ref without target in gRefCOCO.
 NO_TARGET = -1
 
 
 class Sentence(TypedDict):
-    """One expression for a ref."""
+    """An expression of a ref."""
 
     sent_id: int
     sent: str
@@ -18,10 +18,10 @@ class Sentence(TypedDict):
 
 
 class Ref(TypedDict):
-    """One referred object: the annotation ``ann_id`` of image ``image_id``.
+    """A referred object: the annotation ``ann_id`` in image ``image_id``.
 
-    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] where nothing is meant; in RefClef
-    ``ann_id`` may be a string.
+    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] without a target; in RefClef ``ann_id`` may
+    be a string.
     """
 
     ref_id: int
@@ -35,7 +35,7 @@ class Ref(TypedDict):
 
 
 class Annotation(TypedDict, total=False):
-    """One COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels. RefClef's ``id`` may be a string."""
+    """A COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels. RefClef's ``id`` may be a string."""
 
     id: Any
     image_id: int
@@ -47,7 +47,7 @@ class Annotation(TypedDict, total=False):
 
 
 class Image(TypedDict, total=False):
-    """One COCO image."""
+    """A COCO image."""
 
     id: int
     file_name: str
@@ -56,7 +56,7 @@ class Image(TypedDict, total=False):
 
 
 class Category(TypedDict, total=False):
-    """One COCO category."""
+    """A COCO category."""
 
     id: int
     name: str
@@ -64,7 +64,7 @@ class Category(TypedDict, total=False):
 
 
 class Instances(TypedDict):
-    """What is read of ``instances.json``."""
+    """Contents of ``instances.json``."""
 
     images: list[Image]
     annotations: list[Annotation]
@@ -72,6 +72,6 @@ class Instances(TypedDict):
 
 
 def target_ids(ref: Ref) -> list[Any]:
-    """The annotations a ref means: one, or in gRefCOCO any number and none."""
+    """Annotation ids of a ref's targets: one, or any number in gRefCOCO."""
     ids = ref["ann_id"]
     return [ids] if not isinstance(ids, list) else [one for one in ids if one != NO_TARGET]

@@ -1,4 +1,4 @@
-"""Whether records have the fields they must have. Good ones are told by the column, which is quick."""
+"""Check the fields of records, column by column for speed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ _LONGEST_ID = 64
 
 
 def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) -> None:
-    """Check the refs of a file, whose ``ann_id`` and ``category_id`` are lists where it is generalized.
+    """Check the refs of a file.
 
     Args:
-        ann_id: of what type annotation ids may be, where it is not generalized.
+        path: the file, for error messages.
+        refs: its contents.
+        generalized: whether ``ann_id`` and ``category_id`` are lists.
+        ann_id: type of annotation ids, unless ``generalized``.
 
     Raises:
-        ReferDataError: a field is missing or of the wrong type, an id beyond 64 bits or a ref id there twice; it
-            names the ref.
+        ReferDataError: a missing field or one of the wrong type, an id of more than 64 bits, or a duplicate ref id; the
+            message has the ref.
     """
     if not isinstance(refs, list):
-        raise ReferDataError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
+        raise ReferDataError(f"{path}: contains a {type(refs).__name__}, not a list of refs")
     check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF | {"ann_id": ann_id}, _REF_MAY)
     check_ids(path, "ref_id", [ref["ref_id"] for ref in refs])
     if ann_id is not int:
@@ -47,16 +50,16 @@ def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) ->
             what = f"a sentence of ref {ref['ref_id']}"
             check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_MAY)
     _check_numbers(path, refs, generalized)
-    if path.suffix == ".json":  # pickles are read with 64 bits at most
+    if path.suffix == ".json":  # integers of pickles have at most 64 bits
         _check_size(path, "image_id", list(map(itemgetter("image_id"), refs)))
         _check_size(path, "sent_id", list(map(itemgetter("sent_id"), sentences)))
     for split in {ref["split"] for ref in refs}:
-        if not split.isprintable():  # it becomes part of reports and messages
-            raise ReferDataError(f"{path}: {_shown(split)} cannot be the name of a split")
+        if not split.isprintable():  # as it appears in reports and messages
+            raise ReferDataError(f"{path}: invalid split name {_shown(split)}")
     if not _is_text(words):
         for ref in refs:
             if not _is_text(_words([ref], ref["sentences"])):
-                raise ReferDataError(f"{path}: ref {ref['ref_id']}: a token is no string, or half a character in one")
+                raise ReferDataError(f"{path}: ref {ref['ref_id']}: token is not a string or has an unpaired surrogate")
     if not _KNOWN.issuperset(chain.from_iterable(chain(refs, sentences))):
         for ref in refs:
             for entry in (ref, *ref["sentences"]):
@@ -66,11 +69,17 @@ def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) ->
 def check_fields(
     path: Path, what: str, entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kinds] | None = None
 ) -> None:
-    """Check that entries are dictionaries with these fields of these types.
+    """Check the fields of entries.
 
     Args:
-        what: names an entry in the error; ``{}`` in it is replaced by the entry's position.
-        must, may: fields that have to be there, and that need not.
+        path: the file, for error messages.
+        what: name of an entry for error messages, with ``{}`` for its position.
+        entries: the entries.
+        must: required fields and their types.
+        may: optional fields and their types.
+
+    Raises:
+        ReferDataError: an entry is not a dictionary, or lacks a field or has one of the wrong type.
     """
     may = may or {}
     if _are_good(entries, must, may):
@@ -78,27 +87,36 @@ def check_fields(
     for position, entry in enumerate(entries):
         where = what.replace("{}", str(position))
         if not isinstance(entry, dict):
-            raise ReferDataError(f"{path}: {where} is a {type(entry).__name__}, not a dictionary")
+            raise ReferDataError(f"{path}: {where} is a {type(entry).__name__}; it must be a dictionary")
         for key, kind in (must | {key: kind for key, kind in may.items() if key in entry}).items():
             value = entry.get(key)
-            if type(value) not in _types(kind):  # True is an int to isinstance
+            if type(value) not in _types(kind):  # not isinstance, which accepts bool for int
                 wrong = f"is {_shown(value)}" if key in entry else "is missing"
                 names = " or ".join(sorted(one.__name__ for one in _types(kind)))
-                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}, it must be of type {names}")
+                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}; it must be of type {names}")
 
 
 def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
-    """Check that ids are there once each, and are of 64 bits or, where they are strings, short and printable."""
+    """Check that ids are unique, and have at most 64 bits or are short, printable strings.
+
+    Args:
+        path: the file, for error messages.
+        what: name of the ids, for error messages.
+        ids: the ids.
+
+    Raises:
+        ReferDataError: a duplicate or invalid id.
+    """
     texts = [one for one in ids if type(one) is str]
     for text in texts:
         if not (text.isprintable() and len(text) <= _LONGEST_ID):
-            raise ReferDataError(f"{path}: {what} {_shown(text)} is no usable id")
+            raise ReferDataError(f"{path}: {what} {_shown(text)} is not valid")
     _check_size(path, what, [one for one in ids if type(one) is int] if texts else ids)
     if len(set(ids)) < len(ids):
         seen: set[Any] = set()
         for one in ids:
             if one in seen:
-                raise ReferDataError(f"{path}: {what} {one} is there twice")
+                raise ReferDataError(f"{path}: {what} {one} is a duplicate; keep only one")
             seen.add(one)
 
 
@@ -108,7 +126,7 @@ def _check_numbers(path: Path, refs: Sequence[dict[str, Any]], generalized: bool
         values = [ref[key] for ref in refs if key in ref]
         if not set(map(type, chain.from_iterable(values))) <= {int}:
             wrong = next(ref["ref_id"] for ref in refs if not set(map(type, ref.get(key, ()))) <= {int})
-            raise ReferDataError(f"{path}: ref {wrong}: {key!r} holds something that is no integer")
+            raise ReferDataError(f"{path}: ref {wrong}: {key!r} must contain only integers")
         _check_size(path, key, list(chain.from_iterable(values)))
 
 
@@ -134,10 +152,10 @@ def _are_good(entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kin
 
 
 def _words(refs: Sequence[dict[str, Any]], sentences: Sequence[Any]) -> list[Any] | None:
-    """All that should be strings; None where a sentence lacks a field, or has one of the wrong type."""
+    """All values that should be strings; None if a sentence lacks a field or has one of the wrong type."""
     words: list[Any] = [ref.get("file_name", "") for ref in refs]
     try:
-        for sentence in sentences:  # one pass over all fields: each pass has to fetch every sentence from the memory
+        for sentence in sentences:  # a single pass, as every pass loads all sentences from memory
             sent_id, text, tokens, raw = (
                 sentence["sent_id"],
                 sentence["sent"],
@@ -165,7 +183,7 @@ def _is_text(words: list[Any] | None) -> bool:
 def _check_rest(path: Path, ref: dict[str, Any], entry: dict[Any, Any]) -> None:
     for key in entry.keys() - _KNOWN:
         if not _is_shallow(entry[key], _DEEPEST, set()):
-            raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_shown(key)} is nested too deeply, or in itself")
+            raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_shown(key)} is nested too deeply or recursive")
 
 
 def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
@@ -173,12 +191,12 @@ def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
         return True
     if levels == 0:
         return False
-    seen.add((id(value), levels))  # what is shared is looked at once for each level
+    seen.add((id(value), levels))  # shared values are visited once per level
     return all(_is_shallow(one, levels - 1, seen) for one in (value.values() if isinstance(value, dict) else value))
 
 
 def _shown(value: Any) -> str:
-    # The repr of what is nested can take for ever.
+    # The repr of nested values can take forever.
     if isinstance(value, str):
         return ascii(value[:40])
     return f"{value!r:.40}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
@@ -188,12 +206,12 @@ _KNOWN = frozenset(_REF) | frozenset(_REF_MAY) | frozenset(_SENTENCE) | frozense
 
 
 def box_of(where: str, annotation: Any) -> list[float]:
-    """The box of an annotation, ``[x, y, width, height]`` in pixels; ReferDataError if it has none."""
+    """Return the box of an annotation, ``[x, y, width, height]`` in pixels; raises ReferDataError if it has none."""
     box = annotation.get("bbox")
     if box is None:
         raise ReferDataError(f"{where}: annotation {annotation['id']} has no bbox")
     if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
-        raise ReferDataError(f"{where}: the bbox of annotation {annotation['id']} is not four numbers")
+        raise ReferDataError(f"{where}: bbox of annotation {annotation['id']} is not four numbers")
     if not all(-_LARGEST < value < _LARGEST for value in box):
-        raise ReferDataError(f"{where}: the bbox of annotation {annotation['id']} is not finite")
+        raise ReferDataError(f"{where}: bbox of annotation {annotation['id']} is not finite")
     return box

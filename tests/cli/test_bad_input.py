@@ -176,7 +176,7 @@ def test_bad_refs(files: Files, tmp_path: Path) -> None:
 
     stray = with_refs(files, tmp_path / "stray", no_annotation)
     fails(files.extract(tmp_path / "a.h5", "--refer-root", stray, *REFCOCO), "refcoco/instances.json", "99999999")
-    fails(files.evaluate_on_refer(tmp_path / "m", stray), "refcoco", "points to annotation 99999999")
+    fails(files.evaluate_on_refer(tmp_path / "m", stray), "refcoco", "ref 3 has annotation 99999999, which is not in")
     twice = with_refs(files, tmp_path / "twice", lambda refs: refs.append(refs[0]))
     fails(files.build_split(files.original, tmp_path / "s.json", twice), "refs(unc).p", "twice")
     fails(files.audit(files.split, twice), "refs(unc).p", "twice")

@@ -81,7 +81,7 @@ def test_a_real_folder_comes_before_a_link_to_it(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("z")
     source = ImageSource.open(tmp_path)
     assert [value_of(source, f"{folder}/x.png") for folder in "azy"] == [ord("z"), ord("z"), ord("y")]
-    with pytest.raises(ImageError, match="not clear which file that is: y/x.png, z/x.png"):
+    with pytest.raises(ImageError, match="ambiguous file name: y/x.png, z/x.png"):
         source.read(RECORD)
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "images/socket.png"))
         for name, why in (
             ("pipe", "a named pipe, not a file"),
-            ("gone", "a link to nothing"),
+            ("gone", "a broken link"),
             ("loop", "a link that cannot be followed"),
             ("pipelink", "a named pipe, not a file"),
             ("device", "a device, not a file"),
@@ -227,7 +227,7 @@ def test_members_that_cannot_be_read(tmp_path: Path) -> None:
     source = ImageSource.open(path)
     for name, why in (
         ("secret.png", "is encrypted; unpack the zip"),
-        ("twice.png", "not clear which file that is: twice.png is there twice"),
+        ("twice.png", "ambiguous file name: duplicate twice.png"),
         ("odd.png", "is compressed by unsupported method 14; unpack the zip"),
         ("link.png", "is a link; unpack the zip"),
     ):

@@ -227,11 +227,11 @@ def test_folders_and_zips(tmp_path: Path, zipped: bool, caplog: pytest.LogCaptur
 @pytest.mark.parametrize("zipped", [False, True])
 def test_what_is_not_clear_is_an_error_that_names_both(tmp_path: Path, zipped: bool) -> None:
     source = write(tmp_path, ["images/1.png", "masks/1.png", "images/2.png"], zipped)
-    with pytest.raises(InputError, match=r"1\.png: it is not clear .* images/1\.png, masks/1\.png \(the same for 1 of"):
-        source.check(records("1.png", "2.png"), Path("i.json"))
     with pytest.raises(
-        ImageError, match=r"image 1, 1\.png: it is not clear which file that is: images/1\.png, masks/1\.png"
+        InputError, match=r"1\.png: ambiguous file name: images/1\.png, masks/1\.png \(the same for 1 of"
     ):
+        source.check(records("1.png", "2.png"), Path("i.json"))
+    with pytest.raises(ImageError, match=r"image 1, 1\.png: ambiguous file name: images/1\.png, masks/1\.png"):
         source.read(records("1.png")[0])
     source.check(records("images/1.png", "images/2.png"), Path("i.json"))
 
@@ -241,9 +241,9 @@ def test_the_list_is_whole_though_some_of_its_images_are_asked_for(tmp_path: Pat
     source = write(tmp_path, ["cam1/1.png"], False)
     asked, other = records("cam2/1.png", "cam1/1.png")
     assert source.locate([asked], [asked, other]) == [
-        "cam2/1.png (the nearest, cam1/1.png, is the file of another image of the list)"
+        "cam2/1.png (the best match, cam1/1.png, is the file of another image in the list)"
     ]
-    with pytest.raises(InputError, match=r"first: cam2/1\.png \(the nearest, cam1/1\.png, is the file"):
+    with pytest.raises(InputError, match=r"first: cam2/1\.png \(the best match, cam1/1\.png, is the file"):
         source.check([asked], Path("i.json"), [other])
     assert source.find(asked) is None and source.find(other) == "cam1/1.png"
 

@@ -193,7 +193,7 @@ def test_outlines_without_an_end_never_reach_pycocotools(
     toy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, polygons: Any
 ) -> None:
     monkeypatch.setattr("refdet.data.segmentations.coco_mask.frPyObjects", unchecked)
-    with pytest.raises(InputError, match="a polygon is no list of numbers"):
+    with pytest.raises(InputError, match="polygon is not a list of numbers"):
         to_rle(polygons, 100, 120)
     features, root = toy
     path = root / "toy/instances.json"

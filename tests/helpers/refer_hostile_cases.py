@@ -81,7 +81,7 @@ def cut_files() -> Iterator[tuple[str, Case]]:
         whole = pickle.dumps(REFS, protocol)
         for tenth in range(10):
             yield f"pickle {protocol} cut at {tenth}0 %", Case(whole[: len(whole) * tenth // 10])
-        yield f"pickle {protocol} without its last byte", Case(whole[:-1], says="cut short")
+        yield f"pickle {protocol} without its last byte", Case(whole[:-1], says="truncated file")
     for name, whole in (("grefs", json.dumps(GREFS).encode()), ("instances", json.dumps(INSTANCES).encode())):
         for tenth in range(10):
             cut = whole[: len(whole) * tenth // 10]
@@ -141,7 +141,7 @@ def strange_structures() -> Iterator[tuple[str, Case]]:
         deep = {"deep": deep}
     yield "a list in itself", Case(itself)
     yield "a ref that is its own sentence", Case([loop], says="sentence of ref 0")
-    yield "a ref that holds itself", Case([extra], says="in itself")
+    yield "a ref that holds itself", Case([extra], says="recursive")
     yield "a ref that is its own split", Case([inside], says="'split' is a dict")
     yield "a list that is all of its tokens", Case([REFS[0] | {"sentences": [
         {"sent_id": 1, "sent": "", "tokens": itself}]}], says="ref 0")  # fmt: skip
@@ -150,10 +150,10 @@ def strange_structures() -> Iterator[tuple[str, Case]]:
     yield "in a sentence", Case([REFS[0] | {"sentences": [REFS[0]["sentences"][0] | {"extra": laughs}]}], says="nested")
     yield "an extra field nested deeply", Case([REFS[0] | {"extra": deep}], says="nested too deeply")
     yield "an extra field", Case([REFS[0] | {"extra": [{"a": (1, {2})}]}], refs_good=True, good=True)
-    yield "the same ref again", Case([REFS[0], REFS[0]], says="ref_id 0 is there twice")
+    yield "the same ref again", Case([REFS[0], REFS[0]], says="ref_id 0 is a duplicate")
     yield "lists 100000 deep", Case(b"(" * 10**5 + b"]" + b"l" * 10**5 + b".")
-    yield "tuples 100000 deep as a key", Case(b"})" + b"\x85" * 10**5 + b"Ns.", says="a tuple as key")
-    yield "frozensets deep in a set", Case(b"\x8f(" + b"(" * 10**4 + b"\x91" * 10**4 + b"\x90.", says="member of a set")
+    yield "tuples 100000 deep as a key", Case(b"})" + b"\x85" * 10**5 + b"Ns.", says="a tuple as dictionary key")
+    yield "frozensets deep in a set", Case(b"\x8f(" + b"(" * 10**4 + b"\x91" * 10**4 + b"\x90.", says="set member")
     yield "keys with equal hashes", Case(b"}(" + b"".join(b"\x8a\x10" + ((2**61 - 1) * i).to_bytes(16, "little") + b"N"
                                                           for i in range(1, 20000)) + b"u.", says="bits")  # fmt: skip
     yield "a hundred thousand marks", Case(b"(" * 10**5 + b".")
@@ -182,10 +182,10 @@ def strange_encodings() -> Iterator[tuple[str, Case]]:
     yield "Windows line ends", Case(pickle.dumps(REFS, 0).replace(b"\n", b"\r\n"))
     yield "text behind the end", Case(whole + b"cos\nsystem\n(S'touch canary'\ntR.", refs_good=True, good=True)
     half = [REFS[0] | {"split": "\ud800"}]
-    yield "half a character", Case(half, says="cannot be the name of a split")
-    yield "half a character in a sentence", Case([REFS[0] | {"file_name": "\udcff"}], says="half a character")
-    yield "a line end in a split", Case([REFS[0] | {"split": "a\nb"}], says="cannot be the name of a split")
-    yield "an escape sequence in a split", Case([REFS[0] | {"split": "\x1b[2J"}], says="cannot be the name of a split")
+    yield "half a character", Case(half, says="invalid split name")
+    yield "half a character in a sentence", Case([REFS[0] | {"file_name": "\udcff"}], says="unpaired surrogate")
+    yield "a line end in a split", Case([REFS[0] | {"split": "a\nb"}], says="invalid split name")
+    yield "an escape sequence in a split", Case([REFS[0] | {"split": "\x1b[2J"}], says="invalid split name")
     yield (
         "half a character in JSON",
         Case(json.dumps([GREFS[0] | {"split": "\ud800"}]).encode(), name="grefs(unc).json"),
@@ -220,12 +220,18 @@ def ids_and_instances() -> Iterator[tuple[str, Case]]:
         for name, value in wrong.items():
             yield f"id of {key} is {name}", case(lambda i, k=key, v=value: i[k][0].update(id=v))  # type: ignore[misc]
         yield f"{key} without id", case(lambda i, k=key: i[k][0].pop("id"))  # type: ignore[misc]
-        yield f"{key} twice", case(lambda i, k=key: i[k].append(i[k][0]), says="is there twice")  # type: ignore[misc]
+        yield f"{key} twice", case(lambda i, k=key: i[k].append(i[k][0]), says="is a duplicate")  # type: ignore[misc]
     yield "annotation without image", case(lambda i: i["annotations"][0].pop("image_id"))
     yield "category without name", case(lambda i: i["categories"][0].pop("name"))
-    yield "annotation of a ref is missing", case(lambda i: i["annotations"].pop(0), says="points to annotation 6")
-    yield "image of a ref is missing", case(lambda i: i["images"].pop(0), says="is on image 3")
-    yield "annotation elsewhere", case(lambda i: i["annotations"][0].update(image_id=3), says="annotation 6 on image 3")
+    yield (
+        "annotation of a ref is missing",
+        case(lambda i: i["annotations"].pop(0), says="ref 3 has annotation 6, which is not in"),
+    )
+    yield "image of a ref is missing", case(lambda i: i["images"].pop(0), says="has image 3, which is not in")
+    yield (
+        "annotation elsewhere",
+        case(lambda i: i["annotations"][0].update(image_id=3), says="annotation 6 has image 3"),
+    )
     yield "NaN in a box", case(lambda i: i["annotations"][0].update(bbox=[float("nan")] * 4), good=True)
     yield "infinity as area", case(lambda i: i["annotations"][0].update(area=float("inf")), good=True)
     repeated = json.dumps(INSTANCES)[:-1] + ', "images": ' + json.dumps(INSTANCES["images"]) + "}"

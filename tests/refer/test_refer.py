@@ -37,7 +37,7 @@ def test_ids_and_records(tmp_path: Path) -> None:
     assert r.refToAnn[1]["id"] == 8 and r.annToRef[9]["ref_id"] == 2 and r.sentToTokens[10] == ["red", "dog"]
     assert [x["ref_id"] for x in r.imgToRefs[3]] == [0, 1] and [x["ref_id"] for x in r.catToRefs[2]] == [1]
     assert r.Sents[20]["raw"] == "Red dog" and r.sentToRef[20]["ref_id"] == 2 and len(r.imgToAnns[4]) == 2
-    with pytest.raises(ReferDataError, match="no split 'tset'; there is testA, testB, train, val"):
+    with pytest.raises(ReferDataError, match="no split 'tset'; choose from testA, testB, train, val"):
         r.getRefIds(split="tset")
     with pytest.raises(ReferDataError, match="no ref with id 99"):
         r.loadRefs([0, 99])
@@ -74,7 +74,7 @@ def test_unknown_ids_are_key_errors_with_a_plain_message(tmp_path: Path, dataset
 def test_ids_that_are_none(tmp_path: Path, ids: Any) -> None:
     r = REFER(write(tmp_path))
     for ask in (r.getRefIds, r.getAnnIds, r.getImgIds, r.loadRefs, r.loadAnns, r.loadImgs, r.loadCats):
-        with pytest.raises(ReferDataError, match="ids are integers or lists of integers"):
+        with pytest.raises(ReferDataError, match="ids must be integers or lists of integers"):
             ask(ids)
 
 
@@ -112,12 +112,12 @@ def test_a_dataset_that_is_missing_is_explained(tmp_path: Path) -> None:
     said = str(caught.value)
     assert "no such folder" in said and "refcoco.zip" in said and str(tmp_path / "data" / "refcoco") in said
     assert "train 42404 refs on 16994 images" in said and "testB 1810 refs on 750 images" in said
-    with pytest.raises(ReferNotFoundError, match=r"is it the folder of .*\?.*refcoco\+\.zip.*val 3805 refs"):
+    with pytest.raises(ReferNotFoundError, match=r"give the REFER data folder; .*refcoco\+\.zip.*val 3805 refs"):
         REFER(tmp_path, "refcoco+", "unc")
     write(tmp_path)
-    with pytest.raises(ReferNotFoundError, match=r"is split_by unc; unpack refcoco\.zip.*test 5000 refs on 4527"):
+    with pytest.raises(ReferNotFoundError, match=r"choose split_by unc; unpack refcoco\.zip.*test 5000 refs on 4527"):
         REFER(tmp_path, "refcoco", "google")
-    with pytest.raises(ReferNotFoundError, match=r"there is refcoco; unpack refcocog\.zip.*test 5023 refs on 2600"):
+    with pytest.raises(ReferNotFoundError, match=r"choose from refcoco; unpack refcocog\.zip.*test 5023 refs on 2600"):
         REFER(tmp_path, "refcocog", "umd")
     with pytest.raises(ReferNotFoundError, match=r"refs\(google\)\.p, refs\(umd\)\.p are.*by google and by umd"):
         REFER(tmp_path, "refcocog", "unc")
@@ -142,7 +142,7 @@ def test_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, REFS, "refs(google).p", "refcocog")
     (tmp_path / "images").mkdir()
     assert available(tmp_path) == [("refcoco", "unc"), ("refcocog", "google"), ("refcocog", "umd")]
-    with pytest.raises(ReferNotFoundError, match="'flowers'; there is refcoco, refcocog"):
+    with pytest.raises(ReferNotFoundError, match="'flowers'; choose from refcoco, refcocog"):
         REFER(tmp_path, "flowers")
     with pytest.raises(ReferNotFoundError, match="split_by google, umd"):
         REFER(tmp_path, "refcocog", "unc")
@@ -162,10 +162,10 @@ def test_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"ann_id": 99}, "ref 3 points to annotation 99"),
-        ({"image_id": 5}, "ref 3 is on image 5, its annotation 6 on image 4"),
+        ({"ann_id": 99}, "ref 3 has annotation 99, which is not in"),
+        ({"image_id": 5}, "ref 3 has image 5, but its annotation 6 has image 4"),
         ({"image_id": 77}, "image 77"),
-        ({"ref_id": 0}, "ref_id 0 is there twice"),
+        ({"ref_id": 0}, "ref_id 0 is a duplicate"),
         ({"ref_id": "3"}, "'ref_id' is '3'"),
         ({"split": None}, "'split'"),
         ({"sentences": [{"sent_id": 1}]}, "'sent' is missing"),

@@ -71,7 +71,7 @@ def test_the_face_of_its_own_api(tmp_path: Path) -> None:
     r.Anns[7]["iscrowd"] = 1
     assert r.getMaskByRef(r.Refs[0]) == [] and not r.getMaskByRef(r.Refs[0], merge=True)["mask"].any()
     for bad in (None, [], [0, 2]):
-        with pytest.raises(ValueError, match="needs a ref or one ref_id"):
+        with pytest.raises(ValueError, match="give a ref or a single ref_id"):
             r.getMaskByRef(ref_id=bad)  # type: ignore[arg-type]
 
 
@@ -95,9 +95,9 @@ def test_generalized_refs_as_a_pickle(tmp_path: Path) -> None:
     [
         (
             ("refs(unc).p", "grefs(unc).json"),
-            r"holds refs\(unc\)\.p and grefs\(unc\)\.json; put gRefCOCO into a folder",
+            r"contains refs\(unc\)\.p and grefs\(unc\)\.json; move gRefCOCO to its own folder",
         ),
-        (("grefs(unc).p", "grefs(unc).json"), r"holds grefs\(unc\)\.p and grefs\(unc\)\.json; keep one of them"),
+        (("grefs(unc).p", "grefs(unc).json"), r"contains grefs\(unc\)\.p and grefs\(unc\)\.json; keep one of them"),
     ],
 )
 def test_two_files_for_one_name_are_refused(tmp_path: Path, names: tuple[str, str], says: str) -> None:
@@ -121,12 +121,12 @@ def test_two_files_for_one_name_are_refused(tmp_path: Path, names: tuple[str, st
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"ann_id": [9, 99]}, "points to annotation 99"),
-        ({"ann_id": [9, 7]}, "annotation 7 on image 3"),
-        ({"ann_id": [9.0]}, "'ann_id' holds something that is no integer"),
-        ({"ann_id": "9"}, "'ann_id' is '9', it must be of type list"),
+        ({"ann_id": [9, 99]}, "ref 2 has annotation 99, which is not in"),
+        ({"ann_id": [9, 7]}, "annotation 7 has image 3"),
+        ({"ann_id": [9.0]}, "'ann_id' must contain only integers"),
+        ({"ann_id": "9"}, "'ann_id' is '9'; it must be of type list"),
         ({"category_id": None}, "'category_id' is None"),
-        ({"category_id": [[1]]}, "'category_id' holds"),
+        ({"category_id": [[1]]}, "'category_id' must contain only integers"),
     ],
 )
 def test_a_bad_generalized_ref_is_named(tmp_path: Path, change: dict, text: str) -> None:

@@ -191,7 +191,7 @@ def test_what_is_no_file(folder: Path) -> None:
         os.mkfifo(root / "refcoco" / "refs(google).p")
         with no_hang():
             assert not outcome(lambda: REFER(root), "instances.json", "not a file")
-            assert not outcome(lambda: read_refs(root, "refcoco", "google"), "refcoco", "there is split_by unc")
+            assert not outcome(lambda: read_refs(root, "refcoco", "google"), "refcoco", "choose split_by unc")
     instances.unlink()
     instances.symlink_to(instances)
     assert not outcome(lambda: REFER(root), "instances.json", "")

@@ -27,7 +27,7 @@ def test_refclef(tmp_path: Path) -> None:
     assert r.getRefIds(split="testA") == [1, 4] and r.getRefIds(split="testB") == [2, 4]
     assert r.getRefIds(split="testAB") == [4] and r.getRefIds(split="test") == [1, 2, 4]
     r.Anns[7]["segmentation"][0]["size"] = [8, 6]
-    with pytest.raises(ReferDataError, match="annotation 7: the parts of a segmentation are of different sizes"):
+    with pytest.raises(ReferDataError, match="annotation 7: parts of a segmentation have different sizes"):
         r.getMask(r.Refs[0])
 
 
@@ -49,10 +49,10 @@ def test_refclef_with_strings_as_annotation_ids(tmp_path: Path) -> None:
         with pytest.raises(ReferDataError, match=r"refs\(unc\)\.p: .*ann_id"):
             REFER(root, "refclef")
     write(root, refs, dataset="refclef", instances=INSTANCES | {"annotations": [*annotations, annotations[0]]})
-    with pytest.raises(ReferDataError, match="annotations: id 8_6 is there twice"):
+    with pytest.raises(ReferDataError, match="annotations: id 8_6 is a duplicate"):
         REFER(root, "refclef")
     write(root, REFS, instances=instances)
-    with pytest.raises(ReferDataError, match="'id' is '8_6', it must be of type int"):
+    with pytest.raises(ReferDataError, match="'id' is '8_6'; it must be of type int"):
         REFER(root, "refcoco")
 
 

@@ -118,7 +118,7 @@ def test_every_opcode_is_read_or_refused() -> None:
     read = {op for data, _ in PYTHON2 + MORE for op, _, _ in pickletools.genops(_ascii_strings(data))}
     assert {opcode.name for opcode in pickletools.opcodes} - {opcode.name for opcode in read} == set(REFUSED)
     for code in (o.code.encode("latin-1") for o in pickletools.opcodes if o.name in REFUSED):
-        with pytest.raises(ReferDataError, match=r"asks for|cut short"):
+        with pytest.raises(ReferDataError, match=r"asks for|truncated"):
             loads(b"](N" + code + b"\x00\x00\x00\x00\x00\x00\x00\x00")
 
 
@@ -137,21 +137,21 @@ def _ascii_strings(data: bytes) -> bytes:
         (b"(ios\nsystem\n.", r"asks for os\.system"),
         (b"c\x1b[2J\nevil\nx\n.", r"asks for '\\x1b\[2J\.evil'"),
         (b"cbuiltins\n" + b"a" * 10**6 + b"\n.", r"asks for 'builtins\.a{71}'"),
-        (b"c__builtin__\nset\n.", "asks for a type as a value"),
-        (b"]c__builtin__\nset\na.", "asks for a type as a value"),
+        (b"c__builtin__\nset\n.", "contains a type as a value"),
+        (b"]c__builtin__\nset\na.", "contains a type as a value"),
         (b"c__builtin__\nset\nb.", "asks for an object by the opcode BUILD"),
         (b"c__builtin__\nset\n)\x81.", "opcode NEWOBJ"),
         (b"(c__builtin__\nset\no.", "opcode OBJ"),
         (b"K\x01)R.", "not a readable pickle"),
         (b"c__builtin__\nset\nK\x01\x85R.", "not a readable pickle"),
         (b"c__builtin__\nset\n](\x85a\x85R.", "not a readable pickle"),
-        (b"}]K\x01s.", "a list as key"),
-        (b"}K\x01\x85K\x01s.", "a tuple as key"),
-        (b"}(K\x01\x85K\x01u.", "a tuple as key"),
-        (b"(K\x01\x85K\x01d.", "a tuple as key"),
-        (b"\x8f(K\x01\x85\x90.", "member of a set"),
-        (b"(K\x01\x85\x91.", "member of a set"),
-        (b"c__builtin__\nset\n]K\x01\x85a\x85R.", "member of a set"),
+        (b"}]K\x01s.", "a list as dictionary key"),
+        (b"}K\x01\x85K\x01s.", "a tuple as dictionary key"),
+        (b"}(K\x01\x85K\x01u.", "a tuple as dictionary key"),
+        (b"(K\x01\x85K\x01d.", "a tuple as dictionary key"),
+        (b"\x8f(K\x01\x85\x90.", "set member"),
+        (b"(K\x01\x85\x91.", "set member"),
+        (b"c__builtin__\nset\n]K\x01\x85a\x85R.", "set member"),
         (b"(K\x01d.", "not a readable pickle"),
         (b"}(K\x01u.", "not a readable pickle"),
         (b"K\x01K\x02a.", "TypeError at byte 4, APPEND"),
@@ -161,7 +161,7 @@ def _ascii_strings(data: bytes) -> bytes:
         (b"h\x05.", "KeyError at byte 0, BINGET"),
         (b"g5\n.", "KeyError"),
         (b"q\x00.", "IndexError"),
-        (b"I12x\n.", "no integer"),
+        (b"I12x\n.", "an invalid integer"),
         (b"I99999999999999999999\n.", "more than 64 bits"),
         (b"L" + b"9" * 10**5 + b"L\n.", "more than 64 bits"),
         (b"\x8b" + struct.pack("<I", 100) + b"\x01" * 100 + b".", "800 bits"),
@@ -169,8 +169,8 @@ def _ascii_strings(data: bytes) -> bytes:
         (b"F1.5.5\n.", "ValueError"),
         (b"Sno quotes\n.", "ValueError"),
         (b"S'\n.", "ValueError"),
-        (b"V\\ud83d\n.", "half a character"),
-        (b"X\x03\x00\x00\x00\xed\xa0\x80(t\x86.", "half a character"),
+        (b"V\\ud83d\n.", "unpaired surrogate"),
+        (b"X\x03\x00\x00\x00\xed\xa0\x80(t\x86.", "unpaired surrogate"),
         (b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "UnicodeDecodeError"),
     ],
 )

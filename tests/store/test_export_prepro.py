@@ -90,10 +90,10 @@ def test_refusals(tmp_path: Path) -> None:
     ("part", "key", "value", "says"),
     [
         ("annotations", "bbox", None, "annotation 7 has no bbox"),
-        ("annotations", "bbox", [1, 1, 10**400, 4], "the bbox of annotation 7 is not finite"),
-        ("annotations", "category_id", "1", "annotation number 0: 'category_id' is '1', it must be of type int"),
-        ("images", "height", 6.5, "image number 0: 'height' is 6.5, it must be of type int"),
-        ("images", "file_name", None, "image number 0: 'file_name' is None, it must be of type str"),
+        ("annotations", "bbox", [1, 1, 10**400, 4], "bbox of annotation 7 is not finite"),
+        ("annotations", "category_id", "1", "annotation number 0: 'category_id' is '1'; it must be of type int"),
+        ("images", "height", 6.5, "image number 0: 'height' is 6.5; it must be of type int"),
+        ("images", "file_name", None, "image number 0: 'file_name' is None; it must be of type str"),
     ],
 )
 def test_what_data_json_is_made_of_is_checked(tmp_path: Path, part: str, key: str, value: Any, says: str) -> None:
