@@ -92,9 +92,9 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
         path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
         parts.append(html('<polyline class="s{}" points="{}"/>', line.style, path))
         for x, y in points if dots else ():
-            told = f"{line.name}: {y:.3f} at {x_names.get(x, _number(x))}"
+            tooltip = f"{line.name}: {y:.3f} at {x_names.get(x, _number(x))}"
             point = '<circle class="s{}" r="4.5" cx="{:.1f}" cy="{:.1f}"><title>{}</title></circle>'
-            parts.append(html(point, line.style, to_x(x), to_y(y), told))
+            parts.append(html(point, line.style, to_x(x), to_y(y), tooltip))
     return joined([*parts, Markup("</svg>")], "\n")
 
 

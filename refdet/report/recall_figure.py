@@ -15,8 +15,8 @@ def recall_figure(metrics: Mapping[str, Any]) -> str:
     """A standalone SVG of the recall of all splits."""
     title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
     series, axes = recall_series(metrics), recall_axes(metrics)
-    told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
-    return standalone(line_chart(title, told, series, axes, dots=True), title, series, axes)
+    description = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
+    return standalone(line_chart(title, description, series, axes, dots=True), title, series, axes)
 
 
 def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:

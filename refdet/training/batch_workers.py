@@ -88,10 +88,10 @@ class _Worker:
     """One worker process and the pipe to it."""
 
     def __init__(self, batches: TrainingBatches) -> None:
-        self.pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=_work, args=(batches, theirs, self.pipe), daemon=True)
+        self.pipe, child = processes.Pipe()
+        self.process = processes.Process(target=_work, args=(batches, child, self.pipe), daemon=True)
         self.process.start()
-        theirs.close()  # so that the pipe closes with the worker
+        child.close()  # so that the pipe closes with the worker
 
     def ask(self, step: int) -> None:
         """Queue the batch of a step."""

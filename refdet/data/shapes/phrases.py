@@ -53,8 +53,8 @@ def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list
             continue
         for word in (*DIRECTIONS, NEXT_TO) if manner.locations else (NEXT_TO,):
             if related(word, thing, anchor, loose=False):
-                told = [m for m in plain if m.size not in ("smallest", "biggest")]
-                relation += [replace(m, relation=word, other=known) for m in told]
+                unranked = [m for m in plain if m.size not in ("smallest", "biggest")]
+                relation += [replace(m, relation=word, other=known) for m in unranked]
 
     def true(candidates: list[Meaning]) -> list[Meaning]:
         return [m for m in candidates if referent(m, things) == target]

@@ -177,20 +177,20 @@ def _renamed(
     }
     found, missing, wrong, used = {}, [], [], set()
     for name, own in wanted.items():
-        ours = next(part for part in parts if name.startswith(part))
-        theirs = parts[ours] + name[len(ours) :]
-        if theirs not in given:
-            missing.append(theirs)
+        prefix = next(part for part in parts if name.startswith(part))
+        source = parts[prefix] + name[len(prefix) :]
+        if source not in given:
+            missing.append(source)
             continue
-        used.add(theirs)
+        used.add(source)
         pairs = name.startswith("rpn.score.")
         shape = (2 * own.shape[0], *own.shape[1:]) if pairs else tuple(own.shape)
-        if given[theirs].shape != shape:
-            wrong.append(f"{theirs} is {tuple(given[theirs].shape)}, not {shape}")
+        if given[source].shape != shape:
+            wrong.append(f"{source} is {tuple(given[source].shape)}, not {shape}")
             continue
-        value = given[theirs].detach().float()
+        value = given[source].detach().float()
         if unusable({name: value}):
-            wrong.append(f"{theirs} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance")
+            wrong.append(f"{source} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance")
         if pairs:  # softmax over the pair = sigmoid of the difference
             background, objects = value.chunk(2)
             value = objects - background
