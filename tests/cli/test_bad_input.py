@@ -183,7 +183,7 @@ def test_bad_refs(files: Files, tmp_path: Path) -> None:
     fails(files.extract(tmp_path / "a.h5", "--refer-root", twice, *REFCOCO), "refs(unc).p", "twice")
     same = with_refs(files, tmp_path / "same", lambda refs: refs[0]["sentences"].append(refs[1]["sentences"][0]))
     (tmp_path / "p.json").write_text("[]")
-    fails(files.evaluate_on_refer(tmp_path / "m", same, "--predictions", tmp_path / "p.json"), "sent_id", "twice")
+    fails(files.evaluate_on_refer(tmp_path / "m", same, "--predictions", tmp_path / "p.json"), "duplicate sent_id")
     assert not (tmp_path / "m").exists() and not (tmp_path / "a.h5").exists()
 
 
