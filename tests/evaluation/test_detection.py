@@ -165,4 +165,4 @@ def test_cheap_mistakes_are_found_before_the_weights_are_read(tmp_path: Path) ->
     (folder.run / "model.safetensors").write_bytes(b"cut")
     shutil.move(folder.images, tmp_path / "gone")
     done = folder.evaluate()
-    assert done.exit_code == 2 and "no such folder" in done.stderr.splitlines()[-1]
+    assert done.exit_code == 2 and "no such file or folder" in done.stderr.splitlines()[-1]

@@ -179,7 +179,7 @@ def test_rles_that_do_not_fit_never_reach_pycocotools(
     monkeypatch.setattr("refdet.evaluation.predictions.coco_mask.toBbox", unchecked)
     answer = {"sent_id": 0, "segmentations": [wrong]} if several else None
     (tmp_path / "p.json").write_text(json.dumps([answer or {"sent_id": 0, "segmentation": wrong}]))
-    with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): the counts of an RLE"):
+    with pytest.raises(InputError, match=r"p\.json: entry 0 \(sentence 0\): counts of an RLE"):
         evaluate_on_refer(features, root, "toy", "me", splits=["val"], predictions=tmp_path / "p.json")
 
 
@@ -239,7 +239,7 @@ def test_an_object_whose_box_has_no_end_is_named(tmp_path: Path, box: list[float
     tree["annotations"][0]["bbox"] = box
     path.write_text(json.dumps(tree))
     write_store(tmp_path / "a.h5", [regions(1, [[1, 1, 9, 9]])], masks=False)
-    with pytest.raises(ReferError, match="toy: the bbox of annotation 100 is not finite"):
+    with pytest.raises(ReferError, match="toy: bbox of annotation 100 is not finite"):
         evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me")
 
 
