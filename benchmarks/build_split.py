@@ -55,10 +55,15 @@ def draw(path: Path, images: int, annotations: int, seed: int = 0) -> np.ndarray
 def _image(image_id: int) -> dict[str, Any]:
     name = f"COCO_train2014_{image_id:012d}.jpg"
     return {
-        "license": 4, "file_name": name, "coco_url": f"http://mscoco.org/images/{image_id}", "height": 480,
-        "width": 640, "date_captured": "2013-11-14 16:28:13", "id": image_id,
+        "license": 4,
+        "file_name": name,
+        "coco_url": f"http://mscoco.org/images/{image_id}",
+        "height": 480,
+        "width": 640,
+        "date_captured": "2013-11-14 16:28:13",
+        "id": image_id,
         "flickr_url": f"http://farm7.staticflickr.com/6116/{image_id * 977}_02b97a_z.jpg",
-    }  # fmt: skip
+    }
 
 
 def _annotation(random: np.random.Generator, number: int, owner: int, corners: int) -> dict[str, Any]:
@@ -73,9 +78,14 @@ def _annotation(random: np.random.Generator, number: int, owner: int, corners: i
         points = np.stack((x + width * (0.5 + radius * np.cos(turn)), y + height * (0.5 + radius * np.sin(turn))), 1)
         segmentation = [points.round(2).ravel().tolist()]
     return {
-        "segmentation": segmentation, "area": width * height * 0.6, "iscrowd": int(number % 100 == 0),
-        "image_id": owner, "bbox": [x, y, width, height], "category_id": number % 80 + 1, "id": number,
-    }  # fmt: skip
+        "segmentation": segmentation,
+        "area": width * height * 0.6,
+        "iscrowd": int(number % 100 == 0),
+        "image_id": owner,
+        "bbox": [x, y, width, height],
+        "category_id": number % 80 + 1,
+        "id": number,
+    }
 
 
 def draw_refs(root: Path, ids: np.ndarray) -> None:
@@ -96,10 +106,15 @@ def _ref(number: int, image_id: int, split: str) -> dict[str, Any]:
     words = ["the", "red", "thing", "number", str(number)]
     sentence = {"tokens": words, "raw": " ".join(words), "sent": " ".join(words)}
     return {
-        "ref_id": number, "ann_id": number, "category_id": 1, "image_id": image_id, "split": split,
-        "file_name": f"COCO_train2014_{image_id:012d}_{number}.jpg", "sent_ids": [number * 3 + n for n in range(3)],
+        "ref_id": number,
+        "ann_id": number,
+        "category_id": 1,
+        "image_id": image_id,
+        "split": split,
+        "file_name": f"COCO_train2014_{image_id:012d}_{number}.jpg",
+        "sent_ids": [number * 3 + n for n in range(3)],
         "sentences": [{**sentence, "sent_id": number * 3 + n} for n in range(3)],
-    }  # fmt: skip
+    }
 
 
 def run(command: list[str]) -> tuple[float, float, float]:

@@ -150,8 +150,9 @@ def alike(theirs: Path, ours: Path) -> float:
 def run(work: Work, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Alternating turns of both sides; seconds of each, and what they say of themselves."""
     sides = options.sides.split(",")
-    extraction = ExtractOptions(score_threshold=work.threshold, nms_threshold=NMS, max_regions=REGIONS,
-                                precision=options.precision)  # fmt: skip
+    extraction = ExtractOptions(
+        score_threshold=work.threshold, nms_threshold=NMS, max_regions=REGIONS, precision=options.precision
+    )
     source = ImageSource.open(work.images_dir)
     paths = [work.images_dir / str(source.find(record)) for record in work.image_list.records]
     result: dict[str, Any] = {}
@@ -172,9 +173,15 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
             regions["torchvision"] = statistics.mean(counts)
         if "refdet" in sides:
             done = extract_features(
-                work.checkpoint, work.images_dir, ours, work.image_list, options=extraction,
-                batch_size=options.batch_size, workers=options.workers, device=str(device),
-            )  # fmt: skip
+                work.checkpoint,
+                work.images_dir,
+                ours,
+                work.image_list,
+                options=extraction,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                device=str(device),
+            )
             seconds["refdet"].append(done.seconds + done.stages["merge"])
             regions["refdet"] = done.regions / done.images
     result["regions"] = regions
@@ -245,9 +252,13 @@ def main() -> None:
         if "," in options.sides:
             result["peak_bytes"] = {side: peak_of(side, prepared) for side in options.sides.split(",")}
     about = {
-        "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
-        "images": len(images.records), "precision": options.precision, "batch_size": options.batch_size,
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "images": len(images.records),
+        "precision": options.precision,
+        "batch_size": options.batch_size,
+    }
     if options.json:
         print(json.dumps({**about, **result}))
         return

@@ -20,9 +20,16 @@ from peak import peak_memory
 from PIL import Image
 
 HEIGHT, WIDTH, FILES = 120, 160, 20
-RECIPE = ["model.width=16", "model.rpn_channels=32", "model.mask_channels=16", "input.min_sizes=[120]",
-          "input.max_size=200", "proposals.pre_nms_top_n_test=300", "proposals.post_nms_top_n_test=50",
-          "model.norm=frozen"]  # fmt: skip
+RECIPE = [
+    "model.width=16",
+    "model.rpn_channels=32",
+    "model.mask_channels=16",
+    "input.min_sizes=[120]",
+    "input.max_size=200",
+    "proposals.pre_nms_top_n_test=300",
+    "proposals.post_nms_top_n_test=50",
+    "model.norm=frozen",
+]
 
 
 def prepare(folder: Path, counts: list[int]) -> None:
@@ -83,8 +90,10 @@ def main() -> None:
         print(json.dumps({"runs": rows, "growth": growth}))
         return
     for row in rows:
-        print(f"{row['images']:6} images  {row['regions']:7} regions  file {row['bytes'] / 2**20:7.1f} MiB  "
-              f"peak {row['peak_bytes'] / 2**20:7.1f} MiB")  # fmt: skip
+        print(
+            f"{row['images']:6} images  {row['regions']:7} regions  file {row['bytes'] / 2**20:7.1f} MiB  "
+            f"peak {row['peak_bytes'] / 2**20:7.1f} MiB"
+        )
     print(f"peak memory grows by {growth:+.1%}")
 
 

@@ -28,15 +28,32 @@ LOAD = (
 def write(root: Path, protocol: int) -> None:
     """Files as large as the real ones: 119 MB of instances, 25 MB of refs."""
     draw = random.Random(0)
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 480, "width": 640,
-               "coco_url": "x" * 60, "flickr_url": "x" * 60} for i in range(19994)]  # fmt: skip
+    images = [
+        {
+            "id": i,
+            "file_name": f"COCO_train2014_{i:012d}.jpg",
+            "height": 480,
+            "width": 640,
+            "coco_url": "x" * 60,
+            "flickr_url": "x" * 60,
+        }
+        for i in range(19994)
+    ]
     annotations = [
-        {"id": i, "image_id": i % len(images), "category_id": draw.randrange(1, 81), "iscrowd": 0,
-         "area": round(draw.random() * 9e4, 5), "bbox": [round(draw.random() * 500, 2) for _ in range(4)],
-         "segmentation": [[round(draw.random() * 600, 2) for _ in range(2 * max(4, int(draw.gammavariate(2, 12))))]
-                          for _ in range(draw.choice((1, 1, 1, 1, 2)))]}
+        {
+            "id": i,
+            "image_id": i % len(images),
+            "category_id": draw.randrange(1, 81),
+            "iscrowd": 0,
+            "area": round(draw.random() * 9e4, 5),
+            "bbox": [round(draw.random() * 500, 2) for _ in range(4)],
+            "segmentation": [
+                [round(draw.random() * 600, 2) for _ in range(2 * max(4, int(draw.gammavariate(2, 12))))]
+                for _ in range(draw.choice((1, 1, 1, 1, 2)))
+            ],
+        }
         for i in range(196771)
-    ]  # fmt: skip
+    ]
     categories = [{"id": i, "name": f"category {i}"} for i in range(1, 81)]
     refs, sent_id = [], 0
     for ref_id in range(50000):
@@ -46,10 +63,18 @@ def write(root: Path, protocol: int) -> None:
             sent = " ".join(tokens)
             sentences.append({"sent_id": sent_id, "sent": sent, "raw": sent.title(), "tokens": tokens})
             sent_id += 1
-        refs.append({"ref_id": ref_id, "ann_id": annotation["id"], "image_id": annotation["image_id"],
-                     "category_id": annotation["category_id"], "split": draw.choice(["train"] * 9 + ["val"]),
-                     "file_name": f"COCO_train2014_{annotation['image_id']:012d}_{ref_id}.jpg",
-                     "sent_ids": [one["sent_id"] for one in sentences], "sentences": sentences})  # fmt: skip
+        refs.append(
+            {
+                "ref_id": ref_id,
+                "ann_id": annotation["id"],
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "split": draw.choice(["train"] * 9 + ["val"]),
+                "file_name": f"COCO_train2014_{annotation['image_id']:012d}_{ref_id}.jpg",
+                "sent_ids": [one["sent_id"] for one in sentences],
+                "sentences": sentences,
+            }
+        )
     folder = root / "refcoco"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol))

@@ -46,9 +46,16 @@ def draw(images: int, regions: int, features: dict[str, tuple[int, ...]], distin
     for i in range(images):
         k = i % distinct
         yield Regions(
-            i, f"COCO_train2014_{i:012d}.jpg", HEIGHT, WIDTH, boxes[k], scores[k], np.ones(regions, np.int64),
-            masks=(MASK,) * regions, features={name: array[k] for name, array in values.items()},
-        )  # fmt: skip
+            i,
+            f"COCO_train2014_{i:012d}.jpg",
+            HEIGHT,
+            WIDTH,
+            boxes[k],
+            scores[k],
+            np.ones(regions, np.int64),
+            masks=(MASK,) * regions,
+            features={name: array[k] for name, array in values.items()},
+        )
 
 
 def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, ...]], compression: str) -> dict:
@@ -67,9 +74,12 @@ def write(path: Path, images: int, regions: int, features: dict[str, tuple[int, 
             put += time.perf_counter() - begun
     whole = time.perf_counter() - start
     return {
-        "put_ms_an_image": put / images * 1000, "whole_ms_an_image": whole / images * 1000,
-        "file_mb": path.stat().st_size / 1e6, "peak_mb": _peak_mb(), "peak_before_mb": before,
-    }  # fmt: skip
+        "put_ms_an_image": put / images * 1000,
+        "whole_ms_an_image": whole / images * 1000,
+        "file_mb": path.stat().st_size / 1e6,
+        "peak_mb": _peak_mb(),
+        "peak_before_mb": before,
+    }
 
 
 def read(path: Path, times: int) -> dict:
@@ -95,8 +105,9 @@ def read(path: Path, times: int) -> dict:
         "open_ms": statistics.median(opening) * 1000,
         **{f"{name}_ms": statistics.median(values) * 1000 for name, values in took.items()},
         "all_99th_ms": float(np.quantile(took["all"], 0.99)) * 1000,
-        "peak_mb": _peak_mb(), "peak_before_mb": before,
-    }  # fmt: skip
+        "peak_mb": _peak_mb(),
+        "peak_before_mb": before,
+    }
 
 
 def check(path: Path) -> dict:

@@ -63,10 +63,13 @@ class TorchvisionC4(nn.Module):
         network.layer4[0].conv2.stride = network.layer4[0].downsample[0].stride = (1, 1)
         names = {"backbone.": network, "head.conv5.": network.layer4}
         for prefix, part in names.items():
-            part.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
-                                 strict=prefix != "backbone.")  # fmt: skip
-        self.body = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool,
-                                  network.layer1, network.layer2, network.layer3)  # fmt: skip
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
+                strict=prefix != "backbone.",
+            )
+        self.body = nn.Sequential(
+            network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2, network.layer3
+        )
         sizes, ratios = tuple(recipe.model.anchor_sizes), tuple(recipe.model.anchor_ratios)
         anchors = AnchorGenerator((sizes,), (ratios,))
         anchors.cell_anchors = [ours.rpn.anchors.get_buffer("cell0") + STRIDE / 2]
@@ -76,21 +79,42 @@ class TorchvisionC4(nn.Module):
         head.bbox_pred = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios) * 4, 1)
         options = recipe.proposals
         self.rpn = RegionProposalNetwork(
-            anchors, head, options.positive_iou, options.negative_iou, options.batch_size_per_image,
+            anchors,
+            head,
+            options.positive_iou,
+            options.negative_iou,
+            options.batch_size_per_image,
             options.positive_fraction,
             {"training": options.pre_nms_top_n_train, "testing": options.pre_nms_top_n_test},
-            {"training": options.post_nms_top_n_train, "testing": options.post_nms_top_n_test}, options.nms_threshold,
-        )  # fmt: skip
+            {"training": options.post_nms_top_n_train, "testing": options.post_nms_top_n_test},
+            options.nms_threshold,
+        )
         predictor, masks = FastRCNNPredictor(2048, ours.classes + 1), MaskRCNNPredictor(2048, 256, ours.classes + 1)
         self.heads = RoIHeads(
-            AlignedPool(), MeanOfLayer4(network.layer4), predictor, 0.5, 0.5, 512, 0.25, None,
-            score_threshold, nms_threshold, max_regions, AlignedPool(), network.layer4, masks,
-        )  # fmt: skip
+            AlignedPool(),
+            MeanOfLayer4(network.layer4),
+            predictor,
+            0.5,
+            0.5,
+            512,
+            0.25,
+            None,
+            score_threshold,
+            nms_threshold,
+            max_regions,
+            AlignedPool(),
+            network.layer4,
+            masks,
+        )
         for ours_name, layer in {
-            "rpn.conv": head.conv[0], "rpn.score": head.cls_logits, "rpn.delta": head.bbox_pred,
-            "head.box.score": predictor.cls_score, "head.box.delta": predictor.bbox_pred,
-            "head.mask.hidden.0": masks.conv5_mask, "head.mask.logits": masks.mask_fcn_logits,
-        }.items():  # fmt: skip
+            "rpn.conv": head.conv[0],
+            "rpn.score": head.cls_logits,
+            "rpn.delta": head.bbox_pred,
+            "head.box.score": predictor.cls_score,
+            "head.box.delta": predictor.bbox_pred,
+            "head.mask.hidden.0": masks.conv5_mask,
+            "head.mask.logits": masks.mask_fcn_logits,
+        }.items():
             layer.load_state_dict({k: weights[f"{ours_name}.{k}"] for k in ("weight", "bias")})
         mean, std = ([value / 255 for value in values] for values in (recipe.input.mean, recipe.input.std))
         self.transform = GeneralizedRCNNTransform(

@@ -53,8 +53,10 @@ def check_store(option: str, path: Path) -> None:
         return
     unfinished = path if kind is FileKind.UNFINISHED else path.with_name(path.name + ".parts") if path.name else path
     if kind in (FileKind.UNFINISHED, FileKind.MISSING) and (unfinished / "plan.json").is_file():
-        raise InputError(f"{option} {path}: not finished yet (parts in {unfinished}); finish it with the same refdet "
-                         "extract-features command and --resume")  # fmt: skip
+        raise InputError(
+            f"{option} {path}: not finished yet (parts in {unfinished}); finish it with the same refdet "
+            "extract-features command and --resume"
+        )
     _refuse(option, path, kind, "a feature store", "an HDF5 file written by refdet extract-features")
 
 
@@ -87,8 +89,9 @@ def check_weights(option: str, path: Path) -> None:
     """
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE, FileKind.STATE):
-        raise InputError(f"{option} {path}: {kind.value} of refdet; pass the run directory itself to "
-                         "--checkpoint or --weights")  # fmt: skip
+        raise InputError(
+            f"{option} {path}: {kind.value} of refdet; pass the run directory itself to --checkpoint or --weights"
+        )
     if kind.is_folder:
         raise InputError(f"{option} {path}: a folder; give a file in it")
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):

@@ -36,9 +36,12 @@ SHOWN = 10
 @click.option("--trust-weights", is_flag=True, help="The initial weights have seen no held-out image.")
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
-    "--find-duplicates", "--by-content", "by_content", is_flag=True,
+    "--find-duplicates",
+    "--by-content",
+    "by_content",
+    is_flag=True,
     help="Also find copies under other ids, by image content.",
-)  # fmt: skip
+)
 @click.option("--images", metavar="DIR", help="Folder or zip of the images in F.json, for --find-duplicates.")
 @click.option("--refer-images", metavar="DIR", help="Folder or zip of the held-out images.  [default: --images]")
 @json_option
@@ -141,10 +144,16 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
     if content is not None and content.copies:
         echo_line()
         rows = [
-            (str(copy.image), str(copy.refer_image_id), str(copy.hamming_distance), f"{copy.correlation:.3f}",
-             "mirrored" if copy.mirrored else "", " ".join(copy.splits))
+            (
+                str(copy.image),
+                str(copy.refer_image_id),
+                str(copy.hamming_distance),
+                f"{copy.correlation:.3f}",
+                "mirrored" if copy.mirrored else "",
+                " ".join(copy.splits),
+            )
             for copy in content.copies
-        ]  # fmt: skip
+        ]
         echo_table(rows, ("image", "copy of", "hamming_distance", "correlation", "", "splits"))
 
 

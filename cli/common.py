@@ -22,8 +22,16 @@ class OutputLost(Exception):
 
 
 # The names of refdet.data.box_format, which brings numpy: too much for --help.
-BOX_FORMATS = ("xywh", "xyxy", "normalized", "thousandths",
-               "normalized-xyxy", "normalized-xywh", "thousandths-xyxy", "thousandths-xywh")  # fmt: skip
+BOX_FORMATS = (
+    "xywh",
+    "xyxy",
+    "normalized",
+    "thousandths",
+    "normalized-xyxy",
+    "normalized-xywh",
+    "thousandths-xyxy",
+    "thousandths-xywh",
+)
 
 
 def json_option(command: F) -> F:
@@ -34,9 +42,12 @@ def json_option(command: F) -> F:
 def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
     """Give a command ``--exif``; ``None`` as its default is for the one that has it in its recipe too."""
     return click.option(
-        "--exif", type=click.Choice(["ignore", "apply"]), default=default, show_default=default is not None,
+        "--exif",
+        type=click.Choice(["ignore", "apply"]),
+        default=default,
+        show_default=default is not None,
         help="EXIF orientation: ignore (COCO's boxes are for the pixels as stored), or apply to turn images upright.",
-    )  # fmt: skip
+    )
 
 
 def echo_line(text: str = "") -> None:
@@ -75,8 +86,15 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
 
     def decorate(command: F) -> F:
         # Options are shown in the order of their decorators; an eager one is read before the others.
-        hidden = click.option(old, f"{name}_by_its_old_name", hidden=True, is_eager=True, expose_value=False,
-                              callback=read_old, **attributes)  # fmt: skip
+        hidden = click.option(
+            old,
+            f"{name}_by_its_old_name",
+            hidden=True,
+            is_eager=True,
+            expose_value=False,
+            callback=read_old,
+            **attributes,
+        )
         return click.option(new, name, callback=read_new, help=help_, **attributes)(hidden(command))
 
     return decorate
@@ -90,10 +108,14 @@ def store_option(*, required: bool = False, name: str = "store", **attributes: A
 def box_format_option(option: str) -> Callable[[F], F]:
     """Give a command ``--box-format``, the form of the boxes in the file of another option."""
     return click.option(
-        "--box-format", type=click.Choice(BOX_FORMATS), default="xywh", show_default=True, metavar="FORMAT",
+        "--box-format",
+        type=click.Choice(BOX_FORMATS),
+        default="xywh",
+        show_default=True,
+        metavar="FORMAT",
         help=f"Format of the boxes in {option}: xywh or xyxy in pixels; normalized (0..1) or thousandths (0..1000) of "
         "the image size, with -xyxy or -xywh, or else in the order that fits.",
-    )  # fmt: skip
+    )
 
 
 def echo_json(obj: Any) -> None:

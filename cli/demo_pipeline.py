@@ -136,21 +136,55 @@ def demo(
         )
     with log.step("evaluate"):
         val, detected = data / "annotations" / "instances_val2014.json", out / "detection.json"
-        log.refdet("evaluate", "--checkpoint", model, "--instances", val, "--images", data / "val2014", "--json",
-                   output=detected)  # fmt: skip
+        log.refdet(
+            "evaluate",
+            "--checkpoint",
+            model,
+            "--instances",
+            val,
+            "--images",
+            data / "val2014",
+            "--json",
+            output=detected,
+        )
     with log.step("extract-features"):
         for dataset, split_by in DATASETS:
             held_out = _held_out_splits(refer_root, dataset, split_by)
-            log.refdet("extract-features", "--checkpoint", model, "--images", train_images,
-                       "--refer-root", refer_root, "--dataset", dataset, "--split-by", split_by,
-                       "--split", ",".join(held_out), "--out", _store(out, dataset))  # fmt: skip
+            log.refdet(
+                "extract-features",
+                "--checkpoint",
+                model,
+                "--images",
+                train_images,
+                "--refer-root",
+                refer_root,
+                "--dataset",
+                dataset,
+                "--split-by",
+                split_by,
+                "--split",
+                ",".join(held_out),
+                "--out",
+                _store(out, dataset),
+            )
     answers = _listen(log, out, model, train_images, refer_root)
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
             given = ("--predictions", answers) if answers is not None and dataset == DATASETS[0][0] else ()
-            log.refdet("evaluate-on-refer", "--store", _store(out, dataset), "--refer-root", refer_root,
-                       "--dataset", dataset, "--split-by", split_by, *given,
-                       "--out", out / "refer" / dataset)  # fmt: skip
+            log.refdet(
+                "evaluate-on-refer",
+                "--store",
+                _store(out, dataset),
+                "--refer-root",
+                refer_root,
+                "--dataset",
+                dataset,
+                "--split-by",
+                split_by,
+                *given,
+                "--out",
+                out / "refer" / dataset,
+            )
     parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
     metrics = {
         "detection": _read(detected),
@@ -162,10 +196,19 @@ def demo(
     }
     write_json(out / "metrics.json", metrics)
     steps = [Step(name, ABOUT[name], tuple(log.commands[name]), log.seconds[name]) for name in log.seconds]
-    write(out / "report.html", Inputs(
-        run=model, refer_root=refer_root, images=train_images, parts=parts, detection=_read(detected),
-        instances=split, source=original, steps=steps,
-    ))  # fmt: skip
+    write(
+        out / "report.html",
+        Inputs(
+            run=model,
+            refer_root=refer_root,
+            images=train_images,
+            parts=parts,
+            detection=_read(detected),
+            instances=split,
+            source=original,
+            steps=steps,
+        ),
+    )
     return metrics
 
 
@@ -177,11 +220,40 @@ def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -
     dataset, split_by = DATASETS[0]
     train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
     with log.step("listener"):
-        log.refdet("extract-features", "--checkpoint", model, "--images", images, "--refer-root", refer_root,
-                   "--dataset", dataset, "--split-by", split_by, "--split", "train", "--regions", "annotations",
-                   "--out", train, step="listener")  # fmt: skip
-        log.python("listener", LISTENER, "--train", train, "--test", _store(out, dataset), "--refer-root", refer_root,
-                   "--refs", *(f"{name}/{by}" for name, by in DATASETS), "--out", answers)  # fmt: skip
+        log.refdet(
+            "extract-features",
+            "--checkpoint",
+            model,
+            "--images",
+            images,
+            "--refer-root",
+            refer_root,
+            "--dataset",
+            dataset,
+            "--split-by",
+            split_by,
+            "--split",
+            "train",
+            "--regions",
+            "annotations",
+            "--out",
+            train,
+            step="listener",
+        )
+        log.python(
+            "listener",
+            LISTENER,
+            "--train",
+            train,
+            "--test",
+            _store(out, dataset),
+            "--refer-root",
+            refer_root,
+            "--refs",
+            *(f"{name}/{by}" for name, by in DATASETS),
+            "--out",
+            answers,
+        )
     return answers
 
 

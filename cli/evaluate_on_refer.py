@@ -35,9 +35,12 @@ TITLES = {
 @click.option("--predictions", type=Path, help="JSON of a model's answers, for comprehension and segmentation.")
 @click.option("--expressions", type=Path, help="JSON of generated expressions, for BLEU, ROUGE-L, CIDEr and METEOR.")
 @click.option(
-    "--protocol", type=click.Choice(["standard", "mattnet", "mdetr"]), default="standard", show_default=True,
+    "--protocol",
+    type=click.Choice(["standard", "mattnet", "mdetr"]),
+    default="standard",
+    show_default=True,
     help="Box comparison: mattnet uses MAttNet's IoU; mdetr uses generalized IoU for answers.",
-)  # fmt: skip
+)
 @box_format_option("--predictions")
 @click.option("--out", type=Path, required=True, help="Folder for metrics.json, metrics.csv and recall.svg.")
 @json_option

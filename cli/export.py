@@ -20,34 +20,55 @@ if TYPE_CHECKING:
 
 # Options that only some formats take, by their parameters, and the parameter that is not called as its option.
 TAKEN = {
-    "mattnet": ("annotations", "refer_root", "dataset", "split_by", "data_json", "word_count_threshold", "max_length",
-                "attributes", "top_attributes"),
+    "mattnet": (
+        "annotations",
+        "refer_root",
+        "dataset",
+        "split_by",
+        "data_json",
+        "word_count_threshold",
+        "max_length",
+        "attributes",
+        "top_attributes",
+    ),
     "npz": ("consumer", "feature", "names"),
     "lmdb": ("consumer", "feature"),
-}  # fmt: skip
+}
 OPTIONS = {"consumer": "for"}
 
 
 @click.command("export")
 @store_option(type=Path, required=True, help="Store written by extract-features.")
 @click.option("--format", "format_", type=click.Choice(list(TAKEN)), required=True, help="Output format.")
-@click.option("--for", "consumer", type=click.Choice([*consumers.NPZ, *consumers.LMDB]),
-              help="npz, lmdb: the program that will read it.  "
-                   f"[default: {consumers.NPZ[0]}, {consumers.LMDB[0]}]")  # fmt: skip
+@click.option(
+    "--for",
+    "consumer",
+    type=click.Choice([*consumers.NPZ, *consumers.LMDB]),
+    help=f"npz, lmdb: the program that will read it.  [default: {consumers.NPZ[0]}, {consumers.LMDB[0]}]",
+)
 @click.option("--out", type=Path, required=True, help="Folder to write; must be empty or absent.")
 @click.option("--feature", help="npz, lmdb: the feature to export.  [default: fc7]")
-@click.option("--names", type=click.Choice(["stem", "file", "id"]),
-              help="npz: name files after the image file without or with its suffix, or the id.  "
-                   "[default: stem; file for rosita]")  # fmt: skip
+@click.option(
+    "--names",
+    type=click.Choice(["stem", "file", "id"]),
+    help="npz: name files after the image file without or with its suffix, or the id.  "
+    "[default: stem; file for rosita]",
+)
 @click.option("--annotations", type=Path, help="mattnet: store made with --regions annotations, for ann_feats.h5.")
 @click.option("--refer-root", type=Path, help="mattnet: folder of the REFER data, for data.json and data.h5.")
 @click.option("--dataset", help="mattnet: refcoco, refcoco+ or refcocog.")
 @click.option("--split-by", help="mattnet: unc, umd or google.")
 @click.option("--data-json", type=Path, help="mattnet: data.json from its own prepro.py, instead of --refer-root.")
-@click.option("--word-count-threshold", type=click.IntRange(min=0),
-              help="mattnet: words with at most this count become <UNK>.  [default: 5]")  # fmt: skip
-@click.option("--max-length", type=click.IntRange(min=1),
-              help="mattnet: maximum words per sentence.  [default: 20 for refcocog, else 10]")  # fmt: skip
+@click.option(
+    "--word-count-threshold",
+    type=click.IntRange(min=0),
+    help="mattnet: words with at most this count become <UNK>.  [default: 5]",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="mattnet: maximum words per sentence.  [default: 20 for refcocog, else 10]",
+)
 @click.option("--attributes", type=Path, help="mattnet: refer-parser2's sents.json, for attribute words.")
 @click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: number of attribute words.  [default: 50]")
 @json_option

@@ -55,9 +55,12 @@ if TYPE_CHECKING:
 @click.option("--boxes", type=Path, help="Instead of --regions: boxes from COCO results JSON or a store (.h5).")
 @box_format_option("--boxes")
 @click.option(
-    "--masks", type=click.Choice(["annotated", "predicted"]), default="annotated", show_default=True,
+    "--masks",
+    type=click.Choice(["annotated", "predicted"]),
+    default="annotated",
+    show_default=True,
     help="With annotations or --boxes: use their masks, or predict them.",
-)  # fmt: skip
+)
 @click.option(
     "--features",
     default="pool5,fc7",
@@ -86,9 +89,12 @@ if TYPE_CHECKING:
     help="IoU threshold of the NMS within a class.",
 )
 @renamed_option(
-    "--lower-threshold-if-empty", "--at-least-one", "lower_threshold_if_empty", is_flag=True,
+    "--lower-threshold-if-empty",
+    "--at-least-one",
+    "lower_threshold_if_empty",
+    is_flag=True,
     help="Lower the threshold in steps of 0.1 for an image without regions.",
-)  # fmt: skip
+)
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Per image.")
 @click.option("--batch-size", default="4", show_default=True, help="Images per batch, or auto for as many as fit.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
@@ -101,9 +107,12 @@ if TYPE_CHECKING:
     help="Arithmetic of the network.",
 )
 @click.option(
-    "--compression", type=click.Choice(["none", "gzip", "lzf"]), default="none", show_default=True,
+    "--compression",
+    type=click.Choice(["none", "gzip", "lzf"]),
+    default="none",
+    show_default=True,
     help="Compression of features and maps.",
-)  # fmt: skip
+)
 @exif_option()
 @click.option("--strict", is_flag=True, help="Stop at an unusable image instead of recording the error.")
 @click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
@@ -215,8 +224,10 @@ def command(
     if done.computed == 0:
         note(f"{out} is complete")
     if done.errors:
-        note(f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
-             "the files are repaired, repeat the command with --resume to recompute their batches")  # fmt: skip
+        note(
+            f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
+            "the files are repaired, repeat the command with --resume to recompute their batches"
+        )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return

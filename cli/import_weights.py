@@ -17,9 +17,12 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--trained-on", type=Path, help="The split it was trained on, if known.")
 @renamed_option(
-    "--weight-format", "--style", "style", type=click.Choice(["caffe", "torchvision"]),
+    "--weight-format",
+    "--style",
+    "style",
+    type=click.Choice(["caffe", "torchvision"]),
     help="Format of an ImageNet ResNet; detected by default.",
-)  # fmt: skip
+)
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
     """Convert a checkpoint of lichengunc/mask-faster-rcnn or an ImageNet ResNet to a run directory."""

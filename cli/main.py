@@ -207,9 +207,13 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 @click.option("-v", "--verbose", is_flag=True, help="Also print what is read, chosen and skipped.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only results and errors: no notes, no progress.")
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
     help="Show the versions of refdet and PyTorch, the device and the kernels.",
-)  # fmt: skip
+)
 @click.pass_context
 def main(context: click.Context, verbose: bool, quiet: bool) -> None:
     """Leak-free Mask R-CNN regions and features for referring expressions."""

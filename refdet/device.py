@@ -67,8 +67,13 @@ def exact_float32() -> Iterator[None]:
     they contradict each other, so both are set. They are per process, not per thread.
     """
     backends: Any = torch.backends
-    newer = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.conv,
-             backends.mkldnn.matmul)  # fmt: skip
+    newer = (
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.cuda.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.matmul,
+    )
     before = [setting.fp32_precision for setting in newer]
     convolutions = _older(lambda: backends.cudnn.allow_tf32, False)
     products = _older(torch.get_float32_matmul_precision, "highest")

@@ -45,8 +45,16 @@ class Interrupted(RefdetError):
 
 
 # Errors specific to a single file, which need not affect other files on the same disk.
-_OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
-              errno.EINVAL}  # fmt: skip
+_OF_A_FILE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+}
 
 
 def is_of_the_machine(error: BaseException) -> bool:

@@ -99,8 +99,7 @@ class REFER:
     def _add(self, ref: Ref) -> None:
         ref_id, image_id = ref["ref_id"], ref["image_id"]
         if image_id not in self.Imgs:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} has image {image_id}, "
-                                 "which is not in instances.json")  # fmt: skip
+            raise ReferDataError(f"{self.DATA_DIR}: ref {ref_id} has image {image_id}, which is not in instances.json")
         anns = [self._target(ref, ann_id) for ann_id in target_ids(ref)]
         self.Refs[ref_id] = ref
         self.imgToRefs.setdefault(image_id, []).append(ref)
@@ -121,11 +120,14 @@ class REFER:
     def _target(self, ref: Ref, ann_id: Any) -> Annotation:
         ann = self.Anns.get(ann_id)
         if ann is None:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} has annotation {ann_id}, "
-                                 "which is not in instances.json")  # fmt: skip
+            raise ReferDataError(
+                f"{self.DATA_DIR}: ref {ref['ref_id']} has annotation {ann_id}, which is not in instances.json"
+            )
         if ann["image_id"] != ref["image_id"]:
-            raise ReferDataError(f"{self.DATA_DIR}: ref {ref['ref_id']} has image {ref['image_id']}, but "
-                                 f"its annotation {ann_id} has image {ann['image_id']}")  # fmt: skip
+            raise ReferDataError(
+                f"{self.DATA_DIR}: ref {ref['ref_id']} has image {ref['image_id']}, but "
+                f"its annotation {ann_id} has image {ann['image_id']}"
+            )
         return ann
 
     def __len__(self) -> int:
@@ -160,9 +162,8 @@ class REFER:
             of_cats = {ref["ref_id"] for cat in cats for ref in self.catToRefs.get(cat, [])}
             refs = [ref for ref in refs if ref["ref_id"] in of_cats]
         return [
-            ref["ref_id"] for ref in refs
-            if (not ids or ref["ref_id"] in ids) and (not asked or ref["split"] in splits)
-        ]  # fmt: skip
+            ref["ref_id"] for ref in refs if (not ids or ref["ref_id"] in ids) and (not asked or ref["split"] in splits)
+        ]
 
     def _splits(self, asked: str) -> set[str]:
         there = set(self.availableSplits)
@@ -183,9 +184,8 @@ class REFER:
         if images:
             anns = [ann for one in dict.fromkeys(images) for ann in self.imgToAnns.get(one, [])]
         return [
-            ann["id"] for ann in anns
-            if (not cats or ann.get("category_id") in cats) and (not refs or ann["id"] in ids)
-        ]  # fmt: skip
+            ann["id"] for ann in anns if (not cats or ann.get("category_id") in cats) and (not refs or ann["id"] in ids)
+        ]
 
     def getImgIds(self, ref_ids: Ids = ()) -> list[int]:
         """Return the unique ids of the images of refs, or of all images if no ref is given."""

@@ -85,8 +85,10 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
     data = image_folder.read_file(path, _MOST_BYTES)
     with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.size != size:
-            raise ReferDataError(f"{path}: is {opened.width}x{opened.height}, but instances.json says "
-                                 f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images")  # fmt: skip
+            raise ReferDataError(
+                f"{path}: is {opened.width}x{opened.height}, but instances.json says "
+                f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images"
+            )
         return np.asarray(as_rgb(opened).convert("RGB"))
 
 

@@ -168,8 +168,9 @@ def _plain(values: list[Any]) -> list[Any]:
 def _scalars(values: Collection[Any]) -> Collection[Any]:
     for value in values:
         if not isinstance(value, _SCALARS):
-            raise ReferDataError(f"has a {type(value).__name__} as dictionary key or set member; "
-                                 "only numbers and strings are supported")  # fmt: skip
+            raise ReferDataError(
+                f"has a {type(value).__name__} as dictionary key or set member; only numbers and strings are supported"
+            )
     return values
 
 
@@ -207,8 +208,11 @@ def _int(line: bytes) -> int:
         return line == b"01"
     line = line.removesuffix(b"L")
     if not _INTEGER.fullmatch(line):
-        raise ReferDataError("has an integer of more than 64 bits" if line.strip(b"-").isdigit() else "has an "
-                             f"invalid integer: {line[:20]!a}")  # fmt: skip
+        raise ReferDataError(
+            "has an integer of more than 64 bits"
+            if line.strip(b"-").isdigit()
+            else f"has an invalid integer: {line[:20]!a}"
+        )
     return int(line)
 
 

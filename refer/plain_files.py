@@ -38,8 +38,10 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
             raise ReferDataError(f"{path}: not a file")
         size = path.stat().st_size
         if size > most:
-            raise ReferDataError(f"{path}: has {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f} MiB; "
-                                 "check that it is the right file")  # fmt: skip
+            raise ReferDataError(
+                f"{path}: has {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f} MiB; "
+                "check that it is the right file"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise ReferNotFoundError(f"{path}: no such file") from None

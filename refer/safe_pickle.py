@@ -30,17 +30,33 @@ def _counted(opcode: bytes, width: int) -> bytes:
 # 2000, as each one uses memory until the end of the match.) Tuples and sets are left to `Machine`.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
 _SIMPLE = re.compile(
-    b"(?:" + b"|".join((
-        rb"[hK].", _counted(b"X", 4) + _PUT + b"?", _counted(rb"\x8c", 1) + _PUT + b"?",
-        rb"[aeus(N\x88\x89]", rb"[\]}ld]" + _PUT + b"?", rb"j.{4}", rb"g\d{1,7}\n",
-        rb"(?:S'(?:[^'\\\n]|\\[^\n])*'\n|V[^\n]*\n|S\"(?:[^\"\\\n]|\\[^\n])*\"\n)" + _PUT + b"?[as]?",
-        rb"M..", rb"J.{4}", rb"I(?:0[01]?|-?[1-9]\d{0,17})\n", rb"L(?:0|-?[1-9]\d{0,17})L?\n", rb"G.{8}",
-        _counted(b"U", 1) + _PUT + b"?", rb"F-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]?\d{1,3})?\n",
-        rb"\x8a(?:" + b"|".join(rb"\x%02x.{%d}" % (n, n) for n in range(9)) + b")",
-        _PUT, rb"\x95.{8}", rb"\x80[\x00-\x05]",
-    )) + b"){1,2000}",
+    b"(?:"
+    + b"|".join(
+        (
+            rb"[hK].",
+            _counted(b"X", 4) + _PUT + b"?",
+            _counted(rb"\x8c", 1) + _PUT + b"?",
+            rb"[aeus(N\x88\x89]",
+            rb"[\]}ld]" + _PUT + b"?",
+            rb"j.{4}",
+            rb"g\d{1,7}\n",
+            rb"(?:S'(?:[^'\\\n]|\\[^\n])*'\n|V[^\n]*\n|S\"(?:[^\"\\\n]|\\[^\n])*\"\n)" + _PUT + b"?[as]?",
+            rb"M..",
+            rb"J.{4}",
+            rb"I(?:0[01]?|-?[1-9]\d{0,17})\n",
+            rb"L(?:0|-?[1-9]\d{0,17})L?\n",
+            rb"G.{8}",
+            _counted(b"U", 1) + _PUT + b"?",
+            rb"F-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]?\d{1,3})?\n",
+            rb"\x8a(?:" + b"|".join(rb"\x%02x.{%d}" % (n, n) for n in range(9)) + b")",
+            _PUT,
+            rb"\x95.{8}",
+            rb"\x80[\x00-\x05]",
+        )
+    )
+    + b"){1,2000}",
     re.DOTALL,
-)  # fmt: skip
+)
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
 _LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
 # Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `Machine` joins them.

@@ -27,19 +27,25 @@ class Counts(NamedTuple):
 ARCHIVES = {name: f"{name}.zip" for name in ("refclef", "refcoco", "refcoco+", "refcocog")}
 COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("refcoco", "unc"): {
-        "train": Counts(42404, 16994), "val": Counts(3811, 1500, 10834),
-        "testA": Counts(1975, 750, 5657), "testB": Counts(1810, 750, 5095),
+        "train": Counts(42404, 16994),
+        "val": Counts(3811, 1500, 10834),
+        "testA": Counts(1975, 750, 5657),
+        "testB": Counts(1810, 750, 5095),
     },
     ("refcoco", "google"): {"train": Counts(40000, 19213), "val": Counts(5000, 4559), "test": Counts(5000, 4527)},
     ("refcoco+", "unc"): {
-        "train": Counts(42278, 16992), "val": Counts(3805, 1500, 10758),
-        "testA": Counts(1975, 750, 5726), "testB": Counts(1798, 750, 4889),
+        "train": Counts(42278, 16992),
+        "val": Counts(3805, 1500, 10758),
+        "testA": Counts(1975, 750, 5726),
+        "testB": Counts(1798, 750, 4889),
     },
     ("refcocog", "umd"): {
-        "train": Counts(42226, 21899), "val": Counts(2573, 1300, 4896), "test": Counts(5023, 2600),
+        "train": Counts(42226, 21899),
+        "val": Counts(2573, 1300, 4896),
+        "test": Counts(5023, 2600),
     },
     ("refcocog", "google"): {"train": Counts(44822, 24698), "val": Counts(5000, 4650)},
-}  # fmt: skip
+}
 _IN_WORDS = {
     "refclef": "about 20000 images, from saiapr_tc-12.zip instead of COCO, split by unc and by berkeley",
     "grefcoco": "278232 sentences on 19994 images, split by unc",

@@ -12,8 +12,23 @@ from .validation import box_of
 if TYPE_CHECKING:
     import pandas
 
-_COLUMNS = ("sent_id", "sent", "tokens", "ref_id", "split", "image_id", "file_name", "ann_id", "category_id",
-            "category", "targets", "x", "y", "width", "height")  # fmt: skip
+_COLUMNS = (
+    "sent_id",
+    "sent",
+    "tokens",
+    "ref_id",
+    "split",
+    "image_id",
+    "file_name",
+    "ann_id",
+    "category_id",
+    "category",
+    "targets",
+    "x",
+    "y",
+    "width",
+    "height",
+)
 
 
 class Dataset(Protocol):
@@ -52,11 +67,22 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
     for ref in refer:
         targets = target_ids(ref)
         box = box_of(refer.DATA_DIR, refer.Anns[targets[0]]) if len(targets) == 1 else [float("nan")] * 4
-        category: Any = refer.Cats.get(ref["category_id"]) if not refer.generalized else [
-            refer.Cats.get(one) for one in ref["category_id"] if targets
-        ]  # fmt: skip
+        category: Any = (
+            refer.Cats.get(ref["category_id"])
+            if not refer.generalized
+            else [refer.Cats.get(one) for one in ref["category_id"] if targets]
+        )
         image = refer.Imgs[ref["image_id"]]
-        common = (ref["ref_id"], ref["split"], ref["image_id"], image.get("file_name"), ref["ann_id"],
-                  ref["category_id"], category, len(targets), *box)  # fmt: skip
+        common = (
+            ref["ref_id"],
+            ref["split"],
+            ref["image_id"],
+            image.get("file_name"),
+            ref["ann_id"],
+            ref["category_id"],
+            category,
+            len(targets),
+            *box,
+        )
         rows += [(one["sent_id"], one["sent"], one["tokens"], *common) for one in ref["sentences"]]
     return pandas.DataFrame(rows, columns=list(_COLUMNS))

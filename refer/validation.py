@@ -13,8 +13,13 @@ from .errors import ReferDataError
 Kinds = type | tuple[type, ...]
 
 _REF: dict[str, Kinds] = {
-    "ref_id": int, "ann_id": int, "category_id": int, "image_id": int, "split": str, "sentences": list
-}  # fmt: skip
+    "ref_id": int,
+    "ann_id": int,
+    "category_id": int,
+    "image_id": int,
+    "split": str,
+    "sentences": list,
+}
 _GENERALIZED: dict[str, Kinds] = _REF | {"ann_id": list, "category_id": list}
 _REF_MAY: dict[str, Kinds] = {"file_name": str, "sent_ids": list}
 _SENTENCE: dict[str, Kinds] = {"sent_id": int, "sent": str, "tokens": list}

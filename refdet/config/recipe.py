@@ -270,8 +270,9 @@ def _deprecate(renamed: Sequence[str]) -> None:
 
 def _over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge ``changes`` into the tree ``base``."""
-    parts = {k: {**base[k], **v} if isinstance(base.get(k), dict) and isinstance(v, dict) else v
-             for k, v in changes.items()}  # fmt: skip
+    parts = {
+        k: {**base[k], **v} if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in changes.items()
+    }
     return {**base, **parts}
 
 

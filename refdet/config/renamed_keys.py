@@ -32,8 +32,13 @@ VALUES: dict[tuple[str, str], dict[str, str]] = {("model", "pooling"): {"crop": 
 """(part, new key) -> old value -> new value."""
 
 
-LOSSES = {"loss_classifier": "score", "loss_box_reg": "box", "loss_mask": "mask", "loss_objectness": "rpn_score",
-          "loss_rpn_box_reg": "rpn_box"}  # fmt: skip
+LOSSES = {
+    "loss_classifier": "score",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+    "loss_objectness": "rpn_score",
+    "loss_rpn_box_reg": "rpn_box",
+}
 """New -> old names of the losses in metrics.jsonl, which has both."""
 
 

@@ -89,14 +89,16 @@ class BoxForm:
 
 
 # In order of preference where several fit equally well.
-FORMS: Mapping[str, BoxForm] = MappingProxyType({
-    "xywh": BoxForm(False, PIXELS, "[x, y, width, height] in pixels"),
-    "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
-    "normalized-xyxy": BoxForm(True, SHARES, "[x1, y1, x2, y2] in 0..1 of the image"),
-    "normalized-xywh": BoxForm(False, SHARES, "[x, y, width, height] in 0..1 of the image"),
-    "thousandths-xyxy": BoxForm(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
-    "thousandths-xywh": BoxForm(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
-})  # fmt: skip
+FORMS: Mapping[str, BoxForm] = MappingProxyType(
+    {
+        "xywh": BoxForm(False, PIXELS, "[x, y, width, height] in pixels"),
+        "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
+        "normalized-xyxy": BoxForm(True, SHARES, "[x1, y1, x2, y2] in 0..1 of the image"),
+        "normalized-xywh": BoxForm(False, SHARES, "[x, y, width, height] in 0..1 of the image"),
+        "thousandths-xyxy": BoxForm(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
+        "thousandths-xywh": BoxForm(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
+    }
+)
 # The order of the numbers in these two is inferred from the boxes.
 BY_EVIDENCE = ("normalized", "thousandths")
 NAMES = ("xywh", "xyxy", *BY_EVIDENCE, *list(FORMS)[2:])
@@ -133,11 +135,15 @@ def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[s
 
 def _order(corners: str, lengths: str, wrong: Mapping[str, int], count: int) -> str:
     if wrong[corners] == wrong[lengths]:
-        return (f"note: reading boxes as {FORMS[corners].text}; if they are {FORMS[lengths].text}, which equally many "
-                f"({count - wrong[corners]} of {count}) fit, give --box-format {lengths}")  # fmt: skip
+        return (
+            f"note: reading boxes as {FORMS[corners].text}; if they are {FORMS[lengths].text}, which equally many "
+            f"({count - wrong[corners]} of {count}) fit, give --box-format {lengths}"
+        )
     chosen, other = (lengths, corners) if wrong[lengths] < wrong[corners] else (corners, lengths)
-    return (f"note: reading boxes as {FORMS[chosen].text}, which {wrong[chosen]} of {count} do not fit; "
-            f"{wrong[other]} do not fit {FORMS[other].text}")  # fmt: skip
+    return (
+        f"note: reading boxes as {FORMS[chosen].text}, which {wrong[chosen]} of {count} do not fit; "
+        f"{wrong[other]} do not fit {FORMS[other].text}"
+    )
 
 
 def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, int]) -> str | None:
@@ -145,16 +151,20 @@ def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, 
     form, count = FORMS[name], len(boxes)
     tiny = int(form.tiny(boxes, sizes).sum())
     if tiny > count / 2:
-        return (f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {form.text}; if they are "
-                "in 0..1 of the image, give --box-format normalized")  # fmt: skip
+        return (
+            f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {form.text}; if they are "
+            "in 0..1 of the image, give --box-format normalized"
+        )
     share = wrong[name] / count
     # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
     others = [o for o in FORMS if o != name and (FORMS[o].unit != THOUSANDTHS or share > _MANY)]
     best = min(others, key=lambda other: wrong[other] + (FORMS[other].unit == THOUSANDTHS) * _SOME * count)
     said = f"warning: {wrong[name]} of {count} boxes {_fault(form)} when read as {form.text}"
     if share > _SOME and wrong[best] < wrong[name] / 2:
-        return (f"{said}, but {wrong[best]} when read as {FORMS[best].text}; if they are that, give "
-                f"--box-format {_without_order(best)}")  # fmt: skip
+        return (
+            f"{said}, but {wrong[best]} when read as {FORMS[best].text}; if they are that, give "
+            f"--box-format {_without_order(best)}"
+        )
     if form.stray(boxes, sizes).mean() > _MANY:
         return f"{said}; no other --box-format fits better, check that the images have the same size"
     return _range_doubt(name, boxes, sizes, wrong)
@@ -167,12 +177,16 @@ def _range_doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping
         return None
     pixels = min(("xyxy", "xywh"), key=lambda order: (wrong[order], FORMS[order].corners != form.corners))
     if form.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and wrong[pixels] == 0:
-        return (f"warning: all {count} boxes lie within their images when read as {FORMS[pixels].text}, not as "
-                f"{form.text}; if they are that, give --box-format {pixels}")  # fmt: skip
+        return (
+            f"warning: all {count} boxes lie within their images when read as {FORMS[pixels].text}, not as "
+            f"{form.text}; if they are that, give --box-format {pixels}"
+        )
     last = float(form.to_pixels(boxes, sizes)[:, 2:].max())
     if form.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
-        return (f"warning: none of {count} boxes exceeds 1000 when read as {form.text}, though all images are larger; "
-                "if they are in 0..1000 of the image, give --box-format thousandths")  # fmt: skip
+        return (
+            f"warning: none of {count} boxes exceeds 1000 when read as {form.text}, though all images are larger; "
+            "if they are in 0..1000 of the image, give --box-format thousandths"
+        )
     return None
 
 

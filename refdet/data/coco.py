@@ -131,8 +131,10 @@ class CocoIndex:
         if dropped:
             log.warning(
                 "note: %s: %d unusable annotations (first: %s); refdet inspect lists them",
-                path, len(dropped), dropped[0],
-            )  # fmt: skip
+                path,
+                len(dropped),
+                dropped[0],
+            )
         if need_segmentation:
             objects = [a for of_image in annotations.values() for a in of_image if not a.iscrowd]
             if objects and all(a.segmentation is None for a in objects):
@@ -140,8 +142,13 @@ class CocoIndex:
                     f"{path}: none of its {len(objects)} objects has a segmentation; train without masks by "
                     "--set model.masks=false"
                 )
-        log.info("%s: %d images, %d annotations, %d categories", path, len(index.images),
-                 sum(map(len, index.annotations.values())), len(index.categories))  # fmt: skip
+        log.info(
+            "%s: %d images, %d annotations, %d categories",
+            path,
+            len(index.images),
+            sum(map(len, index.annotations.values())),
+            len(index.categories),
+        )
         return index
 
 

@@ -18,8 +18,12 @@ _COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
 # Entries of Visual Genome's other files have no image name but lists under these keys.
 _GENOME_LISTS = {
-    "regions": None, "relationships": None, "qas": None, "objects": "object_id", "attributes": "object_id",
-}  # fmt: skip
+    "regions": None,
+    "relationships": None,
+    "qas": None,
+    "objects": "object_id",
+    "attributes": "object_id",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,11 @@ class OrientationNote:
         )
         log.warning(
             "note: --images %s: %d of the images read have an EXIF orientation other than 1, such as %s; %s",
-            self._source.path, len(names), names[0], done,
-        )  # fmt: skip
+            self._source.path,
+            len(names),
+            names[0],
+            done,
+        )
 
     def __enter__(self) -> OrientationNote:
         return self

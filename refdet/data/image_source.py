@@ -69,8 +69,13 @@ class ImageSource:
         files = open_files(Path(path))
         unread, above = files.listing.unread, files.listing.above
         if unread:
-            log.warning("note: --images %s: %d subfolders cannot be listed, first: %s (%s)",
-                        path, len(unread), unread[0][0], unread[0][1].strerror)  # fmt: skip
+            log.warning(
+                "note: --images %s: %d subfolders cannot be listed, first: %s (%s)",
+                path,
+                len(unread),
+                unread[0][0],
+                unread[0][1].strerror,
+            )
         if above:
             log.warning("note: --images %s: link %s to a parent folder is not followed", path, above[0])
         source = cls(files, exif)
@@ -95,8 +100,13 @@ class ImageSource:
         if moved:
             log.warning(
                 "note: --images %s: %d of %d images are in another folder than their file_name says, first: %s, "
-                "read from %s", self.path, len(moved), len(records), moved[0][0].file_name, moved[0][1].path,
-            )  # fmt: skip
+                "read from %s",
+                self.path,
+                len(moved),
+                len(records),
+                moved[0][0].file_name,
+                moved[0][1].path,
+            )
         return [
             f"{_named(record)} ({match.reason})"
             for record, match in zip(records, matches, strict=True)

@@ -28,8 +28,9 @@ def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, s
         InputError: a polygon is not a list of an even number of finite numbers.
     """
     if value and type(value[0]) in (int, float) and all(type(part) in (int, float) for part in value):
-        raise InputError(f"{path}: {what}: 'segmentation' is a flat list of numbers; wrap it in "
-                         "another list: [[x, y, x, y, ...]]")  # fmt: skip
+        raise InputError(
+            f"{path}: {what}: 'segmentation' is a flat list of numbers; wrap it in another list: [[x, y, x, y, ...]]"
+        )
     for polygon in value:
         try:
             # Summing is the fastest check that all numbers of a long list are finite.

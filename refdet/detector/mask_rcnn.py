@@ -160,9 +160,16 @@ class MaskRCNN(nn.Module):
         return torch.cat(rois), torch.cat(labels), torch.cat(matches)
 
     def _mask_loss(
-        self, maps: list[Tensor], rois: Tensor, pooled_at: Tensor, labels: Tensor, matched: Tensor,
-        features: RoiFeatures, positive: Tensor, targets: Sequence[GroundTruth],
-    ) -> Tensor:  # fmt: skip
+        self,
+        maps: list[Tensor],
+        rois: Tensor,
+        pooled_at: Tensor,
+        labels: Tensor,
+        matched: Tensor,
+        features: RoiFeatures,
+        positive: Tensor,
+        targets: Sequence[GroundTruth],
+    ) -> Tensor:
         """Mean binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are no masks."""
         drawn = [mask is not None for target in targets for mask in target.masks or ()]
         if not all(drawn):

@@ -198,7 +198,10 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
     described = _image_features(found, found.boxes, size)
     ids = np.asarray(category_ids, np.int64)
     return Regions(
-        record.id, record.file_name, record.height, record.width,
+        record.id,
+        record.file_name,
+        record.height,
+        record.width,
         boxes=found.boxes.numpy(),
         scores=found.scores.numpy(),
         category_ids=ids[found.labels.numpy() - 1],
@@ -206,7 +209,7 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
         features=described.features,
         maps=described.maps,
         im_info=described.im_info,
-    )  # fmt: skip
+    )
 
 
 def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize) -> ImageFeatures:

@@ -83,8 +83,9 @@ def evaluate(
 
     where = usable_device(device)
     if usable_precision(precision, where) != precision:
-        log.warning("note: --precision %s: this processor has no %s arithmetic: computing in float32", precision,
-                    precision)  # fmt: skip
+        log.warning(
+            "note: --precision %s: this processor has no %s arithmetic: computing in float32", precision, precision
+        )
         precision = "float32"
     detector = loading.load(run, where, for_inference=True, bf16=precision == "bfloat16")
     results: list[dict[str, Any]] = []
@@ -164,5 +165,9 @@ def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
     annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
     bare = sum(not annotation.segmentation for annotation in annotations)
     if masks and bare:
-        log.warning("note: %s: %d of %d annotations have no segmentation; mask AP uses their boxes instead",
-                    index.path, bare, len(annotations))  # fmt: skip
+        log.warning(
+            "note: %s: %d of %d annotations have no segmentation; mask AP uses their boxes instead",
+            index.path,
+            bare,
+            len(annotations),
+        )

@@ -132,15 +132,19 @@ class _Reader:
     def _check_list(self, kind: str, value: Any) -> None:
         if kind in _LISTS:
             if not self.several:
-                raise InputError(f"{kind} is for gRefCOCO; a sentence of this dataset means one object: "
-                                 f"{_LISTS[kind]}, or ranked_regions or ranked_boxes, the best first")  # fmt: skip
+                raise InputError(
+                    f"{kind} is for gRefCOCO; a sentence of this dataset means one object: "
+                    f"{_LISTS[kind]}, or ranked_regions or ranked_boxes, the best first"
+                )
             if not isinstance(value, list):
                 raise InputError(f"{kind} must be a list, [] for no object, not {value!r:.40}")
         elif self.several:
             raise InputError(f"{kind} is not for gRefCOCO, where an answer is what all objects are: {kind[7:]}")
         elif not isinstance(value, list) or not value:
-            raise InputError(f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
-                             "sentence without an answer")  # fmt: skip
+            raise InputError(
+                f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "
+                "sentence without an answer"
+            )
 
     def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
         """Box (xyxy in pixels) and mask, if any, of each answer."""

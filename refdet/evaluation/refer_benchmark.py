@@ -125,8 +125,10 @@ def _check_images(store: Store, refer: REFER, split: str, arguments: str) -> Non
     lost = [i for i in ids if i not in store]
     if lost:
         first = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
-        raise InputError(f"{store.path}: lacks {len(lost)} of the {len(ids)} images of split {split} ({first}); "
-                         f"extract them with: refdet extract-features {arguments} --split {split}")  # fmt: skip
+        raise InputError(
+            f"{store.path}: lacks {len(lost)} of the {len(ids)} images of split {split} ({first}); "
+            f"extract them with: refdet extract-features {arguments} --split {split}"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,13 @@ class _Run:
             log.warning("note: split %s: %s", split, reason)
         strange = sum(result["category_id"] not in self.index.categories for result in results)
         if strange:
-            log.warning("note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out", split,
-                        strange, len(results), self.index.path)  # fmt: skip
+            log.warning(
+                "note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out",
+                split,
+                strange,
+                len(results),
+                self.index.path,
+            )
         outlined = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
             "images": len(regions),
@@ -174,14 +181,23 @@ class _Run:
         answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
         rates = answered["comprehension"]
         if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
-            log.warning("note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
-                        "the original images, and in the form of --box-format?", split, rates["accuracy@0.5"],
-                        rates["random_baseline@0.5"])  # fmt: skip
+            log.warning(
+                "note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
+                "the original images, and in the form of --box-format?",
+                split,
+                rates["accuracy@0.5"],
+                rates["random_baseline@0.5"],
+            )
         masks = answered["segmentation"]
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
             bare = masks["missing"] - answered["comprehension"]["missing"]
-            log.warning("note: %s: %d of %d sentences are answered with a box where others have a mask; "
-                        "among the masks they count as wrong", split, bare, metrics["sentences"])  # fmt: skip
+            log.warning(
+                "note: %s: %d of %d sentences are answered with a box where others have a mask; "
+                "among the masks they count as wrong",
+                split,
+                bare,
+                metrics["sentences"],
+            )
         return metrics | answered
 
     def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:

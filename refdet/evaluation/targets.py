@@ -45,8 +45,10 @@ def mask(refer: REFER, targets: Sequence[Any], image: ImageRecord) -> dict:
     rles = [empty_mask(image.height, image.width)]
     for annotation in targets:
         if not annotation.get("segmentation"):
-            raise InputError(f"{refer.DATA_DIR}: annotation {annotation['id']} has no segmentation to compare masks "
-                             "with; give predictions as boxes")  # fmt: skip
+            raise InputError(
+                f"{refer.DATA_DIR}: annotation {annotation['id']} has no segmentation to compare masks "
+                "with; give predictions as boxes"
+            )
         try:
             rles.append(to_rle(annotation["segmentation"], image.height, image.width))
         except InputError as error:

@@ -111,10 +111,15 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
     for image_id, of in rows.items():
         record = index.images[image_id]
         regions[image_id] = Regions(
-            image_id, record.file_name, record.height, record.width,
-            boxes=cut[of], scores=scores[of], category_ids=categories[of],
+            image_id,
+            record.file_name,
+            record.height,
+            record.width,
+            boxes=cut[of],
+            scores=scores[of],
+            category_ids=categories[of],
             masks=tuple(masks[image_id]) if with_masks else None,
-        )  # fmt: skip
+        )
     return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=form)
 
 
@@ -161,8 +166,7 @@ def _check_inside(corners: list[float], record: ImageRecord, read_as: str = "") 
     if not (x1 < x2 and y1 < y2):
         raise InputError(f"box {corners} (x1, y1, x2, y2){read} has no area")
     if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
-        raise InputError(f"box {corners} (x1, y1, x2, y2){read} is outside its image of "
-                         f"{record.width}x{record.height}")  # fmt: skip
+        raise InputError(f"box {corners} (x1, y1, x2, y2){read} is outside its image of {record.width}x{record.height}")
 
 
 def _is_number(value: object) -> bool:
@@ -214,8 +218,10 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
         if record is None:
             raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
         if (height, width) != (record.height, record.width):
-            raise InputError(f"--boxes {path}: image {image_id} is {width}x{height} there, but "
-                             f"{record.width}x{record.height} in {index.path}")  # fmt: skip
+            raise InputError(
+                f"--boxes {path}: image {image_id} is {width}x{height} there, but "
+                f"{record.width}x{record.height} in {index.path}"
+            )
     sizes = np.stack([source.widths, source.heights], axis=1)
     for first in range(0, source.regions, _ROWS):
         boxes = source.data["regions/box"][first : first + _ROWS]

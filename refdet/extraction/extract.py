@@ -103,8 +103,10 @@ def extract_features(
     if len(missing) == len(records):
         source.refuse_missing(records, missing, image_list.index.path)
     if missing:
-        say(f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
-            f"and get no regions; the first is {missing[0]}")  # fmt: skip
+        say(
+            f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
+            f"and get no regions; the first is {missing[0]}"
+        )
     given = given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
@@ -123,8 +125,10 @@ def extract_features(
     where = usable_device(device)
     precision = usable_precision(options.precision, where)
     if precision != options.precision:
-        say(f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
-            f"computing in {precision}, which is faster here and exact")  # fmt: skip
+        say(
+            f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
+            f"computing in {precision}, which is faster here and exact"
+        )
         options = replace(options, precision=precision)
         plan = replace(plan, options=plan.options | {"precision": precision})
         header = replace(header, options=plan.options)
@@ -146,12 +150,23 @@ def extract_features(
             detector.model.stages = parts = Stages(where)  # after measuring batch sizes
             batches = group_by_input_size(records, meta.recipe.input, size)
             return extract(
-                out, replace(plan, batch_size=size), header, batches, records, load, compute, resume, workers,
-                strict=strict, parts_of_computing=parts.seconds,
-            )  # fmt: skip
+                out,
+                replace(plan, batch_size=size),
+                header,
+                batches,
+                records,
+                load,
+                compute,
+                resume,
+                workers,
+                strict=strict,
+                parts_of_computing=parts.seconds,
+            )
     except torch.cuda.OutOfMemoryError as error:
-        raise RuntimeFailure(f"{where} has too little memory for one image; finished images are kept: "
-                        "free some memory and continue with --resume") from error  # fmt: skip
+        raise RuntimeFailure(
+            f"{where} has too little memory for one image; finished images are kept: "
+            "free some memory and continue with --resume"
+        ) from error
 
 
 def _planned(
@@ -168,8 +183,13 @@ def _planned(
     from refdet.detector.feature_names import HEAD, of_regions
     from refdet.structures.provenance import file_sha256
 
-    what: dict[str, Any] = {"regions": options.regions, "features": list(options.features), "dtype": options.dtype,
-                            "precision": options.precision, "compression": options.compression}  # fmt: skip
+    what: dict[str, Any] = {
+        "regions": options.regions,
+        "features": list(options.features),
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "compression": options.compression,
+    }
     if boxes is not None:
         what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
         if given is not None and given.box_format != "xywh":
@@ -180,8 +200,12 @@ def _planned(
         if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
             what["crowd_as_object"] = True
     else:
-        what |= {"score_threshold": options.score_threshold, "nms_threshold": options.nms_threshold,
-                 "max_regions": options.max_regions, "at_least_one": options.lower_threshold_if_empty}  # fmt: skip
+        what |= {
+            "score_threshold": options.score_threshold,
+            "nms_threshold": options.nms_threshold,
+            "max_regions": options.max_regions,
+            "at_least_one": options.lower_threshold_if_empty,
+        }
     if options.exif != "ignore":  # the default is left out
         what["exif"] = options.exif
     what |= {
@@ -195,9 +219,15 @@ def _planned(
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
     header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
     plan = Plan(
-        what, of_regions(options.features), options.dtype, masks, given is not None and given.ann_ids, batch_size or 0,
-        tuple(name for name in options.features if name == HEAD), options.compression,
-    )  # fmt: skip
+        what,
+        of_regions(options.features),
+        options.dtype,
+        masks,
+        given is not None and given.ann_ids,
+        batch_size or 0,
+        tuple(name for name in options.features if name == HEAD),
+        options.compression,
+    )
     return plan, header
 
 
@@ -225,8 +255,10 @@ def _check_masks(
         raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
     strange = sorted(given.categories.items() - dict(meta.categories).items())
     if strange:
-        raise InputError(f"--masks predicted: the detector has no category {strange[0][0]} ({strange[0][1]}), "
-                         "which the regions may have")  # fmt: skip
+        raise InputError(
+            f"--masks predicted: the detector has no category {strange[0][0]} ({strange[0][1]}), "
+            "which the regions may have"
+        )
 
 
 def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractOptions) -> Compute:

@@ -48,11 +48,15 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         say(f"{path}: no annotations on the {len(image_list.records)} images, so the store has no regions")
     elif crowds == len(found):
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
-        raise InputError(f"{path}: no regions, iscrowd is 1 on {which} of the images (CVAT writes this for masks); "
-                         "add --crowd-as-object to use them as objects")  # fmt: skip
+        raise InputError(
+            f"{path}: no regions, iscrowd is 1 on {which} of the images (CVAT writes this for masks); "
+            "add --crowd-as-object to use them as objects"
+        )
     elif crowds:
-        say(f"{path}: {crowds} of {len(found)} annotations of the images have iscrowd 1 and are not used as regions; "
-            "add --crowd-as-object to use them as objects")  # fmt: skip
+        say(
+            f"{path}: {crowds} of {len(found)} annotations of the images have iscrowd 1 and are not used as regions; "
+            "add --crowd-as-object to use them as objects"
+        )
 
 
 def given_regions(
@@ -84,8 +88,10 @@ def given_regions(
         return GivenRegions(
             lambda record: annotated_regions(record, index.annotations[record.id]),
             lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
-            index.categories, masks=True, ann_ids=True,
-        )  # fmt: skip
+            index.categories,
+            masks=True,
+            ann_ids=True,
+        )
     return None
 
 
@@ -110,10 +116,12 @@ def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) ->
         outline = annotation.segmentation or [[x1, y1, x1, y2, x2, y2, x2, y1]]
         masks.append(coco_mask.merge([to_rle(outline, *size)])["counts"])
     return Regions(
-        record.id, record.file_name, *size,
+        record.id,
+        record.file_name,
+        *size,
         boxes=boxes.astype(np.float32),
         scores=np.ones(len(objects), np.float32),
         category_ids=np.array([a.category_id for a in objects], np.int64),
         ann_ids=np.array([a.id for a in objects], np.int64),
         masks=tuple(masks),
-    )  # fmt: skip
+    )

@@ -73,13 +73,16 @@ class ImageList:
         ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
         lost = [i for i in ids if i not in index.images]
         if lost:
-            raise InputError(f"{index.path}: lacks {len(lost)} images of the refs, the first is {lost[0]}; download "
-                             "both files again")  # fmt: skip
+            raise InputError(
+                f"{index.path}: lacks {len(lost)} images of the refs, the first is {lost[0]}; download both files again"
+            )
         annotations = {annotation["id"] for annotation in index.raw["annotations"]}
         stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
         if stray:
-            raise InputError(f"{index.path}: lacks the annotations of {len(stray)} refs, the first is ref "
-                             f"{stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files again")  # fmt: skip
+            raise InputError(
+                f"{index.path}: lacks the annotations of {len(stray)} refs, the first is ref "
+                f"{stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files again"
+            )
         return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
 
     def sha256(self) -> str:

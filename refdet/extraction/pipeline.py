@@ -141,9 +141,17 @@ def extract(
     stages = session.stages if session else dict.fromkeys(STAGES, 0.0)
     speed = computed / seconds if computed else 0.0
     return Summary(
-        images, regions, len(errors), computed, seconds, out.stat().st_size, speed, stages, plan.batch_size,
+        images,
+        regions,
+        len(errors),
+        computed,
+        seconds,
+        out.stat().st_size,
+        speed,
+        stages,
+        plan.batch_size,
         parts_of_computing(),
-    )  # fmt: skip
+    )
 
 
 def _work(

@@ -114,8 +114,10 @@ def repair(
         usable = readable(old.errors, records, load)
         broken = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and broken:
-            raise RuntimeFailure(f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
-                            "their files and run it again with --resume")  # fmt: skip
+            raise RuntimeFailure(
+                f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
+                "their files and run it again with --resume"
+            )
         if not usable:
             if (folder / _OF).is_file():  # interrupted after replacing the store
                 _remove(folder, out)
@@ -123,8 +125,10 @@ def repair(
             return
         size = old.run.get("batch_size", plan.batch_size)
         if size != plan.batch_size:
-            raise InputError(f"{out} is complete but has different settings: --batch-size was {size} and is now "
-                             f"{plan.batch_size}; use the same to compute its repaired images")  # fmt: skip
+            raise InputError(
+                f"{out} is complete but has different settings: --batch-size was {size} and is now "
+                f"{plan.batch_size}; use the same to compute its repaired images"
+            )
         if folder.exists() and any(folder.iterdir()) and not (folder / _OF).is_file():
             raise InputError(f"{folder}: needed for repaired images, but contains other files; move it")
         affected = [batch for batch in batches if any(record.id in usable for record in batch)]

@@ -90,12 +90,17 @@ class ShardWriter:
         if self._plan.masks and len(masks) != len(regions):
             raise ValueError(f"image {regions.image_id}: no masks, which the plan requires")
         arrays = _arrays(regions, self._plan)
-        head = json.dumps({
-            "id": regions.image_id, "file_name": regions.file_name,
-            "height": regions.height, "width": regions.width, "error": regions.error,
-            "masks": [len(mask) for mask in masks],
-            "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
-        }).encode()  # fmt: skip
+        head = json.dumps(
+            {
+                "id": regions.image_id,
+                "file_name": regions.file_name,
+                "height": regions.height,
+                "width": regions.width,
+                "error": regions.error,
+                "masks": [len(mask) for mask in masks],
+                "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
+            }
+        ).encode()
         parts = [values.reshape(-1).view(np.uint8).data for values in arrays.values() if values.size]
         return self._write([_NUMBER.pack(len(head)), head, *masks, *parts])
 
@@ -202,8 +207,17 @@ def _image(data: bytes, plan: Plan) -> Regions:
     # A file written with malicious intent has valid checksums, too.
     try:
         return _parsed(data, plan)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
-            struct.error) as error:  # fmt: skip
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        struct.error,
+    ) as error:
         raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
 
 
@@ -299,14 +313,19 @@ def _not_finite(regions: Regions, name: str, dtype: str) -> RuntimeFailure:
     given = {**regions.features, **regions.maps}.get(name.split("/")[-1])
     if given is not None and np.isfinite(given).all():
         largest = float(np.abs(given).max())
-        return RuntimeFailure(f"{where} reaches {largest:g}, beyond the range of {dtype} ({np.finfo(dtype).max:g}); "
-                         "start again with --dtype float32")  # fmt: skip
+        return RuntimeFailure(
+            f"{where} reaches {largest:g}, beyond the range of {dtype} ({np.finfo(dtype).max:g}); "
+            "start again with --dtype float32"
+        )
     return RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 
 def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: Mapping[str, np.ndarray]) -> Regions:
     return Regions(
-        head["id"], head["file_name"], head["height"], head["width"],
+        head["id"],
+        head["file_name"],
+        head["height"],
+        head["width"],
         boxes=arrays["box"],
         scores=arrays["score"],
         category_ids=arrays["category_id"],
@@ -316,7 +335,7 @@ def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: M
         error=head["error"],
         maps=_named(_MAP, arrays),
         im_info=arrays.get("im_info"),
-    )  # fmt: skip
+    )
 
 
 def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,8 +22,10 @@ LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
 _MOST_AT_ONCE = 4096  # largest batch size accepted from a plan
 # File names of an extraction; older temporary files have eight hex digits without MARK.
-OURS = re.compile(rf"{LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
-                  rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)")  # fmt: skip
+OURS = re.compile(
+    rf"{LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
+    rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
+)
 
 
 def parts_folder(out: Path) -> Path:
@@ -79,8 +81,9 @@ def begun_plan(folder: Path) -> dict[str, Any] | None:
     except InputError as error:
         if not any(folder.glob("[0-9]*.shard")):
             return None
-        raise InputError(f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
-                         ) from None  # fmt: skip
+        raise InputError(
+            f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"
+        ) from None
     return value
 
 
@@ -113,8 +116,10 @@ def check_begun(
         if not resume:
             raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
         if difference := plan.other_options(header, begun, undecided):
-            raise InputError(f"{folder} was started with different settings: {difference}; use the same options and "
-                             "checkpoint, or remove it")  # fmt: skip
+            raise InputError(
+                f"{folder} was started with different settings: {difference}; use the same options and "
+                "checkpoint, or remove it"
+            )
     elif out.exists():
         with store.open(out) as finished:
             said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}

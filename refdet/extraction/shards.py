@@ -108,8 +108,10 @@ class ShardSet:
         for name, values in regions.features.items():
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
-                raise RuntimeFailure(f"{path}: {name} of image {regions.image_id} has shape {shape}, others have "
-                                f"{self._shapes[name]}; remove {self.folder} and start again")  # fmt: skip
+                raise RuntimeFailure(
+                    f"{path}: {name} of image {regions.image_id} has shape {shape}, others have "
+                    f"{self._shapes[name]}; remove {self.folder} and start again"
+                )
         mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
         size = regions.height, regions.width
         row = (regions.image_id, regions.file_name, *size, regions.error, len(regions), mask_bytes)
@@ -227,8 +229,10 @@ class ShardSet:
             return read_at(path, place, self.plan)
         except ShardError as error:
             path.unlink(missing_ok=True)
-            raise RuntimeFailure(f"{path}: {error}, after it was written, and removed; check the disk and compute its "
-                            "images again with --resume") from None  # fmt: skip
+            raise RuntimeFailure(
+                f"{path}: {error}, after it was written, and removed; check the disk and compute its "
+                "images again with --resume"
+            ) from None
 
     def _check_space(self, need: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -265,8 +269,10 @@ def open_extraction(
         yield None
         return
     if begun is not None and (difference := plan.other_shards(shards, begun)):
-        raise InputError(f"{folder} was started with different settings: {difference}; use the same options and "
-                         "checkpoint, or remove it")  # fmt: skip
+        raise InputError(
+            f"{folder} was started with different settings: {difference}; use the same options and "
+            "checkpoint, or remove it"
+        )
     if begun is None and resume:
         log.warning("note: --resume: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):

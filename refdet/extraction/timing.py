@@ -128,6 +128,8 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
                 one = json.loads(line)
                 numbers = {name: float(one["stages"][name]) for name in STAGES}
                 found[int(one["session"])] = {
-                    "images": int(one["images"]), "seconds": float(one["seconds"]), "stages": numbers,
-                }  # fmt: skip
+                    "images": int(one["images"]),
+                    "seconds": float(one["seconds"]),
+                    "stages": numbers,
+                }
     return found

@@ -47,8 +47,15 @@ class FileKind(Enum):
         return self in _FOLDERS
 
 
-_FOLDERS = {FileKind.RUN, FileKind.STATES, FileKind.RUNS, FileKind.UNFINISHED, FileKind.REFER, FileKind.DATASET,
-            FileKind.FOLDER}  # fmt: skip
+_FOLDERS = {
+    FileKind.RUN,
+    FileKind.STATES,
+    FileKind.RUNS,
+    FileKind.UNFINISHED,
+    FileKind.REFER,
+    FileKind.DATASET,
+    FileKind.FOLDER,
+}
 _MAGIC = (
     (b"\x89HDF\r\n\x1a\n", FileKind.STORE),
     (b"\x89PNG", FileKind.IMAGE),

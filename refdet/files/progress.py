@@ -72,7 +72,14 @@ def _bar(
     if stream is None or not stream.isatty():
         lines: Any = None if stream is None else _Lines(stream)
         return tqdm(
-            things, **common, file=lines, leave=False, mininterval=SECONDS, maxinterval=2 * SECONDS, miniters=1,
-            delay=SECONDS, bar_format=_LINE,
-        )  # fmt: skip
+            things,
+            **common,
+            file=lines,
+            leave=False,
+            mininterval=SECONDS,
+            maxinterval=2 * SECONDS,
+            miniters=1,
+            delay=SECONDS,
+            bar_format=_LINE,
+        )
     return tqdm(things, **common, leave=leave, dynamic_ncols=True)

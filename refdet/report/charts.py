@@ -121,11 +121,12 @@ def standalone(chart: Markup, title: str, series: Sequence[Series], axes: Axes) 
     parts = [
         html(
             '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
-            width=axes.width, height=axes.height + head,
+            width=axes.width,
+            height=axes.height + head,
         ),
         html('<style>{}</style><rect width="100%" height="100%" fill="#fff"/>', style),
         html('<text x="{}" y="18" style="font-weight:600">{}</text>', LEFT, title),
-    ]  # fmt: skip
+    ]
     for i, line in enumerate(series):
         x = LEFT + i * share
         parts.append(html('<rect class="k{}" x="{:.0f}" y="32" width="16" height="4"/>', line.style, x))

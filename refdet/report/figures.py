@@ -77,8 +77,11 @@ def picture(scene: Scene, pixels: np.ndarray) -> Markup:
 {items}
 </ol></figcaption>
 </figure>""",
-        alt=_alt(scene), source=source, where=where, items=items,
-    )  # fmt: skip
+        alt=_alt(scene),
+        source=source,
+        where=where,
+        items=items,
+    )
 
 
 def _alt(scene: Scene) -> str:

@@ -118,8 +118,15 @@ def render(inputs: Inputs, title: str) -> str:
     if audit and audit["clean"]:
         subtitle += " It has never seen the REFER images it is evaluated on."
     highlights = sections.tiles(_highlights(inputs.detection, metrics, audit))
-    parts = (html('<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>\n{content}</section>',
-                 name=name, heading=heading, content=content) for name, heading, content in body)  # fmt: skip
+    parts = (
+        html(
+            '<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>\n{content}</section>',
+            name=name,
+            heading=heading,
+            content=content,
+        )
+        for name, heading, content in body
+    )
     values = {
         "title": title,
         "subtitle": subtitle,

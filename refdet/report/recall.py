@@ -24,6 +24,11 @@ def recall_axes(metrics: Mapping[str, Any], width: int = 580, height: int = 340)
     """Axes of `recall_series`: evenly spaced ticks of x, one per number of regions."""
     kept = list(next(iter(metrics["splits"].values()))["recall@k"])
     return Axes(
-        "top-scoring regions per image", "referent recall at IoU 0.5",
-        x_ticks=range(len(kept)), x_names=kept, y_range=(0.0, 1.0), width=width, height=height,
-    )  # fmt: skip
+        "top-scoring regions per image",
+        "referent recall at IoU 0.5",
+        x_ticks=range(len(kept)),
+        x_names=kept,
+        y_range=(0.0, 1.0),
+        width=width,
+        height=height,
+    )

@@ -74,8 +74,11 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], gr
         '<p class="soft small">{caption}</p>'
         '<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         "<thead>{groups}<tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>",
-        caption=caption, groups=groups or "", names=names, body=body,
-    )  # fmt: skip
+        caption=caption,
+        groups=groups or "",
+        names=names,
+        body=body,
+    )
 
 
 def tiles(values: Sequence[tuple[str, str]]) -> Markup:
@@ -91,19 +94,24 @@ def steps_section(steps: Sequence[Step]) -> Markup:
         (
             html(
                 '<li><h3>{}. {} <span>{}</span></h3><div class="share" style="width:{:.1f}%"></div><p>{}</p>{}</li>',
-                i, step.name, _seconds(step.seconds), 100 * step.seconds / longest, step.about,
+                i,
+                step.name,
+                _seconds(step.seconds),
+                100 * step.seconds / longest,
+                step.about,
                 joined(html("<pre><code>{}</code></pre>", command) for command in step.commands),
             )
             for i, step in enumerate(steps, 1)
         ),
         "\n",
-    )  # fmt: skip
+    )
     return html(
         """<p>These commands were run in this order, {} in total; the bars compare their times. To run them on your
 own images, change the paths.</p>
 <ol class="steps">{}</ol>""",
-        _seconds(sum(step.seconds for step in steps)), items,
-    )  # fmt: skip
+        _seconds(sum(step.seconds for step in steps)),
+        items,
+    )
 
 
 def leak_section(

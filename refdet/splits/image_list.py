@@ -19,8 +19,12 @@ from refdet.data.image_evidence import Evidence, ids_are_confirmed
 from refdet.splits.object_entries import Node
 
 INSTANCES, JSON_LIST, JSON_OBJECT, JSON_LINES, LINES = (
-    "instances", "JSON list", "JSON object", "JSON lines", "lines of text",
-)  # fmt: skip
+    "instances",
+    "JSON list",
+    "JSON object",
+    "JSON lines",
+    "lines of text",
+)
 
 
 class ImageEntry(NamedTuple):

@@ -84,10 +84,9 @@ def _read(path: Path, text: str, check: Callable[[Piece], None] | None) -> Image
         return found
     tree, members = object_entries(path, text)
     images = [
-        _member(member) if member.key
-        else _listed(path, f"entry {number}", member.value, member.start, member.end)
+        _member(member) if member.key else _listed(path, f"entry {number}", member.value, member.start, member.end)
         for number, member in enumerate(members)
-    ]  # fmt: skip
+    ]
     return ImageList(path, JSON_OBJECT, text, images, tree=tree)
 
 

@@ -20,8 +20,13 @@ from refdet.store.known_files import FileState, KnownFiles
 log = logging.getLogger(__name__)
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
-          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 known = KnownFiles(f"HDF5 {h5py.version.hdf5_version} by h5py {h5py.__version__}")
 

@@ -50,8 +50,12 @@ def try_file(path: Path) -> str:
     try:
         child = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, os.path.abspath(path), str(MEMORY), str(seconds), *_import_folders()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment(), cwd=os.sep,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            cwd=os.sep,
+        )
     except OSError as error:
         return _try_here(path, str(error))
     with child:

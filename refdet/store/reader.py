@@ -220,8 +220,10 @@ class Store:
         # checked, as pycocotools writes out of bounds for an RLE that does not match its image
         covered = covered_pixels(read, starts - starts[0])
         if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
-            raise ValueError(f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
-                             f"{self.widths[i]}x{self.heights[i]} pixels")  # fmt: skip
+            raise ValueError(
+                f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
+                f"{self.widths[i]}x{self.heights[i]} pixels"
+            )
         text = read.tobytes()
         return tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
 

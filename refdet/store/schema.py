@@ -22,12 +22,23 @@ COMPRESSIONS = ("none", "gzip", "lzf")
 MAPS = ("head",)
 
 # Columns of every store; those of images with the kind of their dtype.
-IMAGE_COLUMNS = {"id": "int", "file_name": "text", "height": "int", "width": "int", "region_start": "int",
-                 "error": "text"}  # fmt: skip
+IMAGE_COLUMNS = {
+    "id": "int",
+    "file_name": "text",
+    "height": "int",
+    "width": "int",
+    "region_start": "int",
+    "error": "text",
+}
 REGION_COLUMNS = ("box", "score", "category_id")
 # Dtypes of each kind. Text has any length.
-KINDS = {"int": ("int32", "int64"), "float": ("float32", "float16"), "float32": ("float32",), "uint8": ("uint8",),
-         "text": ("object",)}  # fmt: skip
+KINDS = {
+    "int": ("int32", "int64"),
+    "float": ("float32", "float16"),
+    "float32": ("float32",),
+    "uint8": ("uint8",),
+    "text": ("object",),
+}
 # Memory limit of an image if that is more than 4 times the file size; zeros compress a thousandfold.
 MAX_UNPACKED = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
@@ -85,8 +96,12 @@ class Columns:
         """Names of the datasets with checksums per image, and "images" for its row of ``/images``."""
         regions = [*REGION_COLUMNS] + ["ann_id"] * self.ann_ids + ["mask_start", "mask_counts"] * self.masks
         maps = [f"maps/{name}" for map_ in self.maps for name in (map_, f"{map_}_shape", "im_info")]
-        return ("images", *(f"regions/{name}" for name in regions), *(f"features/{name}" for name in self.features),
-                *maps)  # fmt: skip
+        return (
+            "images",
+            *(f"regions/{name}" for name in regions),
+            *(f"features/{name}" for name in self.features),
+            *maps,
+        )
 
 
 class ImageRow(NamedTuple):
@@ -156,8 +171,10 @@ def check_parts(path: Path, file: h5py.File) -> None:
     schema = file.attrs.get("schema")
     if not isinstance(schema, str) or schema != SCHEMA:
         found = "no schema" if schema is None else f"schema {schema!r:.60}"
-        raise InputError(f"{path}: not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet "
-                         "extract-features")  # fmt: skip
+        raise InputError(
+            f"{path}: not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet "
+            "extract-features"
+        )
     wanted = [f"images/{name}" for name in IMAGE_COLUMNS] + [f"regions/{name}" for name in REGION_COLUMNS]
     missing = [f"attribute {name}" for name in ATTRIBUTES if name not in file.attrs]
     missing += [name for name in [*wanted, "features"] if name not in file]

@@ -69,10 +69,15 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """JSON object as printed by `refdet inspect --verify --json`."""
         return {
-            "kind": "store", "path": self.path, "ok": not self.problems, "images": self.images,
-            "regions": self.regions, "unchecked": self.unchecked, "damaged_images": self.damaged_images,
+            "kind": "store",
+            "path": self.path,
+            "ok": not self.problems,
+            "images": self.images,
+            "regions": self.regions,
+            "unchecked": self.unchecked,
+            "damaged_images": self.damaged_images,
             "problems": [{"image_id": p.image_id, "part": p.part, "what": p.what} for p in self.problems],
-        }  # fmt: skip
+        }
 
 
 def verify(path: Path) -> Verification:

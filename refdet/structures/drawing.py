@@ -109,8 +109,16 @@ class Pen:
         font = ImageFont.load_default(size=letters)
         width, height = self.draw.textlength(text, font=font) + 10, letters + 6.0
         x1, y1, x2, y2 = self._inside(box)
-        places = [(x1, y1 - height), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2),
-                  (x1, y1), (x2 - width, y2 - height), (x1, y2 - height), (x2 - width, y1)]  # fmt: skip
+        places = [
+            (x1, y1 - height),
+            (x2 - width, y1 - height),
+            (x1, y2),
+            (x2 - width, y2),
+            (x1, y1),
+            (x2 - width, y2 - height),
+            (x1, y2 - height),
+            (x2 - width, y1),
+        ]
         spots = [self._fit(x, y, width, height) for x, y in places]
         spot = min(spots, key=lambda spot: sum(_shared(spot, other) for other in self.taken))
         self.taken.append(spot)

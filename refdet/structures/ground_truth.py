@@ -38,6 +38,10 @@ class GroundTruth:
     def to(self, device: torch.device) -> GroundTruth:
         """Copy to a device; masks stay RLE."""
         return GroundTruth(
-            self.boxes.to(device), self.labels.to(device), self.masks,
-            self.crowds.to(device), self.scale, self.flipped_width,
-        )  # fmt: skip
+            self.boxes.to(device),
+            self.labels.to(device),
+            self.masks,
+            self.crowds.to(device),
+            self.scale,
+            self.flipped_width,
+        )

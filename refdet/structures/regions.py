@@ -80,8 +80,9 @@ class Regions:
         if self.im_info is None and self.maps:
             raise ValueError(f"image {self.image_id}: maps without im_info")
         if self.im_info is not None and (self.im_info.shape != (3,) or self.im_info.dtype != np.float32):
-            raise ValueError(f"image {self.image_id}: im_info must be (3,) float32, got {self.im_info.shape} "
-                             f"{self.im_info.dtype}")  # fmt: skip
+            raise ValueError(
+                f"image {self.image_id}: im_info must be (3,) float32, got {self.im_info.shape} {self.im_info.dtype}"
+            )
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -174,6 +175,12 @@ class Regions:
     def empty(cls, image_id: int, file_name: str, height: int, width: int, error: str = "") -> Regions:
         """An image without regions; `error` says why."""
         return cls(
-            image_id, file_name, height, width,
-            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), error=error,
-        )  # fmt: skip
+            image_id,
+            file_name,
+            height,
+            width,
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int64),
+            error=error,
+        )

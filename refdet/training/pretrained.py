@@ -99,8 +99,11 @@ def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:
     """Raise InputError for another input format or position of the stride, which shapes do not show."""
     fixes = []
     for part, key in (
-        ("input", "order"), ("input", "mean"), ("input", "std"), ("model", "stride_in_1x1"),
-    ):  # fmt: skip
+        ("input", "order"),
+        ("input", "mean"),
+        ("input", "std"),
+        ("model", "stride_in_1x1"),
+    ):
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
         if before != now:
             value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()

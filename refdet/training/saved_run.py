@@ -114,11 +114,15 @@ class SavedRun:
         """Notes for the user on resuming, one line each."""
         lines, before, after = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
-            lines.append(f"--resume {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
-                         "names: that they are the same is not checked")  # fmt: skip
+            lines.append(
+                f"--resume {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
+                "names: that they are the same is not checked"
+            )
         if after != before:
-            lines.append(f"--resume {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
-                         "the rate (train.lr_milestones) are counted in parts of the new number")  # fmt: skip
+            lines.append(
+                f"--resume {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
+                "the rate (train.lr_milestones) are counted in parts of the new number"
+            )
         return lines
 
 

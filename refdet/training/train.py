@@ -98,8 +98,10 @@ def train(
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
     if provenance.note:
-        notes.append(f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
-                     f"checked: refdet audit --instances {instances} --refer-root DIR does")  # fmt: skip
+        notes.append(
+            f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
+            f"checked: refdet audit --instances {instances} --refer-root DIR does"
+        )
     if crowd_as_object:
         text = f"its crowds are trained on as objects ({CROWD_OPTION})"
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))

@@ -119,11 +119,17 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
-        described(device), "bfloat16" if recipe.train.bf16 else "float32", kernels_state(),
+        described(device),
+        "bfloat16" if recipe.train.bf16 else "float32",
+        kernels_state(),
         counted(len(batches.records), "image"),
-        index.path.name, recipe.name, start, counted(recipe.train.steps, "step"), recipe.train.batch_size,
+        index.path.name,
+        recipe.name,
+        start,
+        counted(recipe.train.steps, "step"),
+        recipe.train.batch_size,
         -(-most // 2**20),
-    )  # fmt: skip
+    )
     check_shared_memory(batches, recipe.train.workers)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, LOCK, BUSY):

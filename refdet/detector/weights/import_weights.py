@@ -164,8 +164,10 @@ def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())
     if numbers > max(MOST_SHARED, path.stat().st_size):
-        raise InputError(f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
-                         "of each other or of few numbers; save contiguous copies")  # fmt: skip
+        raise InputError(
+            f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
+            "of each other or of few numbers; save contiguous copies"
+        )
     return dict(tree)
 
 

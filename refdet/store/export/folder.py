@@ -72,8 +72,10 @@ def require_space(out: Path, space: int) -> None:
     """
     free = shutil.disk_usage(out.resolve().parent).free
     if free < space:
-        raise RuntimeFailure(f"{out}: disk full, the export needs {_size(space)} but {_size(free)} are free; "
-                        "free some space or choose another --out")  # fmt: skip
+        raise RuntimeFailure(
+            f"{out}: disk full, the export needs {_size(space)} but {_size(free)} are free; "
+            "free some space or choose another --out"
+        )
 
 
 @contextmanager
@@ -117,8 +119,7 @@ def resolved(out: Path) -> Path:
         raise InputError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
     if there and (path == Path.cwd() or os.path.ismount(path)):
         what = "the current folder" if path == Path.cwd() else "a mount point"
-        raise InputError(f"--out {out}: {what} cannot be replaced; give a new folder in it, such as "
-                         f"{out / 'export'}")  # fmt: skip
+        raise InputError(f"--out {out}: {what} cannot be replaced; give a new folder in it, such as {out / 'export'}")
     return path
 
 
@@ -139,8 +140,9 @@ def _publish(temporary: Path, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         if error.errno in _TAKEN:
-            raise InputError(f"--out {path}: written by another program in the meantime, and left unchanged; "
-                             "choose another --out") from None  # fmt: skip
+            raise InputError(
+                f"--out {path}: written by another program in the meantime, and left unchanged; choose another --out"
+            ) from None
         raise
     fsync(path.parent)  # the rename itself
 
@@ -157,8 +159,9 @@ def _raise_full(path: Path, error: BaseException) -> None:
     if is_disk_full(error) and not isinstance(error, RuntimeFailure):
         raise RuntimeFailure(f"{path}: disk full; free some space and export again") from error
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        raise RuntimeFailure(f"{path}: file size limit of this process exceeded; raise it (ulimit -f) and export "
-                        "again") from error  # fmt: skip
+        raise RuntimeFailure(
+            f"{path}: file size limit of this process exceeded; raise it (ulimit -f) and export again"
+        ) from error
 
 
 def _unusable(out: Path, error: Exception) -> Exception:

@@ -81,8 +81,11 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
         _write(lmdb, database, _records(layout, kept), out)
         notes = list(layout.notes)
         if consumer is None:
-            notes.insert(0, "written as arrays for vilbert-multi-task; give --for vilbert-beta for base64 as in older "
-                            "exports of refdet")  # fmt: skip
+            notes.insert(
+                0,
+                "written as arrays for vilbert-multi-task; give --for vilbert-beta for base64 as in older "
+                "exports of refdet",
+            )
         if empty:
             notes.append(f"{len(empty)} images without regions are omitted, listed in provenance.json")
         files = ["/".join(filter(None, (layout.folder, "data.mdb")))]
@@ -109,8 +112,13 @@ def _layout(source: Source, feature: str, consumer: str) -> _Layout:
     def keys(names: list[str]) -> tuple[bytes, bytes]:
         return b"keys", portable_pickle.dumps([name.encode() for name in names], PROTOCOL)
 
-    return _Layout(str, lambda image_id: pack(source.read(image_id, read, categories=False), feature), keys,
-                   4 * numbers if arrays else 16 * numbers // 3, notes=notes)  # fmt: skip
+    return _Layout(
+        str,
+        lambda image_id: pack(source.read(image_id, read, categories=False), feature),
+        keys,
+        4 * numbers if arrays else 16 * numbers // 3,
+        notes=notes,
+    )
 
 
 def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str]) -> _Layout:
@@ -118,8 +126,10 @@ def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str
     places = {category: i for i, category in enumerate(source.names, start=1)}
     probabilities = CLASS_PROB in read
     if not probabilities:
-        notes.append(f"soft_labels are derived from scores and categories, as {source.path.name} has no {CLASS_PROB}; "
-                     "UNITER reads them only in pretraining")  # fmt: skip
+        notes.append(
+            f"soft_labels are derived from scores and categories, as {source.path.name} has no {CLASS_PROB}; "
+            "UNITER reads them only in pretraining"
+        )
     many = sum(len(source.store.rows(image_id)) > UNITER_REGIONS for image_id in source.store)
     if many:
         notes.append(f"{many} images have more than {UNITER_REGIONS} regions; UNITER reads only the first")
@@ -132,8 +142,14 @@ def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str
     def keys(names: list[str]) -> tuple[bytes, bytes]:
         return b"__keys__", json.dumps(names).encode()
 
-    return _Layout(lambda image_id: f"{prefix}_{image_id:012}.npz", record, keys, 2 * (source.width(feature) + 7),
-                   UNITER_FOLDER, notes)  # fmt: skip
+    return _Layout(
+        lambda image_id: f"{prefix}_{image_id:012}.npz",
+        record,
+        keys,
+        2 * (source.width(feature) + 7),
+        UNITER_FOLDER,
+        notes,
+    )
 
 
 def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, bytes]]:

@@ -33,8 +33,10 @@ def vilbert_multi_task(regions: Regions, feature: str) -> bytes:
 
 def vilbert_beta(regions: Regions, feature: str) -> bytes:
     """Encode a record for jiasenlu/vilbert_beta: as `vilbert_multi_task`, with arrays as base64 in row-major order."""
-    record = {name: base64.b64encode(value.tobytes()) if isinstance(value, np.ndarray) else value
-              for name, value in _vilbert(regions, feature).items()}  # fmt: skip
+    record = {
+        name: base64.b64encode(value.tobytes()) if isinstance(value, np.ndarray) else value
+        for name, value in _vilbert(regions, feature).items()
+    }
     return portable_pickle.dumps(record, PROTOCOL)
 
 
@@ -57,13 +59,17 @@ def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
         corners = regions.boxes.astype(np.float64) / ([regions.width, regions.height] * 2)
         arrays = {
             "norm_bb": np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1),
-            "features": regions.features[feature], "conf": regions.scores, "soft_labels": soft_labels,
-        }  # fmt: skip
+            "features": regions.features[feature],
+            "conf": regions.scores,
+            "soft_labels": soft_labels,
+        }
         halves = {name: np.ascontiguousarray(values, np.float16) for name, values in arrays.items()}
     for name, values in halves.items():
         if not np.isfinite(values).all():
-            raise InputError(f"image {regions.image_id}: {name} is out of the range of float16, which UNITER uses; "
-                             "export another --feature")  # fmt: skip
+            raise InputError(
+                f"image {regions.image_id}: {name} is out of the range of float16, which UNITER uses; "
+                "export another --feature"
+            )
     return msgspec.msgpack.encode({name: _msgpack_numpy(values) for name, values in halves.items()})
 
 
@@ -87,10 +93,13 @@ def soft_labels_of(regions: Regions, places: dict[int, int]) -> np.ndarray:
 
 def _vilbert(regions: Regions, feature: str) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "image_id": str(regions.image_id), "image_h": regions.height, "image_w": regions.width,
-        "num_boxes": len(regions), "boxes": np.ascontiguousarray(regions.boxes, np.float32),
+        "image_id": str(regions.image_id),
+        "image_h": regions.height,
+        "image_w": regions.width,
+        "num_boxes": len(regions),
+        "boxes": np.ascontiguousarray(regions.boxes, np.float32),
         "features": np.ascontiguousarray(regions.features[feature], np.float32),
-    }  # fmt: skip
+    }
     if CLASS_PROB in regions.features:
         record["cls_prob"] = np.ascontiguousarray(regions.features[CLASS_PROB], np.float32)
     return record

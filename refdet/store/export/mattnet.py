@@ -77,8 +77,10 @@ def export_mattnet(
         if given is not None and not given.store.has_ann_ids:
             raise InputError(f"--annotations {annotations}: has detections; extract with --regions annotations")
         if given is not None and prepro is None:
-            raise InputError("--annotations: the rows of ann_feats.h5 need a data.json; give --refer-root with "
-                             "--dataset and --split-by, or --data-json")  # fmt: skip
+            raise InputError(
+                "--annotations: the rows of ann_feats.h5 need a data.json; give --refer-root with "
+                "--dataset and --split-by, or --data-json"
+            )
         folder = stack.enter_context(new_folder(out))
         work = _Work(folder, detections, given, prepro, [])
         image_ids = _images(work)
@@ -86,8 +88,10 @@ def export_mattnet(
         regions = _write_detections(work, image_ids)
         empty = {i: why for i in image_ids if (why := detections.why_empty(i))}
         if empty:
-            work.notes.append(f"{len(empty)} images have no detections, at which MAttNet's evaluation fails; "
-                              "extract with --lower-threshold-if-empty")  # fmt: skip
+            work.notes.append(
+                f"{len(empty)} images have no detections, at which MAttNet's evaluation fails; "
+                "extract with --lower-threshold-if-empty"
+            )
         _write_annotations(work)
         _write_heads(work, image_ids)
         if prepro is None:
@@ -95,8 +99,9 @@ def export_mattnet(
         elif prepro.labels is not None:
             prepro.write(folder)
             if not prepro.data["att_to_ix"]:
-                work.notes.append("data.json has no attribute words, which MAttNet needs for training; "
-                                  "give --attributes")  # fmt: skip
+                work.notes.append(
+                    "data.json has no attribute words, which MAttNet needs for training; give --attributes"
+                )
         sources = {"features": detections} | ({"annotations": given} if given is not None else {})
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
         done = Exported("mattnet", len(image_ids), regions, files, empty, work.notes)
@@ -122,10 +127,15 @@ def detection(regions: Regions, place: int, name: str, det_id: int, row: int) ->
     """
     x1, y1, x2, y2 = regions.boxes[place].tolist()
     return {
-        "det_id": det_id, "h5_id": det_id, "box": [x1, y1, x2 - x1, y2 - y1], "image_id": regions.image_id,
-        "category_id": int(regions.category_ids[place]), "category_name": name,
-        "score": float(regions.scores[place]), "region": row,
-    }  # fmt: skip
+        "det_id": det_id,
+        "h5_id": det_id,
+        "box": [x1, y1, x2 - x1, y2 - y1],
+        "image_id": regions.image_id,
+        "category_id": int(regions.category_ids[place]),
+        "category_name": name,
+        "score": float(regions.scores[place]),
+        "region": row,
+    }
 
 
 def _images(work: _Work) -> list[int]:
@@ -136,18 +146,23 @@ def _images(work: _Work) -> list[int]:
     names = work.prepro.data.get("cat_to_ix", {})
     for category_id, name in source.names.items():
         if names.get(name, category_id) != category_id:
-            raise InputError(f"{source.path}: category {name} has id {category_id}, but {names[name]} in the dataset; "
-                             "extract with a detector that has the dataset's categories")  # fmt: skip
+            raise InputError(
+                f"{source.path}: category {name} has id {category_id}, but {names[name]} in the dataset; "
+                "extract with a detector that has the dataset's categories"
+            )
     wanted = {image["image_id"] for image in work.prepro.data["images"]}
     found = [image_id for image_id in source.store if image_id in wanted]
     if not found:
         raise InputError(f"{source.path}: has none of the {len(wanted)} images of the dataset; extract them")
     if len(found) < len(wanted):
-        work.notes.append(f"{len(wanted) - len(found)} of the {len(wanted)} images of the dataset are not in "
-                          f"{source.path.name} and have no detections")  # fmt: skip
+        work.notes.append(
+            f"{len(wanted) - len(found)} of the {len(wanted)} images of the dataset are not in "
+            f"{source.path.name} and have no detections"
+        )
     if len(found) < len(source.store):
-        work.notes.append(f"{len(source.store) - len(found)} images of {source.path.name} are not in the dataset and "
-                          "are omitted")  # fmt: skip
+        work.notes.append(
+            f"{len(source.store) - len(found)} images of {source.path.name} are not in the dataset and are omitted"
+        )
     return found
 
 
@@ -157,15 +172,17 @@ def _space(work: _Work, image_ids: list[int]) -> int:
     counted = [(work.detections, rows)]
     if work.annotations is not None and work.prepro is not None:
         counted.append((work.annotations, len(work.prepro.data["anns"])))
-    numbers = sum(n * source.width(name) for source, n in counted for name in FEATURES
-                  if name in source.store.feature_names)  # fmt: skip
+    numbers = sum(
+        n * source.width(name) for source, n in counted for name in FEATURES if name in source.store.feature_names
+    )
     return 4 * (numbers + sum(work.detections.head_size(image_id) for image_id in image_ids))
 
 
 def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
     """Create float32 datasets for features, which must be kept open until the file is closed."""
-    return {name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False)
-            for name in names}  # fmt: skip
+    return {
+        name: file.create_dataset(name, (rows, source.width(name)), np.float32, track_times=False) for name in names
+    }
 
 
 def _room(source: Source, names: list[str], rows: int) -> int:
@@ -182,8 +199,10 @@ def _names(work: _Work, source: Source) -> list[str]:
             continue
         width = source.width(name)
         if width != WIDTHS[name]:
-            work.notes.append(f"{name} of {source.path.name} has {width} numbers per region, but "
-                              f"MAttNet's layers expect {WIDTHS[name]}")  # fmt: skip
+            work.notes.append(
+                f"{name} of {source.path.name} has {width} numbers per region, but "
+                f"MAttNet's layers expect {WIDTHS[name]}"
+            )
     return names
 
 
@@ -231,8 +250,10 @@ def _write_annotations(work: _Work) -> None:
     images, anns = work.prepro.data["images"], work.prepro.data["anns"]
     lost = [image["image_id"] for image in images if image["image_id"] not in source.store]
     if lost:
-        raise InputError(f"--annotations {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
-                         f"missing, first: {lost[0]}; extract all splits")  # fmt: skip
+        raise InputError(
+            f"--annotations {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
+            f"missing, first: {lost[0]}; extract all splits"
+        )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
     names, seen = _names(work, source), 0
     with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
@@ -243,23 +264,27 @@ def _write_annotations(work: _Work) -> None:
             rows = np.array([row_of.get(ann_id, -1) for ann_id in regions.ann_ids.tolist()], np.int64)
             order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py needs ascending rows
             if len(np.unique(rows[order])) < len(order):
-                raise InputError(f"--annotations {source.path}: duplicate annotation of image {image['image_id']}; "
-                                 "extract it again")  # fmt: skip
+                raise InputError(
+                    f"--annotations {source.path}: duplicate annotation of image {image['image_id']}; extract it again"
+                )
             if len(order):
                 for name in names:
                     datasets[name][rows[order]] = regions.features[name][order]
             seen += len(order)
     if seen < len(anns):
-        work.notes.append(f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
-                          f"{source.path.name} (crowds or unusable images); their rows are zero")  # fmt: skip
+        work.notes.append(
+            f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
+            f"{source.path.name} (crowds or unusable images); their rows are zero"
+        )
 
 
 def _write_heads(work: _Work, image_ids: list[int]) -> None:
     """Write the head map of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from stores that have it."""
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
     if not sources:
-        work.notes.append(f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; "
-                          "extract with --features pool5,fc7,head")  # fmt: skip
+        work.notes.append(
+            f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; extract with --features pool5,fc7,head"
+        )
         return
     wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
     (work.folder / HEADS).mkdir()
@@ -272,8 +297,10 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
         arrays = {"head": found[0][None], "im_info": found[1][None]}
         room = sum(values.nbytes for values in arrays.values()) + TABLES
         with new_file(work.folder / HEADS / f"{image_id}.h5", room, ANY_READER) as file:
-            datasets = [file.create_dataset(name, values.shape, values.dtype, track_times=False)
-                        for name, values in arrays.items()]  # fmt: skip
+            datasets = [
+                file.create_dataset(name, values.shape, values.dtype, track_times=False)
+                for name, values in arrays.items()
+            ]
             for dataset, values in zip(datasets, arrays.values(), strict=True):
                 dataset[...] = values
     if missing:

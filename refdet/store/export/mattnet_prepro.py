@@ -139,21 +139,38 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
     image_ids = [image_id for image_id in refer.Imgs if image_id in refer.imgToRefs]
     data = {
         "refs": [
-            {"ref_id": ref_id, "split": ref["split"], "category_id": ref["category_id"], "ann_id": ref["ann_id"],
-             "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
-             "box": box_of(refer.DATA_DIR, refer.refToAnn[ref_id]), "image_id": ref["image_id"],
-             "att_wds": words_of.get(ref_id, [])}
+            {
+                "ref_id": ref_id,
+                "split": ref["split"],
+                "category_id": ref["category_id"],
+                "ann_id": ref["ann_id"],
+                "sent_ids": [sentence["sent_id"] for sentence in ref["sentences"]],
+                "box": box_of(refer.DATA_DIR, refer.refToAnn[ref_id]),
+                "image_id": ref["image_id"],
+                "att_wds": words_of.get(ref_id, []),
+            }
             for ref_id, ref in refer.Refs.items()
         ],
         "images": [
-            {"image_id": i, "height": refer.Imgs[i]["height"], "width": refer.Imgs[i]["width"],
-             "file_name": refer.Imgs[i]["file_name"], "ref_ids": [ref["ref_id"] for ref in refer.imgToRefs[i]],
-             "ann_ids": [ann["id"] for ann in refer.imgToAnns[i]], "h5_id": row}
+            {
+                "image_id": i,
+                "height": refer.Imgs[i]["height"],
+                "width": refer.Imgs[i]["width"],
+                "file_name": refer.Imgs[i]["file_name"],
+                "ref_ids": [ref["ref_id"] for ref in refer.imgToRefs[i]],
+                "ann_ids": [ann["id"] for ann in refer.imgToAnns[i]],
+                "h5_id": row,
+            }
             for row, i in enumerate(image_ids)
         ],
         "anns": [
-            {"ann_id": ann["id"], "category_id": ann["category_id"], "box": box_of(refer.DATA_DIR, ann), "image_id": i,
-             "h5_id": row}
+            {
+                "ann_id": ann["id"],
+                "category_id": ann["category_id"],
+                "box": box_of(refer.DATA_DIR, ann),
+                "image_id": i,
+                "h5_id": row,
+            }
             for row, (i, ann) in enumerate((i, ann) for i in image_ids for ann in refer.imgToAnns[i])
         ],
         "sentences": [
@@ -164,7 +181,7 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
         "att_to_cnt": counts,
         "cat_to_ix": {name: category_id for category_id, name in refer.Cats.items()},
         "label_length": length,
-    }  # fmt: skip
+    }
     labels = np.zeros((len(tokens), length), np.int32)
     for row, words in enumerate(tokens.values()):
         labels[row, : len(words)] = [word_to_ix[word] for word in words[:length]]
@@ -220,8 +237,10 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
                 words = {str(word): None for word in sentence["atts"][kind] if word not in no_words}
                 found.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
-        raise InputError(f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
-                         f"({type(error).__name__}: {cut(error)})") from None  # fmt: skip
+        raise InputError(
+            f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
+            f"({type(error).__name__}: {cut(error)})"
+        ) from None
     counts = Counter(word for words in found.values() for word in words)
     top = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: options.top_attributes])
     words_of = {ref_id: [word for word in words if word in top] for ref_id, words in found.items()}

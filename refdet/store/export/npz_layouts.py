@@ -13,8 +13,10 @@ from refdet.store.export.file_names import base_name, unusable
 from refdet.structures.regions import Regions
 
 Arrays = dict[str, Any]
-NUMBERS_NOTE = ("objects_id counts the detector's classes from 0, without the background, as bottom-up-attention does "
-                "since September 2020; older exports of refdet count from 1")  # fmt: skip
+NUMBERS_NOTE = (
+    "objects_id counts the detector's classes from 0, without the background, as bottom-up-attention does "
+    "since September 2020; older exports of refdet count from 1"
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
     if not others:
         return []
     read = layout.image_id(names[others[0]])
-    return [f"{len(others)} images are read with another id than in the store (image {others[0]} as {read!r}); "
-            "if that is wrong, export with --names id"]  # fmt: skip
+    return [
+        f"{len(others)} images are read with another id than in the store (image {others[0]} as {read!r}); "
+        "if that is wrong, export with --names id"
+    ]
 
 
 def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
@@ -87,13 +91,22 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mappi
         addition ``category_id`` (N,) int64, COCO's category ids.
     """
     info = {
-        "image_id": name, "image_h": regions.height, "image_w": regions.width, "num_boxes": len(regions),
-        "objects_id": _objects(regions, places), "objects_conf": regions.scores, "category_id": regions.category_ids,
-    }  # fmt: skip
+        "image_id": name,
+        "image_h": regions.height,
+        "image_w": regions.width,
+        "num_boxes": len(regions),
+        "objects_id": _objects(regions, places),
+        "objects_conf": regions.scores,
+        "category_id": regions.category_ids,
+    }
     return {
-        "x": _features(regions, feature), "bbox": regions.boxes, "num_bbox": len(regions),
-        "image_h": regions.height, "image_w": regions.width, "info": info,
-    }  # fmt: skip
+        "x": _features(regions, feature),
+        "bbox": regions.boxes,
+        "num_bbox": len(regions),
+        "image_h": regions.height,
+        "image_w": regions.width,
+        "info": info,
+    }
 
 
 def transposed(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
@@ -105,19 +118,29 @@ def transposed(regions: Regions, feature: str, name: str, places: Mapping[int, i
 def openvqa_gqa(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
     """Contents for openvqa's GQA loader: ``x`` (N, width), ``bbox`` (N, 4) xyxy in pixels, ``height``, ``width``."""
     return {
-        "x": _features(regions, feature), "bbox": regions.boxes, "num_bbox": len(regions),
-        "height": regions.height, "width": regions.width,
-    }  # fmt: skip
+        "x": _features(regions, feature),
+        "bbox": regions.boxes,
+        "num_bbox": len(regions),
+        "height": regions.height,
+        "width": regions.width,
+    }
 
 
 def rosita(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
     """Contents for ROSITA's loaders and TSV converter, with zero attributes."""
     n = len(regions)
     return {
-        "filename": base_name(regions.file_name), "x": _features(regions, feature), "image_h": regions.height,
-        "image_w": regions.width, "num_boxes": n, "boxes": regions.boxes, "objects_id": _objects(regions, places),
-        "objects_conf": regions.scores, "attrs_id": np.zeros(n, np.int64), "attrs_conf": np.zeros(n, np.float32),
-    }  # fmt: skip
+        "filename": base_name(regions.file_name),
+        "x": _features(regions, feature),
+        "image_h": regions.height,
+        "image_w": regions.width,
+        "num_boxes": n,
+        "boxes": regions.boxes,
+        "objects_id": _objects(regions, places),
+        "objects_conf": regions.scores,
+        "attrs_id": np.zeros(n, np.int64),
+        "attrs_conf": np.zeros(n, np.float32),
+    }
 
 
 def _features(regions: Regions, feature: str) -> np.ndarray:
@@ -139,10 +162,17 @@ def _up_to_a_dot(name: str) -> str:
 LAYOUTS = {
     "bottom-up-attention": Layout(bottom_up_attention, notes=(NUMBERS_NOTE,)),
     "openvqa": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
-    "openvqa-gqa": Layout(openvqa_gqa, image_id=_up_to_a_dot,
-                          notes=("openvqa's GQA loader also reads grid features, which are not exported",)),
+    "openvqa-gqa": Layout(
+        openvqa_gqa,
+        image_id=_up_to_a_dot,
+        notes=("openvqa's GQA loader also reads grid features, which are not exported",),
+    ),
     "mcan": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
-    "rosita": Layout(rosita, "file", "npz_files",  # its converter reads every file in the folder
-                     notes=(NUMBERS_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
-                     empty="their files have 0 boxes, at which ROSITA's loaders fail"),
-}  # fmt: skip
+    "rosita": Layout(
+        rosita,
+        "file",
+        "npz_files",  # its converter reads every file in the folder
+        notes=(NUMBERS_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
+        empty="their files have 0 boxes, at which ROSITA's loaders fail",
+    ),
+}

@@ -62,12 +62,16 @@ class Source:
         """
         there = self.store.feature_names
         if feature not in there:
-            raise InputError(f"{self.path}: no feature {feature} (it has {', '.join(there) or 'none'}); "
-                             f"extract it with refdet extract-features --features {feature}")  # fmt: skip
+            raise InputError(
+                f"{self.path}: no feature {feature} (it has {', '.join(there) or 'none'}); "
+                f"extract it with refdet extract-features --features {feature}"
+            )
         shape = self.store.data[f"features/{feature}"].shape[1:]
         if len(shape) != 1:
-            raise InputError(f"{self.path}: {feature} has shape {' x '.join(map(str, shape))} per region; "
-                             "export a vector such as fc7")  # fmt: skip
+            raise InputError(
+                f"{self.path}: {feature} has shape {' x '.join(map(str, shape))} per region; "
+                "export a vector such as fc7"
+            )
         return int(shape[0])
 
     def read(self, image_id: int, features: Sequence[str], categories: bool = True) -> Regions:
@@ -93,8 +97,10 @@ class Source:
             raise InputError(f"{where}: a mask is not a compressed RLE; extract it again")
         unknown = set(regions.category_ids.tolist()) - set(self.names) if categories else set()
         if unknown:
-            raise InputError(f"{where}: category {min(unknown)} is not among the {len(self.names)} classes of the "
-                             "store's detector, which this format needs; export regions it detected")  # fmt: skip
+            raise InputError(
+                f"{where}: category {min(unknown)} is not among the {len(self.names)} classes of the "
+                "store's detector, which this format needs; export regions it detected"
+            )
         return regions
 
     def head_size(self, image_id: int) -> int:
@@ -126,5 +132,10 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """File, hash, provenance and options of the store, for `provenance.json`."""
         of = self.store
-        return {"file": self.path.name, "sha256": file_sha256(self.path), "provenance": of.provenance,
-                "options": of.options, "recipe": of.recipe}  # fmt: skip
+        return {
+            "file": self.path.name,
+            "sha256": file_sha256(self.path),
+            "provenance": of.provenance,
+            "options": of.options,
+            "recipe": of.recipe,
+        }
