@@ -32,7 +32,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from refdet.extraction.pipeline import Summary
+    from refdet.extraction.summary import Summary
 
 
 @click.command("extract-features")

@@ -17,7 +17,8 @@ from refdet.data.image_source import ImageSource
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
-from refdet.extraction.pipeline import Finish, begin_batch, load_ahead
+from refdet.extraction.pipeline import begin_batch, load_ahead
+from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions

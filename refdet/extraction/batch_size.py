@@ -14,7 +14,7 @@ from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
 from refdet.detector.predictor import detect_batch
 from refdet.extraction.memory import available_bytes
-from refdet.extraction.pipeline import Compute, Finish
+from refdet.extraction.steps import Compute, Finish
 from refdet.structures.detection_options import DetectionOptions
 
 if TYPE_CHECKING:

@@ -16,10 +16,12 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.given_regions import GivenRegions, given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
-from refdet.extraction.pipeline import Compute, Finish, Summary, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_folder import begun_batch_size, check_begun, parts_folder, progress
 from refdet.extraction.start_lines import start_lines
+from refdet.extraction.steps import Compute, Finish
+from refdet.extraction.summary import Summary
 from refdet.store import Header
 
 if TYPE_CHECKING:

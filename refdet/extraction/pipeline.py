@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,9 @@ from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, cut_into_shards
 from refdet.extraction.repair import none_usable, readable, repair
 from refdet.extraction.shards import ShardSet, open_extraction
-from refdet.extraction.timing import STAGES, Session, shares
+from refdet.extraction.steps import Compute, Finish, Load
+from refdet.extraction.summary import Summary
+from refdet.extraction.timing import STAGES, Session
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt
 from refdet.store import Header
@@ -36,48 +37,9 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[ImageRecord], np.ndarray]
-Finish = Callable[[], list[Regions]]
-Compute = Callable[[list[ImageRecord], list[np.ndarray]], Finish]
-
 SHARD_IMAGES = 32  # lost at most by an interruption; 40 MB with 100 regions of 3072 float32 per image
 _PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
 _WAITING = 2  # batches computed but not finished, which stay in GPU memory
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Result of an extraction.
-
-    Attributes:
-        images: number of images in the store.
-        regions: number of regions in the store.
-        errors: number of unusable images.
-        computed: number of images computed by this run.
-        seconds: duration of computing them.
-        bytes: size of the store.
-        images_per_second: of this run, without the merge; 0 if nothing was computed.
-        stages: seconds per stage: load (waiting for images), compute and wait (for the background thread) in the main
-            thread, finish and write in the background thread, and merge at the end.
-        batch_size: maximum number of images per batch.
-        computing: seconds per part of computing, if measured (`refdet.detector.profiler`).
-    """
-
-    images: int
-    regions: int
-    errors: int
-    computed: int
-    seconds: float
-    bytes: int
-    images_per_second: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-    batch_size: int = 0
-    computing: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Fraction of this run's time spent in each stage, 0 to 1."""
-        return shares(self.seconds, self.stages)
 
 
 def extract(

@@ -18,7 +18,8 @@ from store_examples import HEADER, PLAN
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageError, ImageSource
-from refdet.extraction.pipeline import Finish, extract
+from refdet.extraction.pipeline import extract
+from refdet.extraction.steps import Finish
 from refdet.structures.regions import Regions
 
 # pytest has its own way with warnings; `test_pillow_warns_of_nothing` sees what a user sees

@@ -21,8 +21,10 @@ from refdet.cli.main import main
 from refdet.config import recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError, Interrupted, RefdetError
-from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.shard_arrays import ShardError, read
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
 from refdet.report.page import _read_log
 from refdet.structures.provenance import Provenance
 from refdet.training.metrics_log import MetricsLog

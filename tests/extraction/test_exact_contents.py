@@ -22,7 +22,7 @@ from refdet.errors import InputError, Interrupted
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
-from refdet.extraction.pipeline import Summary
+from refdet.extraction.summary import Summary
 from refdet.structures.regions import Regions
 
 pytestmark = pytest.mark.slow

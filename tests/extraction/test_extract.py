@@ -21,8 +21,10 @@ from refdet.errors import InputError, Interrupted
 from refdet.extraction import shards
 from refdet.extraction.given_regions import annotated_regions
 from refdet.extraction.image_list import ImageList
-from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import cut_into_shards
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
 from refdet.files.atomic import MARK
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]

@@ -18,9 +18,11 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import repair
-from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.repair import repair_folder
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
 from refdet.structures.regions import Regions
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,10 @@ from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import Interrupted, RuntimeFailure
-from refdet.extraction.pipeline import Finish, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
+from refdet.extraction.steps import Finish
 from refdet.structures.regions import Regions
 
 FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.float32)}

@@ -20,8 +20,8 @@ from store_examples import PLAN, contents, make_regions
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction.pipeline import Finish
 from refdet.extraction.shard_arrays import ShardError, ShardWriter, read
+from refdet.extraction.steps import Finish
 from refdet.structures.limits import is_id, size_problem
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,10 @@ from store_examples import HEADER, PLAN, make_regions, record
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.shard_arrays import ShardWriter
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
 from refdet.store import StoreWriter
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]

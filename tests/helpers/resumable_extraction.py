@@ -15,7 +15,9 @@ from store_examples import HEADER, PLAN
 from refdet.data.coco import ImageRecord
 from refdet.errors import Interrupted
 from refdet.extraction import shards
-from refdet.extraction.pipeline import Finish, Summary, extract
+from refdet.extraction.pipeline import extract
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
 
 RECIPE = {"model": {"width": 64}, "input": {"min_sizes": [600], "max_size": 1000}}
 OWN = replace(HEADER, recipe=json.dumps(RECIPE), options=PLAN.options)

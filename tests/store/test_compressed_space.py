@@ -15,7 +15,8 @@ from store_examples import HEADER, PLAN, contents, make_regions
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import RuntimeFailure
-from refdet.extraction.pipeline import Finish, extract
+from refdet.extraction.pipeline import extract
+from refdet.extraction.steps import Finish
 from refdet.store import hdf5_file
 from refdet.structures.regions import Regions
 
