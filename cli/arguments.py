@@ -97,7 +97,9 @@ def check_weights(option: str, path: Path) -> None:
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
         _refuse(option, path, kind, "a weights file")
     if kind not in (*_WEIGHTS, FileKind.ZIP, FileKind.BINARY):
-        raise InputError(f"{option} {path}: {kind.value}; give an intact file written by torch.save or safetensors")
+        raise InputError(
+            f"{option} {path}: {kind.value}, damaged or not weights; give a file of torch.save or safetensors"
+        )
 
 
 def check_images(option: str, path: Path) -> None:

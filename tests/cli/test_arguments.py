@@ -233,7 +233,7 @@ WRONG: dict[str, tuple[Callable[[Files], list[str]], str]] = {
     "no weights": (lambda f: weights(f, f.root / "no"), "--from"),
     "a split for weights": (
         lambda f: weights(f, f.instances),
-        "a JSON file; give an intact file written by torch.save",
+        "a JSON file, damaged or not weights; give a file of torch.save",
     ),
     "a store for weights": (lambda f: weights(f, f.store), "an HDF5 file"),
     "own weights": (lambda f: weights(f, f.run), "a run directory of refdet; pass the run directory itself to"),

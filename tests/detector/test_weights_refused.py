@@ -96,10 +96,10 @@ ONES = torch.ones(2, 2)
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "no such file"),
     "folder": (lambda path: path.mkdir(), "a folder; give a file in it"),
-    "empty": (lambda path: path.write_bytes(b""), "an empty file; give an intact file written by torch.save"),
+    "empty": (lambda path: path.write_bytes(b""), "an empty file, damaged or not weights; give a file of torch.save"),
     "text": (
         lambda path: path.write_text("resnet.conv1.weight 1 2 3\n"),
-        "a text file; give an intact file written by torch.save",
+        "a text file, damaged or not weights; give a file of torch.save",
     ),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a file of torch.save"),
     "zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a file of torch.save"),
