@@ -59,7 +59,8 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
     """Give a command an option under a new name; the old one works for a version, with a note, and is not shown.
 
     Args:
-        new, old: such as "--store" and "--features".
+        new: its name, such as "--store".
+        old: its former name, such as "--features".
         name: what the value is passed as.
         required: whether one of the two must be given.
         attributes: further ones of ``click.option``, for both.

@@ -96,10 +96,11 @@ def demo(
     """Run the pipeline into the new folder ``out``.
 
     Args:
-        run: runs a command of refdet.
+        out: folder to create.
+        run: runs a refdet command.
         say: shows a line to the user.
-        seed: of the dataset and of the training.
-        images: how many train images to draw, None for the usual number.
+        seed: seed of the dataset and of the training.
+        images: number of train images to draw, None for the default.
         changes: of the recipe, such as "train.steps=20".
 
     Returns:
@@ -112,7 +113,7 @@ def demo(
     from refdet.config import recipe
     from refdet.data import shapes
 
-    recipe.load("demo").with_changes(changes)  # a wrong one is told now, not after minutes
+    recipe.load("demo").with_changes(changes)  # so that an invalid one is reported now, not after minutes
     if out.exists():
         raise InputError(f"{out} exists; choose another --out or remove it")
     log = _Log(run, say)

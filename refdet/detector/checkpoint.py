@@ -123,7 +123,7 @@ def _not_a_run(path: Path, folder: Path, missing: str) -> str:
     """Why a path is not a run directory, and the fix."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
         if is_address(path):
-            return "an address; download the run directory, and give its folder"
+            return "a URL; download the run directory and give its folder"
         return "no such file or folder; give a run directory that `refdet train` wrote"
     above = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
     if above is not None:

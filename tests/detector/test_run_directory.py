@@ -52,8 +52,8 @@ def test_the_folder_to_give_is_named(tmp_path: Path) -> None:
     assert f"give {run} or another of its 2" in refusal(tmp_path / "runs")
     assert "no such file or folder" in refusal(tmp_path / "none" / "deep")
     for address in ("https://example.org/run", "http://example.org/resnet18.pth"):
-        assert "an address; download the run directory" in refusal(Path(address))
-        with pytest.raises(InputError, match="an address; download the file"):
+        assert "a URL; download the run directory" in refusal(Path(address))
+        with pytest.raises(InputError, match="a URL; download the file"):
             read_foreign(Path(address))
     (tmp_path / "empty").mkdir()
     assert "no model.json there; give a run directory that `refdet train` wrote" in refusal(tmp_path / "empty")

@@ -123,11 +123,11 @@ BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
     "encode": (
         lambda path: zip_of(path, HEAD + b"c_codecs\nencode\n" + TEXT + TEXT + b"\x86R."), "load '_codecs.encode'",
     ),
-    "long text": (lambda path: path.write_bytes(HEAD + b"X\xff\xff\xff\x7fa"), "damaged, or not a file of torch.save"),
+    "long text": (lambda path: path.write_bytes(HEAD + b"X\xff\xff\xff\x7fa"), "damaged, or not written by torch.save"),
     "very long bytes": (lambda path: path.write_bytes(b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0fa"), "damaged"),
     "long number": (lambda path: path.write_bytes(HEAD + b"\x8b\xff\xff\xff\x7f1"), "damaged"),
     "digits": (lambda path: path.write_bytes(b"L" + b"9" * 100_000 + b"L\n."), "a text file; give an intact file"),
-    "dots": (lambda path: path.write_bytes(HEAD + b"." * 9), "damaged, or not a file of torch.save"),
+    "dots": (lambda path: path.write_bytes(HEAD + b"." * 9), "damaged, or not written by torch.save"),
 }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def numels(path: Path, claimed: int, new: bool) -> None:
 @pytest.mark.parametrize("claimed", [5, 2**28, 2**31 - 1, -1])
 def test_a_storage_that_claims_more_than_there_is(tmp_path: Path, claimed: int, new: bool) -> None:
     numels(tmp_path / "weights.pth", claimed, new)
-    with pytest.raises(InputError, match=r"weights\.pth: damaged, or not a file of torch\.save"):
+    with pytest.raises(InputError, match=r"weights\.pth: damaged, or not written by torch\.save"):
         read_foreign(tmp_path / "weights.pth")
 
 

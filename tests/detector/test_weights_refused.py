@@ -101,8 +101,8 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_text("resnet.conv1.weight 1 2 3\n"),
         "a text file, damaged or not weights; give a file of torch.save",
     ),
-    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a file of torch.save"),
-    "zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a file of torch.save"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not written by torch.save"),
+    "zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not written by torch.save"),
     "tar": (tar, "a tar archive of PyTorch before 0.2, which cannot be read without running"),
     "module": (saved(nn.Linear(2, 2)), "refused to load 'torch.nn.modules.linear.Linear', which is not a tensor"),
     "tensor": (saved(ONES), "holds a Tensor instead of named tensors"),
@@ -134,7 +134,7 @@ def test_files_cut_short(tmp_path: Path, new: bool) -> None:
     data, path = memory.getvalue(), tmp_path / "weights.pth"
     for length in {*range(0, len(data), len(data) // 40), len(data) - 1}:
         path.write_bytes(data[:length])
-        with pytest.raises(InputError, match=r"weights\.pth: damaged|weights\.pth: not a file of torch\.save"):
+        with pytest.raises(InputError, match=r"weights\.pth: damaged|weights\.pth: not written by torch\.save"):
             read_foreign(path)
     path.write_bytes(data)
     assert len(read_foreign(path)) == 102

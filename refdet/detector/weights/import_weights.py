@@ -129,12 +129,12 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 def _no_file(path: Path) -> str:
     """Why a path is not a file, and the fix."""
     if is_address(path):
-        return "an address; download the file, and give its path"
+        return "a URL; download the file and give its path"
     if not path.is_dir():
         return "not a regular file" if path.exists() else "no such file"
     if (path / checkpoint.META).is_file():
         return "a run directory already; give it to --weights or --checkpoint as it is"
-    return "a folder; give the file in it"
+    return "a folder; give a file"
 
 
 def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:

@@ -23,7 +23,7 @@ LARGEST_DIRECTORY = 2**24  # bytes of a zip's central directory
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
 _NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
 SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
-DAMAGED = "damaged, or not a file of torch.save"
+DAMAGED = "damaged, or not written by torch.save"
 # modules that torch.load checks itself; from others it would also load values that are not tensors, such as bytearray
 _LEFT_TO_TORCH = ("torch", "collections")
 _STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
