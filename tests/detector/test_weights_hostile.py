@@ -126,7 +126,7 @@ BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
     "long text": (lambda path: path.write_bytes(HEAD + b"X\xff\xff\xff\x7fa"), "damaged, or not written by torch.save"),
     "very long bytes": (lambda path: path.write_bytes(b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0fa"), "damaged"),
     "long number": (lambda path: path.write_bytes(HEAD + b"\x8b\xff\xff\xff\x7f1"), "damaged"),
-    "digits": (lambda path: path.write_bytes(b"L" + b"9" * 100_000 + b"L\n."), "a text file; give an intact file"),
+    "digits": (lambda path: path.write_bytes(b"L" + b"9" * 100_000 + b"L\n."), "damaged"),
     "dots": (lambda path: path.write_bytes(HEAD + b"." * 9), "damaged, or not written by torch.save"),
 }  # fmt: skip
 
