@@ -34,8 +34,8 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
         with output.open("w", encoding="utf-8") as file, redirect_stdout(file):
             main(args, standalone_mode=False)
 
-    mend = "free some space, remove it and run it again"
-    with report_disk_full(out, mend), redirect_stdout(sys.stderr if as_json else sys.stdout):
+    fix = "free some space, remove it and run it again"
+    with report_disk_full(out, fix), redirect_stdout(sys.stderr if as_json else sys.stdout):
         metrics = demo(out, run, _say, seed, images, changes)
     if as_json:
         echo_json(metrics)

@@ -126,66 +126,38 @@ def demo(
         say("drawing images and sentences, in the layout of COCO 2014 and REFER")
         shapes.write(data, seed, images)
     with log.step("build-split"):
-        log.refdet("build-split", "--instances", original, "--refer-root", refer_root, "--out", split)
+        log.refdet("build-split", *_flags(instances=original, refer_root=refer_root, out=split))
     with log.step("audit"):
         _expect_leak(log, original, refer_root)
-        log.refdet("audit", "--instances", split, "--refer-root", refer_root)
+        log.refdet("audit", *_flags(instances=split, refer_root=refer_root))
     with log.step("train"):
         settings = [word for change in (f"train.seed={seed}", *changes) for word in ("--set", change)]
-        log.refdet(
-            "train", "--recipe", "demo", "--instances", split, "--images", train_images, "--out", model, *settings
-        )
+        given = _flags(recipe="demo", instances=split, images=train_images, out=model)
+        log.refdet("train", *given, *settings)
     with log.step("evaluate"):
         val, detected = data / "annotations" / "instances_val2014.json", out / "detection.json"
-        log.refdet(
-            "evaluate",
-            "--checkpoint",
-            model,
-            "--instances",
-            val,
-            "--images",
-            data / "val2014",
-            "--json",
-            output=detected,
-        )
+        given = _flags(checkpoint=model, instances=val, images=data / "val2014")
+        log.refdet("evaluate", *given, "--json", output=detected)
     with log.step("extract-features"):
         for dataset, split_by in DATASETS:
             held_out = _held_out_splits(refer_root, dataset, split_by)
-            log.refdet(
-                "extract-features",
-                "--checkpoint",
-                model,
-                "--images",
-                train_images,
-                "--refer-root",
-                refer_root,
-                "--dataset",
-                dataset,
-                "--split-by",
-                split_by,
-                "--split",
-                ",".join(held_out),
-                "--out",
-                _store(out, dataset),
+            given = _flags(
+                checkpoint=model,
+                images=train_images,
+                refer_root=refer_root,
+                dataset=dataset,
+                split_by=split_by,
+                split=",".join(held_out),
+                out=_store(out, dataset),
             )
+            log.refdet("extract-features", *given)
     answers = _listen(log, out, model, train_images, refer_root)
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
-            given = ("--predictions", answers) if answers is not None and dataset == DATASETS[0][0] else ()
-            log.refdet(
-                "evaluate-on-refer",
-                "--store",
-                _store(out, dataset),
-                "--refer-root",
-                refer_root,
-                "--dataset",
-                dataset,
-                "--split-by",
-                split_by,
-                *given,
-                "--out",
-                out / "refer" / dataset,
-            )
+            given = _flags(store=_store(out, dataset), refer_root=refer_root, dataset=dataset, split_by=split_by)
+            if answers is not None and dataset == DATASETS[0][0]:
+                given += _flags(predictions=answers)
+            log.refdet("evaluate-on-refer", *given, *_flags(out=out / "refer" / dataset))
     parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
     metrics = {
         "detection": _read(detected),
@@ -221,46 +193,26 @@ def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -
     dataset, split_by = DATASETS[0]
     train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
     with log.step("listener"):
-        log.refdet(
-            "extract-features",
-            "--checkpoint",
-            model,
-            "--images",
-            images,
-            "--refer-root",
-            refer_root,
-            "--dataset",
-            dataset,
-            "--split-by",
-            split_by,
-            "--split",
-            "train",
-            "--regions",
-            "annotations",
-            "--out",
-            train,
-            step="listener",
+        given = _flags(
+            checkpoint=model,
+            images=images,
+            refer_root=refer_root,
+            dataset=dataset,
+            split_by=split_by,
+            split="train",
+            regions="annotations",
+            out=train,
         )
-        log.python(
-            "listener",
-            LISTENER,
-            "--train",
-            train,
-            "--test",
-            _store(out, dataset),
-            "--refer-root",
-            refer_root,
-            "--refs",
-            *(f"{name}/{by}" for name, by in DATASETS),
-            "--out",
-            answers,
-        )
+        log.refdet("extract-features", *given, step="listener")
+        given = _flags(train=train, test=_store(out, dataset), refer_root=refer_root)
+        refs = [f"{name}/{by}" for name, by in DATASETS]
+        log.python("listener", LISTENER, *given, "--refs", *refs, *_flags(out=answers))
     return answers
 
 
 def _expect_leak(log: _Log, original: Path, refer_root: Path) -> None:
     try:
-        log.refdet("audit", "--instances", original, "--refer-root", refer_root)
+        log.refdet("audit", *_flags(instances=original, refer_root=refer_root))
     except RuntimeFailure as error:
         log.say(f"error: {error}\n(exit code 1, as expected: the original file contains val and test images)")
     else:
@@ -273,6 +225,11 @@ def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]
 
     refs = REFER(refer_root, dataset, split_by).data["refs"]
     return choose_splits(refs, (), str(refer_root / dataset), skip=("train",))
+
+
+def _flags(**options: str | Path) -> list[str | Path]:
+    """Words of a command line: ``--refer-root DIR`` for ``refer_root=DIR``."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def _store(out: Path, dataset: str) -> Path:

@@ -42,7 +42,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # What a shell says of a program whose reader went away (128 + SIGPIPE). No command means anything else by it, so that
 # `refdet audit ... | head` is never taken for a leak.
 OUTPUT_LOST = 141
-# What these say about a path is the user's to mend; any other OSError is the machine's.
+# Errors about a path that the user can fix; any other OSError is a failure of the machine.
 INPUT_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
