@@ -57,7 +57,7 @@ def test_what_they_hold_is_shown_and_proven(older: Path) -> None:
 
 
 def test_a_training_goes_on(older: Path) -> None:
-    command(*training("train.steps=4"))
+    assert "resumes from step 2" in command(*training("train.steps=4")).output
     assert steps_of(older / "run") == [1, 2, 3, 4]
 
 

@@ -111,7 +111,7 @@ class Detector:
         if known.excluded:
             data += f", {len(known.excluded)} split{'' if len(known.excluded) == 1 else 's'} held out"
         classes = f"{count} class{'' if count == 1 else 'es'}"
-        about = f"recipe {self.recipe.name}, {classes}, {self.device}, {self.precision}"
+        about = f"recipe {printable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
         return f"Detector({str(self.path)!r}: {about};\n  {printable(cut(data, 100))})"
 
     @overload

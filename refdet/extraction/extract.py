@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.extraction.given_regions import GivenRegions, given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -76,6 +76,7 @@ def extract_features(
         The numbers of images, regions and unusable images, and the time.
 
     Raises:
+        ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has.
         InputError: there is no checkpoint, none of the images is found, ``out`` exists, or the extraction to resume
             was started with different settings.
         RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
@@ -88,6 +89,11 @@ def extract_features(
         options = replace(options, regions="boxes")
     elif options.regions == "boxes":
         raise InputError("regions: 'boxes' needs a file of them; give boxes=FILE")
+    if options.regions == "annotations" and options.crowd_as_object != image_list.crowd_as_object:
+        raise ArgumentError(
+            "crowd_as_object",
+            f"is {options.crowd_as_object}, but the image list was read with {image_list.crowd_as_object}",
+        )
     from refdet.data.image_orientation import OrientationNote
     from refdet.data.image_source import ImageSource
     from refdet.detector.checkpoint import load_meta

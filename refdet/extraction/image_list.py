@@ -20,11 +20,13 @@ class ImageList:
         records: the images, in the order of the store.
         index: their instances file.
         name: their source, as recorded in the store.
+        crowd_as_object: whether annotations of ``iscrowd`` 1 were read as objects.
     """
 
     records: list[ImageRecord]
     index: CocoIndex
     name: str
+    crowd_as_object: bool = False
 
     @classmethod
     def of_instances(cls, path: str | Path, *, crowd_as_object: bool = False) -> ImageList:
@@ -39,7 +41,7 @@ class ImageList:
         """
         path = Path(path)
         index = CocoIndex.load(path, crowd_as_object=crowd_as_object)
-        return cls(list(index.images.values()), index, path.name)
+        return cls(list(index.images.values()), index, path.name, crowd_as_object)
 
     @classmethod
     def of_refer(
@@ -83,7 +85,8 @@ class ImageList:
                 f"{index.path}: lacks the annotations of {len(stray)} refs, the first is ref "
                 f"{stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files again"
             )
-        return cls([index.images[i] for i in ids], index, f"{dataset}/{split_by}/{','.join(chosen)}")
+        name = f"{dataset}/{split_by}/{','.join(chosen)}"
+        return cls([index.images[i] for i in ids], index, name, crowd_as_object)
 
     def sha256(self) -> str:
         """SHA-256 of the images: ids, names, sizes and order."""

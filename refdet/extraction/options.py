@@ -46,6 +46,7 @@ class ExtractOptions(DetectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "features", tuple(dict.fromkeys(self.features)))  # each one once
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ArgumentError(name, f"must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

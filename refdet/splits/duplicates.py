@@ -72,8 +72,11 @@ class ContentResult:
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
-        return asdict(self)
+        """The result as a JSON object; each copy has its distance under the name of 0.1 too."""
+        whole = asdict(self)
+        for copy in whole["copies"]:
+            copy["bits"] = copy["hamming_distance"]  # its name in 0.1
+        return whole
 
     def notes(self) -> list[str]:
         """One line for each kind of image that could not be compared."""

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe | str,
+    recipe: Recipe | str | Path,
     instances: str | Path,
     images: str | Path,
     out: str | Path,
@@ -75,7 +75,7 @@ def train(
     _refuse_many_processes()
     instances, images, out = Path(instances), Path(images), Path(out)
     weights = None if weights is None else Path(weights)
-    chosen = (recipes.load(recipe) if isinstance(recipe, str) else recipe).with_changes(changes)
+    chosen = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
     continues, remark = goes_on(out, resume)
     if (out / LOCK).exists():
         with alone(out, LOCK, BUSY):

@@ -214,9 +214,7 @@ class _Training:
         except RuntimeFailure as error:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
-            raise type(error)(
-                f"{error} (training stopped at step {step}; replace the file and continue with --resume)"
-            ) from error
+            raise type(error)(f"{error} (training stopped {self._keep(step)}; replace the file first)") from error
 
     def _keep(self, step: int) -> str:
         """Save a step; returns the end of a message."""

@@ -12,6 +12,10 @@ from training_examples import Change, run, squares
 
 from refdet import store
 from refdet.cli.main import main
+from refdet.errors import ArgumentError
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +100,13 @@ def test_an_evaluation_on_crowds_alone_says_so(
     caplog.clear()
     assert json.loads(call("evaluate", detector, tmp_path, "--crowd-as-object").stdout)["bbox"]["AP"] >= 0
     assert "iscrowd" not in caplog.text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_list_read_otherwise_than_the_options_say_is_refused(detector: Path, tmp_path: Path, listed: bool) -> None:
+    squares(tmp_path, crowds(0))
+    images = ImageList.of_instances(tmp_path / "instances.json", crowd_as_object=listed)
+    options = ExtractOptions(regions="annotations", crowd_as_object=not listed)
+    with pytest.raises(ArgumentError, match="crowd_as_object"):
+        extract_features(detector, tmp_path / "images", tmp_path / "a.h5", images, options=options, device="cpu")
+    assert not list(tmp_path.glob("a.h5*"))

@@ -14,6 +14,7 @@ from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
 from refdet.extraction import batch_size
 from refdet.extraction.batch_size import auto_batch_size, split_on_oom
+from refdet.extraction.options import ExtractOptions
 from refdet.structures.detection_options import DetectionOptions
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
@@ -137,3 +138,7 @@ def test_another_batch_size_is_refused(text: str) -> None:
     arguments = ["extract-features", "--checkpoint", "x", "--images", "x", "--out", "x", "--instances", "x"]
     result = CliRunner().invoke(main, [*arguments, "--batch-size", text])
     assert result.exit_code == 2 and "from 1 up" in result.output
+
+
+def test_a_feature_named_twice_is_written_once() -> None:
+    assert ExtractOptions(features=("fc7", "pool5", "fc7")) == ExtractOptions(features=("fc7", "pool5"))

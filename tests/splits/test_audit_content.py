@@ -168,6 +168,7 @@ def test_command(world: tuple[Path, Path, Path]) -> None:
     tree = json.loads(as_json.stdout)
     assert tree["clean"] is False and tree["leaked_image_ids"] == []
     assert [copy["image"] for copy in tree["content"]["copies"]] == [12, 13]
+    assert all(copy["bits"] == copy["hamming_distance"] for copy in tree["content"]["copies"])
 
 
 def test_what_was_compared_is_proven_and_no_more(world: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
-from training_examples import TINY, run, squares
+from training_examples import TINY, run, squares, tiny
 
 from refdet.cli.main import main
+from refdet.training.train import train
 
 ON = {"--resume": (), "--out": "run", "--set": TINY}  # goes on with the finished run of two steps
 MISTAKES: dict[str, tuple[dict[str, str | Sequence[str]], str]] = {
@@ -140,3 +142,12 @@ def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.Log
                  "2 steps, batch size 2"):  # fmt: skip
         assert part in line
     assert "refdet audit --instances" in caplog.text and "was not checked" in caplog.text
+
+
+def test_a_recipe_may_be_a_path(tmp_path: Path) -> None:
+    squares(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny("train.steps=1").to_dict()))
+    done = train(
+        tmp_path / "tiny.yaml", tmp_path / "instances.json", tmp_path / "images", tmp_path / "run", device="cpu"
+    )
+    assert done.steps == 1
