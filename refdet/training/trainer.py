@@ -204,7 +204,11 @@ class _Training:
         return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; on failure the steps so far are saved before the error is raised."""
+        """The batch of a step.
+
+        The steps so far are saved before an error is raised, except for a file that cannot be used: after that the run
+        continues from its last checkpoint.
+        """
         try:
             if stop.requested:
                 raise StopRequested
@@ -214,7 +218,9 @@ class _Training:
         except RuntimeFailure as error:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
-            raise type(error)(f"{error} (training stopped {self._keep(step)}; replace the file first)") from error
+            raise type(error)(
+                f"{error} (training stopped at step {step}; replace the file and continue with --resume)"
+            ) from error
 
     def _keep(self, step: int) -> str:
         """Save a step; returns the end of a message."""

@@ -21,7 +21,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint
-from refdet.errors import InputError, Interrupted, RuntimeFailure
+from refdet.errors import Interrupted, RuntimeFailure
 from refdet.interrupt import Stop, StopRequested
 from refdet.training import batch_workers
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
@@ -135,21 +135,6 @@ def test_a_worker_that_was_killed_costs_no_step(tmp_path: Path, monkeypatch: pyt
     run(tmp_path, "train.steps=6", out="whole")
     kept, whole = (checkpoint.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("run", "whole"))
     assert all(torch.equal(kept[name], whole[name]) for name in whole)
-
-
-def test_a_file_that_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    squares(tmp_path)
-    made = TrainingBatches.__getitem__
-
-    def unreadable(self: TrainingBatches, step: int) -> object:
-        if step == 4:
-            raise InputError("a.jpg: truncated")
-        return made(self, step)
-
-    monkeypatch.setattr(TrainingBatches, "__getitem__", unreadable)
-    with pytest.raises(InputError, match=r"a.jpg: truncated \(training stopped after step 4, which is saved.*replace"):
-        run(tmp_path, "train.steps=6")
-    assert checkpoint.load_meta(tmp_path / "run").step == 4
 
 
 def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
