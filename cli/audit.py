@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from refdet.files.short_text import counted
 
 from .arguments import check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
+from .option_names import as_options
 
 if TYPE_CHECKING:
     from refdet.splits.detector_audit import ProvenanceAudit
@@ -89,6 +91,11 @@ def command(
         from refdet.splits.detector_audit import audit_provenance
 
         by_provenance = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
+        by_provenance = replace(
+            by_provenance,
+            problem=as_options(by_provenance.problem),
+            notes=[as_options(text) for text in by_provenance.notes],
+        )
         result, notes = by_provenance.proof, by_provenance.notes
     elif instances is not None:
         from refdet.splits.leak_audit import audit
@@ -99,7 +106,7 @@ def command(
         from refdet.splits.duplicates import audit_content
 
         content = audit_content(instances, refer_root, images, refer_images, exclude)
-        notes = notes + content.notes()
+        notes = notes + [f"--find-duplicates: {text}" for text in content.notes()]
     for text in notes:
         note(f"note: {text}")
     unproven = "" if allow_unidentified else _unproven(result, content)

@@ -13,6 +13,8 @@ import click
 
 from refdet.files.printable_text import printable
 
+from .option_names import as_options
+
 _OWN = ("refdet", "refer")  # the packages whose loggers are ours
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -149,9 +151,8 @@ def set_level(level: int) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line on stderr, unless the command is quiet. Where nobody reads that, the work goes on."""
-    if logging.getLogger("refdet").isEnabledFor(logging.WARNING):
-        print_error(text)
+    """Print one line of ours on stderr, its arguments as options, unless the command is quiet."""
+    _print_note(as_options(text))
 
 
 def print_error(text: str) -> None:
@@ -165,10 +166,18 @@ class NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record, its traceback left out."""
+        text, own = record.getMessage(), record.name.partition(".")[0] in _OWN
+        if own:
+            text = as_options(text)
         if record.levelno >= logging.ERROR:
-            print_error(record.getMessage())
-        elif record.levelno >= logging.WARNING or record.name.partition(".")[0] in _OWN:
-            note(record.getMessage())
+            print_error(text)
+        elif record.levelno >= logging.WARNING or own:
+            _print_note(text)
+
+
+def _print_note(text: str) -> None:
+    if logging.getLogger("refdet").isEnabledFor(logging.WARNING):
+        print_error(text)
 
 
 def _print(text: str) -> None:

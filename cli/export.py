@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
     from refdet.store.export.record import Exported
 
-# Options that only some formats take, by their parameters, and the parameter that is not called as its option.
+# Options that only some formats take, by their parameters.
 TAKEN = {
     "mattnet": (
         "annotations",
@@ -34,7 +34,6 @@ TAKEN = {
     "npz": ("consumer", "feature", "names"),
     "lmdb": ("consumer", "feature"),
 }
-OPTIONS = {"consumer": "for"}
 
 
 @click.command("export")
@@ -77,8 +76,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -
     chosen = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in chosen if name not in TAKEN[format_]]
     if wrong:
-        option = OPTIONS.get(wrong[0], wrong[0]).replace("_", "-")
-        raise InputError(f"--{option} is not for --format {format_}")
+        raise InputError(f"`{wrong[0]}` is not for --format {format_}")
     check_store("--store", store)
     if "annotations" in chosen:
         check_store("--annotations", chosen["annotations"])

@@ -20,6 +20,7 @@ try:
     from refdet.interrupt import ending_imports
 
     from .common import NoteHandler, OutputLost, echo_line, print_error, set_level
+    from .option_names import as_options
 except KeyboardInterrupt:  # before anything is there that could handle it
     os.write(2, b"error: interrupted\n")
     os._exit(130)
@@ -158,10 +159,10 @@ def fail(error: Exception, debug: bool) -> NoReturn:
 
 def describe(error: Exception) -> tuple[int, str]:
     """The exit code and the message for an error."""
-    if isinstance(error, ArgumentError):  # of the library, whose arguments have the names of the options
-        return error.exit_code, f"--{error.argument.replace('_', '-')}: {error.problem}"
+    if isinstance(error, ArgumentError):
+        return error.exit_code, as_options(f"`{error.argument}`: {error.problem}")
     if isinstance(error, RefdetError):
-        return error.exit_code, str(error)
+        return error.exit_code, as_options(str(error))
     if isinstance(error, click.Abort):
         return INTERRUPTED, "interrupted"
     if isinstance(error, click.UsageError):

@@ -28,7 +28,7 @@ def usable_device(name: str | None) -> torch.device:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used ({reason}); try --device cpu") from error
+        raise InputError(f"`device` {name}: cannot be used ({reason}); try `device='cpu'`") from error
     return torch.device(name)
 
 

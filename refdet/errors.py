@@ -1,4 +1,8 @@
-"""Exceptions that the command line reports as one line and an exit code."""
+"""Exceptions that the command line reports as one line and an exit code.
+
+Where a message has an argument of the Python API, it stands in backquotes: `images`, `resume=True`; so does a recipe
+key with the value to give it, `train.workers=0`. The command line has its options in their place.
+"""
 
 import errno
 import os

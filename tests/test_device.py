@@ -151,7 +151,7 @@ def test_extraction_says_that_it_computes_in_float32_instead(
     for name, precision in (("a.h5", "bfloat16"), ("b.h5", "float32")):
         extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,
                          options=ExtractOptions(precision=precision), device="cpu", say=said.append)  # fmt: skip
-    assert said == ["--precision bfloat16: this processor has no bfloat16 arithmetic: computing in float32, which is "
+    assert said == ["`precision` bfloat16: this processor has no bfloat16 arithmetic: computing in float32, which is "
                     "faster here and exact"]  # fmt: skip
     with store.open(tmp_path / "a.h5") as first, store.open(tmp_path / "b.h5") as second:
         assert first.options == second.options and first.options["precision"] == "float32"

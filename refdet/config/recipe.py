@@ -163,11 +163,11 @@ class Recipe:
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
             if not separator:
-                raise InputError(f"--set {cut(assignment)}: no '='; write key=value, such as train.steps=500")
+                raise InputError(f"`changes` {cut(assignment)}: no '='; write key=value, such as train.steps=500")
             try:
                 value = parse_yaml(text)
             except InputError as error:
-                raise InputError(f"--set {cut(assignment)}: {error}") from None
+                raise InputError(f"`changes` {cut(assignment)}: {error}") from None
             *parents, leaf = key.strip().split(".")
             place: Any = tree
             for parent in parents:
@@ -234,14 +234,14 @@ def load(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
-            raise InputError(f"--recipe {name_or_path}: no such file")
+            raise InputError(f"`recipe` {name_or_path}: no such file")
         text: str | bytes = read_small(path, LARGEST_FILE)
         default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.config.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         default_name = name_or_path
     else:
-        raise InputError(f"--recipe {name_or_path}: no such recipe; give a .yaml file or one of {', '.join(names())}")
+        raise InputError(f"`recipe` {name_or_path}: no such recipe; give a .yaml file or one of {', '.join(names())}")
     try:
         tree = parse_yaml(text)
     except InputError as error:

@@ -137,7 +137,7 @@ def _order(corners: str, lengths: str, wrong: Mapping[str, int], count: int) -> 
     if wrong[corners] == wrong[lengths]:
         return (
             f"note: reading boxes as {FORMS[corners].text}; if they are {FORMS[lengths].text}, which equally many "
-            f"({count - wrong[corners]} of {count}) fit, give --box-format {lengths}"
+            f"({count - wrong[corners]} of {count}) fit, give `box_format='{lengths}'`"
         )
     chosen, other = (lengths, corners) if wrong[lengths] < wrong[corners] else (corners, lengths)
     return (
@@ -153,7 +153,7 @@ def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, 
     if tiny > count / 2:
         return (
             f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {form.text}; if they are "
-            "in 0..1 of the image, give --box-format normalized"
+            "in 0..1 of the image, give `box_format='normalized'`"
         )
     share = wrong[name] / count
     # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
@@ -163,10 +163,10 @@ def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, 
     if share > _SOME and wrong[best] < wrong[name] / 2:
         return (
             f"{said}, but {wrong[best]} when read as {FORMS[best].text}; if they are that, give "
-            f"--box-format {_without_order(best)}"
+            f"`box_format='{_without_order(best)}'`"
         )
     if form.stray(boxes, sizes).mean() > _MANY:
-        return f"{said}; no other --box-format fits better, check that the images have the same size"
+        return f"{said}; no other `box_format` fits better, check that the images have the same size"
     return _range_doubt(name, boxes, sizes, wrong)
 
 
@@ -179,13 +179,13 @@ def _range_doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping
     if form.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and wrong[pixels] == 0:
         return (
             f"warning: all {count} boxes lie within their images when read as {FORMS[pixels].text}, not as "
-            f"{form.text}; if they are that, give --box-format {pixels}"
+            f"{form.text}; if they are that, give `box_format='{pixels}'`"
         )
     last = float(form.to_pixels(boxes, sizes)[:, 2:].max())
     if form.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
         return (
             f"warning: none of {count} boxes exceeds 1000 when read as {form.text}, though all images are larger; "
-            "if they are in 0..1000 of the image, give --box-format thousandths"
+            "if they are in 0..1000 of the image, give `box_format='thousandths'`"
         )
     return None
 

@@ -140,7 +140,7 @@ class CocoIndex:
             if objects and all(a.segmentation is None for a in objects):
                 raise InputError(
                     f"{path}: none of its {len(objects)} objects has a segmentation; train without masks by "
-                    "--set model.masks=false"
+                    "`model.masks=false`"
                 )
         log.info(
             "%s: %d images, %d annotations, %d categories",

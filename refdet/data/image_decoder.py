@@ -230,5 +230,5 @@ def _why_turned(orientation: int, exif: str) -> str:
     if orientation not in _SIDEWAYS:
         return ""
     if exif == "apply":
-        return f" and its EXIF orientation {orientation} rotates it; omit --exif apply if it was annotated as stored"
-    return f" and its EXIF orientation is {orientation}; add --exif apply if it was annotated upright"
+        return f" and its EXIF orientation {orientation} rotates it; omit `exif='apply'` if it was annotated as stored"
+    return f" and its EXIF orientation is {orientation}; add `exif='apply'` if it was annotated upright"

@@ -56,16 +56,16 @@ def open_files(path: Path) -> ImageFiles:
         if path.is_dir():
             return _Folder(path)
         if not path.is_file():
-            raise InputError(f"--images {path}: no such file or folder; give a folder or zip of images")
+            raise InputError(f"`images` {path}: no such file or folder; give a folder or zip of images")
         return _Zip(path)
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
         if is_of_the_machine(error):
-            raise RuntimeFailure(f"--images {path}: cannot be listed now ({error}); try again") from error
+            raise RuntimeFailure(f"`images` {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
         fault = "cannot be listed" if path.is_dir() else "not a readable zip"
-        raise InputError(f"--images {path}: {fault} ({why}); give a folder or zip of images") from error
+        raise InputError(f"`images` {path}: {fault} ({why}); give a folder or zip of images") from error
 
 
 class _Folder:

@@ -37,12 +37,12 @@ class OrientationNote:
             return
         self._said = True
         done = (
-            "they are used as stored, as COCO's are; add --exif apply if they were annotated upright"
+            "they are used as stored, as COCO's are; add `exif='apply'` if they were annotated upright"
             if exif == "ignore"
             else "they are rotated upright"
         )
         log.warning(
-            "note: --images %s: %d of the images read have an EXIF orientation other than 1, such as %s; %s",
+            "note: `images` %s: %d of the images read have an EXIF orientation other than 1, such as %s; %s",
             self._source.path,
             len(names),
             names[0],

@@ -70,16 +70,16 @@ class ImageSource:
         unread, above = files.listing.unread, files.listing.above
         if unread:
             log.warning(
-                "note: --images %s: %d subfolders cannot be listed, first: %s (%s)",
+                "note: `images` %s: %d subfolders cannot be listed, first: %s (%s)",
                 path,
                 len(unread),
                 unread[0][0],
                 unread[0][1].strerror,
             )
         if above:
-            log.warning("note: --images %s: link %s to a parent folder is not followed", path, above[0])
+            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, above[0])
         source = cls(files, exif)
-        log.info("--images %s: %d files", path, len(source._names))
+        log.info("`images` %s: %d files", path, len(source._names))
         return source
 
     def locate(self, records: Sequence[ImageRecord], listed: Iterable[ImageRecord] = ()) -> list[str]:
@@ -99,7 +99,7 @@ class ImageSource:
         moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.elsewhere and match.path]
         if moved:
             log.warning(
-                "note: --images %s: %d of %d images are in another folder than their file_name says, first: %s, "
+                "note: `images` %s: %d of %d images are in another folder than their file_name says, first: %s, "
                 "read from %s",
                 self.path,
                 len(moved),
@@ -150,11 +150,11 @@ class ImageSource:
         if unclear:
             what = f"{_named(unclear[0])}: {self.why_missing(unclear[0])}"
             raise InputError(
-                f"--images {self.path}: {what} (the same for {len(unclear)} of the {len(records)} images in "
+                f"`images` {self.path}: {what} (the same for {len(unclear)} of the {len(records)} images in "
                 f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(
-            f"--images {self.path}: {len(missing)} of the {len(records)} images in {listed_in.name} are missing among "
+            f"`images` {self.path}: {len(missing)} of the {len(records)} images in {listed_in.name} are missing among "
             f"its {len(self._names)} files, first: {missing[0]}; give the folder or zip that holds them all"
         )
 

@@ -27,5 +27,5 @@ def choose_splits(refs: Iterable[Ref], wanted: Sequence[str], where: str, skip: 
     names = list(dict.fromkeys(name.strip() for text in wanted for name in text.split(",") if name.strip()))
     for name in names:
         if name not in there:
-            raise InputError(f"--split {name}: no such split in {where}; choose from {', '.join(sorted(there))}")
+            raise InputError(f"`splits` {name}: no such split in {where}; choose from {', '.join(sorted(there))}")
     return names or sorted(name for name in there if name not in skip)

@@ -11,8 +11,6 @@ import msgspec
 from refdet.data.coco import Annotation, CocoIndex
 from refdet.errors import InputError
 
-CROWD_OPTION = "--crowd-as-object"
-
 
 class TrainingObjects:
     """Images and objects of an instances file to train on.
@@ -47,7 +45,7 @@ class TrainingObjects:
         if crowds:
             self.notes.append(
                 f"{index.path}: {crowds} of {crowds + objects} annotations have iscrowd 1 and are neither object nor "
-                f"background; add {CROWD_OPTION} to train on them as objects"
+                f"background; add `crowd_as_object=True` to train on them as objects"
             )
         bare = sum(a.segmentation is None for found in self._objects.values() for a in found)
         if masks and bare:
@@ -56,9 +54,7 @@ class TrainingObjects:
                 "trained"
             )
         if empty := sum(not found for found in self._objects.values()):
-            done = (
-                "used as negatives" if empty_images else "excluded (add --set train.empty_images=true to include them)"
-            )
+            done = "used as negatives" if empty_images else "excluded (add `train.empty_images=true` to include them)"
             self.notes.append(f"{index.path}: {empty} of {len(index.images)} images have no objects and are {done}")
 
     def objects(self, image_id: int) -> list[Annotation]:
@@ -97,7 +93,7 @@ def _nothing(index: CocoIndex, crowds: int) -> str:
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
         return (
             f"{index.path}: no objects to train on, iscrowd is 1 on {which} (CVAT writes this for masks); "
-            f"add {CROWD_OPTION} to train on them as objects"
+            f"add `crowd_as_object=True` to train on them as objects"
         )
     if index.raw["annotations"]:
         return (

@@ -74,7 +74,7 @@ def evaluate(
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         raise InputError(
-            f"--checkpoint {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they differ "
+            f"`run` {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they differ "
             f"({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
         )
     _log_odd_annotations(index, meta.recipe.model.masks)
@@ -85,7 +85,7 @@ def evaluate(
     where = usable_device(device)
     if usable_precision(precision, where) != precision:
         log.warning(
-            "note: --precision %s: this processor has no %s arithmetic: computing in float32", precision, precision
+            "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
         precision = "float32"
     detector = loading.load(run, where, for_inference=True, bf16=precision == "bfloat16")
@@ -162,7 +162,7 @@ def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
     reason = why_undefined(index, index.images)
     if reason:
         crowds = any(annotation.iscrowd for of_image in index.annotations.values() for annotation in of_image)
-        log.warning("note: %s: %s%s", index.path, reason, ", or give --crowd-as-object" if crowds else "")
+        log.warning("note: %s: %s%s", index.path, reason, ", or give `crowd_as_object=True`" if crowds else "")
     annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
     bare = sum(not annotation.segmentation for annotation in annotations)
     if masks and bare:

@@ -39,7 +39,7 @@ class Scorers:
         try:
             _load("bleu.bleu", "Bleu")
         except ImportError:
-            raise InputError(f"--expressions: {INSTALL}") from None
+            raise InputError(f"`expressions`: {INSTALL}") from None
         return cls(java=shutil.which("java") is not None)
 
     def scores(self, truth: Mapping[int, Sequence[str]], said: Mapping[int, str]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Scorers:
             {k: [{"caption": t}] for k, t in lines.items()}
         )
         if len(done) != len(lines):
-            raise RuntimeFailure(f"--expressions: PTBTokenizer returned {len(done)} of {len(lines)} sentences; {_JAVA}")
+            raise RuntimeFailure(f"`expressions`: PTBTokenizer returned {len(done)} of {len(lines)} sentences; {_JAVA}")
         return {r: [done[r, i][0] if text else "" for i, text in enumerate(of_ref)] for r, of_ref in texts.items()}
 
 
@@ -124,11 +124,11 @@ def _meteor(people: dict[int, list[str]], machine: dict[int, list[str]]) -> floa
     try:
         scorer = _load("meteor.meteor", "Meteor")()
     except OSError as error:
-        raise RuntimeFailure(f"--expressions: METEOR does not start ({error}); {_JAVA}") from error
+        raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA}") from error
     try:
         return float(scorer.compute_score(people, machine)[0])
     except (OSError, ValueError) as error:  # Java ended, or printed something else than numbers
-        raise RuntimeFailure(f"--expressions: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
+        raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
     finally:
         if scorer.lock.locked():  # still held after an error; the destructor would deadlock
             scorer.lock.release()

@@ -76,15 +76,18 @@ def evaluate_on_refer(
         where = f"{refer_root / dataset}, split-by {split_by}"
         chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
         if not chosen:
-            raise InputError(f"{where}: all refs are in split train; give --split train to evaluate on it")
+            raise InputError(f"{where}: all refs are in split train; give `splits` train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
         made = (
             None if predictions is None else _predictions(Path(predictions), where, regions, refer, index, box_format)
         )
         said = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
-        arguments = f"--refer-root {refer_root} --dataset {dataset} --split-by {split_by}"
         for split in chosen:
-            _check_images(regions, refer, split, arguments)
+            command = (
+                f"refdet extract-features --refer-root {refer_root} --dataset {dataset} --split-by {split_by} "
+                f"--split {split}"
+            )
+            _check_images(regions, refer, split, command)
         run = _Run(regions, refer, index, made, protocol)
         found = {split: run.metrics(split) for split in chosen}
         if scorers is not None and said is not None:
@@ -120,14 +123,14 @@ def _refs(refer: REFER, split: str) -> list[Any]:
     return [ref for ref in refer.data["refs"] if ref["split"] == split]
 
 
-def _check_images(store: Store, refer: REFER, split: str, arguments: str) -> None:
+def _check_images(store: Store, refer: REFER, split: str, command: str) -> None:
     ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
     lost = [i for i in ids if i not in store]
     if lost:
         first = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
         raise InputError(
             f"{store.path}: lacks {len(lost)} of the {len(ids)} images of split {split} ({first}); "
-            f"extract them with: refdet extract-features {arguments} --split {split}"
+            f"extract them with: {command}"
         )
 
 
@@ -183,7 +186,7 @@ class _Run:
         if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
             log.warning(
                 "note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
-                "the original images, and in the form of --box-format?",
+                "the original images, and in the form of `box_format`?",
                 split,
                 rates["accuracy@0.5"],
                 rates["random_baseline@0.5"],

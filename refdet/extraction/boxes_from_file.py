@@ -75,11 +75,11 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
     """
     if path.suffix in (".h5", ".hdf5"):
         if box_format != DEFAULT:
-            raise InputError(f"--boxes {path}: a store has its own box format; omit --box-format {box_format}")
+            raise InputError(f"`boxes` {path}: a store has its own box format; omit `box_format='{box_format}'`")
         return _of_store(path, index)
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise InputError(f"--boxes {path}: not a list of entries; give COCO results or a store (.h5)")
+        raise InputError(f"`boxes` {path}: not a list of entries; give COCO results or a store (.h5)")
     records: list[ImageRecord] = []
     rows: dict[int, list[int]] = {}  # image id -> its entries
     masks: dict[int, list[bytes]] = {}
@@ -99,7 +99,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
     form, lines = settle(box_format, boxes, sizes)
     for line in lines:
         kind, _, text = line.partition(": ")
-        log.warning("%s: --boxes %s: %s", kind, path, text)
+        log.warning("%s: `boxes` %s: %s", kind, path, text)
     corners = FORMS[form].to_pixels(boxes, sizes)
     for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
         with _of_entry(path, number):
@@ -129,7 +129,7 @@ def _of_entry(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"--boxes {path}: entry {number}: {error}") from None
+        raise InputError(f"`boxes` {path}: entry {number}: {error}") from None
 
 
 def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
@@ -205,7 +205,7 @@ def _of_store(path: Path, index: CocoIndex) -> BoxFile:
     except BaseException as error:
         source.close()
         if isinstance(error, store.CORRUPTION_ERRORS):
-            raise InputError(f"--boxes {path}: damaged: {error}; extract it again") from None
+            raise InputError(f"`boxes` {path}: damaged: {error}; extract it again") from None
         raise
     categories = {int(entry["id"]): str(entry["name"]) for entry in source.classes}
     return BoxFile(_StoreRegions(source, index), categories, source.has_masks, source.has_ann_ids)
@@ -216,10 +216,10 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
     for image_id, height, width in zip(source, source.heights.tolist(), source.widths.tolist(), strict=True):
         record = index.images.get(image_id)
         if record is None:
-            raise InputError(f"--boxes {path}: image {image_id} is not in {index.path}")
+            raise InputError(f"`boxes` {path}: image {image_id} is not in {index.path}")
         if (height, width) != (record.height, record.width):
             raise InputError(
-                f"--boxes {path}: image {image_id} is {width}x{height} there, but "
+                f"`boxes` {path}: image {image_id} is {width}x{height} there, but "
                 f"{record.width}x{record.height} in {index.path}"
             )
     sizes = np.stack([source.widths, source.heights], axis=1)
@@ -232,4 +232,4 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
             try:
                 _check_inside(boxes[row].tolist(), index.images[image_id])
             except InputError as error:
-                raise InputError(f"--boxes {path}: image {image_id}: {error}") from None
+                raise InputError(f"`boxes` {path}: image {image_id}: {error}") from None

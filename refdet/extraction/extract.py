@@ -103,7 +103,7 @@ def extract_features(
     check_features(options.features, meta.recipe)
     folder = parts_folder(out)
     if not resume and progress(folder) is not None:
-        raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
+        raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: has no images to extract")
@@ -112,7 +112,7 @@ def extract_features(
         source.refuse_missing(records, missing, image_list.index.path)
     if missing:
         say(
-            f"note: --images {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
+            f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
             f"and get no regions; the first is {missing[0]}"
         )
     given = given_regions(image_list, options.regions, boxes, box_format, say)
@@ -134,7 +134,7 @@ def extract_features(
     precision = usable_precision(options.precision, where)
     if precision != options.precision:
         say(
-            f"--precision {options.precision}: this processor has no {options.precision} arithmetic: "
+            f"`precision` {options.precision}: this processor has no {options.precision} arithmetic: "
             f"computing in {precision}, which is faster here and exact"
         )
         options = replace(options, precision=precision)
@@ -173,7 +173,7 @@ def extract_features(
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(
             f"{where} has too little memory for one image; finished images are kept: "
-            "free some memory and continue with --resume"
+            "free some memory and continue with `resume=True`"
         ) from error
 
 
@@ -257,14 +257,14 @@ def _check_masks(
         return
     if given is None:
         raise InputError(
-            "--masks predicted: detections have their own masks; it is for --regions annotations or --boxes"
+            "`masks='predicted'`: detections have their own masks; it is for `regions='annotations'` or `boxes`"
         )
     if not meta.recipe.model.masks:
-        raise InputError(f"--masks predicted: {checkpoint} has no mask branch")
+        raise InputError(f"`masks='predicted'`: {checkpoint} has no mask branch")
     strange = sorted(given.categories.items() - dict(meta.categories).items())
     if strange:
         raise InputError(
-            f"--masks predicted: the detector has no category {strange[0][0]} ({strange[0][1]}), "
+            f"`masks='predicted'`: the detector has no category {strange[0][0]} ({strange[0][1]}), "
             "which the regions may have"
         )
 

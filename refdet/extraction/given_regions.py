@@ -50,12 +50,12 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
         raise InputError(
             f"{path}: no regions, iscrowd is 1 on {which} of the images (CVAT writes this for masks); "
-            "add --crowd-as-object to use them as objects"
+            "add `crowd_as_object=True` to use them as objects"
         )
     elif crowds:
         say(
             f"{path}: {crowds} of {len(found)} annotations of the images have iscrowd 1 and are not used as regions; "
-            "add --crowd-as-object to use them as objects"
+            "add `crowd_as_object=True` to use them as objects"
         )
 
 

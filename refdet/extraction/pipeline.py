@@ -166,10 +166,10 @@ def _compute_shards(
                 try:
                     images = next(loaded)
                 except RuntimeFailure as error:
-                    raise RuntimeFailure(f"{error}; {kept}, continue with --resume") from error
+                    raise RuntimeFailure(f"{error}; {kept}, continue with `resume=True`") from error
             bad = [image for image in images if isinstance(image, str)]
             if strict and bad:
-                raise RuntimeFailure(f"--strict: {bad[0]}; {kept}, continue with --resume")
+                raise RuntimeFailure(f"`strict`: {bad[0]}; {kept}, continue with `resume=True`")
             with session.timed("compute"):
                 finish = begin_batch(batch, images, compute)
             with session.timed("wait"):
@@ -317,4 +317,4 @@ def _stoppable(parts: ShardSet, total: int) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         kept = f"{parts.done} of {total} images are finished and kept in {parts.folder}"
-        raise Interrupted(f"stopped: {kept}; continue with --resume") from None
+        raise Interrupted(f"stopped: {kept}; continue with `resume=True`") from None

@@ -18,7 +18,7 @@ Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
 _UNSAID = {"exif": "ignore"}  # options that are stored only with another value
-_OPTIONS = {"at_least_one": "lower_threshold_if_empty"}  # stored name -> name on the command line
+_ARGUMENTS = {"at_least_one": "lower_threshold_if_empty"}  # stored name -> name on the command line
 _SHOWN = 3  # changed keys of a recipe in a message
 
 
@@ -66,9 +66,7 @@ class Plan:
             if name.endswith("_sha256"):
                 found.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                found.append(
-                    f"--{_OPTIONS.get(name, name).replace('_', '-')} was {_shown(old)} and is now {_shown(new)}"
-                )
+                found.append(f"`{_ARGUMENTS.get(name, name)}` was {_shown(old)} and is now {_shown(new)}")
         return "; ".join(found)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class Plan:
             return "another version of refdet"
         found = self.differences(other["options"], undecided) or header_differences(header, other["header"])
         if not found and self.batch_size and other.get("batch_size") != self.batch_size:
-            return f"--batch-size was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
+            return f"`batch_size` was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
         return found
 
     def other_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:

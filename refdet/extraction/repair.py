@@ -115,8 +115,8 @@ def repair(
         broken = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and broken:
             raise RuntimeFailure(
-                f"--strict: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
-                "their files and run it again with --resume"
+                f"`strict`: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
+                "their files and run it again with `resume=True`"
             )
         if not usable:
             if (folder / _OF).is_file():  # interrupted after replacing the store
@@ -126,7 +126,7 @@ def repair(
         size = old.run.get("batch_size", plan.batch_size)
         if size != plan.batch_size:
             raise InputError(
-                f"{out} is complete but has different settings: --batch-size was {size} and is now "
+                f"{out} is complete but has different settings: `batch_size` was {size} and is now "
                 f"{plan.batch_size}; use the same to compute its repaired images"
             )
         if folder.exists() and any(folder.iterdir()) and not (folder / _OF).is_file():
@@ -170,7 +170,7 @@ def none_usable(errors: Mapping[int, str], kept: str) -> str:
     """Error message of an extraction without usable images, with the first reason and what is kept."""
     return (
         f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
-        "files or --images and run it again with --resume"
+        "files or `images` and run it again with `resume=True`"
     )
 
 

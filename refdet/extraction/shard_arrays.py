@@ -315,7 +315,7 @@ def _not_finite(regions: Regions, name: str, dtype: str) -> RuntimeFailure:
         largest = float(np.abs(given).max())
         return RuntimeFailure(
             f"{where} reaches {largest:g}, beyond the range of {dtype} ({np.finfo(dtype).max:g}); "
-            "start again with --dtype float32"
+            "start again with `dtype='float32'`"
         )
     return RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 

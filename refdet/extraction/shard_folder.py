@@ -111,10 +111,10 @@ def check_begun(
     folder = parts_folder(out)
     begun = begun_plan(folder)
     if out.exists() and not resume:
-        raise InputError(f"{out} exists; choose another --out or remove it")
+        raise InputError(f"{out} exists; choose another `out` or remove it")
     if begun is not None:
         if not resume:
-            raise InputError(f"{folder} holds an unfinished extraction; add --resume to continue, or remove it")
+            raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
         if difference := plan.other_options(header, begun, undecided):
             raise InputError(
                 f"{folder} was started with different settings: {difference}; use the same options and "
@@ -125,9 +125,9 @@ def check_begun(
             said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
             difference = plan.differences(finished.options, undecided) or header_differences(header, said)
         if difference:
-            raise InputError(f"{out} is complete but has different settings: {difference}; choose another --out")
+            raise InputError(f"{out} is complete but has different settings: {difference}; choose another `out`")
     elif strange := _strange(folder):
-        raise InputError(f"{folder}: contains {strange}, not part of an extraction; move it or choose another --out")
+        raise InputError(f"{folder}: contains {strange}, not part of an extraction; move it or choose another `out`")
     return begun
 
 

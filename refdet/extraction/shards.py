@@ -67,7 +67,7 @@ class ShardSet:
         self.folder = folder or parts_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
-        self._fix = "finished shards are kept; free some space and continue with --resume"
+        self._fix = "finished shards are kept; free some space and continue with `resume=True`"
         work = plan.work(shards, header)
         if begun is not None:  # an older refdet may have written the same recipe differently
             work["header"] = begun["header"]
@@ -231,7 +231,7 @@ class ShardSet:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
                 f"{path}: {error}, after it was written, and removed; check the disk and compute its "
-                "images again with --resume"
+                "images again with `resume=True`"
             ) from None
 
     def _check_space(self, need: int) -> None:
@@ -274,10 +274,10 @@ def open_extraction(
             "checkpoint, or remove it"
         )
     if begun is None and resume:
-        log.warning("note: --resume: nothing to resume in %s, starting from the beginning", folder)
+        log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, LOCK, "let it end or choose another --out"):
+        with alone(folder, LOCK, "let it end or choose another `out`"):
             now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")

@@ -31,7 +31,7 @@ def what_is(path: Path) -> str | None:
         return f"{kind} (convert it with refdet import-weights)"
     if start.lstrip()[:1] in (b"{", b"["):
         if b'"images"' in start or b'"annotations"' in start:
-            return "a COCO instances file (pass it to --instances)"
+            return "a COCO instances file (pass it to `instances`)"
         return "a JSON file"
     return None
 

@@ -77,7 +77,7 @@ def write(out: Path, inputs: Inputs, title: str = "refdet: regions for referring
         refer.ReferError: the refs cannot be read.
     """
     if out.exists():
-        raise InputError(f"{out} exists; choose another --out or remove it")
+        raise InputError(f"{out} exists; choose another `out` or remove it")
     page = render(inputs, title)
     with atomic_write(out) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))

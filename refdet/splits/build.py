@@ -74,9 +74,9 @@ def build_split(
     report_path = out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
     for path in (out, report_path):
         if path.exists():
-            raise InputError(f"{path} exists; choose another --out or remove it")
+            raise InputError(f"{path} exists; choose another `out` or remove it")
     if exclude and keep_only:
-        raise InputError("--exclude and --keep-only: cannot be combined; drop --exclude, --keep-only removes all else")
+        raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
     splits, notes = chosen(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
     check = InstancesCheck(Path(instances))
     images = read_image_list(instances, check)

@@ -102,7 +102,7 @@ def audit_provenance(
     """
     about = describe(path)
     if about["kind"] not in ("checkpoint", "store"):
-        raise InputError(f"{path}: neither a run directory nor a store; use --instances to audit a list of images")
+        raise InputError(f"{path}: neither a run directory nor a store; use `instances` to audit a list of images")
     if about["provenance"] is None:
         splits, notes = held_out(refer_root, exclude)
         problem = f"{path}: training data unknown: no provenance"
@@ -118,12 +118,12 @@ def audit_provenance(
     if provenance.weights is not None:
         if trust_weights:
             notes.append(
-                f"--trust-weights: assumed that the initial weights have seen no held-out images: {provenance.weights}"
+                f"`trust_weights`: assumed that the initial weights have seen no held-out images: {provenance.weights}"
             )
         elif not problem:
             problem = (
                 f"{who}: clean except for its initial weights, which are unproven: {provenance.weights}; if they have "
-                "seen no held-out images (ImageNet's have not, or audit their run), add --trust-weights"
+                "seen no held-out images (ImageNet's have not, or audit their run), add `trust_weights=True`"
             )
     return ProvenanceAudit(about["kind"], str(path), provenance, claims, proof, problem, notes)
 
@@ -163,9 +163,9 @@ def _problem(
         return ""
     if not provenance.excluded:
         why = provenance.note or "its provenance excludes no split"
-        return f"{who}: training data unknown: {why}; give the file it was trained on with --instances"
+        return f"{who}: training data unknown: {why}; give the file it was trained on with `instances`"
     open_ = [claim for claim in claims if claim.uncovered]
     if open_:
         names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in open_)
-        return f"{who}: its provenance does not exclude {names}; give the file it was trained on with --instances"
+        return f"{who}: its provenance does not exclude {names}; give the file it was trained on with `instances`"
     return ""

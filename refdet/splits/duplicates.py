@@ -88,7 +88,7 @@ class ContentResult:
             ("refer_unreadable", "held-out images cannot be read, so their copies cannot be found"),
         ):
             if labels := getattr(self, name):
-                lines.append(f"--find-duplicates: {len(labels)} {text}, first: {labels[0]} ({self.reasons[name]})")
+                lines.append(f"{len(labels)} {text}, first: {labels[0]} ({self.reasons[name]})")
         return lines
 
 
@@ -135,14 +135,14 @@ def audit_content(
     if not theirs.labels:
         raise InputError(
             f"{refer_images or images}: none of the {len(ids)} held-out images can be read; "
-            "give the folder that has them with --refer-images"
+            "give the folder that has them with `refer_images`"
         )
     # Locate all records, as training does: which file a name refers to can depend on the others.
     own_source.locate([record for of_entry in records for record in of_entry])
     own = _compared(own_source, wanted, "images of the list")
     if wanted and not own.labels:
         raise InputError(
-            f"--images {images}: none of the {len(wanted)} images in {instances} can be read "
+            f"`images` {images}: none of the {len(wanted)} images in {instances} can be read "
             f"(first: {[*own.missing, *own.unreadable][0][1]}); give the folder that has them"
         )
     best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
@@ -253,4 +253,4 @@ def _open_refer_images(path: str | Path) -> ImageSource:
     try:
         return ImageSource.open(path)
     except InputError as error:
-        raise InputError(str(error).replace("--images", "--refer-images", 1)) from None
+        raise InputError(str(error).replace("`images`", "`refer_images`", 1)) from None

@@ -49,8 +49,8 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
-    wanted = [_parse("--exclude", text, pairs) for text in exclude] or [(dataset, by, ()) for dataset, by in pairs]
-    splits, more = _splits(refer_root, wanted, "--exclude", skip=TRAIN)
+    wanted = [_parse("exclude", text, pairs) for text in exclude] or [(dataset, by, ()) for dataset, by in pairs]
+    splits, more = _splits(refer_root, wanted, "exclude", skip=TRAIN)
     notes += more
     if not splits:
         raise InputError(
@@ -71,7 +71,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
 
 
 def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
-    """Find the splits that ``--keep-only`` names.
+    """Find the splits that ``keep_only`` names.
 
     Args:
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
@@ -85,8 +85,8 @@ def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldO
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
-    wanted = [_parse("--keep-only", text, pairs) for text in keep_only]
-    splits, more = _splits(refer_root, wanted, "--keep-only", skip=None)
+    wanted = [_parse("keep_only", text, pairs) for text in keep_only]
+    splits, more = _splits(refer_root, wanted, "keep_only", skip=None)
     return splits, notes + more
 
 
@@ -106,19 +106,19 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     ]
 
 
-def _parse(option: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:
+def _parse(argument: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:
     parts = text.split(":")
     names = tuple(parts[2].split(",")) if len(parts) == 3 else ()
     if len(parts) not in (2, 3) or not all(parts) or not all(names):
-        raise InputError(f"{option} {text}: invalid split; use DATASET:SPLIT_BY or DATASET:SPLIT_BY:SPLIT,...")
+        raise InputError(f"`{argument}` {text}: invalid split; use DATASET:SPLIT_BY or DATASET:SPLIT_BY:SPLIT,...")
     if (parts[0], parts[1]) not in pairs:
         choices = ", ".join(f"{dataset}:{split_by}" for dataset, split_by in pairs)
-        raise InputError(f"{option} {text}: no such dataset and split_by; choose from {choices}")
+        raise InputError(f"`{argument}` {text}: no such dataset and split_by; choose from {choices}")
     return parts[0], parts[1], names
 
 
 def _splits(
-    refer_root: str | Path, wanted: Iterable[tuple[str, str, tuple[str, ...]]], option: str, skip: str | None
+    refer_root: str | Path, wanted: Iterable[tuple[str, str, tuple[str, ...]]], argument: str, skip: str | None
 ) -> tuple[list[HeldOut], list[str]]:
     """Unique splits in ``wanted``, ordered by name; all but ``skip`` where no split is named."""
     found: dict[str, HeldOut] = {}
@@ -129,7 +129,7 @@ def _splits(
         unknown = [name for name in names if name not in images]
         if unknown:
             raise InputError(
-                f"{option} {dataset}:{split_by}: no split {unknown[0]!r}; choose from {', '.join(sorted(images))}"
+                f"`{argument}` {dataset}:{split_by}: no split {unknown[0]!r}; choose from {', '.join(sorted(images))}"
             )
         train = images.get(TRAIN, frozenset())
         for name in names or sorted(set(images) - {skip}):

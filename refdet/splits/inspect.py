@@ -199,14 +199,16 @@ def check(path: str | Path) -> Verification:
     path = Path(path)
     if path.is_dir():
         begun = progress(path)
-        what = "a folder; --verify needs a file written by refdet extract-features"
+        what = "a folder; only a file written by refdet extract-features can be verified"
         raise InputError(f"{path}: {what if begun is None else f'an unfinished store: {_state(begun)}'}")
     if not path.exists():
         raise InputError(f"{path}: {_missing(path, 'file')}")
     check_regular(path)
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise InputError(f"{path}: not a feature store; --verify needs a file written by refdet extract-features")
+            raise InputError(
+                f"{path}: not a feature store; only a file written by refdet extract-features can be verified"
+            )
     return verify(path)
 
 

@@ -196,7 +196,7 @@ def _unknown(images: ImageList) -> list[str]:
         hint = f" ({genome} are Visual Genome's, whose image_data.json has COCO ids)" if genome else ""
         lines.append(
             f"{path}: {len(others)} entries have no COCO image id{hint}, first: "
-            f"{others[0].name or others[0].label!r:.60}; their ids and names prove nothing, use audit "
+            f"{others[0].name or others[0].label!r:.60}; their ids and names prove nothing, use refdet audit "
             "--find-duplicates to compare their content"
         )
     return lines

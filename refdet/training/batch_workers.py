@@ -30,7 +30,7 @@ from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
 SHARED_MEMORY = Path("/dev/shm")  # of tensors sent between processes
-_MORE_ROOM = "in docker start the container with docker run --shm-size={}m, or train with --set train.workers=0"
+_MORE_ROOM = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
 _AHEAD = 2  # batches prefetched per worker
 _LOOK = 0.2  # seconds between checks for a signal
 _PATIENCE = 1.0  # seconds before a worker is killed
@@ -207,14 +207,14 @@ def _cause_of_death(code: int | None) -> str:
             "train.batch_size if it was memory"
         )
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-    return f"worker process: ended {how}; use --set train.workers=0 to avoid worker processes"
+    return f"worker process: ended {how}; use `train.workers=0` to avoid worker processes"
 
 
 def _not_handed_over(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
         return _no_room("no room for a batch of a worker process")
-    return f"worker process: cannot send its batch ({text}); use --set train.workers=0 to avoid worker processes"
+    return f"worker process: cannot send its batch ({text}); use `train.workers=0` to avoid worker processes"
 
 
 def check_shared_memory(batches: TrainingBatches, workers: int) -> None:

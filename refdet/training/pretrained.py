@@ -40,8 +40,8 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
         fresh += (MASK_BRANCH,)  # missing in one of the two
     if theirs.categories != categories and not any("head.box.".startswith(part) for part in fresh):
         raise InputError(
-            f"--weights {weights}: {difference(theirs.categories, categories)}; keep all but its last layers with "
-            "--set train.reset_predictors=true"
+            f"`weights` {weights}: {difference(theirs.categories, categories)}; keep all but its last layers with "
+            "`train.reset_predictors=true`"
         )
     if theirs.recipe.model.neck != recipe.model.neck and theirs.untrained:
         fresh += ("neck.", "head.")
@@ -84,7 +84,7 @@ def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: 
     keys = ("depth", "width") if backbone_alone else ("depth", "width", "neck")
     if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
         raise InputError(
-            f"--weights {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
+            f"`weights` {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
             "recipe or other weights"
         )
 
@@ -107,6 +107,6 @@ def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
         if before != now:
             value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()
-            fixes.append(f"--set {part}.{key}={value}")
+            fixes.append(f"`{part}.{key}={value}`")
     if fixes:
-        raise InputError(f"--weights {weights}: trained in another style than the recipe's; add {' '.join(fixes)}")
+        raise InputError(f"`weights` {weights}: trained in another style than the recipe's; add {' '.join(fixes)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
-BUSY = "let it end or choose another --out"
+BUSY = "let it end or choose another `out`"
 LARGEST_LOG = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 _STATE, _META = "state", "model.json"
 
@@ -25,16 +25,16 @@ def goes_on(out: Path, resume: bool) -> tuple[bool, str]:
         InputError: ``out`` exists without `resume`, or is not a folder, or not a run directory.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a folder for the run directory")
+        raise InputError(f"`out` {out}: is a file; give a folder for the run directory")
     if not out.exists() or not any(out.iterdir()):
-        return False, f"--resume: nothing to resume in {out}: starting from the beginning" if resume else ""
+        return False, f"`resume`: nothing to resume in {out}: starting from the beginning" if resume else ""
     if not resume:
-        raise InputError(f"--out {out} exists; choose another, remove it, or continue it with --resume")
+        raise InputError(f"`out` {out} exists; choose another, remove it, or continue it with `resume=True`")
     if states(out):
         return True, ""
     if (out / _META).exists():
-        raise InputError(f"--resume: {out} holds weights but no training state to resume from; choose another --out")
+        raise InputError(f"`resume`: {out} holds weights but no training state to resume from; choose another `out`")
     if not (out / LOCK).exists():
         strange = min(path.name for path in out.iterdir())
-        raise InputError(f"--resume: {out} holds {strange} but is not a run of refdet train; choose another --out")
-    return False, f"--resume: the run in {out} ended before its first save: starting from the beginning"
+        raise InputError(f"`resume`: {out} holds {strange} but is not a run of refdet train; choose another `out`")
+    return False, f"`resume`: the run in {out} ended before its first save: starting from the beginning"

@@ -82,12 +82,12 @@ class SavedRun:
             for key in options if isinstance(options, dict) else ():
                 if options[key] != new[part][key] and (part, key) not in _FREE:
                     raise InputError(
-                        f"--resume {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
+                        f"`resume` {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
                         "give the recipe the run was started with"
                     )
         if recipe.train.steps < self.meta.step:
             raise InputError(
-                f"--resume {out}: train.steps={recipe.train.steps}, but {self.meta.step} steps are done; give "
+                f"`resume` {out}: train.steps={recipe.train.steps}, but {self.meta.step} steps are done; give "
                 f"{self.meta.step} or more, or start another run"
             )
 
@@ -99,14 +99,14 @@ class SavedRun:
         """
         then = self.meta
         if then.categories != categories:
-            raise InputError(f"--resume {out}: {difference(then.categories, categories)}")
+            raise InputError(f"`resume` {out}: {difference(then.categories, categories)}")
         if then.provenance.image_ids_sha256 != provenance.image_ids_sha256:
-            raise InputError(f"--resume {out}: the run was started with the images of another instances file")
+            raise InputError(f"`resume` {out}: the run was started with the images of another instances file")
         if then.provenance.annotations != provenance.annotations:
-            raise InputError(f"--resume {out}: the run was started with other annotations of these images")
+            raise InputError(f"`resume` {out}: the run was started with other annotations of these images")
         if self.data_sha256 is not None and self.data_sha256 != data_sha256:
             raise InputError(
-                f"--resume {out}: the run was started with other boxes, masks, categories, crowds or file names of "
+                f"`resume` {out}: the run was started with other boxes, masks, categories, crowds or file names of "
                 "these images; give the file and the options it was started with"
             )
 
@@ -115,12 +115,12 @@ class SavedRun:
         lines, before, after = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
             lines.append(
-                f"--resume {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
+                f"`resume` {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
                 "names: that they are the same is not checked"
             )
         if after != before:
             lines.append(
-                f"--resume {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
+                f"`resume` {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
                 "the rate (train.lr_milestones) are counted in parts of the new number"
             )
         return lines
@@ -130,9 +130,9 @@ def damaged(path: Path, why: str) -> InputError:
     """The error of a damaged state, with the fix."""
     others = [other for other in states(path.parent.parent) if other != path]
     fix = (
-        f"remove it: --resume then goes on from {others[-1].name}"
+        f"remove it: `resume=True` then goes on from {others[-1].name}"
         if others
-        else "there is no older one: start again with another --out"
+        else "there is no older one: start again with another `out`"
     )
     return InputError(f"{path}: damaged ({why}); {fix}")
 

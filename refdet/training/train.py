@@ -17,7 +17,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.instances_provenance import provenance_of_instances
-from refdet.data.training_objects import CROWD_OPTION, TrainingObjects
+from refdet.data.training_objects import TrainingObjects
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
@@ -103,7 +103,7 @@ def train(
             f"checked: refdet audit --instances {instances} --refer-root DIR does"
         )
     if crowd_as_object:
-        text = f"its crowds are trained on as objects ({CROWD_OPTION})"
+        text = "its crowds are trained on as objects (`crowd_as_object=True`)"
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
@@ -111,7 +111,7 @@ def train(
     from refdet.training.trainer import TrainingInputs, train_on  # imports torch, which takes seconds
 
     given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
-    with report_disk_full(out, "what was saved is kept: free some space, then continue with --resume"):
+    with report_disk_full(out, "what was saved is kept: free some space, then continue with `resume=True`"):
         return train_on(given, device)
 
 
@@ -125,8 +125,8 @@ def _with_norm(recipe: Recipe, weights: Path | None, before: SavedRun | None, co
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
     if weights is None and not continues and recipe.model.norm == "frozen":
         raise InputError(
-            f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give --weights "
-            "RUN_DIR (refdet import-weights makes one from an ImageNet ResNet)"
+            f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give "
+            "`weights=RUN_DIR` (refdet import-weights makes one from an ImageNet ResNet)"
         )
     return recipe
 

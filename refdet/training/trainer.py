@@ -159,7 +159,7 @@ class _Training:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         if first >= options.steps:
-            log.warning("note: --resume: all %d steps are done; increase train.steps to extend the run", first)
+            log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
             checkpoint.save(self.out, self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
         generator = torch.Generator(device)
@@ -219,16 +219,16 @@ class _Training:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
             raise type(error)(
-                f"{error} (training stopped at step {step}; replace the file and continue with --resume)"
+                f"{error} (training stopped at step {step}; replace the file and continue with `resume=True`)"
             ) from error
 
     def _keep(self, step: int) -> str:
         """Save a step; returns the end of a message."""
         if step == 0:
-            return "before the first step; start again with --resume"
+            return "before the first step; start again with `resume=True`"
         if step != self.meta.step:
             self._save(step)
-        return f"after step {step}, which is saved; continue with --resume"
+        return f"after step {step}, which is saved; continue with `resume=True`"
 
     def _save(self, step: int) -> None:
         self.meta = dataclasses.replace(self.meta, step=step)

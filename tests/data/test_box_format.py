@@ -66,7 +66,7 @@ def test_another_form_is_warned_of_with_the_right_one(seed: int, name: str, said
     assert settled == said and len(lines) == (said != name)
     if said != name:
         (line,) = lines
-        advised = line.rsplit("--box-format ", 1)[1]
+        advised = line.rsplit("`box_format='", 1)[1].rstrip("`'")
         assert line.startswith("warning: ") and "60 boxes" in line and line.count("\n") == 0
         assert settle(advised, written(name, corners, sizes), sizes)[0] == name
 
@@ -86,7 +86,7 @@ def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
         settled == "normalized-xyxy"
         and "if they are [x, y, width, height] in 0..1 of the image, which equally many (1 of 1) fit" in lines[0]
     )
-    assert "--box-format normalized-xywh" in lines[0]
+    assert "`box_format='normalized-xywh'`" in lines[0]
     assert settle("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
 
 
@@ -111,11 +111,16 @@ def test_no_false_alarm_of_pixels(boxes: list) -> None:
     [
         ("xywh", [[100, 100, 1200, 900]] * 4, (640, 480), "4 of 4 boxes reach outside their images"),
         ("xywh", [[0.1, 0.2, 0.5, 1.2]], (640, 480), "1 of 1 boxes lie within 0..1.5"),
-        ("xywh", [[500, 300, 600, 400]], (640, 480), "give --box-format xyxy"),
-        ("xyxy", [[500, 300, 100, 100]], (640, 480), "give --box-format xywh"),
-        ("normalized", [[50, 30, 100, 100]], (640, 480), "give --box-format xywh"),
-        ("xyxy", [[10 * i, 10, 900 + 5 * i, 700] for i in range(20)], (4000, 3000), "give --box-format thousandths"),
-        ("thousandths-xyxy", [[10 * i, 10, 400 + 5 * i, 300] for i in range(20)], (640, 480), "give --box-format xyxy"),
+        ("xywh", [[500, 300, 600, 400]], (640, 480), "give `box_format='xyxy'`"),
+        ("xyxy", [[500, 300, 100, 100]], (640, 480), "give `box_format='xywh'`"),
+        ("normalized", [[50, 30, 100, 100]], (640, 480), "give `box_format='xywh'`"),
+        ("xyxy", [[10 * i, 10, 900 + 5 * i, 700] for i in range(20)], (4000, 3000), "give `box_format='thousandths'`"),
+        (
+            "thousandths-xyxy",
+            [[10 * i, 10, 400 + 5 * i, 300] for i in range(20)],
+            (640, 480),
+            "give `box_format='xyxy'`",
+        ),
     ],
 )
 def test_what_is_said_of_few_boxes(said: str, boxes: list, size: tuple[int, int], says: str) -> None:
@@ -127,7 +132,7 @@ def test_large_images_in_pixels_are_not_taken_for_thousandths() -> None:
     corners, sizes = some_boxes(0, 60, [(4000, 3000), (1600, 1200)])
     for name in FORMS:
         assert settle(name, written(name, corners, sizes), sizes) == (name, [])
-    assert "--box-format thousandths" in settle("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
+    assert "`box_format='thousandths'`" in settle("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
 
 
 def refer_folder(root: Path, corners: np.ndarray, sizes: np.ndarray) -> Path:
@@ -182,7 +187,7 @@ def test_predictions_of_another_form_than_said_are_warned_of(
     boxes = written(name, corners, sizes).tolist()
     (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 10 * i, "box": box} for i, box in enumerate(boxes)]))
     evaluate_on_refer(folder / "a.h5", folder / "refer", "toy", "me", predictions=tmp_path / "p.json")
-    assert f"give --box-format {name.split('-')[0]}" in caplog.text and "of 25 boxes" in caplog.text
+    assert f"give `box_format='{name.split('-')[0]}'`" in caplog.text and "of 25 boxes" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_box_files_of_each_form(dataset: tuple, tmp_path: Path, caplog: pytest.L
         load_boxes(tmp_path / "b.json", index, "xywh")
     except InputError as error:
         assert "read as [x, y, width, height] in pixels" in str(error)
-    assert ("warning: --boxes" in caplog.text) == (name != "xywh")
+    assert ("warning: `boxes`" in caplog.text) == (name != "xywh")
 
 
 def test_the_embedded_data_is_not_doubted(shapes_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,4 +250,4 @@ def test_real_boxes_are_not_doubted_and_their_corners_are(
         entry["bbox"] = [x, y, x + w, y + h]
     (tmp_path / "b.json").write_text(json.dumps(entries))
     load_boxes(tmp_path / "b.json", index)
-    assert "give --box-format xyxy" in caplog.text
+    assert "give `box_format='xyxy'`" in caplog.text

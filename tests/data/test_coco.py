@@ -146,7 +146,7 @@ def test_malformed_json_names_the_line_and_missing_file_the_path(tmp_path: Path)
 
 def test_need_segmentation(tmp_path: Path) -> None:
     assert load(tmp_path, instances(), need_segmentation=True).annotations[3]
-    with pytest.raises(InputError, match="--set model.masks=false"):
+    with pytest.raises(InputError, match="`model.masks=false`"):
         load(tmp_path, instances(segmentation=None), need_segmentation=True)
 
 

@@ -98,7 +98,7 @@ def test_extraction(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with h5py.File(tmp_path / "stored.h5") as stored:
         errors = [error.decode() for error in stored["images/error"][:]]
         assert [bool(error) for error in errors] == [False] * 5 + [True] * 2
-        assert "its EXIF orientation is 6; add --exif apply" in errors[5]
+        assert "its EXIF orientation is 6; add `exif='apply'`" in errors[5]
     code, text = extract(world, tmp_path / "stored.h5", "--resume", "--exif", "apply")
     assert code == 2 and "--exif was ignore and is now apply" in text
 
@@ -148,7 +148,7 @@ def test_recipes_that_say_nothing_are_as_they_were() -> None:
 
 def test_an_image_that_ends_the_training_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     instances = write_dataset(tmp_path, (1, 6, 1, 1, 1))
-    with pytest.raises(InputError, match="its EXIF orientation is 6; add --exif apply"):
+    with pytest.raises(InputError, match="its EXIF orientation is 6; add `exif='apply'`"):
         train(tiny("train.workers=0"), instances, tmp_path / "images", tmp_path / "run")
     assert caplog.text.count(SAID) == 1 and f": 1 {SAID}, such as 2.png" in caplog.text
 

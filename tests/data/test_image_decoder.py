@@ -133,7 +133,7 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
     records = [ImageRecord(1, "6.jpg", 160, 120), ImageRecord(2, "3.jpg", 120, 160), ImageRecord(3, "1.jpg", 120, 160)]
     source = ImageSource.open(tmp_path)
     with pytest.raises(
-        ImageError, match="6.jpg: is 160x120, but .* says 120x160 and its EXIF orientation is 6; add --exif apply"
+        ImageError, match="6.jpg: is 160x120, but .* says 120x160 and its EXIF orientation is 6; add `exif='apply'`"
     ):
         source.read(records[0])
     for record in records[1:]:
@@ -142,7 +142,7 @@ def test_an_image_annotated_upright_names_the_option(tmp_path: Path) -> None:
     applied = ImageSource.open(tmp_path, "apply")
     assert [applied.read(record).shape[:2] for record in records] == [(160, 120), (120, 160), (120, 160)]
     assert applied.oriented_among(records) == {"6.jpg": 6, "3.jpg": 3} and not applied.oriented_among(records[2:])
-    with pytest.raises(ImageError, match="is 160x120, .* orientation 6 rotates it; omit --exif apply"):
+    with pytest.raises(ImageError, match="is 160x120, .* orientation 6 rotates it; omit `exif='apply'`"):
         applied.read(ImageRecord(1, "6.jpg", 120, 160))
 
 

@@ -76,7 +76,7 @@ def test_what_is_left_out_is_counted(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (crowds(*range(8)), r"iscrowd is 1 on all 8 annotations \(CVAT .*--crowd-as-object"),
+        (crowds(*range(8)), r"iscrowd is 1 on all 8 annotations \(CVAT .*`crowd_as_object=True`"),
         (lambda tree: tree.update(annotations=[]), "no annotations to train on"),
         (lambda tree: tree.update(images=[], annotations=[]), "no images to train on"),
         (lambda tree: [a["bbox"].__setitem__(2, 0) for a in tree["annotations"]], "none of its 8 .*box has no area"),
@@ -93,7 +93,7 @@ def test_crowds_as_objects(tmp_path: Path) -> None:
     assert not any(a["iscrowd"] for a in index.raw["annotations"])  # what is evaluated is read from there
     assert len(TrainingObjects(index, True).records) == 4
     run(tmp_path, crowd_as_object=True)
-    assert "--crowd-as-object" in load_meta(tmp_path / "run").provenance.note
+    assert "`crowd_as_object=True`" in load_meta(tmp_path / "run").provenance.note
     with pytest.raises(InputError, match="iscrowd is 1 on all"):
         run(tmp_path, resume=True)
 

@@ -85,7 +85,7 @@ def tensors(given: Tensors) -> Callable[[Path], object]:
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "store.h5": (hdf5, "an HDF5 file, such as a feature store"),
-    "instances.json": (instances, "a COCO instances file (pass it to --instances)"),
+    "instances.json": (instances, "a COCO instances file (pass it to `instances`)"),
     "other.json": (lambda path: path.write_text("[1]"), "a JSON file"),
     "state.safetensors": (tensors(STATE), "a training state (its run directory is the folder above state/)"),
     "copy.safetensors": (tensors(OWN), "the weights of a run directory (give the folder with them"),
@@ -116,7 +116,7 @@ def test_weights_of_other_programs_are_sent_to_import_weights(tmp_path: Path) ->
               tmp_path / "tv.safetensors")  # fmt: skip
     assert "a torchvision Faster R-CNN (convert it with refdet import-weights" in refusal(tmp_path / "tv.safetensors")
     assert "a file, not a run directory" in refusal(tmp_path / "strange.bin")
-    with pytest.raises(InputError, match="a run directory already; give it to --weights or --checkpoint"):
+    with pytest.raises(InputError, match="a run directory already; give it to `weights` or `checkpoint`"):
         read_foreign(run_at(tmp_path / "run"))
     with pytest.raises(InputError, match="the weights of a run directory .*needs no import"):
         read_foreign(tmp_path / "run" / MODEL)

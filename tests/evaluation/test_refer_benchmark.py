@@ -250,7 +250,7 @@ def unchecked(*_: Any) -> None:
 def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"lacks 1 of the 1 images of split train \(3\).*extract-features"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["train"])
-    with pytest.raises(InputError, match="--split testB: no such split"):
+    with pytest.raises(InputError, match="`splits` testB: no such split"):
         evaluate_on_refer(toy[0], toy[1], "toy", "me", splits=["testB"])
 
 

@@ -143,7 +143,7 @@ def test_a_store_of_boxes_is_checked_before_the_work(
 ) -> None:
     monkeypatch.setattr(boxes_from_file, "_ROWS", 2)
     path = boxes_store(tmp_path / "b.h5", boxes)
-    with pytest.raises(InputError, match=f"--boxes .*b.h5: {says}"):
+    with pytest.raises(InputError, match=f"`boxes` .*b.h5: {says}"):
         load_boxes(path, index)
     path.rename(tmp_path / "c.h5")  # and it was closed
     with pytest.raises(InputError, match="image 5 is 128x90 there, but 128x96 in"):

@@ -102,9 +102,9 @@ def test_a_stop_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(ImageSource, "read", stops)
-        with pytest.raises(Interrupted, match="--resume"):
+        with pytest.raises(Interrupted, match="`resume=True`"):
             run(tmp_path / "a.h5", detector, folder, images)
-    with pytest.raises(InputError, match="--batch-size was 4 and is now 2"):
+    with pytest.raises(InputError, match="`batch_size` was 4 and is now 2"):
         run(tmp_path / "a.h5", detector, folder, images, batch_size=2, resume=True)
     done = run(tmp_path / "a.h5", detector, folder, images, workers=3, resume=True)
     assert done.computed == IMAGES if at < IMAGES - 1 else 0 < done.computed <= IMAGES - 32  # a shard was finished

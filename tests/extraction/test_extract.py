@@ -63,12 +63,12 @@ def test_a_stopped_run_resumes_to_the_same_file(tmp_path: Path, stopped_after: i
         return compute(batch, images)
 
     out = tmp_path / "a.h5"
-    with pytest.raises(Interrupted, match=f"{sum(len(b) for b in BATCHES[:stopped_after])} of 10 .*--resume"):
+    with pytest.raises(Interrupted, match=f"{sum(len(b) for b in BATCHES[:stopped_after])} of 10 .*`resume=True`"):
         run(out, stops)
     assert not out.exists()
     (tmp_path / "a.h5.parts" / ".000009.0123abcd.shard").write_text("a shard that was being written")
     (tmp_path / f".a.0123abcd.{MARK}.h5").write_text("a merge that was killed")
-    with pytest.raises(InputError, match="add --resume"):
+    with pytest.raises(InputError, match="add `resume=True`"):
         run(out)
     summary = run(out, resume=True)
     assert (summary.computed, summary.images) == (10 - sum(done), 10)
@@ -99,7 +99,7 @@ def test_a_killed_process_keeps_its_shards(tmp_path: Path, number: signal.Signal
 
 def test_a_finished_store_is_refused_and_with_resume_left_alone(tmp_path: Path) -> None:
     run(tmp_path / "a.h5")
-    with pytest.raises(InputError, match=r"a.h5 exists; choose another --out"):
+    with pytest.raises(InputError, match=r"a.h5 exists; choose another `out`"):
         run(tmp_path / "a.h5")
     before = digest(tmp_path / "a.h5")
 
@@ -118,9 +118,9 @@ def test_other_options_are_refused_by_name(tmp_path: Path, finished: bool) -> No
         with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, SHARDS, resume=False):
             pass
     for key, value, says in (
-        ("score_threshold", 0.1, "--score-threshold was 0.05 and is now 0.1"),
+        ("score_threshold", 0.1, "`score_threshold` was 0.05 and is now 0.1"),
         ("image_list_sha256", "0", "another image list"),
-        ("regions", "annotations", "--regions was null and is now annotations"),
+        ("regions", "annotations", "`regions` was null and is now annotations"),
     ):
         with pytest.raises(InputError, match=says):
             run(tmp_path / "a.h5", resume=True, options={**PLAN.options, key: value})
@@ -180,5 +180,5 @@ def test_images_of_refer_splits(shared: Path) -> None:
     assert [r.id for r in chosen.records] == sorted(r.id for r in chosen.records)
     assert chosen.name == "refcoco/unc/testA,testB"
     assert len(ImageList.of_refer(root, "refcoco", "unc").records) == 4
-    with pytest.raises(InputError, match="--split tset: no such split.*testA, testB, val"):
+    with pytest.raises(InputError, match="`splits` tset: no such split.*testA, testB, val"):
         ImageList.of_refer(root, "refcoco", "unc", splits=["tset"])

@@ -113,7 +113,7 @@ def test_the_run_stops_and_goes_on_to_the_same_store(tmp_path: Path) -> None:
                 return source.read(record)
         return source.read(record)
 
-    with pytest.raises(RuntimeFailure, match=r"Input/output error.*kept in .*a.h5.parts, continue with --resume"):
+    with pytest.raises(RuntimeFailure, match=r"Input/output error.*kept in .*a.h5.parts, continue with `resume=True`"):
         run(out, load=hiccup, workers=1)
     assert not out.exists()
     done = run(out, load=source.read, resume=True)

@@ -61,10 +61,10 @@ def test_work_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "a.h5"
-    with pytest.raises(Interrupted, match="0 of 10 .*--resume"):
+    with pytest.raises(Interrupted, match="0 of 10 .*`resume=True`"):
         run(out, compute=stops)
     with pytest.raises(
-        InputError, match="started with different settings: --batch-size was 4 and is now 8; use the same"
+        InputError, match="started with different settings: `batch_size` was 4 and is now 8; use the same"
     ):
         run(out, plan=replace(PLAN, batch_size=8), resume=True)
     with pytest.raises(InputError, match="started with different settings: other shards"):
@@ -98,7 +98,7 @@ def test_a_shard_of_another_extraction_is_computed_again(tmp_path: Path, caplog:
 
 def test_strict_stops_at_a_broken_image_and_keeps_the_rest(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
-    with pytest.raises(RuntimeFailure, match=f"--strict: ümlaut_{BROKEN}.jpg: not a readable image; .*--resume"):
+    with pytest.raises(RuntimeFailure, match=f"`strict`: ümlaut_{BROKEN}.jpg: not a readable image; .*`resume=True`"):
         run(out, load=load_but_one, strict=True)
     assert not out.exists()
     with pytest.raises(RuntimeFailure, match=f"ümlaut_{BROKEN}.jpg"):
@@ -123,14 +123,14 @@ def test_strict_looks_again_at_images_that_were_broken(tmp_path: Path) -> None:
     out = tmp_path / "a.h5"
     with pytest.raises(Interrupted, match="5 of 10"):
         run(out, load=other_broken, compute=stops)
-    with pytest.raises(RuntimeFailure, match="--strict: broken"):
+    with pytest.raises(RuntimeFailure, match="`strict`: broken"):
         run(out, load=other_broken, strict=True, resume=True)
     assert run(out, strict=True, resume=True).computed == 10 - len(BATCHES[1])
 
 
 def test_strict_refuses_a_finished_store_with_broken_images(tmp_path: Path) -> None:
     assert run(tmp_path / "a.h5", load=load_but_one).errors == 1
-    with pytest.raises(RuntimeFailure, match=f"--strict: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
+    with pytest.raises(RuntimeFailure, match=f"`strict`: ümlaut_{BROKEN}.jpg: .* no regions of 1 image"):
         run(tmp_path / "a.h5", load=load_but_one, strict=True, resume=True)
 
 
@@ -232,7 +232,7 @@ def test_stopped_while_the_background_is_behind(tmp_path: Path, number: signal.S
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.h5"), str(int(number))]
     process = subprocess.run(command, env=environment(Path(__file__).parent), capture_output=True, text=True)
-    assert "5 of 10 images are finished" in process.stderr and "--resume" in process.stderr
+    assert "5 of 10 images are finished" in process.stderr and "`resume=True`" in process.stderr
     assert run(tmp_path / "a.h5", resume=True).computed == 5
 
 

@@ -116,7 +116,7 @@ def test_nothing_changes_where_they_are_still_broken(tmp_path: Path) -> None:
     run((3, 4))
     before = run.out.read_bytes()
     assert run((3, 4), resume=True).computed == 0 and run.out.read_bytes() == before and not run.computed
-    with pytest.raises(RuntimeFailure, match=f"--strict: {RECORDS[4].file_name}: not a readable image; .* of 2 images"):
+    with pytest.raises(RuntimeFailure, match=f"`strict`: {RECORDS[4].file_name}: not a readable image; .* of 2 images"):
         run((4,), resume=True, strict=True)
     assert run.out.read_bytes() == before and not run.computed and not repair_folder(run.out).exists()
     assert run(resume=True, strict=True).errors == 0
@@ -132,7 +132,7 @@ def test_a_repair_that_is_stopped_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return compute(batch, images)
 
-    with pytest.raises(Exception, match="4 of 10 images .*a.h5.repair.*--resume"):
+    with pytest.raises(Exception, match="4 of 10 images .*a.h5.repair.*`resume=True`"):
         run(resume=True, compute=stops)
     assert run.out.read_bytes() == before and len(list(repair_folder(run.out).glob("*.shard"))) == 2
     assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
@@ -170,7 +170,7 @@ def test_what_is_left_of_another_repair_is_not_used(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return lambda: [make_regions(r.id, 3, seed=99) for r in batch]
 
-    with pytest.raises(Exception, match="--resume"):
+    with pytest.raises(Exception, match="`resume=True`"):
         first(resume=True, compute=stops)
     first.out.rename(tmp_path / "old.h5")  # which keeps its inode from being used again
     first((0, 4))
@@ -182,8 +182,8 @@ def test_other_options_and_another_batch_size_are_refused(tmp_path: Path) -> Non
     run = Extraction(tmp_path / "a.h5")
     run((4,))
     for changes, says in (
-        ({"plan": replace(PLAN, options={**PLAN.options, "dtype": "float16"})}, "--dtype was float32"),
-        ({"plan": replace(PLAN, batch_size=8)}, "--batch-size was 4 and is now 8; use the same"),
+        ({"plan": replace(PLAN, options={**PLAN.options, "dtype": "float16"})}, "`dtype` was float32"),
+        ({"plan": replace(PLAN, batch_size=8)}, "`batch_size` was 4 and is now 8; use the same"),
         ({"header": replace(HEADER, recipe="other", options=PLAN.options)}, "another recipe"),
     ):
         with pytest.raises(InputError, match=says):
@@ -209,7 +209,7 @@ def test_a_damaged_store_is_named_and_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_where_every_image_failed_there_is_no_store(tmp_path: Path, strict: bool) -> None:
     run, every = Extraction(tmp_path / "a.h5"), range(10)
-    says = "--strict" if strict else "none of the 10 images could be used .first: ümlaut_7.jpg: not a readable image.; "
+    says = "`strict`" if strict else "none of the 10 images could be used .first: ümlaut_7.jpg: not a readable image.; "
     for resume in (False, True, True):
         with pytest.raises(RuntimeFailure, match=says):
             run(every, resume=resume, strict=strict)
@@ -253,6 +253,6 @@ def test_an_unfinished_extraction_looks_at_them_again(tmp_path: Path, caplog: py
             raise KeyboardInterrupt
         return compute(batch, images)
 
-    with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="--resume"):
+    with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="`resume=True`"):
         run((0, 9), compute=stops)
     assert run((9,), resume=True).errors == 1 and run.computed == [[0, 1], [2, 3, 4]]

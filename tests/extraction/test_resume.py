@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_waits_for_the_thread_that_writes(tmp_path: Path) -> Non
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.h5")]
     process = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert "5 of 10 images are finished" in process.stderr and "--resume" in process.stderr
+    assert "5 of 10 images are finished" in process.stderr and "`resume=True`" in process.stderr
     assert "finishing the computed batches first" in process.stderr
     assert run(tmp_path / "a.h5", resume=True).computed == 5
     run(tmp_path / "whole.h5")

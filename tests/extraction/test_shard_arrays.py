@@ -104,7 +104,7 @@ def test_a_number_that_does_not_fit_is_an_error_and_not_infinity(tmp_path: Path,
         write(tmp_path / "a", [image], plan)
         return
     says = (
-        "reaches 70000, beyond the range of float16 .65504.*--dtype float32"
+        "reaches 70000, beyond the range of float16 .65504.*`dtype='float32'`"
         if np.isfinite(value)
         else "contains NaN or inf"
     )
@@ -120,7 +120,7 @@ def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None
         return compute(batch, images)
 
     out, plan = tmp_path / "a.h5", replace(PLAN, dtype="float16")
-    with pytest.raises(RuntimeFailure, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*--dtype float32"):
+    with pytest.raises(RuntimeFailure, match=f"image {BATCHES[2][0].id} .*: fc7 reaches 100000, .*`dtype='float32'`"):
         extract(out, plan, HEADER, BATCHES, RECORDS, load, overflows, shard_images=2)
     assert not out.exists()
 

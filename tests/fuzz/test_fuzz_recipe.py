@@ -81,7 +81,7 @@ def test_what_a_recipe_may_not_be(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["laughs", "deep list", "twice", "python", "date", "control"])
 def test_the_same_of_set(kind: str) -> None:
     text = REFUSED[kind][0].replace("train: ", "").replace("\n", " ")
-    with pytest.raises(InputError, match=r"^--set train=") as caught:
+    with pytest.raises(InputError, match=r"^`changes` train=") as caught:
         recipe.load("demo").with_changes([f"train={text}"])
     assert len(str(caught.value)) < 600
 

@@ -221,7 +221,7 @@ def test_an_audit_of_another_file_proves_nothing(inputs: Inputs, tmp_path: Path)
 
 def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(InputError, match="exists; choose another --out"):
+    with pytest.raises(InputError, match="exists; choose another `out`"):
         report.write(tmp_path / "report.html", inputs)
     with pytest.raises(InputError, match="model.json: not there"):
         report.write(tmp_path / "new.html", dataclasses.replace(inputs, run=tmp_path))

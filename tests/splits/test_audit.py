@@ -224,7 +224,9 @@ def test_first_weights_count_too(trained: tuple[Path, Path, Path], tmp_path: Pat
     run = run_directory(tmp_path / "from", provenance_of(split) | {"weights": "res101.pth, training data unknown"})
     found = audit_provenance(run, root, split)
     assert (
-        not found.proven and "res101.pth, training data unknown" in found.problem and "--trust-weights" in found.problem
+        not found.proven
+        and "res101.pth, training data unknown" in found.problem
+        and "`trust_weights=True`" in found.problem
     )
     trusted = audit_provenance(run, root, split, trust_weights=True)
     assert trusted.proven and any(
@@ -252,7 +254,7 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
     with h5py.File(store, "a") as file:
         del file.attrs["provenance"]
     assert "training data unknown: no provenance" in audit_provenance(store, root).problem
-    with pytest.raises(InputError, match="use --instances to audit"):
+    with pytest.raises(InputError, match="use `instances` to audit"):
         audit_provenance(split, root)
 
 

@@ -150,11 +150,11 @@ def test_held_out_ids_are_left_to_the_audit_by_id_and_names_are_enough(
 def test_bad_folders(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, root, folder = world
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="none of the 3 held-out images.*--refer-images"):
+    with pytest.raises(InputError, match="none of the 3 held-out images.*`refer_images`"):
         audit_content(source, root, folder, tmp_path / "empty")
-    with pytest.raises(InputError, match="--images .*empty: none of the 6 images"):
+    with pytest.raises(InputError, match="`images` .*empty: none of the 6 images"):
         audit_content(source, root, tmp_path / "empty", folder)
-    with pytest.raises(InputError, match="--refer-images .*nowhere: no such file or folder"):
+    with pytest.raises(InputError, match="`refer_images` .*nowhere: no such file or folder"):
         audit_content(source, root, folder, tmp_path / "nowhere")
 
 

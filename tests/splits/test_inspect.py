@@ -145,7 +145,7 @@ def test_an_unfinished_store(tmp_path: Path) -> None:
     for look in (describe, check):
         with pytest.raises(InputError, match=f"a.h5: not finished yet: in .*a.h5.parts, {says}"):
             look(out)
-    with pytest.raises(InputError, match="a folder; --verify needs a file"):
+    with pytest.raises(InputError, match="a folder; only a file"):
         check(tmp_path)
 
 

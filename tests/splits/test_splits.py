@@ -127,7 +127,7 @@ def test_a_second_build_keeps_what_the_first_excluded(world: tuple[Path, Path], 
 def test_existing_outputs_are_refused(world: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("o.json", "o.report.json"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(InputError, match="exists; choose another --out or remove it"):
+        with pytest.raises(InputError, match="exists; choose another `out` or remove it"):
             build_split(*world, tmp_path / "o.json")
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()

@@ -154,9 +154,9 @@ def test_keep_only_is_the_reverse(root: Path, tmp_path: Path) -> None:
     assert set(provenance.excluded) == {"refcoco/unc/val"} and any("refcocog/umd/val" in note for note in test.notes)
     every = build_split(source, root, tmp_path / "every.json", keep_only=["refcoco:unc"])
     assert every.report["images_after"] == 4
-    with pytest.raises(InputError, match="--exclude and --keep-only"):
+    with pytest.raises(InputError, match="`exclude` and `keep_only`"):
         build_split(source, root, tmp_path / "x.json", exclude=["refcoco:unc"], keep_only=["refcoco:unc"])
-    with pytest.raises(InputError, match="--keep-only refcoco:unc: no split 'dev'"):
+    with pytest.raises(InputError, match="`keep_only` refcoco:unc: no split 'dev'"):
         build_split(source, root, tmp_path / "x.json", keep_only=["refcoco:unc:dev"])
 
 

@@ -96,7 +96,7 @@ def test_a_list_written_item_by_item_is_json(tmp_path: Path, items: list[object]
 def test_the_second_of_two_exports_leaves_the_first_as_it_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
-        pytest.raises(InputError, match="--out .*/out: written by another program in the meantime"),
+        pytest.raises(InputError, match="`out` .*/out: written by another program in the meantime"),
         new_folder(out) as a,
     ):
         (a / "a").write_text("second")

@@ -83,7 +83,7 @@ def test_the_default_is_the_newer_vilbert_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     done = export_lmdb(write_store(tmp_path / "a.h5", DETECTIONS), tmp_path / "out")
     assert Reader(tmp_path / "out")[4][1] == 5
-    assert "written as arrays for vilbert-multi-task" in done.notes[0] and "--for vilbert-beta" in done.notes[0]
+    assert "written as arrays for vilbert-multi-task" in done.notes[0] and "`consumer='vilbert-beta'`" in done.notes[0]
 
 
 @pytest.mark.parametrize("consumer", ["vilbert-multi-task", "vilbert-beta"])

@@ -43,7 +43,7 @@ def test_names_are_files_of_one_folder_or_refused(names: list[str], kind: str) -
         found = file_names(store_of(names), kind, ".npz")
     except InputError as error:
         text = str(error)
-        assert text.isprintable() and "export with --names id" in text and kind != "id"
+        assert text.isprintable() and "export with `names='id'`" in text and kind != "id"
         return
     assert list(found) == list(range(len(names))) and len(set(found.values())) == len(names)
     for name in found.values():
@@ -88,7 +88,7 @@ def test_what_becomes_of_a_name(name: str, stem: str, file: str) -> None:
 def test_two_images_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
     path = write_store(tmp_path / "a.h5", images)
-    with pytest.raises(InputError, match="images 4 and 3 are both named 'a'\); export with --names id"):
+    with pytest.raises(InputError, match="images 4 and 3 are both named 'a'\); export with `names='id'`"):
         export_npz(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export_npz(path, tmp_path / "out", names="id").images == 2
@@ -99,7 +99,7 @@ def test_a_disk_that_takes_two_names_for_one_loses_nothing(tmp_path: Path, monke
     write = npz_module.write_npz
     monkeypatch.setattr(npz_module, "write_npz", lambda path, values: write(path.with_name(path.name.lower()), values))
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], ("a.jpg", "A.jpg"), strict=True)]
-    with pytest.raises(InputError, match="takes 'A' of image 3 for another name\); export with --names id"):
+    with pytest.raises(InputError, match="takes 'A' of image 3 for another name\); export with `names='id'`"):
         export_npz(write_store(tmp_path / "a.h5", images), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 
@@ -118,7 +118,7 @@ def test_names_that_the_reader_cannot_tell_apart_are_refused(
 ) -> None:
     images = [replace(r, file_name=name) for r, name in zip(DETECTIONS[:2], names, strict=True)]
     path = write_store(tmp_path / "a.h5", images)
-    with pytest.raises(InputError, match=rf"{message}\); export with --names id"):
+    with pytest.raises(InputError, match=rf"{message}\); export with `names='id'`"):
         export_npz(path, tmp_path / "out", consumer=consumer)
     assert not (tmp_path / "out").exists()
     done = export_npz(path, tmp_path / "out", names="id", consumer=consumer)

@@ -59,7 +59,7 @@ def test_refusals(tmp_path: Path) -> None:
     nameless = write_store(tmp_path / "n.h5", [replace(DETECTIONS[0], file_name="", features=spatial)])
     twice = write_store(tmp_path / "t.h5", [replace(r, file_name=f"{r.image_id}/a.jpg") for r in DETECTIONS])
     for path, feature, message in (
-        (nameless, "spatial", r"image 4 has no name\); export with --names id"),
+        (nameless, "spatial", r"image 4 has no name\); export with `names='id'`"),
         (nameless, "fc7", r"no feature fc7 \(it has spatial\)"),
         (twice, "fc7", "images 4 and 3 are both named 'a'"),
     ):
@@ -123,7 +123,7 @@ def test_openvqas_gqa_loader_finds_its_images(tmp_path: Path) -> None:
         np.testing.assert_allclose(boxes[: len(regions)] * [8, 6, 8, 6], regions.boxes, rtol=1e-6)
     assert "grid features" in done.notes[0]
     other = export_npz(store, tmp_path / "other", consumer="openvqa-gqa")
-    assert any("3 images are read with another id" in note and "--names id" in note for note in other.notes)
+    assert any("3 images are read with another id" in note and "`names='id'`" in note for note in other.notes)
 
 
 def test_rosita_finds_its_images(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_attribute_words_are_counted_once_a_ref(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     write(tmp_path, GREFS, "grefs(unc).json", "grefcoco")
-    with pytest.raises(InputError, match="give --max-length"):
+    with pytest.raises(InputError, match="give `max_length`"):
         prepare(tmp_path, "grefcoco", "unc", PreproOptions())
     with pytest.raises(InputError, match="any number of targets"):
         prepare(tmp_path, "grefcoco", "unc", PreproOptions(max_length=5))
@@ -110,7 +110,7 @@ def test_its_own_data_json_is_read(tmp_path: Path) -> None:
     names: Any = {"images": [], "anns": [], "cat_to_ix": {"dog": "a\nb"}}
     for wrong in ([], {"images": []}, {"images": [], "anns": [{"ann_id": 1, "h5_id": 1}]}, names):
         path.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match="--data-json"):
+        with pytest.raises(InputError, match="`data_json`"):
             Prepro.read(path)
 
 

@@ -182,7 +182,7 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pyte
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    full_at = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*--resume")
+    full_at = pytest.raises(RuntimeFailure, match=r"000001.shard: no space left.*`resume=True`")
     with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])
@@ -209,7 +209,7 @@ def test_a_disk_that_is_full_in_the_merge(tmp_path: Path, monkeypatch: pytest.Mo
     def full(self: object, regions: Regions) -> None:
         raise error
 
-    full_at = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*--resume")
+    full_at = pytest.raises(RuntimeFailure, match=r"a.h5: no space left.*`resume=True`")
     with full_at, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, [[[record(image)]]], resume=False) as parts:
         assert parts is not None
         put(parts, 0, [image])
@@ -235,7 +235,7 @@ def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.
     images = [make_regions(1, 2), make_regions(2, 2)]
     planned = [[[record(image)]] for image in images]
     shard = tmp_path / "a.h5.parts" / "000000.shard"
-    damaged = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*--resume")
+    damaged = pytest.raises(RuntimeFailure, match="000000.shard: damaged.*`resume=True`")
     with damaged, shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=False) as parts:
         assert parts is not None
         put(parts, 0, images[:1])

@@ -75,7 +75,7 @@ def test_the_batches_are_those_of_their_steps_in_order(tmp_path: Path, workers: 
     ("happens", "said"),
     [
         (kill(signal.SIGKILL), "worker process: killed, possibly because memory ran out"),
-        (kill(signal.SIGBUS), "SIGBUS, probably as /dev/shm is full; .*--shm-size=1024m.* train.workers=0"),
+        (kill(signal.SIGBUS), "SIGBUS, probably as /dev/shm is full; .*--shm-size=1024m.*`train.workers=0`"),
         (kill(signal.SIGSEGV), "worker process: ended by SIGSEGV"),
         (lambda: os._exit(3), "worker process: ended with exit code 3"),
     ],
@@ -146,7 +146,9 @@ def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "__getitem__", stops)
-        with pytest.raises(Interrupted, match="stopped by SIGTERM before the first step; start again with --resume"):
+        with pytest.raises(
+            Interrupted, match="stopped by SIGTERM before the first step; start again with `resume=True`"
+        ):
             run(tmp_path)
     assert not (tmp_path / "run" / "model.json").exists()
     assert run(tmp_path, resume=True).steps == 2
@@ -160,7 +162,7 @@ def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monke
     monkeypatch.setattr(batch_workers, "_free", lambda: need - 1)
     check_shared_memory(batches, workers=0)
     with pytest.raises(
-        RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=2m, or train with --set train.workers=0"
+        RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=2m, or train with `train.workers=0`"
     ):
         check_shared_memory(batches, workers=2)
     with pytest.raises(RuntimeFailure, match="/dev/shm"):

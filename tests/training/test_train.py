@@ -218,7 +218,7 @@ def test_weights_start_a_run_and_stand_in_its_provenance(shapes_root: Path, tmp_
 
 
 def test_frozen_layers_need_weights(shapes_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.norm=frozen .*--weights"):
+    with pytest.raises(InputError, match=r"model\.norm=frozen .*`weights=RUN_DIR`"):
         run(shapes_root, tmp_path / "run", "train.steps=1", "model.norm=frozen")
     assert not (tmp_path / "run").exists()
 

@@ -90,7 +90,7 @@ def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path, 
         path.write_text(text)
     before = contents(tmp_path / "run")
     for resume in (True, False):
-        with pytest.raises(InputError, match=r"choose another|another --out"):
+        with pytest.raises(InputError, match=r"choose another|another `out`"):
             run(tmp_path, resume=resume)
     assert contents(tmp_path / "run") == before
 
@@ -117,7 +117,7 @@ def test_killed_before_the_first_save_it_starts_again_and_says_every_step_once(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_of(tmp_path / "run") == [1, 2]
-    with pytest.raises(InputError, match="continue it with --resume"):
+    with pytest.raises(InputError, match="continue it with `resume=True`"):
         run(tmp_path, "train.steps=4")
     run(tmp_path, "train.steps=4", resume=True)
     assert "ended before its first save: starting from the beginning" in caplog.text
@@ -194,7 +194,7 @@ def test_a_damaged_state_is_one_line_and_nothing_is_touched(begun: Path, spoil: 
     path = state(begun)
     spoil(path)
     before = contents(begun / "run")
-    with pytest.raises(InputError, match="damaged .*there is no older one: start again with another --out") as caught:
+    with pytest.raises(InputError, match="damaged .*there is no older one: start again with another `out`") as caught:
         run(begun, "train.steps=4", resume=True)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 800
     assert contents(begun / "run") == before

@@ -42,7 +42,7 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     if seed < 0:
         raise InputError(f"seed={seed} is negative; choose 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists; choose another --out or remove it")
+        raise InputError(f"{out} exists; choose another `out` or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     # written to a temporary folder and renamed at the end, so that `out` is never incomplete
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -71,9 +71,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None)
     given = {name.removeprefix("module."): value for name, value in tensors.items()}
     if any(name.startswith(("resnet.", "rpn_")) for name in given):
         if style is not None:
-            raise InputError(
-                f"--weight-format {style}: this is a detector, only an ImageNet ResNet has a choice of styles"
-            )
+            raise InputError(f"`style` {style}: this is a detector, only an ImageNet ResNet has a choice of styles")
         return _reference(given)
     return _resnet(given, style)
 
@@ -109,7 +107,7 @@ def _resnet(given: dict[str, Tensor], style: str | None) -> ConvertedWeights:
     style = style or ("torchvision" if depth < 50 else _style(given))
     if style == "caffe":
         if depth < 50:
-            raise InputError("--weight-format caffe: no recipe for a Caffe ResNet of fewer than 50 layers")
+            raise InputError("`style='caffe'`: no recipe for a Caffe ResNet of fewer than 50 layers")
         recipe = recipes.load(f"reference-c4-res{depth}")
     else:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"

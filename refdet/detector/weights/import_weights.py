@@ -66,7 +66,7 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
             classes are not those of `trained_on`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists; choose another or remove it")
+        raise InputError(f"`out` {out} exists; choose another or remove it")
     try:
         found = identify_checkpoint(read_foreign(source), style)
     except InputError as error:
@@ -133,7 +133,7 @@ def _no_file(path: Path) -> str:
     if not path.is_dir():
         return "not a regular file" if path.exists() else "no such file"
     if (path / checkpoint.META).is_file():
-        return "a run directory already; give it to --weights or --checkpoint as it is"
+        return "a run directory already; give it to `weights` or `checkpoint` as it is"
     return "a folder; give a file"
 
 
@@ -202,10 +202,10 @@ def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) 
     if index is not None:
         categories = tuple(index.categories.items())
         if len(categories) != found.classes:
-            raise InputError(f"--trained-on {index.path}: {len(categories)} categories, {source} has {found.classes}")
+            raise InputError(f"`trained_on` {index.path}: {len(categories)} categories, {source} has {found.classes}")
         return categories
     if found.classes != len(coco_categories()):
-        raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by --trained-on")
+        raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by `trained_on`")
     return coco_categories()
 
 

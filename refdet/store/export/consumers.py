@@ -11,18 +11,20 @@ BY_FORMAT = {"npz": NPZ, "lmdb": LMDB}
 WIDTH = 2048  # of the features that these programs were trained with
 
 
-def check_consumer(format_: str, consumer: str) -> None:
+def check_consumer(format: str, consumer: str) -> None:
     """Check that a program reads a format.
 
     Args:
-        format_: the format, a key of `BY_FORMAT`.
+        format: the format, a key of `BY_FORMAT`.
         consumer: the program.
 
     Raises:
         InputError: it does not.
     """
-    if consumer not in BY_FORMAT[format_]:
-        raise InputError(f"--for {consumer}: cannot read --format {format_}; choose {', '.join(BY_FORMAT[format_])}")
+    if consumer not in BY_FORMAT[format]:
+        raise InputError(
+            f"`consumer` {consumer}: cannot read `format='{format}'`; choose {', '.join(BY_FORMAT[format])}"
+        )
 
 
 def width_note(feature: str, width: int, consumer: str) -> list[str]:

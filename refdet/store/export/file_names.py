@@ -52,7 +52,7 @@ def file_names(store: Store, kind: str, suffix: str) -> dict[int, str]:
 
 def unusable(path: Path, why: str) -> InputError:
     """Error for unusable file names."""
-    return InputError(f"{path}: image names cannot be used as file names ({why}); export with --names id")
+    return InputError(f"{path}: image names cannot be used as file names ({why}); export with `names='id'`")
 
 
 def _problem(name: str, suffix: str) -> str:

@@ -47,7 +47,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         _remove_empty(made)
         _raise_full(path, error)
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise InputError(f"--out {out}: parent is a file; choose another folder") from None
+            raise InputError(f"`out` {out}: parent is a file; choose another folder") from None
         raise _unusable(out, error) from None
     try:
         yield temporary
@@ -74,7 +74,7 @@ def require_space(out: Path, space: int) -> None:
     if free < space:
         raise RuntimeFailure(
             f"{out}: disk full, the export needs {_size(space)} but {_size(free)} are free; "
-            "free some space or choose another --out"
+            "free some space or choose another `out`"
         )
 
 
@@ -114,12 +114,12 @@ def resolved(out: Path) -> Path:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"--out {str(out)!a}: name is not valid UTF-8; choose another") from None
+        raise InputError(f"`out` {str(out)!a}: name is not valid UTF-8; choose another") from None
     if taken:
-        raise InputError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
+        raise InputError(f"`out` {out}: exists and is not an empty folder; choose another or remove it")
     if there and (path == Path.cwd() or os.path.ismount(path)):
         what = "the current folder" if path == Path.cwd() else "a mount point"
-        raise InputError(f"--out {out}: {what} cannot be replaced; give a new folder in it, such as {out / 'export'}")
+        raise InputError(f"`out` {out}: {what} cannot be replaced; give a new folder in it, such as {out / 'export'}")
     return path
 
 
@@ -141,7 +141,7 @@ def _publish(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno in _TAKEN:
             raise InputError(
-                f"--out {path}: written by another program in the meantime, and left unchanged; choose another --out"
+                f"`out` {path}: written by another program in the meantime, and left unchanged; choose another `out`"
             ) from None
         raise
     fsync(path.parent)  # the rename itself
@@ -169,7 +169,7 @@ def _unusable(out: Path, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno not in _UNUSABLE:
         return error
     why = error.strerror if isinstance(error, OSError) else "loop of links"
-    return InputError(f"--out {out}: cannot be created ({why}); choose another folder")
+    return InputError(f"`out` {out}: cannot be created ({why}); choose another folder")
 
 
 def _size(space: int) -> str:

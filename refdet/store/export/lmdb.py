@@ -83,7 +83,7 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
         if consumer is None:
             notes.insert(
                 0,
-                "written as arrays for vilbert-multi-task; give --for vilbert-beta for base64 as in older "
+                "written as arrays for vilbert-multi-task; give `consumer='vilbert-beta'` for base64 as in older "
                 "exports of refdet",
             )
         if empty:
@@ -215,6 +215,6 @@ def _package() -> ModuleType:
         import lmdb
     except ImportError:
         raise InputError(
-            "--format lmdb: package lmdb is missing; pip install 'refdet[lmdb]' or pip install lmdb"
+            "`format='lmdb'`: package lmdb is missing; pip install 'refdet[lmdb]' or pip install lmdb"
         ) from None
     return lmdb

@@ -68,7 +68,7 @@ def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
         if not np.isfinite(values).all():
             raise InputError(
                 f"image {regions.image_id}: {name} is out of the range of float16, which UNITER uses; "
-                "export another --feature"
+                "export another `feature`"
             )
     return msgspec.msgpack.encode({name: _msgpack_numpy(values) for name, values in halves.items()})
 

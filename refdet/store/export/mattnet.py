@@ -72,14 +72,14 @@ def export_mattnet(
     with ExitStack() as stack:
         detections = stack.enter_context(Source(store))
         if detections.store.has_ann_ids:
-            raise InputError(f"--store {store}: has annotations; give a store of detections, this is for --annotations")
+            raise InputError(f"`store` {store}: has annotations; give a store of detections, this is for `annotations`")
         given = stack.enter_context(Source(annotations)) if annotations else None
         if given is not None and not given.store.has_ann_ids:
-            raise InputError(f"--annotations {annotations}: has detections; extract with --regions annotations")
+            raise InputError(f"`annotations` {annotations}: has detections; extract with `regions='annotations'`")
         if given is not None and prepro is None:
             raise InputError(
-                "--annotations: the rows of ann_feats.h5 need a data.json; give --refer-root with "
-                "--dataset and --split-by, or --data-json"
+                "`annotations`: the rows of ann_feats.h5 need a data.json; give `refer_root` with "
+                "`dataset` and `split_by`, or `data_json`"
             )
         folder = stack.enter_context(new_folder(out))
         work = _Work(folder, detections, given, prepro, [])
@@ -90,17 +90,17 @@ def export_mattnet(
         if empty:
             work.notes.append(
                 f"{len(empty)} images have no detections, at which MAttNet's evaluation fails; "
-                "extract with --lower-threshold-if-empty"
+                "extract with `lower_threshold_if_empty=True`"
             )
         _write_annotations(work)
         _write_heads(work, image_ids)
         if prepro is None:
-            work.notes.append("no data.json and data.h5; give --refer-root with --dataset and --split-by")
+            work.notes.append("no data.json and data.h5; give `refer_root` with `dataset` and `split_by`")
         elif prepro.labels is not None:
             prepro.write(folder)
             if not prepro.data["att_to_ix"]:
                 work.notes.append(
-                    "data.json has no attribute words, which MAttNet needs for training; give --attributes"
+                    "data.json has no attribute words, which MAttNet needs for training; give `attributes`"
                 )
         sources = {"features": detections} | ({"annotations": given} if given is not None else {})
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
@@ -245,13 +245,13 @@ def _write_annotations(work: _Work) -> None:
     """Write ann_feats.h5, with rows by ``h5_id`` of the annotations in data.json."""
     source = work.annotations
     if source is None or work.prepro is None:
-        work.notes.append("no ann_feats.h5; give --annotations")
+        work.notes.append("no ann_feats.h5; give `annotations`")
         return
     images, anns = work.prepro.data["images"], work.prepro.data["anns"]
     lost = [image["image_id"] for image in images if image["image_id"] not in source.store]
     if lost:
         raise InputError(
-            f"--annotations {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
+            f"`annotations` {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
             f"missing, first: {lost[0]}; extract all splits"
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
@@ -265,7 +265,7 @@ def _write_annotations(work: _Work) -> None:
             order = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]  # h5py needs ascending rows
             if len(np.unique(rows[order])) < len(order):
                 raise InputError(
-                    f"--annotations {source.path}: duplicate annotation of image {image['image_id']}; extract it again"
+                    f"`annotations` {source.path}: duplicate annotation of image {image['image_id']}; extract it again"
                 )
             if len(order):
                 for name in names:
@@ -283,7 +283,7 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
     if not sources:
         work.notes.append(
-            f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; extract with --features pool5,fc7,head"
+            f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; extract with `features` pool5,fc7,head"
         )
         return
     wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids

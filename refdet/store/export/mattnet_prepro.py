@@ -62,11 +62,11 @@ class Prepro:
     labels: np.ndarray | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Prepro:
+    def read(cls, data_json: Path) -> Prepro:
         """Read a data.json written by prepro.py.
 
         Args:
-            path: the file.
+            data_json: the file.
 
         Returns:
             Its contents.
@@ -74,7 +74,7 @@ class Prepro:
         Raises:
             InputError: it is not such a file.
         """
-        data = read_json(path)
+        data = read_json(data_json)
         try:
             ids = [image["image_id"] for image in data["images"]] + [ann["h5_id"] for ann in data["anns"]]
             rows = {ann["ann_id"]: ann["h5_id"] for ann in data["anns"]}
@@ -82,9 +82,11 @@ class Prepro:
             if not isinstance(categories, dict) or not all(type(number) is int for number in categories.values()):
                 raise TypeError("cat_to_ix is not an object of numbers")
         except (TypeError, KeyError) as error:
-            raise InputError(f"--data-json {path}: not a data.json of MAttNet's tools/prepro.py ({error!r})") from None
+            raise InputError(
+                f"`data_json` {data_json}: not a data.json of MAttNet's tools/prepro.py ({error!r})"
+            ) from None
         if not all(isinstance(i, int) for i in ids) or sorted(rows.values()) != list(range(len(data["anns"]))):
-            raise InputError(f"--data-json {path}: h5_id does not number its annotations from 0; create it again")
+            raise InputError(f"`data_json` {data_json}: h5_id does not number its annotations from 0; create it again")
         return cls(data)
 
     def write(self, folder: Path) -> None:
@@ -127,10 +129,10 @@ def prepare(root: Path, dataset: str, split_by: str, options: PreproOptions) -> 
     """
     length = options.max_length or MAX_LENGTH.get(dataset)
     if length is None:
-        raise InputError(f"--dataset {dataset}: MAttNet has no default sentence length for it; give --max-length")
+        raise InputError(f"`dataset` {dataset}: MAttNet has no default sentence length for it; give `max_length`")
     refer = REFER(root, dataset, split_by)
     if refer.generalized:
-        raise InputError(f"--dataset {dataset}: refs with any number of targets; give a dataset with one each")
+        raise InputError(f"`dataset` {dataset}: refs with any number of targets; give a dataset with one each")
     instances = root / dataset / "instances.json"
     check_fields(instances, "image number {}", list(refer.Imgs.values()), _IMAGE)
     check_fields(instances, "annotation number {}", list(refer.Anns.values()), _ANNOTATION)
@@ -238,7 +240,7 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
                 found.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
         raise InputError(
-            f"--attributes {options.attributes}: not refer-parser2's sents.json of this dataset "
+            f"`attributes` {options.attributes}: not refer-parser2's sents.json of this dataset "
             f"({type(error).__name__}: {cut(error)})"
         ) from None
     counts = Counter(word for words in found.values() for word in words)

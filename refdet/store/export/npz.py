@@ -61,7 +61,7 @@ def export_npz(
         if empty:
             notes.append(f"{len(empty)} images have no regions; {layout.empty}")
         if names != layout.names and consumer == "rosita":
-            notes.append("ROSITA expects files named after the image file with its suffix (--names file)")
+            notes.append("ROSITA expects files named after the image file with its suffix (`names='file'`)")
         pattern = "/".join(filter(None, (layout.folder, "*.npz")))
         done = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
         write_record(folder, done, {"for": consumer, "feature": feature, "names": names}, {"features": source})

@@ -71,7 +71,7 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
     read = layout.image_id(names[others[0]])
     return [
         f"{len(others)} images are read with another id than in the store (image {others[0]} as {read!r}); "
-        "if that is wrong, export with --names id"
+        "if that is wrong, export with `names='id'`"
     ]
 
 

@@ -1,0 +1,28 @@
+"""What the library calls an argument is an option here.
+
+A message of the library has an argument in backquotes, as Python has it, and a recipe key with the value to give it:
+`images`, `resume=True`, `dtype='float32'`, `train.workers=0`. On the command line these are --images, --resume,
+--dtype float32 and --set train.workers=0.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Arguments whose options have another name.
+_RENAMED = {"changes": "set", "consumer": "for", "run": "checkpoint", "splits": "split", "style": "weight_format"}
+# A whole word between spaces or punctuation, so that a backquote in the name of a file is most likely left alone.
+_ARGUMENT = re.compile(r"(?<![^\s(])`(?P<name>[a-z_]+)(?P<key>(?:\.\w+)*)(?:='?(?P<value>[^`'\s]+)'?)?`(?![^\s:;,.?)])")
+
+
+def as_options(text: str) -> str:
+    """A message of the library with options of the command line in place of arguments."""
+    return _ARGUMENT.sub(_option, text)
+
+
+def _option(match: re.Match[str]) -> str:
+    name, key, value = match["name"], match["key"], match["value"]
+    if key:
+        return match[0] if value is None else f"--set {name}{key}={value}"
+    option = "--" + _RENAMED.get(name, name).replace("_", "-")
+    return option if value in (None, "True") else f"{option} {value}"

@@ -1,0 +1,105 @@
+"""The library names its arguments, and the command line the options that they are."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import refdet
+from refdet.cli import common
+from refdet.cli.main import COMMANDS, describe
+from refdet.cli.option_names import as_options
+from refdet.errors import ArgumentError, InputError
+
+LIBRARY = Path(refdet.__file__).parent
+# What may have options: a command written out, of refdet or of another program.
+COMMAND = re.compile(r"(refdet [a-z]+(-[a-z]+)*|pip install|docker run)\b[^`;,\n]*")
+OPTION = re.compile(r"(?<![\w-])--[a-z{]")
+ARGUMENT = re.compile(r"`[a-z_]+(\.\w+)*(=[^`\s]+)?`")
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("`images` a b.zip: no such file", "--images a b.zip: no such file"),
+        ("note: `max_regions` was 3 and is now 4", "note: --max-regions was 3 and is now 4"),
+        ("`exclude` and `keep_only`: not both", "--exclude and --keep-only: not both"),
+        ("kept (continue with `resume=True`)", "kept (continue with --resume)"),
+        ("try `device='cpu'`, or `box_format='normalized-xyxy'`", "try --device cpu, or --box-format normalized-xyxy"),
+        ("give `weights=RUN_DIR` (from elsewhere)", "give --weights RUN_DIR (from elsewhere)"),
+        ("add `train.workers=0` `input.mean=[1.5,2]`", "add --set train.workers=0 --set input.mean=[1.5,2]"),
+        ("`changes` x: no '='", "--set x: no '='"),
+        ("as `box_format`?", "as --box-format?"),
+        # not arguments: commands, keys without a value, names of files, several words
+        ("finish it with `refdet train --resume`", "finish it with `refdet train --resume`"),
+        ("check that `java -version` works", "check that `java -version` works"),
+        ("`train.steps` is 3", "`train.steps` is 3"),
+        ("/data/`images`/a.jpg: a`out`.jpg", "/data/`images`/a.jpg: a`out`.jpg"),
+    ],
+)
+def test_arguments_become_options(text: str, printed: str) -> None:
+    assert as_options(text) == printed
+    assert as_options(printed) == printed
+
+
+def test_errors_and_notes_are_printed_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert describe(InputError("`splits` dev: no such split"))[1] == "--split dev: no such split"
+    assert describe(ArgumentError("max_regions", "must be 1 or more"))[1] == "--max-regions: must be 1 or more"
+    common.note("note: `images` x: 3 files")
+    assert capsys.readouterr().err == "note: --images x: 3 files\n"
+    for logger, printed in (("refdet.x", "--out"), ("torch.x", "`out`")):  # another's backquotes are its own
+        common.NoteHandler().emit(logging.makeLogRecord({"name": logger, "msg": "`out` %s", "args": ("y",),
+                                                         "levelno": logging.WARNING}))  # fmt: skip
+        assert capsys.readouterr().err == f"{printed} y\n"
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Every string of a module that is not a docstring, of an f-string with {} for its values."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    statements = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {node} & (parts | statements):
+            yield node.value
+
+
+MESSAGES = {
+    (str(path.relative_to(LIBRARY)), text)
+    for path in LIBRARY.rglob("*.py")
+    if path.relative_to(LIBRARY).parts[0] != "cli"
+    for text in texts(path)
+}
+
+
+def test_the_library_names_no_option_outside_a_command() -> None:
+    assert len(MESSAGES) > 1000
+    assert not [(place, text) for place, text in MESSAGES if OPTION.search(COMMAND.sub("", text))]
+
+
+def test_every_argument_in_a_message_is_one_and_has_an_option() -> None:
+    options, arguments = {"--set"}, {"changes"}
+    for name in COMMANDS:
+        command = importlib.import_module(f"refdet.cli.{name.replace('-', '_')}").command
+        options |= {option for p in command.params if isinstance(p, click.Option) for option in p.opts if not p.hidden}
+    for path in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.arg):
+                arguments.add(node.arg)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field
+                arguments.add(node.target.id)
+    found = {(place, match[0]) for place, text in MESSAGES for match in ARGUMENT.finditer(text)}
+    assert len(found) > 50
+    for place, written in found:
+        printed = as_options(written)
+        assert printed.split(" ")[0] in options, (place, written, printed)
+        name = re.match(r"`(\w+)", written)[1]  # type: ignore[index]
+        assert name in arguments or "." in written, (place, written)
