@@ -228,9 +228,7 @@ def load(name_or_path: str) -> Recipe:
     Raises:
         InputError: no such recipe or file, or an invalid recipe.
     """
-    if (newer := current_name(name_or_path)) != name_or_path and newer in names():
-        log.warning("note: recipe %s was renamed to %s; the old name works until the next version", name_or_path, newer)
-        name_or_path = newer
+    name_or_path = _renamed(name_or_path)
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
@@ -251,7 +249,7 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: must be a YAML mapping, not {shown(tree)}")
     base = tree.pop("base", None)
     if isinstance(base, str):
-        base = current_name(base)
+        base = _renamed(base)
     if base is not None and base not in names():
         raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {shown(base)}")
     try:
@@ -261,6 +259,15 @@ def load(name_or_path: str) -> Recipe:
         return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error
+
+
+def _renamed(name: str) -> str:
+    """The name of a shipped recipe, with a note if ``name`` is its old one; any other name as it is."""
+    newer = current_name(name)
+    if newer == name or newer not in names():
+        return name
+    log.warning("note: recipe %s was renamed to %s; the old name works until the next version", name, newer)
+    return newer
 
 
 def _deprecate(renamed: Sequence[str]) -> None:

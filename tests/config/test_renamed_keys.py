@@ -59,6 +59,19 @@ def test_old_values_and_names(caplog: pytest.LogCaptureFixture) -> None:
         recipe.load("seed-c4-res7")
 
 
+def test_an_old_name_as_base_is_followed_with_the_same_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: seed-c4-res101\ntrain: {steps: 3}\n")
+    expected = recipe.load("reference-c4-res101").with_changes(["name=mine", "train.steps=3"])
+    assert recipe.load(str(path)) == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        "note: recipe seed-c4-res101 was renamed to reference-c4-res101; the old name works until the next version"
+    ]
+    path.write_text("base: seed-c4-res7\n")
+    with pytest.raises(InputError, match="mine.yaml: base: must be one of .*, not 'seed-c4-res7'"):
+        recipe.load(str(path))
+
+
 def test_both_names_at_once_are_refused() -> None:
     with pytest.raises(InputError, match="train.save_every: also given under its new name train.checkpoint_interval"):
         recipe.from_dict({"train": {"save_every": 1, "checkpoint_interval": 2}})
