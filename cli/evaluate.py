@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .arguments import check_device, check_images, check_json, check_run_directory
-from .common import echo_json, echo_table, exif_option, json_option, note
+from .common import echo_json, echo_table, exif_option, json_option
 
 
 @click.command("evaluate")
@@ -45,12 +45,9 @@ def command(
     check_images("--images", images)
     check_json("--instances", instances, "an instances JSON")
 
-    from refdet.detector.checkpoint import load_meta
     from refdet.evaluation.average_precision import METRICS
     from refdet.evaluation.detection import evaluate
 
-    for line in load_meta(checkpoint).warnings():
-        note(line)
     found = evaluate(
         checkpoint,
         instances,

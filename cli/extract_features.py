@@ -175,8 +175,6 @@ def command(
     if refer_root is not None:
         check_refer_root(refer_root, dataset or "")
 
-    from refdet.detector.checkpoint import load_meta
-    from refdet.detector.feature_names import check_features
     from refdet.extraction.extract import extract_features
     from refdet.extraction.image_list import ImageList
     from refdet.extraction.options import ExtractOptions
@@ -196,15 +194,11 @@ def command(
         exif=exif,
         crowd_as_object=crowd_as_object,
     )
-    meta = load_meta(checkpoint)
-    check_features(names, meta.recipe)
     if instances is not None:
         image_list = ImageList.of_instances(instances, crowd_as_object=crowd_as_object)
     else:
         assert refer_root is not None and dataset and split_by
         image_list = ImageList.of_refer(refer_root, dataset, split_by, splits=splits, crowd_as_object=crowd_as_object)
-    for line in meta.warnings():
-        note(line)
     done = extract_features(
         checkpoint,
         images,

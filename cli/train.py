@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .arguments import check_device, check_images, check_json, check_new_folder, check_run_directory
-from .common import echo_json, echo_table, exif_option, json_option, note
+from .common import echo_json, echo_table, exif_option, json_option
 
 
 @click.command("train")
@@ -49,12 +49,6 @@ def command(
     check_new_folder("--out", out, empty=False)
     check_json("--instances", instances, "an instances JSON")
     check_images("--images", images)
-    if weights is not None:
-        from refdet.detector.checkpoint import load_meta
-
-        check_run_directory("--weights", weights)
-        if (unknown := load_meta(weights).provenance).is_unknown:
-            note(f"starts from {weights.name}, {unknown.note}")
     summary = train(
         chosen,
         instances,

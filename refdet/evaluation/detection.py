@@ -65,7 +65,10 @@ def evaluate(
         InputError: the categories of detector and file differ, or an image cannot be read.
         RuntimeFailure: the device has too little memory for an image.
     """
-    meta, index = load_meta(run), CocoIndex.load(instances, crowd_as_object=crowd_as_object)
+    meta = load_meta(run)
+    for line in meta.warnings():
+        log.warning("%s", line)
+    index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
     records, source = list(index.images.values()), ImageSource.open(images, exif)
     if not records:
         raise InputError(f"{instances}: has no images to evaluate on")

@@ -18,7 +18,7 @@ from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_folder import begun_batch_size, check_begun, parts_folder, progress
+from refdet.extraction.shard_folder import begun_batch_size, check_begun, check_new
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.steps import Compute, Finish
 from refdet.extraction.summary import Summary
@@ -101,9 +101,10 @@ def extract_features(
 
     meta = load_meta(checkpoint)
     check_features(options.features, meta.recipe)
-    folder = parts_folder(out)
-    if not resume and progress(folder) is not None:
-        raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
+    if not resume:
+        check_new(out)
+    for line in meta.warnings():
+        say(line)
     records, source = image_list.records, ImageSource.open(images, options.exif)
     if not records:
         raise InputError(f"{image_list.index.path}: has no images to extract")

@@ -87,6 +87,19 @@ def begun_plan(folder: Path) -> dict[str, Any] | None:
     return value
 
 
+def check_new(out: Path) -> None:
+    """Check that neither a store nor an unfinished extraction into it exists.
+
+    Raises:
+        InputError: one of them does.
+    """
+    folder = parts_folder(out)
+    if out.exists():
+        raise InputError(f"{out} exists; choose another `out` or remove it")
+    if begun_plan(folder) is not None:
+        raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
+
+
 def check_begun(
     out: Path, plan: Plan, header: Header, resume: bool, undecided: Container[str] = ()
 ) -> dict[str, Any] | None:
@@ -108,13 +121,11 @@ def check_begun(
         InputError: ``out`` or its shards exist and ``resume`` is False; they have another plan or header; or the
             folder has foreign files.
     """
+    if not resume:
+        check_new(out)
     folder = parts_folder(out)
     begun = begun_plan(folder)
-    if out.exists() and not resume:
-        raise InputError(f"{out} exists; choose another `out` or remove it")
     if begun is not None:
-        if not resume:
-            raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
         if difference := plan.other_options(header, begun, undecided):
             raise InputError(
                 f"{folder} was started with different settings: {difference}; use the same options and "

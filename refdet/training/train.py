@@ -18,7 +18,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.data.training_objects import TrainingObjects
-from refdet.detector.checkpoint import load_meta
+from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
@@ -81,7 +81,10 @@ def train(
         with alone(out, LOCK, BUSY):
             pass  # no other process trains into it
     before = SavedRun.newest(out) if continues else None
-    chosen = _with_norm(chosen, weights, before, continues)
+    theirs = None if weights is None else load_meta(weights)
+    if weights is not None and theirs is not None and theirs.provenance.is_unknown:
+        log.warning("starts from %s, %s", weights.name, theirs.provenance.note)
+    chosen = _with_norm(chosen, theirs, before, continues)
     if before is not None:
         before.check_recipe(chosen, out)
     source = ImageSource.open(images, chosen.input.exif)
@@ -115,12 +118,10 @@ def train(
         return train_on(given, device)
 
 
-def _with_norm(recipe: Recipe, weights: Path | None, before: SavedRun | None, continues: bool) -> Recipe:
+def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: SavedRun | None, continues: bool) -> Recipe:
     """Resolve the norm to frozen or batch; InputError for frozen norms with random weights."""
-    if weights is not None:
-        norm = load_meta(weights).recipe.model.norm
-    else:  # the norm of the run, which may come from the weights it started from
-        norm = before.meta.recipe.model.norm if before else "batch"
+    source = weights or (before and before.meta)  # the run's own norm may come from the weights it started from
+    norm = source.recipe.model.norm if source else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
     if weights is None and not continues and recipe.model.norm == "frozen":
