@@ -204,11 +204,7 @@ class _Training:
         return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step.
-
-        The steps so far are saved before an error is raised, except for a file that cannot be used: after that the run
-        continues from its last checkpoint.
-        """
+        """The batch of a step; the steps so far are saved before an error is raised."""
         try:
             if stop.requested:
                 raise StopRequested
@@ -218,17 +214,15 @@ class _Training:
         except RuntimeFailure as error:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
-            raise type(error)(
-                f"{error} (training stopped at step {step}; replace the file and continue with `resume=True`)"
-            ) from error
+            raise InputError(f"{error} (training stopped {self._keep(step, 'replace the file and ')})") from error
 
-    def _keep(self, step: int) -> str:
-        """Save a step; returns the end of a message."""
+    def _keep(self, step: int, first: str = "") -> str:
+        """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
         if step == 0:
-            return "before the first step; start again with `resume=True`"
+            return f"before the first step; {first}start again with `resume=True`"
         if step != self.meta.step:
             self._save(step)
-        return f"after step {step}, which is saved; continue with `resume=True`"
+        return f"after step {step}, which is saved; {first}continue with `resume=True`"
 
     def _save(self, step: int) -> None:
         self.meta = dataclasses.replace(self.meta, step=step)
