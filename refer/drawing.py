@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import image_folder, image_lookup
+from . import image_folder, image_lookup, plain_files
 from .errors import ReferDataError, ReferError, ReferNotFoundError
 from .types import Image
 
@@ -82,7 +82,7 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
 
     from .pixels import FORMATS, as_rgb
 
-    data = image_folder.read_file(path, _MOST_BYTES)
+    data = plain_files.read_file(path, _MOST_BYTES, "an image")
     with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.size != size:
             raise ReferDataError(

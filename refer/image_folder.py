@@ -1,4 +1,4 @@
-"""List a folder of images, visiting each folder once, and read files safely."""
+"""List a folder of images, visiting each folder once."""
 
 from __future__ import annotations
 
@@ -109,33 +109,3 @@ def same_file(paths: Sequence[str | Path]) -> bool:
         return len({(status.st_dev, status.st_ino) for status in map(os.stat, paths)}) == 1
     except OSError:
         return False
-
-
-def read_file(path: str | Path, most: int, of: str = "an image") -> bytes:
-    """Read a regular file.
-
-    Args:
-        path: the file.
-        most: maximum size in bytes.
-        of: what the file should be, for the message.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        OSError: it cannot be read, is not a regular file, or is larger.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would block
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a file")
-        refuse_huge(status.st_size, most, of)
-        return file.read(status.st_size)
-
-
-def refuse_huge(size: int, most: int, of: str = "an image") -> None:
-    """Raise an OSError if ``size`` exceeds ``most``, both in bytes."""
-    if size > most:
-        shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-        raise OSError(f"{shown} is too large for {of}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,39 @@ LARGEST = 2**32
 """Maximum size in bytes of a file; parsing it needs ten times as much memory."""
 
 _HALF_CHARACTER = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
+
+
+def read_file(path: str | Path, most: int, of: str = "such a file") -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: the file.
+        most: maximum size in bytes.
+        of: what the file should be, for the message.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger.
+    """
+    # nonblocking, as opening a pipe would wait for a writer
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        refuse_huge(status.st_size, most, of)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def refuse_huge(size: int, most: int, of: str = "such a file") -> None:
+    """Raise an OSError if ``size`` exceeds ``most``, both in bytes."""
+    if size > most:
+        raise OSError(f"larger than {most} bytes, the limit for {of}")
 
 
 def read_bytes(path: Path, most: int = LARGEST) -> bytes:
@@ -34,20 +69,12 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
         ReferDataError: it is not a regular file, is larger, or cannot be read.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would block
-            raise ReferDataError(f"{path}: not a file")
-        size = path.stat().st_size
-        if size > most:
-            raise ReferDataError(
-                f"{path}: has {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f} MiB; "
-                "check that it is the right file"
-            )
-        return path.read_bytes()
+        return read_file(path, most)
     except FileNotFoundError:
         raise ReferNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ReferDataError(f"{path}: cannot be read: {reason}") from None
+        reason = getattr(error, "strerror", None)
+        raise ReferDataError(f"{path}: {f'cannot be read: {reason}' if reason else error}") from None
     except MemoryError:
         raise ReferDataError(f"{path}: not enough memory") from None
 

@@ -1,8 +1,8 @@
 """Read pickles of plain values only, so that a downloaded file cannot run code.
 
 Most files are read in two steps: if a regular expression matches the whole file as opcodes that build lists,
-dictionaries, strings and numbers, the C unpickler reads it, which is ten times as fast as `Machine`. Files with tuples,
-sets, damage or attacks are left to `Machine`, which reads them or reports what is wrong.
+dictionaries, strings and numbers, the C unpickler reads it, six to ten times as fast as `PlainUnpickler`. Files with
+tuples, sets, damage or attacks are left to `PlainUnpickler`, which reads them or reports what is wrong.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReferDataError
-from .pickle_machine import Machine, utf8_or_latin1
 from .plain_files import read_bytes
+from .plain_unpickler import PlainUnpickler, utf8_or_latin1
 
 # Maximum length of a string in the regular expression, which has an alternative for each length.
 _SHORT = 63
@@ -27,7 +27,7 @@ def _counted(opcode: bytes, width: int) -> bytes:
 
 
 # Small indices only, as the C unpickler allocates its memo up to twice the largest one. (The repetition is limited to
-# 2000, as each one uses memory until the end of the match.) Tuples and sets are left to `Machine`.
+# 2000, as each one uses memory until the end of the match.) Tuples and sets are left to `PlainUnpickler`.
 _PUT = rb"(?:q.|r..[\x00-\x7f]\x00|\x94|p[1-8]?\d{1,6}\n)"
 _SIMPLE = re.compile(
     b"(?:"
@@ -59,7 +59,7 @@ _SIMPLE = re.compile(
 )
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
 _LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
-# Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `Machine` joins them.
+# Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `PlainUnpickler` joins them.
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -100,9 +100,9 @@ def loads(data: bytes) -> Any:
     if _is_simple(data):
         try:
             return pickle.loads(data, encoding="utf-8", errors=utf8_or_latin1.__name__)
-        except Exception:  # an invalid sequence of opcodes, which `Machine` reports
+        except Exception:  # an invalid sequence of opcodes, which `PlainUnpickler` reports
             pass
-    return Machine(data).load()
+    return PlainUnpickler(data).load()
 
 
 def _is_simple(data: bytes) -> bool:

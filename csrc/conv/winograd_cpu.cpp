@@ -2,7 +2,7 @@
 // in bfloat16 and products in float16 (gemm.h).
 //
 // Winograd's minimal filtering (winograd.h): input transform; at each of 36 points a matrix product of tiles and
-// weights over the input channels (gemm.h); output transform.
+// weights over the input channels (gemm.h); output transform. winograd_weights_cpu.cpp transforms the weights.
 //
 // Cost: 121 products for the 49 results of a 7x7 RoI instead of 441, and memory traffic of 2.5 maps in and 2.5 out.
 //
@@ -300,39 +300,6 @@ void convolve(const Positions<typename Product::Map>& x, const typename Product:
   }
 }
 
-// Transformed weights (36, K, C) of weights (K, C, 3, 3), not yet packed.
-at::Tensor weights_at_points(const at::Tensor& weight) {
-  const at::Tensor given = weight.contiguous();
-  const int64_t out = given.size(0), in = given.size(1);
-  at::Tensor found = at::empty({kPoints * kPoints, out, in}, given.options());
-  const float* from = given.const_data_ptr<float>();
-  float* to = found.mutable_data_ptr<float>();
-  constexpr auto kWeight = weight_matrix();
-  at::parallel_for(0, out * in, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* taps = from + i * kTaps * kTaps;
-      float* at = to + i;
-      for (int down = 0; down < kPoints; ++down) {
-        for (int across = 0; across < kPoints; ++across, at += out * in) {
-          double sum = 0;
-          for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-            sum += kWeight[down][tap / kTaps] * kWeight[across][tap % kTaps] * taps[tap];
-          }
-          *at = static_cast<float>(sum);
-        }
-      }
-    }
-  });
-  return found;
-}
-
-std::tuple<at::Tensor, at::Tensor> pack_conv3x3_cpu(const at::Tensor& weight, bool half) {
-  TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps,
-              "conv3x3: the weight must be (K, C, 3, 3), got ", weight.sizes());
-  check_weight("conv3x3", weight, half);
-  return pack(weights_at_points(weight), half);
-}
-
 template <typename Product>
 at::Tensor run_conv3x3(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
                        bool relu) {
@@ -357,9 +324,6 @@ at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(refdet, CPU, m) {
-  m.impl("pack_conv3x3", &pack_conv3x3_cpu);
-  m.impl("conv3x3", &conv3x3_cpu);
-}
+TORCH_LIBRARY_IMPL(refdet, CPU, m) { m.impl("conv3x3", &conv3x3_cpu); }
 
 }  // namespace refdet

@@ -19,8 +19,8 @@ from refdet.config.recipe_limits import LONGEST_NAME, check_limits
 from refdet.config.renamed_keys import current, current_name, deprecation
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
+from refdet.files.json_files import read_bytes
 from refdet.files.short_text import cut, shown
-from refdet.files.small_files import read_small
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def load(name_or_path: str) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise InputError(f"`recipe` {name_or_path}: no such file")
-        text: str | bytes = read_small(path, LARGEST_FILE)
+            text: str | bytes = read_bytes(path, LARGEST_FILE)
         default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.config.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
-from refer.image_folder import Listing, list_folder, read_file, refuse_huge, same_file
+from refer.image_folder import Listing, list_folder, same_file
+from refer.plain_files import read_file, refuse_huge
 
 _UTF8_FLAG = 0x800
 _ENCRYPTED = 0x1
@@ -77,7 +78,7 @@ class _Folder:
                 raise error
 
     def read(self, name: str, most: int) -> bytes:
-        return read_file(self.path / name, most)
+        return read_file(self.path / name, most, "an image")
 
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
@@ -115,7 +116,7 @@ class _Zip:
     def read(self, name: str, most: int) -> bytes:
         archive = self._opened()
         info = archive.getinfo(self._members.get(name, name))
-        refuse_huge(info.file_size, most)
+        refuse_huge(info.file_size, most, "an image")
         if info.compress_type == zipfile.ZIP_BZIP2:
             return _bunzipped(archive, info, most)
         # not ZipFile.read, which decompresses everything before truncating it to the declared size
@@ -167,7 +168,7 @@ def _unusable(info: zipfile.ZipInfo) -> str:
 
 def _bunzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
     """Read a bzip2 member up to its declared size; zipfile would decompress all of it."""
-    refuse_huge(info.compress_size, most)
+    refuse_huge(info.compress_size, most, "an image")
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
     del packed.CRC  # of the decompressed data

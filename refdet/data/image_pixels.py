@@ -9,7 +9,7 @@ import numpy as np
 
 from refdet.data.image_decoder import decode_any_size
 from refdet.data.image_source import ImageError, why_unreadable
-from refdet.files.small_files import read_small
+from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
     if not isinstance(image, str | Path):
         pixels = rgb_pixels(image)
         return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns of arrays that are read-only
-    data = read_small(Path(image), MOST_BYTES)
+    data = read_bytes(Path(image), MOST_BYTES)
     try:
         return decode_any_size(data).pixels
     except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists

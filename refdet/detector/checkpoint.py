@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from refdet.config.recipe import Recipe, from_dict
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write, write_json
+from refdet.files.json_files import read_bytes
 from refdet.files.short_text import cut, shown
-from refdet.files.small_files import read_small, strict_json
+from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors, is_address, what_is
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 
@@ -156,7 +157,7 @@ def load_meta(path: str | Path) -> CheckpointMetadata:
         InputError: there is no checkpoint, or ``model.json`` is damaged.
     """
     file = run_directory(path) / META
-    data = read_small(file, LARGEST_META)
+    data = read_bytes(file, LARGEST_META)
     try:
         return CheckpointMetadata.parse(data)
     except InputError as error:

@@ -1,50 +1,15 @@
-"""Read and strictly parse small, untrusted text files."""
+"""Parse small, untrusted JSON strictly."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
-from pathlib import Path
 from typing import Any, NoReturn
 
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
-
-
-def read_small(path: Path, most: int) -> bytes:
-    """Read a small regular file.
-
-    Args:
-        path: the file.
-        most: maximum size in bytes.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        InputError: the file does not exist, is larger, or is a folder, pipe or device.
-    """
-    try:
-        # nonblocking, as opening a pipe would wait for a writer
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{path}: not a regular file")
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(most + 1)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(data) > most:
-        raise InputError(f"{path}: larger than {most} bytes, the limit for such a file")
-    return data
 
 
 def strict_json(data: bytes | str) -> Any:

@@ -18,8 +18,9 @@ from refdet.detector.checkpoint import LARGEST_META
 from refdet.errors import InputError
 from refdet.evaluation.renamed_metrics import in_new_names
 from refdet.files.atomic import atomic_write
+from refdet.files.json_files import read_bytes
 from refdet.files.short_text import counted
-from refdet.files.small_files import read_small, strict_json
+from refdet.files.small_files import strict_json
 from refdet.files.version import __version__
 from refdet.report import sections
 from refdet.report.fields import check_metrics, count, field, rate, text
@@ -224,7 +225,7 @@ def _read_meta(path: Path) -> tuple[str, int, Provenance]:
     """Name of the recipe, steps and provenance of a ``model.json``."""
     if not path.exists():
         raise InputError(f"{path}: not there; give a run directory that refdet train wrote")
-    data = read_small(path, LARGEST_META)
+    data = read_bytes(path, LARGEST_META)
     try:
         tree = strict_json(data)
     except InputError as error:
@@ -245,7 +246,7 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines = read_small(path, LARGEST_LOG).split(b"\n")
+    lines = read_bytes(path, LARGEST_LOG).split(b"\n")
     log = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

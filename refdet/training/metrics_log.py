@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
-from refdet.files.small_files import read_small
+from refdet.files.json_files import read_bytes
 from refdet.training.run_folder import LARGEST_LOG
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _forget_after(metrics: Path, step: int) -> None:
     if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return
     kept, damaged = [], 0
-    for line in read_small(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
+    for line in read_bytes(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
         of = _step_of(line)
         if of is None:
             damaged += bool(line.strip())

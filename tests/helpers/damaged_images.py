@@ -211,7 +211,7 @@ def _no_files(random: Random) -> Iterator[Damaged]:
         yield Damaged("a link to itself", lambda path: path.symlink_to(path.name), says="symbolic", zipped=False)
         yield Damaged("a pipe", os.mkfifo, says="is a named pipe, not a file", zipped=False)
     for _ in range(2):
-        yield Damaged("2 GiB of nothing", _huge, says="2.0 GiB is too large for an image", zipped=False)
+        yield Damaged("2 GiB of nothing", _huge, says="bytes, the limit for an image", zipped=False)
 
 
 def _huge(path: Path) -> None:

@@ -184,13 +184,13 @@ def test_what_is_no_file(folder: Path) -> None:
     instances = root / "refcoco" / "instances.json"
     instances.unlink()
     instances.mkdir()
-    assert not outcome(lambda: REFER(root), "instances.json", "not a file")
+    assert not outcome(lambda: REFER(root), "instances.json", "not a regular file")
     instances.rmdir()
     if hasattr(os, "mkfifo"):
         os.mkfifo(instances)  # reading it would wait for a writer
         os.mkfifo(root / "refcoco" / "refs(google).p")
         with no_hang():
-            assert not outcome(lambda: REFER(root), "instances.json", "not a file")
+            assert not outcome(lambda: REFER(root), "instances.json", "not a regular file")
             assert not outcome(lambda: read_refs(root, "refcoco", "google"), "refcoco", "choose split_by unc")
     instances.unlink()
     instances.symlink_to(instances)

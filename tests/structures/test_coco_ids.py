@@ -212,5 +212,5 @@ def test_a_pipe_is_refused(root: Path, tmp_path: Path) -> None:
         lambda: CocoIndex.load(tmp_path / "pipe.json"),
         lambda: audit("/dev/zero", root),
     ):
-        with pytest.raises(InputError, match="not a file"):
+        with pytest.raises(InputError, match="not a regular file"):
             work()
