@@ -237,7 +237,7 @@ def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
         detector.detect(IMAGES[0], features=["fc8"])
     with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'"):
         detector.describe(IMAGES[0], BOXES, features="fc7")
-    with pytest.raises(ValueError, match="^precision: must be float32 or bfloat16, not 'half'"):
+    with pytest.raises(ValueError, match="^precision: must be one of float32, tf32, bfloat16, not 'half'"):
         refdet.load_detector(run, precision="half")
     with pytest.raises(InputError, match="no such file or folder; give a run directory"):
         refdet.load_detector(run / "nowhere")
