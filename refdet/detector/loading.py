@@ -16,7 +16,7 @@ from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, rea
 from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, naming_out_of_memory
-from refdet.errors import InputError
+from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import cut
 from refdet.ops._library import warn_of_plain_pytorch
 
@@ -58,16 +58,21 @@ def load(
 
     Raises:
         InputError: the checkpoint is missing or damaged, or its weights do not fit its recipe.
+        RuntimeFailure: the device has too little memory.
     """
     folder, meta = run_directory(path), load_meta(path)
     tensors = read_tensors(folder / MODEL)[0]
     model = without_memory(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    warn_of_plain_pytorch(next(model.parameters()).device)
     bf16 = precision == "bfloat16"
-    if for_inference or bf16:
-        model = optimize.optimize_for_inference(model, bf16)
+    try:
+        with naming_out_of_memory():
+            model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            if for_inference or bf16:
+                model = optimize.optimize_for_inference(model, bf16)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeFailure(f"{device} has too little memory for the detector; free some of it") from error
+    warn_of_plain_pytorch(next(model.parameters()).device)
     return TrainedDetector(model, meta, folder, precision)
 
 

@@ -271,6 +271,15 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     assert rough.precision == "bfloat16" and rough.describe(IMAGES[0], BOXES).features["fc7"].dtype == np.float32
 
 
+def test_too_little_memory_for_the_weights_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", fails)
+    with pytest.raises(RuntimeFailure, match="cpu has too little memory for the detector; free some"):
+        refdet.load_detector(run, device="cpu")
+
+
 def test_too_little_memory_is_told(detector: refdet.Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: Any, **named: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
