@@ -96,11 +96,14 @@ cuda-check:
 	@echo "==> cuda-check: nvcc not found, skipping csrc/*/*.cu"
 endif
 
+# The C++ standard that torch's builder asks for (c++17 in 2.11; c++20 later, where its headers need it), and its headers.
+TORCH_FLAGS = $(BIN)/python -c 'import inspect, re; from torch.utils import cpp_extension as e; \
+  print("-std=" + re.search(r"\x27(c\+\+\d+)\x27", inspect.getsource(e))[1], *("-I" + i for i in e.include_paths()))' 2>/dev/null
+
 build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h) $(VENV)/.torch | env
 	@echo "==> cuda-check: compiling $< with nvcc (about a minute)"
 	@mkdir -p $(@D)
-	@nvcc -Icsrc -std=c++20 --expt-relaxed-constexpr -c $< -o $@ \
-	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*("-I" + i for i in p()))' 2>/dev/null)
+	@nvcc -Icsrc -O3 -arch=sm_90 --expt-relaxed-constexpr -Xcompiler -fopenmp -c $< -o $@ $$($(TORCH_FLAGS))
 
 $(VENV)/.torch:
 	@echo "==> env 1/3: creating $(VENV) with $(PYTHON)"

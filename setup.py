@@ -82,11 +82,17 @@ def extension() -> dict:
         depends=sources(".h"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("REFDET_CUDA", None)] if cuda else [],
-        extra_compile_args={"cxx": CXX_FLAGS + OPENMP + SANITIZERS, "nvcc": ["-O3"]},
+        # at::parallel_for is inline: host code of .cu and .cpp files must agree on it
+        extra_compile_args={"cxx": CXX_FLAGS + OPENMP + SANITIZERS, "nvcc": ["-O3", *for_host(OPENMP)]},
         extra_link_args=OPENMP + SANITIZERS,
     )
     say(f"building the kernels of csrc/ for {'CPU and CUDA' if cuda else 'CPU'}")
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}
+
+
+def for_host(flags: list[str]) -> list[str]:
+    """Flags of the host's compiler as nvcc takes them."""
+    return [part for flag in flags for part in ("-Xcompiler", flag)]
 
 
 def without_extension(error: BaseException) -> None:

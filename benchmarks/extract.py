@@ -4,8 +4,9 @@
                                  [--instances F.json --images-dir DIR] [--json]
 
 Mask R-CNN, ResNet-101-C4, short side 600, 300 proposals, 100 regions an image with masks, pool5 and fc7, all of it
-written as HDF5. The peer (`benchmarks/torchvision_c4.py`) takes one image a call, in float32. Both have the same
-untrained weights, made to tell boxes and classes apart, and see the same images: drawn ones where none are given. In
+written as HDF5. The peer (`benchmarks/torchvision_c4.py`) takes one image a call. Both have the same
+untrained weights, made to tell boxes and classes apart, and see the same images: drawn ones where none are given. They
+compute in the same arithmetic, the peer in bfloat16 by autocast, unless --peer-precision gives it another. In
 every round both take a turn, from the first image to the finished file; loading the weights is not counted, on either
 side. Peak memory is that of a process that has one side alone do the work once, its weights and libraries included.
 """
@@ -19,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,13 @@ from refdet.data.image_source import ImageSource
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import usable_device
+from refdet.device import arithmetic, exact_float32, usable_device, usable_precision
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.structures import boxes as box_ops
 from refdet.structures.coco_categories import coco_categories
+from refdet.structures.detection_options import PRECISIONS
 from refdet.structures.provenance import Provenance
 
 REGIONS, NMS = 100, 0.3
@@ -147,6 +150,13 @@ def alike(theirs: Path, ours: Path) -> float:
     return same / max(total, 1)
 
 
+@contextmanager
+def computing_as(precision: str, device: torch.device) -> Iterator[None]:
+    """The arithmetic of the peer: refdet's of the same name, and for bfloat16 what autocast makes of it."""
+    with arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
 def run(work: Work, device: torch.device, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Alternating turns of both sides; seconds of each, and what they say of themselves."""
     sides = options.sides.split(",")
@@ -159,16 +169,19 @@ def run(work: Work, device: torch.device, options: argparse.Namespace, folder: P
     if "torchvision" in sides:
         peer = TorchvisionC4(loading.load(work.checkpoint).model, work.threshold, NMS, REGIONS)
         if len(sides) == 2:
-            result["difference"] = check_same_work(work, peer, source.read(work.image_list.records[0]))
+            with exact_float32():
+                result["difference"] = check_same_work(work, peer, source.read(work.image_list.records[0]))
         peer, stages = peer.to(device), Stages(device)
-        torchvision_extract(peer, paths[:1], folder / "warm-up.h5", Stages(device))
+        with computing_as(options.peer_precision, device):
+            torchvision_extract(peer, paths[:1], folder / "warm-up.h5", Stages(device))
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     regions: dict[str, float] = {}
     for turn in range(options.rounds):
         theirs, ours = folder / f"a{turn}.h5", folder / f"b{turn}.h5"
         if "torchvision" in sides:
             start = time.perf_counter()
-            counts = torchvision_extract(peer, paths, theirs, stages)
+            with computing_as(options.peer_precision, device):
+                counts = torchvision_extract(peer, paths, theirs, stages)
             seconds["torchvision"].append(time.perf_counter() - start)
             regions["torchvision"] = statistics.mean(counts)
         if "refdet" in sides:
@@ -218,7 +231,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of refdet")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of both sides")
+    parser.add_argument("--peer-precision", choices=PRECISIONS, help="of torchvision, if another")
     parser.add_argument("--images", type=int, default=8, help="how many")
     parser.add_argument("--instances", type=Path, help="real images: their instances file, with --images-dir")
     parser.add_argument("--images-dir", type=Path)
@@ -231,6 +245,8 @@ def main() -> None:
     if (options.instances is None) != (options.images_dir is None):
         parser.error("--instances and --images-dir go together")
     device = usable_device(options.device)
+    options.precision = usable_precision(options.precision, device)
+    options.peer_precision = usable_precision(options.peer_precision or options.precision, device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = options.prepared or folder
@@ -257,6 +273,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "images": len(images.records),
         "precision": options.precision,
+        "peer_precision": options.peer_precision,
         "batch_size": options.batch_size,
     }
     if options.json:

@@ -173,7 +173,8 @@ def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages) 
             with stages("write"):
                 group = file.create_group(str(number))
                 for name in ("boxes", "scores", "labels"):
-                    group[name] = result[name].cpu().numpy()
+                    values = result[name]  # of autocast also bfloat16, which NumPy has not
+                    group[name] = (values.float() if values.is_floating_point() else values).cpu().numpy()
                 for name, values in model.features.items():
                     group[name] = values.float().cpu().numpy()
                 group["masks"] = np.array(rles, dtype=h5py.string_dtype())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from refdet.files.printable_text import printable
+from refdet.structures.detection_options import PRECISIONS
 
 from .option_names import as_options
 
@@ -50,6 +51,17 @@ def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
         show_default=default is not None,
         help="EXIF orientation: ignore (COCO's boxes are for the pixels as stored), or apply to turn images upright.",
     )
+
+
+def precision_option(command: F) -> F:
+    """Give a command ``--precision``."""
+    return click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="float32",
+        show_default=True,
+        help="Arithmetic of the network: float32 is exact on a GPU too, the others are faster where it has them.",
+    )(command)
 
 
 def echo_line(text: str = "") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .arguments import check_device, check_images, check_json, check_run_directory
-from .common import echo_json, echo_table, exif_option, json_option
+from .common import echo_json, echo_table, exif_option, json_option, precision_option
 
 
 @click.command("evaluate")
@@ -18,13 +18,7 @@ from .common import echo_json, echo_table, exif_option, json_option
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
 @click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Arithmetic of the network.",
-)
+@precision_option
 @exif_option()
 @json_option
 def command(

@@ -28,6 +28,7 @@ from .common import (
     exif_option,
     json_option,
     note,
+    precision_option,
     renamed_option,
 )
 
@@ -99,13 +100,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", default="4", show_default=True, help="Images per batch, or auto for as many as fit.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto uses a GPU if available.")
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Arithmetic of the network.",
-)
+@precision_option
 @click.option(
     "--compression",
     type=click.Choice(["none", "gzip", "lzf"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,10 +14,17 @@ from torch import Tensor
 from refdet.errors import InputError
 
 _Value = TypeVar("_Value")
+_TF32_CAPABILITY = (8, 0)  # of Ampere, the first generation of GPUs with TF32
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # of the CUDA runtime, cuBLAS and cuDNN
+# what the libraries report instead of it where they cannot load a kernel or get a workspace, but for other reasons too
+_PERHAPS_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
+_LITTLE = 2**29  # bytes; a library and its handle take less
 
 
 def usable_device(name: str | None) -> torch.device:
     """The device of a name such as "cpu" or "cuda:1"; a GPU if there is one for None and "auto".
+
+    A GPU also becomes the current one of this thread, on which PyTorch records events and creates streams.
 
     Raises:
         InputError: the device does not exist or cannot be used.
@@ -25,11 +32,13 @@ def usable_device(name: str | None) -> torch.device:
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        device = torch.zeros(1, device=name).device  # with the index of a GPU that was named without
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"`device` {name}: cannot be used ({reason}); try `device='cpu'`") from error
-    return torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def described(name: str | None) -> str:
@@ -43,12 +52,16 @@ def described(name: str | None) -> str:
     device, chosen = usable_device(name), name is None or name == "auto"
     if device.type != "cuda":
         return f"{device} ({'no GPU is visible' if chosen else 'as requested'})"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return f"cuda:{index} {torch.cuda.get_device_name(index)} ({'chosen by default' if chosen else 'as requested'})"
+    return f"{device} {torch.cuda.get_device_name(device)} ({'chosen by default' if chosen else 'as requested'})"
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """The precision to use: float32 instead of bfloat16 on CPUs that only emulate it, 10 to 40 times slower."""
+    """The precision to use: float32 where the device has no arithmetic of the one that was asked for.
+
+    CPUs without bfloat16 arithmetic emulate it, 10 to 40 times slower. Only GPUs have TF32.
+    """
+    if precision == "tf32":
+        return precision if _has_tf32(device) else "float32"
     if precision != "bfloat16" or device.type != "cpu":
         return precision
     try:
@@ -58,27 +71,37 @@ def usable_precision(precision: str, device: torch.device) -> str:
     return precision if there else "float32"
 
 
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _TF32_CAPABILITY
+
+
+def exact_float32() -> AbstractContextManager[None]:
+    """Context manager that disables TF32 and reduced-precision float32, then restores the settings."""
+    return arithmetic("float32")
+
+
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """Context manager that disables TF32 and reduced-precision float32, then restores the settings.
+def arithmetic(precision: str) -> Iterator[None]:
+    """Context manager for how float32 tensors are multiplied, whatever was set before; restores the settings.
 
     By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23, and
     optionally those of matrix products, on the CPU too. There are older and newer settings, which raise an error where
     they contradict each other, so both are set. They are per process, not per thread.
+
+    Args:
+        precision: "tf32" for TF32 in convolutions and matrix products on a GPU. Otherwise IEEE float32; "bfloat16" is
+            computed by layers of that type, and what they leave in float32 is exact.
     """
     backends: Any = torch.backends
-    newer = (
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.cuda.matmul,
-        backends.mkldnn.conv,
-        backends.mkldnn.matmul,
-    )
+    on_gpu = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    newer = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in newer]
     convolutions = _older(lambda: backends.cudnn.allow_tf32, False)
     products = _older(torch.get_float32_matmul_precision, "highest")
+    tf32 = precision == "tf32"
+    values = ["tf32" if tf32 and setting in on_gpu else "ieee" for setting in newer]
     try:
-        _set(False, "highest", newer, ["ieee"] * len(newer))
+        _set(tf32, "high" if tf32 else "highest", newer, values)
         yield
     finally:
         _set(convolutions, products, newer, before)
@@ -119,3 +142,34 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
+
+
+@contextmanager
+def naming_out_of_memory() -> Iterator[None]:
+    """Context manager that turns the errors of libraries that ran out of GPU memory into `OutOfMemoryError`.
+
+    PyTorch raises that for its own allocations only. cuBLAS and cuDNN allocate handles, kernels and workspaces, and the
+    CUDA runtime other things, which fail as RuntimeError with the text of a status.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the GPU has too little memory.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not _is_out_of_memory(str(error)):
+            raise
+        raise torch.cuda.OutOfMemoryError(str(error)) from error
+
+
+def _is_out_of_memory(text: str) -> bool:
+    if any(part in text for part in _NO_MEMORY):
+        return True
+    if not any(part in text for part in _PERHAPS_NO_MEMORY):
+        return False
+    try:
+        return torch.cuda.mem_get_info()[0] < _LITTLE
+    except RuntimeError:  # the GPU cannot be used any more
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,29 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Of a driver, so that looking for GPUs costs nothing where there are none.
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Compute on the CPU, with all fixtures and processes, unless a test is marked gpu or names another device.
+
+    What is promised bit for bit is promised there.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None and any(map(os.path.exists, DRIVERS)):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.init()  # this process has read the variable
+                patch.setenv("CUDA_VISIBLE_DEVICES", "")
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU, or the compiled kernels for it, where there is none."""
+    """Skip what needs a GPU, several, or the compiled kernels for it, where they are missing."""
     mark = item.get_closest_marker("gpu")
     if mark is None:
         return
@@ -26,6 +48,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+    if torch.cuda.device_count() < mark.kwargs.get("count", 1):
+        pytest.skip("not as many GPUs")
     if mark.kwargs.get("kernels") and "cuda" not in DEVICES:
         pytest.skip("no CUDA kernels")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +13,21 @@ import numpy as np
 import pytest
 import torch
 from detector_examples import small_recipe
+from training_examples import run, squares
 
+import refdet
 from refdet import store
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import exact_float32, on_device, pinned, usable_precision
+from refdet.device import arithmetic, exact_float32, on_device, pinned, usable_device, usable_precision
+from refdet.errors import InputError
+from refdet.evaluation.detection import evaluate
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
+from refdet.training import trainer
 
 BACKENDS = torch.backends
 NEWER = (BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.matmul)
@@ -71,6 +78,7 @@ def both() -> None:
 
 
 EXACT = ["ieee"] * 5 + [False, False, "highest"]
+TF32 = ["tf32"] * 3 + ["ieee"] * 2 + [True, True, "high"]
 
 
 @pytest.mark.parametrize("change", [as_they_are, older, newer, both])
@@ -84,6 +92,48 @@ def test_float32_is_float32_whatever_was_set_and_it_stays_set(restored: None, ch
     with pytest.raises(ZeroDivisionError), exact_float32():
         raise ZeroDivisionError
     assert settings() == before
+
+
+@pytest.mark.parametrize("change", [as_they_are, older, newer, both])
+@pytest.mark.parametrize(("precision", "wanted"), [("tf32", TF32), ("float32", EXACT), ("bfloat16", EXACT)])
+def test_a_precision_is_what_it_says_whatever_was_set(
+    restored: None, change: Callable[[], None], precision: str, wanted: list[object]
+) -> None:
+    change()
+    before = settings()
+    with arithmetic(precision):
+        assert settings() == wanted
+        with arithmetic("tf32"), exact_float32():
+            assert settings() == EXACT
+        assert settings() == wanted
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1), (None, 0), ("auto", 0)])
+def test_the_gpu_that_is_chosen_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, index: int
+) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("refdet.device.torch.zeros", lambda count, device: SimpleNamespace(
+        device=torch.device(device) if ":" in device else torch.device(device, 0)))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert usable_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+
+
+def test_a_device_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", pytest.fail)
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="--device cuda:97: cannot be used"):
+        usable_device("cuda:97")
+
+
+def test_a_test_without_a_mark_computes_on_the_cpu() -> None:
+    assert usable_device(None) == torch.device("cpu")
+    script = "from refdet.device import usable_device; print(usable_device(None))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found == "cpu\n"
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +182,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
 
 @pytest.mark.parametrize(("there", "name", "given", "expected"), [
     (True, "cpu", "bfloat16", "bfloat16"), (False, "cpu", "bfloat16", "float32"), (False, "cpu", "float32", "float32"),
-    (False, "cuda", "bfloat16", "bfloat16"),
+    (False, "cuda", "bfloat16", "bfloat16"), (True, "cpu", "tf32", "float32"), (True, "meta", "tf32", "float32"),
 ])  # fmt: skip
 def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     monkeypatch: pytest.MonkeyPatch, there: bool, name: str, given: str, expected: str
@@ -141,6 +191,68 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     assert usable_precision(given, torch.device(name)) == expected
     monkeypatch.setattr("refdet.device.torch.ops", SimpleNamespace())  # a PyTorch without oneDNN
     assert usable_precision("bfloat16", torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("capability", "usable"), [((7, 5), "float32"), ((8, 0), "tf32"), ((9, 0), "tf32")])
+def test_tf32_is_computed_where_there_is_arithmetic_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], usable: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert usable_precision("tf32", torch.device("cuda:1")) == usable
+    assert usable_precision("float32", torch.device("cuda:1")) == "float32"
+
+
+def test_tf32_on_a_cpu_is_float32_and_told(run_directory: Path, shapes_root: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3),
+                     options=ExtractOptions(precision="tf32"), device="cpu", say=said.append)  # fmt: skip
+    assert said == ["--precision tf32: this processor has no tf32 arithmetic: computing in float32, which is exact"]
+    with store.open(tmp_path / "a.h5") as found:
+        assert found.options["precision"] == "float32"
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("float32", EXACT), ("tf32", TF32)])
+def test_all_that_detects_computes_in_the_precision_asked_for(
+    restored: None, run_directory: Path, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    precision: str, wanted: list[object],
+) -> None:  # fmt: skip
+    seen = []
+    start = predictor.start_detecting
+
+    def watched(*given: Any, **named: Any) -> Any:
+        seen.append(settings())
+        return start(*given, **named)
+
+    monkeypatch.setattr(predictor, "start_detecting", watched)
+    for place in ("refdet.device", "refdet.detector.detector"):
+        monkeypatch.setattr(f"{place}.usable_precision", lambda precision, device: precision)
+    older()
+    images, instances = shapes_root / "val2014", shapes_root / "annotations" / "instances_val2014.json"
+    index = CocoIndex.load(instances)
+    image_list = ImageList(list(index.images.values())[:2], index, "two")
+    extract_features(run_directory, images, tmp_path / "a.h5", image_list, device="cpu",
+                     options=ExtractOptions(precision=precision))  # fmt: skip
+    refdet.load_detector(run_directory, device="cpu", precision=precision).detect(np.zeros((64, 96, 3), np.uint8))
+    extracted = len(seen)
+    evaluate(run_directory, instances, images, device="cpu", precision=precision)
+    assert len(seen) > extracted >= 2 and all(one == wanted for one in seen)
+
+
+@pytest.mark.parametrize(("change", "wanted"), [("train.tf32=true", TF32), ("train.tf32=false", EXACT)])
+def test_a_training_computes_as_its_recipe_says(
+    restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, wanted: list[object]
+) -> None:
+    seen = []
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *given: seen.append(settings()) or step(*given))
+    squares(tmp_path)
+    older()
+    run(tmp_path, change, "train.steps=1", out="cpu")
+    assert seen == [EXACT]  # a CPU has no TF32
+    monkeypatch.setattr(trainer, "usable_precision", lambda precision, device: precision)
+    before = settings()
+    run(tmp_path, change, "train.steps=1")
+    assert seen == [EXACT, wanted] and settings() == before
 
 
 def test_extraction_says_that_it_computes_in_float32_instead(

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,29 @@ def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
+
+
+def test_the_host_code_of_cuda_files_has_threads_too(tmp_path: Path) -> None:
+    """`at::parallel_for` is inline: without OpenMP in all files, one of two definitions is taken at random."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    script = f"""
+import json, runpy, setuptools, torch
+torch.version.cuda = "13.0"
+setuptools.setup = lambda **options: print(json.dumps(options["ext_modules"][0].extra_compile_args))
+runpy.run_path({str(REPOSITORY / "setup.py")!r})
+"""
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_PATH": str(tmp_path), "REFDET_BUILD_CUDA": "1",
+                   "REFDET_REQUIRE_EXT": "1"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    flags = json.loads(done.stdout.splitlines()[-1])
+    wanted = [part for flag in flags["cxx"] if flag == "-fopenmp" for part in ("-Xcompiler", flag)]
+    assert flags["nvcc"] == ["-O3", *wanted] and bool(wanted) == sys.platform.startswith("linux")
 
 
 def test_the_wheel_works_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ class TrainOptions:
     lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
     max_grad_norm: float = 10.0  # of all gradients together; 0 for no clipping
     flip: bool = True
-    bf16: bool = False
+    bf16: bool = False  # autocast: convolutions and matrix products in bfloat16
+    tf32: bool = True  # float32 convolutions and products of a GPU in TF32; false for IEEE float32, as on a CPU
     workers: int = 2
     seed: int = 0
     checkpoint_interval: int = 1000  # steps
@@ -195,7 +196,7 @@ class Recipe:
         return tree
 
 
-_ONLY_WHERE_SET = (("train", "empty_images", False), ("input", "exif", "ignore"))
+_ONLY_WHERE_SET = (("train", "empty_images", False), ("train", "tf32", True), ("input", "exif", "ignore"))
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:

@@ -28,11 +28,11 @@ from refdet.detector.given_boxes import checked_boxes, checked_categories
 from refdet.detector.loading import TrainedDetector
 from refdet.detector.mask_rcnn import FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
-from refdet.device import exact_float32, usable_device, usable_precision
+from refdet.device import usable_device, usable_precision
 from refdet.errors import ArgumentError, RuntimeFailure
 from refdet.files.printable_text import printable
 from refdet.files.short_text import cut
-from refdet.structures.detection_options import DetectionOptions
+from refdet.structures.detection_options import PRECISIONS, DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import NO_CATEGORY, Regions
 
@@ -63,23 +63,23 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
 
     Args:
         path: run directory, as ``refdet train`` and ``refdet import-weights`` write it.
-        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
-        precision: "float32", exact on a GPU too, or "bfloat16", faster where the device has it; a processor without
-            bfloat16 arithmetic computes in float32, with a warning.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one, which becomes PyTorch's current one.
+        precision: "float32", exact on a GPU too; or "tf32", float32 with products of TF32, or "bfloat16", both faster
+            where the device has them. A device without that arithmetic computes in float32, with a warning.
 
     Raises:
         InputError: the checkpoint is missing or damaged, or the device cannot be used.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise ArgumentError("precision", f"must be float32 or bfloat16, not {precision!r}")
+    if precision not in PRECISIONS:
+        raise ArgumentError("precision", f"must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     where = usable_device(str(device))
     usable = usable_precision(precision, where)
     if usable != precision:
         log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
-    trained = loading.load(path, where, for_inference=True, bf16=usable == "bfloat16")
+    trained = loading.load(path, where, for_inference=True, precision=usable)
     for line in trained.meta.warnings():
         log.warning("%s", line)
-    return Detector(trained, usable)
+    return Detector(trained)
 
 
 class Detector:
@@ -93,17 +93,17 @@ class Detector:
         recipe: its architecture and training options.
         provenance: its training data.
         device: the device of its weights.
-        precision: "float32" or "bfloat16".
+        precision: "float32", "tf32" or "bfloat16".
     """
 
-    def __init__(self, trained: TrainedDetector, precision: str) -> None:
+    def __init__(self, trained: TrainedDetector) -> None:
         self.path: Path = trained.path
         self.classes: Mapping[int, str] = dict(trained.meta.categories)
         self.recipe: Recipe = trained.meta.recipe
         self.provenance: Provenance = trained.meta.provenance
         self.device: torch.device = next(trained.model.parameters()).device
-        self.precision = precision
-        self._model = trained.model
+        self.precision = trained.precision
+        self._model, self._inference = trained.model, trained.inference
 
     def __repr__(self) -> str:
         known, count = self.provenance, len(self.classes)
@@ -282,7 +282,7 @@ class Detector:
         found: dict[int, Regions] = {}
         for batch in group_by_input_size(records, self.recipe.input, BATCH_SIZE):
             try:
-                with torch.inference_mode(), exact_float32():
+                with self._inference():
                     of_batch = compute([pixels[record.id] for record in batch], batch)
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from refdet.detector import optimize
 from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
 from refdet.detector.finite import LARGEST_WEIGHT, unusable
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.errors import InputError
+from refdet.device import arithmetic, naming_out_of_memory
+from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import cut
+from refdet.ops._library import warn_of_plain_pytorch
 
 REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COUNTER = "num_batches_tracked"
@@ -24,15 +27,26 @@ MOST_NUMBERS = 500_000_000  # parameters and buffers of a network; the largest p
 
 @dataclass(frozen=True)
 class TrainedDetector:
-    """A detector, the metadata of its weights, and its run directory."""
+    """A detector, the metadata of its weights, its run directory, and the precision of `inference`."""
 
     model: MaskRCNN
     meta: CheckpointMetadata
     path: Path
+    precision: str = "float32"
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Context manager in which `model` computes without gradients and in `precision`.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: the GPU has too little memory, whichever library said so.
+        """
+        with torch.inference_mode(), arithmetic(self.precision), naming_out_of_memory():
+            yield
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", for_inference: bool = False, bf16: bool = False
+    path: str | Path, device: str | torch.device = "cpu", for_inference: bool = False, precision: str = "float32"
 ) -> TrainedDetector:
     """Load the detector of a run directory, in eval mode and channels_last.
 
@@ -40,19 +54,26 @@ def load(
         path: the run directory.
         device: device to load it to.
         for_inference: fuse and repack layers for inference; the state dict can no longer be loaded elsewhere.
-        bf16: compute in bfloat16; implies `for_inference`.
+        precision: "float32", "tf32" or "bfloat16"; the last implies `for_inference`.
 
     Raises:
         InputError: the checkpoint is missing or damaged, or its weights do not fit its recipe.
+        RuntimeFailure: the device has too little memory.
     """
     folder, meta = run_directory(path), load_meta(path)
     tensors = read_tensors(folder / MODEL)[0]
     model = without_memory(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    if for_inference or bf16:
-        model = optimize.optimize_for_inference(model, bf16)
-    return TrainedDetector(model, meta, folder)
+    bf16 = precision == "bfloat16"
+    try:
+        with naming_out_of_memory():
+            model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            if for_inference or bf16:
+                model = optimize.optimize_for_inference(model, bf16)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeFailure(f"{device} has too little memory for the detector; free some of it") from error
+    warn_of_plain_pytorch(next(model.parameters()).device)
+    return TrainedDetector(model, meta, folder, precision)
 
 
 def without_memory(recipe: Recipe, classes: int) -> MaskRCNN:

@@ -176,7 +176,7 @@ def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable
     """
     if device.type != "cuda":
         return lambda: None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps, and others have its core
     event.record(torch.cuda.current_stream(device))
     kept = [*images]
 

@@ -15,7 +15,7 @@ class Stages:
     """Seconds spent in each part of the network: by the clock on a CPU, by CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -29,12 +29,12 @@ class Stages:
             finally:
                 self._add(name, time.perf_counter() - started)
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(self._device))
         try:
             yield
         finally:
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._pending.append((name, begin, end))
             if len(self._pending) > _PENDING:
                 self._read(_PENDING // 2)

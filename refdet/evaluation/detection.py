@@ -52,7 +52,7 @@ def evaluate(
         images: folder or zip of its images.
         batch_size: images per batch.
         device: "cpu", "cuda", "cuda:1"; None for a GPU if there is one.
-        precision: "float32", or "bfloat16" if the device has it.
+        precision: "float32", or "tf32" or "bfloat16" if the device has it.
         workers: threads that read images ahead.
         exif: "ignore" or "apply" the EXIF orientation of the images.
         crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
@@ -91,7 +91,7 @@ def evaluate(
             "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
         precision = "float32"
-    detector = loading.load(run, where, for_inference=True, bf16=precision == "bfloat16")
+    detector = loading.load(run, where, for_inference=True, precision=precision)
     results: list[dict[str, Any]] = []
     with (
         OrientationNote(source),
@@ -118,7 +118,7 @@ def detected_regions(
     """Regions of images as an extraction computes them by default, without features.
 
     Args:
-        detector: loaded with ``for_inference=True``.
+        detector: loaded with ``for_inference=True``; computes in its precision.
         source: folder or zip of the images.
         records: the images.
         batch_size: images per batch.
@@ -131,7 +131,7 @@ def detected_regions(
     import torch
 
     from refdet.data.training_batches import group_by_input_size
-    from refdet.device import exact_float32, pinned
+    from refdet.device import pinned
     from refdet.extraction.batch_size import split_on_oom
     from refdet.extraction.extract import detecting
 
@@ -150,7 +150,7 @@ def detected_regions(
             if bad is not None:
                 raise InputError(bad)
             try:
-                with torch.inference_mode(), exact_float32():
+                with detector.inference():
                     begun.append(begin_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(f"{device} has too little memory for one image; free some of it") from error

@@ -13,6 +13,7 @@ import torch
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
 from refdet.detector.predictor import detect_batch
+from refdet.device import naming_out_of_memory
 from refdet.extraction.memory import available_bytes
 from refdet.extraction.steps import Compute, Finish
 from refdet.structures.detection_options import DetectionOptions
@@ -50,7 +51,8 @@ def auto_batch_size(
         torch.cuda.reset_peak_memory_stats(device)
         try:
             ids = detector.meta.category_ids
-            detect_batch(detector.model, [image] * count, [largest] * count, ids, every, features=features)
+            with naming_out_of_memory():
+                detect_batch(detector.model, [image] * count, [largest] * count, ids, every, features=features)
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise
@@ -73,6 +75,8 @@ def _power_of_2(count: float, most: int) -> int:
 def split_on_oom(compute: Compute) -> Compute:
     """`compute` that halves a batch when the GPU runs out of memory, and later batches of that size at once.
 
+    An allocation that fails in cuBLAS or cuDNN counts as one of PyTorch's.
+
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.
     """
@@ -82,7 +86,8 @@ def split_on_oom(compute: Compute) -> Compute:
         nonlocal too_many
         if len(batch) < too_many:
             try:
-                return compute(batch, images)
+                with naming_out_of_memory():
+                    return compute(batch, images)
             except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:
                     raise

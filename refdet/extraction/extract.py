@@ -120,15 +120,15 @@ def extract_features(
     _check_masks(options, meta, given, checkpoint)
 
     plan, header = _planned(image_list, given, boxes, options, batch_size, meta, checkpoint)
-    # whether a CPU has bfloat16 is known only after torch is imported
-    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision == "bfloat16" else ())
+    # whether the device has another arithmetic is known only after torch is imported
+    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision != "float32" else ())
 
     import torch  # takes seconds, so the checks above come first
 
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
     from refdet.detector.profiler import Stages
-    from refdet.device import exact_float32, pinned, usable_device, usable_precision
+    from refdet.device import pinned, usable_device, usable_precision
     from refdet.extraction.batch_size import auto_batch_size, split_on_oom
 
     where = usable_device(device)
@@ -136,14 +136,14 @@ def extract_features(
     if precision != options.precision:
         say(
             f"`precision` {options.precision}: this processor has no {options.precision} arithmetic: "
-            f"computing in {precision}, which is faster here and exact"
+            f"computing in {precision}, which is {'faster here and ' if options.precision == 'bfloat16' else ''}exact"
         )
         options = replace(options, precision=precision)
         plan = replace(plan, options=plan.options | {"precision": precision})
         header = replace(header, options=plan.options)
     for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
         announce(line)
-    detector = loading.load(checkpoint, where, for_inference=True, bf16=options.precision == "bfloat16")
+    detector = loading.load(checkpoint, where, for_inference=True, precision=options.precision)
     compute = split_on_oom(
         detecting(detector, options, options.features) if given is None else _described(detector, given, options)
     )
@@ -153,7 +153,7 @@ def extract_features(
         return pinned(pixels) if where.type == "cuda" else pixels
 
     try:
-        with torch.inference_mode(), exact_float32(), OrientationNote(source):
+        with detector.inference(), OrientationNote(source):
             size = batch_size or (resume and begun_batch_size(out))
             size = size or auto_batch_size(detector, records, options, options.features)
             detector.model.stages = parts = Stages(where)  # after measuring batch sizes

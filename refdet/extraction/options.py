@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refdet.errors import ArgumentError
-from refdet.structures.detection_options import DetectionOptions
+from refdet.structures.detection_options import PRECISIONS, DetectionOptions
 
 CHOICES = {
     "regions": ("detections", "annotations", "boxes"),
     "dtype": ("float32", "float16"),
-    "precision": ("float32", "bfloat16"),
+    "precision": PRECISIONS,
     "masks": ("annotated", "predicted"),
     "compression": ("none", "gzip", "lzf"),
     "exif": ("ignore", "apply"),
@@ -25,7 +25,7 @@ class ExtractOptions(DetectionOptions):
         regions: "detections", "annotations" (the annotated objects of the images) or "boxes" (of a file).
         features: names of the features to write, from `refdet.detector.feature_names`.
         dtype: type of the features in the store, "float32" or "float16".
-        precision: arithmetic of the network, "float32" or "bfloat16".
+        precision: arithmetic of the network, "float32", "tf32" or "bfloat16".
         masks: masks of annotations and boxes: their own ("annotated") or the detector's ("predicted").
         compression: of features and maps in the store: "none", "gzip" or "lzf".
         exif: "ignore" or "apply" the EXIF orientation of the images.

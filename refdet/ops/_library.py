@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
+
+_BUILD = "pip install --no-build-isolation . builds them"
+
+
+def _switched_off() -> bool:
+    return os.environ.get("REFDET_NO_EXT") == "1"
 
 
 def load(folder: Path) -> frozenset[str]:
@@ -17,7 +27,7 @@ def load(folder: Path) -> frozenset[str]:
     another torch), or with ``REFDET_NO_EXT=1`` in the environment. `refdet.ops` then uses plain PyTorch.
     """
     path = folder / f"_C{EXTENSION_SUFFIXES[0]}"
-    if os.environ.get("REFDET_NO_EXT") == "1" or not path.exists():
+    if _switched_off() or not path.exists():
         return frozenset()
     try:
         torch.ops.load_library(path)
@@ -41,6 +51,27 @@ DEVICES = load(Path(__file__).resolve().parents[1])
 
 def kernels_state() -> str:
     """The compiled kernels in use, for the first line of a run and ``refdet --version``."""
+    if _switched_off():
+        return "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
     if not DEVICES:
-        return "kernels not compiled (plain PyTorch instead, slower; pip install --no-build-isolation . builds them)"
-    return "kernels compiled for CPU and CUDA" if "cuda" in DEVICES else "kernels compiled for the CPU only"
+        return f"kernels not compiled (plain PyTorch instead, slower; {_BUILD})"
+    if "cuda" in DEVICES:
+        return "kernels compiled for CPU and CUDA"
+    if not torch.cuda.is_available():
+        return "kernels compiled for the CPU only"
+    return f"kernels compiled for the CPU only (plain PyTorch on the GPU, slower; REFDET_BUILD_CUDA=1 {_BUILD})"
+
+
+@functools.cache
+def warn_of_plain_pytorch(device: torch.device) -> None:
+    """Warn, once per GPU, if there are no compiled kernels for it; not if they were switched off.
+
+    The fallbacks give the same results, but NMS waits for the GPU at every block of boxes.
+    """
+    if device.type == "cuda" and "cuda" not in DEVICES and not _switched_off():
+        log.warning(
+            "note: refdet has no compiled kernels for %s, as where it was built no GPU or no nvcc was found: computing "
+            "with plain PyTorch, which gives the same results but is slower; REFDET_BUILD_CUDA=1 %s",
+            device,
+            _BUILD,
+        )

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from refdet.errors import ArgumentError
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+"""Arithmetics of the network: float32 is IEEE's on a GPU too; with tf32 a GPU multiplies numbers of 10 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionOptions:

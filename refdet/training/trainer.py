@@ -23,13 +23,13 @@ from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import described, usable_device
+from refdet.device import arithmetic, described, usable_device, usable_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.files.lock import alone
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
-from refdet.ops._library import kernels_state
+from refdet.ops._library import kernels_state, warn_of_plain_pytorch
 from refdet.structures.provenance import Provenance, file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
@@ -117,10 +117,12 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     start = f"resumes from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
     # weights, and a state of weights and momentum; each exists twice while it is replaced
     most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    warn_of_plain_pytorch(target)
+    products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         described(device),
-        "bfloat16" if recipe.train.bf16 else "float32",
+        "bfloat16" if recipe.train.bf16 else products,
         kernels_state(),
         counted(len(batches.records), "image"),
         index.path.name,
@@ -136,7 +138,8 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
         if states(out)[-1:] != ([before.path] if before else []):
             raise _written_meanwhile(out)
         state.clean(out)
-        return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
+        with arithmetic(products):
+            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
 
 
 def _written_meanwhile(out: Path) -> InputError:

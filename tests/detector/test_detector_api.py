@@ -237,7 +237,7 @@ def test_bad_options_are_told(run: Path, detector: refdet.Detector) -> None:
         detector.detect(IMAGES[0], features=["fc8"])
     with pytest.raises(ValueError, match="^features: a list of names is needed, not 'fc7'"):
         detector.describe(IMAGES[0], BOXES, features="fc7")
-    with pytest.raises(ValueError, match="^precision: must be float32 or bfloat16, not 'half'"):
+    with pytest.raises(ValueError, match="^precision: must be one of float32, tf32, bfloat16, not 'half'"):
         refdet.load_detector(run, precision="half")
     with pytest.raises(InputError, match="no such file or folder; give a run directory"):
         refdet.load_detector(run / "nowhere")
@@ -269,6 +269,15 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     monkeypatch.setattr("refdet.detector.detector.usable_precision", lambda precision, device: precision)
     rough = refdet.load_detector(run, device="cpu", precision="bfloat16")
     assert rough.precision == "bfloat16" and rough.describe(IMAGES[0], BOXES).features["fc7"].dtype == np.float32
+
+
+def test_too_little_memory_for_the_weights_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("refdet.detector.optimize.optimize_for_inference", fails)
+    with pytest.raises(RuntimeFailure, match="cpu has too little memory for the detector; free some"):
+        refdet.load_detector(run, device="cpu")
 
 
 def test_too_little_memory_is_told(detector: refdet.Detector, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,9 @@ def detectors(
         (folder / "seed.pth").unlink()
         for form in ("trained", "used", "bfloat16"):
             found[depth, form] = loading.load(
-                folder / str(depth), for_inference=form != "trained", bf16=form == "bfloat16"
+                folder / str(depth),
+                for_inference=form != "trained",
+                precision="bfloat16" if form == "bfloat16" else "float32",
             )
         (folder / str(depth) / checkpoint.MODEL).unlink()
     yield found

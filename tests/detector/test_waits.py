@@ -163,6 +163,9 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
 
 def test_images_are_kept_until_a_gpu_has_fetched_them(monkeypatch: pytest.MonkeyPatch) -> None:
     class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking  # a thread that spins takes a core from those that read images
+
         def record(self, stream: object) -> None:
             assert stream == "the stream"
 

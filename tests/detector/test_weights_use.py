@@ -109,7 +109,7 @@ def test_a_training_starts_from_an_imagenet_resnet(
     size = ["model.depth=18", "model.fpn_channels=16", "model.fpn_hidden=16", "train.lr=0.001", "train.warmup_steps=0"]
     chosen = recipe.load(name).with_changes([*SMALL, *size])
     run = tmp_path / "run"
-    assert train(chosen, instances, shapes_root / "val2014", run, weights=imagenet / "run").steps == 1
+    assert train(chosen, instances, shapes_root / "val2014", run, weights=imagenet / "run", device="cpu").steps == 1
     conv5 = "head.conv5" if neck == "c4" else "backbone.layer4"
     found = parameters(run)
     for ours, theirs, frozen in (("backbone.conv1", "conv1", True), ("backbone.layer1.1.conv2", "layer1.1.conv2", True),
@@ -158,7 +158,7 @@ def tiny(*changes: str) -> Recipe:
 @pytest.fixture(scope="module")
 def frcn(shapes_root: Path, instances: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("frcn") / "run"
-    train(tiny("model.masks=false"), instances, shapes_root / "val2014", out)
+    train(tiny("model.masks=false"), instances, shapes_root / "val2014", out, device="cpu")
     return out
 
 
@@ -167,7 +167,8 @@ def test_a_faster_rcnn_starts_a_mask_rcnn(frcn: Path, shapes_root: Path, instanc
     moved = {}
     for rate in (0.0, 0.1, 1.0):
         out = tmp_path / str(rate)
-        train(tiny(f"train.pretrained_lr_mult={rate}"), instances, shapes_root / "val2014", out, weights=frcn)
+        train(tiny(f"train.pretrained_lr_mult={rate}"), instances, shapes_root / "val2014", out, weights=frcn,
+              device="cpu")  # fmt: skip
         moved[rate] = parameters(out)
     names = {name for name, _ in MaskRCNN(tiny(), 1).named_parameters()}
     masks, before = {name for name in names if "mask" in name}, parameters(frcn)
@@ -193,7 +194,8 @@ def test_such_a_run_resumed_is_the_same_run(
     frcn: Path, shapes_root: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, **more: Any) -> None:
-        train(tiny("train.pretrained_lr_mult=0.1", "train.steps=2"), instances, shapes_root / "val2014", out, **more)
+        train(tiny("train.pretrained_lr_mult=0.1", "train.steps=2"), instances, shapes_root / "val2014", out,
+              device="cpu", **more)  # fmt: skip
 
     run(tmp_path / "whole", weights=frcn)
     step, calls = train_module._step, []

@@ -106,7 +106,7 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.exit_code == 0, done.output
     assert asked == {
         "for_inference": True,
-        "bf16": True,
+        "precision": "bfloat16",
         "batch_size": 3,
         "workers": 1,
     }

@@ -1,5 +1,6 @@
 """Batches that fit, and what happens to those that do not."""
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from trained_models import IDS, trained_model
 from refdet.cli.main import main
 from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
+from refdet.device import naming_out_of_memory
 from refdet.extraction import batch_size
 from refdet.extraction.batch_size import auto_batch_size, split_on_oom
 from refdet.extraction.options import ExtractOptions
@@ -19,6 +21,13 @@ from refdet.structures.detection_options import DetectionOptions
 
 RECORDS = [ImageRecord(i, "", 20, 30) for i in range(7)]
 IMAGES = [np.zeros((20, 30, 3), np.uint8)] * 7
+NO_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+]
 
 
 @pytest.mark.parametrize("fits", [1, 2, 3, 7])
@@ -36,12 +45,68 @@ def test_a_batch_that_does_not_fit_is_cut(fits: int) -> None:
     assert max(sizes) <= fits and (fits < 7 or sizes == [7])
 
 
-def test_one_image_that_does_not_fit_is_an_error() -> None:
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_one_image_that_does_not_fit_is_an_error(error: RuntimeError) -> None:
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=re.escape(str(error))):
         split_on_oom(compute)(RECORDS, IMAGES)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_library_without_memory_has_a_batch_cut(error: RuntimeError) -> None:
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        if len(batch) > 2:
+            raise error
+        return lambda: [record.id for record in batch]
+
+    assert split_on_oom(compute)(RECORDS, IMAGES)() == list(range(7))
+
+
+@pytest.mark.parametrize(("free", "cut"), [(2**20, True), (2**33, False)])
+@pytest.mark.parametrize("text", [
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "GET was unable to find an engine to execute this computation",
+])  # fmt: skip
+def test_an_error_that_may_have_other_causes_counts_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, text: str, free: int, cut: bool
+) -> None:
+    tried = []
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        tried.append(len(batch))
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**36))
+    with pytest.raises(torch.cuda.OutOfMemoryError if cut else RuntimeError, match=re.escape(text)) as caught:
+        split_on_oom(compute)(RECORDS, IMAGES)
+    assert tried == ([7, 3, 1] if cut else [7])
+    assert isinstance(caught.value, torch.cuda.OutOfMemoryError) == cut
+
+
+@pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "shape mismatch", ""])
+def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    tried = []
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Callable[[], list[int]]:
+        tried.append(len(batch))
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**36))
+    with pytest.raises(RuntimeError) as caught:
+        split_on_oom(compute)(RECORDS, IMAGES)
+    assert tried == [7] and type(caught.value) is RuntimeError and str(caught.value) == text
+
+
+def test_a_gpu_that_cannot_be_used_any_more_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_INTERNAL_ERROR"), naming_out_of_memory():
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
 
 
 def test_what_was_too_large_once_is_not_tried_again() -> None:

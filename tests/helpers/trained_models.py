@@ -1,13 +1,17 @@
 """Small detectors of random weights whose norms do something, and images for them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
+from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.resnet import FrozenBatchNorm
+from refdet.structures.provenance import Provenance
 
 SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]",
          "model.anchor_sizes=[16,32,64]", "model.depth=50", "model.neck=c4", "model.stride=16"]  # fmt: skip
@@ -24,6 +28,7 @@ VARIANTS: dict[str, tuple[list[str], bool]] = {
     "fpn": (PYRAMID, False),
 }
 IDS = [1, 3, 7, 44]
+NAMES = {1: "person", 3: "car", 7: "train", 44: "bottle"}
 
 
 def trained_model(*changes: str) -> MaskRCNN:
@@ -41,6 +46,15 @@ def trained_model(*changes: str) -> MaskRCNN:
         for layer in (model.rpn.score, model.rpn.delta, model.head.box.score, model.head.box.delta):
             layer.weight.mul_(8)
     return model.eval()
+
+
+def saved_model(folder: Path, *changes: str) -> Path:
+    """The run directory of `trained_model`."""
+    model = trained_model(*changes)
+    provenance = Provenance("split.json", "", 12, 40, "ab" * 32)
+    folder.mkdir(parents=True)
+    checkpoint.save(folder, model, checkpoint.CheckpointMetadata(model.recipe, tuple(NAMES.items()), provenance, 5))
+    return folder
 
 
 def some_images() -> tuple[list[np.ndarray], list[ImageRecord]]:

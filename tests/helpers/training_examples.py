@@ -49,9 +49,9 @@ def squares(root: Path, change: Change = lambda tree: None, images: int = 4) -> 
     return root / "instances.json"
 
 
-def run(root: Path, *changes: str, out: str = "run", **more: Any) -> Summary:
+def run(root: Path, *changes: str, out: str = "run", device: str = "cpu", **more: Any) -> Summary:
     """Train on the `squares` under ``root`` into ``root/out``."""
-    return train(tiny(*changes), root / "instances.json", root / "images", root / out, device="cpu", **more)
+    return train(tiny(*changes), root / "instances.json", root / "images", root / out, device=device, **more)
 
 
 def steps_of(out: Path) -> list[int]:

@@ -39,7 +39,7 @@ def tiny_recipe(*changes: str) -> Recipe:
 
 def run(root: Path, out: Path, *changes: str, **more: object) -> Summary:
     instances = root / "annotations" / "instances_val2014.json"
-    return train(tiny_recipe(*changes), instances, root / "val2014", out, **more)  # type: ignore[arg-type]
+    return train(tiny_recipe(*changes), instances, root / "val2014", out, device="cpu", **more)  # type: ignore[arg-type]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -62,8 +62,9 @@ def test_a_run_writes_what_the_other_commands_take(shapes_root: Path, tmp_path: 
     assert loaded.meta.provenance.images == len(index.images)
     assert not loaded.model.training
     found = evaluate(
-        tmp_path / "run", shapes_root / "annotations" / "instances_minival2014.json", shapes_root / "val2014"
-    )
+        tmp_path / "run", shapes_root / "annotations" / "instances_minival2014.json", shapes_root / "val2014",
+        device="cpu",
+    )  # fmt: skip
     assert 0 <= found["bbox"]["AP50"] <= 1 and 0 <= found["segm"]["AP50"] <= 1  # type: ignore[index]
 
 
@@ -90,10 +91,10 @@ def test_a_resumed_run_is_the_same_run(
             patch.setattr(train_module._Training, "_keep", lambda self, step, first: "without saving")
             said = f"{victim.name}: .*without saving"
         with pytest.raises(InputError, match=said):
-            train(changes, instances, tmp_path / "images", tmp_path / "halves")
+            train(changes, instances, tmp_path / "images", tmp_path / "halves", device="cpu")
     assert checkpoint.load_meta(tmp_path / "halves").step == saved
     victim.write_bytes(good)
-    train(changes, instances, tmp_path / "images", tmp_path / "halves", resume=True)
+    train(changes, instances, tmp_path / "images", tmp_path / "halves", resume=True, device="cpu")
 
     whole, _ = read_tensors(tmp_path / "whole" / "model.safetensors")
     halves, _ = read_tensors(tmp_path / "halves" / "model.safetensors")

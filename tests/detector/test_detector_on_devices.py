@@ -1,0 +1,208 @@
+"""The whole detector on a GPU is the one on the CPU: regions, given boxes, losses, gradients, and twice the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detector_examples import PYRAMID, VARIANTS, small_model, some_images
+from devices import is_gpu, on_devices, runs, variants_on_devices
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from trained_models import VARIANTS as TRAINED
+from trained_models import saved_model
+
+import refdet
+from refdet.device import arithmetic, usable_device
+from refdet.errors import RuntimeFailure
+from refdet.structures import boxes as box_ops
+from refdet.structures.ground_truth import GroundTruth
+
+pytestmark = pytest.mark.slow
+
+BOXES = [[10, 20, 60, 70], [0.5, 1, 90, 80], [0, 0, 128, 96], [30.25, 40, 31, 41]]
+EVERY = ("pool5", "fc7", "class_prob", "spatial_pool5", "spatial_fc7", "head")
+IMAGES = [*some_images(3), *some_images(2, 60, 50), *some_images(1, 200, 130)]
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of a variant of `TRAINED`."""
+    made: dict[str, Path] = {}
+
+    def run(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = saved_model(tmp_path_factory.mktemp(variant) / "run", *TRAINED[variant][0])
+        return made[variant]
+
+    return run
+
+
+def features_of(variant: str) -> tuple[str, ...]:
+    return EVERY[:3] if variant == "fpn" else EVERY
+
+
+def alike(found: refdet.Regions, wanted: refdet.Regions) -> float:
+    """The share of wanted regions that were found too: same class, nearly the same box and score."""
+    overlap = box_ops.iou(torch.from_numpy(wanted.boxes), torch.from_numpy(found.boxes)).numpy() > 0.99
+    same = overlap & (wanted.category_ids[:, None] == found.category_ids)
+    same &= np.abs(wanted.scores[:, None] - found.scores) < 1e-4
+    return float(same.any(axis=1).mean()) if len(wanted) else float(len(found) == 0)
+
+
+def assert_same_bits(found: Sequence[refdet.Regions], wanted: Sequence[refdet.Regions]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("boxes", "scores", "category_ids"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert one.masks == other.masks
+        for name, values in {**other.features, **other.maps}.items():
+            np.testing.assert_array_equal({**one.features, **one.maps}[name], values)
+
+
+@variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
+def test_detections(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+    def detect(where: str) -> list[refdet.Regions]:
+        detector = refdet.load_detector(runs_of(variant), device=where)
+        return detector.detect(IMAGES, score_threshold=0.1, max_regions=50, features=features_of(variant))
+
+    wanted, (found, again, aside) = detect("cpu"), runs(lambda: detect(device), device)
+    assert sum(map(len, wanted)) > 50
+    assert np.mean([alike(*pair) for pair in zip(found, wanted, strict=True)]) >= 0.97
+    assert_same_bits(again, found)
+    assert_same_bits(aside, found)
+
+
+@variants_on_devices(TRAINED, {"basic-blocks", "fpn"})
+def test_given_boxes(device: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+    def describe(where: str) -> list[refdet.Regions]:
+        detector, labels = refdet.load_detector(runs_of(variant), device=where), [[1, 3, 7, 44], [3]]
+        return detector.describe(IMAGES[:2], [BOXES, BOXES[:1]], category_ids=labels, features=features_of(variant))
+
+    wanted, (found, again, _) = describe("cpu"), runs(lambda: describe(device), device)
+    for mine, theirs in zip(found, wanted, strict=True):
+        for name in features_of(variant):
+            one, other = ({**r.features, **r.maps}[name] for r in (mine, theirs))
+            rows = [np.linalg.norm(values.reshape(len(values), -1), axis=1) for values in (one - other, other)]
+            assert (rows[0] <= 1e-4 * rows[1].clip(1e-3)).all(), name
+        for mask, other in zip(mine.rles(), theirs.rles(), strict=True):
+            assert coco_mask.iou([mask], [other], [0])[0, 0] > 0.99 or coco_mask.area(other) < 50
+    assert_same_bits(again, found)
+
+
+@on_devices
+@pytest.mark.parametrize("count", [0, 1])
+def test_images_without_boxes(device: str, count: int, runs_of: Callable[[str], Path]) -> None:
+    detector = refdet.load_detector(runs_of("c4"), device=device)
+    none, some = detector.describe(IMAGES[:2], [[], BOXES[:count]])
+    assert len(none) == 0 and len(some) == count and none.features["fc7"].shape == (0, some.features["fc7"].shape[1])
+    assert [len(found) for found in detector.detect(IMAGES[:2], score_threshold=1.0)] == [0, 0]
+
+
+@on_devices
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["c4", "fpn"])
+def test_other_precisions_are_near(device: str, precision: str, variant: str, runs_of: Callable[[str], Path]) -> None:
+    exact = refdet.load_detector(runs_of(variant), device="cpu").describe(IMAGES[0], BOXES[:3])
+    rough = refdet.load_detector(runs_of(variant), device=device, precision=precision)
+    assert not is_gpu(device) or rough.precision == precision
+    one, other = exact.features["fc7"], rough.describe(IMAGES[0], BOXES[:3]).features["fc7"]
+    cosine = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    assert cosine.min() > (0.9999 if precision == "tf32" else 0.99)
+    found = rough.detect(IMAGES, score_threshold=0.1)
+    assert sum(map(len, found)) > 0 and all(np.isfinite(regions.boxes).all() for regions in found)
+
+
+@on_devices
+def test_weights_that_yield_nan_are_an_error(device: str, runs_of: Callable[[str], Path]) -> None:
+    detector = refdet.load_detector(runs_of("c4"), device=device)
+    for parameter in detector._model.rpn.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(RuntimeFailure, match="contain NaN or inf"):
+        detector.detect(IMAGES[0])
+
+
+@pytest.mark.gpu(count=2)
+def test_two_gpus_in_turn(runs_of: Callable[[str], Path]) -> None:
+    """Each detector stays on its own, whichever is the current one."""
+    detectors = [refdet.load_detector(runs_of("c4"), device=name) for name in ("cuda:0", "cuda:1")]
+    assert torch.cuda.current_device() == 1
+    for _ in range(2):
+        first, second = (detector.describe(IMAGES[0], BOXES) for detector in detectors)
+        np.testing.assert_allclose(first.features["fc7"], second.features["fc7"], rtol=1e-4, atol=1e-5)
+
+
+def square(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
+    mask = np.zeros((96, 128), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1
+    return coco_mask.encode(mask)
+
+
+def truths_on(device: torch.device) -> list[GroundTruth]:
+    objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)], []], [[2], [4, 1], []]
+    return [
+        GroundTruth(
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(label, dtype=torch.int64),
+            [square(*box) for box in boxes], torch.tensor([[0.0, 0, 9, 9]]), (1.0, 1.0),
+        ).to(device)
+        for boxes, label in zip(objects, labels, strict=True)
+    ]  # fmt: skip
+
+
+def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of all anchors and RoIs, so that nothing is sampled; on the host."""
+    where = usable_device(device)
+    model = small_model(
+        *VARIANTS[variant], "proposals.batch_size_per_image=100000", "head.batch_size_per_image=20000",
+        "proposals.post_nms_top_n_train=60", "head.positive_fraction=1.0", "proposals.positive_fraction=1.0",
+    )  # fmt: skip
+    model = model.train().to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
+    generator = torch.Generator(where).manual_seed(0)
+    with arithmetic("float32"), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+        found = model.compute_losses(images, [(96, 128), (90, 128), (96, 100)], truths_on(where), generator)
+    with arithmetic("float32"):
+        torch.stack(list(found.values())).sum().backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().cpu() for name, value in found.items()}, gradients
+
+
+@variants_on_devices(VARIANTS, {"c4", "fpn"})
+def test_losses_and_gradients(device: str, variant: str) -> None:
+    losses, gradients = losses_and_gradients(device, variant)
+    wanted, slopes = losses_and_gradients("cpu", variant)
+    assert losses.keys() == wanted.keys() and gradients.keys() == slopes.keys() and len(slopes) > 20
+    for name, value in wanted.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-5)
+    scale = max(float(value.norm()) for value in slopes.values())
+    for name, value in slopes.items():
+        assert float((gradients[name] - value).norm()) <= 1e-2 * float(value.norm()) + 1e-5 * scale, name
+
+
+@on_devices
+@pytest.mark.parametrize("variant", ["c4", "fpn"])
+def test_losses_in_bfloat16(device: str, variant: str) -> None:
+    losses, gradients = losses_and_gradients(device, variant, bf16=True)
+    wanted, slopes = losses_and_gradients("cpu", variant)
+    assert gradients.keys() == slopes.keys() and all(value.isfinite().all() for value in gradients.values())
+    for name, value in wanted.items():
+        torch.testing.assert_close(losses[name].float(), value, rtol=0.2, atol=0.05)
+
+
+@on_devices
+def test_sampling_is_repeated_with_its_seed(device: str) -> None:
+    where = usable_device(device)
+    model = small_model(*PYRAMID, "head.batch_size_per_image=16").train().to(where)
+    images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
+    maps = model.extract_feature_maps(images)
+    drawn = []
+    for seed in (3, 3, 4):
+        proposals = model.rpn.filter_proposals(model.rpn(maps), [(96, 128)] * 3)
+        generator = torch.Generator(where).manual_seed(seed)
+        drawn.append(model._sample_rois(proposals, truths_on(where), generator)[0])
+    assert torch.equal(drawn[0], drawn[1]) and not (
+        drawn[0].shape == drawn[2].shape and torch.equal(drawn[0], drawn[2])
+    )

@@ -1,0 +1,64 @@
+"""Tests that run on a GPU, and on the CPU as a rehearsal that tries their own code.
+
+A test with a parameter ``device`` compares it with the CPU: `on_devices` and `on_every_gpu` give it one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+SECOND = pytest.param("cuda:1", marks=pytest.mark.gpu(count=2))
+on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
+on_every_gpu = pytest.mark.parametrize("device", ["cpu", GPU, SECOND])
+
+_Found = TypeVar("_Found")
+
+
+def variants_on_devices(variants: Collection[str], rehearsed: Collection[str]) -> pytest.MarkDecorator:
+    """Parameters ``device`` and ``variant``: every variant on a GPU, few on the CPU and on a second GPU."""
+    return pytest.mark.parametrize(
+        ("device", "variant"),
+        [pytest.param(device, variant, marks=marks)
+         for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu), ("cuda:1", pytest.mark.gpu(count=2)))
+         for variant in variants if device == "cuda" or variant in rehearsed],
+    )  # fmt: skip
+
+
+def is_gpu(device: str) -> bool:
+    return device != "cpu"
+
+
+@contextmanager
+def side_stream(device: str) -> Iterator[None]:
+    """Queue the work on another stream than the default one; waits for it at the end."""
+    if not is_gpu(device):
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def runs(compute: Callable[[], _Found], device: str) -> tuple[_Found, _Found, _Found]:
+    """The same computed twice, and on a side stream while the default one is busy."""
+    first, second = compute(), compute()
+    if is_gpu(device):
+        busy = torch.ones(2048, 2048, device=device)
+        for _ in range(8):
+            busy = busy @ busy
+    with side_stream(device):
+        third = compute()
+    return first, second, third
+
+
+def to(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]

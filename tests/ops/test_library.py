@@ -1,0 +1,76 @@
+"""What is said of the compiled kernels, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from refdet.cli.main import main
+from refdet.ops import _library
+from refdet.ops._library import kernels_state, warn_of_plain_pytorch
+
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+REBUILD = "REFDET_BUILD_CUDA=1 pip install --no-build-isolation . builds them"
+
+
+@pytest.fixture(autouse=True)
+def not_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("REFDET_NO_EXT", raising=False)
+    warn_of_plain_pytorch.cache_clear()
+    yield
+    warn_of_plain_pytorch.cache_clear()
+
+
+def built(monkeypatch: pytest.MonkeyPatch, *devices: str, gpu: bool) -> None:
+    monkeypatch.setattr(_library, "DEVICES", frozenset(devices))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+@pytest.mark.parametrize("devices", [(), ("cpu",)])
+def test_a_gpu_without_kernels_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, devices: tuple[str, ...]
+) -> None:
+    built(monkeypatch, *devices, gpu=True)
+    for device in (FIRST, CPU, FIRST, SECOND, FIRST):
+        warn_of_plain_pytorch(device)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "no compiled kernels for cuda:0" in first and REBUILD in first and "cuda:1" in second
+
+
+def test_nothing_is_warned_of_where_kernels_are_or_were_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built(monkeypatch, "cpu", "cuda", gpu=True)
+    warn_of_plain_pytorch(FIRST)
+    built(monkeypatch, gpu=True)
+    warn_of_plain_pytorch(CPU)
+    monkeypatch.setenv("REFDET_NO_EXT", "1")
+    warn_of_plain_pytorch(SECOND)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpu", "said"),
+    [
+        (("cpu", "cuda"), True, "kernels compiled for CPU and CUDA"),
+        (("cpu",), False, "kernels compiled for the CPU only"),
+        (("cpu",), True, f"kernels compiled for the CPU only (plain PyTorch on the GPU, slower; {REBUILD})"),
+        (
+            (),
+            True,
+            "kernels not compiled (plain PyTorch instead, slower; pip install --no-build-isolation . builds them)",
+        ),
+    ],
+)
+def test_the_state_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], gpu: bool, said: str
+) -> None:
+    built(monkeypatch, *devices, gpu=gpu)
+    monkeypatch.setattr("refdet.device.described", lambda name: "a device")
+    assert kernels_state() == said
+    assert CliRunner().invoke(main, ["--version"]).output.splitlines()[-1] == said
+    monkeypatch.setenv("REFDET_NO_EXT", "1")
+    assert kernels_state() == "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
