@@ -90,9 +90,9 @@ class FusedStem(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, pool: nn.MaxPool2d) -> None:
         super().__init__()
-        assert convolution.bias is not None
         self.weight, self.pool = convolution.weight, pool
-        self.register_buffer("exact_bias", convolution.bias.detach().float())
+        bias = self.weight.new_zeros(len(self.weight)) if convolution.bias is None else convolution.bias.detach()
+        self.register_buffer("exact_bias", bias.float())
         self.stride, self.padding = convolution.stride, convolution.padding
 
     def forward(self, x: Tensor) -> Tensor:

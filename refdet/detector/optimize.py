@@ -78,8 +78,8 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
         model: its bottlenecks are `FusedBottleneck`.
         epilogue: kernel or library.
     """
-    stem, pool = model.backbone.conv1, model.backbone.maxpool
-    if FusedConv2d.takes(stem) and stem.bias is not None:
+    stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
+    if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.takes(stem):
         model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()  # type: ignore[assignment]
     fuse_blocks(model, epilogue)
 
