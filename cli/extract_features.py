@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -97,8 +97,12 @@ if TYPE_CHECKING:
     help="Lower the threshold in steps of 0.1 for an image without regions.",
 )
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Per image.")
-@click.option("--batch-size", default="4", show_default=True, help="Images per batch, or auto for as many as fit.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
+@click.option("--batch-size", help="Images per batch, or auto for as many as fit.  [default: 4; on a GPU auto]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that load images.  [default: 2; on a GPU 8, at most one per core]",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto uses a GPU if available.")
 @precision_option
 @click.option(
@@ -133,8 +137,8 @@ def command(
     nms_threshold: float,
     lower_threshold_if_empty: bool,
     max_regions: int,
-    batch_size: str,
-    workers: int,
+    batch_size: str | None,
+    workers: int | None,
     device: str,
     precision: str,
     compression: str,
@@ -242,8 +246,10 @@ def _show_stages(done: Summary) -> None:
     echo_table(rows, header=("stage", "seconds", ""))
 
 
-def _batch_size(text: str) -> int | None:
-    """A number, or None for auto."""
+def _batch_size(text: str | None) -> int | Literal["default"] | None:
+    """A number, None for auto, or "default" if it is not given."""
+    if text is None:
+        return "default"
     if text == "auto":
         return None
     if text.isdecimal() and int(text) > 0:

@@ -17,6 +17,9 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "nms(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor? groups=None, Tensor? images=None)"
       " -> Tensor");
+  m.def(
+      "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor images, int count,"
+      " Tensor? groups=None) -> (Tensor kept, Tensor counts)");
   // float32 products, and those of float16 numbers, on this processor
   m.def("has_products(bool half) -> bool",
         [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });
@@ -27,6 +30,8 @@ TORCH_LIBRARY(refdet, m) {
   m.def("pack_conv1x1(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
   m.def(
       "conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? shortcut=None, bool relu=False) -> Tensor");
+  // out = relu(x + bias + shortcut); on GPUs only
+  m.def("bias_relu(Tensor x, Tensor bias, Tensor? shortcut, Tensor(a!) out) -> ()");
   m.def("match_boxes(Tensor candidates, Tensor objects) -> (Tensor best, Tensor object, Tensor reaches)");
   m.def(
       "masks_to_rle(Tensor probabilities, Tensor boxes, int height, int width, float threshold)"

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 
 namespace refdet {
@@ -25,6 +27,12 @@ inline void check_nms(const at::Tensor& boxes, const at::Tensor& scores, double 
   TORCH_CHECK(iou_threshold >= 0 && iou_threshold <= 1, "nms: iou_threshold must be in 0..1, got ", iou_threshold);
   check_nms_ids("groups", groups, boxes);
   check_nms_ids("images", images, boxes);
+}
+
+inline void check_padded(int64_t max_keep, int64_t count) {
+  TORCH_CHECK(max_keep >= 0, "nms: max_keep must not be negative, got ", max_keep);
+  TORCH_CHECK(count >= 0 && count <= std::numeric_limits<int32_t>::max(), "nms: count must be in 0..2^31-1, got ",
+              count);
 }
 
 }  // namespace refdet

@@ -17,6 +17,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -198,9 +200,12 @@ std::vector<std::vector<uint32_t>> members_of(const int64_t* images, int64_t n) 
   return members;
 }
 
-at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
-                   const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
-  check_nms(boxes, scores, iou_threshold, groups, images);
+// Indices of the kept boxes of each image, whose boxes are `members_of_image(images, n)`.
+template <typename Members>
+std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
+                                               int64_t max_keep, const std::optional<at::Tensor>& groups,
+                                               const std::optional<at::Tensor>& images,
+                                               const Members& members_of_image) {
   const int64_t n = boxes.size(0);
   TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: ", n, " boxes are too many");
   const at::Tensor flat_boxes = boxes.contiguous(), flat_scores = scores.contiguous();
@@ -211,11 +216,19 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
   const int64_t* group = groups ? flat_groups.const_data_ptr<int64_t>() : nullptr;
   const auto threshold = static_cast<float>(iou_threshold);
 
-  const auto members = members_of(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
+  const std::vector<std::vector<uint32_t>> members =
+      members_of_image(images ? flat_images.const_data_ptr<int64_t>() : nullptr, n);
   std::vector<std::vector<int64_t>> kept(members.size());
   at::parallel_for(0, static_cast<int64_t>(members.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kept[i] = nms_of_image(box, score, group, members[i], max_keep, threshold);
   });
+  return kept;
+}
+
+at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, int64_t max_keep,
+                   const std::optional<at::Tensor>& groups, const std::optional<at::Tensor>& images) {
+  check_nms(boxes, scores, iou_threshold, groups, images);
+  const auto kept = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, members_of);
   int64_t total = 0;
   for (const auto& indices : kept) total += static_cast<int64_t>(indices.size());
   at::Tensor result = at::empty({total}, boxes.options().dtype(at::kLong));
@@ -224,8 +237,32 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
   return result;
 }
 
+std::tuple<at::Tensor, at::Tensor> nms_padded_cpu(const at::Tensor& boxes, const at::Tensor& scores,
+                                                  double iou_threshold, int64_t max_keep, const at::Tensor& images,
+                                                  int64_t count, const std::optional<at::Tensor>& groups) {
+  check_nms(boxes, scores, iou_threshold, groups, images);
+  check_padded(max_keep, count);
+  const auto of_count = [count](const int64_t* image, int64_t n) {
+    std::vector<std::vector<uint32_t>> members(count);
+    for (int64_t i = 0; i < n; ++i)
+      if (image[i] >= 0 && image[i] < count) members[image[i]].push_back(static_cast<uint32_t>(i));
+    return members;
+  };
+  const auto found = nms_by_image(boxes, scores, iou_threshold, max_keep, groups, images, of_count);
+  const at::Tensor kept = at::full({count, max_keep}, -1, boxes.options().dtype(at::kLong));
+  const at::Tensor counts = at::empty({count}, kept.options());
+  for (int64_t i = 0; i < count; ++i) {
+    std::copy(found[i].begin(), found[i].end(), kept.mutable_data_ptr<int64_t>() + i * max_keep);
+    counts.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(found[i].size());
+  }
+  return {kept, counts};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(refdet, CPU, m) { m.impl("nms", &nms_cpu); }
+TORCH_LIBRARY_IMPL(refdet, CPU, m) {
+  m.impl("nms", &nms_cpu);
+  m.impl("nms_padded", &nms_padded_cpu);
+}
 
 }  // namespace refdet

@@ -234,7 +234,7 @@ def load(name_or_path: str) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise InputError(f"`recipe` {name_or_path}: no such file")
-            text: str | bytes = read_bytes(path, LARGEST_FILE)
+        text: str | bytes = read_bytes(path, LARGEST_FILE)
         default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.config.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")

@@ -11,24 +11,36 @@ import copy
 import torch
 from torch import nn
 
+from refdet.detector.fused_layers import FusedConv2d, FusedStem
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_enter_early
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
 from refdet.detector.roi_heads import C4Head, MaskPredictor
+from refdet.detector.rpn import RegionProposalNetwork
 from refdet.ops.convolution import half_is_quickest
+from refdet.ops.epilogue import Epilogue, best_epilogue
+
+# the convolutions that are called by `conv_relu`
+RECTIFIED: dict[type[nn.Module], tuple[str, ...]] = {
+    FusedBottleneck: ("conv1", "conv2", "conv3"),
+    SplitRes5: ("conv2", "conv3"),
+    RegionProposalNetwork: ("conv",),
+}
 
 
-def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
+def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilogue | None = None) -> MaskRCNN:
     """Fuse and repack layers for inference; the outputs are the same within rounding.
 
     Folds norms, runs conv5's first convolutions before pooling where pooling is linear (`refdet.detector.res5_head`),
-    replaces layers by compiled kernels (`refdet.detector.packed_layers`) and converts weights to channels_last.
+    replaces layers by compiled kernels on CPUs (`refdet.detector.packed_layers`) and by fused ones on GPUs
+    (`refdet.detector.fused_layers`), and converts weights to channels_last.
 
     Args:
         model: on the device where it will run. Modified in place; it must not be trained or saved afterwards, as its
             state dict can no longer be loaded elsewhere.
         bf16: compute in bfloat16, except for the box predictor.
+        epilogue: how bias, shortcut and ReLU follow a convolution; None for the best on the model's device.
     """
     fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
@@ -47,11 +59,45 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False) -> MaskRCNN:
         for name, child in parent.named_children():
             if isinstance(child, Bottleneck):
                 setattr(parent, name, FusedBottleneck(child))
-    half = bf16 and half_is_quickest(next(model.parameters()).device)
+    weight = next(model.parameters())
+    epilogue = epilogue or best_epilogue(weight.device, weight.dtype)
+    if epilogue is not Epilogue.PLAIN:
+        fuse_epilogues(model, epilogue)
+    half = bf16 and half_is_quickest(weight.device)
     # MaskPredictor indexes the weights of its last layer
     keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
     pack_layers(model, half, frozenset(keep))
     return model
+
+
+@torch.no_grad()
+def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
+    """Replace the convolutions of a folded network that a ReLU follows by `FusedConv2d`.
+
+    Args:
+        model: its bottlenecks are `FusedBottleneck`.
+        epilogue: kernel or library.
+    """
+    stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
+    if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.takes(stem):
+        model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()  # type: ignore[assignment]
+    fuse_blocks(model, epilogue)
+
+
+@torch.no_grad()
+def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
+    """`fuse_epilogues` of all modules of `RECTIFIED`."""
+    for parent in list(module.modules()):
+        if isinstance(parent, FusedBottleneck):
+            shortcut = parent.downsample.get_submodule("0") if isinstance(parent.downsample, nn.Sequential) else None
+            if isinstance(shortcut, nn.Conv2d) and shortcut.bias is not None and parent.conv3.bias is not None:
+                parent.conv3.bias.add_(shortcut.bias)
+                shortcut.bias = None
+        for name in RECTIFIED.get(type(parent), ()):
+            if FusedConv2d.takes(convolution := getattr(parent, name)):
+                setattr(parent, name, FusedConv2d(convolution, epilogue))
+        if isinstance(parent, SplitRes5):
+            parent.fuse()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from refdet.detector.fused_layers import FusedConv2d
 from refdet.detector.resnet import Bottleneck, add_relu, relu
 from refdet.ops.convolution import (
     CHANNELS,
@@ -183,8 +184,8 @@ class FusedBottleneck(nn.Module):
 
 
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """ReLU of a convolution, packed or not, of x (N, C, H, W), after adding `shortcut` if given."""
-    if isinstance(convolution, PackedConv2d):
+    """ReLU of a convolution, of any kind, of x (N, C, H, W), after adding `shortcut` if given."""
+    if isinstance(convolution, PackedConv2d | FusedConv2d):
         return convolution(x, shortcut, rectify=True)
     return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 

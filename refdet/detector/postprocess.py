@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refdet.ops.nms import nms
+from refdet.ops.nms import nms_padded, unpadded
 from refdet.structures.boxes import numbers
 
 
@@ -57,42 +57,47 @@ def _distinct(values: Tensor) -> Tensor:
 def ranked_nms(
     boxes: Tensor,
     scores: Tensor,
-    groups: Tensor,
+    groups: Tensor | None,
     images: Tensor,
+    count: int,
     iou_threshold: float,
     max_keep: int,
     legacy_tie_order: bool,
-) -> Tensor:
-    """`nms` within each group of each image, with ties in the default or the legacy order.
+) -> tuple[Tensor, list[int]]:
+    """`nms` within each group of each image, with ties in the default or the legacy order; waits for a GPU once.
 
     Args:
         boxes: (N, 4) xyxy.
         scores: (N,).
-        groups: (N,) int64; the boxes of one group of one image are contiguous.
-        images: (N,) int64 image indices.
+        groups: (N,) int64; the boxes of one group of one image are contiguous. None for a single group.
+        images: (N,) int64 image indices; boxes of image -1 are left out.
+        count: number of images, B.
         iou_threshold: boxes that overlap a better one by more are dropped.
         max_keep: boxes to keep per image.
         legacy_tie_order: order ties as the reference does, on the CPU.
 
     Returns:
-        indices (K,) of the kept boxes, image after image, best first.
+        indices (K,) of the kept boxes, image after image, best first, and the number of each image.
     """
-    if not legacy_tie_order or boxes.device.type != "cpu":
-        return nms(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
-    runs = torch.stack((groups, images)).unique_consecutive(dim=1, return_counts=True)[1].tolist()
-    order, start = [torch.zeros_like(groups[:0])], 0
-    for run in scores.split(runs):  # run by run: sorting runs together can order ties differently
+    order = _legacy_order(scores, groups, images) if legacy_tie_order and boxes.device.type == "cpu" else None
+    if order is None:
+        return unpadded(*nms_padded(boxes, scores, iou_threshold, max_keep, images, count, groups=groups))
+    groups = None if groups is None else groups[order]
+    kept = nms_padded(boxes[order], scores[order], iou_threshold, max_keep, images[order], count, groups=groups)
+    places, counts = unpadded(*kept)
+    return order[places], counts
+
+
+def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tensor:
+    """The order of the reference: of each group of each image by descending score, without boxes of image -1."""
+    rows = (images >= 0).nonzero()[:, 0]
+    runs_of = images[rows][None] if groups is None else torch.stack((groups[rows], images[rows]))
+    runs = runs_of.unique_consecutive(dim=1, return_counts=True)[1].tolist()
+    order, start = [rows[:0]], 0
+    for run in scores[rows].split(runs):  # run by run: sorting runs together can order ties differently
         order.append(run.sort(descending=True).indices + start)
         start += len(run)
-    places = torch.cat(order)
-    kept = nms(boxes[places], scores[places], iou_threshold, max_keep, groups=groups[places], images=images[places])
-    return places[kept]
-
-
-def counts_of(images: Tensor, count: int) -> list[int]:
-    """Number of entries of `images` (K,) int64 for each image index 0..count - 1."""
-    every = torch.arange(count, device=images.device)
-    return (images == every[:, None]).sum(dim=1).tolist()  # `bincount` would synchronize twice more
+    return rows[torch.cat(order)]
 
 
 def reached(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold: float) -> Tensor:
@@ -100,20 +105,19 @@ def reached(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold
 
     Args:
         boxes: (P, classes, 4), of all images.
-        scores: (P, classes).
+        scores: (P, classes), from 0 up.
         images: (P,) int64 image index of each row.
         count: number of images, B.
         threshold: the threshold to start from.
     """
     best = scores.masked_fill(~_solid(boxes), -torch.inf).amax(dim=1)
     highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
-    lowered = []
-    for most in highest.tolist():
-        own = threshold
-        while -np.inf < most < np.float32(own):  # in float32, as in `best_detections`
-            own -= 0.1
-        lowered.append(own)
-    return numbers(lowered, highest)
+    lowered = [threshold]
+    while np.float32(lowered[-1]) > 0:
+        lowered.append(lowered[-1] - 0.1)
+    steps = numbers(lowered, highest)  # float32, as in `best_detections`
+    above = (highest[:, None] < steps).sum(dim=1) * highest.isfinite()  # nothing to reach without a box
+    return steps[above.clamp(max=len(lowered) - 1)]
 
 
 def best_detections(
@@ -142,11 +146,17 @@ def best_detections(
     """
     candidates = (scores >= score_thresholds[images, None]) & _solid(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: the order of ties
-    kept = ranked_nms(
-        boxes[rows, labels], scores[rows, labels], labels, images[rows], nms_threshold, max_regions, legacy_tie_order
+    kept, counts = ranked_nms(
+        boxes[rows, labels],
+        scores[rows, labels],
+        labels,
+        images[rows],
+        len(score_thresholds),
+        nms_threshold,
+        max_regions,
+        legacy_tie_order,
     )
     rows, labels = rows[kept], labels[kept]
-    counts = counts_of(images[rows], len(score_thresholds))
     return boxes[rows, labels], scores[rows, labels], labels + 1, counts
 
 

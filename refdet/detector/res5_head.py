@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from refdet.detector.packed_layers import FusedBottleneck, conv_relu
 from refdet.detector.resnet import Bottleneck, relu
+from refdet.ops.epilogue import bias_relu
 
 
 class SplitRes5(nn.Module):
@@ -38,7 +39,9 @@ class SplitRes5(nn.Module):
         lower, shortcut = first.conv1, first.downsample.get_submodule("0")
         assert isinstance(shortcut, nn.Conv2d)
         self.widths = [lower.out_channels, shortcut.out_channels]
-        self.entry = nn.Conv2d(lower.in_channels, sum(self.widths), 1, bias=False)
+        weight = lower.weight
+        outputs = sum(self.widths)
+        self.entry = nn.Conv2d(lower.in_channels, outputs, 1, bias=False, device=weight.device, dtype=weight.dtype)
         self.conv2, self.conv3 = first.conv2, first.conv3
         self.rest = nn.Sequential(*(FusedBottleneck(block) for block in blocks[1:]))
         biases = lower.bias, shortcut.bias, self.conv3.bias
@@ -47,6 +50,12 @@ class SplitRes5(nn.Module):
             self.entry.weight.copy_(torch.cat((lower.weight, shortcut.weight)))
             biases[2].add_(biases[1])
         self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
+        self.exact_bias: Tensor | None
+        self.register_buffer("exact_bias", None)
+
+    def fuse(self) -> None:
+        """Add the bias after pooling and apply ReLU in one pass, by `refdet.ops.epilogue`."""
+        self.exact_bias = self.lower_bias.detach().flatten().float()
 
     def project(self, x: Tensor) -> Tensor:
         """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `forward`."""
@@ -55,7 +64,9 @@ class SplitRes5(nn.Module):
     def forward(self, entered: Tensor) -> Tensor:
         """Pooled cells (K, C', m, m) of `project` -> (K, C, m, m)."""
         lowered, shortcut = entered.split(self.widths, dim=1)
-        y = conv_relu(self.conv2, relu(lowered + self.lower_bias))
+        bias = self.exact_bias
+        lowered = relu(lowered + self.lower_bias) if bias is None else bias_relu(lowered, bias)
+        y = conv_relu(self.conv2, lowered)
         return self.rest(conv_relu(self.conv3, y, shortcut))
 
 

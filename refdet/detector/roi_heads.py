@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.res5_head import SplitRes5
+from refdet.detector.roi_chunks import Chunk, roi_chunks
 from refdet.ops.pooling import (
+    pyramid_levels,
     pyramid_roi_align,
     pyramid_roi_align_mean,
     roi_align,
@@ -32,8 +34,7 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
-# without gradients, RoIs go through conv5 in chunks whose float32 output is about this large
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**31}
+CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradients
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class RoiOutput:
     fc7: Tensor
     spatial: Tensor | None
     mask_logits: Tensor | None
+
+    def __getitem__(self, rows: slice) -> RoiOutput:
+        return RoiOutput(
+            self.fc7[rows],
+            None if self.spatial is None else self.spatial[rows],
+            None if self.mask_logits is None else self.mask_logits[rows],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
@@ -206,7 +214,7 @@ class C4Head(nn.Module):
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
-        return torch.cat([_mean(self._spatial(maps, part)) for part in self._chunks(rois)])
+        return torch.cat([_mean(self._spatial(maps, chunk.of(rois)))[: chunk.count] for chunk in self._chunks(rois)])
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
@@ -217,20 +225,17 @@ class C4Head(nn.Module):
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
-        parts, first = [], 0
-        for part in self._chunks(rois):
-            features, rows = self.features(maps, part), slice(first, first + len(part))
-            logits = None if labels is None else self.mask_logits(maps, part, features, labels[rows])
-            parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits))
-            first += len(part)
+        parts = []
+        for chunk in self._chunks(rois):
+            part = chunk.of(rois)
+            features = self.features(maps, part)
+            logits = None if labels is None else self.mask_logits(maps, part, features, chunk.of(labels))
+            parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count])
         return RoiOutput.joined(parts)
 
-    def _chunks(self, rois: Tensor) -> Sequence[Tensor]:
-        if torch.is_grad_enabled():
-            return [rois]
-        budget = CHUNK_BYTES.get(rois.device.type, CHUNK_BYTES["cpu"])
-        most = max(budget // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
-        return rois.chunk(max(-(-len(rois) // most), 1))
+    def _chunks(self, rois: Tensor) -> list[Chunk]:
+        most = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
+        return roi_chunks(len(rois), rois.device, most)
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
@@ -295,15 +300,22 @@ class PyramidHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        pooled = self.pooled(maps, rois)
+        return self._features(self.pooled(maps, rois))
+
+    def _features(self, pooled: Tensor) -> RoiFeatures:
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
 
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
-        features = self.features(maps, rois)
-        logits = None if labels is None else self.mask_logits(maps, rois, features, labels)
+        levels = pyramid_levels(rois, self.strides)  # once, as it waits for the GPU
+        features = self._features(pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides, levels))
+        logits = None
+        if labels is not None and self.mask is not None:
+            pooled = pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides, levels)
+            chunks = roi_chunks(len(rois), rois.device)
+            logits = torch.cat([self.mask(c.of(pooled), c.of(labels))[: c.count] for c in chunks])
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:

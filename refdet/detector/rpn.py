@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from refdet.config.recipe import ProposalOptions
 from refdet.detector.anchors import Anchors
-from refdet.detector.postprocess import best_anchors, counts_of, ranked_nms
+from refdet.detector.packed_layers import conv_relu
+from refdet.detector.postprocess import best_anchors, ranked_nms
 from refdet.detector.target_assignment import IGNORE, assign_labels, inside, subsample_labels
-from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import GroundTruth
@@ -77,7 +77,7 @@ class RegionProposalNetwork(nn.Module):
         """Feature maps (B, C, Hi, Wi) -> float32 logits and deltas of their anchors."""
         logits, deltas = [], []
         for x in maps:
-            hidden = torch.relu(self.conv(x))
+            hidden = conv_relu(self.conv, x)
             logits.append(self.score(hidden).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.delta(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
         sizes = tuple(level.shape[1] for level in logits)
@@ -112,12 +112,23 @@ class RegionProposalNetwork(nn.Module):
         else:
             boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
         solid = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
-        images, places = solid.nonzero().unbind(dim=1)
-        ends = on_device(torch.tensor([level.shape[1] for level in scores_of]).cumsum(0), places.device)
-        levels = torch.searchsorted(ends, places, right=True)
-        boxes, scores = boxes[images, places], scores[images, places]
-        kept = ranked_nms(boxes, scores, levels, images, options.nms_threshold, count, self.legacy_tie_order)
-        return list(boxes[kept].split(counts_of(images[kept], len(sizes))))
+        # no box is taken out here, as their number would have to be awaited
+        images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(solid).masked_fill(~solid, -1)
+        levels = None
+        if len(scores_of) > 1:
+            levels = torch.cat([torch.full_like(s, i, dtype=torch.int64) for i, s in enumerate(scores_of)], 1).flatten()
+        boxes = boxes.flatten(0, 1)
+        kept, counts = ranked_nms(
+            boxes,
+            scores.flatten(),
+            levels,
+            images.flatten(),
+            len(sizes),
+            options.nms_threshold,
+            count,
+            self.legacy_tie_order,
+        )
+        return list(boxes[kept].split(counts))
 
     def assign_targets(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
         """Label the anchors (N, 4) of an image of (height, width); returns the same as `assign_labels`."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,8 +39,8 @@ def extract_features(
     options: ExtractOptions | None = None,
     boxes: str | Path | None = None,
     box_format: str = "xywh",
-    batch_size: int | None = 4,
-    workers: int = 2,
+    batch_size: int | Literal["default"] | None = "default",
+    workers: int | None = None,
     device: str = "auto",
     resume: bool = False,
     strict: bool = False,
@@ -64,8 +64,9 @@ def extract_features(
         options: what to compute and write; the defaults of `ExtractOptions` if None.
         boxes: file of boxes to use instead of detections: COCO results JSON or another store.
         box_format: format of the boxes in ``boxes``, as in `refdet.extraction.boxes_from_file.load_boxes`.
-        batch_size: images per batch; None for as many as fit into memory. It changes results only by rounding.
-        workers: threads that read images ahead.
+        batch_size: images per batch; None for as many as fit into memory, "default" for 4 on a CPU and None on a GPU.
+            It changes results only by rounding.
+        workers: threads that read images ahead; None for 2, or on a GPU 8, but not more than there are cores.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         resume: continue an interrupted extraction into ``out``.
         strict: stop at an image that cannot be used, instead of recording the reason in its row.
@@ -119,7 +120,8 @@ def extract_features(
     given = given_regions(image_list, options.regions, boxes, box_format, say)
     _check_masks(options, meta, given, checkpoint)
 
-    plan, header = _planned(image_list, given, boxes, options, batch_size, meta, checkpoint)
+    explicit = batch_size if isinstance(batch_size, int) else None
+    plan, header = _planned(image_list, given, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
     check_begun(out, plan, header, resume, undecided=("precision",) if options.precision != "float32" else ())
 
@@ -130,6 +132,7 @@ def extract_features(
     from refdet.detector.profiler import Stages
     from refdet.device import pinned, usable_device, usable_precision
     from refdet.extraction.batch_size import auto_batch_size, split_on_oom
+    from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
 
     where = usable_device(device)
     precision = usable_precision(options.precision, where)
@@ -143,6 +146,8 @@ def extract_features(
         header = replace(header, options=plan.options)
     for line in start_lines(image_list, meta, options, device, plan, header, None if given is None else given.count):
         announce(line)
+    if hint := precision_hint(where, options.precision):
+        announce(hint)
     detector = loading.load(checkpoint, where, for_inference=True, precision=options.precision)
     compute = split_on_oom(
         detecting(detector, options, options.features) if given is None else _described(detector, given, options)
@@ -154,7 +159,8 @@ def extract_features(
 
     try:
         with detector.inference(), OrientationNote(source):
-            size = batch_size or (resume and begun_batch_size(out))
+            size = explicit or (resume and begun_batch_size(out))
+            size = size or (default_batch_size(where) if batch_size == "default" else None)
             size = size or auto_batch_size(detector, records, options, options.features)
             detector.model.stages = parts = Stages(where)  # after measuring batch sizes
             batches = group_by_input_size(records, meta.recipe.input, size)
@@ -167,7 +173,7 @@ def extract_features(
                 load,
                 compute,
                 resume,
-                workers,
+                workers or default_workers(where),
                 strict=strict,
                 parts_of_computing=parts.seconds,
             )

@@ -32,6 +32,7 @@ def load(folder: Path) -> frozenset[str]:
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
+        _ = torch.ops.refdet.nms_padded  # of the latest operator; an AttributeError if it was built from older sources
         if len(torch.ops.refdet.match_boxes.default._schema.returns) != 3:  # the latest change of a schema
             raise RuntimeError("it was built from older sources")
     except (OSError, RuntimeError, AttributeError) as error:

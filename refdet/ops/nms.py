@@ -4,13 +4,17 @@ Shape shorthand in this module:
 
     N: boxes of all images
     K: boxes that are kept
+    B: images
+    M: boxes that may be kept of an image
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from refdet.device import on_device
 from refdet.ops._library import DEVICES
 
 BLOCK = 512  # boxes per block of nms_plain; each block synchronizes twice with the device
@@ -46,6 +50,58 @@ def nms(
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
         ValueError: shapes or devices do not match, or the threshold is not in 0..1.
     """
+    boxes, scores = _checked(boxes, scores, iou_threshold, groups, images)
+    chosen = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
+    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
+
+
+def nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    images: Tensor,
+    count: int,
+    *,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`nms` with a result whose size is known beforehand, so that the compiled kernel never waits for a GPU.
+
+    Args:
+        boxes: (N, 4) half-open xyxy, any floating dtype.
+        scores: (N,) on the same device.
+        iou_threshold: in 0..1.
+        max_keep: boxes to keep per image, M.
+        images: (N,) int64, the image of each box; boxes of images outside 0..B - 1 are left out.
+        count: number of images, B.
+        groups: (N,) int64, any values: only boxes of one group suppress each other. None for a single group.
+
+    Returns:
+        Indices (B, M) int64 of the kept boxes of each image, by descending score, then -1; and their numbers (B,).
+
+    Raises:
+        TypeError: boxes or scores are not floating point, or groups or images are not int64.
+        ValueError: shapes or devices do not match, the threshold is not in 0..1, or a number is negative.
+    """
+    boxes, scores = _checked(boxes, scores, iou_threshold, groups, images)
+    if max_keep < 0 or count < 0:
+        raise ValueError(f"nms needs numbers from 0 up of boxes to keep and of images, got {max_keep} and {count}")
+    chosen = torch.ops.refdet.nms_padded if boxes.device.type in DEVICES else nms_padded_plain
+    return chosen(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
+
+
+def unpadded(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
+    """Indices (K,) and the number of each image, from the result of `nms_padded`; waits for a GPU once."""
+    numbers = counts.tolist()
+    width = kept.shape[1]
+    places = np.concatenate([np.arange(number) + row * width for row, number in enumerate(numbers)] or [np.arange(0)])
+    return kept.flatten()[on_device(torch.from_numpy(places), kept.device)], numbers
+
+
+def _checked(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None, images: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Boxes and scores as float32, without gradients."""
     if not (boxes.is_floating_point() and scores.is_floating_point()):
         raise TypeError(f"nms needs floating-point boxes and scores, got {boxes.dtype} and {scores.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
@@ -58,9 +114,7 @@ def nms(
         raise ValueError(f"nms needs a threshold in 0..1, got {iou_threshold}")
     _check_ids("groups", groups, boxes)
     _check_ids("images", images, boxes)
-    boxes, scores = boxes.detach().float(), scores.detach().float()
-    chosen = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
-    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
+    return boxes.detach().float(), scores.detach().float()
 
 
 def _check_ids(name: str, ids: Tensor | None, boxes: Tensor) -> None:
@@ -117,6 +171,26 @@ def nms_plain(
     return torch.cat(kept_of) if kept_of else order
 
 
+def nms_padded_plain(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_keep: int,
+    images: Tensor,
+    count: int,
+    *,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`nms_padded` in plain PyTorch, for float32 boxes and scores; arguments are not checked."""
+    rows = ((images >= 0) & (images < count)).nonzero()[:, 0]
+    chosen = None if groups is None else groups[rows]
+    found = rows[nms_plain(boxes[rows], scores[rows], iou_threshold, max_keep, groups=chosen, images=images[rows])]
+    counts = (images[found] == torch.arange(count, device=images.device)[:, None]).sum(dim=1)
+    kept = found.new_full((count, max_keep), -1)
+    kept[torch.arange(max_keep, device=kept.device) < counts[:, None]] = found
+    return kept, counts
+
+
 def _iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU (N, M), in the order of operations of csrc/nms/nms_cpu.cpp; NaN where the union is 0."""
     area_a, area_b = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
@@ -140,3 +214,15 @@ if DEVICES:
     ) -> Tensor:
         kept = torch.library.get_ctx().new_dynamic_size()
         return boxes.new_empty((kept,), dtype=torch.int64)
+
+    @torch.library.register_fake("refdet::nms_padded")
+    def _nms_padded_fake(
+        boxes: Tensor,
+        scores: Tensor,
+        iou_threshold: float,
+        max_keep: int,
+        images: Tensor,
+        count: int,
+        groups: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return images.new_empty((count, max_keep)), images.new_empty((count,))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,32 @@ def roi_crop_mean(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
     return _pool(x, rois, size, stride, 1, crop=True, mean=True).flatten(1)
 
 
-def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
+class PyramidLevels(NamedTuple):
+    """RoIs by pyramid level.
+
+    Attributes:
+        rows: indices of the RoIs of each level, finest first, ascending.
+        places: (K,) int64, place of each RoI among all of `rows`.
+    """
+
+    rows: tuple[Tensor, ...]
+    places: Tensor
+
+
+def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
+    """The pyramid level of each RoI, as of `pyramid_roi_align`; waits for a GPU once."""
+    sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
+    level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
+    level = level.nan_to_num(0).clamp(0, len(strides) - 1)
+    order = level.argsort(stable=True)
+    every = torch.arange(len(strides), device=rois.device)
+    counts = (level == every[:, None]).sum(dim=1).tolist()
+    return PyramidLevels(order.split(counts), order.argsort())
+
+
+def pyramid_roi_align(
+    maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int], levels: PyramidLevels | None = None
+) -> Tensor:
     """RoIAlign from the pyramid level that fits the size of each RoI.
 
     A RoI of 224 pixels is assigned to the level of stride 16, one of half the size to the next finer level, and so on
@@ -93,16 +118,17 @@ def pyramid_roi_align(maps: Sequence[Tensor], rois: Tensor, size: int, strides: 
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
         size: cells on a side of a RoI, m.
         strides: of the maps, each twice the one before, in pixels of the network's input.
+        levels: of these RoIs, if they are known already.
 
     Returns:
         (K, C, m, m), channels_last.
     """
-    return _by_level(maps, rois, size, strides, roi_align)
+    return _by_level(maps, rois, size, strides, levels, roi_align)
 
 
 def pyramid_roi_align_mean(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _by_level(maps, rois, size, strides, roi_align_mean)
+    return _by_level(maps, rois, size, strides, None, roi_align_mean)
 
 
 def _by_level(
@@ -110,18 +136,16 @@ def _by_level(
     rois: Tensor,
     size: int,
     strides: Sequence[int],
+    levels: PyramidLevels | None,
     pool: Callable[[Tensor, Tensor, int, float], Tensor],
 ) -> Tensor:
     _check_rois(maps[0], rois)
-    sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
-    level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
-    level = level.nan_to_num(0).clamp(0, len(maps) - 1)
-    rows = [(level == index).nonzero()[:, 0] for index in range(len(maps))]
+    rows, places = levels or pyramid_levels(rois, strides)
     pooled = [
         pool(x, rois[chosen], size, stride).movedim(1, -1)
         for x, chosen, stride in zip(maps, rows, strides, strict=True)
     ]
-    return torch.cat(pooled).index_select(0, torch.cat(rows).argsort()).movedim(-1, 1)
+    return torch.cat(pooled).index_select(0, places).movedim(-1, 1)
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:

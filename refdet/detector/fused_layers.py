@@ -1,0 +1,101 @@
+"""Inference layers for GPUs: convolutions whose bias, shortcut and ReLU are no passes of their own.
+
+Shape shorthand in this module:
+
+    N: images or RoIs
+    C, K: input and output channels
+    H, W: height and width of the input
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refdet.ops.epilogue import Epilogue, bias_relu, conv_add_relu, product_relu
+
+log = logging.getLogger(__name__)
+
+
+class FusedConv2d(nn.Module):
+    """A convolution with `refdet.ops.epilogue`.
+
+    Args:
+        convolution: one that `takes` accepts; its weight is shared, not copied.
+        epilogue: kernel or library.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, epilogue: Epilogue) -> None:
+        super().__init__()
+        self.weight = convolution.weight
+        bias = self.weight.new_zeros(len(self.weight)) if convolution.bias is None else convolution.bias.detach()
+        self.register_buffer("bias", bias)  # in the dtype of the weight, for the libraries
+        self.register_buffer("exact_bias", bias.float())
+        self.stride = tuple(int(n) for n in convolution.stride)
+        self.padding = tuple(int(n) for n in convolution.padding)
+        self.product = convolution.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
+        self.epilogue = epilogue
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is a convolution of one group, without dilation, padded with zeros."""
+        return (
+            type(module) is nn.Conv2d
+            and module.groups == 1
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        )
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
+        """X (N, C, H, W) -> (N, K, H / stride, W / stride).
+
+        Args:
+            x: the input.
+            shortcut: added to the result; of its shape.
+            rectify: apply ReLU at the end.
+        """
+        bias = self.get_buffer("bias")
+        if not rectify:
+            y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
+            return y if shortcut is None else y + shortcut
+        if self.epilogue is Epilogue.LIBRARY and shortcut is None and self.product:
+            return product_relu(x, self.weight[:, :, 0, 0], bias, relu=True)
+        # cuDNN would first copy a shortcut of another layout
+        whole = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
+        if self.epilogue is Epilogue.LIBRARY and shortcut is not None and whole:
+            try:
+                return conv_add_relu(x, self.weight, bias, shortcut, self.stride, self.padding)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if "engine" not in str(error) and "CUDNN" not in str(error).upper():
+                    raise
+                log.warning("note: cuDNN does not fuse a convolution %s: %s", tuple(self.weight.shape), error)
+                self.epilogue = Epilogue.KERNEL
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        return bias_relu(y, self.get_buffer("exact_bias"), shortcut)
+
+
+class FusedStem(nn.Module):
+    """The first convolution of a ResNet, its pooling, bias and ReLU; these commute, and pooling leaves a quarter.
+
+    Args:
+        convolution: the convolution, with a bias.
+        pool: the pooling after its ReLU.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.weight, self.pool = convolution.weight, pool
+        bias = self.weight.new_zeros(len(self.weight)) if convolution.bias is None else convolution.bias.detach()
+        self.register_buffer("exact_bias", bias.float())
+        self.stride, self.padding = convolution.stride, convolution.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> (N, K, H / 4, W / 4)."""
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        return bias_relu(self.pool(y), self.get_buffer("exact_bias"))

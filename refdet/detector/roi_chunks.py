@@ -1,0 +1,65 @@
+"""Chunks in which RoIs go through convolutions.
+
+On a GPU, cuDNN makes a new plan for each new shape of a convolution, which takes about as long as the convolution
+itself, and the number of detections differs in nearly every batch. So chunks have few sizes, and the last one is
+padded. On a CPU they only bound the memory.
+
+Shape shorthand in this module:
+
+    K: RoIs of the batch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIZES = {"cuda": (2048, 512, 128, 32)}  # of chunks, largest first, by type of device; the last one bounds the padding
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of RoIs.
+
+    Attributes:
+        first: index of the first RoI.
+        count: number of RoIs.
+        size: number of rows, with padding.
+    """
+
+    first: int
+    count: int
+    size: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """Rows (size, ...) of values (K, ...), padded with zeros."""
+        own = values[self.first : self.first + self.count]
+        if self.count == self.size:
+            return own
+        return torch.cat((own, own.new_zeros((self.size - self.count, *own.shape[1:]))))
+
+
+def roi_chunks(count: int, device: torch.device, most: int | None = None) -> list[Chunk]:
+    """Chunks for a number of RoIs, at least one; a single one if gradients are enabled.
+
+    Args:
+        count: number of RoIs, K.
+        device: their device.
+        most: largest size of a chunk on devices without `SIZES`; None for no limit.
+    """
+    sizes = None if torch.is_grad_enabled() else SIZES.get(device.type)
+    if sizes is None:
+        most = count if most is None or torch.is_grad_enabled() else most
+        parts = max(-(-count // max(most, 1)), 1)
+        each = -(-count // parts)
+        firsts = range(0, count, each) if count else [0]
+        return [Chunk(first, min(each, count - first), min(each, count - first)) for first in firsts]
+    chunks: list[Chunk] = []
+    first = 0
+    while first < count or not chunks:
+        size = next((size for size in sizes if size <= count - first), sizes[-1])
+        chunks.append(Chunk(first, min(size, count - first), size))
+        first += size
+    return chunks

@@ -1,0 +1,154 @@
+"""What follows a convolution on a GPU: bias, shortcut and ReLU, in one pass or in the convolution itself.
+
+As operators of their own these are up to three passes over the output, which take as long as the convolution in
+bfloat16. There are two ways to save them, and plain PyTorch:
+
+    kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
+        the same numbers as plain PyTorch.
+    library: 1x1 convolutions as matrix products with bias and ReLU within (cuBLASLt), and the last one of a bottleneck
+        with the shortcut within (cuDNN). For bfloat16 and float16: with exact float32, cuDNN has no engine for it on
+        every GPU. The ReLU of these libraries turns NaN into 0. What neither takes is as with kernel: cuDNN's
+        convolution with ReLU alone adds 0 times its uninitialised output, which can be NaN.
+
+Shape shorthand in this module:
+
+    N: images or RoIs
+    C, K: input and output channels
+    H, W: height and width of a feature map
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refdet.ops._library import DEVICES
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Epilogue(Enum):
+    """How bias, shortcut and ReLU follow a convolution."""
+
+    PLAIN = "plain"
+    KERNEL = "kernel"
+    LIBRARY = "library"
+
+
+def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
+    """The way to use on a device: library for the half types, kernel for float32; on CPUs, plain PyTorch.
+
+    On a GPU where cuDNN refuses a first small convolution with a shortcut, it is not used.
+    """
+    if device.type != "cuda":
+        return Epilogue.PLAIN
+    kernel = Epilogue.KERNEL if "cuda" in DEVICES else Epilogue.PLAIN
+    return Epilogue.LIBRARY if dtype in HALF and _cudnn_adds(device, dtype) else kernel
+
+
+def _cudnn_adds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN computes a convolution with bias, shortcut and ReLU, correctly."""
+    x = torch.ones((1, 64, 4, 4), dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((64, 64, 1, 1), 1 / 64, dtype=dtype, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    try:
+        y = _cudnn_conv_add_relu(x, weight, torch.full((64,), -0.5, dtype=dtype, device=device), x.clone())
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((y == 1.5).all())
+
+
+def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """``relu(x + bias + shortcut)``.
+
+    Args:
+        x: (N, K, H, W), overwritten if it is channels_last and nothing else is within it.
+        bias: (K,) float32.
+        shortcut: (N, K, H, W) in the dtype of x; its channels may be a part of another tensor's.
+
+    Returns:
+        (N, K, H, W) in the dtype of x, channels_last.
+    """
+    own = x.is_contiguous(memory_format=torch.channels_last)
+    out = x if own else torch.empty_like(x, memory_format=torch.channels_last)
+    if x.device.type == "cuda" and "cuda" in DEVICES and _even(x) and (shortcut is None or _even(shortcut)):
+        torch.ops.refdet.bias_relu(x, bias, shortcut, out)
+        return out
+    return bias_relu_plain(x, bias, shortcut, out)
+
+
+def bias_relu_plain(x: Tensor, bias: Tensor, shortcut: Tensor | None, out: Tensor) -> Tensor:
+    """`bias_relu` into `out`, in plain PyTorch."""
+    total = x.float() + bias[:, None, None]
+    return out.copy_(torch.relu(total if shortcut is None else total + shortcut.float()))
+
+
+def _even(x: Tensor) -> bool:
+    """Whether channels are next to each other and positions evenly apart, as the kernel needs."""
+    images, channels, height, width = x.shape
+    # of a dimension of one element the stride says nothing
+    stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if images > 1 else channels
+    wanted = ((channels, 1), (height, width * stride), (images, height * width * stride))
+    own = (x.stride(1), x.stride(2), x.stride(0))
+    return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(wanted, own, strict=True))
+
+
+def product_relu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """A 1x1 convolution as one matrix product, with bias and ReLU within on a GPU.
+
+    Args:
+        x: (N, C, H, W), channels_last or else copied.
+        weight: (K, C) in the dtype of x.
+        bias: (K,) in the dtype of x.
+        relu: apply ReLU.
+
+    Returns:
+        (N, K, H, W) in the dtype of x, channels_last.
+    """
+    images, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    y = torch.ops.aten._addmm_activation(bias, rows, weight.t()) if relu else torch.addmm(bias, rows, weight.t())
+    return y.view(images, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def conv_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """``relu(F.conv2d(x, weight, bias) + shortcut)`` by one operator of cuDNN.
+
+    Args:
+        x: (N, C, H, W), channels_last.
+        weight: (K, C, h, w) in the dtype of x, channels_last.
+        bias: (K,) in the dtype of x.
+        shortcut: (N, K, H', W') in the dtype of x.
+        stride: of the convolution.
+        padding: of the convolution.
+
+    Returns:
+        (N, K, H', W') in the dtype of x, channels_last.
+    """
+    if x.device.type != "cuda":
+        return torch.relu(F.conv2d(x, weight, bias, stride, padding) + shortcut)
+    return _cudnn_conv_add_relu(x, weight, bias, shortcut, stride, padding)
+
+
+def _cudnn_conv_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    return torch.ops.aten.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, stride, padding, (1, 1), 1)
+
+
+if DEVICES:
+
+    @torch.library.register_fake("refdet::bias_relu")
+    def _bias_relu_fake(x: Tensor, bias: Tensor, shortcut: Tensor | None, out: Tensor) -> None:
+        return None

@@ -1,0 +1,90 @@
+"""Networks on a GPU that computes shapes alone, to count what they would start there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VIEWS = {"view", "permute", "transpose", "t", "slice", "split", "as_strided", "detach", "alias", "expand", "select",
+         "unsqueeze", "empty", "empty_like", "reshape", "device", "split_with_sizes", "unbind", "flatten", "movedim",
+         "lift_fresh", "numpy_T", "new_empty"}  # fmt: skip
+PRODUCTS = {"convolution", "_addmm_activation", "addmm", "cudnn_convolution_add_relu", "linear", "mm"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that start kernels on a GPU.
+
+    Attributes:
+        calls: number of calls by name; "bias" of convolutions that add one, which PyTorch 2.11 does in its own pass.
+        bytes_of_passes: what is read and written by all but convolutions and matrix products, and by their shortcut.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes_of_passes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.replace("conv2d", "convolution")
+        y = self._fake(name, func, args, kwargs or {})
+        copied = name == "reshape" and not args[0].is_contiguous()
+        if (name in VIEWS and not copied) or (name == "to" and y.dtype == args[0].dtype):
+            return y
+        self.calls[name] += 1
+        if name == "convolution":
+            self.calls["bias"] += (biased := len(args) > 2 and args[2] is not None)
+            self.bytes_of_passes += 2 * _size(y) * biased
+        elif name == "cudnn_convolution_add_relu":
+            self.bytes_of_passes += _size(args[2])
+        elif name not in PRODUCTS:
+            given = [a for a in [*args, y] if isinstance(a, Tensor)]
+            self.bytes_of_passes += sum(map(_size, given))
+        return y
+
+    def _fake(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if name == "_addmm_activation":  # a fake one consists of others
+            return args[1].new_empty((args[1].shape[0], args[2].shape[1]))
+        if name == "cudnn_convolution_add_relu":  # there is no fake one
+            x, weight, shortcut = args[:3]
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, shortcut))
+            assert {t.dtype for t in (x, weight, shortcut, args[4])} == {torch.bfloat16}
+            return torch.empty_like(shortcut)
+        y = func(*args, **kwargs)
+        # of bfloat16 a fake convolution has another layout than cuDNN's
+        return y.contiguous(memory_format=torch.channels_last) if name == "convolution" else y
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+@contextmanager
+def on_fake_gpu(module: nn.Module) -> Iterator[Launches]:
+    """Move a module to a fake GPU, in place, and count what is called within."""
+    with torch.inference_mode(), FakeTensorMode():
+        for parent in module.modules():
+            for name, value in parent._parameters.items():
+                if value is not None:
+                    parent._parameters[name] = nn.Parameter(_fake_of(value), requires_grad=False)
+            for name, value in parent._buffers.items():
+                if value is not None:
+                    parent._buffers[name] = _fake_of(value)
+        with Launches() as counted:
+            yield counted
+
+
+def fake_image(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor (N, C, H, W) on the fake GPU, channels_last."""
+    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=torch.channels_last)
+
+
+def _fake_of(value: Tensor) -> Tensor:
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    return torch.empty(value.shape, dtype=value.dtype, device="cuda", memory_format=layout)

@@ -1,0 +1,30 @@
+// The kernels of csrc/*/*.cuh as functions that tests call; each returns whether all barriers were met by all threads.
+#include "cuda_threads.h"
+
+#include "epilogue/bias_relu.cuh"
+#include "nms/greedy.cuh"
+
+extern "C" {
+
+bool keys(const float* scores, const int64_t* images, int64_t n, int64_t count, unsigned seed, int64_t* out) {
+  return threads::run((n + 255) / 256, 256, seed, [=] { refdet::key_kernel(scores, images, n, count, out); });
+}
+
+bool greedy(const float* boxes, const int64_t* groups, const int64_t* sorted, const int64_t* order, int64_t n,
+            float threshold, int64_t limit, int64_t pitch, int64_t count, unsigned seed, int64_t* kept,
+            int64_t* counts) {
+  return threads::run(count, refdet::kThreads, seed, [=] {
+    refdet::greedy_kernel(reinterpret_cast<const float4*>(boxes), groups, sorted, order, n, threshold, limit, pitch,
+                          kept, counts);
+  });
+}
+
+bool bias_relu(const float* x, int64_t x_stride, const float* bias, const float* shortcut, int64_t shortcut_stride,
+               float* out, int64_t out_stride, int64_t rows, int64_t channels, bool whole, unsigned seed) {
+  const int64_t columns = whole ? channels / 4 : channels;
+  return threads::run(refdet::blocks_for(rows, columns), refdet::kPerBlock, seed, [=] {
+    (whole ? refdet::bias_relu_kernel<float, 4> : refdet::bias_relu_kernel<float, 1>)(
+        x, x_stride, bias, shortcut, shortcut_stride, out, out_stride, rows, columns);
+  });
+}
+}
