@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
@@ -246,12 +246,9 @@ def _show_stages(done: Summary) -> None:
     echo_table(rows, header=("stage", "seconds", ""))
 
 
-def _batch_size(text: str | None) -> int | Literal["default"] | None:
-    """A number, None for auto, or "default" if it is not given."""
-    if text is None:
-        return "default"
-    if text == "auto":
-        return None
+def _batch_size(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return cast(Literal["auto"] | None, text)
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise InputError(f"--batch-size {text}: a number from 1 up is needed, or auto")

@@ -11,7 +11,7 @@ WORKERS = {"cpu": 2, "cuda": 8}  # a GPU is faster than two threads that decode 
 
 
 def default_batch_size(device: torch.device) -> int | None:
-    """Images per batch: 4 on a CPU; None, for as many as fit, on a GPU."""
+    """Images per batch: 4 on a CPU; None on a GPU, for as many as fit."""
     return None if device.type == "cuda" else CPU_BATCH_SIZE
 
 

@@ -39,7 +39,7 @@ def extract_features(
     options: ExtractOptions | None = None,
     boxes: str | Path | None = None,
     box_format: str = "xywh",
-    batch_size: int | Literal["default"] | None = "default",
+    batch_size: int | Literal["auto"] | None = None,
     workers: int | None = None,
     device: str = "auto",
     resume: bool = False,
@@ -64,8 +64,8 @@ def extract_features(
         options: what to compute and write; the defaults of `ExtractOptions` if None.
         boxes: file of boxes to use instead of detections: COCO results JSON or another store.
         box_format: format of the boxes in ``boxes``, as in `refdet.extraction.boxes_from_file.load_boxes`.
-        batch_size: images per batch; None for as many as fit into memory, "default" for 4 on a CPU and None on a GPU.
-            It changes results only by rounding.
+        batch_size: images per batch, or "auto" for as many as fit into memory; None for 4, or on a GPU "auto". It
+            changes results only by rounding.
         workers: threads that read images ahead; None for 2, or on a GPU 8, but not more than there are cores.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
         resume: continue an interrupted extraction into ``out``.
@@ -160,7 +160,7 @@ def extract_features(
     try:
         with detector.inference(), OrientationNote(source):
             size = explicit or (resume and begun_batch_size(out))
-            size = size or (default_batch_size(where) if batch_size == "default" else None)
+            size = size or (default_batch_size(where) if batch_size is None else None)
             size = size or auto_batch_size(detector, records, options, options.features)
             detector.model.stages = parts = Stages(where)  # after measuring batch sizes
             batches = group_by_input_size(records, meta.recipe.input, size)

@@ -32,4 +32,4 @@ def test_bfloat16_is_suggested_on_gpus_that_have_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     line = defaults.precision_hint(device, precision)
-    assert (line is not None and "--precision bfloat16" in line) == hinted
+    assert (line is not None and "`precision='bfloat16'`" in line) == hinted

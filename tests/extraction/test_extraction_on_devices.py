@@ -210,7 +210,7 @@ def test_other_precisions(device: str, root: Path, precision: str) -> None:
 
 @on_devices
 def test_the_automatic_batch_size_fits(device: str, root: Path) -> None:
-    done = extract(root, device, f"auto-{device}.h5", images=40, batch_size=None)
+    done = extract(root, device, f"auto-{device}.h5", images=40, batch_size="auto")
     assert done.errors == 0 and done.batch_size in (1, 2, 4, 8, 16, 32)
     assert not is_gpu(device) or done.batch_size == 32  # of images as small as these
 
