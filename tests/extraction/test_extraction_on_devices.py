@@ -203,7 +203,14 @@ def test_what_the_cpu_began_a_gpu_may_finish(
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_other_precisions(device: str, root: Path, precision: str) -> None:
     out = root / f"{precision}-{device}.h5"
-    extract(root, device, out.name, images=12, options=replace(OPTIONS, precision=precision, dtype="float16"))
+    extract(
+        root,
+        device,
+        out.name,
+        images=12,
+        say=lambda line: None,
+        options=replace(OPTIONS, precision=precision, dtype="float16"),
+    )
     with store.open(out) as found:
         assert found.regions > 0 and (not is_gpu(device) or found.options["precision"] == precision)
 
