@@ -98,6 +98,28 @@ def test_a_late_step_is_skipped(gpu: Any, steps: Path, monkeypatch: pytest.Monke
     assert found(steps / "out", "bad") == {"status": "skipped", "skipped": "no time was left"}
 
 
+def test_a_step_that_is_timed_waits_for_those_beside_it(
+    gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = (("slow", True, False), ("good", False, False), ("timed", False, True))
+    for name, code in (("slow", "import time; time.sleep(1.5)"), ("timed", "pass")):
+        (steps / f"{name}.py").write_text(f"from results import run\nrun(lambda step: exec({code!r}), '{name[0]}')\n")
+    plan = tuple(gpu.check.StepPlan(n, n[0], 20, beside=beside, alone=alone) for n, beside, alone in plans)
+    monkeypatch.setattr(gpu.check, "PLAN", plan)
+    assert gpu.check.Check("cuda", steps / "out", ["slow", "good", "timed"]).run() == 0
+    lines = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert lines == ["slow", "good", "good: passed", "slow: passed", "timed", "timed: passed"]
+
+
+def test_without_a_gpu_nothing_else_is_tried(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (steps / "good.py").write_text(
+        "from results import run\ndef work(step):\n    step.put('gpu', False); step.check('a GPU', False)\n"
+        "import sys; sys.argv[0] = 'env.py'\nrun(work, 'env')\n"
+    )
+    assert gpu.check.Check("cuda", steps / "out", ["good", "bad"]).run() == 1
+    assert "bad" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_cut_off_loses_nothing(gpu: Any, steps: Path, how: signal.Signals) -> None:
     out = steps / "out"

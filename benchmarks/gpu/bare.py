@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -67,4 +68,9 @@ def _numbers(version: str) -> list[int]:
 def environment() -> dict[str, str]:
     """The environment of processes that import refdet, the other benchmarks and the tests' helpers."""
     paths = [SITE, ROOT, ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
+    programs = [Path(sys.executable).parent, os.environ.get("PATH", "")]  # torch's builder looks for ninja there
+    return {**os.environ, "PYTHONPATH": _joined(paths), "PATH": _joined(programs)}
+
+
+def _joined(paths: Sequence[str | Path]) -> str:
+    return os.pathsep.join(str(path) for path in paths if path)

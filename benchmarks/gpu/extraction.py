@@ -7,6 +7,7 @@ people use them, and batches of images of about one size, the best that they can
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from refdet.data.image_source import ImageSource
 from refdet.detector import loading
 from refdet.extraction.extract import extract_features
 from refdet.extraction.options import CHOICES
+from refdet.extraction.shard_folder import parts_folder
 
 GOALS = {"one image a call": 10.0, "batched": 3.0}  # times torchvision's speed, both in bfloat16
 RAM = Path("/dev/shm")
@@ -46,6 +48,7 @@ def ours(
     """Measure an extraction of the first images; returns images per second to the finished file."""
     out = (folder or step.work) / "refdet-gpu-check.h5"
     out.unlink(missing_ok=True)
+    shutil.rmtree(parts_folder(out), ignore_errors=True)
     images = image_list(step, count)
     if not step.small:
         torch.cuda.empty_cache()
@@ -112,37 +115,48 @@ def theirs(step: Step, peer: TorchvisionC4, mode: str, batch_size: int, count: i
 def work(step: Step) -> None:
     few, many, of_peer = (4, 8, 4) if step.small else (128, 512, 64)
     batch = 4 if step.small else 16
+    main = f"bfloat16, batch {batch}"
     ours(step, "warm-up", 4 if step.small else 32, batch, precision="bfloat16")
-    first = ours(step, f"few images, bfloat16, batch {batch}", few, batch, precision="bfloat16")
-    best = ours(step, f"bfloat16, batch {batch}", many, batch, precision="bfloat16")
+    first = ours(step, f"few images, {main}", few, batch, precision="bfloat16")
+    best = ours(step, main, many, batch, precision="bfloat16")
     step.put("images_per_second_few_and_many", [first, best])
     step.goal("images/s of 512 in bfloat16", best, 300)
-    roof(step, best)
+    step.attempt("share of the roof", roof, step, best)
     if not step.small:
-        peaks = [step.values[f"refdet, {name}bfloat16, batch {batch}"]["peak_gib"] for name in ("few images, ", "")]
-        step.at_most("peak memory of 512 images to that of 128", peaks[1] / peaks[0], 1.1)
+        few_peak, many_peak = (step.values[f"refdet, {name}{main}"]["peak_gib"] for name in ("few images, ", ""))
+        step.at_most("peak memory of 512 images to that of 128", many_peak / few_peak, 1.1)
 
+    peer = made_peer(step)
+    ways = {"one image a call": 1, "batched": 2 if step.small else 8}
+    for way, size in ways.items():
+        speed = step.attempt(f"torchvision, autocast, {way}", theirs, step, peer, "autocast", size, of_peer)
+        if speed:
+            step.goal(f"times torchvision in bfloat16 {way}", best / speed, GOALS[way])
+
+    def measure(name: str, *arguments: Any, **options: Any) -> None:
+        step.attempt(name, ours, step, name, *arguments, **options)
+
+    measure(f"{main}, float16 store", many, batch, precision="bfloat16", dtype="float16")
+    for size in [1] if step.small else [8, 32]:
+        measure(f"bfloat16, batch {size}", many, size, precision="bfloat16")
+    if not step.small and RAM.is_dir() and shutil.disk_usage(RAM).free > 4 << 30:
+        measure(f"{main}, RAM disk", many, batch, RAM, precision="bfloat16")
+    for precision in ("float32", "tf32"):
+        if precision in CHOICES["precision"]:
+            measure(f"{precision}, batch 8", few * 2, 4 if step.small else 8, precision=precision)
+    measure("bfloat16, batch auto", many, None, precision="bfloat16")
+    for mode, (way, size) in itertools.product(("tf32", "ieee"), ways.items()):
+        step.attempt(f"torchvision, {mode}, {way}", theirs, step, peer, mode, size, of_peer)
+
+
+def made_peer(step: Step) -> TorchvisionC4:
+    """The parts of torchvision with the same weights, after a check that they give the same features."""
     threshold = drawn(step)["threshold"]["c4"]
     peer = TorchvisionC4(loading.load(run_folder(step, "c4")).model, threshold, NMS, max_regions(step))
     pixels = one_size(step, "c4", 1)[1][0]
     given = Work(run_folder(step, "c4"), images_folder(step), image_list(step, 1), threshold)
     step.put("difference_of_features_float32", check_same_work(given, peer, pixels))
-    peer = peer.to(step.device)
-    ways = {"one image a call": 1, "batched": 2 if step.small else 8}
-    for way, size in ways.items():
-        speed = theirs(step, peer, "autocast", size, of_peer)
-        step.goal(f"times torchvision in bfloat16 {way}", best / speed, GOALS[way])
-
-    ours(step, f"bfloat16, batch {batch}, float16 store", many, batch, precision="bfloat16", dtype="float16")
-    for size in [1] if step.small else [8, 32]:
-        ours(step, f"bfloat16, batch {size}", many, size, precision="bfloat16")
-    if not step.small and RAM.is_dir():
-        ours(step, f"bfloat16, batch {batch}, RAM disk", many, batch, RAM, precision="bfloat16")
-    for precision in [p for p in ("float32", "tf32") if p in CHOICES["precision"] and not (step.small and p == "tf32")]:
-        ours(step, f"{precision}, batch 8", few * 2, 4 if step.small else 8, precision=precision)
-    ours(step, "bfloat16, batch auto", many, None, precision="bfloat16")
-    for mode, size in itertools.product(("tf32", "ieee"), ways.values()):
-        theirs(step, peer, mode, size, of_peer)
+    return peer.to(step.device)
 
 
 def roof(step: Step, images_per_second: float) -> None:

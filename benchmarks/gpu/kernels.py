@@ -19,7 +19,9 @@ def work(step: Step) -> None:
         nms.CASES, pooling.CASES = nms.CASES[2:3], pooling.CASES[-4:-2]  # type: ignore[misc]
         matching.CASES.pop("anchors")
     for name, rows in TABLES.items():
-        table = rows(settings)
+        table = step.attempt(name, rows, settings)
+        if not table:
+            continue
         step.put(name, table)
         for row in table:
             step.say(", ".join(f"{key} {value}" for key, value in row.items()))

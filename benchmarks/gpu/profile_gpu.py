@@ -174,13 +174,13 @@ def seconds(step: Step, compute: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def plan_cost_of_training(step: Step, compute: Callable[..., object]) -> dict[str, float]:
+def plan_cost_of_training(step: Step, compute: Callable[..., object]) -> float:
     """Milliseconds that a batch of new shapes costs the first time beyond the second."""
     numbers = range(1, 3 if step.small else 5)
     for number in numbers:
         compute.batch_of(number)  # type: ignore[attr-defined]
     pairs = [[seconds(step, functools.partial(compute, number)) for _ in range(2)] for number in numbers]
-    return {"new_training_batch_ms": 1000 * median([first - again for first, again in pairs])}
+    return 1000 * median([first - again for first, again in pairs])
 
 
 @contextmanager
@@ -201,9 +201,11 @@ def counting_waits(step: Step) -> Iterator[list[int]]:
 
 
 def work(step: Step) -> None:
-    for name, value in plan_costs(step).items():
+    for name, value in (step.attempt("costs of plans", plan_costs, step) or {}).items():
         step.put(name, value)
-    parts = {"extraction": (extraction_work(step), 3), "training": (training_work(step), 2)}
+    made = {"extraction": (extraction_work, 3), "training": (training_work, 2)}
+    parts = {name: (step.attempt(name, make, step), rounds) for name, (make, rounds) in made.items()}
+    parts = {name: part for name, part in parts.items() if part[0] is not None}
     for name, (compute, rounds) in parts.items():
         for _ in range(2):
             compute()
@@ -212,8 +214,8 @@ def work(step: Step) -> None:
         with counting_waits(step) as waits:
             compute()
         step.put(f"{name}_host_waits", waits[0])
-    for name, value in plan_cost_of_training(step, parts["training"][0]).items():
-        step.put(name, value)
+        if name == "training":
+            step.put("new_training_batch_ms", step.attempt("cost of a new batch", plan_cost_of_training, step, compute))
     activities = [ProfilerActivity.CPU] + ([] if step.small else [ProfilerActivity.CUDA])
     with profile(activities=activities) as prof:
         for name, (compute, rounds) in parts.items():
@@ -228,7 +230,7 @@ def work(step: Step) -> None:
         step.put(name, found)
         for kind, value in found["milliseconds_by_kind"].items():
             step.say(f"{name}: {kind}: {value:.3g} ms")
-    save_trace(step, prof)
+    step.attempt("trace", save_trace, step, prof)
 
 
 def save_trace(step: Step, prof: profile) -> None:

@@ -43,8 +43,9 @@ def machine(tree: Tree) -> list[str]:
     """The card, the versions and the roofs."""
     env, build = tree["env"], tree.get("build", {})
     versions = env.get("versions", {})
+    commit = f", commit {env['commit']}" if env.get("commit") else ""
     line = (
-        f"`make gpu-check` on {env['date']}, commit {env.get('commit')}: {env['card']}, "
+        f"`make gpu-check` on {env['date']}{commit}: {env['card']}, "
         f"{env.get('gpu_memory_gib', 0):.0f} GiB, {env.get('cores')} CPU cores; "
         f"Python {versions.get('python')}, torch {versions.get('torch')}, torchvision {versions.get('torchvision')}, "
         f"CUDA {versions.get('cuda')}, cuDNN {versions.get('cudnn')}."

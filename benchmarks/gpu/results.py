@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 OUT, WORK, DEVICE = "REFDET_GPU_OUT", "REFDET_GPU_WORK", "REFDET_GPU_DEVICE"
 UNFINISHED = ".unfinished"  # the file that is being written; one, as the folder is locked meanwhile
 
 Values = dict[str, Any]
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -102,6 +103,15 @@ class Step:
         self.values.setdefault("checks", []).append({"name": name, "passed": bool(passed), **details})
         self._write()
         self.say(f"{'passed' if passed else 'FAILED'}: {name}{_listed(details)}")
+
+    def attempt(self, name: str, work: Callable[..., Value], *arguments: Any, **options: Any) -> Value | None:
+        """Do a part of the work; an error fails a check, and the other parts go on."""
+        try:
+            return work(*arguments, **options)
+        except Exception as error:
+            traceback.print_exc()
+            self.check(f"{name} ran to its end", False, error=f"{type(error).__name__}: {error}"[:500])
+            return None
 
     def at_most(self, name: str, value: float, limit: float) -> None:
         """Add a check that a value is not above a limit; NaN is."""

@@ -13,7 +13,7 @@ from results import Step, run
 
 TOOLS = {"memcheck": ["--leak-check", "no"], "racecheck": []}
 CASE = Path(__file__).parent / "sanitizer_case.py"
-LIMIT = 35  # seconds of a tool
+LIMIT = 60  # seconds of a tool
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 
 
