@@ -65,7 +65,7 @@ PLAN = (
     StepPlan("network_parity", "parity", 80),
     StepPlan("runs", "parity", 90),
     StepPlan("kernels", "ops", 45, alone=True),
-    StepPlan("profile_gpu", "extraction", 50, alone=True),
+    StepPlan("profile_gpu", "extraction", 60, alone=True),
     StepPlan("extraction", "extraction", 110, alone=True),
     StepPlan("training", "training", 90, alone=True),
 )

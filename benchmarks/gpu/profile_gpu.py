@@ -223,10 +223,11 @@ def work(step: Step) -> None:
                 for _ in range(1 if step.small else rounds):
                     compute()
                 synchronize(step)
-    for name in parts:
+    for name, (_, rounds) in parts.items():
         found = by_kind(prof, step, window_of(prof, f"part: {name}"))
         step.put(f"{name}_share_elementwise", found["share_elementwise"])
         step.put(f"{name}_gpu_busy", found["milliseconds"] / found["wall_milliseconds"])
+        step.put(f"{name}_launches", found["launches"] / (1 if step.small else rounds))
         step.put(name, found)
         for kind, value in found["milliseconds_by_kind"].items():
             step.say(f"{name}: {kind}: {value:.3g} ms")

@@ -132,6 +132,8 @@ def profile(tree: Tree) -> list[str]:
         "training_ms": "a training step of 16 images, ms",
         "extraction_gpu_busy": "extraction: share of the time that the GPU works",
         "training_gpu_busy": "training: share of the time that the GPU works",
+        "extraction_launches": "extraction: kernels and copies a batch",
+        "training_launches": "training: kernels and copies a step",
         "extraction_host_waits": "extraction: waits of the host a batch",
         "training_host_waits": "training: waits of the host a step",
     }

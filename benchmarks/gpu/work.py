@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,9 +110,10 @@ def arithmetic(mode: str, device: str) -> Iterator[None]:
         with exact_float32():
             yield
         return
-    with exact_float32():  # restores the settings
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with exact_float32(), warnings.catch_warnings():  # which restores the settings
+        warnings.filterwarnings("ignore", message="Please use the new API settings")
+        torch.backends.cudnn.allow_tf32 = True  # these set the newer settings too
+        torch.set_float32_matmul_precision("high")
         with torch.autocast(device, torch.bfloat16, enabled=mode == "autocast"):
             yield
 
