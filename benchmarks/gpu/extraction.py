@@ -143,7 +143,7 @@ def work(step: Step) -> None:
         measure(f"{main}, RAM disk", many, batch, RAM, precision="bfloat16")
     for precision in ("float32", "tf32"):
         if precision in CHOICES["precision"]:
-            measure(f"{precision}, batch 8", few * 2, 4 if step.small else 8, precision=precision)
+            measure(f"{precision}, batch {batch // 2}", few * 2, batch // 2, precision=precision)
     measure("bfloat16, batch auto", many, None, precision="bfloat16")
     for mode, (way, size) in itertools.product(("tf32", "ieee"), ways.items()):
         step.attempt(f"torchvision, {mode}, {way}", theirs, step, peer, mode, size, of_peer)

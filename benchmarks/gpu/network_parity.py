@@ -143,7 +143,6 @@ def losses(step: Step, network: str) -> None:
                 x.contiguous(memory_format=torch.channels_last),
                 [(s.height, s.width) for s in sizes],
                 [target.to(torch.device(device)) for target in targets],
-                torch.Generator(device),
             )
             torch.stack(list(terms.values())).sum().backward()
         proposals = [boxes.detach().cpu() for boxes in noted[0]]
