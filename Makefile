@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -84,6 +84,22 @@ bench-data: env ## benchmark loading and splitting files of real size
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
+
+# A machine lent for minutes may have a Python with torch and no network: `make gpu-check PYTHON=python3` uses that
+# Python as it is. Otherwise .venv is used, and set up first.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+gpu-check gpu-pack: env
+endif
+DEVICE ?= cuda
+OUT ?= build/gpu-check
+gpu-check: ## prove and measure everything on a GPU, in 9 minutes (DEVICE=cpu rehearses, ONLY="STEP ..." selects)
+	@$(GPU_PYTHON) benchmarks/gpu/check.py --device $(DEVICE) --out "$(OUT)" $(if $(ONLY),--only $(ONLY))
+
+gpu-pack: ## download the wheels that a GPU machine without a network may lack, into build/gpu-pack
+	@$(GPU_PYTHON) benchmarks/gpu/pack.py
 
 parity: env ## compare with the reference, if its golden files are next to the repository
 	@echo "==> parity: comparing with outputs of the reference's own code"

@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from drawn_weights import make_weights
 from peak import peak_memory
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
 from torchvision_c4 import Stages, TorchvisionC4
 from torchvision_c4 import extract as torchvision_extract
 
@@ -38,8 +38,7 @@ from refdet import store
 from refdet.config import recipe as recipes
 from refdet.data.image_source import ImageSource
 from refdet.data.transforms import input_size, network_input
-from refdet.detector import checkpoint, loading
-from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector import loading
 from refdet.device import arithmetic, exact_float32, usable_device, usable_precision
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
@@ -47,10 +46,8 @@ from refdet.extraction.options import ExtractOptions
 from refdet.structures import boxes as box_ops
 from refdet.structures.coco_categories import coco_categories
 from refdet.structures.detection_options import PRECISIONS
-from refdet.structures.provenance import Provenance
 
 REGIONS, NMS = 100, 0.3
-CANDIDATES = 1000  # (box, class) pairs above the threshold an image: about what a trained network has at 0.05
 
 
 @dataclass(frozen=True)
@@ -74,45 +71,6 @@ def draw_images(folder: Path, count: int) -> None:
         records.append({"id": number, "file_name": f"{number:012d}.jpg", "height": height, "width": width})
     tree = {"images": records, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
     (folder / "instances.json").write_text(json.dumps(tree))
-
-
-@torch.inference_mode()
-def make_weights(folder: Path, pixels: list[np.ndarray]) -> float:
-    """Write a run directory; returns the score that `CANDIDATES` (box, class) pairs of an image reach."""
-    torch.manual_seed(0)
-    recipe = recipes.load("c4-res101").with_changes(["model.norm=frozen"])
-    model = MaskRCNN(recipe, len(coco_categories())).eval()
-    for name, norm in model.named_modules():
-        if name.endswith("bn3"):  # the last of a block: the sum of 33 blocks must not grow without bound
-            norm.weight.fill_(0.2)
-    inputs = []
-    for image in pixels:
-        size = input_size(*image.shape[:2], recipe.input)
-        inputs.append((size, network_input(image, size, recipe.input)[None].to(memory_format=torch.channels_last)))
-    maps = [model.extract_feature_maps(x) for _, x in inputs]
-    hidden = torch.cat([torch.relu(model.rpn.conv(m)).permute(0, 2, 3, 1).flatten(0, 2) for (m,) in maps])
-    _spread(model.rpn.score, hidden, 2.0)
-    _spread(model.rpn.delta, hidden, 0.3)
-    fc7 = []
-    for (size, _), m in zip(inputs, maps, strict=True):
-        (boxes,) = model.rpn.filter_proposals(model.rpn(m), [(size.height, size.width)])
-        if len(boxes) < recipe.proposals.post_nms_top_n_test:
-            raise SystemExit(f"the drawn weights propose {len(boxes)} boxes only")
-        fc7.append(model.head.features(m, torch.cat((torch.zeros(len(boxes), 1), boxes), 1)).fc7)
-    _spread(model.head.box.score, torch.cat(fc7), 2.0)
-    scores = model.head.predict_boxes(torch.cat(fc7))[0].softmax(1)[:, 1:].flatten()
-    folder.mkdir()
-    provenance = Provenance.imported("drawn weights", "0" * 64)
-    checkpoint.save(folder, model, checkpoint.CheckpointMetadata(recipe, coco_categories(), provenance, 0))
-    return float(scores.topk(CANDIDATES * len(pixels)).values[-1])
-
-
-def _spread(layer: nn.Conv2d | nn.Linear, inputs: Tensor, deviation: float) -> None:
-    """Set the weights of a layer so that its outputs of inputs (N, C) have mean 0 and this deviation."""
-    weight = layer.weight.flatten(1)
-    scale = deviation / (inputs @ weight.T).std(dim=0)
-    layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.dim() - 1)))
-    layer.bias.copy_(-(layer.weight.flatten(1) @ inputs.mean(0)))
 
 
 @torch.inference_mode()
@@ -261,7 +219,8 @@ def main() -> None:
         images = ImageList(images.records[: options.images], images.index, images.name)
         if options.prepared is None:
             source = ImageSource.open(options.images_dir)
-            threshold = make_weights(folder / "run", [source.read(record) for record in images.records[:2]])
+            recipe = recipes.load("c4-res101").with_changes(["model.norm=frozen"])
+            threshold = make_weights(folder / "run", recipe, [source.read(record) for record in images.records[:2]])
             (folder / "threshold").write_text(repr(threshold))
         threshold = float((prepared / "threshold").read_text())
         result = run(Work(prepared / "run", options.images_dir, images, threshold), device, options, folder)

@@ -76,7 +76,9 @@ def _high_mark() -> int:
 
 
 def memory(name: str, device: str) -> dict[str, float]:
-    """`peak_of` all ways, each in a process of its own: the highest mark of one never goes down again."""
+    """`peak_of` all ways; on the CPU each in a process of its own: the highest mark of one never goes down again."""
+    if device.startswith("cuda"):
+        return {f"{way}_mb": round(peak_of(way, name, device), 1) for way in WAYS}
     found = {}
     for way in WAYS:
         command = [sys.executable, "-c", f"import matching; print(matching.peak_of({way!r}, {name!r}, {device!r}))"]

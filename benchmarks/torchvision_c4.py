@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
-from torchvision.models import resnet101
+from torchvision.models import resnet18, resnet50, resnet101
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
@@ -31,6 +31,7 @@ from torchvision.ops import FrozenBatchNorm2d, roi_align
 from refdet.detector.mask_rcnn import MaskRCNN
 
 STRIDE, CELLS = 16, 7
+NETWORKS = {18: resnet18, 50: resnet50, 101: resnet101}
 
 
 class AlignedPool(nn.Module):
@@ -53,14 +54,16 @@ class TorchvisionC4(nn.Module):
     """Detections of one image, its masks in full size, and pool5 and fc7 out of the mask pass.
 
     Args:
-        ours: the detector whose weights it takes: a C4 network of 101 layers, frozen norms, RoIAlign.
+        ours: the detector whose weights it takes: a C4 network of 18, 50 or 101 layers, frozen norms, RoIAlign.
     """
 
     def __init__(self, ours: MaskRCNN, score_threshold: float, nms_threshold: float, max_regions: int) -> None:
         super().__init__()
         recipe, weights = ours.recipe, ours.state_dict()
-        network = resnet101(norm_layer=FrozenBatchNorm2d)
-        network.layer4[0].conv2.stride = network.layer4[0].downsample[0].stride = (1, 1)
+        network = NETWORKS[recipe.model.depth](norm_layer=FrozenBatchNorm2d)
+        strided = network.layer4[0].conv2 if recipe.model.depth >= 50 else network.layer4[0].conv1
+        strided.stride = network.layer4[0].downsample[0].stride = (1, 1)
+        map_channels, channels = network.fc.in_features // 2, network.fc.in_features
         names = {"backbone.": network, "head.conv5.": network.layer4}
         for prefix, part in names.items():
             part.load_state_dict(
@@ -73,10 +76,11 @@ class TorchvisionC4(nn.Module):
         sizes, ratios = tuple(recipe.model.anchor_sizes), tuple(recipe.model.anchor_ratios)
         anchors = AnchorGenerator((sizes,), (ratios,))
         anchors.cell_anchors = [ours.rpn.anchors.get_buffer("cell0") + STRIDE / 2]
-        head = RPNHead(1024, len(sizes) * len(ratios))
-        head.conv = nn.Sequential(nn.Conv2d(1024, recipe.model.rpn_channels, 3, padding=1), nn.ReLU(inplace=True))
-        head.cls_logits = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios), 1)
-        head.bbox_pred = nn.Conv2d(recipe.model.rpn_channels, len(sizes) * len(ratios) * 4, 1)
+        head = RPNHead(map_channels, len(sizes) * len(ratios))
+        rpn_channels = recipe.model.rpn_channels
+        head.conv = nn.Sequential(nn.Conv2d(map_channels, rpn_channels, 3, padding=1), nn.ReLU(inplace=True))
+        head.cls_logits = nn.Conv2d(rpn_channels, len(sizes) * len(ratios), 1)
+        head.bbox_pred = nn.Conv2d(rpn_channels, len(sizes) * len(ratios) * 4, 1)
         options = recipe.proposals
         self.rpn = RegionProposalNetwork(
             anchors,
@@ -89,7 +93,8 @@ class TorchvisionC4(nn.Module):
             {"training": options.post_nms_top_n_train, "testing": options.post_nms_top_n_test},
             options.nms_threshold,
         )
-        predictor, masks = FastRCNNPredictor(2048, ours.classes + 1), MaskRCNNPredictor(2048, 256, ours.classes + 1)
+        predictor = FastRCNNPredictor(channels, ours.classes + 1)
+        masks = MaskRCNNPredictor(channels, recipe.model.mask_channels, ours.classes + 1)
         self.heads = RoIHeads(
             AlignedPool(),
             MeanOfLayer4(network.layer4),
@@ -149,16 +154,16 @@ class Stages:
         self.seconds[name] += time.perf_counter() - start
 
 
-def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages) -> list[int]:
+def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages, batch_size: int = 1) -> list[int]:
     """Detections, masks and features of each image into an HDF5 file; returns the number of regions of each."""
     device, counts = next(model.parameters()).device, []
     with torch.inference_mode(), h5py.File(out, "w") as file:
-        for number, path in enumerate(paths):
+        for first in range(0, len(paths), batch_size):
             with stages("read"):
-                pixels = np.array(Image.open(path).convert("RGB"))
+                pixels = [np.array(Image.open(path).convert("RGB")) for path in paths[first : first + batch_size]]
             with stages("resize"):
-                image = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float() / 255
-                images, _ = model.transform([image])
+                given = [torch.from_numpy(p).to(device).permute(2, 0, 1).float() / 255 for p in pixels]
+                images, _ = model.transform(given)
             with stages("backbone"):
                 maps = {"0": model.body(images.tensors)}
             with stages("proposals"):
@@ -166,17 +171,20 @@ def extract(model: TorchvisionC4, paths: list[Path], out: Path, stages: Stages) 
             with stages("RoI heads"):
                 found, _ = model.heads(maps, proposals, images.image_sizes)
             with stages("paste"):
-                (result,) = model.transform.postprocess(found, images.image_sizes, [tuple(image.shape[1:])])
-                masks = (result["masks"][:, 0] > 0.5).cpu().numpy()
-            with stages("RLE"):
-                rles = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
-            with stages("write"):
-                group = file.create_group(str(number))
-                for name in ("boxes", "scores", "labels"):
-                    values = result[name]  # of autocast also bfloat16, which NumPy has not
-                    group[name] = (values.float() if values.is_floating_point() else values).cpu().numpy()
-                for name, values in model.features.items():
-                    group[name] = values.float().cpu().numpy()
-                group["masks"] = np.array(rles, dtype=h5py.string_dtype())
-            counts.append(len(rles))
+                results = model.transform.postprocess(found, images.image_sizes, [p.shape[:2] for p in pixels])
+                masks = [(result["masks"][:, 0] > 0.5).cpu().numpy() for result in results]
+            rows = [len(result["boxes"]) for result in results]
+            features = {name: values.split(rows) for name, values in model.features.items()}
+            for number, (result, of_image) in enumerate(zip(results, masks, strict=True)):
+                with stages("RLE"):
+                    rles = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8)))["counts"] for m in of_image]
+                with stages("write"):
+                    group = file.create_group(str(first + number))
+                    for name in ("boxes", "scores"):
+                        group[name] = result[name].float().cpu().numpy()
+                    group["labels"] = result["labels"].cpu().numpy()
+                    for name, values in features.items():
+                        group[name] = values[number].float().cpu().numpy()
+                    group["masks"] = np.array(rles, dtype=h5py.string_dtype())
+            counts += rows
     return counts

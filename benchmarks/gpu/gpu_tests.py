@@ -1,0 +1,48 @@
+"""Step: the tests marked ``gpu``; a rehearsal runs those of one file, where they are skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from counting_plugin import TARGET
+from results import Step, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def work(step: Step) -> None:
+    counts = step.work / "counts.json"
+    counts.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "counting_plugin", "-p", "no:cacheprovider"]
+    command += ["-n", "2" if step.small else "8", "--dist", "load", "--tb=short", "-rf", "--maxfail=50"]
+    command += ["tests/ops/test_nms.py"] if step.small else []
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, TARGET: str(counts), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    seen = ""
+    while process.poll() is None:
+        time.sleep(0.5)
+        seen = take(step, counts, seen)
+    take(step, counts, seen)
+    found = step.values.get("tests", {})
+    step.check("pytest ran", process.returncode in (0, 1), status=process.returncode)
+    step.check("no test failed", process.returncode == 0, failures=found.get("failures", [])[:20])
+    if not step.small:
+        step.check("tests ran", found.get("passed", 0) > 0)
+
+
+def take(step: Step, counts: Path, seen: str) -> str:
+    """Report the counts so far; returns the text that was read."""
+    text = counts.read_text() if counts.exists() else seen
+    if text != seen:
+        step.put("tests", json.loads(text))
+    return text
+
+
+if __name__ == "__main__":
+    run(work, "tests")

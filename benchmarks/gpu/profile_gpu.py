@@ -1,0 +1,252 @@
+"""Step: where the time of the GPU goes, in three batches of an extraction and two steps of a training.
+
+Two numbers decide what is worth doing: the share of element-wise passes, and the cost of cuDNN's plans for a shape that
+was not seen before. Writes ``trace.json.gz``, with both parts marked.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import re
+import shutil
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from results import Step, run
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from work import detector, extract_options, images_folder, instances_file, median, one_size, recipe_of
+
+from work import run_folder, synchronize  # isort: skip
+
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.detector import loading
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.predictor import start_detecting
+from refdet.device import exact_float32
+from refdet.training import trainer
+from refdet.training.optim import optimiser
+
+# the first that fits the name of a CUDA kernel, or of an op on the CPU, tells its kind
+KINDS = {
+    "refdet": r"refdet|\b(suppress|scan|tap|pool|unpool|mean|match|reach)_kernel\b",
+    "copies between host and device": r"Memcpy (HtoD|DtoH)",
+    "element-wise": r"elementwise|triton_poi|bn_fw|bn_bw|Memset"
+    r"|aten::(add|mul|div|sub|relu|clamp|clamp_min|copy|where|sigmoid|exp|fill|zero|threshold_backward)_?\b",
+    "changes of layout": r"nchwToNhwc|nhwcToNchw|transpose",
+    "convolutions and products": r"conv|gemm|xmma|cutlass|cudnn|wgrad|dgrad|nvjet|winograd|addmm|aten::mm|matmul"
+    "|splitK",
+    "reductions and norms": r"reduce|softmax|norm|aten::(sum|mean|max|min|amax|any|all)\b",
+    "sorting, indexing and joins": r"sort|topk|index|gather|scatter|[Cc]at|[Ss]can|radix|select|nonzero|unique"
+    "|Memcpy DtoD",
+    "resizing": r"upsample|interpolat",
+}
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+
+
+def by_kind(prof: profile, step: Step, window: tuple[float, float]) -> dict[str, Any]:
+    """Milliseconds of the GPU (in a rehearsal of the CPU's ops) by kind within a window of microseconds."""
+    where = DeviceType.CPU if step.small else DeviceType.CUDA
+    spent: dict[str, float] = defaultdict(float)
+    each: dict[str, list[float]] = defaultdict(list)
+    for event in prof.events():
+        own = event.self_cpu_time_total if step.small else event.time_range.elapsed_us()
+        inside = window[0] <= event.time_range.start <= window[1]
+        if event.device_type != where or not inside or event.name.startswith(("ProfilerStep", "part:")):
+            continue
+        spent[kind_of(event.name)] += own / 1000
+        each[event.name].append(own / 1000)
+    total = sum(spent.values())
+    longest = sorted(each, key=lambda name: -sum(each[name]))[:25]
+    return {
+        "milliseconds": total,
+        "wall_milliseconds": (window[1] - window[0]) / 1000,
+        "launches": sum(map(len, each.values())),
+        "milliseconds_by_kind": dict(sorted(spent.items(), key=lambda pair: -pair[1])),
+        "share_elementwise": spent["element-wise"] / total if total else float("nan"),
+        "longest": [{"name": n[:120], "ms": sum(each[n]), "calls": len(each[n])} for n in longest],
+    }
+
+
+def window_of(prof: profile, name: str) -> tuple[float, float]:
+    """First and last microsecond of a part."""
+    ranges = [e.time_range for e in prof.events() if e.name == name and e.device_type == DeviceType.CPU]
+    return min(r.start for r in ranges), max(r.end for r in ranges)
+
+
+def extraction_work(step: Step) -> Callable[[], object]:
+    """A function that detects one batch, to the end."""
+    batch = 2 if step.small else 16
+    loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
+    records, pixels = one_size(step, "c4", batch)
+
+    def compute() -> object:
+        with torch.inference_mode(), exact_float32():
+            return start_detecting(loaded.model, pixels, records, loaded.meta.category_ids, options)()
+
+    return compute
+
+
+def training_work(step: Step) -> Callable[..., object]:
+    """A function that takes one step of a training, on the first batch or on another."""
+    changes = ["train.bf16=true", f"train.batch_size={2 if step.small else 16}", "train.lr=0.0001"]
+    recipe = recipe_of(step, "c4").with_changes(changes)
+    index = CocoIndex.load(instances_file(step), True)
+    batches = TrainingBatches(index, ImageSource.open(images_folder(step)), recipe)
+    loaded = loading.load(run_folder(step, "c4"), step.device).model
+    model = MaskRCNN(recipe, loaded.classes).to(step.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.load_state_dict(loaded.state_dict())
+    model.train()
+    sgd, generator = optimiser(model, recipe.train), torch.Generator(step.device)
+
+    def compute(number: int = 0) -> object:
+        return trainer._step(model, sgd, batch_of(number), 1e-4, 10.0, generator)
+
+    @functools.cache
+    def batch_of(number: int) -> Batch:
+        batch = batches[number]
+        if not isinstance(batch, Batch):
+            raise batch
+        return batch
+
+    compute.batch_of = batch_of  # type: ignore[attr-defined]
+    return compute
+
+
+@torch.inference_mode()
+def plan_costs(step: Step) -> dict[str, float]:
+    """Milliseconds that a shape costs the first time, beyond what it costs later, and their share of a pass.
+
+    For the backbone: input sizes that were not seen; for conv5: numbers of RoIs that were not seen.
+    """
+    model = detector(step, "c4", "bfloat16").model
+    weight = next(model.parameters())
+    height, width = (64, 96) if step.small else (600, 800)
+
+    def backbone(turn: int) -> Callable[[], object]:
+        shape = (1 if step.small else 8, 3, height + 16 * turn, width - 16 * turn)
+        x = torch.randn(shape, device=step.device).to(weight.dtype, memory_format=torch.channels_last)
+        return lambda: model.extract_feature_maps(x)
+
+    maps = model.extract_feature_maps(
+        torch.randn(2, 3, height, width, device=step.device).to(weight.dtype, memory_format=torch.channels_last)
+    )
+
+    def head(turn: int) -> Callable[[], object]:
+        count = (5 if step.small else 701) + 3 * turn
+        corners = torch.rand(count, 2, 2, device=step.device).sort(dim=1).values.flatten(1)
+        boxes = corners * torch.tensor([width, height] * 2, device=step.device)
+        rois = torch.cat((torch.arange(count, device=step.device)[:, None] % 2, boxes), 1)
+        given = model.head.precompute(maps, count)
+        return lambda: model.head.box_features(given, rois)
+
+    found = {}
+    for name, make in (("input_size", backbone), ("number_of_rois", head)):
+        for turn in range(2):  # libraries load
+            make((100 if name == "number_of_rois" else 3 if step.small else 20) + turn)()
+        extra, later = [], []
+        for turn in range(3 if step.small else 8):
+            compute = make(turn)
+            times = [seconds(step, compute) for _ in range(4)]
+            extra.append(times[0] - median(times[1:]))
+            later.append(median(times[1:]))
+        found[f"new_{name}_ms"] = 1000 * median(extra)
+        found[f"known_{name}_ms"] = 1000 * median(later)
+    return found
+
+
+def seconds(step: Step, compute: Callable[[], object]) -> float:
+    synchronize(step)
+    start = time.perf_counter()
+    compute()
+    synchronize(step)
+    return time.perf_counter() - start
+
+
+def plan_cost_of_training(step: Step, compute: Callable[..., object]) -> float:
+    """Milliseconds that a batch of new shapes costs the first time beyond the second."""
+    numbers = range(1, 3 if step.small else 5)
+    for number in numbers:
+        compute.batch_of(number)  # type: ignore[attr-defined]
+    pairs = [[seconds(step, functools.partial(compute, number)) for _ in range(2)] for number in numbers]
+    return 1000 * median([first - again for first, again in pairs])
+
+
+@contextmanager
+def counting_waits(step: Step) -> Iterator[list[int]]:
+    """Count how often the host waits for the GPU, into a list of one number."""
+    found = [0]
+    if step.small:
+        yield found
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found[0] = sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def work(step: Step) -> None:
+    for name, value in (step.attempt("costs of plans", plan_costs, step) or {}).items():
+        step.put(name, value)
+    made = {"extraction": (extraction_work, 3), "training": (training_work, 2)}
+    parts = {name: (step.attempt(name, make, step), rounds) for name, (make, rounds) in made.items()}
+    parts = {name: part for name, part in parts.items() if part[0] is not None}
+    for name, (compute, rounds) in parts.items():
+        for _ in range(2):
+            compute()
+        synchronize(step)
+        step.put(f"{name}_ms", 1000 * median([seconds(step, compute) for _ in range(rounds)]))
+        with counting_waits(step) as waits:
+            compute()
+        step.put(f"{name}_host_waits", waits[0])
+        if name == "training":
+            step.put("new_training_batch_ms", step.attempt("cost of a new batch", plan_cost_of_training, step, compute))
+    activities = [ProfilerActivity.CPU] + ([] if step.small else [ProfilerActivity.CUDA])
+    with profile(activities=activities) as prof:
+        for name, (compute, rounds) in parts.items():
+            with record_function(f"part: {name}"):
+                for _ in range(1 if step.small else rounds):
+                    compute()
+                synchronize(step)
+    for name, (_, rounds) in parts.items():
+        found = by_kind(prof, step, window_of(prof, f"part: {name}"))
+        step.put(f"{name}_share_elementwise", found["share_elementwise"])
+        step.put(f"{name}_gpu_busy", found["milliseconds"] / found["wall_milliseconds"])
+        step.put(f"{name}_launches", found["launches"] / (1 if step.small else rounds))
+        step.put(name, found)
+        for kind, value in found["milliseconds_by_kind"].items():
+            step.say(f"{name}: {kind}: {value:.3g} ms")
+    step.attempt("trace", save_trace, step, prof)
+
+
+def save_trace(step: Step, prof: profile) -> None:
+    """Write the trace, compressed, if it is small enough to come back."""
+    plain = step.work / "trace.json"
+    prof.export_chrome_trace(str(plain))
+    packed = step.work / "trace.json.gz"
+    with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+        shutil.copyfileobj(source, target)
+    size = packed.stat().st_size
+    step.put("trace_mib", size / 2**20)
+    if size < 15 << 20:
+        shutil.move(packed, step.out / "trace.json.gz")
+    plain.unlink()
+
+
+if __name__ == "__main__":
+    run(work, "extraction")

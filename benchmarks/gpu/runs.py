@@ -1,0 +1,186 @@
+"""Step: whole commands on the device: an extraction killed and resumed, automatic batches, a training resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import Step, run
+from safetensors.numpy import load_file
+from work import (
+    detector,
+    drawn,
+    extract_options,
+    image_list,
+    images_folder,
+    instances_file,
+    max_regions,
+    one_size,
+    refdet_command,
+    run_folder,
+)
+
+from refdet import store
+from refdet.detector.predictor import detect_batch
+from refdet.extraction.batch_size import auto_batch_size
+from refdet.extraction.shard_folder import parts_folder
+from refdet.structures.regions import Regions
+
+WITHIN = 0.1  # of what a batch takes is what the automatic batch size expects
+TRAINED = 0.05  # relative difference of the weights of a resumed training
+
+
+def command(step: Step, *arguments: object) -> str:
+    """Run refdet; returns what it printed."""
+    done = subprocess.run(refdet_command(*arguments), capture_output=True, text=True)
+    if done.returncode:
+        step.say(done.stderr[-2000:])
+        raise RuntimeError(f"refdet {arguments[0]} exited with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def extraction(step: Step) -> None:
+    """Kill an extraction, resume it, and compare the store with that of one that was left alone."""
+    folder = fresh(step.work / "extraction")
+    count = 40 if step.small else 160
+    tree = json.loads(instances_file(step).read_text())
+    chosen = [tree["images"][i % len(tree["images"])] for i in range(count)]
+    images = [{**image, "id": number} for number, image in enumerate(chosen, start=1)]
+    instances = folder / "instances.json"
+    instances.write_text(json.dumps(tree | {"images": images, "annotations": []}))
+    common = ["extract-features", "--checkpoint", run_folder(step, "c4"), "--images", images_folder(step)]
+    common += ["--instances", instances, "--device", step.device, "--batch-size", 4 if step.small else 8]
+    common += ["--score-threshold", drawn(step)["threshold"]["c4"], "--precision", "bfloat16"]
+    common += ["--max-regions", max_regions(step)]
+    killed, whole = folder / "killed.h5", folder / "whole.h5"
+    process = subprocess.Popen(refdet_command(*common, "--out", killed), stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until and not shards(killed):
+            time.sleep(0.002)
+        finished = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        status = process.wait()
+    finally:
+        process.kill()
+    step.check("an extraction was killed on its way", not finished and status == -signal.SIGKILL, shards=shards(killed))
+    command(step, *common, "--out", killed, "--resume")
+    command(step, *common, "--out", whole)
+    step.check("the resumed store verifies", bool(command(step, "inspect", killed, "--verify")))
+    differing, regions = differences(killed, whole)
+    step.put("extraction_regions", regions)
+    step.check("it has the same contents as a whole one, bit by bit", not differing, images=len(differing))
+    shutil.rmtree(folder)
+
+
+def shards(out: Path) -> int:
+    return len(list(parts_folder(out).glob("[0-9]*.shard")))
+
+
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def differences(a: Path, b: Path) -> tuple[list[int], int]:
+    """Ids of the images whose regions are not equal, and the number of all regions."""
+    with store.open(a) as first, store.open(b) as second:
+        return [i for i in second if not same(first.read(i), second.read(i))], second.regions
+
+
+def same(a: Regions, b: Regions) -> bool:
+    arrays = [(a.boxes, b.boxes), (a.scores, b.scores), (a.category_ids, b.category_ids)]
+    arrays += [(a.features[name], b.features[name]) for name in b.features]
+    return a.masks == b.masks and all(np.array_equal(x, y) for x, y in arrays)
+
+
+@torch.inference_mode()
+def automatic_batches(step: Step) -> None:
+    """The size that `auto` chooses, and how much memory such a batch takes beside what was expected."""
+    loaded, options = detector(step, "c4", "bfloat16"), extract_options(step, "c4")
+    records = image_list(step, 512).records
+    size = auto_batch_size(loaded, records, options, options.features)
+    step.put("auto_batch_size", size)
+    step.check("the automatic batch size is one or more", size >= 1)
+    if step.small:
+        return
+    every = replace(options, score_threshold=0.0)
+    peaks = {}
+    for count in (1, 2, size):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        batch, pixels = one_size(step, "c4", count)
+        detect_batch(loaded.model, pixels, batch, loaded.meta.category_ids, every, features=options.features)
+        peaks[count] = torch.cuda.max_memory_allocated() - before
+    expected = peaks[1] + (size - 1) * (peaks[2] - peaks[1])
+    step.put("memory_of_batch_gib", peaks[size] / 2**30)
+    step.put("memory_each_image_gib", (peaks[2] - peaks[1]) / 2**30)
+    step.at_most(
+        "memory of an automatic batch, difference to what was expected", abs(expected / peaks[size] - 1), WITHIN
+    )
+
+
+def training(step: Step) -> None:
+    """Train, and train again in two parts; the device's sums may be taken in another order, so nearly the same."""
+    folder = fresh(step.work / "training")
+    workers = 0 if step.small else 2
+    common = ["train", "--recipe", "demo", "--instances", instances_file(step), "--images", images_folder(step)]
+    common += ["--device", step.device, "--set", f"train.workers={workers}", "--set", "train.batch_size=4"]
+    common += [
+        "--set",
+        "train.log_every=1",
+        "--set",
+        "train.lr=0.005",
+        "--set",
+        "train.bf16=true",
+        "--set",
+        "train.checkpoint_interval=4",
+    ]
+    common += ["--set", "model.width=8", "--set", "input.min_sizes=[96]"] if step.small else []
+    steps = 6 if step.small else 12
+    command(step, *common, "--set", f"train.steps={steps}", "--out", folder / "whole")
+    parted = folder / "parted"
+    process = subprocess.Popen(
+        refdet_command(*common, "--set", f"train.steps={steps}", "--out", parted), stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until and not list(parted.glob("state/step-*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    step.put("training_stopped_with", process.returncode)
+    stopped = re.search(r"after step (\d+)", told)
+    step.put("training_stopped_after_step", int(stopped[1]) if stopped else None)
+    command(step, *common, "--set", f"train.steps={steps}", "--out", parted, "--resume")
+    weights = [load_file(folder / name / "model.safetensors") for name in ("whole", "parted")]
+    worst = max(
+        float(np.linalg.norm(weights[1][n].astype(np.float64) - w) / max(np.linalg.norm(w.astype(np.float64)), 1e-6))
+        for n, w in weights[0].items()
+        if w.ndim > 1  # biases begin at zero, so that any difference is a large part of them
+    )
+    step.check("trained weights are finite", all(np.isfinite(w).all() for w in weights[1].values()))
+    step.at_most("weights of a training that was stopped and resumed, relative difference", worst, TRAINED)
+    losses = [json.loads(line)["loss"] for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    step.put("training_losses", losses)
+    shutil.rmtree(folder)
+
+
+def work(step: Step) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "4")
+    for part in (extraction, automatic_batches, training):
+        step.attempt(part.__name__.replace("_", " "), part, step)
+
+
+if __name__ == "__main__":
+    run(work, "parity")

@@ -1,0 +1,138 @@
+"""The peer of training: torchvision's detection modules, trained as its reference scripts do.
+
+A DataLoader whose workers read JPEGs and draw masks, resizing on the GPU, autocast to bfloat16 and SGD.
+The network is the recipe's: the C4 parts of `torchvision_c4`, or `MaskRCNN` on torchvision's ResNet with a pyramid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision_c4 import TorchvisionC4
+
+from refdet.config.recipe import Recipe
+from refdet.data.coco import CocoIndex
+from refdet.detector import loading
+
+Example = tuple[Tensor, dict[str, Tensor]]
+
+
+class Examples(Dataset):
+    """Images as (3, H, W) floats of 0..1, with boxes, labels and masks."""
+
+    def __init__(self, index: CocoIndex, folder: Path) -> None:
+        self.folder, self.index = folder, index
+        self.label_of = {id_: label for label, id_ in enumerate(index.categories, start=1)}
+        self.records = [record for record in index.images.values() if index.annotations[record.id]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Example:
+        record = self.records[number]
+        pixels = np.array(Image.open(self.folder / record.file_name).convert("RGB"))
+        objects = self.index.annotations[record.id]
+        masks = []
+        for each in objects:
+            parts = coco_mask.frPyObjects(each.segmentation, record.height, record.width)
+            masks.append(coco_mask.decode(parts).any(axis=2))
+        target = {
+            "boxes": torch.tensor([each.box for each in objects], dtype=torch.float32),
+            "labels": torch.tensor([self.label_of[each.category_id] for each in objects]),
+            "masks": torch.from_numpy(np.stack(masks).astype(np.uint8)),
+        }
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, target
+
+
+class TrainedC4(nn.Module):
+    """The losses of the C4 parts."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        ours = loading.load(run).model
+        self.parts = TorchvisionC4(ours, 0.05, 0.5, 100)
+        options, heads = ours.recipe.head, self.parts.heads
+        heads.fg_bg_sampler.batch_size_per_image = options.batch_size_per_image
+        heads.fg_bg_sampler.positive_fraction = options.positive_fraction
+        self.parts.body[0].requires_grad_(False)
+        self.parts.body[4].requires_grad_(False)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch, scaled = self.parts.transform(images, targets)
+        maps = {"0": self.parts.body(batch.tensors)}
+        proposals, of_proposals = self.parts.rpn(batch, maps, scaled)
+        return of_proposals | self.parts.heads(maps, proposals, batch.image_sizes, scaled)[1]
+
+
+def pyramid(recipe: Recipe, classes: int) -> MaskRCNN:
+    """`MaskRCNN` with the numbers of a recipe, untrained."""
+    backbone = resnet_fpn_backbone(
+        backbone_name=f"resnet{recipe.model.depth}", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
+    )
+    for name, norm in backbone.named_modules():
+        if name.endswith("bn3" if recipe.model.depth >= 50 else "bn2"):
+            norm.weight.fill_(0.2)  # the sum of the blocks must not grow without bound
+    options, head = recipe.proposals, recipe.head
+    sizes = tuple((size,) for size in recipe.model.anchor_sizes)
+    return MaskRCNN(
+        backbone,
+        classes + 1,
+        min_size=recipe.input.min_sizes,
+        max_size=recipe.input.max_size,
+        rpn_anchor_generator=AnchorGenerator(sizes, (tuple(recipe.model.anchor_ratios),) * len(sizes)),
+        rpn_pre_nms_top_n_train=options.pre_nms_top_n_train,
+        rpn_post_nms_top_n_train=options.post_nms_top_n_train,
+        rpn_batch_size_per_image=options.batch_size_per_image,
+        box_batch_size_per_image=head.batch_size_per_image,
+        box_positive_fraction=head.positive_fraction,
+    )
+
+
+def _together(examples: list[Example]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return [image for image, _ in examples], [target for _, target in examples]
+
+
+def batches(examples: Examples, batch_size: int, workers: int, on_gpu: bool) -> Iterator[Any]:
+    """Batches without end, at random."""
+    loader = DataLoader(
+        examples,
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=_together,
+        pin_memory=on_gpu,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
+    while True:
+        yield from loader
+
+
+def stepper(model: nn.Module, device: str, rate: float, autocast: bool) -> Callable[[Any], float]:
+    """A function that trains on one batch and returns the loss."""
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.9, weight_decay=1e-4)
+    model.train()
+
+    def train(batch: Any) -> float:
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in batch[1]]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = torch.stack([value for value in model(images, targets).values()]).sum()
+        sgd.zero_grad(set_to_none=True)
+        loss.backward()
+        sgd.step()
+        return loss.item()
+
+    return train

@@ -1,0 +1,116 @@
+"""Step: training in bfloat16 of the C4 network and of the pyramid, beside torchvision's modules under autocast.
+
+Both sides see the same images, in batches of 16, and are timed with their workers; the first steps are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from results import Step, run
+from torchvision_training import Examples, TrainedC4, batches, pyramid, stepper
+from work import NETWORKS, images_folder, instances_file, median, recipe_of, run_folder
+
+from refdet.data.coco import CocoIndex
+from refdet.training.train import train
+
+RATE = 1e-4  # drawn weights must stay finite
+WINDOW = 5  # steps of a timing
+SECONDS = 14  # at most, of the peer
+
+
+def ours(step: Step, network: str, batch_size: int) -> dict[str, float]:
+    """refdet: steady images per second, from the log of a training, and what else it told."""
+    steps = 4 if step.small else 40
+    window = 1 if step.small else WINDOW
+    out = step.work / f"trained-{network}"
+    shutil.rmtree(out, ignore_errors=True)
+    changes = [
+        "train.bf16=true",
+        f"train.batch_size={batch_size}",
+        f"train.steps={steps}",
+        f"train.log_every={window}",
+        f"train.lr={RATE}",
+        "train.workers=" + ("0" if step.small else "8"),
+    ]
+    peak_begins(step)
+    started = time.perf_counter()
+    recipe = recipe_of(step, network)
+    train(
+        recipe,
+        instances_file(step),
+        images_folder(step),
+        out,
+        changes=changes,
+        weights=run_folder(step, network),
+        device=step.device,
+    )
+    seconds = time.perf_counter() - started
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)
+    speeds = [row["images_per_second"] for row in rows]
+    return {
+        "images_per_second": median(speeds[len(speeds) // 2 :]),
+        "first_images_per_second": speeds[0],
+        "steps": steps,
+        "seconds_in_all": seconds,
+        "last_loss": rows[-1]["loss"],
+        **peak(step),
+    }
+
+
+def theirs(step: Step, network: str, batch_size: int) -> dict[str, float]:
+    """torchvision: the same."""
+    recipe = recipe_of(step, network)
+    index = CocoIndex.load(instances_file(step))
+    examples = Examples(index, Path(images_folder(step)))
+    torch.manual_seed(0)
+    model = TrainedC4(run_folder(step, network)) if network == "c4" else pyramid(recipe, len(index.categories))
+    model = model.to(step.device)
+    peak_begins(step)
+    work = stepper(model, step.device, RATE, autocast=True)
+    times, loss, started = [], float("nan"), time.perf_counter()
+    for number, batch in enumerate(batches(examples, batch_size, 0 if step.small else 8, not step.small)):
+        begun = time.perf_counter()
+        if number == (2 if step.small else 40) or begun - started > SECONDS and number > 5:
+            break
+        loss = work(batch)  # waits for the GPU
+        times.append(time.perf_counter())
+    between = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steady = between[len(between) // 2 :] or [times[0] - started]
+    mean = sum(steady) / len(steady)
+    return {"images_per_second": batch_size / mean, "steps": len(times), "last_loss": loss, **peak(step)}
+
+
+def peak_begins(step: Step) -> None:
+    if not step.small:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(step: Step) -> dict[str, float]:
+    return {} if step.small else {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def work(step: Step) -> None:
+    batch_size = 2 if step.small else 16
+    step.put("batch_size", batch_size)
+    for network, name in NETWORKS.items():
+        speeds = {}
+        for side, measure in (("refdet", ours), ("torchvision", theirs)):
+            found = step.attempt(f"{name}, {side}", measure, step, network, batch_size)
+            if found is not None:
+                step.put(f"{name}_{side}", found)
+                step.say(f"{name}, {side}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+                speeds[side] = found["images_per_second"]
+        if len(speeds) == 2:
+            ratio = speeds["refdet"] / speeds["torchvision"]
+            step.goal(f"{name}, training speed to torchvision's", ratio, 2.5)
+
+
+if __name__ == "__main__":
+    run(work, "training")

@@ -1,0 +1,239 @@
+"""The driver, the results and the records of the GPU check, and a rehearsal of some of its steps on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = ROOT / "benchmarks" / "gpu"
+STEPS = {
+    "good": "step.put('value', 1); step.check('one', True); step.goal('speed', 2.0, 1.0)",
+    "bad": "step.check('two', False); step.check('three', True)",
+    "broken": "step.put('value', 1); raise ValueError('what a pity')",
+    "hanging": "step.put('value', 1); import subprocess; subprocess.run(['sleep', '60'])",
+    "killed": "step.put('value', 1); import os; os.kill(os.getpid(), 9)",
+    "absent": "step.put('skipped', 'no tool')",
+    "busy": "[step.put('numbers', list(range(n % 500))) for n in range(10**9)]",
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of benchmarks/gpu, by name."""
+    monkeypatch.syspath_prepend(GPU)
+
+    class Modules:
+        def __getattr__(self, name: str) -> ModuleType:
+            return importlib.import_module(name)
+
+    yield Modules()
+    for name in ("check", "results", "record", "pack", "bare"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def steps(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of small steps, which the driver runs instead of its own."""
+    for name, code in STEPS.items():
+        text = f"from results import run\ndef work(step):\n    {code}\nrun(work, '{name[0]}')\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(GPU))
+    monkeypatch.setattr(gpu.check, "HERE", tmp_path)
+    monkeypatch.setattr(gpu.check, "PLAN", tuple(gpu.check.StepPlan(name, name[0], 20) for name in STEPS))
+    return tmp_path
+
+
+def read(out: Path, group: str) -> dict[str, Any]:
+    return json.loads((out / f"{group}.json").read_text())
+
+
+def found(out: Path, name: str) -> dict[str, Any]:
+    return read(out, name[0])[name]
+
+
+def test_steps_are_judged_by_their_checks(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = steps / "out"
+    names = ["good", "bad", "broken", "killed", "absent"]
+    assert gpu.check.Check("cuda", out, names).run() == 1
+    assert {name: found(out, name)["status"] for name in names} == {
+        "good": "passed",
+        "bad": "failed",
+        "broken": "failed",
+        "killed": "failed",
+        "absent": "skipped",
+    }
+    assert found(out, "killed")["value"] == 1 and "status -9" in found(out, "killed")["error"]
+    assert "what a pity" in found(out, "broken")["error"] and found(out, "broken")["value"] == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: bad: two\n" in printed and "speed 2 (goal)" in printed and "no tool" in printed
+    assert (out / "check.log").read_text() == printed
+    assert gpu.check.Check("cuda", steps / "other", ["good", "absent"]).run() == 0
+
+
+def test_a_step_ends_at_its_limit_with_what_it_started(
+    gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu.check, "PLAN", (gpu.check.StepPlan("hanging", "h", 1.5),))
+    assert gpu.check.Check("cuda", steps / "out", ["hanging"]).run() == 1
+    assert found(steps / "out", "hanging")["status"] == "timed out"
+    assert "FAILED: hanging: timed out" in capsys.readouterr().out
+
+
+def test_a_late_step_is_skipped(gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.check, "LATEST_START", -1.0)
+    assert gpu.check.Check("cuda", steps / "out", ["good", "bad"]).run() == 0
+    assert found(steps / "out", "bad") == {"status": "skipped", "skipped": "no time was left"}
+
+
+def test_a_step_that_is_timed_waits_for_those_beside_it(
+    gpu: Any, steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = (("slow", True, False), ("good", False, False), ("timed", False, True))
+    for name, code in (("slow", "import time; time.sleep(1.5)"), ("timed", "pass")):
+        (steps / f"{name}.py").write_text(f"from results import run\nrun(lambda step: exec({code!r}), '{name[0]}')\n")
+    plan = tuple(gpu.check.StepPlan(n, n[0], 20, beside=beside, alone=alone) for n, beside, alone in plans)
+    monkeypatch.setattr(gpu.check, "PLAN", plan)
+    assert gpu.check.Check("cuda", steps / "out", ["slow", "good", "timed"]).run() == 0
+    lines = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert lines == ["slow", "good", "good: passed", "slow: passed", "timed", "timed: passed"]
+
+
+def test_without_a_gpu_nothing_else_is_tried(gpu: Any, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (steps / "good.py").write_text(
+        "from results import run\ndef work(step):\n    step.put('gpu', False); step.check('a GPU', False)\n"
+        "import sys; sys.argv[0] = 'env.py'\nrun(work, 'env')\n"
+    )
+    assert gpu.check.Check("cuda", steps / "out", ["good", "bad"]).run() == 1
+    assert "bad" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_cut_off_loses_nothing(gpu: Any, steps: Path, how: signal.Signals) -> None:
+    out = steps / "out"
+    script = f"""
+import sys; sys.path.insert(0, {str(GPU)!r})
+import check; from pathlib import Path
+check.HERE, check.PLAN = Path({str(steps)!r}), (check.StepPlan("good", "g", 20), check.StepPlan("busy", "b", 20))
+run = check.Check("cuda", Path({str(out)!r}), ["good", "busy"]); run.watch(); run.run()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not ((out / "b.json").exists() and "numbers" in (out / "b.json").read_text()):
+        time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait(20) != 0
+    while (writing := (out / "b.json").stat().st_mtime_ns) and time.monotonic() < until:
+        time.sleep(0.3)
+        if (out / "b.json").stat().st_mtime_ns == writing:
+            break  # the step ended with the driver
+    assert found(out, "good")["value"] == 1
+    numbers = found(out, "busy")["numbers"]
+    assert numbers == list(range(len(numbers)))
+    assert found(out, "busy")["status"] == ("stopped" if how == signal.SIGTERM else "running")
+
+
+def test_steps_of_a_group_may_write_at_once(gpu: Any, tmp_path: Path) -> None:
+    code = """
+        import sys; from pathlib import Path
+        from results import write_step
+        for n in range(50):
+            write_step(Path(sys.argv[1]), "group", sys.argv[2], {"n": n, "odd": float("nan")})
+    """
+    environment = {**os.environ, "PYTHONPATH": str(GPU)}
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    for process in [subprocess.Popen([*command, name], env=environment) for name in ("a", "b")]:
+        assert process.wait(30) == 0
+    assert gpu.results.read_group(tmp_path, "group") == {name: {"n": 49, "odd": "nan"} for name in ("a", "b")}
+
+
+RESULTS: dict[str, dict[str, Any]] = {
+    "env": {"env": {"date": "2026-01-02", "device": "cuda", "card": "NVIDIA X", "product_tflops_bf16": 712.3}},
+    "parity": {"runs": {"status": "failed", "checks": [{"name": "same", "passed": False, "value": 0.5, "limit": 0.1}]}},
+    "extraction": {
+        "extraction": {
+            "status": "timed out",
+            "refdet, bfloat16": {"images": 512, "images_per_second": 123.456, "regions_per_image": 99.5},
+            "goals": [{"name": "images/s", "value": 123.456, "at_least": 300, "reached": False}],
+        }
+    },
+}
+
+
+def write_results(folder: Path, **changes: Any) -> None:
+    folder.mkdir()
+    for group, tree in (RESULTS | changes).items():
+        (folder / f"{group}.json").write_text(json.dumps(tree))
+
+
+def test_results_are_recorded_between_the_markers(gpu: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    write_results(tmp_path / "results")
+    text = gpu.record.replace(page, gpu.record.rendered(tmp_path / "results"))
+    for row in (
+        "| refdet, bfloat16 | 512 | 123 | 99.5 |  |",
+        "| images/s | 300 | 123 | no |",
+        "| runs | failed |  | 0 of 1 checks, failed: same |",
+        "| extraction | timed out |",
+        "| same | 0.1 | 0.5 | **no** |",
+        "| bfloat16 products, TFLOP/s | 712 |",
+    ):
+        assert row in text
+    assert gpu.record.replace(text, "nothing") == gpu.record.replace(page, "nothing")
+
+
+def test_a_rehearsal_is_not_recorded(gpu: Any, tmp_path: Path) -> None:
+    write_results(tmp_path / "a", env={"env": {"device": "cpu", "card": "none"}})
+    with pytest.raises(SystemExit, match="rehearsal"):
+        gpu.record.rendered(tmp_path / "a")
+    write_results(tmp_path / "b", env={"env": {"device": "cuda"}})
+    with pytest.raises(SystemExit, match="has no card"):
+        gpu.record.rendered(tmp_path / "b")
+    with pytest.raises(SystemExit, match="once each"):
+        gpu.record.replace("no markers", "")
+
+
+def test_a_checkout_without_an_installation_finds_the_commands(gpu: Any, tmp_path: Path) -> None:
+    script = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    script += gpu.bare.FINDER + "import refdet.cli.main; print(refdet.cli.main.__file__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "cli" / "main.py"), done.stderr
+
+
+def test_requirements_are_packed_or_there(gpu: Any) -> None:
+    packed = [gpu.pack.name_of(line) for line in gpu.pack.requirements()]
+    assert {"pycocotools", "msgspec", "click", "lmdb"} <= set(packed) and not gpu.pack.ASSUMED & set(packed)
+    assert all(gpu.bare.met(line) for line in gpu.pack.requirements())
+    assert not gpu.bare.met("no-such-thing") and not gpu.bare.met("click>=1000") and gpu.bare.met("click>=8.2")
+
+
+@pytest.mark.slow
+def test_every_step_can_be_imported() -> None:
+    names = [path.stem for path in GPU.glob("*.py")]
+    code = f"import importlib; [importlib.import_module(name) for name in {names!r}]"
+    paths = os.pathsep.join(map(str, (GPU, ROOT / "benchmarks")))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_a_rehearsal(tmp_path: Path) -> None:
+    steps = ["env", "draw", "sanitizer"]
+    command = [sys.executable, str(GPU / "check.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    command += ["--work", str(tmp_path / "work"), "--only", *steps]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    env, tests = (read(tmp_path / "out", group) for group in ("env", "tests"))
+    assert env["env"]["product_tflops_bf16"] > 0 and tests["sanitizer"]["checks"][0]["passed"]
