@@ -12,12 +12,12 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract gpu-check gpu-pack parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-pipeline gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@echo "make TARGET   (PYTHON=python3.12 selects the Python of .venv)"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(VENV)/.installed ## set up .venv with torch, torchvision, refdet and its compiled kernels
 
@@ -84,6 +84,9 @@ bench-data: env ## benchmark loading and splitting files of real size
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
+
+bench-pipeline: env ## benchmark everything behind the detector: shards, merging, the store (JSON=1 for JSON)
+	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)
 
 # A machine lent for minutes may have a Python with torch and no network: `make gpu-check PYTHON=python3` uses that
 # Python as it is. Otherwise .venv is used, and set up first.

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from extract import Work, check_same_work
@@ -43,7 +43,7 @@ RAM = Path("/dev/shm")
 
 
 def ours(
-    step: Step, name: str, count: int, batch_size: int | None, folder: Path | None = None, **options: Any
+    step: Step, name: str, count: int, batch_size: int | Literal["auto"], folder: Path | None = None, **options: Any
 ) -> float:
     """Measure an extraction of the first images; returns images per second to the finished file."""
     out = (folder or step.work) / "refdet-gpu-check.h5"
@@ -144,7 +144,7 @@ def work(step: Step) -> None:
     for precision in ("float32", "tf32"):
         if precision in CHOICES["precision"]:
             measure(f"{precision}, batch {batch // 2}", few * 2, batch // 2, precision=precision)
-    measure("bfloat16, batch auto", many, None, precision="bfloat16")
+    measure("bfloat16, batch auto", many, "auto", precision="bfloat16")
     for mode, (way, size) in itertools.product(("tf32", "ieee"), ways.items()):
         step.attempt(f"torchvision, {mode}, {way}", theirs, step, peer, mode, size, of_peer)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 _Kind = TypeVar("_Kind", bound="BatchFeatures")
@@ -50,13 +51,21 @@ class BatchFeatures:
             yield self._changed([count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1)))
             first += count
 
-    def to_cpu_async(self: _Kind) -> _Kind:
-        """Copy to host memory without waiting; synchronize with the GPU before reading the values."""
+    def to_cpu_async(self: _Kind, dtype: torch.dtype = torch.float32) -> _Kind:
+        """Copy to host memory without waiting; synchronize with the GPU before reading the values.
+
+        Args:
+            dtype: of the features and the map, converted before the copy. float32 leaves the map as it is, as it may be
+                bfloat16.
+        """
 
         def to_host(values: Tensor) -> Tensor:
             return values.to("cpu", non_blocking=True)  # into pinned memory
 
-        return replace(self._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
+        features = {name: values.to(dtype) for name, values in self.features.items()}
+        head = self.head if self.head is None or dtype == torch.float32 else self.head.to(dtype)
+        narrow = replace(self, features=features, head=head)
+        return replace(narrow._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
 
     def _changed(self: _Kind, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> _Kind:
         features = {name: of_boxes(values) for name, values in self.features.items()}

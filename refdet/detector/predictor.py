@@ -36,9 +36,10 @@ class ImageFeatures:
     """Features of the given boxes of an image.
 
     Attributes:
-        features: name -> (n, ...) float32; `refdet.detector.outputs.BatchFeatures` lists names and shapes.
+        features: name -> (n, ...) float32, or float16 if that was requested; `refdet.detector.outputs.BatchFeatures`
+            lists names and shapes.
         masks: n RLE ``counts`` of the image, or None if no classes were given.
-        maps: "head" -> (C, H', W') float32 feature map, if requested.
+        maps: "head" -> (C, H', W') feature map of the same dtype, if requested.
         im_info: (3,) float32: height and width of the network's input, and input height / image height. The scale of
             x is input width / image width; the reference's resizing uses one scale for both.
     """
@@ -70,6 +71,7 @@ def start_detecting(
     options: DetectionOptions,
     *,
     features: Sequence[str] = FEATURES,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[Regions]]:
     """Start to detect regions of images of one input size.
 
@@ -80,13 +82,14 @@ def start_detecting(
         category_ids: COCO ids of the labels 1, 2, ...
         options: thresholds and limits of the detections.
         features: names from `refdet.detector.feature_names`.
+        dtype: of the features and maps, float32 or float16. Beyond the range of float16 they are infinite.
 
     Returns:
         A function that waits for the GPU, encodes the masks and returns the regions. It can be called from any
         thread while the GPU computes the next batch.
     """
     sizes, inputs = _inputs(model, images)
-    found = model.predict(inputs, sizes, options, features).to_cpu_async()
+    found = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
@@ -117,6 +120,7 @@ def start_describing(
     *,
     features: Sequence[str] = FEATURES,
     labels: Sequence[np.ndarray] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[ImageFeatures]]:
     """Start to compute the features of given boxes of images of one input size.
 
@@ -126,6 +130,7 @@ def start_describing(
         boxes: (n, 4) half-open xyxy each, in pixels of the original image.
         features: names from `refdet.detector.feature_names`.
         labels: (n,) each, 1..classes: the class of each mask; None for no masks.
+        dtype: of the features and maps, float32 or float16. Beyond the range of float16 they are infinite.
 
     Returns:
         A function that waits for the GPU and returns the features, callable from any thread.
@@ -137,7 +142,7 @@ def start_describing(
         of_all = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
         classes = on_device(of_all, inputs.device).split(counts)
     on_its = on_device(rows, inputs.device).split(counts)
-    described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async()
+    described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async(dtype)
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[ImageFeatures]:
@@ -218,5 +223,11 @@ def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize) -> Ima
     if found.masks is not None:
         masks = tuple(masks_to_rle(found.masks, boxes, size.image_height, size.image_width))
     features = {name: values.numpy() for name, values in found.features.items()}
-    maps = {} if found.head is None else {HEAD: found.head[0].float().contiguous().numpy()}
+    maps = {} if found.head is None else {HEAD: _numpy(found.head[0])}
     return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    """Convert to a contiguous array; numpy has no bfloat16."""
+    array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy()
+    return array

@@ -150,7 +150,9 @@ def extract_features(
         announce(hint)
     detector = loading.load(checkpoint, where, for_inference=True, precision=options.precision)
     compute = split_on_oom(
-        detecting(detector, options, options.features) if given is None else _described(detector, given, options)
+        detecting(detector, options, options.features, options.dtype)
+        if given is None
+        else _described(detector, given, options)
     )
 
     def load(record: ImageRecord) -> np.ndarray:
@@ -246,12 +248,18 @@ def _planned(
     return plan, header
 
 
-def detecting(detector: TrainedDetector, options: DetectionOptions, features: Sequence[str]) -> Compute:
+def detecting(
+    detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
+) -> Compute:
     """The function that `refdet.extraction.pipeline.extract` calls to detect regions of a batch of one input size."""
+    import torch
+
     from refdet.detector.predictor import start_detecting
 
+    ids, of_features = detector.meta.category_ids, getattr(torch, dtype)
+
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        return start_detecting(detector.model, images, batch, detector.meta.category_ids, options, features=features)
+        return start_detecting(detector.model, images, batch, ids, options, features=features, dtype=of_features)
 
     return compute
 
@@ -277,8 +285,11 @@ def _check_masks(
 
 
 def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractOptions) -> Compute:
+    import torch
+
     from refdet.detector.predictor import start_describing
 
+    dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
 
@@ -288,7 +299,7 @@ def _described(detector: TrainedDetector, given: GivenRegions, options: ExtractO
             [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
         )
         rows = [r.boxes for r in bare]
-        finish = start_describing(detector.model, images, rows, features=options.features, labels=labels)
+        finish = start_describing(detector.model, images, rows, features=options.features, labels=labels, dtype=dtype)
         return lambda: [
             replace(
                 r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info

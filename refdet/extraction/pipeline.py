@@ -1,7 +1,7 @@
 """Extraction pipeline, independent of how regions are computed. No torch.
 
-Three stages overlap: threads prefetch images, the main thread computes, and a background thread finishes batches in
-order and writes shards.
+Four stages overlap: threads prefetch images, the main thread computes, a thread finishes batches, such as by encoding
+masks, and encodes their regions, and another one writes shards, both in order.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from refdet.extraction.timing import STAGES, Session
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt
 from refdet.store import Header
+from refdet.store.codec import EncodedImage
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
@@ -209,15 +210,16 @@ class _Stopped(Exception):
 
 
 class _Background:
-    """Thread that finishes batches and writes shards; its exceptions are raised in the main thread."""
+    """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
 
     def __init__(self, parts: ShardSet, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
         self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
-        self._batches: queue.SimpleQueue[Finish | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
+        self._finishing = ThreadPoolExecutor(1, "finish")
         self._room = threading.Semaphore(_WAITING)
         self._error: BaseException | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="finish and write", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
     def __enter__(self) -> _Background:
         self._thread.start()
@@ -236,6 +238,7 @@ class _Background:
                     again = pressed
                     log.warning("note: finishing the computed batches first")
         self._thread.join()
+        self._finishing.shutdown(cancel_futures=True)
         error = self._error or again
         if error is not None and kind is None:
             raise error
@@ -245,7 +248,11 @@ class _Background:
         self._room.acquire()
         if self._error is not None:
             raise self._error
-        self._batches.put(finish)
+        self._batches.put(self._finishing.submit(self._finish, finish))
+
+    def _finish(self, finish: Finish) -> list[EncodedImage]:
+        with self._session.timed("finish"):
+            return [self._parts.encode(regions) for regions in finish()]
 
     def _run(self) -> None:
         try:
@@ -265,15 +272,14 @@ class _Background:
         with self._parts.write(number) as add:
             for batch in batches:
                 asked = time.perf_counter()
-                finish = self._batches.get()
+                finishing = self._batches.get()
                 self._room.release()
-                if finish is None:
+                if finishing is None:
                     raise _Stopped
-                with self._session.timed("finish"):
-                    found = finish()
+                images = finishing.result()
                 others += time.perf_counter() - asked
-                for regions in found:
-                    add(regions)
+                for image in images:
+                    add(image)
                 self._bar.update(len(batch))
         stages["write"] += time.perf_counter() - started - others
         self._session.finished(sum(map(len, batches)))

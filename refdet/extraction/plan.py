@@ -12,7 +12,7 @@ from refdet.config.renamed_keys import current
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.files.short_text import cut
-from refdet.store.schema import Header
+from refdet.store.schema import Columns, Header
 
 Shard = list[list[ImageRecord]]  # batches in order of computation
 
@@ -46,6 +46,11 @@ class Plan:
     batch_size: int
     maps: tuple[str, ...] = ()
     compression: str = "none"
+
+    def columns(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Columns:
+        """Columns of the store, given the shape per region of each feature, (0,) where unknown."""
+        of_features = {name: (shapes or {}).get(name, (0,)) for name in self.features}
+        return Columns(of_features, self.dtype, self.masks, self.ann_ids, self.maps, self.compression)
 
     def differences(self, other: dict[str, Any], undecided: Container[str] = ()) -> str:
         """Describe the differences to another plan's options.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,34 @@ def _strange(folder: Path) -> str:
         return min((path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)), default="")
     except FileNotFoundError:
         return ""
+
+
+def refuse_another(out: Path) -> None:
+    """Raise an InputError if there is a file at ``out`` that was not merged from its shards.
+
+    A merged file exists with its folder if removing the folder was interrupted. It is merged again, as it may be
+    incomplete on disk after a power failure.
+    """
+    folder = parts_folder(out)
+    if not out.exists():
+        return
+    if out.stat().st_ino not in _merged(folder):
+        raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
+
+
+def _merged(folder: Path) -> list[int]:
+    """Inodes of the files that were merged from the shards in a folder."""
+    try:
+        return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
+    except (InputError, ValueError, TypeError, KeyError, OverflowError):
+        return []
+
+
+def remove_ours(folder: Path) -> None:
+    """Remove the files of an extraction, and the folder if it is then empty."""
+    # NFS keeps open files such as the lock, and so the folder, but the store is complete anyway.
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if OURS.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()

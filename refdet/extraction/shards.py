@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,29 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard
-from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
-from refdet.extraction.shard_folder import LOCK, MERGED, OURS, PLAN, begun_plan, check_begun, parts_folder
+from refdet.extraction.shard_folder import (
+    LOCK,
+    MERGED,
+    OURS,
+    PLAN,
+    begun_plan,
+    check_begun,
+    parts_folder,
+    refuse_another,
+    remove_ours,
+)
 from refdet.files.atomic import atomic_write, fsync, left_behind, report_disk_full, write_json
-from refdet.files.json_files import read_small_json
 from refdet.files.lock import alone
-from refdet.store import Columns, Header, ImageRow
+from refdet.store import Header, ImageRow
+from refdet.store.codec import EncodedImage, encode
+from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read, read_at
 from refdet.store.size import space_needed
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_Image = tuple[ImageRow, Callable[[], Regions]]  # row in the store, and a function that reads the regions
+_AHEAD = 2  # images read ahead by a merge
+_Image = tuple[ImageRow, Callable[[], Regions | EncodedImage]]  # row in the store, and a function that reads the image
 
 
 class ShardSet:
@@ -67,6 +80,7 @@ class ShardSet:
         self.folder = folder or parts_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
+        self._columns = plan.columns()
         self._fix = "finished shards are kept; free some space and continue with `resume=True`"
         work = plan.work(shards, header)
         if begun is not None:  # an older refdet may have written the same recipe differently
@@ -89,8 +103,8 @@ class ShardSet:
         if not path.is_file():
             raise InputError(f"{path}: not a file; remove it so that the shard can be written")
         try:
-            for regions, place in read(path, self._shard_id(number), self.plan):
-                rows.append((self._row(regions, path), place))
+            for image, place in read(path, self._shard_id(number), self._columns):
+                rows.append((self._row(image, path), place))
             if not self._matches(number, rows):
                 raise ShardError("damaged: its images differ from the plan")
         except ShardError as error:
@@ -103,20 +117,19 @@ class ShardSet:
         """Whether images are those of a shard in the plan, in the same order."""
         return [row.id for row, _ in rows] == [record.id for batch in self.shards[number] for record in batch]
 
-    def _row(self, regions: Regions, path: Path) -> ImageRow:
+    def _row(self, image: EncodedImage, path: Path) -> ImageRow:
         """Row of an image, which the store needs before it is written."""
-        for name, values in regions.features.items():
+        for name in self.plan.features:
+            values = image.arrays.get(f"features/{name}")
+            if values is None:
+                continue  # without regions
             shape = values.shape[1:]
             if self._shapes.setdefault(name, shape) != shape:
                 raise RuntimeFailure(
-                    f"{path}: {name} of image {regions.image_id} has shape {shape}, others have "
+                    f"{path}: {name} of image {image.row.id} has shape {shape}, others have "
                     f"{self._shapes[name]}; remove {self.folder} and start again"
                 )
-        mask_bytes = sum(map(len, regions.masks or ())) if self.plan.masks else 0
-        size = regions.height, regions.width
-        row = (regions.image_id, regions.file_name, *size, regions.error, len(regions), mask_bytes)
-        head = regions.maps.get("head")
-        return ImageRow(*row) if head is None else ImageRow(*row, head.shape)
+        return image.row
 
     @property
     def done(self) -> int:
@@ -143,26 +156,30 @@ class ShardSet:
             if number not in self._rows or any(row.error and row.id in again for row, _ in self._rows[number])
         ]
 
+    def encode(self, regions: Regions) -> EncodedImage:
+        """Encode an image for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
+        return encode(regions, self._columns, finite=True)
+
     @contextmanager
-    def write(self, number: int) -> Iterator[Callable[[Regions], None]]:
+    def write(self, number: int) -> Iterator[Callable[[Regions | EncodedImage], None]]:
         """Write a shard atomically.
 
         Args:
             number: number of the shard.
 
         Yields:
-            A function to call with the regions of each image, in the order of the plan.
+            A function to call with each image, in the order of the plan: its regions, or what `encode` made of them.
 
         Raises:
             RuntimeFailure: the disk is full; nothing is left behind.
         """
         path, rows = self._path(number), []
         with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb") as file:
-            writer = ShardWriter(file, self._shard_id(number), self.plan)
+            writer = ShardWriter(file, self._shard_id(number), self._columns)
 
-            def add(regions: Regions) -> None:
-                place = writer.add(regions)
-                rows.append((self._row(regions, path), place))
+            def add(image: Regions | EncodedImage) -> None:
+                image, place = writer.add(image)
+                rows.append((self._row(image, path), place))
 
             yield add
             if not self._matches(number, rows):
@@ -173,7 +190,7 @@ class ShardSet:
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write the store from the finished shards, then remove the folder.
 
-        Only one image at a time is in memory.
+        Only a few images at a time are in memory.
 
         Args:
             records: images in the order of the store.
@@ -183,10 +200,10 @@ class ShardSet:
             InputError: another program has created a file at the path of the store.
             RuntimeFailure: the disk is full or a shard is damaged; the other shards are kept.
         """
-        _refuse_another(self.out)
+        refuse_another(self.out)
 
         def seal(written: Path) -> None:
-            _refuse_another(self.out)
+            refuse_another(self.out)
             # A rename keeps the inode; before it the file of an earlier merge may be at the path of the store.
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
@@ -203,15 +220,14 @@ class ShardSet:
         seal: Callable[[Path], object] = lambda _: None,
     ) -> None:
         """Write images to a store at ``path``; ``seal`` is called with the file before it is renamed to ``path``."""
-        plan = self.plan
-        shapes = {name: self._shapes.get(name, (0,)) for name in plan.features}
-        columns = Columns(shapes, plan.dtype, plan.masks, plan.ann_ids, plan.maps, plan.compression)
+        columns = self.plan.columns(self._shapes)
         rows = [row for row, _ in images]
         space = space_needed(rows, columns, self.header)
         self._check_space(space)
         with report_disk_full(path, self._fix), store.create(path, self.header, columns, rows, space) as writer:
-            for _, regions in images:
-                writer.put(regions())
+            with closing(_read_ahead([image for _, image in images])) as found:
+                for image in found:
+                    writer.put(image)
             writer.finish(run())
             seal(writer.path)
 
@@ -223,10 +239,12 @@ class ShardSet:
             for row, place in rows
         }
 
-    def _read(self, number: int, place: BlockLocation) -> Regions:
+    def _read(self, number: int, place: BlockLocation) -> EncodedImage:
         path = self._path(number)
         try:
-            return read_at(path, place, self.plan)
+            image = read_at(path, place, self._columns)
+            _ = image.checksums  # computed here, in the thread that reads ahead
+            return image
         except ShardError as error:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
@@ -239,6 +257,23 @@ class ShardSet:
         if free < need:
             why = f"the store needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             raise RuntimeFailure(f"{self.out}: no space left on the disk ({why}); {self._fix}")
+
+
+def _read_ahead(
+    images: Sequence[Callable[[], Regions | EncodedImage]],
+) -> Generator[Regions | EncodedImage, None, None]:
+    """Read images in order, the next ones in a thread while one is written."""
+    pool = ThreadPoolExecutor(1, "read shards")
+    waiting: deque[Future[Regions | EncodedImage]] = deque()
+    try:
+        for image in images:
+            waiting.append(pool.submit(image))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -265,7 +300,7 @@ def open_extraction(
     folder = parts_folder(out)
     begun = check_begun(out, plan, header, resume)
     if begun is None and out.exists():
-        _remove_ours(folder)  # in case its removal was interrupted
+        remove_ours(folder)  # in case its removal was interrupted
         yield None
         return
     if begun is not None and (difference := plan.other_shards(shards, begun)):
@@ -281,7 +316,7 @@ def open_extraction(
             now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
-            _refuse_another(out)
+            refuse_another(out)
             half_written = [
                 *(path for path in folder.glob(".*") if OURS.fullmatch(path.name)),
                 *left_behind(out.parent, out.name),
@@ -296,39 +331,8 @@ def open_extraction(
             yield ShardSet(out, plan, header, shards, begun=begun)
 
 
-def _refuse_another(out: Path) -> None:
-    """Raise an InputError if there is a file at ``out`` that was not merged from its shards.
-
-    A merged file exists with its folder if removing the folder was interrupted. It is merged again, as it may be
-    incomplete on disk after a power failure.
-    """
-    folder = parts_folder(out)
-    if not out.exists():
-        return
-    if out.stat().st_ino not in _merged(folder):
-        raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
-
-
-def _merged(folder: Path) -> list[int]:
-    """Inodes of the files that were merged from the shards in a folder."""
-    try:
-        return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
-    except (InputError, ValueError, TypeError, KeyError, OverflowError):
-        return []
-
-
 def _remove(folder: Path) -> None:
     # The plan first, as without it nothing can be resumed.
     (folder / PLAN).unlink()
     fsync(folder)
-    _remove_ours(folder)
-
-
-def _remove_ours(folder: Path) -> None:
-    """Remove the files of an extraction, and the folder if it is then empty."""
-    # NFS keeps open files such as the lock, and so the folder, but the store is complete anyway.
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            if OURS.fullmatch(path.name):
-                path.unlink()
-        folder.rmdir()
+    remove_ours(folder)

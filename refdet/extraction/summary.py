@@ -19,8 +19,8 @@ class Summary:
         seconds: duration of computing them.
         bytes: size of the store.
         images_per_second: of this run, without the merge; 0 if nothing was computed.
-        stages: seconds per stage: load (waiting for images), compute and wait (for the background thread) in the main
-            thread, finish and write in the background thread, and merge at the end.
+        stages: seconds per stage: load (waiting for images), compute and wait (for the background threads) in the
+            main thread, finish and write in a background thread each, and merge at the end.
         batch_size: maximum number of images per batch.
         computing: seconds per part of computing, if measured (`refdet.detector.profiler`).
     """

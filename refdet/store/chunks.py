@@ -1,4 +1,4 @@
-"""Size and writing of chunked, compressed datasets."""
+"""Writing of datasets from their first row to their last, contiguous or in compressed chunks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GZIP_LEVEL = 1  # higher levels take three times as long for floats and save les
 THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
 
 _CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
+_BUFFER = 2**18  # bytes that are written at once, at least
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -35,6 +36,54 @@ def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-shape[0] // rows) * (chunk + chunk // 500 + 64) + 4096
 
 
+def contiguous_layout() -> h5py.h5p.PropDCID:
+    """Creation properties of a dataset for `ContiguousWriter`: it has its place in the file from the start."""
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)
+    return layout
+
+
+class ContiguousWriter:
+    """Writes a dataset sequentially, in large pieces at its place in the file.
+
+    A call of HDF5 takes longer than writing most rows of an image, and it is not told that the disk is full without
+    crashing later (`refdet.store.hdf5_file`).
+
+    Args:
+        data: a dataset with the `contiguous_layout`, not empty.
+
+    Attributes:
+        place: first byte of the dataset in the file, and its end.
+    """
+
+    def __init__(self, data: h5py.Dataset) -> None:
+        self._file = data.file.id.get_vfd_handle()
+        self._at: int = data.id.get_offset()
+        self.place = self._at, self._at + data.id.get_storage_size()
+        self._waiting = bytearray()
+
+    def append(self, data: memoryview) -> None:
+        """Append the bytes of rows."""
+        if len(self._waiting) + len(data) >= _BUFFER:
+            self.finish()
+        if len(data) >= _BUFFER:
+            self._write(data)
+        else:
+            self._waiting += data
+
+    def finish(self) -> None:
+        """Write all rows that were appended."""
+        self._write(memoryview(self._waiting))
+        self._waiting = bytearray()
+
+    def _write(self, data: memoryview) -> None:
+        while data:  # a full disk takes a part of it first
+            written = os.pwrite(self._file, data, self._at)
+            data, self._at = data[written:], self._at + written
+
+
 class ChunkedWriter:
     """Writes a dataset sequentially, one full chunk at a time.
 
@@ -50,16 +99,17 @@ class ChunkedWriter:
         self._data = data
         self._pool = pool if data.compression == "gzip" else None
         self._rows = np.zeros((data.chunks[0], *data.shape[1:]), data.dtype)
-        self._first = self._filled = 0  # first row and current size of the chunk
+        self._first = self._filled = 0  # first row, and bytes so far, of the chunk
         self._squeezed: deque[tuple[int, Future[bytes]]] = deque()  # first row, chunk
 
-    def append(self, values: np.ndarray) -> None:
-        """Append rows."""
-        while len(values):
-            part, values = np.split(values, [len(self._rows) - self._filled])
-            self._rows[self._filled : self._filled + len(part)] = part
+    def append(self, data: memoryview) -> None:
+        """Append the bytes of rows."""
+        while data:
+            chunk = self._rows.reshape(-1).view(np.uint8).data
+            part, data = data[: len(chunk) - self._filled], data[len(chunk) - self._filled :]
+            chunk[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            if self._filled == len(self._rows):
+            if self._filled == len(chunk):
                 self._write_chunk()
 
     def finish(self) -> None:
@@ -69,13 +119,14 @@ class ChunkedWriter:
         self._write_squeezed(0)
 
     def _write_chunk(self) -> None:
+        rows = self._filled // self._rows[:1].nbytes
         if self._pool is None:
-            self._data[self._first : self._first + self._filled] = self._rows[: self._filled]
+            self._data[self._first : self._first + rows] = self._rows[:rows]
         else:
             self._squeezed.append((self._first, self._pool.submit(_squeezed, self._rows)))
             self._rows = np.zeros_like(self._rows)
             self._write_squeezed(2 * THREADS)
-        self._first, self._filled = self._first + self._filled, 0
+        self._first, self._filled = self._first + rows, 0
 
     def _write_squeezed(self, left: int) -> None:
         """Write compressed chunks in order until ``left`` remain."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,11 +62,20 @@ def _abandon(file: h5py.File) -> None:
         file.close()
 
 
-def _reserve(file: h5py.File, space: int) -> None:
+def reserve_between(file: h5py.File, space: int, others: Sequence[tuple[int, int]]) -> None:
+    """Reserve a file's space up to ``space``, except for ranges (first byte, end) that are not written by HDF5."""
+    at = 0
+    for first, end in [*sorted(others), (space, space)]:
+        if first > at:
+            _reserve(file, first - at, at)
+        at = max(at, end)
+
+
+def _reserve(file: h5py.File, space: int, start: int = 0) -> None:
     if not space or not hasattr(os, "posix_fallocate"):
         return
     try:
-        os.posix_fallocate(file.id.get_vfd_handle(), 0, space)
+        os.posix_fallocate(file.id.get_vfd_handle(), start, space)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # unsupported by some file systems
             raise

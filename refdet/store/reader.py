@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from refdet.errors import InputError
+from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, row_of
 from refdet.store.hdf5_door import open_store_file
 from refdet.store.schema import (
     MAPS,
@@ -188,35 +189,27 @@ class Store:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
 
     def _read(self, image_id: int, rows: range, wanted: Sequence[str]) -> Regions:
-        i, data = self._at[image_id], self.data
-        part = slice(rows.start, rows.stop)
-        maps = {
-            name: self._map(name, i) for name in wanted if name in self.map_names and self._map_shapes[name][i].any()
-        }
-        return Regions(
-            image_id=int(image_id),
-            file_name=str(self.file_names[i]),
-            height=int(self.heights[i]),
-            width=int(self.widths[i]),
-            boxes=data["regions/box"][part],
-            scores=data["regions/score"][part],
-            category_ids=data["regions/category_id"][part],
-            ann_ids=data["regions/ann_id"][part] if self.has_ann_ids else None,
-            masks=self._masks(i, rows) if self.has_masks else None,
-            features={name: data[f"features/{name}"][part] for name in wanted if name in self.feature_names},
-            error=str(self.image_errors[i]),
-            maps=maps,
-            im_info=data["maps/im_info"][i] if maps else None,
-            names=self.names,
-        )
+        i = self._at[image_id]
+        names = ["regions/box", "regions/score", "regions/category_id"] + ["regions/ann_id"] * self.has_ann_ids
+        names += [f"features/{name}" for name in wanted if name in self.feature_names]
+        arrays = {name: self.data[name][rows.start : rows.stop] for name in names}
+        sizes: Sequence[int] = ()
+        if self.has_masks:
+            arrays[MASK_COUNTS], sizes = self._masks(i, rows)
+        for name in wanted:
+            if name in self.map_names and self._map_shapes[name][i].any():
+                arrays[f"maps/{name}"], arrays["maps/im_info"] = self._map(name, i), self.data["maps/im_info"][i]
+        head = (int(image_id), str(self.file_names[i]), int(self.heights[i]), int(self.widths[i]))
+        row = row_of((*head, str(self.image_errors[i])), arrays)
+        return decode(EncodedImage(row, sizes, arrays), self.names)
 
-    def _masks(self, i: int, rows: range) -> tuple[bytes, ...]:
+    def _masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:
+        """Masks of an image, back to back, and the number of bytes of each."""
         counts = self.data["regions/mask_counts"]
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
-        cuts = (starts - starts[0]).tolist()
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
-        read = counts[int(starts[0]) : int(starts[-1])]
+        read: np.ndarray = counts[int(starts[0]) : int(starts[-1])]
         # checked, as pycocotools writes out of bounds for an RLE that does not match its image
         covered = covered_pixels(read, starts - starts[0])
         if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
@@ -224,8 +217,7 @@ class Store:
                 f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
                 f"{self.widths[i]}x{self.heights[i]} pixels"
             )
-        text = read.tobytes()
-        return tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+        return read, np.diff(starts).tolist()
 
     def _map(self, name: str, i: int) -> np.ndarray:
         first, last = self._map_starts[name][i : i + 2].tolist()

@@ -17,14 +17,25 @@ _SLACK = 64 << 10  # HDF5's metadata and the information about the run
 
 def space_needed(images: Sequence[ImageRow], columns: Columns, header: Header) -> int:
     """Maximum size in bytes of a store of images."""
-    regions, dtype = sum(row.regions for row in images), np.dtype(columns.dtype)
-    need = regions * (16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks) + sum(row.mask_bytes for row in images)
-    large = {f"features/{name}": (regions, *shape) for name, shape in columns.features.items()}
-    large |= {f"maps/{name}": (sum(math.prod(row.map_shape) for row in images),) for name in columns.maps}
-    for name, shape in large.items():
-        compressed = columns.is_compressed(name)
-        need += chunked_space(shape, dtype) if compressed else math.prod(shape) * dtype.itemsize
-    need += 32 * len(images) if columns.maps else 0
+    need = contiguous_space(images, columns)
+    if columns.compression != "none":
+        need += sum(chunked_space(shape, np.dtype(columns.dtype)) for shape in _large(images, columns))
     need += 4 * len(images) * len(columns.names())  # checksums
     need += sum(128 + 4 * (len(row.file_name) + len(row.error)) for row in images)  # HDF5's string heap
     return need + 2 * len(json.dumps(asdict(header))) + _SLACK
+
+
+def contiguous_space(images: Sequence[ImageRow], columns: Columns) -> int:
+    """Size in bytes of the columns that are not compressed."""
+    regions = sum(row.regions for row in images)
+    need = regions * (16 + 4 + 8 + 8 * columns.ann_ids + 8 * columns.masks) + sum(row.mask_bytes for row in images)
+    need += 32 * len(images) if columns.maps else 0
+    if columns.compression == "none":
+        need += sum(math.prod(shape) for shape in _large(images, columns)) * np.dtype(columns.dtype).itemsize
+    return need
+
+
+def _large(images: Sequence[ImageRow], columns: Columns) -> list[tuple[int, ...]]:
+    """Shapes of the features and maps."""
+    regions, cells = sum(row.regions for row in images), sum(math.prod(row.map_shape) for row in images)
+    return [*((regions, *shape) for shape in columns.features.values()), *((cells,) for _ in columns.maps)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from refdet.errors import InputError
 from refdet.files.progress import progress
 from refdet.store import CORRUPTION_ERRORS, Store
 from refdet.store import open as open_store
+from refdet.store.crc import crc32
 from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_starts, image_checksum
 from refer.masks import rle_pixels
 
@@ -155,7 +155,7 @@ def _check_image(
         except CORRUPTION_ERRORS as error_:
             wrong.append((name, f"cannot be read: {error_}"))
             continue
-        if name in checksums and zlib.crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:
+        if name in checksums and crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:
             wrong.append((name, "checksum mismatch"))
     wrong += _inconsistencies(columns, size, categories, rates)
     found.problems += [Problem(image_id, part, what) for part, what in wrong]

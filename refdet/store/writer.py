@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ import h5py
 import numpy as np
 
 from refdet.files.atomic import atomic_write
-from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, chunk_rows
+from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, ContiguousWriter, chunk_rows, contiguous_layout
+from refdet.store.codec import MASK_COUNTS, MASK_START, EncodedImage, encode, raw_bytes
+from refdet.store.crc import crc32
 from refdet.store.hdf5_door import remember
-from refdet.store.hdf5_file import new_file
+from refdet.store.hdf5_file import new_file, reserve_between
 from refdet.store.schema import (
     CHECKSUMS,
     SCHEMA,
@@ -28,6 +29,7 @@ from refdet.store.schema import (
     image_checksum,
     starts_of,
 )
+from refdet.store.size import contiguous_space
 from refdet.structures.regions import Regions
 
 
@@ -63,6 +65,7 @@ class StoreWriter:
         self._head_start = starts_of([math.prod(image.map_shape) for image in images])
         self._finished = False
         self._names = columns.names()
+        self._column = {name: column for column, name in enumerate(self._names)}
         self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
         file.attrs["schema"] = SCHEMA
         file.attrs["classes"] = json.dumps(header.classes)
@@ -72,14 +75,21 @@ class StoreWriter:
         file.attrs["complete"] = False
         # Kept open, as closing a dataset on a full disk crashes HDF5 (`new_file`).
         self._data: dict[str, h5py.Dataset] = {}
+        self._writers: dict[str, ChunkedWriter | ContiguousWriter] = {}  # of datasets that are not empty
+        self._rows: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}  # dtype and shape of a row of a dataset
+        self._pool = pool
         self._describe_images(images)
         self._make_columns()
-        self._chunks = {name: ChunkedWriter(data, pool) for name, data in self._data.items() if data.chunks}
 
     @property
     def path(self) -> Path:
         """Temporary path of the file."""
         return Path(self._file.filename)
+
+    def reserve(self, space: int) -> None:
+        """Reserve disk space for all that HDF5 writes to the file, of at most this size."""
+        writers = [writer for writer in self._writers.values() if isinstance(writer, ContiguousWriter)]
+        reserve_between(self._file, space, [writer.place for writer in writers])
 
     def _describe_images(self, images: Sequence[ImageRow]) -> None:
         for name, dtype in (("id", np.int64), ("height", np.int32), ("width", np.int32)):
@@ -100,8 +110,8 @@ class StoreWriter:
         if columns.ann_ids:
             shapes["regions/ann_id"] = ((n,), np.int64)
         if columns.masks:
-            shapes["regions/mask_counts"] = ((int(self._mask_start[-1]),), np.uint8)
-            shapes["regions/mask_start"] = ((n + 1,), np.int64)
+            shapes[MASK_COUNTS] = ((int(self._mask_start[-1]),), np.uint8)
+            shapes[MASK_START] = ((n + 1,), np.int64)
         for name, shape in columns.features.items():
             shapes[f"features/{name}"] = ((n, *shape), np.dtype(columns.dtype))
         self._file.create_group("features")
@@ -111,94 +121,79 @@ class StoreWriter:
             shapes["maps/im_info"] = ((count, 3), np.float32)
             self._new(f"maps/{name}_start", self._head_start.shape, np.dtype(np.int64), self._head_start)
         for name, (shape, dtype) in shapes.items():
-            self._new(name, shape, np.dtype(dtype))
+            data = self._new(name, shape, np.dtype(dtype))
+            self._rows[name] = data.dtype, shape[1:]
+            if data.size:
+                self._writers[name] = ChunkedWriter(data, self._pool) if data.chunks else ContiguousWriter(data)
         if columns.masks:
-            self._data["regions/mask_start"][0] = 0
+            self._writers[MASK_START].append(memoryview(bytes(8)))
 
     def _new(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
     ) -> h5py.Dataset:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"track_times": False}
         if self._columns.is_compressed(name) and 0 not in shape:
             chunk = (chunk_rows(shape, dtype), *shape[1:])
-            options = {"chunks": chunk, "compression": self._columns.compression, "shuffle": True}
+            options |= {"chunks": chunk, "compression": self._columns.compression, "shuffle": True}
             if self._columns.compression == "gzip":
                 options["compression_opts"] = GZIP_LEVEL
-        data = self._data[name] = self._file.create_dataset(name, shape, dtype, track_times=False, **options)
+        elif values is None:
+            options = {"dcpl": contiguous_layout()}
+        data = self._data[name] = self._file.create_dataset(name, shape, dtype, **options)
         if values is not None and values.size:
             data[...] = values
         return data
 
-    def put(self, regions: Regions) -> None:
+    def put(self, image: Regions | EncodedImage) -> None:
         """Write the regions of the next image.
 
         Args:
-            regions: the regions.
+            image: the regions, or what they were encoded to.
 
         Raises:
-            ValueError: they do not match ``images``.
+            ValueError: they do not match ``images``, or lack a column.
         """
         i = self._next
-        if i == len(self._images) or regions.image_id != self._images[i].id:
+        image_id = image.image_id if isinstance(image, Regions) else image.row.id
+        if i == len(self._images) or image_id != self._images[i].id:
             wanted = "no image" if i == len(self._images) else f"image {self._images[i].id}"
-            raise ValueError(f"image {regions.image_id}: expected {wanted} next")
+            raise ValueError(f"image {image_id}: expected {wanted} next")
         self._next += 1
-        first, last = int(self._region_start[i]), int(self._region_start[i + 1])
-        if len(regions) != last - first:
-            raise ValueError(f"image {regions.image_id}: {len(regions)} regions, expected {last - first}")
-        image = self._images[i]
-        checksum = image_checksum(image.id, image.height, image.width, first, last, image.file_name, image.error)
+        if isinstance(image, Regions):
+            image = encode(image, self._columns)
+        row, first, last = self._images[i], int(self._region_start[i]), int(self._region_start[i + 1])
+        if image.row.regions != row.regions:
+            raise ValueError(f"image {row.id}: {image.row.regions} regions, expected {row.regions}")
+        checksum = image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
         self._checksums[i, 0] = checksum
         if first < last:
-            self._put_columns(i, regions, slice(first, last))
-        if self._columns.maps:
-            self._put_maps(i, regions)
-
-    def _put_columns(self, i: int, regions: Regions, rows: slice) -> None:
-        self._write(i, "regions/box", rows, regions.boxes)
-        self._write(i, "regions/score", rows, regions.scores)
-        self._write(i, "regions/category_id", rows, regions.category_ids)
-        if self._columns.ann_ids:
-            if regions.ann_ids is None:
-                raise ValueError(f"image {regions.image_id}: no annotation ids")
-            self._write(i, "regions/ann_id", rows, regions.ann_ids)
-        if self._columns.masks:
-            if regions.masks is None:
-                raise ValueError(f"image {regions.image_id}: no masks")
-            start, stop = int(self._mask_start[i]), int(self._mask_start[i + 1])
-            text = np.frombuffer(b"".join(regions.masks), np.uint8)
-            self._write(i, "regions/mask_counts", slice(start, stop), text)
-            ends = start + np.cumsum([len(mask) for mask in regions.masks])
-            self._write(i, "regions/mask_start", slice(rows.start + 1, rows.stop + 1), ends)
-        for name in self._columns.features:
-            self._write(i, f"features/{name}", rows, regions.features[name])
-
-    def _put_maps(self, i: int, regions: Regions) -> None:
-        shape, row = self._images[i].map_shape, slice(i, i + 1)
+            for name in self._names[1:]:
+                if name == MASK_START:
+                    ends = self._mask_start[i] + np.cumsum(np.array(image.mask_sizes, np.int64))
+                    self._append(i, name, ends, row.regions)
+                elif not name.startswith("maps/"):
+                    rows = row.mask_bytes if name == MASK_COUNTS else row.regions
+                    self._append(i, name, image.arrays[name], rows, image.checksums[name])
         for name in self._columns.maps:
-            values = regions.maps.get(name)
-            found = (0, 0, 0) if values is None else values.shape
-            if found != tuple(shape):
-                raise ValueError(f"image {regions.image_id}: {name} map has shape {found}, expected {shape}")
-            self._write(i, f"maps/{name}_shape", row, np.array([shape], np.int32))
-            if values is not None:
-                cells = slice(int(self._head_start[i]), int(self._head_start[i + 1]))
-                self._write(i, f"maps/{name}", cells, values.reshape(-1))
-        info = np.zeros(3, np.float32) if regions.im_info is None else regions.im_info
-        self._write(i, "maps/im_info", row, info[None])
+            values = image.arrays.get(f"maps/{name}", np.zeros((0, 0, 0), self._columns.dtype))
+            if values.shape != tuple(row.map_shape):
+                raise ValueError(f"image {row.id}: {name} map has shape {values.shape}, expected {row.map_shape}")
+            self._append(i, f"maps/{name}", values.reshape(-1), values.size)
+            self._append(i, f"maps/{name}_shape", np.array([row.map_shape], np.int32), 1)
+            self._append(i, "maps/im_info", image.arrays.get("maps/im_info", np.zeros(3, np.float32))[None], 1)
 
-    def _write(self, i: int, name: str, rows: slice, values: np.ndarray) -> None:
-        """Write rows of a dataset and record their checksum for image ``i``."""
-        data = self._data[name]
-        values = np.ascontiguousarray(values, data.dtype)
-        if values.shape != (rows.stop - rows.start, *data.shape[1:]):
-            wanted = (rows.stop - rows.start, *data.shape[1:])
-            raise ValueError(f"image {self._images[i].id}: {name} has shape {values.shape}, expected {wanted}")
-        if name in self._chunks:
-            self._chunks[name].append(values)
-        elif values.size:
-            data[rows] = values
-        self._checksums[i, self._names.index(name)] = zlib.crc32(values.data) if values.size else 0
+    def _append(self, i: int, name: str, values: np.ndarray, rows: int, checksum: int | None = None) -> None:
+        """Append to a dataset and record the checksum for image ``i``."""
+        dtype, shape = self._rows[name]
+        if values.shape != (rows, *shape) or values.dtype != dtype:
+            raise ValueError(
+                f"image {self._images[i].id}: {name} has dtype {values.dtype} and shape {values.shape}, "
+                f"expected {dtype} and {(rows, *shape)}"
+            )
+        if values.size:
+            data = raw_bytes(values)
+            self._writers[name].append(data)
+            self._checksums[i, self._column[name]] = crc32(data) if checksum is None else checksum
 
     def finish(self, run: Mapping[str, Any] | None = None) -> None:
         """Mark the store complete; called by `create` if the caller does not.
@@ -214,8 +209,8 @@ class StoreWriter:
             return
         if missing := self._images[self._next :]:
             raise ValueError(f"{len(missing)} images were not written, first: {missing[0].id}")
-        for chunks in self._chunks.values():
-            chunks.finish()
+        for writer in self._writers.values():
+            writer.finish()
         sums = self._new(CHECKSUMS, self._checksums.shape, self._checksums.dtype, self._checksums)
         sums.attrs["columns"] = json.dumps(self._names)
         sums.attrs["attributes"] = attributes_checksum(self._file.attrs)
@@ -241,12 +236,17 @@ def create(
     Yields:
         The writer.
     """
+    # If nothing is compressed, most of the file is not written by HDF5, and reserving it takes as long as writing it on
+    # some file systems.
+    contiguous = contiguous_space(images, columns) if space and columns.compression == "none" else 0
     with (
         atomic_write(path) as temporary,
-        new_file(temporary, space) as file,
+        new_file(temporary, space - contiguous) as file,
         ThreadPoolExecutor(THREADS, "compress") as pool,
     ):
         writer = StoreWriter(file, header, columns, images, pool)
+        if contiguous:
+            writer.reserve(space)
         yield writer
         writer.finish()
     remember(path)

@@ -1,5 +1,7 @@
 """The features of detections and of given boxes: what each is, by its definition."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from refdet.config import recipe as recipes
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import optimize
 from refdet.detector.feature_names import check_features
-from refdet.detector.predictor import describe_boxes, detect_batch, start_detecting
+from refdet.detector.predictor import describe_boxes, detect_batch, start_describing, start_detecting
 from refdet.errors import InputError
 from refdet.structures.detection_options import DetectionOptions
 
@@ -55,6 +57,23 @@ def test_features_of_detections_are_those_of_their_boxes() -> None:
         assert list(found.features) == list(names) and len(found) > 3
         for name in names:
             np.testing.assert_allclose(found.features[name], wanted.features[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_float16_is_that_of_the_float32_features(rough: bool) -> None:
+    """Converted before the copy from the GPU, and to the same bits as afterwards."""
+    model = optimize.optimize_for_inference(trained_model().to(torch.bfloat16 if rough else torch.float32))
+    images, records = some_images()
+    options = DetectionOptions(score_threshold=0.1, max_regions=10)
+    detect = partial(start_detecting, model, images, records, IDS, options, features=EVERY)
+    describe = partial(start_describing, model, images, BOXES, features=EVERY)
+    for start in (detect, describe):
+        for exact, half in zip(start()(), start(dtype=torch.float16)(), strict=True):
+            wanted, found = {**exact.features, **exact.maps}, {**half.features, **half.maps}
+            assert list(found) == list(wanted) == list(EVERY)
+            for name, values in found.items():
+                assert (values.dtype, wanted[name].dtype) == (np.float16, np.float32)
+                np.testing.assert_array_equal(values, wanted[name].astype(np.float16))
 
 
 def test_a_batch_may_be_finished_after_the_next_was_started() -> None:

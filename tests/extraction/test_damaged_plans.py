@@ -22,10 +22,10 @@ from refdet.config import recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError, Interrupted, RefdetError
 from refdet.extraction.pipeline import extract
-from refdet.extraction.shard_arrays import ShardError, read
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.report.page import _read_log
+from refdet.store.shard_file import ShardError, read
 from refdet.structures.provenance import Provenance
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.run_card import write_card

@@ -20,8 +20,9 @@ from store_examples import PLAN, contents, make_regions
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction.shard_arrays import ShardError, ShardWriter, read
 from refdet.extraction.steps import Finish
+from refdet.store.codec import decode
+from refdet.store.shard_file import ShardError, ShardWriter, read
 from refdet.structures.limits import is_id, size_problem
 
 pytestmark = pytest.mark.slow
@@ -104,7 +105,7 @@ def test_shards(tmp_path: Path) -> None:
         with io.BytesIO() as file:
             again = ShardWriter(file, {"shard": 0}, PLAN)
             try:
-                found = [regions for regions, _ in read(path, {"shard": 0}, PLAN)]
+                found = [decode(image) for image, _ in read(path, {"shard": 0}, PLAN)]
             except ShardError as error:
                 raise InputError(str(error).partition(" (")[0]) from error
             for regions in found:

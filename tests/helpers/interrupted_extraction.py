@@ -23,10 +23,10 @@ from store_examples import HEADER, PLAN, make_regions, record
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.extraction.pipeline import extract
-from refdet.extraction.shard_arrays import ShardWriter
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.store import StoreWriter
+from refdet.store.shard_file import ShardWriter
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]  # each is a shard

@@ -51,7 +51,7 @@ def test_the_space_set_aside_is_enough_and_no_chunk_is_written_twice(
     tmp_path: Path, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(hdf5_file, "_reserve", lambda file, space: seen.append(space))
+    monkeypatch.setattr(hdf5_file, "_reserve", lambda file, space, start=0: seen.append(space))
     run(tmp_path / "a.h5", compression)
     size = (tmp_path / "a.h5").stat().st_size
     assert size <= seen[0] < size + 8 * MIB
@@ -71,7 +71,7 @@ import test_compressed_space as t
 from refdet.store import hdf5_file
 from refdet.errors import RuntimeFailure
 from refdet.structures.regions import Regions
-hdf5_file._reserve = lambda file, space: None
+hdf5_file._reserve = lambda file, space, start=0: None
 merge = t.store_merge()
 def limited(self, *rest):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from sound_regions import HEADER, draw
 
 from refdet import store
+from refdet.store import chunks
+from refdet.store.codec import encode
 from refdet.store.verify import verify
 
 
@@ -44,3 +47,28 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     ):
         writer.put(draw(1, 1, columns))
     assert not (tmp_path / "a.h5").exists()
+
+
+@pytest.mark.usefixtures("opened_here")
+def test_large_and_small_rows_are_whole_whatever_the_disk_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = store.Columns({"large": (70_000,), "small": (3,)}, masks=True, ann_ids=True)
+    images = [draw(i, n, columns) for i, n in enumerate((2, 0, 1, 40, 1))]
+    rows = [encode(image, columns).row for image in images]
+    pwrite, sizes = os.pwrite, []
+
+    def part(descriptor: int, data: memoryview, offset: int) -> int:
+        sizes.append(len(data))
+        return pwrite(descriptor, data[:100_000], offset)
+
+    monkeypatch.setattr(chunks.os, "pwrite", part)
+    with store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer:
+        for image in images:
+            writer.put(image)
+    assert max(sizes) > 2**18 and min(sizes) < 1000
+    assert not verify(tmp_path / "a.h5").problems
+    with store.open(tmp_path / "a.h5") as found:
+        for image in images:
+            for name, values in image.features.items():
+                np.testing.assert_array_equal(found[image.image_id].features[name], values)

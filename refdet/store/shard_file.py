@@ -19,24 +19,32 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from refdet.errors import RuntimeFailure
-from refdet.extraction.plan import Plan
 from refdet.files.short_text import cut
+from refdet.store.codec import (
+    MASK_COUNTS,
+    EncodedImage,
+    decode,
+    dtypes,
+    encode,
+    missing,
+    raw_bytes,
+    row_of,
+)
+from refdet.store.crc import crc32
+from refdet.store.schema import Columns
 from refdet.structures.limits import is_id, size_problem
 from refdet.structures.regions import Regions
 
 _MAGIC = b"refdet-shard/2\n"
 _BLOCK = struct.Struct("<QI")
 _NUMBER = struct.Struct("<I")
-_FEATURE, _MAP = "features/", "maps/"
 
 
 class ShardError(Exception):
@@ -63,46 +71,47 @@ class ShardWriter:
     Args:
         file: a binary file open for writing.
         shard_id: identity of the shard, JSON; `read` requires the same.
-        plan: which columns of the regions to write.
+        columns: which columns of the regions to write.
     """
 
-    def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any], plan: Plan) -> None:
-        self._file, self._plan = file, plan
+    def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any], columns: Columns) -> None:
+        self._file, self._columns = file, columns
         self._size = len(_MAGIC)
         self._crc = 0  # of the blocks' CRCs
         file.write(_MAGIC)
         self._write([json.dumps(shard_id).encode()])
 
-    def add(self, regions: Regions) -> BlockLocation:
+    def add(self, image: Regions | EncodedImage) -> tuple[EncodedImage, BlockLocation]:
         """Write an image.
 
         Args:
-            regions: the regions of the image.
+            image: its regions, or what they were encoded to with a check that they are finite.
 
         Returns:
-            Location of its block.
+            The image as `read` gives it, and the location of its block.
 
         Raises:
             ValueError: a required column is missing.
             RuntimeFailure: a number is not finite, or too large for float16.
         """
-        masks = regions.masks or () if self._plan.masks else ()
-        if self._plan.masks and len(masks) != len(regions):
-            raise ValueError(f"image {regions.image_id}: no masks, which the plan requires")
-        arrays = _arrays(regions, self._plan)
+        if isinstance(image, Regions):
+            image = encode(image, self._columns, finite=True)
+        row = image.row
+        arrays = {_short(name): values for name, values in image.arrays.items()}
+        parts = [raw_bytes(values) for values in arrays.values()]
+        arrays.pop("mask_counts", None)
         head = json.dumps(
             {
-                "id": regions.image_id,
-                "file_name": regions.file_name,
-                "height": regions.height,
-                "width": regions.width,
-                "error": regions.error,
-                "masks": [len(mask) for mask in masks],
+                "id": row.id,
+                "file_name": row.file_name,
+                "height": row.height,
+                "width": row.width,
+                "error": row.error,
+                "masks": image.mask_sizes,
                 "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
             }
         ).encode()
-        parts = [values.reshape(-1).view(np.uint8).data for values in arrays.values() if values.size]
-        return self._write([_NUMBER.pack(len(head)), head, *masks, *parts])
+        return image, self._write([_NUMBER.pack(len(head)), head, *parts])
 
     def finish(self) -> None:
         """Write the end marker and the checksum of all blocks."""
@@ -111,17 +120,17 @@ class ShardWriter:
     def _write(self, parts: Sequence[bytes | memoryview]) -> BlockLocation:
         length, crc = sum(map(len, parts)), 0
         for part in parts:
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         self._file.write(_BLOCK.pack(length, crc))
         for part in parts:
             self._file.write(part)
-        self._crc = zlib.crc32(_NUMBER.pack(crc), self._crc)
+        self._crc = crc32(_NUMBER.pack(crc), self._crc)
         place = BlockLocation(self._size + _BLOCK.size, length, crc)
         self._size = place.start + length
         return place
 
 
-def read(path: Path, shard_id: Mapping[str, Any], plan: Plan) -> Iterator[tuple[Regions, BlockLocation]]:
+def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[tuple[EncodedImage, BlockLocation]]:
     """Iterate over the images of a shard in order.
 
     The shard is known to be complete only at the end of the iteration.
@@ -129,10 +138,10 @@ def read(path: Path, shard_id: Mapping[str, Any], plan: Plan) -> Iterator[tuple[
     Args:
         path: the shard.
         shard_id: expected identity of the shard.
-        plan: columns of the regions.
+        columns: columns of the regions.
 
     Yields:
-        Regions of each image and location of its block.
+        Each image, which `refdet.store.codec.decode` converts to regions, and the location of its block.
 
     Raises:
         ShardError: the shard is truncated, damaged or another one.
@@ -146,19 +155,24 @@ def read(path: Path, shard_id: Mapping[str, Any], plan: Plan) -> Iterator[tuple[
         if found != shard_id:
             raise ShardError("belongs to another extraction")
         for data, place in blocks:
-            yield _image(data, plan), place
+            with _malformed():
+                image = _image(data, columns)
+                decode(image)
+                if absent := missing(image, columns):
+                    raise ValueError(f"{min(absent)} is missing")
+            yield image, place
 
 
-def read_at(path: Path, place: BlockLocation, plan: Plan) -> Regions:
+def read_at(path: Path, place: BlockLocation, columns: Columns) -> EncodedImage:
     """Read one image of a shard.
 
     Args:
         path: the shard.
         place: location of the image's block.
-        plan: columns of the regions.
+        columns: columns of the regions.
 
     Returns:
-        Regions of the image.
+        The image.
 
     Raises:
         ShardError: the shard is damaged or missing.
@@ -166,9 +180,11 @@ def read_at(path: Path, place: BlockLocation, plan: Plan) -> Regions:
     try:
         with path.open("rb") as file:
             file.seek(place.start)
-            return _image(_checked(file.read(place.length), place), plan)
+            data = _checked(file.read(place.length), place)
     except FileNotFoundError:
         raise ShardError("missing") from None
+    with _malformed():
+        return _image(data, columns)
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
@@ -189,7 +205,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
             raise ShardError("damaged: truncated")
         place = BlockLocation(file.tell(), length, crc)
         yield _checked(file.read(length), place), place
-        all_crcs = zlib.crc32(_NUMBER.pack(crc), all_crcs)
+        all_crcs = crc32(_NUMBER.pack(crc), all_crcs)
         blocks += 1
     if crc != all_crcs or left or not blocks:
         raise ShardError("damaged: wrong end marker or checksum")
@@ -198,15 +214,16 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
 def _checked(data: bytes, place: BlockLocation) -> bytes:
     if len(data) != place.length:
         raise ShardError("damaged: truncated")
-    if zlib.crc32(data) != place.crc:
+    if crc32(data) != place.crc:
         raise ShardError("damaged: checksum mismatch")
     return data
 
 
-def _image(data: bytes, plan: Plan) -> Regions:
-    # A file written with malicious intent has valid checksums, too.
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """Turn what malformed data cause into a ShardError: a file written with malicious intent has valid checksums."""
     try:
-        return _parsed(data, plan)
+        yield
     except (
         ValueError,
         KeyError,
@@ -221,28 +238,28 @@ def _image(data: bytes, plan: Plan) -> Regions:
         raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
 
 
-def _parsed(data: bytes, plan: Plan) -> Regions:
+def _image(data: bytes, columns: Columns) -> EncodedImage:
+    """Parse an image; its arrays are views of the data, which may be unaligned."""
     (length,) = _NUMBER.unpack_from(data)
     at = _NUMBER.size + length
     head = json.loads(data[_NUMBER.size : at])
     _check_head(head)
-    ends = list(accumulate(head["masks"], initial=at))
-    masks = tuple(data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
-    dtypes = _dtypes(plan)
-    arrays, at = {}, ends[-1]
+    types, arrays = {_short(name): (name, dtype) for name, dtype in dtypes(columns).items()}, {}
+    text = np.frombuffer(data[at : at + sum(head["masks"])], types.pop("mask_counts")[1])
+    if columns.masks:
+        arrays[MASK_COUNTS] = text
+    at += sum(head["masks"])
     for name, dtype, shape in head["arrays"]:
-        if dtype != dtypes[name].str:
+        dataset, wanted = types[name]
+        if dtype != wanted.str:
             raise ValueError(f"{name} has dtype {dtype!r:.20}")
         count = math.prod(shape)
         if min(shape, default=0) < 0:
             raise ValueError(f"{name} has a negative size")
-        # copied, as the data may be unaligned
-        arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape).copy() if count else np.zeros(shape, dtype)
-        at += count * np.dtype(dtype).itemsize
-    regions = _regions(head, masks if plan.masks else None, arrays)
-    if missing := _required(regions, plan) - arrays.keys():
-        raise ValueError(f"{min(missing)} is missing")
-    return regions
+        arrays[dataset] = np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
+        at += count * wanted.itemsize
+    fields = (head["id"], head["file_name"], head["height"], head["width"], head["error"])
+    return EncodedImage(row_of(fields, arrays), head["masks"] if columns.masks else (), arrays)
 
 
 def _check_head(head: Mapping[str, Any]) -> None:
@@ -260,83 +277,6 @@ def _check_head(head: Mapping[str, Any]) -> None:
         text.encode("utf-8", "surrogateescape")
 
 
-def _dtypes(plan: Plan) -> dict[str, np.dtype]:
-    """Name -> dtype of each array that an image can have."""
-    fixed = {"box": "<f4", "score": "<f4", "category_id": "<i8", "ann_id": "<i8", "im_info": "<f4"}
-    of_plan = [_FEATURE + name for name in plan.features] + [_MAP + name for name in plan.maps]
-    return {name: np.dtype(dtype) for name, dtype in [*fixed.items(), *((name, plan.dtype) for name in of_plan)]}
-
-
-def _required(regions: Regions, plan: Plan) -> set[str]:
-    """Names of the arrays that an image must have besides its boxes."""
-    of_regions = ["ann_id"] * plan.ann_ids + [_FEATURE + name for name in plan.features]
-    maps = [] if regions.error else [_MAP + name for name in plan.maps]
-    return {*maps, *(of_regions if len(regions) else [])}
-
-
-def _arrays(regions: Regions, plan: Plan) -> dict[str, np.ndarray]:
-    """Convert an image's regions to the arrays that are stored; the inverse of `_regions`."""
-    arrays = {
-        "box": np.ascontiguousarray(regions.boxes, "<f4"),
-        "score": np.ascontiguousarray(regions.scores, "<f4"),
-        "category_id": np.ascontiguousarray(regions.category_ids, "<i8"),
-    }
-    if plan.ann_ids and len(regions):
-        if regions.ann_ids is None:
-            raise ValueError(f"image {regions.image_id}: no annotation ids, which the plan requires")
-        arrays["ann_id"] = np.ascontiguousarray(regions.ann_ids, "<i8")
-    for name in plan.features:
-        if len(regions) and name not in regions.features:
-            raise ValueError(f"image {regions.image_id}: no {name} features")
-        if name in regions.features:  # an image without regions may have features with a known shape
-            arrays[_FEATURE + name] = _cast(regions.features[name], plan.dtype)
-    for name in plan.maps:
-        if name not in regions.maps and not regions.error:
-            raise ValueError(f"image {regions.image_id}: no {name} map")
-        if name in regions.maps:
-            arrays[_MAP + name] = _cast(regions.maps[name], plan.dtype)
-            arrays["im_info"] = np.ascontiguousarray(regions.im_info, "<f4")
-    for name, values in arrays.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise _not_finite(regions, name, plan.dtype)
-    return arrays
-
-
-def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # infinite values are refused later
-        return np.ascontiguousarray(values, dtype)
-
-
-def _not_finite(regions: Regions, name: str, dtype: str) -> RuntimeFailure:
-    """Error for an array that contains infinity or NaN."""
-    where = f"image {regions.image_id} ({regions.file_name}): {name.split('/')[-1]}"
-    given = {**regions.features, **regions.maps}.get(name.split("/")[-1])
-    if given is not None and np.isfinite(given).all():
-        largest = float(np.abs(given).max())
-        return RuntimeFailure(
-            f"{where} reaches {largest:g}, beyond the range of {dtype} ({np.finfo(dtype).max:g}); "
-            "start again with `dtype='float32'`"
-        )
-    return RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
-
-
-def _regions(head: Mapping[str, Any], masks: tuple[bytes, ...] | None, arrays: Mapping[str, np.ndarray]) -> Regions:
-    return Regions(
-        head["id"],
-        head["file_name"],
-        head["height"],
-        head["width"],
-        boxes=arrays["box"],
-        scores=arrays["score"],
-        category_ids=arrays["category_id"],
-        ann_ids=arrays.get("ann_id"),
-        masks=masks,
-        features=_named(_FEATURE, arrays),
-        error=head["error"],
-        maps=_named(_MAP, arrays),
-        im_info=arrays.get("im_info"),
-    )
-
-
-def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+def _short(dataset: str) -> str:
+    """Name of an array in a shard."""
+    return "im_info" if dataset == "maps/im_info" else dataset.removeprefix("regions/")

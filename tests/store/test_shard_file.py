@@ -19,8 +19,9 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_arrays import BlockLocation, ShardError, ShardWriter, read, read_at
 from refdet.extraction.steps import Finish
+from refdet.store.codec import decode
+from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read, read_at
 from refdet.structures.regions import Regions
 
 FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.float32)}
@@ -29,7 +30,7 @@ FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.fl
 def write(path: Path, images: list[Regions], plan: Plan = PLAN) -> list[BlockLocation]:
     with path.open("wb") as file:
         writer = ShardWriter(file, {"shard": 0}, plan)
-        places = [writer.add(image) for image in images]
+        places = [writer.add(image)[1] for image in images]
         writer.finish()
     return places
 
@@ -55,7 +56,7 @@ def test_a_shard_gives_back_what_was_put_in(
         for image in images:
             writer.add(image)
         writer.finish()
-    found = [regions for regions, _ in read(path, {"shard": 0}, plan)]
+    found = [decode(image) for image, _ in read(path, {"shard": 0}, plan)]
     assert len(found) == len(images)
     for one, other in zip(found, images, strict=True):
         assert (one.image_id, one.file_name, one.masks) == (other.image_id, other.file_name, other.masks)
@@ -73,7 +74,7 @@ def test_each_image_is_read_alone_in_any_order(tmp_path: Path) -> None:
     places = write(tmp_path / "a", images)
     assert [place for _, place in read(tmp_path / "a", {"shard": 0}, PLAN)] == places
     for k in (2, 0, 3, 1):
-        found = read_at(tmp_path / "a", places[k], PLAN)
+        found = decode(read_at(tmp_path / "a", places[k], PLAN))
         assert (found.image_id, found.masks) == (k, images[k].masks)
         np.testing.assert_array_equal(found.boxes, images[k].boxes)
         if len(images[k]):
@@ -110,6 +111,14 @@ def test_a_number_that_does_not_fit_is_an_error_and_not_infinity(tmp_path: Path,
     )
     with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
         write(tmp_path / "a", [image], plan)
+
+
+@pytest.mark.parametrize(("value", "says"), [(np.inf, "is beyond the range of float16"), (np.nan, "contains NaN")])
+def test_a_number_that_did_not_fit_on_the_device_is_an_error_too(tmp_path: Path, value: float, says: str) -> None:
+    features = {name: values.astype(np.float16) for name, values in FEATURES.items()}
+    features["fc7"][1, 3] = value
+    with pytest.raises(RuntimeFailure, match=rf"image 7 \(ümlaut_7.jpg\): fc7 {says}"):
+        write(tmp_path / "a", [replace(make_regions(7, 2), features=features)], replace(PLAN, dtype="float16"))
 
 
 def test_such_a_number_stops_the_run_and_leaves_no_store(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Times everything behind the detector: serializing, shards, merging and closing the store.
+
+    python benchmarks/pipeline.py [--json] [--images 512] [--rounds 5] [--dtype float32,float16] [--folder DIR]
+
+A detector that costs nothing returns prepared results, 100 regions with masks, pool5 and fc7 of ResNet-101, to the real
+extraction. Beside it, in turns on the same results and disk:
+
+- h5py: the same columns written with one dataset per image and column, without checksums and without resuming;
+- disk: the bytes of the features alone, written to a file, read again, written to another one, and the first one
+  removed, which is what any way of writing shards first and a store afterwards costs.
+
+The folder is on a RAM disk by default, so that the disk is as fast as it gets. Encoding the masks is a part of the
+detector, and timed on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from refdet import store
+from refdet.config import recipe as recipes
+from refdet.data.coco import ImageRecord
+from refdet.data.training_batches import group_by_input_size
+from refdet.extraction.pipeline import extract
+from refdet.extraction.plan import Plan
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
+from refdet.ops.masks import masks_to_rle
+from refdet.structures.regions import Regions
+
+REGIONS, WIDTHS = 100, {"pool5": 1024, "fc7": 2048}
+SIZES = ((480, 640), (427, 640), (640, 480), (640, 427), (375, 500), (640, 640), (426, 640), (500, 375))
+DISTINCT = 64  # results, far more than fits into the processor's cache
+RAM_DISK = Path("/dev/shm")
+
+Masks = tuple[torch.Tensor, torch.Tensor]  # probabilities (REGIONS, 14, 14) and boxes (REGIONS, 4) of an image
+
+
+def draw_masks(height: int, width: int, seed: int) -> Masks:
+    """Smooth blobs in boxes of any size."""
+    random = torch.Generator().manual_seed(seed)
+    low = torch.rand(REGIONS, 2, generator=random) * torch.tensor([width, height]) * 0.7
+    size = (0.05 + 0.25 * torch.rand(REGIONS, 2, generator=random)) * torch.tensor([width, height])
+    noise = torch.randn(REGIONS, 1, 4, 4, generator=random)
+    cells = torch.nn.functional.interpolate(noise, (14, 14), mode="bicubic", align_corners=False)
+    return torch.sigmoid(cells[:, 0]), torch.cat((low, low + size), 1)
+
+
+def draw_results(dtype: str) -> list[Regions]:
+    """What the detector found in `DISTINCT` images, with features of this type."""
+    random, results = np.random.default_rng(0), []
+    for number in range(DISTINCT):
+        height, width = SIZES[number % len(SIZES)]
+        probabilities, boxes = draw_masks(height, width, number)
+        features = {
+            name: np.maximum(random.standard_normal((REGIONS, channels), np.float32), 0).astype(dtype)
+            for name, channels in WIDTHS.items()
+        }
+        results.append(
+            Regions(
+                number,
+                "",
+                height,
+                width,
+                boxes.numpy(),
+                np.sort(random.random(REGIONS, np.float32))[::-1].copy(),
+                random.integers(1, 91, REGIONS),
+                masks=tuple(masks_to_rle(probabilities, boxes, height, width)),
+                features=features,
+            )
+        )
+    return results
+
+
+def records_of(images: int) -> list[ImageRecord]:
+    """Images in sizes that alternate, as in a list of a dataset."""
+    sizes = np.random.default_rng(1).integers(0, len(SIZES), images).tolist()
+    return [ImageRecord(i, f"COCO_train2014_{i:012d}.jpg", *SIZES[size]) for i, size in enumerate(sizes)]
+
+
+def run(out: Path, records: list[ImageRecord], dtype: str, results: list[Regions], batch_size: int) -> Summary:
+    """The real extraction, with a detector and images that cost nothing."""
+    by_size: dict[tuple[int, int], list[Regions]] = {}
+    for result in results:
+        by_size.setdefault((result.height, result.width), []).append(result)
+    images = {(height, width): np.zeros((height, width, 3), np.uint8) for height, width in SIZES}
+
+    def result_of(record: ImageRecord) -> Regions:
+        drawn = by_size[record.height, record.width]
+        return replace(drawn[record.id % len(drawn)], image_id=record.id, file_name=record.file_name)
+
+    def compute(batch: list[ImageRecord], loaded: list[np.ndarray]) -> Finish:
+        return lambda: [result_of(record) for record in batch]
+
+    options = {"dtype": dtype}
+    plan = Plan(options, tuple(WIDTHS), dtype, masks=True, ann_ids=False, batch_size=batch_size)
+    header = store.Header([{"id": 1, "name": "person"}], "{}", {}, options)
+    batches = group_by_input_size(records, recipes.load("c4-res101").input, batch_size)
+    return extract(out, plan, header, batches, records, lambda r: images[r.height, r.width], compute)
+
+
+def naive(out: Path, records: list[ImageRecord], results: list[Regions]) -> None:
+    """What one writes first: a group per image, with a dataset per column."""
+    with h5py.File(out, "w") as file:
+        for record in records:
+            found, group = results[record.id % DISTINCT], file.create_group(str(record.id))
+            group["boxes"], group["scores"] = found.boxes, found.scores
+            group["labels"] = found.category_ids
+            group["masks"] = np.array(found.masks, dtype=h5py.string_dtype())
+            for name, values in found.features.items():
+                group[name] = values
+    with out.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def disk(folder: Path, images: int, results: list[Regions]) -> None:
+    """Write the features to a file, read them again and write them to another one."""
+    with (folder / "a").open("w+b", buffering=0) as first, (folder / "b").open("wb", buffering=0) as second:
+        for number in range(images):
+            for values in results[number % DISTINCT].features.values():
+                first.write(values)
+        os.fsync(first.fileno())
+        size = sum(values.nbytes for values in results[0].features.values())
+        first.seek(0)
+        for _ in range(images):
+            second.write(first.read(size))
+        os.fsync(second.fileno())
+    (folder / "a").unlink()
+
+
+def masks_ms(rounds: int) -> float:
+    """Milliseconds to encode the masks of an image, one thread."""
+    drawn, times = [(*draw_masks(*SIZES[k], k), *SIZES[k]) for k in range(len(SIZES))], []
+    for turn in range(10 * rounds + 1):
+        start = time.perf_counter()
+        for one in drawn:
+            masks_to_rle(*one)
+        if turn:
+            times.append((time.perf_counter() - start) / len(drawn) * 1000)
+    return statistics.median(times)
+
+
+def timed(folder: Path, work: Callable[[Path], Any]) -> tuple[float, float, Any]:
+    """Wall and processor seconds of work in an empty folder, and what it returns."""
+    folder.mkdir()
+    try:
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        result = work(folder)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    finally:
+        shutil.rmtree(folder)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
+
+
+def measure(folder: Path, dtype: str, images: int, rounds: int, batch_size: int) -> dict[str, Any]:
+    """Medians of rounds in which the three sides take turns; milliseconds an image."""
+    results, records = draw_results(dtype), records_of(images)
+    sides: dict[str, Callable[[Path], Any]] = {
+        "refdet": lambda at: run(at / "a.h5", records, dtype, results, batch_size),
+        "h5py": lambda at: naive(at / "a.h5", records, results),
+        "disk": lambda at: disk(at, images, results),
+    }
+    found: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):
+        for side, work in sides.items():
+            wall, processor, summary = timed(folder / side, work)
+            took = {side: wall, f"{side} processor": processor}
+            if summary is not None:
+                took |= {name: summary.stages[name] for name in ("wait", "finish", "write", "merge")}
+                took["open, check"] = wall - summary.seconds - summary.stages["merge"]
+            if turn:  # the first is a warm-up
+                for name, seconds in took.items():
+                    found.setdefault(name, []).append(seconds / images * 1000)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    gaps = [ours - floor for ours, floor in zip(found["refdet"], found["disk"], strict=True)]
+    busy = [a - b for a, b in zip(found["refdet processor"], found["disk processor"], strict=True)]
+    return {
+        "dtype": dtype,
+        "images_per_second": {side: round(1000 / medians[side], 1) for side in sides},
+        "ms_per_image": {name: round(value, 4) for name, value in medians.items()},
+        "besides_the_disk_ms": round(statistics.median(gaps), 4),
+        "besides_the_disk_processor_ms": round(statistics.median(busy), 4),
+        "ratio_to_h5py": round(medians["h5py"] / medians["refdet"], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the medians are taken")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32,float16")
+    parser.add_argument("--folder", type=Path, help="where to write; /dev/shm if there is one")
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    where = options.folder or (RAM_DISK if RAM_DISK.is_dir() else None)
+    result: dict[str, Any] = {"images": options.images, "rounds": options.rounds, "batch_size": options.batch_size}
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        os.environ["XDG_CACHE_HOME"] = name
+        result["folder"] = "/dev/shm" if where == RAM_DISK else str(where or tempfile.gettempdir())
+        result["cores"], result["masks_ms"] = os.cpu_count(), round(masks_ms(options.rounds), 4)
+        result["runs"] = [
+            measure(Path(name), dtype, options.images, options.rounds, options.batch_size)
+            for dtype in options.dtype.split(",")
+        ]
+    if options.json:
+        print(json.dumps(result))
+        return
+    about = ", ".join(f"{key} {value}" for key, value in result.items() if key not in ("runs", "masks_ms"))
+    print(f"{about}; medians, ms an image")
+    print(f"the masks of an image, before all this: {result['masks_ms']:.2f}")
+    for one in result["runs"]:
+        print(f"{one['dtype']}:")
+        for name, value in one["ms_per_image"].items():
+            speed = one["images_per_second"].get(name)
+            print(f"  {name:18} {value:7.3f}" + (f"   {speed:.0f} images/s" if speed else ""))
+        print(f"  {'besides the disk':18} {one['besides_the_disk_ms']:7.3f}", end="")
+        print(f"   ({one['besides_the_disk_processor_ms']:.3f} of processor time)")
+        print(f"  {one['ratio_to_h5py']:.2f} times as fast as h5py with a dataset per image and column")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Serialize the regions of an image: what shards and stores have in common. No torch.
+
+An image is encoded as arrays under the names of a store's datasets. A store writes them to its datasets, a shard writes
+them one after another (`refdet.store.shard_file`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from refdet.errors import RuntimeFailure
+from refdet.store.crc import crc32
+from refdet.store.schema import Columns, ImageRow
+from refdet.structures.regions import Regions
+
+MASK_COUNTS, MASK_START = "regions/mask_counts", "regions/mask_start"
+_FEATURE, _MAP, _IM_INFO = "features/", "maps/", "maps/im_info"
+_HALF_EXPONENT = np.uint16(0x7C00)  # all ones in inf and NaN
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The regions of an image as arrays.
+
+    Attributes:
+        row: its row in a store.
+        mask_sizes: number of bytes of each mask, () without masks.
+        arrays: dataset -> values, little-endian, in the order of a shard. `MASK_START` is not among them, as it depends
+            on the other images.
+    """
+
+    row: ImageRow
+    mask_sizes: Sequence[int]
+    arrays: Mapping[str, np.ndarray]
+
+    @cached_property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each array."""
+        return {name: crc32(raw_bytes(values)) for name, values in self.arrays.items()}
+
+
+def raw_bytes(values: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, aligned or not."""
+    return values.reshape(-1).view(np.uint8).data if values.size else memoryview(b"")
+
+
+def dtypes(columns: Columns) -> dict[str, np.dtype]:
+    """Dtype of each array that an image can have."""
+    fixed = {
+        MASK_COUNTS: "|u1",
+        "regions/box": "<f4",
+        "regions/score": "<f4",
+        "regions/category_id": "<i8",
+        "regions/ann_id": "<i8",
+        _IM_INFO: "<f4",
+    }
+    named = [_FEATURE + name for name in columns.features] + [_MAP + name for name in columns.maps]
+    large = np.dtype(columns.dtype).newbyteorder("<")
+    return {name: np.dtype(dtype) for name, dtype in fixed.items()} | dict.fromkeys(named, large)
+
+
+def encode(regions: Regions, columns: Columns, *, finite: bool = False) -> EncodedImage:
+    """Convert regions to arrays; the inverse of `decode`.
+
+    Args:
+        regions: the regions of an image.
+        columns: which of their columns to take, of any shapes; all of them are required.
+        finite: check that no number is NaN or infinite, as those beyond the range of float16 become.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: a column is missing.
+        RuntimeFailure: a number is not finite.
+    """
+    n, where, masks = len(regions), f"image {regions.image_id}", regions.masks or () if columns.masks else ()
+    if columns.masks and len(masks) != n:
+        raise ValueError(f"{where}: no masks, which are required")
+    found: dict[str, np.ndarray | None] = {
+        MASK_COUNTS: np.frombuffer(b"".join(masks), np.uint8) if columns.masks else None,
+        "regions/box": regions.boxes,
+        "regions/score": regions.scores,
+        "regions/category_id": regions.category_ids,
+    }
+    if columns.ann_ids and n:
+        if regions.ann_ids is None:
+            raise ValueError(f"{where}: no annotation ids, which are required")
+        found["regions/ann_id"] = regions.ann_ids
+    for name in columns.features:
+        if n and name not in regions.features:
+            raise ValueError(f"{where}: no {name} features")
+        found[_FEATURE + name] = regions.features.get(name)  # without regions, they may still have a known shape
+    for name in columns.maps:
+        if name not in regions.maps and not regions.error:
+            raise ValueError(f"{where}: no {name} map")
+        found[_MAP + name] = regions.maps.get(name)
+        found[_IM_INFO] = regions.im_info
+    types = dtypes(columns)
+    with np.errstate(over="ignore"):
+        arrays = {
+            name: np.ascontiguousarray(values, types[name]) for name, values in found.items() if values is not None
+        }
+    if finite:
+        _check_finite(arrays, regions)
+    head = (regions.image_id, regions.file_name, regions.height, regions.width, regions.error)
+    return EncodedImage(row_of(head, arrays), [len(mask) for mask in masks], arrays)
+
+
+def row_of(head: tuple[int, str, int, int, str], arrays: Mapping[str, np.ndarray]) -> ImageRow:
+    """Row in a store of an image with this id, file name, height, width and error."""
+    mask_bytes = arrays[MASK_COUNTS].nbytes if MASK_COUNTS in arrays else 0
+    row = ImageRow(*head, regions=len(arrays["regions/box"]), mask_bytes=mask_bytes)
+    head_map = arrays.get(_MAP + "head")
+    return row if head_map is None else row._replace(map_shape=head_map.shape)
+
+
+def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regions:
+    """Convert arrays to regions; the inverse of `encode`.
+
+    Args:
+        image: the image.
+        names: category id -> name.
+
+    Returns:
+        The regions.
+
+    Raises:
+        ValueError: lengths or shapes do not match.
+        KeyError: a column that all regions have is missing.
+    """
+    row, arrays, masks = image.row, image.arrays, None
+    if MASK_COUNTS in arrays:
+        text, cuts = arrays[MASK_COUNTS].tobytes(), np.cumsum([0, *image.mask_sizes]).tolist()
+        if cuts[-1] != len(text):
+            raise ValueError(f"{len(text)} bytes of masks, expected {cuts[-1]}")
+        masks = tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    maps = _named(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
+    return Regions(
+        row.id,
+        row.file_name,
+        row.height,
+        row.width,
+        boxes=arrays["regions/box"],
+        scores=arrays["regions/score"],
+        category_ids=arrays["regions/category_id"],
+        ann_ids=arrays.get("regions/ann_id"),
+        masks=masks,
+        features=_named(_FEATURE, arrays),
+        error=row.error,
+        maps=maps,
+        im_info=arrays.get(_IM_INFO),
+        names=names,
+    )
+
+
+def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+
+
+def missing(image: EncodedImage, columns: Columns) -> set[str]:
+    """Arrays that an image must have with these columns but has not."""
+    of_regions = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
+    maps = [] if image.row.error else [_MAP + name for name in columns.maps]
+    return {*maps, *(of_regions if image.row.regions else [])} - image.arrays.keys()
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray], regions: Regions) -> None:
+    """Raise RuntimeFailure if a number is NaN, infinite, or was too large for float16."""
+    for name, values in arrays.items():
+        if values.dtype.kind != "f" or _is_finite(values):
+            continue
+        name = name.split("/")[-1]
+        where = f"image {regions.image_id} ({regions.file_name}): {name}"
+        given, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
+        limit = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
+        if given is not None and _is_finite(given):
+            raise RuntimeFailure(f"{where} reaches {float(np.abs(given).max()):g}, {limit}")
+        if dtype == "float16" and given is not None and given.dtype == dtype and not np.isnan(given).any():
+            raise RuntimeFailure(f"{where} is {limit}")  # converted on the device, after a check there
+        raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    bits = values.view(np.uint16) & _HALF_EXPONENT  # numpy looks at one float16 at a time
+    return bool(bits.max(initial=0) != _HALF_EXPONENT)
