@@ -82,7 +82,10 @@ def train(
             pass  # no other process trains into it
     before = SavedRun.newest(out) if continues else None
     chosen = _with_norm(chosen, weights, before, continues)
+    notes = [remark] if remark else []
     if before is not None:
+        chosen, kept = before.with_older_defaults(chosen, out)
+        notes += kept
         before.check_recipe(chosen, out)
     source = ImageSource.open(images, chosen.input.exif)
     # segmentations are needed only with masks
@@ -93,7 +96,6 @@ def train(
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
-    notes = [remark] if remark else []
     if before is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
