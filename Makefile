@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-train parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -84,6 +84,10 @@ bench-data: env ## benchmark loading and splitting files of real size
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
+
+bench-train: env ## benchmark a step of training against torchvision's Mask R-CNN
+	@echo "==> bench-train: drawn images"
+	@$(BIN)/python benchmarks/train.py $(if $(JSON),--json)
 
 parity: env ## compare with the reference, if its golden files are next to the repository
 	@echo "==> parity: comparing with outputs of the reference's own code"
