@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-pipeline gpu-check gpu-pack parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-pipeline bench-train gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -84,6 +84,10 @@ bench-data: env ## benchmark loading and splitting files of real size
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
 	@$(BIN)/python benchmarks/extract.py
+
+bench-train: env ## benchmark a step of training against torchvision's Mask R-CNN
+	@echo "==> bench-train: drawn images"
+	@$(BIN)/python benchmarks/train.py $(if $(JSON),--json)
 
 bench-pipeline: env ## benchmark everything behind the detector: shards, merging, the store (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)

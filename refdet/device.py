@@ -139,7 +139,7 @@ def pinned(values: np.ndarray) -> np.ndarray:
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device without synchronizing with the GPU."""
-    if device.type != "cuda":
+    if device.type != "cuda" or values.device.type == "cuda":
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
 
@@ -173,3 +173,18 @@ def _is_out_of_memory(text: str) -> bool:
         return torch.cuda.mem_get_info()[0] < _LITTLE
     except RuntimeError:  # the GPU cannot be used any more
         return False
+
+
+def start_fetching(values: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the host; the function returned waits for the copy, and for nothing queued later."""
+    fetched = values.detach().to("cpu", non_blocking=True)  # into pinned memory
+    if values.device.type != "cuda":
+        return lambda: fetched
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return fetched
+
+    return wait

@@ -243,8 +243,8 @@ def test_a_training_computes_as_its_recipe_says(
     restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, wanted: list[object]
 ) -> None:
     seen = []
-    step = trainer._step
-    monkeypatch.setattr(trainer, "_step", lambda *given: seen.append(settings()) or step(*given))
+    step = trainer.start_step
+    monkeypatch.setattr(trainer, "start_step", lambda *given: seen.append(settings()) or step(*given))
     squares(tmp_path)
     older()
     run(tmp_path, change, "train.steps=1", out="cpu")

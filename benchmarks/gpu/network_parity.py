@@ -142,7 +142,7 @@ def losses(step: Step, network: str) -> None:
             terms = model.compute_losses(
                 x.contiguous(memory_format=torch.channels_last),
                 [(s.height, s.width) for s in sizes],
-                [target.to(torch.device(device)) for target in targets],
+                targets,
             )
             torch.stack(list(terms.values())).sum().backward()
         proposals = [boxes.detach().cpu() for boxes in noted[0]]

@@ -13,9 +13,10 @@ import torch
 from results import Step, run
 from torch import Tensor
 
+from refdet.ops.epilogue import bias_relu, bias_relu_plain
 from refdet.ops.masks import mask_coverage, masks_to_rle
 from refdet.ops.matching import match_boxes, match_boxes_plain
-from refdet.ops.nms import nms, nms_plain
+from refdet.ops.nms import nms, nms_padded, nms_padded_plain, nms_plain
 from refdet.ops.pooling import pyramid_roi_align, roi_align, roi_align_mean, roi_crop, roi_crop_mean
 from refdet.ops.pooling_plain import pool_plain
 
@@ -86,6 +87,43 @@ def nms_cases(step: Step) -> Iterator[Case]:
                     )
 
 
+def padded_nms_cases(step: Step) -> Iterator[Case]:
+    for count in (0, 65, 1000) if step.small else (0, 65, 2049, 96000):
+        random = torch.Generator().manual_seed(count)
+        boxes, scores = some_boxes(count, random, True), torch.rand(count, generator=random).round(decimals=2)
+        groups, images = (torch.randint(-1, n, (count,), generator=random) for n in (5, 16))
+
+        def padded(b: Tensor, s: Tensor, g: Tensor, i: Tensor, of: Callable) -> list[Tensor]:
+            return list(of(b, s, 0.7, 300, i, 16, groups=g))
+
+        yield (
+            f"nms_padded of {count}, 300 kept in each of 16 images",
+            (boxes, scores, groups, images),
+            lambda *a, f=padded: f(*a, of=nms_padded),
+            lambda *a, f=padded: f(*a, of=nms_padded_plain),
+            0.0,
+        )
+
+
+def epilogue_cases(step: Step) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 64, 1, 1), (3, 40, 17, 23), (2, 256, 50, 68)):
+            random = torch.Generator().manual_seed(shape[1])
+            x, shortcut = (
+                torch.randn(shape, generator=random).to(dtype).contiguous(memory_format=torch.channels_last)
+                for _ in range(2)
+            )
+            bias = torch.randn(shape[1], generator=random)
+
+            def fused(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
+                return bias_relu(x.clone(memory_format=torch.channels_last), bias, shortcut)
+
+            def plain(x: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
+                return bias_relu_plain(x, bias, shortcut, torch.empty_like(x))
+
+            yield f"bias_relu of {shape}, {dtype}", (x, bias, shortcut), fused, plain, 0.0
+
+
 def pooling_cases(step: Step) -> Iterator[Case]:
     channels = 20 if step.small else 256
     shapes = ((0, (7, 9)), (1, (1, 1)), (65, (38, 50)), (257, (13, 67)))
@@ -140,6 +178,10 @@ def matching_cases(step: Step) -> Iterator[Case]:
                 match_boxes_plain,
                 0.0,
             )
+    random = torch.Generator().manual_seed(1)
+    count = 500 if step.small else 20000
+    batch = some_boxes(count, random, True), some_boxes(16 * 7, random, True).reshape(16, 7, 4)
+    yield f"match_boxes of a batch, {count} x 16 x 7", batch, match_boxes, match_boxes_plain, 0.0
 
 
 def other_cases(step: Step) -> Iterator[Case]:
@@ -197,7 +239,14 @@ def on_side_stream(op: Callable[..., object], inputs: tuple[Tensor, ...]) -> obj
 
 
 def work(step: Step) -> None:
-    groups = {"nms": nms_cases, "pooling": pooling_cases, "matching": matching_cases, "others": other_cases}
+    groups = {
+        "nms": nms_cases,
+        "padded nms": padded_nms_cases,
+        "epilogues": epilogue_cases,
+        "pooling": pooling_cases,
+        "matching": matching_cases,
+        "others": other_cases,
+    }
     for group, cases in groups.items():
         count, wrong = 0, []
         for name, inputs, op, plain, limit in cases(step):

@@ -6,8 +6,9 @@ import sys
 
 import torch
 
+from refdet.ops.epilogue import bias_relu
 from refdet.ops.matching import match_boxes
-from refdet.ops.nms import nms
+from refdet.ops.nms import nms, nms_padded
 from refdet.ops.pooling import pyramid_roi_align, roi_align, roi_align_mean, roi_crop, roi_crop_mean
 
 
@@ -22,11 +23,15 @@ def main(device: str) -> None:
         nms(there, scores, 0.5, keep, groups=ids, images=ids)
     nms(there[:0], scores[:0], 0.5)
     match_boxes(there, there[:37])
+    nms_padded(there, scores, 0.5, 20, ids, 3, groups=ids)
     match_boxes(there, there[:0])
+    match_boxes(there, there[:21].reshape(3, 7, 4))
     rois = torch.cat((torch.randint(2, (200, 1), generator=random), boxes), 1)[:70].to(device)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 40, 17, 23, generator=random).to(device, dtype)
-        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        x = x.contiguous(memory_format=torch.channels_last)
+        bias_relu(x.clone(memory_format=torch.channels_last), torch.ones(40, device=device), x)
+        x.requires_grad_()
         for pool in (roi_align, roi_align_mean, roi_crop, roi_crop_mean):
             torch.autograd.grad(pool(x, rois, 7, 16).float().sum(), x)
         for samples in (0, 3):

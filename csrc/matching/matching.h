@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <cstdint>
 #include <limits>
@@ -9,20 +10,42 @@
 
 namespace refdet {
 
-// best (N,), object (N,), reaches (N,).
+// best, object and reaches, each (N,), or (B, N) for a batch.
 using Matches = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-inline void check_match_boxes(const at::Tensor& candidates, const at::Tensor& objects) {
+// Sizes of a problem: candidates (N, 4) and objects (M, 4), or those of B images, (N, 4) or (B, N, 4) and (B, M, 4).
+struct MatchSizes {
+  int64_t images, candidates, objects;
+  bool shared;  // all images have the same candidates
+
+  // Offset of an image's first candidate, in boxes.
+  int64_t first_candidate(int64_t image) const { return shared ? 0 : image * candidates; }
+};
+
+inline MatchSizes check_match_boxes(const at::Tensor& candidates, const at::Tensor& objects) {
   for (const at::Tensor& boxes : {candidates, objects}) {
-    TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "match_boxes: boxes must be (N, 4) and (M, 4), got ",
-                candidates.sizes(), " and ", objects.sizes());
+    TORCH_CHECK((boxes.dim() == 2 || boxes.dim() == 3) && boxes.size(-1) == 4,
+                "match_boxes: boxes must be (N, 4) and (M, 4), or (B, N, 4) and (B, M, 4), got ", candidates.sizes(),
+                " and ", objects.sizes());
     TORCH_CHECK(boxes.scalar_type() == at::kFloat, "match_boxes: boxes must be float32, got ", candidates.scalar_type(),
                 " and ", objects.scalar_type());
   }
+  TORCH_CHECK(candidates.dim() == 2 || (objects.dim() == 3 && candidates.size(0) == objects.size(0)),
+              "match_boxes: candidates ", candidates.sizes(), " are of other images than objects ", objects.sizes());
   TORCH_CHECK(candidates.device() == objects.device(), "match_boxes: candidates are on ", candidates.device(),
               ", objects on ", objects.device());
-  TORCH_CHECK(objects.size(0) <= std::numeric_limits<int32_t>::max(), "match_boxes: ", objects.size(0),
+  const MatchSizes sizes{objects.dim() == 3 ? objects.size(0) : 1, candidates.size(-2), objects.size(-2),
+                         candidates.dim() == 2};
+  TORCH_CHECK(sizes.objects <= std::numeric_limits<int32_t>::max(), "match_boxes: ", sizes.objects,
               " objects are too many");
+  return sizes;
+}
+
+// An output of the kernels.
+inline at::Tensor match_output(const at::Tensor& candidates, const at::Tensor& objects, at::ScalarType type) {
+  const auto options = candidates.options().dtype(type);
+  if (objects.dim() == 2) return at::zeros({candidates.size(-2)}, options);
+  return at::zeros({objects.size(0), candidates.size(-2)}, options);
 }
 
 }  // namespace refdet

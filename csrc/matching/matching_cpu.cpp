@@ -1,4 +1,4 @@
-// Matching of N candidate boxes to M objects by IoU, on the CPU.
+// Matching of N candidate boxes to M objects by IoU, on the CPU; of a batch image after image.
 //
 // Output: for each candidate its best IoU and the first object that has it (0 and object 0 if it overlaps none), and
 // whether it has the highest IoU of all candidates, above 0, with some object. IoU is float32, with every operation
@@ -15,8 +15,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -118,22 +116,10 @@ void mark_tile(const float* candidates, int count, const Box& object, float most
   for (int i = 0; i < count; ++i) reaches[i] |= found[i] == most;
 }
 
-Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects) {
-  check_match_boxes(candidates, objects);
-  const int64_t n = candidates.size(0), m = objects.size(0), chunks = (n + kChunk - 1) / kChunk;
-  const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
-  const float* candidate = flat_candidates.const_data_ptr<float>();
-  std::vector<Box> known;
-  known.reserve(m);
-  for (int64_t i = 0; i < m; ++i) known.emplace_back(flat_objects.const_data_ptr<float>() + 4 * i);
-
-  const at::Tensor best = at::empty({n}, candidates.options());
-  const at::Tensor object = at::empty({n}, candidates.options().dtype(at::kLong));
-  const at::Tensor reaches = at::zeros({n}, candidates.options().dtype(at::kBool));
-  auto* best_at = best.mutable_data_ptr<float>();
-  auto* object_at = object.mutable_data_ptr<int64_t>();
-  auto* reaches_at = reaches.mutable_data_ptr<bool>();
-
+// Matches the n candidates of an image to its objects.
+void match_image(const float* candidate, int64_t n, const std::vector<Box>& objects, float* best, int64_t* object,
+                 bool* reaches) {
+  const int64_t m = objects.size(), chunks = (n + kChunk - 1) / kChunk;
   const auto tiles_of = [n](int64_t chunk, const auto& take) {
     const int64_t end = std::min((chunk + 1) * kChunk, n);
     for (int64_t i = chunk * kChunk; i < end; i += kTile) take(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
@@ -142,7 +128,7 @@ Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects)
   at::parallel_for(0, chunks, kChunksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       tiles_of(chunk, [&](int64_t i, int count) {
-        match_tile(candidate + 4 * i, count, known, best_at + i, object_at + i, chunk_most.data() + chunk * m);
+        match_tile(candidate + 4 * i, count, objects, best + i, object + i, chunk_most.data() + chunk * m);
       });
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -152,10 +138,28 @@ Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects)
       for (int64_t i = 0; i < m; ++i) {
         if (!(most[i] > 0) || chunk_most[chunk * m + i] != most[i]) continue;
         tiles_of(chunk, [&](int64_t first, int count) {
-          mark_tile(candidate + 4 * first, count, known[i], most[i], reaches_at + first);
+          mark_tile(candidate + 4 * first, count, objects[i], most[i], reaches + first);
         });
       }
   });
+}
+
+Matches match_boxes_cpu(const at::Tensor& candidates, const at::Tensor& objects) {
+  const MatchSizes sizes = check_match_boxes(candidates, objects);
+  const int64_t n = sizes.candidates, m = sizes.objects;
+  const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
+  const at::Tensor best = match_output(candidates, objects, at::kFloat);
+  const at::Tensor object = match_output(candidates, objects, at::kLong);
+  const at::Tensor reaches = match_output(candidates, objects, at::kBool);
+  for (int64_t image = 0; image < sizes.images; ++image) {
+    const float* known_at = flat_objects.const_data_ptr<float>() + 4 * image * m;
+    std::vector<Box> known;
+    known.reserve(m);
+    for (int64_t i = 0; i < m; ++i) known.emplace_back(known_at + 4 * i);
+    match_image(flat_candidates.const_data_ptr<float>() + 4 * sizes.first_candidate(image), n, known,
+                best.mutable_data_ptr<float>() + image * n, object.mutable_data_ptr<int64_t>() + image * n,
+                reaches.mutable_data_ptr<bool>() + image * n);
+  }
   return {best, object, reaches};
 }
 

@@ -1,4 +1,5 @@
-// Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit.
+// Matching of N candidate boxes to M objects by IoU, on the GPU, with the output of matching_cpu.cpp, bit for bit. An
+// image is a row of the grid, so that a batch takes as many launches as one image.
 //
 // Cost: at most 2 N M IoUs, and memory for N + M values and M more per kThreads candidates; no IoU matrix.
 //
@@ -27,6 +28,7 @@ namespace {
 constexpr int kThreads = 256;  // candidates in a block
 constexpr int kObjects = 256;  // objects in shared memory at a time
 constexpr int kWarp = 32;
+constexpr int kImages = 65535;  // rows of a grid
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Box {
@@ -51,12 +53,15 @@ __device__ float iou(const Box& a, const Box& b) {
 // Non-negative floats have the order of their bits as integers, which have an atomic maximum.
 __device__ void raise(float* place, float value) { atomicMax(reinterpret_cast<int*>(place), __float_as_int(value)); }
 
-__global__ void match_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, float* best,
-                             int64_t* object, float* most, float* block_most) {
+__global__ void match_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
+                             float* best, int64_t* object, float* most, float* block_most) {
   __shared__ Box others[kObjects];
   __shared__ float own_most[kObjects];
   const int thread = threadIdx.x;
-  const int64_t i = blockIdx.x * int64_t{kThreads} + thread;
+  const int64_t i = blockIdx.x * int64_t{kThreads} + thread, image = blockIdx.y;
+  candidates += image * stride, objects += 4 * image * m;
+  best += image * n, object += image * n;
+  most += image * m, block_most += image * gridDim.x * m;
   // threads beyond the candidates use an empty box, which overlaps nothing, and stay active for their warp
   const Box candidate = i < n ? box_at(candidates, i) : Box{};
   float best_found = 0.0f;
@@ -85,9 +90,11 @@ __global__ void match_kernel(const float* candidates, int64_t n, const float* ob
   if (i < n) best[i] = best_found, object[i] = best_object;
 }
 
-__global__ void reach_kernel(const float* candidates, int64_t n, const float* objects, int64_t m, const float* most,
-                             const float* block_most, bool* reaches) {
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+__global__ void reach_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
+                             const float* most, const float* block_most, bool* reaches) {
+  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x, image = blockIdx.y;
+  candidates += image * stride, objects += 4 * image * m;
+  most += image * m, block_most += image * gridDim.x * m;
   if (i >= n) return;
   const Box candidate = box_at(candidates, i);
   bool found = false;
@@ -96,31 +103,33 @@ __global__ void reach_kernel(const float* candidates, int64_t n, const float* ob
     if (!(most[j] > 0.0f) || block_most[blockIdx.x * m + j] != most[j]) continue;
     found |= iou(candidate, box_at(objects, j)) == most[j];
   }
-  reaches[i] = found;
+  reaches[image * n + i] = found;
 }
 
 Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects) {
-  check_match_boxes(candidates, objects);
+  const MatchSizes sizes = check_match_boxes(candidates, objects);
   const c10::cuda::CUDAGuard guard(candidates.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t n = candidates.size(0), m = objects.size(0), blocks = (n + kThreads - 1) / kThreads;
+  const int64_t n = sizes.candidates, m = sizes.objects, blocks = (n + kThreads - 1) / kThreads;
   TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "match_boxes: ", n, " candidates are too many");
+  TORCH_CHECK(sizes.images <= kImages, "match_boxes: ", sizes.images, " images are too many");
   const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
-  const at::Tensor best = at::empty({n}, candidates.options());
-  const at::Tensor object = at::empty({n}, candidates.options().dtype(at::kLong));
-  const at::Tensor reaches = at::empty({n}, candidates.options().dtype(at::kBool));
-  if (n == 0) return {best, object, reaches};
+  const at::Tensor best = match_output(candidates, objects, at::kFloat);
+  const at::Tensor object = match_output(candidates, objects, at::kLong);
+  const at::Tensor reaches = match_output(candidates, objects, at::kBool);
+  if (n == 0 || sizes.images == 0) return {best, object, reaches};
 
-  const at::Tensor most = at::zeros({m}, candidates.options());
-  const at::Tensor block_most = at::empty({blocks, m}, candidates.options());
+  const at::Tensor most = at::zeros({sizes.images, m}, candidates.options());
+  const at::Tensor block_most = at::empty({sizes.images, blocks, m}, candidates.options());
   const float* candidate = flat_candidates.const_data_ptr<float>();
   const float* known = flat_objects.const_data_ptr<float>();
-  const auto grid = static_cast<unsigned>(blocks);
-  match_kernel<<<grid, kThreads, 0, stream>>>(candidate, n, known, m, best.mutable_data_ptr<float>(),
+  const int64_t stride = 4 * sizes.first_candidate(1);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(sizes.images));
+  match_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, known, m, best.mutable_data_ptr<float>(),
                                               object.mutable_data_ptr<int64_t>(), most.mutable_data_ptr<float>(),
                                               block_most.mutable_data_ptr<float>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  reach_kernel<<<grid, kThreads, 0, stream>>>(candidate, n, known, m, most.const_data_ptr<float>(),
+  reach_kernel<<<grid, kThreads, 0, stream>>>(candidate, stride, n, known, m, most.const_data_ptr<float>(),
                                               block_most.const_data_ptr<float>(), reaches.mutable_data_ptr<bool>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {best, object, reaches};

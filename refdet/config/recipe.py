@@ -62,6 +62,8 @@ class InputOptions:
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
     resize: str = "antialias"  # or opencv: plain bilinear, sampled at the exact scale
     exif: str = "ignore"  # or apply: rotate training images by their EXIF orientation
+    # sides of a training batch are padded to multiples of this; 32 in YAML without this key, 0 (as 1) in older runs
+    size_divisibility: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,14 @@ class Recipe:
         return tree
 
 
-_ONLY_WHERE_SET = (("train", "empty_images", False), ("train", "tf32", True), ("input", "exif", "ignore"))
+_ONLY_WHERE_SET = (
+    ("train", "empty_images", False),
+    ("train", "tf32", True),
+    ("input", "exif", "ignore"),
+    ("input", "size_divisibility", 0),
+)
+# of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
+_NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
@@ -256,7 +265,7 @@ def load(name_or_path: str) -> Recipe:
     try:
         tree, renamed = current(tree)
         _deprecate(renamed)
-        whole = _over(load(base).to_dict(), tree) if base else tree
+        whole = _over(load(base).to_dict(), tree) if base else _over(_NEWER_DEFAULTS, tree)
         return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error

@@ -80,6 +80,7 @@ LIMITS: dict[str, Range] = {
     "input.min_sizes": Range(0, 4096, above=True, fewest=1, most=100),
     "input.max_size": _count(8192),
     "input.mean": Range(-1e6, 1e6, fewest=3, most=3),
+    "input.size_divisibility": Range(0, 1024),
     "input.std": Range(1e-6, 1e6, fewest=3, most=3),
     "proposals.positive_iou": FRACTION,
     "proposals.negative_iou": FRACTION,

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
+from refdet.data.packed_images import PackedImages
 from refdet.data.segmentations import to_rle
 from refdet.data.training_objects import TrainingObjects
-from refdet.data.transforms import input_size, network_input
+from refdet.data.transforms import input_size, network_input, padded_inputs
 from refdet.errors import RefdetError
-from refdet.structures.box_convention import BoxConvention
+from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.ground_truth import GroundTruth
 
 
@@ -26,31 +27,42 @@ class Batch:
     """A batch of images and their annotations.
 
     Attributes:
-        images: (B, 3, H, W) float32 network inputs, zero-padded at the bottom and right to a common size.
-        sizes: (height, width) in pixels of each image without padding.
-        targets: annotations of each image, in pixels of the network input.
+        images: the images as stored, (H, W, 3) uint8 RGB; or their network input, (3, height, width) float32, where
+            that is smaller.
+        sizes: input size of each image.
+        flips: whether each image is flipped; network inputs are already.
+        shape: height and width that all are padded to, in pixels of the network's input.
+        targets: annotations of each image, in pixels of the network's input.
         image_ids: COCO id of each image.
         oriented: file -> EXIF orientation, of the files with an orientation other than 1.
     """
 
-    images: Tensor
-    sizes: list[tuple[int, int]]
+    images: PackedImages
+    sizes: list[InputSize]
+    flips: list[bool]
+    shape: tuple[int, int]
     targets: list[GroundTruth]
     image_ids: list[int]
     oriented: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
-        """Copy the images to pinned memory; called by the DataLoader."""
+        """Copy the images to pinned memory."""
         return replace(self, images=self.images.pin_memory())
 
+    @property
+    def input_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image in pixels of the network's input, without padding."""
+        return [(size.height, size.width) for size in self.sizes]
 
-def pad_batch(images: Sequence[Tensor]) -> Tensor:
-    """Zero-pad images (3, Hi, Wi) to their largest height and width, (B, 3, H, W); zero is the mean colour."""
-    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-    padded = images[0].new_zeros(len(images), 3, height, width)
-    for row, image in zip(padded, images, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image
-    return padded
+    def inputs(self, options: InputOptions, device: torch.device) -> Tensor:
+        """The network's inputs (B, 3, *shape) float32, channels_last: copied to the device and made there."""
+        images = self.images.unpacked(device)
+        stored = [image.dtype == torch.uint8 for image in images]
+        images = [
+            image.flip(1) if flip and raw else image
+            for image, flip, raw in zip(images, self.flips, stored, strict=True)
+        ]
+        return padded_inputs(images, self.sizes, options, self.shape)
 
 
 class TrainingBatches(Dataset):
@@ -107,10 +119,12 @@ class TrainingBatches(Dataset):
             examples = [self._example(self.records[r], short_side, bool(f)) for r, f in zip(rows, flips, strict=True)]
         except RefdetError as error:
             return error
-        images = [image for image, _ in examples]
+        sizes = [self._size(self.records[r], short_side) for r in rows]
         return Batch(
-            pad_batch(images),
-            [(image.shape[1], image.shape[2]) for image in images],
+            PackedImages.of([image for image, _ in examples]),
+            sizes,
+            flips.tolist(),
+            padded_shape(sizes, options.size_divisibility),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
             self.source.oriented_among([self.records[r] for r in rows]),
@@ -133,9 +147,12 @@ class TrainingBatches(Dataset):
         batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[Tensor, GroundTruth]:
-        options, convention = self.recipe.input, BoxConvention(self.recipe.model.legacy_plus_one)
-        size = input_size(record.height, record.width, options, short_side)
+    def _size(self, record: ImageRecord, short_side: int) -> InputSize:
+        return input_size(record.height, record.width, self.recipe.input, short_side)
+
+    def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[np.ndarray, GroundTruth]:
+        convention = BoxConvention(self.recipe.model.legacy_plus_one)
+        size = self._size(record, short_side)
         pixels = self.source.read(record)
         objects = self.objects.objects(record.id)
         boxes, crowds = (
@@ -143,9 +160,9 @@ class TrainingBatches(Dataset):
             for kind in (objects, self.objects.crowds(record.id))
         )
         if flip:
-            pixels = pixels[:, ::-1]
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        image = network_input(pixels, size, options)
+        if input_is_smaller(size):
+            pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
         boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None
         if self.recipe.model.masks:
@@ -153,7 +170,19 @@ class TrainingBatches(Dataset):
                 None if a.segmentation is None else to_rle(a.segmentation, record.height, record.width) for a in objects
             ]
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
-        return image, GroundTruth(boxes, labels, masks, crowds, size.scale, float(record.width) if flip else None)
+        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, float(record.width) if flip else None)
+
+
+def padded_shape(sizes: Sequence[InputSize], divisor: int) -> tuple[int, int]:
+    """The common height and width of a batch, multiples of a divisor; 0 is as 1."""
+    divisor = max(divisor, 1)
+    height, width = max(size.height for size in sizes), max(size.width for size in sizes)
+    return height + -height % divisor, width + -width % divisor
+
+
+def input_is_smaller(size: InputSize) -> bool:
+    """Whether a network input in float32 has fewer bytes than the image as stored in uint8."""
+    return 4 * size.height * size.width < size.image_height * size.image_width
 
 
 def _stack(boxes: Sequence[tuple[float, float, float, float]]) -> Tensor:

@@ -88,6 +88,42 @@ def network_inputs(
     return together / std if options.resize == "opencv" else (together - mean) / std
 
 
+def padded_inputs(
+    images: Sequence[Tensor], sizes: Sequence[InputSize], options: InputOptions, shape: tuple[int, int]
+) -> Tensor:
+    """Resize (bilinear) and normalise images on their device, and zero-pad them at the bottom and right.
+
+    Args:
+        images: B tensors (H, W, 3) uint8 RGB; or `network_input` of an image, (3, height, width) float32.
+        sizes: input size of each image.
+        options: input options of the recipe.
+        shape: height and width of the result, in pixels.
+
+    Returns:
+        (B, 3, *shape) float32, channels_last. Zero is the mean colour.
+    """
+    where, opencv = images[0].device, options.resize == "opencv"
+    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    # rows of pixels in memory: channels_last
+    canvas = torch.empty(len(images), *shape, 3, device=where).permute(0, 3, 1, 2)
+    if any((size.height, size.width) != shape for size in sizes):
+        canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 once it is normalised
+    for row, image, size in zip(canvas, images, sizes, strict=True):
+        if image.dtype != torch.uint8:
+            continue
+        image = image.permute(2, 0, 1)[None].float()
+        if options.order == "bgr":
+            image = image.flip(1)
+        # in the order of the reference, as rounding depends on it
+        resized = _resize_opencv(image - mean, size) if opencv else _resize(image, size)
+        row[:, : size.height, : size.width] = resized[0]
+    inputs = canvas.div_(std) if opencv else canvas.sub_(mean).div_(std)
+    for row, image, size in zip(inputs, images, sizes, strict=True):
+        if image.dtype != torch.uint8:
+            row[:, : size.height, : size.width] = image
+    return inputs
+
+
 def _groups(images: Sequence[np.ndarray], device: torch.device) -> list[list[int]]:
     """Indices of images to process together: of one shape on a GPU, where a few large steps take less time than many.
 

@@ -29,13 +29,15 @@ from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
 from refdet.detector.roi_heads import C4Head, PyramidHead, RoiFeatures, RoiHead
+from refdet.detector.roi_sampling import SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
-from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels, compute_mask_targets, subsample_labels
+from refdet.detector.sampling import image_seeds
+from refdet.detector.target_assignment import compute_mask_targets
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
@@ -100,89 +102,59 @@ class MaskRCNN(nn.Module):
     ) -> dict[str, Tensor]:
         """The loss terms, scalars to be summed: five, or four without masks.
 
+        The number of GPU synchronizations does not depend on the batch size.
+
         Args:
             images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
-            targets: annotated objects of each image.
-            generator: samples anchors and RoIs; on the device of the images.
+            targets: annotated objects of each image; best on the CPU.
+            generator: draws the seed of each image, which samples its anchors and RoIs; with one on the CPU the same on
+                every device.
         """
+        truth = PaddedTruth.of(targets, images.device)
+        anchor_seeds, roi_seeds = on_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
-        losses = self.rpn.compute_losses(output, sizes, targets, generator)
-        rois, labels, matched = self._sample_rois(self.rpn.filter_proposals(output, sizes), targets, generator)
+        losses = self.rpn.compute_losses(output, sizes, truth, anchor_seeds)
+        proposals = self.rpn.filter_proposals(output, sizes)
+        sampled = sample_rois(proposals, truth, self.recipe.head, roi_seeds)
+        rois, labels, count = sampled.rois, sampled.labels, max(len(sampled.labels), 1)
         pooled_at = self._pooling_rois(rois, maps, images)
         features = self.head.features(maps, pooled_at)
         logits, deltas = self.head.predict_boxes(features.fc7)
-        losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
-        positive = (labels > 0).nonzero()[:, 0]
-        wanted = torch.cat([t.boxes for t in targets])[matched[positive]]
-        losses["loss_box_reg"] = F.smooth_l1_loss(
-            deltas[positive, labels[positive]],
-            box_ops.encode(wanted, rois[positive, 1:], DELTA_WEIGHTS),
-            beta=SMOOTH_L1_BETA,
-            reduction="sum",
-        ) / max(len(labels), 1)
+        losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count
+        positive = on_device(sampled.positive.row, images.device)
+        wanted = box_ops.encode(sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        losses["loss_box_reg"] = (
+            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=SMOOTH_L1_BETA, reduction="sum") / count
+        )
         if self.recipe.model.masks:
-            losses["loss_mask"] = self._mask_loss(maps, rois, pooled_at, labels, matched, features, positive, targets)
+            losses["loss_mask"] = self._mask_loss(maps, pooled_at, features, sampled, targets)
         return losses
-
-    def _sample_rois(
-        self, proposals: Sequence[Tensor], targets: Sequence[GroundTruth], generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """RoIs (K, 5) of the batch, their labels (K,) and the index (K,) of their object within the batch."""
-        options = self.recipe.head
-        rois, labels, matches, first = [], [], [], 0
-        for image, (boxes, target) in enumerate(zip(proposals, targets, strict=True)):
-            if options.append_gt_boxes:
-                boxes = torch.cat((boxes, target.boxes))
-            kinds, matched = assign_labels(
-                boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
-            )
-            if not options.append_gt_boxes and not (kinds == POSITIVE).any():
-                boxes = torch.cat((boxes, target.boxes))
-                kinds, matched = assign_labels(
-                    boxes, target, options.positive_iou, options.positive_iou, best_for_each=False
-                )
-            positive, negative = subsample_labels(
-                kinds,
-                options.batch_size_per_image,
-                options.positive_fraction,
-                generator,
-                options.sample_with_replacement,
-            )
-            chosen = torch.cat((positive, negative))
-            label = torch.full_like(chosen, NEGATIVE)
-            label[: len(positive)] = target.labels[matched[positive]]
-            rois.append(F.pad(boxes[chosen], (1, 0), value=image))
-            labels.append(label)
-            matches.append(matched[chosen] + first)
-            first += len(target.boxes)
-        return torch.cat(rois), torch.cat(labels), torch.cat(matches)
 
     def _mask_loss(
         self,
         maps: list[Tensor],
-        rois: Tensor,
         pooled_at: Tensor,
-        labels: Tensor,
-        matched: Tensor,
         features: RoiFeatures,
-        positive: Tensor,
+        sampled: SampledRois,
         targets: Sequence[GroundTruth],
     ) -> Tensor:
         """Mean binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are no masks."""
-        drawn = [mask is not None for target in targets for mask in target.masks or ()]
+        positive, size = sampled.positive, self.head.mask_size
+        masks = [target.masks for target in targets]
+        places = zip(positive.image.tolist(), positive.object.tolist(), strict=True)
+        drawn = [(found := masks[image]) is None or found[index] is not None for image, index in places]
         if not all(drawn):
-            positive = positive[torch.tensor(drawn, device=positive.device)[matched[positive]]]
-        logits = self.head.mask_logits(maps, pooled_at[positive], features[positive], labels[positive])
-        wanted, first = torch.zeros_like(logits), 0
-        for image, target in enumerate(targets):
-            rows = (rois[positive, 0] == image).nonzero()[:, 0]
-            objects = matched[positive[rows]] - first
-            wanted[rows] = compute_mask_targets(
-                rois[positive[rows], 1:], objects, target, self.head.mask_size, self.convention
-            )
-            first += len(target.boxes)
+            positive = positive[torch.tensor(drawn)]
+        rows = on_device(positive.row, pooled_at.device)
+        logits = self.head.mask_logits(maps, pooled_at[rows], features[rows], sampled.labels[rows])
+        # on the host, while a GPU computes
+        found = [
+            compute_mask_targets(boxes, objects, target, size, self.convention)
+            for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
+        ]
+        wanted = on_device(torch.cat(found), logits.device)
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / max(logits.numel(), 1)
 
     @torch.no_grad()

@@ -28,21 +28,66 @@ class FrozenBatchNorm(nn.Module):
         self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((channels,), value))
+        self._folded: tuple[list[tuple[Tensor, int]], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, C, H, W), in the dtype of x; computed in float32."""
         mean, variance, weight, bias = map(self.get_buffer, ("running_mean", "running_var", "weight", "bias"))
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
+    def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (C, Cin, k, k) and bias (C,) of the convolution before this norm and the norm in one.
+
+        What does not change in training is computed once: scale and shift, and the weights if they are frozen.
+        """
+        buffers = list(self.buffers())
+        fixed = buffers if weight.requires_grad else [weight, *buffers]
+        if self._folded is None or not _unchanged(self._folded[0], fixed):
+            with torch.no_grad():
+                norm_weight, norm_bias, mean, variance = (buffer.double() for buffer in buffers)
+                scale = norm_weight * (variance + self.eps).rsqrt()
+                bias = (norm_bias - mean * scale).to(weight.dtype)
+                factor = scale.to(weight.dtype)[:, None, None, None]
+                known = [(tensor, tensor._version) for tensor in fixed]
+                self._folded = known, factor if weight.requires_grad else weight * factor, bias
+        _, factor, bias = self._folded
+        return weight * factor if weight.requires_grad else factor, bias
+
+
+def _unchanged(known: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
+    """Whether these are the same tensors and were not written to since."""
+    if len(known) != len(tensors):
+        return False
+    return all(a is b and version == b._version for (a, version), b in zip(known, tensors, strict=True))
+
+
+def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(convolution(x))``; with gradients a frozen norm is folded into the convolution.
+
+    That saves passes over the maps, forward and backward, and the memory of what is between the two.
+    """
+    if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
+        return norm(convolution(x))
+    weight, bias = norm.fold(convolution.weight)
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+
 
 def relu(x: Tensor) -> Tensor:
-    """ReLU, in place unless gradients are enabled."""
-    return torch.relu(x) if torch.is_grad_enabled() else x.relu_()
+    """ReLU, in place: x must be the output of a convolution or norm, whose gradients do not need it."""
+    return x.relu_()
 
 
 def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
-    """ReLU of x + shortcut (N, C, H, W), in place unless gradients are enabled."""
-    return torch.relu(x + shortcut) if torch.is_grad_enabled() else x.add_(shortcut).relu_()
+    """ReLU of x + shortcut (N, C, H, W), in place of x, which must be as for `relu`."""
+    return x.add_(shortcut).relu_()
+
+
+class Shortcut(nn.Sequential):
+    """A 1x1 convolution and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
+        return conv_norm(self[0], self[1], x)
 
 
 class BasicBlock(nn.Module):
@@ -60,8 +105,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
-        y = relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = relu(conv_norm(self.conv1, self.bn1, x))
+        y = conv_norm(self.conv2, self.bn2, y)
         return add_relu(y, self.downsample(x))
 
 
@@ -82,16 +127,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, Cin, H, W) -> (N, 4C, H / stride, W / stride)."""
-        y = relu(self.bn1(self.conv1(x)))
-        y = relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
+        y = relu(conv_norm(self.conv1, self.bn1, x))
+        y = relu(conv_norm(self.conv2, self.bn2, y))
+        y = conv_norm(self.conv3, self.bn3, y)
         return add_relu(y, self.downsample(x))
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+    return Shortcut(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
 
 
 class ResNet(nn.Module):
@@ -134,7 +179,7 @@ class ResNet(nn.Module):
         Returns:
             Feature maps (B, channels[i], H / s, W / s), where s is 4 times the product of the strides so far.
         """
-        x = self.maxpool(relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(relu(conv_norm(self.conv1, self.bn1, images)))
         maps = []
         for stage in range(stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)

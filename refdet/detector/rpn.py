@@ -24,10 +24,11 @@ from refdet.config.recipe import ProposalOptions
 from refdet.detector.anchors import Anchors
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.postprocess import best_anchors, ranked_nms
-from refdet.detector.target_assignment import IGNORE, assign_labels, inside, subsample_labels
+from refdet.detector.sampling import subsample_labels
+from refdet.detector.target_assignment import IGNORE, assign_labels, inside
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import PaddedTruth
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 SMOOTH_L1_BETA = 1.0 / 9
@@ -130,43 +131,53 @@ class RegionProposalNetwork(nn.Module):
         )
         return list(boxes[kept].split(counts))
 
-    def assign_targets(self, anchors: Tensor, size: tuple[int, int], target: GroundTruth) -> tuple[Tensor, Tensor]:
-        """Label the anchors (N, 4) of an image of (height, width); returns the same as `assign_labels`."""
+    def assign_targets(
+        self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedTruth
+    ) -> tuple[Tensor, Tensor]:
+        """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
         options = self.options
-        if not options.inside_only:
-            return assign_labels(anchors, target, options.positive_iou, options.negative_iou, best_for_each=True)
-        rows = inside(anchors, *size).nonzero()[:, 0]
-        kinds = torch.full((len(anchors),), IGNORE, dtype=torch.int64, device=anchors.device)
-        matched = torch.zeros_like(kinds)
-        kinds[rows], matched[rows] = assign_labels(
-            anchors[rows], target, options.positive_iou, options.negative_iou, best_for_each=True
+        within = inside(anchors, sizes) if options.inside_only else None
+        candidates = anchors if within is None else anchors * within[:, :, None]  # an empty box overlaps nothing
+        kinds, matched = assign_labels(
+            candidates, truth, options.positive_iou, options.negative_iou, best_for_each=True
         )
-        return kinds, matched
+        return kinds if within is None else kinds.masked_fill(~within, IGNORE), matched
 
     def compute_losses(
-        self,
-        output: RpnOutput,
-        sizes: Sequence[tuple[int, int]],
-        targets: Sequence[GroundTruth],
-        generator: torch.Generator | None,
+        self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
     ) -> dict[str, Tensor]:
         """Binary cross entropy over the sampled anchors and smooth L1 over the positive ones.
 
-        Both are summed and divided by the number of sampled anchors.
+        Both are summed and divided by the number of sampled anchors. Nothing waits for a GPU.
+
+        Args:
+            output: predictions of `forward`.
+            sizes: (height, width) of each image in pixels of the network's input, without padding.
+            truth: annotated objects.
+            seeds: (B,) int64, from `refdet.detector.sampling.image_seeds`.
         """
         options = self.options
-        score_loss, box_loss, count = output.logits.sum() * 0, output.deltas.sum() * 0, 0
-        for logits, deltas, size, target in zip(output.logits, output.deltas, sizes, targets, strict=True):
-            kinds, matched = self.assign_targets(output.anchors, size, target)
-            positive, negative = subsample_labels(
-                kinds, options.batch_size_per_image, options.positive_fraction, generator
-            )
-            chosen = torch.cat((positive, negative))
-            wanted_scores = torch.zeros_like(logits[chosen])
-            wanted_scores[: len(positive)] = 1
-            score_loss = score_loss + F.binary_cross_entropy_with_logits(logits[chosen], wanted_scores, reduction="sum")
-            if len(positive):
-                wanted = box_ops.encode(target.boxes[matched[positive]], output.anchors[positive], DELTA_WEIGHTS)
-                box_loss = box_loss + F.smooth_l1_loss(deltas[positive], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
-            count += len(chosen)
-        return {"loss_objectness": score_loss / max(count, 1), "loss_rpn_box_reg": box_loss / max(count, 1)}
+        kinds, matched = self.assign_targets(output.anchors, sizes, truth)
+        samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
+        count = samples.valid.sum().clamp(min=1)
+        scores = F.binary_cross_entropy_with_logits(
+            output.logits.gather(1, samples.index), samples.positive.float(), reduction="none"
+        )
+        # positives come first
+        most = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
+        index, negative = samples.index[:, :most], ~samples.positive[:, :most, None]
+        objects = truth.boxes.gather(1, _corners(matched.gather(1, index)))
+        wanted = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
+        deltas = output.deltas.gather(1, _corners(index))
+        boxes = F.smooth_l1_loss(
+            deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=SMOOTH_L1_BETA, reduction="none"
+        )
+        return {
+            "loss_objectness": scores.masked_fill(~samples.valid, 0).sum() / count,
+            "loss_rpn_box_reg": boxes.masked_fill(negative, 0).sum() / count,
+        }
+
+
+def _corners(index: Tensor) -> Tensor:
+    """An index (B, S) of boxes for `gather`, (B, S, 4)."""
+    return index[:, :, None].expand(-1, -1, 4)

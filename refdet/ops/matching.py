@@ -2,8 +2,9 @@
 
 Shape shorthand in this module:
 
-    N: candidates
-    M: objects
+    B: images in a batch
+    N: candidates of an image
+    M: objects of an image
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ class Matches(NamedTuple):
     """Result of `match_boxes`.
 
     Attributes:
-        best: (N,) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
-        object: (N,) int64, index of the first object with that IoU; 0 if it overlaps none.
-        reaches: (N,) bool, whether the candidate has the highest IoU of all candidates, above 0, with some object; ties
-            included.
+        best: (N,) or (B, N) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
+        object: (N,) or (B, N) int64, index of the first object with that IoU; 0 if it overlaps none.
+        reaches: (N,) or (B, N) bool, whether the candidate has the highest IoU of all candidates of the image, above 0,
+            with some object; ties included.
     """
 
     best: Tensor
@@ -38,9 +39,11 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
     The kernels never store the (N, M) IoU matrix. Computed in float32 in a fixed order, so that the result is the same
     with and without the compiled kernels. Boxes with a NaN coordinate or with zero or infinite area overlap nothing.
 
+    A batch is one call, in which each image has its own objects, padded with empty boxes.
+
     Args:
-        candidates: (N, 4) half-open xyxy, any floating dtype.
-        objects: (M, 4) half-open xyxy, on the same device.
+        candidates: half-open xyxy, any floating dtype: (N, 4), the same for all images of a batch, or (B, N, 4).
+        objects: (M, 4), or (B, M, 4) for a batch; half-open xyxy, on the same device.
 
     Raises:
         TypeError: the boxes are not floating point.
@@ -48,9 +51,11 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
     """
     if not (candidates.is_floating_point() and objects.is_floating_point()):
         raise TypeError(f"matching needs floating-point boxes, got {candidates.dtype} and {objects.dtype}")
-    if candidates.dim() != 2 or candidates.shape[1] != 4 or objects.dim() != 2 or objects.shape[1] != 4:
-        shapes = f"{tuple(candidates.shape)} and {tuple(objects.shape)}"
-        raise ValueError(f"matching needs boxes (N, 4) and (M, 4), got {shapes}")
+    shapes = f"{tuple(candidates.shape)} and {tuple(objects.shape)}"
+    if any(boxes.dim() not in (2, 3) or boxes.shape[-1] != 4 for boxes in (candidates, objects)):
+        raise ValueError(f"matching needs boxes (N, 4) and (M, 4), or (B, N, 4) and (B, M, 4), got {shapes}")
+    if candidates.dim() == 3 and candidates.shape[:1] != objects.shape[:-2]:
+        raise ValueError(f"matching needs candidates and objects of the same images, got {shapes}")
     if candidates.device != objects.device:
         raise ValueError(f"matching needs boxes on one device, got {candidates.device} and {objects.device}")
     candidates, objects = candidates.detach().float(), objects.detach().float()
@@ -61,9 +66,15 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
 
 def match_boxes_plain(candidates: Tensor, objects: Tensor) -> Matches:
     """`match_boxes` in plain PyTorch, for float32 boxes; arguments are not checked."""
-    count = len(candidates)
-    if count == 0 or len(objects) == 0:
-        none = candidates.new_zeros(count)
+    if objects.dim() == 3:
+        of_each = candidates if candidates.dim() == 3 else [candidates] * len(objects)
+        found = [match_boxes_plain(*pair) for pair in zip(of_each, objects, strict=True)]
+        if found:
+            return Matches(*map(torch.stack, zip(*found, strict=True)))
+        candidates = candidates.new_zeros(0, candidates.shape[-2])
+    shape = candidates.shape[: objects.dim() - 1]
+    if objects.shape[-2] == 0 or 0 in shape:
+        none = candidates.new_zeros(shape)
         return Matches(none, none.long(), none.bool())
     overlaps = box_ops.iou(candidates, objects)
     best, matched = overlaps.max(dim=1)
@@ -75,9 +86,9 @@ if DEVICES:
 
     @torch.library.register_fake("refdet::match_boxes")
     def _match_boxes_fake(candidates: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = candidates.shape[0]
+        shape = (*objects.shape[:-2], candidates.shape[-2])
         return (
-            candidates.new_empty((count,)),
-            candidates.new_empty((count,), dtype=torch.int64),
-            candidates.new_empty((count,), dtype=torch.bool),
+            candidates.new_empty(shape),
+            candidates.new_empty(shape, dtype=torch.int64),
+            candidates.new_empty(shape, dtype=torch.bool),
         )

@@ -1,17 +1,21 @@
-"""`GroundTruth`: the annotated objects of a training image, in the network's input.
+"""The annotated objects of training images, in the network's input: `GroundTruth` of one, `PaddedTruth` of a batch.
 
 Shape shorthand in this module:
 
-    G: objects
-    K: crowds
+    B: images in the batch
+    G: objects of an image; of all images of a batch, the most that one has
+    K: crowds, likewise
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from refdet.device import on_device
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,36 @@ class GroundTruth:
             self.scale,
             self.flipped_width,
         )
+
+
+@dataclass(frozen=True)
+class PaddedTruth:
+    """The objects of a batch, padded to equal numbers with empty boxes, which overlap nothing.
+
+    Attributes:
+        boxes: (B, G, 4) float32, half-open xyxy in pixels of the network's input; G is at least 1.
+        labels: (B, G) int64, 1..number of classes; 0 where padded.
+        known: (B, G) bool, False where padded.
+        crowds: (B, K, 4) boxes of crowds.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    known: Tensor
+    crowds: Tensor
+
+    @classmethod
+    def of(cls, targets: Sequence[GroundTruth], device: torch.device) -> PaddedTruth:
+        """Put the objects of images together on a device, in copies that do not depend on their number."""
+        most = max([1, *(len(target.boxes) for target in targets)])
+        crowded = max([0, *(len(target.crowds) for target in targets)])
+        like = targets[0].boxes
+        boxes, crowds = (like.new_zeros(len(targets), count, 4) for count in (most, crowded))
+        labels = like.new_zeros(len(targets), most, dtype=torch.int64)
+        counts = torch.tensor([len(target.boxes) for target in targets])
+        known = torch.arange(most) < counts[:, None]
+        for row, target in enumerate(targets):
+            count = len(target.boxes)
+            boxes[row, :count], labels[row, :count] = target.boxes, target.labels
+            crowds[row, : len(target.crowds)] = target.crowds
+        return cls(*(on_device(values, device) for values in (boxes, labels, known, crowds)))

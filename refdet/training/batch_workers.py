@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.data.training_batches import Batch, TrainingBatches, input_is_smaller
 from refdet.data.transforms import input_size
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
@@ -226,21 +226,22 @@ def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
     free = _free()
     if free is None or workers == 0:
         return
-    sizes = _input_pixels(batches)
-    pixels = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
-    need = int(pixels) * 3 * 4 * batches.recipe.train.batch_size
+    sizes = _image_bytes(batches)
+    most = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
+    need = int(most) * batches.recipe.train.batch_size
     if free < need:
         raise RuntimeFailure(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
 
 
-def _input_pixels(batches: TrainingBatches) -> Sequence[int]:
-    """Largest area of each image as the network's input, in pixels."""
+def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
+    """Largest size of each image in a batch, in bytes."""
     options = batches.recipe.input
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
-        if (size := (record.height, record.width)) not in known:
-            scaled = input_size(*size, options, max(options.min_sizes))
-            known[size] = scaled.height * scaled.width
+        if (shape := (record.height, record.width)) not in known:
+            size = input_size(*shape, options, max(options.min_sizes))
+            floats = 4 * size.height * size.width
+            known[shape] = 3 * (floats if input_is_smaller(size) else record.height * record.width)
     return [known[record.height, record.width] for record in batches.records]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,21 @@ class SavedRun:
         except InputError as error:
             raise damaged(path, f"not the state of a run: {error}") from error
         return SavedRun(path, meta, None if fresh is None else tuple(fresh), metadata.get("training_data_sha256"))
+
+    def with_older_defaults(self, recipe: Recipe, out: Path) -> tuple[Recipe, list[str]]:
+        """The recipe with the defaults of the run, where a newer refdet has others; and notes for the user."""
+        then, now = self.meta.recipe, recipe
+        kept: list[tuple[str, object, object]] = []
+        if then.input.size_divisibility == 0:  # from before there was this key
+            kept.append(("input.size_divisibility", 0, now.input.size_divisibility))
+        if (now.model.neck, now.model.depth, then.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
+            kept.append(("train.bf16", False, now.train.bf16))
+        notes = [
+            f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
+            for key, old, new in kept
+            if new not in (old, 1) or new is True
+        ]
+        return now.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in kept]), notes
 
     def check_recipe(self, recipe: Recipe, out: Path) -> None:
         """Check that the recipe is the one the run was started with.

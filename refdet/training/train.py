@@ -81,11 +81,14 @@ def train(
         with alone(out, LOCK, BUSY):
             pass  # no other process trains into it
     before = SavedRun.newest(out) if continues else None
+    notes = [remark] if remark else []
     theirs = None if weights is None else load_meta(weights)
     if weights is not None and theirs is not None and theirs.provenance.is_unknown:
         log.warning("starts from %s, %s", weights.name, theirs.provenance.note)
     chosen = _with_norm(chosen, theirs, before, continues)
     if before is not None:
+        chosen, kept = before.with_older_defaults(chosen, out)
+        notes += kept
         before.check_recipe(chosen, out)
     source = ImageSource.open(images, chosen.input.exif)
     # segmentations are needed only with masks
@@ -96,7 +99,6 @@ def train(
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
-    notes = [remark] if remark else []
     if before is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)

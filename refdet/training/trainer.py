@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,11 +33,12 @@ from refdet.structures.provenance import Provenance, file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 from refdet.training.metrics_log import MetricsLog
-from refdet.training.optim import learning_rate, optimiser, set_rate
+from refdet.training.optim import GuardedSGD, learning_rate, optimiser
 from refdet.training.pretrained import load_pretrained
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
 from refdet.training.saved_run import SavedRun
+from refdet.training.step import StartedStep, in_bfloat16, start_step
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         described(device),
-        "bfloat16" if recipe.train.bf16 else products,
+        "bfloat16" if in_bfloat16(model, target) else products,
         kernels_state(),
         counted(len(batches.records), "image"),
         index.path.name,
@@ -154,9 +154,11 @@ class _Training:
     meta: CheckpointMetadata  # of the last save
     batches: TrainingBatches
     out: Path
-    sgd: torch.optim.SGD
+    sgd: GuardedSGD
     fresh: tuple[str, ...] | None
     data_sha256: str
+    started: StartedStep | None = None  # the step whose losses were not read yet
+    losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def run(self) -> Summary:
         """Run the remaining steps."""
@@ -165,8 +167,7 @@ class _Training:
             log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
             checkpoint.save(self.out, self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
-        generator = torch.Generator(device)
-        losses: list[dict[str, float]] = []
+        generator = torch.Generator()  # on the CPU, so that samples are the same on every device
         step, loss = first, None
         steps = range(first, options.steps)
         self.model.train()
@@ -185,22 +186,24 @@ class _Training:
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(step, options)
-                terms = _step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
+                started_now = start_step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
                 del batch  # frees its shared memory for the next
-                losses.append(terms)
+                self._read()  # the step before, while a GPU computes this one
+                self.started = started_now
                 step += 1
                 bar.update()
                 if step % options.log_every == 0 or step == options.steps:
+                    self._read()
                     seconds, window = time.perf_counter() - window, time.perf_counter()
-                    row = {k: sum(t[k] for t in losses) / len(losses) for k in terms}
+                    row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
+                    parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
                     row = {"loss": sum(row.values()), **row, "lr": rate}
-                    row["images_per_second"] = len(losses) * options.batch_size / seconds
+                    row["images_per_second"] = len(self.losses) * options.batch_size / seconds
                     metrics.write(step, row)
                     loss = row["loss"]
-                    parts = " ".join(f"{name} {row[name]:.2f}" for name in terms)
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
                     bar.set_postfix_str(speed, refresh=False)
-                    losses = []
+                    self.losses = []
                 if step % options.checkpoint_interval == 0 or step == options.steps:
                     self._save(step)
         seconds = time.perf_counter() - started
@@ -227,41 +230,17 @@ class _Training:
             self._save(step)
         return f"after step {step}, which is saved; {first}continue with `resume=True`"
 
+    def _read(self) -> None:
+        """Read the losses of the step whose losses were not read yet. RuntimeFailure if they are not finite."""
+        if self.started is not None:
+            self.losses.append(self.started.losses())
+            self.started = None
+
     def _save(self, step: int) -> None:
+        self._read()  # weights are saved only once the losses of all their steps were read
         self.meta = dataclasses.replace(self.meta, step=step)
         state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
         write_card(self.out, self.meta)
-
-
-def _step(
-    model: MaskRCNN, sgd: torch.optim.SGD, batch: Batch, rate: float, max_grad_norm: float, generator: torch.Generator
-) -> dict[str, float]:
-    """One optimiser step. Returns the loss terms."""
-    device = generator.device
-    images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    targets = [target.to(device) for target in batch.targets]
-    with torch.autocast(device.type, torch.bfloat16, enabled=model.recipe.train.bf16):
-        losses = model.compute_losses(images, batch.sizes, targets, generator)
-    total = torch.stack(list(losses.values())).sum()
-    terms = {name: value.item() for name, value in losses.items()}
-    if not all(map(math.isfinite, terms.values())):
-        bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
-        raise _not_finite(f"loss is not finite ({bad})", batch)
-    set_rate(sgd, rate)
-    sgd.zero_grad(set_to_none=True)
-    total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    if not norm.isfinite():
-        raise _not_finite("gradient is not finite", batch)
-    sgd.step()
-    return terms
-
-
-def _not_finite(what: str, batch: Batch) -> RuntimeFailure:
-    return RuntimeFailure(
-        f"the {what} on images {', '.join(map(str, batch.image_ids))}; "
-        "lower train.lr, or check these images; the last checkpoint is kept"
-    )
 
 
 @contextmanager

@@ -96,3 +96,19 @@ def test_a_file_changes_its_base(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("base: nothing\n")
     with pytest.raises(InputError, match="base: must be one of .*reference-c4-res101"):
         recipe.load(str(tmp_path / "bad.yaml"))
+
+
+def test_batches_of_new_recipes_are_padded_and_those_of_older_runs_are_not(tmp_path: Path) -> None:
+    for name in recipe.names():
+        padded = not name.startswith("reference-") and name != "demo"
+        assert recipe.load(name).input.size_divisibility == (32 if padded else 1), name
+    (tmp_path / "mine.yaml").write_text("input: {max_size: 900}\n")
+    mine = recipe.load(str(tmp_path / "mine.yaml"))
+    assert mine.input.size_divisibility == 32 and mine.input.max_size == 900
+    assert mine.with_changes(["train.steps=5"]).input.size_divisibility == 32
+    (tmp_path / "mine.yaml").write_text("base: reference-c4-res50\n")
+    assert recipe.load(str(tmp_path / "mine.yaml")).input.size_divisibility == 1
+    older = mine.to_dict()
+    del older["input"]["size_divisibility"]
+    assert recipe.from_dict(older).input.size_divisibility == 0
+    assert "size_divisibility" not in recipe.from_dict(older).to_dict()["input"]

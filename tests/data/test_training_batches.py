@@ -41,13 +41,17 @@ def small_recipe(*changes: str) -> Recipe:
     return recipes.load("demo").with_changes(["train.batch_size=3", "train.steps=100", *changes])
 
 
+def inputs(batches: TrainingBatches, batch: Batch) -> torch.Tensor:
+    return batch.inputs(batches.recipe.input, torch.device("cpu"))
+
+
 def test_an_epoch_has_each_annotated_image_once(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60)] * 6 + [(60, 50)] * 6)
     batches = TrainingBatches(index, source, small_recipe())
     for epoch in range(2):
         seen = [i for step in range(4) for i in batches[epoch * 4 + step].image_ids]
         assert sorted(seen) == list(range(1, 13))
-    shapes = {batches[step].images.shape for step in range(4)}
+    shapes = {batches[step].shape for step in range(4)}
     assert len(shapes) == 2  # landscape and portrait apart
     assert [batches[s].image_ids for s in range(4)] != [batches[s + 4].image_ids for s in range(4)]
 
@@ -61,7 +65,7 @@ def test_a_step_is_the_same_whoever_asks_and_differs_with_the_seed(tmp_path: Pat
     index, source = write_dataset(tmp_path, [(50, 60)] * 9)
     one, other = (TrainingBatches(index, source, small_recipe()) for _ in range(2))
     _ = other[0]
-    assert torch.equal(one[7].images, other[7].images) and one[7].image_ids == other[7].image_ids
+    assert torch.equal(inputs(one, one[7]), inputs(other, other[7])) and one[7].image_ids == other[7].image_ids
     third = TrainingBatches(index, source, small_recipe("train.seed=1"))
     assert any(third[s].image_ids != one[s].image_ids for s in range(3))
 
@@ -73,7 +77,7 @@ def test_boxes_follow_the_image(tmp_path: Path) -> None:
     for step in range(6):
         batch = batches[step]
         assert isinstance(batch, Batch)
-        assert batch.sizes == [(100, 200)] * 3
+        assert batch.input_sizes == [(100, 200)] * 3
         for truth in batch.targets:
             mirrored = truth.flipped_width is not None
             seen[mirrored] += 1
@@ -88,8 +92,9 @@ def test_boxes_follow_the_image(tmp_path: Path) -> None:
 
 def test_padding_is_zero_after_normalisation(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60), (40, 60), (50, 52)])
-    batch = TrainingBatches(index, source, small_recipe("input.min_sizes=[50]"))[0]
-    for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
+    batches = TrainingBatches(index, source, small_recipe("input.min_sizes=[50]"))
+    batch = batches[0]
+    for image, (height, width) in zip(inputs(batches, batch), batch.input_sizes, strict=True):
         assert image[:, height:].eq(0).all() and image[:, :, width:].eq(0).all()
         assert image[:, :height, :width].ne(0).all()
 
@@ -144,9 +149,9 @@ def test_images_of_extreme_shape_are_mirrored_as_any_other(tmp_path: Path, resiz
     for step in range(100):
         batch = batches[step]
         assert isinstance(batch, Batch)
-        mirrored[batch.image_ids[0], batch.targets[0].flipped_width is not None] = batch.images[0]
+        mirrored[batch.image_ids[0], batch.targets[0].flipped_width is not None] = inputs(batches, batch)[0]
         [box] = batch.targets[0].boxes.tolist()
-        height, width = batch.sizes[0]
+        height, width = batch.input_sizes[0]
         assert box == pytest.approx([0, 0, width, height], abs=1)
     assert len(mirrored) == 2 * len(shapes)
     for number in range(1, len(shapes) + 1):

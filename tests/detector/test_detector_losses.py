@@ -11,11 +11,13 @@ from pycocotools import mask as coco_mask
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference
 from refdet.detector.predictor import detect_batch
+from refdet.detector.roi_sampling import sample_rois
+from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import NEGATIVE, POSITIVE, assign_labels
 from refdet.ops.masks import mask_coverage
 from refdet.structures import boxes as box_ops
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +33,12 @@ def test_rpn_losses_are_their_formulas() -> None:
     """All anchors are sampled, so the loss is a sum that can be written out in float64."""
     model = small_model("model.masks=false", "proposals.batch_size_per_image=100000", "proposals.positive_fraction=1.0")
     output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
-    found = model.rpn.compute_losses(output, [(96, 128)] * 2, truths, None)
+    padded, seeds = PaddedTruth.of(truths, torch.device("cpu")), image_seeds(2, 1, None)[0]
+    found = model.rpn.compute_losses(output, [(96, 128)] * 2, padded, seeds)
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
-        kinds, _ = assign_labels(output.anchors, truth, 0.7, 0.3, best_for_each=True)
+        own = PaddedTruth.of([truth], torch.device("cpu"))
+        ((kinds,), _) = assign_labels(output.anchors, own, 0.7, 0.3, best_for_each=True)
         for anchor in range(len(kinds)):
             probability = 1 / (1 + torch.exp(-logits[anchor]))
             if kinds[anchor] == POSITIVE:
@@ -124,7 +128,8 @@ def test_losses_of_the_references_arithmetic() -> None:
     images, sizes = torch.randn(1, 3, 96, 128), [(96, 128)]
     maps = model.extract_feature_maps(images)
     output = model.rpn(maps)
-    found = model.rpn.compute_losses(output, sizes, [truth], None)
+    padded = PaddedTruth.of([truth], torch.device("cpu"))
+    found = model.rpn.compute_losses(output, sizes, padded, image_seeds(1, 1, None)[0])
     score, box, count = 0.0, 0.0, 0
     inclusive = output.anchors.double() - torch.tensor([0.0, 0, 1, 1])
     overlaps = box_ops.iou(output.anchors, truth.boxes)[:, 0]
@@ -150,8 +155,9 @@ def test_losses_of_the_references_arithmetic() -> None:
     torch.testing.assert_close(found["loss_objectness"].double(), score / count, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["loss_rpn_box_reg"].double(), box / count, rtol=1e-5, atol=0)
     generator = torch.Generator().manual_seed(0)
-    rois, labels, _ = model._sample_rois(model.rpn.filter_proposals(output, sizes), [truth], generator)
-    assert len(rois) == 40 and (labels == 2).any()
+    proposals, (seeds,) = model.rpn.filter_proposals(output, sizes), image_seeds(1, 1, generator)
+    sampled = sample_rois(proposals, padded, model.recipe.head, seeds)
+    assert len(sampled.rois) == 40 and (sampled.labels == 2).any()
     losses = model.compute_losses(images, sizes, [truth], generator)
     assert all(value.isfinite() for value in losses.values())
     torch.stack(list(losses.values())).sum().backward()

@@ -17,10 +17,12 @@ from trained_models import VARIANTS as TRAINED
 from trained_models import saved_model
 
 import refdet
+from refdet.detector.roi_sampling import sample_rois
+from refdet.detector.sampling import image_seeds
 from refdet.device import arithmetic, usable_device
 from refdet.errors import RuntimeFailure
 from refdet.structures import boxes as box_ops
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 pytestmark = pytest.mark.slow
 
@@ -141,13 +143,13 @@ def square(x1: int, y1: int, x2: int, y2: int) -> dict[str, Any]:
     return coco_mask.encode(mask)
 
 
-def truths_on(device: torch.device) -> list[GroundTruth]:
+def truths() -> list[GroundTruth]:
     objects, labels = [[(10, 10, 60, 60)], [(5, 20, 40, 90), (50, 8, 120, 50)], []], [[2], [4, 1], []]
     return [
         GroundTruth(
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(label, dtype=torch.int64),
             [square(*box) for box in boxes], torch.tensor([[0.0, 0, 9, 9]]), (1.0, 1.0),
-        ).to(device)
+        )
         for boxes, label in zip(objects, labels, strict=True)
     ]  # fmt: skip
 
@@ -161,9 +163,9 @@ def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple
     )  # fmt: skip
     model = model.train().to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
-    generator = torch.Generator(where).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with arithmetic("float32"), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-        found = model.compute_losses(images, [(96, 128), (90, 128), (96, 100)], truths_on(where), generator)
+        found = model.compute_losses(images, [(96, 128), (90, 128), (96, 100)], truths(), generator)
     with arithmetic("float32"):
         torch.stack(list(found.values())).sum().backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -201,8 +203,9 @@ def test_sampling_is_repeated_with_its_seed(device: str) -> None:
     drawn = []
     for seed in (3, 3, 4):
         proposals = model.rpn.filter_proposals(model.rpn(maps), [(96, 128)] * 3)
-        generator = torch.Generator(where).manual_seed(seed)
-        drawn.append(model._sample_rois(proposals, truths_on(where), generator)[0])
+        (seeds,) = image_seeds(3, 1, torch.Generator().manual_seed(seed))
+        truth = PaddedTruth.of(truths(), where)
+        drawn.append(sample_rois(proposals, truth, model.recipe.head, seeds.to(where)).rois)
     assert torch.equal(drawn[0], drawn[1]) and not (
         drawn[0].shape == drawn[2].shape and torch.equal(drawn[0], drawn[2])
     )

@@ -24,7 +24,7 @@ from refdet.detector.weights.import_weights import import_weights
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import InputSize
 from refdet.structures.detection_options import DetectionOptions
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
@@ -221,7 +221,8 @@ def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector]
     torch.testing.assert_close(anchors[:24], golden["first_anchors"] + one, atol=0, rtol=0)
     boxes = golden["gt_xyxy_inclusive"] + one
     truth = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0))
-    kinds, matched = rpn.assign_targets(anchors, tuple(golden["image_hw"].tolist()), truth)
+    padded = PaddedTruth.of([truth], torch.device("cpu"))
+    (kinds,), (matched,) = rpn.assign_targets(anchors, [tuple(golden["image_hw"].tolist())], padded)
     assert (kinds == POSITIVE).nonzero()[:, 0].tolist() == golden["positive"].tolist()
     assert (kinds == NEGATIVE).nonzero()[:, 0].tolist() == golden["negative"].tolist()
     positive = golden["positive"]

@@ -1,7 +1,13 @@
 import numpy as np
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from refdet.config.recipe import HeadOptions
+from refdet.detector.roi_sampling import sample_rois
+from refdet.detector.sampling import image_seeds, random_numbers, subsample_labels
 from refdet.detector.target_assignment import (
     IGNORE,
     NEGATIVE,
@@ -9,10 +15,11 @@ from refdet.detector.target_assignment import (
     assign_labels,
     compute_mask_targets,
     inside,
-    subsample_labels,
 )
 from refdet.structures.box_convention import BoxConvention
-from refdet.structures.ground_truth import GroundTruth
+from refdet.structures.ground_truth import GroundTruth, PaddedTruth
+
+CPU = torch.device("cpu")
 
 
 def truth_of(boxes: list, crowds: list = (), **more: object) -> GroundTruth:
@@ -25,10 +32,24 @@ def truth_of(boxes: list, crowds: list = (), **more: object) -> GroundTruth:
     )
 
 
+def labels_of(candidates: torch.Tensor, truth: GroundTruth, *given: float, **more: bool) -> tuple:
+    """`assign_labels` of one image."""
+    kinds, matched = assign_labels(candidates, PaddedTruth.of([truth], CPU), *given, **more)
+    return kinds[0], matched[0]
+
+
+def sampled(kinds: torch.Tensor, count: int, fraction: float, seed: int = 0, **more: bool) -> tuple:
+    """`subsample_labels` of one image: indices of the positives and of the negatives."""
+    found = subsample_labels(kinds[None], count, fraction, torch.tensor([seed]), **more)
+    index, positive, valid = found.index[0], found.positive[0], found.valid[0]
+    assert not (positive & ~valid).any() and torch.equal(positive, positive.sort(descending=True, stable=True).values)
+    return index[positive], index[valid & ~positive]
+
+
 def test_match_by_thresholds() -> None:
     truth = truth_of([[0, 0, 10, 10]])
     candidates = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2], [50, 50, 60, 60]])
-    kinds, matched = assign_labels(candidates, truth, 0.7, 0.3, best_for_each=False)
+    kinds, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=False)
     assert kinds.tolist() == [POSITIVE, IGNORE, NEGATIVE, NEGATIVE]
     assert matched[:3].tolist() == [0, 0, 0]
 
@@ -36,60 +57,55 @@ def test_match_by_thresholds() -> None:
 def test_each_object_gets_its_best_anchor() -> None:
     truth = truth_of([[0, 0, 10, 10], [100, 100, 101, 101]])
     candidates = torch.tensor([[0.0, 0, 10, 4], [0, 0, 10, 3], [99, 99, 109, 109]])
-    kinds, matched = assign_labels(candidates, truth, 0.7, 0.3, best_for_each=True)
+    kinds, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=True)
     assert kinds.tolist() == [POSITIVE, IGNORE, POSITIVE]
     assert matched.tolist() == [0, 0, 1]
 
 
 def test_an_object_that_no_anchor_touches_makes_none_positive() -> None:
-    kinds, _ = assign_labels(torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, best_for_each=True)
+    kinds, _ = labels_of(torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, best_for_each=True)
     assert kinds.tolist() == [NEGATIVE]
 
 
 def test_crowds_are_neither_object_nor_background() -> None:
     truth = truth_of([[0, 0, 10, 10]], crowds=[[20, 0, 60, 40]])
-    kinds, _ = assign_labels(
-        torch.tensor([[30.0, 5, 40, 15], [0, 0, 10, 10], [70, 70, 80, 80]]), truth, 0.5, 0.5, False
-    )
+    kinds, _ = labels_of(torch.tensor([[30.0, 5, 40, 15], [0, 0, 10, 10], [70, 70, 80, 80]]), truth, 0.5, 0.5, False)
     assert kinds.tolist() == [IGNORE, POSITIVE, NEGATIVE]
 
 
 def test_without_objects_all_is_background() -> None:
-    kinds, matched = assign_labels(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, best_for_each=True)
+    kinds, matched = labels_of(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, best_for_each=True)
     assert kinds.tolist() == [NEGATIVE] * 3
     assert matched.tolist() == [0, 0, 0]
 
 
 def test_sample_counts() -> None:
     kinds = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 500 + [IGNORE] * 30)
-    positive, negative = subsample_labels(kinds, 64, 0.25, torch.Generator().manual_seed(0))
+    positive, negative = sampled(kinds, 64, 0.25)
     assert len(positive) == 16 and len(negative) == 48
     assert (kinds[positive] == POSITIVE).all() and (kinds[negative] == NEGATIVE).all()
     assert len(set(positive.tolist())) == 16
-    positive, negative = subsample_labels(kinds[49:], 64, 0.25, None)  # one object: background fills up
+    positive, negative = sampled(kinds[49:], 64, 0.25)  # one object: background fills up
     assert len(positive) == 1 and len(negative) == 63
 
 
 def test_refilled_samples_have_the_count_asked_for() -> None:
-    generator = torch.Generator().manual_seed(0)
     kinds = torch.tensor([POSITIVE] * 3 + [NEGATIVE] * 5 + [IGNORE] * 4)
-    positive, negative = subsample_labels(kinds, 64, 0.25, generator, sample_with_replacement=True)
+    positive, negative = sampled(kinds, 64, 0.25, sample_with_replacement=True)
     assert sorted(positive.tolist()) == [0, 1, 2]  # objects are drawn once
     assert len(negative) == 61 and set(negative.tolist()) == {3, 4, 5, 6, 7}
-    positive, negative = subsample_labels(
-        kinds[:3], 64, 0.25, generator, sample_with_replacement=True
-    )  # no background: objects fill up
+    positive, negative = sampled(kinds[:3], 64, 0.25, sample_with_replacement=True)  # no background: objects fill up
     assert len(positive) == 64 and set(positive.tolist()) == {0, 1, 2} and len(negative) == 0
-    positive, negative = subsample_labels(torch.full((5,), IGNORE), 64, 0.25, generator, sample_with_replacement=True)
+    positive, negative = sampled(torch.full((5,), IGNORE), 64, 0.25, sample_with_replacement=True)
     assert len(positive) == len(negative) == 0
     many = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 100)
-    positive, negative = subsample_labels(many, 64, 0.25, generator, sample_with_replacement=True)
+    positive, negative = sampled(many, 64, 0.25, sample_with_replacement=True)
     assert len(positive) == len(set(positive.tolist())) == 16 and len(set(negative.tolist())) == 48
 
 
 def test_inside_the_image() -> None:
     boxes = torch.tensor([[0.0, 0, 20, 10], [-1, 0, 5, 5], [0, 0, 21, 5], [0, 0, 5, 11]])
-    assert inside(boxes, height=10, width=20).tolist() == [True, False, False, False]
+    assert inside(boxes, [(10, 20), (11, 21)]).tolist() == [[True, False, False, False], [True, False, True, True]]
 
 
 def test_inclusive_rois_get_the_mask_under_their_pixels() -> None:
@@ -127,3 +143,84 @@ def test_each_roi_gets_the_mask_of_its_object() -> None:
     rois = torch.tensor([[0.0, 0, 10, 10]] * 3)
     found = compute_mask_targets(rois, torch.tensor([1, 0, 1]), truth, 2)
     assert found[:, 0].tolist() == [[0, 1], [1, 0], [0, 1]]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), images=st.integers(1, 4), best=st.booleans(), shared=st.booleans())
+def test_a_batch_is_labelled_as_its_images_are(seed: int, images: int, best: bool, shared: bool) -> None:
+    random = np.random.default_rng(seed)
+
+    def boxes(count: int) -> list[list[float]]:
+        corner = random.integers(0, 40, (count, 2))
+        return np.hstack((corner, corner + random.integers(0, 30, (count, 2)))).tolist()
+
+    truths = [truth_of(boxes(random.integers(0, 5)), boxes(random.integers(0, 3))) for _ in range(images)]
+    rows = [torch.tensor(boxes(60), dtype=torch.float32) for _ in range(1 if shared else images)]
+    candidates = rows[0] if shared else torch.stack(rows)
+    kinds, matched = assign_labels(candidates, PaddedTruth.of(truths, CPU), 0.5, 0.3, best_for_each=best)
+    for image, truth in enumerate(truths):
+        own = labels_of(rows[0 if shared else image], truth, 0.5, 0.3, best_for_each=best)
+        assert torch.equal(kinds[image], own[0]) and torch.equal(matched[image], own[1])
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_samples_of_an_image_depend_on_its_seed_alone(replacement: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    kinds, seeds = torch.randint(-1, 2, (3, 200), generator=random), image_seeds(3, 2, random)[0]
+    whole = subsample_labels(kinds, 64, 0.25, seeds, replacement)
+    for image in range(3):
+        alone = subsample_labels(kinds[image : image + 1], 64, 0.25, seeds[image : image + 1], replacement)
+        assert torch.equal(alone.index[0], whole.index[image])
+    other = subsample_labels(kinds, 64, 0.25, seeds + 1, replacement)
+    assert (other.index != whole.index).float().mean() > 0.5
+
+
+def test_seeds_of_an_image_do_not_depend_on_the_images_after_it() -> None:
+    few, many = (image_seeds(count, 2, torch.Generator().manual_seed(7)) for count in (2, 30))
+    assert torch.equal(few, many[:, :2]) and len(many.unique()) == 60
+
+
+def test_every_candidate_is_sampled_as_often() -> None:
+    kinds = torch.tensor([POSITIVE] * 40 + [NEGATIVE] * 160).expand(2000, -1)
+    found = subsample_labels(kinds, 20, 0.5, torch.arange(2000))  # seeds in a row, the worst there are
+    times = torch.bincount(found.index.flatten(), minlength=200)
+    for expected, part in ((500, times[:40]), (125, times[40:])):  # within five standard deviations
+        assert (part - expected).abs().max() < 5 * expected**0.5
+    first = torch.bincount(found.index[:, 0], minlength=200)[:40]
+    assert first.sum() == 2000 and (first - 50).abs().max() < 5 * 50**0.5
+
+
+def test_random_numbers_are_not_negative_and_differ() -> None:
+    numbers = random_numbers(torch.tensor([0, 1, -(2**63), 2**63 - 1]), 50_000)
+    assert numbers.min() >= 0 and len(numbers.unique()) == numbers.numel()
+    assert numbers[0, :3].tolist() == random_numbers(torch.tensor([0]), 3)[0].tolist()
+    bits = (numbers[:, :, None] >> torch.arange(62)) & 1
+    assert (bits.float().mean(dim=(0, 1)) - 0.5).abs().max() < 0.006
+
+
+def rois_of(proposals: list[list[list[float]]], truths: list[GroundTruth], append: bool, count: int = 8):  # type: ignore[no-untyped-def]
+    options = HeadOptions(batch_size_per_image=count, positive_fraction=0.5, append_gt_boxes=append)
+    given = [torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) for boxes in proposals]
+    return sample_rois(given, PaddedTruth.of(truths, CPU), options, torch.arange(len(given)))
+
+
+def test_rois_of_a_batch() -> None:
+    truths = [truth_of([[0, 0, 10, 10], [20, 20, 40, 40]]), truth_of([]), truth_of([[5, 5, 9, 9]])]
+    proposals = [[[20, 20, 40, 38], [60, 60, 70, 70]], [[1, 1, 9, 9]], []]
+    found = rois_of(proposals, truths, append=True)
+    rows = sorted(zip(found.rois.tolist(), found.labels.tolist(), strict=True))
+    assert rows == [([0, 0, 0, 10, 10], 1), ([0, 20, 20, 40, 38], 1), ([0, 20, 20, 40, 40], 1),
+                    ([0, 60, 60, 70, 70], 0), ([1, 1, 1, 9, 9], 0), ([2, 5, 5, 9, 9], 1)]  # fmt: skip
+    positive = found.positive
+    assert positive.image.tolist() == [0, 0, 0, 2] and found.labels[positive.row].tolist() == [1] * 4
+    for row, image, index, box in zip(positive.row, positive.image, positive.object, positive.boxes, strict=True):
+        assert torch.equal(found.rois[row, 1:], box) and found.rois[row, 0] == image
+        assert torch.equal(found.boxes[row], truths[image].boxes[index])
+    assert len(rois_of(proposals, truths, append=True, count=2).rois) == 4  # at most half of two are objects
+
+
+def test_annotated_boxes_are_rois_only_where_no_proposal_is_an_object() -> None:
+    """As in the reference; with `append_gt_boxes` off."""
+    truths = [truth_of([[0, 0, 10, 10], [20, 20, 40, 40]]), truth_of([[0, 0, 10, 10]])]
+    found = rois_of([[[20, 20, 40, 38]], [[60, 60, 70, 70]]], truths, append=False)
+    assert sorted(found.rois.tolist()) == [[0, 20, 20, 40, 38], [1, 0, 0, 10, 10], [1, 60, 60, 70, 70]]

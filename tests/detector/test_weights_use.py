@@ -198,16 +198,16 @@ def test_such_a_run_resumed_is_the_same_run(
               device="cpu", **more)  # fmt: skip
 
     run(tmp_path / "whole", weights=frcn)
-    step, calls = train_module._step, []
+    step, calls = train_module.start_step, []
 
-    def killed(*given: Any) -> dict[str, float]:
+    def killed(*given: Any) -> train_module.StartedStep:
         calls.append(given)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return step(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_step", killed)
+        patch.setattr(train_module, "start_step", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "halves", weights=frcn)
     assert checkpoint.load_meta(tmp_path / "halves").step == 1

@@ -84,6 +84,24 @@ def test_kernel_and_fallback_are_the_same(problem: tuple[Tensor, Tensor]) -> Non
     assert_same(match_boxes(*problem), match_boxes_plain(*problem))
 
 
+@both
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), images=st.integers(0, 4), count=st.sampled_from([0, 1, 65, 600]),
+       known=st.integers(0, 5), shared=st.booleans())  # fmt: skip
+def test_a_batch_is_matched_as_its_images_are(
+    function: Callable[..., Matches], seed: int, images: int, count: int, known: int, shared: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    of_each = [some_boxes(random, count, 1, True) for _ in range(1 if shared else images)]
+    objects = [some_boxes(random, known, 1, True) for _ in range(images)]
+    candidates = of_each[0] if shared else torch.stack([*of_each, torch.zeros(count, 4)])[:-1]
+    found = function(candidates, torch.stack([*objects, torch.zeros(known, 4)])[:-1])
+    assert all(value.shape == (images, count) for value in found)
+    for image in range(images):
+        expected = function(of_each[0 if shared else image], objects[image])
+        assert_same(Matches(*(value[image] for value in found)), expected)
+
+
 def rows_of_boxes(count: int) -> tuple[Tensor, Tensor]:
     """Candidates in rows as anchors are, several chunks of them, and objects among them."""
     random = np.random.default_rng(3)
@@ -148,6 +166,8 @@ def test_strided_and_other_types() -> None:
     [
         (torch.zeros(3, 5), torch.zeros(2, 4), ValueError, r"got \(3, 5\) and \(2, 4\)"),
         (torch.zeros(3, 4), torch.zeros(4), ValueError, r"got \(3, 4\) and \(4,\)"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4), ValueError, "of the same images"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4), ValueError, "of the same images"),
         (torch.zeros(3, 4).int(), torch.zeros(2, 4), TypeError, "int32"),
         (torch.zeros(3, 4), torch.zeros(2, 4).long(), TypeError, "int64"),
         (torch.zeros(3, 4), torch.zeros(2, 4, device="meta"), ValueError, "cpu and meta"),
@@ -169,9 +189,20 @@ def test_the_kernel_checks_for_itself(at: int, bad: Tensor) -> None:
 
 
 @compiled
+def test_the_kernel_refuses_a_batch_of_other_images() -> None:
+    for candidates, objects in (
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4)),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)),
+    ):
+        with pytest.raises(RuntimeError, match="of other images"):
+            torch.ops.refdet.match_boxes(candidates, objects)
+
+
+@compiled
 def test_the_operator_is_registered_well_and_traces() -> None:
     candidates, objects = rows_of_boxes(300)
     torch.library.opcheck(torch.ops.refdet.match_boxes.default, (candidates, objects))
+    torch.library.opcheck(torch.ops.refdet.match_boxes.default, (candidates, objects.expand(2, -1, -1)))
 
     def chosen(candidates: Tensor, objects: Tensor) -> Tensor:
         found = match_boxes(candidates, objects * 1.5)
@@ -215,6 +246,14 @@ print([value.tolist() for value in match_boxes(boxes, boxes[::50] + 1)])
 @given(problem=problems(most=2500))
 def test_cuda_finds_the_same(problem: tuple[Tensor, Tensor]) -> None:
     assert_same(match_boxes(problem[0].cuda(), problem[1].cuda()), match_boxes_plain(*problem))
+
+
+@cuda
+def test_cuda_matches_a_batch_as_its_images() -> None:
+    candidates, objects = rows_of_boxes(9001)
+    batch = torch.stack([objects + shift for shift in range(3)])
+    for shared in (candidates, torch.stack([candidates - shift for shift in range(3)])):
+        assert_same(match_boxes(shared.cuda(), batch.cuda()), match_boxes_plain(shared, batch))
 
 
 @cuda

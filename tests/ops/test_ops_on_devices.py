@@ -80,6 +80,18 @@ def test_matching(device: str, count: int, objects: int, odd: bool) -> None:
         assert_equal(found, wanted)
 
 
+@on_every_gpu
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("images", "count", "objects"), [(0, 3, 2), (2, 0, 3), (3, 5, 0), (16, 3000, 7)])
+def test_matching_of_a_batch(device: str, images: int, count: int, objects: int, shared: bool) -> None:
+    of_each = some_boxes(count * (1 if shared else images), 1, True)
+    candidates = of_each if shared else of_each.reshape(images, count, 4)
+    known = some_boxes(images * objects, 2, True).reshape(images, objects, 4)
+    wanted = match_boxes_plain(candidates, known)
+    for found in runs(lambda: match_boxes(candidates.to(device), known.to(device)), device):
+        assert_equal(found, wanted)
+
+
 def pooled(
     function: Callable[..., Tensor], x: Tensor, rois: Tensor, weight: Tensor, device: str
 ) -> tuple[Tensor, Tensor]:

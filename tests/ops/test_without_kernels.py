@@ -16,9 +16,11 @@ from refdet.ops._library import DEVICES
 
 pytestmark = pytest.mark.slow
 
+# With seed 0 rounding swaps two proposals of nearly the same score in the fourth step, and the other one is sampled.
 RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
           "input.max_size=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=6", "train.log_every=1",
-          "train.batch_size=4", "proposals.post_nms_top_n_test=40"]  # fmt: skip
+          "train.batch_size=4", "proposals.post_nms_top_n_test=40",
+          "train.seed=1"]  # fmt: skip
 
 
 def refdet(kernels: bool, *arguments: object) -> str:

@@ -155,14 +155,14 @@ def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = Batches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 float32: 147,456 bytes
-    need = 5 * 147456
+    batches = Batches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 uint8: 36,864 bytes
+    need = 5 * 36864
     monkeypatch.setattr(batch_workers, "_free", lambda: need)
     check_shared_memory(batches, workers=2)
     monkeypatch.setattr(batch_workers, "_free", lambda: need - 1)
     check_shared_memory(batches, workers=0)
     with pytest.raises(
-        RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=2m, or train with `train.workers=0`"
+        RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=1m, or train with `train.workers=0`"
     ):
         check_shared_memory(batches, workers=2)
     with pytest.raises(RuntimeFailure, match="/dev/shm"):

@@ -24,6 +24,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.evaluation.detection import evaluate
 from refdet.training.optim import learning_rate, optimiser
+from refdet.training.step import StartedStep
 from refdet.training.train import train
 from refdet.training.trainer import Summary
 
@@ -113,9 +114,9 @@ def test_a_resumed_run_is_the_same_run(
 def test_a_signal_saves_what_was_done(
     shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str, workers: int
 ) -> None:
-    steps, calls = train_module._step, []
+    steps, calls = train_module.start_step, []
 
-    def with_notice(*given: object) -> dict:
+    def with_notice(*given: object) -> StartedStep:
         calls.append(given)
         if len(calls) == 3:  # as a scheduler does it: to every process of the job
             for process in multiprocessing.active_children():
@@ -125,7 +126,7 @@ def test_a_signal_saves_what_was_done(
         return steps(*given)  # type: ignore[arg-type]
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(train_module, "_step", with_notice)
+    monkeypatch.setattr(train_module, "start_step", with_notice)
     changes = ["train.steps=6", "train.checkpoint_interval=5000", f"train.workers={workers}"]
     with pytest.raises(Interrupted, match=rf"stopped by {said} after step 3, which is saved"):
         run(shapes_root, tmp_path / "run", *changes)

@@ -59,7 +59,7 @@ def test_a_resumed_run_is_the_same_run(
     squares(tmp_path, images=6)
     changes = (*KINDS[kind], *STEPS)
     assert run(tmp_path, *changes, out="whole", device=device).steps == 4
-    step, calls = trainer._step, []
+    step, calls = trainer.start_step, []
 
     def stops(*given: Any, **named: Any) -> Any:
         calls.append(given)
@@ -68,7 +68,7 @@ def test_a_resumed_run_is_the_same_run(
         return step(*given, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "_step", stops)
+        patch.setattr(trainer, "start_step", stops)
         run(tmp_path, *changes, out="halves", device=device)
     assert checkpoint.load_meta(tmp_path / "halves").step == 2
     run(tmp_path, *changes, out="halves", device=device, resume=True)
@@ -106,13 +106,13 @@ def test_batches_are_pinned_by_workers_and_without(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squares(tmp_path)
-    step, pinned = trainer._step, []
+    step, pinned = trainer.start_step, []
 
     def watched(model: Any, sgd: Any, batch: Any, *given: Any, **named: Any) -> Any:
-        pinned.append(batch.images.is_pinned())
+        pinned.append(batch.images.data.is_pinned())
         return step(model, sgd, batch, *given, **named)
 
-    monkeypatch.setattr(trainer, "_step", watched)
+    monkeypatch.setattr(trainer, "start_step", watched)
     for workers in (0, 1):
         run(tmp_path, "train.steps=2", f"train.workers={workers}", out=f"run-{workers}", device=device)
     assert pinned == [is_gpu(device)] * 4

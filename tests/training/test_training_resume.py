@@ -33,13 +33,13 @@ sys.path.insert(0, {str(Path(training_examples.__file__).parent)!r})
 import training_examples
 from training_examples import run
 from refdet.training import trainer
-step, calls = trainer._step, []
+step, calls = trainer.start_step, []
 def killed(*given):
     calls.append(given)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*given)
-trainer._step = killed
+trainer.start_step = killed
 run(Path(sys.argv[1]), "train.steps=4", "train.checkpoint_interval=100")
 """
 
@@ -230,6 +230,37 @@ def test_empty_images_make_another_run_and_older_runs_have_no_such_key(begun: Pa
     assert "empty_images" not in json.loads((begun / "run" / "model.json").read_text())["recipe"]["train"]
     with pytest.raises(InputError, match="train.empty_images was False and is now True"):
         run(begun, "train.steps=4", "train.empty_images=true", resume=True)
+
+
+PADDING = "input.size_divisibility"
+
+
+@pytest.mark.parametrize(("now", "noted"), [(1, False), (32, True)])
+def test_a_run_of_before_padding_goes_on_without(
+    begun: Path, now: int, noted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewritten(lambda t, m: m.update(meta=m["meta"].replace(', "size_divisibility": 1', "")))(state(begun))
+    assert run(begun, "train.steps=3", f"{PADDING}={now}", resume=True).steps == 3
+    assert (f"{PADDING} stays 0, as the run was started; new runs have 32" in caplog.text) == noted
+    assert "size_divisibility" not in json.loads((begun / "run" / "model.json").read_text())["recipe"]["input"]
+    run(begun, "train.steps=3", out="plain")
+    assert contents(begun / "run")["model.safetensors"] == contents(begun / "plain")["model.safetensors"]
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 32), (32, 1), (32, 0)])
+def test_other_padding_is_another_run(begun: Path, then: int, now: int) -> None:
+    run(begun, f"{PADDING}={then}", out="new")
+    with pytest.raises(InputError, match=f"{PADDING} was {then} and is now {now}"):
+        run(begun, "train.steps=4", f"{PADDING}={now}", out="new", resume=True)
+    assert run(begun, "train.steps=3", f"{PADDING}={then}", out="new", resume=True).steps == 3
+
+
+def test_an_older_run_of_fpn_res50_goes_on_in_float32(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for steps, given in ((1, "train.bf16=false"), (2, "train.bf16=true")):
+        small = ("model.depth=50", "model.width=4", f"train.steps={steps}", given)
+        run(begun, *small, out="deep", resume=steps > 1)
+    assert "train.bf16 stays false, as the run was started" in caplog.text
+    assert not checkpoint.load_meta(begun / "deep").recipe.train.bf16
 
 
 def test_one_process_at_a_time(begun: Path) -> None:

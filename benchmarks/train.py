@@ -1,0 +1,221 @@
+"""Times a step of refdet's training beside one of torchvision's Mask R-CNN of the same size, on the same images.
+
+    python benchmarks/train.py [--device cpu] [--networks fpn-res50] [--short-side 192] [--batch-size 2]
+                               [--steps 3] [--bf16] [--json]
+
+Both sides: a ResNet with frozen norms and frozen first layers (or, with --norm batch, trained norms), a feature
+pyramid, as many anchors, proposals, RoIs and channels, masks of 28x28, SGD with momentum, drawn images with eight
+elliptic objects each. Images are in memory, for refdet as uint8 with masks as RLE, for torchvision as floats in 0..1
+with masks as bitmaps, so that neither side reads or decodes. A step begins with them and ends with the new weights. In
+every round both take a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.data.packed_images import PackedImages
+from refdet.data.training_batches import Batch, padded_shape
+from refdet.data.transforms import input_size
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import exact_float32, usable_device
+from refdet.structures.ground_truth import GroundTruth
+from refdet.training.optim import optimiser
+from refdet.training.step import start_step
+
+CLASSES, OBJECTS = 80, 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image and its objects.
+
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        boxes: (G, 4) half-open xyxy.
+        labels: (G,) 1..CLASSES.
+        masks: (G, H, W) uint8.
+    """
+
+    pixels: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+
+
+def draw(random: np.random.Generator, height: int, width: int) -> Drawn:
+    y, x = np.mgrid[:height, :width] + 0.5
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    boxes, masks = [], []
+    for _ in range(OBJECTS):
+        w, h = random.uniform(0.1, 0.5, 2) * (width, height)
+        left, top = random.uniform(0, 1, 2) * (width - w, height - h)
+        mask = ((x - left - w / 2) / (w / 2)) ** 2 + ((y - top - h / 2) / (h / 2)) ** 2 < 1
+        pixels[mask] = random.integers(0, 256, 3)
+        boxes.append([left, top, left + w, top + h])
+        masks.append(mask)
+    labels = random.integers(1, CLASSES + 1, OBJECTS)
+    return Drawn(pixels, np.array(boxes, np.float32), labels, np.array(masks, np.uint8))
+
+
+def draw_batches(count: int, batch_size: int) -> list[list[Drawn]]:
+    """Batches of images in COCO's most frequent sizes, all of them landscape."""
+    random, sizes = np.random.default_rng(0), ((480, 640), (427, 640), (480, 640), (426, 640))
+    return [[draw(random, *sizes[i % 4]) for i in range(batch_size)] for _ in range(count)]
+
+
+def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
+    """A function that takes a step."""
+    model = MaskRCNN(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    sgd, generator, options = optimiser(model, recipe.train), torch.Generator(), recipe.input
+    given = []
+    for batch in batches:
+        sizes = [input_size(*image.pixels.shape[:2], options) for image in batch]
+        truths = []
+        for image, size in zip(batch, sizes, strict=True):
+            rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in image.masks]
+            boxes = model.convention.scale(torch.from_numpy(image.boxes), size.scale)
+            truths.append(GroundTruth(boxes, torch.from_numpy(image.labels), rles, torch.zeros(0, 4), size.scale, None))
+        packed, shape = PackedImages.of([image.pixels for image in batch]), padded_shape(sizes, 32)
+        made = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])
+        given.append(made.pin_memory() if device.type == "cuda" else made)
+
+    def step(number: int) -> object:
+        generator.manual_seed(number)
+        return start_step(model, sgd, given[number % len(given)], recipe.train.lr, 0.0, generator)
+
+    return step
+
+
+def torchvisions(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
+    """A function that takes a step; the model put together from torchvision's own parts, trained the usual way."""
+    model, options = recipe.model, recipe.input
+    norm = FrozenBatchNorm2d if model.norm == "frozen" else nn.BatchNorm2d
+    network = resnet.__dict__[f"resnet{model.depth}"](norm_layer=norm)
+    trained = 3 if model.norm == "frozen" else 5  # of the five parts of the ResNet
+    backbone = _resnet_fpn_extractor(network, trained, extra_blocks=LastLevelMaxPool())
+    peer = TorchvisionMaskRCNN(
+        backbone,
+        CLASSES + 1,
+        min_size=options.min_sizes[-1],
+        max_size=options.max_size,
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((int(size),) for size in model.anchor_sizes), (tuple(model.anchor_ratios),) * 5
+        ),
+        rpn_pre_nms_top_n_train=recipe.proposals.pre_nms_top_n_train,
+        rpn_post_nms_top_n_train=recipe.proposals.post_nms_top_n_train,
+        box_batch_size_per_image=recipe.head.batch_size_per_image,
+    )
+    peer = peer.to(device).train()
+    sgd = torch.optim.SGD(
+        [p for p in peer.parameters() if p.requires_grad], lr=recipe.train.lr, momentum=0.9, weight_decay=1e-4
+    )
+    given = []
+    for batch in batches:
+        images = [torch.from_numpy(image.pixels).permute(2, 0, 1).float() / 255 for image in batch]
+        targets = [
+            {
+                "boxes": torch.from_numpy(i.boxes),
+                "labels": torch.from_numpy(i.labels),
+                "masks": torch.from_numpy(i.masks),
+            }
+            for i in batch
+        ]
+        given.append((images, targets))
+
+    def step(number: int) -> Tensor:
+        images, targets = given[number % len(given)]
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.bf16):
+            total = sum(peer(images, targets).values())
+        sgd.zero_grad(set_to_none=True)
+        total.backward()
+        sgd.step()
+        return total.detach()
+
+    return step
+
+
+def compared(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Alternating turns of both sides."""
+    recipe = recipes.load(name).with_changes(
+        [f"model.norm={options.norm}", f"input.min_sizes=[{options.short_side}]",
+         f"train.batch_size={options.batch_size}", f"train.bf16={str(options.bf16).lower()}", "train.lr=0.0001",
+         f"input.max_size={round(options.short_side * 1333 / 800)}"]
+    )  # fmt: skip
+    batches = draw_batches(options.batches, options.batch_size)
+    torch.manual_seed(0)
+    sides = {"torchvision": torchvisions(recipe, batches, device), "refdet": ours(recipe, batches, device)}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.steps + 1):
+        for side, step in sides.items():
+            start = time.perf_counter()
+            step(number)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first is a warm-up
+                seconds[side].append(time.perf_counter() - start)
+    medians = {side: statistics.median(times) for side, times in seconds.items()}
+    return {
+        "network": name,
+        **{f"{side}_s": round(value, 3) for side, value in medians.items()},
+        "ratio": round(medians["torchvision"] / medians["refdet"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--networks", default="fpn-res50", help="shipped recipes with a pyramid, separated by commas")
+    parser.add_argument("--norm", choices=("frozen", "batch"), default="frozen")
+    parser.add_argument("--short-side", type=int, default=192)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=2, help="different batches, in turn")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    device = usable_device(options.device)
+    with exact_float32():
+        rows = [compared(name, options, device) for name in options.networks.split(",")]
+    about = {
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "norm": options.norm,
+        "short_side": options.short_side,
+        "batch_size": options.batch_size,
+        "precision": "bfloat16" if options.bf16 else "float32",
+        "steps": options.steps,
+    }
+    if options.json:
+        print(json.dumps({**about, "rows": rows}))
+        return
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for row in rows:
+        times = ", ".join(f"{side} {row[f'{side}_s']:.3f} s" for side in ("torchvision", "refdet"))
+        print(f"{row['network']}: {times} a step; refdet is {row['ratio']:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`PackedImages`: the images of a batch in one buffer, as they go from a worker process to the device.
+
+Shape shorthand in this module:
+
+    M: bytes of all images
+    Hi, Wi: height and width of image i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refdet.device import on_device
+
+_BYTES = {torch.uint8: 1, torch.float32: 4}
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Images of any sizes, back to back: one tensor to share, to pin and to copy.
+
+    Attributes:
+        data: (M,) uint8.
+        layouts: dtype and shape of each image.
+    """
+
+    data: Tensor
+    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, images: Sequence[np.ndarray]) -> PackedImages:
+        """Pack images of uint8 or float32."""
+        tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
+        parts = [tensor.flatten().view(torch.uint8) for tensor in tensors]
+        # floats start at multiples of 4
+        padded = [torch.cat((part, part.new_zeros(-len(part) % 4))) if len(part) % 4 else part for part in parts]
+        return cls(torch.cat(padded), [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
+
+    def pin_memory(self) -> PackedImages:
+        """Copy to pinned memory."""
+        return replace(self, data=self.data.pin_memory())
+
+    def unpacked(self, device: torch.device) -> list[Tensor]:
+        """The images on a device, by one copy, which is asynchronous from pinned memory."""
+        data, first, images = on_device(self.data, device), 0, []
+        for dtype, shape in self.layouts:
+            size = int(np.prod(shape)) * _BYTES[dtype]
+            images.append(data[first : first + size].view(dtype).view(shape))
+            first += size + -size % 4
+        return images

@@ -1,0 +1,93 @@
+"""Images on their way from a worker to the device: packed as they are, and made the network's input there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refdet.config.recipe import InputOptions
+from refdet.data import training_batches
+from refdet.data.packed_images import PackedImages
+from refdet.data.training_batches import Batch, input_is_smaller, padded_shape
+from refdet.data.transforms import input_size, network_input
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.booleans()), min_size=1, max_size=6))
+def test_images_come_out_as_they_went_in(shapes: list[tuple[list[int], bool]]) -> None:
+    random = np.random.default_rng(0)
+    images = [
+        random.normal(size=shape).astype(np.float32) if floats else random.integers(0, 256, shape, dtype=np.uint8)
+        for shape, floats in shapes
+    ]
+    packed = PackedImages.of(images)
+    assert packed.data.dtype == torch.uint8 and packed.data.dim() == 1
+    assert packed.data.numel() <= sum(image.nbytes + 3 for image in images)
+    for image, found in zip(images, packed.unpacked(CPU), strict=True):
+        assert torch.equal(found, torch.from_numpy(image))
+
+
+def image_by_image(images: list[np.ndarray], sizes: list, flips: list[bool], options: InputOptions) -> torch.Tensor:
+    """Each resized and normalised alone, and then zero-padded."""
+    made = [network_input(i[:, ::-1] if f else i, s, options) for i, s, f in zip(images, sizes, flips, strict=True)]
+    height, width = padded_shape(sizes, options.size_divisibility)
+    padded = torch.zeros(len(made), 3, height, width)
+    for row, image in zip(padded, made, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return padded
+
+
+@pytest.mark.parametrize("divisor", [1, 32])
+@pytest.mark.parametrize("resize", ["antialias", "opencv"])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_a_batch_is_the_same_to_the_bit_as_its_images(
+    divisor: int, resize: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = InputOptions(min_sizes=(70,), max_size=120, resize=resize, order=order, size_divisibility=divisor)
+    random = np.random.default_rng(1)
+    shapes = [(50, 60), (70, 90), (100, 70), (40, 200), (1, 30), (300, 400)]  # larger and smaller than their input
+    images = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    sizes, flips = [input_size(*shape, options) for shape in shapes], [False, True, True, False, True, True]
+    wanted = image_by_image(images, sizes, flips, options)
+    batch = Batch(PackedImages.of(images), sizes, flips, padded_shape(sizes, divisor), [], [])
+    found = batch.inputs(options, CPU)
+    assert torch.equal(found, wanted) and found.is_contiguous(memory_format=torch.channels_last)
+    assert [side % divisor for side in found.shape[2:]] == [0, 0]
+    # the largest as its input, which is smaller
+    assert [input_is_smaller(size) for size in sizes] == [False] * 5 + [True]
+    small = network_input(images[5][:, ::-1], sizes[5], options).numpy()
+    mixed = Batch(PackedImages.of([*images[:5], small]), sizes, flips, batch.shape, [], [])
+    assert torch.equal(mixed.inputs(options, CPU), wanted)
+    assert mixed.images.data.numel() < batch.images.data.numel()
+
+
+def test_workers_send_large_images_as_inputs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from training_examples import squares, tiny
+
+    from refdet.data.coco import CocoIndex
+    from refdet.data.image_source import ImageSource
+
+    index, source = CocoIndex.load(squares(tmp_path)), ImageSource.open(tmp_path / "images")
+    recipe = tiny("input.min_sizes=[24]")  # of images of 64x96
+    made = training_batches.TrainingBatches(index, source, recipe)[0]
+    assert isinstance(made, Batch) and {dtype for dtype, _ in made.images.layouts} == {torch.float32}
+    found = made.inputs(recipe.input, CPU)
+    monkeypatch.setattr(training_batches, "input_is_smaller", lambda size: False)
+    raw = training_batches.TrainingBatches(index, source, recipe)[0]
+    assert isinstance(raw, Batch) and {dtype for dtype, _ in raw.images.layouts} == {torch.uint8}
+    assert torch.equal(found, raw.inputs(recipe.input, CPU))
+    assert [t.boxes.tolist() for t in made.targets] == [t.boxes.tolist() for t in raw.targets]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=1, max_size=5), st.integers(1, 70))
+def test_padding_is_the_least_that_fits(shapes: list[tuple[int, int]], divisor: int) -> None:
+    sizes = [input_size(*shape, InputOptions(min_sizes=(50,))) for shape in shapes]
+    for side, padded in enumerate(padded_shape(sizes, divisor)):
+        longest = max((size.height, size.width)[side] for size in sizes)
+        assert padded % divisor == 0 and longest <= padded < longest + divisor

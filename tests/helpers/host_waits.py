@@ -1,0 +1,62 @@
+"""Counts on the CPU, in the same code, what would keep a GPU waiting.
+
+Which calls would be copies that wait, or wait for an answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
+PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
+ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
+# Numbers of the host that become a tensor, for which `on_device` cares: through pinned memory, without waiting.
+GIVEN = {"python tensor", "lift_fresh"}
+
+
+class InPython(TorchFunctionMode):
+    """Counts calls by the name of the function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.fetched = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.__name__] += 1
+        self.fetched += func.__name__ == "to" and args[1:2] == ("cpu",) and (kwargs or {}).get("non_blocking", False)
+        return func(*args, **(kwargs or {}))
+
+
+class InAten(TorchDispatchMode):
+    """Counts operators by their name without overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[tuple[InPython, InAten]]:
+    with InPython() as python, InAten() as aten:
+        yield python, aten
+
+
+def waits(python: InPython, aten: InAten) -> dict[str, int]:
+    found = {f"python {name}": python.calls[name] for name in PYTHON} | {name: aten.calls[name] for name in ATEN}
+    return {name: count for name, count in found.items() if count}
+
+
+def answers(found: dict[str, int]) -> int:
+    """How often the host waits for an answer of the GPU."""
+    return sum(count for name, count in found.items() if name not in GIVEN)
