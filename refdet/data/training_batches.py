@@ -15,7 +15,7 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.data.segmentations import to_rle
 from refdet.data.training_objects import TrainingObjects
-from refdet.data.transforms import input_size, network_input
+from refdet.data.transforms import input_size, network_input, pad_to_multiple
 from refdet.errors import RefdetError
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import GroundTruth
@@ -44,13 +44,13 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
 
-def pad_batch(images: Sequence[Tensor]) -> Tensor:
-    """Zero-pad images (3, Hi, Wi) to their largest height and width, (B, 3, H, W); zero is the mean colour."""
+def pad_batch(images: Sequence[Tensor], divisor: int = 1) -> Tensor:
+    """Zero-pad images (3, Hi, Wi) to multiples of `divisor`, (B, 3, H, W); zero is the mean colour."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     padded = images[0].new_zeros(len(images), 3, height, width)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
-    return padded
+    return pad_to_multiple(padded, divisor)
 
 
 class TrainingBatches(Dataset):
@@ -109,7 +109,7 @@ class TrainingBatches(Dataset):
             return error
         images = [image for image, _ in examples]
         return Batch(
-            pad_batch(images),
+            pad_batch(images, options.size_divisibility),
             [(image.shape[1], image.shape[2]) for image in images],
             [target for _, target in examples],
             [self.records[r].id for r in rows],

@@ -268,14 +268,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     ),
     "a torchvision Faster R-CNN": ("backbone.body.conv1.weight", "roi_heads.box_predictor.cls_score.weight"),
     "a torchvision RetinaNet": ("backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"),
-    "a detectron2 Mask R-CNN": (
-        "backbone.bottom_up.stem.conv1.weight", "proposal_generator.rpn_head.conv.weight",
-        "roi_heads.box_head.fc1.weight", "roi_heads.mask_head.predictor.weight",
-    ),
-    "a detectron2 Faster R-CNN": (
-        "backbone.res2.0.conv1.weight", "proposal_generator.rpn_head.conv.weight", "roi_heads.res5.0.conv1.weight",
-    ),
-    "a detectron2 ImageNet backbone": ("stem.conv1.weight", "res2.0.conv1.weight"),
+    "a detectron2 RetinaNet": ("backbone.bottom_up.stem.conv1.weight", "head.cls_score.weight"),
     "a Caffe2 Detectron network": ("conv1_w", "res2_0_branch2a_w", "conv_rpn_w"),
     "an MMDetection Mask R-CNN": (
         "backbone.conv1.weight", "rpn_head.rpn_conv.weight", "roi_head.bbox_head.fc_cls.weight",
