@@ -64,6 +64,9 @@ _BY_CLASSES = {
 # Those that refdet.detector.weights imports, or refuses in more detail.
 IMPORTED = frozenset(
     (
+        "a torchvision Mask R-CNN",
+        "a torchvision Keypoint R-CNN",
+        "a torchvision Faster R-CNN",
         "a detectron2 Mask R-CNN",
         "a detectron2 Faster R-CNN",
         "a detectron2 ImageNet backbone",

@@ -13,7 +13,7 @@ from torch import Tensor
 from refdet.config import recipe as recipes
 from refdet.detector.checkpoint import HEADS, MOST_CATEGORIES
 from refdet.detector.resnet import BLOCKS
-from refdet.detector.weights import detectron2
+from refdet.detector.weights import detectron2, torchvision
 from refdet.detector.weights.fitting import ConvertedWeights, Naming, Pairs, count, differences, fit, rows
 from refdet.errors import InputError
 
@@ -48,7 +48,7 @@ def identify_checkpoint(tensors: Mapping[str, Tensor], style: str | None = None)
     given = {name.removeprefix("module."): value for name, value in tensors.items()}
     if detectron2.is_backbone(given):
         return _resnet(detectron2.in_torchvision_names(given), style, caffe="d2-c4")
-    detector = next((program.identify for program in (detectron2,) if program.is_detector(given)), None)
+    detector = next((program.identify for program in (detectron2, torchvision) if program.is_detector(given)), None)
     if detector is not None:
         _refuse_style(style)
         return detector(given)

@@ -21,11 +21,13 @@ from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.fitting import ConvertedWeights
 from refdet.detector.weights.numpy_pickles import NotPlain, has_arrays, read_pickle
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
+from refdet.detector.weights.torchvision import EPS, with_usual_eps
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 from refdet.files.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
 from refdet.files.weight_programs import IMPORTED, OWN, STATE, has_all, program_of
-from refdet.structures.coco_categories import coco_categories
+from refdet.structures.coco_categories import coco_categories, unused_name
+from refdet.structures.known_weights import KnownFile, known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
 WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
@@ -70,12 +72,17 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists; choose another or remove it")
     try:
-        found = identify_checkpoint(read_foreign(source), style)
+        tensors = read_foreign(source)
+        digest = file_sha256(source)
+        known = known_file(source, digest)
+        if known is not None and known.norm_eps != EPS:
+            tensors = with_usual_eps(tensors, known.norm_eps)
+        found = identify_checkpoint(tensors, style)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
     categories = _categories(found, source, index)
-    provenance = _provenance(source, index)
+    provenance = _provenance(source, digest, known, index)
     meta = CheckpointMetadata(found.recipe, categories, provenance, 0, found.untrained)
     torch.manual_seed(found.recipe.train.seed)  # missing tensors start as they would in training
     model = MaskRCNN(found.recipe, len(categories))
@@ -169,7 +176,8 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
     if program is not None and program not in IMPORTED:
         raise InputError(
             f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and Mask "
-            "and Faster R-CNN of detectron2, and ImageNet ResNets can (the weights alone, as a state_dict)"
+            "and Faster R-CNN of detectron2 and torchvision, and ImageNet ResNets can (the weights alone, as a "
+            "state_dict)"
         )
 
 
@@ -224,18 +232,26 @@ def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) 
         return coco_categories()
     if index is not None:
         categories = tuple(index.categories.items())
+        if found.coco_ids and set(dict(categories)) <= set(range(1, found.classes + 1)):
+            return _by_id(dict(categories), found.classes)
         if len(categories) != found.classes:
             raise InputError(f"--trained-on {index.path}: {len(categories)} categories, {source} has {found.classes}")
         return categories
+    if found.coco_ids:
+        return _by_id(dict(coco_categories()), found.classes)
     if found.classes != len(coco_categories()):
         raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by --trained-on")
     return coco_categories()
 
 
-def _provenance(source: Path, index: CocoIndex | None) -> Provenance:
-    digest = file_sha256(source)
+def _by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
+    """Categories whose ids are their labels; ids without a category are outputs of the network all the same."""
+    return tuple((label, names.get(label, unused_name(label))) for label in range(1, classes + 1))
+
+
+def _provenance(source: Path, digest: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
     if index is None:
-        return Provenance.imported(source.name, digest)
+        return Provenance.imported(source.name, digest, known)
     return provenance_of_instances(index).with_weights(
         f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
     )
