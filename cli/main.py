@@ -34,6 +34,7 @@ COMMANDS = (
     "extract-features",
     "evaluate-on-refer",
     "export",
+    "export-weights",
     "inspect",
     "demo",
 )

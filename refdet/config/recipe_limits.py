@@ -73,6 +73,8 @@ LIMITS: dict[str, Range] = {
     "model.stride": _count(16),
     "model.fpn_channels": _count(4096),
     "model.fpn_hidden": _count(16384),
+    "model.pooler_resolution": _count(14),
+    "model.box_fcs": _count(2),
     "model.sampling_ratio": Range(0, 16),
     "model.box_convs": Range(0, 8),
     "model.rpn_convs": Range(1, 8),
