@@ -11,9 +11,7 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
 @click.command("import-weights")
-@click.option(
-    "--from", "source", type=Path, required=True, help="Checkpoint of mask-faster-rcnn or of an ImageNet ResNet."
-)
+@click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet ResNet.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--trained-on", type=Path, help="The split it was trained on, if known.")
 @renamed_option(
@@ -25,7 +23,10 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 )
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
-    """Convert a checkpoint of lichengunc/mask-faster-rcnn or an ImageNet ResNet to a run directory."""
+    """Convert another program's checkpoint to a run directory.
+
+    Mask and Faster R-CNN of lichengunc/mask-faster-rcnn, detectron2 and torchvision, and ImageNet ResNets.
+    """
     from dataclasses import asdict
 
     check_weights("--from", source)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import logging
-import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.config.recipe_limits import LONGEST_NAME, check_limits
+from refdet.config.recipe_values import build, one_of, unknown
 from refdet.config.renamed_keys import current, current_name, deprecation
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
@@ -33,22 +29,31 @@ class ModelOptions:
 
     depth: int = 50  # of the ResNet: 18, 34, 50, 101 or 152
     width: int = 64  # channels of its first stage; 64 in the published networks
-    neck: str = "c4"  # c4: conv5 on the RoIs; fpn: a feature pyramid and a two-layer head
+    # c4: conv5 on the RoIs; fpn: a feature pyramid, dc5: a dilated conv5, and linear layers on the RoIs
+    neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
-    pooling: str = "align"  # in a C4 network: align (RoIAlign), or the reference's crop_and_resize or crop_align
+    pooling: str = "align"  # RoIAlign, align_legacy (not aligned); in a C4 network also crop_and_resize or crop_align
+    pooler_resolution: int = 7  # cells on a side of a RoI of a C4 network; 14 if conv5 has stride 2
+    sampling_ratio: int = 2  # samples on a side of a cell of RoIAlign; 0 for adaptive sampling
     fpn_channels: int = 256
-    fpn_hidden: int = 1024  # width of the pyramid's two-layer head and of its fc7
+    fpn_hidden: int = 1024  # width of the linear layers on the RoIs and of fc7, without c4
+    box_convs: int = 0  # 3x3 convolutions before these linear layers
+    box_fcs: int = 2  # number of these linear layers, 1 or 2
+    rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
     rpn_channels: int = 512
     mask_channels: int = 256
+    mask_pasting: str = "clamped"  # or padded (detectron2's), torchvision (refdet.detector.mask_pasting)
     legacy_tie_order: bool = False  # order of equal scores as in the reference (refdet.detector.postprocess)
     # sides of square anchors in pixels of the network input; with a pyramid one per level
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
     legacy_rounded_anchors: bool = False  # rounded sides as in the reference; sizes must be multiples of 16
+    torchvision_anchors: bool = False  # rounded corners, and strides of input size // map size
+    anchor_offset: float = 0.5  # centre of the first anchor in strides; 0 in detectron2 and torchvision
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,11 @@ class InputOptions:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
-    resize: str = "antialias"  # or opencv: plain bilinear, sampled at the exact scale
+    # antialias; opencv: plain bilinear, sampled at the exact scale; pillow: to whole gray levels, as in detectron2;
+    # torchvision: plain bilinear, sizes rounded down
+    resize: str = "antialias"
     exif: str = "ignore"  # or apply: rotate training images by their EXIF orientation
-    # sides of a training batch are padded to multiples of this; 32 in YAML without this key, 0 (as 1) in older runs
+    # sides of the inputs are padded to multiples of this; 32 in YAML without this key, 0 (as 1) in older runs
     size_divisibility: int = 0
 
 
@@ -132,16 +139,21 @@ class Recipe:
         model = self.model
         if not self.name.strip() or len(self.name) > LONGEST_NAME:
             raise InputError(f"name: must have 1 to {LONGEST_NAME} characters, not {shown(self.name)}")
-        _one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
-        _one_of("model.neck", model.neck, ("c4", "fpn"))
-        _one_of("model.stride", model.stride, (8, 16))
-        _one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
-        _one_of("model.pooling", model.pooling, ("align", "crop_and_resize", "crop_align"))
-        _one_of("input.order", self.input.order, ("rgb", "bgr"))
-        _one_of("input.exif", self.input.exif, ("ignore", "apply"))
-        _one_of("input.resize", self.input.resize, ("antialias", "opencv"))
-        if model.neck == "fpn" and model.pooling != "align":
-            raise InputError("model.pooling: must be align with model.neck=fpn")
+        one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
+        one_of("model.neck", model.neck, ("c4", "fpn", "dc5"))
+        one_of("model.stride", model.stride, (8, 16))
+        one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
+        one_of("model.pooling", model.pooling, ("align", "align_legacy", "crop_and_resize", "crop_align"))
+        one_of("model.pooler_resolution", model.pooler_resolution, (7, 14))
+        one_of("model.box_fcs", model.box_fcs, (1, 2))
+        one_of("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
+        one_of("input.order", self.input.order, ("rgb", "bgr"))
+        one_of("input.exif", self.input.exif, ("ignore", "apply"))
+        one_of("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
+        if model.neck != "c4" and model.pooling not in ("align", "align_legacy"):
+            raise InputError(f"model.pooling: must be align or align_legacy with model.neck={model.neck}")
+        if model.neck == "dc5" and (model.depth < 50 or model.stride != 16):
+            raise InputError("model.neck: dc5 needs a model.depth of 50 or more and model.stride=16")
         if model.legacy_rounded_anchors and any(size % 16 for size in model.anchor_sizes):
             raise InputError("model.legacy_rounded_anchors: needs model.anchor_sizes in multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
@@ -176,7 +188,7 @@ class Recipe:
             for parent in parents:
                 place = place.get(parent) if isinstance(place, dict) else None
             if not isinstance(place, dict) or isinstance(place.get(leaf), dict):
-                raise InputError(_unknown(key))
+                raise InputError(unknown(key, Recipe))
             changed, renamed = current({parents[0]: {leaf: value}}) if len(parents) == 1 else ({}, [])
             _deprecate(renamed)
             place.update(changed[parents[0]] if parents and changed else {leaf: value})
@@ -203,6 +215,14 @@ _ONLY_WHERE_SET = (
     ("train", "tf32", True),
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),
+    ("model", "pooler_resolution", 7),
+    ("model", "sampling_ratio", 2),
+    ("model", "mask_pasting", "clamped"),
+    ("model", "box_convs", 0),
+    ("model", "box_fcs", 2),
+    ("model", "rpn_convs", 1),
+    ("model", "torchvision_anchors", False),
+    ("model", "anchor_offset", 0.5),
 )
 # of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
 _NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}
@@ -222,7 +242,8 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: an unknown key or an invalid value.
     """
-    return _build(Recipe, current(tree)[0], "")
+    recipe: Recipe = build(Recipe, current(tree)[0])
+    return recipe
 
 
 def load(name_or_path: str) -> Recipe:
@@ -297,55 +318,3 @@ def names() -> list[str]:
     """Sorted names of the recipes shipped with refdet."""
     files = resources.files("refdet.config.recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def _keys(cls: Any = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key that ``--set`` accepts."""
-    keys: list[str] = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys += _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return keys
-
-
-def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5)
-    return f"{cut(key)}: no such recipe key" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _build(cls: Any, tree: Any, prefix: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {shown(tree)}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise InputError(_unknown(key))
-        kind = hints[name]
-        values[name] = _build(kind, value, key + ".") if dataclasses.is_dataclass(kind) else _typed(key, value, kind)
-    return cls(**values)
-
-
-def _typed(key: str, value: Any, kind: Any) -> Any:
-    """Convert a value to the type of its field, or raise an InputError with the expected type."""
-    if typing.get_origin(kind) is tuple:
-        wanted = typing.get_args(kind)
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if wanted[-1] is types.EllipsisType or wanted[-1] is Ellipsis:
-            wanted = (wanted[0],) * len(items)
-        if len(items) != len(wanted):
-            raise InputError(f"{key}: must have {len(wanted)} values, not {shown(value)}")
-        return tuple(_typed(key, item, of) for item, of in zip(items, wanted, strict=True))
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 parses 1e-4 as text
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key}: must be finite, not {value}")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{key}: must be {kind.__name__}, not {shown(value)}")
-    return value
-
-
-def _one_of(key: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise InputError(f"{key}: must be one of {', '.join(map(str, choices))}, not {shown(value)}")

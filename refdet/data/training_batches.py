@@ -161,7 +161,7 @@ class TrainingBatches(Dataset):
         )
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        if input_is_smaller(size):
+        if input_is_smaller(size) or self.recipe.input.resize == "pillow":
             pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
         boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +30,11 @@ def input_size(height: int, width: int, options: InputOptions, short_side: int |
     """
     short = short_side if short_side is not None else options.min_sizes[-1]
     scale, limit = short / min(height, width), options.max_size / max(height, width)
+    if options.resize in _SIZES:
+        new_height, new_width = (
+            max(side, 1) for side in _SIZES[options.resize](height, width, short, options.max_size)
+        )
+        return InputSize(new_height, new_width, new_width / width, new_height / height, height, width)
     if options.resize == "opencv":
         if round(scale * max(height, width)) > options.max_size:
             scale = limit
@@ -49,7 +56,7 @@ def network_input(pixels: np.ndarray, size: InputSize, options: InputOptions) ->
     Returns:
         (3, size.height, size.width) float32.
     """
-    return network_inputs([pixels], [size], options)[0]
+    return network_inputs([pixels], [size], options)[0, :, : size.height, : size.width]
 
 
 def network_inputs(
@@ -67,11 +74,13 @@ def network_inputs(
         device: device of the result, CPU by default.
 
     Returns:
-        (B, 3, height, width) float32, channels_last.
+        (B, 3, height, width) float32, channels_last; zero-padded to multiples of ``options.size_divisibility``.
     """
     where = device or torch.device("cpu")
     mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
     resized = []
+    if options.resize == "pillow":
+        images = [_resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
     groups = _groups(images, where)
     for rows in groups:
         pixels, size = _on_device([images[row] for row in rows], where), sizes[rows[0]]
@@ -79,13 +88,14 @@ def network_inputs(
         if options.order == "bgr":
             image = image.flip(1)
         # in the order of the reference, as rounding depends on it
-        image = _resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size)
+        image = _resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size, options)
         resized.append(image.permute(0, 2, 3, 1))
     together = torch.cat(resized)
     if 1 < len(groups) < len(images):
         together = together[on_device(torch.tensor([row for rows in groups for row in rows]).argsort(), where)]
     together = together.permute(0, 3, 1, 2)  # channels_last
-    return together / std if options.resize == "opencv" else (together - mean) / std
+    inputs = together / std if options.resize == "opencv" else (together - mean) / std
+    return _padded(inputs, options.size_divisibility)
 
 
 def padded_inputs(
@@ -115,7 +125,7 @@ def padded_inputs(
         if options.order == "bgr":
             image = image.flip(1)
         # in the order of the reference, as rounding depends on it
-        resized = _resize_opencv(image - mean, size) if opencv else _resize(image, size)
+        resized = _resize_opencv(image - mean, size) if opencv else _resize(image, size, options)
         row[:, : size.height, : size.width] = resized[0]
     inputs = canvas.div_(std) if opencv else canvas.sub_(mean).div_(std)
     for row, image, size in zip(inputs, images, sizes, strict=True):
@@ -154,12 +164,45 @@ def _on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return together
 
 
-def _resize(image: Tensor, size: InputSize) -> Tensor:
-    """Bilinear resize (B, 3, H, W) with antialiasing."""
-    shape = (size.height, size.width)
+def _padded(images: Tensor, divisor: int) -> Tensor:
+    """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean colour."""
+    height, width = images.shape[2:]
+    below, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
+    return (
+        F.pad(images, (0, right, 0, below)).contiguous(memory_format=torch.channels_last) if below | right else images
+    )
+
+
+def _rounded_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+    """Height and width of detectron2's resized image: halves are rounded up."""
+    scale = short / min(height, width)
+    sides = [float(short) if side == min(height, width) else scale * side for side in (height, width)]
+    if max(sides) > longest:
+        shrink = longest / max(sides)
+        sides = [side * shrink for side in sides]
+    return int(sides[0] + 0.5), int(sides[1] + 0.5)
+
+
+def _floored_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+    """Height and width of torchvision's resized image: rounded down."""
+    scale = min(short / min(height, width), longest / max(height, width))
+    return math.floor(height * scale), math.floor(width * scale)
+
+
+_SIZES = {"pillow": _rounded_size, "torchvision": _floored_size}
+
+
+def _resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
+    """Bilinear resize (H, W, 3) uint8 with antialiasing, to whole gray levels."""
+    return np.array(Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BILINEAR))
+
+
+def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
+    """Bilinear resize (B, 3, H, W)."""
+    shape, antialias = (size.height, size.width), options.resize == "antialias"
     if image.shape[2:] == shape:
         return image
-    return F.interpolate(image, size=shape, mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(image, size=shape, mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:

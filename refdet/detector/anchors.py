@@ -48,29 +48,45 @@ class Anchors(nn.Module):
         ratios: height / width, the same for all maps.
         strides: stride of each map, in pixels of the network's input.
         rounded: round the sides as the original Faster R-CNN code does.
+        offset: centre of the anchors of cell (0, 0), in strides.
+        torchvision: round the corners of the anchors, and use the strides of `forward`'s `image_size`.
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[float]], ratios: Sequence[float], strides: Sequence[int], rounded: bool = False
+        self,
+        sizes: Sequence[Sequence[float]],
+        ratios: Sequence[float],
+        strides: Sequence[int],
+        rounded: bool = False,
+        offset: float = 0.5,
+        torchvision: bool = False,
     ) -> None:
         super().__init__()
-        self.strides = tuple(strides)
+        self.strides, self.offset, self.torchvision = tuple(strides), offset, torchvision
         self.per_cell = len(sizes[0]) * len(ratios)
         for level, level_sizes in enumerate(sizes):
             with torch.device("cpu"):  # real values even in a model on the meta device
                 cell = cell_anchors(level_sizes, ratios, rounded)
+                cell = cell.round() if torchvision else cell
             self.register_buffer(f"cell{level}", cell, persistent=False)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Anchors (H * W * A, 4) of each feature map (B, C, H, W), in the order (row, column, anchor).
 
-        The centre of cell (0, 0) is at stride / 2, as in RoIAlign.
+        The centre of cell (0, 0) is at stride / 2 by default, as in RoIAlign. In torchvision the stride of a map is the
+        quotient of the padded input's side and the map's; the input is a multiple of 32 and the finest map a quarter.
         """
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
             height, width = x.shape[-2:]
-            ys = (torch.arange(height, device=x.device, dtype=torch.float32) + 0.5) * stride
-            xs = (torch.arange(width, device=x.device, dtype=torch.float32) + 0.5) * stride
+            down, right = stride, stride
+            if self.torchvision:
+                down, right = (
+                    self.strides[0] * whole // side
+                    for whole, side in zip(maps[0].shape[-2:], (height, width), strict=True)
+                )
+            ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * down
+            xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * right
             y, x_ = torch.meshgrid(ys, xs, indexing="ij")
             centres = torch.stack((x_, y, x_, y), dim=-1).reshape(-1, 1, 4)
             anchors.append((centres + self.get_buffer(f"cell{level}")).reshape(-1, 4))

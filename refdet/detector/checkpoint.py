@@ -22,6 +22,7 @@ from refdet.files.json_files import read_bytes
 from refdet.files.short_text import cut, shown
 from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors, is_address, what_is
+from refdet.structures.known_weights import LEAKS
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class CheckpointMetadata:
         lines = []
         if self.provenance.is_unknown:
             lines.append(f"detector: {self.provenance.note}")
-        elif UNKNOWN_DATA in (self.provenance.weights or ""):
+        elif any(text in (self.provenance.weights or "") for text in (UNKNOWN_DATA, LEAKS)):
             lines.append(f"detector: started from {self.provenance.weights}")
         if self.untrained:
             parts = ", ".join(part.rstrip(".") for part in self.untrained)

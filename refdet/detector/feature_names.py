@@ -9,6 +9,7 @@ from refdet.errors import ArgumentError
 
 FEATURES = ("pool5", "fc7", "class_prob")
 SPATIAL = ("spatial_pool5", "spatial_fc7")  # C4 networks only
+NECKS = {"c4": "a C4 head", "fpn": "a feature pyramid", "dc5": "a dilated conv5"}
 HEAD = "head"  # the feature map of an image, C4 networks only
 
 
@@ -24,11 +25,11 @@ def check_features(names: Sequence[str], recipe: Recipe) -> None:
     for name in names:
         if name not in every:
             raise ArgumentError("features", f"unknown feature {name!r}; choose from {', '.join(every)}")
-        if name not in FEATURES and recipe.model.neck == "fpn":
+        if name not in FEATURES and recipe.model.neck != "c4":
             raise ArgumentError(
                 "features",
-                f"a detector with a feature pyramid has no {name!r}, only one with a C4 layout has; choose from "
-                f"{', '.join(FEATURES)}, or take another detector",
+                f"a detector with {NECKS[recipe.model.neck]} has no {name!r}, only one with a C4 layout has; choose "
+                f"from {', '.join(FEATURES)}, or take another detector",
             )
 
 

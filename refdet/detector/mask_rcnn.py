@@ -28,7 +28,8 @@ from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
-from refdet.detector.roi_heads import C4Head, PyramidHead, RoiFeatures, RoiHead
+from refdet.detector.roi_heads import POOL_SIZE, C4Head, PyramidHead, RoiHead
+from refdet.detector.roi_outputs import RoiFeatures
 from refdet.detector.roi_sampling import SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
@@ -62,9 +63,10 @@ class MaskRCNN(nn.Module):
         self.stages: Stages | None = None  # profiler of `predict` and `extract_features`
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
-        pyramid = model.neck == "fpn"
-        strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, 1)
-        self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1)
+        pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
+        last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
+        strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
+        self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
         channels = self.backbone.channels
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
@@ -73,28 +75,25 @@ class MaskRCNN(nn.Module):
             map_channels = model.fpn_channels
         else:
             self.neck = None
-            levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[2]
-        anchors = Anchors(levels, model.anchor_ratios, map_strides, model.legacy_rounded_anchors)
-        self.rpn = RegionProposalNetwork(
-            map_channels, model.rpn_channels, anchors, recipe.proposals, self.convention, model.legacy_tie_order
-        )
+            levels, map_strides, map_channels = [model.anchor_sizes], (model.stride,), channels[3 if dilated else 2]
+        rounded, offset = model.legacy_rounded_anchors, model.anchor_offset
+        anchors = Anchors(levels, model.anchor_ratios, map_strides, rounded, offset, model.torchvision_anchors)
+        self.rpn = RegionProposalNetwork(map_channels, model, anchors, recipe.proposals, self.convention)
         self.head: RoiHead
-        if pyramid:
-            self.head = PyramidHead(model.fpn_channels, model.fpn_hidden, classes, model.mask_channels, model.masks)
+        if model.neck != "c4":
+            self.head = PyramidHead(map_channels, model, classes, map_strides[:4])
         else:
             conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
             del self.backbone.layer4
-            self.head = C4Head(
-                conv5, channels[3], model.stride, classes, model.mask_channels, model.masks, model.pooling
-            )
+            self.head = C4Head(conv5, channels[3], model, classes)
         if model.norm == "frozen":
             for part in (self.backbone.conv1, self.backbone.layer1):
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the conv4 feature map, or the five of the pyramid."""
+        """Images (B, 3, H, W) -> the conv4 feature map, the dilated conv5 one, or the five of the pyramid."""
         if self.neck is None:
-            return [self.backbone(images, 3)[-1]]
+            return [self.backbone(images, 4 if self.recipe.model.neck == "dc5" else 3)[-1]]
         return self.neck(self.backbone(images, 4))
 
     def compute_losses(

@@ -49,7 +49,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
         rpn = model.rpn  # its anchors stay float32
-        parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.score, rpn.delta]
+        parts: list[nn.Module] = [model.backbone, rpn.conv, rpn.more, rpn.score, rpn.delta]
         parts += [part for name, part in model.named_children() if name == "neck"]
         parts += [part for name, part in head.named_children() if name != "box"]
         for part in parts:

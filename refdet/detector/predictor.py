@@ -21,11 +21,11 @@ from refdet.config.recipe import InputOptions
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
 from refdet.detector.feature_names import HEAD
+from refdet.detector.mask_pasting import paste_masks
 from refdet.detector.mask_rcnn import FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.device import on_device
 from refdet.errors import RuntimeFailure
-from refdet.ops.masks import masks_to_rle
 from refdet.structures.box_convention import InputSize
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
@@ -90,13 +90,14 @@ def start_detecting(
     """
     sizes, inputs = _inputs(model, images)
     found = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
+    pasting = model.recipe.model.mask_pasting
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[Regions]:
         wait()
         _check_finite(found)
         results = zip(found, records, sizes, strict=True)
-        return [_regions(each, record, size, category_ids) for each, record, size in results]
+        return [_regions(each, record, size, category_ids, pasting) for each, record, size in results]
 
     return finish
 
@@ -143,13 +144,14 @@ def start_describing(
         classes = on_device(of_all, inputs.device).split(counts)
     on_its = on_device(rows, inputs.device).split(counts)
     described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async(dtype)
+    pasting = model.recipe.model.mask_pasting
     wait = _end_of_work(inputs.device, images)
 
     def finish() -> list[ImageFeatures]:
         wait()
         _check_finite(described)
         results = zip(described, rows.split(counts), sizes, strict=True)
-        return [_image_features(each, box, size) for each, box, size in results]
+        return [_image_features(each, box, size, pasting) for each, box, size in results]
 
     return finish
 
@@ -198,9 +200,11 @@ def _check_finite(found: BatchFeatures) -> None:
         raise RuntimeFailure("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
-def _regions(found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int]) -> Regions:
+def _regions(
+    found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], pasting: str
+) -> Regions:
     """Regions of one image; `found` is in host memory."""
-    described = _image_features(found, found.boxes, size)
+    described = _image_features(found, found.boxes, size, pasting)
     ids = np.asarray(category_ids, np.int64)
     return Regions(
         record.id,
@@ -217,11 +221,11 @@ def _regions(found: Detections, record: ImageRecord, size: InputSize, category_i
     )
 
 
-def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize) -> ImageFeatures:
+def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize, pasting: str) -> ImageFeatures:
     """Features of one image; `found` is in host memory."""
     masks = None
     if found.masks is not None:
-        masks = tuple(masks_to_rle(found.masks, boxes, size.image_height, size.image_width))
+        masks = tuple(paste_masks(found.masks, boxes, size.image_height, size.image_width, pasting))
     features = {name: values.numpy() for name, values in found.features.items()}
     maps = {} if found.head is None else {HEAD: _numpy(found.head[0])}
     return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))

@@ -115,11 +115,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool, dilation: int = 1
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias=False)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1 if stride_in_1x1 else stride, padding=1, bias=False)
+        of_3x3 = 1 if stride_in_1x1 else stride
+        self.conv2 = nn.Conv2d(channels, channels, 3, of_3x3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(channels)
         self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = norm(channels * self.expansion)
@@ -148,10 +151,17 @@ class ResNet(nn.Module):
         norm: makes a norm of the given number of channels.
         strides: stride of each of the four stages.
         stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
+        dilation: of the 3x3 convolutions of the last stage; needs bottlenecks.
     """
 
     def __init__(
-        self, depth: int, width: int, norm: Norm, strides: tuple[int, int, int, int], stride_in_1x1: bool = False
+        self,
+        depth: int,
+        width: int,
+        norm: Norm,
+        strides: tuple[int, int, int, int],
+        stride_in_1x1: bool = False,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
@@ -161,10 +171,11 @@ class ResNet(nn.Module):
         self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))
         in_channels = width
         for stage, (count, stride) in enumerate(zip(BLOCKS[depth], strides, strict=True)):
-            blocks = []
+            dilated = {"dilation": dilation} if stage == 3 and dilation > 1 else {}
+            blocks: list[nn.Module] = []
             for index in range(count):
                 block_stride = stride if index == 0 else 1
-                blocks.append(block(in_channels, width * 2**stage, block_stride, norm, stride_in_1x1))
+                blocks.append(block(in_channels, width * 2**stage, block_stride, norm, stride_in_1x1, **dilated))
                 in_channels = self.channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self)

@@ -13,17 +13,19 @@ RoIs (K, 5) are rows of image index and xyxy corners in pixels of the network's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet.detector.fpn import FeaturePyramid
+from refdet.config.recipe import ModelOptions
 from refdet.detector.res5_head import SplitRes5
+from refdet.detector.resnet import relu
 from refdet.detector.roi_chunks import Chunk, roi_chunks
+from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
 from refdet.ops.pooling import (
+    PyramidLevels,
     pyramid_levels,
     pyramid_roi_align,
     pyramid_roi_align_mean,
@@ -34,57 +36,8 @@ from refdet.ops.pooling import (
 )
 
 POOL_SIZE = 7
+ALIGNED = {"align": True, "align_legacy": False}  # RoIAlign among the values of model.pooling
 CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradients
-
-
-@dataclass(frozen=True)
-class RoiFeatures:
-    """Features of K RoIs.
-
-    Attributes:
-        fc7: (K, D) input of the box predictor.
-        spatial: (K, D', 7, 7) input of the mask predictor; fc7 is its mean in a C4 network.
-    """
-
-    fc7: Tensor
-    spatial: Tensor
-
-    def __getitem__(self, rows: Tensor) -> RoiFeatures:
-        return RoiFeatures(self.fc7[rows], self.spatial[rows])
-
-
-@dataclass(frozen=True)
-class RoiOutput:
-    """Outputs of `RoiHead.forward_inference`.
-
-    Attributes:
-        fc7: (K, D) float32.
-        spatial: (K, D', 7, 7), or None.
-        mask_logits: (K, m, m) float32, or None.
-    """
-
-    fc7: Tensor
-    spatial: Tensor | None
-    mask_logits: Tensor | None
-
-    def __getitem__(self, rows: slice) -> RoiOutput:
-        return RoiOutput(
-            self.fc7[rows],
-            None if self.spatial is None else self.spatial[rows],
-            None if self.mask_logits is None else self.mask_logits[rows],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
-        """Concatenate outputs that have the same fields."""
-        first = parts[0]
-        return cls(
-            torch.cat([part.fc7 for part in parts]),
-            None if first.spatial is None else torch.cat([part.spatial for part in parts if part.spatial is not None]),
-            None
-            if first.mask_logits is None
-            else torch.cat([part.mask_logits for part in parts if part.mask_logits is not None]),
-        )
 
 
 class RoiHead(Protocol):
@@ -169,36 +122,27 @@ class MaskPredictor(nn.Module):
 
 
 class C4Head(nn.Module):
-    """conv5 of the ResNet on 7x7 RoIs of the conv4 map; 14x14 masks from its output.
+    """conv5 of the ResNet on RoIs of the conv4 map; 14x14 masks from its 7x7 output.
+
+    ``model.pooling`` is "align" for RoIAlign; "align_legacy" without its alignment; "crop_and_resize" for the
+    reference's crop; "crop_align" for its other variant, which takes the maximum of 2x2 samples per cell.
 
     Args:
-        conv5: the last stage, with stride 1.
+        conv5: the last stage, with stride ``model.pooler_resolution / 7``.
         out_channels: its output channels, D.
-        stride: of the conv4 map, in pixels of the network's input.
+        model: the recipe's options.
         classes: number of object classes, without background.
-        mask_channels: hidden channels of the mask predictor.
-        masks: whether there is a mask predictor.
-        pooling: "align" for RoIAlign; "crop_and_resize" for the reference's crop; "crop_align" for its other variant,
-            which takes the maximum of 2x2 samples per cell.
     """
 
     mask_size = 2 * POOL_SIZE
 
-    def __init__(
-        self,
-        conv5: nn.Module,
-        out_channels: int,
-        stride: int,
-        classes: int,
-        mask_channels: int,
-        masks: bool,
-        pooling: str = "align",
-    ) -> None:
+    def __init__(self, conv5: nn.Module, out_channels: int, model: ModelOptions, classes: int) -> None:
         super().__init__()
-        self.stride, self.pooling = stride, pooling
+        self.stride, self.pooling = model.stride, model.pooling
+        self.cells, self.samples = model.pooler_resolution, model.sampling_ratio
         self.conv5 = conv5
         self.box = BoxPredictor(out_channels, classes)
-        self.mask = MaskPredictor(out_channels, mask_channels, classes, convolutions=0) if masks else None
+        self.mask = MaskPredictor(out_channels, model.mask_channels, classes, convolutions=0) if model.masks else None
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """The feature map, and conv5's first convolutions of it if that saves work."""
@@ -246,18 +190,18 @@ class C4Head(nn.Module):
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
-        if self.pooling == "align":
-            return roi_align_mean(maps[0], rois, POOL_SIZE, self.stride)
+        if self.pooling in ALIGNED:
+            return roi_align_mean(maps[0], rois, self.cells, self.stride, self.samples, ALIGNED[self.pooling])
         if self.pooling == "crop_and_resize":
-            return roi_crop_mean(maps[0], rois, POOL_SIZE, self.stride)
+            return roi_crop_mean(maps[0], rois, self.cells, self.stride)
         return _mean(self._pool(maps[0], rois))
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
-        if self.pooling == "align":
-            return roi_align(x, rois, POOL_SIZE, self.stride)
+        if self.pooling in ALIGNED:
+            return roi_align(x, rois, self.cells, self.stride, self.samples, ALIGNED[self.pooling])
         if self.pooling == "crop_and_resize":
-            return roi_crop(x, rois, POOL_SIZE, self.stride)
-        return F.max_pool2d(roi_crop(x, rois, 2 * POOL_SIZE, self.stride), 2)
+            return roi_crop(x, rois, self.cells, self.stride)
+        return F.max_pool2d(roi_crop(x, rois, 2 * self.cells, self.stride), 2)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -271,20 +215,33 @@ class C4Head(nn.Module):
 
 
 class PyramidHead(nn.Module):
-    """Two linear layers on 7x7 RoIs of the pyramid; 28x28 masks by convolutions on 14x14 RoIs."""
+    """Linear layers on 7x7 RoIs of a pyramid or of one map; 28x28 masks by convolutions on 14x14 RoIs.
+
+    Args:
+        channels: of the feature maps, C.
+        model: the recipe's options: number and width of the layers, and RoIAlign.
+        classes: number of object classes, without background.
+        strides: of the maps to pool from, the finest first.
+    """
 
     mask_size = 4 * POOL_SIZE
 
-    def __init__(self, channels: int, hidden: int, classes: int, mask_channels: int, masks: bool) -> None:
+    def __init__(self, channels: int, model: ModelOptions, classes: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.strides = FeaturePyramid.strides[:4]
+        self.strides, hidden = tuple(strides), model.fpn_hidden
+        self.samples, self.aligned = model.sampling_ratio, ALIGNED[model.pooling]
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(model.box_convs))
         self.fc6 = nn.Linear(channels * POOL_SIZE**2, hidden)
-        self.fc7 = nn.Linear(hidden, hidden)
-        for layer in (self.fc6, self.fc7):
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
+        self.fc7 = nn.Linear(hidden, hidden) if model.box_fcs == 2 else nn.Identity()
+        for layer in (*self.convs, self.fc6, self.fc7):
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.box = BoxPredictor(hidden, classes)
-        self.mask = MaskPredictor(channels, mask_channels, classes, convolutions=4) if masks else None
+        self.mask = MaskPredictor(channels, model.mask_channels, classes, convolutions=4) if model.masks else None
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """The feature maps, unchanged."""
@@ -292,7 +249,11 @@ class PyramidHead(nn.Module):
 
     def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
-        return pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides)
+        return self._pool(maps, rois, POOL_SIZE)
+
+    def _pool(self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None = None) -> Tensor:
+        finest = maps[: len(self.strides)]
+        return pyramid_roi_align(finest, rois, size, self.strides, self.samples, self.aligned, levels)
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
@@ -303,24 +264,28 @@ class PyramidHead(nn.Module):
         return self._features(self.pooled(maps, rois))
 
     def _features(self, pooled: Tensor) -> RoiFeatures:
-        return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1))))), pooled)
+        hidden = pooled
+        for convolution in self.convs:
+            hidden = relu(convolution(hidden))
+        return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
 
     def forward_inference(
         self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         levels = pyramid_levels(rois, self.strides)  # once, as it waits for the GPU
-        features = self._features(pyramid_roi_align(maps[:4], rois, POOL_SIZE, self.strides, levels))
+        features = self._features(self._pool(maps, rois, POOL_SIZE, levels))
         logits = None
         if labels is not None and self.mask is not None:
-            pooled = pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides, levels)
+            pooled = self._pool(maps, rois, 2 * POOL_SIZE, levels)
             chunks = roi_chunks(len(rois), rois.device)
             logits = torch.cat([self.mask(c.of(pooled), c.of(labels))[: c.count] for c in chunks])
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
-        return pyramid_roi_align_mean(maps[:4], rois, POOL_SIZE, self.strides)
+        finest = maps[: len(self.strides)]
+        return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.samples, self.aligned)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""
@@ -330,7 +295,7 @@ class PyramidHead(nn.Module):
         """Mask logits (K, m, m) of the class `labels` (K,), 1..classes, of each RoI, in float32."""
         if self.mask is None:
             raise ValueError("this detector has no mask branch")
-        return self.mask(pyramid_roi_align(maps[:4], rois, 2 * POOL_SIZE, self.strides), labels)
+        return self.mask(self._pool(maps, rois, 2 * POOL_SIZE), labels)
 
 
 def _mean(cells: Tensor) -> Tensor:

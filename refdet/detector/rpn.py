@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet.config.recipe import ProposalOptions
+from refdet.config.recipe import ModelOptions, ProposalOptions
 from refdet.detector.anchors import Anchors
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.postprocess import best_anchors, ranked_nms
@@ -53,24 +53,26 @@ class RpnOutput:
 
 
 class RegionProposalNetwork(nn.Module):
-    """A 3x3 convolution and two 1x1 predictors, shared by all feature maps."""
+    """3x3 convolutions, one by default, and two 1x1 predictors, shared by all feature maps."""
 
     def __init__(
         self,
         in_channels: int,
-        channels: int,
+        model: ModelOptions,
         anchors: Anchors,
         options: ProposalOptions,
         convention: BoxConvention,
-        legacy_tie_order: bool,
     ) -> None:
         super().__init__()
         self.anchors, self.options = anchors, options
-        self.convention, self.legacy_tie_order = convention, legacy_tie_order
+        self.convention, self.legacy_tie_order = convention, model.legacy_tie_order
+        channels = model.rpn_channels
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+        more = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(model.rpn_convs - 1)]
+        self.more = nn.ModuleList(more)
         self.score = nn.Conv2d(channels, anchors.per_cell, 1)
         self.delta = nn.Conv2d(channels, anchors.per_cell * 4, 1)
-        for layer in (self.conv, self.score, self.delta):
+        for layer in (self.conv, *more, self.score, self.delta):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
@@ -79,6 +81,8 @@ class RegionProposalNetwork(nn.Module):
         logits, deltas = [], []
         for x in maps:
             hidden = conv_relu(self.conv, x)
+            for convolution in self.more:
+                hidden = conv_relu(convolution, hidden)
             logits.append(self.score(hidden).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.delta(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
         sizes = tuple(level.shape[1] for level in logits)

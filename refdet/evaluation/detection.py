@@ -20,6 +20,7 @@ from refdet.evaluation.average_precision import coco_ap, coco_results, why_undef
 from refdet.extraction.pipeline import begin_batch, load_ahead
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
+from refdet.structures.coco_categories import used
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
 
@@ -73,7 +74,7 @@ def evaluate(
     if not records:
         raise InputError(f"{instances}: has no images to evaluate on")
     source.check(records, instances)
-    ours, theirs = dict(meta.categories), index.categories
+    ours, theirs = used(dict(meta.categories)), index.categories
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         raise InputError(

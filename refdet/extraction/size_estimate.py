@@ -10,21 +10,21 @@ from refdet.store import Columns, Header, ImageRow
 from refdet.store.size import space_needed
 
 _MASK_BYTES = 200  # average RLE of a region
-_POOLED = 7  # cells on a side of a spatial feature
+_CONV5 = 7  # cells on a side of conv5's output
 
 
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
     """Shape of each feature of one region, for a detector of this recipe."""
     model = recipe.model
     channels = model.width * (4 if model.depth >= 50 else 1)  # of the first stage; bottlenecks expand four times
-    pyramid = model.neck == "fpn"
-    pooled, fc7 = (model.fpn_channels, model.fpn_hidden) if pyramid else (channels * 4, channels * 8)
+    pooled = {"fpn": model.fpn_channels, "dc5": channels * 8}.get(model.neck, channels * 4)
+    fc7 = channels * 8 if model.neck == "c4" else model.fpn_hidden
     return {
         "pool5": (pooled,),
         "fc7": (fc7,),
         "class_prob": (1 + classes,),
-        "spatial_pool5": (pooled, _POOLED, _POOLED),
-        "spatial_fc7": (fc7, _POOLED, _POOLED),
+        "spatial_pool5": (pooled, model.pooler_resolution, model.pooler_resolution),
+        "spatial_fc7": (fc7, _CONV5, _CONV5),
     }
 
 

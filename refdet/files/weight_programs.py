@@ -21,7 +21,8 @@ _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a detectron2 RetinaNet", (r"backbone\.bottom_up\.", r"head\.cls_score\.")),
     ("a detectron2 network", (r"backbone\.(bottom_up|res2)\.",)),
     ("a detectron2 ImageNet backbone", (r"stem\.conv1\.", r"res2\.0\.")),
-    ("a Caffe2 Detectron network", (r"res2_0_branch2a_w",)),
+    ("a Caffe2 Detectron network", (r"res2_0_branch2a_w", r"conv_rpn")),
+    ("a Caffe2 ImageNet backbone", (r"res2_0_branch2a_w",)),
     ("an MMDetection Mask R-CNN", (r"roi_head\.mask_head\.", r"(backbone|rpn_head)\.")),
     ("an MMDetection Faster R-CNN", (r"roi_head\.bbox_head\.", r"(backbone|rpn_head)\.")),
     ("an MMDetection detector", (r"backbone\.", r"(neck|bbox_head|rpn_head|panoptic_head)\.(convs|rpn_|lateral_)")),
@@ -60,6 +61,18 @@ _BY_CLASSES = {
     "pytorch_lightning": "a PyTorch Lightning checkpoint",
     "lightning": "a PyTorch Lightning checkpoint",
 }
+# Those that refdet.detector.weights imports, or refuses in more detail.
+IMPORTED = frozenset(
+    (
+        "a torchvision Mask R-CNN",
+        "a torchvision Keypoint R-CNN",
+        "a torchvision Faster R-CNN",
+        "a detectron2 Mask R-CNN",
+        "a detectron2 Faster R-CNN",
+        "a detectron2 ImageNet backbone",
+        "a Caffe2 ImageNet backbone",
+    )
+)
 OWN = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")
 STATE = (r"model/", r"model/rpn\.conv\.weight$")
 _WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")

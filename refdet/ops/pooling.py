@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,9 @@ from refdet.ops.pooling_plain import MOST, pool_plain
 SAMPLES = 2  # on a side of a cell
 
 
-def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
+def roi_align(
+    x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES, aligned: bool = True
+) -> Tensor:
     """RoIAlign (He et al., "Mask R-CNN", 2017) with half-pixel alignment.
 
     Args:
@@ -47,16 +50,20 @@ def roi_align(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = 
         stride: of the feature map, in pixels of the network's input.
         samples: on a side of a cell. 0 for adaptive sampling as in torchvision, ceil(RoI side / m) in positions of the
             map, at most 1024.
+        aligned: as in torchvision: without it, position 0 of the map is the centre of its first cell, and RoIs are at
+            least one position wide and high.
 
     Returns:
         (K, C, m, m) in the dtype of the map, channels_last.
     """
-    return _pool(x, rois, size, stride, samples, crop=False, mean=False)
+    return _pool(x, rois if aligned else _legacy(rois, stride), size, stride, samples, crop=False, mean=False)
 
 
-def roi_align_mean(x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES) -> Tensor:
+def roi_align_mean(
+    x: Tensor, rois: Tensor, size: int, stride: float, samples: int = SAMPLES, aligned: bool = True
+) -> Tensor:
     """Mean (K, C) of `roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _pool(x, rois, size, stride, samples, crop=False, mean=True).flatten(1)
+    return _pool(x, rois if aligned else _legacy(rois, stride), size, stride, samples, crop=False, mean=True).flatten(1)
 
 
 def roi_crop(x: Tensor, rois: Tensor, size: int, stride: float) -> Tensor:
@@ -106,7 +113,13 @@ def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
 
 
 def pyramid_roi_align(
-    maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int], levels: PyramidLevels | None = None
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    size: int,
+    strides: Sequence[int],
+    samples: int = SAMPLES,
+    aligned: bool = True,
+    levels: PyramidLevels | None = None,
 ) -> Tensor:
     """RoIAlign from the pyramid level that fits the size of each RoI.
 
@@ -118,17 +131,33 @@ def pyramid_roi_align(
         rois: (K, 5) rows of image index and half-open xyxy in pixels of the network's input.
         size: cells on a side of a RoI, m.
         strides: of the maps, each twice the one before, in pixels of the network's input.
+        samples: as in `roi_align`.
+        aligned: as in `roi_align`.
         levels: of these RoIs, if they are known already.
 
     Returns:
         (K, C, m, m), channels_last.
     """
-    return _by_level(maps, rois, size, strides, levels, roi_align)
+    return _by_level(maps, rois, size, strides, levels, partial(roi_align, samples=samples, aligned=aligned))
 
 
-def pyramid_roi_align_mean(maps: Sequence[Tensor], rois: Tensor, size: int, strides: Sequence[int]) -> Tensor:
+def pyramid_roi_align_mean(
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    size: int,
+    strides: Sequence[int],
+    samples: int = SAMPLES,
+    aligned: bool = True,
+) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _by_level(maps, rois, size, strides, None, roi_align_mean)
+    return _by_level(maps, rois, size, strides, None, partial(roi_align_mean, samples=samples, aligned=aligned))
+
+
+def _legacy(rois: Tensor, stride: float) -> Tensor:
+    """RoIs (K, 5) whose aligned pooling is the unaligned pooling of `rois`."""
+    corner = rois[:, 1:3] + stride / 2
+    sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=stride)
+    return torch.cat((rois[:, :1], corner, corner + sides), dim=1)
 
 
 def _by_level(

@@ -114,7 +114,8 @@ def audit_provenance(
     if proof is not None:
         notes = proof.notes
     who = str(path) if about["kind"] == "checkpoint" else f"the detector of {path}"
-    problem = _problem(who, provenance, claims, proof, instances)
+    held = len(frozenset().union(*(split.image_ids for split in splits)))
+    problem = _problem(who, provenance, claims, proof, instances, held)
     if provenance.weights is not None:
         if trust_weights:
             notes.append(
@@ -130,6 +131,8 @@ def audit_provenance(
 
 def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
     """Claims for each split, where an excluded split counts only if its number of images is the same."""
+    if provenance is not None and provenance.training_set is not None and provenance.training_set.of_refer == "none":
+        return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
     excluded = {} if provenance is None else provenance.excluded
     there = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
     covered = frozenset().union(*(split.image_ids for split in there))
@@ -142,7 +145,14 @@ def _problem(
     claims: Sequence[SplitClaim],
     proof: AuditResult | None,
     instances: str | Path | None,
+    held: int,
 ) -> str:
+    data = provenance.training_set
+    if data is not None and data.of_refer == "none":
+        return ""
+    if data is not None:
+        of = f"all {held} val/test images" if data.of_refer == "all" else f"some of {held} val/test images"
+        return f"{who}: leaks {of} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
     if not provenance.image_ids_sha256:
         return f"{who}: training data unknown: {provenance.note or 'its provenance has no hash of image ids'}"
     if proof is not None:

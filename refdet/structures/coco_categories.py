@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _NAMES = """
 1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,
 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench, 16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow,
@@ -19,3 +21,13 @@ def coco_categories() -> tuple[tuple[int, str], ...]:
     """(id, name) of each category by ascending id, the class order of detectors trained on COCO."""
     pairs = (entry.split(maxsplit=1) for entry in _NAMES.replace("\n", " ").split(","))
     return tuple((int(id_), name.strip()) for id_, name in pairs)
+
+
+def unused_name(label: int) -> str:
+    """Name of a label that no category has, as some ids of COCO's in torchvision's detectors."""
+    return f"N/A {label}"
+
+
+def used(categories: Mapping[int, str]) -> dict[int, str]:
+    """The categories that have objects: all but those of `unused_name`."""
+    return {id_: name for id_, name in categories.items() if name != unused_name(id_)}

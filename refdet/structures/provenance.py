@@ -11,6 +11,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.short_text import shown
+from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
@@ -21,8 +22,8 @@ class Provenance:
     """The source of the training images and the REFER splits excluded from them.
 
     Attributes:
-        source: name of the original instances file; this, the hashes and the counts are empty for imported weights of
-            unknown training data.
+        source: name of the original instances file, or of the training set of a published file; this, the hashes and
+            the counts are empty for imported weights of unknown training data.
         source_sha256: SHA-256 of that file.
         images: number of training images.
         annotations: number of training annotations.
@@ -66,9 +67,18 @@ class Provenance:
         return result
 
     @classmethod
-    def imported(cls, name: str, sha256: str) -> Provenance:
-        """Provenance of an imported checkpoint of unknown training data."""
-        return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
+    def imported(cls, name: str, sha256: str, known: KnownFile | None = None) -> Provenance:
+        """Provenance of an imported checkpoint: its training set if it is a published file, otherwise unknown."""
+        if known is None:
+            return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
+        data = known.trained_on
+        note = f"imported: {name}, sha256 {sha256}, is {known.model}, {data.leaks()}"
+        return cls(data.name, "", data.images, 0, "", note=note)
+
+    @property
+    def training_set(self) -> TrainingSet | None:
+        """The published training set of an imported file, None if it is not one."""
+        return TRAINING_SETS.get(self.source) if self.is_unknown else None
 
     @property
     def is_unknown(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
+from refdet.detector.feature_names import NECKS
 from refdet.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: 
 def _network(recipe: Recipe) -> str:
     model = recipe.model
     width = "" if model.width == 64 else f" of width {model.width}"
-    return f"ResNet-{model.depth}{width} with {'a feature pyramid' if model.neck == 'fpn' else 'a C4 head'}"
+    return f"ResNet-{model.depth}{width} with {NECKS[model.neck]}"
 
 
 def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:

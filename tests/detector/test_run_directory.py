@@ -1,5 +1,6 @@
 """Run directories from strangers: what is no run directory is named for what it is, and every field is checked."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -218,11 +219,12 @@ FLOATS = ("model.anchor_sizes",)
 
 
 def test_every_number_has_a_range_and_every_range_an_option() -> None:
-    numbers = {f"{part}.{name}" for part, options in recipe.Recipe().to_dict().items() if isinstance(options, dict)
+    parts = dataclasses.asdict(recipe.Recipe())
+    numbers = {f"{part}.{name}" for part, options in parts.items() if isinstance(options, dict)
                for name, value in options.items() if is_number(value)}  # fmt: skip
     assert numbers == set(LIMITS)
     assert Range(0, 1, above=True).high == 1
 
 
 def is_number(value: Any) -> bool:
-    return is_number(value[0]) if isinstance(value, list) else type(value) in (int, float)
+    return is_number(value[0]) if isinstance(value, (list, tuple)) else type(value) in (int, float)

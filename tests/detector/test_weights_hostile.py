@@ -262,20 +262,8 @@ def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.M
 
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
-    "a torchvision Mask R-CNN": (
-        "backbone.body.conv1.weight", "rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight",
-        "roi_heads.mask_predictor.mask_fcn_logits.weight",
-    ),
-    "a torchvision Faster R-CNN": ("backbone.body.conv1.weight", "roi_heads.box_predictor.cls_score.weight"),
     "a torchvision RetinaNet": ("backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"),
-    "a detectron2 Mask R-CNN": (
-        "backbone.bottom_up.stem.conv1.weight", "proposal_generator.rpn_head.conv.weight",
-        "roi_heads.box_head.fc1.weight", "roi_heads.mask_head.predictor.weight",
-    ),
-    "a detectron2 Faster R-CNN": (
-        "backbone.res2.0.conv1.weight", "proposal_generator.rpn_head.conv.weight", "roi_heads.res5.0.conv1.weight",
-    ),
-    "a detectron2 ImageNet backbone": ("stem.conv1.weight", "res2.0.conv1.weight"),
+    "a detectron2 RetinaNet": ("backbone.bottom_up.stem.conv1.weight", "head.cls_score.weight"),
     "a Caffe2 Detectron network": ("conv1_w", "res2_0_branch2a_w", "conv_rpn_w"),
     "an MMDetection Mask R-CNN": (
         "backbone.conv1.weight", "rpn_head.rpn_conv.weight", "roi_head.bbox_head.fc_cls.weight",
@@ -332,11 +320,11 @@ def test_programs_are_named_by_their_classes(tmp_path: Path, module: str, progra
 def test_a_pickle_of_arrays_is_named_by_what_it_holds(tmp_path: Path) -> None:
     import numpy as np
 
-    names = PROGRAMS["a detectron2 Mask R-CNN"]
+    names = PROGRAMS["a detectron2 RetinaNet"]
     tree = {"model": {name: np.ones(3) for name in names}, "__author__": "Detectron2 Model Zoo"}
     for protocol in (2, 4):
         (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(tree, protocol))
-        with pytest.raises(InputError, match=r"model_final\.pkl: a detectron2 Mask R-CNN, which cannot be imported"):
+        with pytest.raises(InputError, match=r"model_final\.pkl: a detectron2 RetinaNet, which cannot be imported"):
             read_foreign(tmp_path / "model_final.pkl")
 
 

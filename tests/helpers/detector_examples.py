@@ -21,6 +21,14 @@ VARIANTS = {
              "model.legacy_plus_one=true", "model.pooling=crop_and_resize", "model.legacy_tie_order=true",
              "input.resize=opencv",
              "input.order=bgr"],
+    "detectron2-c4": ["model.stride=16", "model.depth=50", "model.stride_in_1x1=true",
+                      "model.pooler_resolution=14", "model.sampling_ratio=0", "model.anchor_offset=0",
+                      "model.mask_pasting=padded", "input.resize=pillow"],
+    "dc5": ["model.neck=dc5", "model.stride=16", "model.depth=50", "model.fpn_hidden=32"],
+    "torchvision-v2": [*PYRAMID, "model.pooling=align_legacy", "model.torchvision_anchors=true",
+                       "model.anchor_offset=0", "model.mask_pasting=torchvision", "input.resize=torchvision",
+                       "input.size_divisibility=32", "input.min_sizes=[90]", "model.rpn_convs=2", "model.box_convs=2",
+                       "model.box_fcs=1"],
     "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.legacy_plus_one=true"],
 }  # fmt: skip
 CATEGORY_IDS = [1, 3, 7, 44]

@@ -17,16 +17,20 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import ConvertedWeights, identify_checkpoint
+from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.fitting import ConvertedWeights
+from refdet.detector.weights.numpy_pickles import NotPlain, has_arrays, read_pickle
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
+from refdet.detector.weights.torchvision import EPS, with_usual_eps
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 from refdet.files.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
-from refdet.files.weight_programs import OWN, STATE, has_all, program_of
-from refdet.structures.coco_categories import coco_categories
+from refdet.files.weight_programs import IMPORTED, OWN, STATE, has_all, program_of
+from refdet.structures.coco_categories import coco_categories, unused_name
+from refdet.structures.known_weights import KnownFile, known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
-WRAPPERS = ("state_dict", "model")  # keys of the weights in checkpoints that hold more
+WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
 MOST_SHARED = 2**27  # numbers in tensors that share storage; the largest network has half as many
 
@@ -68,12 +72,17 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"`out` {out} exists; choose another or remove it")
     try:
-        found = identify_checkpoint(read_foreign(source), style)
+        tensors = read_foreign(source)
+        digest = file_sha256(source)
+        known = known_file(source, digest)
+        if known is not None and known.norm_eps != EPS:
+            tensors = with_usual_eps(tensors, known.norm_eps)
+        found = identify_checkpoint(tensors, style)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
     categories = _categories(found, source, index)
-    provenance = _provenance(source, index)
+    provenance = _provenance(source, digest, known, index)
     meta = CheckpointMetadata(found.recipe, categories, provenance, 0, found.untrained)
     torch.manual_seed(found.recipe.train.seed)  # missing tensors start as they would in training
     model = MaskRCNN(found.recipe, len(categories))
@@ -108,6 +117,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     refuse_other_programs(path, contents.strings, contents.classes)
+    if has_arrays(contents.classes) and start[:2] != b"PK":
+        return _named_tensors(_weights_in(_read_arrays(path), path), path)
     if contents.refused is not None:
         raise InputError(f"{path}: {_unsafe(contents.refused)}")
     try:
@@ -118,12 +129,31 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch.load can raise anything on a damaged file
         raise InputError(f"{path}: {_refusal(error)}") from error
+    return _named_tensors(_weights_in(tree, path), path)
+
+
+def _read_arrays(path: Path) -> Any:
+    """The contents of a pickle of arrays."""
+    try:
+        return read_pickle(path)
+    except MemoryError:
+        raise
+    except NotPlain as error:
+        raise InputError(f"{path}: {_unsafe(str(error))}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # an unpickler can raise anything on a damaged file
+        raise InputError(f"{path}: damaged, or not a pickle of arrays ({cut(error, 200)})") from None
+
+
+def _weights_in(tree: Any, path: Path) -> Mapping[Any, Any]:
+    """The named tensors of a checkpoint that may hold more."""
     for wrapper in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
     if not isinstance(tree, Mapping):
         raise InputError(f"{path}: holds a {type(tree).__name__} instead of named tensors; save the state_dict")
-    return _named_tensors(tree, path)
+    return tree
 
 
 def _no_file(path: Path) -> str:
@@ -143,10 +173,11 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
     if has_all(names, STATE) or has_all(names, OWN):
         raise InputError(f"{path}: {what_is(path)}; it needs no import")
     program = program_of(names, classes)
-    if program is not None:
+    if program is not None and program not in IMPORTED:
         raise InputError(
-            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and "
-            "ImageNet ResNets can (the weights alone, as a state_dict)"
+            f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and Mask "
+            "and Faster R-CNN of detectron2 and torchvision, and ImageNet ResNets can (the weights alone, as a "
+            "state_dict)"
         )
 
 
@@ -201,18 +232,26 @@ def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) 
         return coco_categories()
     if index is not None:
         categories = tuple(index.categories.items())
+        if found.coco_ids and set(dict(categories)) <= set(range(1, found.classes + 1)):
+            return _by_id(dict(categories), found.classes)
         if len(categories) != found.classes:
             raise InputError(f"`trained_on` {index.path}: {len(categories)} categories, {source} has {found.classes}")
         return categories
+    if found.coco_ids:
+        return _by_id(dict(coco_categories()), found.classes)
     if found.classes != len(coco_categories()):
         raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by `trained_on`")
     return coco_categories()
 
 
-def _provenance(source: Path, index: CocoIndex | None) -> Provenance:
-    digest = file_sha256(source)
+def _by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
+    """Categories whose ids are their labels; ids without a category are outputs of the network all the same."""
+    return tuple((label, names.get(label, unused_name(label))) for label in range(1, classes + 1))
+
+
+def _provenance(source: Path, digest: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
     if index is None:
-        return Provenance.imported(source.name, digest)
+        return Provenance.imported(source.name, digest, known)
     return provenance_of_instances(index).with_weights(
         f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
     )

@@ -61,17 +61,17 @@ def read_contents(path: Path) -> Contents:
     found = Contents()
     with path.open("rb") as file:
         if file.read(2) == b"PK":
-            _scan(_Limited(io.BytesIO(_pickle_of_zip(path, file))), found)
+            _scan(Limited(io.BytesIO(_pickle_of_zip(path, file))), found)
             return found
         file.seek(0)
-        limited = _Limited(file)
+        limited = Limited(file)
         for _ in range(LEGACY_PICKLES):
             if not limited.left or not _scan(limited, found):
                 break
     return found
 
 
-class _Limited:
+class Limited:
     """A file whose `read` allocates no more than the file holds."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -81,17 +81,19 @@ class _Limited:
         file.seek(start)
 
     def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
         data = self._file.read(min(count, self.left))
         self.left -= len(data)
         return data
 
     def readline(self) -> bytes:
+        """A line."""
         data = self._file.readline()
         self.left -= len(data)
         return data
 
 
-def _scan(file: _Limited, found: Contents) -> bool:
+def _scan(file: Limited, found: Contents) -> bool:
     """Scan one pickle without building anything; False if it ended early after a refused class."""
     weights = _Weights()
     try:
@@ -129,6 +131,8 @@ class _Weights:
         """Apply one instruction to the stack."""
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if argument is not None and not 0 <= argument < MOST_OPCODES:  # a list of the memo would be as long
+                raise InputError(f"{DAMAGED}: its pickle has an entry {argument} in its memo")
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1] or 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self.stack.append(self.memo.get(argument, 1))

@@ -1,0 +1,32 @@
+"""``refdet export-weights``: a trained detector as weights of another program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .arguments import check_run_directory
+from .common import echo_json, echo_table, json_option, note
+
+
+@click.command("export-weights")
+@click.option("--checkpoint", type=Path, required=True, metavar="RUN_DIR", help="Run directory of the detector.")
+@click.option(
+    "--format", "format_", type=click.Choice(["detectron2", "torchvision"]), required=True, help="Output format."
+)
+@click.option("--out", type=Path, required=True, help="The .pth to write; for detectron2, with its .yaml beside it.")
+@json_option
+def command(checkpoint: Path, format_: str, out: Path, as_json: bool) -> None:
+    """Write a detector's weights as a state dict of detectron2 or torchvision."""
+    check_run_directory("--checkpoint", checkpoint)
+
+    from refdet.detector.weights.export_weights import export_weights
+
+    done = export_weights(checkpoint, out, format_)
+    for text in done.notes:
+        note(f"note: {text}")
+    if as_json:
+        echo_json({"files": [str(file) for file in done.files], "tensors": done.tensors, "notes": list(done.notes)})
+        return
+    echo_table([(str(file), str(done.tensors)) for file in done.files[:1]], header=("file", "tensors"))

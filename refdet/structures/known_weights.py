@@ -1,0 +1,118 @@
+"""Published files of weights, known by their checksums, and the images that they were trained on.
+
+torchvision's file names end with the start of their SHA-256, detectron2's model zoo's with the start of their MD5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+LEAKS = "without exclusions: leaks"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A published training set.
+
+    Attributes:
+        name: such as "COCO train2017".
+        images: number of its images.
+        of_refer: the part of REFER's images that it contains: "all", "some" or "none".
+    """
+
+    name: str
+    images: int
+    of_refer: str
+
+    def leaks(self) -> str:
+        """What a detector trained on it has seen of REFER's val and test images."""
+        return {
+            "all": f"trained on {self.name}, {LEAKS} all 3,000 val/test images of RefCOCO and "
+            "RefCOCO+ and all 3,900 of RefCOCOg (umd)",
+            "some": f"trained on {self.name}, {LEAKS} those val/test images of RefCOCO, RefCOCO+ and "
+            "RefCOCOg that are among its images",
+            "none": f"trained on {self.name}, which has no image of COCO",
+        }[self.of_refer]
+
+
+# REFER's images are of COCO train2014, which is part of train2017 (val2017 is a part of val2014).
+COCO = TrainingSet("COCO train2017", 118_287, "all")
+LVIS = TrainingSet("LVIS v0.5 train", 57_263, "some")
+IMAGENET = TrainingSet("ImageNet-1k", 1_281_167, "none")
+TRAINING_SETS = {each.name: each for each in (COCO, LVIS, IMAGENET)}
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A published file.
+
+    Attributes:
+        model: what it is, in its program's words.
+        trained_on: its training set.
+        norm_eps: added to the variances of its frozen norms.
+    """
+
+    model: str
+    trained_on: TrainingSet
+    norm_eps: float = 1e-5
+
+
+_DETECTRON2 = {  # start of the MD5 -> configuration
+    "721ade": "COCO-Detection/faster_rcnn_R_50_C4_1x",
+    "51d356": "COCO-Detection/faster_rcnn_R_50_DC5_1x",
+    "b275ba": "COCO-Detection/faster_rcnn_R_50_FPN_1x",
+    "f97cb7": "COCO-Detection/faster_rcnn_R_50_C4_3x",
+    "68d202": "COCO-Detection/faster_rcnn_R_50_DC5_3x",
+    "280758": "COCO-Detection/faster_rcnn_R_50_FPN_3x",
+    "298dad": "COCO-Detection/faster_rcnn_R_101_C4_3x",
+    "3e0943": "COCO-Detection/faster_rcnn_R_101_DC5_3x",
+    "f6e8b1": "COCO-Detection/faster_rcnn_R_101_FPN_3x",
+    "9243eb": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x",
+    "4f86c3": "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x",
+    "a54504": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "4ce675": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x",
+    "84107b": "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_3x",
+    "f10217": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
+    "a2914c": "COCO-InstanceSegmentation/mask_rcnn_R_101_C4_3x",
+    "0464b7": "COCO-InstanceSegmentation/mask_rcnn_R_101_DC5_3x",
+    "a3ec72": "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x",
+    "7ab50c": "Detectron1-Comparisons/faster_rcnn_R_50_FPN_noaug_1x",
+    "62ca52": "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_1x",
+    "571f7c": "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "824ab5": "LVISv0.5-InstanceSegmentation/mask_rcnn_R_101_FPN_1x",
+}
+_TORCHVISION = {  # start of the SHA-256 -> model
+    "bf2d0c1e": KnownFile("torchvision's maskrcnn_resnet50_fpn COCO_V1", COCO, norm_eps=0.0),
+    "73cbd019": KnownFile("torchvision's maskrcnn_resnet50_fpn_v2 COCO_V1", COCO),
+    "258fb6c6": KnownFile("torchvision's fasterrcnn_resnet50_fpn COCO_V1", COCO, norm_eps=0.0),
+    "dd69338a": KnownFile("torchvision's fasterrcnn_resnet50_fpn_v2 COCO_V1", COCO),
+    "f37072fd": KnownFile("torchvision's resnet18 IMAGENET1K_V1", IMAGENET),
+    "b627a593": KnownFile("torchvision's resnet34 IMAGENET1K_V1", IMAGENET),
+    "0676ba61": KnownFile("torchvision's resnet50 IMAGENET1K_V1", IMAGENET),
+    "11ad3fa6": KnownFile("torchvision's resnet50 IMAGENET1K_V2", IMAGENET),
+    "63fe2227": KnownFile("torchvision's resnet101 IMAGENET1K_V1", IMAGENET),
+    "cd907fc2": KnownFile("torchvision's resnet101 IMAGENET1K_V2", IMAGENET),
+    "394f9c45": KnownFile("torchvision's resnet152 IMAGENET1K_V1", IMAGENET),
+    "f82ba261": KnownFile("torchvision's resnet152 IMAGENET1K_V2", IMAGENET),
+}
+
+
+def known_file(path: Path, sha256: str) -> KnownFile | None:
+    """The published file that a file is, by its checksums; its name does not matter.
+
+    Args:
+        path: the file.
+        sha256: its SHA-256.
+    """
+    if (found := _TORCHVISION.get(sha256[:8])) is not None:
+        return found
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    config = _DETECTRON2.get(digest.hexdigest()[:6])
+    if config is None:
+        return None
+    return KnownFile(f"detectron2's {config}", LVIS if config.startswith("LVIS") else COCO)

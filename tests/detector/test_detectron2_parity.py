@@ -1,0 +1,131 @@
+"""Parity with detectron2: what it computes of real images with weights as in its model zoo, and what refdet does.
+
+``pytest tests/detector/test_detectron2_parity.py -rP`` prints the errors measured.
+"""
+
+import importlib
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from refdet.data.coco import ImageRecord
+from refdet.data.transforms import input_size, network_inputs
+from refdet.detector import checkpoint, loading
+from refdet.detector.predictor import detect_batch
+from refdet.detector.weights.import_weights import import_weights
+from refdet.structures import boxes as box_ops
+from refdet.structures.detection_options import DetectionOptions
+
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
+
+IMAGES = ("000000194322", "000000466137")
+# detectron2's defaults at test time
+OPTIONS = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=["C4", "FPN"])
+def network(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, dict[bool, loading.TrainedDetector]]]:
+    """The detector of a checkpoint through import-weights, as trained and optimized for inference."""
+    name, folder = request.param, tmp_path_factory.mktemp("detectron2")
+    state = state_dict(shared, name)
+    if name == "C4":  # as in the model zoo
+        with (folder / "model.pkl").open("wb") as file:
+            pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, file)
+    else:  # as its training saves it
+        tensors = {key: torch.from_numpy(value) for key, value in state.items()}
+        torch.save({"model": tensors, "iteration": 269999}, folder / "model.pth")
+    (source,) = folder.iterdir()
+    done = import_weights(source, folder / "run")
+    assert done.recipe == f"d2-{name.lower()}-res50" and done.classes == 80
+    yield name, {fast: loading.load(folder / "run", for_inference=fast) for fast in (False, True)}
+    (folder / "run" / checkpoint.MODEL).unlink()
+
+
+def state_dict(shared: Path, name: str) -> Arrays:
+    path = str(shared / "detectron2")
+    sys.path.insert(0, path)
+    saved = sys.modules.pop("make_checkpoint", None)  # the reference's has the same name
+    try:
+        text = (shared / "detectron2" / "make_checkpoint.py").read_text()
+        sys.path.insert(0, str(shared / "seed"))
+        sys.modules.pop("make_checkpoint", None)
+        importlib.import_module("make_checkpoint")
+        space = {"__name__": "maker", "__file__": str(shared / "detectron2" / "make_checkpoint.py")}
+        exec(compile(text, "make_checkpoint.py", "exec"), space)
+        found: Arrays = space["make_state_dict"](name)  # type: ignore[operator]
+        return found
+    finally:
+        sys.path[:] = [entry for entry in sys.path if entry not in (path, str(shared / "seed"))]
+        sys.modules.pop("make_checkpoint", None)
+        if saved is not None:
+            sys.modules["make_checkpoint"] = saved
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["trained", "used"])
+@pytest.mark.parametrize("image", IMAGES)
+@torch.inference_mode()
+def test_parity(network: tuple[str, dict[bool, loading.TrainedDetector]], shared: Path, image: str, fast: bool) -> None:
+    name, detectors = network
+    detector = detectors[fast]
+    model, options = detector.model, detector.meta.recipe.input
+    with np.load(shared / "detectron2" / f"golden_{name}_{image}.npz") as file:
+        golden = {key: file[key] for key in file.files}
+    pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
+    size = input_size(*pixels.shape[:2], options)
+    assert [size.height, size.width] == golden["input_hw"].tolist()
+    inputs = network_inputs([pixels], [size], options)
+
+    maps = model.extract_feature_maps(inputs)
+    (proposals,) = model.rpn.filter_proposals(model.rpn(maps), [(size.height, size.width)])
+    overlap = box_ops.iou(proposals, torch.from_numpy(golden["proposals"])).max(dim=1).values
+    same = int((overlap > 0.999).sum())
+
+    record = ImageRecord(1, f"{image}.png", *pixels.shape[:2])
+    (found,) = detect_batch(model, [pixels], [record], detector.meta.category_ids, OPTIONS)
+    (output,) = model.predict(inputs, [size], OPTIONS)
+    pairs = matched(output.boxes.numpy(), output.labels.numpy(), golden)
+    rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
+    scores = np.abs(output.scores.numpy()[ours] - golden["det_score"][rows]).max()
+    assert output.masks is not None and found.masks is not None
+    masks = np.abs(output.masks.numpy()[ours] - golden["mask_prob"][rows]).max()
+    # a mask of 50 pixels has one whose probability is a half within rounding
+    areas = np.array(
+        [coco_mask.area({"size": pixels.shape[:2], "counts": found.masks[row]}) for row in ours], np.float64
+    )
+    pixels_off = np.abs(areas - golden["mask_area"][rows])
+    area = (np.maximum(pixels_off - 1, 0) / np.maximum(golden["mask_area"][rows], 1)).max()
+
+    (given,) = model.extract_features(inputs, [size], [torch.from_numpy(golden["given_box_xyxy"])])
+    pool5, fc7 = (relative(given.features[key].numpy(), golden[f"given_{key}"]) for key in ("pool5", "fc7"))
+    how = "used" if fast else "trained"
+    print(f"{name} {image} {how}: proposals {same} of 1000, detections {len(pairs)} of 100, score {scores:.1e}, "
+          f"masks {masks:.1e}, areas {pixels_off.max():.0f} pixels, pool5 {pool5:.1e}, fc7 {fc7:.1e}")  # fmt: skip
+    assert len(proposals) == 1000 and same >= 990
+    assert len(pairs) == len(output.boxes) == 100 and scores < 1e-3
+    assert masks < 2e-3 and area < 5e-3
+    assert pool5 < 1e-4 and fc7 < 1e-4
+
+
+def matched(boxes: np.ndarray, labels: np.ndarray, golden: Arrays) -> list[tuple[int, int]]:
+    """Rows of detectron2's detections and of ours that have the same class and box."""
+    pairs = []
+    for row, (box, label) in enumerate(zip(golden["det_box"], golden["det_class"] + 1, strict=True)):
+        distance = np.abs(boxes - box).max(axis=1)
+        distance[labels != label] = np.inf
+        if distance.min() < 0.05:
+            pairs.append((row, int(distance.argmin())))
+    return pairs
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))

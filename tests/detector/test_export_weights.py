@@ -1,0 +1,104 @@
+"""Detectors as weights of other programs: what torchvision computes of them, and what is said to differ."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from foreign_weights import call, refused
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.data.transforms import input_size, network_inputs
+from refdet.detector import checkpoint, loading
+from refdet.detector.checkpoint import CheckpointMetadata
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.export_weights import config
+from refdet.detector.weights.import_weights import read_foreign
+from refdet.structures.provenance import Provenance
+
+SMALL = ["model.depth=18", "model.norm=frozen", "input.min_sizes=[160]", "input.max_size=256",
+         "proposals.post_nms_top_n_test=50"]  # fmt: skip
+
+
+def run_of(folder: Path, recipe: Recipe, classes: int = 3) -> MaskRCNN:
+    """A run directory of random weights whose proposals differ."""
+    torch.manual_seed(0)
+    model = MaskRCNN(recipe, classes).eval()
+    torch.nn.init.normal_(model.rpn.score.weight, std=0.2)
+    torch.nn.init.normal_(model.head.get_submodule("box").score.weight, std=0.1)  # type: ignore[arg-type]
+    names = tuple((index, f"class {index}") for index in range(1, classes + 1))
+    folder.mkdir()
+    checkpoint.save(folder, model, CheckpointMetadata(recipe, names, Provenance.imported("x", "0" * 64), 1))
+    return model
+
+
+def export(run: Path, out: Path, format: str) -> str:
+    done = call("export-weights", "--checkpoint", run, "--format", format, "--out", out)
+    assert done.exit_code == 0, done.output
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"), [("torchvision-fpn-res50", True), ("torchvision-fpn-res50", False), ("fpn-res50", False)]
+)
+@torch.inference_mode()
+def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, masks: bool) -> None:
+    recipe = recipes.load(name).with_changes([*SMALL, f"model.masks={str(masks).lower()}"])
+    ours = run_of(tmp_path / "run", recipe)
+    notes = export(tmp_path / "run", tmp_path / "out.pth", "torchvision")
+    assert ("pools half a cell away" in notes) == (name == "fpn-res50")
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    kind = TorchvisionMaskRCNN if masks else FasterRCNN
+    theirs = kind(backbone, 4, min_size=160, max_size=256, rpn_post_nms_top_n_test=50).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
+    pixels = np.random.default_rng(0).integers(0, 256, (97, 131, 3)).astype(np.uint8)
+    images, _ = theirs.transform([torch.from_numpy(pixels).permute(2, 0, 1) / 255])
+    proposals, _ = theirs.rpn(images, theirs.backbone(images.tensors))
+    size = input_size(*pixels.shape[:2], recipe.input)
+    if name == "fpn-res50":  # its input differs, so both get torchvision's; anchors differ by their rounding
+        inputs, shape = images.tensors, images.image_sizes[0]
+    else:
+        inputs, shape = network_inputs([pixels], [size], recipe.input), (size.height, size.width)
+        torch.testing.assert_close(inputs, images.tensors, atol=1e-5, rtol=1e-5)
+    (found,) = ours.rpn.filter_proposals(ours.rpn(ours.extract_feature_maps(inputs)), [shape])
+    distance = (found[:, None] - proposals[0]).abs().amax(2).amin(1)
+    near, least = (1.0, 40) if name == "fpn-res50" else (1e-3, 50)
+    assert len(found) == 50 and (distance < near).sum() >= least
+
+
+@pytest.mark.parametrize("name", ["d2-fpn-res50", "d2-c4-res50"])
+def test_detectron2_and_back(tmp_path: Path, name: str) -> None:
+    recipe = recipes.load(name)
+    ours = run_of(tmp_path / "run", recipe)
+    assert "note" not in export(tmp_path / "run", tmp_path / "out.pth", "detectron2")
+    found = identify_checkpoint(read_foreign(tmp_path / "out.pth"))
+    assert found.recipe == recipe and found.classes == 3
+    background = {"head.box.delta.weight": 4, "head.box.delta.bias": 4, "head.mask.logits.weight": 1,
+                  "head.mask.logits.bias": 1}  # fmt: skip
+    for key, value in ours.state_dict().items():
+        assert torch.equal(found.tensors[key][background.get(key, 0) :], value[background.get(key, 0) :]), key
+    written = yaml.safe_load((tmp_path / "out.yaml").read_text())
+    assert written == config(recipe, 3) and written["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 3
+    assert written["MODEL"]["ROI_BOX_HEAD"]["POOLER_SAMPLING_RATIO"] == 0 and written["INPUT"]["FORMAT"] == "BGR"
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", recipes.load("c4-res18").with_changes(["model.norm=frozen", "model.width=8"]))
+    for format, says in (
+        ("torchvision", "torchvision has no network with model.neck=c4, model.width=8, model.pooler_resolution=7"),
+        ("detectron2", "detectron2 has no network with model.width=8, model.pooler_resolution=7"),
+    ):
+        done = call("export-weights", "--checkpoint", tmp_path / "run", "--format", format, "--out", tmp_path / "o.pth")
+        refused(done, f"{tmp_path / 'run'}: {says}")
+    loading.load(tmp_path / "run")
+    (tmp_path / "o.pth").write_bytes(b"x")
+    done = call(
+        "export-weights", "--checkpoint", tmp_path / "run", "--format", "detectron2", "--out", tmp_path / "o.pth"
+    )
+    refused(done, "--out", "o.pth exists; choose another")

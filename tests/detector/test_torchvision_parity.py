@@ -1,0 +1,170 @@
+"""Parity with torchvision: its own detectors and their weights through identify_checkpoint, on real images.
+
+Random weights, rescaled until activations and outputs spread as a trained network's. At half the usual input size and
+with a tenth of the proposals, to be quick. ``pytest tests/detector/test_torchvision_parity.py -rP`` prints the errors.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from refdet.data.coco import ImageRecord
+from refdet.data.transforms import input_size
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.optimize import optimize_for_inference
+from refdet.detector.predictor import detect_batch
+from refdet.detector.weights import torchvision as theirs
+from refdet.detector.weights.convert import identify_checkpoint
+from refdet.structures.detection_options import DetectionOptions
+
+SIZES = {"min_size": 320, "max_size": 512, "rpn_post_nms_top_n_test": 100}
+CHANGES = ["input.min_sizes=[320]", "input.max_size=512", "proposals.post_nms_top_n_test=100"]
+OPTIONS = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "maskrcnn_resnet50_fpn": detection.maskrcnn_resnet50_fpn,
+    "maskrcnn_resnet50_fpn_v2": detection.maskrcnn_resnet50_fpn_v2,
+    "fasterrcnn_resnet50_fpn": partial(detection.fasterrcnn_resnet50_fpn, num_classes=5),
+    "fasterrcnn_resnet50_fpn_v2": partial(detection.fasterrcnn_resnet50_fpn_v2, num_classes=5),
+}
+SPREAD = (("rpn.head.cls_logits", 2.0), ("rpn.head.bbox_pred", 0.2), ("roi_heads.box_predictor.cls_score", 3.0),
+          ("roi_heads.box_predictor.bbox_pred", 1.0), ("roi_heads.mask_predictor.mask_fcn_logits", 2.0))  # fmt: skip
+
+
+@torch.no_grad()
+def spread_out(model: nn.Module, image: Tensor) -> None:
+    """Give norms the statistics of an image, and the predictors outputs of a trained network's spread."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            module.register_forward_pre_hook(observe)
+            module.weight.copy_(1 + 0.1 * torch.randn_like(module.weight))
+            module.bias.copy_(0.1 * torch.randn_like(module.bias))
+    model.eval()([image])
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    modules = dict(model.named_modules())
+    for name, spread in SPREAD:
+        if name in modules:
+            seen: list[Tensor] = []
+            handle = modules[name].register_forward_hook(lambda m, i, output, seen=seen: seen.append(output))
+            model([image])
+            handle.remove()
+            modules[name].weight.mul_(spread / torch.cat([output.flatten() for output in seen]).std())
+
+
+def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    if len(inputs[0]):  # no masks while there are no detections
+        module.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+        module.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def photo(shared: Path) -> np.ndarray:
+    return np.array(Image.open(shared / "seed" / "images" / "000000466137.png").convert("RGB"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_the_same_regions(name: str, photo: np.ndarray) -> None:
+    torch.manual_seed(1)
+    network = MODELS[name](weights=None, weights_backbone=None, **SIZES)
+    image = torch.from_numpy(photo).permute(2, 0, 1) / 255
+    spread_out(network, image)
+    (wanted,) = network([image])
+    found = identify_checkpoint(network.state_dict())
+    assert found.recipe.name == ("torchvision-fpn-res50-v2" if name.endswith("v2") else "torchvision-fpn-res50")
+    model = MaskRCNN(found.recipe.with_changes(CHANGES), found.classes or 0).eval()
+    model.load_state_dict(found.tensors)
+    record = ImageRecord(1, "a.png", *photo.shape[:2])
+    for how in ("trained", "used"):
+        model = optimize_for_inference(model) if how == "used" else model
+        (regions,) = detect_batch(model, [photo], [record], range(1, model.classes + 1), OPTIONS)
+        pairs = []
+        for row, (box, label) in enumerate(zip(wanted["boxes"].numpy(), wanted["labels"].numpy(), strict=True)):
+            distance = np.abs(regions.boxes - box).max(axis=1)
+            distance[regions.category_ids != label] = np.inf
+            if distance.min() < 0.05:
+                pairs.append((row, int(distance.argmin())))
+        rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
+        scores = np.abs(regions.scores[ours] - wanted["scores"].numpy()[rows]).max()
+        overlaps = [1.0]
+        for row, our in pairs if found.recipe.model.masks else ():
+            assert regions.masks is not None
+            decoded = coco_mask.decode({"size": photo.shape[:2], "counts": regions.masks[our]})
+            mask = wanted["masks"][row, 0].numpy() >= 0.5
+            overlaps.append((decoded & mask).sum() / max((decoded | mask).sum(), 1))
+        print(f"{name} {how}: {len(pairs)} of {len(wanted['boxes'])}, score {scores:.1e}, "
+              f"mask IoU {np.mean(overlaps):.5f}, least {min(overlaps):.3f}")  # fmt: skip
+        # at most one of nearly equal scores is exchanged: untrained layers add up what rounding does to each
+        assert len(wanted["boxes"]) == len(regions.boxes) == 100 and len(pairs) >= 99
+        # and of a few masks of the optimized network many cells are a half within rounding
+        assert scores < 2e-3 and np.mean(np.array(overlaps) > 0.99) >= (1 if how == "trained" else 0.95)
+    if found.coco_ids:
+        assert found.classes == 90
+
+
+@pytest.mark.parametrize("height", [37, 213, 333, 426, 427, 480, 500, 612, 640])
+@pytest.mark.parametrize("width", [41, 333, 427, 480, 500, 612, 640, 2000])
+def test_input_sizes(height: int, width: int) -> None:
+    from refdet.config import recipe as recipes
+
+    options = recipes.load("torchvision-fpn-res50").input
+    scale = min(800 / min(height, width), 1333 / max(height, width))
+    resized = nn.functional.interpolate(
+        torch.zeros(1, 1, height, width), scale_factor=scale, mode="bilinear", recompute_scale_factor=True
+    )
+    size = input_size(height, width, options)
+    assert (size.height, size.width) == tuple(resized.shape[2:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_of_each_version_and_back(name: str) -> None:
+    network = MODELS[name](weights=None, weights_backbone=None)
+    state = {key: torch.rand(value.shape) for key, value in network.state_dict().items()}
+    found = identify_checkpoint(state)
+    exported = theirs.naming(found.recipe).export(found.tensors)
+    if name.endswith("v2"):  # norms of the neck and the heads come back as norms that add a bias
+        exported = theirs.with_norms(exported)
+        again = identify_checkpoint(exported)
+        for key, value in found.tensors.items():
+            torch.testing.assert_close(again.tensors[key], value, atol=1e-5, rtol=1e-5)
+    else:
+        old = {before_013(key): value for key, value in state.items()}
+        assert set(old) != set(state)
+        for key, value in identify_checkpoint(old).tensors.items():
+            assert torch.equal(value, found.tensors[key])
+        for key, value in exported.items():
+            assert torch.equal(value, state[key])
+    counters = {key for key in state if key.endswith("num_batches_tracked")}
+    assert set(state) - counters == set(exported) - counters
+    network.load_state_dict(exported, strict=not counters)
+
+
+def before_013(name: str) -> str:
+    """Names that the published files have."""
+    for index in range(4):
+        name = name.replace(f"mask_head.{index}.0.", f"mask_head.mask_fcn{index + 1}.")
+        for part in ("inner", "layer"):
+            name = name.replace(f"{part}_blocks.{index}.0.", f"{part}_blocks.{index}.")
+    return name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+
+
+def test_norms_of_another_epsilon() -> None:
+    torch.manual_seed(0)
+    norm, x = FrozenBatchNorm2d(8, eps=0.0), torch.randn(2, 8, 4, 4)
+    for value in norm.state_dict().values():
+        value.copy_(torch.rand(8) * 1e-4 + 1e-6)
+    changed = theirs.with_usual_eps({f"bn1.{key}": value for key, value in norm.state_dict().items()}, eps=0.0)
+    usual = FrozenBatchNorm2d(8, eps=1e-5)
+    usual.load_state_dict({key.removeprefix("bn1."): value for key, value in changed.items()})
+    torch.testing.assert_close(usual(x), norm(x), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,85 @@
+"""Published files: what is known of the images that they were trained on, and what audit says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_weights import call, of_one_number, resnet_shapes
+from split_examples import write_refs
+
+from refdet.detector.checkpoint import load_meta
+from refdet.structures import known_weights
+from refdet.structures.known_weights import COCO, IMAGENET, KnownFile, known_file
+from refdet.structures.provenance import Provenance
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.save(of_one_number(resnet_shapes(18)), tmp_path / "renamed.pth")
+    return tmp_path / "renamed.pth"
+
+
+@pytest.fixture
+def refer(tmp_path: Path) -> Path:
+    """Refs of a val image and of two test images."""
+    pairs = [(1, "train"), (2, "val"), (3, "testA"), (4, "testA")]
+    return write_refs(tmp_path / "refer", {("refcoco", "unc"): pairs})
+
+
+def know(monkeypatch: pytest.MonkeyPatch, path: Path, known: KnownFile) -> None:
+    start = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(known_weights._TORCHVISION, start, known)
+
+
+def test_a_detector_of_coco_leaks(source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    know(monkeypatch, source, KnownFile("somebody's detector", COCO))
+    done = call("import-weights", "--from", source, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    said = (
+        "is somebody's detector, trained on COCO train2017, without exclusions: leaks all 3,000 val/test images of "
+        "RefCOCO and RefCOCO+"
+    )
+    assert said in done.stderr
+    meta = load_meta(tmp_path / "run")
+    assert any(said in line for line in meta.warnings())
+    assert Provenance.from_json(meta.provenance.to_json()).training_set is COCO
+    audited = call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer)
+    assert audited.exit_code == 1
+    assert "leaks all 3 val/test images of refcoco/unc/testA, refcoco/unc/val: imported" in audited.stderr
+    tree = json.loads(call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer, "--json").stdout)
+    assert tree["clean"] is False
+
+
+def test_imagenet_has_no_image_of_coco(
+    source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
+    assert call("import-weights", "--from", source, "--out", tmp_path / "run").exit_code == 0
+    audited = call("audit", "--checkpoint", tmp_path / "run", "--refer-root", refer)
+    assert audited.exit_code == 0, audited.output
+    assert "trained on ImageNet-1k, which has no image of COCO" in audited.stdout
+
+
+def test_the_user_knows_better(source: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    know(monkeypatch, source, KnownFile("somebody's detector", COCO))
+    done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--trained-on", instances)
+    assert done.exit_code == 0, done.output
+    provenance = load_meta(tmp_path / "run").provenance
+    assert provenance.training_set is None and provenance.source == instances.name and "leaks" not in done.stderr
+
+
+def test_another_file_of_the_same_name_is_unknown(source: Path, tmp_path: Path) -> None:
+    path = source.rename(tmp_path / "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
+    assert known_file(path, hashlib.sha256(path.read_bytes()).hexdigest()) is None
+
+
+def test_the_model_zoo_is_known_by_its_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pkl").write_bytes(b"weights")
+    start = hashlib.md5(b"weights", usedforsecurity=False).hexdigest()[:6]
+    for config, data in (("COCO-Detection/x", COCO), ("LVISv0.5-InstanceSegmentation/x", known_weights.LVIS)):
+        monkeypatch.setitem(known_weights._DETECTRON2, start, config)
+        known = known_file(tmp_path / "a.pkl", "0" * 64)
+        assert known is not None and known.trained_on is data and known.model == f"detectron2's {config}"
+        assert "leaks" in data.leaks()
