@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import refer
+from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
-from refdet.splits.refer_statistics import counts_of, differences
 from refdet.splits.unrecognized_refs import unrecognized_refs
 
 TRAIN = "train"
