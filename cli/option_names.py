@@ -13,6 +13,7 @@ import re
 _RENAMED = {
     "changes": "set",
     "consumer": "for",
+    "mirror": "from",
     "run": "checkpoint",
     "sources": "from",
     "splits": "split",
