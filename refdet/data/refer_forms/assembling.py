@@ -152,6 +152,6 @@ def refer_instances(
     if not instances.complete:
         notes.append(
             "instances.json has only the annotations that refs refer to; with `instances=instances_train2014.json` it "
-            "has all of their images, as REFER's"
+            "has all of their images, as REFER's, on which detection AP depends"
         )
     return contents, notes

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from refdet.data.fetch.hints import check_there
 from refdet.data.refer_forms.layouts import LAYOUTS, agreement, last_digit
 from refdet.data.refer_forms.records import Row, SourceInstances, SourceRef
 from refdet.errors import InputError
@@ -93,6 +94,7 @@ def read_coco(path: Path) -> CocoAnnotations:
         InputError: it is no instances file, or an entry has an invalid id or box.
         refer.ReferError: it cannot be read or is malformed JSON.
     """
+    check_there(path)
     with plain_files.no_garbage_collection():
         value = plain_files.read_json(path)
         if not isinstance(value, dict) or not {"images", "annotations", "categories"} <= value.keys():
