@@ -221,11 +221,13 @@ def test_the_catalog() -> None:
     names = [item.name for item in ITEMS]
     assert len(set(names)) == len(names)
     for item in ITEMS:
-        assert len(item.urls) >= 2 and len(set(item.urls)) == len(item.urls)
+        assert len(item.urls) >= (1 if item.magic else 2) and len(set(item.urls)) == len(item.urls)
         for url in item.urls:
-            assert urlparse(url).scheme in ("http", "https") and url.endswith(f"/{item.archive}")
+            assert urlparse(url).scheme in ("http", "https") and (item.magic or url.endswith(f"/{item.archive}"))
         assert item.checksum is None or re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", item.checksum)
-        if item.place is None:
+        if item.magic:
+            assert item.checksum is None and item.outputs[0].endswith(".parquet")
+        elif item.place is None:
             assert item.outputs == (item.archive,)
         elif item.dataset:
             assert all(item.place(f"{item.dataset}/{Path(name).name}") == name for name in item.outputs)
@@ -233,6 +235,27 @@ def test_the_catalog() -> None:
             assert all(item.place(name) == name for name in item.outputs)
     plus = ITEMS[names.index("refcoco+")]
     assert mirrored(plus, "https://a/b") == "https://a/b/refcoco+.zip"
+
+
+def test_parquet_to_convert(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    url = site.address
+    splits = ("train", "validation")
+    items = tuple(
+        Item(f"p/{split}", f"{split}.parquet", "", (f"{url}/{split}",), (f"parquet/{split}.parquet",), magic=b"PAR1")
+        for split in splits
+    )
+    for split in splits:
+        site.add(f"/{split}", b"PAR1 and more", kind="application/octet-stream")
+    results = fetch_data(tmp_path, ["p"], items=items, wait=0)
+    assert [one.verified for one in results] == ["first bytes alone"] * 2
+    assert left(tmp_path) == ["train.parquet", "validation.parquet"]
+    site.add("/validation", b"Not found", kind="text/plain")
+    with pytest.raises(InputError, match=r"/validation: not the file, which begins with b'PAR1'"):
+        fetch_data(tmp_path / "2", ["p/validation"], items=items, wait=0)
+    assert left(tmp_path / "2") == []
+    item = refcoco_item(site, refcoco, "/a.zip", "/b.zip")
+    with pytest.raises(RuntimeFailure, match="refdet fetch-data --only refcoco-parquet with refdet convert-refer"):
+        get(item, tmp_path)
 
 
 def run(*args: str | Path) -> Any:

@@ -40,7 +40,7 @@ class Item:
     """An archive and what is made of it.
 
     Attributes:
-        name: what it is chosen by.
+        name: what it is chosen by; "A/B" also by "A".
         archive: name of its file.
         contents: what it holds, for the list of items.
         urls: its sources, in the order in which they are tried.
@@ -51,6 +51,7 @@ class Item:
             archive itself, as refdet reads images from zips.
         dataset: the REFER dataset in it, whose published size is checked; "" if there is none.
         default: whether it is fetched unless others are chosen.
+        magic: first bytes of the archive, where nothing else tells whether it is right.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Item:
     place: Callable[[str], str | None] | None = None
     dataset: str = ""
     default: bool = False
+    magic: bytes = b""
 
 
 def place_refer(dataset: str) -> Callable[[str], str | None]:
@@ -128,6 +130,26 @@ def _coco_annotations(year: int, size: int, sha256: str, default: bool = False) 
     )
 
 
+def _parquet(dataset: str, repository: str, split: str) -> Item:
+    """A split that Hugging Face itself has converted to Parquet, to be converted by ``convert-refer``."""
+    folder = f"{dataset}-parquet"
+    return Item(
+        name=f"{folder}/{split}",
+        archive=f"{folder}-{split}.parquet",
+        contents=f"{split} split in another form, without google's division; for refdet convert-refer",
+        urls=(
+            f"https://huggingface.co/datasets/{repository}/resolve/refs%2Fconvert%2Fparquet/default/{split}/0000.parquet",
+        ),
+        outputs=(f"parquet/{dataset}/{split}.parquet",),
+        magic=b"PAR1",
+    )
+
+
+_PARQUET = (
+    ("refcoco", "jxu124/refcoco", ("train", "validation", "test", "testB")),
+    ("refcoco+", "jxu124/refcocoplus", ("train", "validation", "test", "testB")),
+    ("refcocog", "jxu124/refcocog", ("train", "validation", "test")),
+)
 _MINIVAL = "detectron/coco/coco_annotations_minival.tgz"
 
 ITEMS: tuple[Item, ...] = (
@@ -159,6 +181,7 @@ ITEMS: tuple[Item, ...] = (
     _coco_images("train2017", 19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
     _coco_images("val2017", 815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
     _refer("refclef"),
+    *(_parquet(dataset, repository, split) for dataset, repository, splits in _PARQUET for split in splits),
 )
 
 

@@ -33,7 +33,8 @@ class Fetched:
         source: where it was downloaded from; "" if its files were there already.
         sha256: of its archive; "" likewise.
         files: its files.
-        verified: "checksum" or "published counts" for a download, "" for files that were there.
+        verified: how a download was checked: "checksum", "published counts" or "first bytes alone"; "" for files that
+            were there.
     """
 
     name: str
@@ -96,16 +97,21 @@ def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Ite
         InputError: an unknown name; the message lists those that there are.
     """
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
-    known = {item.name: item for item in items}
+    known: dict[str, list[Item]] = {}
+    for item in items:
+        for name in dict.fromkeys((item.name.partition("/")[0], item.name)):
+            known.setdefault(name, []).append(item)
     for name in names:
         if name not in known:
-            raise InputError(f"`only` {name}: no such data; choose from {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)] or [item for item in items if item.default]
+            choices = dict.fromkeys(item.name.partition("/")[0] for item in items)
+            raise InputError(f"`only` {name}: no such data; choose from {', '.join(choices)}")
+    chosen = [item for name in names for item in known[name]]
+    return list(dict.fromkeys(chosen)) or [item for item in items if item.default]
 
 
 def is_there(out: Path, item: Item) -> bool:
     """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
-    if item.place is None and (out / Path(item.outputs[0]).stem).is_dir():
+    if item.outputs[0].endswith(".zip") and (out / Path(item.outputs[0]).stem).is_dir():
         return True
     return all((out / name).is_file() for name in item.outputs)
 
@@ -138,10 +144,13 @@ def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> Fetched:
                 log.warning("note: %s: %s", item.name, problem)
     if len(problems) == 1:
         raise problems[0]
+    other = f"{item.name}-parquet"
+    known = any(one.name.startswith(f"{other}/") for one in ITEMS)
+    more = f", or convert refdet fetch-data --only {other} with refdet convert-refer" if known else ""
     kind = InputError if all(isinstance(problem, InputError) for problem in problems) else RuntimeFailure
     raise kind(
         f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give a mirror of your own "
-        f"or a folder with {item.archive} as `mirror`"
+        f"or a folder with {item.archive} as `mirror`{more}"
     )
 
 
@@ -163,12 +172,17 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
         raise
     if not local:
         archive.unlink(missing_ok=True)
-    return Fetched(item.name, url, sha256, files, "checksum" if item.checksum else "published counts")
+    how = "checksum" if item.checksum else "published counts" if item.dataset else "first bytes alone"
+    return Fetched(item.name, url, sha256, files, how)
 
 
 def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
     if item.place is None:
+        with archive.open("rb") as file:
+            if file.read(len(item.magic)) != item.magic:
+                raise InputError(f"{url}: not the file, which begins with {item.magic!r} (sha256 {sha256})")
         target = out / item.outputs[0]
+        target.parent.mkdir(parents=True, exist_ok=True)
         if local:
             with atomic_write(target) as temporary:
                 shutil.copyfile(archive, temporary)

@@ -15,7 +15,7 @@ def how_to_fetch(path: Path) -> str:
         path: the missing file, known by its name: an instances file, or images as a folder or zip.
     """
     for item in ITEMS:
-        names = {Path(name).name for name in item.outputs if not item.dataset}
+        names = {Path(name).name for name in item.outputs if not (item.dataset or item.magic)}
         if path.name in names or (item.place is None and f"{path.name}.zip" in names):
             return f"; refdet fetch-data --only {item.name} downloads it"
     return ""
