@@ -10,19 +10,18 @@ float32, the name of REFER's ref file, and the annotation id as ``question_id``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from refdet.data.parquet import read_rows
 from refdet.data.refer_forms.full_refs import read_full_ref
 from refdet.data.refer_forms.records import Row, Source, SourceInstances, SourceRef, SourceSentence
 from refdet.errors import InputError
-from refdet.files.short_text import cut
 
 _REFS = ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id")
 _IN_FULL = (*_REFS, "file_name", "sent_ids", "raw_anns", "raw_image_info")
 _WITH_IMAGES = ("answer", "bbox", "file_name")
-_ROWS = 4096  # at a time
 
 
 def read_parquet(path: Path, split: str) -> Source:
@@ -38,20 +37,15 @@ def read_parquet(path: Path, split: str) -> Source:
     Raises:
         InputError: pyarrow is not installed, the file is damaged, or a column is missing or has a wrong value.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'refdet[parquet]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        wanted, full = _columns_of(path, columns)
-        rows = _rows(path, file, wanted)
-        return _read_full(rows) if full else _read_with_images(rows, split)
-    except (ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise InputError(f"{path}: damaged or not a Parquet file ({cut(error)}); download it again") from None
+    full = True
+
+    def choose(schema: Any) -> list[str]:
+        nonlocal full
+        wanted, full = _columns_of(path, schema.names)
+        return wanted
+
+    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose))]
+    return _read_full(rows) if full else _read_with_images(rows, split)
 
 
 def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
@@ -69,15 +63,7 @@ def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
     return [name for name in known if name in columns], full
 
 
-def _rows(path: Path, file: Any, columns: list[str]) -> Iterator[Row]:
-    number = 0
-    for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
-        for value in batch.to_pylist():
-            yield Row(f"{path}: row {number}", value)
-            number += 1
-
-
-def _read_full(rows: Iterator[Row]) -> Source:
+def _read_full(rows: Iterable[Row]) -> Source:
     refs: list[SourceRef] = []
     instances = SourceInstances()
     for row in rows:
@@ -103,7 +89,7 @@ def _checked(row: Row, key: str, text: str, own: int) -> dict[str, Any]:
     return entry.value
 
 
-def _read_with_images(rows: Iterator[Row], split: str) -> Source:
+def _read_with_images(rows: Iterable[Row], split: str) -> Source:
     refs = []
     for row in rows:
         likely = row.value.get("question_id")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from refdet.data.parquet import is_parquet
 from refdet.data.refer_forms.hugging_face import read_parquet
 from refdet.data.refer_forms.json_lists import read_list
 from refdet.data.refer_forms.mdetr import is_mdetr, read_mdetr
@@ -67,7 +68,7 @@ def read_source(path: Path) -> Source:
     """
     split = split_in(path)
     with plain_files.no_garbage_collection():
-        source = read_parquet(path, split) if _is_parquet(path) else _read_json(path, split)
+        source = read_parquet(path, split) if is_parquet(path) else _read_json(path, split)
     near = next(filter(None, map(dataset_in, reversed(path.absolute().parts[-_NEAR:]))), "")
     for ref in source.refs:
         ref.dataset = dataset_in(ref.dataset) or near
@@ -78,13 +79,6 @@ def read_source(path: Path) -> Source:
                 f" {path.stem}_val{path.suffix}"
             )
     return source
-
-
-def _is_parquet(path: Path) -> bool:
-    if path.suffix == ".parquet":
-        return True
-    with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
 
 
 def _read_json(path: Path, split: str) -> Source:
