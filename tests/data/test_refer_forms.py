@@ -36,6 +36,7 @@ LACKING = ("ref_id", "sent_id", "sent_ids", "raw", "file_name")
 def test_all_fields_of_the_full_parquet_are_kept(shapes_root: Path, coco: Path, tmp_path: Path, pair: Any) -> None:
     refs, instances = forms.load(shapes_root / "refer", *pair)
     source = forms.write_jxu124(tmp_path / "parquet", pair[0], refs, instances)
+    (source / "dataset_infos.json").write_text('{"default": {}}')
     (result,) = convert_refer([source], tmp_path / "out", split_by=pair[1], instances=coco)
     assert forms.load(tmp_path / "out", *pair) == (refs, instances)
     assert (result.dataset, result.split_by, result.complete) == (*pair, False)

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from refdet.cli.main import main
 from refdet.data.refer_forms.convert import convert_refer
+from refdet.data.refer_forms.other_divisions import own_part
+from refdet.data.refer_forms.records import SourceRef
 from refdet.data.refer_forms.split_names import dataset_in, published_names, split_by_in, split_in
 from refdet.errors import InputError
 from refer.statistics import COUNTS, Counts
@@ -89,6 +91,29 @@ def test_names_of_hugging_face(shapes_root: Path, coco: Path, tmp_path: Path) ->
     refused([source], tmp_path / "refused", "split 'test'", "`split_names=test=NAME`", instances=coco)
     (result,) = convert_refer([source], tmp_path / "named", instances=coco, split_names=["test=testA"])
     assert list(result.counts) == ["train", "testA", "val"] or set(result.counts) == {"train", "testA", "val"}
+
+
+def made(published: Counts, split: str, first_image: int) -> list[SourceRef]:
+    """Refs of the published numbers."""
+    return [
+        SourceRef(f"row {n}", split, [], image_id=first_image + n % published.images) for n in range(published.refs)
+    ]
+
+
+@pytest.mark.parametrize("google_first", [False, True])
+def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bool) -> None:
+    unc = made(COUNTS["refcoco", "unc"]["val"], "val", 0)
+    google = made(COUNTS["refcoco", "google"]["val"], "val", 500)
+    both = google + unc if google_first else unc + google
+    part, note = own_part("refcoco", "unc", "val", both)
+    assert part == unc and note == "split 'val' also has the 5,000 refs of refcoco/google/val; they are left out"
+    part, note = own_part("refcoco", "google", "val", both)
+    assert part == google and "the 3,811 refs of refcoco/unc/val" in note
+    assert own_part("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
+    assert own_part("refcoco", "unc", "val", unc) == (unc, "")
+    test = made(COUNTS["refcoco", "google"]["test"], "test", 0)
+    assert own_part("refcoco", "unc", "test", test) == ([], "split 'test' is refcoco/google/test; it is left out")
+    assert own_part("refcoco", "google", "test", test) == (test, "")
 
 
 def test_a_wrong_size_is_reported(tmp_path: Path) -> None:

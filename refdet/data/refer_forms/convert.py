@@ -11,6 +11,7 @@ from typing import Any
 
 from refdet.data.refer_forms.assembling import joined, refer_instances, refer_refs
 from refdet.data.refer_forms.coco_annotations import CocoAnnotations, read_coco
+from refdet.data.refer_forms.other_divisions import own_part, size_of
 from refdet.data.refer_forms.reading import read_source, source_files
 from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
 from refdet.data.refer_forms.resolving import resolve
@@ -161,6 +162,8 @@ def _planned(
         own = [ref for _, source, part in parts if source.one_sentence_each is each for ref in part]
         refs += joined(own, dataset, split_by) if each else own
     included = coco or _included(parts)
+    refs, left_out = _of_division(dataset, split_by, refs)
+    notes += left_out
     names = published_names(dataset, split_by, _sizes(refs))
     for old, new in names.items():
         if old != new:
@@ -184,13 +187,28 @@ def _planned(
     return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, named), entries, contents)
 
 
-def _sizes(refs: Sequence[SourceRef]) -> dict[str, Counts]:
-    images: dict[str, set[int | None]] = {}
-    numbers: dict[str, int] = {}
+def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
+    splits: dict[str, list[SourceRef]] = {}
     for ref in refs:
-        images.setdefault(ref.split, set()).add(ref.image_id)
-        numbers[ref.split] = numbers.get(ref.split, 0) + 1
-    return {split: Counts(number, len(images[split])) for split, number in numbers.items()}
+        splits.setdefault(ref.split, []).append(ref)
+    return splits
+
+
+def _of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
+    """The refs without those that belong to another split_by, and notes about these."""
+    kept: list[SourceRef] = []
+    notes = []
+    for split, own in _by_split(refs).items():
+        part, note = own_part(dataset, split_by, split, own)
+        kept += part
+        notes += [note] if note else []
+    if not kept:
+        raise InputError(f"`split_by` {split_by}: no refs of {dataset}/{split_by}; {'; '.join(notes)}")
+    return kept, notes
+
+
+def _sizes(refs: Sequence[SourceRef]) -> dict[str, Counts]:
+    return {split: size_of(own) for split, own in _by_split(refs).items()}
 
 
 def _is_as(counts: Counts | None, published: Counts) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
 from refer import plain_files
 
+log = logging.getLogger(__name__)
+
 _SUFFIXES = (".parquet", ".json", ".jsonl")
 _NEAR = 4  # the file and the folders above it whose names may have the dataset
 
 
 def source_files(sources: Sequence[str | Path]) -> list[Path]:
     """The files of sources, those of folders at any depth, sorted.
+
+    Of a folder with Parquet files, these alone are read; a note says so if there is JSON beside them.
 
     Args:
         sources: files and folders.
@@ -43,6 +48,12 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
     for source in map(Path, sources):
         if source.is_dir():
             found = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+            parquet = [path for path in found if path.suffix == ".parquet"]
+            if 0 < len(parquet) < len(found):  # beside them is what Hugging Face says about the data
+                log.warning(
+                    "note: %s: its %d JSON files are not read, as it has Parquet", source, len(found) - len(parquet)
+                )
+                found = parquet
             if not found:
                 raise InputError(f"{source}: no {', '.join(_SUFFIXES)} file in it")
             files += found
