@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near, runs_in
 
@@ -114,7 +115,7 @@ def check_images(option: str, path: Path) -> None:
     """
     kind = kind_of(path)
     if kind is FileKind.MISSING:
-        raise InputError(f"{option} {path}: no such file or folder; give a folder or zip of images")
+        raise InputError(f"{option} {path}: no such file or folder; give a folder or zip of images{how_to_fetch(path)}")
     if kind in (FileKind.RUN, FileKind.STATES, FileKind.UNFINISHED):
         raise InputError(f"{option} {path}: {kind.value}; give a folder or zip of images")
     if not kind.is_folder and kind is not FileKind.ZIP:
@@ -218,7 +219,8 @@ def check_not_empty(option: str, values: Iterable[str]) -> None:
 def _refuse(option: str, path: Path, kind: FileKind, wanted: str, which: str = "") -> None:
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
         also = f"; {wanted} is needed" + f", {which}" * bool(which) if kind is not FileKind.ADDRESS else ""
-        raise InputError(f"{option} {path}: {kind.value}{also}")
+        hint = how_to_fetch(path) if kind is FileKind.MISSING else ""
+        raise InputError(f"{option} {path}: {kind.value}{also}{hint}")
     raise InputError(f"{option} {path}: {kind.value}, not {wanted}" + f"; give {which}" * bool(which))
 
 

@@ -35,6 +35,12 @@ SHOWN = 10
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
     help="Audit only these splits; may be repeated. Default: val and test of all datasets under --refer-root.",
 )
+@click.option(
+    "--benchmark",
+    multiple=True,
+    metavar="FILE",
+    help="Another benchmark to look for: Ref-L4's Parquet, or any list of images; may be repeated.",
+)
 @click.option("--trust-weights", is_flag=True, help="The initial weights have seen no held-out image.")
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
@@ -53,6 +59,7 @@ def command(
     checkpoint: str | None,
     features: str | None,
     exclude: tuple[str, ...],
+    benchmark: tuple[str, ...],
     trust_weights: bool,
     allow_unidentified: bool,
     by_content: bool,
@@ -75,6 +82,8 @@ def command(
     if not by_content and (images is not None or refer_images is not None):
         raise click.UsageError("--images and --refer-images are for --find-duplicates; add it or leave them out")
     detector = checkpoint if checkpoint is not None else features
+    if benchmark and detector is not None:
+        raise click.UsageError("--benchmark is for --instances alone; audit the detector without it")
     if trust_weights and detector is None:
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
     check_refer_root(Path(refer_root), "")
@@ -100,7 +109,7 @@ def command(
     elif instances is not None:
         from refdet.splits.leak_audit import audit
 
-        result = audit(instances, refer_root, exclude=exclude)
+        result = audit(instances, refer_root, exclude=exclude, benchmark=benchmark)
         notes = result.notes
     if instances is not None and images is not None:
         from refdet.splits.duplicates import audit_content

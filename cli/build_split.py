@@ -28,9 +28,21 @@ from .common import echo_json, echo_line, echo_table, json_option, note
     metavar="DATASET:SPLIT_BY[:SPLIT,...]",
     help="The reverse: keep only the images of these splits; may be repeated.",
 )
+@click.option(
+    "--benchmark",
+    multiple=True,
+    metavar="FILE",
+    help="Another benchmark to hold out: Ref-L4's Parquet, or any list of images; may be repeated.",
+)
 @json_option
 def command(
-    instances: str, refer_root: str, out: str, exclude: tuple[str, ...], keep_only: tuple[str, ...], as_json: bool
+    instances: str,
+    refer_root: str,
+    out: str,
+    exclude: tuple[str, ...],
+    keep_only: tuple[str, ...],
+    benchmark: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Remove REFER's val and test images and their annotations from a list of training images.
 
@@ -43,7 +55,7 @@ def command(
 
     from refdet.splits.build import build_split
 
-    result = build_split(instances, refer_root, out, exclude=exclude, keep_only=keep_only)
+    result = build_split(instances, refer_root, out, exclude=exclude, keep_only=keep_only, benchmark=benchmark)
     for text in result.notes:
         note(f"note: {text}")
     report = result.report

@@ -27,6 +27,8 @@ except KeyboardInterrupt:  # before anything is there that could handle it
 
 # In the order of the work; `--help` shows them so. Each is the `command` of the module of its name.
 COMMANDS = (
+    "fetch-data",
+    "convert-refer",
     "build-split",
     "audit",
     "import-weights",

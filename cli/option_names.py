@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 
 # Arguments whose options have another name.
-_RENAMED = {"changes": "set", "consumer": "for", "run": "checkpoint", "splits": "split", "style": "weight_format"}
+_RENAMED = {
+    "changes": "set",
+    "consumer": "for",
+    "mirror": "from",
+    "run": "checkpoint",
+    "sources": "from",
+    "splits": "split",
+    "style": "weight_format",
+}
 # A whole word between spaces or punctuation, so that a backquote in the name of a file is most likely left alone.
 _ARGUMENT = re.compile(r"(?<![^\s(])`(?P<name>[a-z_]+)(?P<key>(?:\.\w+)*)(?:='?(?P<value>[^`'\s]+)'?)?`(?![^\s:;,.?)])")
 

@@ -103,7 +103,9 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
         try:
             instances = read_json(path)
         except ReferNotFoundError:
-            raise ReferNotFoundError(f"{path}: no such file; extract it from the archive of the refs") from None
+            raise ReferNotFoundError(
+                f"{path}: no such file; extract it from the archive of the refs, or get both with refdet fetch-data"
+            ) from None
         if not isinstance(instances, dict):
             raise ReferDataError(
                 f"{path}: contains a {type(instances).__name__}, not an object; give a COCO instances file"
@@ -139,7 +141,9 @@ def _only(files: list[Path]) -> Path:
 
 def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
     if not root.is_dir():
-        raise ReferNotFoundError(f"{root}: no such folder; give the REFER data folder")
+        raise ReferNotFoundError(
+            f"{root}: no such folder; give the REFER data folder, or get it with refdet fetch-data"
+        )
     found: dict[tuple[str, str], list[Path]] = {}
     try:
         files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]

@@ -53,14 +53,16 @@ _IN_WORDS = {
 
 
 def how_to_get(root: Path, dataset: str, split_by: str) -> str:
-    """Describe which archive to download, where to extract it and what it contains; "" for an unknown dataset."""
+    """Describe how to get an archive, where to extract it and what it contains; "" for an unknown dataset."""
     divided = sorted(by for name, by in COUNTS if name == dataset)
     if dataset == "grefcoco":
         source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"
     elif dataset in ARCHIVES:
         names = [split_by] if split_by in divided or not divided else divided
         files = ", ".join(["instances.json", *(f"refs({name}).p" for name in names)])
-        source = f"unpack {ARCHIVES[dataset]} (github.com/lichengunc/refer) such that {files} are in"
+        out = f" --out {root.parent}" if root.name == "refer" else ""
+        command = f"refdet fetch-data --only {dataset}{out}"
+        source = f"unpack {ARCHIVES[dataset]} ({command} does it) such that {files} are in"
     else:
         return ""
     if split_by in divided or len(divided) == 1:

@@ -17,6 +17,7 @@ from refdet.data.coco_validation import (
     is_finite,
     kind,
 )
+from refdet.data.fetch.hints import check_there
 from refdet.data.image_evidence import goes_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
@@ -111,6 +112,7 @@ class CocoIndex:
             InputError: a one-line message with the file and the invalid entry.
         """
         path = Path(path)
+        check_there(path)
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
 from refer.image_folder import Listing, list_folder, same_file
 from refer.plain_files import read_file, refuse_huge
@@ -57,7 +58,9 @@ def open_files(path: Path) -> ImageFiles:
         if path.is_dir():
             return _Folder(path)
         if not path.is_file():
-            raise InputError(f"`images` {path}: no such file or folder; give a folder or zip of images")
+            raise InputError(
+                f"`images` {path}: no such file or folder; give a folder or zip of images{how_to_fetch(path)}"
+            )
         return _Zip(path)
     except InputError:
         raise

@@ -29,22 +29,27 @@ class _Lines:
         self._stream.flush()
 
 
-def progress_bar(total: int, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm[Any]:
+def progress_bar(
+    total: int | None, desc: str, unit: str, initial: int = 0, disable: bool = False, scale: bool = False
+) -> tqdm[Any]:
     """Create a tqdm bar on stderr, or one line every `SECONDS` at most if stderr is not a terminal.
 
     Work that takes less than `SECONDS` writes no line.
 
     Args:
-        total: number of units of work.
+        total: number of units of work, None if unknown.
         desc: what the work is.
         unit: name of a unit, in the singular.
         initial: units that are already finished.
         disable: whether to show nothing.
+        scale: whether to print large numbers with a prefix, such as 1.3G.
 
     Returns:
         The bar.
     """
-    return _bar(None, total, desc, unit, initial, True, disable)
+    bar = _bar(None, total, desc, unit, initial, True, disable)
+    bar.unit_scale = scale
+    return bar
 
 
 def progress(things: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:

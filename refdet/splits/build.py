@@ -10,6 +10,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
+from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import HeldOut, chosen, held_out
 from refdet.splits.image_list import INSTANCES, ImageList
 from refdet.splits.instances_check import InstancesCheck
@@ -42,6 +43,7 @@ def build_split(
     *,
     exclude: Sequence[str] = (),
     keep_only: Sequence[str] = (),
+    benchmark: Sequence[str | Path] = (),
 ) -> SplitResult:
     """Write a list of training images without REFER's val and test images and their annotations.
 
@@ -62,6 +64,7 @@ def build_split(
         exclude: the splits to hold out, each "DATASET:SPLIT_BY[:SPLIT,...]"; val and test of all datasets under
             ``refer_root`` if empty.
         keep_only: the reverse: keep the images of these splits and no others.
+        benchmark: files with the images of other benchmarks to hold out too, see `refdet.splits.benchmark`.
 
     Returns:
         The paths of both files, the report, and notes about the list.
@@ -77,7 +80,11 @@ def build_split(
             raise InputError(f"{path} exists; choose another `out` or remove it")
     if exclude and keep_only:
         raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
+    if benchmark and keep_only:
+        raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
     splits, notes = chosen(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
+    others, more = held_out_benchmarks(benchmark)
+    splits, notes = splits + others, notes + more
     check = InstancesCheck(Path(instances))
     images = read_image_list(instances, check)
     if images.form == INSTANCES:

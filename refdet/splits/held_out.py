@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import refer
+from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
-from refdet.splits.refer_statistics import counts_of, differences
 from refdet.splits.unrecognized_refs import unrecognized_refs
 
 TRAIN = "train"
@@ -98,7 +98,8 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     if not pairs:
         hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
         raise InputError(
-            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images found; give the REFER data folder{hint}"
+            f"{refer_root}: no DATASET/refs(SPLIT_BY).p of COCO images found; give the REFER data folder, or "
+            f"get it with refdet fetch-data{hint}"
         )
     notes = [f"{dataset}: skipped, its images are not from COCO" for dataset in skipped]
     return pairs, notes + [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refdet.splits.benchmark import held_out_benchmarks
 from refdet.splits.held_out import held_out
 from refdet.splits.image_list import ImageEntry, ImageList
 from refdet.splits.list_reading import read_image_list
@@ -86,7 +87,13 @@ class AuditResult:
         }
 
 
-def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[str] = ()) -> AuditResult:
+def audit(
+    instances: str | Path,
+    refer_root: str | Path,
+    *,
+    exclude: Sequence[str] = (),
+    benchmark: Sequence[str | Path] = (),
+) -> AuditResult:
     """Look for images of REFER's val and test splits in a list of images.
 
     Annotations count too: an annotation left in the file after its image was removed is a leak.
@@ -102,6 +109,7 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
+        benchmark: files with the images of other benchmarks to look for, see `refdet.splits.benchmark`.
 
     Returns:
         The leaks of each split, hashes of the list and warnings.
@@ -111,6 +119,8 @@ def audit(instances: str | Path, refer_root: str | Path, *, exclude: Sequence[st
         refer.ReferError: invalid REFER data.
     """
     splits, notes = held_out(refer_root, exclude)
+    others, more = held_out_benchmarks(benchmark)
+    splits, notes = splits + others, notes + more
     images = read_image_list(instances)
     notes += warnings_of(images)
     per_image = Counter(entry.image_id for entry in images.annotations)

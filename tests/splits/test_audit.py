@@ -18,12 +18,12 @@ from split_examples import coco, write, write_refs
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
+from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import audit_provenance
 from refdet.splits.held_out import held_out
 from refdet.splits.leak_audit import audit
-from refdet.splits.refer_statistics import counts_of, differences
 from refdet.structures.provenance import Provenance
 from refer.statistics import COUNTS, Counts
 

@@ -20,23 +20,24 @@ def counts_of(refs: Iterable[Ref]) -> dict[str, Counts]:
     return {split: Counts(number[0], len(images[split]), number[1]) for split, number in numbers.items()}
 
 
-def differences(dataset: str, split_by: str, found: dict[str, Counts]) -> list[str]:
+def differences(dataset: str, split_by: str, found: dict[str, Counts], samples: bool = True) -> list[str]:
     """List the differences between a dataset and the published one, one line per split.
 
-    A dataset with less than half of the published refs in every split is taken as an intentional sample and not
-    compared.
+    With ``samples``, a dataset with less than half of the published refs in every split is taken as an intentional
+    sample and not compared.
 
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
         found: counts of each split, as of `counts_of`.
+        samples: whether the dataset may be a sample.
 
     Returns:
         The lines, [] if there is no difference.
     """
     published = COUNTS.get((dataset, split_by), {})
     nothing = Counts(0, 0, 0)
-    if not any(2 * found.get(split, nothing).refs >= counts.refs for split, counts in published.items()):
+    if samples and not any(2 * found.get(split, nothing).refs >= counts.refs for split, counts in published.items()):
         return []
     lines = []
     for split, right in published.items():

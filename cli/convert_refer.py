@@ -1,0 +1,83 @@
+"""``refdet convert-refer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .arguments import check_json, check_new_folder
+from .common import echo_json, echo_line, echo_table, json_option, note
+
+
+@click.command("convert-refer")
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="File, or folder of files, of all splits; may be repeated.",
+)
+@click.option("--out", required=True, metavar="DIR", help="REFER root: writes DIR/DATASET/refs(SPLIT_BY).p.")
+@click.option(
+    "--instances",
+    metavar="F.json",
+    help="COCO's instances_train2014.json, to look up ids by image and box and to write all annotations of the images.",
+)
+@click.option("--dataset", default="", metavar="NAME", help="refcoco, refcoco+ or refcocog, if the files do not say.")
+@click.option(
+    "--split-by", default="", metavar="NAME", help="unc, google or umd, if the files do not say.  [default: unc or umd]"
+)
+@click.option(
+    "--split-names", multiple=True, metavar="OLD=NEW", help="Name of a split that is not recognized; may be repeated."
+)
+@json_option
+def command(
+    sources: tuple[str, ...],
+    out: str,
+    instances: str | None,
+    dataset: str,
+    split_by: str,
+    split_names: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Convert REFER from other forms to its own layout, and check its size.
+
+    Reads Parquet of Hugging Face (jxu124/refcoco, lmms-lab/RefCOCO), MDETR's finetune_*.json, TensorFlow Datasets'
+    refcoco.json or lists of its examples, and JSON lists of boxes and expressions, LLaVA's among them.
+    """
+    check_new_folder("--out", Path(out), empty=False)
+    if instances is not None:
+        check_json("--instances", Path(instances), "a COCO instances file")
+
+    from refdet.data.refer_forms.convert import convert_refer
+
+    results = convert_refer(sources, out, dataset, split_by, instances, split_names)
+    for result in results:
+        for text in result.notes:
+            note(f"note: {text}")
+    if as_json:
+        echo_json(
+            [
+                {
+                    "dataset": result.dataset,
+                    "split_by": result.split_by,
+                    "refs_file": str(result.refs_file),
+                    "complete": result.complete,
+                    "splits": {split: counts._asdict() for split, counts in result.counts.items()},
+                    "notes": result.notes,
+                }
+                for result in results
+            ]
+        )
+        return
+    rows: list[tuple[str, ...]] = [
+        (f"{result.dataset}/{result.split_by}/{split}", *map(str, counts))
+        for result in results
+        for split, counts in result.counts.items()
+    ]
+    echo_table(rows, ("split", "refs", "images", "sentences"))
+    for result in results:
+        complete = "complete, as published" if result.complete else "not the published size"
+        echo_line(f"wrote {result.refs_file} and instances.json ({complete})")

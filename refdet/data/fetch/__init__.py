@@ -1,0 +1,1 @@
+"""Download COCO and REFER into the layout that refdet reads."""

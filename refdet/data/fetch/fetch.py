@@ -1,0 +1,216 @@
+"""Fetch archives from the first source that works, check them, and unpack them into the data folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.data.fetch.catalog import ITEMS, Item, mirrored
+from refdet.data.refer_statistics import counts_of, differences
+from refdet.errors import InputError, RuntimeFailure
+from refdet.files.atomic import atomic_write
+from refdet.files.download import SPARE, check_file, download, in_bytes
+from refdet.files.lock import alone
+from refdet.files.unpack import move_files, unpacked
+from refer import ReferError
+from refer.files import available, read_instances, read_refs
+
+log = logging.getLogger(__name__)
+
+_WAIT = 1.0  # seconds before a second try
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of an item.
+
+    Attributes:
+        name: name of the item.
+        source: where it was downloaded from; "" if its files were there already.
+        sha256: of its archive; "" likewise.
+        files: its files.
+        verified: how a download was checked: "checksum", "published counts" or "first bytes alone"; "" for files that
+            were there.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    files: list[Path]
+    verified: str
+
+
+def fetch_data(
+    out: str | Path,
+    only: Sequence[str] = (),
+    mirror: str | None = None,
+    items: Sequence[Item] = ITEMS,
+    wait: float = _WAIT,
+) -> list[Fetched]:
+    """Download COCO and REFER.
+
+    Every source of an item is tried in turn. What was finished, or downloaded in part, is kept for the next call.
+
+    Args:
+        out: the data folder; items whose files are in it are not downloaded again.
+        only: names of items, possibly several separated by commas; empty for those that REFER needs.
+        mirror: an http address, or a folder on disk, with the archives under their published names; the only source.
+        items: the items that there are.
+        wait: seconds before a second try of a source.
+
+    Returns:
+        What became of each item.
+
+    Raises:
+        InputError: an unknown name or address, or all sources of an item have something else than the published file.
+        RuntimeFailure: the sources of an item cannot be reached, or there is not enough disk space.
+    """
+    out = Path(out)
+    chosen = choose_items(only, items)
+    if mirror is not None and not mirror.startswith(("http://", "https://")) and not Path(mirror).is_dir():
+        raise InputError(f"`mirror` {mirror}: not an http address and not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out, ".fetch-data.lock", "wait for it to finish"):
+        missing = [item for item in chosen if not is_there(out, item)]
+        if mirror is None or not Path(mirror).is_dir():
+            _check_space(out, missing)
+        results = []
+        for item in chosen:
+            if item in missing:
+                results.append(_fetch(out, item, mirror, wait))
+            else:
+                results.append(Fetched(item.name, "", "", [out / name for name in item.outputs], ""))
+        folder = out / "downloads"
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return results
+
+
+def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Item]:
+    """The items of some names, possibly several separated by commas; the default ones for none.
+
+    Raises:
+        InputError: an unknown name; the message lists those that there are.
+    """
+    names = [name.strip() for text in only for name in text.split(",") if name.strip()]
+    known: dict[str, list[Item]] = {}
+    for item in items:
+        for name in dict.fromkeys((item.name.partition("/")[0], item.name)):
+            known.setdefault(name, []).append(item)
+    for name in names:
+        if name not in known:
+            choices = dict.fromkeys(item.name.partition("/")[0] for item in items)
+            raise InputError(f"`only` {name}: no such data; choose from {', '.join(choices)}")
+    chosen = [item for name in names for item in known[name]]
+    return list(dict.fromkeys(chosen)) or [item for item in items if item.default]
+
+
+def is_there(out: Path, item: Item) -> bool:
+    """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
+    if item.outputs[0].endswith(".zip") and (out / Path(item.outputs[0]).stem).is_dir():
+        return True
+    return all((out / name).is_file() for name in item.outputs)
+
+
+def _check_space(out: Path, items: Sequence[Item]) -> None:
+    """Check that the archives fit on the disk, as far as their sizes are known."""
+    there = {item.name: out / "downloads" / f"{item.archive}.part" for item in items}
+    done = sum(path.stat().st_size for path in there.values() if path.is_file())
+    wanted = sum(item.size or 0 for item in items) - done
+    free = shutil.disk_usage(out).free
+    if free < wanted + SPARE:
+        raise RuntimeFailure(
+            f"{out}: {', '.join(item.name for item in items)} need {in_bytes(wanted)}, {in_bytes(free)} are left; free "
+            "some space or choose fewer with `only`"
+        )
+
+
+def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> Fetched:
+    problems: list[InputError | RuntimeFailure] = []
+    urls = item.urls if mirror is None else (mirrored(item, mirror),)
+    for url in urls:
+        try:
+            return _fetch_from(out, item, url, wait)
+        except (InputError, ReferError, RuntimeFailure) as error:
+            problem = error if isinstance(error, InputError | RuntimeFailure) else InputError(str(error))
+            if isinstance(problem, RuntimeFailure) and type(problem) is RuntimeFailure:
+                raise  # a full disk, which no other source helps
+            problems.append(problem)
+            if len(urls) > 1:
+                log.warning("note: %s: %s", item.name, problem)
+    if len(problems) == 1:
+        raise problems[0]
+    other = f"{item.name}-parquet"
+    known = any(one.name.startswith(f"{other}/") for one in ITEMS)
+    more = f", or convert refdet fetch-data --only {other} with refdet convert-refer" if known else ""
+    kind = InputError if all(isinstance(problem, InputError) for problem in problems) else RuntimeFailure
+    raise kind(
+        f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give a mirror of your own "
+        f"or a folder with {item.archive} as `mirror`{more}"
+    )
+
+
+def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
+    local = not url.startswith(("http://", "https://"))
+    archive = Path(url) if local else out / "downloads" / item.archive
+    if local:
+        if not archive.is_file():
+            raise InputError(f"{archive}: no such file; {item.name} needs it")
+        sha256 = check_file(archive, url, item.checksum)
+    else:
+        log.info("%s: downloading %s", item.name, url)
+        sha256 = download(url, archive, item.checksum, item.size, wait)
+    try:
+        files = _place(out, item, archive, url, sha256, local)
+    except (InputError, ReferError):
+        if not local:
+            archive.unlink(missing_ok=True)  # it is not what it should be, whatever its checksum
+        raise
+    if not local:
+        archive.unlink(missing_ok=True)
+    how = "checksum" if item.checksum else "published counts" if item.dataset else "first bytes alone"
+    return Fetched(item.name, url, sha256, files, how)
+
+
+def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
+    if item.place is None:
+        with archive.open("rb") as file:
+            if file.read(len(item.magic)) != item.magic:
+                raise InputError(f"{url}: not the file, which begins with {item.magic!r} (sha256 {sha256})")
+        target = out / item.outputs[0]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if local:
+            with atomic_write(target) as temporary:
+                shutil.copyfile(archive, temporary)
+        else:
+            os.replace(archive, target)
+        return [target]
+    with unpacked(archive, url, item.place, out) as folder:
+        lacking = [name for name in item.outputs if not (folder / name).is_file()]
+        if lacking:
+            raise InputError(f"{url}: no {', '.join(Path(name).name for name in lacking)} in it (sha256 {sha256})")
+        if item.dataset:
+            _check_refer(folder / "refer", item.dataset, url, sha256)
+        return move_files(folder, out)
+
+
+def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
+    """Check that REFER data can be read and has the published size.
+
+    Raises:
+        InputError: it has not; the message has the SHA-256 of the archive.
+        refer.ReferError: it cannot be read.
+    """
+    try:
+        read_instances(root, dataset)
+        read = {by: counts_of(read_refs(root, name, by)) for name, by in available(root)}
+    except ReferError as error:
+        raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
+    for split_by, found in read.items():
+        wrong = differences(dataset, split_by, found, samples=False)
+        if wrong:
+            raise InputError(f"{url}: {'; '.join(wrong)} (sha256 {sha256})")

@@ -1,0 +1,32 @@
+"""Which command downloads a file that is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refdet.data.fetch.catalog import ITEMS
+from refdet.errors import InputError
+
+
+def how_to_fetch(path: Path) -> str:
+    """The end of a message about a missing file: the command that downloads it, "" if none does.
+
+    Args:
+        path: the missing file, known by its name: an instances file, or images as a folder or zip.
+    """
+    for item in ITEMS:
+        names = {Path(name).name for name in item.outputs if not (item.dataset or item.magic)}
+        if path.name in names or (item.place is None and f"{path.name}.zip" in names):
+            return f"; refdet fetch-data --only {item.name} downloads it"
+    return ""
+
+
+def check_there(path: Path) -> None:
+    """Check that a file which can be downloaded is there.
+
+    Raises:
+        InputError: it is not; the message has the command that downloads it.
+    """
+    hint = how_to_fetch(path)
+    if hint and not path.exists():
+        raise InputError(f"{path}: no such file{hint}")

@@ -1,0 +1,157 @@
+"""Make REFER's refs and instances of what the forms have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from refdet.data.refer_forms.coco_annotations import CocoAnnotations
+from refdet.data.refer_forms.records import SourceInstances, SourceRef
+from refdet.errors import InputError
+from refdet.structures.coco_categories import coco_categories
+from refer.statistics import COUNTS
+
+
+def joined(refs: Sequence[SourceRef], dataset: str, split_by: str) -> list[SourceRef]:
+    """Join the sentences of an object to one ref.
+
+    Some objects of RefCOCOg have two refs. These are kept apart where that gives the published number of refs.
+
+    Args:
+        refs: an entry per sentence, with annotation ids.
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+
+    Returns:
+        A ref for each object of each split, in the order of their first sentences.
+    """
+    numbers = {counts.refs for counts in COUNTS.get((dataset, split_by), {}).values()}
+    together: list[SourceRef] = []
+    for split in dict.fromkeys(ref.split for ref in refs):
+        own = [ref for ref in refs if ref.split == split]
+        neighbours = _join(own, anywhere=False)
+        together += neighbours if len(neighbours) in numbers else _join(own, anywhere=True)
+    return together
+
+
+def _join(refs: Sequence[SourceRef], anywhere: bool) -> list[SourceRef]:
+    found: list[SourceRef] = []
+    last: dict[int | None, SourceRef] = {}
+    for ref in refs:
+        known = last.get(ref.ann_id)
+        if known is not None and (anywhere or known is found[-1]):
+            known.sentences += ref.sentences
+        else:
+            found.append(replace(ref, sentences=list(ref.sentences)))
+            last[ref.ann_id] = found[-1]
+    return found
+
+
+def refer_refs(
+    refs: Sequence[SourceRef], ref_file_names: bool, coco: CocoAnnotations
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Make the entries of a refs file.
+
+    Args:
+        refs: the refs of a dataset and split_by, with image, annotation and category ids.
+        ref_file_names: whether their ``file_name`` is REFER's.
+        coco: the images.
+
+    Returns:
+        The entries, and a line for each field that the sources lack and that was filled.
+    """
+    own_ids = all(ref.ref_id is not None for ref in refs)
+    own_sent_ids = all(one.sent_id is not None for ref in refs for one in ref.sentences)
+    notes = []
+    if own_ids:
+        refs = sorted(refs, key=lambda ref: ref.ref_id or 0)
+    lacking = ["ref_id"] * (not own_ids) + ["sent_id"] * (not own_sent_ids)
+    if lacking:
+        notes.append(f"{' and '.join(lacking)} are numbered anew, as the source has none; they differ from REFER's")
+    sentences = [one for ref in refs for one in ref.sentences]
+    if any(one.tokens is None for one in sentences):
+        notes.append("tokens are the words of sent")
+    if any(one.raw is None for one in sentences):
+        notes.append("raw is sent, as the source has only one of them")
+    if not ref_file_names or any(ref.file_name is None for ref in refs):
+        notes.append("file_name is the image's, without the number that REFER appends")
+    entries = []
+    next_id = 0
+    for number, ref in enumerate(refs):
+        numbered = []
+        for one in ref.sentences:
+            numbered.append(
+                {
+                    "tokens": one.sent.split() if one.tokens is None else one.tokens,
+                    "raw": one.sent if one.raw is None else one.raw,
+                    "sent_id": one.sent_id if own_sent_ids else next_id,
+                    "sent": one.sent,
+                }
+            )
+            next_id += 1
+        image = coco.image(ref.image_id or 0) or {}
+        own_name = ref.file_name if ref_file_names else None
+        entries.append(
+            {
+                "sent_ids": [one["sent_id"] for one in numbered],
+                "file_name": own_name or str(image.get("file_name", ref.file_name or "")),
+                "ann_id": ref.ann_id,
+                "ref_id": ref.ref_id if own_ids else number,
+                "image_id": ref.image_id,
+                "split": ref.split,
+                "sentences": numbered,
+                "category_id": ref.category_id,
+            }
+        )
+    return entries, notes
+
+
+def refer_instances(
+    refs: Iterable[SourceRef], coco: CocoAnnotations, header: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Make the contents of ``instances.json``: the images of refs with all of their annotations.
+
+    Args:
+        refs: the refs of a dataset.
+        coco: the images and annotations.
+        header: other fields of the file.
+
+    Returns:
+        The contents, and a line if they are incomplete.
+
+    Raises:
+        InputError: an image or annotation is missing, or there are no categories.
+    """
+    instances: SourceInstances = coco.instances
+    image_ids: set[int | None] = set()
+    for ref in refs:
+        image_ids.add(ref.image_id)
+        if coco.image(ref.image_id or 0) is None or coco.annotation(ref.ann_id or 0) is None:
+            raise InputError(
+                f"{ref.where}: the source has no image {ref.image_id} or no annotation {ref.ann_id}; give "
+                "`instances=instances_train2014.json`"
+            )
+    header = {"info": {}, "licenses": []} | header
+    if "categories" not in header:
+        names = coco_categories()
+        used = {ref.category_id for ref in refs}
+        if not used <= {category_id for category_id, _ in names}:
+            raise InputError(
+                f"{coco.name}: no categories in it, and its category ids are not COCO's; give "
+                "`instances=instances_train2014.json`"
+            )
+        header["categories"] = [{"id": category_id, "name": name} for category_id, name in names]
+    contents = {
+        "info": header["info"],
+        "images": [image for key, image in instances.images.items() if key in image_ids],
+        "annotations": [one for one in instances.annotations.values() if one["image_id"] in image_ids],
+        **{key: value for key, value in header.items() if key != "info"},
+    }
+    notes = []
+    if not instances.complete:
+        notes.append(
+            "instances.json has only the annotations that refs refer to; with `instances=instances_train2014.json` it "
+            "has all of their images, as REFER's, on which detection AP depends"
+        )
+    return contents, notes

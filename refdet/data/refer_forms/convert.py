@@ -1,0 +1,244 @@
+"""Convert REFER from the forms that are found on the web to its own layout."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.data.refer_forms.assembling import joined, refer_instances, refer_refs
+from refdet.data.refer_forms.coco_annotations import CocoAnnotations, read_coco
+from refdet.data.refer_forms.other_divisions import own_part, size_of
+from refdet.data.refer_forms.reading import read_source, source_files
+from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
+from refdet.data.refer_forms.resolving import resolve
+from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, published_names
+from refdet.data.refer_statistics import counts_of, differences
+from refdet.errors import InputError
+from refdet.files.atomic import atomic_write
+from refdet.files.short_text import shown
+from refer import plain_files
+from refer.statistics import COUNTS, Counts
+from refer.validation import check_refs
+
+_PROTOCOL = 2  # which Python 2 reads, as the original's
+
+
+@dataclass(frozen=True)
+class ConvertedDataset:
+    """A converted dataset and split_by.
+
+    Attributes:
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+        refs_file: the refs file that was written.
+        counts: size of each split.
+        complete: whether all published splits have their published sizes.
+        notes: what was filled, replaced or differs, human-readable.
+    """
+
+    dataset: str
+    split_by: str
+    refs_file: Path
+    counts: dict[str, Counts]
+    complete: bool
+    notes: list[str]
+
+
+def convert_refer(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    dataset: str = "",
+    split_by: str = "",
+    instances: str | Path | None = None,
+    split_names: Sequence[str] = (),
+) -> list[ConvertedDataset]:
+    """Convert REFER to ``OUT/DATASET/refs(SPLIT_BY).p`` and ``OUT/DATASET/instances.json``.
+
+    Args:
+        sources: files, or folders of files, in any of the forms of this package; all splits of a dataset together.
+        out: the REFER root to write into.
+        dataset: name of the dataset, where neither the files nor their names have it; of files with several datasets,
+            the one to convert.
+        split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog where nothing has it.
+        instances: COCO's instances_train2014.json; needed by forms without annotation ids, and by those without the
+            other annotations of an image to write the same instances.json as REFER's.
+        split_names: "OLD=NEW" for splits whose names and sizes say nothing.
+
+    Returns:
+        What was converted, a dataset and split_by each. Nothing is written unless all of it can be.
+
+    Raises:
+        InputError: a file is damaged, in no known form or lacks a field; ids cannot be recovered; a split or dataset
+            cannot be recognized; or the files to write exist.
+        refer.ReferError: a JSON file is malformed, or the converted refs are invalid.
+    """
+    root = Path(out)
+    renamed = _renamed(split_names)
+    read = [(path, read_source(path)) for path in source_files(sources)]
+    groups = _grouped(read, dataset, split_by)
+    _check_new(root, groups)
+    coco = None if instances is None else read_coco(Path(instances))
+    # all before the first file is written, so that a late error leaves nothing behind
+    planned = [_planned(root, pair, parts, coco, renamed) for pair, parts in groups.items()]
+    new = [
+        _new_instances(root, name, [plan for plan in planned if plan.result.dataset == name])
+        for name in dict.fromkeys(pair[0] for pair in groups)
+    ]
+    for path, contents in filter(None, new):
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(contents), encoding="utf-8")
+    for plan in planned:
+        with atomic_write(plan.result.refs_file) as temporary:
+            temporary.write_bytes(pickle.dumps(plan.entries, protocol=_PROTOCOL))
+    return [plan.result for plan in planned]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    result: ConvertedDataset
+    entries: list[dict[str, Any]]
+    instances: dict[str, Any]
+
+
+_Parts = list[tuple[Path, Source, list[SourceRef]]]
+
+
+def _renamed(split_names: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in split_names]
+    for (old, equals, new), text in zip(pairs, split_names, strict=True):
+        if not (old and equals and new and new.isprintable()):
+            raise InputError(f"`split_names` {text}: give OLD=NEW, such as test=testA")
+    return {old: new for old, _, new in pairs}
+
+
+def _grouped(read: Sequence[tuple[Path, Source]], dataset: str, split_by: str) -> dict[tuple[str, str], _Parts]:
+    """The refs of each dataset and split_by, by file; only the wanted ones."""
+    groups: dict[tuple[str, str], _Parts] = {}
+    for path, source in read:
+        several = len({(ref.dataset, ref.split_by) for ref in source.refs}) > 1
+        own: dict[tuple[str, str], list[SourceRef]] = {}
+        for ref in source.refs:
+            name = (ref.dataset if several else dataset or ref.dataset) or dataset
+            if not name:
+                raise InputError(f"{path}: neither its contents nor its name has the dataset; give `dataset`")
+            by = (ref.split_by if several else split_by or ref.split_by) or split_by or USUAL_SPLIT_BY.get(name, "")
+            if not by:
+                raise InputError(f"{path}: it is not known how {name} is split; give `split_by`")
+            if dataset in ("", name) and split_by in ("", by):
+                own.setdefault((name, by), []).append(ref)
+        for pair, refs in own.items():
+            groups.setdefault(pair, []).append((path, source, refs))
+    if not groups:
+        files = ", ".join(str(path) for path, _ in read)
+        raise InputError(f"`dataset` {dataset} `split_by` {split_by}: no such refs in {files}")
+    return groups
+
+
+def _check_new(root: Path, groups: dict[tuple[str, str], _Parts]) -> None:
+    for dataset, split_by in groups:
+        for argument, name in (("dataset", dataset), ("split_by", split_by)):
+            if not name.isprintable() or set(name) & set("/\\()") or name in (".", ".."):
+                raise InputError(f"`{argument}` {shown(name)}: cannot be a part of a file name")
+        path = root / dataset / f"refs({split_by}).p"
+        if path.exists():
+            raise InputError(f"{path}: exists; choose another `out` or remove it")
+
+
+def _planned(
+    root: Path, pair: tuple[str, str], parts: _Parts, coco: CocoAnnotations | None, renamed: dict[str, str]
+) -> _Plan:
+    dataset, split_by = pair
+    notes = [note for _, source, _ in parts for note in source.notes]
+    refs: list[SourceRef] = []
+    for path, source, own in parts:
+        resolve(path, Source(source.form, own, source.one_sentence_each, source.layouts), coco)
+        for ref in own:
+            ref.split = renamed.get(ref.split, ref.split)
+    for each in (False, True):  # all sentences of an object, from whatever file
+        own = [ref for _, source, part in parts if source.one_sentence_each is each for ref in part]
+        refs += joined(own, dataset, split_by) if each else own
+    included = coco or _included(parts)
+    refs, left_out = _of_division(dataset, split_by, refs)
+    notes += left_out
+    names = published_names(dataset, split_by, _sizes(refs))
+    for old, new in names.items():
+        if old != new:
+            notes.append(f"split {old!r} is {new}")
+    for ref in refs:
+        ref.split = names[ref.split]
+    ref_file_names = all(source.ref_file_names for _, source, _ in parts)
+    entries, more = refer_refs(refs, ref_file_names, included)
+    refs_file = root / dataset / f"refs({split_by}).p"
+    check_refs(refs_file, entries, generalized=False)
+    header = next((source.instances.header for _, source, _ in parts if source.instances.header), {})
+    contents, incomplete = refer_instances(refs, included, included.instances.header or header)
+    counts = counts_of(entries)  # type: ignore[arg-type]  # checked just now
+    differing = differences(dataset, split_by, counts)
+    published = COUNTS.get(pair, {})
+    complete = bool(published) and all(_is_as(counts.get(split), right) for split, right in published.items())
+    lines = [*notes, *more, *incomplete, *differing]
+    if not complete and not differing:
+        lines.append(f"{dataset}/{split_by}: a part of the published dataset, so its size was not checked")
+    named = [line if line.startswith(dataset + "/") else f"{dataset}/{split_by}: {line}" for line in lines]
+    return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, named), entries, contents)
+
+
+def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
+    splits: dict[str, list[SourceRef]] = {}
+    for ref in refs:
+        splits.setdefault(ref.split, []).append(ref)
+    return splits
+
+
+def _of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
+    """The refs without those that belong to another split_by, and notes about these."""
+    kept: list[SourceRef] = []
+    notes = []
+    for split, own in _by_split(refs).items():
+        part, note = own_part(dataset, split_by, split, own)
+        kept += part
+        notes += [note] if note else []
+    if not kept:
+        raise InputError(f"`split_by` {split_by}: no refs of {dataset}/{split_by}; {'; '.join(notes)}")
+    return kept, notes
+
+
+def _sizes(refs: Sequence[SourceRef]) -> dict[str, Counts]:
+    return {split: size_of(own) for split, own in _by_split(refs).items()}
+
+
+def _is_as(counts: Counts | None, published: Counts) -> bool:
+    sentences = None if counts is None or published.sentences is None else counts.sentences
+    return counts is not None and counts._replace(sentences=sentences) == published
+
+
+def _included(parts: _Parts) -> CocoAnnotations:
+    together = SourceInstances(complete=all(source.instances.complete for _, source, _ in parts))
+    for _, source, _ in parts:
+        together.images |= source.instances.images
+        together.annotations |= source.instances.annotations
+        together.header = together.header or source.instances.header
+    return CocoAnnotations(", ".join(str(path) for path, _, _ in parts), together)
+
+
+def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Path, dict[str, Any]] | None:
+    """Contents of instances.json of all split_bys of a dataset; None if the existing one has all that they need."""
+    path = root / dataset / "instances.json"
+    contents = dict(plans[0].instances)
+    for key in ("images", "annotations"):
+        entries = {entry["id"]: entry for plan in plans for entry in plan.instances[key]}
+        contents[key] = list(entries.values())
+    if path.exists():
+        there = plain_files.read_json(path)
+        for key in ("images", "annotations"):
+            known = {entry.get("id") for entry in there.get(key, ())}
+            if not known >= {entry["id"] for entry in contents[key]}:
+                raise InputError(f"{path}: exists and lacks {key} of the new refs; choose another `out` or remove it")
+        for plan in plans:
+            plan.result.notes.append(f"{dataset}/{plan.result.split_by}: kept the instances.json that was there")
+        return None
+    return path, contents

@@ -1,0 +1,41 @@
+"""Read refs that have all fields of REFER."""
+
+from __future__ import annotations
+
+from refdet.data.refer_forms.records import Row, SourceRef, SourceSentence
+from refdet.errors import InputError
+
+
+def read_full_ref(row: Row, dataset: str, split_by: str) -> SourceRef:
+    """Read an entry with REFER's own fields.
+
+    Args:
+        row: the entry.
+        dataset: such as "refcoco", "" if unknown.
+        split_by: such as "unc", "" if unknown.
+
+    Returns:
+        The ref.
+
+    Raises:
+        InputError: a field is missing or has a wrong value, or ``sent_ids`` are not those of the sentences.
+    """
+    sentences = [
+        SourceSentence(one.text("sent"), one.may("raw", one.text), one.may("tokens", one.texts), one.integer("sent_id"))
+        for one in (Row(f"{row.where}: a sentence", value) for value in row.items("sentences"))
+    ]
+    ids = row.may("sent_ids", row.items)
+    if ids is not None and ids != [one.sent_id for one in sentences]:
+        raise InputError(f"{row.where}: 'sent_ids' are not the ids of its sentences")
+    return SourceRef(
+        where=row.where,
+        split=row.text("split"),
+        sentences=sentences,
+        dataset=dataset,
+        split_by=split_by,
+        image_id=row.integer("image_id"),
+        file_name=row.may("file_name", row.text),
+        ref_id=row.integer("ref_id"),
+        ann_id=row.integer("ann_id"),
+        category_id=row.integer("category_id"),
+    )

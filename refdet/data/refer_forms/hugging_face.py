@@ -1,0 +1,106 @@
+"""Parquet files of Hugging Face, in the forms of jxu124/refcoco and lmms-lab/RefCOCO.
+
+jxu124/refcoco has a row per ref with all fields of REFER, and the ref's annotation and image as JSON texts. Its
+``bbox`` is ``x1 y1 x2 y2``; the annotation has REFER's own ``x y w h``.
+
+lmms-lab/RefCOCO has a row per ref with the image itself, the sentences as ``answer``, the box as ``x y w h`` in
+float32, the name of REFER's ref file, and the annotation id as ``question_id``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from refdet.data.parquet import read_rows
+from refdet.data.refer_forms.full_refs import read_full_ref
+from refdet.data.refer_forms.records import Row, Source, SourceInstances, SourceRef, SourceSentence
+from refdet.errors import InputError
+
+_REFS = ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id")
+_IN_FULL = (*_REFS, "file_name", "sent_ids", "raw_anns", "raw_image_info")
+_WITH_IMAGES = ("answer", "bbox", "file_name")
+
+
+def read_parquet(path: Path, split: str) -> Source:
+    """Read a Parquet file of either form.
+
+    Args:
+        path: the file.
+        split: name of the split, where the form does not have it.
+
+    Returns:
+        Its refs.
+
+    Raises:
+        InputError: pyarrow is not installed, the file is damaged, or a column is missing or has a wrong value.
+    """
+    full = True
+
+    def choose(schema: Any) -> list[str]:
+        nonlocal full
+        wanted, full = _columns_of(path, schema.names)
+        return wanted
+
+    rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose))]
+    return _read_full(rows) if full else _read_with_images(rows, split)
+
+
+def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
+    """The columns to read, and whether they are those of jxu124's form; images are never read."""
+    if not {"ref_id", "ann_id"} & set(columns) and {"answer", "question_id"} & set(columns):
+        form, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
+    else:
+        form, needed, full = "jxu124/refcoco", list(_REFS), True
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise InputError(
+            f"{path}: no column {', '.join(missing)}; a Parquet file in the form of {form} has {', '.join(needed)}"
+        )
+    known = (*_IN_FULL, "anns_id") if full else (*_WITH_IMAGES, "question_id")
+    return [name for name in known if name in columns], full
+
+
+def _read_full(rows: Iterable[Row]) -> Source:
+    refs: list[SourceRef] = []
+    instances = SourceInstances()
+    for row in rows:
+        ref = read_full_ref(row, (row.may("anns_id", row.text) or "").partition(".")[0], "")
+        for key, entries, own in (
+            ("raw_image_info", instances.images, ref.image_id),
+            ("raw_anns", instances.annotations, ref.ann_id),
+        ):
+            text = row.may(key, row.text)
+            if text is not None and own is not None:
+                entries[own] = _checked(row, key, text, own)
+        refs.append(ref)
+    return Source("Parquet in the form of jxu124/refcoco", refs, ref_file_names=True, instances=instances)
+
+
+def _checked(row: Row, key: str, text: str, own: int) -> dict[str, Any]:
+    try:
+        entry = Row(f"{row.where}: {key!r}", json.loads(text))
+    except (ValueError, RecursionError):
+        raise InputError(f"{row.where}: {key!r} is malformed JSON") from None
+    if entry.integer("id") != own:
+        raise InputError(f"{row.where}: {key!r} has id {entry.integer('id')}, not the row's {own}")
+    return entry.value
+
+
+def _read_with_images(rows: Iterable[Row], split: str) -> Source:
+    refs = []
+    for row in rows:
+        likely = row.value.get("question_id")
+        refs.append(
+            SourceRef(
+                where=row.where,
+                split=split,
+                sentences=[SourceSentence(text) for text in row.texts("answer")],
+                file_name=row.text("file_name"),
+                likely_ann_id=row.integer("question_id") if str(likely).strip().isdecimal() else None,
+                box=row.box("bbox"),
+            )
+        )
+    return Source("Parquet in the form of lmms-lab/RefCOCO", refs, layouts=("xywh",), ref_file_names=True)

@@ -1,0 +1,114 @@
+"""JSON and JSON-lines lists of boxes and expressions, as vision-language models are trained and tested on.
+
+Flat lists have an entry per expression: ``{"image": ..., "sent": ..., "bbox": [...]}``, under various names. LLaVA-like
+lists have conversations, in which a question or its answer holds the box and the other one the expression.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refdet.data.refer_forms.records import Row, Source, SourceRef, SourceSentence
+from refdet.errors import InputError
+
+# In order of preference.
+_IMAGES = ("image", "img_path", "image_path", "file_name", "image_file", "img_name")
+_SENTENCES = ("sent", "expression", "normal_caption", "sentence", "phrase", "refexp", "caption", "text")
+_BOXES = ("bbox", "box", "solution", "gt_bbox")
+_PIXELS = ("xyxy", "xywh")
+_NORMALIZED = ("normalized-xyxy", "padded-xyxy")
+_THOUSANDTHS = ("thousandths-xyxy", "xyxy")
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_MARKED = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
+
+
+def read_list(path: Path, entries: list[Any], split: str) -> Source:
+    """Read a list of either form.
+
+    Args:
+        path: the file, for error messages.
+        entries: its entries.
+        split: name of the split.
+
+    Returns:
+        An entry for each expression, in file order.
+
+    Raises:
+        InputError: no entries, or an entry lacks a field or has a wrong value.
+    """
+    if not entries:
+        raise InputError(f"{path}: no entries in it")
+    first = Row(f"{path}: [0]", entries[0])
+    if "conversations" in first.value:
+        return _read_conversations(path, entries, split)
+    image, sentence, box = (
+        _key(first, keys, what)
+        for keys, what in ((_IMAGES, "the image"), (_SENTENCES, "the expression"), (_BOXES, "the box"))
+    )
+    refs = []
+    for number, entry in enumerate(entries):
+        row = Row(f"{path}: [{number}]", entry)
+        refs.append(
+            SourceRef(
+                where=row.where,
+                split=split,
+                sentences=[SourceSentence(row.text(sentence))],
+                dataset=row.may("dataset_name", row.text) or "",
+                file_name=row.text(image),
+                box=row.box(box),
+            )
+        )
+    return Source("a JSON list", refs, True, _layouts(refs))
+
+
+def _key(row: Row, keys: Sequence[str], what: str) -> str:
+    for key in keys:
+        if key in row.value:
+            return key
+    raise InputError(f"{row.where}: no field with {what}; it must be one of {', '.join(keys)}")
+
+
+def _layouts(refs: list[SourceRef]) -> tuple[str, ...]:
+    """The box layouts that numbers of this size may have."""
+    numbers = [number for ref in refs if ref.box for number in ref.box]
+    largest = max(numbers, default=0.0)
+    if largest <= 1:
+        return _NORMALIZED
+    whole = all(number == int(number) for number in numbers)
+    return (*_THOUSANDTHS, "xywh") if whole and largest <= 1000 else _PIXELS
+
+
+def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
+    refs: list[SourceRef] = []
+    skipped = 0
+    for number, entry in enumerate(entries):
+        row = Row(f"{path}: [{number}]", entry)
+        turns = [Row(f"{row.where}: a turn", turn).text("value") for turn in row.items("conversations")]
+        for question, answer in zip(turns[::2], turns[1::2], strict=False):
+            found = _box_and_expression(question, answer)
+            if found is None or "image" not in row.value:
+                skipped += 1
+                continue
+            box, expression = found
+            refs.append(SourceRef(row.where, split, [SourceSentence(expression)], file_name=row.text("image"), box=box))
+    if not refs:
+        raise InputError(f"{path}: no question with a box [x1, y1, x2, y2] in it or in its answer")
+    notes = [f"{path}: {skipped} questions without a box or an expression were skipped"] if skipped else []
+    return Source("LLaVA-like JSON", refs, True, _layouts(refs), notes=notes)
+
+
+def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
+    asked, answered = _BOX.findall(question), _BOX.findall(answer)
+    if len(asked) + len(answered) != 1:
+        return None
+    box = [float(number) for number in (asked or answered)[0]]
+    if asked:
+        return box, answer.strip()
+    marked = _MARKED.search(question) or _MARKED.search(answer)
+    text = marked[1] if marked else question.rpartition(":")[2].rpartition("\n")[2]
+    return (box, text.strip()) if text.strip() else None

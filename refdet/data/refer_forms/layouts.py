@@ -1,0 +1,82 @@
+"""The layouts that boxes have in the forms, to compare them with COCO's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+Box = tuple[float, float, float, float]
+
+
+def _xyxy(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
+    return x, y, x + w, y + h
+
+
+def _normalized(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
+    return x / width, y / height, (x + w) / width, (y + h) / height
+
+
+def _padded(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
+    """Relative to the image centred in a square of its longer side, as LLaVA pads it."""
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    return _normalized(x + left, y + top, w, h, side, side)
+
+
+def _thousandths(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = _normalized(x, y, w, h, width, height)
+    return 1000 * x1, 1000 * y1, 1000 * x2, 1000 * y2
+
+
+def _yxyx(x: float, y: float, w: float, h: float, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = _normalized(x, y, w, h, width, height)
+    return y1, x1, y2, x2
+
+
+# Name -> function of COCO's x y w h and the image's width and height, in pixels.
+LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
+    "xywh": lambda x, y, w, h, width, height: (x, y, w, h),
+    "xyxy": _xyxy,
+    "normalized-xyxy": _normalized,
+    "normalized-yxyx": _yxyx,
+    "padded-xyxy": _padded,
+    "thousandths-xyxy": _thousandths,
+}
+
+_FLOAT32 = 1e-6  # relative, with room for a sum
+_MOST_DIGITS = 6
+
+
+def last_digit(numbers: Iterable[float]) -> float:
+    """Unit of the last decimal place that any of the numbers has, 0 if they are not rounded."""
+    most = 0
+    for number in numbers:
+        _, _, decimals = f"{number:.15g}".partition(".")
+        if "e" in decimals or len(decimals) > _MOST_DIGITS:
+            return 0.0
+        most = max(most, len(decimals))
+    return float(10**-most)
+
+
+def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int | None:
+    """How closely a rounded box agrees with an exact one.
+
+    Args:
+        box: the box as a form has it.
+        other: the exact box in the same layout.
+        unit: see `last_digit`.
+
+    Returns:
+        0 if they are equal in float32, 1 if rounding gives the box, 2 if cutting off digits gives it, None otherwise.
+    """
+    worst = 0
+    for rounded, exact in zip(box, other, strict=True):
+        gap, noise = abs(rounded - exact), _FLOAT32 * max(1.0, abs(exact))
+        if gap <= noise:
+            continue
+        if gap <= unit / 2 + noise:
+            worst = max(worst, 1)
+        elif 0 < exact - rounded < unit:
+            worst = 2
+        else:
+            return None
+    return worst

@@ -1,0 +1,119 @@
+"""Find the files of a source and read each in its form."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refdet.data.parquet import is_parquet
+from refdet.data.refer_forms.hugging_face import read_parquet
+from refdet.data.refer_forms.json_lists import read_list
+from refdet.data.refer_forms.mdetr import is_mdetr, read_mdetr
+from refdet.data.refer_forms.records import Source
+from refdet.data.refer_forms.split_names import dataset_in, split_by_in, split_in
+from refdet.data.refer_forms.tensorflow_datasets import (
+    is_examples,
+    is_manual_download,
+    read_examples,
+    read_manual_download,
+)
+from refdet.errors import InputError
+from refdet.files.json_files import json_errors, read_bytes
+from refer import plain_files
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = (".parquet", ".json", ".jsonl")
+_NEAR = 4  # the file and the folders above it whose names may have the dataset
+
+
+def source_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The files of sources, those of folders at any depth, sorted.
+
+    Of a folder with Parquet files, these alone are read; a note says so if there is JSON beside them.
+
+    Args:
+        sources: files and folders.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: a source does not exist, or a folder has none.
+    """
+    files: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            found = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+            parquet = [path for path in found if path.suffix == ".parquet"]
+            if 0 < len(parquet) < len(found):  # beside them is what Hugging Face says about the data
+                log.warning(
+                    "note: %s: its %d JSON files are not read, as it has Parquet", source, len(found) - len(parquet)
+                )
+                found = parquet
+            if not found:
+                raise InputError(f"{source}: no {', '.join(_SUFFIXES)} file in it")
+            files += found
+        elif source.is_file():
+            files.append(source)
+        else:
+            raise InputError(f"{source}: no such file or folder; give the downloaded files")
+    return list(dict.fromkeys(files))
+
+
+def read_source(path: Path) -> Source:
+    """Read a file in the form that its contents have.
+
+    Args:
+        path: a Parquet, JSON or JSON-lines file.
+
+    Returns:
+        Its refs; the name of the file decides what its contents leave open.
+
+    Raises:
+        InputError: the form is unknown, or the file is damaged or has a wrong value.
+        refer.ReferError: malformed JSON.
+    """
+    split = split_in(path)
+    with plain_files.no_garbage_collection():
+        source = read_parquet(path, split) if is_parquet(path) else _read_json(path, split)
+    near = next(filter(None, map(dataset_in, reversed(path.absolute().parts[-_NEAR:]))), "")
+    for ref in source.refs:
+        ref.dataset = dataset_in(ref.dataset) or near
+        ref.split_by = ref.split_by or split_by_in(path.name)
+        if not ref.split:
+            raise InputError(
+                f"{path}: neither its contents nor its name has the split; rename it, for example to"
+                f" {path.stem}_val{path.suffix}"
+            )
+    return source
+
+
+def _read_json(path: Path, split: str) -> Source:
+    if path.suffix == ".jsonl":
+        return read_list(path, _read_lines(path), split)
+    value = plain_files.read_json(path)
+    if is_manual_download(value):
+        return read_manual_download(path, value)
+    if is_mdetr(value):
+        return read_mdetr(path, value, split)
+    if is_examples(value):
+        return read_examples(path, value, split)
+    if isinstance(value, list):
+        return read_list(path, value, split)
+    raise InputError(
+        f"{path}: in no known form of REFER; give Parquet of Hugging Face, MDETR's finetune_*.json, or a list of boxes "
+        "and expressions"
+    )
+
+
+def _read_lines(path: Path) -> list[Any]:
+    entries = []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if line.strip():
+            with json_errors(Path(f"{path}: line {number}")):
+                entries.append(json.loads(line))
+    return entries

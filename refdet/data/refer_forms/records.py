@@ -1,0 +1,168 @@
+"""What the readers of the forms return: refs with the fields that a form has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.files.short_text import shown
+
+
+@dataclass
+class SourceSentence:
+    """An expression; None for what a form lacks.
+
+    Attributes:
+        sent: the expression as REFER cleaned it, or as the form has it.
+        raw: as the annotator typed it.
+        tokens: the words of ``sent``.
+        sent_id: id of the sentence.
+    """
+
+    sent: str
+    raw: str | None = None
+    tokens: list[str] | None = None
+    sent_id: int | None = None
+
+
+@dataclass
+class SourceRef:
+    """A ref, or one sentence of a ref, as a form has it; None or "" for what it lacks.
+
+    Attributes:
+        where: file and row, for error messages.
+        split: name of the split in the source.
+        sentences: its expressions.
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+        image_id: COCO id of the image.
+        file_name: name of the image as the form has it.
+        ref_id: id of the ref.
+        ann_id: id of the COCO annotation.
+        likely_ann_id: an id that decides between annotations with the same box.
+        category_id: COCO id of the category.
+        box: four numbers, in one of the layouts of the source.
+    """
+
+    where: str
+    split: str
+    sentences: list[SourceSentence]
+    dataset: str = ""
+    split_by: str = ""
+    image_id: int | None = None
+    file_name: str | None = None
+    ref_id: int | None = None
+    ann_id: int | None = None
+    likely_ann_id: int | None = None
+    category_id: int | None = None
+    box: list[float] | None = None
+
+
+@dataclass
+class SourceInstances:
+    """Parts of a COCO instances file that a form includes.
+
+    Attributes:
+        images: image id -> entry.
+        annotations: annotation id -> entry.
+        header: other fields of the file, such as ``categories``.
+        complete: whether it has all annotations of its images, or only the referred ones.
+    """
+
+    images: dict[int, dict[str, Any]] = field(default_factory=dict)
+    annotations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+
+@dataclass
+class Source:
+    """The contents of one file.
+
+    Attributes:
+        form: name of the form, for messages.
+        refs: its refs.
+        one_sentence_each: whether each entry of ``refs`` is a sentence, so that entries of one object are one ref.
+        layouts: names of the box layouts it may have, of `layouts.LAYOUTS`.
+        ref_file_names: whether ``file_name`` of its refs is REFER's, or names an image.
+        instances: what it includes of COCO's instances.
+        notes: what was skipped or replaced on reading, human-readable.
+    """
+
+    form: str
+    refs: list[SourceRef]
+    one_sentence_each: bool = False
+    layouts: tuple[str, ...] = ()
+    ref_file_names: bool = False
+    instances: SourceInstances = field(default_factory=SourceInstances)
+    notes: list[str] = field(default_factory=list)
+
+
+class Row:
+    """An entry of a foreign file, whose fields are checked as they are read.
+
+    Args:
+        where: file and position of the entry, for error messages.
+        value: the entry.
+
+    Raises:
+        InputError: the entry is not a dictionary.
+    """
+
+    def __init__(self, where: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {shown(value)} is not an object with fields")
+        self.where, self.value = where, value
+
+    def integer(self, key: str) -> int:
+        """An integer field of at most 64 bits; integers in strings are accepted."""
+        value = self._get(key)
+        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+            value = int(value)
+        if type(value) is not int or not -(2**63) <= value < 2**63:
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be an integer")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text field."""
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be text")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        """A list field."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list")
+        return value
+
+    def entry(self, key: str) -> Row:
+        """An object field."""
+        return Row(f"{self.where}: {key!r}", self._get(key))
+
+    def box(self, key: str) -> list[float]:
+        """A field with four finite numbers."""
+        value = self.items(key)
+        if len(value) != 4 or not all(type(one) in (int, float) and math.isfinite(one) for one in value):
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be four numbers")
+        return [float(one) for one in value]
+
+    def texts(self, key: str) -> list[str]:
+        """A field with a list of texts."""
+        value = self.items(key)
+        if not all(isinstance(one, str) for one in value):
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list of texts")
+        return value
+
+    def may(self, key: str, read: Callable[[str], Any]) -> Any:
+        """What ``read`` returns of a field, None if the entry has no value for it."""
+        return None if self.value.get(key) is None else read(key)
+
+    def _get(self, key: str) -> Any:
+        if key not in self.value:
+            raise InputError(f"{self.where}: no {key!r}")
+        return self.value[key]

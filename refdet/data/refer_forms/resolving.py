@@ -1,0 +1,75 @@
+"""Give the refs of a source the image, annotation and category ids that its form lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from refdet.data.refer_forms.coco_annotations import CocoAnnotations, image_id_of
+from refdet.data.refer_forms.records import Source, SourceRef
+from refdet.errors import InputError
+from refdet.files.short_text import shown
+
+
+def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
+    """Set and check ``image_id``, ``ann_id`` and ``category_id`` of all refs.
+
+    Args:
+        path: the file of the source, for error messages.
+        source: the source, whose refs are changed.
+        coco: COCO's instances, None if they are not at hand.
+
+    Raises:
+        InputError: ids are missing and there are no instances, or refs have no annotation, several, or another one than
+            the source says; the message counts them.
+    """
+    for ref in source.refs:
+        if ref.image_id is None and ref.file_name is not None:
+            ref.image_id = image_id_of(ref.file_name)
+    _refuse(path, source.refs, [ref for ref in source.refs if ref.image_id is None], "no COCO id in the image's name")
+    lacking = [ref for ref in source.refs if ref.ann_id is None]
+    if lacking and coco is None:
+        raise InputError(
+            f"{path}: {source.form} has no annotation ids; give `instances=instances_train2014.json`, in which they "
+            "are looked up by image and box"
+        )
+    if coco is None:
+        return
+    where = f"in {coco.name}"
+    missing = [ref for ref in source.refs if coco.image(ref.image_id or 0) is None]
+    _refuse(path, source.refs, missing, f"no such image {where}")
+    found = coco.find(lacking, source.layouts)
+    _refuse(
+        path,
+        source.refs,
+        [ref for ref, annotation in zip(lacking, found, strict=True) if annotation is None],
+        f"not exactly one annotation {where} with its image and box",
+    )
+    for ref, annotation in zip(lacking, found, strict=True):
+        if annotation is not None:
+            ref.ann_id = annotation["id"]
+    for ref in source.refs:
+        annotation = coco.annotation(ref.ann_id or 0)
+        if annotation is not None and ref.category_id is None:
+            ref.category_id = annotation.get("category_id")
+    _refuse(
+        path, source.refs, [ref for ref in source.refs if not _is_of(ref, coco)], f"another or no annotation {where}"
+    )
+
+
+def _is_of(ref: SourceRef, coco: CocoAnnotations) -> bool:
+    annotation = coco.annotation(ref.ann_id or 0)
+    return annotation is not None and (ref.image_id, ref.category_id) == (
+        annotation["image_id"],
+        annotation.get("category_id"),
+    )
+
+
+def _refuse(path: Path, refs: Sequence[SourceRef], wrong: Sequence[SourceRef], problem: str) -> None:
+    if wrong:
+        first = wrong[0]
+        sentence = f" ({shown(first.sentences[0].sent)})" if first.sentences else ""
+        raise InputError(
+            f"{path}: {len(wrong)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
+            "nothing was written"
+        )

@@ -1,0 +1,79 @@
+"""Recognize datasets and splits under the names that other sources give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from refdet.errors import InputError
+from refer.statistics import COUNTS, Counts
+
+_DATASET = re.compile(r"refcoco(?P<plus>\+|_?plus|p(?![a-z]))?(?P<g>g)?", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
+_SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
+_SAME = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
+# Most sources have these.
+USUAL_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+
+
+def dataset_in(text: str) -> str:
+    """Name of the dataset in a name such as "RefCOCOplus"; "" if there is none."""
+    match = next(iter(list(_DATASET.finditer(text))[-1:]), None)
+    return "" if match is None else "refcoco+" if match["plus"] else "refcocog" if match["g"] else "refcoco"
+
+
+def split_by_in(text: str) -> str:
+    """The split_by in a name such as "REC_refcoco_unc_val"; "" if there is none."""
+    match = _SPLIT_BY.search(text)
+    return match[1].lower() if match else ""
+
+
+def split_in(path: Path) -> str:
+    """Name of the split in the name of a file, or else of its folder; "" if there is none."""
+    for text in (path.stem, path.parent.name):
+        found = _SPLIT.findall(text)
+        if found:
+            name = found[-1].replace("_", "")
+            return _SAME.get(name.lower(), name.lower())
+    return ""
+
+
+def published_names(dataset: str, split_by: str, found: Mapping[str, Counts]) -> dict[str, str]:
+    """REFER's names of splits.
+
+    A split whose name REFER has is kept. Another one is recognized by its number of refs and images, or else if it is
+    the only one that may be it: ``test`` is ``testA`` beside ``testB``.
+
+    Args:
+        dataset: such as "refcoco".
+        split_by: such as "unc".
+        found: sizes of the splits.
+
+    Returns:
+        Name in the source -> name in REFER.
+
+    Raises:
+        InputError: a split cannot be recognized, or two of them are the same.
+    """
+    published = COUNTS.get((dataset, split_by), {})
+    names: dict[str, str] = {}
+    for name, counts in found.items():
+        likely = _SAME.get(name.lower(), name)
+        equal = [other for other, right in published.items() if (right.refs, right.images) == counts[:2]]
+        if not published or likely in published:
+            names[name] = likely
+        elif len(equal) == 1:
+            names[name] = equal[0]
+        elif name == "test" and "testB" in found and "testA" not in found:
+            names[name] = "testA"
+        else:
+            raise InputError(
+                f"split {name!r}: {counts.refs} refs on {counts.images} images are none of {dataset}/{split_by}'s "
+                f"{', '.join(published)}; give `split_names={name}=NAME`"
+            )
+    for name in set(names.values()):
+        same = [source for source, other in names.items() if other == name]
+        if len(same) > 1:
+            raise InputError(f"splits {' and '.join(map(repr, same))} are both {name}; give `split_names=OLD=NEW`")
+    return names

@@ -1,0 +1,244 @@
+"""Download large files over HTTP, resuming where a connection or a process ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pooch
+import requests
+import urllib3
+from tqdm import tqdm
+
+from refdet.errors import InputError, RuntimeFailure, is_disk_full
+from refdet.files.progress import progress_bar
+from refdet.files.short_text import cut
+
+SPARE = 2**26  # bytes of disk space to leave
+_CHUNK = 2**20
+_TIMEOUT = (20, 60)  # seconds to connect, and between two packets
+_TRIES = 6  # in a row without a new byte
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_PAGE = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
+
+
+class DownloadFailure(RuntimeFailure):
+    """A server or the network failed."""
+
+
+class WrongDownload(InputError):
+    """A server sent something else than the file."""
+
+
+class ResumingDownloader:
+    """Downloader for pooch that keeps what it has in a ``.part`` file beside the destination.
+
+    A later download of the same URL continues there, if the server's file has not changed since.
+
+    Args:
+        part: the file to download into.
+        size: size in bytes that the file must have, None if unknown.
+        wait: seconds between two tries; each waits longer than the one before.
+    """
+
+    def __init__(self, part: Path, size: int | None = None, wait: float = 1.0) -> None:
+        self._part, self._size, self._wait = part, size, wait
+        self._record = part.with_name(part.name + ".json")
+
+    def __call__(self, url: str, output_file: Any, pooch: Any) -> None:
+        """Download ``url`` and move it to ``output_file``.
+
+        Raises:
+            DownloadFailure: the server cannot be reached, does not have the file, or keeps closing the connection.
+            WrongDownload: the server sent an HTML page, or a file of another size.
+            RuntimeFailure: not enough disk space.
+        """
+        self._part.parent.mkdir(parents=True, exist_ok=True)
+        tries = 0
+        while True:
+            before = self._done(url)
+            try:
+                if self._continue(url, before):
+                    break
+                problem = "the connection was closed early"
+            except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
+                problem = _reason(error)
+            except requests.RequestException as error:  # an invalid URL, too many redirects
+                raise DownloadFailure(f"{url}: {_reason(error)}") from None
+            tries = 0 if self._done(url) > before else tries + 1
+            if tries >= _TRIES:
+                raise DownloadFailure(f"{url}: {problem}")
+            time.sleep(self._wait * tries)
+        self._record.unlink(missing_ok=True)
+        os.replace(self._part, output_file)
+
+    def _done(self, url: str) -> int:
+        """Bytes of this URL that are there; removes those of another one."""
+        if self._part.exists() and self._known(url) is None:
+            self._forget()
+        return self._part.stat().st_size if self._part.exists() else 0
+
+    def _known(self, url: str) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.get("url") == url else None
+
+    def _forget(self) -> None:
+        self._part.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+
+    def _continue(self, url: str, done: int) -> bool:
+        """Request what is missing and append it; whether the file is complete."""
+        known = self._known(url) or {}
+        headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the file
+        if done:
+            headers["Range"] = f"bytes={done}-"
+            if isinstance(known.get("version"), str):
+                headers["If-Range"] = known["version"]
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+            if response.status_code == 416:
+                if known.get("total") == done:
+                    return True
+                self._forget()
+                return False
+            if response.status_code in (429, 500, 502, 503, 504):
+                raise requests.ConnectionError(f"{response.status_code} {response.reason}")
+            if response.status_code not in (200, 206):
+                raise DownloadFailure(f"{url}: {response.status_code} {response.reason}")
+            start, total = _place(response)
+            if start not in (0, done):
+                self._forget()
+                return False
+            if start == 0:
+                self._forget()
+            first = response.raw.read1(_CHUNK)  # iter_content would lose what came before a cut
+            self._check(url, response, first if start == 0 else b"", total)
+            self._check_space(url, None if total is None else total - start)
+            version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+            if version is not None and version.startswith("W/"):  # may not be used with ranges
+                version = response.headers.get("Last-Modified")
+            self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
+            with self._bar(total, start) as bar, self._part.open("ab") as file, self._disk(file.name):
+                while first:
+                    file.write(first)
+                    bar.update(len(first))
+                    first = response.raw.read1(_CHUNK)
+        return total is None or self._part.stat().st_size >= total
+
+    def _check(self, url: str, response: requests.Response, first: bytes, total: int | None) -> None:
+        if _PAGE.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
+            self._forget()
+            raise WrongDownload(f"{url}: an HTML page, not the file")
+        if self._size is not None and total is not None and total != self._size:
+            self._forget()
+            raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
+
+    def _check_space(self, url: str, wanted: int | None) -> None:
+        free = shutil.disk_usage(self._part.parent).free
+        if wanted is not None and free < wanted + SPARE:
+            raise RuntimeFailure(
+                f"{url}: needs {in_bytes(wanted)}, {self._part.parent} has {in_bytes(free)} left; free some space and "
+                "run it again (what was finished is kept)"
+            )
+
+    def _bar(self, total: int | None, start: int) -> tqdm[Any]:
+        return progress_bar(total, self._part.stem, "byte", initial=start, scale=True)
+
+    @contextmanager
+    def _disk(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise RuntimeFailure(
+                f"{name}: no space left on the disk; free some space and run it again (what was downloaded is kept)"
+            ) from error
+
+
+def download(url: str, destination: Path, checksum: str | None, size: int | None, wait: float = 1.0) -> str:
+    """Download a file, and check its size and checksum.
+
+    Args:
+        url: http or https address.
+        destination: the file to write; it is there only if all of it was downloaded and is right.
+        checksum: as pooch has them: "sha256:..." or "md5:..."; None if unknown.
+        size: size in bytes, None if unknown.
+        wait: seconds between two tries.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        DownloadFailure: the server or the network failed; what was downloaded is kept for the next time.
+        WrongDownload: an HTML page, or other bytes than those of the checksum; nothing is kept.
+        RuntimeFailure: not enough disk space.
+    """
+    part = destination.with_name(destination.name + ".part")
+    pooch.get_logger().setLevel("ERROR")
+    pooch.retrieve(
+        url,
+        known_hash=None,  # checked below, with a message of one line
+        fname=destination.name,
+        path=destination.parent,
+        downloader=ResumingDownloader(part, size, wait),
+    )
+    return check_file(destination, url, checksum, remove=True)
+
+
+def check_file(path: Path, name: str, checksum: str | None, remove: bool = False) -> str:
+    """Check the checksum of a file.
+
+    Args:
+        path: the file.
+        name: where it is from, for error messages.
+        checksum: "sha256:..." or "md5:...", None if unknown.
+        remove: whether to remove the file if it is wrong.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        WrongDownload: it has another checksum.
+    """
+    found: str = pooch.file_hash(str(path), alg="sha256")
+    kind, _, right = (checksum or "").partition(":")
+    own = found if kind in ("", "sha256") else pooch.file_hash(str(path), alg=kind)
+    if right and own != right:
+        if remove:
+            path.unlink()
+        raise WrongDownload(f"{name}: other bytes than published ({kind} {own} instead of {right})")
+    return found
+
+
+def in_bytes(number: int) -> str:
+    """A size for people, such as "13.5 GB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
+
+
+def _place(response: requests.Response) -> tuple[int, int | None]:
+    """Where the contents begin in the file, and the size of the file if known."""
+    if response.status_code == 206:
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None:
+            return -1, None
+        return int(match[1]), None if match[3] == "*" else int(match[3])
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdecimal() else None
+
+
+def _reason(error: Exception) -> str:
+    inner = error.args[0] if error.args else error
+    return cut(getattr(inner, "reason", None) or inner, 160)

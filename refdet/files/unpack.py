@@ -1,0 +1,152 @@
+"""Unpack zip and tar archives from the web: only the wanted files, and none outside the folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from refdet.errors import InputError, RuntimeFailure
+from refdet.files.atomic import report_disk_full
+from refdet.files.short_text import shown
+
+_SPARE = 2**26
+_DRIVE = re.compile(r"[A-Za-z]:")
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file in an archive.
+
+    Attributes:
+        name: its path in the archive.
+        size: its size in bytes, unpacked.
+        open: opens it.
+    """
+
+    name: str
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+@contextmanager
+def unpacked(archive: Path, name: str, place: Callable[[str], str | None], near: Path) -> Iterator[Path]:
+    """Unpack the wanted files of an archive into a temporary folder, which is removed at the end.
+
+    Args:
+        archive: a zip or tar file.
+        name: where it is from, for error messages.
+        place: path of a member below the folder, None for a member that is not wanted.
+        near: the folder to create the temporary folder in.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        InputError: not an archive, damaged, or a member is outside the folder, a link, encrypted or there twice.
+        RuntimeFailure: not enough disk space.
+    """
+    near.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=near))
+    try:
+        with report_disk_full(near, "free some space and run it again"):
+            try:
+                with _opened(archive, name) as members:
+                    _extract(members, name, place, folder)
+            except _DAMAGE as error:
+                raise InputError(f"{name}: damaged archive ({shown(str(error))}); download it again") from None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_files(folder: Path, out: Path) -> list[Path]:
+    """Move all files of a folder to the same places below another one; returns their new paths."""
+    moved = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = out / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        moved.append(target)
+    return moved
+
+
+def _extract(members: list[_Member], name: str, place: Callable[[str], str | None], folder: Path) -> None:
+    wanted: dict[str, _Member] = {}
+    for member in members:
+        target = place(member.name)
+        if target is not None and wanted.setdefault(target, member) is not member:
+            raise InputError(f"{name}: {target} is there twice")
+    size = sum(member.size for member in wanted.values())
+    free = shutil.disk_usage(folder).free
+    if free < size + _SPARE:
+        raise RuntimeFailure(
+            f"{name}: unpacks to {size:,} bytes, {folder.parent} has {free:,} left; free some space and run it again"
+        )
+    for target, member in wanted.items():
+        path = folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with member.open() as source, path.open("xb") as file:
+            _copy(source, file, member, name)
+
+
+def _copy(source: IO[bytes], file: IO[bytes], member: _Member, name: str) -> None:
+    left = member.size
+    while chunk := source.read(2**20):
+        left -= len(chunk)
+        if left < 0:
+            break
+        file.write(chunk)
+    if left != 0:
+        raise InputError(f"{name}: {shown(member.name)} has another size than the archive says; download it again")
+
+
+@contextmanager
+def _opened(archive: Path, name: str) -> Iterator[list[_Member]]:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            yield [_zip_member(file, info, name) for info in file.infolist() if not info.is_dir()]
+        return
+    try:
+        tar = tarfile.open(archive)  # noqa: SIM115  # closed below
+    except tarfile.TarError:
+        raise InputError(f"{name}: not a zip or tar archive; download it again") from None
+    with tar:
+        yield [_tar_member(tar, info, name) for info in tar if not info.isdir()]
+
+
+def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Member:
+    _check_inside(info.filename, name)
+    if info.flag_bits & 1:
+        raise InputError(f"{name}: {shown(info.filename)} is encrypted")
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise InputError(f"{name}: {shown(info.filename)} is a link or device")
+    return _Member(info.filename, info.file_size, lambda: file.open(info))
+
+
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> _Member:
+    _check_inside(info.name, name)
+    if not info.isreg():
+        raise InputError(f"{name}: {shown(info.name)} is a link or device")
+
+    def opened() -> Any:
+        return tar.extractfile(info)
+
+    return _Member(info.name, info.size, opened)
+
+
+def _check_inside(member: str, name: str) -> None:
+    path = PurePosixPath(member.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or _DRIVE.match(member) or "\0" in member:
+        raise InputError(f"{name}: {shown(member)} would be written outside its folder; do not use this archive")

@@ -1,0 +1,282 @@
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+from click.testing import CliRunner
+from loopback_server import Site, serving
+
+import refer
+from refdet.cli.main import main
+from refdet.data.fetch.catalog import ITEMS, Item, mirrored, place_instances, place_refer
+from refdet.data.fetch.fetch import fetch_data
+from refdet.data.refer_statistics import counts_of
+from refdet.errors import InputError, RuntimeFailure
+from refer.statistics import COUNTS
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serving() as served:
+        yield served
+
+
+def zipped(root: Path, *names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in names:
+            for path in sorted((root / name).rglob("*")):
+                file.write(path, path.relative_to(root).as_posix())
+        file.writestr("__MACOSX/refcoco/instances.json", b"cruft")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def refcoco(shapes_root: Path) -> bytes:
+    """An archive in the layout of REFER's."""
+    return zipped(shapes_root / "refer", "refcoco")
+
+
+@pytest.fixture
+def published(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the embedded dataset were the published one."""
+    for by in ("unc", "google"):
+        found = counts_of(refer.files.read_refs(shapes_root / "refer", "refcoco", by))
+        monkeypatch.setitem(COUNTS, ("refcoco", by), found)
+
+
+def refcoco_item(site: Site, data: bytes | None, *paths: str) -> Item:
+    return Item(
+        name="refcoco",
+        archive="refcoco.zip",
+        contents="refs",
+        urls=tuple(site.address + path for path in paths or ("/refcoco.zip",)),
+        outputs=("refer/refcoco/instances.json", "refer/refcoco/refs(unc).p", "refer/refcoco/refs(google).p"),
+        size=None if data is None else len(data),
+        checksum=None if data is None else f"sha256:{hashlib.sha256(data).hexdigest()}",
+        place=place_refer("refcoco"),
+        dataset="refcoco",
+        default=True,
+    )
+
+
+def get(item: Item, out: Path, **options: Any) -> Any:
+    (result,) = fetch_data(out, items=(item,), wait=0, **options)
+    return result
+
+
+def left(out: Path) -> list[str]:
+    return sorted(path.name for path in out.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+
+
+def same_refer(out: Path, shapes_root: Path) -> bool:
+    original = shapes_root / "refer" / "refcoco"
+    return all((out / "refer" / "refcoco" / path.name).read_bytes() == path.read_bytes() for path in original.iterdir())
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("known", [True, False])
+def test_an_archive_of_refer(site: Site, tmp_path: Path, refcoco: bytes, shapes_root: Path, known: bool) -> None:
+    site.add("/refcoco.zip", refcoco, cuts=[1000, 5000])
+    result = get(refcoco_item(site, refcoco if known else None), tmp_path)
+    assert result.verified == ("checksum" if known else "published counts")
+    assert (result.source, result.sha256) == (f"{site.address}/refcoco.zip", hashlib.sha256(refcoco).hexdigest())
+    assert same_refer(tmp_path, shapes_root) and sorted(path.name for path in result.files) == left(tmp_path)
+    site.files.clear()
+    again = get(refcoco_item(site, refcoco), tmp_path)
+    assert again.source == "" and again.files
+
+
+@pytest.mark.usefixtures("published")
+def test_sources_are_tried_in_turn(
+    site: Site, tmp_path: Path, refcoco: bytes, shapes_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.add("/page.zip", b"<!doctype html>", kind="text/html")
+    site.add("/other.zip", refcoco[:-1] + b"?")
+    site.add("/short.zip", refcoco, cuts=[9000] * 7)
+    site.add("/moved.zip", status=301, location="/right.zip")
+    site.add("/right.zip", refcoco)
+    item = refcoco_item(site, refcoco, "/none.zip", "/page.zip", "/other.zip", "/short.zip", "/moved.zip")
+    result = get(item, tmp_path)
+    assert result.source.endswith("/moved.zip") and same_refer(tmp_path, shapes_root)
+    lines = [record.getMessage() for record in caplog.records]
+    problems = ("none.zip: 404 Not Found", "page.zip: an HTML page", "other.zip: other bytes", "short.zip: ")
+    assert all(problem in line for problem, line in zip(problems, lines, strict=True))
+
+
+def test_no_source_works(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    item = refcoco_item(site, refcoco, "/a.zip", "/b.zip")
+    with pytest.raises(RuntimeFailure, match=r"none of its 2 sources works, .*b\.zip: 404 Not Found; give a mirror"):
+        get(item, tmp_path)
+    site.add("/a.zip", b"<html>")
+    site.add("/b.zip", b"<html>")
+    with pytest.raises(InputError, match="none of its 2 sources works"):
+        get(item, tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_other_data_is_refused_by_its_counts(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    site.add("/refcoco.zip", refcoco)
+    found = hashlib.sha256(refcoco).hexdigest()
+    with pytest.raises(InputError, match=rf"refs instead of the published 40,000.*sha256 {found}"):
+        get(refcoco_item(site, None), tmp_path)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"refcoco/refs(unc).p": b"\x80\x02]."}, "no instances.json, refs(google).p in it"),
+        ({"../refcoco/instances.json": b"{}"}, "would be written outside"),
+        (
+            {"refcoco/instances.json": b"{", "refcoco/refs(unc).p": b"", "refcoco/refs(google).p": b""},
+            "refer/refcoco/instances.json: malformed JSON",
+        ),
+    ],
+)  # fmt: skip
+def test_archives_with_something_else(site: Site, tmp_path: Path, members: dict[str, bytes], words: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    site.add("/refcoco.zip", buffer.getvalue())
+    with pytest.raises(InputError, match=re.escape(words.replace("refer/", ""))) as caught:
+        get(refcoco_item(site, None), tmp_path)
+    assert left(tmp_path) == [] and "\n" not in str(caught.value)
+
+
+def test_a_mirror_with_other_bytes(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    site.add("/mine/refcoco.zip", refcoco[:-1] + b"?")
+    item = refcoco_item(site, refcoco)
+    with pytest.raises(InputError, match=r"/mine/refcoco\.zip: other bytes than published \(sha256 "):
+        get(item, tmp_path, mirror=f"{site.address}/mine")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.usefixtures("published")
+def test_a_mirror_and_a_folder(site: Site, tmp_path: Path, refcoco: bytes, shapes_root: Path) -> None:
+    site.add("/mine/refcoco.zip", refcoco)
+    item = replace(refcoco_item(site, refcoco), urls=())
+    assert get(item, tmp_path / "1", mirror=f"{site.address}/mine/").source == f"{site.address}/mine/refcoco.zip"
+    get(item, tmp_path / "2", mirror=f"{site.address}/mine/refcoco.zip")
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"refcoco\.zip: no such file; refcoco needs it"):
+        get(item, tmp_path / "3", mirror=str(folder))
+    (folder / "refcoco.zip").write_bytes(refcoco)
+    get(item, tmp_path / "3", mirror=str(folder))
+    assert all(same_refer(tmp_path / name, shapes_root) for name in "123")
+    assert (folder / "refcoco.zip").read_bytes() == refcoco
+    with pytest.raises(InputError, match="not an http address and not a folder"):
+        get(item, tmp_path / "4", mirror="ftp://a/b")
+
+
+def test_annotations_in_a_tar_and_images_in_a_zip(site: Site, tmp_path: Path, shapes_root: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in ("instances_minival2014.json", "person_keypoints_minival2014.json"):
+            info = tarfile.TarInfo(f"annotations/{name}")
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    site.add("/minival.tgz", buffer.getvalue())
+    images = zipped(shapes_root, "val2014")
+    site.add("/val2014.zip", images)
+    url = site.address
+    outputs = ("annotations/instances_minival2014.json",)
+    items = (
+        Item("minival", "minival.tgz", "", (f"{url}/minival.tgz",), outputs, place=place_instances, default=True),
+        Item("val2014", "val2014.zip", "", (f"{url}/val2014.zip",), ("val2014.zip",), default=True),
+    )
+    fetch_data(tmp_path, items=items, wait=0)
+    assert left(tmp_path) == ["instances_minival2014.json", "val2014.zip"]
+    assert (tmp_path / "val2014.zip").read_bytes() == images
+    (tmp_path / "val2014.zip").unlink()
+    (tmp_path / "val2014").mkdir()  # unpacked by the user
+    assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", ""]
+
+
+def test_space_is_checked_before(site: Site, tmp_path: Path, refcoco: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = site.add("/refcoco.zip", refcoco)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1_000_000))
+    item = replace(refcoco_item(site, refcoco), size=10**10)
+    with pytest.raises(RuntimeFailure, match=r"refcoco need 10\.0 GB, 1\.0 MB are left; .* fewer with `only`"):
+        get(item, tmp_path)
+    assert file.requests == []
+
+
+def test_the_catalog() -> None:
+    names = [item.name for item in ITEMS]
+    assert len(set(names)) == len(names)
+    for item in ITEMS:
+        assert len(item.urls) >= (1 if item.magic else 2) and len(set(item.urls)) == len(item.urls)
+        for url in item.urls:
+            assert urlparse(url).scheme in ("http", "https") and (item.magic or url.endswith(f"/{item.archive}"))
+        assert item.checksum is None or re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", item.checksum)
+        if item.magic:
+            assert item.checksum is None and item.outputs[0].endswith(".parquet")
+        elif item.place is None:
+            assert item.outputs == (item.archive,)
+        elif item.dataset:
+            assert all(item.place(f"{item.dataset}/{Path(name).name}") == name for name in item.outputs)
+        else:
+            assert all(item.place(name) == name for name in item.outputs)
+    plus = ITEMS[names.index("refcoco+")]
+    assert mirrored(plus, "https://a/b") == "https://a/b/refcoco+.zip"
+
+
+def test_parquet_to_convert(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    url = site.address
+    splits = ("train", "validation")
+    items = tuple(
+        Item(f"p/{split}", f"{split}.parquet", "", (f"{url}/{split}",), (f"parquet/{split}.parquet",), magic=b"PAR1")
+        for split in splits
+    )
+    for split in splits:
+        site.add(f"/{split}", b"PAR1 and more", kind="application/octet-stream")
+    results = fetch_data(tmp_path, ["p"], items=items, wait=0)
+    assert [one.verified for one in results] == ["first bytes alone"] * 2
+    assert left(tmp_path) == ["train.parquet", "validation.parquet"]
+    site.add("/validation", b"Not found", kind="text/plain")
+    with pytest.raises(InputError, match=r"/validation: not the file, which begins with b'PAR1'"):
+        fetch_data(tmp_path / "2", ["p/validation"], items=items, wait=0)
+    assert left(tmp_path / "2") == []
+    item = refcoco_item(site, refcoco, "/a.zip", "/b.zip")
+    with pytest.raises(RuntimeFailure, match="refdet fetch-data --only refcoco-parquet with refdet convert-refer"):
+        get(item, tmp_path)
+
+
+def run(*args: str | Path) -> Any:
+    return CliRunner().invoke(main, ["fetch-data", *map(str, args)])
+
+
+def test_the_command(site: Site, tmp_path: Path, refcoco: bytes) -> None:
+    listed = run("--list")
+    assert listed.exit_code == 0 and all(url in listed.stdout for item in ITEMS for url in item.urls)
+    as_json = json.loads(run("--list", "--only", "refcoco,train2014", "--json").stdout)
+    assert [one["name"] for one in as_json] == ["refcoco", "train2014"]
+    site.add("/refcoco.zip", refcoco)
+    wrong = run("--out", tmp_path, "--only", "refcoco", "--from", site.address)
+    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and "another file, of" in wrong.stderr
+    unknown = run("--out", tmp_path, "--only", "refcocoplus")
+    assert unknown.exit_code == 2 and "--only refcocoplus: no such data; choose from refcoco, " in unknown.stderr
+    assert left(tmp_path) == []
+    for item in ITEMS[:1]:
+        for name in item.outputs:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+    there = run("--out", tmp_path, "--only", "refcoco", "--from", site.address)
+    assert there.exit_code == 0 and there.stdout == f"refcoco: already in {tmp_path}\n"
+    assert os.listdir(tmp_path / "refer") == ["refcoco"]

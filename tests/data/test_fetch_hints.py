@@ -1,0 +1,69 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import refdet
+from refdet.cli.main import main
+from refdet.data.coco import CocoIndex
+from refdet.data.fetch.catalog import ITEMS
+from refdet.data.fetch.hints import how_to_fetch
+from refdet.data.image_files import open_files
+from refer import REFER, ReferNotFoundError
+
+
+def run(*args: str | Path) -> Any:
+    return CliRunner().invoke(main, list(map(str, args)))
+
+
+def test_every_file_of_the_catalog_names_its_command() -> None:
+    for item in ITEMS:
+        for name in item.outputs:
+            if not (item.dataset or item.magic):
+                assert f"--only {item.name} downloads it" in how_to_fetch(Path("data") / name)
+    assert "--only val2017 " in how_to_fetch(Path("data/val2017"))
+    assert how_to_fetch(Path("mine.json")) == how_to_fetch(Path("images")) == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("build-split", "--refer-root", "{}", "--out", "{}/o.json", "--instances", "{}/instances_train2014.json"),
+        ("audit", "--refer-root", "{}", "--instances", "{}/instances_train2014.json"),
+        (
+            "train",
+            "--recipe",
+            "demo",
+            "--images",
+            "{}",
+            "--out",
+            "{}/run",
+            "--instances",
+            "{}/instances_train2014.json",
+        ),
+    ],
+)
+def test_commands_without_instances(tmp_path: Path, command: tuple[str, ...]) -> None:
+    result = run(*(word.format(tmp_path) for word in command))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "refdet fetch-data --only annotations2014 downloads it" in result.stderr
+
+
+def test_the_library(tmp_path: Path, shapes_root: Path) -> None:
+    hint = "no such file; refdet fetch-data --only annotations2014 downloads it"
+    with pytest.raises(refdet.errors.InputError, match=hint):
+        CocoIndex.load(tmp_path / "instances_val2014.json")
+    with pytest.raises(refdet.errors.InputError, match=hint):
+        refdet.build_split(tmp_path / "instances_train2014.json", shapes_root / "refer", tmp_path / "out.json")
+    with pytest.raises(refdet.errors.InputError, match="--only train2014 downloads it"):
+        open_files(tmp_path / "train2014")
+
+
+def test_refer_data(tmp_path: Path) -> None:
+    root = tmp_path / "data" / "refer"
+    wanted = rf"unpack refcoco\+\.zip \(refdet fetch-data --only refcoco\+ --out {tmp_path}/data does it\)"
+    with pytest.raises(ReferNotFoundError, match=wanted):
+        REFER(str(root), "refcoco+", "unc")
+    result = run("audit", "--instances", __file__, "--refer-root", root)
+    assert result.exit_code == 2 and "refdet fetch-data" in result.stderr

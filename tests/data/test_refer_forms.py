@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import refer_form_files as forms
+
+from refdet.data.refer_forms.convert import convert_refer
+
+PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
+REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]
+
+
+@pytest.fixture
+def coco(shapes_root: Path) -> Path:
+    return shapes_root / "annotations" / "instances_train2014.json"
+
+
+def plain(refs: forms.Refs, *, without: tuple[str, ...] = ()) -> list[Any]:
+    """What the refs say, in no order, but for the fields left out."""
+    kept = []
+    for ref in refs:
+        sentences = sorted(
+            json.dumps({key: value for key, value in one.items() if key not in without}, sort_keys=True)
+            for one in ref["sentences"]
+        )
+        rest = {key: value for key, value in ref.items() if key not in (*without, "sentences")}
+        kept.append((json.dumps(rest, sort_keys=True), sentences))
+    return sorted(kept)
+
+
+LACKING = ("ref_id", "sent_id", "sent_ids", "raw", "file_name")
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_all_fields_of_the_full_parquet_are_kept(shapes_root: Path, coco: Path, tmp_path: Path, pair: Any) -> None:
+    refs, instances = forms.load(shapes_root / "refer", *pair)
+    source = forms.write_jxu124(tmp_path / "parquet", pair[0], refs, instances)
+    (source / "dataset_infos.json").write_text('{"default": {}}')
+    (result,) = convert_refer([source], tmp_path / "out", split_by=pair[1], instances=coco)
+    assert forms.load(tmp_path / "out", *pair) == (refs, instances)
+    assert (result.dataset, result.split_by, result.complete) == (*pair, False)
+    assert sum(counts.sentences or 0 for counts in result.counts.values()) == sum(len(r["sentences"]) for r in refs)
+
+
+@pytest.mark.parametrize("pair", REAL)
+def test_real_refs_in_full_parquet(shared: Path, tmp_path: Path, pair: Any) -> None:
+    root = shared / "data" / "coco_mini" / "refer"
+    refs, instances = forms.load(root, *pair)
+    source = forms.write_jxu124(tmp_path / "parquet", pair[0], refs, instances)
+    convert_refer([source], tmp_path / "out", instances=root / pair[0] / "instances.json")
+    assert forms.load(tmp_path / "out", *pair) == (refs, instances)
+
+
+def test_without_instances_there_are_the_referred_annotations(shapes_root: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    for image in instances["images"]:
+        image["id"] = image["id"]
+    for entry in (*refs, *instances["annotations"]):
+        entry["category_id"] = 1  # one of COCO's, as the form has no categories
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    (result,) = convert_refer([source], tmp_path / "out")
+    found, contents = forms.load(tmp_path / "out", "refcoco", "unc")
+    referred = {ref["ann_id"] for ref in refs}
+    own = [one for one in instances["annotations"] if one["id"] in referred]
+    assert found == refs
+    assert forms.by_id(contents["annotations"]) == forms.by_id(own)
+    assert forms.by_id(contents["images"]) == forms.by_id(instances["images"])
+    assert any("only the annotations that refs refer to" in line for line in result.notes)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_mdetr(shapes_root: Path, coco: Path, tmp_path: Path, pair: Any) -> None:
+    refs, instances = forms.load(shapes_root / "refer", *pair)
+    source = forms.write_mdetr(tmp_path / "mdetr", pair[0], refs, instances)
+    (result,) = convert_refer([source], tmp_path / "out", split_by=pair[1], instances=coco)
+    found, contents = forms.load(tmp_path / "out", *pair)
+    assert contents == instances
+    assert plain(found, without=LACKING) == plain(refs, without=LACKING)
+    assert {ref["file_name"] for ref in found} == {image["file_name"] for image in instances["images"]}
+    assert [one for ref in found for one in ref["sent_ids"]] == list(range(sum(len(r["sentences"]) for r in refs)))
+    assert any("numbered anew" in line for line in result.notes) and any("raw is sent" in line for line in result.notes)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_parquet_with_images(shapes_root: Path, coco: Path, tmp_path: Path, pair: Any) -> None:
+    refs, instances = forms.load(shapes_root / "refer", *pair)
+    source = forms.write_lmms(tmp_path / "lmms", refs, instances)
+    convert_refer([source], tmp_path / "out", *pair, instances=coco)
+    found, contents = forms.load(tmp_path / "out", *pair)
+    lacking = ("ref_id", "sent_id", "sent_ids", "raw")
+    assert contents == instances and plain(found, without=lacking) == plain(refs, without=lacking)
+
+
+@pytest.mark.parametrize("pair", REAL)
+@pytest.mark.parametrize("form", ["mdetr", "lmms", "lines", "llava"])
+def test_real_refs_by_image_and_box(shared: Path, tmp_path: Path, pair: Any, form: str) -> None:
+    root = shared / "data" / "coco_mini" / "refer"
+    refs, instances = forms.load(root, *pair)
+    source = tmp_path / pair[0]
+    if form == "mdetr":
+        forms.write_mdetr(source, pair[0], refs, instances)
+        for path in source.iterdir():
+            file = json.loads(path.read_text())
+            for entry in (*file["images"], *file["annotations"]):
+                del entry["original_id"]
+            path.write_text(json.dumps(file))
+    elif form == "lmms":
+        forms.write_lmms(source, refs, instances)
+    elif form == "lines":
+        forms.write_lines(source, pair[0], refs, instances)
+    else:
+        forms.write_llava(source, pair[0], refs, instances, padded=True, digits=3)
+    convert_refer([source], tmp_path / "out", instances=root / pair[0] / "instances.json")
+    found, contents = forms.load(tmp_path / "out", *pair)
+    assert contents == instances and plain(found, without=LACKING) == plain(refs, without=LACKING)
+
+
+def test_manual_download_of_tensorflow_datasets(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    parts = {pair: forms.load(shapes_root / "refer", *pair) for pair in PAIRS}
+    source = forms.write_manual_download(tmp_path / "refcoco.json", parts)
+    results = convert_refer([source], tmp_path / "out", instances=coco)
+    assert [(one.dataset, one.split_by) for one in results] == PAIRS
+    for pair in PAIRS:
+        assert forms.load(tmp_path / "out", *pair) == parts[pair]
+    (only,) = convert_refer([source], tmp_path / "only", "refcocog", "umd", instances=coco)
+    assert only.refs_file == tmp_path / "only" / "refcocog" / "refs(umd).p"
+    assert forms.load(tmp_path / "only", "refcocog", "umd")[0] == parts["refcocog", "umd"][0]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_examples_of_tensorflow_datasets(shapes_root: Path, coco: Path, tmp_path: Path, columns: bool) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco+", "unc")
+    source = forms.write_examples(tmp_path / "refcocoplus", refs, instances, columns)
+    for path in source.iterdir():  # ids by box, and by the form's own
+        if path.name.startswith("test"):
+            path.write_text(path.read_text().replace('"id":', '"identifier":'))
+    convert_refer([source], tmp_path / "out", instances=coco)
+    found, contents = forms.load(tmp_path / "out", "refcoco+", "unc")
+    without = ("ref_id", "file_name", "sent", "tokens")
+    assert contents == instances and plain(found, without=without) == plain(refs, without=without)
+
+
+def test_lines(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcocog", "umd")
+    source = forms.write_lines(tmp_path / "lines", "refcocog", refs, instances)
+    convert_refer([source], tmp_path / "out", instances=coco)
+    found, contents = forms.load(tmp_path / "out", "refcocog", "umd")
+    assert contents == instances and plain(found, without=LACKING) == plain(refs, without=LACKING)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_conversations(shapes_root: Path, coco: Path, tmp_path: Path, padded: bool) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_llava(tmp_path / "llava", "refcoco", refs, instances, padded, digits=3)
+    (result,) = convert_refer([source], tmp_path / "out", instances=coco)
+    found, _ = forms.load(tmp_path / "out", "refcoco", "unc")
+    assert plain(found, without=LACKING) == plain(refs, without=LACKING)
+    assert any("questions without a box" in line for line in result.notes)
+
+
+def test_a_conversion_beside_another_keeps_its_instances(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    for split_by in ("unc", "google"):
+        refs, instances = forms.load(shapes_root / "refer", "refcoco", split_by)
+        source = forms.write_jxu124(tmp_path / split_by, "refcoco", refs, instances)
+        (result,) = convert_refer([source], tmp_path / "out", split_by=split_by, instances=coco)
+    assert any("kept the instances.json" in line for line in result.notes)
+    assert forms.load(tmp_path / "out", "refcoco", "google") == (refs, instances)

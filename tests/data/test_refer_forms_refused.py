@@ -1,0 +1,262 @@
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import refer_form_files as forms
+from click.testing import CliRunner
+
+from refdet.cli.main import main
+from refdet.data.refer_forms.convert import convert_refer
+from refdet.data.refer_forms.other_divisions import own_part
+from refdet.data.refer_forms.records import SourceRef
+from refdet.data.refer_forms.split_names import dataset_in, published_names, split_by_in, split_in
+from refdet.errors import InputError
+from refer.statistics import COUNTS, Counts
+
+
+@pytest.fixture
+def coco(shapes_root: Path) -> Path:
+    return shapes_root / "annotations" / "instances_train2014.json"
+
+
+def refused(sources: list[Path], out: Path, *words: str, **options: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        convert_refer(sources, out, **options)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and not list(out.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "dataset", "split_by"),
+    [
+        ("REC_refcoco+_unc_val", "refcoco+", "unc"),
+        ("RefCOCOplus", "refcoco+", ""),
+        ("refcocog_umd_test", "refcocog", "umd"),
+        ("RefCOCO", "refcoco", ""),
+        ("refcocop", "refcoco+", ""),
+        ("shapes", "", ""),
+    ],
+)
+def test_names_of_datasets(text: str, dataset: str, split_by: str) -> None:
+    assert (dataset_in(text), split_by_in(text)) == (dataset, split_by)
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("finetune_refcoco+_testA.json", "testA"),
+        ("test-00000-of-00001-b85.parquet", "test"),
+        ("validation-00000-of-00001.parquet", "val"),
+        ("default/testB/0000.parquet", "testB"),
+        ("refcoco/train2014.json", "train"),
+        ("constrained.json", ""),
+    ],
+)
+def test_names_of_splits(path: str, split: str) -> None:
+    assert split_in(Path(path)) == split
+
+
+@pytest.mark.parametrize("pair", sorted(COUNTS))
+def test_splits_are_recognized_by_their_published_size(pair: tuple[str, str]) -> None:
+    sizes = {f"part{number}": counts for number, counts in enumerate(COUNTS[pair].values())}
+    assert published_names(*pair, sizes) == dict(zip(sizes, COUNTS[pair], strict=True))
+
+
+def test_test_is_test_a_beside_test_b() -> None:
+    few = Counts(3, 2)
+    assert published_names("refcoco", "unc", {"test": few, "testB": few, "validation": few}) == {
+        "test": "testA",
+        "testB": "testB",
+        "validation": "val",
+    }
+    assert published_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
+    with pytest.raises(InputError, match="3 refs on 2 images are none of refcoco/unc's"):
+        published_names("refcoco", "unc", {"test": few})
+    with pytest.raises(InputError, match="are both val"):
+        published_names("refcoco", "unc", {"val": few, "validation": few})
+
+
+def test_names_of_hugging_face(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances, rename=True)
+    (result,) = convert_refer([source], tmp_path / "out", instances=coco)
+    assert forms.load(tmp_path / "out", "refcoco", "unc") == (refs, instances)
+    assert "refcoco/unc: split 'test' is testA" in result.notes
+    (source / "testB-00000-of-00001.parquet").unlink()
+    refused([source], tmp_path / "refused", "split 'test'", "`split_names=test=NAME`", instances=coco)
+    (result,) = convert_refer([source], tmp_path / "named", instances=coco, split_names=["test=testA"])
+    assert list(result.counts) == ["train", "testA", "val"] or set(result.counts) == {"train", "testA", "val"}
+
+
+def made(published: Counts, split: str, first_image: int) -> list[SourceRef]:
+    """Refs of the published numbers."""
+    return [
+        SourceRef(f"row {n}", split, [], image_id=first_image + n % published.images) for n in range(published.refs)
+    ]
+
+
+@pytest.mark.parametrize("google_first", [False, True])
+def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bool) -> None:
+    unc = made(COUNTS["refcoco", "unc"]["val"], "val", 0)
+    google = made(COUNTS["refcoco", "google"]["val"], "val", 500)
+    both = google + unc if google_first else unc + google
+    part, note = own_part("refcoco", "unc", "val", both)
+    assert part == unc and note == "split 'val' also has the 5,000 refs of refcoco/google/val; they are left out"
+    part, note = own_part("refcoco", "google", "val", both)
+    assert part == google and "the 3,811 refs of refcoco/unc/val" in note
+    assert own_part("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
+    assert own_part("refcoco", "unc", "val", unc) == (unc, "")
+    test = made(COUNTS["refcoco", "google"]["test"], "test", 0)
+    assert own_part("refcoco", "unc", "test", test) == ([], "split 'test' is refcoco/google/test; it is left out")
+    assert own_part("refcoco", "google", "test", test) == (test, "")
+
+
+def test_a_wrong_size_is_reported(tmp_path: Path) -> None:
+    box = [1.0, 2.0, 3.0, 4.0]
+    ids = range(1809)  # one less than published
+    rows = [
+        {"ref_id": n, "ann_id": n, "image_id": n % 750, "split": "testB", "category_id": 1,
+         "sentences": [{"sent_id": n, "sent": "a", "raw": "a", "tokens": ["a"]}],
+         "raw_anns": json.dumps({"id": n, "image_id": n % 750, "bbox": box, "category_id": 1}),
+         "raw_image_info": json.dumps({"id": n % 750, "file_name": "a.jpg", "height": 9, "width": 9})}
+        for n in ids
+    ]  # fmt: skip
+    path = tmp_path / "refcoco-testB.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    (result,) = convert_refer([path], tmp_path / "out")
+    assert not result.complete
+    assert any(
+        "refcoco/unc/testB: 1,809 refs instead of the published 1,810" in line and "1,809 sentences" in line
+        for line in result.notes
+    )
+
+
+@pytest.mark.parametrize("column", ["ref_id", "ann_id", "image_id", "split", "sentences", "category_id"])
+def test_a_column_that_is_missing(shapes_root: Path, tmp_path: Path, column: str) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    for path in source.iterdir():
+        pq.write_table(pq.read_table(path).drop_columns([column]), path)
+    refused([source], tmp_path / "out", f"no column {column}")
+
+
+def test_a_column_of_the_other_parquet_form_that_is_missing(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_lmms(tmp_path / "refcoco", refs, instances)
+    for path in source.iterdir():
+        pq.write_table(pq.read_table(path).drop_columns(["bbox", "file_name"]), path)
+    refused([source], tmp_path / "out", "no column bbox, file_name", instances=coco)
+
+
+@pytest.mark.parametrize(
+    "contents", [b"", b"<!DOCTYPE html><html>", b"PAR1 and no more", b"PAR1" + bytes(99) + b"PAR1"]
+)
+def test_a_parquet_file_that_is_damaged(tmp_path: Path, contents: bytes) -> None:
+    path = tmp_path / "refcoco-val.parquet"
+    path.write_bytes(contents)
+    refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
+
+
+def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    refused([source], tmp_path / "out", "no annotation ids", "`instances=instances_train2014.json`")
+    file = json.loads(coco.read_text())
+    referred = {ref["ann_id"] for ref in refs if ref["split"] == "val"}
+    wrong = sorted(referred)[:2]
+    sentences = sum(len(ref["sentences"]) for ref in refs if ref["ann_id"] in wrong and ref["split"] == "val")
+    total = sum(len(ref["sentences"]) for ref in refs if ref["split"] == "val")
+    moved = tmp_path / "instances.json"
+    for annotation in list(file["annotations"]):
+        if annotation["id"] == wrong[0]:
+            file["annotations"].append({**annotation, "id": 999_999_999})
+        elif annotation["id"] == wrong[1]:
+            annotation["bbox"][0] += 1
+    moved.write_text(json.dumps(file))
+    path = source / "refcoco_val.jsonl"
+    refused([path], tmp_path / "out", f"{sentences} of {total}", "not exactly one annotation", instances=moved)
+
+
+def test_ids_that_contradict_coco_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    refs[3]["category_id"] = 2
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    refused([source], tmp_path / "out", "1 of ", "another or no annotation", instances=coco)
+    file = json.loads(coco.read_text())
+    file["images"] = [image for image in file["images"] if image["id"] != refs[3]["image_id"]]
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(file))
+    refused([source], tmp_path / "out", "no such image in", instances=few)
+
+
+def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    out = tmp_path / "out" / "refcoco"
+    out.mkdir(parents=True)
+    (out / "refs(unc).p").write_bytes(pickle.dumps([]))
+    with pytest.raises(InputError, match=r"refs\(unc\).p: exists"):
+        convert_refer([source], out.parent, instances=coco)
+    (out / "refs(unc).p").unlink()
+    (out / "instances.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(InputError, match="exists and lacks images"):
+        convert_refer([source], out.parent, instances=coco)
+    assert [path.name for path in out.iterdir()] == ["instances.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "words"),
+    [
+        ("refcoco_val.json", "{}", "in no known form"),
+        ("refcoco_val.json", "[]", "no entries"),
+        ("refcoco_val.json", "[3]", "not an object"),
+        ("refcoco_val.json", '[{"image": "a.jpg"}]', "no field with the expression"),
+        ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3]}]', "four numbers"),
+        ("refcoco_val.json", '[{"image": "a.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "no COCO id"),
+        ("refcoco.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the split"),
+        ("val.json", '[{"image": "9.jpg", "sent": "x", "bbox": [1, 2, 3, 4]}]', "has the dataset"),
+        ("refcoco_val.json", '[{"image": "9.jpg", "conversations": []}]', "no question with a box"),
+        ("refcoco_val.json", '{"images": [{"id": 1, "caption": "a"}], "annotations": []}', "no annotation for"),
+        ("refcoco_val.json", '[{"image/id": 9, "objects": {"id": [1], "bbox": []}}]', "different lengths"),
+        ("refcoco.json", '{"ref": [{"split": "val"}], "coco_anns": {}}', "no 'dataset'"),
+    ],
+)
+def test_lists_with_something_missing(tmp_path: Path, name: str, contents: str, words: str) -> None:
+    path = tmp_path / "source" / name
+    path.parent.mkdir()
+    path.write_text(contents)
+    refused([path], tmp_path / "out", str(path), words)
+
+
+def run(*args: str | Path) -> Any:
+    return CliRunner().invoke(main, ["convert-refer", *map(str, args)])
+
+
+def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", refs, instances)
+    result = run("--from", source, "--out", tmp_path / "out", "--instances", coco, "--json")
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert found["refs_file"] == str(tmp_path / "out" / "refcoco" / "refs(unc).p")
+    assert {split: n["refs"] for split, n in found["splits"].items()} == {
+        split: sum(ref["split"] == split for ref in refs) for split in forms.splits_of(refs)
+    }
+    again = run("--from", source, "--out", tmp_path / "out", "--instances", coco)
+    assert again.exit_code == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
+    text = run("--from", source, "--out", tmp_path / "text", "--instances", coco)
+    assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout
+
+
+def test_the_command_names_its_options(shapes_root: Path, tmp_path: Path) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+    source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
+    result = run("--from", source, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "give --instances instances_train2014.json" in result.stderr
+    missing = run("--from", tmp_path / "none", "--out", tmp_path / "out")
+    assert missing.exit_code == 2 and "no such file or folder" in missing.stderr

@@ -1,0 +1,139 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import refer
+from refdet.cli.main import main
+from refdet.errors import InputError
+from refdet.splits.benchmark import held_out_benchmarks
+from refdet.splits.build import build_split
+from refdet.splits.leak_audit import audit
+
+
+@pytest.fixture
+def instances(shapes_root: Path) -> Path:
+    return shapes_root / "annotations" / "instances_train2014.json"
+
+
+@pytest.fixture
+def refer_root(shapes_root: Path) -> Path:
+    return shapes_root / "refer"
+
+
+@pytest.fixture
+def other_ids(instances: Path, refer_root: Path) -> list[int]:
+    """Ids of some images that REFER does not hold out."""
+    result = audit(instances, refer_root)
+    ids = [image["id"] for image in json.loads(instances.read_text())["images"]]
+    return sorted(set(ids) - set(result.leaked))[:3]
+
+
+def ref_l4(path: Path, ids: list[int], others: int) -> Path:
+    """A file in the form of Ref-L4: rows of COCO's and of Objects365's images, several for an image."""
+    rows: list[dict[str, Any]] = []
+    names = [(f"coco_{n}", f"COCO_train2014_{n:012d}.jpg") for n in ids for _ in range(2)]
+    names += [(f"o365_{n}", f"objects365_v2_{n:08d}.jpg") for n in range(900_000, 900_000 + others)]
+    for number, (image_id, name) in enumerate(names):
+        rows.append(
+            {
+                "id": number,
+                "caption": "a shape",
+                "bbox": [1.0, 2.0, 3.0, 4.0],
+                "bbox_area": 12.0,
+                "bbox_id": f"o365_{number}",
+                "ori_category_id": "o365_64",
+                "image_id": image_id,
+                "height": 9,
+                "width": 9,
+                "file_name": name,
+                "is_rewrite": True,
+                "split": "val",
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_ref_l4(tmp_path: Path, instances: Path, refer_root: Path, other_ids: list[int]) -> None:
+    path = ref_l4(tmp_path / "ref-l4-val.parquet", other_ids, others=4)
+    (split,), notes = held_out_benchmarks([path])
+    assert (split.name, split.image_ids) == ("benchmark/ref-l4-val.parquet", frozenset(other_ids))
+    assert len(notes) == 1 and "4 images cannot be identified as COCO's (first: " in notes[0]
+    before = audit(instances, refer_root, benchmark=[path])
+    assert before.splits[-1].image_ids == other_ids
+    assert before.held_out_images == audit(instances, refer_root).held_out_images + 3
+    clean = tmp_path / "split.json"
+    result = build_split(instances, refer_root, clean, benchmark=[path])
+    assert result.report["excluded"]["benchmark/ref-l4-val.parquet"] == {"images": 3, "found": 3}
+    assert audit(clean, refer_root, benchmark=[path]).leaked == []
+    without = tmp_path / "without.json"
+    build_split(instances, refer_root, without)
+    assert audit(without, refer_root, benchmark=[path]).leaked == other_ids
+
+
+def test_visual_genome_by_coco_id(tmp_path: Path, instances: Path, refer_root: Path, other_ids: list[int]) -> None:
+    entries = [
+        {"image_id": number, "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{number}.jpg", "coco_id": coco_id}
+        for number, coco_id in enumerate([*other_ids, None, None], start=2_300_000)
+    ]
+    path = tmp_path / "image_data.json"
+    path.write_text(json.dumps(entries))
+    (split,), notes = held_out_benchmarks([path])
+    assert split.image_ids == frozenset(other_ids)
+    assert notes == [f"{path}: 2 images are not COCO's according to the file; they are not looked for"]
+    assert audit(instances, refer_root, benchmark=[path]).splits[-1].image_ids == other_ids
+
+
+def test_flickr30k_has_numbers_of_its_own(tmp_path: Path, other_ids: list[int]) -> None:
+    path = tmp_path / "test.txt"
+    path.write_text("1007129816\n36979\n65567\n4999888777\n")
+    with pytest.raises(InputError, match="2 of its 4 numbers cannot be COCO ids, so none is taken as one"):
+        held_out_benchmarks([path])
+    path.write_text("1007129816.jpg\n36979.jpg\n")
+    with pytest.raises(InputError, match="1 of its 2 numbers cannot be COCO ids"):
+        held_out_benchmarks([path])
+    path.write_text("1007129816\n4999888777\n")
+    with pytest.raises(InputError, match="COCO"):
+        held_out_benchmarks([path])
+    path.write_text("".join(f"{n}\n" for n in other_ids))
+    assert held_out_benchmarks([path])[0][0].image_ids == frozenset(other_ids)
+
+
+def test_part_annotations_in_refers_layout(tmp_path: Path, refer_root: Path, other_ids: list[int]) -> None:
+    refs = [ref for ref in refer.files.read_refs(refer_root, "refcoco", "unc") if ref["split"] == "val"]
+    path = tmp_path / "refcocom.json"
+    path.write_text(json.dumps({"val": [{"file_name": ref["file_name"], "part": "head"} for ref in refs]}))
+    (split,), _ = held_out_benchmarks([path])
+    assert split.image_ids == frozenset(ref["image_id"] for ref in refs)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    path = ref_l4(tmp_path / "a.parquet", [], others=3)
+    with pytest.raises(InputError, match="none of its 3 images can be identified"):
+        held_out_benchmarks([path])
+    pq.write_table(pa.table({"caption": ["a"]}), path)
+    with pytest.raises(InputError, match="no column with names or ids of images"):
+        held_out_benchmarks([path])
+    (tmp_path / "2").mkdir()
+    paths = [ref_l4(folder / "b.parquet", [9], 0) for folder in (tmp_path, tmp_path / "2")]
+    with pytest.raises(InputError, match="another benchmark has the same file name"):
+        held_out_benchmarks(paths)
+
+
+def test_the_commands(tmp_path: Path, instances: Path, refer_root: Path, other_ids: list[int]) -> None:
+    path = ref_l4(tmp_path / "ref-l4-test.parquet", other_ids, others=1)
+    common = ["--refer-root", str(refer_root), "--benchmark", str(path)]
+    out = str(tmp_path / "split.json")
+    built = CliRunner().invoke(main, ["build-split", "--instances", str(instances), "--out", out, *common])
+    assert built.exit_code == 0 and "benchmark/ref-l4-test.parquet" in built.stdout
+    clean = CliRunner().invoke(main, ["audit", "--instances", out, *common])
+    assert clean.exit_code == 0 and "benchmark/ref-l4-test.parquet" in clean.stdout
+    leaks = CliRunner().invoke(main, ["audit", "--instances", str(instances), *common])
+    assert leaks.exit_code == 1
+    detector = CliRunner().invoke(main, ["audit", "--checkpoint", str(tmp_path), *common])
+    assert detector.exit_code == 2 and "--benchmark is for --instances alone" in detector.stderr
