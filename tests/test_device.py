@@ -125,7 +125,7 @@ def test_the_gpu_that_is_chosen_becomes_the_current_one(
 def test_a_device_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", pytest.fail)
     assert usable_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match="--device cuda:97: cannot be used"):
+    with pytest.raises(InputError, match="`device` cuda:97: cannot be used"):
         usable_device("cuda:97")
 
 
@@ -206,7 +206,7 @@ def test_tf32_on_a_cpu_is_float32_and_told(run_directory: Path, shapes_root: Pat
     said: list[str] = []
     extract_features(run_directory, shapes_root / "train2014", tmp_path / "a.h5", images_of(shapes_root, 3),
                      options=ExtractOptions(precision="tf32"), device="cpu", say=said.append)  # fmt: skip
-    assert said == ["--precision tf32: this processor has no tf32 arithmetic: computing in float32, which is exact"]
+    assert said == ["`precision` tf32: this processor has no tf32 arithmetic: computing in float32, which is exact"]
     with store.open(tmp_path / "a.h5") as found:
         assert found.options["precision"] == "float32"
 

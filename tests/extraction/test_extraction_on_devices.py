@@ -192,7 +192,7 @@ def test_what_the_cpu_began_a_gpu_may_finish(
             raise KeyboardInterrupt
         return start(*given, **named)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="--resume"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="`resume=True`"):
         patch.setattr(predictor, "start_detecting", stops)
         extract(tmp_path, "cpu", "a.h5")
     assert extract(tmp_path, device, "a.h5", resume=True).computed < COUNT

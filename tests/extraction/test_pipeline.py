@@ -330,7 +330,8 @@ def test_memory_holds_a_line_of_an_image_and_not_its_regions(tmp_path: Path) -> 
             tracemalloc.stop()
 
     peak(40)  # what is imported and kept at the first use
-    assert (peak(440) - peak(40)) / 400 < 2000  # bytes an image, whose features are 40 kB
+    # of two, as other threads of the process may allocate meanwhile; bytes an image, whose features are 40 kB
+    assert (min(peak(440), peak(440)) - peak(40)) / 400 < 2000
 
 
 @pytest.mark.parametrize(("most", "waiting"), [(1 << 28, 10), (40, 4), (1, 2)])
