@@ -105,7 +105,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
 ) -> None:
     """So that the thread that computes may go on with the next batch."""
     steps: list[str] = []
-    end, encode = predictor._end_of_work, predictor.masks_to_rle
+    end, encode = predictor._end_of_work, predictor.paste_masks
 
     def watched_end(*given: Any) -> Callable[[], None]:
         wait = end(*given)
@@ -116,7 +116,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
         return encode(*given)
 
     monkeypatch.setattr(predictor, "_end_of_work", watched_end)
-    monkeypatch.setattr(predictor, "masks_to_rle", watched_masks)
+    monkeypatch.setattr(predictor, "paste_masks", watched_masks)
     model, images = small_model(), some_images(2)
     finish: Callable[[], list[Any]]
     if describing:
