@@ -35,6 +35,7 @@ COMMANDS = (
     "extract-features",
     "evaluate-on-refer",
     "export",
+    "report",
     "draw",
     "inspect",
     "demo",
