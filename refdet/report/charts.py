@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
 SERIES = (INK, *LIGHT[3:])
+LARGEST = 1e30  # of the values of a chart; ticks of larger ones overflow
 LONGEST_NAME = 40  # characters of a name in a chart
 
 _STYLE = re.compile(r'style="[^"]*"')
@@ -41,7 +41,7 @@ class Series:
 
     Attributes:
         name: label in the legend.
-        points: (x, y), ascending in x; points that are not finite are left out.
+        points: (x, y), ascending in x; points that are not finite, or not below `LARGEST`, are left out.
         style: index of the page's series colours, 0 to 5.
         dashed: whether it is a line to compare with, dashed and without dots.
     """
@@ -192,10 +192,10 @@ def _themed(svg: str) -> str:
     def variable(match: re.Match[str]) -> str:
         style = match[0]
         for i, colour in enumerate(LIGHT):
-            style = style.replace(colour, f"var(--c{i})")
+            style = style.replace(colour, f"var(--C{i})")
         return style
 
-    light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(colours)) for colours in (LIGHT, DARK))
+    light, dark = (";".join(f"--C{i}:{c}" for i, c in enumerate(colours)) for colours in (LIGHT, DARK))
     rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     rules += "text{font-family:system-ui,Arial,sans-serif!important}</style>"
     head, rest = svg.split(">", 1)
@@ -204,7 +204,7 @@ def _themed(svg: str) -> str:
 
 def _shown(series: Sequence[Series], log_y: bool) -> list[Series]:
     kept = [
-        replace(one, points=[p for p in one.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log_y)])
+        replace(one, points=[p for p in one.points if all(abs(v) < LARGEST for v in p) and (p[1] > 0 or not log_y)])
         for one in series
     ]
     return [one for one in kept if one.points]
