@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from refdet import __version__
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import write_json
-from refdet.report import Inputs, ReferPart, Step, write
 
 DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
 # The examples come with the source, not with the installed package; there the demo goes without the listener.
@@ -158,30 +157,27 @@ def demo(
             if answers is not None and dataset == DATASETS[0][0]:
                 given += _flags(predictions=answers)
             log.refdet("evaluate-on-refer", *given, *_flags(out=out / "refer" / dataset))
-    parts = [ReferPart(_store(out, name), _read(out / "refer" / name / "metrics.json")) for name, _ in DATASETS]
+    folders = {name: out / "refer" / name for name, _ in DATASETS}
+    parts = [_read(folder / "metrics.json") for folder in folders.values()]
     metrics = {
         "detection": _read(detected),
-        "refer": {f"{p.metrics['dataset']}/{p.metrics['split_by']}": p.metrics["splits"] for p in parts},
-        "provenance": parts[0].metrics["provenance"],
+        "refer": {f"{part['dataset']}/{part['split_by']}": part["splits"] for part in parts},
+        "provenance": parts[0]["provenance"],
         "seconds": {**log.seconds, "total": sum(log.seconds.values())},
         "seed": seed,
         "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
     }
     write_json(out / "metrics.json", metrics)
-    steps = [Step(name, ABOUT[name], tuple(log.commands[name]), log.seconds[name]) for name in log.seconds]
-    write(
-        out / "report.html",
-        Inputs(
-            run=model,
-            refer_root=refer_root,
-            images=train_images,
-            parts=parts,
-            detection=_read(detected),
-            instances=split,
-            source=original,
-            steps=steps,
-        ),
-    )
+    steps = [{"name": name, "about": ABOUT[name], "commands": log.commands[name], "seconds": log.seconds[name]}
+             for name in log.seconds]  # fmt: skip
+    write_json(out / "steps.json", steps)
+    given = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, made_from=original)
+    for name, folder in folders.items():
+        given += _flags(store=_store(out, name), metrics=folder)
+    if answers is not None:
+        given += _flags(predictions=answers)
+    log.commands["report"] = []
+    log.refdet("report", *given, *_flags(metrics=detected, steps=out / "steps.json", out=out / "report.html"))
     return metrics
 
 

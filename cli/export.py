@@ -11,7 +11,7 @@ from refdet.errors import InputError
 from refdet.store.export import consumers
 from refdet.store.export.folder import resolved
 
-from .arguments import check_store
+from .arguments import check_images, check_store
 from .common import echo_json, echo_table, json_option, note, store_option
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ TAKEN = {
     ),
     "npz": ("consumer", "feature", "names"),
     "lmdb": ("consumer", "feature"),
+    "coco": ("score_threshold",),
+    "fiftyone": ("images",),
 }
 
 
@@ -70,9 +72,15 @@ TAKEN = {
 )
 @click.option("--attributes", type=Path, help="mattnet: refer-parser2's sents.json, for attribute words.")
 @click.option("--top-attributes", type=click.IntRange(min=1), help="mattnet: number of attribute words.  [default: 50]")
+@click.option(
+    "--score-threshold",
+    type=click.FloatRange(0, 1),
+    help="coco: lowest score of a region in instances.json.  [default: 0.5]",
+)
+@click.option("--images", type=Path, help="fiftyone: folder of the images.")
 @json_option
 def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -> None:
-    """Export a store as MAttNet's files, bottom-up-attention's npz, or ViLBERT's or UNITER's LMDB."""
+    """Export a store for MAttNet, readers of bottom-up-attention's npz, ViLBERT, UNITER, COCO's tools or FiftyOne."""
     chosen = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in chosen if name not in TAKEN[format_]]
     if wrong:
@@ -80,6 +88,10 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -
     check_store("--store", store)
     if "annotations" in chosen:
         check_store("--annotations", chosen["annotations"])
+    if format_ == "fiftyone" and "images" not in chosen:
+        raise InputError("--format fiftyone needs --images, the folder of the images")
+    if "images" in chosen:
+        check_images("--images", chosen["images"])
     resolved(out)
     done = _export(store, format_, out, chosen)
     for line in done.notes:
@@ -100,6 +112,14 @@ def _export(store: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exp
         from refdet.store.export.lmdb import export_lmdb
 
         return export_lmdb(store, out, **chosen)
+    if format_ == "coco":
+        from refdet.store.export.coco import export_coco
+
+        return export_coco(store, out, **chosen)
+    if format_ == "fiftyone":
+        from refdet.store.export.fiftyone import export_fiftyone
+
+        return export_fiftyone(store, out, **chosen)
     from refdet.store.export.mattnet import export_mattnet
 
     options = {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}

@@ -38,6 +38,8 @@ COMMANDS = (
     "evaluate-on-refer",
     "export",
     "export-weights",
+    "report",
+    "draw",
     "inspect",
     "demo",
 )

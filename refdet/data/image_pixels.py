@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refdet.data.image_decoder import decode_any_size
+from refdet.data.image_decoder import decode_any_size, upright
 from refdet.data.image_source import ImageError, why_unreadable
 from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 28  # of an image file
 
 
-def read_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignore") -> np.ndarray:
     """The pixels of an image, (H, W, 3) uint8 RGB.
 
-    A file is decoded as those of an extraction are: its EXIF orientation is ignored, as COCO's boxes are of the pixels
-    as they are stored. Of 16 bits the upper 8 are kept; transparency is dropped.
+    A file is decoded as those of an extraction are: by default its EXIF orientation is ignored, as COCO's boxes are of
+    the pixels as they are stored. Of 16 bits the upper 8 are kept; transparency is dropped.
 
     Args:
         image: (H, W, 3) uint8 RGB, a PIL image, or the path of an image file.
+        exif: "apply" to turn the image of a file upright by its EXIF orientation.
 
     Raises:
         ArgumentError: an array of another shape or dtype, or an image without pixels.
@@ -36,6 +37,7 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
         return pixels if pixels.flags.writeable else pixels.copy()  # PyTorch warns of arrays that are read-only
     data = read_bytes(Path(image), MOST_BYTES)
     try:
-        return decode_any_size(data).pixels
+        decoded = decode_any_size(data)
+        return np.array(upright(decoded.pixels, decoded.orientation)) if exif == "apply" else decoded.pixels
     except Exception as error:  # decoders of damaged and hostile files fail in ways that nobody lists
         raise ImageError(f"{image}: not a readable image ({why_unreadable(error)}); give another file") from error

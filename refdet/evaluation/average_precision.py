@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from refdet.data.coco import CocoIndex
 from refdet.data.coco_validation import is_finite
 from refdet.data.segmentations import check_polygons
@@ -54,6 +56,52 @@ def coco_ap(
     numbers = _Numbers.of(index, image_ids)
     if not numbers.images:
         return dict.fromkeys(METRICS, -1.0)
+    evaluation = _evaluated(index, numbers, results, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
+
+
+def ap_by_category(
+    index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
+) -> dict[int, dict[str, float | None]]:
+    """`coco_ap` of each category, whose means over the categories with objects are the rates of `coco_ap`.
+
+    Args:
+        index: the annotations.
+        image_ids: the images to evaluate on.
+        results: entries of a COCO results JSON.
+        kind: "bbox" or "segm".
+
+    Returns:
+        Category id -> `METRICS`, 0..1; None if there are no such objects. Empty without images.
+    """
+    numbers = _Numbers.of(index, image_ids)
+    if not numbers.images or not numbers.categories:
+        return {}
+    # (IoU thresholds, recalls, categories, sizes, limits of regions), -1 where there are no objects
+    precision = np.asarray(_evaluated(index, numbers, results, kind).eval["precision"])[..., -1]
+    parts: list[tuple[Any, int]] = [
+        (slice(None), 0),
+        ([0], 0),
+        ([5], 0),
+        (slice(None), 1),
+        (slice(None), 2),
+        (slice(None), 3),
+    ]
+
+    def rate(thresholds: Any, category: int, size: int) -> float | None:
+        values = precision[thresholds, :, category, size]
+        return float(values.mean()) if (values > -1).all() else None
+
+    return {
+        id_: {name: rate(part[0], number - 1, part[1]) for name, part in zip(METRICS, parts, strict=True)}
+        for id_, number in numbers.categories.items()
+    }
+
+
+def _evaluated(index: CocoIndex, numbers: _Numbers, results: Sequence[dict[str, Any]], kind: str) -> Any:
+    """COCOeval of results, accumulated."""
     found = _results(results, kind, numbers)
     COCO, COCOeval = _evaluator()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -68,8 +116,7 @@ def coco_ap(
         evaluation.params.imgIds = list(numbers.images.values())
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
+    return evaluation
 
 
 def why_undefined(index: CocoIndex, image_ids: Iterable[int]) -> str | None:

@@ -1,14 +1,38 @@
-"""Line charts as inline SVG, without scripts, coloured by the page's style sheet."""
+"""Charts as SVG, drawn by matplotlib: for the page in its light and dark colours, or as a file that stands alone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import base64
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from refdet.report.markup import Markup, html, joined
+from refdet.files.short_text import cut
+from refdet.files.spreadsheet_text import xml_characters
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 44  # margins of the plot in units of the view box
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Plot
+
+# Ink, soft text, lines, and the colours of six series, as the page has them in its light and dark style.
+LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
+DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
+INK, SOFT, LINE = LIGHT[:3]
+SERIES = (INK, *LIGHT[3:])
+LARGEST = 1e30  # of the values of a chart; ticks of larger ones overflow
+LONGEST_NAME = 40  # characters of a name in a chart
+
+_STYLE = re.compile(r'style="[^"]*"')
+_SETTINGS: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "refdet", "text.parse_math": False, "font.size": 9.5,
+    "font.family": "sans-serif", "text.color": SOFT, "axes.labelcolor": SOFT, "xtick.color": SOFT,
+    "ytick.color": SOFT, "axes.edgecolor": LINE, "grid.color": LINE, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0,
+    "axes.axisbelow": True, "axes.unicode_minus": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -17,13 +41,15 @@ class Series:
 
     Attributes:
         name: label in the legend.
-        points: (x, y), ascending in x; points that are not finite are left out.
+        points: (x, y), ascending in x; points that are not finite, or not below `LARGEST`, are left out.
         style: index of the page's series colours, 0 to 5.
+        dashed: whether it is a line to compare with, dashed and without dots.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: int
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,8 +62,8 @@ class Axes:
         x_ticks: positions of the ticks of x, None for round numbers.
         y_range: lowest and highest y, None for the range of the points.
         log_y: logarithmic y; points that are not positive are left out.
-        width: of the view box.
-        height: of the view box.
+        width: in points.
+        height: in points.
         x_names: labels of ``x_ticks``, None for the numbers themselves.
     """
 
@@ -46,124 +72,147 @@ class Axes:
     x_ticks: Sequence[float] | None = None
     y_range: tuple[float, float] | None = None
     log_y: bool = False
-    width: int = 580
-    height: int = 340
+    width: int = 520
+    height: int = 300
     x_names: Sequence[str] | None = None
 
 
-def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Markup:
-    """An ``<svg>`` line chart with ticks; empty without points.
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page.
+
+    Attributes:
+        title: what it shows.
+        description: its values in words, for screen readers.
+        svg: the picture, "" where there is nothing to show.
+        legend: style and name of each line.
+    """
+
+    title: str
+    description: str
+    svg: str
+    legend: Sequence[tuple[int, str]] = ()
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI: an image runs no script and shares no names with the page."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode("ascii")
+
+
+def line_chart(title: str, description: str, series: Sequence[Series], axes: Axes, dots: bool = False) -> Chart:
+    """Lines, the first on top.
 
     Args:
-        title: for screen readers.
-        description: for screen readers.
-        series: the lines, the first on top.
+        title: what it shows.
+        description: its values in words.
+        series: the lines.
         axes: the axes.
-        dots: mark each point, with its values as a tooltip.
+        dots: mark each point.
     """
-    lines = [(s, [p for p in s.points if _shown(p, axes.log_y)]) for s in series]
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
-    if not xs:
-        return Markup()
-    x_ticks = list(axes.x_ticks) if axes.x_ticks else linear_ticks(min(xs), max(xs), 6)
-    x_names = dict(zip(x_ticks, axes.x_names or map(_number, x_ticks), strict=True))
-    y_low, y_high = axes.y_range or (min(ys), max(ys))
-    y_ticks = log_ticks(y_low, y_high) if axes.log_y else linear_ticks(y_low, y_high, 6)
-    to_x = _scale(min(*xs, *x_ticks), max(*xs, *x_ticks), LEFT, axes.width - RIGHT, False)
-    low, high = min(y_low, *y_ticks), max(y_high, *y_ticks)
-    to_y = _scale(low, high, axes.height - BOTTOM, TOP, axes.log_y)
-    bottom, right = axes.height - BOTTOM, axes.width - RIGHT
-    parts = [
-        html('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">', axes.width, axes.height, title),
-        html("<title>{}</title><desc>{}</desc>", title, description),
-        html('<text x="2" y="13">{}</text>', axes.y_label),
-        html('<text x="{}" y="{}" text-anchor="end">{}</text>', right, axes.height - 6, axes.x_label),
+    shown = _shown(series, axes.log_y)
+    svg = _svg(axes, lambda plot: _lines(plot, shown, axes, dots)) if shown else ""
+    return Chart(title, description, _themed(svg), [(one.style, one.name) for one in series])
+
+
+def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes) -> Chart:
+    """Bars at the ``x_ticks`` of the axes."""
+
+    def draw(plot: Plot) -> None:
+        positions = list(axes.x_ticks or range(len(heights)))
+        plot.bar(positions, list(heights), color=SERIES[1], width=0.8 * _step(positions))
+
+    return Chart(title, description, _themed(_svg(axes, draw)) if any(heights) else "")
+
+
+def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
+    """A file that stands alone: lines with dots on white, with title and legend."""
+
+    def draw(plot: Plot) -> None:
+        _lines(plot, _shown(series, axes.log_y), axes, dots=True)
+        plot.set_title(_text(title, 2 * LONGEST_NAME), color=INK, loc="left", fontweight="bold", pad=24)
+        for i, one in enumerate(series):
+            at = (i / max(len(series), 1), 1.03)
+            plot.text(*at, _text(one.name), color=SERIES[one.style], transform=plot.transAxes, fontweight="bold")
+
+    return _svg(axes, draw, "white")
+
+
+def _lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) -> None:
+    for place, one in enumerate(series):
+        x, y = zip(*one.points, strict=True)
+        width = 2.2 if one.style == 0 else 1.6
+        line = plot.plot(x, y, color=SERIES[one.style], linewidth=width, zorder=10 + len(series) - place)[0]
+        line.set_gid(f"series-{place}")
+        if one.dashed:
+            line.set(linestyle="--", linewidth=1)
+        elif dots:
+            line.set(marker="o", markersize=4)
+    if axes.log_y:
+        plot.set_yscale("log")
+        plot.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        plot.yaxis.set_minor_formatter(lambda value, position: "")
+
+
+def _svg(axes: Axes, draw: Callable[[Plot], None], background: str = "none") -> str:
+    """The SVG of a plot with these axes."""
+    with _matplotlib() as figure:
+        drawn = figure(figsize=(axes.width / 72, axes.height / 72), layout="constrained", facecolor=background)
+        plot: Plot = drawn.add_subplot(facecolor=background)
+        draw(plot)
+        plot.set_xlabel(_text(axes.x_label))
+        plot.set_ylabel(_text(axes.y_label))
+        if axes.x_ticks is not None:
+            names = axes.x_names or [f"{tick:g}" for tick in axes.x_ticks]
+            plot.set_xticks(list(axes.x_ticks), [_text(name) for name in names])
+        if axes.y_range is not None:
+            low, high = axes.y_range
+            plot.set_ylim(low, high + 0.02 * (high - low))
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same chart has the same bytes
+        drawn.savefig(file, format="svg", metadata=nothing)
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+@contextmanager
+def _matplotlib() -> Iterator[Any]:
+    """The class of figures, with our settings; not pyplot's, which keeps them."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), rc_context(_SETTINGS):
+        warnings.simplefilter("ignore")  # of letters that its own font lacks; the reader's has them
+        yield Figure
+
+
+def _themed(svg: str) -> str:
+    """The chart in colours that follow the page's light or dark style; paper is light."""
+    if not svg:
+        return ""
+
+    def variable(match: re.Match[str]) -> str:
+        style = match[0]
+        for i, colour in enumerate(LIGHT):
+            style = style.replace(colour, f"var(--C{i})")
+        return style
+
+    light, dark = (";".join(f"--C{i}:{c}" for i, c in enumerate(colours)) for colours in (LIGHT, DARK))
+    rules = f"<style>:root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    rules += "text{font-family:system-ui,Arial,sans-serif!important}</style>"
+    head, rest = svg.split(">", 1)
+    return f"{head}>{rules}{_STYLE.sub(variable, rest)}"
+
+
+def _shown(series: Sequence[Series], log_y: bool) -> list[Series]:
+    kept = [
+        replace(one, points=[p for p in one.points if all(abs(v) < LARGEST for v in p) and (p[1] > 0 or not log_y)])
+        for one in series
     ]
-    for tick in y_ticks:
-        at = f"{to_y(tick):.1f}"
-        parts.append(html('<line class="grid" x1="{}" x2="{}" y1="{at}" y2="{at}"/>', LEFT, right, at=at))
-        parts.append(html('<text x="{}" y="{}" dy=".35em" text-anchor="end">{}</text>', LEFT - 7, at, _number(tick)))
-    for tick in x_ticks:
-        at = f"{to_x(tick):.1f}"
-        parts.append(html('<line class="grid" x1="{at}" x2="{at}" y1="{}" y2="{}"/>', bottom, bottom + 5, at=at))
-        parts.append(html('<text x="{}" y="{}" text-anchor="middle">{}</text>', at, bottom + 19, x_names[tick]))
-    for line, points in reversed(lines):  # the first lies on top
-        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
-        parts.append(html('<polyline class="s{}" points="{}"/>', line.style, path))
-        for x, y in points if dots else ():
-            tooltip = f"{line.name}: {y:.3f} at {x_names.get(x, _number(x))}"
-            point = '<circle class="s{}" r="4.5" cx="{:.1f}" cy="{:.1f}"><title>{}</title></circle>'
-            parts.append(html(point, line.style, to_x(x), to_y(y), tooltip))
-    return joined([*parts, Markup("</svg>")], "\n")
+    return [one for one in kept if one.points]
 
 
-def legend(series: Sequence[Series]) -> Markup:
-    """The names of the lines beside their colours."""
-    items = (html('<li><i class="s{}"></i>{}</li>', s.style, s.name) for s in series)
-    return html('<ul class="legend">{}</ul>', joined(items))
+def _step(positions: Sequence[float]) -> float:
+    return positions[1] - positions[0] if len(positions) > 1 else 1.0
 
 
-# The page's colours on white, for a chart that stands alone.
-_COLOURS = ("#16181d", "#2a78d6", "#0f9a68", "#c98500", "#7a4fd0", "#d8403f")
-_STYLE = (
-    "text{fill:#555b66;font:13px system-ui,Arial,sans-serif}.grid{stroke:#dfe1e6}polyline{fill:none;stroke-width:2}"
-)
-
-
-def standalone(chart: Markup, title: str, series: Sequence[Series], axes: Axes) -> str:
-    """A standalone SVG file: title, legend, and the chart from `line_chart`."""
-    head = 50
-    style = _STYLE + "".join(
-        f"polyline.s{i}{{stroke:{c}}}.k{i},circle.s{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS)
-    )
-    share = (axes.width - LEFT - RIGHT) / max(len(series), 1)
-    parts = [
-        html(
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
-            width=axes.width,
-            height=axes.height + head,
-        ),
-        html('<style>{}</style><rect width="100%" height="100%" fill="#fff"/>', style),
-        html('<text x="{}" y="18" style="font-weight:600">{}</text>', LEFT, title),
-    ]
-    for i, line in enumerate(series):
-        x = LEFT + i * share
-        parts.append(html('<rect class="k{}" x="{:.0f}" y="32" width="16" height="4"/>', line.style, x))
-        parts.append(html('<text x="{:.0f}" y="39">{}</text>', x + 21, line.name))
-    sized = chart.replace("<svg ", html('<svg width="{}" height="{}" ', axes.width, axes.height), 1)
-    return joined([*parts, html('<g transform="translate(0 {})">{}</g>', head, sized), Markup("</svg>\n")], "\n")
-
-
-def linear_ticks(low: float, high: float, about: int) -> list[float]:
-    """About `about` multiples of 1, 2 or 5 times a power of ten that enclose ``low`` and ``high``."""
-    span = (high - low) or abs(high) or 1.0
-    rough = span / max(about - 1, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that enclose ``low`` and ``high``, both positive."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
-    under = [t for t in ticks if t <= low * 1.001]
-    over = [t for t in ticks if t >= high * 0.999]
-    return [t for t in ticks if under[-1] <= t <= over[0]]
-
-
-def _shown(point: tuple[float, float], log_y: bool) -> bool:
-    return all(map(math.isfinite, point)) and (point[1] > 0 or not log_y)
-
-
-def _scale(low: float, high: float, start: float, end: float, log: bool) -> Callable[[float], float]:
-    """Maps values between ``low`` and ``high`` to coordinates between ``start`` and ``end``."""
-    bend = math.log if log else float
-    first, last = bend(low), bend(high)
-    return lambda value: start + (bend(value) - first) / ((last - first) or 1.0) * (end - start)
-
-
-def _number(value: float) -> str:
-    return f"{value:.10g}"
+def _text(text: str, longest: int = LONGEST_NAME) -> str:
+    return cut(xml_characters(text), longest)

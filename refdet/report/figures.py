@@ -1,24 +1,24 @@
-"""HTML figure of an image with its regions and the sentences that refer to them."""
+"""Picture of an image with its regions, and captions of the sentences that refer to them."""
 
 from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from refdet.files.short_text import counted
-from refdet.report.markup import Markup, html, joined
-from refdet.report.samples import Scene
+from refdet.report.samples import Answer, Scene
 from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
 
-LONG_SIDE = 720  # pixels of a picture in the report: sharp on high-density screens, about 60 kB
+LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
 MOST_OTHERS = 12  # regions drawn without a sentence
 GREY = "#9aa0aa"
+WRONG = "#d8403f"
 
 
 @dataclass(frozen=True)
@@ -53,65 +53,97 @@ class Key:
         return cls(colours, numbers, others[:MOST_OTHERS])
 
 
-def picture(scene: Scene, pixels: np.ndarray) -> Markup:
-    """A ``<figure>`` with the image and its regions, and the sentences below it.
+@dataclass(frozen=True)
+class Item:
+    """The caption of one referred object.
+
+    Attributes:
+        number: of the object in the picture.
+        colour: "#rrggbb" of its chip.
+        ink: colour of the number.
+        fill: whether the chip is filled: the object has a region.
+        sentences: its referring expressions.
+        text: what was found.
+        bad_first: a warning before the text, or "".
+        bad: a warning after the text, or "".
+    """
+
+    number: int
+    colour: str
+    ink: str
+    fill: bool
+    sentences: tuple[str, ...]
+    text: str
+    bad_first: str = ""
+    bad: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its regions drawn, and its captions.
+
+    Attributes:
+        alt: what it shows, in words.
+        jpeg: the file.
+        where: split and image.
+        items: captions of the referred objects.
+    """
+
+    alt: str
+    jpeg: bytes
+    where: str
+    items: tuple[Item, ...]
+
+    @property
+    def uri(self) -> str:
+        """The file as a data URI."""
+        return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode("ascii")
+
+
+def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> Picture:
+    """The picture of an image with its regions.
 
     Args:
         scene: regions and referred objects of the image.
         pixels: the image, (height, width, 3) uint8 RGB.
+        answer: a model's answer to draw beside them.
     """
     key = Key.of(scene)
     data = io.BytesIO()
-    draw(scene, pixels, key).save(data, "JPEG", quality=84, optimize=True)
-    source = base64.b64encode(data.getvalue()).decode("ascii")
-    items = joined((_item(scene, i, key) for i in range(len(scene.referred))), "\n")
+    draw(scene, pixels, key, answer).save(data, "JPEG", quality=80, optimize=True)
     drawn = len(key.others) + len(key.numbers)
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
     where = f"{scene.split}, image {scene.regions.image_id}: {counted(drawn, 'region')}{less_likely}"
-    return html(
-        """<figure>
-<img alt="{alt}" src="data:image/jpeg;base64,{source}" loading="lazy">
-<figcaption><span class="where">{where}</span>
-<ol class="refs">
-{items}
-</ol></figcaption>
-</figure>""",
-        alt=_alt(scene),
-        source=source,
-        where=where,
-        items=items,
-    )
+    items = tuple(_item(scene, i, key) for i in range(len(scene.referred)))
+    if answer is not None:
+        items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)
+    return Picture(_alt(scene), data.getvalue(), where, items)
 
 
 def _alt(scene: Scene) -> str:
+    title = f"Image {scene.regions.image_id} with its detected regions outlined"
+    if not scene.referred:
+        return title
     found = sum(one.found for one in scene.referred)
     names = ", ".join(one.category for one in scene.referred)
-    return (
-        f"Image {scene.regions.image_id} with its detected regions outlined; "
-        f"{found} of {len(scene.referred)} referred objects found ({names})"
-    )
+    return f"{title}; {found} of {len(scene.referred)} referred objects found ({names})"
 
 
-def _item(scene: Scene, i: int, key: Key) -> Markup:
+def _item(scene: Scene, i: int, key: Key) -> Item:
     one, colour = scene.referred[i], key.colours[i]
-    quotes = joined(html("<q>{}</q>", text) for text in one.sentences)
+    head = (i + 1, colour, text_colour(colour), one.found, one.sentences)
     if one.found:
         assert one.region is not None
         category = int(scene.regions.category_ids[one.region])
-        told = html("found as {}, IoU {:.2f}", scene.names.get(category, str(category)), one.iou)
-        if category != one.category_id:
-            told += html(' <b class="bad">(actual category: {})</b>', one.category)
-        chip = html('<span class="chip" style="background:{};color:{}">{}</span>', colour, text_colour(colour), i + 1)
-    else:
-        near = f"best IoU {one.iou:.2f}" if one.region is not None else "no regions"
-        told = html('<b class="bad">missed</b>: {}; {}', one.category, near)
-        chip = html('<span class="chip missed" style="border-color:{}">{}</span>', colour, i + 1)
-    return html('<li>{}<span>{}<span class="iou-of">{}</span></span></li>', chip, quotes, told)
+        wrong = f"(actual category: {one.category})" if category != one.category_id else ""
+        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {one.iou:.2f}", bad=wrong)
+    near = f"best IoU {one.iou:.2f}" if one.region is not None else "no regions"
+    return Item(*head, f": {one.category}; {near}", bad_first="missed")
 
 
-def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
-    """The image with a long side of `LONG_SIDE`, regions and missed objects drawn on it."""
+def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = None) -> Image.Image:
+    """The image with a long side of `LONG_SIDE`, regions, missed objects and an answer drawn on it."""
     regions = scene.regions
     scale = LONG_SIDE / max(regions.height, regions.width)
     size = (max(round(regions.width * scale), 1), max(round(regions.height * scale), 1))
@@ -129,6 +161,9 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key) -> Image.Image:
     for i, one in enumerate(scene.referred):
         if not one.found:
             pen.dashes(_scaled(one.box, scale), key.colours[i])
+    if answer is not None:
+        pen.dashes(_scaled(answer.box, scale), WRONG)
+        pen.label(_scaled(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])

@@ -1,11 +1,16 @@
-"""Series and axes of the charts of recall by number of regions."""
+"""Charts of recall by number of regions and by IoU threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from refdet.report.charts import Axes, Series
+from refdet.files.atomic import atomic_write
+from refdet.report.charts import Axes, Chart, Series, line_chart, recall_svg
+
+THRESHOLDS = ("0.5", "0.6", "0.7", "0.8", "0.9")
+PANEL: Any = {"width": 320, "height": 220}  # of a chart beside others
 
 
 def split_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -13,22 +18,47 @@ def split_names(metrics: Mapping[str, Any]) -> list[str]:
     return sorted(metrics["splits"], key=lambda name: (name != "train", name != "val", name))
 
 
-def recall_series(metrics: Mapping[str, Any]) -> list[Series]:
-    """One line per split: recall at IoU 0.5 at the ticks of `recall_axes`."""
-    names = split_names(metrics)
-    lines = {name: metrics["splits"][name]["recall@k"] for name in names}
-    return [Series(name, list(enumerate(lines[name].values())), 1 + i % 5) for i, name in enumerate(names)]
+def write_recall_figure(out: Path, metrics: Mapping[str, Any]) -> None:
+    """Write recall.svg, the recall of all splits by number of regions, into the folder ``out``."""
+    title = f"Referent recall of {metrics['dataset']} {metrics['split_by']} by number of regions"
+    with atomic_write(out / "recall.svg") as temporary:
+        temporary.write_text(recall_svg(title, _by_regions(metrics), _axes(metrics)), encoding="utf-8")
 
 
-def recall_axes(metrics: Mapping[str, Any], width: int = 580, height: int = 340) -> Axes:
-    """Axes of `recall_series`: evenly spaced ticks of x, one per number of regions."""
+def charts_by_regions(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Recall by number of regions, a chart per dataset."""
+    return [_chart(part, "number of regions", _by_regions(part), _axes(part, **PANEL)) for part in metrics]
+
+
+def charts_by_iou(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Recall by IoU threshold, a chart per dataset."""
+    axes = Axes("IoU threshold", "referent recall", [float(t) for t in THRESHOLDS], (0.0, 1.0), **PANEL)
+    charts = []
+    for part in metrics:
+        recall = {name: part["splits"][name]["referent_recall"] for name in split_names(part)}
+        lines = {name: [(float(t), of[t]) for t in THRESHOLDS] for name, of in recall.items()}
+        charts.append(_chart(part, "IoU", _series(lines), axes))
+    return charts
+
+
+def _chart(part: Mapping[str, Any], by: str, series: Sequence[Series], axes: Axes) -> Chart:
+    told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
+    title = f"{part['dataset']} {part['split_by']}"
+    return line_chart(title, f"Referent recall of {title} by {by}: {told}", series, axes, dots=True)
+
+
+def _by_regions(metrics: Mapping[str, Any]) -> list[Series]:
+    """One line per split: recall at IoU 0.5 at the ticks of `_axes`."""
+    splits = metrics["splits"]
+    return _series({name: list(enumerate(splits[name]["recall@k"].values())) for name in split_names(metrics)})
+
+
+def _axes(metrics: Mapping[str, Any], **size: Any) -> Axes:
+    """Evenly spaced ticks of x, one per number of regions."""
     kept = list(next(iter(metrics["splits"].values()))["recall@k"])
-    return Axes(
-        "top-scoring regions per image",
-        "referent recall at IoU 0.5",
-        x_ticks=range(len(kept)),
-        x_names=kept,
-        y_range=(0.0, 1.0),
-        width=width,
-        height=height,
-    )
+    label = "top-scoring regions per image"
+    return Axes(label, "referent recall at IoU 0.5", range(len(kept)), (0.0, 1.0), x_names=kept, **size)
+
+
+def _series(lines: Mapping[str, list[tuple[float, float]]]) -> list[Series]:
+    return [Series(name, points, 1 + i % 5) for i, (name, points) in enumerate(lines.items())]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from refdet import store as stores
+from refdet.data.coco import ImageRecord
 from refdet.evaluation.metrics import box_iou
+from refdet.evaluation.predictions import load_predictions
+from refdet.store import Store
 from refdet.structures.regions import Regions
 from refer import REFER
 
@@ -53,31 +55,91 @@ class Scene:
 
     @property
     def worst(self) -> float:
-        """The lowest IoU of its referred objects."""
-        return min(one.iou for one in self.referred)
+        """The lowest IoU of its referred objects, 1 without any."""
+        return min((one.iou for one in self.referred), default=1.0)
 
 
-def scenes(features: Path, refer_root: Path, dataset: str, split_by: str, splits: Sequence[str]) -> list[Scene]:
-    """All usable images of the splits, in the order of the splits and ascending image id."""
-    refer = REFER(refer_root, dataset, split_by)
-    with stores.open(features) as store:
-        names = {int(c["id"]): str(c["name"]) for c in store.classes}
-        return [
-            Scene(f"{dataset}/{split_by}/{split}", regions, referred, names)
-            for split in splits
-            for regions, referred in _of_split(store, refer, split)
-        ]
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to one sentence.
+
+    Attributes:
+        scene: its image; the referred object is the only one, with that sentence alone.
+        box: (4,) the answer, half-open xyxy in pixels of the image.
+        iou: with the referred object.
+    """
+
+    scene: Scene
+    box: np.ndarray
+    iou: float
 
 
-def _of_split(store: stores.Store, refer: REFER, split: str) -> Iterator[tuple[Regions, tuple[Referred, ...]]]:
+def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> list[Scene]:
+    """All usable images of the splits that the store has, in the order of the splits and ascending image id.
+
+    Args:
+        store: the store.
+        refer: the REFER dataset.
+        where: dataset and split_by, such as "refcoco/unc".
+        splits: names of splits.
+    """
+    names = store.names
+    return [
+        Scene(f"{where}/{split}", regions, referred, names)
+        for split in splits
+        for regions, referred in _of_split(store, refer, split)
+    ]
+
+
+def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predictions: Path) -> list[Answer]:
+    """The answers of a predictions JSON to sentences of the splits, in the order of the scenes.
+
+    Raises:
+        InputError: the file is damaged, or does not fit the store.
+    """
+    columns = (store.image_ids.tolist(), store.heights.tolist(), store.widths.tolist())
+    sizes = {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
+    records = {
+        sent_id: ImageRecord(ref["image_id"], "", *sizes[ref["image_id"]])
+        for sent_id, ref in refer.sentToRef.items()
+        if ref["image_id"] in sizes
+    }
+    given = load_predictions(predictions, store, records)
+    found = []
+    for split in splits:
+        for image_id, ref_ids in _refs_of(refer, split).items():
+            if image_id not in store:
+                continue
+            regions = store.read(image_id, features=())
+            for ref_id in ref_ids:
+                one = _referred(refer, ref_id, regions)
+                for sentence in refer.Refs[ref_id]["sentences"]:
+                    predicted = given.get(sentence["sent_id"])
+                    if predicted is None:
+                        continue
+                    alone = replace(one, sentences=(str(sentence["sent"]),))
+                    box = predicted.boxes[0]
+                    iou = float(box_iou(box[None], one.box[None])[0, 0])
+                    found.append(Answer(Scene(f"{where}/{split}", regions, (alone,), store.names), box, iou))
+    return found
+
+
+def _refs_of(refer: REFER, split: str) -> dict[int, list[int]]:
+    """Image id -> ids of the refs of a split, in ascending order of images."""
     refs_of: dict[int, list[int]] = {}
     for ref in refer.data["refs"]:
         if ref["split"] == split:
             refs_of.setdefault(ref["image_id"], []).append(ref["ref_id"])
-    for image_id in sorted(refs_of):
+    return dict(sorted(refs_of.items()))
+
+
+def _of_split(store: Store, refer: REFER, split: str) -> Iterator[tuple[Regions, tuple[Referred, ...]]]:
+    for image_id, ref_ids in _refs_of(refer, split).items():
+        if image_id not in store:
+            continue
         regions = store.read(image_id, features=())
         if not regions.error:
-            yield regions, tuple(_referred(refer, ref_id, regions) for ref_id in refs_of[image_id])
+            yield regions, tuple(_referred(refer, ref_id, regions) for ref_id in ref_ids)
 
 
 def _referred(refer: REFER, ref_id: int, regions: Regions) -> Referred:
@@ -121,3 +183,18 @@ def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
         if scene.worst < FOUND and len(chosen) < count:
             chosen.setdefault(scene.regions.image_id, scene)
     return list(chosen.values())
+
+
+def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+    """Images whose objects all have regions, highest IoU of the worst of them first, without duplicates."""
+    chosen: dict[int, Scene] = {}
+    for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
+        if scene.worst >= FOUND and len(chosen) < count:
+            chosen.setdefault(scene.regions.image_id, scene)
+    return list(chosen.values())
+
+
+def evenly(things: Sequence[Answer], count: int) -> list[Answer]:
+    """At most `count` of the things, evenly spaced."""
+    count = min(count, len(things))
+    return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]

@@ -132,6 +132,7 @@ class Regions:
         image: np.ndarray | Image.Image | str | Path,
         *,
         min_score: float = 0.0,
+        max_regions: int | None = None,
         names: Mapping[int, str] | None = None,
     ) -> Image.Image:
         """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
@@ -142,6 +143,7 @@ class Regions:
         Args:
             image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
             min_score: lowest score of a region to draw.
+            max_regions: draw at most so many regions, best first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
@@ -162,13 +164,13 @@ class Regions:
             )
         texts = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        for row in np.argsort(-self.scores, kind="stable").tolist():
-            if self.scores[row] >= min_score:
-                category = int(self.category_ids[row])
-                name = texts.get(category, "" if category == NO_CATEGORY else str(category))
-                x1, y1, x2, y2 = self.boxes[row].tolist()
-                mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
-                drawn.append(Drawn((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
+        best_first = [r for r in np.argsort(-self.scores, kind="stable").tolist() if self.scores[r] >= min_score]
+        for row in best_first[:max_regions]:
+            category = int(self.category_ids[row])
+            name = texts.get(category, "" if category == NO_CATEGORY else str(category))
+            x1, y1, x2, y2 = self.boxes[row].tolist()
+            mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
+            drawn.append(Drawn((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
         return draw_regions(pixels, drawn)
 
     @classmethod

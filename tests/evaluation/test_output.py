@@ -20,8 +20,8 @@ from refdet.cli.main import main
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.evaluation.tables import COLUMNS, tables, to_dataframe, write
 from refdet.files.spreadsheet_text import spreadsheet_cell
-from refdet.report.markup import html
-from refdet.report.recall_figure import write_recall_figure
+from refdet.report.recall import write_recall_figure
+from refdet.report.templates import ENVIRONMENT
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_mattnets_protocol_is_used_and_recorded(written: tuple[Path, str, list[s
 NAMES = ['=HYPERLINK("http://x/"&A1)', "@SUM(1)", "+1", "-2+3", "\t=1", "\r=1", "\n=1", "a\r=1", "a\r\n=1",
          "＝1", " =1", "<script>alert(1)</script>", "]]>", "&amp;", '"', "a,b", "a\x1b[31mb", "\x00", "\ud800",
          "\ufffe", "val"]  # fmt: skip
+TEMPLATE = ENVIRONMENT.from_string('<a b="{{ text }}">{{ text }}</a>')
 FORMULA = "=+-@\t\r\n＝＋－＠"
 
 
@@ -126,7 +127,7 @@ def test_any_text_is_a_cell_and_xml(text: str) -> None:
     cell = spreadsheet_cell(text)
     assert not cell.lstrip().startswith(tuple(FORMULA)) and "\r" not in cell and "\n" not in cell
     assert len(cell) <= len(text) + 1 and spreadsheet_cell(cell) == cell
-    root = ElementTree.fromstring(html('<a b="{}">{}</a>', text, text))
+    root = ElementTree.fromstring(TEMPLATE.render(text=text))
     known = "".join("\ufffd" if ord(c) < 32 and c not in "\t\r\n" or c in "\ufffe\uffff" or "\ud800" <= c <= "\udfff"
                     else c for c in text)  # fmt: skip
     assert (root.text or "") == known.replace("\r\n", "\n").replace("\r", "\n") and len(root) == 0

@@ -24,7 +24,7 @@ from refdet.errors import InputError, Interrupted, RefdetError
 from refdet.extraction.pipeline import extract
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
-from refdet.report.page import _read_log
+from refdet.report.inputs import read_log
 from refdet.store.shard_file import ShardError, read
 from refdet.structures.provenance import Provenance
 from refdet.training.metrics_log import MetricsLog
@@ -169,16 +169,16 @@ def test_the_log_of_a_training(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
     if isinstance(expected, int):
-        assert len(_read_log(path)) == expected
+        assert len(read_log(path)) == expected
     else:
         with pytest.raises(InputError, match=rf"metrics.jsonl(: )?{expected}"):
-            _read_log(path)
+            read_log(path)
 
 
 def test_a_log_that_is_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(InputError, match="metrics.jsonl: not a regular file"):
-        _read_log(tmp_path / "metrics.jsonl")
+        read_log(tmp_path / "metrics.jsonl")
 
 
 def test_a_file_of_many_gigabytes(tmp_path: Path) -> None:

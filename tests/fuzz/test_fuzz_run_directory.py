@@ -113,7 +113,7 @@ def test_what_a_run_says_of_itself(copy: Path, root: Path, tmp_path: Path, what:
     rows = b"".join(
         json.dumps({"step": n, "loss": 2.5, "rpn_score": 0.5, "lr": 0.02}).encode() + b"\n" for n in (1, 2, 3)
     )
-    inputs = page.Inputs(copy, root, tmp_path / "images", ())
+    inputs = page.Inputs(copy, root, tmp_path / "images")
 
     def change(chance: random.Random) -> None:
         log.write_bytes(rows)
@@ -126,7 +126,7 @@ def test_what_a_run_says_of_itself(copy: Path, root: Path, tmp_path: Path, what:
 
     def work() -> None:
         if what == "report":
-            text = page.render(inputs, "report")
+            text = page.render_page(inputs, "report")
             assert "<script" not in text and "\x1b" not in text
         elif what == "audit":
             found = audit_provenance(copy, root)

@@ -1,27 +1,32 @@
 """Text of strangers in a report: whatever field it stands in, it is shown or refused, and never becomes a tag."""
 
 import ast
+import base64
 import copy
 import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from markupsafe import Markup
+from jinja2 import UndefinedError
 
 from refdet import report
 from refdet.errors import InputError
-from refdet.report import Inputs, ReferPart, Step
-from refdet.report import page as page_module
-from refdet.report.charts import Axes, Series, legend, line_chart, standalone
+from refdet.evaluation.detection_errors import DetectionErrors
+from refdet.report import Inputs, ReferPart, Step, charts
+from refdet.report.charts import Axes, Series, line_chart, recall_svg
 from refdet.report.fields import check_metrics
 from refdet.report.figures import picture
-from refdet.report.markup import html, joined
-from refdet.report.samples import Referred, Scene
-from refdet.report.sections import table, tiles
+from refdet.report.samples import Answer, Referred, Scene
+from refdet.report.sections import ceiling_section, errors_section
+from refdet.report.templates import ENVIRONMENT
 from refdet.structures.regions import Regions
 
 HOSTILE = (
@@ -35,8 +40,9 @@ TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "main", "section", "nav", "footer", "h1", "h2", "h3"),
     *("p", "a", "b", "i", "q", "em", "div", "span", "code", "pre", "ul", "ol", "li", "figure", "figcaption", "img"),
     *("table", "thead", "tbody", "tr", "th", "td"),
-    *("svg", "desc", "g", "rect", "text", "line", "polyline", "circle"),
+    *("svg", "g", "rect", "text"),
 }
+SVG_TAGS = {"svg", "style", "defs", "g", "path", "use", "text", "clipPath", "rect", "metadata", "RDF", "Work", "tspan"}
 
 
 class Tags(HTMLParser):
@@ -70,8 +76,18 @@ def harmless(text: str) -> Tags:
     assert not [name for _, names in found.tags for name in names if name.startswith("on")]
     for name, value in found.values:
         if name in ("href", "src"):
-            assert value.startswith(("#", "data:image/jpeg;base64,")), value
+            assert value.startswith(("#", "data:image/jpeg;base64,", "data:image/svg+xml;base64,")), value
+        if value.startswith("data:image/svg"):
+            drawing(base64.b64decode(value.partition(",")[2]).decode())
     return found
+
+
+def drawing(svg: str) -> None:
+    """A chart is well-formed, and has nothing that runs or comes from elsewhere."""
+    for element in ElementTree.fromstring(svg).iter():
+        assert element.tag.split("}")[1] in SVG_TAGS, element.tag
+        for name, value in element.attrib.items():
+            assert not name.startswith("on") and (not name.endswith("href") or value.startswith("#"))
 
 
 def same_tags(make: Callable[[str], str], hostile: str) -> None:
@@ -95,15 +111,16 @@ LOG = {"step": 1, "loss": 2.5, "score": 1.0, "box": 0.5, "mask": 0.5, "rpn_score
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Makes the page of a run, a log and metrics; pictures, whose files are others', are tested on their own."""
-    monkeypatch.setattr(page_module, "_pictures", lambda inputs: Markup())
+    """Makes the page of a run, a log and metrics; pictures and drawn charts are tested on their own."""
+    empty = '<svg xmlns="http://www.w3.org/2000/svg"><g/></svg>'
+    monkeypatch.setattr(charts, "_svg", lambda axes, draw, background="none": empty)
 
     def make(meta: Any = META, log: Any = LOG, metrics: Any = METRICS, detection: Any = None, **more: Any) -> str:
         (tmp_path / "model.json").write_text(json.dumps(meta))
         (tmp_path / "metrics.jsonl").write_text((log if isinstance(log, str) else json.dumps(log)) + "\n")
         given = {"title": "a title", "steps": ()} | more
-        parts = [ReferPart(tmp_path / "x.h5", metrics)]
-        inputs = Inputs(tmp_path, tmp_path, tmp_path, parts, detection or {"bbox": RATES}, steps=given["steps"])
+        parts = [ReferPart(None, metrics)]
+        inputs = Inputs(tmp_path, parts=parts, detection=detection or {"bbox": RATES}, steps=given["steps"])
         (tmp_path / "r.html").unlink(missing_ok=True)
         report.write(tmp_path / "r.html", inputs, given["title"])
         return (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -187,38 +204,62 @@ def scene(text: str, found: bool) -> Scene:
     return Scene(text, of, (one, other), {1: text, 2: text})
 
 
+def fragment(body: str, **values: Any) -> str:
+    return ENVIRONMENT.from_string('{% import "ui.html" as ui %}' + body).render(**values)
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_pictures_charts_and_tables_are_escaped(hostile: str) -> None:
+def test_pictures_and_tables_are_escaped(hostile: str) -> None:
     pixels = np.zeros((48, 64, 3), np.uint8)
     for found in (True, False):
-        same_tags(lambda text, found=found: picture(scene(text, found), pixels), hostile)  # type: ignore[misc]
 
-    def chart(text: str) -> str:
-        series = [Series(text, [(0, 0.2), (1, 0.5)], 1)]
-        axes = Axes(text, text, x_ticks=range(2), x_names=[text, text], y_range=(0, 1))
-        svg = line_chart(text, text, series, axes, dots=True)
-        return svg + legend(series) + Markup(standalone(svg, text, series, axes))
+        def gallery(text: str, found: bool = found) -> str:
+            answer = Answer(scene(text, found), np.array([1.0, 2, 9, 9]), 0.2)
+            return fragment("{{ ui.gallery(pictures) }}", pictures=[picture(answer.scene, pixels, answer)])
 
-    same_tags(chart, hostile)
-    same_tags(lambda text: table(text, [text, text], [[text, text]]) + tiles([(text, text)]), hostile)
+        same_tags(gallery, hostile)
+    body = "{{ ui.table(x, [x, x], [[x, x]], [(1, x)]) }}{{ ui.tiles([(x, x)]) }}"
+    same_tags(lambda text: fragment(body, x=text), hostile)
+    same_tags(lambda text: ceiling_section(scene(text, False).referred), hostile)
+    errors = DetectionErrors(1, 2, of_category=Counter({1: 2}), confused=Counter({(1, 2): 2}))
+    rates = {1: {**RATES, "APl": 0.1}}
+    same_tags(lambda text: errors_section(errors, rates, {1: text, 2: text}, text), hostile)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE[:4] + HOSTILE[9:11] + HOSTILE[13:16])
+def test_charts_are_escaped(hostile: str) -> None:
+    series = [Series(hostile, [(0, 0.2), (1, 0.5)], 1)]
+    axes = Axes(hostile, hostile, x_ticks=range(2), x_names=[hostile, hostile], y_range=(0, 1))
+    chart = line_chart(hostile, hostile, series, axes, dots=True)
+    drawing(chart.svg)
+    drawing(recall_svg(hostile, series, axes))
+    plain = line_chart("plain", "plain", [Series("plain", series[0].points, 1)], axes)
+    same_tags(lambda text: fragment("{{ ui.chart(x) }}", x=replace(plain, title=text, description=text)), hostile)
 
 
 def test_text_is_escaped_by_default() -> None:
-    assert html("<b>{}</b>{x}", "<i>", x='"') == "<b>&lt;i&gt;</b>&#34;"
-    assert html("{}", html("<b>{}</b>", "<")) == "<b>&lt;</b>"
-    assert joined([html("<b></b>"), "<i>"], "\n") == "<b></b>\n&lt;i&gt;"  # type: ignore[list-item]
+    assert fragment("<b>{{ a }}</b>{{ b }}", a="<i>", b='"') == "<b>&lt;i&gt;</b>&#34;"
+    assert fragment("{{ ui.tiles([(a, a)]) }}", a="<") == fragment("{{ ui.tiles([('&'[:0] ~ a, a)]) }}", a="<")
+    with pytest.raises(UndefinedError):
+        fragment("{{ nothing }}")
 
 
 def test_no_template_is_made_of_data() -> None:
-    """`html` and `Markup` take literals alone: a template put together from values would not be escaped."""
-    for file in Path(page_module.__file__).parent.glob("*.py"):
-        if file.name == "markup.py":
-            continue
+    """Templates are files, nothing in them is called safe, and `Markup` is what they made."""
+    folder = Path(report.__file__).parent
+    templates = list((folder / "templates").glob("*.html"))
+    assert len(templates) > 8
+    for file in templates:
+        assert not re.search(
+            r"\|\s*safe|autoescape|href=\"{|<script", file.read_text(encoding="utf-8").replace('href="#{', "")
+        )
+    for file in folder.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("html", "Markup"):
-                first = node.args[0] if node.args else ast.Constant("")
-                literal = isinstance(first, ast.Constant) or ast.unparse(first) in ("point", "figure")
-                assert literal, f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("Markup", "ENVIRONMENT.from_string") or called.endswith("from_string"):
+                assert file.name == "templates.py", f"{file.name}: {ast.unparse(node)}"
+            if called == "render":
+                assert isinstance(node, ast.Call) and isinstance(node.args[0], ast.Constant)
 
 
 def test_metrics_without_a_field_are_named() -> None:

@@ -19,7 +19,7 @@ class Exported:
     """Result of an export.
 
     Attributes:
-        format: "mattnet", "npz" or "lmdb".
+        format: "mattnet", "npz", "lmdb", "coco" or "fiftyone".
         images: number of images that were written.
         regions: number of regions that were written.
         files: names of the files in the folder, or a pattern for files per image.

@@ -1,0 +1,115 @@
+"""``refdet draw``: one image with its regions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from refdet.errors import ArgumentError, InputError
+from refdet.files.short_text import counted
+
+from .arguments import check_device, check_new_file, check_run_directory, check_store
+from .common import echo_json, echo_line, json_option
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from refdet.structures.regions import Regions
+
+
+@click.command("draw")
+@click.argument("image", type=Path)
+@click.option("--checkpoint", type=Path, help="Run directory of a detector to run on the image.")
+@click.option("--store", type=Path, help="Store that has the regions of the image, written by extract-features.")
+@click.option("--out", type=Path, required=True, help="Picture to write, such as regions.png or regions.jpg.")
+@click.option("--image-id", type=int, help="The image's id in --store, if its file name is not enough.")
+@click.option(
+    "--score-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Lowest score of a region to draw.",
+)
+@click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Draw at most so many.")
+@click.option("--no-masks", is_flag=True, help="Draw boxes only.")
+@click.option("--device", help="cpu, cuda or cuda:1, for --checkpoint; by default a GPU if available.")
+@json_option
+def command(
+    image: Path,
+    checkpoint: Path | None,
+    store: Path | None,
+    out: Path,
+    image_id: int | None,
+    score_threshold: float,
+    max_regions: int,
+    no_masks: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Draw the regions of one IMAGE, of a detector or of a store, into a picture file."""
+    if (checkpoint is None) == (store is None):
+        raise InputError("give one of --checkpoint, to detect regions, and --store, to read them")
+    check_new_file("--out", out)
+    check_device("--device", device)
+
+    from dataclasses import replace
+
+    from refdet.files.atomic import atomic_write, report_disk_full
+
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--out {out}: not a name of a picture; end it in .png, .jpg or .webp")
+    if checkpoint is not None:
+        if image_id is not None:
+            raise InputError("--image-id is for --store")
+        check_run_directory("--checkpoint", checkpoint)
+        regions, pixels = _detect(image, checkpoint, score_threshold, max_regions, device)
+    else:
+        assert store is not None
+        check_store("--store", store)
+        regions, pixels = _stored(image, store, image_id)
+    if no_masks:
+        regions = replace(regions, masks=None)
+    try:
+        picture = regions.draw(pixels, min_score=score_threshold, max_regions=max_regions)
+    except ArgumentError as error:
+        raise InputError(f"{image}: {error.problem}") from error
+    drawn = min(int((regions.scores >= score_threshold).sum()), max_regions)
+    with report_disk_full(out, "free some space and draw it again"), atomic_write(out) as temporary:
+        picture.save(temporary, quality=92)
+    found = {"out": str(out), "regions": len(regions), "drawn": drawn}
+    if as_json:
+        echo_json(found)
+    else:
+        echo_line(f"{out}: {drawn} of {counted(len(regions), 'region')} drawn")
+
+
+def _detect(
+    image: Path, checkpoint: Path, score_threshold: float, max_regions: int, device: str | None
+) -> tuple[Regions, np.ndarray]:
+    """The regions of a detector with at least a score, and the pixels of the image."""
+    from refdet.data.image_pixels import read_pixels
+    from refdet.detector.detector import load_detector
+
+    pixels = read_pixels(image)
+    detector = load_detector(checkpoint, device=device or "auto")
+    found = detector.detect(pixels, score_threshold=score_threshold, max_regions=max_regions, features=())
+    return found, pixels
+
+
+def _stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
+    """The regions that a store has of an image, and its pixels in the orientation that the boxes are of."""
+    from refdet import store as stores
+    from refdet.data.image_pixels import read_pixels
+    from refdet.report.image_lookup import image_of_file
+
+    with stores.open(path) as store:
+        known = image_of_file(store, image) if image_id is None else image_id
+        if known not in store:
+            raise InputError(f"{path}: has no image {known}; give an --image-id that it has")
+        regions = store.read(known, ())
+        exif = store.options.get("exif", "ignore")
+    if regions.error:
+        raise InputError(f"{path}: image {known} has no regions: {regions.error}")
+    return regions, read_pixels(image, exif)

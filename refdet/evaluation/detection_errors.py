@@ -1,0 +1,101 @@
+"""Where a detector's regions go wrong: what their scores mean, and which categories they confuse. NumPy only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refdet.data.coco import Annotation, CocoIndex
+from refdet.evaluation.metrics import box_iou
+from refdet.structures.regions import Regions
+
+BINS = 10  # of the scores, which are 0..1
+MATCH = 0.5  # IoU from which a region and an object belong together
+
+
+@dataclass
+class DetectionErrors:
+    """Counts over images.
+
+    Attributes:
+        images: number of images.
+        objects: number of annotated objects, without crowds.
+        unfound: objects that no region matches, whatever its category.
+        regions: (`BINS`,) number of regions by score; those on crowds are not counted.
+        right: (`BINS`,) number of them that match an object of their category, one region per object.
+        score_sums: (`BINS`,) sums of their scores.
+        confused: (category of an object, category of its best-scoring region) -> number of objects, of those matched.
+        of_category: category id -> number of objects.
+    """
+
+    images: int = 0
+    objects: int = 0
+    unfound: int = 0
+    regions: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    right: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    score_sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.float64))
+    confused: Counter[tuple[int, int]] = field(default_factory=Counter)
+    of_category: Counter[int] = field(default_factory=Counter)
+
+    def add(self, regions: Regions, annotations: list[Annotation]) -> None:
+        """Count the regions of an image against its annotations."""
+        objects = [a for a in annotations if not a.iscrowd]
+        crowds = [a for a in annotations if a.iscrowd]
+        self.images += 1
+        self.objects += len(objects)
+        self.of_category.update(a.category_id for a in objects)
+        order = np.argsort(-regions.scores, kind="stable")
+        boxes, categories = regions.boxes[order].astype(np.float64), regions.category_ids[order]
+        ious = box_iou(_boxes(objects), boxes)
+        self._count_scores(regions.scores[order], categories, ious, objects, _on_crowds(boxes, categories, crowds))
+        for of_object, annotation in zip(ious, objects, strict=True):
+            near = np.flatnonzero(of_object >= MATCH)
+            if len(near):
+                self.confused[annotation.category_id, int(categories[near[0]])] += 1
+            else:
+                self.unfound += 1
+
+    def _count_scores(
+        self, scores: np.ndarray, categories: np.ndarray, ious: np.ndarray, objects: list[Annotation], crowd: np.ndarray
+    ) -> None:
+        """Match regions, best first, each with the object that it overlaps most of those that are left."""
+        kinds = np.array([a.category_id for a in objects], np.int64)
+        free = np.ones(len(objects), bool)
+        bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
+        for row in range(len(scores)):
+            fits = np.where(free & (kinds == categories[row]), ious[:, row], 0.0)
+            best = int(fits.argmax()) if len(fits) else -1
+            right = best >= 0 and fits[best] >= MATCH
+            if right:
+                free[best] = False
+            elif crowd[row]:
+                continue
+            self.regions[bins[row]] += 1
+            self.score_sums[bins[row]] += float(scores[row])
+            self.right[bins[row]] += int(right)
+
+
+def detection_errors(index: CocoIndex, images: Iterable[Regions]) -> DetectionErrors:
+    """Count the regions of images against the annotations of an instances file."""
+    found = DetectionErrors()
+    for regions in images:
+        found.add(regions, index.annotations[regions.image_id])
+    return found
+
+
+def _boxes(annotations: list[Annotation]) -> np.ndarray:
+    return np.array([a.box for a in annotations], np.float64).reshape(-1, 4)
+
+
+def _on_crowds(boxes: np.ndarray, categories: np.ndarray, crowds: list[Annotation]) -> np.ndarray:
+    """(n,) bool: whether half of a box lies in a crowd of its category, as COCO's evaluation ignores it."""
+    on = np.zeros(len(boxes), bool)
+    areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 1e-9)
+    for crowd in crowds:
+        low, high = np.maximum(boxes[:, :2], crowd.box[:2]), np.minimum(boxes[:, 2:], crowd.box[2:])
+        shared = np.maximum(high - low, 0).prod(axis=1)
+        on |= (shared / areas >= MATCH) & (categories == crowd.category_id)
+    return on

@@ -1,0 +1,154 @@
+"""What a report is made of, and the reading of the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.config.renamed_keys import LOSSES
+from refdet.detector.checkpoint import LARGEST_META
+from refdet.errors import InputError
+from refdet.files.json_files import read_bytes
+from refdet.files.small_files import strict_json
+from refdet.report.fields import count, field, rate, text
+from refdet.structures.provenance import Provenance
+from refdet.training.run_folder import LARGEST_LOG
+
+# The losses in metrics.jsonl, and their labels in the chart.
+LOSS_NAMES = (
+    ("loss", "total"),
+    ("loss_classifier", "class: which category is it?"),
+    ("loss_box_reg", "box: where exactly?"),
+    ("loss_mask", "mask: which pixels?"),
+    ("loss_objectness", "proposals: is anything here?"),
+    ("loss_rpn_box_reg", "proposals: roughly where?"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that was run.
+
+    Attributes:
+        name: "build-split".
+        about: its purpose in one sentence.
+        commands: the command lines.
+        seconds: their total time.
+    """
+
+    name: str
+    about: str
+    commands: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReferPart:
+    """A store, and what is known of its regions on a REFER dataset.
+
+    Attributes:
+        store: the store; None for metrics alone.
+        metrics: the metrics.json of evaluate-on-refer; None if the store was not evaluated.
+        predictions: JSON of a model's answers to the sentences, which refer to the store.
+        dataset: dataset and split_by of the store without metrics, such as "refcoco/unc"; "" for what it says.
+    """
+
+    store: Path | None
+    metrics: Mapping[str, Any] | None = None
+    predictions: Path | None = None
+    dataset: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a report, any of which may be missing.
+
+    Attributes:
+        run: run directory of the detector.
+        refer_root: folder of the REFER data.
+        images: folder or zip of the images of the stores.
+        parts: the stores and their metrics.
+        detection: output of ``refdet evaluate --json``.
+        instances: instances file with the objects of the stores' images; None for that of a REFER dataset.
+        trained_on: instances file that the detector was trained on, to audit again with ``refer_root``.
+        made_from: the instances file that ``trained_on`` was made from, also audited.
+        steps: the commands that were run.
+        pictures: approximate number of images; a third as many of the worst and of the best ones are added.
+    """
+
+    run: Path | None = None
+    refer_root: Path | None = None
+    images: Path | None = None
+    parts: Sequence[ReferPart] = ()
+    detection: Mapping[str, Any] | None = None
+    instances: Path | None = None
+    trained_on: Path | None = None
+    made_from: Path | None = None
+    steps: Sequence[Step] = ()
+    pictures: int = 12
+
+
+def read_meta(path: Path) -> tuple[str, int, Provenance]:
+    """Name of the recipe, steps and provenance of a ``model.json``."""
+    if not path.exists():
+        raise InputError(f"{path}: not there; give a run directory that refdet train wrote")
+    data = read_bytes(path, LARGEST_META)
+    try:
+        tree = strict_json(data)
+    except InputError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    recipe = field(tree, "recipe", str(path))
+    name = text(recipe, "name", f"{path}, recipe")
+    try:
+        provenance = Provenance.from_json(field(tree, "provenance", str(path)))
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return name, count(tree, "step", str(path)), provenance
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; empty without a log, as after an import.
+
+    A truncated last line of a killed run is left out.
+    """
+    if not path.exists():
+        return []
+    lines = read_bytes(path, LARGEST_LOG).split(b"\n")
+    log = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = strict_json(line)
+        except InputError as error:
+            if number == len(lines):  # cut when the run was killed
+                break
+            raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+        if isinstance(row, dict):
+            row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
+        for name in ("step", "loss", *(key for key, _ in LOSS_NAMES if isinstance(row, dict) and key in row)):
+            if rate(row, name, where) is None:
+                raise InputError(f"{where}: {name!r} is no number")
+        log.append(row)
+    return log
+
+
+def read_steps(path: Path) -> list[Step]:
+    """The commands of a JSON list of {"name", "about", "commands", "seconds"}."""
+    try:
+        tree = strict_json(read_bytes(path, LARGEST_META))
+    except InputError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(tree, list):
+        raise InputError(f"{path}: not a list of steps")
+    steps = []
+    for i, one in enumerate(tree):
+        where = f"{path}, step {i + 1}"
+        commands, seconds = field(one, "commands", where), rate(one, "seconds", where)
+        if not isinstance(commands, list) or not all(isinstance(line, str) for line in commands):
+            raise InputError(f"{where}: 'commands' is no list of texts")
+        steps.append(Step(text(one, "name", where), text(one, "about", where), tuple(commands), max(seconds or 0.0, 0)))
+    return steps

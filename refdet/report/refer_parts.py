@@ -1,0 +1,124 @@
+"""Stores that are open, with the REFER dataset and the metrics that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet import store as stores
+from refdet.errors import InputError
+from refdet.evaluation import targets
+from refdet.evaluation.refer_benchmark import evaluate_on_refer
+from refdet.evaluation.renamed_metrics import in_new_names
+from refdet.report.fields import check_metrics
+from refdet.report.inputs import ReferPart
+from refdet.report.recall import split_names
+from refdet.store import Store
+from refer import REFER
+
+
+@dataclass(frozen=True)
+class OpenPart:
+    """A `ReferPart` that was read.
+
+    Attributes:
+        store: the store, None for metrics alone.
+        refer: its REFER dataset, None if it has none or nobody gave the REFER data.
+        dataset: path of its folder in the REFER data and split_by, such as "refcoco/unc"; "" without.
+        splits: the splits to show.
+        metrics: the metrics of evaluate-on-refer, None without.
+        predictions: JSON of a model's answers.
+    """
+
+    store: Store | None
+    refer: REFER | None
+    dataset: str
+    splits: Sequence[str]
+    metrics: Mapping[str, Any] | None
+    predictions: Path | None
+
+    @property
+    def has_scenes(self) -> bool:
+        """Whether refs can be shown: each has one object, which gRefCOCO's have not."""
+        return self.store is not None and self.refer is not None and not targets.is_generalized(self.refer.data["refs"])
+
+
+def pair_up(
+    paths: Sequence[Path], metrics: Sequence[Mapping[str, Any]], predictions: Path | None, dataset: str = ""
+) -> list[ReferPart]:
+    """Give each store the metrics of its dataset; metrics of no store come after them.
+
+    Args:
+        paths: the stores.
+        metrics: contents of metrics.json files of evaluate-on-refer.
+        predictions: answers that refer to the first store.
+        dataset: dataset and split_by, such as "refcoco/unc", of all stores; "" for what each was extracted for.
+
+    Raises:
+        InputError: a store or metrics are damaged.
+    """
+    left = [in_new_names(one) for one in metrics]
+    for one in left:
+        check_metrics(one, "metrics of evaluate-on-refer")
+    parts = []
+    for place, path in enumerate(paths):
+        with stores.open(path) as store:
+            name = dataset or dataset_of(store)
+        same = [one for one in left if f"{one['dataset']}/{one['split_by']}" == name]
+        same = same or (left if len(paths) == len(metrics) == 1 else [])
+        if same:
+            left.remove(same[0])
+        parts.append(ReferPart(path, same[0] if same else None, None if place else predictions, name))
+    return parts + [ReferPart(None, one) for one in left]
+
+
+def dataset_of(store: Store) -> str:
+    """The REFER dataset that a store was extracted for, such as "refcoco/unc"; "" for other images."""
+    words = str(store.options.get("image_list", "")).split("/")
+    return "/".join(words[:2]) if len(words) == 3 else ""
+
+
+def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> OpenPart:
+    """Open a store, and evaluate it on REFER if it was not and can be.
+
+    Args:
+        stack: closes the store.
+        part: the paths.
+        refer_root: folder of the REFER data, None if it is not at hand.
+
+    Raises:
+        InputError: a file is missing or damaged, or predictions lack what they refer to.
+        refer.ReferError: the refs cannot be read.
+    """
+    store = None if part.store is None else stack.enter_context(stores.open(part.store))
+    metrics = None if part.metrics is None else in_new_names(part.metrics)
+    name = part.dataset
+    if metrics is not None:
+        check_metrics(metrics, "metrics of evaluate-on-refer")
+        name = f"{metrics['dataset']}/{metrics['split_by']}"
+    elif store is not None:
+        name = name or dataset_of(store)
+    if part.predictions is not None and (store is None or refer_root is None or not name):
+        raise InputError(f"{part.predictions}: answers need a store, `refer_root`, `dataset` and `split_by`")
+    if store is None or refer_root is None or not name:
+        return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
+    dataset, _, split_by = name.partition("/")
+    if metrics is None and not (refer_root / dataset).is_dir():
+        return OpenPart(store, None, name, (), None, None)  # of images that are called so by chance
+    refer = REFER(refer_root, dataset, split_by)
+    splits = split_names(metrics) if metrics else _whole_splits(store, refer)
+    answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())
+    if splits and (metrics is None or (part.predictions is not None and not answered)):
+        metrics = evaluate_on_refer(
+            store.path, refer_root, dataset, split_by, splits=splits, predictions=part.predictions
+        )
+    return OpenPart(store, refer, name, splits, metrics, part.predictions)
+
+
+def _whole_splits(store: Store, refer: REFER) -> list[str]:
+    """The splits but train all of whose images a store has."""
+    lacking = {ref["split"] for ref in refer.data["refs"] if ref["image_id"] not in store}
+    return sorted({ref["split"] for ref in refer.data["refs"]} - lacking - {"train"}, key=lambda s: (s != "val", s))

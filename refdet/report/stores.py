@@ -1,0 +1,65 @@
+"""The section about the stores themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from refdet.errors import InputError
+from refdet.report.charts import Axes, Chart, bar_chart
+from refdet.report.templates import Markup, render
+from refdet.store import Store
+from refdet.structures.provenance import Provenance
+
+MOST_FAILED = 20  # images that are listed
+MOST_CHARTS = 3  # stores that have charts
+BINS = 20
+
+
+def stores_section(stores: Sequence[Store]) -> Markup:
+    """What each store holds, and which images it could not use."""
+    failed = [
+        [image_id, str(name), str(error)]
+        for store in stores
+        for image_id, name, error in zip(store.image_ids, store.file_names, store.image_errors, strict=True)
+        if error
+    ]
+    rows = [_row(store) for store in stores]
+    charts = [chart for store in stores[:MOST_CHARTS] for chart in _charts(store)]
+    more = len(failed) - MOST_FAILED
+    listed = failed[:MOST_FAILED] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
+    detectors = [(store.path.name, _detector(store)) for store in stores]
+    return render("store.html", rows=rows, detectors=detectors, charts=charts, failed=listed)
+
+
+def _detector(store: Store) -> str:
+    try:
+        return Provenance.from_json(store.provenance).one_line()
+    except InputError:
+        return "of unknown training data"
+
+
+def _row(store: Store) -> list[object]:
+    usable = len(store) - len(store.errors)
+    mean = f"{store.regions / usable:.1f}" if usable else "–"
+    features = ", ".join((*store.feature_names, *store.map_names)) or "none"
+    masks = "yes" if store.has_masks else "no"
+    return [store.path.name, len(store), len(store.errors), store.regions, mean, masks, features]
+
+
+def _charts(store: Store) -> list[Chart]:
+    """Histograms of the regions per image and of their scores."""
+    counts, scores = np.diff(store.region_start), store.data["regions/score"][:]
+    made = []
+    for values, label, unit in ((counts, "regions per image", "images"), (scores, "score", "regions")):
+        if not len(values) or not np.isfinite(values).all():
+            continue
+        heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
+        axes = Axes(label, unit, [float(x) for x in (edges[:-1] + edges[1:]) / 2], width=320, height=200,
+                    x_names=[f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))])  # fmt: skip
+        told = (
+            f"{store.path.name}: {label} from {values.min():.3g} to {values.max():.3g}, median {np.median(values):.3g}"
+        )
+        made.append(bar_chart(f"{store.path.name}: {label}", told, heights.tolist(), axes))
+    return made

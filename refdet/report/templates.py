@@ -1,0 +1,39 @@
+"""Jinja2 templates of the report. They escape by default: a value is text unless a template made it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from refdet.files.short_text import counted
+from refdet.files.spreadsheet_text import xml_characters
+
+__all__ = ["ENVIRONMENT", "Markup", "number", "render"]
+
+
+def number(value: Any) -> str:
+    """A human-readable rate; a dash if undefined (None, or COCO's -1)."""
+    return "–" if value is None or value < 0 else f"{value:.3f}"
+
+
+def _load(name: str) -> str:
+    return (resources.files("refdet.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _clean(value: Any) -> Any:
+    return xml_characters(value) if type(value) is str else value
+
+
+ENVIRONMENT = Environment(
+    loader=FunctionLoader(_load), autoescape=True, undefined=StrictUndefined, finalize=_clean,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+ENVIRONMENT.filters.update(number=number, counted=counted)
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The HTML of a template of ``templates/``, with every value escaped."""
+    return Markup(ENVIRONMENT.get_template(template).render(**values))

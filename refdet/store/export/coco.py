@@ -1,0 +1,98 @@
+"""Export to COCO's JSON files: all regions as results, and the confident ones as annotations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from refdet.files.progress import progress
+from refdet.files.version import __version__
+from refdet.store.export.folder import json_list, new_folder, require_space
+from refdet.store.export.record import Exported, write_record
+from refdet.store.export.source import Source
+from refdet.structures.regions import Regions
+
+SCORE_THRESHOLD = 0.5  # below it most regions are duplicates and mistakes, from which a detector should not learn
+_BYTES = 500  # of a region in both files, with its mask
+
+
+def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD) -> Exported:
+    """Write ``results.json`` and ``instances.json``.
+
+    The results are a list as pycocotools' ``loadRes`` reads it, with all regions in the order of the store. The
+    instances are a dataset whose annotations are the regions with a score of at least ``score_threshold``
+    (pseudo-annotations); the id of an annotation is the row of its region + 1, as pycocotools takes the id 0 for none.
+
+    Args:
+        store: the store.
+        out: the folder.
+        score_threshold: lowest score of an annotation.
+
+    Returns:
+        What was written, with notes.
+
+    Raises:
+        InputError: ``out`` is not empty, or the store is damaged or has regions of unknown categories.
+        RuntimeFailure: the disk is full.
+    """
+    with Source(store) as source, new_folder(out) as folder:
+        require_space(out, source.store.regions * _BYTES)
+        kept, row = 0, 0
+        with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
+            for image_id in progress(source.store, "export", "image", total=len(source.store)):
+                regions = source.read(image_id, ())
+                for annotation in _annotations(regions, row):
+                    if annotation["score"] >= score_threshold:
+                        add_annotation(annotation)
+                        kept += 1
+                for result in regions.to_coco():
+                    add_result(result)
+                row += len(regions)
+        _write_instances(folder, source)
+        empty = {i: why for i in source.store if (why := source.why_empty(i))}
+        notes = [f"instances.json has the {kept} of {row} regions with a score of {score_threshold:g} or more"]
+        if source.store.errors:
+            notes.append(f"instances.json leaves out {len(source.store.errors)} images that could not be used")
+        if not source.store.has_masks:
+            notes.append("the store has no masks, so no region has a segmentation")
+        done = Exported("coco", len(source.store), row, ["instances.json", "results.json"], empty, notes)
+        write_record(folder, done, {"score_threshold": score_threshold}, {"features": source})
+    return done
+
+
+def _annotations(regions: Regions, row: int) -> list[dict[str, Any]]:
+    """The regions of an image, the first of which is in a row of the store, as entries of an instances JSON."""
+    entries = regions.to_coco()
+    areas = coco_mask.area(regions.rles()).tolist() if entries and regions.masks is not None else None
+    for i, entry in enumerate(entries):
+        width, height = entry["bbox"][2:]
+        area = width * height if areas is None else areas[i]
+        entry.update({"id": row + i + 1, "area": area, "iscrowd": 0})
+    return entries
+
+
+def _write_instances(folder: Path, source: Source) -> None:
+    """Turn the list of annotations, a file in the folder, into ``instances.json``."""
+    of = source.store
+    columns = zip(of.image_ids.tolist(), of.file_names, of.heights.tolist(), of.widths.tolist(), strict=True)
+    images = [
+        {"id": image_id, "file_name": str(name), "height": height, "width": width}
+        for image_id, name, height, width in columns
+        if image_id not in of.errors
+    ]
+    head = {
+        "info": {"description": f"regions of {of.path.name} as annotations, by refdet {__version__}"},
+        "licenses": [],
+        "images": images,
+        "categories": [{"id": i, "name": name} for i, name in source.names.items()],
+    }
+    annotations = folder / "annotations"
+    with (folder / "instances.json").open("w", encoding="utf-8") as file, annotations.open(encoding="utf-8") as lines:
+        file.write(json.dumps(head, allow_nan=False)[:-1] + ',\n"annotations": ')
+        for line in lines:
+            file.write(line)
+        file.write("}\n")
+    annotations.unlink()

@@ -1,0 +1,126 @@
+"""Export to a dataset of FiftyOne, which must be installed."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.coco import ImageRecord
+from refdet.data.image_source import ImageSource
+from refdet.errors import ArgumentError, InputError, RuntimeFailure
+from refdet.files.progress import progress
+from refdet.store.export.folder import new_folder
+from refdet.store.export.record import Exported, write_record
+from refdet.store.export.source import Source
+from refdet.structures.regions import Regions
+
+
+def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
+    """Write a ``FiftyOneDataset`` folder, whose samples refer to the image files where they are.
+
+    Each sample has its image, ``image_id``, and ``regions``: detections with label, box, score, mask and ``region``,
+    the row in the store.
+
+    Args:
+        store: the store.
+        out: the folder.
+        images: folder of the images.
+
+    Returns:
+        What was written, with notes.
+
+    Raises:
+        InputError: FiftyOne is not installed, ``out`` is not empty, images are missing or in a zip.
+        RuntimeFailure: FiftyOne cannot use its database.
+    """
+    fiftyone = _fiftyone()
+    if not images.is_dir():
+        raise ArgumentError("images", f"{images} is no folder, but FiftyOne opens image files; unpack it")
+    with Source(store) as source, new_folder(out) as folder:
+        of = source.store
+        records = [
+            ImageRecord(id=image_id, file_name=str(name), height=height, width=width)
+            for image_id, name, height, width in zip(
+                of.image_ids.tolist(), of.file_names, of.heights.tolist(), of.widths.tolist(), strict=True
+            )
+            if image_id not in of.errors
+        ]
+        files = ImageSource.open(images)
+        files.check(records, store)
+        dataset = _new_dataset(fiftyone)
+        try:
+            samples = (_sample(fiftyone, source, record, images, files) for record in records)
+            dataset.add_samples(progress(samples, "export", "image", total=len(records)), num_samples=len(records))
+            kind = fiftyone.types.FiftyOneDataset
+            dataset.export(export_dir=str(folder), dataset_type=kind, export_media=False)
+        finally:
+            dataset.delete()
+        empty = {i: why for i in of if (why := source.why_empty(i))}
+        notes = [f"{len(of.errors)} images that could not be used are left out"] if of.errors else []
+        names = sorted(path.name for path in folder.iterdir())
+        done = Exported("fiftyone", len(records), of.regions, names, empty, notes)
+        write_record(folder, done, {"images": images.name}, {"features": source})
+    return done
+
+
+def _fiftyone() -> Any:
+    try:
+        import fiftyone
+    except ImportError as error:
+        raise InputError(
+            "`format='fiftyone'` needs the package fiftyone: pip install fiftyone (or export with `format='coco'`, "
+            "which FiftyOne imports)"
+        ) from error
+    return fiftyone
+
+
+def _new_dataset(fiftyone: Any) -> Any:
+    """A dataset in FiftyOne's own database, where it is until it has been exported."""
+    try:
+        return fiftyone.Dataset(f"refdet-{secrets.token_hex(8)}")
+    except Exception as error:  # of its database, which it starts now
+        raise RuntimeFailure(
+            f"FiftyOne cannot use its database ({error}); repair it, or export with `format='coco'`, which it imports"
+        ) from error
+
+
+def _sample(fiftyone: Any, source: Source, record: ImageRecord, images: Path, files: ImageSource) -> Any:
+    name = files.find(record)
+    assert name is not None  # they were checked
+    regions = source.read(record.id, ())
+    rows = source.store.rows(record.id)
+    boxes = relative_boxes(regions)
+    detections = [
+        fiftyone.Detection(
+            label=source.names[int(regions.category_ids[i])],
+            bounding_box=boxes[i],
+            confidence=float(regions.scores[i]),
+            mask=cropped_mask(regions, i),
+            region=row,
+        )
+        for i, row in enumerate(rows)
+    ]
+    path = str((images / name).absolute())
+    return fiftyone.Sample(path, image_id=record.id, regions=fiftyone.Detections(detections=detections))
+
+
+def relative_boxes(regions: Regions) -> list[list[float]]:
+    """Left, top, width and height of each box as fractions of the image."""
+    boxes = regions.boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    relative: list[list[float]] = (boxes / ([regions.width, regions.height] * 2)).tolist()
+    return relative
+
+
+def cropped_mask(regions: Regions, row: int) -> np.ndarray | None:
+    """(h, w) bool, the part of a mask within the pixels of its box; None without masks or pixels."""
+    if regions.masks is None:
+        return None
+    low, high = np.floor(regions.boxes[row, :2]).astype(int), np.ceil(regions.boxes[row, 2:]).astype(int)
+    x1, y1 = np.maximum(low, 0)
+    mask = np.asarray(coco_mask.decode(regions.rles()[row]))[y1 : max(high[1], y1), x1 : max(high[0], x1)]
+    return mask.astype(bool) if mask.size else None

@@ -1,0 +1,80 @@
+"""AP by category, calibration and confusion, by counting on a hand-made image and against COCO's own means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refdet.data.coco import CocoIndex
+from refdet.evaluation.average_precision import METRICS, ap_by_category, coco_ap
+from refdet.evaluation.detection_errors import detection_errors
+from refdet.structures.regions import Regions
+
+BOXES = [[10, 10, 50, 50], [60, 10, 90, 40], [10, 60, 30, 95]]
+
+
+def index_of(path: Path, rows: list[tuple[int, list[float], int, int]], images: int = 1) -> CocoIndex:
+    """Rows: image, box xyxy, category, iscrowd."""
+    annotations = [
+        {"id": i + 1, "image_id": image, "category_id": category, "iscrowd": crowd,
+         "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        for i, (image, (x1, y1, x2, y2), category, crowd) in enumerate(rows)
+    ]  # fmt: skip
+    pictures = [{"id": i + 1, "file_name": f"{i}.jpg", "height": 100, "width": 100} for i in range(images)]
+    categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 5, "name": "cow"}]
+    path.write_text(json.dumps({"images": pictures, "annotations": annotations, "categories": categories}))
+    return CocoIndex.load(path)
+
+
+def regions(image: int, boxes: list[list[float]], scores: list[float], categories: list[int]) -> Regions:
+    return Regions(image, "", 100, 100, np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32),
+                   np.array(categories, np.int64))  # fmt: skip
+
+
+def test_scores_and_confusions_are_counted(tmp_path: Path) -> None:
+    crowd = [0.0, 50.0, 100.0, 100.0]
+    index = index_of(tmp_path / "a.json", [(1, BOXES[0], 7, 0), (1, BOXES[1], 3, 0), (1, BOXES[2], 3, 0),
+                                           (1, crowd, 5, 1)])  # fmt: skip
+    found = detection_errors(index, [regions(
+        1, [BOXES[0], BOXES[0], BOXES[1], [70, 70, 80, 80], [0, 0, 5, 5]], [0.95, 0.94, 0.72, 0.5, 1.0], [7, 7, 7, 5, 3]
+    )])  # fmt: skip
+    assert (found.images, found.objects, found.unfound) == (1, 3, 1)
+    assert found.confused == {(7, 7): 1, (3, 7): 1} and found.of_category == {7: 1, 3: 2}
+    assert found.regions.tolist() == [0] * 7 + [1, 0, 3]  # that on the crowd is not counted
+    assert found.right.tolist() == [0] * 9 + [1]  # the second on the same object is a duplicate
+    assert found.score_sums[9] == pytest.approx(2.89)
+
+
+def test_no_regions_and_no_objects(tmp_path: Path) -> None:
+    index = index_of(tmp_path / "a.json", [(1, BOXES[0], 7, 0)], images=2)
+    found = detection_errors(index, [regions(1, [], [], []), regions(2, [BOXES[0]], [0.0], [7])])
+    assert (found.objects, found.unfound, found.regions.sum(), found.right.sum()) == (1, 1, 1, 0)
+    assert ap_by_category(index, [], [], "bbox") == {}
+    assert ap_by_category(index, [1, 2], [], "bbox")[7]["AP"] == 0
+    assert ap_by_category(index, [1, 2], [], "bbox")[3]["AP"] is None
+
+
+def test_the_mean_over_categories_is_cocos(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows, results = [], []
+    for image in range(1, 9):
+        for _ in range(4):
+            x, y, side = (float(v) for v in (*random.uniform(0, 50, 2), random.choice([8, 20, 40])))
+            category = int(random.choice([7, 3]))
+            rows.append((image, [x, y, x + side, y + side], category, 0))
+            dx, dy = random.normal(0, side / 8, 2)
+            guess = category if random.random() < 0.8 else 5
+            results.append({"image_id": image, "category_id": guess, "bbox": [x + dx, y + dy, side, side],
+                            "score": float(random.random())})  # fmt: skip
+    index = index_of(tmp_path / "a.json", rows, images=8)
+    whole, parts = (
+        coco_ap(index, list(index.images), results, "bbox"),
+        ap_by_category(index, list(index.images), results, "bbox"),
+    )
+    for name in METRICS:
+        values = [rate for rates in parts.values() if (rate := rates[name]) is not None]
+        assert whole[name] == (pytest.approx(np.mean(values)) if values else -1)
+    assert parts[5]["AP"] is None and parts[7]["AP"] != parts[3]["AP"]

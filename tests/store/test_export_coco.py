@@ -1,0 +1,168 @@
+"""COCO's files of a store: what pycocotools and refdet itself read from them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from export_examples import ANNOTATIONS, BROKEN, CLASSES, DETECTIONS, HEIGHT, WIDTH, write_store
+from PIL import Image
+from pycocotools.coco import COCO
+
+from refdet.cli.main import main
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError, RuntimeFailure
+from refdet.store.export.coco import export_coco
+from refdet.store.export.fiftyone import cropped_mask, export_fiftyone, relative_boxes
+from refdet.structures.regions import NO_CATEGORY, Regions
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, ["export", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("coco")
+    store = write_store(work / "d.h5", DETECTIONS)
+    result = run("--store", store, "--format", "coco", "--out", work / "out", "--score-threshold", 0.85)
+    assert result.exit_code == 0, result.stderr
+    assert "note: instances.json has the 3 of 5 regions with a score of 0.85 or more" in result.stderr
+    assert "leaves out 1 images" in result.stderr
+    return work / "out"
+
+
+def test_pycocotools_reads_both(out: Path) -> None:
+    truth = COCO(str(out / "instances.json"))
+    results = truth.loadRes(str(out / "results.json"))
+    expected = [row for regions in DETECTIONS for row in regions.to_coco()]
+    assert len(results.anns) == len(expected) == 5
+    for annotation, wanted in zip(results.anns.values(), expected, strict=True):
+        assert {name: annotation[name] for name in wanted} == wanted
+    assert sorted(truth.imgs) == [3, 4]  # 5 could not be read
+    assert truth.loadCats([1, 2]) == sorted(CLASSES, key=lambda one: one["id"])  # type: ignore[arg-type, return-value]
+    for annotation in truth.anns.values():
+        row = annotation["id"] - 1
+        assert {name: annotation[name] for name in expected[row]} == expected[row]
+        assert annotation["area"] == truth.annToMask(annotation).sum() > 0
+
+
+def test_refdet_reads_the_annotations(out: Path) -> None:
+    index = CocoIndex.load(out / "instances.json")
+    boxes = np.concatenate([regions.boxes[regions.scores >= 0.85] for regions in DETECTIONS])
+    found = [annotation for of_image in index.annotations.values() for annotation in of_image]
+    np.testing.assert_allclose([a.box for a in found], boxes, atol=1e-5)
+    assert not any(annotation.iscrowd for annotation in found)
+
+
+def test_the_record_tells_where_it_is_from(out: Path) -> None:
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["export"]["files"] == ["instances.json", "results.json"]
+    assert record["export"]["empty"] == {"5": "cannot be read"} and record["options"] == {"score_threshold": 0.85}
+    assert sorted(path.name for path in out.iterdir()) == ["instances.json", "provenance.json", "results.json"]
+
+
+def test_a_store_without_masks_or_regions(tmp_path: Path) -> None:
+    bare = [Regions(r.image_id, r.file_name, r.height, r.width, r.boxes, r.scores, r.category_ids) for r in ANNOTATIONS]
+    done = export_coco(write_store(tmp_path / "a.h5", bare), tmp_path / "out")
+    assert any("no masks" in line for line in done.notes)
+    annotations = json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"]
+    assert len(annotations) == 4 and "segmentation" not in annotations[0]
+    assert annotations[0]["area"] == pytest.approx(annotations[0]["bbox"][2] * annotations[0]["bbox"][3])
+    done = export_coco(write_store(tmp_path / "b.h5", [BROKEN]), tmp_path / "none")
+    assert (done.images, done.regions) == (1, 0)
+    assert json.loads((tmp_path / "none" / "results.json").read_text()) == []
+    assert json.loads((tmp_path / "none" / "instances.json").read_text())["annotations"] == []
+
+
+def test_boxes_without_a_category_are_refused(tmp_path: Path) -> None:
+    one = DETECTIONS[1]
+    nameless = Regions(one.image_id, one.file_name, HEIGHT, WIDTH, one.boxes, one.scores, np.array([NO_CATEGORY]))
+    with pytest.raises(InputError, match="category -1 is not among"):
+        export_coco(write_store(tmp_path / "d.h5", [nameless]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--format", "coco", "--images", "."), "--images is not for --format coco"),
+        (("--format", "npz", "--score-threshold", "0.1"), "--score-threshold is not for --format npz"),
+        (("--format", "fiftyone"), "--format fiftyone needs --images"),
+        (("--format", "fiftyone", "--images", "no"), "--images no: no such file or folder"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    result = run("--store", write_store(tmp_path / "d.h5", DETECTIONS), "--out", tmp_path / "out", *args)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_fiftyone_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    store = write_store(tmp_path / "d.h5", DETECTIONS)
+    result = run("--store", store, "--format", "fiftyone", "--images", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "--format fiftyone needs the package fiftyone: pip install fiftyone" in result.stderr
+
+
+def test_boxes_and_masks_of_fiftyone() -> None:
+    one = DETECTIONS[0]
+    for row, (x, y, width, height) in enumerate(relative_boxes(one)):
+        x1, y1, x2, y2 = one.boxes[row]
+        assert (x * WIDTH, y * HEIGHT) == pytest.approx((x1, y1), abs=1e-5)
+        assert (width * WIDTH, height * HEIGHT) == pytest.approx((x2 - x1, y2 - y1), abs=1e-5)
+        mask = cropped_mask(one, row)
+        assert mask is not None and mask.any() and mask.dtype == bool
+        assert mask.shape == (np.ceil(y2) - np.floor(y1), np.ceil(x2) - np.floor(x1))
+
+
+def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the library, whose database tests do without."""
+    samples: list[SimpleNamespace] = []
+    calls: list[str] = []
+
+    class Dataset:
+        def __init__(self, name: str) -> None:
+            calls.append("made")
+
+        def add_samples(self, added: Iterable[SimpleNamespace], num_samples: int) -> None:
+            samples.extend(added)
+            assert num_samples == len(samples)
+
+        def export(self, export_dir: str, dataset_type: str, export_media: bool) -> None:
+            (Path(export_dir) / "samples.json").write_text("{}")
+            assert (dataset_type, export_media) == ("its own", False)
+
+        def delete(self) -> None:
+            calls.append("deleted")
+
+    library = SimpleNamespace(
+        Dataset=Dataset, Detection=SimpleNamespace, Detections=SimpleNamespace,
+        Sample=lambda path, **fields: SimpleNamespace(path=path, **fields),
+        types=SimpleNamespace(FiftyOneDataset="its own"),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "fiftyone", library)
+    for regions in DETECTIONS[:2]:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / regions.file_name)
+    done = export_fiftyone(write_store(tmp_path / "d.h5", DETECTIONS), tmp_path / "out", tmp_path)
+    assert (done.images, done.files, calls) == (2, ["samples.json"], ["made", "deleted"])
+    assert done.notes == ["1 images that could not be used are left out"]
+    assert [s.path for s in samples] == [str(tmp_path / r.file_name) for r in DETECTIONS[:2]]
+    found = samples[0].regions.detections
+    assert [d.label for d in found] == ["dog", "cat", "dog", "cat"] and [d.region for d in found] == [0, 1, 2, 3]
+    assert samples[1].regions.detections[0].region == 4 and samples[1].image_id == 3
+
+    def broken(name: str) -> None:
+        raise OSError("no mongod")
+
+    library.Dataset = broken
+    with pytest.raises(RuntimeFailure, match="cannot use its database .no mongod"):
+        export_fiftyone(tmp_path / "d.h5", tmp_path / "again", tmp_path)
+    assert not (tmp_path / "again").exists()
