@@ -36,6 +36,7 @@ COMMANDS = (
     "evaluate-on-refer",
     "export",
     "inspect",
+    "browse",
     "demo",
 )
 
