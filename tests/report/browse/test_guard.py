@@ -62,7 +62,7 @@ def test_the_token_becomes_a_cookie(server: Address) -> None:
 @pytest.mark.parametrize("path", ["/", "/api/about", "/api/image/1", "/static/main.js", "/no/such/page"])
 def test_nothing_is_served_without_the_token(server: Address, path: str) -> None:
     port, token = server
-    for cookie in (None, f"refdet-browse-{port}=x", f"refdet-browse-{port + 1}={token}", "=;;", "a=\"\\"):
+    for cookie in (None, f"refdet-browse-{port}=x", f"refdet-browse-{port + 1}={token}", "=;;", 'a="\\'):
         status, headers, body = ask(server, path, cookie=cookie)
         assert status == 403 and "Set-Cookie" not in headers and b"token" in body
     for wrong in (token[:-1], token + "x", "", "%00", "é".encode().hex()):

@@ -30,7 +30,7 @@ OBJECTS: list[dict[str, Any]] = [
     {"image_id": 1, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val", "sents": ("the red cat", "cat")},
     {"image_id": 1, "bbox": [60, 10, 40, 40], "category_id": 2, "split": "val", "sents": ("a <script>dog</script>",)},
     {"image_id": 2, "bbox": [0, 0, 100, 100], "category_id": 2, "split": "train", "sents": ("left dogs",)},
-    {"image_id": 4, "bbox": [0, 0, 50, 50], "category_id": 1, "split": "val", "sents": ("of an image without regions",)},
+    {"image_id": 4, "bbox": [0, 0, 50, 50], "category_id": 1, "split": "val", "sents": ("without regions",)},
     {"image_id": 9, "bbox": [0, 0, 50, 50], "category_id": 1, "split": "val", "sents": ("not in the store",)},
 ]
 FOUND = {1: [[10, 10, 30, 31], [60, 10, 80, 50]], 2: [[0, 0, 100, 90], [5, 5, 9, 9], [6, 6, 9, 9]]}
@@ -245,7 +245,7 @@ def test_a_store_that_changes_is_said(browse: Browse, data: Path) -> None:
     ("changes", "problem"),
     [
         ({"split_by": None}, "refs need all of"),
-        ({"refer_root": None, "dataset": None, "split_by": None, "predictions": Path("p.json")}, "answers to sentences"),
+        ({**dict.fromkeys(("refer_root", "dataset", "split_by")), "predictions": Path("p")}, "answers to sentences"),
     ],
 )
 def test_inputs_that_lack_others_are_refused(browse: Browse, changes: dict[str, Any], problem: str) -> None:
