@@ -116,12 +116,17 @@ class Catalog:
         return int(self.rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0])
 
     def add_answers(self, answers: Mapping[int, tuple[Sequence[Sequence[float]], float | None, bool]]) -> None:
-        """Add a model's answers; sentences without one count as wrong.
+        """Add a model's answers; in splits with answers, sentences without one count as wrong.
 
         Args:
             answers: sentence id -> xyxy boxes, IoU with the referent, and whether the answer is wrong.
         """
-        self.write("UPDATE sentence SET wrong = ?", [(1,)])
+        splits = (
+            "SELECT DISTINCT o.split FROM sentence s JOIN object o ON o.key = s.object "
+            f"WHERE s.sent_id IN ({','.join(str(int(sent_id)) for sent_id in answers)})"
+        )
+        of_splits = f"SELECT key FROM object WHERE split IN ({splits})"
+        self.write(f"UPDATE sentence SET wrong = ? WHERE object IN ({of_splits})", [(1,)])
         self.write(
             "UPDATE sentence SET answer = ?, iou = ?, wrong = ? WHERE sent_id = ?",
             ((json.dumps(boxes), iou, int(wrong), sent_id) for sent_id, (boxes, iou, wrong) in answers.items()),

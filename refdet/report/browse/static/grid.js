@@ -65,7 +65,7 @@ function iouText(object, about) {
 function sentences(object) {
   if (!object.sentences.length) return [element("span", {}, object.label)];
   const shown = object.sentences.slice(0, 3).map((one) =>
-    element("q", { class: one.wrong ? "wrong" : "" }, one.text, one.wrong ? element("small", {}, " (answered wrongly)") : null));
+    element("q", { class: one.wrong ? "wrong" : "" }, one.text, one.wrong ? element("small", {}, one.answer.length ? " (answered wrongly)" : " (no answer)") : null));
   const more = object.sentences.length - shown.length;
   return more > 0 ? [...shown, element("small", {}, `and ${more} more`)] : shown;
 }

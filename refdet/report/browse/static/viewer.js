@@ -24,6 +24,7 @@ export class Viewer {
       const [x, y] = this.pointOf(event);
       this.zoomBy(event.deltaY < 0 ? 1.2 : 1 / 1.2, x, y);
     }, { passive: false });
+    new ResizeObserver(() => this.draw()).observe(this.canvas);
     let dragged = null;
     this.canvas.addEventListener("pointerdown", (event) => {
       dragged = [event.clientX, event.clientY];
@@ -101,6 +102,11 @@ export class Viewer {
     return layer;
   }
 
+  // Pixels of the canvas for one of the screen, so that lines and letters have one size everywhere.
+  unit() {
+    return this.canvas.width / (this.canvas.clientWidth || this.canvas.width);
+  }
+
   draw() {
     const context = this.canvas.getContext("2d"), scale = (this.canvas.width / this.width) * this.zoom;
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -125,10 +131,11 @@ export class Viewer {
   }
 
   box(context, scale, [x1, y1, x2, y2], color, width, dashed = false) {
-    context.setLineDash(dashed ? [6 / scale, 4 / scale] : []);
+    const unit = this.unit() / scale;
+    context.setLineDash(dashed ? [6 * unit, 4 * unit] : []);
     for (const [style, extra] of [["rgba(0,0,0,.7)", 2], [color, 0]]) {
       context.strokeStyle = style;
-      context.lineWidth = (width + extra) / scale;
+      context.lineWidth = (width + extra) * unit;
       context.strokeRect(x1, y1, x2 - x1, y2 - y1);
     }
     context.setLineDash([]);
@@ -138,14 +145,15 @@ export class Viewer {
     if (!text) return;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
-    context.font = "14px system-ui, sans-serif";
-    const width = context.measureText(text).width + 8;
+    const unit = this.unit(), line = 18 * unit, edge = 4 * unit;
+    context.font = `${13 * unit}px system-ui, sans-serif`;
+    const width = context.measureText(text).width + 2 * edge;
     const x = Math.min(Math.max(0, (x1 - this.x) * scale), Math.max(0, this.canvas.width - width));
-    const y = Math.max(0, (y1 - this.y) * scale - 18);
+    const y = Math.max(0, (y1 - this.y) * scale - line);
     context.fillStyle = "rgba(0,0,0,.8)";
-    context.fillRect(x, y, width, 18);
+    context.fillRect(x, y, width, line);
     context.fillStyle = color;
-    context.fillText(text, x + 4, y + 13);
+    context.fillText(text, x + edge, y + 13 * unit);
     context.restore();
   }
 }
