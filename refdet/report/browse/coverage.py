@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -25,7 +26,8 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 256  # images read at a time
+_BLOCK = 64  # images read at a time
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
 _RIGHT = 0.5  # IoU from which an answer is right
 
 
@@ -44,6 +46,7 @@ class Indexer:
         self._done = 0
         self._stage = "regions"
         self._error = ""
+        self._asked = 0.0
 
     def start(self) -> None:
         """Start computing."""
@@ -59,10 +62,19 @@ class Indexer:
         """Wait until everything is computed."""
         self._thread.join()
 
+    def give_way(self) -> None:
+        """Let a request go first, as it would otherwise wait for the interpreter again and again."""
+        self._asked = time.monotonic()
+
     def status(self) -> dict[str, Any]:
         """The stage ("regions", "answers" or "" when done), the part of it in 0..1, and an error or ""."""
         part = self._done / self._total if self._total and self._stage == "regions" else 1.0
         return {"stage": self._stage, "part": round(part, 3), "error": self._error}
+
+    def _wait_for_requests(self) -> None:
+        latest = time.monotonic() + _LONGEST_PAUSE
+        while time.monotonic() < min(latest, self._asked + _PAUSE) and not self._stop.is_set():
+            self._stop.wait(_PAUSE / 5)
 
     def _run(self) -> None:
         try:
@@ -81,6 +93,7 @@ class Indexer:
 
     def _regions(self, number: int, one: Store) -> None:
         for begin in range(0, len(one), _BLOCK):
+            self._wait_for_requests()
             if self._stop.is_set():
                 return
             end = min(begin + _BLOCK, len(one))

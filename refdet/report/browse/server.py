@@ -60,9 +60,17 @@ class Pages:
             "/{run}/thumbnail/{position:int}": self.thumbnail,
             "/{run}/image/{position:int}": self.picture,
         }
-        routes = [Route(path, answer, methods=["GET"]) for path, answer in answers.items()]
+        routes = [Route(path, self._first(answer), methods=["GET"]) for path, answer in answers.items()]
         handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
         return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _first(self, answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answered(request: Request) -> Response:
+            if answer != self.status:  # which is asked for in the background
+                self.indexer.give_way()
+            return answer(request)
+
+        return answered
 
     def page(self, request: Request) -> Response:
         """The page itself, for every address of a view."""

@@ -50,7 +50,13 @@ def data(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
     failed = refs[-1]["image_id"]
     draw_store(root / "a.h5", refer / "instances.json", failed=failed)
     draw_store(root / "b.h5", refer / "instances.json", seed=1, masks=False)
-    answers = [{"sent_id": refs[0]["sentences"][0]["sent_id"], "box": [0, 0, 1, 1]}]
+    boxes = {one["id"]: one["bbox"] for one in instances["annotations"]}
+    wrong = [0, 0, 20, 20]
+    answers = [
+        {"sent_id": one["sent_id"], "box": boxes[ref["ann_id"]] if one["sent_id"] % 4 else wrong}
+        for ref in refs[1:]
+        for one in ref["sentences"]
+    ] + [{"sent_id": refs[0]["sentences"][0]["sent_id"], "box": [0, 0, 1, 1]}]
     (root / "answers.json").write_text(json.dumps(answers))
     return root
 
@@ -92,7 +98,7 @@ def axe(watched: Watched) -> list[str]:
 def shot(watched: Watched, name: str) -> None:
     if SCREENSHOTS:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
-        watched.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+        watched.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.jpg", type="jpeg", quality=75)
 
 
 def test_the_token_leaves_the_address_and_a_wrong_one_is_refused(browser: Any, watched: Watched, address: str) -> None:
@@ -114,7 +120,9 @@ def test_the_worst_covered_referents_are_two_choices_away(watched: Watched) -> N
     assert axe(watched) == []
     watched.ready(cards(watched).first.click)
     assert page.locator(".objects .chosen").count() == 1
-    assert axe(watched) == []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert axe(watched) == []
 
 
 def test_texts_of_files_are_shown_as_text(watched: Watched) -> None:
@@ -176,6 +184,8 @@ def test_wrong_answers_are_found(watched: Watched) -> None:
 
 def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: Watched) -> None:
     page = watched.page
+    watched.ready(lambda: page.select_option("select[name=split]", "val"))
+    watched.ready(lambda: page.select_option("select[name=sort]", "gap"))
     watched.ready(cards(watched).first.click)
     titles = page.locator("figcaption")
     assert titles.count() == 2 and "no masks in this store" in titles.nth(1).inner_text()

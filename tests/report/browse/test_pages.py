@@ -241,6 +241,16 @@ def test_a_store_that_changes_is_said(browse: Browse, data: Path) -> None:
     assert client.get("/api/image/1").status_code == 200
 
 
+def test_a_store_that_is_cut_off_is_said(browse: Browse, data: Path) -> None:
+    client = browse()
+    with (data / "s.h5").open("r+b") as file:
+        file.truncate(2048)
+    answers = [client.get(path) for path in ("/api/image/1", "/api/items?show=refs", "/api/items?show=images")]
+    assert {answer.status_code for answer in answers} <= {200, 422}
+    assert all("damaged" in answer.json()["error"] for answer in answers if answer.status_code == 422)
+    assert client.get("/api/status").json()["changed"] == [str(data / "s.h5")]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
