@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-pipeline gpu-check gpu-pack test-browser parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-browse bench-extract bench-pipeline gpu-check gpu-pack test-browser parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -86,6 +86,9 @@ bench-data: env ## benchmark loading and splitting files of real size
 	@$(BIN)/python benchmarks/store.py
 	@echo "==> bench-data: memory of extract-features"
 	@$(BIN)/python benchmarks/memory.py
+
+bench-browse: env ## benchmark refdet browse on a store of 28,000 images (JSON=1 for JSON)
+	@$(BIN)/python benchmarks/browse.py $(if $(JSON),--json)
 
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"
