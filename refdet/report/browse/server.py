@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import socket
@@ -30,6 +31,14 @@ log = logging.getLogger(__name__)
 FIRST_PORT, _TRIES = 8765, 50
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _KEPT = {"Cache-Control": "private, max-age=86400"}  # by the browser; the addresses of a run are its own
+
+
+class Json(JSONResponse):
+    """JSON in ASCII, as texts of files may have characters that UTF-8 cannot encode."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the response."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 class Pages:
@@ -82,25 +91,25 @@ class Pages:
 
     def about(self, request: Request) -> Response:
         """What there is to show."""
-        return JSONResponse({**views.about(self.collection), "run": self.run, **self._status()})
+        return Json({**views.about(self.collection), "run": self.run, **self._status()})
 
     def status(self, request: Request) -> Response:
         """How far the index is, and whether the stores changed."""
-        return JSONResponse(self._status())
+        return Json(self._status())
 
     def items(self, request: Request) -> Response:
         """A part of a list."""
         offset, limit = page_of(request.query_params)
-        return JSONResponse(views.items(self.collection, Filter.parse(request.query_params), offset, limit))
+        return Json(views.items(self.collection, Filter.parse(request.query_params), offset, limit))
 
     def image(self, request: Request) -> Response:
         """One image."""
-        return JSONResponse(views.single(self.collection, request.path_params["image_id"]))
+        return Json(views.single(self.collection, request.path_params["image_id"]))
 
     def list(self, request: Request) -> Response:
         """A list as a file."""
         listed = views.whole_list(self.collection, Filter.parse(request.query_params))
-        return JSONResponse(listed, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
+        return Json(listed, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
 
     def thumbnail(self, request: Request) -> Response:
         """A thumbnail."""
@@ -206,9 +215,9 @@ def hosts_of(host: str, name: str) -> tuple[str, ...]:
 async def _refused(request: Request, error: Exception) -> Response:
     """A problem of the request or the files, as the page shows it."""
     code = 400 if isinstance(error, ArgumentError) else 422 if isinstance(error, InputError) else 500
-    return JSONResponse({"error": str(error)}, code)
+    return Json({"error": str(error)}, code)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     log.error("error: unexpected %s: %s", type(error).__name__, error)
-    return JSONResponse({"error": f"unexpected {type(error).__name__}: {error}"}, 500)
+    return Json({"error": f"unexpected {type(error).__name__}: {error}"}, 500)

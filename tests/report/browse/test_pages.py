@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluate_examples import brute_iou, regions, sentences, write_grefer, write_instances, write_store, xyxy
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("starlette")
@@ -18,9 +21,12 @@ pytest.importorskip("httpx2")
 
 from starlette.testclient import TestClient  # noqa: E402
 
+from refdet import store  # noqa: E402
 from refdet.errors import InputError  # noqa: E402
+from refdet.report.browse.catalog import Catalog, Referent  # noqa: E402
 from refdet.report.browse.collection import Collection, Inputs  # noqa: E402
 from refdet.report.browse.coverage import Indexer  # noqa: E402
+from refdet.report.browse.queries import Filter  # noqa: E402
 from refdet.report.browse.server import Pages  # noqa: E402
 from refdet.structures.regions import Regions  # noqa: E402
 
@@ -132,6 +138,25 @@ def test_pages_of_a_list_are_its_parts(browse: Browse) -> None:
     client = browse()
     parts = [client.get(f"/api/items?show=refs&sort=iou&offset={i}&limit=1").json()["items"] for i in range(5)]
     assert [item["object"]["key"] for part in parts for item in part] == keys(client, sort="iou")
+
+
+@given(st.text(max_size=20))
+def test_any_text_can_be_searched_for(text: str) -> None:
+    catalog = Catalog()
+    catalog.add_images([(0, 7, "7.jpg", 9, 9, 0, "")])
+    catalog.add_referents([Referent("ref 0", 0, "val", 1, 9.0, [[0, 0, 3, 3]], [(0, text)])])
+    catalog.index()
+    words = re.findall(r"[A-Za-z0-9]+", text) if text.isascii() else []
+    found = Filter.parse({"show": "refs", "q": text}).count(catalog)
+    assert found == 1 if words or not text.strip() else found in (0, 1)
+
+
+def test_a_name_that_no_encoding_holds_is_shown(data: Path, browse: Browse) -> None:
+    header = store.Header([{"id": 1, "name": "\ud800 c"}], "", {}, {})
+    with store.create(data / "n.h5", header, store.Columns(), [store.ImageRow(1, "1.jpg", 9, 9, "", 0, 0)]) as writer:
+        writer.put(Regions.empty(1, "1.jpg", 9, 9))
+    client = browse(stores=[data / "n.h5"], refer_root=None, dataset=None, split_by=None)
+    assert client.get("/api/about").json()["categories"] == [[1, "\ud800 c"]]
 
 
 @pytest.mark.parametrize("wrong", ["show=x", "sort=o.key;--", "category=x", "offset=-1", "limit=100000", "size=x"])
