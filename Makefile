@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile bench-ops bench-data bench-extract bench-pipeline bench-train gpu-check gpu-pack parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile test-browser bench-ops bench-data bench-browse bench-extract bench-pipeline bench-train gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -68,6 +68,12 @@ test-hostile: env ## fuzz the readers of all file formats, FUZZ_SECONDS (default
 	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) REFDET_FUZZ_INPUTS=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n $(JOBS) tests/fuzz
 
+test-browser: env ## test refdet browse in chromium, with playwright; SCREENSHOTS=docs/images takes pictures
+	@$(BIN)/python -c 'import playwright, axe_playwright_python' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet playwright axe-playwright-python
+	@echo "==> test-browser: pytest"
+	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py
+
 bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
 
@@ -80,6 +86,9 @@ bench-data: env ## benchmark loading and splitting files of real size
 	@$(BIN)/python benchmarks/store.py
 	@echo "==> bench-data: memory of extract-features"
 	@$(BIN)/python benchmarks/memory.py
+
+bench-browse: env ## benchmark refdet browse on a store of 28,000 images (JSON=1 for JSON)
+	@$(BIN)/python benchmarks/browse.py $(if $(JSON),--json)
 
 bench-extract: env ## benchmark extract-features against torchvision's detection modules
 	@echo "==> bench-extract: synthetic images"

@@ -41,6 +41,7 @@ COMMANDS = (
     "report",
     "draw",
     "inspect",
+    "browse",
     "demo",
 )
 

@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
         f"{installed}/{path.relative_to(REPOSITORY / folder).as_posix()}"
         for folder, installed in (("refdet", "refdet"), ("refer", "refer"), ("cli", "refdet/cli"))
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".typed", ".html")
+        if path.suffix in (".py", ".yaml", ".typed", ".html", ".js", ".css", ".svg")
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected

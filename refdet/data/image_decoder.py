@@ -142,6 +142,27 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
     raise SizeError(f"more than the limit of {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
 
 
+def small_copy(data: bytes, side: int) -> Image.Image:
+    """Decode an image file of any size to a small RGB copy for showing, with the pixels as stored.
+
+    Args:
+        data: contents of a file in one of the `FORMATS`.
+        side: longest side of the copy in pixels.
+
+    Returns:
+        The copy, in the proportions of the image.
+
+    Raises:
+        Exception: any exception that Pillow raises for a file it cannot decode, or that has too many pixels for it.
+    """
+    with _opened(data) as image:
+        if image.mode in ("L", "RGB"):
+            image.draft("RGB", (side, side))  # see `_thumbnails`
+        copy = Image.fromarray(_stored_pixels(image, _orientation(image)))
+    copy.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return copy
+
+
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rotate and mirror pixels (H, W, ...) by an EXIF orientation of 1 to 8."""
     if orientation in _SIDEWAYS:

@@ -1,0 +1,212 @@
+"""Times refdet browse on a drawn store of real size: starting, the first view, pages of thumbnails, searching; memory.
+
+    python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
+
+The store has 100 regions an image with masks and a feature, of a small width as features are never read; there are
+50,000 refs with 142,000 sentences, in proportion to the images. Views are asked for as a browser does, over six
+connections, before and after all regions were read in the background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import pickle
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from refdet import store
+from refdet.structures.regions import Regions
+
+HEIGHT, WIDTH, REGIONS, FEATURE = 480, 640, 100, 32
+DISTINCT = 50  # images and sets of regions, so that drawing takes no time
+REFS, SENTENCES = 50 / 28, 3  # an image, a ref
+WORDS = [
+    "man", "woman", "boy", "girl", "dog", "cat", "left", "right", "red", "blue", "green", "white", "black",
+    "standing", "sitting", "holding", "tall", "small", "front", "back", "middle", "table", "chair", "car", "bus",
+    "horse", "shirt", "hat", "pizza", "plate", "the", "a", "in", "on", "of", "with", "near", "behind",
+]  # fmt: skip
+CONNECTIONS, PAGES, SEARCHES = 6, 15, 30
+
+
+def draw(folder: Path, images: int) -> None:
+    """Write the store, its images and its refs."""
+    values = np.random.default_rng(0)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    mask = coco_mask.encode(np.asfortranarray((x - 300) ** 2 + (y - 200) ** 2 < 60**2, np.uint8))["counts"]
+    names = [f"COCO_train2014_{i:012d}.jpg" for i in range(images)]
+    rows = [store.ImageRow(i, name, HEIGHT, WIDTH, "", REGIONS, REGIONS * len(mask)) for i, name in enumerate(names)]
+    header = store.Header([{"id": i, "name": f"category {i}"} for i in range(1, 81)], "", {}, {})
+    low = values.uniform(0, (WIDTH, HEIGHT), (DISTINCT, REGIONS, 2))
+    boxes = np.concatenate((low, (low + (WIDTH, HEIGHT)) / 2), axis=2).astype(np.float32)
+    scores = values.random((DISTINCT, REGIONS), np.float32)
+    categories = values.integers(1, 81, (DISTINCT, REGIONS))
+    features = values.random((DISTINCT, REGIONS, FEATURE), np.float32)
+    with store.create(folder / "s.h5", header, store.Columns({"fc7": (FEATURE,)}, masks=True), rows) as writer:
+        for i, name in enumerate(names):
+            k = i % DISTINCT
+            found = (boxes[k], scores[k], categories[k])
+            writer.put(Regions(i, name, HEIGHT, WIDTH, *found, masks=(mask,) * REGIONS, features={"fc7": features[k]}))
+    (folder / "images").mkdir()
+    for i, name in enumerate(names):
+        path = folder / "images" / name
+        if i < DISTINCT:
+            coarse = Image.fromarray(values.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8))
+            coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path, quality=92)
+        else:
+            path.hardlink_to(folder / "images" / names[i % DISTINCT])
+    _refs(folder / "refer" / "refcoco", names)
+
+
+def _refs(folder: Path, names: list[str]) -> None:
+    chance = random.Random(0)
+    refs, annotations = [], []
+    for k in range(int(len(names) * REFS)):
+        i = k % len(names)
+        x, y = chance.uniform(0, WIDTH * 0.7), chance.uniform(0, HEIGHT * 0.7)
+        box = [x, y, chance.uniform(10, WIDTH * 0.3), chance.uniform(10, HEIGHT * 0.3)]
+        category = chance.randint(1, 80)
+        annotations.append({"id": k, "image_id": i, "category_id": category, "bbox": box, "area": box[2] * box[3],
+                            "iscrowd": 0, "segmentation": [[x, y, x + 9, y, x + 9, y + 9]]})  # fmt: skip
+        texts = [" ".join(chance.choices(WORDS, k=4)) for _ in range(SENTENCES)]
+        sentences = [{"sent_id": 3 * k + n, "sent": s, "raw": s, "tokens": s.split()} for n, s in enumerate(texts)]
+        refs.append({"ref_id": k, "ann_id": k, "image_id": i, "category_id": category, "file_name": names[i],
+                     "split": chance.choice(["train", "train", "train", "val", "testA"]), "sentences": sentences,
+                     "sent_ids": [s["sent_id"] for s in sentences]})  # fmt: skip
+    images = [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH} for i, name in enumerate(names)]
+    categories = [{"id": i, "name": f"category {i}", "supercategory": ""} for i in range(1, 81)]
+    folder.mkdir(parents=True)
+    data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(data))
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+
+class Browser:
+    """Asks for views as a browser does."""
+
+    def __init__(self, address: str) -> None:
+        self.parts = urlsplit(address)
+        self.pool = ThreadPoolExecutor(CONNECTIONS)
+        self.cookie = f"refdet-browse-{self.parts.port}={self.parts.query.removeprefix('token=')}"
+        self.run = ""
+
+    def get(self, path: str) -> bytes:
+        connection = http.client.HTTPConnection(str(self.parts.hostname), self.parts.port, timeout=60)
+        connection.request("GET", path, headers={"Cookie": self.cookie})
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        if answer.status != 200:
+            raise SystemExit(f"{path}: {answer.status} {body[:200]!r}")
+        return body
+
+    def first_view(self) -> None:
+        self.get("/?" + self.parts.query)
+        scripts = ("main", "grid", "single", "state", "dom", "colors", "viewer", "rle")
+        list(self.pool.map(self.get, [f"/static/{name}.js" for name in scripts] + ["/static/page.css"]))
+        self.run = json.loads(self.get("/api/about"))["run"]
+        self.page("show=images")
+
+    def page(self, filters: str) -> None:
+        items = json.loads(self.get(f"/api/items?{filters}&limit=60"))["items"]
+        list(self.pool.map(self.get, [f"/{self.run}/thumbnail/{item['position']}" for item in items]))
+
+    def wait(self) -> None:
+        while json.loads(self.get("/api/status"))["index"]["stage"]:
+            time.sleep(0.2)
+
+
+def timed(act: Callable[[], object]) -> float:
+    """Milliseconds that something takes."""
+    start = time.perf_counter()
+    act()
+    return (time.perf_counter() - start) * 1000
+
+
+def clocked(what: str, server: int, acts: list[Callable[[], object]]) -> dict[str, float]:
+    """Time acts; and the CPU time of the server for one, which other programs on the machine do not lengthen."""
+    before, took = cpu(server), [timed(act) for act in acts]
+    found = {f"{what}_ms": statistics.median(took), f"{what}_cpu_ms": (cpu(server) - before) / len(acts)}
+    return found | ({f"{what}_slowest_ms": max(took)} if len(acts) > 1 else {})
+
+
+def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
+    """Start the server and ask it."""
+    command = [sys.executable, "-m", "refdet", "browse", str(folder / "s.h5"), "--images", str(folder / "images"),
+               "--port", "0"]  # fmt: skip
+    if refs:
+        command += ["--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by", "unc"]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        browser = Browser(process.stdout.readline().strip())
+        found = {"start_ms": (time.perf_counter() - start) * 1000, "start_cpu_ms": cpu(process.pid)}
+        found |= clocked("first_view", process.pid, [browser.first_view])
+        found["start_rss_mb"] = rss(process.pid)
+        found |= clocked("index", process.pid, [browser.wait])
+        found["index_rss_mb"] = rss(process.pid)
+        chance = random.Random(1)
+        show = "refs" if refs else "images"
+        pages = [f"show={show}&offset={chance.randrange(images - 60)}" for _ in range(PAGES)]
+        found |= clocked("page_of_60", process.pid, [partial(browser.page, filters) for filters in pages])
+        sorts = [f"/api/items?show={show}&sort={order}" for order in ("iou", "score", "regions") * 3]
+        found |= clocked("sorted_list", process.pid, [partial(browser.get, path) for path in sorts])
+        if refs:
+            words = [f"{chance.choice(WORDS)}%20{chance.choice(WORDS)[:3]}" for _ in range(SEARCHES)]
+            searches = [f"/api/items?show=refs&q={text}" for text in words]
+            found |= clocked("search", process.pid, [partial(browser.get, path) for path in searches])
+        found["end_rss_mb"] = rss(process.pid)
+        process.terminate()
+    return found
+
+
+def cpu(pid: int) -> float:
+    """CPU time of a process so far in milliseconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def rss(pid: int) -> float:
+    """Memory of a process in MB."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--images", type=int, default=28_000)
+    parser.add_argument("--folder", type=Path, help="where to keep what is drawn; a temporary folder by default")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "refer").exists():
+            draw(folder, given.images)
+        results = {name: measure(folder, given.images, name == "with refs") for name in ("store alone", "with refs")}
+    if given.json:
+        print(json.dumps(results, indent=2))
+        return
+    for name, found in results.items():
+        print(f"{given.images} images, {name}")
+        for what, value in found.items():
+            print(f"  {what:24} {value:10.0f}")
+
+
+if __name__ == "__main__":
+    main()

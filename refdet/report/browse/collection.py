@@ -1,0 +1,250 @@
+"""`Collection`: the opened files that the page shows, and the contents of one image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet import store as stores
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.image_source import ImageSource
+from refdet.errors import ArgumentError, InputError
+from refdet.evaluation.targets import is_generalized
+from refdet.report.browse.catalog import Catalog
+from refdet.report.browse.referents import add_annotations, add_refs
+from refdet.store import Store
+from refdet.store.known_files import FileState
+from refer import REFER
+
+log = logging.getLogger(__name__)
+
+MOST_STORES = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What to show.
+
+    Attributes:
+        stores: one store, or two to show side by side; images and their order are those of the first.
+        images: folder or zip of the images; None shows boxes without them.
+        refer_root: folder of the REFER data, with ``dataset`` and ``split_by``; None for none.
+        dataset: folder in ``refer_root``.
+        split_by: the division into splits.
+        predictions: JSON of a model's answers on the first store; needs refs.
+        instances: instances JSON whose boxes are shown beside the regions; without refs they are the referents.
+    """
+
+    stores: Sequence[Path]
+    images: Path | None = None
+    refer_root: Path | None = None
+    dataset: str | None = None
+    split_by: str | None = None
+    predictions: Path | None = None
+    instances: Path | None = None
+
+
+class Collection:
+    """Open stores, the folder of images, and the catalog of both.
+
+    Regions are read when they are asked for; features are never read.
+
+    Args:
+        inputs: what to show.
+
+    Attributes:
+        inputs: as given.
+        stores: the open stores.
+        source: the images, or None.
+        catalog: images, referents and sentences.
+        names: category id -> name.
+        notes: what is unusual about the files, a sentence each.
+        generalized: whether the refs are gRefCOCO's, with any number of objects.
+        sentence_images: sentence id -> its image, to read predictions with; empty without them.
+
+    Raises:
+        InputError: a file is missing or damaged.
+        refer.ReferError: the refs cannot be read.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.notes: list[str] = []
+        if not 1 <= len(inputs.stores) <= MOST_STORES:
+            raise ArgumentError("stores", f"{len(inputs.stores)} stores; give one, or two to show side by side")
+        self.generalized = False
+        self.sentence_images: dict[int, ImageRecord] = {}
+        self._states = [FileState.of(path) if path.is_file() else None for path in inputs.stores]
+        self.stores = [stores.open(path) for path in inputs.stores]
+        first = self.stores[0]
+        self.names: dict[int, str] = {}
+        for one in reversed(self.stores):
+            self.names.update(one.names)
+        self._positions = {image_id: position for position, image_id in enumerate(first.image_ids.tolist())}
+        self.catalog = Catalog()
+        self.catalog.add_images(
+            zip(
+                range(len(first)),
+                first.image_ids.tolist(),
+                first.file_names.tolist(),
+                first.widths.tolist(),
+                first.heights.tolist(),
+                np.diff(first.region_start).tolist(),
+                first.image_errors.tolist(),
+                strict=True,
+            )
+        )
+        self.source = None if inputs.images is None else self._open_images(inputs.images)
+        self._compare_stores()
+        self._add_referents()
+        self.catalog.index()
+
+    def position(self, image_id: int) -> int | None:
+        """Position of an image in the first store, None if it is not there."""
+        return self._positions.get(image_id)
+
+    def record(self, position: int) -> ImageRecord:
+        """The image at a position of the first store."""
+        first = self.stores[0]
+        return ImageRecord(
+            int(first.image_ids[position]),
+            str(first.file_names[position]),
+            int(first.heights[position]),
+            int(first.widths[position]),
+        )
+
+    def close(self) -> None:
+        """Close the stores."""
+        for one in self.stores:
+            one.close()
+
+    def changed(self) -> list[str]:
+        """The stores whose files are no longer what was opened."""
+        return [str(one.path) for one, state in zip(self.stores, self._states, strict=True) if _state(one) != state]
+
+    def boxes(self, position: int, most: int) -> dict[str, Any]:
+        """Boxes and scores of the top-scoring regions of an image in the first store, for a thumbnail."""
+        first = self.stores[0]
+        begin, end = (int(row) for row in first.region_start[position : position + 2])
+        try:
+            boxes, scores = first.data["regions/box"][begin:end], first.data["regions/score"][begin:end]
+        except stores.CORRUPTION_ERRORS as error:
+            raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
+        chosen = np.argsort(-scores, kind="stable")[:most]
+        return {"boxes": plain(boxes[chosen]), "scores": plain(scores[chosen])}
+
+    def box(self, position: int, place: int) -> list[float]:
+        """Box of a region of an image in the first store."""
+        first = self.stores[0]
+        row = int(first.region_start[position]) + place
+        try:
+            found: list[float] = plain(first.data["regions/box"][row])
+        except stores.CORRUPTION_ERRORS as error:
+            raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
+        return found
+
+    def regions(self, number: int, image_id: int) -> dict[str, Any]:
+        """The regions of an image in a store: boxes, scores, categories and masks."""
+        one = self.stores[number]
+        if image_id not in one:
+            return {"path": one.path.name, "absent": f"{one.path.name} has no image {image_id}", "regions": []}
+        found, rows = one.read(image_id, features=()), one.rows(image_id)
+        columns = zip(plain(found.boxes), plain(found.scores), found.category_ids.tolist(), strict=True)
+        regions: list[dict[str, Any]] = [
+            {"box": box, "score": score, "category": category, "row": row}
+            for row, (box, score, category) in zip(rows, columns, strict=True)
+        ]
+        for region, mask in zip(regions, found.masks or (), strict=False):
+            region["mask"] = mask.decode("ascii")
+        return {
+            "path": one.path.name,
+            "absent": "",
+            "error": found.error,
+            "size": [found.height, found.width],
+            "masks": one.has_masks,
+            "regions": regions,
+        }
+
+    def _open_images(self, path: Path) -> ImageSource:
+        exif = self.stores[0].options.get("exif")
+        source = ImageSource.open(path, exif if exif in ("ignore", "apply") else "ignore")
+        missing = source.locate([self.record(position) for position in range(len(self.stores[0]))])
+        if missing:
+            self._note(
+                f"{len(missing)} of {len(self.stores[0])} images are missing in {path}, first: {missing[0]}; "
+                "their regions are shown without them"
+            )
+        return source
+
+    def _compare_stores(self) -> None:
+        if len(self.stores) == 1:
+            return
+        first, second = self.stores
+        absent, extra = (len(set(a) - set(b)) for a, b in ((first, second), (second, first)))
+        if absent:
+            self._note(f"{second.path.name} lacks {absent} of the {len(first)} images of {first.path.name}")
+        if extra:
+            self._note(f"{extra} images of {second.path.name} are not in {first.path.name}, and are not shown")
+        other = [i for i, name in second.names.items() if first.names.get(i, name) != name]
+        if other:
+            self._note(
+                f"the detectors name {len(other)} categories differently, first: {other[0]} is "
+                f"{first.names[other[0]]!r} and {second.names[other[0]]!r}; shown are those of {first.path.name}"
+            )
+
+    def _add_referents(self) -> None:
+        inputs = self.inputs
+        given = [inputs.refer_root, inputs.dataset, inputs.split_by]
+        if any(value is not None for value in given):
+            if None in given:
+                raise InputError("refs need all of `refer_root`, `dataset` and `split_by`")
+            self._add_refs(str(inputs.refer_root), str(inputs.dataset), str(inputs.split_by))
+        elif inputs.predictions is not None:
+            raise InputError("`predictions` are answers to sentences; give `refer_root`, `dataset` and `split_by` too")
+        if inputs.instances is not None:
+            index = CocoIndex.load(inputs.instances)
+            absent = add_annotations(self.catalog, self._positions, index, inputs.refer_root is None)
+            self.names = index.categories | self.names
+            if absent:
+                self._note(f"{inputs.instances.name} lacks {absent} of the {len(self._positions)} images of the store")
+
+    def _add_refs(self, root: str, dataset: str, split_by: str) -> None:
+        refer = REFER(root, dataset, split_by)
+        absent = add_refs(self.catalog, self._positions, refer)
+        self.names = refer.Cats | self.names
+        refs = refer.data["refs"]
+        self.generalized = is_generalized(refs)
+        if absent:
+            self._note(f"{absent} of the {len(refs)} refs are on images that {self.stores[0].path.name} lacks")
+        if self.inputs.predictions is not None:
+            if len(refer.sentToRef) < sum(len(ref["sentences"]) for ref in refs):
+                raise InputError(f"{root}/{dataset}: duplicate sent_id makes `predictions` ambiguous; renumber")
+            records = {i: _record(image) for i, image in refer.Imgs.items()}
+            records |= {i: self.record(position) for i, position in self._positions.items()}
+            self.sentence_images = {sent_id: records[ref["image_id"]] for sent_id, ref in refer.sentToRef.items()}
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        log.warning("note: %s", text)
+
+
+def plain(values: np.ndarray) -> list[Any]:
+    """Numbers as JSON has them; those of a damaged store may not be finite."""
+    listed: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(4).tolist()
+    return listed
+
+
+def _record(image: Any) -> ImageRecord:
+    return ImageRecord(image["id"], "", int(image.get("height") or 1), int(image.get("width") or 1))
+
+
+def _state(one: Store) -> FileState | None:
+    try:
+        return FileState.of(one.path)
+    except OSError:
+        return None

@@ -1,0 +1,189 @@
+"""`Indexer`: fill the catalog with what takes seconds to compute, while the page is already shown.
+
+The IoU of each referent's best region, the categories and sizes of the regions of each image, and whether a model's
+answers are right.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from refdet import store as stores
+from refdet.errors import InputError, RefdetError
+from refdet.evaluation.grefcoco import Answer, generalized_scores
+from refdet.evaluation.metrics import box_iou
+from refdet.evaluation.predictions import Prediction, load_predictions
+from refdet.report.browse.catalog import Catalog, size_of
+from refdet.report.browse.collection import Collection
+from refdet.store import Store
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 64  # images read at a time
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
+_RIGHT = 0.5  # IoU from which an answer is right
+
+
+class Indexer:
+    """Computes in a thread of its own; `status` says how far it is.
+
+    Args:
+        collection: what to compute it of.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self._thread = threading.Thread(target=self._run, name="refdet-browse-index", daemon=True)
+        self._stop = threading.Event()
+        self._total = sum(len(one) for one in collection.stores)
+        self._done = 0
+        self._stage = "regions"
+        self._error = ""
+        self._asked = 0.0
+
+    def start(self) -> None:
+        """Start computing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop computing, and wait until the stores are no longer read."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Wait until everything is computed."""
+        self._thread.join()
+
+    def give_way(self) -> None:
+        """Let a request go first, as it would otherwise wait for the interpreter again and again."""
+        self._asked = time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """The stage ("regions", "answers" or "" when done), the part of it in 0..1, and an error or ""."""
+        part = self._done / self._total if self._total and self._stage == "regions" else 1.0
+        return {"stage": self._stage, "part": round(part, 3), "error": self._error}
+
+    def _wait_for_requests(self) -> None:
+        latest = time.monotonic() + _LONGEST_PAUSE
+        while time.monotonic() < min(latest, self._asked + _PAUSE) and not self._stop.is_set():
+            self._stop.wait(_PAUSE / 5)
+
+    def _run(self) -> None:
+        try:
+            for number, one in enumerate(self._collection.stores):
+                self._regions(number, one)
+            self._stage = "answers"
+            if self._collection.inputs.predictions is not None and not self._stop.is_set():
+                self._answers()
+        except RefdetError as error:
+            self._error = str(error)
+            log.error("error: %s", error)
+        except Exception as error:  # a thread's exception would otherwise be printed as a traceback, and be lost
+            self._error = f"unexpected {type(error).__name__}: {error}"
+            log.error("error: %s", self._error)
+        self._stage = ""
+
+    def _regions(self, number: int, one: Store) -> None:
+        for begin in range(0, len(one), _BLOCK):
+            self._wait_for_requests()
+            if self._stop.is_set():
+                return
+            end = min(begin + _BLOCK, len(one))
+            try:
+                block = _Block.read(one, begin, end)
+            except stores.CORRUPTION_ERRORS as error:
+                raise InputError(f"{one.path}: damaged: {error}; extract it again") from None
+            if number == 0:
+                block.describe(self._collection.catalog, begin)
+            block.cover(self._collection.catalog, number)
+            self._done += end - begin
+
+    def _answers(self) -> None:
+        collection = self._collection
+        path, catalog = collection.inputs.predictions, collection.catalog
+        assert path is not None
+        predictions = load_predictions(path, collection.stores[0], collection.sentence_images, collection.generalized)
+        truths = catalog.rows("SELECT s.sent_id, o.boxes FROM sentence s JOIN object o ON o.key = s.object")
+        catalog.add_answers(
+            {
+                sent_id: (predictions[sent_id].boxes.tolist(), *_judge(predictions[sent_id], json.loads(boxes)))
+                for sent_id, boxes in truths
+                if sent_id in predictions
+            }
+        )
+
+
+class _Block:
+    """Boxes, scores and categories of the regions of successive images."""
+
+    def __init__(self, ids: list[int], starts: np.ndarray, columns: list[np.ndarray]) -> None:
+        self.ids, self.starts = ids, starts
+        self.boxes, self.scores, self.categories = columns
+
+    @classmethod
+    def read(cls, one: Store, begin: int, end: int) -> _Block:
+        starts = one.region_start[begin : end + 1]
+        names = ("regions/box", "regions/score", "regions/category_id")
+        columns = [one.data[name][int(starts[0]) : int(starts[-1])] for name in names]
+        return cls(one.image_ids[begin:end].tolist(), starts - starts[0], columns)
+
+    def describe(self, catalog: Catalog, first: int) -> None:
+        """Add the highest score of each image, and which categories of which sizes it has."""
+        scores = [
+            (float(self.scores[a:b].max()), first + i)
+            for i, (a, b) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True))
+            if b > a
+        ]
+        catalog.write("UPDATE image SET score = ? WHERE position = ?", scores)
+        with np.errstate(all="ignore"):  # boxes of a damaged store may not be finite
+            sizes = size_of((self.boxes[:, 2:] - self.boxes[:, :2]).prod(axis=1))
+        positions = first + np.repeat(np.arange(len(self.ids)), np.diff(self.starts))
+        present = np.unique(np.stack([self.categories, sizes, positions], axis=1), axis=0)
+        catalog.write("INSERT OR IGNORE INTO present VALUES (?,?,?)", present.tolist())
+
+    def cover(self, catalog: Catalog, number: int) -> None:
+        """Add the best region of each referent and its IoU, the lowest of several objects."""
+        marks = ",".join("?" * len(self.ids))
+        found = catalog.rows(
+            f"SELECT o.key, i.id, o.boxes FROM image i JOIN object o USING (position) WHERE i.id IN ({marks})",
+            self.ids,
+        )
+        by_image: dict[int, list[tuple[int, Any]]] = defaultdict(list)
+        for key, image_id, boxes in found:
+            by_image[image_id].append((key, json.loads(boxes)))
+        updates = []
+        for place, image_id in enumerate(self.ids):
+            begin, end = self.starts[place], self.starts[place + 1]
+            for key, boxes in by_image[image_id]:
+                if boxes:
+                    iou, best = _best(np.array(boxes, np.float64), self.boxes[begin:end])
+                    updates.append((iou, best, None if best is None else float(self.scores[begin + best]), key))
+        score = "score = ?" if number == 0 else "score = ifnull(score, ?)"
+        catalog.write(f"UPDATE object SET iou{number} = ?, best{number} = ?, {score} WHERE key = ?", updates)
+
+
+def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
+    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None without regions."""
+    if not len(regions):
+        return 0.0, None
+    ious = np.nan_to_num(box_iou(boxes, regions))
+    worst = int(ious.max(axis=1).argmin())
+    return float(ious[worst].max()), int(ious[worst].argmax())
+
+
+def _judge(prediction: Prediction, truth: list[list[float]]) -> tuple[float | None, bool]:
+    """IoU of a single answer with a single object, else None; and whether the answer is wrong."""
+    boxes = np.array(truth, np.float64).reshape(-1, 4)
+    if len(boxes) == len(prediction.boxes) == 1:
+        iou = float(box_iou(prediction.boxes, boxes)[0, 0])
+        return iou, iou < _RIGHT
+    scores = generalized_scores([Answer(boxes, None, prediction.boxes, None)])
+    return None, scores["precision@F1=1,IoU>=0.5"] != 1.0

@@ -1,0 +1,98 @@
+"""`Guard`: who may talk to the server.
+
+The page is for the user who started the program. Other users of the machine lack the token; other pages in the user's
+browser can send requests but lack the cookie (SameSite=Strict); a foreign host name that resolves to this machine
+(DNS rebinding) is not in the list of hosts.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+def new_token() -> str:
+    """A token of 192 bits."""
+    return secrets.token_urlsafe(24)
+
+
+class Guard:
+    """ASGI middleware that answers only GET and HEAD requests with the token, for a known host.
+
+    The token is in the address that is printed; the first response sets a cookie, which later requests have.
+
+    Args:
+        app: the application.
+        token: the token.
+        port: the port of the server.
+        hosts: names and addresses by which the server may be reached, besides the loopback ones.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, port: int, hosts: tuple[str, ...] = ()) -> None:
+        self.app, self.token = app, token
+        self.cookie = f"refdet-browse-{port}"  # cookies do not distinguish ports
+        names = [name.lower() for name in (*LOOPBACK, *hosts)]
+        self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a websocket
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        by_address = self._is_token(given)
+        refusal = self._refusal(scope["method"], headers, by_address)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                out = MutableHeaders(scope=message)
+                out.update(_HEADERS)
+                out.setdefault("Cache-Control", "no-store")
+                if by_address and refusal is None:
+                    out.append("Set-Cookie", f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict")
+            await send(message)
+
+        await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
+
+    def _refusal(self, method: str, headers: dict[bytes, str], by_address: bool) -> Response | None:
+        host = headers.get(b"host", "").lower()
+        if host not in self.hosts:
+            return PlainTextResponse("Unknown host name; open the address that refdet browse printed.\n", 400)
+        if method not in ("GET", "HEAD"):
+            return PlainTextResponse("Only GET requests are answered.\n", 405, {"Allow": "GET, HEAD"})
+        if not by_address and not self._is_token(self._cookie_of(headers.get(b"cookie", ""))):
+            return PlainTextResponse(
+                "Wrong or missing token; open the whole address that refdet browse printed, with its ?token=...\n", 403
+            )
+        return None
+
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode(), self.token.encode())
+
+    def _cookie_of(self, header: str) -> str:
+        try:
+            found = SimpleCookie(header).get(self.cookie)
+        except CookieError:
+            return ""
+        return "" if found is None else found.value

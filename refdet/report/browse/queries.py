@@ -1,0 +1,168 @@
+"""What the page asks: filters, order and page of a list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from refdet.errors import ArgumentError
+from refdet.report.browse.catalog import SIZES, Catalog
+
+COVERED = 0.5
+"""IoU from which a region covers a referent."""
+
+SHOWN = ("refs", "images")
+ONLY = ("", "uncovered", "wrong", "failed")
+PAGE = 60
+_MOST = 1000  # of a page
+_LONGEST_SEARCH = 500
+
+_ORDERS = {
+    "refs": {
+        "order": "o.key",
+        "iou": "o.iou0",
+        "gap": "o.iou0 - o.iou1",
+        "score": "o.score",
+        "regions": "i.regions",
+    },
+    "images": {
+        "order": "i.position",
+        "iou": "(SELECT min(o.iou0) FROM object o WHERE o.position = i.position)",
+        "gap": "(SELECT min(o.iou0 - o.iou1) FROM object o WHERE o.position = i.position)",
+        "score": "i.score",
+        "regions": "i.regions",
+    },
+}
+ORDERS = tuple(_ORDERS["refs"])
+_TABLES = {"refs": "object o JOIN image i ON i.position = o.position", "images": "image i"}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filtered, sorted list of referents or images.
+
+    Attributes:
+        show: "refs" or "images".
+        search: words that a sentence must have; the last one may be the start of a word.
+        split: name of a split, "" for all.
+        category: category id, of referents or of any region of the images; None for all.
+        size: one of `SIZES`, likewise; "" for all.
+        only: "uncovered" for referents that no region covers, "wrong" for those with a wrong answer, "failed" for
+            images that could not be read by the extraction, "" for all.
+        sort: one of `ORDERS`.
+        descending: whether the highest come first.
+    """
+
+    show: str = "images"
+    search: str = ""
+    split: str = ""
+    category: int | None = None
+    size: str = ""
+    only: str = ""
+    sort: str = "order"
+    descending: bool = False
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str]) -> Filter:
+        """Read the parameters of an address.
+
+        Raises:
+            ArgumentError: a parameter has a value that it cannot have.
+        """
+        category = given.get("category", "")
+        if category and not re.fullmatch(r"-?\d{1,18}", category):
+            raise ArgumentError("category", f"{category!r:.40} is not a category id")
+        return cls(
+            _one_of("show", given.get("show", "images"), SHOWN),
+            given.get("q", "")[:_LONGEST_SEARCH],
+            given.get("split", ""),
+            int(category) if category else None,
+            _one_of("size", given.get("size", ""), ("", *SIZES)),
+            _one_of("only", given.get("only", ""), ONLY),
+            _one_of("sort", given.get("sort", "order"), ORDERS),
+            given.get("desc", "") == "1",
+        )
+
+    def count(self, catalog: Catalog) -> int:
+        """Length of the list."""
+        where, values = self._where()
+        return int(catalog.rows(f"SELECT count(*) FROM {_TABLES[self.show]} WHERE {where}", values)[0][0])
+
+    def keys(self, catalog: Catalog, offset: int = 0, limit: int = PAGE) -> list[int]:
+        """Keys of referents, or positions of images, of a part of the list; of all with a limit of -1."""
+        where, values = self._where()
+        key = "o.key" if self.show == "refs" else "i.position"
+        order = _ORDERS[self.show][self.sort]
+        query = (
+            f"SELECT {key}, {order} AS rank FROM {_TABLES[self.show]} WHERE {where} "
+            f"ORDER BY rank IS NULL, rank {'DESC' if self.descending else 'ASC'}, {key} LIMIT ? OFFSET ?"
+        )
+        return [row[0] for row in catalog.rows(query, (*values, limit, offset))]
+
+    def _where(self) -> tuple[str, list[Any]]:
+        of_referent, values = self._of_referents()
+        if self.show == "images" and of_referent:
+            inner = " AND ".join(of_referent)
+            of_referent = [f"i.position IN (SELECT o.position FROM object o WHERE {inner})"]
+        if self.show == "images" and (self.category is not None or self.size):
+            present, more = self._among("category", "size")
+            of_referent.append(f"i.position IN (SELECT position FROM present WHERE {' AND '.join(present)})")
+            values += more
+        if self.only == "failed":
+            of_referent.append("i.error != ''")
+        return " AND ".join(of_referent) or "1", values
+
+    def _of_referents(self) -> tuple[list[str], list[Any]]:
+        conditions, values = [], []
+        if words := re.findall(r"\w+", self.search):
+            conditions.append(
+                "o.key IN (SELECT s.object FROM words JOIN sentence s ON s.key = words.rowid WHERE words MATCH ?)"
+            )
+            values.append(" ".join(f'"{word}"' for word in words) + "*")
+        elif self.search.strip():  # only punctuation, which no sentence is searched for
+            conditions.append("0")
+        if self.split:
+            conditions.append("o.split = ?")
+            values.append(self.split)
+        if self.only == "uncovered":
+            conditions.append(f"o.iou0 < {COVERED}")
+        if self.only == "wrong":
+            conditions.append("o.key IN (SELECT object FROM sentence WHERE wrong = 1)")
+        if self.show == "refs":
+            more, others = self._among("o.category", "o.size")
+            conditions, values = conditions + more, values + others
+        return conditions, values
+
+    def _among(self, category: str, size: str) -> tuple[list[str], list[Any]]:
+        conditions, values = [], []
+        if self.category is not None:
+            conditions.append(f"{category} = ?")
+            values.append(self.category)
+        if self.size:
+            conditions.append(f"{size} = ?")
+            values.append(SIZES.index(self.size))
+        return conditions, values
+
+
+def page_of(given: Mapping[str, str]) -> tuple[int, int]:
+    """Offset and limit of a part of a list.
+
+    Raises:
+        ArgumentError: one is not a number, or is out of range.
+    """
+    return _number("offset", given, 0, 1 << 40), _number("limit", given, PAGE, _MOST)
+
+
+def _number(name: str, given: Mapping[str, str], default: int, most: int) -> int:
+    text = given.get(name, str(default))
+    if not re.fullmatch(r"\d{1,15}", text) or int(text) > most:
+        raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {most}")
+    return int(text)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ArgumentError(name, f"{value!r:.40} is not one of {', '.join(c for c in choices if c)}")
+    return value

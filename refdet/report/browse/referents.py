@@ -1,0 +1,72 @@
+"""Referents and annotated objects of the images of a store, for the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from refdet.data.coco import CocoIndex
+from refdet.evaluation.targets import boxes, objects_of
+from refdet.report.browse.catalog import Catalog, Referent
+from refer import REFER
+
+
+def add_refs(catalog: Catalog, positions: Mapping[int, int], refer: REFER) -> int:
+    """Add the refs whose images are in a store.
+
+    Args:
+        catalog: where to add them.
+        positions: image id -> position in the store.
+        refer: the refs.
+
+    Returns:
+        The number of refs whose images are not in the store.
+
+    Raises:
+        refer.ReferError: an annotation has no box, or one that is not finite.
+    """
+    refs = refer.data["refs"]
+    catalog.add_referents(_referents(refs, positions, refer))
+    return sum(ref["image_id"] not in positions for ref in refs)
+
+
+def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> Iterator[Referent]:
+    for ref in refs:
+        if ref["image_id"] not in positions:
+            continue
+        objects = objects_of(refer, ref)
+        found = boxes(refer, objects)
+        sides = found[:1, 2:] - found[:1, :2]
+        area = objects[0].get("area") if objects else None
+        yield Referent(
+            f"ref {ref['ref_id']}",
+            positions[ref["image_id"]],
+            ref["split"],
+            objects[0]["category_id"] if objects else None,
+            float(sides.prod(axis=1).sum()) if not isinstance(area, int | float) else float(area),
+            found.tolist(),
+            [(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
+        )
+
+
+def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoIndex, as_referents: bool) -> int:
+    """Add the annotated objects of the images of a store.
+
+    Args:
+        catalog: where to add them.
+        positions: image id -> position in the store.
+        index: the annotations.
+        as_referents: whether to add them as referents without sentences, except crowds.
+
+    Returns:
+        The number of images of the store that the annotations lack.
+    """
+    of_store = [(positions[i], one) for i in index.images if i in positions for one in index.annotations[i]]
+    catalog.add_annotations((position, one.category_id, list(one.box)) for position, one in of_store)
+    if as_referents:
+        catalog.add_referents(
+            Referent(f"object {one.id}", position, "", one.category_id, one.area, [list(one.box)], ())
+            for position, one in of_store
+            if not one.iscrowd
+        )
+    return sum(i not in index.images for i in positions)

@@ -1,0 +1,223 @@
+"""The server of ``refdet browse``. Needs ``pip install refdet[browse]``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from refdet.errors import ArgumentError, InputError, RefdetError
+from refdet.report.browse import views
+from refdet.report.browse.collection import Collection
+from refdet.report.browse.coverage import Indexer
+from refdet.report.browse.guard import LOOPBACK, Guard
+from refdet.report.browse.queries import Filter, page_of
+from refdet.report.browse.thumbnails import ByteCache, full_image, thumbnail
+
+log = logging.getLogger(__name__)
+
+FIRST_PORT, _TRIES = 8765, 50
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_KEPT = {"Cache-Control": "private, max-age=86400"}  # by the browser; the addresses of a run are its own
+
+
+class Json(JSONResponse):
+    """JSON in ASCII, as texts of files may have characters that UTF-8 cannot encode."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the response."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class Pages:
+    """The answers to all requests.
+
+    Args:
+        collection: what is shown.
+        indexer: what computes the rest of it.
+    """
+
+    def __init__(self, collection: Collection, indexer: Indexer) -> None:
+        self.collection, self.indexer = collection, indexer
+        self.run = secrets.token_hex(8)  # in addresses of images, as another run may show others by the same numbers
+        self.thumbnails = ByteCache()
+        folder = resources.files("refdet.report.browse") / "static"
+        self.static = {one.name: one.read_bytes() for one in folder.iterdir() if Path(one.name).suffix in _TYPES}
+
+    def app(self) -> Starlette:
+        """The application, without its `Guard`."""
+        answers: dict[str, Callable[[Request], Response]] = {
+            "/": self.page,
+            "/static/{name}": self.file,
+            "/api/about": self.about,
+            "/api/status": self.status,
+            "/api/items": self.items,
+            "/api/image/{image_id:int}": self.image,
+            "/api/list.json": self.list,
+            "/{run}/thumbnail/{position:int}": self.thumbnail,
+            "/{run}/image/{position:int}": self.picture,
+        }
+        routes = [Route(path, self._first(answer), methods=["GET"]) for path, answer in answers.items()]
+        handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _first(self, answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answered(request: Request) -> Response:
+            if answer != self.status:  # which is asked for in the background
+                self.indexer.give_way()
+            return answer(request)
+
+        return answered
+
+    def page(self, request: Request) -> Response:
+        """The page itself, for every address of a view."""
+        return self._static("page.html")
+
+    def file(self, request: Request) -> Response:
+        """A script or style of the page."""
+        return self._static(request.path_params["name"])
+
+    def about(self, request: Request) -> Response:
+        """What there is to show."""
+        return Json({**views.about(self.collection), "run": self.run, **self._status()})
+
+    def status(self, request: Request) -> Response:
+        """How far the index is, and whether the stores changed."""
+        return Json(self._status())
+
+    def items(self, request: Request) -> Response:
+        """A part of a list."""
+        offset, limit = page_of(request.query_params)
+        return Json(views.items(self.collection, Filter.parse(request.query_params), offset, limit))
+
+    def image(self, request: Request) -> Response:
+        """One image."""
+        return Json(views.single(self.collection, request.path_params["image_id"]))
+
+    def list(self, request: Request) -> Response:
+        """A list as a file."""
+        listed = views.whole_list(self.collection, Filter.parse(request.query_params))
+        return Json(listed, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
+
+    def thumbnail(self, request: Request) -> Response:
+        """A thumbnail."""
+        position = self._position(request)
+        source = self.collection.source
+        if source is None:
+            return PlainTextResponse("no images were given\n", 404)
+        made = self.thumbnails.get(position, lambda: thumbnail(source, self.collection.record(position)))
+        return Response(made, media_type="image/jpeg", headers=_KEPT)
+
+    def picture(self, request: Request) -> Response:
+        """An image at full size."""
+        position = self._position(request)
+        if self.collection.source is None:
+            return PlainTextResponse("no images were given\n", 404)
+        made = full_image(self.collection.source, self.collection.record(position))
+        return Response(made, media_type="image/jpeg", headers=_KEPT)
+
+    def _position(self, request: Request) -> int:
+        position: int = request.path_params["position"]
+        if not 0 <= position < len(self.collection.stores[0]):
+            raise ArgumentError("position", f"no image at position {position}")
+        return position
+
+    def _status(self) -> dict[str, Any]:
+        return {"index": self.indexer.status(), "changed": self.collection.changed()}
+
+    def _static(self, name: str) -> Response:
+        if name not in self.static:
+            return PlainTextResponse("no such file\n", 404)
+        return Response(self.static[name], media_type=_TYPES[Path(name).suffix])
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        host: the name or address to listen at.
+        port: the port; 0 for any; None for `FIRST_PORT` or the next free one.
+
+    Raises:
+        InputError: the port is in use, or there is no such address.
+    """
+    tried = range(FIRST_PORT, FIRST_PORT + _TRIES) if port is None else (port,)
+    why: OSError = OSError()
+    for candidate in tried:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise InputError(
+                f"`host` {host}: {error.strerror or error}; give a name or address of this machine"
+            ) from None
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            why = error
+        else:
+            return listener
+    where = f"`port` {port}" if port is not None else f"ports {tried[0]} to {tried[-1]}"
+    raise InputError(f"{where}: cannot listen at {host} ({why.strerror or why}); give another `port`, or 0 for any")
+
+
+def serve(collection: Collection, listener: socket.socket, host: str, token: str, show: Callable[[str], None]) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        collection: what to show; closed at the end.
+        listener: a listening socket.
+        host: the name or address that it listens at.
+        token: the token of `Guard`.
+        show: called with the address once requests are answered.
+    """
+    port = int(listener.getsockname()[1])
+    indexer = Indexer(collection)
+    name = f"[{host}]" if ":" in host else host
+    guarded = Guard(Pages(collection, indexer).app(), token, port, hosts_of(host, name))
+    config = uvicorn.Config(
+        guarded, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="off",
+        timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    indexer.start()
+    show(f"http://{name}:{port}/?token={quote(token)}")
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # raised again by uvicorn after its orderly end, which is how this program is left
+        pass
+    finally:
+        indexer.stop()
+        collection.close()
+
+
+def hosts_of(host: str, name: str) -> tuple[str, ...]:
+    """The host names in requests to a server that listens at an address, besides the loopback ones."""
+    if host in ("0.0.0.0", "::"):  # every address of the machine
+        return (name, socket.gethostname(), socket.getfqdn())
+    return () if name in LOOPBACK else (name,)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """A problem of the request or the files, as the page shows it."""
+    code = 400 if isinstance(error, ArgumentError) else 422 if isinstance(error, InputError) else 500
+    return Json({"error": str(error)}, code)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.error("error: unexpected %s: %s", type(error).__name__, error)
+    return Json({"error": f"unexpected {type(error).__name__}: {error}"}, 500)

@@ -1,0 +1,19 @@
+// Colors that stay apart on photographs: referents, best regions and answers have fixed ones, categories one each.
+
+export const REFERENT = "#00e676";
+export const BEST = "#ffd600";
+export const ANSWER = "#ff5252";
+export const ANNOTATION = "#40c4ff";
+
+export function rgbOf(category) {
+  const hue = (Math.abs(category) * 137.508) % 360;
+  const f = (n) => {
+    const k = (n + hue / 30) % 12;
+    return Math.round(255 * (0.6 - 0.4 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+  };
+  return [f(0), f(8), f(4)];
+}
+
+export function colorOf(category) {
+  return `rgb(${rgbOf(category).join(",")})`;
+}

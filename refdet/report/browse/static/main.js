@@ -1,0 +1,184 @@
+// Reads the address, asks the server, and shows the grid or one image; keys, filters and messages.
+
+import { count, element, getJson } from "./dom.js";
+import { render } from "./grid.js";
+import { Single } from "./single.js";
+import { address, defaultShow, FILTERS, filters, forgetToken, PAGE, read } from "./state.js";
+
+const KEYS = {
+  "/": "search the sentences", "← →": "previous or next image, or page of the grid", Enter: "in the grid: open an image",
+  Escape: "back to the grid", m: "masks", b: "boxes", l: "labels", "+ − 0": "zoom in, zoom out, fit", "?": "these keys",
+};
+const main = document.getElementById("main"), form = document.getElementById("filters"), banner = document.getElementById("banner");
+let about = null, single = null, page = null, state = null, asked = null;
+
+function complain(text) {
+  banner.textContent = text;
+  banner.hidden = !text;
+}
+
+// Show a state; with `event` as the answer to a click on a link, unless it opens another tab.
+function go(next, event = null, replace = false) {
+  if (event) {
+    if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+    event.preventDefault();
+  }
+  if (next.image === "?") return open(next);
+  history[replace ? "replaceState" : "pushState"](null, "", address(next));
+  show();
+}
+
+// Open the image at a place of the list.
+async function open(next) {
+  try {
+    const found = await getJson(`/api/items?${filters(next)}&offset=${next.at}&limit=1`);
+    const [item] = found.items;
+    if (item) go({ ...next, image: String(item.image_id), ref: item.object ? String(item.object.key) : "" });
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+async function show() {
+  const before = state;
+  state = read();
+  fillForm();
+  if (single && state.image !== "" && state.image === before.image && state.at === before.at) {
+    single.update(state);
+    return;
+  }
+  asked?.abort();
+  asked = new AbortController();
+  const { signal } = asked;
+  try {
+    if (state.image !== "") {
+      const [data, list] = await Promise.all([
+        getJson(`/api/image/${encodeURIComponent(state.image)}`, signal),
+        state.at === "" ? null : getJson(`/api/items?${filters(state)}&offset=0&limit=0`, signal),
+      ]);
+      [single, page] = [new Single(main, data, state, about, go, list ? list.total : null), null];
+    } else {
+      const offset = Number(state.page || 0) * PAGE;
+      const found = await getJson(`/api/items?${filters(state)}&offset=${offset}&limit=${PAGE}`, signal);
+      [single, page] = [null, found];
+      render(main, found, state, about, go);
+    }
+    complain("");
+    document.title = state.image === "" ? "refdet browse" : `image ${state.image} – refdet browse`;
+    main.dataset.ready = String(Number(main.dataset.ready ?? 0) + 1);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    [single, page] = [null, null];
+    main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: "/" }, "Go to the start")));
+    complain(error.message);
+  }
+}
+
+function fillForm() {
+  for (const field of form.elements) {
+    if (field.name && field !== document.activeElement) field.value = state[field.name] ?? "";
+  }
+  document.getElementById("score-value").textContent = Number(state.score).toFixed(2);
+  document.getElementById("top-value").textContent = state.top;
+  document.getElementById("category-label").textContent = state.show === "refs" ? "Category of the referent" : "Category of a region";
+}
+
+function change(field) {
+  const next = { ...read(), [field.name]: field.value };
+  if (FILTERS.includes(field.name)) Object.assign(next, { page: "", image: "", ref: "", at: "" });
+  go(next, null, field.type === "range" || field.type === "search");
+}
+
+let typing = null;
+form.addEventListener("input", (event) => {
+  clearTimeout(typing);
+  if (event.target.type === "search") typing = setTimeout(() => change(event.target), 150);
+  else change(event.target);
+});
+form.addEventListener("submit", (event) => event.preventDefault());
+document.getElementById("home").addEventListener("click", (event) => go({}, event));
+addEventListener("popstate", show);
+
+const help = document.getElementById("help");
+document.getElementById("help-button").addEventListener("click", () => help.showModal());
+document.getElementById("keys").append(...Object.entries(KEYS).flatMap(([key, what]) => [element("dt", {}, key), element("dd", {}, what)]));
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+  const field = event.target.closest("input, select, textarea");
+  if (field) {
+    if (event.key === "Escape") field.blur();
+    return;
+  }
+  const turn = (by) => {
+    if (single) return single.step(by);
+    const next = Number(state.page || 0) + by;
+    if (page && next >= 0 && next * PAGE < page.total) go({ ...state, page: next ? String(next) : "" });
+  };
+  const actions = {
+    "/": () => form.elements.q.focus(), "?": () => help.showModal(),
+    ArrowLeft: () => turn(-1), ArrowRight: () => turn(1), Escape: () => single && go(single.backState()),
+    m: () => single?.toggle("masks"), b: () => single?.toggle("boxes"), l: () => single?.toggle("labels"),
+    "+": () => single?.zoom(1.5), "=": () => single?.zoom(1.5), "-": () => single?.zoom(1 / 1.5), 0: () => single?.fit(),
+  };
+  const action = actions[event.key];
+  if (!action || !state) return;
+  event.preventDefault();
+  action();
+});
+
+const STAGES = { regions: (part) => `reading the regions: ${Math.round(part * 100)} % (sorting and filters become complete)`, answers: () => "reading the answers" };
+
+function showStatus(status) {
+  const { stage, part, error } = status.index;
+  document.getElementById("progress").textContent = stage ? STAGES[stage](part) : "";
+  if (error) complain(error);
+  else if (status.changed.length) {
+    complain(`${status.changed.join(", ")} changed since it was opened: what is shown may be mixed or out of date. Start refdet browse again.`);
+  }
+  about.index = status.index;
+}
+
+// Until the index is complete once a second, then now and then, to see whether the stores changed.
+async function watch() {
+  const before = about.index.stage;
+  try {
+    const status = await getJson("/api/status");
+    showStatus(status);
+    if (before && !status.index.stage && state.image === "") show().then(() => showStatus(status));
+  } catch (error) {
+    complain(error.message);
+  }
+  setTimeout(watch, about.index.stage ? 1000 : 10000);
+}
+
+async function start() {
+  forgetToken();
+  try {
+    about = await getJson("/api/about");
+  } catch (error) {
+    main.replaceChildren();
+    complain(error.message);
+    return;
+  }
+  about.names = new Map(about.categories);
+  defaultShow(about.refs ? "refs" : "images");
+  const options = (name, pairs) => form.elements[name].append(...pairs.map(([value, text]) => element("option", { value }, text)));
+  options("split", about.splits.map((split) => [split, split]));
+  options("category", about.categories);
+  form.elements.sort.querySelector("[value=gap]").hidden = about.stores.length < 2;
+  form.elements.only.querySelector("[value=wrong]").disabled = !about.predictions;
+  for (const name of ["q", "split"]) form.elements[name].disabled = !about.sentences;
+  document.getElementById("stores").textContent = about.stores
+    .map((store) => `${store.name}: ${count(store.images, "image")}, ${count(store.regions, "region")}`)
+    .concat(about.refs ? [`${count(about.refs, "referent")}, ${count(about.sentences, "sentence")}`] : []).join(" · ");
+  const notes = document.getElementById("notes");
+  notes.hidden = !about.notes.length;
+  notes.querySelector("summary").textContent = count(about.notes.length, "note");
+  notes.querySelector("ul").append(...about.notes.map((note) => element("li", {}, note)));
+  await show();
+  showStatus(about);
+  setTimeout(watch, 500);
+}
+
+start();

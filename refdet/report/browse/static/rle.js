@@ -1,0 +1,42 @@
+// COCO's compressed run-length encoding: groups of five bits, lowest first, as characters from "0"; the sixth bit is
+// set if more groups follow. From the fourth number on they are differences to the second last. Runs alternate between
+// background and mask, down the columns.
+
+export function runs(text) {
+  const found = [];
+  let at = 0;
+  while (at < text.length) {
+    let value = 0, shift = 0, code;
+    do {
+      code = text.charCodeAt(at++) - 48;
+      value += (code & 31) * 2 ** shift;
+      shift += 5;
+    } while (code & 32 && at < text.length);
+    if (code & 16) value -= 2 ** shift;
+    if (found.length > 2) value += found[found.length - 2];
+    found.push(value);
+  }
+  return found;
+}
+
+// Blend a color [r, g, b] over the pixels of a mask; `pixels` is the RGBA data of an image of this size.
+export function paint(pixels, text, height, width, [r, g, b], alpha) {
+  let at = 0, inside = false;
+  for (const run of runs(text)) {
+    const end = Math.min(at + run, height * width);
+    if (inside) {
+      let x = Math.floor(at / height), y = at % height;
+      for (let k = at; k < end; k++) {
+        const i = (y * width + x) * 4;
+        const below = pixels[i + 3] / 255, above = alpha, both = above + below * (1 - above);
+        pixels[i] = (r * above + pixels[i] * below * (1 - above)) / both;
+        pixels[i + 1] = (g * above + pixels[i + 1] * below * (1 - above)) / both;
+        pixels[i + 2] = (b * above + pixels[i + 2] * below * (1 - above)) / both;
+        pixels[i + 3] = both * 255;
+        if (++y === height) { y = 0; x++; }
+      }
+    }
+    at = end;
+    inside = !inside;
+  }
+}

@@ -1,0 +1,90 @@
+"""Images and thumbnails as JPEG; thumbnails are kept in memory up to a limit."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from refdet.data.coco import ImageRecord
+from refdet.data.image_decoder import small_copy
+from refdet.data.image_source import ImageError, ImageSource, why_unreadable
+
+SIDE = 240
+"""Longest side of a thumbnail in pixels."""
+
+MOST_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
+_QUALITY, _THUMBNAIL_QUALITY = 92, 80
+
+
+class ByteCache:
+    """Values of the most recently used keys, up to a total size; safe for threads.
+
+    Args:
+        most: maximum total size in bytes.
+    """
+
+    def __init__(self, most: int = MOST_BYTES) -> None:
+        self.most, self.size = most, 0
+        self._values: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: int, make: Callable[[], bytes]) -> bytes:
+        """The value of a key, made if it is not kept; two threads may make it at once."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            self.size += len(value) - len(self._values.pop(key, b""))
+            self._values[key] = value
+            while self.size > self.most and self._values:
+                self.size -= len(self._values.popitem(last=False)[1])
+        return value
+
+
+def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
+    """A JPEG of at most `SIDE` pixels a side.
+
+    Raises:
+        ImageError: the image is missing or cannot be decoded.
+        RuntimeFailure: a failure of the machine.
+    """
+    name = source.find(record)
+    if name is None:
+        raise ImageError(f"no file for image {record.id}: {source.why_missing(record)}")
+    if source.exif == "apply":  # only the whole image can be checked and turned
+        return _encode(source.read(record), SIDE)
+    try:
+        return _jpeg(small_copy(source.data(name, record.height, record.width), SIDE), _THUMBNAIL_QUALITY)
+    except Exception as error:  # decoders can raise anything on damaged or hostile files
+        source.refuse_unread(name, error)
+        raise ImageError(f"{name}: not a readable image ({why_unreadable(error)})") from None
+
+
+def full_image(source: ImageSource, record: ImageRecord) -> bytes:
+    """A JPEG of the whole image, as the detector saw it: never the bytes of the file.
+
+    Raises:
+        ImageError: the image is missing, cannot be decoded or has another size than the store says.
+        RuntimeFailure: a failure of the machine.
+    """
+    return _encode(source.read(record))
+
+
+def _encode(pixels: np.ndarray, side: int | None = None) -> bytes:
+    image = Image.fromarray(pixels)
+    if side is not None:
+        image.thumbnail((side, side))
+    return _jpeg(image, _QUALITY if side is None else _THUMBNAIL_QUALITY)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue()

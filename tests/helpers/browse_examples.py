@@ -1,0 +1,67 @@
+"""Stores drawn around annotated objects, to browse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet import store
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.structures.regions import Regions
+
+
+def draw_store(path: Path, instances: Path, *, seed: int = 0, masks: bool = True, failed: int | None = None) -> Path:
+    """A store with a region near each annotated object of an instances file, and a few anywhere.
+
+    Args:
+        path: the store to write.
+        instances: the instances file.
+        seed: another one draws other regions.
+        masks: whether regions have masks: ellipses in their boxes.
+        failed: id of an image that could not be read.
+    """
+    index = CocoIndex.load(instances)
+    random = np.random.default_rng(seed)
+    images = [
+        Regions.empty(one.id, one.file_name, one.height, one.width, "not a readable <b>image</b>")
+        if one.id == failed
+        else _regions(one, index, random, masks)
+        for one in index.images.values()
+    ]
+    rows = [
+        store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
+        for r in images
+    ]
+    classes = [{"id": i, "name": name} for i, name in index.categories.items()]
+    with store.create(path, store.Header(classes, "", {}, {}), store.Columns(masks=masks), rows) as writer:
+        for image in images:
+            writer.put(image)
+    return path
+
+
+def _regions(one: ImageRecord, index: CocoIndex, random: np.random.Generator, masks: bool) -> Regions:
+    objects = index.annotations[one.id]
+    size = np.array([one.width, one.height] * 2, np.float64)
+    near = np.array([o.box for o in objects], np.float64).reshape(-1, 4)
+    sides = np.tile(near[:, 2:] - near[:, :2], 2)
+    near = near + random.normal(0, 0.12, near.shape) * sides
+    corners = np.sort(random.uniform(0, 1, (3, 2, 2)), axis=1).reshape(3, 4) * size
+    boxes = np.concatenate([near, corners]).clip(0, size)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    known = [o.category_id for o in objects]
+    categories = np.array([*known, *random.choice(list(index.categories), 3)], np.int64)
+    scores = np.round(random.uniform(0.05, 1, len(boxes)), 3).astype(np.float32)
+    drawn = tuple(_ellipse(box, one.height, one.width) for box in boxes) if masks else None
+    return Regions(
+        one.id, one.file_name, one.height, one.width, boxes.astype(np.float32), scores, categories, masks=drawn
+    )
+
+
+def _ellipse(box: np.ndarray, height: int, width: int) -> bytes:
+    x1, y1, x2, y2 = box
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = ((x - (x1 + x2) / 2) / (x2 - x1)) ** 2 + ((y - (y1 + y2) / 2) / (y2 - y1)) ** 2 <= 0.25
+    counts: bytes = coco_mask.encode(np.asfortranarray(inside, np.uint8))["counts"]
+    return counts

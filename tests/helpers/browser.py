@@ -1,0 +1,82 @@
+"""A real browser for the tests: chromium driven by playwright, both as they are installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+def chromium() -> str:
+    """Path of the browser; skips the test with a clear line where the browser or playwright is missing.
+
+    With REFDET_REQUIRE_BROWSER=1 the test fails instead.
+    """
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    lacking = [] if found else ["chromium (apt-get install chromium)"]
+    for name, package in (("playwright", "playwright"), ("axe_playwright_python", "axe-playwright-python")):
+        try:
+            __import__(name)
+        except ImportError:
+            lacking.append(f"{package} (pip install 'refdet[browser-tests]')")
+    if lacking:
+        say = pytest.fail if os.environ.get("REFDET_REQUIRE_BROWSER") == "1" else pytest.skip
+        say(f"no browser test: {' and '.join(lacking)} missing")
+    return str(found)
+
+
+@contextmanager
+def serving(*arguments: str | Path) -> Iterator[str]:
+    """Run refdet browse with these arguments; the address that it prints."""
+    command = [sys.executable, "-m", "refdet", "browse", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        try:
+            yield address
+        finally:
+            process.terminate()
+
+
+class Watched:
+    """A page whose errors and requests are kept.
+
+    Attributes:
+        page: playwright's page.
+        errors: errors and warnings of the console, and uncaught exceptions.
+        requests: addresses that were asked for.
+    """
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def open(self, address: str) -> None:
+        """Go to an address and wait until its view is shown."""
+        self.page.goto(address)
+        self.page.wait_for_selector("#main[data-ready]")
+
+    def ready(self, act: Any) -> None:
+        """Do something that shows another view, and wait until it is shown."""
+        before = self.page.get_attribute("#main", "data-ready")
+        act()
+        self.page.wait_for_function("before => document.getElementById('main').dataset.ready !== before", arg=before)
+
+    def indexed(self) -> None:
+        """Wait until all regions were read."""
+        self.page.wait_for_function("async () => (await (await fetch('/api/status')).json()).index.stage === ''")
+        self.page.reload()
+        self.page.wait_for_selector("#main[data-ready]")
