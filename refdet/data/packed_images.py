@@ -2,7 +2,7 @@
 
 Shape shorthand in this module:
 
-    M: bytes of all images
+    M: bytes of all images, each padded to a multiple of 4
     Hi, Wi: height and width of image i
 """
 
@@ -26,7 +26,7 @@ class PackedImages:
 
     Attributes:
         data: (M,) uint8.
-        layouts: dtype and shape of each image.
+        layouts: dtype and shape of each image: uint8 (Hi, Wi, 3), or float32 (3, Hi, Wi).
     """
 
     data: Tensor

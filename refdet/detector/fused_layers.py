@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refdet.ops.epilogue import Epilogue, bias_relu, conv_add_relu, product_relu
+from refdet.ops.epilogue import Epilogue, bias_relu, conv1x1_bias, conv_add_relu
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class FusedConv2d(nn.Module):
             y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
             return y if shortcut is None else y + shortcut
         if self.epilogue is Epilogue.LIBRARY and shortcut is None and self.product:
-            return product_relu(x, self.weight[:, :, 0, 0], bias, relu=True)
+            return conv1x1_bias(x, self.weight[:, :, 0, 0], bias, relu=True)
         # cuDNN would first copy a shortcut of another layout
         whole = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
         if self.epilogue is Epilogue.LIBRARY and shortcut is not None and whole:

@@ -43,7 +43,7 @@ from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMOOTH_L1_BETA = 1.0
 FEATURES = ("pool5", "fc7")  # the default
-FROM_CONV5 = frozenset({"fc7", "spatial_fc7", "class_prob"})
+NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
@@ -106,9 +106,9 @@ class MaskRCNN(nn.Module):
         Args:
             images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
-            targets: annotated objects of each image; best on the CPU.
-            generator: draws the seed of each image, which samples its anchors and RoIs; with one on the CPU the same on
-                every device.
+            targets: annotated objects of each image, on the CPU.
+            generator: source of one seed per image for sampling anchors and RoIs. A generator on the CPU gives the same
+                samples on every device.
         """
         truth = PaddedTruth.of(targets, images.device)
         anchor_seeds, roi_seeds = on_device(image_seeds(len(targets), 2, generator), images.device)
@@ -199,15 +199,15 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         options: DetectionOptions,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Detections from proposals (P, 4) with image indices (P,).
+        """Detections from proposals (P, 4) with image indices, logits (P, classes + 1) and deltas (P, classes + 1, 4).
 
         Returns:
             boxes (N, 4), scores (N,), labels (N,) and the number of detections of each image.
         """
         scores = logits.softmax(dim=1)[:, 1:]
         scales, limits = _frames(sizes, boxes)
-        anchors = self.convention.unscale(boxes, scales[image])
-        decoded = self.convention.decode(deltas[:, 1:], anchors[:, None], DELTA_WEIGHTS)
+        proposals = self.convention.unscale(boxes, scales[image])
+        decoded = self.convention.decode(deltas[:, 1:], proposals[:, None], DELTA_WEIGHTS)
         inside = box_ops.cut(decoded, limits[image][:, None])
         if options.lower_threshold_if_empty:
             thresholds = reached(inside, scores, image, len(sizes), options.score_threshold)
@@ -239,7 +239,7 @@ class MaskRCNN(nn.Module):
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
         counts = [len(b) for b in boxes]
-        if labels is not None or not FROM_CONV5.isdisjoint(features):
+        if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(features):
             maps = self.head.precompute(maps, sum(counts))
         masks_of = None if labels is None else torch.cat(list(labels))
         return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
@@ -269,7 +269,7 @@ class MaskRCNN(nn.Module):
                 values["pool5"] = self.head.pool5(maps, rois)
             if "spatial_pool5" in names:
                 values["spatial_pool5"] = self.head.pooled(maps, rois)
-            if labels is not None or not FROM_CONV5.isdisjoint(names):
+            if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
                 found = self.head.forward_inference(maps, rois, labels, spatial="spatial_fc7" in names)
                 values["fc7"] = found.fc7
                 if found.spatial is not None:

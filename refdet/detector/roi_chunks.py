@@ -1,8 +1,8 @@
 """Chunks in which RoIs go through convolutions.
 
-On a GPU, cuDNN makes a new plan for each new shape of a convolution, which takes about as long as the convolution
-itself, and the number of detections differs in nearly every batch. So chunks have few sizes, and the last one is
-padded. On a CPU they only bound the memory.
+On a GPU, cuDNN selects an algorithm again for each new shape of a convolution, which takes about as long as the
+convolution itself, and the number of detections differs in nearly every batch. So chunks have only a few distinct
+sizes, and the last one is padded. On a CPU they only bound the memory.
 
 Shape shorthand in this module:
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIZES = {"cuda": (2048, 512, 128, 32)}  # of chunks, largest first, by type of device; the last one bounds the padding
+SIZES = {"cuda": (2048, 512, 128, 32)}  # of chunks, largest first, by type of device; the smallest bounds the padding
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def roi_chunks(count: int, device: torch.device, most: int | None = None) -> lis
     Args:
         count: number of RoIs, K.
         device: their device.
-        most: largest size of a chunk on devices without `SIZES`; None for no limit.
+        most: largest size of a chunk on devices that are not in `SIZES`; None for no limit.
     """
     sizes = None if torch.is_grad_enabled() else SIZES.get(device.type)
     if sizes is None:

@@ -5,7 +5,7 @@ Shape shorthand in this module:
     B: images in the batch
     N: candidates of an image, anchors or RoIs
     S: samples of an image
-    W: candidates in a random order
+    T: the first candidates of a random order, min(S, N)
 
 The random numbers are hashes of a seed per image and the index of a candidate, so a sample depends neither on the
 device nor on the rest of the batch.
@@ -65,13 +65,13 @@ def subsample_labels(
     Args:
         kinds: (B, N) labels from `assign_labels`.
         count: number of samples of an image, at most.
-        positive_fraction: largest fraction of positives among them.
+        positive_fraction: positives are at most this fraction of `count`.
         seeds: (B,) int64, from `image_seeds`.
-        sample_with_replacement: return exactly `count`, with repeats if there are too few negatives; positives only if
-            there are no negatives, as in the reference.
+        sample_with_replacement: return exactly `count`, with repeats if there are too few negatives. If there are no
+            negatives, all samples are positives, as in the reference.
 
     Returns:
-        The samples; S is `count`, or the number of candidates if that is lower.
+        The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
     """
     candidates = kinds.shape[1]
     size = min(count, candidates) if not sample_with_replacement or candidates == 0 else count
@@ -94,16 +94,16 @@ def subsample_labels(
 
 
 def _shuffled(wanted: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Wanted candidates in a random order, (B, W), others behind them; and how many there are, (B, 1)."""
+    """Wanted candidates in a random order, (B, T), then others as filler; and how many are wanted, (B, 1)."""
     order = keys.masked_fill(~wanted, -1).topk(min(size, keys.shape[1]), dim=1).indices
     return order, wanted.sum(dim=1, keepdim=True)
 
 
 def _repeated(place: Tensor, there: Tensor, needed: Tensor, again: Tensor) -> Tensor:
-    """Places (B, S) in a random order of `there` (B, 1) candidates; random ones if more are needed (B, 1)."""
+    """Places (B, S) in a random order of `there` (B, 1) candidates; random ones, with repeats, if more are needed."""
     return torch.where(there < needed, again % there.clamp(min=1), place)
 
 
 def _picked(order: Tensor, place: Tensor) -> Tensor:
-    """Candidates (B, S) at places (B, S) of an order (B, W); any candidate where the place is out of range."""
+    """Candidates (B, S) at places (B, S) of an order (B, T); any candidate where the place is out of range."""
     return order.gather(1, place.clamp(0, max(order.shape[1] - 1, 0)))

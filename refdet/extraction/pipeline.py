@@ -1,7 +1,11 @@
-"""Extraction pipeline, independent of how regions are computed. No torch.
+"""Extraction pipeline, independent of how regions are computed, so it does not import torch.
 
-Four stages overlap: threads prefetch images, the main thread computes, a thread finishes batches, such as by encoding
-masks, and encodes their regions, and another one writes shards, both in order.
+Four stages overlap, the last two in order:
+
+1. threads load images;
+2. the main thread computes;
+3. one thread finishes batches: masks to RLE, and regions to arrays;
+4. one thread writes shards.
 """
 
 from __future__ import annotations
@@ -38,9 +42,10 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-SHARD_IMAGES = 32  # lost at most by an interruption; 40 MB with 100 regions of 3072 float32 per image
+SHARD_IMAGES = 32  # the most work that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
 _PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
-_WAITING = 2  # batches computed but not finished, which stay in GPU memory
+# computed batches that wait to be finished; with those being finished and put, up to 4 are in GPU memory
+_WAITING = 2
 
 
 def extract(

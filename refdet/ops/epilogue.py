@@ -1,20 +1,21 @@
-"""What follows a convolution on a GPU: bias, shortcut and ReLU, in one pass or in the convolution itself.
+"""What follows a convolution on a GPU (its *epilogue*): bias, shortcut and ReLU, in one pass or in the convolution.
 
-As operators of their own these are up to three passes over the output, which take as long as the convolution in
-bfloat16. There are two ways to save them, and plain PyTorch:
+As operators of their own these are up to three passes over the output, which in bfloat16 together take as long as the
+convolution itself. There are two ways to avoid these passes, and plain PyTorch as the fallback:
 
     kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
         the same numbers as plain PyTorch.
     library: 1x1 convolutions as matrix products with bias and ReLU within (cuBLASLt), and the last one of a bottleneck
-        with the shortcut within (cuDNN). For bfloat16 and float16: with exact float32, cuDNN has no engine for it on
-        every GPU. The ReLU of these libraries turns NaN into 0. What neither takes is as with kernel: cuDNN's
-        convolution with ReLU alone adds 0 times its uninitialised output, which can be NaN.
+        with the shortcut within (cuDNN). For bfloat16 and float16, as cuDNN may have no engine for exact float32. The
+        ReLU of these libraries turns NaN into 0. Other convolutions use the kernel: cuDNN's convolution with ReLU
+        alone adds 0 times its uninitialised output, which can be NaN.
 
 Shape shorthand in this module:
 
     N: images or RoIs
     C, K: input and output channels
-    H, W: height and width of a feature map
+    H, W: height and width of a feature map (H', W' of the output)
+    h, w: height and width of a filter
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Epilogue(Enum):
 def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
     """The way to use on a device: library for the half types, kernel for float32; on CPUs, plain PyTorch.
 
-    On a GPU where cuDNN refuses a first small convolution with a shortcut, it is not used.
+    Where cuDNN fails a small trial convolution with a shortcut, the kernel is used instead.
     """
     if device.type != "cuda":
         return Epilogue.PLAIN
@@ -59,7 +60,7 @@ def _cudnn_adds(device: torch.device, dtype: torch.dtype) -> bool:
         y = _cudnn_conv_add_relu(x, weight, torch.full((64,), -0.5, dtype=dtype, device=device), x.clone())
     except (RuntimeError, AttributeError):
         return False
-    return bool((y == 1.5).all())
+    return bool((y == 1.5).all())  # 64 / 64 - 0.5 + 1
 
 
 def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -68,7 +69,7 @@ def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor
     Args:
         x: (N, K, H, W), overwritten if it is channels_last and nothing else is within it.
         bias: (K,) float32.
-        shortcut: (N, K, H, W) in the dtype of x; its channels may be a part of another tensor's.
+        shortcut: (N, K, H, W) in the dtype of x; may be a slice of a tensor with more channels.
 
     Returns:
         (N, K, H, W) in the dtype of x, channels_last.
@@ -97,7 +98,7 @@ def _even(x: Tensor) -> bool:
     return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(wanted, own, strict=True))
 
 
-def product_relu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """A 1x1 convolution as one matrix product, with bias and ReLU within on a GPU.
 
     Args:

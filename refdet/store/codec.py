@@ -68,8 +68,8 @@ def encode(regions: Regions, columns: Columns, *, finite: bool = False) -> Encod
 
     Args:
         regions: the regions of an image.
-        columns: which of their columns to take, of any shapes; all of them are required.
-        finite: check that no number is NaN or infinite, as those beyond the range of float16 become.
+        columns: the columns to take, whatever their shapes; all of them are required.
+        finite: check that no number is NaN or infinite, including those that overflow float16.
 
     Returns:
         The image.
@@ -163,7 +163,7 @@ def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def missing(image: EncodedImage, columns: Columns) -> set[str]:
-    """Arrays that an image must have with these columns but has not."""
+    """Required arrays that an image lacks."""
     of_regions = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
     maps = [] if image.row.error else [_MAP + name for name in columns.maps]
     return {*maps, *(of_regions if image.row.regions else [])} - image.arrays.keys()

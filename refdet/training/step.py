@@ -1,4 +1,4 @@
-"""One step of the optimiser, whose losses are read when they are there: nothing waits for a GPU in between."""
+"""A step of training that does not wait for the GPU: its losses are copied to the host meanwhile and read later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StartedStep:
     """A step that a GPU may still be computing.
 
     Attributes:
-        names: of the loss terms.
+        names: names of the loss terms.
         fetched: waits for the terms and the norm of the gradient, (terms + 1,) float32.
         image_ids: COCO ids of its images.
     """
@@ -68,7 +68,7 @@ def start_step(
         sgd: its optimiser.
         batch: the images.
         rate: learning rate.
-        max_grad_norm: of all gradients together; 0 for no clipping.
+        max_grad_norm: largest L2 norm of all gradients together; 0 for no clipping.
         generator: on the CPU, seeded for this step.
     """
     device = next(model.parameters()).device

@@ -55,7 +55,7 @@ def is_detector(given: Mapping[str, Tensor]) -> bool:
 
 
 def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
-    """Identify a detector of the model zoo.
+    """Recognise a detector of the model zoo, and convert its weights.
 
     Raises:
         InputError: another head or backbone; the message says which and what is supported.
@@ -120,7 +120,7 @@ def naming(recipe: Recipe) -> Naming:
 
 
 def _in_block(name: str) -> str:
-    """A name inside a ResNet: norms belong to their convolutions."""
+    """A name inside a ResNet: torchvision's ``bn1`` is detectron2's ``conv1.norm``."""
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
     return re.sub(r"(^|\.)bn(\d)\.", r"\1conv\2.norm.", name)
 
@@ -137,7 +137,7 @@ def _depth(given: Mapping[str, Tensor], backbone: str, last: str) -> int:
 
 
 def _blocks(blocks: tuple[int, ...]) -> str:
-    return f"blocks a stage: {', '.join(map(str, blocks))}" if any(blocks) else "no ResNet"
+    return f"blocks per stage: {', '.join(map(str, blocks))}" if any(blocks) else "no ResNet"
 
 
 def is_backbone(given: Mapping[str, Tensor]) -> bool:
@@ -148,12 +148,12 @@ def is_backbone(given: Mapping[str, Tensor]) -> bool:
 def in_torchvision_names(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An ImageNet backbone in torchvision's names.
 
-    Caffe2's has scales and shifts alone, whose mean is 0 and variance 1, as detectron2 loads them.
+    Caffe2's files hold scales and shifts only; mean 0 and variance 1 are filled in, as detectron2 does.
     """
     found = {}
     for name, value in given.items():
         name = _from_caffe2(name)
-        if name.startswith("stem.fc.") or name.endswith("_momentum"):  # of the classifier
+        if name.startswith("stem.fc.") or name.endswith("_momentum"):  # the classifier, and momentum of Caffe2's solver
             continue
         name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name.removeprefix("stem."))
         name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
