@@ -132,7 +132,7 @@ endif
 TORCH_FLAGS = $(BIN)/python -c 'import inspect, re; from torch.utils import cpp_extension as e; \
   print("-std=" + re.search(r"\x27(c\+\+\d+)\x27", inspect.getsource(e))[1], *("-I" + i for i in e.include_paths()))' 2>/dev/null
 
-build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h) $(VENV)/.torch | env
+build/cuda-check/%.o: csrc/%.cu $(wildcard csrc/*/*.h csrc/*/*.cuh) $(VENV)/.torch | env
 	@echo "==> cuda-check: compiling $< with nvcc (about a minute)"
 	@mkdir -p $(@D)
 	@nvcc -Icsrc -O3 -arch=sm_90 --expt-relaxed-constexpr -Xcompiler -fopenmp -c $< -o $@ $$($(TORCH_FLAGS))

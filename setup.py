@@ -79,7 +79,7 @@ def extension() -> dict:
     kernels = make(
         "refdet._C",
         sources(".cpp") + (sources(".cu") if cuda else []),
-        depends=sources(".h"),
+        depends=sources(".h") + sources(".cuh"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("REFDET_CUDA", None)] if cuda else [],
         # at::parallel_for is inline: host code of .cu and .cpp files must agree on it

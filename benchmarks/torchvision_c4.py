@@ -123,7 +123,11 @@ class TorchvisionC4(nn.Module):
             layer.load_state_dict({k: weights[f"{ours_name}.{k}"] for k in ("weight", "bias")})
         mean, std = ([value / 255 for value in values] for values in (recipe.input.mean, recipe.input.std))
         self.transform = GeneralizedRCNNTransform(
-            recipe.input.min_sizes[-1], recipe.input.max_size, mean, std, size_divisible=STRIDE
+            recipe.input.min_sizes[-1],
+            recipe.input.max_size,
+            mean,
+            std,
+            size_divisible=max(recipe.input.size_divisibility, 1),
         )
         self.features: dict[str, Tensor] = {}
         self.heads.mask_roi_pool.register_forward_hook(lambda _m, _i, out: self._keep("pool5", out))

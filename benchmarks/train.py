@@ -95,7 +95,10 @@ def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Ca
             rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in image.masks]
             boxes = model.convention.scale(torch.from_numpy(image.boxes), size.scale)
             truths.append(GroundTruth(boxes, torch.from_numpy(image.labels), rles, torch.zeros(0, 4), size.scale, None))
-        packed, shape = PackedImages.of([image.pixels for image in batch]), padded_shape(sizes, 32)
+        packed, shape = (
+            PackedImages.of([image.pixels for image in batch]),
+            padded_shape(sizes, options.size_divisibility),
+        )
         made = Batch(packed, sizes, [False] * len(batch), shape, truths, [*range(len(batch))])
         given.append(made.pin_memory() if device.type == "cuda" else made)
 

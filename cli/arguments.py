@@ -99,7 +99,8 @@ def check_weights(option: str, path: Path) -> None:
         _refuse(option, path, kind, "a weights file")
     if kind not in (*_WEIGHTS, FileKind.ZIP, FileKind.BINARY):
         raise InputError(
-            f"{option} {path}: {kind.value}, damaged or not weights; give a file of torch.save or safetensors"
+            f"{option} {path}: {kind.value}, damaged or not weights; give a file of torch.save, a .pkl of detectron2, "
+            "or safetensors"
         )
 
 

@@ -214,7 +214,8 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
         who = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
         if result is None:
             lines.append(f"clean according to the provenance of {who}: {detector.provenance.one_line()}")
-            lines.append("this is only a claim; to prove it, pass the training file with --instances")
+            fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
+            lines.append(f"this is only a claim{fix}")
         else:
             lines.append(f"proven: {who} was trained on the images of this file (the image ids have the same hash)")
     if result is not None:

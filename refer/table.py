@@ -85,4 +85,5 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
             *box,
         )
         rows += [(one["sent_id"], one["sent"], one["tokens"], *common) for one in ref["sentences"]]
-    return pandas.DataFrame(rows, columns=list(_COLUMNS))
+    with pandas.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+        return pandas.DataFrame(rows, columns=list(_COLUMNS))

@@ -16,7 +16,7 @@ from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
 from refdet.data.segmentations import to_rle
 from refdet.data.training_objects import TrainingObjects
-from refdet.data.transforms import input_size, network_input, padded_inputs
+from refdet.data.transforms import input_size, network_input, padded_inputs, resize_pillow
 from refdet.errors import RefdetError
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.ground_truth import GroundTruth
@@ -27,8 +27,8 @@ class Batch:
     """A batch of images and their annotations.
 
     Attributes:
-        images: the images as stored, (H, W, 3) uint8 RGB; or their network input, (3, height, width) float32, where
-            that is smaller.
+        images: the images as stored, or resized by Pillow where the recipe says so, (H, W, 3) uint8 RGB; or their
+            network input, (3, height, width) float32, where that is smaller.
         sizes: input size of each image.
         flips: whether each image is flipped; network inputs are already.
         shape: height and width that all are padded to, in pixels of the network's input.
@@ -161,7 +161,9 @@ class TrainingBatches(Dataset):
         )
         if flip:
             boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        if input_is_smaller(size) or self.recipe.input.resize == "pillow":
+        if self.recipe.input.resize == "pillow":
+            pixels = resize_pillow(pixels, size)
+        elif input_is_smaller(size):
             pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
         boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None
@@ -178,6 +180,15 @@ def padded_shape(sizes: Sequence[InputSize], divisor: int) -> tuple[int, int]:
     divisor = max(divisor, 1)
     height, width = max(size.height for size in sizes), max(size.width for size in sizes)
     return height + -height % divisor, width + -width % divisor
+
+
+def bytes_of(size: InputSize, options: InputOptions) -> int:
+    """Bytes of an image in a batch: resized by Pillow in uint8, or as stored in uint8, or as network input."""
+    if options.resize == "pillow":
+        return 3 * size.height * size.width
+    if input_is_smaller(size):
+        return 4 * 3 * size.height * size.width
+    return 3 * size.image_height * size.image_width
 
 
 def input_is_smaller(size: InputSize) -> bool:

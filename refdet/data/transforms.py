@@ -80,7 +80,7 @@ def network_inputs(
     mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
     resized = []
     if options.resize == "pillow":
-        images = [_resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
+        images = [resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
     groups = _groups(images, where)
     for rows in groups:
         pixels, size = _on_device([images[row] for row in rows], where), sizes[rows[0]]
@@ -192,7 +192,7 @@ def _floored_size(height: int, width: int, short: int, longest: int) -> tuple[in
 _SIZES = {"pillow": _rounded_size, "torchvision": _floored_size}
 
 
-def _resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
+def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
     """Bilinear resize (H, W, 3) uint8 with antialiasing, to whole gray levels."""
     return np.array(Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BILINEAR))
 

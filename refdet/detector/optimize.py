@@ -16,16 +16,17 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_enter_early
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
-from refdet.detector.roi_heads import C4Head, MaskPredictor
+from refdet.detector.roi_heads import C4Head, MaskPredictor, PyramidHead
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.ops.convolution import half_is_quickest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
-# the convolutions that are called by `conv_relu`
+# the convolutions that are called by `conv_relu`, and lists of them
 RECTIFIED: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBottleneck: ("conv1", "conv2", "conv3"),
     SplitRes5: ("conv2", "conv3"),
-    RegionProposalNetwork: ("conv",),
+    RegionProposalNetwork: ("conv", "more"),
+    PyramidHead: ("convs",),
 }
 
 
@@ -94,8 +95,13 @@ def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
                 parent.conv3.bias.add_(shortcut.bias)
                 shortcut.bias = None
         for name in RECTIFIED.get(type(parent), ()):
-            if FusedConv2d.takes(convolution := getattr(parent, name)):
-                setattr(parent, name, FusedConv2d(convolution, epilogue))
+            child = getattr(parent, name)
+            if isinstance(child, nn.ModuleList):
+                for place, each in enumerate(child):
+                    if isinstance(each, nn.Conv2d) and FusedConv2d.takes(each):
+                        child[place] = FusedConv2d(each, epilogue)
+            elif FusedConv2d.takes(child):
+                setattr(parent, name, FusedConv2d(child, epilogue))
         if isinstance(parent, SplitRes5):
             parent.fuse()
 

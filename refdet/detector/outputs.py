@@ -32,7 +32,7 @@ class BatchFeatures:
         features: the requested ones, float32: ``pool5`` (N, C), the mean of the pooled cells; ``fc7`` (N, D), the
             input of the box predictor; ``class_prob`` (N, classes + 1), probabilities, background first; of a C4
             network ``spatial_pool5`` (N, C, 7, 7), the pooled cells, and ``spatial_fc7`` (N, D, 7, 7), whose mean is
-            fc7.
+            fc7; 14x14 pooled cells in recipes with ``model.pooler_resolution: 14``.
         masks: (N, m, m) probabilities within the box, or None if no classes were given.
         head: (B, C, H, W) the feature map that C4 features are pooled from, or the finest one of a pyramid, in the
             network's dtype; None if not requested.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
+from refdet.detector.packed_layers import conv_relu
 from refdet.detector.res5_head import SplitRes5
-from refdet.detector.resnet import relu
 from refdet.detector.roi_chunks import Chunk, roi_chunks
 from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
 from refdet.ops.pooling import (
@@ -266,7 +266,7 @@ class PyramidHead(nn.Module):
     def _features(self, pooled: Tensor) -> RoiFeatures:
         hidden = pooled
         for convolution in self.convs:
-            hidden = relu(convolution(hidden))
+            hidden = conv_relu(convolution, hidden)
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
 
     def forward_inference(

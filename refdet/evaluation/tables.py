@@ -29,7 +29,8 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
         for split, values in metrics["splits"].items()
         for group, metric, value in _numbers(COUNTS, values)
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
+    with pd.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+        return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
 
 
 def _numbers(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:

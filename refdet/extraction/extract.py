@@ -89,7 +89,7 @@ def extract_features(
     if boxes is not None:
         options = replace(options, regions="boxes")
     elif options.regions == "boxes":
-        raise InputError("regions: 'boxes' needs a file of them; give boxes=FILE")
+        raise InputError("`regions='boxes'`: needs a file of them; give `boxes=FILE`")
     if options.regions == "annotations" and options.crowd_as_object != image_list.crowd_as_object:
         raise ArgumentError(
             "crowd_as_object",

@@ -102,7 +102,10 @@ class PyramidLevels(NamedTuple):
 
 
 def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
-    """The pyramid level of each RoI, as of `pyramid_roi_align`; waits for a GPU once."""
+    """The pyramid level of each RoI, as of `pyramid_roi_align`; waits for a GPU once, if there are several levels."""
+    if len(strides) == 1:
+        every = torch.arange(len(rois), device=rois.device)
+        return PyramidLevels((every,), every)
     sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
     level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
     level = level.nan_to_num(0).clamp(0, len(strides) - 1)

@@ -54,7 +54,7 @@ class ProvenanceAudit:
     @property
     def proven(self) -> bool:
         """Whether it is clean according to the training file itself, not only by its own claim."""
-        return self.proof is not None and not self.problem
+        return self.proof is not None and not self.proof.leaked and not self.problem
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -149,7 +149,9 @@ def _problem(
 ) -> str:
     data = provenance.training_set
     if data is not None and data.of_refer == "none":
-        return ""
+        # there is no hash of its image ids to compare with
+        which = f"{who}: was trained on {data.name}, about which {instances} proves nothing; leave out `instances`"
+        return "" if proof is None else which
     if data is not None:
         of = f"all {held} val/test images" if data.of_refer == "all" else f"some of {held} val/test images"
         return f"{who}: leaks {of} of {', '.join(claim.name for claim in claims)}: {provenance.note}"

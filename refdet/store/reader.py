@@ -254,7 +254,8 @@ class Store:
                 columns["area"] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             columns["score"], columns["category_id"] = self.data["regions/score"][:], categories
             frame = pd.DataFrame(columns)
-            frame["category"] = frame["category_id"].map(self.names).astype("category")
+            with pd.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
+                frame["category"] = frame["category_id"].map(self.names).astype("category")
             if self.has_ann_ids:
                 frame["ann_id"] = self.data["regions/ann_id"][:]
         except CORRUPTION_ERRORS as error:

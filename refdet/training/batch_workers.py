@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches, input_is_smaller
+from refdet.data.training_batches import Batch, TrainingBatches, bytes_of
 from refdet.data.transforms import input_size
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
@@ -240,8 +240,7 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     for record in batches.records:
         if (shape := (record.height, record.width)) not in known:
             size = input_size(*shape, options, max(options.min_sizes))
-            floats = 4 * size.height * size.width
-            known[shape] = 3 * (floats if input_is_smaller(size) else record.height * record.width)
+            known[shape] = bytes_of(size, options)
     return [known[record.height, record.width] for record in batches.records]
 
 

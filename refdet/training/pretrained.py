@@ -33,7 +33,7 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
     """
     theirs = checkpoint.load_meta(weights)
     _check_network(theirs.recipe, recipe, weights, bool(theirs.untrained))
-    _check_style(theirs.recipe, recipe, weights)
+    _check_style(theirs.recipe, recipe, weights, bool(theirs.untrained))
     fresh = theirs.untrained
     if recipe.train.reset_predictors:
         fresh += PREDICTORS
@@ -96,16 +96,20 @@ def _network(recipe: Recipe) -> str:
     return f"ResNet-{model.depth}{width} with {NECKS[model.neck]}"
 
 
-def _check_style(theirs: Recipe, ours: Recipe, weights: Path) -> None:
-    """Raise InputError for another input format or position of the stride, which shapes do not show."""
+def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: bool) -> None:
+    """Raise InputError for another input format or stride, which shapes do not show."""
     fixes = []
     for part, key in (
         ("input", "order"),
         ("input", "mean"),
         ("input", "std"),
         ("model", "stride_in_1x1"),
+        ("model", "pooler_resolution"),
     ):
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
+        # the stride of conv5 on RoIs, if both have it and it was trained there
+        if key == "pooler_resolution" and (imported_resnet or {theirs.model.neck, ours.model.neck} != {"c4"}):
+            continue
         if before != now:
             value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()
             fixes.append(f"`{part}.{key}={value}`")

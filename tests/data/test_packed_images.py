@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_examples import squares, tiny
 
 from refdet.config.recipe import InputOptions
 from refdet.data import training_batches
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
 from refdet.data.training_batches import Batch, input_is_smaller, padded_shape
 from refdet.data.transforms import input_size, network_input
@@ -66,12 +71,7 @@ def test_a_batch_is_the_same_to_the_bit_as_its_images(
     assert mixed.images.data.numel() < batch.images.data.numel()
 
 
-def test_workers_send_large_images_as_inputs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    from training_examples import squares, tiny
-
-    from refdet.data.coco import CocoIndex
-    from refdet.data.image_source import ImageSource
-
+def test_workers_send_large_images_as_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index, source = CocoIndex.load(squares(tmp_path)), ImageSource.open(tmp_path / "images")
     recipe = tiny("input.min_sizes=[24]")  # of images of 64x96
     made = training_batches.TrainingBatches(index, source, recipe)[0]
@@ -82,6 +82,31 @@ def test_workers_send_large_images_as_inputs(tmp_path, monkeypatch: pytest.Monke
     assert isinstance(raw, Batch) and {dtype for dtype, _ in raw.images.layouts} == {torch.uint8}
     assert torch.equal(found, raw.inputs(recipe.input, CPU))
     assert [t.boxes.tolist() for t in made.targets] == [t.boxes.tolist() for t in raw.targets]
+
+
+@pytest.mark.parametrize("resize", ["antialias", "pillow"])
+@pytest.mark.parametrize("short_side", [24, 100])
+def test_the_bytes_of_a_batch_are_known_beforehand(resize: str, short_side: int, tmp_path: Path) -> None:
+    index, source = CocoIndex.load(squares(tmp_path)), ImageSource.open(tmp_path / "images")
+    recipe = tiny(f"input.min_sizes=[{short_side}]", f"input.resize={resize}")  # of images of 64x96
+    made = training_batches.TrainingBatches(index, source, recipe)[0]
+    assert isinstance(made, Batch)
+    each = [training_batches.bytes_of(size, recipe.input) for size in made.sizes]
+    assert sum(each) <= made.images.data.numel() <= sum(each) + 3 * len(each)
+    assert sum(each) <= len(each) * 3 * 64 * 96 or resize == "pillow"
+
+
+def test_pillow_resizes_before_a_flip_as_detectron2_does(tmp_path: Path) -> None:
+    index, source = CocoIndex.load(squares(tmp_path)), ImageSource.open(tmp_path / "images")
+    recipe = tiny("input.min_sizes=[48]", "input.resize=pillow")
+    made = training_batches.TrainingBatches(index, source, recipe)[0]
+    assert isinstance(made, Batch) and {dtype for dtype, _ in made.images.layouts} == {torch.uint8}
+    records = {record.id: record for record in index.images.values()}
+    for found, id_, size, flip in zip(
+        made.inputs(recipe.input, CPU), made.image_ids, made.sizes, made.flips, strict=True
+    ):
+        wanted = network_input(source.read(records[id_]), size, recipe.input)
+        assert torch.equal(found[:, : size.height, : size.width], wanted.flip(2) if flip else wanted)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -31,13 +31,14 @@ def gradients(network: ResNet, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize(("depth", "dilation"), [(18, 1), (50, 1), (50, 2)])
 @pytest.mark.parametrize("caffe", [False, True])
 def test_maps_and_gradients_are_those_of_convolution_then_norm(
-    depth: int, caffe: bool, monkeypatch: pytest.MonkeyPatch
+    depth: int, dilation: int, caffe: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    network = ResNet(depth, 8, norm_of, (1, 2, 2, 2), caffe).double()
+    strides = (1, 2, 2, 1 if dilation > 1 else 2)
+    network = ResNet(depth, 8, norm_of, strides, caffe, dilation=dilation).double()
     for part in (network.conv1, network.layer1):
         part.requires_grad_(False)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)

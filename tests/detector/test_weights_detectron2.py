@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_another_backbone_is_named() -> None:
     with pytest.raises(InputError, match="ResNeXt or another width; supported are"):
         identify_checkpoint(wide)
     less = {key: value for key, value in theirs.items() if not key.startswith("backbone.bottom_up.res4.22.")}
-    with pytest.raises(InputError, match="another backbone .blocks a stage: 3, 4, 22, 3."):
+    with pytest.raises(InputError, match="another backbone .blocks per stage: 3, 4, 22, 3."):
         identify_checkpoint(less)
     with pytest.raises(InputError, match=r"left over: backbone\.bottom_up\.res3\.0\.conv2_offset\.weight"):
         identify_checkpoint({**theirs, "backbone.bottom_up.res3.0.conv2_offset.weight": torch.ones(18, 128, 3, 3)})
@@ -177,6 +178,20 @@ def test_what_is_no_array_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "model.pkl").write_bytes(code)
     done = call("import-weights", "--from", tmp_path / "model.pkl", "--out", tmp_path / "run")
     refused(done, str(tmp_path / "model.pkl"), says)
+
+
+def test_bytes_that_are_arrays_again_and_again(tmp_path: Path) -> None:
+    numeric = pytest.importorskip("numpy._core.numeric")
+    content = np.ones(10_000, np.float32).tobytes()  # written once, and then taken from the memo
+
+    class Again:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return numeric._frombuffer, (content, np.dtype("f4"), (10_000,), "C")
+
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": {str(i): Again() for i in range(200)}}, 5))
+    assert (tmp_path / "model.pkl").stat().st_size < 2 * len(content)
+    with pytest.raises(InputError, match="it repeats itself"):
+        read_foreign(tmp_path / "model.pkl")
 
 
 def test_text_that_is_encoded_again_and_again(tmp_path: Path) -> None:

@@ -62,6 +62,22 @@ def test_imagenet_has_no_image_of_coco(
     assert "trained on ImageNet-1k, which has no image of COCO" in audited.stdout
 
 
+@pytest.mark.parametrize("images", [(1,), (1, 2)])
+def test_no_file_of_coco_proves_anything_about_imagenet(
+    source: Path, refer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: tuple[int, ...]
+) -> None:
+    know(monkeypatch, source, KnownFile("somebody's backbone", IMAGENET))
+    assert call("import-weights", "--from", source, "--out", tmp_path / "run").exit_code == 0
+    files = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 9, "width": 9} for i in images]
+    (tmp_path / "any.json").write_text(json.dumps({"images": files, "annotations": [], "categories": []}))
+    options = ("--checkpoint", tmp_path / "run", "--refer-root", refer, "--instances", tmp_path / "any.json")
+    audited = call("audit", *options)
+    assert audited.exit_code == 1 and "proven" not in audited.stdout
+    tree = json.loads(call("audit", *options, "--json").stdout)
+    assert tree["proven"] is False and tree["clean"] is False
+    assert "ImageNet-1k, about which" in tree["problem"] and "leave out --instances" in tree["problem"]
+
+
 def test_the_user_knows_better(source: Path, instances: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     know(monkeypatch, source, KnownFile("somebody's detector", COCO))
     done = call("import-weights", "--from", source, "--out", tmp_path / "run", "--trained-on", instances)

@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         with_("rpn_net.bias", torch.ones((), dtype=torch.float64).expand(10**7, 10**7)), ("rpn_net.bias is (10000",)
     ),
     "damaged block": (without("resnet.layer1.0.conv3.weight"), ("missing: resnet.layer1.0.conv3.weight",)),
-    "no block": (no_block, ("unknown network", "blocks a stage: 3, 4, 5, 3")),
+    "no block": (no_block, ("unknown network", "blocks per stage: 3, 4, 5, 3")),
     "another network": (
         lambda _: {"features.0.weight": torch.ones(1), "classifier.bias": torch.ones(1)},
         ("unknown network", "missing: conv1.weight", "left over: classifier.bias, features.0.weight"),

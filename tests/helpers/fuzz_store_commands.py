@@ -14,6 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  # finds the fonts of the machine, once per user
 from click.testing import CliRunner
 from fuzzing import watched
 

@@ -107,9 +107,10 @@ def _depth(given: Mapping[str, Tensor], prefix: str) -> int:
         return depths[0]
     needed = [f"{prefix}conv1.weight", *(f"{prefix}layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4))]
     raise InputError(
-        "unknown network (supported are the reference's Mask or Faster R-CNN and ImageNet ResNets): "
+        "unknown network (supported are Mask and Faster R-CNN of the reference, detectron2 and torchvision, and "
+        "ImageNet ResNets): "
         + differences((n for n in needed if n not in given), (n for n in given if n not in needed))
-        + (f"; blocks a stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
+        + (f"; blocks per stage: {', '.join(map(str, blocks))}" if any(blocks) else "")
     )
 
 

@@ -53,6 +53,8 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     if format not in FORMATS:
         raise ArgumentError("format", f"must be one of {', '.join(FORMATS)}, not {format!r}")
     files: tuple[Path, ...] = (out, out.with_suffix(".yaml")) if format == "detectron2" else (out,)
+    if len({*files}) < len(files):
+        raise ArgumentError("out", f"{out}: is the name of the configuration that is written beside it; give a .pth")
     for file in files:
         if file.exists():
             raise ArgumentError("out", f"{file} exists; choose another or remove it")
@@ -65,7 +67,6 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
         state = detectron2.naming(meta.recipe).export(tensors)
         about = {"categories": list(meta.categories), "trained_on": meta.provenance.one_line()}
         tree: Any = {"model": state, "refdet": about}
-        _write(files[1], lambda path: path.write_text(yaml.safe_dump(config(meta.recipe, len(meta.categories)))))
         notes = _notes(meta.recipe, format)
     else:
         state = torchvision.naming(meta.recipe).export(_shifted_anchors(meta.recipe, tensors))
@@ -74,6 +75,8 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     contiguous = {name: value.contiguous() for name, value in state.items()}
     tree = contiguous if tree is state else {**tree, "model": contiguous}
     _write(out, lambda path: torch.save(tree, path))
+    if format == "detectron2":
+        _write(files[1], lambda path: path.write_text(yaml.safe_dump(config(meta.recipe, len(meta.categories)))))
     return ExportedWeights(files, len(state), notes)
 
 

@@ -60,7 +60,7 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
     """Import another program's weights as a run directory.
 
     Args:
-        source: a ``.pth`` written by torch.save, or safetensors.
+        source: a ``.pth`` written by torch.save, a ``.pkl`` of detectron2, or safetensors.
         out: the run directory to create.
         trained_on: the split the weights were trained on, if known.
         style: "caffe" or "torchvision", of an ImageNet ResNet; None to detect it.

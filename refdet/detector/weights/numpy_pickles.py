@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ def read_pickle(path: Path) -> Any:
         InputError: an array has another dtype or another number of bytes than its shape; without the file's name.
     """
     with path.open("rb") as file:
-        return _with_tensors(_Reader(file).load(), 4)
+        value = _Reader(file).load()
+        # each array becomes a tensor of its own, even of bytes that others have too
+        if sum(len(array.bytes) for array in _arrays(value, 4)) > 2 * file.tell():
+            raise InputError("damaged: it repeats itself")
+        return _with_tensors(value, 4)
 
 
 class _Fixed:
@@ -85,7 +89,8 @@ class _Array:
     __slots__ = ("bytes", "dtype", "order", "shape")
 
     def __init__(self) -> None:
-        self.bytes, self.dtype, self.shape, self.order = b"", np.dtype("f4"), (0,), "C"
+        self.bytes: bytes | bytearray = b""
+        self.dtype, self.shape, self.order = np.dtype("f4"), (0,), "C"
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
@@ -100,7 +105,7 @@ class _Array:
             raise pickle.UnpicklingError("not the shape of an array")
         if math.prod(sides) * kind.dtype.itemsize != len(content):
             raise InputError(f"damaged: an array {sides} of {kind.dtype} has {len(content)} bytes")
-        self.bytes, self.dtype, self.shape, self.order = bytes(content), kind.dtype, sides, order
+        self.bytes, self.dtype, self.shape, self.order = content, kind.dtype, sides, order
         return self
 
     def tensor(self) -> Tensor:
@@ -172,6 +177,15 @@ class _Text(_Array):
     def __setstate__(self, state: Any) -> None:
         *start, content = state
         super().__setstate__((*start, self._reader.encode(content) if isinstance(content, str) else content))
+
+
+def _arrays(value: Any, depth: int) -> Iterator[_Array]:
+    """The arrays that `_with_tensors` converts."""
+    if isinstance(value, _Array):
+        yield value
+    elif isinstance(value, Mapping) and depth:
+        for item in value.values():
+            yield from _arrays(item, depth - 1)
 
 
 def _with_tensors(value: Any, depth: int) -> Any:
