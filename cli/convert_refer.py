@@ -8,6 +8,7 @@ import click
 
 from .arguments import check_json, check_new_folder
 from .common import echo_json, echo_line, echo_table, json_option, note
+from .option_names import as_options
 
 
 @click.command("convert-refer")
@@ -66,7 +67,7 @@ def command(
                     "refs_file": str(result.refs_file),
                     "complete": result.complete,
                     "splits": {split: counts._asdict() for split, counts in result.counts.items()},
-                    "notes": result.notes,
+                    "notes": [as_options(text) for text in result.notes],
                 }
                 for result in results
             ]

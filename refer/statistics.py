@@ -60,9 +60,9 @@ def how_to_get(root: Path, dataset: str, split_by: str) -> str:
     elif dataset in ARCHIVES:
         names = [split_by] if split_by in divided or not divided else divided
         files = ", ".join(["instances.json", *(f"refs({name}).p" for name in names)])
-        out = f" --out {root.parent}" if root.name == "refer" else ""
-        command = f"refdet fetch-data --only {dataset}{out}"
-        source = f"unpack {ARCHIVES[dataset]} ({command} does it) such that {files} are in"
+        command = f"refdet fetch-data --only {dataset}"
+        does = f"{command} --out {root.parent} does it" if root.name == "refer" else f"{command} does it in data/refer"
+        source = f"unpack {ARCHIVES[dataset]} ({does}) such that {files} are in"
     else:
         return ""
     if split_by in divided or len(divided) == 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.errors import InputError
+from refdet.errors import InputError, RefdetError, RuntimeFailure
 from refdet.files.short_text import cut
 
 _ROWS = 4096  # at a time
@@ -24,6 +24,7 @@ def read_rows(path: Path, choose: Callable[[Any], Sequence[str]]) -> Iterator[di
 
     Raises:
         InputError: pyarrow is not installed, or the file is damaged.
+        RuntimeFailure: not enough memory.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -34,7 +35,11 @@ def read_rows(path: Path, choose: Callable[[Any], Sequence[str]]) -> Iterator[di
             columns = list(choose(file.schema_arrow))
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
+    except RefdetError:
+        raise  # from choosing columns
+    except MemoryError:  # also Arrow's
+        raise RuntimeFailure(f"{path}: not enough memory to read it") from None
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: invalid UTF-8 in a text
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(f"{path}: damaged or not a Parquet file ({cut(error)}); download it again") from None

@@ -40,16 +40,22 @@ class WrongDownload(InputError):
 class ResumingDownloader:
     """Downloader for pooch that keeps what it has in a ``.part`` file beside the destination.
 
-    A later download of the same URL continues there, if the server's file has not changed since.
+    A later download of the same URL continues there, if the server's file has not changed since. One of another URL
+    continues too if both must have the same bytes; else it replaces the file, once the server has sent something.
 
     Args:
         part: the file to download into.
         size: size in bytes that the file must have, None if unknown.
         wait: seconds between two tries; each waits longer than the one before.
+        same_bytes: whether every URL must have the same bytes, which the caller checks.
+
+    Attributes:
+        mixed: whether the file begins with bytes of another URL.
     """
 
-    def __init__(self, part: Path, size: int | None = None, wait: float = 1.0) -> None:
-        self._part, self._size, self._wait = part, size, wait
+    def __init__(self, part: Path, size: int | None = None, wait: float = 1.0, same_bytes: bool = False) -> None:
+        self._part, self._size, self._wait, self._same_bytes = part, size, wait, same_bytes
+        self.mixed = False
         self._record = part.with_name(part.name + ".json")
 
     def __call__(self, url: str, output_file: Any, pooch: Any) -> None:
@@ -80,17 +86,20 @@ class ResumingDownloader:
         os.replace(self._part, output_file)
 
     def _done(self, url: str) -> int:
-        """Bytes of this URL that are there; removes those of another one."""
-        if self._part.exists() and self._known(url) is None:
-            self._forget()
+        """Bytes that are there and that a download of this URL can continue."""
+        record = self._known()
+        usable = record.get("url") == url or (self._same_bytes and "url" in record)
+        return self._there() if usable else 0
+
+    def _there(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0
 
-    def _known(self, url: str) -> dict[str, Any] | None:
+    def _known(self) -> dict[str, Any]:
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
-        return record if isinstance(record, dict) and record.get("url") == url else None
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def _forget(self) -> None:
         self._part.unlink(missing_ok=True)
@@ -98,16 +107,19 @@ class ResumingDownloader:
 
     def _continue(self, url: str, done: int) -> bool:
         """Request what is missing and append it; whether the file is complete."""
-        known = self._known(url) or {}
+        known = self._known()
+        own = known.get("url") == url
         headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the file
         if done:
             headers["Range"] = f"bytes={done}-"
-            if isinstance(known.get("version"), str):
+            if own and isinstance(known.get("version"), str):
                 headers["If-Range"] = known["version"]
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             if response.status_code == 416:
                 if known.get("total") == done:
                     return True
+                if not own:
+                    raise DownloadFailure(f"{url}: 416 {response.reason}")
                 self._forget()
                 return False
             if response.status_code in (429, 500, 502, 503, 504):
@@ -118,11 +130,15 @@ class ResumingDownloader:
             if start not in (0, done):
                 self._forget()
                 return False
-            if start == 0:
-                self._forget()
             first = response.raw.read1(_CHUNK)  # iter_content would lose what came before a cut
             self._check(url, response, first if start == 0 else b"", total)
-            self._check_space(url, None if total is None else total - start)
+            there = self._there()
+            self._check_space(url, None if total is None else total - there)
+            if start == 0 and there:
+                if not first:
+                    return False
+                self._forget()
+            self.mixed = start > 0 and (self.mixed or not own)
             version = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if version is not None and version.startswith("W/"):  # may not be used with ranges
                 version = response.headers.get("Last-Modified")
@@ -136,10 +152,8 @@ class ResumingDownloader:
 
     def _check(self, url: str, response: requests.Response, first: bytes, total: int | None) -> None:
         if _PAGE.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
-            self._forget()
             raise WrongDownload(f"{url}: an HTML page, not the file")
         if self._size is not None and total is not None and total != self._size:
-            self._forget()
             raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
 
     def _check_space(self, url: str, wanted: int | None) -> None:
@@ -180,19 +194,27 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
     Raises:
         DownloadFailure: the server or the network failed; what was downloaded is kept for the next time.
-        WrongDownload: an HTML page, or other bytes than those of the checksum; nothing is kept.
+        WrongDownload: an HTML page, a file of another size, which leave what was downloaded before; or other bytes
+            than those of the checksum, of which nothing is kept.
         RuntimeFailure: not enough disk space.
     """
     part = destination.with_name(destination.name + ".part")
+    same_bytes = (checksum or "").startswith("sha256:")
     pooch.get_logger().setLevel("ERROR")
-    pooch.retrieve(
-        url,
-        known_hash=None,  # checked below, with a message of one line
-        fname=destination.name,
-        path=destination.parent,
-        downloader=ResumingDownloader(part, size, wait),
-    )
-    return check_file(destination, url, checksum, remove=True)
+    while True:
+        downloader = ResumingDownloader(part, size, wait, same_bytes)
+        pooch.retrieve(
+            url,
+            known_hash=None,  # checked below, with a message of one line
+            fname=destination.name,
+            path=destination.parent,
+            downloader=downloader,
+        )
+        try:
+            return check_file(destination, url, checksum, remove=True)
+        except WrongDownload:
+            if not downloader.mixed:  # else the fault may be another source's, so this one gets a try of its own
+                raise
 
 
 def check_file(path: Path, name: str, checksum: str | None, remove: bool = False) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -22,7 +25,18 @@ from refdet.files.short_text import shown
 
 _SPARE = 2**26
 _DRIVE = re.compile(r"[A-Za-z]:")
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    UnicodeError,
+    NotImplementedError,
+    RuntimeError,
+)
+_PREFIX = ".unpacking-"
 
 
 @dataclass(frozen=True)
@@ -58,28 +72,43 @@ def unpacked(archive: Path, name: str, place: Callable[[str], str | None], near:
         RuntimeFailure: not enough disk space.
     """
     near.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=near))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=near))
     try:
         with report_disk_full(near, "free some space and run it again"):
             try:
                 with _opened(archive, name) as members:
                     _extract(members, name, place, folder)
-            except _DAMAGE as error:
+            except (*_DAMAGE, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # without one, of gzip's or bz2's contents
+                    raise
                 raise InputError(f"{name}: damaged archive ({shown(str(error))}); download it again") from None
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def move_files(folder: Path, out: Path) -> list[Path]:
-    """Move all files of a folder to the same places below another one; returns their new paths."""
-    moved = []
+def remove_unfinished(near: Path) -> None:
+    """Remove the temporary folders of processes that were killed; only where no other one unpacks."""
+    for folder in near.glob(f"{_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
+    """Move all files of a folder to the same places below another one, but for those that exist with other bytes.
+
+    Returns:
+        The new paths, and those of files that exist with other bytes and were kept.
+    """
+    moved, kept = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         target = out / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-        moved.append(target)
-    return moved
+        if target.exists() and not filecmp.cmp(path, target, shallow=False):
+            kept.append(target)
+        else:
+            os.replace(path, target)
+            moved.append(target)
+    return moved, kept
 
 
 def _extract(members: list[_Member], name: str, place: Callable[[str], str | None], folder: Path) -> None:

@@ -77,7 +77,8 @@ def _parquet_images(path: Path) -> list[ImageEntry]:
         from pyarrow import types
 
         keys = {*NAMES, *IDS[:1], *COCO_IDS, "image_path", "img_path"}
-        plain = [f.name for f in schema if f.name in keys and (types.is_string(f.type) or types.is_integer(f.type))]
+        kinds = (types.is_string, types.is_large_string, types.is_integer)
+        plain = [f.name for f in schema if f.name in keys and any(is_kind(f.type) for is_kind in kinds)]
         if not plain:
             raise InputError(f"`benchmark` {path}: no column with names or ids of images: {', '.join(sorted(keys))}")
         return plain

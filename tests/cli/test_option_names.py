@@ -37,6 +37,11 @@ ARGUMENT = re.compile(r"`[a-z_]+(\.\w+)*(=[^`\s]+)?`")
         ("add `train.workers=0` `input.mean=[1.5,2]`", "add --set train.workers=0 --set input.mean=[1.5,2]"),
         ("`changes` x: no '='", "--set x: no '='"),
         ("as `box_format`?", "as --box-format?"),
+        (
+            "`weights=my runs/a`, or `split_names=it's=NAME`",
+            "--weights 'my runs/a', or --split-names 'it'\"'\"'s=NAME'",
+        ),
+        ("`split_names='test a'` `a.b=[1, 2]`", "--split-names 'test a' --set 'a.b=[1, 2]'"),
         # not arguments: commands, keys without a value, names of files, several words
         ("finish it with `refdet train --resume`", "finish it with `refdet train --resume`"),
         ("check that `java -version` works", "check that `java -version` works"),

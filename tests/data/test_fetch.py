@@ -203,8 +203,38 @@ def test_annotations_in_a_tar_and_images_in_a_zip(site: Site, tmp_path: Path, sh
     assert left(tmp_path) == ["instances_minival2014.json", "val2014.zip"]
     assert (tmp_path / "val2014.zip").read_bytes() == images
     (tmp_path / "val2014.zip").unlink()
-    (tmp_path / "val2014").mkdir()  # unpacked by the user
+    (tmp_path / "val2014").mkdir()
+    assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", f"{url}/val2014.zip"]
+    (tmp_path / "val2014.zip").unlink()
+    (tmp_path / "val2014" / "1.jpg").touch()  # unpacked by the user
     assert [one.source for one in fetch_data(tmp_path, items=items, wait=0)] == ["", ""]
+
+
+@pytest.mark.usefixtures("published")
+def test_files_of_the_users_own_are_kept(
+    site: Site, tmp_path: Path, refcoco: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "refer" / "refcoco" / "refs(unc).p"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"converted")
+    for name in ("downloads/tmp1a_b2c3d", ".unpacking-1/refer/a"):  # of a call that was killed
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    site.add("/refcoco.zip", refcoco)
+    result = get(refcoco_item(site, refcoco), tmp_path)
+    assert own in result.files and own.read_bytes() == b"converted"
+    assert left(tmp_path) == ["instances.json", "refs(google).p", "refs(unc).p"]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{own}: kept" in line
+
+
+def test_a_dataset_without_published_counts(
+    site: Site, tmp_path: Path, refcoco: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for by in ("unc", "google"):
+        monkeypatch.delitem(COUNTS, ("refcoco", by))
+    site.add("/refcoco.zip", refcoco)
+    assert get(refcoco_item(site, None), tmp_path).verified == "refs and instances alone"
 
 
 def test_space_is_checked_before(site: Site, tmp_path: Path, refcoco: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +284,7 @@ def test_parquet_to_convert(site: Site, tmp_path: Path, refcoco: bytes) -> None:
         fetch_data(tmp_path / "2", ["p/validation"], items=items, wait=0)
     assert left(tmp_path / "2") == []
     item = refcoco_item(site, refcoco, "/a.zip", "/b.zip")
-    with pytest.raises(RuntimeFailure, match="refdet fetch-data --only refcoco-parquet with refdet convert-refer"):
+    with pytest.raises(RuntimeFailure, match="run refdet fetch-data --only refcoco-parquet, then refdet convert-refer"):
         get(item, tmp_path)
 
 

@@ -65,5 +65,7 @@ def test_refer_data(tmp_path: Path) -> None:
     wanted = rf"unpack refcoco\+\.zip \(refdet fetch-data --only refcoco\+ --out {tmp_path}/data does it\)"
     with pytest.raises(ReferNotFoundError, match=wanted):
         REFER(str(root), "refcoco+", "unc")
+    with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+ does it in data/refer\)"):
+        REFER(str(tmp_path / "mine"), "refcoco+", "unc")
     result = run("audit", "--instances", __file__, "--refer-root", root)
     assert result.exit_code == 2 and "refdet fetch-data" in result.stderr

@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import refer_form_files as forms
 
@@ -27,6 +29,19 @@ def plain(refs: forms.Refs, *, without: tuple[str, ...] = ()) -> list[Any]:
         rest = {key: value for key, value in ref.items() if key not in (*without, "sentences")}
         kept.append((json.dumps(rest, sort_keys=True), sentences))
     return sorted(kept)
+
+
+IDS = ("id", "image_id", "category_id", "iscrowd", "width", "height")
+
+
+def texts_in_columns(path: Path) -> None:
+    """Write the ids in the JSON texts of a Parquet file as text."""
+    table = pq.read_table(path)
+    for column in ("raw_anns", "raw_image_info"):
+        entries = [json.loads(one) for one in table[column].to_pylist()]
+        texts = [json.dumps(one | {name: str(one[name]) for name in IDS if name in one}) for one in entries]
+        table = table.set_column(table.column_names.index(column), column, pa.array(texts))
+    pq.write_table(table, path)
 
 
 LACKING = ("ref_id", "sent_id", "sent_ids", "raw", "file_name")
@@ -67,6 +82,46 @@ def test_without_instances_there_are_the_referred_annotations(shapes_root: Path,
     assert forms.by_id(contents["annotations"]) == forms.by_id(own)
     assert forms.by_id(contents["images"]) == forms.by_id(instances["images"])
     assert any("only the annotations that refs refer to" in line for line in result.notes)
+
+
+@pytest.mark.parametrize("form", ["jxu124", "manual_download", "instances"])
+def test_ids_given_as_text_become_integers(shapes_root: Path, coco: Path, tmp_path: Path, form: str) -> None:
+    refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
+
+    def as_text(file: forms.Instances) -> forms.Instances:
+        for key in ("images", "annotations"):
+            for entry in file[key]:
+                entry |= {name: str(entry[name]) for name in IDS if name in entry}
+        return file
+
+    given = None
+    source = tmp_path / "parquet"
+    if form == "instances":
+        forms.write_jxu124(source, "refcoco", refs, instances)
+        given = tmp_path / "instances_train2014.json"
+        given.write_text(json.dumps(as_text(json.loads(coco.read_text()))))
+        right = instances["annotations"]
+    else:
+        for entry in (*refs, *instances["annotations"]):
+            entry["category_id"] = 1
+        right = json.loads(json.dumps(instances["annotations"]))
+        if form == "jxu124":
+            referred = {ref["ann_id"] for ref in refs}
+            right = [one for one in right if one["id"] in referred]
+            forms.write_jxu124(source, "refcoco", refs, instances)
+            for path in source.iterdir():
+                texts_in_columns(path)
+        else:
+            source /= "refcoco.json"
+            forms.write_manual_download(source, {("refcoco", "unc"): (refs, instances)})
+            file = json.loads(source.read_text())
+            for image in file["coco_anns"].values():
+                as_text({"images": [image["info"]], "annotations": image["anns"]})
+            source.write_text(json.dumps(file))
+    convert_refer([source], tmp_path / "out", instances=given)
+    found, contents = forms.load(tmp_path / "out", "refcoco", "unc")
+    assert found == refs and forms.by_id(contents["annotations"]) == forms.by_id(right)
+    assert forms.by_id(contents["images"]) == forms.by_id(instances["images"])
 
 
 @pytest.mark.parametrize("pair", PAIRS)

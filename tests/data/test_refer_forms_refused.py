@@ -10,11 +10,12 @@ import refer_form_files as forms
 from click.testing import CliRunner
 
 from refdet.cli.main import main
+from refdet.data.parquet import read_rows
 from refdet.data.refer_forms.convert import convert_refer
 from refdet.data.refer_forms.other_divisions import own_part
 from refdet.data.refer_forms.records import SourceRef
 from refdet.data.refer_forms.split_names import dataset_in, published_names, split_by_in, split_in
-from refdet.errors import InputError
+from refdet.errors import InputError, RuntimeFailure
 from refer.statistics import COUNTS, Counts
 
 
@@ -162,6 +163,44 @@ def test_a_parquet_file_that_is_damaged(tmp_path: Path, contents: bytes) -> None
     refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
 
 
+def test_a_parquet_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "refcoco-val.parquet"
+    text = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))
+    columns: dict[str, Any] = dict.fromkeys(["ref_id", "ann_id", "image_id", "sentences", "category_id"], [1])
+    pq.write_table(pa.table({**columns, "split": text}), path)
+    refused([path], tmp_path / "out", str(path), "damaged or not a Parquet file")
+
+
+def test_memory_that_does_not_suffice_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+
+    def choose(schema: Any) -> list[str]:
+        raise pa.ArrowMemoryError("malloc of size 9 failed")
+
+    with pytest.raises(RuntimeFailure, match="not enough memory"):
+        list(read_rows(path, choose))
+
+
+@pytest.mark.parametrize("contents", ["[1]", "{}", '{"images": 3, "annotations": []}', '{"images": [1]}'])
+def test_an_existing_file_that_is_no_instances_file(
+    shapes_root: Path, coco: Path, tmp_path: Path, contents: str
+) -> None:
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    path = tmp_path / "out" / "refcoco" / "instances.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(contents)
+    with pytest.raises(InputError, match="instances.json: exists and has no list of images"):
+        convert_refer([source], tmp_path / "out", instances=coco)
+    assert path.read_text() == contents
+
+
+def test_a_split_name_that_no_source_has(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
+    source = forms.write_jxu124(tmp_path / "parquet", "refcoco", *forms.load(shapes_root / "refer", "refcoco", "unc"))
+    words = ("`split_names` vla=test: no split 'vla' in the sources", "train, ")
+    refused([source], tmp_path / "out", *words, instances=coco, split_names=["vla=test"])
+
+
 def test_boxes_that_no_or_two_annotations_have_are_counted(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
     refs, instances = forms.load(shapes_root / "refer", "refcoco", "unc")
     source = forms.write_lines(tmp_path / "lines", "refcoco", refs, instances)
@@ -249,6 +288,15 @@ def test_the_command(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
     }
     again = run("--from", source, "--out", tmp_path / "out", "--instances", coco)
     assert again.exit_code == 2 and again.stderr.count("\n") == 1 and "another --out" in again.stderr
+    for path in source.iterdir():  # only COCO's own categories need no --instances
+        table = pq.read_table(path)
+        ones = pa.array([1] * len(table))
+        table = table.set_column(table.column_names.index("category_id"), "category_id", ones)
+        texts = [json.dumps(json.loads(one) | {"category_id": 1}) for one in table["raw_anns"].to_pylist()]
+        pq.write_table(table.set_column(table.column_names.index("raw_anns"), "raw_anns", pa.array(texts)), path)
+    few = json.loads(run("--from", source, "--out", tmp_path / "few", "--json").stdout)
+    assert any("with --instances instances_train2014.json" in line for line in few[0]["notes"])
+    source = forms.write_jxu124(tmp_path / "again", "refcoco", refs, instances)
     text = run("--from", source, "--out", tmp_path / "text", "--instances", coco)
     assert text.exit_code == 0 and "refcoco/unc/testA" in text.stdout
 

@@ -74,6 +74,44 @@ def test_the_part_of_another_address_is_not_used(site: Site, tmp_path: Path) -> 
     assert get(site, tmp_path) == SHA256 and file.requests == [""]
 
 
+def test_a_source_that_fails_leaves_the_part_of_another(site: Site, tmp_path: Path) -> None:
+    file = site.add("/b.zip", DATA, cuts=[5000] * 7)
+    site.add("/page.zip", b"<html>Sign in</html>", kind="text/html")
+    site.add("/empty.zip", b"", lengths=False)
+    site.add("/busy.zip", status=503)
+    for checksum in (None, f"sha256:{SHA256}"):
+        for path in ("/b.zip", "/none.zip", "/busy.zip", "/page.zip", "/empty.zip"):
+            with pytest.raises((DownloadFailure, WrongDownload)):
+                get(site, tmp_path, path, checksum, len(DATA))
+            assert (tmp_path / "a.zip.part").read_bytes() == DATA[:5000], path
+        file.cuts[:] = [5000] * 7
+    file.cuts.clear()
+    file.requests.clear()
+    assert get(site, tmp_path, "/b.zip") == SHA256 and file.requests == ["bytes=5000-"]
+
+
+def test_a_page_leaves_the_part_of_the_same_address(site: Site, tmp_path: Path) -> None:
+    site.add("/a.zip", DATA, cuts=[5000] * 7)
+    with pytest.raises(DownloadFailure):
+        get(site, tmp_path)
+    for body, size in ((b"<html>Sign in</html>", None), (b"Busy", len(DATA))):
+        site.add("/a.zip", body, ranges=False)
+        with pytest.raises(WrongDownload):
+            get(site, tmp_path, size=size)
+    file = site.add("/a.zip", DATA)
+    assert get(site, tmp_path) == SHA256 and file.requests == ["bytes=5000-"]
+
+
+@pytest.mark.parametrize("first", [DATA, bytes(len(DATA))])
+def test_another_source_continues_what_has_a_checksum(site: Site, tmp_path: Path, first: bytes) -> None:
+    site.add("/b.zip", first, cuts=[5000] * 7)
+    with pytest.raises(DownloadFailure):
+        get(site, tmp_path, "/b.zip", f"sha256:{SHA256}")
+    file = site.add("/a.zip", DATA, cuts=[9000], etag='"2"')
+    assert get(site, tmp_path, checksum=f"sha256:{SHA256}") == SHA256
+    assert file.requests == ["bytes=5000-", "bytes=9000-", *([] if first is DATA else [""])]
+
+
 def test_a_length_that_is_not_said(site: Site, tmp_path: Path) -> None:
     site.add("/a.zip", DATA, lengths=False)
     assert get(site, tmp_path) == SHA256

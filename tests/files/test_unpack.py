@@ -1,16 +1,18 @@
 import io
 import os
+import random
 import shutil
 import stat
 import tarfile
 import zipfile
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from refdet.errors import InputError, RuntimeFailure
-from refdet.files.unpack import move_files, unpacked
+from refdet.files.unpack import move_files, remove_unfinished, unpacked
 
 FILES = {"top/a.json": b"{}", "top/b.p": b"x" * 5000, "other.txt": b"not wanted"}
 
@@ -41,7 +43,7 @@ def place(member: str) -> str | None:
 
 def unpack(archive: Path, out: Path) -> list[Path]:
     with unpacked(archive, "the archive", place, out) as folder:
-        return move_files(folder, out)
+        return move_files(folder, out)[0]
 
 
 @pytest.mark.parametrize("make", [as_zip, as_tar])
@@ -100,6 +102,32 @@ def test_every_cut_is_noticed(tmp_path: Path, make: object) -> None:
         except InputError:
             assert os.listdir(out) == []
     assert complete <= len(whole) // 7 * (make is as_tar)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_bytes_that_changed_in_a_tar(tmp_path: Path, kind: str) -> None:
+    archive = tmp_path / "archive"
+    with tarfile.open(archive, f"w:{kind}") as file:
+        info = tarfile.TarInfo("top/a")
+        info.size = 50_000
+        file.addfile(info, io.BytesIO(random.Random(0).randbytes(info.size)))
+    whole = archive.read_bytes()
+    for place_of_change in range(0, len(whole), 977):
+        archive.write_bytes(whole[:place_of_change] + bytes(8) + whole[place_of_change + 8 :])
+        with suppress(InputError):  # and no other error
+            unpack(archive, tmp_path / "out")
+
+
+def test_files_that_exist_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "a.json").write_bytes(b"my own")
+    (out / "data" / "b.p").write_bytes(FILES["top/b.p"])
+    (out / ".unpacking-of-another-time").mkdir()
+    remove_unfinished(out)
+    with unpacked(as_zip(tmp_path / "archive", FILES), "the archive", place, out) as folder:
+        assert move_files(folder, out) == ([out / "data" / "b.p"], [out / "data" / "a.json"])
+    assert (out / "data" / "a.json").read_bytes() == b"my own" and os.listdir(out) == ["data"]
 
 
 def test_a_bit_that_flipped(tmp_path: Path) -> None:

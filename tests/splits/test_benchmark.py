@@ -125,6 +125,15 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         held_out_benchmarks(paths)
 
 
+def test_names_in_large_strings(tmp_path: Path, other_ids: list[int]) -> None:
+    path = ref_l4(tmp_path / "a.parquet", other_ids, others=0)
+    small = pq.read_table(path)
+    names = small["file_name"].cast(pa.large_string())
+    pq.write_table(pa.table({"file_name": names}), path)
+    ((split,), _) = held_out_benchmarks([path])
+    assert split.image_ids == frozenset(other_ids)
+
+
 def test_the_commands(tmp_path: Path, instances: Path, refer_root: Path, other_ids: list[int]) -> None:
     path = ref_l4(tmp_path / "ref-l4-test.parquet", other_ids, others=1)
     common = ["--refer-root", str(refer_root), "--benchmark", str(path)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
 from refdet.files.download import SPARE, check_file, download, in_bytes
 from refdet.files.lock import alone
-from refdet.files.unpack import move_files, unpacked
+from refdet.files.unpack import move_files, remove_unfinished, unpacked
 from refer import ReferError
 from refer.files import available, read_instances, read_refs
+from refer.statistics import COUNTS
 
 log = logging.getLogger(__name__)
 
 _WAIT = 1.0  # seconds before a second try
+_IMAGES = (".jpg", ".jpeg", ".png")
+_POOCH = re.compile(r"tmp[a-z0-9_]{8}")  # what pooch names the file that it downloads to
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Fetched:
         source: where it was downloaded from; "" if its files were there already.
         sha256: of its archive; "" likewise.
         files: its files.
-        verified: how a download was checked: "checksum", "published counts" or "first bytes alone"; "" for files that
-            were there.
+        verified: how a download was checked: "checksum", "published counts", "refs and instances alone" (they can be
+            read, but there are no counts to compare them with) or "first bytes alone"; "" for files that were there.
     """
 
     name: str
@@ -75,6 +79,7 @@ def fetch_data(
         raise InputError(f"`mirror` {mirror}: not an http address and not a folder")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, ".fetch-data.lock", "wait for it to finish"):
+        _remove_leftovers(out)
         missing = [item for item in chosen if not is_there(out, item)]
         if mirror is None or not Path(mirror).is_dir():
             _check_space(out, missing)
@@ -111,9 +116,22 @@ def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Ite
 
 def is_there(out: Path, item: Item) -> bool:
     """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
-    if item.outputs[0].endswith(".zip") and (out / Path(item.outputs[0]).stem).is_dir():
+    if item.outputs[0].endswith(".zip") and _has_image(out / Path(item.outputs[0]).stem):
         return True
     return all((out / name).is_file() for name in item.outputs)
+
+
+def _has_image(folder: Path) -> bool:
+    return any(name.lower().endswith(_IMAGES) for _, _, names in os.walk(folder) for name in names)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove temporary files of calls that were killed; partial downloads stay."""
+    remove_unfinished(out)
+    folder = out / "downloads"
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if _POOCH.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _check_space(out: Path, items: Sequence[Item]) -> None:
@@ -146,7 +164,7 @@ def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> Fetched:
         raise problems[0]
     other = f"{item.name}-parquet"
     known = any(one.name.startswith(f"{other}/") for one in ITEMS)
-    more = f", or convert refdet fetch-data --only {other} with refdet convert-refer" if known else ""
+    more = f"; or run refdet fetch-data --only {other}, then refdet convert-refer on its files" if known else ""
     kind = InputError if all(isinstance(problem, InputError) for problem in problems) else RuntimeFailure
     raise kind(
         f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give a mirror of your own "
@@ -172,8 +190,16 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
         raise
     if not local:
         archive.unlink(missing_ok=True)
-    how = "checksum" if item.checksum else "published counts" if item.dataset else "first bytes alone"
-    return Fetched(item.name, url, sha256, files, how)
+    return Fetched(item.name, url, sha256, files, _how_verified(item))
+
+
+def _how_verified(item: Item) -> str:
+    if item.checksum:
+        return "checksum"
+    if not item.dataset:
+        return "first bytes alone"
+    counted = any(dataset == item.dataset for dataset, _ in COUNTS)
+    return "published counts" if counted else "refs and instances alone"
 
 
 def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
@@ -195,7 +221,15 @@ def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: b
             raise InputError(f"{url}: no {', '.join(Path(name).name for name in lacking)} in it (sha256 {sha256})")
         if item.dataset:
             _check_refer(folder / "refer", item.dataset, url, sha256)
-        return move_files(folder, out)
+        moved, kept = move_files(folder, out)
+    for path in kept:
+        log.warning(
+            "note: %s: kept, though the one in %s has other bytes; if they do not fit together, remove it and run this "
+            "again",
+            path,
+            item.archive,
+        )
+    return moved + kept
 
 
 def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:

@@ -19,7 +19,7 @@ class CocoAnnotations:
 
     Args:
         name: the file, for error messages.
-        instances: its images and annotations.
+        instances: its images and annotations; integers that are given as text become integers.
 
     Raises:
         InputError: an entry has no or an invalid id, size or box.
@@ -28,8 +28,11 @@ class CocoAnnotations:
     def __init__(self, name: str, instances: SourceInstances) -> None:
         self.name, self.instances = name, instances
         self._of_image: dict[int, list[Row]] = {}
+        for image_id, image in instances.images.items():
+            Row(f"{name}: image {image_id}", image).replace_text("id", "width", "height")
         for annotation in instances.annotations.values():
             row = Row(f"{name}: annotation {annotation.get('id')}", annotation)
+            row.replace_text("id", "image_id", "category_id", "iscrowd")
             row.box("bbox")
             self._of_image.setdefault(row.integer("image_id"), []).append(row)
 

@@ -80,6 +80,7 @@ def convert_refer(
     renamed = _renamed(split_names)
     read = [(path, read_source(path)) for path in source_files(sources)]
     groups = _grouped(read, dataset, split_by)
+    _check_renamed(renamed, groups)
     _check_new(root, groups)
     coco = None if instances is None else read_coco(Path(instances))
     # all before the first file is written, so that a late error leaves nothing behind
@@ -113,6 +114,15 @@ def _renamed(split_names: Sequence[str]) -> dict[str, str]:
         if not (old and equals and new and new.isprintable()):
             raise InputError(f"`split_names` {text}: give OLD=NEW, such as test=testA")
     return {old: new for old, _, new in pairs}
+
+
+def _check_renamed(renamed: dict[str, str], groups: dict[tuple[str, str], _Parts]) -> None:
+    there = dict.fromkeys(ref.split for parts in groups.values() for _, _, refs in parts for ref in refs)
+    for old, new in renamed.items():
+        if old not in there:
+            raise InputError(
+                f"`split_names` {old}={new}: no split {shown(old)} in the sources, which have {', '.join(there)}"
+            )
 
 
 def _grouped(read: Sequence[tuple[Path, Source]], dataset: str, split_by: str) -> dict[tuple[str, str], _Parts]:
@@ -235,10 +245,18 @@ def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Pa
     if path.exists():
         there = plain_files.read_json(path)
         for key in ("images", "annotations"):
-            known = {entry.get("id") for entry in there.get(key, ())}
+            entries_there = there.get(key) if isinstance(there, dict) else None
+            if not isinstance(entries_there, list) or not all(isinstance(entry, dict) for entry in entries_there):
+                raise InputError(f"{path}: exists and has no list of {key}; choose another `out` or remove it")
+            known = {_id_of(entry) for entry in entries_there}
             if not known >= {entry["id"] for entry in contents[key]}:
                 raise InputError(f"{path}: exists and lacks {key} of the new refs; choose another `out` or remove it")
         for plan in plans:
             plan.result.notes.append(f"{dataset}/{plan.result.split_by}: kept the instances.json that was there")
         return None
     return path, contents
+
+
+def _id_of(entry: dict[str, Any]) -> int | None:
+    value = entry.get("id")
+    return value if isinstance(value, int) else None

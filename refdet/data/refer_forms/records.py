@@ -126,6 +126,12 @@ class Row:
             raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be an integer")
         return value
 
+    def replace_text(self, *keys: str) -> None:
+        """Replace integers that are given as text by integers, so that they compare and are written as such."""
+        for key in keys:
+            if isinstance(self.value.get(key), str):
+                self.value[key] = self.integer(key)
+
     def text(self, key: str) -> str:
         """A text field."""
         value = self._get(key)
