@@ -18,7 +18,8 @@ Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
 _UNSAID = {"exif": "ignore"}  # options that are stored only with another value
-_ARGUMENTS = {"at_least_one": "lower_threshold_if_empty"}  # stored name -> name on the command line
+# stored name -> how a message names it, where that is not the argument of the same name
+_NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
 _SHOWN = 3  # changed keys of a recipe in a message
 
 
@@ -71,7 +72,7 @@ class Plan:
             if name.endswith("_sha256"):
                 found.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                found.append(f"`{_ARGUMENTS.get(name, name)}` was {_shown(old)} and is now {_shown(new)}")
+                found.append(f"{_NAMES.get(name, f'`{name}`')} was {_shown(old)} and is now {_shown(new)}")
         return "; ".join(found)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:

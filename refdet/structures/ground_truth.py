@@ -39,17 +39,6 @@ class GroundTruth:
     scale: tuple[float, float]
     flipped_width: float | None = None
 
-    def to(self, device: torch.device) -> GroundTruth:
-        """Copy to a device; masks stay RLE."""
-        return GroundTruth(
-            self.boxes.to(device),
-            self.labels.to(device),
-            self.masks,
-            self.crowds.to(device),
-            self.scale,
-            self.flipped_width,
-        )
-
 
 @dataclass(frozen=True)
 class PaddedTruth:

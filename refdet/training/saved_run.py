@@ -83,7 +83,7 @@ class SavedRun:
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
             for key, old, new in kept
-            if new not in (old, 1) or new is True
+            if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 is as 1
         ]
         return now.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in kept]), notes
 
