@@ -27,14 +27,14 @@
 #include <limits>
 
 #include "roi_pool/pooling.h"
+#include "roi_pool/roi_groups.cuh"
 
 namespace refdet {
 namespace {
 
 // ---- device code
 
-constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 
 // The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `room` times its number. Axis 0 is x.
 struct Lists {
@@ -43,11 +43,6 @@ struct Lists {
   int4* window;    // of each RoI the first and last column and the first and last row it reads; none: first > last
   int64_t* image;  // of each RoI, -1 where it is not in the batch
   int64_t room, cells;
-};
-
-// The RoIs of image i are member[first[i]] to member[first[i + 1] - 1], ascending.
-struct Groups {
-  int32_t *member, *first;
 };
 
 // A map or its gradient: sizes, and strides of images, rows and columns.
@@ -148,27 +143,6 @@ __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
     if (image < 0) sum[v] = NAN;
   }
   write<float, numbers>(out + roi * map.channels + channel, sum);
-}
-
-// One warp per image.
-__global__ void group_kernel(const int64_t* image, int64_t rois, Groups groups) {
-  const int64_t own = blockIdx.x;
-  const int lane = threadIdx.x;
-  int32_t first = 0;
-  for (int64_t start = 0; start < rois; start += kWarp) {
-    const int64_t of = start + lane < rois ? image[start + lane] : -1;
-    first += __popc(__ballot_sync(kAll, of >= 0 && of < own));
-  }
-  int32_t end = first;
-  for (int64_t start = 0; start < rois; start += kWarp) {
-    const bool mine = start + lane < rois && image[start + lane] == own;
-    const unsigned all = __ballot_sync(kAll, mine);
-    if (mine) groups.member[end + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(start + lane);
-    end += __popc(all);
-  }
-  if (lane > 0) return;
-  groups.first[own] = first;
-  if (own == gridDim.x - 1) groups.first[own + 1] = end;
 }
 
 // The weight with which a list reads a position; its positions ascend, so it is not behind place `at - the first`.

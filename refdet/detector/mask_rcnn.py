@@ -64,6 +64,7 @@ class MaskRCNN(nn.Module):
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
+        # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
         last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
         strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
         self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
@@ -86,12 +87,12 @@ class MaskRCNN(nn.Module):
             conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
             del self.backbone.layer4
             self.head = C4Head(conv5, channels[3], model, classes)
-        if model.norm == "frozen":
+        if model.norm == "frozen":  # and the stem and first stage, as with FREEZE_AT=2 in detectron2
             for part in (self.backbone.conv1, self.backbone.layer1):
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the conv4 feature map, the dilated conv5 one, or the five of the pyramid."""
+        """Images (B, 3, H, W) -> (B, C, Hi, Wi): the conv4 map, the dilated conv5 map, or the five of the pyramid."""
         if self.neck is None:
             return [self.backbone(images, 4 if self.recipe.model.neck == "dc5" else 3)[-1]]
         return self.neck(self.backbone(images, 4))
@@ -167,10 +168,14 @@ class MaskRCNN(nn.Module):
         """Detect objects. The number of GPU synchronizations does not depend on the batch size.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, 3, H, W), normalised and zero-padded at the bottom and right.
             sizes: input and original size of each image.
             options: thresholds and limits of the detections.
-            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map.
+            features: names of the features of `BatchFeatures` to compute, and ``head`` for the feature map that RoIs
+                are pooled from, as the reference calls it.
+
+        Returns:
+            The detections of all images, with their features and masks.
         """
         with self.timed("backbone"):
             maps: Sequence[Tensor] = self.extract_feature_maps(images)
@@ -287,7 +292,7 @@ class MaskRCNN(nn.Module):
         """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""
         corners = self.convention.corners(rois[:, 1:])
         if self.recipe.model.pooling == "crop_align":
-            # the reference's variant aligns the first and last pixel with the first and last cell of the map
+            # the reference (lichengunc/mask-faster-rcnn) aligns the first and last pixel with the first and last cell
             sides = [
                 (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)

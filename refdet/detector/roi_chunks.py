@@ -42,7 +42,7 @@ class Chunk:
 
 
 def roi_chunks(count: int, device: torch.device, most: int | None = None) -> list[Chunk]:
-    """Chunks for a number of RoIs, at least one; a single one if gradients are enabled.
+    """Chunks for a number of RoIs, at least one; a single one if gradients are enabled, as training samples few RoIs.
 
     Args:
         count: number of RoIs, K.

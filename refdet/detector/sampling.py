@@ -23,7 +23,7 @@ from refdet.detector.target_assignment import NEGATIVE, POSITIVE
 # Steele et al., "Fast splittable pseudorandom number generators" (2014): the increment and the factors of splitmix64
 _INCREMENT, _FACTORS = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS = (30, 27, 31)
-_BITS = 62
+_BITS = 62  # of a random number, so that it is never negative
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def image_seeds(images: int, uses: int, generator: torch.Generator | None) -> Te
 
 
 def random_numbers(seeds: Tensor, count: int) -> Tensor:
-    """Random numbers (B, count) int64, 0 or more, from seeds (B,) int64: splitmix64 with signed shifts."""
+    """Random numbers (B, count) int64, 0 or more, from seeds (B,) int64.
+
+    splitmix64 with arithmetic shifts, as torch has no unsigned 64-bit integers.
+    """
     places = torch.arange(1, count + 1, device=seeds.device) * _INCREMENT
     state = seeds[:, None] + places
     for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
@@ -82,7 +85,7 @@ def subsample_labels(
     taken = objects.clamp(max=int(count * positive_fraction))
     if sample_with_replacement:
         taken = taken.masked_fill((background == 0) & (objects > 0), count)
-        again = random_numbers(~seeds, size)
+        again = random_numbers(~seeds, size)  # independent of those of the candidates
         first = _repeated(slot.expand(len(kinds), -1), objects, taken, again)
         second = _repeated(slot - taken, background, count - taken, again)
     else:

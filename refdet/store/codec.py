@@ -1,4 +1,4 @@
-"""Serialize the regions of an image: what shards and stores have in common. No torch.
+"""Serialize the regions of an image: what shards and stores have in common.
 
 An image is encoded as arrays under the names of a store's datasets. A store writes them to its datasets, a shard writes
 them one after another (`refdet.store.shard_file`).
@@ -29,8 +29,9 @@ class EncodedImage:
     Attributes:
         row: its row in a store.
         mask_sizes: number of bytes of each mask, () without masks.
-        arrays: dataset -> values, little-endian, in the order of a shard. `MASK_START` is not among them, as it depends
-            on the other images.
+        arrays: dataset -> values, little-endian, in the order of a shard: ``regions/box`` (n, 4), ``regions/score``
+            (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store. `MASK_START` is not
+            among them, as it depends on the other images.
     """
 
     row: ImageRow

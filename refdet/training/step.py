@@ -70,6 +70,9 @@ def start_step(
         rate: learning rate.
         max_grad_norm: largest L2 norm of all gradients together; 0 for no clipping.
         generator: on the CPU, seeded for this step.
+
+    Returns:
+        The step, whose losses can be read later.
     """
     device = next(model.parameters()).device
     images = batch.inputs(model.recipe.input, device)
@@ -79,6 +82,7 @@ def start_step(
     set_rate(sgd, rate)
     sgd.zero_grad(set_to_none=True)
     terms.sum().backward()
+    # with inf it only measures the norm, which the guard needs; one tensor of results is one copy to the host
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
     results = torch.cat((terms.detach(), norm.detach().to(terms.dtype)[None]))
     sgd.guard(results)

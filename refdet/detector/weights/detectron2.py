@@ -1,7 +1,8 @@
 """Detectors and ImageNet backbones of detectron2, and Caffe2's ImageNet backbones.
 
-Of its model zoo: Mask and Faster R-CNN with ResNet-50 and 101, as C4, DC5 and FPN. The file tells the network: the
-position of the stride inside a block and the preprocessing are those of the zoo's models.
+Supported are Mask and Faster R-CNN of its model zoo with ResNet-50 and 101, as C4, DC5 and FPN. The network is inferred
+from the names and shapes of its tensors. The position of the stride inside a block and the preprocessing are not in the
+file; those of the zoo's models are assumed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+// The RoIs of each image, so that the backward pass reads only those of its own.
+#pragma once
+
+#include <cstdint>
+
+namespace refdet {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+// The RoIs of image i are member[first[i]] to member[first[i + 1] - 1], ascending.
+struct Groups {
+  int32_t *member, *first;
+};
+
+// One warp per image.
+__global__ void group_kernel(const int64_t* image, int64_t rois, Groups groups) {
+  const int64_t own = blockIdx.x;
+  const int lane = threadIdx.x;
+  int32_t first = 0;
+  for (int64_t start = 0; start < rois; start += kWarp) {
+    const int64_t of = start + lane < rois ? image[start + lane] : -1;
+    first += __popc(__ballot_sync(kAll, of >= 0 && of < own));
+  }
+  int32_t end = first;
+  for (int64_t start = 0; start < rois; start += kWarp) {
+    const bool mine = start + lane < rois && image[start + lane] == own;
+    const unsigned all = __ballot_sync(kAll, mine);
+    if (mine) groups.member[end + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(start + lane);
+    end += __popc(all);
+  }
+  if (lane > 0) return;
+  groups.first[own] = first;
+  if (own == gridDim.x - 1) groups.first[own + 1] = end;
+}
+
+}  // namespace refdet
