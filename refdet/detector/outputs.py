@@ -34,8 +34,8 @@ class BatchFeatures:
             network ``spatial_pool5`` (N, C, 7, 7), the pooled cells, and ``spatial_fc7`` (N, D, 7, 7), whose mean is
             fc7; 14x14 pooled cells in recipes with ``model.pooler_resolution: 14``.
         masks: (N, m, m) probabilities within the box, or None if no classes were given.
-        head: (B, C, H, W) the feature map that C4 features are pooled from, or the finest one of a pyramid, in the
-            network's dtype; None if not requested.
+        head: (B, C, H, W) of a C4 network the feature map that RoIs are pooled from, in the network's dtype; None if
+            not requested.
         finite: () bool, whether all outputs are finite. NaN scores would otherwise silently yield no detections.
     """
 
