@@ -142,20 +142,25 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
     raise SizeError(f"more than the limit of {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
 
 
-def small_copy(data: bytes, side: int) -> Image.Image:
-    """Decode an image file of any size to a small RGB copy for showing, with the pixels as stored.
+def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
+    """Decode an image file to a small RGB copy for showing, with the pixels as stored.
 
     Args:
         data: contents of a file in one of the `FORMATS`.
         side: longest side of the copy in pixels.
+        height: expected height in pixels, as stored.
+        width: expected width in pixels, as stored.
 
     Returns:
         The copy, in the proportions of the image.
 
     Raises:
-        Exception: any exception that Pillow raises for a file it cannot decode, or that has too many pixels for it.
+        SizeError: the image has another size; it is then not decoded.
+        Exception: any exception that Pillow raises for a file it cannot decode.
     """
-    with _opened(data) as image:
+    with _pixels_allowed(height * width), _opened(data) as image:
+        if (size := _stored_size(image)) != (height, width):
+            raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
             image.draft("RGB", (side, side))  # see `_thumbnails`
         copy = Image.fromarray(_stored_pixels(image, _orientation(image)))

@@ -190,6 +190,19 @@ class Collection:
             self._note(f"{second.path.name} lacks {absent} of the {len(first)} images of {first.path.name}")
         if extra:
             self._note(f"{extra} images of {second.path.name} are not in {first.path.name}, and are not shown")
+        modes = [str(store.options.get("exif", "ignore")) for store in self.stores]
+        if modes[0] != modes[1]:
+            self._note(f"the stores have EXIF modes {modes[0]} and {modes[1]}: their boxes may not fit together")
+        sizes = [
+            {i: (h, w) for i, h, w in zip(s.image_ids.tolist(), s.heights.tolist(), s.widths.tolist(), strict=True)}
+            for s in self.stores
+        ]
+        resized = [id_ for id_, size in sizes[1].items() if sizes[0].get(id_, size) != size]
+        if resized:
+            self._note(
+                f"{len(resized)} images have another size in {second.path.name} than in {first.path.name}, first: "
+                f"{resized[0]}; boxes and overlaps of these are not comparable"
+            )
         other = [i for i, name in second.names.items() if first.names.get(i, name) != name]
         if other:
             self._note(

@@ -166,8 +166,11 @@ class _Block:
                 if boxes:
                     iou, best = _best(np.array(boxes, np.float64), self.boxes[begin:end])
                     updates.append((iou, best, None if best is None else float(self.scores[begin + best]), key))
-        score = "score = ?" if number == 0 else "score = ifnull(score, ?)"
-        catalog.write(f"UPDATE object SET iou{number} = ?, best{number} = ?, {score} WHERE key = ?", updates)
+        if number == 0:
+            catalog.write("UPDATE object SET iou0 = ?, best0 = ?, score = ? WHERE key = ?", updates)
+        else:  # scores of two detectors are not comparable: referents have those of the first store only
+            of_this = [(iou, best, key) for iou, best, _, key in updates]
+            catalog.write("UPDATE object SET iou1 = ?, best1 = ? WHERE key = ?", of_this)
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:

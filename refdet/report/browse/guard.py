@@ -2,7 +2,8 @@
 
 The page is for the user who started the program. Other users of the machine lack the token; other pages in the user's
 browser can send requests but lack the cookie (SameSite=Strict); a foreign host name that resolves to this machine
-(DNS rebinding) is not in the list of hosts.
+(DNS rebinding) is not in the list of hosts. A cookie is sent to every port of an address, so a page of another server
+on this machine would receive it.
 """
 
 from __future__ import annotations

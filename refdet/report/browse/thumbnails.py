@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import small_copy
+from refdet.data.image_decoder import SizeError, small_copy
 from refdet.data.image_source import ImageError, ImageSource, why_unreadable
 
 SIDE = 240
@@ -52,7 +52,7 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
     """A JPEG of at most `SIDE` pixels a side.
 
     Raises:
-        ImageError: the image is missing or cannot be decoded.
+        ImageError: the image is missing, cannot be decoded or has another size than the store says.
         RuntimeFailure: a failure of the machine.
     """
     name = source.find(record)
@@ -61,7 +61,10 @@ def thumbnail(source: ImageSource, record: ImageRecord) -> bytes:
     if source.exif == "apply":  # only the whole image can be checked and turned
         return _encode(source.read(record), SIDE)
     try:
-        return _jpeg(small_copy(source.data(name, record.height, record.width), SIDE), _THUMBNAIL_QUALITY)
+        data = source.data(name, record.height, record.width)
+        return _jpeg(small_copy(data, SIDE, record.height, record.width), _THUMBNAIL_QUALITY)
+    except SizeError as error:
+        raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders can raise anything on damaged or hostile files
         source.refuse_unread(name, error)
         raise ImageError(f"{name}: not a readable image ({why_unreadable(error)})") from None
