@@ -23,7 +23,7 @@ def is_mdetr(value: Any) -> bool:
 
 
 def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
-    """Read such a file.
+    """Read an MDETR file.
 
     Args:
         path: the file, for error messages.
@@ -34,7 +34,7 @@ def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
         An entry for each sentence, in file order.
 
     Raises:
-        InputError: a field is missing or has a wrong value, or an image has not one annotation.
+        InputError: a field is missing or has a wrong value, or an image does not have exactly one annotation.
     """
     file = Row(str(path), value)
     captions: dict[int, Row] = {}
