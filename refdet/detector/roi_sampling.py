@@ -47,7 +47,7 @@ class PositiveRois:
     def __getitem__(self, chosen: Tensor) -> PositiveRois:
         return PositiveRois(self.row[chosen], self.image[chosen], self.object[chosen], self.boxes[chosen])
 
-    def with_mask(self, masks: Sequence[Sequence[object] | None]) -> PositiveRois:
+    def with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
         """Those whose object has a mask, from the masks of each image's objects; all of an image where it has None."""
         places = zip(self.image.tolist(), self.object.tolist(), strict=True)
         drawn = [(found := masks[image]) is None or found[index] is not None for image, index in places]

@@ -31,6 +31,7 @@ from refdet.files.json_files import read_small_json
 from refdet.files.short_text import counted, shown
 from refdet.files.version import __version__
 from refdet.training.launch import Launch
+from refdet.training.meeting import meeting_store
 from refdet.training.processes import EndedTogether, LostProcess, Processes
 from refdet.training.rank_log import RankLog
 from refdet.training.sync_norm import convert_norms
@@ -62,10 +63,13 @@ class ProcessGroup(Processes):
         self._device = torch.device("cpu")
         self._devices: list[str] = []
         self._hosts: list[str] = []
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None  # of the device
         try:
-            dist.init_process_group("gloo", timeout=_JOINING)
-            self._control = dist.new_group(backend="gloo", timeout=_WAITING)
+            store = meeting_store(launch, _JOINING)
+            dist.init_process_group(
+                "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=_JOINING
+            )
+            self._control: Any = dist.new_group(backend="gloo", timeout=_WAITING)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
@@ -122,11 +126,12 @@ class ProcessGroup(Processes):
 
     def restarted(self, out: Path) -> bool:
         """Whether these processes take the place of others of the same start of torchrun, which trained into `out`."""
-        return self._launch.restarts > 0 and self.on_first(lambda: self._is_own(out / JOB))
+        restarts = max(self.gather(self._launch.restarts))
+        return self.on_first(lambda: self._takes_over(out / JOB, restarts))
 
-    def _is_own(self, path: Path) -> bool:
+    def _takes_over(self, path: Path, restarts: int) -> bool:
         job = read_small_json(path) if path.is_file() else None
-        return isinstance(job, dict) and self._launch.is_of(job)
+        return isinstance(job, dict) and self._launch.takes_over(job, restarts)
 
     def device(self, name: str | None) -> str | None:
         """A GPU of its own for each process of a machine, unless the name is that of the CPU."""
@@ -193,7 +198,7 @@ class ProcessGroup(Processes):
 
     def without_sync(self, network: nn.Module) -> AbstractContextManager[None]:
         """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
-        return network.no_sync()  # type: ignore[operator, no-any-return]
+        return network.no_sync()  # type: ignore[operator]
 
     @contextmanager
     def computing(self) -> Iterator[None]:

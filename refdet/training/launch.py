@@ -58,24 +58,33 @@ class Launch:
         if numbers[0] >= numbers[1]:
             raise InputError(f"RANK: is {numbers[0]} of {numbers[1]} processes (WORLD_SIZE); start with torchrun")
         restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
-        return cls(*numbers, int(restarts) if restarts.isdecimal() else 0, "" if run_id in _NO_ID else run_id)
+        rank, world_size, local_rank, local_world_size = numbers
+        again = int(restarts) if restarts.isdecimal() else 0
+        return cls(rank, world_size, local_rank, local_world_size, again, "" if run_id in _NO_ID else run_id)
 
     def job(self) -> dict[str, str]:
-        """What identifies this start of torchrun, however often it restarts its processes.
+        """What identifies this start of torchrun: its id if it has one, its process on this machine, and this process.
 
-        The id that the user gave, and the process of torchrun on this machine.
+        torchrun's process is the same however often it starts others.
         """
-        parent = os.getppid()
-        try:
-            started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-        except (OSError, IndexError):
-            started = ""
-        return {"run_id": self.run_id, "agent": f"{socket.gethostname()}:{parent}:{started}"}
+        return {"run_id": self.run_id, "agent": _identity(os.getppid()), "process": _identity(os.getpid())}
 
-    def is_of(self, job: Mapping[str, object]) -> bool:
-        """Whether a `job` is that of this process."""
+    def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
+        """Whether this process takes the place of the one of a `job`, after so many restarts on any machine."""
         own = self.job()
-        return job.get("agent") == own["agent"] or (own["run_id"] != "" and job.get("run_id") == own["run_id"])
+        if job.get("process") == own["process"]:
+            return False
+        same_id = own["run_id"] != "" and job.get("run_id") == own["run_id"]
+        return job.get("agent") == own["agent"] or (same_id and restarts > 0)  # ids may be used again
+
+
+def _identity(process: int) -> str:
+    """What tells a process from all others, also of other machines and times."""
+    try:
+        started = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{socket.gethostname()}:{process}:{started}"
 
 
 def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:

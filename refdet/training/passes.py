@@ -49,6 +49,10 @@ class Passes:
         options = model.recipe.train
         self.model, self.processes, self._passes = model, processes or Processes(), options.accumulate
         self._before = self.processes.rank * (options.batch_size // self.processes.world_size)
+        # on a GPU a step that was begun cannot be left
+        on_cpu = not next(model.parameters()).is_cuda
+        self._keeps_statistics = on_cpu and self.processes.world_size > 1 and model.recipe.model.norm == "batch"
+        self._statistics: list[Tensor] = []
         self._network = self.processes.wrap(LossNetwork(model), momentum or [])
 
     def backward(self, batch: Batch, generator: torch.Generator) -> tuple[list[str], Tensor]:
@@ -61,6 +65,8 @@ class Passes:
         Returns:
             Names of the loss terms, and their values over all images of all processes.
         """
+        if self._keeps_statistics:
+            self._statistics = [buffer.clone() for buffer in self.model.buffers()]
         if self._before:
             image_seeds(self._before, 2, generator)  # of the processes before this one
         parts = batch.parts(self._passes)
@@ -77,6 +83,11 @@ class Passes:
         assert terms is not None
         self.processes.sum_(terms)
         return names, terms
+
+    def undo(self) -> None:
+        """Give norms the running statistics of before the step in which another process was lost; on a CPU."""
+        for buffer, before in zip(self.model.buffers(), self._statistics, strict=False):
+            buffer.copy_(before)
 
     def _total(self, parts: list[Batch], generator: torch.Generator) -> Total:
         """What gives the counts to divide by: of the one pass once it has its own, or of all passes together."""

@@ -43,7 +43,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.0)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class _Normalised(torch.autograd.Function):
@@ -59,9 +59,7 @@ class _Normalised(torch.autograd.Function):
         squares = (x - mean[:, None, None]).square().sum(_DIMS)
         packed = torch.cat((mean, squares, mean.new_tensor([own])))
         parts = packed.new_empty(dist.get_world_size(group), len(packed))  # (R, 2C + 1)
-        dist.all_gather_into_tensor(parts, packed, group=group) if parts.is_cuda else dist.all_gather(
-            list(parts.unbind()), packed, group=group
-        )
+        dist.all_gather(list(parts.unbind()), packed, group=group)
         means, counts = parts[:, :channels], parts[:, -1:]
         count = counts.sum().clamp(min=1)
         mean = (means * counts).sum(0) / count

@@ -214,6 +214,7 @@ class _Training:
                             self.model, self.sgd, batch, rate, options.max_grad_norm, generator, passes
                         )
                 except LostProcess as error:
+                    passes.undo()
                     raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
                 del batch  # frees its shared memory for the next
                 self._read()  # the step before, while a GPU computes this one
@@ -258,8 +259,7 @@ class _Training:
 
     def _keep(self, step: int, first: str = "") -> str:
         """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
-        if self.processes.lost and (next(self.model.parameters()).is_cuda or self.meta.recipe.model.norm != "frozen"):
-            # a GPU may wait for the other process for ever; norms have seen the images of a step that never was
+        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the other for ever
             return f"in step {step + 1}; what was saved before is kept: {first}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {first}start again with `resume=True`"
