@@ -135,22 +135,7 @@ class ProcessGroup(Processes):
 
     def device(self, name: str | None) -> str | None:
         """A GPU of its own for each process of a machine, unless the name is that of the CPU."""
-        if name is None or name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if not name.startswith("cuda") or (":" in name and self.local_world_size == 1):
-            return name
-        if ":" in name:
-            raise InputError(
-                f"`device` {name}: one GPU for the {self.local_world_size} processes of a machine; leave it out, and "
-                "each has its own"
-            )
-        there = torch.cuda.device_count()
-        if 0 < there < self.local_world_size:
-            raise InputError(
-                f"torchrun: {self.local_world_size} processes on {socket.gethostname()}, which has "
-                f"{counted(there, 'GPU')}; use --nproc-per-node {there}"
-            )
-        return f"cuda:{self._launch.local_rank}"
+        return own_device(self._launch, name)
 
     def begin(self, device: torch.device, out: Path) -> None:
         """Get ready to compute; the run directory is there and locked."""
@@ -280,6 +265,30 @@ class ProcessGroup(Processes):
         if self._hosts[rank] != self._hosts[0]:
             text += f" (on {self._hosts[rank]})"
         return _ERRORS.get(kind, RuntimeFailure)(text)
+
+
+def own_device(launch: Launch, name: str | None) -> str:
+    """The device of a process, from the name that was given for all: a GPU of its own, or the CPU.
+
+    Raises:
+        InputError: the name is that of one GPU, or a machine has fewer GPUs than processes.
+    """
+    if name is None or name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda") or (":" in name and launch.local_world_size == 1):
+        return name
+    if ":" in name:
+        raise InputError(
+            f"`device` {name}: one GPU for the {launch.local_world_size} processes of a machine; leave it out, and "
+            "each has its own"
+        )
+    there = torch.cuda.device_count()
+    if 0 < there < launch.local_world_size:
+        raise InputError(
+            f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
+            f"{counted(there, 'GPU')}; use --nproc-per-node {there}"
+        )
+    return f"cuda:{launch.local_rank}"
 
 
 @contextmanager

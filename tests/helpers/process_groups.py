@@ -10,6 +10,7 @@ after the time limit is killed, and fails the test.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -31,8 +32,8 @@ LIMIT = 120  # seconds of a training, on a busy machine
 class Fault:
     """What goes wrong in the process `rank`, when it starts its step number `step`, counted from 1.
 
-    `kind` is "infinite" for a loss that is, or the name of a signal that the process gets. It happens in the first
-    start of the processes only.
+    `kind` is "infinite" for a loss that is, "full disk" for one from then on, or the name of a signal that the process
+    gets. It happens in the first start of the processes only.
     """
 
     kind: str
@@ -133,9 +134,14 @@ def _prepare(fault: Fault) -> None:
 
     def with_fault(*given: Any) -> Any:
         calls.append(given)
-        if len(calls) == fault.step and fault.kind != "infinite":
+        if len(calls) == fault.step and fault.kind == "full disk":
+            trainer.state.save = full
+        elif len(calls) == fault.step and fault.kind != "infinite":
             os.kill(os.getpid(), signal.Signals[fault.kind])
         return step(*given)
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def infinite(self: MaskRCNN, *given: Any) -> Any:
         terms = losses(self, *given)
