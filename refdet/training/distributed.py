@@ -42,9 +42,7 @@ JOB = Path("state", "torchrun.json")  # in a run directory: the start of torchru
 _JOINING, _WAITING, _COMPUTING = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
 _LAST = timedelta(seconds=10)  # for the first process to say an error
 _LOST = "another process of this training ended without a word (killed, or out of memory?)"
-_ERRORS: dict[str, Callable[[str], RefdetError]] = {
-    kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)
-}
+_ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
 
 
 class ProcessGroup(Processes):
@@ -126,7 +124,7 @@ class ProcessGroup(Processes):
 
     def restarted(self, out: Path) -> bool:
         """Whether these processes take the place of others of the same start of torchrun, which trained into `out`."""
-        restarts = max(self.gather(self._launch.restarts))
+        restarts = max(self.gather(self._launch.restarts or 0))
         return self.on_first(lambda: self._takes_over(out / JOB, restarts))
 
     def _takes_over(self, path: Path, restarts: int) -> bool:
@@ -238,8 +236,7 @@ class ProcessGroup(Processes):
             failed = torch.tensor([error is not None], dtype=torch.int64)
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control)
             if failed.item():
-                described = None if error is None else (type(error).__name__, _text(error))
-                found = self._gathered(described)
+                found = self._gathered(None if error is None else (_kind(error), _text(error)))
             elif wanted:
                 return self._gathered(value)
             else:
@@ -261,10 +258,10 @@ class ProcessGroup(Processes):
         rank = min(ranks, key=lambda rank: (found[rank][0] == Interrupted.__name__, rank))  # type: ignore[index]
         if rank == self.rank and own is not None:
             return own
-        kind, text = found[rank] or ("", "")
+        kind, text = found[rank]  # type: ignore[misc]
         if self._hosts[rank] != self._hosts[0]:
             text += f" (on {self._hosts[rank]})"
-        return _ERRORS.get(kind, RuntimeFailure)(text)
+        return _ERRORS[kind](text)
 
 
 def own_device(launch: Launch, name: str | None) -> str:
@@ -326,6 +323,11 @@ def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses a
     """Sum a bucket of gradients over the processes."""
     future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
+
+
+def _kind(error: Exception) -> str:
+    """The key of `_ERRORS` for an error."""
+    return next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), RuntimeFailure.__name__)
 
 
 def _text(error: Exception) -> str:

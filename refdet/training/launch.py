@@ -23,7 +23,7 @@ class Launch:
         world_size: number of processes on all machines.
         local_rank: number of this process among those of its machine.
         local_world_size: number of processes of its machine.
-        restarts: how often torchrun has started the processes again.
+        restarts: how often torchrun has started the processes again; None if they are not torchrun's.
         run_id: ``--rdzv-id``, "" if it is not given.
     """
 
@@ -31,7 +31,7 @@ class Launch:
     world_size: int
     local_rank: int
     local_world_size: int
-    restarts: int
+    restarts: int | None
     run_id: str
 
     @classmethod
@@ -59,7 +59,7 @@ class Launch:
             raise InputError(f"RANK: is {numbers[0]} of {numbers[1]} processes (WORLD_SIZE); start with torchrun")
         restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
         rank, world_size, local_rank, local_world_size = numbers
-        again = int(restarts) if restarts.isdecimal() else 0
+        again = int(restarts) if restarts.isdecimal() else None
         return cls(rank, world_size, local_rank, local_world_size, again, "" if run_id in _NO_ID else run_id)
 
     def job(self) -> dict[str, str]:
@@ -72,7 +72,7 @@ class Launch:
     def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
         """Whether this process takes the place of the one of a `job`, after so many restarts on any machine."""
         own = self.job()
-        if job.get("process") == own["process"]:
+        if self.restarts is None or job.get("process") == own["process"]:
             return False
         same_id = own["run_id"] != "" and job.get("run_id") == own["run_id"]
         return job.get("agent") == own["agent"] or (same_id and restarts > 0)  # ids may be used again

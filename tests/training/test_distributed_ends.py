@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from distributed_examples import assert_same_network, losses, train, trained
+from distributed_examples import CHANGES, assert_same_network, losses, train, trained
 from process_groups import Ended, Fault, Launcher
+from training_examples import tiny
 
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint
 from refdet.files.lock import alone
 from refdet.training.run_folder import BUSY, LOCK
@@ -31,15 +35,18 @@ def saved(run: Path) -> int:
 
 def test_an_image_that_one_cannot_read_stops_all(launcher: Launcher, noise: Path, tmp_path: Path) -> None:
     shutil.copytree(noise, tmp_path / "noise")
-    whole = [str(tmp_path / "noise" / "images" / name) for name in ("1.png", "2.png", "3.png", "4.png")]
-    for path in map(Path, whole):  # one of them is in the first three steps, which are an epoch
-        path.write_bytes(path.read_bytes()[:200])
+    recipe = tiny(*CHANGES)
+    batches = TrainingBatches(CocoIndex.load(noise / "instances.json"), ImageSource.open(noise / "images"), recipe)
+    early = {image for step in (0, 1) for image in batches[step].image_ids}
+    (bad,) = [image for image in batches[2].image_ids[2:] if image not in early][:1]  # of the second process
+    path = tmp_path / "noise" / "images" / f"{bad}.png"
+    path.write_bytes(path.read_bytes()[:200])
     ended = train(launcher, tmp_path / "noise", "run", 2, *SIX, "train.workers=1")
-    assert_ended(ended, 2, ".png: ")
-    assert "replace the file and " in ended.said[0] and "--resume" in ended.said[0]
+    assert_ended(ended, 2, f"{bad}.png: ")
+    assert "after step 2, which is saved; replace the file and continue with --resume" in ended.said[0]
+    assert saved(tmp_path / "noise" / "run") == 2
     alone = train(launcher, tmp_path / "noise", "alone", 1, *SIX, variables={"WORLD_SIZE": ""})
-    assert alone.codes == [2]
-    assert alone.said[0].split("(training stopped")[1] == ended.said[0].split("(training stopped")[1]
+    assert (alone.codes, alone.said) == ([2], ended.said)
 
 
 def test_a_loss_that_is_not_finite_in_one_stops_all(launcher: Launcher, noise: Path) -> None:
@@ -79,7 +86,7 @@ def test_a_restart_does_not_continue_the_run_of_somebody_else(launcher: Launcher
 
 def test_a_full_disk_of_the_first_stops_all(launcher: Launcher, noise: Path) -> None:
     ended = train(launcher, noise, "full", 2, *SIX, fault=Fault("full disk", 0, 3))
-    assert_ended(ended, 1, "disk full")
+    assert_ended(ended, 1, "no space left on the disk; what was saved is kept")
     assert saved(noise / "full") == 2
 
 

@@ -40,6 +40,7 @@ def test_only_a_process_of_the_same_torchrun_takes_over() -> None:
     own = LAUNCH.job()
     assert not LAUNCH.takes_over(own, 1)  # this very process
     assert LAUNCH.takes_over(own | {"process": "other"}, 0)
+    assert not dataclasses.replace(LAUNCH, restarts=None).takes_over(own | {"process": "other"}, 1)
     assert not LAUNCH.takes_over({"run_id": "", "agent": "other", "process": "other"}, 1)
     named = dataclasses.replace(LAUNCH, run_id="7")
     elsewhere = {"run_id": "7", "agent": "other", "process": "other"}
