@@ -7,7 +7,7 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from refdet.training.launch import Launch
@@ -16,7 +16,7 @@ _LOOK = 0.02  # seconds between looks at the store
 _HERE, _CALL, _ANSWER = "refdet/here/{}", "refdet/call", "refdet/answer/{}/{}"
 
 
-def meeting_store(launch: Launch, patience: timedelta) -> dist.Store:
+def meeting_store(launch: Launch, patience: timedelta) -> Store:
     """A store that holds nothing of earlier processes.
 
     torchrun may keep one store for all that it starts, in which restarted processes find the addresses of those that
@@ -36,11 +36,11 @@ def meeting_store(launch: Launch, patience: timedelta) -> dist.Store:
             store.set(_CALL, json.dumps([own, *there]))
             answers = [_ANSWER.format(own, other) for other in others]
             if not answers or store.check(answers):
-                return dist.PrefixStore(own, store)
+                return PrefixStore(own, store)
         else:
             called = json.loads(store.get(_CALL))
             if len(called) == world_size and called[rank] == own:
                 store.set(_ANSWER.format(called[0], rank), "1")
-                return dist.PrefixStore(called[0], store)
+                return PrefixStore(called[0], store)
         time.sleep(_LOOK)
     raise RuntimeError(f"no answer within {patience}")

@@ -20,7 +20,8 @@ LAUNCH = Launch(3, 4, 1, 2, 2, "")
 
 def test_torchruns_variables() -> None:
     assert Launch.from_environment(VARIABLES) == LAUNCH
-    assert Launch.from_environment({}) is None and Launch.from_environment({"WORLD_SIZE": "1"}) is None
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "many"}, VARIABLES | {"WORLD_SIZE": ""}):
+        assert Launch.from_environment(alone) is None
     assert repeats_usage_errors(VARIABLES) and not repeats_usage_errors(VARIABLES | {"LOCAL_RANK": "0"})
     assert not repeats_usage_errors({})
 
