@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from refdet.training.joining import in_all_processes
+
 from .arguments import check_device, check_images, check_json, check_new_folder, check_run_directory
 from .common import echo_json, echo_table, exif_option, json_option
 
@@ -22,6 +24,7 @@ from .common import echo_json, echo_table, exif_option, json_option
 @click.option("--resume", is_flag=True, help="Resume the run in --out.")
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
 @json_option
+@in_all_processes
 def command(
     recipe_name: str,
     instances: Path,

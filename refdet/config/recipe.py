@@ -105,7 +105,8 @@ class TrainOptions:
     """Optimisation."""
 
     steps: int = 90000
-    batch_size: int = 8  # images per step
+    batch_size: int = 8  # images per step, of all processes together
+    accumulate: int = 1  # passes per step, each of a part of a process's images, which need less memory
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0001
@@ -159,6 +160,10 @@ class Recipe:
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: must have 5 values with model.neck=fpn, one per level")
         check_limits(dataclasses.asdict(self) | {"name": {}})
+        if self.train.batch_size % self.train.accumulate:
+            raise InputError(
+                f"train.accumulate: must divide train.batch_size={self.train.batch_size}, not {self.train.accumulate}"
+            )
         if self.proposals.negative_iou > self.proposals.positive_iou:
             raise InputError("proposals.negative_iou: must not exceed proposals.positive_iou")
 
@@ -211,6 +216,7 @@ class Recipe:
 
 
 _ONLY_WHERE_SET = (
+    ("train", "accumulate", 1),
     ("train", "empty_images", False),
     ("train", "tf32", True),
     ("input", "exif", "ignore"),

@@ -102,6 +102,7 @@ LIMITS: dict[str, Range] = {
     "head.positive_fraction": FRACTION,
     "train.steps": _count(10**8 - 1),  # state file names have 8 digits
     "train.batch_size": _count(10_000),
+    "train.accumulate": _count(10_000),
     "train.lr": Range(0, 1000, above=True),
     "train.momentum": FRACTION,
     "train.weight_decay": Range(0, 1000),

@@ -45,11 +45,24 @@ class PackedImages:
         """Copy to pinned memory."""
         return replace(self, data=self.data.pin_memory())
 
+    def parts(self, size: int) -> list[PackedImages]:
+        """The same memory as images of parts, `size` images each."""
+        ends = np.cumsum([0, *map(_padded_bytes, self.layouts)])
+        return [
+            PackedImages(self.data[ends[first] : ends[first + size]], self.layouts[first : first + size])
+            for first in range(0, len(self.layouts), size)
+        ]
+
     def unpacked(self, device: torch.device) -> list[Tensor]:
         """The images on a device, by one copy, which is asynchronous from pinned memory."""
         data, first, images = on_device(self.data, device), 0, []
         for dtype, shape in self.layouts:
             size = int(np.prod(shape)) * _BYTES[dtype]
             images.append(data[first : first + size].view(dtype).view(shape))
-            first += size + -size % 4
+            first += _padded_bytes((dtype, shape))
         return images
+
+
+def _padded_bytes(layout: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    size = int(np.prod(layout[1])) * _BYTES[layout[0]]
+    return size + -size % 4

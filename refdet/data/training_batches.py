@@ -33,7 +33,7 @@ class Batch:
         flips: whether each image is flipped; network inputs are already.
         shape: height and width that all are padded to, in pixels of the network's input.
         targets: annotations of each image, in pixels of the network's input.
-        image_ids: COCO id of each image.
+        image_ids: COCO ids of the images of the step, also of those that other processes have.
         oriented: file -> EXIF orientation, of the files with an orientation other than 1.
     """
 
@@ -48,6 +48,22 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the images to pinned memory."""
         return replace(self, images=self.images.pin_memory())
+
+    def parts(self, count: int) -> list[Batch]:
+        """As many batches of equal size, in order, padded as this one."""
+        if count == 1:
+            return [self]
+        size = len(self.sizes) // count
+        return [
+            replace(
+                self,
+                images=images,
+                sizes=self.sizes[first : first + size],
+                flips=self.flips[first : first + size],
+                targets=self.targets[first : first + size],
+            )
+            for first, images in zip(range(0, len(self.sizes), size), self.images.parts(size), strict=True)
+        ]
 
     @property
     def input_sizes(self) -> list[tuple[int, int]]:
@@ -72,20 +88,29 @@ class TrainingBatches(Dataset):
     per epoch, except for a remainder of less than a batch. Landscape and portrait images are batched separately, which
     saves padding.
 
+    Of several processes that train together each makes the images of its share of a batch. They are the same, and
+    padded the same, whatever the number of processes.
+
     Args:
         index: the instances file.
         source: the images.
         recipe: the recipe.
         objects: objects of the index to train on, if already known and their images located.
+        share: number of this process and number of processes.
 
     Raises:
         InputError: no objects, or missing image files.
     """
 
     def __init__(
-        self, index: CocoIndex, source: ImageSource, recipe: Recipe, objects: TrainingObjects | None = None
+        self,
+        index: CocoIndex,
+        source: ImageSource,
+        recipe: Recipe,
+        objects: TrainingObjects | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.source, self.recipe = source, recipe
+        self.source, self.recipe, self.share = source, recipe, share
         self.labels = {category: label for label, category in enumerate(index.categories, start=1)}
         self.objects = objects or TrainingObjects(index, recipe.model.masks, recipe.train.empty_images)
         self.records = self.objects.records
@@ -115,19 +140,22 @@ class TrainingBatches(Dataset):
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
         short_side = int(random.choice(options.min_sizes))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
+        all_sizes = [self._size(self.records[r], short_side) for r in rows]
+        number, processes = self.share
+        own = slice(number * len(rows) // processes, (number + 1) * len(rows) // processes)
+        mine = [self.records[r] for r in rows[own]]
         try:
-            examples = [self._example(self.records[r], short_side, bool(f)) for r, f in zip(rows, flips, strict=True)]
+            examples = [self._example(r, short_side, bool(f)) for r, f in zip(mine, flips[own], strict=True)]
         except RefdetError as error:
             return error
-        sizes = [self._size(self.records[r], short_side) for r in rows]
         return Batch(
             PackedImages.of([image for image, _ in examples]),
-            sizes,
-            flips.tolist(),
-            padded_shape(sizes, options.size_divisibility),
+            all_sizes[own],
+            flips[own].tolist(),
+            padded_shape(all_sizes, options.size_divisibility),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
-            self.source.oriented_among([self.records[r] for r in rows]),
+            self.source.oriented_among(mine),
         )
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:

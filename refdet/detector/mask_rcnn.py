@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ from refdet.detector.anchors import Anchors
 from refdet.detector.feature_names import HEAD
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
+from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
 from refdet.detector.roi_heads import POOL_SIZE, C4Head, PyramidHead, RoiHead
 from refdet.detector.roi_outputs import RoiFeatures
-from refdet.detector.roi_sampling import SampledRois, sample_rois
+from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import compute_mask_targets
@@ -46,6 +48,17 @@ FEATURES = ("pool5", "fc7")  # the default
 NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What the losses of a batch are computed from."""
+
+    maps: list[Tensor]
+    rpn_sums: dict[str, Tensor]
+    sampled: SampledRois
+    with_mask: PositiveRois  # whose object has a mask
+    counts: LossCounts
 
 
 class MaskRCNN(nn.Module):
@@ -98,7 +111,12 @@ class MaskRCNN(nn.Module):
         return self.neck(self.backbone(images, 4))
 
     def compute_losses(
-        self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        sizes: Sizes,
+        targets: Sequence[GroundTruth],
+        generator: torch.Generator | None = None,
+        total: Total = of_this_batch,
     ) -> dict[str, Tensor]:
         """The loss terms, scalars to be summed: five, or four without masks.
 
@@ -110,52 +128,61 @@ class MaskRCNN(nn.Module):
             targets: annotated objects of each image, on the CPU.
             generator: source of one seed per image for sampling anchors and RoIs. A generator on the CPU gives the same
                 samples on every device.
+            total: from the counts of samples of this batch to those to divide by, where it is a part of a larger one.
         """
+        drawn = self._sample(images, sizes, targets, generator)
+        maps, rois, labels = drawn.maps, drawn.sampled.rois, drawn.sampled.labels
+        count = total(drawn.counts).at_least_one()
+        losses = {name: term / count.anchors for name, term in drawn.rpn_sums.items()}
+        pooled_at = self._pooling_rois(rois, maps, images)
+        features = self.head.features(maps, pooled_at)
+        logits, deltas = self.head.predict_boxes(features.fc7)
+        losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
+        positive = on_device(drawn.sampled.positive.row, images.device)
+        wanted = box_ops.encode(drawn.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        losses["loss_box_reg"] = (
+            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
+            / count.rois
+        )
+        if self.recipe.model.masks:
+            losses["loss_mask"] = self._mask_loss(pooled_at, features, drawn, targets) / count.mask_cells
+        return losses
+
+    def count_samples(
+        self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None = None
+    ) -> LossCounts:
+        """What `compute_losses` of the same arguments divides by, without the second stage."""
+        return self._sample(images, sizes, targets, generator).counts
+
+    def _sample(
+        self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
+    ) -> _Drawn:
+        """The first stage with its losses, and the RoIs that the second learns from."""
         truth = PaddedTruth.of(targets, images.device)
         anchor_seeds, roi_seeds = on_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
-        losses = self.rpn.compute_losses(output, sizes, truth, anchor_seeds)
+        sums, anchors = self.rpn.compute_losses(output, sizes, truth, anchor_seeds)
         proposals = self.rpn.filter_proposals(output, sizes)
         sampled = sample_rois(proposals, truth, self.recipe.head, roi_seeds)
-        rois, labels, count = sampled.rois, sampled.labels, max(len(sampled.labels), 1)
-        pooled_at = self._pooling_rois(rois, maps, images)
-        features = self.head.features(maps, pooled_at)
-        logits, deltas = self.head.predict_boxes(features.fc7)
-        losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count
-        positive = on_device(sampled.positive.row, images.device)
-        wanted = box_ops.encode(sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
-        losses["loss_box_reg"] = (
-            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=SMOOTH_L1_BETA, reduction="sum") / count
-        )
-        if self.recipe.model.masks:
-            losses["loss_mask"] = self._mask_loss(maps, pooled_at, features, sampled, targets)
-        return losses
+        with_mask = sampled.positive.with_mask([target.masks for target in targets])
+        cells = len(with_mask.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
+        return _Drawn(maps, sums, sampled, with_mask, LossCounts(anchors, len(sampled.labels), cells))
 
     def _mask_loss(
-        self,
-        maps: list[Tensor],
-        pooled_at: Tensor,
-        features: RoiFeatures,
-        sampled: SampledRois,
-        targets: Sequence[GroundTruth],
+        self, pooled_at: Tensor, features: RoiFeatures, drawn: _Drawn, targets: Sequence[GroundTruth]
     ) -> Tensor:
-        """Mean binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are no masks."""
-        positive, size = sampled.positive, self.head.mask_size
-        masks = [target.masks for target in targets]
-        places = zip(positive.image.tolist(), positive.object.tolist(), strict=True)
-        drawn = [(found := masks[image]) is None or found[index] is not None for image, index in places]
-        if not all(drawn):
-            positive = positive[torch.tensor(drawn)]
+        """Sum of the binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are none."""
+        positive, size = drawn.with_mask, self.head.mask_size
         rows = on_device(positive.row, pooled_at.device)
-        logits = self.head.mask_logits(maps, pooled_at[rows], features[rows], sampled.labels[rows])
+        logits = self.head.mask_logits(drawn.maps, pooled_at[rows], features[rows], drawn.sampled.labels[rows])
         # on the host, while a GPU computes
         found = [
             compute_mask_targets(boxes, objects, target, size, self.convention)
             for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
         ]
         wanted = on_device(torch.cat(found), logits.device)
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / max(logits.numel(), 1)
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
 
     @torch.no_grad()
     def predict(

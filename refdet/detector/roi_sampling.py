@@ -25,6 +25,8 @@ from refdet.detector.target_assignment import IGNORE, POSITIVE, assign_labels
 from refdet.device import on_device, start_fetching
 from refdet.structures.ground_truth import PaddedTruth
 
+OBJECTS_FROM = 2**20  # number of the first annotated box among the candidates, beyond the most proposals
+
 
 @dataclass(frozen=True)
 class PositiveRois:
@@ -44,6 +46,12 @@ class PositiveRois:
 
     def __getitem__(self, chosen: Tensor) -> PositiveRois:
         return PositiveRois(self.row[chosen], self.image[chosen], self.object[chosen], self.boxes[chosen])
+
+    def with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
+        """Those whose object has a mask, from the masks of each image's objects; all of an image where it has None."""
+        places = zip(self.image.tolist(), self.object.tolist(), strict=True)
+        drawn = [(found := masks[image]) is None or found[index] is not None for image, index in places]
+        return self if all(drawn) else self[torch.tensor(drawn)]
 
     def of_images(self, images: int) -> list[tuple[Tensor, Tensor]]:
         """Boxes and objects of each image."""
@@ -71,6 +79,8 @@ class SampledRois:
 def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOptions, seeds: Tensor) -> SampledRois:
     """Sample RoIs of each image. Waits once for a GPU, for the samples of all images.
 
+    An image's sample does not depend on the other images of the batch.
+
     Args:
         proposals: (P, 4) of each image, in pixels of the network's input.
         truth: annotated objects.
@@ -86,8 +96,10 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
     kinds.masked_fill_(~torch.cat((there, truth.known), dim=1), IGNORE)
     if not options.append_gt_boxes:  # only where no proposal is positive
         kinds[:, most:].masked_fill_((kinds[:, :most] == POSITIVE).any(dim=1, keepdim=True), IGNORE)
+    numbers = torch.arange(candidates.shape[1], device=counts.device)
+    numbers[most:] += OBJECTS_FROM - most  # the same however many proposals the images of the batch have
     samples = subsample_labels(
-        kinds, options.batch_size_per_image, options.positive_fraction, seeds, options.sample_with_replacement
+        kinds, options.batch_size_per_image, options.positive_fraction, seeds, options.sample_with_replacement, numbers
     )
     corners = _gathered(candidates, samples.index)
     matched = matched.gather(1, samples.index)

@@ -149,21 +149,23 @@ class RegionProposalNetwork(nn.Module):
 
     def compute_losses(
         self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
-    ) -> dict[str, Tensor]:
-        """Binary cross entropy over the sampled anchors and smooth L1 over the positive ones.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums of the binary cross entropy over the sampled anchors and of smooth L1 over the positive ones.
 
-        Both are summed and divided by the number of sampled anchors. Nothing waits for a GPU.
+        Both are to be divided by the number of sampled anchors. Nothing waits for a GPU.
 
         Args:
             output: predictions of `forward`.
             sizes: (height, width) of each image in pixels of the network's input, without padding.
             truth: annotated objects.
             seeds: (B,) int64, from `refdet.detector.sampling.image_seeds`.
+
+        Returns:
+            The sums, and the number of sampled anchors, scalar int64.
         """
         options = self.options
         kinds, matched = self.assign_targets(output.anchors, sizes, truth)
         samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
-        count = samples.valid.sum().clamp(min=1)
         scores = F.binary_cross_entropy_with_logits(
             output.logits.gather(1, samples.index), samples.positive.float(), reduction="none"
         )
@@ -176,10 +178,11 @@ class RegionProposalNetwork(nn.Module):
         boxes = F.smooth_l1_loss(
             deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=SMOOTH_L1_BETA, reduction="none"
         )
-        return {
-            "loss_objectness": scores.masked_fill(~samples.valid, 0).sum() / count,
-            "loss_rpn_box_reg": boxes.masked_fill(negative, 0).sum() / count,
+        sums = {
+            "loss_objectness": scores.masked_fill(~samples.valid, 0).sum(),
+            "loss_rpn_box_reg": boxes.masked_fill(negative, 0).sum(),
         }
+        return sums, samples.valid.sum()
 
 
 def _corners(index: Tensor) -> Tensor:

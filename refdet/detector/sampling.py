@@ -48,20 +48,30 @@ def image_seeds(images: int, uses: int, generator: torch.Generator | None) -> Te
     return torch.randint(2**_BITS, (images, uses), generator=generator, device=device).t()
 
 
-def random_numbers(seeds: Tensor, count: int) -> Tensor:
+def random_numbers(seeds: Tensor, count: int, numbers: Tensor | None = None) -> Tensor:
     """Random numbers (B, count) int64, 0 or more, from seeds (B,) int64.
 
     splitmix64 with arithmetic shifts, as torch has no unsigned 64-bit integers.
+
+    Args:
+        seeds: (B,) int64.
+        count: how many of each seed.
+        numbers: (count,) int64, which ones of its sequence; by default the first.
     """
-    places = torch.arange(1, count + 1, device=seeds.device) * _INCREMENT
-    state = seeds[:, None] + places
+    numbers = torch.arange(count, device=seeds.device) if numbers is None else numbers
+    state = seeds[:, None] + (numbers + 1) * _INCREMENT
     for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
         state = (state ^ (state >> shift)).mul_(factor)
     return state.bitwise_and_(2**_BITS - 1)
 
 
 def subsample_labels(
-    kinds: Tensor, count: int, positive_fraction: float, seeds: Tensor, sample_with_replacement: bool = False
+    kinds: Tensor,
+    count: int,
+    positive_fraction: float,
+    seeds: Tensor,
+    sample_with_replacement: bool = False,
+    numbers: Tensor | None = None,
 ) -> Samples:
     """Sample candidates of each image at random.
 
@@ -72,13 +82,14 @@ def subsample_labels(
         seeds: (B,) int64, from `image_seeds`.
         sample_with_replacement: return exactly `count`, with repeats if there are too few negatives. If there are no
             negatives, all samples are positives, as in the reference.
+        numbers: (N,) int64 that the candidates are known by, from which their random order is made; by default 0 to N.
 
     Returns:
         The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
     """
     candidates = kinds.shape[1]
     size = min(count, candidates) if not sample_with_replacement or candidates == 0 else count
-    keys = random_numbers(seeds, candidates)
+    keys = random_numbers(seeds, candidates, numbers)
     positives, objects = _shuffled(kinds == POSITIVE, keys, size)
     negatives, background = _shuffled(kinds == NEGATIVE, keys, size)
     slot = torch.arange(size, device=kinds.device)

@@ -217,8 +217,8 @@ def _not_handed_over(error: Exception) -> str:
     return f"worker process: cannot send its batch ({text}); use `train.workers=0` to avoid worker processes"
 
 
-def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
-    """Check that the prefetched batches fit into /dev/shm.
+def check_shared_memory(batches: TrainingBatches, workers: int, processes: int = 1) -> None:
+    """Check that the prefetched batches fit into /dev/shm, which `processes` of this machine share.
 
     Raises:
         RuntimeFailure: they do not.
@@ -228,9 +228,11 @@ def check_shared_memory(batches: TrainingBatches, workers: int) -> None:
         return
     sizes = _image_bytes(batches)
     most = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
-    need = int(most) * batches.recipe.train.batch_size
+    need = int(most) * batches.recipe.train.batch_size // batches.share[1] * processes
     if free < need:
-        raise RuntimeFailure(_no_room(f"batches of {workers} worker processes need about {_mib(need)}", need))
+        raise RuntimeFailure(
+            _no_room(f"batches of {workers * processes} worker processes need about {_mib(need)}", need)
+        )
 
 
 def _image_bytes(batches: TrainingBatches) -> Sequence[int]:

@@ -51,7 +51,7 @@ def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | 
         fused=True,
     )
     trained = [parameter for parameters in groups.values() for parameter in parameters]
-    sgd.found_inf = torch.zeros((), device=trained[0].device)
+    sgd.found_inf = torch.zeros((), dtype=torch.float32, device=trained[0].device)
     if options.momentum:
         for parameter in trained:  # the kernel needs them of all parameters or of none
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from refdet.data.training_batches import Batch
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import start_fetching, usable_precision
+from refdet.device import start_fetching
 from refdet.errors import RuntimeFailure
 from refdet.training.optim import GuardedSGD, set_rate
+from refdet.training.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class StartedStep:
     Attributes:
         names: names of the loss terms.
         fetched: waits for the terms and the norm of the gradient, (terms + 1,) float32.
-        image_ids: COCO ids of its images.
+        image_ids: COCO ids of its images, of all processes.
     """
 
     names: Sequence[str]
@@ -53,13 +54,14 @@ class StartedStep:
         )
 
 
-def in_bfloat16(model: MaskRCNN, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: if the recipe says so, and not on a CPU that only emulates it."""
-    return model.recipe.train.bf16 and usable_precision("bfloat16", device) == "bfloat16"
-
-
 def start_step(
-    model: MaskRCNN, sgd: GuardedSGD, batch: Batch, rate: float, max_grad_norm: float, generator: torch.Generator
+    model: MaskRCNN,
+    sgd: GuardedSGD,
+    batch: Batch,
+    rate: float,
+    max_grad_norm: float,
+    generator: torch.Generator,
+    passes: Passes | None = None,
 ) -> StartedStep:
     """Start a step of the optimiser.
 
@@ -70,21 +72,17 @@ def start_step(
         rate: learning rate.
         max_grad_norm: largest L2 norm of all gradients together; 0 for no clipping.
         generator: on the CPU, seeded for this step.
+        passes: computes the gradients; by default in this process alone.
 
     Returns:
         The step, whose losses can be read later.
     """
-    device = next(model.parameters()).device
-    images = batch.inputs(model.recipe.input, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(model, device)):
-        losses = model.compute_losses(images, batch.input_sizes, batch.targets, generator)
-    terms = torch.stack(list(losses.values()))
     set_rate(sgd, rate)
     sgd.zero_grad(set_to_none=True)
-    terms.sum().backward()
+    names, terms = (passes or Passes(model)).backward(batch, generator)
     # with inf it only measures the norm, which the guard needs; one tensor of results is one copy to the host
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    results = torch.cat((terms.detach(), norm.detach().to(terms.dtype)[None]))
+    results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))
     sgd.guard(results)
     sgd.step()
-    return StartedStep(list(losses), start_fetching(results), batch.image_ids)
+    return StartedStep(names, start_fetching(results), batch.image_ids)

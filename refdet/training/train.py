@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,9 @@ from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
+from refdet.training.joining import joined
 from refdet.training.pretrained import begins_anew
+from refdet.training.processes import Processes
 from refdet.training.run_folder import BUSY, LOCK, goes_on
 from refdet.training.saved_run import SavedRun
 
@@ -72,15 +73,30 @@ def train(
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
-    _refuse_many_processes()
+    with joined() as processes:
+        return _train(processes, recipe, instances, images, out, changes, weights, resume, device, crowd_as_object)
+
+
+def _train(
+    processes: Processes,
+    recipe: Recipe | str | Path,
+    instances: str | Path,
+    images: str | Path,
+    out: str | Path,
+    changes: Sequence[str],
+    weights: str | Path | None,
+    resume: bool,
+    device: str | None,
+    crowd_as_object: bool,
+) -> Summary:
     instances, images, out = Path(instances), Path(images), Path(out)
     weights = None if weights is None else Path(weights)
     chosen = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
-    continues, remark = goes_on(out, resume)
-    if (out / LOCK).exists():
-        with alone(out, LOCK, BUSY):
-            pass  # no other process trains into it
-    before = SavedRun.newest(out) if continues else None
+    check_divided(chosen, processes.world_size)
+    if not resume and processes.restarted(out):
+        resume = True
+        log.warning("note: torchrun has started the processes again: they continue with the newest state in %s", out)
+    continues, remark, before = processes.on_first(lambda: _found(out, resume))
     notes = [remark] if remark else []
     theirs = None if weights is None else load_meta(weights)
     if weights is not None and theirs is not None and theirs.provenance.is_unknown:
@@ -99,6 +115,7 @@ def train(
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
+    processes.check_same({"the hash of `instances`": data_sha256, **_flat(chosen)})
     if before is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
@@ -117,7 +134,16 @@ def train(
 
     given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
     with report_disk_full(out, "what was saved is kept: free some space, then continue with `resume=True`"):
-        return train_on(given, device)
+        return train_on(given, device, processes)
+
+
+def _found(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
+    """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
+    continues, remark = goes_on(out, resume)
+    if (out / LOCK).exists():
+        with alone(out, LOCK, BUSY):
+            pass  # no other process trains into it
+    return continues, remark, SavedRun.newest(out) if continues else None
 
 
 def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: SavedRun | None, continues: bool) -> Recipe:
@@ -134,10 +160,18 @@ def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: Saved
     return recipe
 
 
-def _refuse_many_processes() -> None:
-    """Raise InputError under torchrun, which would start several trainings in one run directory."""
-    count = os.environ.get("WORLD_SIZE", "")
-    if count.isdecimal() and int(count) > 1:
+def _flat(recipe: Recipe) -> dict[str, object]:
+    """The values of a recipe by key, such as "train.lr"."""
+    parts = dataclasses.asdict(recipe).items()
+    return {f"{part}.{key}": value for part, of in parts if isinstance(of, dict) for key, value in of.items()}
+
+
+def check_divided(recipe: Recipe, processes: int) -> None:
+    """Raise InputError if the images of a step cannot be divided among the processes and the passes of each."""
+    options = recipe.train
+    if options.batch_size % (processes * options.accumulate):
+        passes = f", each in {options.accumulate} passes (train.accumulate)" if options.accumulate > 1 else ""
         raise InputError(
-            f"WORLD_SIZE is {count}: refdet train runs as one process on one device; start it once, without torchrun"
+            f"train.batch_size: {options.batch_size} images cannot be divided among {processes} processes{passes}; "
+            f"give a multiple of {processes * options.accumulate}"
         )

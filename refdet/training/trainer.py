@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +33,15 @@ from refdet.structures.provenance import Provenance, file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 from refdet.training.metrics_log import MetricsLog
-from refdet.training.optim import GuardedSGD, learning_rate, optimiser
+from refdet.training.optim import GuardedSGD, learning_rate, momentum_of, optimiser
+from refdet.training.passes import Passes, in_bfloat16
 from refdet.training.pretrained import load_pretrained
+from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
 from refdet.training.saved_run import SavedRun
-from refdet.training.step import StartedStep, in_bfloat16, start_step
+from refdet.training.start_lines import start_lines
+from refdet.training.step import StartedStep, start_step
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +88,13 @@ class TrainingInputs:
     data_sha256: str
 
 
-def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
-    """Train a detector on checked inputs."""
-    target, recipe, out = usable_device(device), given.recipe, given.out
+def train_on(given: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
+    """Train a detector on checked inputs, in one process or in several that were given the same."""
+    processes = processes or Processes()
+    target, recipe, out = usable_device(processes.device(device)), given.recipe, given.out
     index = given.objects.index
-    batches = TrainingBatches(index, given.source, recipe, given.objects)
+    share = (processes.rank, processes.world_size)
+    batches = TrainingBatches(index, given.source, recipe, given.objects, share)
     provenance = given.provenance
     if given.weights is not None:
         folder = checkpoint.run_directory(given.weights)
@@ -103,18 +108,21 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = fresh = None
     if given.before is not None:
-        before = state.newest(out)
-        if (before.path, before.meta) != (given.before.path, given.before.meta):
-            raise _written_meanwhile(out)
-        fresh = before.fresh
+        if processes.first:
+            before = state.newest(out)
+            if (before.path, before.meta) != (given.before.path, given.before.meta):
+                raise _written_meanwhile(out)
+        fresh = given.before.fresh
         # the run's own provenance, which may name the weights it started from
-        meta = dataclasses.replace(meta, provenance=before.meta.provenance, step=before.meta.step)
+        meta = dataclasses.replace(meta, provenance=given.before.meta.provenance, step=given.before.meta.step)
     elif given.weights is not None:
         fresh = load_pretrained(model, meta.categories, given.weights)
     sgd = optimiser(model, recipe.train, fresh)
     if before is not None:
         before.restore(model, sgd)
-    start = f"resumes from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
+    start = f"starts from {meta.provenance.weights or 'random weights'}"
+    if given.before is not None:
+        start = f"resumes from step {meta.step}"
     # weights, and a state of weights and momentum; each exists twice while it is replaced
     most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
     warn_of_plain_pytorch(target)
@@ -132,14 +140,25 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
         recipe.train.batch_size,
         -(-most // 2**20),
     )
-    check_shared_memory(batches, recipe.train.workers)
+    check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
+    processes.check_same({"the initial weights": meta.provenance.weights})
+    with _locked(out) if processes.first else nullcontext():
+        if processes.first:
+            if states(out)[-1:] != ([before.path] if before else []):
+                raise _written_meanwhile(out)
+            state.clean(out)
+        processes.begin(target, out)
+        for line in start_lines(recipe, processes):
+            log.warning("%s", line)
+        with arithmetic(products):
+            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256, processes).run()
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, LOCK, BUSY):
-        if states(out)[-1:] != ([before.path] if before else []):
-            raise _written_meanwhile(out)
-        state.clean(out)
-        with arithmetic(products):
-            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
+        yield
 
 
 def _written_meanwhile(out: Path) -> InputError:
@@ -157,6 +176,7 @@ class _Training:
     sgd: GuardedSGD
     fresh: tuple[str, ...] | None
     data_sha256: str
+    processes: Processes
     started: StartedStep | None = None  # the step whose losses were not read yet
     losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
@@ -165,8 +185,10 @@ class _Training:
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
         if first >= options.steps:
             log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
-            checkpoint.save(self.out, self.model, self.meta)
+            self.processes.on_first(lambda: checkpoint.save(self.out, self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
+        self.processes.convert_norms(self.model, device)
+        passes = Passes(self.model, self.processes, list(momentum_of(self.model, self.sgd).values()))
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
         step, loss = first, None
         steps = range(first, options.steps)
@@ -175,18 +197,25 @@ class _Training:
             Stop.watching() as stop,
             _frozen_objects(),
             OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
-            MetricsLog(self.out, first) as metrics,
-            progress_bar(options.steps, "train", "step", initial=first) as bar,
+            MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
+            progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
             batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
         ):
             started = window = time.perf_counter()
             while step < options.steps:
                 batch = self._next(ahead, step, stop)
-                orientations.add(batch.oriented)
+                orientations.add(self._oriented(batch, step + 1, first))
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(step, options)
-                started_now = start_step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
+                try:
+                    with self.processes.computing():
+                        started_now = start_step(
+                            self.model, self.sgd, batch, rate, options.max_grad_norm, generator, passes
+                        )
+                except LostProcess as error:
+                    passes.undo()
+                    raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
                 del batch  # frees its shared memory for the next
                 self._read()  # the step before, while a GPU computes this one
                 self.started = started_now
@@ -199,7 +228,8 @@ class _Training:
                     parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
                     row = {"loss": sum(row.values()), **row, "lr": rate}
                     row["images_per_second"] = len(self.losses) * options.batch_size / seconds
-                    metrics.write(step, row)
+                    if metrics is not None:
+                        metrics.write(step, row)
                     loss = row["loss"]
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
                     bar.set_postfix_str(speed, refresh=False)
@@ -210,20 +240,27 @@ class _Training:
         return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
-        """The batch of a step; the steps so far are saved before an error is raised."""
+        """The batch of a step; the steps so far are saved before an error, of any process, is raised."""
         try:
-            if stop.requested:
-                raise StopRequested
-            return next(ahead)
-        except StopRequested:
-            raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
+            return self.processes.all_have(lambda: _unless_stopped(ahead, stop))
+        except Interrupted as error:
+            raise Interrupted(f"{error} {self._keep(step)}") from None
         except RuntimeFailure as error:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
             raise InputError(f"{error} (training stopped {self._keep(step, 'replace the file and ')})") from error
 
+    def _oriented(self, batch: Batch, step: int, first: int) -> dict[str, int]:
+        """Files of a batch with an EXIF orientation; once all were read, or in the last step, of all processes."""
+        if step - first != self.batches.epoch_steps and step != self.meta.recipe.train.steps:
+            return batch.oriented
+        own = {**self.batches.source.oriented, **batch.oriented}
+        return {name: value for found in self.processes.gather(own) for name, value in found.items()}
+
     def _keep(self, step: int, first: str = "") -> str:
         """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
+        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the other for ever
+            return f"in step {step + 1}; what was saved before is kept: {first}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {first}start again with `resume=True`"
         if step != self.meta.step:
@@ -233,14 +270,30 @@ class _Training:
     def _read(self) -> None:
         """Read the losses of the step whose losses were not read yet. RuntimeFailure if they are not finite."""
         if self.started is not None:
-            self.losses.append(self.started.losses())
+            try:
+                self.losses.append(self.started.losses())
+            except RuntimeFailure as error:  # of all processes, as the values are
+                self.processes.agree(error)
             self.started = None
 
     def _save(self, step: int) -> None:
         self._read()  # weights are saved only once the losses of all their steps were read
         self.meta = dataclasses.replace(self.meta, step=step)
+        self.processes.on_first(self._write)
+
+    def _write(self) -> None:
         state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
         write_card(self.out, self.meta)
+
+
+def _unless_stopped(ahead: Iterator[Batch], stop: Stop) -> Batch:
+    """The next batch. Interrupted by a signal."""
+    try:
+        if stop.requested:
+            raise StopRequested
+        return next(ahead)
+    except StopRequested:
+        raise Interrupted(f"stopped by {stop.name}") from None
 
 
 @contextmanager

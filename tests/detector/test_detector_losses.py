@@ -34,7 +34,8 @@ def test_rpn_losses_are_their_formulas() -> None:
     model = small_model("model.masks=false", "proposals.batch_size_per_image=100000", "proposals.positive_fraction=1.0")
     output, truths = model.rpn(model.extract_feature_maps(torch.randn(2, 3, 96, 128))), truth_for_loss()
     padded, seeds = PaddedTruth.of(truths, torch.device("cpu")), image_seeds(2, 1, None)[0]
-    found = model.rpn.compute_losses(output, [(96, 128)] * 2, padded, seeds)
+    sums, sampled = model.rpn.compute_losses(output, [(96, 128)] * 2, padded, seeds)
+    found = {name: value / sampled for name, value in sums.items()}
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
         own = PaddedTruth.of([truth], torch.device("cpu"))
@@ -129,7 +130,8 @@ def test_losses_of_the_references_arithmetic() -> None:
     maps = model.extract_feature_maps(images)
     output = model.rpn(maps)
     padded = PaddedTruth.of([truth], torch.device("cpu"))
-    found = model.rpn.compute_losses(output, sizes, padded, image_seeds(1, 1, None)[0])
+    sums, sampled = model.rpn.compute_losses(output, sizes, padded, image_seeds(1, 1, None)[0])
+    found = {name: value / sampled for name, value in sums.items()}
     score, box, count = 0.0, 0.0, 0
     inclusive = output.anchors.double() - torch.tensor([0.0, 0, 1, 1])
     overlaps = box_ops.iou(output.anchors, truth.boxes)[:, 0]

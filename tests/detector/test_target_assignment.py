@@ -204,6 +204,20 @@ def rois_of(proposals: list[list[list[float]]], truths: list[GroundTruth], appen
     return sample_rois(given, PaddedTruth.of(truths, CPU), options, torch.arange(len(given)))
 
 
+def test_rois_of_an_image_do_not_depend_on_the_proposals_and_objects_of_others() -> None:
+    many = [[10 * x, 10 * y, 10 * x + 10, 10 * y + 10] for x in range(5) for y in range(4)]
+    few = [[a + 1, b, c, d] for a, b, c, d in many[:3]]
+    alone = rois_of([few], [truth_of(many)], append=True).rois
+    together = rois_of([few, many], [truth_of(many), truth_of([*many, *many])], append=True).rois
+    assert torch.equal(alone, together[together[:, 0] == 0])
+
+
+def test_seeds_of_images_one_after_another_are_those_of_all() -> None:
+    one, parts = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    whole = image_seeds(37, 2, one)
+    assert torch.equal(whole, torch.cat([image_seeds(count, 2, parts) for count in (1, 20, 16)], dim=1))
+
+
 def test_rois_of_a_batch() -> None:
     truths = [truth_of([[0, 0, 10, 10], [20, 20, 40, 40]]), truth_of([]), truth_of([[5, 5, 9, 9]])]
     proposals = [[[20, 20, 40, 38], [60, 60, 70, 70]], [[1, 1, 9, 9]], []]

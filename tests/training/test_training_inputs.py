@@ -122,19 +122,6 @@ def test_no_mistake_waits_for_torch(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("count", "code"), [("2", 2), ("8", 2), ("1", 0), ("", 0), ("many", 0)])
-def test_many_processes_are_refused(folder: Path, count: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refdet.errors import InputError
-    from refdet.training.train import _refuse_many_processes
-
-    monkeypatch.setenv("WORLD_SIZE", count)
-    if code == 0:
-        _refuse_many_processes()
-        return
-    with pytest.raises(InputError, match=f"WORLD_SIZE is {count}: .* without torchrun"):
-        run(folder, out="new")
-
-
 def test_a_run_begins_with_a_line_that_says_how(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(folder, out="line", weights=folder / "run")
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train: ")]

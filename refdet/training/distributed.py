@@ -1,0 +1,339 @@
+"""A training in several processes, which torchrun starts: what they agree on, and what they sum.
+
+There are two groups of the same processes. Over one, by gloo, they exchange errors, signals and other small things, so
+that nothing waits for a GPU. Over the other, by NCCL on GPUs, they sum counts, losses and gradients.
+
+Every process does the same exchanges in the same order, and each exchange carries the error of a process that cannot
+go on. So whatever happens outside a step is known to all before they compute the next.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from refdet.detector.loss_counts import LossCounts
+from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure
+from refdet.files.atomic import write_json
+from refdet.files.json_files import read_small_json
+from refdet.files.short_text import counted, shown
+from refdet.files.version import __version__
+from refdet.training.launch import Launch
+from refdet.training.meeting import meeting_store
+from refdet.training.processes import EndedTogether, LostProcess, Processes
+from refdet.training.rank_log import RankLog
+from refdet.training.sync_norm import convert_norms
+
+T = TypeVar("T")
+
+JOB = Path("state", "torchrun.json")  # in a run directory: the start of torchrun that trains into it
+_JOINING, _WAITING, _COMPUTING = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
+_LAST = timedelta(seconds=10)  # for the first process to say an error
+_LOST = "another process of this training ended without a word (killed, or out of memory?)"
+_ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
+
+
+class ProcessGroup(Processes):
+    """This process among those that torchrun started.
+
+    Args:
+        launch: what torchrun says.
+        own_log: takes what this process prints; None in the first.
+    """
+
+    def __init__(self, launch: Launch, own_log: RankLog | None) -> None:
+        self.rank, self.world_size, self.local_world_size = launch.rank, launch.world_size, launch.local_world_size
+        self._launch, self._log = launch, own_log
+        self.over = False  # all know the error that ends the training
+        self._computing = False
+        self._device = torch.device("cpu")
+        self._devices: list[str] = []
+        self._hosts: list[str] = []
+        self._group: Any = None  # of the device
+        try:
+            store = meeting_store(launch, _JOINING)
+            dist.init_process_group(
+                "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=_JOINING
+            )
+            self._control: Any = dist.new_group(backend="gloo", timeout=_WAITING)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(error).splitlines()[0]
+            raise RuntimeFailure(
+                f"torchrun: process {self.rank} of {self.world_size} cannot reach the others at {where} ({reason}); "
+                "check the address and port, and firewalls between the machines"
+            ) from error
+
+    def meet(self) -> None:
+        """Learn where the others are. InputError if they are of another version."""
+        self._hosts = self.gather(socket.gethostname())
+        self.check_same({"the version of refdet": __version__, "the version of PyTorch": torch.__version__})
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Raise an error that any of the processes has, in all of them."""
+        self._exchange(None, error, wanted=False)
+
+    def all_have(self, work: Callable[[], T]) -> T:
+        """Work of every process by itself; an error of one is raised in all."""
+        try:
+            found = work()
+        except Exception as error:
+            self.agree(error)
+            raise
+        self.agree()
+        return found
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Work of the first process only; all return its result or raise its error."""
+        found: Any = None
+        if self.first:
+            try:
+                found = work()
+            except Exception as error:
+                self.agree(error)
+                raise
+        return self._exchange(found)[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes."""
+        return self._exchange(value)
+
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Raise InputError if a value is another one in another process; the keys say what they are."""
+        found = self.gather(dict(values))
+        for what in values:
+            for rank, other in enumerate(found):
+                if other[what] != found[0][what]:
+                    self.over = True  # as all see it
+                    raise InputError(
+                        f"torchrun: {what} is {shown(other[what])} in process {rank} on {self._hosts[rank]}, and "
+                        f"{shown(found[0][what])} in process 0 on {self._hosts[0]}; all must have the same"
+                    )
+
+    def restarted(self, out: Path) -> bool:
+        """Whether these processes take the place of others of the same start of torchrun, which trained into `out`."""
+        restarts = max(self.gather(self._launch.restarts or 0))
+        return self.on_first(lambda: self._takes_over(out / JOB, restarts))
+
+    def _takes_over(self, path: Path, restarts: int) -> bool:
+        job = read_small_json(path) if path.is_file() else None
+        return isinstance(job, dict) and self._launch.takes_over(job, restarts)
+
+    def device(self, name: str | None) -> str | None:
+        """A GPU of its own for each process of a machine, unless the name is that of the CPU."""
+        return own_device(self._launch, name)
+
+    def begin(self, device: torch.device, out: Path) -> None:
+        """Get ready to compute; the run directory is there and locked."""
+        self.check_same({"the kind of device": device.type})
+        self._device = device
+        self._devices = self.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        self.on_first(lambda: write_json(out / JOB, self._launch.job()))
+        if self._log is not None:
+            self._log.open(out)
+        self._group = dist.new_group(backend=self._backend, timeout=_COMPUTING)
+
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self._device.type == "cuda" else "gloo"
+
+    def described(self) -> str:
+        """The processes, machines, devices and backend."""
+        machines = Counter(self._hosts)
+        on = f"{len(machines)} machines" if len(machines) > 1 else "1 machine"
+        if len(machines) > 1:
+            on += " (" + ", ".join(f"{host} {count}" for host, count in machines.items()) + ")"
+        devices = ", ".join(f"{count} x {name}" for name, count in Counter(self._devices).items())
+        processes = f"{self.world_size} processes" if self.world_size > 1 else "1 process"
+        return f"{processes} on {on}, {devices}, {self._backend}"
+
+    def wrap(self, network: nn.Module, momentum: list[Tensor]) -> nn.Module:
+        """The network with its weights, momentum and gradients the same in all processes.
+
+        Gradients are summed and not averaged, as the losses are divided by the counts of all processes.
+        """
+        with self.computing():
+            wrapped = DistributedDataParallel(network, process_group=self._group, gradient_as_bucket_view=True)
+            # the statistics of norms are the same anyway; under the name that versions before 2.14 have too
+            wrapped.broadcast_buffers = False
+            wrapped.register_comm_hook(self._group, _summed)
+            for buffer in momentum:
+                values = buffer.contiguous()
+                dist.broadcast(values, 0, group=self._group)
+                buffer.copy_(values)
+        return wrapped
+
+    def convert_norms(self, model: nn.Module, device: torch.device) -> None:
+        """Replace batch norms by those of the images of all processes."""
+        convert_norms(model, device, self._group)
+
+    def without_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
+        return network.no_sync()  # type: ignore[operator]
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Context manager for a step. LostProcess if another process ended meanwhile."""
+        self._computing = True
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_connections(error):
+                raise
+            self.lost = True
+            raise LostProcess(_LOST) from error
+        self._computing = False
+
+    def total(self, counts: LossCounts) -> LossCounts:
+        """The counts of all processes together."""
+        values = counts.packed(self._device)
+        dist.all_reduce(values, group=self._group)
+        return LossCounts.unpacked(values)
+
+    def sum_(self, values: Tensor) -> None:
+        """Sum values over the processes, in place."""
+        dist.all_reduce(values, group=self._group)
+
+    def end(self, error: Exception) -> Exception:
+        """The error to end with in this process, once the others know of it.
+
+        An error within a step is not known to others, who may wait for this process there: torchrun ends them.
+        """
+        if not (self.over or self.lost or self._computing):
+            try:
+                self.agree(error)
+            except Exception as agreed:
+                error = error if self.lost else agreed
+        if self.first or not (self.over or self.lost):
+            return error
+        code = error.exit_code if isinstance(error, RefdetError) else RuntimeFailure.exit_code
+        if not self.lost:  # torchrun ends all others as soon as one has ended
+            with suppress(RuntimeError):
+                work = dist.irecv(torch.zeros(1), src=0, group=self._control)
+                if work is not None:
+                    work.wait(_LAST)
+        return EndedTogether(str(error), code)
+
+    def _exchange(self, value: Any, error: Exception | None = None, wanted: bool = True) -> list[Any]:
+        """The values of all processes, if wanted; an error of any is raised in all."""
+        if self.lost:
+            if error is not None:
+                raise error
+            return [value] * self.world_size
+        try:
+            failed = torch.tensor([error is not None], dtype=torch.int64)
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control)
+            if failed.item():
+                found = self._gathered(None if error is None else (_kind(error), _text(error)))
+            elif wanted:
+                return self._gathered(value)
+            else:
+                return []
+        except RuntimeError as lost:
+            self.lost = True
+            raise LostProcess(_LOST) from (error or lost)
+        self.over = True
+        raise self._chosen(found, error)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def _chosen(self, found: list[tuple[str, str] | None], own: Exception | None) -> Exception:
+        """The one error of several that is said: of a signal only if there is no other."""
+        ranks = [rank for rank, one in enumerate(found) if one is not None]
+        rank = min(ranks, key=lambda rank: (found[rank][0] == Interrupted.__name__, rank))  # type: ignore[index]
+        if rank == self.rank and own is not None:
+            return own
+        kind, text = found[rank]  # type: ignore[misc]
+        if self._hosts[rank] != self._hosts[0]:
+            text += f" (on {self._hosts[rank]})"
+        return _ERRORS[kind](text)
+
+
+def own_device(launch: Launch, name: str | None) -> str:
+    """The device of a process, from the name that was given for all: a GPU of its own, or the CPU.
+
+    Raises:
+        InputError: the name is that of one GPU, or a machine has fewer GPUs than processes.
+    """
+    if name is None or name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda") or (":" in name and launch.local_world_size == 1):
+        return name
+    if ":" in name:
+        raise InputError(
+            f"`device` {name}: one GPU for the {launch.local_world_size} processes of a machine; leave it out, and "
+            "each has its own"
+        )
+    there = torch.cuda.device_count()
+    if 0 < there < launch.local_world_size:
+        raise InputError(
+            f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
+            f"{counted(there, 'GPU')}; use --nproc-per-node {there}"
+        )
+    return f"cuda:{launch.local_rank}"
+
+
+@contextmanager
+def group_of(launch: Launch) -> Iterator[ProcessGroup]:
+    """Context manager that joins the processes of torchrun.
+
+    Raises:
+        RuntimeFailure: they cannot reach each other.
+        EndedTogether: in all processes but the first, where the block ends with an error in any.
+    """
+    own_log = RankLog(launch.rank) if launch.rank else None
+    try:
+        group = ProcessGroup(launch, own_log)
+        try:
+            group.meet()
+            with warnings.catch_warnings():
+                # of 1x1 convolutions, whose strides are ambiguous; it costs nothing
+                warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+                yield group
+            group.agree()
+        except Exception as error:
+            ended = group.end(error)
+            if own_log is not None:
+                print(f"error: {ended}", flush=True)  # into its log
+            if ended is error:
+                raise
+            raise ended from error
+        dist.destroy_process_group()  # not after an error: the others wait for this process to end
+    finally:
+        if own_log is not None:
+            own_log.close()
+
+
+def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
+    """Sum a bucket of gradients over the processes."""
+    future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def _kind(error: Exception) -> str:
+    """The key of `_ERRORS` for an error."""
+    return next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), RuntimeFailure.__name__)
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, RefdetError) else f"unexpected {type(error).__name__}: {error}"
+
+
+def _is_of_connections(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch says that another process cannot be reached any more."""
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "Connection"))

@@ -1,0 +1,92 @@
+"""What torchrun tells the processes that it starts, in environment variables. No torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.errors import InputError
+
+_NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NO_ID = ("", "none")  # torchrun's run id where none is given
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that torchrun started.
+
+    Attributes:
+        rank: number of this process, 0 to world_size - 1.
+        world_size: number of processes on all machines.
+        local_rank: number of this process among those of its machine.
+        local_world_size: number of processes of its machine.
+        restarts: how often torchrun has started the processes again; None if they are not torchrun's.
+        run_id: ``--rdzv-id``, "" if it is not given.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    restarts: int | None
+    run_id: str
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch | None:
+        """Read the variables; None outside torchrun.
+
+        Raises:
+            InputError: there are several processes, but not what they need to find each other.
+        """
+        count = environment.get("WORLD_SIZE", "")
+        missing = [name for name in _NEEDED if not environment.get(name)]
+        if not count.isdecimal() or missing:
+            if count.isdecimal() and int(count) > 1:
+                raise InputError(
+                    f"WORLD_SIZE: is {count}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; "
+                    "start with torchrun, which sets them all, or unset WORLD_SIZE to train in one process"
+                )
+            return None
+        numbers = []
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if not environment[name].isdecimal():
+                raise InputError(f"{name}: must be a number, not {environment[name]!r}; start with torchrun")
+            numbers.append(int(environment[name]))
+        if numbers[0] >= numbers[1]:
+            raise InputError(f"RANK: is {numbers[0]} of {numbers[1]} processes (WORLD_SIZE); start with torchrun")
+        restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
+        rank, world_size, local_rank, local_world_size = numbers
+        again = int(restarts) if restarts.isdecimal() else None
+        return cls(rank, world_size, local_rank, local_world_size, again, "" if run_id in _NO_ID else run_id)
+
+    def job(self) -> dict[str, str]:
+        """What identifies this start of torchrun: its id if it has one, its process on this machine, and this process.
+
+        torchrun's process is the same however often it starts others.
+        """
+        return {"run_id": self.run_id, "agent": _identity(os.getppid()), "process": _identity(os.getpid())}
+
+    def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
+        """Whether this process takes the place of the one of a `job`, after so many restarts on any machine."""
+        own = self.job()
+        if self.restarts is None or job.get("process") == own["process"]:
+            return False
+        same_id = own["run_id"] != "" and job.get("run_id") == own["run_id"]
+        return job.get("agent") == own["agent"] or (same_id and restarts > 0)  # ids may be used again
+
+
+def _identity(process: int) -> str:
+    """What tells a process from all others, also of other machines and times."""
+    try:
+        started = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{socket.gethostname()}:{process}:{started}"
+
+
+def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether another process of this machine has the same command line and says what is wrong with it."""
+    return environment.get("LOCAL_RANK", "0") != "0" and "LOCAL_WORLD_SIZE" in environment

@@ -1,0 +1,54 @@
+"""What the processes of a training other than the first print: a file of each in the run directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = "logs"  # in the run directory
+
+
+class RankLog:
+    """Takes stdout and stderr of this process, of its libraries and of its workers too, until it is closed.
+
+    Args:
+        rank: number of the process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._name, self._file = f"rank-{rank}.log", tempfile.TemporaryFile("w+b")  # noqa: SIM115
+        _flush()
+        self._before = [os.dup(number) for number in (1, 2)]
+        self._redirect(self._file.fileno())
+
+    def open(self, out: Path) -> None:
+        """Go on in a file of the run directory, which begins with what was kept so far."""
+        _flush()
+        self._file.seek(0)
+        kept = self._file.read()
+        folder = out / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / self._name).open("ab") as file:
+            file.write(kept)
+            file.flush()
+            self._redirect(file.fileno())
+
+    def close(self) -> None:
+        """Give stdout and stderr back."""
+        _flush()
+        for number, before in zip((1, 2), self._before, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        self._file.close()
+
+    def _redirect(self, file: int) -> None:
+        for number in (1, 2):
+            os.dup2(file, number)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

@@ -1,0 +1,26 @@
+"""The lines at the start of a training that say how a step's images are divided."""
+
+from __future__ import annotations
+
+from refdet.config.recipe import Recipe
+from refdet.files.short_text import counted
+from refdet.training.processes import Processes
+
+
+def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
+    """Processes, machines, devices, backend and images a step, if torchrun started them; and the passes of a step."""
+    options, where, lines = recipe.train, processes.described(), []
+    share = f"{options.batch_size} images a step"
+    if processes.world_size > 1:
+        share += f", {options.batch_size // processes.world_size} in each process"
+    if options.accumulate > 1:
+        in_pass = options.batch_size // processes.world_size // options.accumulate
+        share += f", in {options.accumulate} passes of {counted(in_pass, 'image')}"
+    if where or options.accumulate > 1:
+        lines.append(f"train: {where}{'; ' if where else ''}{share}")
+    if options.accumulate > 1 and recipe.model.norm == "batch":
+        lines.append(
+            "note: train.accumulate: the batch norms (model.norm=batch) have the statistics of a pass, not of the "
+            "whole step: this is not the network of one pass, as it is with model.norm=frozen"
+        )
+    return lines

@@ -1,0 +1,101 @@
+"""Batch norm over the images of all processes.
+
+Shape shorthand in this module:
+
+    N: images or RoIs of this process, also 0
+    C: channels
+    H, W: height and width of the map
+    R: processes
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_DIMS = (0, 2, 3)
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose statistics in training are those of the images of all processes, also on a CPU.
+
+    PyTorch's SyncBatchNorm needs a GPU.
+
+    Attributes:
+        group: of the processes; None for all.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, C, H, W) -> (N, C, H, W)."""
+        if not self.training:
+            return super().forward(x)
+        y, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps, self.group)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                unbiased = variance * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.0)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.0)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        return y
+
+
+class _Normalised(torch.autograd.Function):
+    """Normalise with the mean and variance over all processes (Chan et al., 1979, puts those of parts together)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return y, the mean (C,), the biased variance (C,) and the number of values of a channel."""
+        channels, own = x.shape[1], x.numel() // x.shape[1]
+        mean = x.sum(_DIMS) / max(own, 1)
+        squares = (x - mean[:, None, None]).square().sum(_DIMS)
+        packed = torch.cat((mean, squares, mean.new_tensor([own])))
+        parts = packed.new_empty(dist.get_world_size(group), len(packed))  # (R, 2C + 1)
+        dist.all_gather(list(parts.unbind()), packed, group=group)
+        means, counts = parts[:, :channels], parts[:, -1:]
+        count = counts.sum().clamp(min=1)
+        mean = (means * counts).sum(0) / count
+        variance = (parts[:, channels:-1] + counts * (means - mean).square()).sum(0) / count
+        scale = (variance + eps).rsqrt()
+        normalised = (x - mean[:, None, None]) * scale[:, None, None]
+        ctx.save_for_backward(normalised, weight, scale, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalised * weight[:, None, None] + bias[:, None, None], mean, variance, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Gradients of x, weight and bias; those of the weight and bias of this process only."""
+        normalised, weight, scale, count = ctx.saved_tensors
+        of_bias, of_weight = slope.sum(_DIMS), (slope * normalised).sum(_DIMS)
+        means = torch.cat((of_bias, of_weight)) / count
+        dist.all_reduce(means, group=ctx.group)
+        of_mean, of_scale = means.chunk(2)
+        inner = slope - of_mean[:, None, None] - normalised * of_scale[:, None, None]
+        return inner * (weight * scale)[:, None, None], of_weight, of_bias, None, None
+
+
+def convert_norms(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Replace each BatchNorm2d of a model by one over all processes, with the same parameters and buffers.
+
+    PyTorch's SyncBatchNorm on a GPU, `SyncedBatchNorm` elsewhere.
+    """
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum)
+                synced.group = group
+                synced._parameters, synced._buffers = child._parameters, child._buffers
+                setattr(module, name, synced.train(child.training))

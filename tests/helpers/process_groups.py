@@ -1,0 +1,234 @@
+"""Trainings in several processes with torchrun's variables, forked from one process that has imported everything.
+
+    with Launcher() as launcher:
+        ended = launcher.train(root, "run", processes=2, changes=[...])
+
+Each process runs the command line. What should go wrong in one is described by a `Fault`. A process that is still there
+after the time limit is killed, and fails the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LIMIT = 120  # seconds of a training, on a busy machine
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in the process `rank`, when it starts its step number `step`, counted from 1.
+
+    `kind` is "infinite" for a loss that is, "full disk" for one from then on, or the name of a signal that the process
+    gets. It happens in the first start of the processes only.
+    """
+
+    kind: str
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes ended: exit codes, negative for signals, and what each wrote on stdout and stderr."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def said(self) -> list[str]:
+        """The errors on the terminal, of all processes."""
+        return [line for text in self.outputs for line in text.splitlines() if line.startswith("error: ")]
+
+
+class Launcher:
+    """The process that forks."""
+
+    def __enter__(self) -> Launcher:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait(10)
+
+    def train(
+        self,
+        root: Path,
+        out: str,
+        processes: int,
+        arguments: Sequence[str] = (),
+        *,
+        fault: Fault | None = None,
+        variables: dict[str, str] | None = None,
+        of_rank: dict[int, Sequence[str]] | None = None,
+        float64: bool = False,
+        restarts: int = 0,
+    ) -> Ended:
+        """Train on the instances and images under `root` into ``root/out``.
+
+        Args:
+            root: has instances.json and images.
+            out: name of the run directory.
+            processes: how many.
+            arguments: further ones of the command line.
+            fault: what goes wrong.
+            variables: environment variables of all processes, over those of torchrun; "" for none.
+            of_rank: further arguments of single processes.
+            float64: compute in float64.
+            restarts: with 1 or more, under torchrun's own agent with so many restarts.
+        """
+        common = ["train", "--recipe", "demo", "--instances", str(root / "instances.json"), "--device", "cpu"]
+        common += ["--images", str(root / "images"), "--out", str(root / out), *arguments]
+        work: dict[str, Any] = {
+            "commands": [[*common, *(of_rank or {}).get(rank, ())] for rank in range(processes)],
+            "fault": None if fault is None else dataclasses.asdict(fault),
+            "variables": variables or {},
+            "float64": float64,
+            "restarts": restarts,
+        }
+        self._process.stdin.write(json.dumps(work) + "\n")  # type: ignore[union-attr]
+        self._process.stdin.flush()  # type: ignore[union-attr]
+        answer = json.loads(self._process.stdout.readline())  # type: ignore[union-attr]
+        assert not answer["late"], f"still there after {LIMIT} s: {answer}"
+        return Ended(answer["codes"], answer["outputs"])
+
+
+def _run_command(work: dict[str, Any], rank: int) -> None:
+    """In a forked process: the command line of a rank."""
+    import torch
+
+    from refdet.cli.main import main
+
+    if work["float64"]:
+        torch.set_default_dtype(torch.float64)
+    if work["fault"] is not None:
+        _prepare(Fault(**work["fault"]))
+    main(work["commands"][rank], prog_name="refdet")
+
+
+def _prepare(fault: Fault) -> None:
+    """Let it go wrong in this process, if it is the one."""
+    from refdet.detector.mask_rcnn import MaskRCNN
+    from refdet.training import trainer
+
+    if int(os.environ["RANK"]) != fault.rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    step, losses, calls = trainer.start_step, MaskRCNN.compute_losses, []
+
+    def with_fault(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == fault.step and fault.kind == "full disk":
+            trainer.state.save = full
+        elif len(calls) == fault.step and fault.kind != "infinite":
+            os.kill(os.getpid(), signal.Signals[fault.kind])
+        return step(*given)
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def infinite(self: MaskRCNN, *given: Any) -> Any:
+        terms = losses(self, *given)
+        if len(calls) == fault.step and fault.kind == "infinite":
+            terms["loss_box_reg"] = terms["loss_box_reg"] * float("inf")
+        return terms
+
+    trainer.start_step, MaskRCNN.compute_losses = with_fault, infinite  # type: ignore[method-assign]
+
+
+def _forked(work: dict[str, Any], rank: int, port: int, output: Path) -> int:
+    """Fork a process of a rank; returns its id."""
+    count = str(len(work["commands"]))
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        if work["restarts"]:
+            _under_agent(work)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **work["variables"]}
+        for name in [name for name, value in work["variables"].items() if not value]:
+            del os.environ[name]
+        _run_command(work, rank)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _under_agent(work: dict[str, Any]) -> None:
+    """In a forked process: torchrun's own agent, which starts the processes and starts them again."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        1, 1, len(work["commands"]), rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="none",
+        max_restarts=work["restarts"], monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, _of_agent)(work)
+    sys.exit(0)
+
+
+def _of_agent(work: dict[str, Any]) -> None:
+    _run_command(work, int(os.environ["RANK"]))
+
+
+def _serve() -> None:
+    """Run what stands on each line of stdin, and answer with a line."""
+    import tempfile
+
+    import refdet.cli.train
+    import refdet.training.distributed
+    import refdet.training.trainer  # noqa: F401
+
+    for line in sys.stdin:
+        work = json.loads(line)
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        with tempfile.TemporaryDirectory() as folder:
+            count = 1 if work["restarts"] else len(work["commands"])
+            outputs = [Path(folder, str(rank)) for rank in range(count)]
+            children = {_forked(work, rank, port, output): rank for rank, output in enumerate(outputs)}
+            codes, late = [-1] * count, False
+            until = time.monotonic() + LIMIT
+            while children:
+                child, status = os.waitpid(-1, os.WNOHANG)
+                if child in children:
+                    codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > until and not late:
+                    late = True
+                    for child in children:
+                        with suppress(ProcessLookupError):
+                            os.kill(child, signal.SIGKILL)
+                else:
+                    time.sleep(0.01)
+            texts = [path.read_text(errors="replace") for path in outputs]
+        print(json.dumps({"codes": codes, "outputs": texts, "late": late}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
