@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
+from refdet.detector.backbones import network_name
 from refdet.detector.feature_names import NECKS
 from refdet.errors import InputError
 
@@ -82,7 +83,7 @@ def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
     """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
-    keys = ("depth", "width") if backbone_alone else ("depth", "width", "neck")
+    keys = ("backbone", "depth", "width") if backbone_alone else ("backbone", "depth", "width", "neck")
     if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
         raise InputError(
             f"`weights` {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
@@ -92,8 +93,7 @@ def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: 
 
 def _network(recipe: Recipe) -> str:
     model = recipe.model
-    width = "" if model.width == 64 else f" of width {model.width}"
-    return f"ResNet-{model.depth}{width} with {NECKS[model.neck]}"
+    return network_name(model) + (f" with {NECKS[model.neck]}" if model.backbone == "resnet" else "")
 
 
 def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: bool) -> None:

@@ -185,6 +185,7 @@ class _Training:
                 orientations.add(batch.oriented)
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
+                torch.manual_seed(options.seed * 1_000_003 + step)  # of dropout, in a VGG's head
                 rate = learning_rate(step, options)
                 started_now = start_step(self.model, self.sgd, batch, rate, options.max_grad_norm, generator)
                 del batch  # frees its shared memory for the next
