@@ -60,16 +60,24 @@ class VGG16(nn.Module):
             stages: number of maps, 1 to 3.
 
         Returns:
-            Feature maps (B, channels[i], H / s, W / s), rounded down.
+            Feature maps (B, channels[i], H / s, W / s), rounded down, but at least 1.
         """
         x, maps, layers = images, [], iter(self.convs)
         for index, (_, count) in enumerate(STAGES[: stages + 2]):
-            x = F.max_pool2d(x, 2) if index else x
+            x = _halved(x) if index else x
             for _ in range(count):
                 x = conv_relu(next(layers), x)
             if index >= 2:
                 maps.append(x)
         return maps
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Maxima of 2x2 of the output of a ReLU (B, C, H, W); a map one position high or wide stays so."""
+    height, width = x.shape[-2:]
+    if height < 2 or width < 2:
+        x = F.pad(x, (0, max(2 - width, 0), 0, max(2 - height, 0)))
+    return F.max_pool2d(x, 2)
 
 
 class VGGHead(nn.Module):

@@ -46,7 +46,7 @@ def start_lines(
         size = input_size(record.height, record.width, meta.recipe.input)
         stride = meta.recipe.model.stride
         if meta.recipe.model.backbone == "vgg16":  # its pooling rounds down
-            return size.height // stride, size.width // stride
+            return max(size.height // stride, 1), max(size.width // stride, 1)
         return math.ceil(size.height / stride), math.ceil(size.width / stride)
 
     lines = [f"device: {described(device)}, {options.precision}, {kernels_state()}"]
