@@ -21,6 +21,8 @@ Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 # layers that depend on the classes; `train.reset_predictors` reinitialises them
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
+# options that shift what a trained RPN or head sees, though its shapes stay the same
+OF_DETECTORS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
 
 
 def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
@@ -83,7 +85,7 @@ def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
     """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
-    keys = ("backbone", "depth", "width") if backbone_alone else ("backbone", "depth", "width", "neck")
+    keys = ["backbone", "width"] + ["depth"] * (ours.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
     if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
         raise InputError(
             f"`weights` {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
@@ -105,6 +107,7 @@ def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: b
         ("input", "std"),
         ("model", "stride_in_1x1"),
         ("model", "pooler_resolution"),
+        *(() if imported_resnet else OF_DETECTORS),
     ):
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
         # the stride of conv5 on RoIs, if both have it and it was trained there
