@@ -124,6 +124,7 @@ class TrainOptions:
     checkpoint_interval: int = 1000  # steps
     log_every: int = 20
     pretrained_lr_mult: float = 1.0  # with --weights: factor on the rate of the layers in them
+    bias_lr_mult: float = 1.0  # factor on the rate of biases, 2 in Caffe's detectors
     reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
     empty_images: bool = False  # also train on images without objects, as negatives
 
@@ -222,6 +223,7 @@ class Recipe:
 
 
 _ONLY_WHERE_SET = (
+    ("train", "bias_lr_mult", 1.0),
     ("train", "empty_images", False),
     ("train", "tf32", True),
     ("input", "exif", "ignore"),
