@@ -11,21 +11,22 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 
 
 @click.command("import-weights")
-@click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet ResNet.")
+@click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet network.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
 @click.option("--trained-on", type=Path, help="The split it was trained on, if known.")
 @renamed_option(
     "--weight-format",
     "--style",
     "style",
-    type=click.Choice(["caffe", "torchvision"]),
-    help="Format of an ImageNet ResNet; detected by default.",
+    type=click.Choice(["caffe", "torchvision", "tf-faster-rcnn", "pytorch-faster-rcnn"]),
+    help="Input of an ImageNet network, detected by default; or the program of a detector with the reference's names.",
 )
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:
     """Convert another program's checkpoint to a run directory.
 
-    Mask and Faster R-CNN of lichengunc/mask-faster-rcnn, detectron2 and torchvision, and ImageNet ResNets.
+    Mask and Faster R-CNN of lichengunc/mask-faster-rcnn, detectron2 and torchvision, Faster R-CNN of
+    pytorch-faster-rcnn and tf-faster-rcnn, and ImageNet networks.
     """
     from dataclasses import asdict
 

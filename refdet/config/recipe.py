@@ -27,20 +27,24 @@ LARGEST_FILE = 2**18  # bytes
 class ModelOptions:
     """The network."""
 
+    backbone: str = "resnet"  # or vgg16, mobilenet_v1, with the neck c4
     depth: int = 50  # of the ResNet: 18, 34, 50, 101 or 152
-    width: int = 64  # channels of its first stage; 64 in the published networks
-    # c4: conv5 on the RoIs; fpn: a feature pyramid, dc5: a dilated conv5, and linear layers on the RoIs
+    width: int = 64  # channels of its first stage; 64 in the published networks, 32 in MobileNet v1
+    # on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5: linear layers, after a feature pyramid or a dilated
+    # conv5
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
-    pooling: str = "align"  # RoIAlign, align_legacy (not aligned); in a C4 network also crop_and_resize or crop_align
+    pooling: str = (
+        "align"  # RoIAlign, align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
+    )
     pooler_resolution: int = 7  # cells on a side of a RoI of a C4 network; 14 if conv5 has stride 2
     sampling_ratio: int = 2  # samples on a side of a cell of RoIAlign; 0 for adaptive sampling
     fpn_channels: int = 256
-    fpn_hidden: int = 1024  # width of the linear layers on the RoIs and of fc7, without c4
+    fpn_hidden: int = 1024  # width of the linear layers on the RoIs and of fc7, without c4 or of a VGG
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
@@ -121,6 +125,7 @@ class TrainOptions:
     checkpoint_interval: int = 1000  # steps
     log_every: int = 20
     pretrained_lr_mult: float = 1.0  # with --weights: factor on the rate of the layers in them
+    bias_lr_mult: float = 1.0  # factor on the rate of biases, 2 in Caffe's detectors
     reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
     empty_images: bool = False  # also train on images without objects, as negatives
 
@@ -141,10 +146,11 @@ class Recipe:
         if not self.name.strip() or len(self.name) > LONGEST_NAME:
             raise InputError(f"name: must have 1 to {LONGEST_NAME} characters, not {shown(self.name)}")
         one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
+        one_of("model.backbone", model.backbone, ("resnet", "vgg16", "mobilenet_v1"))
         one_of("model.neck", model.neck, ("c4", "fpn", "dc5"))
         one_of("model.stride", model.stride, (8, 16))
         one_of("model.norm", model.norm, ("auto", "frozen", "batch"))
-        one_of("model.pooling", model.pooling, ("align", "align_legacy", "crop_and_resize", "crop_align"))
+        one_of("model.pooling", model.pooling, ("align", "align_legacy", "crop_and_resize", "crop_max", "crop_align"))
         one_of("model.pooler_resolution", model.pooler_resolution, (7, 14))
         one_of("model.box_fcs", model.box_fcs, (1, 2))
         one_of("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
@@ -155,6 +161,12 @@ class Recipe:
             raise InputError(f"model.pooling: must be align or align_legacy with model.neck={model.neck}")
         if model.neck == "dc5" and (model.depth < 50 or model.stride != 16):
             raise InputError("model.neck: dc5 needs a model.depth of 50 or more and model.stride=16")
+        if model.backbone != "resnet" and (model.neck, model.stride, model.pooler_resolution) != ("c4", 16, 7):
+            raise InputError(
+                "model.backbone: vgg16 and mobilenet_v1 need model.neck=c4, stride=16, pooler_resolution=7"
+            )
+        if model.backbone == "vgg16" and model.masks:
+            raise InputError("model.masks: must be false with model.backbone=vgg16, a Faster R-CNN")
         if model.legacy_rounded_anchors and any(size % 16 for size in model.anchor_sizes):
             raise InputError("model.legacy_rounded_anchors: needs model.anchor_sizes in multiples of 16")
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
@@ -217,10 +229,12 @@ class Recipe:
 
 _ONLY_WHERE_SET = (
     ("train", "accumulate", 1),
+    ("train", "bias_lr_mult", 1.0),
     ("train", "empty_images", False),
     ("train", "tf32", True),
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),
+    ("model", "backbone", "resnet"),
     ("model", "pooler_resolution", 7),
     ("model", "sampling_ratio", 2),
     ("model", "mask_pasting", "clamped"),

@@ -114,6 +114,7 @@ LIMITS: dict[str, Range] = {
     "train.checkpoint_interval": _count(10**9),
     "train.log_every": _count(10**9),
     "train.pretrained_lr_mult": Range(0, 1000),
+    "train.bias_lr_mult": Range(0, 1000),
 }
 
 LONGEST_NAME = 200  # characters

@@ -8,7 +8,7 @@ from refdet.config.recipe import Recipe
 from refdet.errors import ArgumentError
 
 FEATURES = ("pool5", "fc7", "class_prob")
-SPATIAL = ("spatial_pool5", "spatial_fc7")  # C4 networks only
+SPATIAL = ("spatial_pool5", "spatial_fc7")  # C4 networks only; a VGG has no spatial_fc7
 NECKS = {"c4": "a C4 head", "fpn": "a feature pyramid", "dc5": "a dilated conv5"}
 HEAD = "head"  # the feature map of an image, C4 networks only
 
@@ -30,6 +30,12 @@ def check_features(names: Sequence[str], recipe: Recipe) -> None:
                 "features",
                 f"a detector with {NECKS[recipe.model.neck]} has no {name!r}, only one with a C4 layout has; choose "
                 f"from {', '.join(FEATURES)}, or take another detector",
+            )
+        if name == "spatial_fc7" and recipe.model.backbone == "vgg16":
+            raise ArgumentError(
+                "features",
+                "a detector with a VGG-16 has no 'spatial_fc7', as its fc7 is a linear layer; choose from "
+                f"{', '.join((*FEATURES, SPATIAL[0], HEAD))}, or take another detector",
             )
 
 

@@ -26,6 +26,7 @@ from refdet.detector.feature_names import HEAD
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
+from refdet.detector.mobilenet import MobileNetV1
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
@@ -36,6 +37,7 @@ from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import compute_mask_targets
+from refdet.detector.vgg import VGG16, VGGHead
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
@@ -80,7 +82,12 @@ class MaskRCNN(nn.Module):
         # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
         last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
         strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
-        self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
+        if model.backbone == "vgg16":
+            self.backbone: ResNet | VGG16 | MobileNetV1 = VGG16(model.width)
+        elif model.backbone == "mobilenet_v1":
+            self.backbone = MobileNetV1(model.width, norm)
+        else:
+            self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
         channels = self.backbone.channels
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)
@@ -96,12 +103,14 @@ class MaskRCNN(nn.Module):
         self.head: RoiHead
         if model.neck != "c4":
             self.head = PyramidHead(map_channels, model, classes, map_strides[:4])
+        elif model.backbone == "vgg16":
+            self.head = VGGHead(map_channels, model, classes)
         else:
             conv5 = self.backbone.get_submodule("layer4")  # applied to RoIs by the head
-            del self.backbone.layer4
+            delattr(self.backbone, "layer4")
             self.head = C4Head(conv5, channels[3], model, classes)
-        if model.norm == "frozen":  # and the stem and first stage, as with FREEZE_AT=2 in detectron2
-            for part in (self.backbone.conv1, self.backbone.layer1):
+        if model.norm == "frozen":  # and the first layers, as with FREEZE_AT=2 in detectron2
+            for part in self.backbone.first_layers():
                 part.requires_grad_(False)
 
     def extract_feature_maps(self, images: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from refdet.detector.res5_head import SplitRes5, can_enter_early
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
 from refdet.detector.roi_heads import C4Head, MaskPredictor, PyramidHead
 from refdet.detector.rpn import RegionProposalNetwork
+from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import half_is_quickest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
@@ -27,6 +28,7 @@ RECTIFIED: dict[type[nn.Module], tuple[str, ...]] = {
     SplitRes5: ("conv2", "conv3"),
     RegionProposalNetwork: ("conv", "more"),
     PyramidHead: ("convs",),
+    VGG16: ("convs",),
 }
 
 
@@ -45,8 +47,12 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     """
     fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
-    # crop_align takes a maximum over samples, which is not linear, so it must pool first
-    if isinstance(head, C4Head) and head.pooling != "crop_align" and can_enter_early(head.conv5):
+    # these take a maximum over samples, which is not linear, so they must pool first
+    if (
+        isinstance(head, C4Head)
+        and head.model.pooling not in ("crop_align", "crop_max")
+        and can_enter_early(head.conv5)
+    ):
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
         rpn = model.rpn  # its anchors stay float32

@@ -180,6 +180,10 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self)
 
+    def first_layers(self) -> list[nn.Module]:
+        """The layers that stay as they are when pretrained weights are trained further."""
+        return [self.conv1, self.get_submodule("layer1")]
+
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
         """Feature maps of the first `stages` stages.
 

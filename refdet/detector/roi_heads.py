@@ -121,14 +121,35 @@ class MaskPredictor(nn.Module):
         return torch.einsum("kchw,kc->khw", hidden, weight).float() + bias[:, None, None]
 
 
+def pool_cells(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
+    """Cells (K, C, m, m) of rois (K, 5) of one feature map x, m = ``model.pooler_resolution``.
+
+    ``model.pooling`` is "align" for RoIAlign; "align_legacy" without its alignment; "crop_and_resize" for the
+    reference's crop; "crop_max" and "crop_align" for its variants that take the maximum of 2x2 samples per cell.
+    """
+    cells = model.pooler_resolution
+    if model.pooling in ALIGNED:
+        return roi_align(x, rois, cells, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
+    if model.pooling == "crop_and_resize":
+        return roi_crop(x, rois, cells, model.stride)
+    return F.max_pool2d(roi_crop(x, rois, 2 * cells, model.stride), 2)
+
+
+def pool_mean(x: Tensor, rois: Tensor, model: ModelOptions) -> Tensor:
+    """Mean (K, C) over the cells of `pool_cells`, in float32."""
+    cells = model.pooler_resolution
+    if model.pooling in ALIGNED:
+        return roi_align_mean(x, rois, cells, model.stride, model.sampling_ratio, ALIGNED[model.pooling])
+    if model.pooling == "crop_and_resize":
+        return roi_crop_mean(x, rois, cells, model.stride)
+    return _mean(pool_cells(x, rois, model))
+
+
 class C4Head(nn.Module):
     """conv5 of the ResNet on RoIs of the conv4 map; 14x14 masks from its 7x7 output.
 
-    ``model.pooling`` is "align" for RoIAlign; "align_legacy" without its alignment; "crop_and_resize" for the
-    reference's crop; "crop_align" for its other variant, which takes the maximum of 2x2 samples per cell.
-
     Args:
-        conv5: the last stage, with stride ``model.pooler_resolution / 7``.
+        conv5: the last stage, with stride ``model.pooler_resolution / 7``; of a MobileNet its last layers.
         out_channels: its output channels, D.
         model: the recipe's options.
         classes: number of object classes, without background.
@@ -138,8 +159,7 @@ class C4Head(nn.Module):
 
     def __init__(self, conv5: nn.Module, out_channels: int, model: ModelOptions, classes: int) -> None:
         super().__init__()
-        self.stride, self.pooling = model.stride, model.pooling
-        self.cells, self.samples = model.pooler_resolution, model.sampling_ratio
+        self.model = model
         self.conv5 = conv5
         self.box = BoxPredictor(out_channels, classes)
         self.mask = MaskPredictor(out_channels, model.mask_channels, classes, convolutions=0) if model.masks else None
@@ -190,18 +210,10 @@ class C4Head(nn.Module):
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
-        if self.pooling in ALIGNED:
-            return roi_align_mean(maps[0], rois, self.cells, self.stride, self.samples, ALIGNED[self.pooling])
-        if self.pooling == "crop_and_resize":
-            return roi_crop_mean(maps[0], rois, self.cells, self.stride)
-        return _mean(self._pool(maps[0], rois))
+        return pool_mean(maps[0], rois, self.model)
 
     def _pool(self, x: Tensor, rois: Tensor) -> Tensor:
-        if self.pooling in ALIGNED:
-            return roi_align(x, rois, self.cells, self.stride, self.samples, ALIGNED[self.pooling])
-        if self.pooling == "crop_and_resize":
-            return roi_crop(x, rois, self.cells, self.stride)
-        return F.max_pool2d(roi_crop(x, rois, 2 * self.cells, self.stride), 2)
+        return pool_cells(x, rois, self.model)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""

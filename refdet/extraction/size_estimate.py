@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from refdet.config.recipe import Recipe
 from refdet.data.coco import ImageRecord
+from refdet.detector.backbones import roi_channels
 from refdet.store import Columns, Header, ImageRow
 from refdet.store.size import space_needed
 
@@ -16,9 +17,7 @@ _CONV5 = 7  # cells on a side of conv5's output
 def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
     """Shape of each feature of one region, for a detector of this recipe."""
     model = recipe.model
-    channels = model.width * (4 if model.depth >= 50 else 1)  # of the first stage; bottlenecks expand four times
-    pooled = {"fpn": model.fpn_channels, "dc5": channels * 8}.get(model.neck, channels * 4)
-    fc7 = channels * 8 if model.neck == "c4" else model.fpn_hidden
+    pooled, fc7 = roi_channels(model)
     return {
         "pool5": (pooled,),
         "fc7": (fc7,),

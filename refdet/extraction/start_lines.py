@@ -44,7 +44,10 @@ def start_lines(
 
     def map_size(record: ImageRecord) -> tuple[int, int]:
         size = input_size(record.height, record.width, meta.recipe.input)
-        return math.ceil(size.height / meta.recipe.model.stride), math.ceil(size.width / meta.recipe.model.stride)
+        stride = meta.recipe.model.stride
+        if meta.recipe.model.backbone == "vgg16":  # its pooling rounds down
+            return max(size.height // stride, 1), max(size.width // stride, 1)
+        return math.ceil(size.height / stride), math.ceil(size.width / stride)
 
     lines = [f"device: {described(device)}, {options.precision}, {kernels_state()}"]
     size = ""

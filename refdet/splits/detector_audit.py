@@ -11,6 +11,7 @@ from refdet.errors import InputError
 from refdet.splits.held_out import HeldOut, held_out
 from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import AuditResult, audit
+from refdet.structures.known_weights import file_of_weights
 from refdet.structures.provenance import Provenance
 
 
@@ -117,14 +118,17 @@ def audit_provenance(
     held = len(frozenset().union(*(split.image_ids for split in splits)))
     problem = _problem(who, provenance, claims, proof, instances, held)
     if provenance.weights is not None:
-        if trust_weights:
+        known = file_of_weights(provenance.weights)
+        if known is not None and known.trained_on.of_refer == "none":
+            notes.append(f"initial weights: {known.model}, {known.trained_on.leaks()}")
+        elif trust_weights:
             notes.append(
                 f"`trust_weights`: assumed that the initial weights have seen no held-out images: {provenance.weights}"
             )
         elif not problem:
             problem = (
                 f"{who}: clean except for its initial weights, which are unproven: {provenance.weights}; if they have "
-                "seen no held-out images (ImageNet's have not, or audit their run), add `trust_weights=True`"
+                "seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
             )
     return ProvenanceAudit(about["kind"], str(path), provenance, claims, proof, problem, notes)
 

@@ -1,11 +1,12 @@
 """Published files of weights, known by their checksums, and the images that they were trained on.
 
-torchvision's file names end with the start of their SHA-256, detectron2's model zoo's with the start of their MD5.
+The file names of torchvision end with the start of their SHA-256, detectron2's model zoo's with the start of their MD5.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,13 @@ class KnownFile:
         model: what it is, in its program's words.
         trained_on: its training set.
         norm_eps: added to the variances of its frozen norms.
+        style: the format of a network whose tensors do not show it, as of ``import-weights --weight-format``.
     """
 
     model: str
     trained_on: TrainingSet
     norm_eps: float = 1e-5
+    style: str | None = None
 
 
 _DETECTRON2 = {  # start of the MD5 -> configuration
@@ -96,7 +99,31 @@ _TORCHVISION = {  # start of the SHA-256 -> model
     "cd907fc2": KnownFile("torchvision's resnet101 IMAGENET1K_V2", IMAGENET),
     "394f9c45": KnownFile("torchvision's resnet152 IMAGENET1K_V1", IMAGENET),
     "f82ba261": KnownFile("torchvision's resnet152 IMAGENET1K_V2", IMAGENET),
+    "397923af": KnownFile("torchvision's vgg16 IMAGENET1K_V1", IMAGENET, style="torchvision"),
+    "00b39a1b": KnownFile("jcjohnson/pytorch-vgg's vgg16", IMAGENET, style="caffe"),
 }
+
+
+def imported_note(name: str, sha256: str, known: KnownFile) -> str:
+    """The remark in the provenance of a published file that was imported, as `file_of_weights` reads it."""
+    return f"imported: {name}, sha256 {sha256}, is {known.model}, {known.trained_on.leaks()}"
+
+
+def file_of_weights(weights: str) -> KnownFile | None:
+    """The published file that a training started from.
+
+    Args:
+        weights: the initial weights of a provenance: a run directory and, in brackets, its hash and its own provenance.
+
+    Returns:
+        The file, if that provenance is its `imported_note` alone; None for other weights, as those of a detector that
+        was trained from it.
+    """
+    found = re.fullmatch(r".*\(sha256 [0-9a-f]{12}; (imported: (.*), sha256 ([0-9a-f]{64}), is .*)\)", weights)
+    if found is None:
+        return None
+    known = _TORCHVISION.get(found[3][:8])
+    return known if known is not None and found[1] == imported_note(found[2], found[3], known) else None
 
 
 def known_file(path: Path, sha256: str) -> KnownFile | None:

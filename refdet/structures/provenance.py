@@ -11,7 +11,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.short_text import shown
-from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet
+from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet, imported_note
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
 UNKNOWN_DATA = "training data unknown"
@@ -72,8 +72,7 @@ class Provenance:
         if known is None:
             return cls("", "", 0, 0, "", note=f"imported: {name}, sha256 {sha256}, {UNKNOWN_DATA}")
         data = known.trained_on
-        note = f"imported: {name}, sha256 {sha256}, is {known.model}, {data.leaks()}"
-        return cls(data.name, "", data.images, 0, "", note=note)
+        return cls(data.name, "", data.images, 0, "", note=imported_note(name, sha256, known))
 
     @property
     def training_set(self) -> TrainingSet | None:

@@ -27,7 +27,7 @@ class GuardedSGD(torch.optim.SGD):
 
 
 def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> GuardedSGD:
-    """SGD with momentum; weight decay only on the weights of convolutions and linear layers.
+    """SGD with momentum; weight decay only on the weights of convolutions, but depthwise ones, and linear layers.
 
     Args:
         model: the network; frozen parameters are left out.
@@ -38,8 +38,9 @@ def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            decay = options.weight_decay if parameter.ndim > 1 and parameter.shape[1] > 1 else 0.0
             factor = 1.0 if fresh is None or name.startswith(fresh) else options.pretrained_lr_mult
+            factor *= options.bias_lr_mult if name.endswith("bias") else 1.0
             groups.setdefault((decay, factor), []).append(parameter)
     sgd = GuardedSGD(
         [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.config.recipe import Recipe
 from refdet.detector import checkpoint
+from refdet.detector.backbones import network_name
 from refdet.detector.feature_names import NECKS
 from refdet.errors import InputError
 
@@ -20,6 +21,8 @@ Categories = tuple[tuple[int, str], ...]  # (COCO id, name) of label 1, 2, ...
 # layers that depend on the classes; `train.reset_predictors` reinitialises them
 PREDICTORS = ("head.box.", "head.mask.logits.")
 MASK_BRANCH = "head.mask."
+# options that shift what a trained RPN or head sees, though its shapes stay the same
+OF_DETECTORS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
 
 
 def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
@@ -82,7 +85,7 @@ def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
     """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
-    keys = ("depth", "width") if backbone_alone else ("depth", "width", "neck")
+    keys = ["backbone", "width"] + ["depth"] * (ours.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
     if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
         raise InputError(
             f"`weights` {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
@@ -92,8 +95,7 @@ def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: 
 
 def _network(recipe: Recipe) -> str:
     model = recipe.model
-    width = "" if model.width == 64 else f" of width {model.width}"
-    return f"ResNet-{model.depth}{width} with {NECKS[model.neck]}"
+    return network_name(model) + (f" with {NECKS[model.neck]}" if model.backbone == "resnet" else "")
 
 
 def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: bool) -> None:
@@ -105,6 +107,7 @@ def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: b
         ("input", "std"),
         ("model", "stride_in_1x1"),
         ("model", "pooler_resolution"),
+        *(() if imported_resnet else OF_DETECTORS),
     ):
         before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
         # the stride of conv5 on RoIs, if both have it and it was trained there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
@@ -35,9 +36,8 @@ def _is_ours(path: Path) -> bool:
 
 def _text(meta: CheckpointMetadata) -> str:
     provenance, recipe = meta.provenance, meta.recipe
-    model = (
-        f"ResNet-{recipe.model.depth}, {recipe.model.neck.upper()}, {'with' if recipe.model.masks else 'without'} masks"
-    )
+    layout = f", {recipe.model.neck.upper()}" if recipe.model.backbone == "resnet" else ""
+    model = f"{network_name(recipe.model)}{layout}, {'with' if recipe.model.masks else 'without'} masks"
     rows = [
         ("recipe", f"{recipe.name} ({model})"),
         ("steps", f"{meta.step} of {recipe.train.steps}, batch size {recipe.train.batch_size}"),

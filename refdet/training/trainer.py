@@ -207,6 +207,7 @@ class _Training:
                 orientations.add(self._oriented(batch, step + 1, first))
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
+                torch.manual_seed(options.seed * 1_000_003 + step)  # of dropout, in a VGG's head
                 rate = learning_rate(step, options)
                 try:
                     with self.processes.computing():

@@ -230,7 +230,7 @@ def some_truths() -> list[GroundTruth]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "vgg16"])
 @pytest.mark.parametrize("missing", [((0, 0),), ((1, 0),), ((1, 1), (0, 0)), ((0, 0), (1, 0), (1, 1))])
 def test_an_object_without_a_mask_is_left_out_of_the_mask_loss_alone(
     variant: str, missing: tuple[tuple[int, int], ...]
@@ -261,7 +261,7 @@ def test_images_without_objects_alone_have_losses(variant: str) -> None:
     nothing = GroundTruth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [], torch.zeros(0, 4), (1.0, 1.0))
     model = small_model(*VARIANTS[variant]).train()
     found = losses_of(model, [nothing, nothing])
-    assert found["loss_mask"] == found["loss_box_reg"] == found["loss_rpn_box_reg"] == 0
+    assert found.get("loss_mask", 0) == found["loss_box_reg"] == found["loss_rpn_box_reg"] == 0
     assert found["loss_classifier"] > 0 and found["loss_objectness"] > 0
     sum(found.values(), torch.zeros(())).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

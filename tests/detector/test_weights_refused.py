@@ -165,8 +165,8 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     ),
     "no axis": (with_("cls_score_net.weight", torch.ones(())), ("cls_score_net.weight is ()",)),
     "odd scores": (with_("rpn_cls_score_net.bias", torch.ones(23)), ("rpn_cls_score_net.bias is (23,), not (24,)",)),
-    "9 anchors": (
-        with_("rpn_cls_score_net.weight", torch.ones(18, 512, 1, 1)), ("9 anchors a cell with a ResNet-50", "12 "),
+    "6 anchors": (
+        with_("rpn_cls_score_net.weight", torch.ones(12, 512, 1, 1)), ("6 anchors a cell with a ResNet-50", "12 "),
     ),
     "15 anchors of res50": (with_("rpn_cls_score_net.weight", torch.ones(30, 512, 1, 1)), ("15 anchors a cell",)),
     "no anchors": (with_("rpn_cls_score_net.weight", torch.ones(())), ("0 anchors a cell",)),

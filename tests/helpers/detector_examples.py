@@ -29,6 +29,9 @@ VARIANTS = {
                        "model.anchor_offset=0", "model.mask_pasting=torchvision", "input.resize=torchvision",
                        "input.size_divisibility=32", "input.min_sizes=[90]", "model.rpn_convs=2", "model.box_convs=2",
                        "model.box_fcs=1"],
+    "vgg16": ["model.backbone=vgg16", "model.stride=16", "model.masks=false", "model.pooling=crop_max",
+              "model.fpn_hidden=32"],
+    "mobilenet": ["model.backbone=mobilenet_v1", "model.stride=16", "model.pooling=crop_max"],
     "seed-align": ["model.stride=16", "model.pooling=crop_align", "model.legacy_plus_one=true"],
 }  # fmt: skip
 CATEGORY_IDS = [1, 3, 7, 44]

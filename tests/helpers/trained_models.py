@@ -26,6 +26,8 @@ VARIANTS: dict[str, tuple[list[str], bool]] = {
     "crop": (["model.norm=frozen", "model.pooling=crop_and_resize", *CROP], True),
     "crop-align": (["model.norm=frozen", "model.pooling=crop_align", *CROP], False),
     "fpn": (PYRAMID, False),
+    "vgg16": (["model.backbone=vgg16", "model.masks=false", "model.pooling=crop_max", "model.fpn_hidden=32"], False),
+    "mobilenet": (["model.backbone=mobilenet_v1", "model.pooling=crop_max", "model.width=16"], False),
 }
 IDS = [1, 3, 7, 44]
 NAMES = {1: "person", 3: "car", 7: "train", 44: "bottle"}

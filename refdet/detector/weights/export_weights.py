@@ -149,7 +149,7 @@ def _check(run: Path, meta: CheckpointMetadata, format: str) -> None:
     model, recipe = meta.recipe.model, meta.recipe
     if meta.untrained:
         raise InputError(f"{run}: its {', '.join(meta.untrained)} are not trained; train it first")
-    odd = []
+    odd = [] if model.backbone == "resnet" else [f"model.backbone={model.backbone}"]
     if format == "torchvision" and model.neck != "fpn":
         odd.append(f"model.neck={model.neck}")
     if model.width != 64:

@@ -63,7 +63,8 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
         source: a ``.pth`` written by torch.save, a ``.pkl`` of detectron2, or safetensors.
         out: the run directory to create.
         trained_on: the split the weights were trained on, if known.
-        style: "caffe" or "torchvision", of an ImageNet ResNet; None to detect it.
+        style: "caffe" or "torchvision", of an ImageNet network, None to detect it; or "tf-faster-rcnn" or
+            "pytorch-faster-rcnn", of a detector with the reference's names.
 
     Raises:
         InputError: the file cannot be read, is not a state dict, or is an unknown network; `out` exists; or the
@@ -77,7 +78,7 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
         known = known_file(source, digest)
         if known is not None and known.norm_eps != EPS:
             tensors = with_usual_eps(tensors, known.norm_eps)
-        found = identify_checkpoint(tensors, style)
+        found = identify_checkpoint(tensors, style or (known and known.style))
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)

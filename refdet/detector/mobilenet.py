@@ -1,0 +1,92 @@
+"""MobileNet v1 (Howard et al., "MobileNets", 2017) with the strides of the reference's detectors.
+
+Shape shorthand in this module:
+
+    B: images in the batch, of height H and width W
+    N: images or RoIs
+    Cin, C: input and output channels
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refdet.detector.backbones import mobilenet_channels
+from refdet.detector.resnet import Norm, conv_norm
+
+# channels and stride of the layers after the first; of the last two, which run on RoIs, the stride is 1
+LAYERS = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 1), (1024, 1),
+)  # fmt: skip
+ON_ROIS = 2
+ENDS = (3, 5, 11)  # index of the last layers of strides 4, 8 and 16
+FROZEN = 5  # first layers that stay as they are when pretrained weights are trained further
+
+
+class ConvNormReLU6(nn.Sequential):
+    """A convolution without bias, a norm, and min(max(x, 0), 6)."""
+
+    def __init__(self, in_channels: int, channels: int, size: int, stride: int, groups: int, norm: Norm) -> None:
+        convolution = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
+        mode = "fan_out" if groups == 1 else "fan_in"  # each filter of a group has one output
+        nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
+        super().__init__(convolution, norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
+        return F.relu6(conv_norm(self[0], self[1], x), inplace=True)
+
+
+class SeparableConv(nn.Module):
+    """A 3x3 convolution of each channel and a 1x1 convolution, with a norm and ReLU6 after each."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.depthwise = ConvNormReLU6(in_channels, in_channels, 3, stride, in_channels, norm)
+        self.pointwise = ConvNormReLU6(in_channels, channels, 1, 1, 1, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, Cin, H, W) -> (N, C, H / stride, W / stride)."""
+        return self.pointwise(self.depthwise(x))
+
+
+class MobileNetV1(nn.Module):
+    """Twelve layers on images, and `layer4`, the two that a detector runs on RoIs.
+
+    Args:
+        width: channels of the first layer: 32 times the depth multiplier.
+        norm: makes a norm of the given number of channels.
+    """
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        widths = [width, *(mobilenet_channels(channels, width) for channels, _ in LAYERS)]
+        layers: list[nn.Module] = [ConvNormReLU6(3, width, 3, 2, 1, norm)]
+        for index, (_, stride) in enumerate(LAYERS):
+            layers.append(SeparableConv(widths[index], widths[index + 1], stride, norm))
+        self.layers = nn.Sequential(*layers[:-ON_ROIS])
+        self.layer4 = nn.Sequential(*layers[-ON_ROIS:])
+        self.channels = (*(widths[end] for end in ENDS), widths[-1])
+
+    def first_layers(self) -> list[nn.Module]:
+        """The layers that stay as they are when pretrained weights are trained further."""
+        return list(self.layers[:FROZEN])
+
+    def forward(self, images: Tensor, stages: int) -> list[Tensor]:
+        """Feature maps of strides 4, 8 and 16, as many as `stages` says.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            stages: number of maps, 1 to 3.
+
+        Returns:
+            Feature maps (B, channels[i], H / s, W / s), rounded up.
+        """
+        x, maps = images, []
+        for index, layer in enumerate(self.layers[: ENDS[stages - 1] + 1]):
+            x = layer(x)
+            if index in ENDS:
+                maps.append(x)
+        return maps
