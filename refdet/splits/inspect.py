@@ -17,7 +17,7 @@ from refdet.extraction.shard_folder import parts_folder, progress
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.store import CORRUPTION_ERRORS
-from refdet.store.hdf5_door import MAGIC, check_regular, open_store_file
+from refdet.store.hdf5_access import MAGIC, check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
 from refdet.store.verify import Verification, verify
 from refdet.structures.limits import is_id
