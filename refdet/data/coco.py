@@ -15,7 +15,7 @@ from refdet.data.coco_validation import (
     checked_image,
     checked_segmentation,
     is_finite,
-    kind,
+    json_type,
 )
 from refdet.data.fetch.hints import check_there
 from refdet.data.image_evidence import goes_by_id
@@ -116,13 +116,13 @@ class CocoIndex:
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):
-                raise InputError(f"{path}: a JSON {kind(raw)}, not an object; give a COCO instances JSON")
+                raise InputError(f"{path}: a JSON {json_type(raw)}, not an object; give a COCO instances JSON")
             for key in ("images", "annotations", "categories"):
                 if not isinstance(raw.get(key), list):
                     raise InputError(f"{path}: no list {key!r} in it; give a COCO instances JSON")
                 for position, entry in enumerate(raw[key]):
                     if not isinstance(entry, dict):
-                        raise InputError(f"{path}: {key}[{position}] is a {kind(entry)}; it must be an object")
+                        raise InputError(f"{path}: {key}[{position}] is a {json_type(entry)}; it must be an object")
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}

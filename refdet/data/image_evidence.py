@@ -54,7 +54,7 @@ class Evidence:
     looked_up: int | None = None
 
     @property
-    def numbers(self) -> frozenset[int]:
+    def coco_ids(self) -> frozenset[int]:
         """COCO ids that the image may have; the image is held out if any of them is."""
         return self.named | self.bare | self.ids | _coco_range([self.looked_up])
 
@@ -106,11 +106,11 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     genome = _is_genome_entry(top, [text.text for text in texts])
     ids = _coco_range([own, *_integers(entry, _ID_KEY), *(_loose_integers(entry))])
     of_key = bare_number(key) if key else None
-    if of_key is not None and (named or bare or ids or addresses):  # may be a running number
+    if of_key is not None and (named or bare or ids or addresses):  # may be a sequential index
         ids |= _coco_range([of_key])
     elif of_key is not None:
         bare = frozenset([of_key])
-    # Ids are running numbers, as MDETR's, if a name has another number. A coco_id alone says nothing about file names.
+    # Ids are sequential, as in MDETR's files, if a name has another number. A coco_id says nothing about file names.
     unread = _has_unread(addresses, bool(coco_ids))
     of_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
     other = genome or bool(of_names) or (bool(coco_ids) and not _has_unread(addresses, False))
@@ -183,7 +183,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
         Whether the id is the number in the file name, without a contradiction.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
-    if evidence.genome or evidence.is_non_coco or evidence.numbers | {image_id} != {image_id}:
+    if evidence.genome or evidence.is_non_coco or evidence.coco_ids | {image_id} != {image_id}:
         return False
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
