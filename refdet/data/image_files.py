@@ -15,7 +15,7 @@ from typing import Protocol
 from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
 from refer.image_folder import Listing, list_folder, same_file
-from refer.plain_files import read_file, refuse_huge
+from refer.plain_files import check_file_size, read_file
 
 _UTF8_FLAG = 0x800
 _ENCRYPTED = 0x1
@@ -76,7 +76,7 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listing = list_folder(path)
-        for _, error in self.listing.unread:
+        for _, error in self.listing.unlisted:
             if is_of_the_machine(error):
                 raise error
 
@@ -119,7 +119,7 @@ class _Zip:
     def read(self, name: str, most: int) -> bytes:
         archive = self._opened()
         info = archive.getinfo(self._members.get(name, name))
-        refuse_huge(info.file_size, most, "an image")
+        check_file_size(info.file_size, most, "an image")
         if info.compress_type == zipfile.ZIP_BZIP2:
             return _bunzipped(archive, info, most)
         # not ZipFile.read, which decompresses everything before truncating it to the declared size
@@ -171,7 +171,7 @@ def _unusable(info: zipfile.ZipInfo) -> str:
 
 def _bunzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
     """Read a bzip2 member up to its declared size; zipfile would decompress all of it."""
-    refuse_huge(info.compress_size, most, "an image")
+    check_file_size(info.compress_size, most, "an image")
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
     del packed.CRC  # of the decompressed data

@@ -67,17 +67,17 @@ class ImageSource:
             RuntimeFailure: a disk or network error.
         """
         files = open_files(Path(path))
-        unread, above = files.listing.unread, files.listing.above
-        if unread:
+        unlisted, parent_links = files.listing.unlisted, files.listing.parent_links
+        if unlisted:
             log.warning(
                 "note: `images` %s: %d subfolders cannot be listed, first: %s (%s)",
                 path,
-                len(unread),
-                unread[0][0],
-                unread[0][1].strerror,
+                len(unlisted),
+                unlisted[0][0],
+                unlisted[0][1].strerror,
             )
-        if above:
-            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, above[0])
+        if parent_links:
+            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, parent_links[0])
         source = cls(files, exif)
         log.info("`images` %s: %d files", path, len(source._names))
         return source
@@ -96,7 +96,7 @@ class ImageSource:
         found = self._names.locate(_sought(record) for record in both if record.file_name or record.by_id)
         self._located.update({key: self._usable(match) for key, match in found.items()})
         matches = [self._match(record) for record in records]
-        moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.elsewhere and match.path]
+        moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
             log.warning(
                 "note: `images` %s: %d of %d images are in another folder than their file_name says, first: %s, "
@@ -146,11 +146,11 @@ class ImageSource:
         Raises:
             InputError: always.
         """
-        unclear = [record for record in records if self._match(record).unclear]
-        if unclear:
-            what = f"{_named(unclear[0])}: {self.why_missing(unclear[0])}"
+        ambiguous = [record for record in records if self._match(record).ambiguous]
+        if ambiguous:
+            what = f"{_named(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
             raise InputError(
-                f"`images` {self.path}: {what} (the same for {len(unclear)} of the {len(records)} images in "
+                f"`images` {self.path}: {what} (the same for {len(ambiguous)} of the {len(records)} images in "
                 f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refer.masks import FARTHEST, LONGEST, can_be_drawn
+from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 
 _FEWEST = 6  # numbers: three points
 
@@ -61,10 +61,10 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
     if is_surely_drawn(polygons) or can_be_drawn(polygons, height, width):
         return
     reach = min(max(max(map(abs, polygon)) for polygon in polygons), 1e300)  # an integer may exceed the range of floats
-    if reach > FARTHEST + max(height, width):
-        fault = f"a polygon reaches {reach:.6g}, more than {FARTHEST} pixels outside its image of {width}x{height}"
+    if reach > MAX_DISTANCE + max(height, width):
+        fault = f"a polygon reaches {reach:.6g}, more than {MAX_DISTANCE} pixels outside its image of {width}x{height}"
     else:
-        fault = f"the outlines of its polygons are longer than {LONGEST} pixels"
+        fault = f"the outlines of its polygons are longer than {MAX_LENGTH} pixels"
     raise InputError(f"{path}: {what}: {fault}; correct or remove the annotation")
 
 
@@ -76,10 +76,10 @@ def is_surely_drawn(polygons: list) -> bool:
     length = 0.0
     for polygon in polygons:
         low, high = min(polygon), max(polygon)
-        if low < -FARTHEST or high > FARTHEST:
+        if low < -MAX_DISTANCE or high > MAX_DISTANCE:
             return False
         length += len(polygon) / 2 * (high - low)
-    return length <= LONGEST
+    return length <= MAX_LENGTH
 
 
 def _fault(polygon: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def strict_json(data: bytes | str) -> Any:
@@ -30,7 +30,7 @@ def strict_json(data: bytes | str) -> Any:
         value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_integer
         )
-        if _HALF_CHARACTER.search(text):
+        if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except json.JSONDecodeError as error:

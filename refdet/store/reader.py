@@ -228,7 +228,7 @@ class Store:
         return values.reshape(shape)
 
     def frame(self) -> pd.DataFrame:
-        """Deprecated alias of `to_dataframe`, which works until the next version."""
+        """Deprecated alias of `to_dataframe`, to be removed in the next version."""
         warnings.warn("Store.frame was renamed to to_dataframe", DeprecationWarning, stacklevel=2)
         return self.to_dataframe()
 

@@ -19,14 +19,14 @@ from refdet.files.json_files import read_json
 from refdet.files.short_text import cut
 from refdet.store.hdf5_file import ANY_READER, new_file
 from refer import REFER
-from refer.validation import Kinds, box_of, check_fields
+from refer.validation import Types, box_of, check_fields
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word for no attribute
-_IMAGE: dict[str, Kinds] = {"file_name": str, "height": int, "width": int}
-_ANNOTATION: dict[str, Kinds] = {"category_id": int}
+_IMAGE: dict[str, Types] = {"file_name": str, "height": int, "width": int}
+_ANNOTATION: dict[str, Types] = {"category_id": int}
 METADATA_BYTES = 64 << 10  # maximum size of HDF5's metadata in a file of a few datasets
 
 
