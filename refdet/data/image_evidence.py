@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refdet.structures.coco_ids import LARGEST, bare_number, is_image_file, is_visual_genome, numbers_in_name
+from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.image_lookup import coco_number
 
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
@@ -264,7 +264,7 @@ def _loose_integers(entry: Any) -> list[int]:
 
 
 def _coco_range(numbers: Any) -> frozenset[int]:
-    return frozenset(number for number in numbers if type(number) is int and 0 <= number <= LARGEST)
+    return frozenset(number for number in numbers if type(number) is int and 0 <= number <= MAX_ID)
 
 
 def _is_genome_entry(entry: Mapping[str, Any], strings: Collection[str]) -> bool:

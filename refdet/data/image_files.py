@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from refdet.data.fetch.hints import how_to_fetch
-from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_system_error
 from refer.image_folder import Listing, list_folder, same_file
 from refer.plain_files import check_file_size, read_file
 
@@ -65,7 +65,7 @@ def open_files(path: Path) -> ImageFiles:
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
-        if is_of_the_machine(error):
+        if is_system_error(error):
             raise RuntimeFailure(f"`images` {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
         fault = "cannot be listed" if path.is_dir() else "not a readable zip"
@@ -77,7 +77,7 @@ class _Folder:
         self.path = path
         self.listing = list_folder(path)
         for _, error in self.listing.unlisted:
-            if is_of_the_machine(error):
+            if is_system_error(error):
                 raise error
 
     def read(self, name: str, most: int) -> bytes:

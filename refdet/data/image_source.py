@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 from refdet.data.coco import ImageRecord
 from refdet.data.image_decoder import SizeError, decode, most_bytes
 from refdet.data.image_files import ImageFiles, open_files
-from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_system_error
 from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class ImageSource:
             RuntimeFailure: the error is one of the disk, the network or memory.
         """
         gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.lost(name)
-        if gone or is_of_the_machine(error):
+        if gone or is_system_error(error):
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RuntimeFailure(
                 f"{self.path}/{name}: cannot be read now ({what}), though the image may be intact; check the disk, "

@@ -11,7 +11,7 @@ from typing import Any
 from refdet.errors import InputError
 from refer import ReferError, plain_files
 
-_SMALL = 2**25  # bytes
+_SMALL_BYTES = 2**25  # bytes
 
 
 def read_json(path: Path) -> Any:
@@ -43,7 +43,7 @@ def read_small_json(path: Path) -> Any:
         InputError: it cannot be read, is malformed or is larger.
     """
     with json_errors(path):
-        return json.loads(read_bytes(path, _SMALL))
+        return json.loads(read_bytes(path, _SMALL_BYTES))
 
 
 def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:

@@ -111,7 +111,7 @@ def test_sources_are_tried_in_turn(
     result = get(item, tmp_path)
     assert result.source.endswith("/moved.zip") and same_refer(tmp_path, shapes_root)
     lines = [record.getMessage() for record in caplog.records]
-    problems = ("none.zip: 404 Not Found", "page.zip: an HTML page", "other.zip: other bytes", "short.zip: ")
+    problems = ("none.zip: 404 Not Found", "page.zip: an HTML page", "other.zip: checksum mismatch", "short.zip: ")
     assert all(problem in line for problem, line in zip(problems, lines, strict=True))
 
 
@@ -160,7 +160,7 @@ def test_archives_with_something_else(site: Site, tmp_path: Path, members: dict[
 def test_a_mirror_with_other_bytes(site: Site, tmp_path: Path, refcoco: bytes) -> None:
     site.add("/mine/refcoco.zip", refcoco[:-1] + b"?")
     item = refcoco_item(site, refcoco)
-    with pytest.raises(InputError, match=r"/mine/refcoco\.zip: other bytes than published \(sha256 "):
+    with pytest.raises(InputError, match=r"/mine/refcoco\.zip: checksum mismatch \(sha256 "):
         get(item, tmp_path, mirror=f"{site.address}/mine")
     assert left(tmp_path) == []
 

@@ -14,7 +14,7 @@ from refdet.data.fetch.catalog import ITEMS, Item, mirrored
 from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
-from refdet.files.download import SPARE, check_file, download, in_bytes
+from refdet.files.download import RESERVED_BYTES, check_file, download, in_bytes
 from refdet.files.lock import alone
 from refdet.files.unpack import move_files, remove_unfinished, unpacked
 from refer import ReferError
@@ -140,7 +140,7 @@ def _check_space(out: Path, items: Sequence[Item]) -> None:
     done = sum(path.stat().st_size for path in there.values() if path.is_file())
     wanted = sum(item.size or 0 for item in items) - done
     free = shutil.disk_usage(out).free
-    if free < wanted + SPARE:
+    if free < wanted + RESERVED_BYTES:
         raise RuntimeFailure(
             f"{out}: {', '.join(item.name for item in items)} need {in_bytes(wanted)}, {in_bytes(free)} are left; free "
             "some space or choose fewer with `only`"
@@ -224,8 +224,8 @@ def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: b
         moved, kept = move_files(folder, out)
     for path in kept:
         log.warning(
-            "note: %s: kept, though the one in %s has other bytes; if they do not fit together, remove it and run this "
-            "again",
+            "note: %s: kept, though the one in %s has other contents; if they do not fit together, remove it and run "
+            "this again",
             path,
             item.archive,
         )
