@@ -206,7 +206,7 @@ def _unknown_warnings(images: ImageList) -> list[str]:
             "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
         )
     if others:
-        visual_genome = sum(image.evidence.genome for image in others)
+        visual_genome = sum(image.evidence.is_visual_genome for image in others)
         hint = f" ({visual_genome} are Visual Genome's, whose image_data.json has COCO ids)" if visual_genome else ""
         warnings.append(
             f"{path}: {len(others)} entries have no COCO image id{hint}, first: "
@@ -219,9 +219,12 @@ def _unknown_warnings(images: ImageList) -> list[str]:
 def _id_contradicts_name(image: ImageEntry) -> bool:
     evidence = image.evidence
     return (
-        bool(evidence.named) and evidence.id is not None and evidence.id not in image.coco_ids and not evidence.genome
+        bool(evidence.named)
+        and evidence.id is not None
+        and evidence.id not in image.coco_ids
+        and not evidence.is_visual_genome
     )
 
 
 def _has_only_id(image: ImageEntry) -> bool:
-    return bool(image.evidence.ids) and not image.evidence.unread_names and not image.evidence.genome
+    return bool(image.evidence.ids) and not image.evidence.has_unnumbered_name and not image.evidence.is_visual_genome

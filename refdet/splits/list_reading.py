@@ -222,7 +222,7 @@ def _line(text: str, start: int, end: int) -> ImageEntry:
     files = [field for field in fields if is_image_file(field)]
     numbers = [number for field in files or fields if (number := bare_number(field)) is not None]
     unread_names = len(numbers) < len(files) if files else len(set(numbers)) > 1
-    evidence = replace(entry.evidence, bare=frozenset(numbers), unread_names=unread_names or not numbers)
+    evidence = replace(entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unread_names or not numbers)
     name = files[0] if files else fields[0]
     first = numbers[0] if numbers else None
     return entry._replace(id=first, evidence=evidence, name=name, id_matches_file_name=len(set(numbers)) == 1)
