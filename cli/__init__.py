@@ -1,1 +1,1 @@
-"""The command line: one command a module, found by its name."""
+"""The command line, with one module per command."""

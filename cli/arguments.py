@@ -11,7 +11,7 @@ from refdet.data.fetch.hints import how_to_fetch
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near, runs_in
 
-_LONGEST_NAME = 255 - 32  # bytes; leaves room for the suffixes of temporary files
+_MAX_NAME_BYTES = 255 - 32  # bytes; leaves room for the suffixes of temporary files
 _WEIGHTS = (FileKind.TORCH, FileKind.PICKLE, FileKind.SAFETENSORS)
 
 
@@ -28,15 +28,17 @@ def check_run_directory(option: str, path: Path) -> None:
     kind = kind_of(path)
     if kind in (FileKind.RUN, FileKind.RUN_FILE):
         return
-    near = run_directory_near(path)
+    nearby_run = run_directory_near(path)
     if kind is FileKind.RUNS:
         names = ", ".join(map(str, runs_in(path)[:3]))
         raise InputError(f"{option} {path}: {kind.value}, not a run directory; give one of them: {names}")
-    if near is not None and kind is not FileKind.ADDRESS:
-        raise InputError(f"{option} {path}: {kind.value}; give the run directory {near}")
+    if nearby_run is not None and kind is not FileKind.ADDRESS:
+        raise InputError(f"{option} {path}: {kind.value}; give the run directory {nearby_run}")
     if kind in _WEIGHTS:
         raise InputError(f"{option} {path}: {kind.value}, not a run directory; convert it with refdet import-weights")
-    _refuse(option, path, kind, "a run directory", "a folder written by refdet train or refdet import-weights")
+    _raise_wrong_kind(
+        option, path, kind, "a run directory", "a folder written by refdet train or refdet import-weights"
+    )
 
 
 def check_store(option: str, path: Path) -> None:
@@ -58,7 +60,7 @@ def check_store(option: str, path: Path) -> None:
             f"{option} {path}: not finished yet (parts in {unfinished}); finish it with the same refdet "
             "extract-features command and --resume"
         )
-    _refuse(option, path, kind, "a feature store", "an HDF5 file written by refdet extract-features")
+    _raise_wrong_kind(option, path, kind, "a feature store", "an HDF5 file written by refdet extract-features")
 
 
 def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
@@ -73,9 +75,9 @@ def check_json(option: str, path: Path, what: str = "a JSON file") -> None:
         InputError: it is a folder or another kind of file.
     """
     kind = kind_of(path)
-    # Malformed text is reported with its line later; UTF-16 looks like binary data.
+    # Malformed text is reported later, with its line; UTF-16 looks like binary data.
     if kind not in (FileKind.JSON, FileKind.TEXT, FileKind.EMPTY, FileKind.BINARY):
-        _refuse(option, path, kind, what)
+        _raise_wrong_kind(option, path, kind, what)
 
 
 def check_weights(option: str, path: Path) -> None:
@@ -96,7 +98,7 @@ def check_weights(option: str, path: Path) -> None:
     if kind.is_folder:
         raise InputError(f"{option} {path}: a folder; give a file in it")
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
-        _refuse(option, path, kind, "a weights file")
+        _raise_wrong_kind(option, path, kind, "a weights file")
     if kind not in (*_WEIGHTS, FileKind.ZIP, FileKind.BINARY):
         raise InputError(
             f"{option} {path}: {kind.value}, damaged or not weights; give a file of torch.save, a .pkl of detectron2, "
@@ -137,9 +139,9 @@ def check_refer_root(path: Path, dataset: str) -> None:
     if kind is FileKind.DATASET and not (dataset and (path / dataset).is_dir()):
         raise InputError(f"--refer-root {path}: {kind.value}; give the folder above it: {path.resolve().parent}")
     if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN) or not (
-        kind.is_folder or kind is FileKind.MISSING  # the reader says where to download it
+        kind.is_folder or kind is FileKind.MISSING  # reported later, with the download command
     ):
-        _refuse("--refer-root", path, kind, "the REFER data folder")
+        _raise_wrong_kind("--refer-root", path, kind, "the REFER data folder")
 
 
 def check_new_file(option: str, path: Path, may_exist: bool = False) -> None:
@@ -217,12 +219,14 @@ def check_not_empty(option: str, values: Iterable[str]) -> None:
             raise InputError(f"{option} {text!r}: no names in it; give at least one or omit {option}")
 
 
-def _refuse(option: str, path: Path, kind: FileKind, wanted: str, which: str = "") -> None:
+def _raise_wrong_kind(option: str, path: Path, kind: FileKind, expected: str, description: str = "") -> None:
     if kind in (FileKind.MISSING, FileKind.ADDRESS, FileKind.FORBIDDEN, FileKind.SPECIAL):
-        also = f"; {wanted} is needed" + f", {which}" * bool(which) if kind is not FileKind.ADDRESS else ""
+        needed = (
+            f"; {expected} is needed" + f", {description}" * bool(description) if kind is not FileKind.ADDRESS else ""
+        )
         hint = how_to_fetch(path) if kind is FileKind.MISSING else ""
-        raise InputError(f"{option} {path}: {kind.value}{also}{hint}")
-    raise InputError(f"{option} {path}: {kind.value}, not {wanted}" + f"; give {which}" * bool(which))
+        raise InputError(f"{option} {path}: {kind.value}{needed}{hint}")
+    raise InputError(f"{option} {path}: {kind.value}, not {expected}" + f"; give {description}" * bool(description))
 
 
 def _check_name(option: str, path: Path) -> None:
@@ -232,16 +236,16 @@ def _check_name(option: str, path: Path) -> None:
         encoded = path.name.encode()
     except UnicodeEncodeError:
         raise InputError(f"{option} {path}: name is not valid UTF-8; choose another {option}") from None
-    if "\0" in str(path) or len(encoded) > _LONGEST_NAME:
+    if "\0" in str(path) or len(encoded) > _MAX_NAME_BYTES:
         raise InputError(f"{option} {str(path)[:60]!r}...: name is too long or contains NUL; choose another {option}")
 
 
 def _check_parent(option: str, folder: Path) -> None:
     """Check that the folder, or its nearest existing parent, can be written to."""
-    there = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent)), folder)
-    if not there.is_dir():
-        raise InputError(f"{option}: {there} is a file, not a folder; choose another {option}")
-    if not os.access(there, os.W_OK | os.X_OK):
+    existing = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent)), folder)
+    if not existing.is_dir():
+        raise InputError(f"{option}: {existing} is a file, not a folder; choose another {option}")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(
-            f"{option}: {there} cannot be written to (permission denied or read-only); choose another {option}"
+            f"{option}: {existing} cannot be written to (permission denied or read-only); choose another {option}"
         )

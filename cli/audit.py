@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from refdet.splits.duplicates import ContentResult
     from refdet.splits.leak_audit import AuditResult
 
-SHOWN = 10
+MAX_SHOWN = 10
 
 
 @click.command("audit")
@@ -41,7 +41,7 @@ SHOWN = 10
     metavar="FILE",
     help="Another benchmark to look for: Ref-L4's Parquet, or any list of images; may be repeated.",
 )
-@click.option("--trust-weights", is_flag=True, help="The initial weights have seen no held-out image.")
+@click.option("--trust-weights", is_flag=True, help="Assume that the initial weights have seen no held-out image.")
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
     "--find-duplicates",
@@ -67,11 +67,11 @@ def command(
     refer_images: str | None,
     as_json: bool,
 ) -> None:
-    """Check training images for REFER's val and test images: exit 0 if there are none, 1 if they leak.
+    """Check training images for REFER's val and test images; exits 0 if there are none and 1 if there are.
 
-    Audits the images of F.json. For a checkpoint or a store, audits its provenance, which is a claim; with F.json, the
-    file it was trained on, it is proven. Images identified neither by id nor by --find-duplicates are not proven clean:
-    exit 1, unless --allow-unidentified. A store of val images is not a leak: what matters is its detector.
+    Audits the images of F.json. For a checkpoint or a store, audits its provenance, which is only a claim; F.json, the
+    file it was trained on, turns the claim into a proof. Images identified neither by id nor by --find-duplicates are
+    not proven clean: exits 1, unless --allow-unidentified. A store of val images is not a leak: its detector matters.
     """
     if instances is None and checkpoint is None and features is None:
         raise click.UsageError("nothing to audit: give --instances, --checkpoint or --store")
@@ -93,19 +93,19 @@ def command(
         check_run_directory("--checkpoint", Path(checkpoint))
     if features is not None:
         check_store("--store", Path(features))
-    by_provenance: ProvenanceAudit | None = None
+    provenance_audit: ProvenanceAudit | None = None
     result: AuditResult | None = None
     content: ContentResult | None = None
     if detector is not None:
         from refdet.splits.detector_audit import audit_provenance
 
-        by_provenance = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
-        by_provenance = replace(
-            by_provenance,
-            problem=as_options(by_provenance.problem),
-            notes=[as_options(text) for text in by_provenance.notes],
+        provenance_audit = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
+        provenance_audit = replace(
+            provenance_audit,
+            problem=as_options(provenance_audit.problem),
+            notes=[as_options(text) for text in provenance_audit.notes],
         )
-        result, notes = by_provenance.proof, by_provenance.notes
+        result, notes = provenance_audit.proof, provenance_audit.notes
     elif instances is not None:
         from refdet.splits.leak_audit import audit
 
@@ -120,18 +120,18 @@ def command(
         note(f"note: {text}")
     unproven = "" if allow_unidentified else _unproven(result, content)
     if as_json:
-        tree = result.to_json() if by_provenance is None and result is not None else {}
-        if by_provenance is not None:
-            tree = by_provenance.to_json()
+        tree = result.to_json() if provenance_audit is None and result is not None else {}
+        if provenance_audit is not None:
+            tree = provenance_audit.to_json()
         if content is not None:
             tree |= {"clean": tree["clean"] and not content.copies, "content": content.to_json()}
         tree |= {"clean": tree["clean"] and not unproven, "unproven": unproven}
-        if by_provenance is not None:
-            tree |= {"proven": by_provenance.proven and tree["clean"]}
+        if provenance_audit is not None:
+            tree |= {"proven": provenance_audit.proven and tree["clean"]}
         echo_json(tree)
     else:
-        _tables(result, by_provenance, content)
-    _raise_leaks(instances, result, by_provenance, content)
+        _tables(result, provenance_audit, content)
+    _raise_leaks(instances, result, provenance_audit, content)
     if unproven:
         raise RuntimeFailure(
             f"{instances}: not proven: {unproven}; compare them with --find-duplicates, or accept them with "
@@ -139,7 +139,7 @@ def command(
         )
     if not as_json:
         echo_line()
-        for line in _verdict(result, by_provenance, content):
+        for line in _verdict(result, provenance_audit, content):
             echo_line(line)
 
 
@@ -147,7 +147,7 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
     rows: list[tuple[str, ...]]
     if result is not None:
         rows = [
-            (leak.name, str(leak.images), str(len(leak.image_ids)), str(leak.annotations), _some(leak.image_ids))
+            (leak.name, str(leak.images), str(len(leak.image_ids)), str(leak.annotations), _first_ids(leak.image_ids))
             for leak in result.splits
         ]
         echo_table(rows, ("split", "images", "leaked", "annotations", "image ids"))
@@ -173,8 +173,8 @@ def _tables(result: AuditResult | None, detector: ProvenanceAudit | None, conten
         echo_table(rows, ("image", "copy of", "hamming_distance", "correlation", "", "splits"))
 
 
-def _some(ids: Sequence[int]) -> str:
-    return " ".join(map(str, ids[:SHOWN])) + (" ..." if len(ids) > SHOWN else "")
+def _first_ids(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids[:MAX_SHOWN])) + (" ..." if len(ids) > MAX_SHOWN else "")
 
 
 def _raise_leaks(
@@ -196,28 +196,28 @@ def _raise_leaks(
 
 
 def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
-    """Of which images nothing is known, "" if something is of all."""
+    """The images that are not proven clean, "" if all are."""
     if content is None:
         unknown = [] if result is None else result.unknown
         return f"{counted(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
-    own = [*content.missing, *content.unreadable]
-    theirs = [*content.refer_missing, *content.refer_unreadable]
-    parts = [f"{counted(len(own), 'image')} not compared (first: {own[0]})"] if own else []
-    if theirs:
-        parts.append(f"{counted(len(theirs), 'held-out image')} not compared (first: {theirs[0]})")
+    list_images = [*content.missing, *content.unreadable]
+    held_out_images = [*content.refer_missing, *content.refer_unreadable]
+    parts = [f"{counted(len(list_images), 'image')} not compared (first: {list_images[0]})"] if list_images else []
+    if held_out_images:
+        parts.append(f"{counted(len(held_out_images), 'held-out image')} not compared (first: {held_out_images[0]})")
     return ", ".join(parts)
 
 
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
     lines = []
     if detector is not None and detector.provenance is not None:
-        who = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
+        subject = detector.path if detector.kind == "checkpoint" else f"the detector of {detector.path}"
         if result is None:
-            lines.append(f"clean according to the provenance of {who}: {detector.provenance.one_line()}")
+            lines.append(f"clean according to the provenance of {subject}: {detector.provenance.one_line()}")
             fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
             lines.append(f"this is only a claim{fix}")
         else:
-            lines.append(f"proven: {who} was trained on the images of this file (the image ids have the same hash)")
+            lines.append(f"proven: {subject} was trained on the images of this file (the image ids have the same hash)")
     if result is not None:
         lines.append(
             f"clean: {counted(result.images, 'image')} checked against "

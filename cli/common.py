@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and printing, which no text of a foreign file can disturb."""
+"""Options shared by the commands, and printing that is safe for text from untrusted files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from refdet.structures.detection_options import PRECISIONS
 
 from .option_names import as_options
 
-_OWN = ("refdet", "refer")  # the packages whose loggers are ours
+_PACKAGES = ("refdet", "refer")  # whose log messages are shown
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OutputLost(Exception):
-    """Nobody takes what is printed on stdout: a pipe was closed, or the disk behind it is full."""
+    """Stdout cannot be written to: the pipe was closed, or the disk is full."""
 
 
-# The names of refdet.data.box_format, which brings numpy: too much for --help.
+# The names of refdet.data.box_format, which imports numpy: too slow for --help.
 BOX_FORMATS = (
     "xywh",
     "xyxy",
@@ -38,12 +38,12 @@ BOX_FORMATS = (
 
 
 def json_option(command: F) -> F:
-    """Give a command ``--json``, passed to it as ``as_json``: then its JSON is all that stands on stdout."""
+    """Add ``--json`` to a command, passed as ``as_json``; it then prints nothing but JSON on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
 def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
-    """Give a command ``--exif``; ``None`` as its default is for the one that has it in its recipe too."""
+    """Add ``--exif`` to a command; the default is None for the command whose recipe has the setting too."""
     return click.option(
         "--exif",
         type=click.Choice(["ignore", "apply"]),
@@ -54,53 +54,53 @@ def exif_option(default: str | None = "ignore") -> Callable[[F], F]:
 
 
 def precision_option(command: F) -> F:
-    """Give a command ``--precision``."""
+    """Add ``--precision`` to a command."""
     return click.option(
         "--precision",
         type=click.Choice(PRECISIONS),
         default="float32",
         show_default=True,
-        help="Arithmetic of the network: float32 is exact on a GPU too, the others are faster where it has them.",
+        help="Arithmetic of the network: float32 is exact on a GPU too, the others are faster where supported.",
     )(command)
 
 
 def echo_line(text: str = "") -> None:
-    """Print one line on stdout, whatever characters are in ``text``."""
+    """Print one line on stdout, with unprintable characters escaped."""
     _print(printable(text))
 
 
 def renamed_option(new: str, old: str, name: str, *, required: bool = False, **attributes: Any) -> Callable[[F], F]:
-    """Give a command an option under a new name; the old one works for a version, with a note, and is not shown.
+    """Add a renamed option to a command; the old name works for one more version, hidden and with a note.
 
     Args:
-        new: its name, such as "--store".
-        old: its former name, such as "--features".
-        name: what the value is passed as.
-        required: whether one of the two must be given.
-        attributes: further ones of ``click.option``, for both.
+        new: the new name, such as "--store".
+        old: the old name, such as "--features".
+        name: name of the parameter.
+        required: whether the option is required, under either name.
+        attributes: other arguments of ``click.option``, for both names.
     """
-    key = f"refdet.{old}"  # where click's context keeps what the old name was given
+    key = f"refdet.{old}"  # key of the old option's value in click's context
     help_ = attributes.pop("help") + ("  [required]" if required else "")
 
-    def say() -> None:
-        if sys.exc_info()[0] is None:  # an error is to stay one line
+    def print_note() -> None:
+        if sys.exc_info()[0] is None:  # an error must stay one line
             note(f"note: {old} was renamed to {new}; the old name works until the next version")
 
     def read_old(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value:
             context.meta[key] = value
-            context.call_on_close(say)
+            context.call_on_close(print_note)
 
     def read_new(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        older = context.meta.get(key)
-        if value and older:
+        old_value = context.meta.get(key)
+        if value and old_value:
             raise click.UsageError(f"{old} is the old name of {new}; give {new} alone", context)
-        if required and value is None and older is None:
+        if required and value is None and old_value is None:
             raise click.MissingParameter(ctx=context, param=parameter)
-        return value or older or value
+        return value or old_value or value
 
     def decorate(command: F) -> F:
-        # Options are shown in the order of their decorators; an eager one is read before the others.
+        # Help lists options in the order of their decorators; eager options are processed first.
         hidden = click.option(
             old,
             f"{name}_by_its_old_name",
@@ -116,12 +116,12 @@ def renamed_option(new: str, old: str, name: str, *, required: bool = False, **a
 
 
 def store_option(*, required: bool = False, name: str = "store", **attributes: Any) -> Callable[[F], F]:
-    """Give a command ``--store``, passed to it as ``name``, which was ``--features`` once; see `renamed_option`."""
+    """Add ``--store``, formerly ``--features``, to a command, passed as ``name``; see `renamed_option`."""
     return renamed_option("--store", "--features", name, required=required, **attributes)
 
 
 def box_format_option(option: str) -> Callable[[F], F]:
-    """Give a command ``--box-format``, the form of the boxes in the file of another option."""
+    """Add ``--box-format`` to a command, the format of the boxes in the file of another option."""
     return click.option(
         "--box-format",
         type=click.Choice(BOX_FORMATS),
@@ -135,17 +135,17 @@ def box_format_option(option: str) -> Callable[[F], F]:
 
 def echo_json(obj: Any) -> None:
     """Print ``obj`` as JSON on stdout."""
-    # of the characters that terminals obey, DEL alone is not escaped by json
+    # json escapes all control characters except DEL
     _print(json.dumps(obj, indent=2).replace("\x7f", "\\u007f"))
 
 
 def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
-    """Print rows of equal length on stdout in aligned columns; columns of numbers are flush right."""
+    """Print rows of equal length on stdout in aligned columns; columns of numbers are right-aligned."""
     rows = [tuple(map(printable, row)) for row in rows]
     lines = [header, *rows] if header else rows
     for row in lines:
         if len(row) != len(lines[0]):
-            raise ValueError(f"rows of {len(lines[0])} and of {len(row)} columns in one table")
+            raise ValueError(f"rows of {len(lines[0])} and {len(row)} columns in one table")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numeric = [all(map(_is_number, column)) for column in zip(*rows, strict=True)]
     for row in lines:
@@ -157,33 +157,33 @@ def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) ->
 
 
 def set_level(level: int) -> None:
-    """Show what refdet and refer log from a level of `logging` up; notes and progress bars are warnings."""
-    for name in _OWN:
+    """Set the level of the loggers of refdet and refer; notes and progress bars count as warnings."""
+    for name in _PACKAGES:
         logging.getLogger(name).setLevel(level)
 
 
 def note(text: str) -> None:
-    """Print one line of ours on stderr, its arguments as options, unless the command is quiet."""
+    """Print a note on stderr, with arguments as options, unless ``--quiet`` was given."""
     _print_note(as_options(text))
 
 
 def print_error(text: str) -> None:
-    """Print one line on stderr. Where nobody reads that, the work goes on."""
+    """Print one line on stderr; a closed stderr is ignored."""
     with suppress(OSError):
         click.echo(printable(text), err=True)
 
 
 class NoteHandler(logging.Handler):
-    """Prints what the libraries log as notes: what refdet's own loggers let through, and warnings of others."""
+    """Prints log records as notes: those of refdet and refer, and warnings of other libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record, its traceback left out."""
-        text, own = record.getMessage(), record.name.partition(".")[0] in _OWN
-        if own:
+        """Print a record without its traceback."""
+        text, is_ours = record.getMessage(), record.name.partition(".")[0] in _PACKAGES
+        if is_ours:
             text = as_options(text)
         if record.levelno >= logging.ERROR:
             print_error(text)
-        elif record.levelno >= logging.WARNING or own:
+        elif record.levelno >= logging.WARNING or is_ours:
             _print_note(text)
 
 

@@ -46,7 +46,7 @@ def command(
     """Convert REFER from other forms to its own layout, and check its size.
 
     Reads Parquet of Hugging Face (jxu124/refcoco, lmms-lab/RefCOCO), MDETR's finetune_*.json, TensorFlow Datasets'
-    refcoco.json or lists of its examples, and JSON lists of boxes and expressions, LLaVA's among them.
+    refcoco.json or lists of its examples, and JSON lists of boxes and expressions, such as LLaVA's.
     """
     check_new_folder("--out", Path(out), empty=False)
     if instances is not None:

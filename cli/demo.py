@@ -1,4 +1,4 @@
-"""``refdet demo``: all of it on the embedded dataset."""
+"""``refdet demo``: the whole pipeline on the synthetic dataset."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
 
     fix = "free some space, remove it and run it again"
     with report_disk_full(out, fix), redirect_stdout(sys.stderr if as_json else sys.stdout):
-        metrics = demo(out, run, _say, seed, images, changes)
+        metrics = demo(out, run, _echo, seed, images, changes)
     if as_json:
         echo_json(metrics)
         return
     echo_line()
     echo_line("--- results")
-    rates = [
+    detection = [
         (f"{name} AP50 on val2014", metrics["detection"][kind]) for kind, name in (("bbox", "box"), ("segm", "mask"))
     ]
-    rows = [(name, f"{values['AP50']:.3f}") for name, values in rates if values]
+    rows = [(name, f"{values['AP50']:.3f}") for name, values in detection if values]
     rows += [
         (f"recall@0.5 on {dataset} {split}", f"{values['referent_recall']['0.5']:.3f}")
         for dataset, splits in metrics["refer"].items()
         for split, values in splits.items()
     ]
     rows += [
-        (f"{who}, accuracy@0.5 on {dataset} {split}", f"{values['comprehension'][name]:.3f}")
-        for who, name in (("listener", "accuracy@0.5"), ("random baseline", "random_baseline@0.5"))
+        (f"{model}, accuracy@0.5 on {dataset} {split}", f"{values['comprehension'][name]:.3f}")
+        for model, name in (("listener", "accuracy@0.5"), ("random baseline", "random_baseline@0.5"))
         for dataset, splits in metrics["refer"].items()
         for split, values in splits.items()
         if "comprehension" in values
@@ -66,6 +66,6 @@ def command(out: Path, seed: int, images: int | None, changes: tuple[str, ...], 
     echo_line(f"report:  {out / 'report.html'}  (open it in a browser)")
 
 
-def _say(text: str) -> None:
+def _echo(text: str) -> None:
     for line in text.split("\n"):
         echo_line(line)

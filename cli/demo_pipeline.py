@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded dataset, through the public commands, from drawing the images to the report."""
+"""The whole pipeline on the synthetic dataset, through the public commands, from drawing the images to the report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import write_json
 
 DATASETS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"))
-# The examples come with the source, not with the installed package; there the demo goes without the listener.
+# The examples are not part of an installed package, in which the demo skips the listener.
 LISTENER = Path(__file__).resolve().parents[1] / "examples" / "listener.py"
 
-ABOUT = {
+DESCRIPTIONS = {
     "dataset": "Drew the images, annotations and sentences, in the layout of COCO 2014 and REFER.",
     "build-split": "Removed REFER's val and test images and their annotations from the training file.",
     "audit": "Checked for held-out images: the original file leaks, the split does not.",
@@ -36,18 +36,18 @@ ABOUT = {
 
 
 class RunCommand(Protocol):
-    """Runs ``refdet ARGS`` and returns when it is done; raises what the command raises.
+    """Runs ``refdet ARGS`` to completion; raises what the command raises.
 
-    ``output`` is the file that its standard output goes to, None for where it usually goes.
+    ``output`` is a file to redirect standard output to, None for no redirection.
     """
 
     def __call__(self, args: list[str], output: Path | None = None) -> None:
-        """Run the command line ``args``, its output into a file where one is given."""
+        """Run the command line ``args``, with its output redirected to ``output`` if given."""
 
 
 @dataclass
 class _Log:
-    """Runs commands and remembers them with their times."""
+    """Runs commands and records them with their times."""
 
     run: RunCommand
     say: Callable[[str], None]
@@ -56,7 +56,7 @@ class _Log:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time what is done in the block."""
+        """Time a block."""
         self.say(f"\n--- {name}")
         self.commands[name] = []
         started = time.perf_counter()
@@ -65,22 +65,24 @@ class _Log:
         self.say(f"({name} took {self.seconds[name]:.1f} s)")
 
     def refdet(self, command: str, *args: str | Path, output: Path | None = None, step: str | None = None) -> None:
-        """Show and run one command of a step, of that of its name if no other is given."""
-        words = [command, *map(str, args)]
-        line = shlex.join(["refdet", *words]) + (f" > {shlex.quote(str(output))}" if output else "")
+        """Print and run a refdet command of a step, by default the step with the command's name."""
+        arguments = [command, *map(str, args)]
+        line = shlex.join(["refdet", *arguments]) + (f" > {shlex.quote(str(output))}" if output else "")
         self.commands[step or command].append(line)
         self.say(f"$ {line}")
-        self.run(words, output)
+        self.run(arguments, output)
 
     def python(self, name: str, script: Path, *args: str | Path) -> None:
-        """Show and run a Python script, one command of a step; RuntimeFailure if it fails."""
-        words = [str(script), *map(str, args)]
-        line = shlex.join(["python", *words])
+        """Print and run a Python script of a step; raises RuntimeFailure if it fails."""
+        arguments = [str(script), *map(str, args)]
+        line = shlex.join(["python", *arguments])
         self.commands[name].append(line)
         self.say(f"$ {line}")
-        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.say(done.stdout.rstrip())
-        if done.returncode:
+        completed = subprocess.run(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.say(completed.stdout.rstrip())
+        if completed.returncode:
             raise RuntimeFailure(f"{script} failed; see its output above")
 
 
@@ -100,19 +102,19 @@ def demo(
         say: shows a line to the user.
         seed: seed of the dataset and of the training.
         images: number of train images to draw, None for the default.
-        changes: of the recipe, such as "train.steps=20".
+        changes: recipe changes, such as "train.steps=20".
 
     Returns:
-        What ``out/metrics.json`` holds: detection, refer, provenance, seconds, seed, versions.
+        The contents of ``out/metrics.json``: detection, refer, provenance, seconds, seed, versions.
 
     Raises:
-        InputError: ``out`` exists, or an argument is wrong.
-        RuntimeFailure: a step did not do what it is for.
+        InputError: ``out`` exists, or an argument is invalid.
+        RuntimeFailure: a step failed.
     """
     from refdet.config import recipe
     from refdet.data import shapes
 
-    recipe.load("demo").with_changes(changes)  # so that an invalid one is reported now, not after minutes
+    recipe.load("demo").with_changes(changes)  # reports an invalid recipe now instead of after minutes
     if out.exists():
         raise InputError(f"{out} exists; choose another --out or remove it")
     log = _Log(run, say)
@@ -131,16 +133,16 @@ def demo(
         log.refdet("audit", *_flags(instances=split, refer_root=refer_root))
     with log.step("train"):
         settings = [word for change in (f"train.seed={seed}", *changes) for word in ("--set", change)]
-        given = _flags(recipe="demo", instances=split, images=train_images, out=model)
-        log.refdet("train", *given, *settings)
+        flags = _flags(recipe="demo", instances=split, images=train_images, out=model)
+        log.refdet("train", *flags, *settings)
     with log.step("evaluate"):
         val, detected = data / "annotations" / "instances_val2014.json", out / "detection.json"
-        given = _flags(checkpoint=model, instances=val, images=data / "val2014")
-        log.refdet("evaluate", *given, "--json", output=detected)
+        flags = _flags(checkpoint=model, instances=val, images=data / "val2014")
+        log.refdet("evaluate", *flags, "--json", output=detected)
     with log.step("extract-features"):
         for dataset, split_by in DATASETS:
             held_out = _held_out_splits(refer_root, dataset, split_by)
-            given = _flags(
+            flags = _flags(
                 checkpoint=model,
                 images=train_images,
                 refer_root=refer_root,
@@ -149,47 +151,47 @@ def demo(
                 split=",".join(held_out),
                 out=_store(out, dataset),
             )
-            log.refdet("extract-features", *given)
-    answers = _listen(log, out, model, train_images, refer_root)
+            log.refdet("extract-features", *flags)
+    answers = _run_listener(log, out, model, train_images, refer_root)
     with log.step("evaluate-on-refer"):
         for dataset, split_by in DATASETS:
-            given = _flags(store=_store(out, dataset), refer_root=refer_root, dataset=dataset, split_by=split_by)
+            flags = _flags(store=_store(out, dataset), refer_root=refer_root, dataset=dataset, split_by=split_by)
             if answers is not None and dataset == DATASETS[0][0]:
-                given += _flags(predictions=answers)
-            log.refdet("evaluate-on-refer", *given, *_flags(out=out / "refer" / dataset))
+                flags += _flags(predictions=answers)
+            log.refdet("evaluate-on-refer", *flags, *_flags(out=out / "refer" / dataset))
     folders = {name: out / "refer" / name for name, _ in DATASETS}
-    parts = [_read(folder / "metrics.json") for folder in folders.values()]
+    results = [_read(folder / "metrics.json") for folder in folders.values()]
     metrics = {
         "detection": _read(detected),
-        "refer": {f"{part['dataset']}/{part['split_by']}": part["splits"] for part in parts},
-        "provenance": parts[0]["provenance"],
+        "refer": {f"{result['dataset']}/{result['split_by']}": result["splits"] for result in results},
+        "provenance": results[0]["provenance"],
         "seconds": {**log.seconds, "total": sum(log.seconds.values())},
         "seed": seed,
         "versions": {"refdet": __version__, "torch": version("torch"), "python": sys.version.split()[0]},
     }
     write_json(out / "metrics.json", metrics)
-    steps = [{"name": name, "about": ABOUT[name], "commands": log.commands[name], "seconds": log.seconds[name]}
+    steps = [{"name": name, "about": DESCRIPTIONS[name], "commands": log.commands[name], "seconds": log.seconds[name]}
              for name in log.seconds]  # fmt: skip
     write_json(out / "steps.json", steps)
-    given = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, made_from=original)
+    flags = _flags(run=model, refer_root=refer_root, images=train_images, trained_on=split, made_from=original)
     for name, folder in folders.items():
-        given += _flags(store=_store(out, name), metrics=folder)
+        flags += _flags(store=_store(out, name), metrics=folder)
     if answers is not None:
-        given += _flags(predictions=answers)
+        flags += _flags(predictions=answers)
     log.commands["report"] = []
-    log.refdet("report", *given, *_flags(metrics=detected, steps=out / "steps.json", out=out / "report.html"))
+    log.refdet("report", *flags, *_flags(metrics=detected, steps=out / "steps.json", out=out / "report.html"))
     return metrics
 
 
-def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
-    """Train the listener on the first of `DATASETS`; its answers there, None where there is no listener."""
+def _run_listener(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -> Path | None:
+    """Train the listener on the first of `DATASETS` and return its answers, None if there is no listener."""
     if not LISTENER.is_file():
         log.say(f"\n--- listener\nskipped: {LISTENER.name} comes with the source only")
         return None
     dataset, split_by = DATASETS[0]
     train, answers = out / "features" / f"{dataset}-train.h5", out / "listener.json"
     with log.step("listener"):
-        given = _flags(
+        flags = _flags(
             checkpoint=model,
             images=images,
             refer_root=refer_root,
@@ -199,10 +201,10 @@ def _listen(log: _Log, out: Path, model: Path, images: Path, refer_root: Path) -
             regions="annotations",
             out=train,
         )
-        log.refdet("extract-features", *given, step="listener")
-        given = _flags(train=train, test=_store(out, dataset), refer_root=refer_root)
+        log.refdet("extract-features", *flags, step="listener")
+        flags = _flags(train=train, test=_store(out, dataset), refer_root=refer_root)
         refs = [f"{name}/{by}" for name, by in DATASETS]
-        log.python("listener", LISTENER, *given, "--refs", *refs, *_flags(out=answers))
+        log.python("listener", LISTENER, *flags, "--refs", *refs, *_flags(out=answers))
     return answers
 
 
@@ -224,7 +226,7 @@ def _held_out_splits(refer_root: Path, dataset: str, split_by: str) -> list[str]
 
 
 def _flags(**options: str | Path) -> list[str | Path]:
-    """Words of a command line: ``--refer-root DIR`` for ``refer_root=DIR``."""
+    """Arguments of a command line: ``--refer-root DIR`` for ``refer_root=DIR``."""
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 

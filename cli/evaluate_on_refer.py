@@ -1,4 +1,4 @@
-"""``refdet evaluate-on-refer``: what a store of regions is worth on the splits of REFER."""
+"""``refdet evaluate-on-refer``: evaluate a store of regions on the splits of REFER."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TITLES = {
     "recall@k": "recall@0.5 with the top k regions",
-    "recall@k_with_category": "recall@0.5 with the top k regions, right category",
+    "recall@k_with_category": "recall@0.5 with the top k regions, correct category",
     "comprehension": "comprehension: boxes",
     "segmentation": "comprehension: masks",
     "generalized": "gRefCOCO",
@@ -44,18 +44,18 @@ TITLES = {
 @box_format_option("--predictions")
 @click.option("--out", type=Path, required=True, help="Folder for metrics.json, metrics.csv and recall.svg.")
 @json_option
-def command(out: Path, as_json: bool, **given: Any) -> None:
+def command(out: Path, as_json: bool, **options: Any) -> None:
     """Compute detection AP, referent recall and, given a model's answers, comprehension metrics."""
     check_new_folder("--out", out, empty=False)
     path = out / "metrics.json"
     if path.exists():
         raise InputError(f"{path} exists; choose another --out or remove it")
-    check_store("--store", given["store"])
-    check_refer_root(given["refer_root"], given["dataset"])
-    check_not_empty("--split", given["splits"])
+    check_store("--store", options["store"])
+    check_refer_root(options["refer_root"], options["dataset"])
+    check_not_empty("--split", options["splits"])
     for name in ("predictions", "expressions"):
-        if given[name] is not None:
-            check_json(f"--{name}", given[name])
+        if options[name] is not None:
+            check_json(f"--{name}", options[name])
 
     from refdet.evaluation.refer_benchmark import evaluate_on_refer
     from refdet.evaluation.renamed_metrics import with_old_names
@@ -63,53 +63,51 @@ def command(out: Path, as_json: bool, **given: Any) -> None:
     from refdet.report.recall import write_recall_figure
     from refdet.structures.provenance import Provenance
 
-    if given["predictions"] is None and given["box_format"] != "xywh":
-        raise InputError(
-            f"--box-format {given['box_format']} is of the boxes of --predictions: give these, or leave it out"
-        )
-    metrics = evaluate_on_refer(**given)
+    if options["predictions"] is None and options["box_format"] != "xywh":
+        raise InputError(f"--box-format {options['box_format']} is for --predictions; give these or omit it")
+    metrics = evaluate_on_refer(**options)
     write(out, metrics)
     write_recall_figure(out, metrics)
     note(f"detector trained on: {Provenance.from_json(metrics['provenance']).one_line()}")
     for split, values in metrics["splits"].items():
-        for group, what in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
+        for group, noun in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
             missing = values.get(group, {}).get("missing", 0)
             if missing:
-                note(f"{split}: {missing} of {counted(values[what], what[:-1])} without an answer, counted as wrong")
+                note(f"{split}: {missing} of {counted(values[noun], noun[:-1])} without an answer, counted as wrong")
         if values.get("language", {}).get("METEOR", 0) is None:
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:
         echo_json(with_old_names(metrics))
         return
-    found = tables(to_dataframe(metrics))
-    echo_table(*_overview(found))
+    by_group = tables(to_dataframe(metrics))
+    echo_table(*_overview(by_group))
     for group, title in TITLES.items():
-        if group in found:
+        if group in by_group:
             echo_line()
             echo_line(title)
-            echo_table(*_as_text(found[group]))
+            echo_table(*_as_text(by_group[group]))
 
 
-def _overview(found: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _overview(by_group: dict[str, pd.DataFrame]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     import pandas as pd
 
-    recall = found["referent_recall"]
+    recall = by_group["referent_recall"]
     columns = {
-        **found["counts"],
-        "box AP": found["detection.bbox"]["AP"],
-        "AP50": found["detection.bbox"]["AP50"],
-        "mask AP": found["detection.segm"]["AP"] if "detection.segm" in found else float("nan"),
+        **by_group["counts"],
+        "box AP": by_group["detection.bbox"]["AP"],
+        "AP50": by_group["detection.bbox"]["AP50"],
+        "mask AP": by_group["detection.segm"]["AP"] if "detection.segm" in by_group else float("nan"),
         "recall@0.5": recall["0.5"],
         "@0.9": recall["0.9"],
         "with category": recall["with_category@0.5"],
         "best IoU": recall["mean_best_iou"],
     }
-    table = pd.DataFrame(columns, index=found["counts"].index)
+    table = pd.DataFrame(columns, index=by_group["counts"].index)
     return _as_text(table)
 
 
 def _as_text(table: pd.DataFrame) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header for `echo_table`; whole numbers in columns of counts, a dash for what is not rated."""
+    """Rows and header for `echo_table`; integers in columns of counts, a dash for undefined values."""
     counts = {"images", "refs", "sentences", "missing", "no_target"}
 
     def text(name: str, value: float) -> str:

@@ -1,4 +1,4 @@
-"""``refdet export``: a store in the forms of existing models."""
+"""``refdet export``: convert a store to the formats of existing models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from refdet.store.export.mattnet_prepro import Prepro
     from refdet.store.export.record import Exported
 
-# Options that only some formats take, by their parameters.
-TAKEN = {
+# Parameters of each format.
+FORMAT_OPTIONS = {
     "mattnet": (
         "annotations",
         "refer_root",
@@ -40,7 +40,7 @@ TAKEN = {
 
 @click.command("export")
 @store_option(type=Path, required=True, help="Store written by extract-features.")
-@click.option("--format", "format_", type=click.Choice(list(TAKEN)), required=True, help="Output format.")
+@click.option("--format", "format_", type=click.Choice(list(FORMAT_OPTIONS)), required=True, help="Output format.")
 @click.option(
     "--for",
     "consumer",
@@ -79,64 +79,64 @@ TAKEN = {
 )
 @click.option("--images", type=Path, help="fiftyone: folder of the images.")
 @json_option
-def command(store: Path, format_: str, out: Path, as_json: bool, **given: Any) -> None:
+def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any) -> None:
     """Export a store for MAttNet, readers of bottom-up-attention's npz, ViLBERT, UNITER, COCO's tools or FiftyOne."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    wrong = [name for name in chosen if name not in TAKEN[format_]]
-    if wrong:
-        raise InputError(f"`{wrong[0]}` is not for --format {format_}")
+    given = {name: value for name, value in options.items() if value is not None}
+    unsupported = [name for name in given if name not in FORMAT_OPTIONS[format_]]
+    if unsupported:
+        raise InputError(f"`{unsupported[0]}` is not for --format {format_}")
     check_store("--store", store)
-    if "annotations" in chosen:
-        check_store("--annotations", chosen["annotations"])
-    if format_ == "fiftyone" and "images" not in chosen:
+    if "annotations" in given:
+        check_store("--annotations", given["annotations"])
+    if format_ == "fiftyone" and "images" not in given:
         raise InputError("--format fiftyone needs --images, the folder of the images")
-    if "images" in chosen:
-        check_images("--images", chosen["images"])
+    if "images" in given:
+        check_images("--images", given["images"])
     resolved(out)
-    done = _export(store, format_, out, chosen)
-    for line in done.notes:
+    result = _export(store, format_, out, given)
+    for line in result.notes:
         note(f"note: {line}")
     if as_json:
-        echo_json(done.to_json())
+        echo_json(result.to_json())
         return
-    row = (done.format, str(done.images), str(done.regions), " ".join(done.files))
+    row = (result.format, str(result.images), str(result.regions), " ".join(result.files))
     echo_table([row], header=("format", "images", "regions", "files"))
 
 
-def _export(store: Path, format_: str, out: Path, chosen: dict[str, Any]) -> Exported:
+def _export(store: Path, format_: str, out: Path, given: dict[str, Any]) -> Exported:
     if format_ == "npz":
         from refdet.store.export.npz import export_npz
 
-        return export_npz(store, out, **chosen)
+        return export_npz(store, out, **given)
     if format_ == "lmdb":
         from refdet.store.export.lmdb import export_lmdb
 
-        return export_lmdb(store, out, **chosen)
+        return export_lmdb(store, out, **given)
     if format_ == "coco":
         from refdet.store.export.coco import export_coco
 
-        return export_coco(store, out, **chosen)
+        return export_coco(store, out, **given)
     if format_ == "fiftyone":
         from refdet.store.export.fiftyone import export_fiftyone
 
-        return export_fiftyone(store, out, **chosen)
+        return export_fiftyone(store, out, **given)
     from refdet.store.export.mattnet import export_mattnet
 
-    options = {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}
-    return export_mattnet(store, out, chosen.pop("annotations", None), _prepro(chosen), options)
+    options = {name: value.name if isinstance(value, Path) else value for name, value in given.items()}
+    return export_mattnet(store, out, given.pop("annotations", None), _prepro(given), options)
 
 
-def _prepro(chosen: dict[str, Any]) -> Prepro | None:
-    """MAttNet's data.json as the options want it, None for none."""
+def _prepro(given: dict[str, Any]) -> Prepro | None:
+    """MAttNet's data.json according to the options, None if there is none."""
     from refdet.store.export.mattnet_prepro import Prepro, PreproOptions, prepare
 
-    if not chosen:
+    if not given:
         return None
-    if "data_json" in chosen:
-        if len(chosen) > 1:
-            raise InputError("--data-json: give it without the options that make another data.json")
-        return Prepro.read(chosen["data_json"])
-    root, dataset, split_by = (chosen.pop(name, None) for name in ("refer_root", "dataset", "split_by"))
+    if "data_json" in given:
+        if len(given) > 1:
+            raise InputError("--data-json: cannot be combined with the options that create another data.json")
+        return Prepro.read(given["data_json"])
+    root, dataset, split_by = (given.pop(name, None) for name in ("refer_root", "dataset", "split_by"))
     if root is None or dataset is None or split_by is None:
         raise InputError("data.json needs --refer-root with --dataset and --split-by")
-    return prepare(root, dataset, split_by, PreproOptions(**chosen))
+    return prepare(root, dataset, split_by, PreproOptions(**given))

@@ -1,4 +1,4 @@
-"""``refdet export-weights``: a trained detector as weights of another program."""
+"""``refdet export-weights``: write a trained detector's weights for another program."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def command(checkpoint: Path, format_: str, out: Path, as_json: bool) -> None:
 
     from refdet.detector.weights.export_weights import export_weights
 
-    done = export_weights(checkpoint, out, format_)
-    for text in done.notes:
+    result = export_weights(checkpoint, out, format_)
+    for text in result.notes:
         note(f"note: {text}")
     if as_json:
-        echo_json({"files": [str(file) for file in done.files], "tensors": done.tensors, "notes": list(done.notes)})
+        echo_json(
+            {"files": [str(file) for file in result.files], "tensors": result.tensors, "notes": list(result.notes)}
+        )
         return
-    echo_table([(str(file), str(done.tensors)) for file in done.files[:1]], header=("file", "tensors"))
+    echo_table([(str(file), str(result.tensors)) for file in result.files[:1]], header=("file", "tensors"))

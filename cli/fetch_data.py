@@ -16,24 +16,24 @@ from .common import echo_json, echo_line, echo_table, json_option
     "--only",
     multiple=True,
     metavar="NAME,...",
-    help="What to fetch, such as refcoco or train2014; may be repeated.  [default: all that REFER needs]",
+    help="Items to fetch, such as refcoco or train2014; may be repeated.  [default: all that REFER needs]",
 )
 @click.option(
     "--from",
     "mirror",
     metavar="URL",
-    help="Mirror of your own, or local folder, with the archives under their names; the only source.",
+    help="Your own mirror, or a local folder, with the archives under their names; replaces all other sources.",
 )
-@click.option("--list", "listed", is_flag=True, help="List what there is, its sizes and sources, and stop.")
+@click.option("--list", "list_items", is_flag=True, help="List the items, their sizes and sources, and exit.")
 @json_option
-def command(out: str, only: tuple[str, ...], mirror: str | None, listed: bool, as_json: bool) -> None:
-    """Download COCO and REFER, check them, and unpack them as refdet reads them.
+def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: bool, as_json: bool) -> None:
+    """Download COCO and REFER, verify them, and unpack them into the layout that refdet reads.
 
-    Each has several sources, which are tried in turn; a download that was cut short continues. Files that are there
-    are not downloaded again.
+    Each item has several sources, which are tried in turn; interrupted downloads resume. Existing files are not
+    downloaded again.
     """
-    if listed:
-        _list(Path(out), only, as_json)
+    if list_items:
+        _list_items(Path(out), only, as_json)
         return
     check_new_folder("--out", Path(out), empty=False)
 
@@ -44,29 +44,29 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, listed: bool, a
         echo_json(
             [
                 {
-                    "name": one.name,
-                    "source": one.source,
-                    "sha256": one.sha256,
-                    "verified": one.verified,
-                    "files": [str(path) for path in one.files],
+                    "name": item.name,
+                    "source": item.source,
+                    "sha256": item.sha256,
+                    "verified": item.verified,
+                    "files": [str(path) for path in item.files],
                 }
-                for one in results
+                for item in results
             ]
         )
         return
-    for one in results:
-        if not one.source:
-            echo_line(f"{one.name}: already in {out}")
+    for item in results:
+        if not item.source:
+            echo_line(f"{item.name}: already in {out}")
             continue
-        echo_line(f"{one.name}: {one.source}")
-        echo_line(f"  sha256 {one.sha256}, checked by its {one.verified}")
-        for path in one.files:
+        echo_line(f"{item.name}: {item.source}")
+        echo_line(f"  sha256 {item.sha256}, verified by {item.verified}")
+        for path in item.files:
             echo_line(f"  {path}")
 
 
-def _list(out: Path, only: tuple[str, ...], as_json: bool) -> None:
+def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     from refdet.data.fetch.catalog import ITEMS
-    from refdet.data.fetch.fetch import choose_items, is_there
+    from refdet.data.fetch.fetch import choose_items, is_fetched
     from refdet.files.download import in_bytes
 
     items = choose_items(only) if only else list(ITEMS)
@@ -79,7 +79,7 @@ def _list(out: Path, only: tuple[str, ...], as_json: bool) -> None:
                     "size": item.size,
                     "checksum": item.checksum,
                     "default": item.default,
-                    "there": is_there(out, item),
+                    "there": is_fetched(out, item),
                     "files": list(item.outputs),
                     "sources": list(item.urls),
                 }
@@ -90,7 +90,7 @@ def _list(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     rows: list[tuple[str, ...]] = [
         (
             item.name,
-            "there" if is_there(out, item) else "default" if item.default else "",
+            "present" if is_fetched(out, item) else "default" if item.default else "",
             "unknown" if item.size is None else in_bytes(item.size),
             (item.checksum or "none").partition(":")[0],
             item.contents,

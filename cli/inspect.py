@@ -15,7 +15,7 @@ from .common import echo_json, echo_line, echo_table, json_option
 if TYPE_CHECKING:
     from refdet.store.verify import Verification
 
-SHOWN = 20
+MAX_SHOWN = 20
 
 
 @click.command("inspect")
@@ -27,14 +27,14 @@ def command(file: str, verify: bool, as_json: bool) -> None:
     from refdet.splits.inspect import check, describe
 
     if verify:
-        _tell(check(file), as_json)
+        _print_verification(check(file), as_json)
         return
-    found = describe(file)
+    description = describe(file)
     if as_json:
-        echo_json(found)
+        echo_json(description)
         return
-    provenance = found.pop("provenance")
-    rows: list[tuple[str, ...]] = [(key.replace("_", " "), _text(value)) for key, value in found.items()]
+    provenance = description.pop("provenance")
+    rows: list[tuple[str, ...]] = [(key.replace("_", " "), _text(value)) for key, value in description.items()]
     echo_table(rows)
     echo_line()
     echo_line("provenance" if provenance else "no provenance")
@@ -47,23 +47,23 @@ def command(file: str, verify: bool, as_json: bool) -> None:
             echo_table(rows, ("excluded", "images", "found"))
 
 
-def _tell(found: Verification, as_json: bool) -> None:
+def _print_verification(result: Verification, as_json: bool) -> None:
     if as_json:
-        echo_json(found.to_json())
+        echo_json(result.to_json())
     else:
-        for problem in found.problems[:SHOWN]:
+        for problem in result.problems[:MAX_SHOWN]:
             echo_line(str(problem))
-        if len(found.problems) > SHOWN:
-            echo_line(f"... and {len(found.problems) - SHOWN} more (--json lists all)")
-        for what in found.unchecked:
+        if len(result.problems) > MAX_SHOWN:
+            echo_line(f"... and {len(result.problems) - MAX_SHOWN} more (--json lists all)")
+        for what in result.unchecked:
             echo_line(f"not checked: {what}")
-    if found.problems:
-        images = f" in {counted(len(found.damaged_images), 'image')}" if found.damaged_images else ""
+    if result.problems:
+        images = f" in {counted(len(result.damaged_images), 'image')}" if result.damaged_images else ""
         raise RuntimeFailure(
-            f"{found.path}: damaged: {counted(len(found.problems), 'problem')}{images}; extract it again"
+            f"{result.path}: damaged: {counted(len(result.problems), 'problem')}{images}; extract it again"
         )
     if not as_json:
-        echo_line(f"OK: {counted(found.images, 'image')}, {counted(found.regions, 'region')}")
+        echo_line(f"OK: {counted(result.images, 'image')}, {counted(result.regions, 'region')}")
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The ``refdet`` command: finds the commands, and turns every error into one line and an exit code."""
+"""The ``refdet`` command: dispatches to its subcommands and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ try:
 
     from .common import NoteHandler, OutputLost, echo_line, print_error, set_level
     from .option_names import as_options
-except KeyboardInterrupt:  # before anything is there that could handle it
+except KeyboardInterrupt:  # before there is anything to handle it
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 
-# In the order of the work; `--help` shows them so. Each is the `command` of the module of its name.
+# In the order of use, in which `--help` lists them. Each is `command` in the module of its name.
 COMMANDS = (
     "fetch-data",
     "convert-refer",
@@ -48,22 +48,22 @@ COMMANDS = (
 )
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-# What a shell says of a program whose reader went away (128 + SIGPIPE). No command means anything else by it, so that
-# `refdet audit ... | head` is never taken for a leak.
+# The exit code of a program killed by SIGPIPE in a shell (128 + SIGPIPE). It has no other meaning, so that
+# `refdet audit ... | head` is never mistaken for a leak.
 OUTPUT_LOST = 141
 # Errors about a path that the user can fix; any other OSError is a failure of the machine.
 INPUT_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class LazyGroup(click.Group):
-    """A click group that imports commands when they are asked for and reports errors in one line."""
+    """A click group that imports commands lazily and reports errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands, in the order of the work."""
+        """Names of the commands, in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a name, imported now; None where there is none."""
+        """Import and return a command by name; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f".{cmd_name.replace('-', '_')}", __package__).command
@@ -71,13 +71,13 @@ class LazyGroup(click.Group):
     def main(  # type: ignore[override]  # click's has overloads for standalone_mode
         self, args: Sequence[str] | None = None, standalone_mode: bool = True, **options: Any
     ) -> Any:
-        """Run a command line and leave with its exit code; see click for the arguments.
+        """Run a command line and exit with its exit code; see click for the arguments.
 
-        ``--debug`` is taken out here, so that it may stand before or after the command's name.
+        ``--debug`` is handled here, so that it may come before or after the command's name.
         """
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **options)
-        debug, args = _take_debug(list(sys.argv[1:] if args is None else args))
+        debug, args = _pop_debug(list(sys.argv[1:] if args is None else args))
         _open_closed_streams()
         _show_notes()
         try:
@@ -85,12 +85,12 @@ class LazyGroup(click.Group):
                 code = super().main(args, standalone_mode=False, **options)
             _flush()
         except OutputLost:
-            _leave_without_output()
-        except KeyboardInterrupt:  # click turns those of a command into Abort; this one came before or after it
+            _exit_without_output()
+        except KeyboardInterrupt:  # click turns one within a command into Abort; this one came before or after
             fail(click.Abort(), debug)
         except SystemExit:
-            if "PacifyFlush" in type(sys.stdout).__name__:  # click, of a help text that nobody reads to its end
-                _leave_without_output()
+            if "PacifyFlush" in type(sys.stdout).__name__:  # raised by click if a help text is cut short
+                _exit_without_output()
             raise
         except Exception as error:
             fail(error, debug)
@@ -99,42 +99,42 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is named; where there is none, the error says which may be meant."""
+        """Find a command by name; the error for an unknown name suggests similar ones."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            nearest = _nearest(name)
-            meant = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+            similar = _similar_commands(name)
+            meant = f"; did you mean {' or '.join(similar)}?" if similar else ""
             raise click.UsageError(f"{name}: no such command{meant}", ctx)
         return super().resolve_command(ctx, args)
 
 
-def _nearest(name: str) -> list[str]:
-    """The commands that may be meant: what begins so, else what holds the word, else what is spelled much like it."""
+def _similar_commands(name: str) -> list[str]:
+    """Similar commands: those with this prefix, else those spelled similarly, else those that share a word."""
     name = name.lower().replace("_", "-")
     if name in COMMANDS:
         return [name]
     words = [word for word in name.split("-") if len(word) > 2]
-    begins = [command for command in COMMANDS if len(name) > 2 and command.startswith(name)]
-    holds = [command for command in COMMANDS if any(word in command.split("-") for word in words)]
-    return begins or difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.7) or holds[:3]
+    with_prefix = [command for command in COMMANDS if len(name) > 2 and command.startswith(name)]
+    with_word = [command for command in COMMANDS if any(word in command.split("-") for word in words)]
+    return with_prefix or difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.7) or with_word[:3]
 
 
 def _open_closed_streams() -> None:
     """Open /dev/null for standard streams that are closed.
 
-    Otherwise a file that is opened next gets the number of one, and what is printed gets into that file.
+    Otherwise the next file to be opened gets its descriptor, and output is written into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, this one
             if getattr(sys, name) is None:
                 setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _show_notes() -> None:
-    """Show what the libraries log, a line each."""
+    """Print log records of the libraries, one line each."""
     root = logging.getLogger()
     if not any(isinstance(handler, NoteHandler) for handler in root.handlers):
         root.addHandler(NoteHandler(logging.NOTSET))
@@ -147,13 +147,13 @@ def _flush() -> None:
         raise OutputLost(str(error)) from error
 
 
-def _leave_without_output() -> NoReturn:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing more may be flushed into the pipe
+def _exit_without_output() -> NoReturn:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that nothing more is flushed into the pipe
     sys.exit(OUTPUT_LOST)
 
 
 def fail(error: Exception, debug: bool) -> NoReturn:
-    """Print an error in one line on stderr, after its traceback if ``debug``, and leave with its code."""
+    """Print an error in one line on stderr, after its traceback if ``debug``, and exit with its code."""
     if isinstance(error, NoArgsIsHelpError):
         error.show()  # the help is the message
         sys.exit(BAD_INPUT)
@@ -168,7 +168,7 @@ def fail(error: Exception, debug: bool) -> NoReturn:
 
 
 def describe(error: Exception) -> tuple[int, str]:
-    """The exit code and the message for an error."""
+    """The exit code and message for an error."""
     if isinstance(error, ArgumentError):
         return error.exit_code, as_options(f"`{error.argument}`: {error.problem}")
     if isinstance(error, RefdetError):
@@ -182,25 +182,25 @@ def describe(error: Exception) -> tuple[int, str]:
         return error.exit_code, error.format_message()
     if is_disk_full(error):
         where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        return FAILED, f"disk full{where}; free some space and run it again (what was finished is kept)"
+        return FAILED, f"disk full{where}; free some space and run it again (finished work is kept)"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         code = BAD_INPUT if isinstance(error, INPUT_ERRORS) else FAILED
         if isinstance(error, FileExistsError | NotADirectoryError):
             return code, f"{where}is a file where a folder is needed; choose another --out"
         return code, where + (error.strerror or str(error))
-    from refer import ReferError  # here, since it brings numpy
+    from refer import ReferError  # imported late, as it imports numpy
 
     if isinstance(error, ReferError):
         return BAD_INPUT, str(error)
     return FAILED, f"unexpected {type(error).__name__}: {error} (run with --debug for the traceback)"
 
 
-def _take_debug(args: list[str]) -> tuple[bool, list[str]]:
-    """Whether ``--debug`` is there (after ``--`` it is no option), and the arguments without it."""
+def _pop_debug(args: list[str]) -> tuple[bool, list[str]]:
+    """Whether ``--debug`` is given (before any ``--``), and the arguments without it."""
     end = args.index("--") if "--" in args else len(args)
-    kept = [arg for arg in args[:end] if arg != "--debug"]
-    return len(kept) < end, kept + args[end:]
+    remaining = [arg for arg in args[:end] if arg != "--debug"]
+    return len(remaining) < end, remaining + args[end:]
 
 
 def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -229,6 +229,6 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 def main(context: click.Context, verbose: bool, quiet: bool) -> None:
     """Leak-free Mask R-CNN regions and features for referring expressions."""
     if verbose and quiet:
-        raise click.UsageError("-v and -q: give one of them")
+        raise click.UsageError("-v and -q: give only one of them")
     set_level(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     context.call_on_close(lambda: set_level(logging.NOTSET))

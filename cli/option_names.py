@@ -1,8 +1,8 @@
-"""What the library calls an argument is an option here.
+"""Translate Python arguments in the library's messages to command line options.
 
-A message of the library has an argument in backquotes, as Python has it, and a recipe key with the value to give it:
-`images`, `resume=True`, `dtype='float32'`, `train.workers=0`. On the command line these are --images, --resume,
---dtype float32 and --set train.workers=0. A value that a shell would split or change is quoted for it.
+Messages of the library have arguments in backquotes, in Python syntax, and recipe keys with the value to set: `images`,
+`resume=True`, `dtype='float32'`, `train.workers=0`. On the command line these are --images, --resume, --dtype float32
+and --set train.workers=0. Values are quoted for the shell where necessary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 
-# Arguments whose options have another name.
+# Arguments whose option has another name.
 _RENAMED = {
     "changes": "set",
     "consumer": "for",
@@ -20,12 +20,12 @@ _RENAMED = {
     "splits": "split",
     "style": "weight_format",
 }
-# A whole word between spaces or punctuation, so that a backquote in the name of a file is most likely left alone.
+# A whole word between spaces or punctuation, so that backquotes in file names are most likely left alone.
 _ARGUMENT = re.compile(r"(?<![^\s(])`(?P<name>[a-z_]+)(?P<key>(?:\.\w+)*)(?:=(?P<value>[^`\n]+))?`(?![^\s:;,.?)])")
 
 
 def as_options(text: str) -> str:
-    """A message of the library with options of the command line in place of arguments."""
+    """Replace the Python arguments in a message by command line options."""
     return _ARGUMENT.sub(_option, text)
 
 
@@ -34,11 +34,11 @@ def _option(match: re.Match[str]) -> str:
     if value is not None and len(value) > 2 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]  # Python's quotes
     if key:
-        return match[0] if value is None else f"--set {_quoted(f'{name}{key}={value}')}"
+        return match[0] if value is None else f"--set {_quote(f'{name}{key}={value}')}"
     option = "--" + _RENAMED.get(name, name).replace("_", "-")
-    return option if value in (None, "True") else f"{option} {_quoted(value)}"
+    return option if value in (None, "True") else f"{option} {_quote(value)}"
 
 
-def _quoted(value: str) -> str:
-    """A value as a word of the shell; brackets, which only a file of that name would change, stay readable."""
+def _quote(value: str) -> str:
+    """Quote a value for the shell; brackets are left unquoted for readability, as they rarely match a file."""
     return value if re.fullmatch(r"[\w@%+=:,./\[\]-]+", value) else shlex.quote(value)

@@ -1,4 +1,4 @@
-"""What ``refdet --version`` says: the versions and the machine that a bug report needs."""
+"""``refdet --version``: the versions and the device, for bug reports."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import refdet
 
 
 def versions() -> list[str]:
-    """Lines: refdet's version, PyTorch's, the device that is used by default, and the state of the kernels."""
+    """Lines with the versions of refdet and PyTorch, the default device and the state of the kernels."""
     lines = [f"refdet, version {refdet.__version__}"]
     try:
         import torch
 
         from refdet.device import described
         from refdet.ops._library import kernels_state
-    except (ImportError, OSError) as error:  # whoever asks may be looking for just that
+    except (ImportError, OSError) as error:  # possibly what the user is trying to find out
         return [*lines, f"PyTorch cannot be imported: {error}"]
     return [
         *lines,

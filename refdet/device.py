@@ -16,9 +16,9 @@ from refdet.errors import InputError
 _Value = TypeVar("_Value")
 _TF32_CAPABILITY = (8, 0)  # of Ampere, the first generation of GPUs with TF32
 _NO_MEMORY = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # of the CUDA runtime, cuBLAS and cuDNN
-# what the libraries report instead of it where they cannot load a kernel or get a workspace, but for other reasons too
-_PERHAPS_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
-_LITTLE = 2**29  # bytes; a library and its handle take less
+# what the libraries report if they cannot load a kernel or allocate a workspace, but also for other reasons
+_MAYBE_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "unable to find an engine")
+_MIN_FREE_BYTES = 2**29  # a library and its handle take less
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -32,7 +32,7 @@ def usable_device(name: str | None) -> torch.device:
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device  # with the index of a GPU that was named without
+        device = torch.zeros(1, device=name).device  # with an index, if a GPU was named without one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"`device` {name}: cannot be used ({reason}); try `device='cpu'`") from error
@@ -56,7 +56,7 @@ def described(name: str | None) -> str:
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """The precision to use: float32 where the device has no arithmetic of the one that was asked for.
+    """The precision to use: float32 if the device does not support the requested one.
 
     CPUs without bfloat16 arithmetic emulate it, 10 to 40 times slower. Only GPUs have TF32.
     """
@@ -65,10 +65,10 @@ def usable_precision(precision: str, device: torch.device) -> str:
     if precision != "bfloat16" or device.type != "cpu":
         return precision
     try:
-        there = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
-        there = False
-    return precision if there else "float32"
+        supported = False
+    return precision if supported else "float32"
 
 
 def _has_tf32(device: torch.device) -> bool:
@@ -90,25 +90,25 @@ def arithmetic(precision: str) -> Iterator[None]:
 
     Args:
         precision: "tf32" for TF32 in convolutions and matrix products on a GPU. Otherwise IEEE float32; "bfloat16" is
-            computed by layers of that type, and what they leave in float32 is exact.
+            computed by layers of that dtype; operations in float32 remain exact.
     """
     backends: Any = torch.backends
     on_gpu = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
     newer = (*on_gpu, backends.mkldnn.conv, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in newer]
-    convolutions = _older(lambda: backends.cudnn.allow_tf32, False)
-    products = _older(torch.get_float32_matmul_precision, "highest")
+    convolutions = _read_legacy(lambda: backends.cudnn.allow_tf32, False)
+    products = _read_legacy(torch.get_float32_matmul_precision, "highest")
     tf32 = precision == "tf32"
     values = ["tf32" if tf32 and setting in on_gpu else "ieee" for setting in newer]
     try:
-        _set(tf32, "high" if tf32 else "highest", newer, values)
+        _apply(tf32, "high" if tf32 else "highest", newer, values)
         yield
     finally:
-        _set(convolutions, products, newer, before)
+        _apply(convolutions, products, newer, before)
 
 
-def _older(setting: Callable[[], _Value], strict: _Value) -> _Value:
-    """An older setting, or the strict value if it contradicts the newer ones and cannot be read."""
+def _read_legacy(setting: Callable[[], _Value], strict: _Value) -> _Value:
+    """Read a legacy setting; the strict value if it contradicts the newer ones and cannot be read."""
     try:
         with _quiet():
             return setting()
@@ -116,11 +116,11 @@ def _older(setting: Callable[[], _Value], strict: _Value) -> _Value:
         return strict
 
 
-def _set(convolutions: bool, products: str, newer: Sequence[Any], values: Sequence[str]) -> None:
+def _apply(convolutions: bool, products: str, newer: Sequence[Any], values: Sequence[str]) -> None:
     with _quiet():
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
-    for setting, value in zip(newer, values, strict=True):  # after the older ones, which change these
+    for setting, value in zip(newer, values, strict=True):  # after the legacy ones, which change these
         setting.fp32_precision = value
 
 
@@ -167,16 +167,16 @@ def naming_out_of_memory() -> Iterator[None]:
 def _is_out_of_memory(text: str) -> bool:
     if any(part in text for part in _NO_MEMORY):
         return True
-    if not any(part in text for part in _PERHAPS_NO_MEMORY):
+    if not any(part in text for part in _MAYBE_NO_MEMORY):
         return False
     try:
-        return torch.cuda.mem_get_info()[0] < _LITTLE
-    except RuntimeError:  # the GPU cannot be used any more
+        return torch.cuda.mem_get_info()[0] < _MIN_FREE_BYTES
+    except RuntimeError:  # the GPU is no longer usable
         return False
 
 
 def start_fetching(values: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host; the function returned waits for the copy, and for nothing queued later."""
+    """Start to copy a tensor to the host; the returned function waits for the copy, but for nothing queued later."""
     fetched = values.detach().to("cpu", non_blocking=True)  # into pinned memory
     if values.device.type != "cuda":
         return lambda: fetched

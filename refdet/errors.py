@@ -1,7 +1,7 @@
 """Exceptions that the command line reports as one line and an exit code.
 
-Where a message has an argument of the Python API, it stands in backquotes: `images`, `resume=True`; so does a recipe
-key with the value to give it, `train.workers=0`. The command line has its options in their place.
+Messages put arguments of the Python API in backquotes: `images`, `resume=True`; likewise recipe keys with the value to
+set, `train.workers=0`. The command line shows its own options instead.
 """
 
 import errno
@@ -37,7 +37,7 @@ class ArgumentError(InputError, ValueError):
 
 
 class RuntimeFailure(RefdetError):
-    """A failure at run time: a non-finite loss, a full disk or a leak that was found. Exit code 1."""
+    """A failure at run time: a non-finite loss, a full disk or a detected leak. Exit code 1."""
 
     exit_code = 1
 
@@ -49,7 +49,7 @@ class Interrupted(RefdetError):
 
 
 # Errors specific to a single file, which need not affect other files on the same disk.
-_OF_A_FILE = {
+_FILE_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -61,13 +61,13 @@ _OF_A_FILE = {
 }
 
 
-def is_of_the_machine(error: BaseException) -> bool:
+def is_system_error(error: BaseException) -> bool:
     """Whether a read failed because of the machine (disk, network, memory, process limits), not because of the file.
 
     An OSError that a decoder raises for a damaged file has no errno.
     """
     if isinstance(error, OSError):
-        return error.errno is not None and error.errno not in _OF_A_FILE
+        return error.errno is not None and error.errno not in _FILE_ERRNOS
     return isinstance(error, MemoryError)
 
 

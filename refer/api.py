@@ -80,9 +80,9 @@ class REFER:
         self.Imgs: dict[int, Image] = {image["id"]: image for image in self.data["images"]}
         self.Cats: dict[int, str] = {category["id"]: category["name"] for category in self.data["categories"]}
         self.imgToAnns: dict[int, list[Annotation]] = {}
-        of_image = self.imgToAnns.setdefault
+        anns_of_image = self.imgToAnns.setdefault
         for ann in self.data["annotations"]:
-            of_image(ann["image_id"], []).append(ann)
+            anns_of_image(ann["image_id"], []).append(ann)
 
         self.Refs: dict[int, Ref] = {}
         self.Sents: dict[int, Sentence] = {}
@@ -155,26 +155,28 @@ class REFER:
             ReferDataError: unknown split.
         """
         images, cats, ids = ids_of(image_ids), set(ids_of(cat_ids)), set(ids_of(ref_ids))
-        asked = [name for name in ([split] if isinstance(split, str) else split) if name]
-        splits = {name for one in asked for name in self._splits(one)}
-        refs = [ref for one in dict.fromkeys(images) for ref in self.imgToRefs.get(one, [])] if images else list(self)
+        requested = [name for name in ([split] if isinstance(split, str) else split) if name]
+        splits = {name for key in requested for name in self._matching_splits(key)}
+        refs = [ref for key in dict.fromkeys(images) for ref in self.imgToRefs.get(key, [])] if images else list(self)
         if cats:
-            of_cats = {ref["ref_id"] for cat in cats for ref in self.catToRefs.get(cat, [])}
-            refs = [ref for ref in refs if ref["ref_id"] in of_cats]
+            matching = {ref["ref_id"] for cat in cats for ref in self.catToRefs.get(cat, [])}
+            refs = [ref for ref in refs if ref["ref_id"] in matching]
         return [
-            ref["ref_id"] for ref in refs if (not ids or ref["ref_id"] in ids) and (not asked or ref["split"] in splits)
+            ref["ref_id"]
+            for ref in refs
+            if (not ids or ref["ref_id"] in ids) and (not requested or ref["split"] in splits)
         ]
 
-    def _splits(self, asked: str) -> set[str]:
-        there = set(self.availableSplits)
-        if asked not in there and asked not in _SPLITS:
-            raise ReferDataError(f"{self.DATA_DIR}: no split {asked!r}; choose from {', '.join(sorted(there))}")
-        tests = {name for name in there if name.startswith("test")}
-        if asked == "test":
+    def _matching_splits(self, requested: str) -> set[str]:
+        existing = set(self.availableSplits)
+        if requested not in existing and requested not in _SPLITS:
+            raise ReferDataError(f"{self.DATA_DIR}: no split {requested!r}; choose from {', '.join(sorted(existing))}")
+        tests = {name for name in existing if name.startswith("test")}
+        if requested == "test":
             return tests
-        if asked in ("testA", "testB", "testC"):
-            return {name for name in tests if asked[-1] in name[4:]}
-        return {asked}
+        if requested in ("testA", "testB", "testC"):
+            return {name for name in tests if requested[-1] in name[4:]}
+        return {requested}
 
     def getAnnIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = ()) -> list[Any]:
         """Return the ids of annotations that match all filters, in the order of the given images or of the file."""
@@ -182,7 +184,7 @@ class REFER:
         ids = {ann_id for ref in refs for ann_id in target_ids(ref)}
         anns = self.data["annotations"]
         if images:
-            anns = [ann for one in dict.fromkeys(images) for ann in self.imgToAnns.get(one, [])]
+            anns = [ann for image_id in dict.fromkeys(images) for ann in self.imgToAnns.get(image_id, [])]
         return [
             ann["id"] for ann in anns if (not cats or ann.get("category_id") in cats) and (not refs or ann["id"] in ids)
         ]
@@ -203,7 +205,7 @@ class REFER:
     def loadAnns(self, ann_ids: Ids | str | Iterable[str] = ()) -> list[Any]:
         """Return the annotations with these ids (None for -1 in gRefCOCO); raises ReferIdError for an unknown id."""
         known = ChainMap[Any, Any](self.Anns, {NO_TARGET: None}) if self.generalized else self.Anns
-        return records_of(known, ids_of(ann_ids, texts=self.data["dataset"] == "refclef"), "annotation")
+        return records_of(known, ids_of(ann_ids, allow_strings=self.data["dataset"] == "refclef"), "annotation")
 
     def loadImgs(self, image_ids: Ids = ()) -> list[Image]:
         """Return the images with these ids; raises ReferIdError for an unknown id."""
@@ -264,10 +266,10 @@ class REFER:
             ReferIdError: unknown ref.
         """
         if ref is None:
-            asked = [] if ref_id is None else self.loadRefs(ref_id)
-            if len(asked) != 1:
+            matching = [] if ref_id is None else self.loadRefs(ref_id)
+            if len(matching) != 1:
                 raise ReferDataError(f"getMaskByRef: give a ref or a single ref_id, not {ref_id!r:.40}")
-            ref = asked[0]
+            ref = matching[0]
         if not target_ids(ref):
             return {"mask": self._no_mask(ref), "empty": True}
         if merge:
@@ -295,8 +297,8 @@ class REFER:
             raise ReferDataError(f"{self.DATA_DIR}: {what}: {error}") from None
 
     def _anns(self, ref: Ref) -> list[Annotation]:
-        (found,) = records_of(self.refToAnn, [ref["ref_id"]], "ref")
-        return found if self.generalized else [found]
+        (targets,) = records_of(self.refToAnn, [ref["ref_id"]], "ref")
+        return targets if self.generalized else [targets]
 
     def _image(self, ref: Ref | Annotation) -> Image:
         (image,) = records_of(self.Imgs, [ref["image_id"]], "image")
@@ -338,7 +340,7 @@ class REFER:
         return to_dataframe(self)
 
     def frame(self) -> pandas.DataFrame:
-        """Deprecated alias of `to_dataframe`, which works until the next version."""
+        """Deprecated alias of `to_dataframe`, to be removed in the next version."""
         warnings.warn("REFER.frame was renamed to to_dataframe", DeprecationWarning, stacklevel=2)
         return self.to_dataframe()
 

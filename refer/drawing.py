@@ -14,7 +14,7 @@ from . import image_folder, image_lookup, plain_files
 from .errors import ReferDataError, ReferError, ReferNotFoundError
 from .types import Image
 
-_MOST_BYTES = 1 << 29
+_MAX_BYTES = 1 << 29
 _MASK_COLOUR = (2 / 255, 166 / 255, 101 / 255, 0.5)
 
 
@@ -63,12 +63,12 @@ def _path_of(folder: Path, image: Image, images: Iterable[Image]) -> Path:
         listing.linked,
         lambda paths: image_folder.same_file([folder / path for path in paths]),
     )
-    found = names.locate((one["id"], _name(one)) for one in images)[name or image["id"]]
-    if found.path is None:
+    match = names.locate((other["id"], _name(other)) for other in images)[name or image["id"]]
+    if match.path is None:
         raise ReferNotFoundError(
-            f"{folder}/{name}: no such image ({found.reason}); set IMAGE_DIR to the folder of the images"
+            f"{folder}/{name}: no such image ({match.reason}); set IMAGE_DIR to the folder of the images"
         )
-    return folder / found.path
+    return folder / match.path
 
 
 def _name(image: Image) -> str:
@@ -82,14 +82,14 @@ def _pixels(path: Path, size: tuple[int, int]) -> np.ndarray:
 
     from .pixels import FORMATS, as_rgb
 
-    data = plain_files.read_file(path, _MOST_BYTES, "an image")
-    with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
-        if opened.size != size:
+    data = plain_files.read_file(path, _MAX_BYTES, "an image")
+    with Pillow.open(io.BytesIO(data), formats=FORMATS) as pillow_image:
+        if pillow_image.size != size:
             raise ReferDataError(
-                f"{path}: is {opened.width}x{opened.height}, but instances.json says "
+                f"{path}: is {pillow_image.width}x{pillow_image.height}, but instances.json says "
                 f"{size[0]}x{size[1]}; set IMAGE_DIR to the folder of the images"
             )
-        return np.asarray(as_rgb(opened).convert("RGB"))
+        return np.asarray(as_rgb(pillow_image).convert("RGB"))
 
 
 def draw_outline(ax: Any, segmentation: Any, mask: np.ndarray) -> None:

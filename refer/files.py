@@ -16,7 +16,7 @@ from .plain_files import no_garbage_collection, read_json
 from .safe_pickle import read_plain_pickle
 from .statistics import how_to_get
 from .types import NO_TARGET, Instances, Ref
-from .validation import Kinds, check_fields, check_ids, check_refs
+from .validation import Types, check_fields, check_ids, check_refs
 
 _REFS_FILE = re.compile(r"(refs\((?P<split_by>[^()]+)\)\.p)|(grefs\((?P<generalized>[^()]+)\)\.(p|json))")
 
@@ -34,10 +34,10 @@ def available(root: str | Path) -> list[tuple[str, str]]:
         ReferNotFoundError: the root is not a folder.
         ReferDataError: a folder cannot be read, or has two files for the same pair.
     """
-    found = _find(Path(root))
-    for files in found.values():
-        _only(files)
-    return sorted(found)
+    by_dataset = _find(Path(root))
+    for files in by_dataset.values():
+        _single_file(files)
+    return sorted(by_dataset)
 
 
 def read_refs(root: str | Path, dataset: str, split_by: str) -> list[Ref]:
@@ -72,10 +72,10 @@ def refs_file(root: str | Path, dataset: str, split_by: str) -> Path:
     if not root.is_dir():
         hint = how_to_get(root, dataset, split_by)
         raise ReferNotFoundError(f"{root}: no such folder{'; ' * bool(hint)}{hint}")
-    found = _find(root)
-    if (dataset, split_by) not in found:
-        raise ReferNotFoundError(_not_there(root, dataset, split_by, sorted(found)))
-    return _only(found[dataset, split_by])
+    by_dataset = _find(root)
+    if (dataset, split_by) not in by_dataset:
+        raise ReferNotFoundError(_not_found_message(root, dataset, split_by, sorted(by_dataset)))
+    return _single_file(by_dataset[dataset, split_by])
 
 
 def is_generalized(path: Path) -> bool:
@@ -110,27 +110,27 @@ def read_instances(root: str | Path, dataset: str) -> Instances:
             raise ReferDataError(
                 f"{path}: contains a {type(instances).__name__}, not an object; give a COCO instances file"
             )
-        fields: dict[str, dict[str, Kinds]] = {
+        fields: dict[str, dict[str, Types]] = {
             "images": {"id": int},
             "annotations": {"id": _ann_id(dataset), "image_id": int},
             "categories": {"id": int, "name": str},
         }
-        for key, wanted in fields.items():
+        for key, required in fields.items():
             if not isinstance(instances.get(key), list):
                 raise ReferDataError(f"{path}: no list {key!r} in it; give a COCO instances file")
-            check_fields(path, f"{key}[{{}}]", instances[key], wanted)
+            check_fields(path, f"{key}[{{}}]", instances[key], required)
             check_ids(path, f"{key}: id", [entry["id"] for entry in instances[key]])
     return Instances(
         images=instances["images"], annotations=instances["annotations"], categories=instances["categories"]
     )
 
 
-def _ann_id(dataset: str) -> Kinds:
+def _ann_id(dataset: str) -> Types:
     """Type of a dataset's annotation ids; RefClef's consist of image and region, such as "8_1"."""
     return (int, str) if dataset == "refclef" else int
 
 
-def _only(files: list[Path]) -> Path:
+def _single_file(files: list[Path]) -> Path:
     """Return the only file; raises ReferDataError if there are several, as the others would be ignored."""
     if len(files) > 1:
         folder, names = files[0].parent, " and ".join(sorted((file.name for file in files), reverse=True))
@@ -144,7 +144,7 @@ def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
         raise ReferNotFoundError(
             f"{root}: no such folder; give the REFER data folder, or get it with refdet fetch-data"
         )
-    found: dict[tuple[str, str], list[Path]] = {}
+    by_dataset: dict[tuple[str, str], list[Path]] = {}
     try:
         files = [file for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
         for file in files:
@@ -152,10 +152,10 @@ def _find(root: Path) -> dict[tuple[str, str], list[Path]]:
             split_by = match and (match["split_by"] or match["generalized"])
             # Unprintable names are ignored, as they cannot be shown in messages and reports.
             if split_by and file.is_file() and f"{file.parent.name}{split_by}".isprintable():
-                found.setdefault((file.parent.name, split_by), []).append(file)
+                by_dataset.setdefault((file.parent.name, split_by), []).append(file)
     except OSError as error:
         raise ReferDataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
-    return found
+    return by_dataset
 
 
 def _with_lists(ref: Any) -> Any:
@@ -166,7 +166,7 @@ def _with_lists(ref: Any) -> Any:
     return ref | {key: value if value != [] else [NO_TARGET] for key, value in lists.items()}
 
 
-def _not_there(root: Path, dataset: str, split_by: str, pairs: list[tuple[str, str]]) -> str:
+def _not_found_message(root: Path, dataset: str, split_by: str, pairs: list[tuple[str, str]]) -> str:
     if any(_REFS_FILE.fullmatch(file.name) for file in root.iterdir()):
         return f"{root}: the folder of a single dataset; give the folder above it"
     hint = how_to_get(root, dataset, split_by)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_KINDS = {
+_SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -24,15 +24,15 @@ class Listing(NamedTuple):
         files: paths of files.
         unusable: path -> why it cannot be read as a file, such as a broken link.
         linked: path of a link to a folder -> path under which the folder's files are listed.
-        unread: folders that could not be listed, with the error.
-        above: links to a parent of the root, which are not followed.
+        unlisted: folders that could not be listed, with the error.
+        parent_links: links to a parent of the root, which are not followed.
     """
 
     files: list[str]
     unusable: dict[str, str]
     linked: dict[str, str]
-    unread: list[tuple[str, OSError]]
-    above: list[str]
+    unlisted: list[tuple[str, OSError]]
+    parent_links: list[str]
 
 
 def list_folder(root: str | Path) -> Listing:
@@ -50,10 +50,10 @@ def list_folder(root: str | Path) -> Listing:
     Raises:
         OSError: the root cannot be listed.
     """
-    found = Listing([], {}, {}, [], [])
-    own = os.stat(root)
-    visited = {(own.st_dev, own.st_ino): ""}
-    above = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(root).resolve().parents)}
+    listing = Listing([], {}, {}, [], [])
+    root_status = os.stat(root)
+    visited = {(root_status.st_dev, root_status.st_ino): ""}
+    parents = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(root).resolve().parents)}
     folders, links = deque([""]), deque[str]()  # real folders are visited before links
     while folders or links:
         linked = not folders
@@ -63,10 +63,10 @@ def list_folder(root: str | Path) -> Listing:
                 status = os.stat(os.path.join(root, folder))
                 identity = (status.st_dev, status.st_ino)
                 if identity in visited:
-                    found.linked[folder] = visited[identity]
+                    listing.linked[folder] = visited[identity]
                     continue
-                if identity in above:
-                    found.above.append(folder)
+                if identity in parents:
+                    listing.parent_links.append(folder)
                     continue
                 visited[identity] = folder
             with os.scandir(os.path.join(root, folder)) as entries:
@@ -75,31 +75,31 @@ def list_folder(root: str | Path) -> Listing:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(path)
                     elif entry.is_file(follow_symlinks=False):
-                        found.files.append(path)
-                    elif _what(entry, path, found) == "folder":
+                        listing.files.append(path)
+                    elif _add_link_or_special(entry, path, listing) == "folder":
                         links.append(path)
         except OSError as error:
             if not folder:
                 raise
-            found.unread.append((folder, error))
-    return found
+            listing.unlisted.append((folder, error))
+    return listing
 
 
-def _what(entry: os.DirEntry, path: str, found: Listing) -> str:
+def _add_link_or_special(entry: os.DirEntry, path: str, listing: Listing) -> str:
     """Add a link or special file to the listing; returns "folder" for a link to a folder."""
     try:
         mode = entry.stat().st_mode
     except FileNotFoundError:
-        found.unusable[path] = "a broken link"
+        listing.unusable[path] = "a broken link"
     except OSError as error:
-        found.unusable[path] = f"a link that cannot be followed ({error.strerror})"
+        listing.unusable[path] = f"a link that cannot be followed ({error.strerror})"
     else:
         if stat.S_ISDIR(mode):
             return "folder"
         if stat.S_ISREG(mode):
-            found.files.append(path)
+            listing.files.append(path)
         else:
-            found.unusable[path] = f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
+            listing.unusable[path] = f"{_SPECIAL_FILES.get(stat.S_IFMT(mode), 'something else')}, not a file"
     return ""
 
 

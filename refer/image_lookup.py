@@ -24,7 +24,7 @@ from typing import NamedTuple
 # with other words are a crop, mask or depth map of that image.
 _COCO = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_0{6}([0-9]{6})(?:_[0-9]{1,4})?|0{6}([0-9]{6}))(?:\.[A-Za-z]+)?")
 _COCO_NAMES = ("{:012d}.jpg", "COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg")
-_FEW = 8  # candidates to compare individually
+_MAX_COMPARED = 8  # candidates to compare individually
 
 Key = str | int
 """File name of an image, or its id if it has none."""
@@ -37,17 +37,17 @@ class Match(NamedTuple):
         path: its listed path, None if there is no file.
         reason: why there is no file, "" if there is one.
         shared: number of trailing components that name and path have in common.
-        others: number of remaining components of the name.
-        elsewhere: whether the file is in another folder than the name says.
-        unclear: whether there is no file because of several equally good matches.
+        unmatched: number of remaining components of the name.
+        in_other_folder: whether the file is in another folder than the name says.
+        ambiguous: whether there is no file because of several equally good matches.
     """
 
     path: str | None
     reason: str = ""
     shared: int = 0
-    others: int = 0
-    elsewhere: bool = False
-    unclear: bool = False
+    unmatched: int = 0
+    in_other_folder: bool = False
+    ambiguous: bool = False
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class FileNames:
         self._visible: dict[str, list[str]] = {}
         self._hidden: dict[str, list[str]] = {}
         self._grouped: dict[tuple[bool, str], dict[str, list[str]]] = {}
-        self._unhidden: dict[str, list[str]] = {}
+        self._visible_suffixes: dict[str, list[str]] = {}
         for path in sorted(paths):
             parts = parts_of(path)
             if parts:
@@ -109,7 +109,7 @@ class FileNames:
         return sum(len(paths) for table in (self._visible, self._hidden) for paths in table.values())
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_grouped": {}, "_unhidden": {}}
+        return {**self.__dict__, "_grouped": {}, "_visible_suffixes": {}}
 
     def locate(self, images: Iterable[tuple[int, str]]) -> dict[Key, Match]:
         """Find the files of all images of a list.
@@ -122,21 +122,21 @@ class FileNames:
         Returns:
             File name or id -> match.
         """
-        found: dict[Key, Match] = {}
+        matches: dict[Key, Match] = {}
         for image_id, name in images:
             key: Key = name or image_id
-            if key not in found:
-                found[key] = self._named(name) if name else self._numbered(image_id)
+            if key not in matches:
+                matches[key] = self._by_name(name) if name else self._by_number(image_id)
         owners: dict[str, list[Key]] = {}
-        for key, match in found.items():
+        for key, match in matches.items():
             if match.path is not None:
                 owners.setdefault(match.path, []).append(key)
         for path, keys in owners.items():
             if len(keys) > 1:
-                _settle(path, keys, found)
-        return found
+                _resolve_conflict(path, keys, matches)
+        return matches
 
-    def _named(self, name: str) -> Match:
+    def _by_name(self, name: str) -> Match:
         parts = parts_of(name)
         if not parts:
             return Match(None, "not a file name")
@@ -145,7 +145,7 @@ class FileNames:
             match = self._exact(name, inside)
         match = match or self._longest(parts)
         if match is None and (number := coco_number(name)) is not None:
-            match = self._numbered(number)
+            match = self._by_number(number)
         return match or Match(None, "no file of that name")
 
     def _inside_root(self, parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ class FileNames:
                 return parts[count:]
         return ()
 
-    def _numbered(self, number: int) -> Match:
+    def _by_number(self, number: int) -> Match:
         names = [form.format(number) for form in _COCO_NAMES]
         for name in names:
             if match := self._longest((name,)):
@@ -170,19 +170,20 @@ class FileNames:
             target = self._linked.get("/".join(path))
             if target is not None:
                 path = list(parts_of(target))
-        for wanted in dict.fromkeys((parts, tuple(path))):
-            hidden = any(map(is_hidden, wanted))
-            same_name = (self._hidden if hidden else self._visible).get(wanted[-1], []) if wanted else []
-            found, shared = self._narrowed(hidden, wanted, same_name)
-            if found and shared == len(wanted):
-                if len(found) > 1:
-                    found = self._groups(hidden, wanted[-shared:], found).get("", [])
-                elif len(parts_of(found[0])) > shared:
-                    found = []
-                if 1 < len(found) <= _FEW and found.count(name) == 1:  # others differ only in Unicode normalization
-                    found = [name]
-                if found:
-                    return self._one_of(found, parts, len(parts))
+        for candidate in dict.fromkeys((parts, tuple(path))):
+            hidden = any(map(is_hidden, candidate))
+            same_name = (self._hidden if hidden else self._visible).get(candidate[-1], []) if candidate else []
+            paths, shared = self._narrow(hidden, candidate, same_name)
+            if paths and shared == len(candidate):
+                if len(paths) > 1:
+                    paths = self._groups(hidden, candidate[-shared:], paths).get("", [])
+                elif len(parts_of(paths[0])) > shared:
+                    paths = []
+                # the others differ only in Unicode normalization
+                if 1 < len(paths) <= _MAX_COMPARED and paths.count(name) == 1:
+                    paths = [name]
+                if paths:
+                    return self._match_of(paths, parts, len(parts))
         return None
 
     def _longest(self, parts: tuple[str, ...]) -> Match | None:
@@ -191,26 +192,26 @@ class FileNames:
             table = self._hidden if hidden else self._visible
             if parts[-1] not in table or (hidden and not any(map(is_hidden, parts))):
                 continue
-            found, shared = self._narrowed(hidden, parts, table[parts[-1]])
+            paths, shared = self._narrow(hidden, parts, table[parts[-1]])
             if hidden:
-                found = self._spelt(parts[-shared:], found)
-            if found:
-                return self._one_of(found, parts, shared)
+                paths = self._without_hidden(parts[-shared:], paths)
+            if paths:
+                return self._match_of(paths, parts, shared)
         return None
 
-    def _narrowed(self, hidden: bool, parts: tuple[str, ...], found: list[str]) -> tuple[list[str], int]:
+    def _narrow(self, hidden: bool, parts: tuple[str, ...], paths: list[str]) -> tuple[list[str], int]:
         """Files of one name with the longest common suffix, and its number of components."""
         shared = 1
-        while len(found) > 1 and shared < len(parts):
-            deeper = self._groups(hidden, parts[-shared:], found).get(parts[-shared - 1])
+        while len(paths) > 1 and shared < len(parts):
+            deeper = self._groups(hidden, parts[-shared:], paths).get(parts[-shared - 1])
             if not deeper:
                 break
-            found, shared = deeper, shared + 1
-        if len(found) == 1:
-            shared = _shared(parts, parts_of(found[0]))
-        return found, shared
+            paths, shared = deeper, shared + 1
+        if len(paths) == 1:
+            shared = _common_suffix_length(parts, parts_of(paths[0]))
+        return paths, shared
 
-    def _groups(self, hidden: bool, suffix: tuple[str, ...], found: list[str]) -> dict[str, list[str]]:
+    def _groups(self, hidden: bool, suffix: tuple[str, ...], paths: list[str]) -> dict[str, list[str]]:
         """Group files with a common suffix by the component before it, "" if there is none.
 
         Cached, so that a hundred thousand files of the same name are not slower than others.
@@ -218,55 +219,55 @@ class FileNames:
         key = (hidden, "/".join(suffix))
         if key not in self._grouped:
             groups: dict[str, list[str]] = {}
-            for path in found:
-                before = parts_of(path)[: -len(suffix)]
-                groups.setdefault(before[-1] if before else "", []).append(path)
+            for path in paths:
+                parents = parts_of(path)[: -len(suffix)]
+                groups.setdefault(parents[-1] if parents else "", []).append(path)
             self._grouped[key] = groups
         return self._grouped[key]
 
-    def _spelt(self, suffix: tuple[str, ...], found: list[str]) -> list[str]:
+    def _without_hidden(self, suffix: tuple[str, ...], paths: list[str]) -> list[str]:
         """Files with a common suffix that have no hidden component before it."""
         key = "/".join(suffix)
-        if len(found) == 1 or key not in self._unhidden:
-            kept = [path for path in found if not any(map(is_hidden, parts_of(path)[: -len(suffix)]))]
-            if len(found) == 1:
-                return kept
-            self._unhidden[key] = kept
-        return self._unhidden[key]
+        if len(paths) == 1 or key not in self._visible_suffixes:
+            visible = [path for path in paths if not any(map(is_hidden, parts_of(path)[: -len(suffix)]))]
+            if len(paths) == 1:
+                return visible
+            self._visible_suffixes[key] = visible
+        return self._visible_suffixes[key]
 
-    def _one_of(self, found: list[str], parts: tuple[str, ...], shared: int) -> Match:
-        if len(found) > 1 and not (len(found) <= _FEW and self._same_file(found)):
-            more = f" and {len(found) - 2} more" if len(found) > 2 else ""
-            which = f"duplicate {found[0]}" if found[0] == found[1] else f"{found[0]}, {found[1]}{more}"
-            return Match(None, f"ambiguous file name: {which}", unclear=True)
-        whole = (*self._root, *parts_of(found[0]))
-        before = whole[len(whole) - shared - 1] if len(whole) > shared else None
-        others = len(parts) - shared
-        elsewhere = others > 0 and before is not None and parts[others - 1] != before
-        return Match(found[0], "", shared, others, elsewhere)
+    def _match_of(self, paths: list[str], parts: tuple[str, ...], shared: int) -> Match:
+        if len(paths) > 1 and not (len(paths) <= _MAX_COMPARED and self._same_file(paths)):
+            more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+            which = f"duplicate {paths[0]}" if paths[0] == paths[1] else f"{paths[0]}, {paths[1]}{more}"
+            return Match(None, f"ambiguous file name: {which}", ambiguous=True)
+        full_path = (*self._root, *parts_of(paths[0]))
+        parent = full_path[len(full_path) - shared - 1] if len(full_path) > shared else None
+        unmatched = len(parts) - shared
+        in_other_folder = unmatched > 0 and parent is not None and parts[unmatched - 1] != parent
+        return Match(paths[0], "", shared, unmatched, in_other_folder)
 
 
-def _settle(path: str, keys: list[Key], found: dict[Key, Match]) -> None:
+def _resolve_conflict(path: str, keys: list[Key], matches: dict[Key, Match]) -> None:
     """Assign a file to the best match of several images."""
     number = coco_number(path)
     numbers = {key if isinstance(key, int) else coco_number(key) for key in keys}
     if number is not None and numbers == {number}:
         return  # the same COCO image
     names = {key: parts_of(key) if isinstance(key, str) else (str(key),) for key in keys}
-    best = max((found[key].shared, -found[key].others) for key in keys)
-    owners = [key for key in keys if (found[key].shared, -found[key].others) == best]
+    best = max((matches[key].shared, -matches[key].unmatched) for key in keys)
+    owners = [key for key in keys if (matches[key].shared, -matches[key].unmatched) == best]
     rivals = list({names[key]: key for key in owners}.values())
-    owning = set(owners)
+    owner_set = set(owners)
     for key in keys:
-        if key not in owning:
+        if key not in owner_set:
             named = "" if owners[0] == path else f", {owners[0]}"
-            found[key] = Match(None, f"the best match, {path}, is the file of another image in the list{named}")
+            matches[key] = Match(None, f"the best match, {path}, is the file of another image in the list{named}")
         elif len(rivals) > 1:
             why = f"ambiguous match: {rivals[0]} and {rivals[1]} match {path} equally well"
-            found[key] = Match(None, why, unclear=True)
+            matches[key] = Match(None, why, ambiguous=True)
 
 
-def _shared(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+def _common_suffix_length(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     count = 0
     for one, other in zip(reversed(first), reversed(second), strict=False):
         if one != other:

@@ -12,11 +12,11 @@ from pycocotools import mask as coco_mask
 from .errors import ReferDataError
 from .rle import covered_pixels
 
-_MOST_PIXELS = 2**28
+_MAX_PIXELS = 2**28
 # pycocotools stores every step of a fifth of a pixel along the edges of a polygon, so distant or very long polygons
 # would use all memory.
-FARTHEST = 10_000
-LONGEST = 1_000_000
+MAX_DISTANCE = 10_000
+MAX_LENGTH = 1_000_000
 
 
 def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
@@ -32,7 +32,7 @@ def decode(segmentation: Any, height: Any, width: Any) -> np.ndarray:
         (height, width) uint8 with 1 inside; RLEs have their own size.
 
     Raises:
-        ReferDataError: the segmentation is neither, or damaged.
+        ReferDataError: the segmentation is neither of these, or damaged.
     """
     _check_size(height, width)
     parts = segmentation if isinstance(segmentation, list) else [segmentation]
@@ -69,20 +69,20 @@ def can_be_drawn(polygons: Iterable[Any], height: int, width: int) -> bool:
     Returns:
         Whether they can be drawn.
     """
-    farthest, length = FARTHEST + max(height, width), 0.0
+    limit, length = MAX_DISTANCE + max(height, width), 0.0
     for polygon in polygons:
         try:
             points = np.array(polygon, np.float64).reshape(-1, 2)
         except (TypeError, ValueError, OverflowError):
             return False
-        if not (np.abs(points) <= farthest).all():
+        if not (np.abs(points) <= limit).all():
             return False
         length += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
-    return length <= LONGEST
+    return length <= MAX_LENGTH
 
 
 def _check_size(height: Any, width: Any) -> None:
-    if not (type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= _MOST_PIXELS):
+    if not (type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= _MAX_PIXELS):
         raise ReferDataError("no valid height and width")
 
 

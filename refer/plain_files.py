@@ -15,19 +15,19 @@ from typing import Any
 
 from .errors import ReferDataError, ReferNotFoundError
 
-LARGEST = 2**32
+MAX_BYTES = 2**32
 """Maximum size in bytes of a file; parsing it needs ten times as much memory."""
 
-_HALF_CHARACTER = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
+_SURROGATE = re.compile(rb"\\\x00*u\x00*[dD]\x00*[89a-fA-F]")
 
 
-def read_file(path: str | Path, most: int, of: str = "such a file") -> bytes:
+def read_file(path: str | Path, max_bytes: int, what: str = "such a file") -> bytes:
     """Read a regular file.
 
     Args:
         path: the file.
-        most: maximum size in bytes.
-        of: what the file should be, for the message.
+        max_bytes: maximum size in bytes.
+        what: what the file should be, for the message.
 
     Returns:
         Its contents.
@@ -41,25 +41,25 @@ def read_file(path: str | Path, most: int, of: str = "such a file") -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
-        refuse_huge(status.st_size, most, of)
+        check_file_size(status.st_size, max_bytes, what)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
     finally:
         os.close(descriptor)
 
 
-def refuse_huge(size: int, most: int, of: str = "such a file") -> None:
-    """Raise an OSError if ``size`` exceeds ``most``, both in bytes."""
-    if size > most:
-        raise OSError(f"larger than {most} bytes, the limit for {of}")
+def check_file_size(size: int, max_bytes: int, what: str = "such a file") -> None:
+    """Raise an OSError if ``size`` exceeds ``max_bytes``, both in bytes."""
+    if size > max_bytes:
+        raise OSError(f"larger than {max_bytes} bytes, the limit for {what}")
 
 
-def read_bytes(path: Path, most: int = LARGEST) -> bytes:
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a regular file.
 
     Args:
         path: the file.
-        most: maximum size in bytes.
+        max_bytes: maximum size in bytes.
 
     Returns:
         Its contents.
@@ -69,7 +69,7 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
         ReferDataError: it is not a regular file, is larger, or cannot be read.
     """
     try:
-        return read_file(path, most)
+        return read_file(path, max_bytes)
     except FileNotFoundError:
         raise ReferNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
@@ -93,15 +93,15 @@ def read_json(path: Path) -> Any:
         ReferDataError: it cannot be read or is malformed; the message has the line.
     """
     data = read_bytes(path)
-    fast = _msgspec()
-    if fast is not None:
+    decode = _msgspec()
+    if decode is not None:
         try:
-            return fast(data)
+            return decode(data)
         except (ValueError, RecursionError):  # malformed, or supported only by Python: NaN, UTF-16
             pass
     with json_errors(path):
         value = json.loads(data)
-        if _HALF_CHARACTER.search(data):
+        if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
         return value
 
@@ -128,12 +128,12 @@ def json_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Disable garbage collection within the block, as scanning millions of new objects doubles the time of reading."""
-    was_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             if gc.get_freeze_count() == 0:  # makes all objects old, so that the next scan skips them
                 gc.freeze()
                 gc.unfreeze()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from .errors import ReferDataError
 
-_ONLY = "only lists, tuples, dictionaries, sets, numbers and strings are supported"
+_SUPPORTED = "only lists, tuples, dictionaries, sets, numbers and strings are supported"
 _SCALARS = (str, int, float, bytes, type(None))
 _INTEGER = re.compile(rb"-?\d{1,19}")
 _NAME = re.compile(r"[\w.]{1,80}", re.ASCII)
@@ -33,10 +33,10 @@ _HASHED = dict.fromkeys(b"\x90\x91", _ALL) | dict.fromkeys(b"du", slice(None, No
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads a pickle without importing anything, or calling anything but the types of sets.
+    """Reads a pickle without importing anything, or calling anything but the set types.
 
-    It is the one written in Python, as the one in C allocates its memo up to twice the largest index. Nothing is
-    allocated for a length or index without its bytes. Dictionary keys and set members must be scalars, as hashing
+    Based on Python's pure-Python unpickler, as the one in C allocates its memo up to twice the largest index. Nothing
+    is allocated for a length or index without its bytes. Dictionary keys and set members must be scalars, as hashing
     nested tuples recurses without limit, and integers have at most 64 bits, as long ones can be chosen to have equal
     hashes.
 
@@ -59,23 +59,23 @@ class PlainUnpickler(pickle._Unpickler):
         self.stack, self.metastack = [], []
         self.append = self.stack.append
         while True:
-            at, code = self._file.tell(), self.read(1)[0]
+            offset, code = self._file.tell(), self.read(1)[0]
             try:
                 if code not in self.dispatch:
-                    raise ReferDataError(_refusal(code, at))
+                    raise ReferDataError(_refusal(code, offset))
                 if code in _STORED and functools.partial in map(type, self.stack[_STORED[code]]):
-                    raise ReferDataError(f"contains a type as a value; {_ONLY}")
+                    raise ReferDataError(f"contains a type as a value; {_SUPPORTED}")
                 if code in _HASHED:
                     _scalars(self.stack[_HASHED[code]])
                 if code == ord("."):
                     return self.stack.pop()
                 self.dispatch[code](self)
                 if code in _TEXT:
-                    self.stack[-1] = _joined(self.stack[-1])
+                    self.stack[-1] = _join_surrogates(self.stack[-1])
             except (ReferDataError, MemoryError):
                 raise
             except Exception as error:  # invalid data can raise anything, such as an IndexError of the stack
-                reason = f"{type(error).__name__} at byte {at}, {_OPCODES[code]}"
+                reason = f"{type(error).__name__} at byte {offset}, {_OPCODES[code]}"
                 raise ReferDataError(f"not a readable pickle ({reason}); download it again") from None
 
     def read(self, count: int) -> bytes:
@@ -95,11 +95,11 @@ class PlainUnpickler(pickle._Unpickler):
         if (module, name) not in _SETS:
             full = f"{module}.{name}"
             shown = full if _NAME.fullmatch(full) else ascii(full[:80])  # may contain control characters
-            raise ReferDataError(f"asks for {shown}; {_ONLY}")
+            raise ReferDataError(f"asks for {shown}; {_SUPPORTED}")
         return functools.partial(self._make_set, _SETS[module, name])
 
     def _make_set(self, make: Callable[[Iterable[Any]], Any], members: Collection[Any] = ()) -> Any:
-        self._members_left -= len(members)  # more than the bytes of the file are copies of a few long lists
+        self._members_left -= len(members)  # more members than bytes can only be copies of a few long lists
         if self._members_left < 0:
             raise ReferDataError("has more members of sets than bytes")
         return make(_scalars(members))
@@ -145,7 +145,7 @@ def _scalars(values: Collection[Any]) -> Collection[Any]:
     return values
 
 
-def _joined(text: str) -> str:
+def _join_surrogates(text: str) -> str:
     """Join surrogate pairs, as which Python 2 may have written characters beyond 16 bits."""
     if text.isascii():
         return text
@@ -172,7 +172,7 @@ def _long(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-def _refusal(code: int, at: int) -> str:
+def _refusal(code: int, offset: int) -> str:
     if code not in _OPCODES:
-        return f"not a readable pickle (unknown opcode {code:#04x} at byte {at}); download it again"
-    return f"asks for an object by the opcode {_OPCODES[code]} at byte {at}; {_ONLY}"
+        return f"not a readable pickle (unknown opcode {code:#04x} at byte {offset}); download it again"
+    return f"asks for an object by the opcode {_OPCODES[code]} at byte {offset}; {_SUPPORTED}"

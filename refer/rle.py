@@ -1,14 +1,15 @@
 """Validate many of COCO's compressed RLEs at once and count the pixels they cover.
 
 The encoding is that of rleFrString in COCO's maskApi.c: groups of five bits, lowest first, as characters from "0", with
-the sixth bit set if more groups follow. From the fourth number of a mask on, they are differences to the second last.
+the sixth bit set if more groups follow. From the fourth number of a mask on, each is the difference from the number two
+before it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_MOST_GROUPS = 7  # of five bits; numbers have 32 bits in maskApi.c
+_MAX_GROUPS = 7  # of five bits; numbers have 32 bits in maskApi.c
 _LIMIT = 2**32
 
 
@@ -36,30 +37,30 @@ def covered_pixels(counts: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
         return None
     first = np.empty_like(ends)
     first[0], first[1:] = 0, ends[:-1] + 1
-    more = ends - first  # characters of each number, minus one
-    if more.max() >= _MOST_GROUPS:
+    extra_groups = ends - first  # characters of each number, minus one
+    if extra_groups.max() >= _MAX_GROUPS:
         return None
     values = (codes[ends] & 31).astype(np.int64)
     values -= (values & 16) << 1  # the last group has the sign
-    for _ in range(int(more.max())):
-        longer = np.flatnonzero(more)
-        more[longer] -= 1
-        values[longer] = (values[longer] << 5) | (codes[first[longer] + more[longer]] & 31)
-    numbers = np.concatenate([[0], last + 1])  # RLE i has values[numbers[i]:numbers[i + 1]]
-    runs = _runs(values, numbers)
+    for _ in range(int(extra_groups.max())):
+        longer = np.flatnonzero(extra_groups)
+        extra_groups[longer] -= 1
+        values[longer] = (values[longer] << 5) | (codes[first[longer] + extra_groups[longer]] & 31)
+    value_starts = np.concatenate([[0], last + 1])  # RLE i has values[value_starts[i]:value_starts[i + 1]]
+    runs = _runs(values, value_starts)
     if runs.min() < 0 or runs.max() >= _LIMIT:
         return None
-    return np.add.reduceat(runs, numbers[:-1])
+    return np.add.reduceat(runs, value_starts[:-1])
 
 
-def _runs(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _runs(values: np.ndarray, value_starts: np.ndarray) -> np.ndarray:
     """Decode the values of concatenated RLEs to runs: all but the first three are sums of every second value."""
     sums = values.copy()
     sums[::2], sums[1::2] = np.cumsum(values[::2]), np.cumsum(values[1::2])
     # The sums of an RLE that starts at s run over s + 1, s + 3, ... and s + 2, s + 4, ..., minus the sums before s.
-    begin, length = numbers[:-1], np.diff(numbers)
-    before = np.where(begin > 0, sums[begin - 1], 0)
-    place = np.arange(len(values)) - np.repeat(begin, length)
-    runs = sums - np.where(place & 1, np.repeat(before, length), np.repeat(sums[begin], length))
-    runs[begin] = values[begin]
+    start, length = value_starts[:-1], np.diff(value_starts)
+    before = np.where(start > 0, sums[start - 1], 0)
+    position = np.arange(len(values)) - np.repeat(start, length)
+    runs = sums - np.where(position & 1, np.repeat(before, length), np.repeat(sums[start], length))
+    runs[start] = values[start]
     return runs

@@ -18,12 +18,12 @@ from .plain_files import read_bytes
 from .plain_unpickler import PlainUnpickler, utf8_or_latin1
 
 # Maximum length of a string in the regular expression, which has an alternative for each length.
-_SHORT = 63
+_MAX_LENGTH = 63
 
 
-def _counted(opcode: bytes, width: int) -> bytes:
+def _length_prefixed(opcode: bytes, width: int) -> bytes:
     zeros = rb"\x00" * (width - 1)
-    return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_SHORT + 1)) + b")"
+    return opcode + b"(?:" + b"|".join(rb"\x%02x%b.{%d}" % (n, zeros, n) for n in range(_MAX_LENGTH + 1)) + b")"
 
 
 # Small indices only, as the C unpickler allocates its memo up to twice the largest one. (The repetition is limited to
@@ -34,8 +34,8 @@ _SIMPLE = re.compile(
     + b"|".join(
         (
             rb"[hK].",
-            _counted(b"X", 4) + _PUT + b"?",
-            _counted(rb"\x8c", 1) + _PUT + b"?",
+            _length_prefixed(b"X", 4) + _PUT + b"?",
+            _length_prefixed(rb"\x8c", 1) + _PUT + b"?",
             rb"[aeus(N\x88\x89]",
             rb"[\]}ld]" + _PUT + b"?",
             rb"j.{4}",
@@ -46,7 +46,7 @@ _SIMPLE = re.compile(
             rb"I(?:0[01]?|-?[1-9]\d{0,17})\n",
             rb"L(?:0|-?[1-9]\d{0,17})L?\n",
             rb"G.{8}",
-            _counted(b"U", 1) + _PUT + b"?",
+            _length_prefixed(b"U", 1) + _PUT + b"?",
             rb"F-?\d{1,20}(?:\.\d{1,20})?(?:e[-+]?\d{1,3})?\n",
             rb"\x8a(?:" + b"|".join(rb"\x%02x.{%d}" % (n, n) for n in range(9)) + b")",
             _PUT,
@@ -60,7 +60,7 @@ _SIMPLE = re.compile(
 _BYTE, _WORD = struct.Struct("<B"), struct.Struct("<I")
 _LENGTHS = {b"X": _WORD, b"T": _WORD, b"U": _BYTE, b"\x8c": _BYTE}
 # Surrogates, as written by 16-bit builds of Python 2 for characters beyond 16 bits; `PlainUnpickler` joins them.
-_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_plain_pickle(path: Path) -> Any:
@@ -107,7 +107,7 @@ def loads(data: bytes) -> Any:
 
 def _is_simple(data: bytes) -> bool:
     """Whether the data consists only of opcodes that are harmless in the C unpickler."""
-    if b"\\u" in data and _HALF_CHARACTER.search(data):
+    if b"\\u" in data and _SURROGATE.search(data):
         return False
     position = 0
     while True:

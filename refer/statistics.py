@@ -46,7 +46,7 @@ COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     },
     ("refcocog", "google"): {"train": Counts(44822, 24698), "val": Counts(5000, 4650)},
 }
-_IN_WORDS = {
+_DESCRIPTIONS = {
     "refclef": "about 20000 images, from saiapr_tc-12.zip instead of COCO, split by unc and by berkeley",
     "grefcoco": "278232 sentences on 19994 images, split by unc",
 }
@@ -54,21 +54,21 @@ _IN_WORDS = {
 
 def how_to_get(root: Path, dataset: str, split_by: str) -> str:
     """Describe how to get an archive, where to extract it and what it contains; "" for an unknown dataset."""
-    divided = sorted(by for name, by in COUNTS if name == dataset)
+    split_bys = sorted(by for name, by in COUNTS if name == dataset)
     if dataset == "grefcoco":
         source = f"download grefs({split_by}).json and instances.json (github.com/henghuiding/gRefCOCO) into"
     elif dataset in ARCHIVES:
-        names = [split_by] if split_by in divided or not divided else divided
+        names = [split_by] if split_by in split_bys or not split_bys else split_bys
         files = ", ".join(["instances.json", *(f"refs({name}).p" for name in names)])
         command = f"refdet fetch-data --only {dataset}"
-        does = f"{command} --out {root.parent} does it" if root.name == "refer" else f"{command} does it in data/refer"
-        source = f"unpack {ARCHIVES[dataset]} ({does}) such that {files} are in"
+        hint = f"{command} --out {root.parent}" if root.name == "refer" else f"{command}, which puts it in data/refer"
+        source = f"unpack {ARCHIVES[dataset]} (or run {hint}) so that {files} are in"
     else:
         return ""
-    if split_by in divided or len(divided) == 1:
-        by = split_by if split_by in divided else divided[0]
+    if split_by in split_bys or len(split_bys) == 1:
+        by = split_by if split_by in split_bys else split_bys[0]
         splits = (f"{split} {c.refs} refs on {c.images} images" for split, c in COUNTS[dataset, by].items())
         counts = f"split by {by}: {', '.join(splits)}"
     else:
-        counts = _IN_WORDS.get(dataset) or f"split by {' and by '.join(divided)}"
+        counts = _DESCRIPTIONS.get(dataset) or f"split by {' and by '.join(split_bys)}"
     return f"{source} {root / dataset} (complete: {counts})"

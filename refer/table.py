@@ -70,7 +70,7 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
         category: Any = (
             refer.Cats.get(ref["category_id"])
             if not refer.generalized
-            else [refer.Cats.get(one) for one in ref["category_id"] if targets]
+            else [refer.Cats.get(category_id) for category_id in ref["category_id"] if targets]
         )
         image = refer.Imgs[ref["image_id"]]
         common = (
@@ -84,6 +84,6 @@ def to_dataframe(refer: Dataset) -> pandas.DataFrame:
             len(targets),
             *box,
         )
-        rows += [(one["sent_id"], one["sent"], one["tokens"], *common) for one in ref["sentences"]]
+        rows += [(sentence["sent_id"], sentence["sent"], sentence["tokens"], *common) for sentence in ref["sentences"]]
     with pandas.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
         return pandas.DataFrame(rows, columns=list(_COLUMNS))

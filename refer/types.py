@@ -74,4 +74,4 @@ class Instances(TypedDict):
 def target_ids(ref: Ref) -> list[Any]:
     """Annotation ids of a ref's targets: one, or any number in gRefCOCO."""
     ids = ref["ann_id"]
-    return [ids] if not isinstance(ids, list) else [one for one in ids if one != NO_TARGET]
+    return [ids] if not isinstance(ids, list) else [ann_id for ann_id in ids if ann_id != NO_TARGET]

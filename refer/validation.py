@@ -10,9 +10,9 @@ from typing import Any
 
 from .errors import ReferDataError
 
-Kinds = type | tuple[type, ...]
+Types = type | tuple[type, ...]
 
-_REF: dict[str, Kinds] = {
+_REF: dict[str, Types] = {
     "ref_id": int,
     "ann_id": int,
     "category_id": int,
@@ -20,16 +20,16 @@ _REF: dict[str, Kinds] = {
     "split": str,
     "sentences": list,
 }
-_GENERALIZED: dict[str, Kinds] = _REF | {"ann_id": list, "category_id": list}
-_REF_MAY: dict[str, Kinds] = {"file_name": str, "sent_ids": list}
-_SENTENCE: dict[str, Kinds] = {"sent_id": int, "sent": str, "tokens": list}
-_SENTENCE_MAY: dict[str, Kinds] = {"raw": str}
-_DEEPEST = 16
-_LARGEST = 1e9  # pixels
-_LONGEST_ID = 64
+_GENERALIZED: dict[str, Types] = _REF | {"ann_id": list, "category_id": list}
+_REF_OPTIONAL: dict[str, Types] = {"file_name": str, "sent_ids": list}
+_SENTENCE: dict[str, Types] = {"sent_id": int, "sent": str, "tokens": list}
+_SENTENCE_OPTIONAL: dict[str, Types] = {"raw": str}
+_MAX_DEPTH = 16
+_MAX_COORDINATE = 1e9  # pixels
+_MAX_ID_LENGTH = 64
 
 
-def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) -> None:
+def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Types = int) -> None:
     """Check the refs of a file.
 
     Args:
@@ -44,7 +44,7 @@ def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) ->
     """
     if not isinstance(refs, list):
         raise ReferDataError(f"{path}: contains a {type(refs).__name__}, not a list of refs")
-    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF | {"ann_id": ann_id}, _REF_MAY)
+    check_fields(path, "ref number {}", refs, _GENERALIZED if generalized else _REF | {"ann_id": ann_id}, _REF_OPTIONAL)
     check_ids(path, "ref_id", [ref["ref_id"] for ref in refs])
     if ann_id is not int:
         check_ids(path, "ann_id", list(dict.fromkeys(ref["ann_id"] for ref in refs)))
@@ -53,26 +53,26 @@ def check_refs(path: Path, refs: Any, generalized: bool, ann_id: Kinds = int) ->
     if words is None:
         for ref in refs:
             what = f"a sentence of ref {ref['ref_id']}"
-            check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_MAY)
+            check_fields(path, what, ref["sentences"], _SENTENCE, _SENTENCE_OPTIONAL)
     _check_numbers(path, refs, generalized)
     if path.suffix == ".json":  # integers of pickles have at most 64 bits
         _check_size(path, "image_id", list(map(itemgetter("image_id"), refs)))
         _check_size(path, "sent_id", list(map(itemgetter("sent_id"), sentences)))
     for split in {ref["split"] for ref in refs}:
         if not split.isprintable():  # as it appears in reports and messages
-            raise ReferDataError(f"{path}: invalid split name {_shown(split)}")
+            raise ReferDataError(f"{path}: invalid split name {_short_repr(split)}")
     if not _is_text(words):
         for ref in refs:
             if not _is_text(_words([ref], ref["sentences"])):
                 raise ReferDataError(f"{path}: ref {ref['ref_id']}: token is not a string or has an unpaired surrogate")
-    if not _KNOWN.issuperset(chain.from_iterable(chain(refs, sentences))):
+    if not _KNOWN_FIELDS.issuperset(chain.from_iterable(chain(refs, sentences))):
         for ref in refs:
             for entry in (ref, *ref["sentences"]):
-                _check_rest(path, ref, entry)
+                _check_unknown_fields(path, ref, entry)
 
 
 def check_fields(
-    path: Path, what: str, entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kinds] | None = None
+    path: Path, what: str, entries: Sequence[Any], required: dict[str, Types], optional: dict[str, Types] | None = None
 ) -> None:
     """Check the fields of entries.
 
@@ -80,25 +80,25 @@ def check_fields(
         path: the file, for error messages.
         what: name of an entry for error messages, with ``{}`` for its position.
         entries: the entries.
-        must: required fields and their types.
-        may: optional fields and their types.
+        required: required fields and their types.
+        optional: optional fields and their types.
 
     Raises:
         ReferDataError: an entry is not a dictionary, or lacks a field or has one of the wrong type.
     """
-    may = may or {}
-    if _are_good(entries, must, may):
+    optional = optional or {}
+    if _are_valid(entries, required, optional):
         return
     for position, entry in enumerate(entries):
         where = what.replace("{}", str(position))
         if not isinstance(entry, dict):
             raise ReferDataError(f"{path}: {where} is a {type(entry).__name__}; it must be a dictionary")
-        for key, kind in (must | {key: kind for key, kind in may.items() if key in entry}).items():
+        for key, expected in (required | {key: expected for key, expected in optional.items() if key in entry}).items():
             value = entry.get(key)
-            if type(value) not in _types(kind):  # not isinstance, which accepts bool for int
-                wrong = f"is {_shown(value)}" if key in entry else "is missing"
-                names = " or ".join(sorted(one.__name__ for one in _types(kind)))
-                raise ReferDataError(f"{path}: {where}: {key!r} {wrong}; it must be of type {names}")
+            if type(value) not in _types(expected):  # not isinstance, which accepts bool for int
+                problem = f"is {_short_repr(value)}" if key in entry else "is missing"
+                names = " or ".join(sorted(type_.__name__ for type_ in _types(expected)))
+                raise ReferDataError(f"{path}: {where}: {key!r} {problem}; it must be of type {names}")
 
 
 def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
@@ -112,17 +112,17 @@ def check_ids(path: Path, what: str, ids: Sequence[Any]) -> None:
     Raises:
         ReferDataError: a duplicate or invalid id.
     """
-    texts = [one for one in ids if type(one) is str]
+    texts = [id_ for id_ in ids if type(id_) is str]
     for text in texts:
-        if not (text.isprintable() and len(text) <= _LONGEST_ID):
-            raise ReferDataError(f"{path}: {what} {_shown(text)} is not valid")
-    _check_size(path, what, [one for one in ids if type(one) is int] if texts else ids)
+        if not (text.isprintable() and len(text) <= _MAX_ID_LENGTH):
+            raise ReferDataError(f"{path}: {what} {_short_repr(text)} is not valid")
+    _check_size(path, what, [id_ for id_ in ids if type(id_) is int] if texts else ids)
     if len(set(ids)) < len(ids):
         seen: set[Any] = set()
-        for one in ids:
-            if one in seen:
-                raise ReferDataError(f"{path}: {what} {one} is a duplicate; keep only one")
-            seen.add(one)
+        for id_ in ids:
+            if id_ in seen:
+                raise ReferDataError(f"{path}: {what} {id_} is a duplicate; keep only one")
+            seen.add(id_)
 
 
 def _check_numbers(path: Path, refs: Sequence[dict[str, Any]], generalized: bool) -> None:
@@ -137,22 +137,24 @@ def _check_numbers(path: Path, refs: Sequence[dict[str, Any]], generalized: bool
 
 def _check_size(path: Path, what: str, ids: Sequence[int]) -> None:
     if ids and (min(ids) < -(2**63) or max(ids) >= 2**63):
-        raise ReferDataError(f"{path}: {what} {_shown(max(ids, key=abs))} has more than 64 bits")
+        raise ReferDataError(f"{path}: {what} {_short_repr(max(ids, key=abs))} has more than 64 bits")
 
 
-def _types(kind: Kinds) -> set[type]:
+def _types(kind: Types) -> set[type]:
     return set(kind) if isinstance(kind, tuple) else {kind}
 
 
-def _are_good(entries: Sequence[Any], must: dict[str, Kinds], may: dict[str, Kinds]) -> bool:
+def _are_valid(entries: Sequence[Any], required: dict[str, Types], optional: dict[str, Types]) -> bool:
     if not set(map(type, entries)) <= {dict}:
         return False
     try:
-        required = all(set(map(type, map(itemgetter(key), entries))) <= _types(kind) for key, kind in must.items())
+        required_are_valid = all(
+            set(map(type, map(itemgetter(key), entries))) <= _types(kind) for key, kind in required.items()
+        )
     except KeyError:
         return False
-    return required and all(
-        {type(entry[key]) for entry in entries if key in entry} <= _types(kind) for key, kind in may.items()
+    return required_are_valid and all(
+        {type(entry[key]) for entry in entries if key in entry} <= _types(kind) for key, kind in optional.items()
     )
 
 
@@ -185,10 +187,10 @@ def _is_text(words: list[Any] | None) -> bool:
         return False
 
 
-def _check_rest(path: Path, ref: dict[str, Any], entry: dict[Any, Any]) -> None:
-    for key in entry.keys() - _KNOWN:
-        if not _is_shallow(entry[key], _DEEPEST, set()):
-            raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_shown(key)} is nested too deeply or recursive")
+def _check_unknown_fields(path: Path, ref: dict[str, Any], entry: dict[Any, Any]) -> None:
+    for key in entry.keys() - _KNOWN_FIELDS:
+        if not _is_shallow(entry[key], _MAX_DEPTH, set()):
+            raise ReferDataError(f"{path}: ref {ref['ref_id']}: {_short_repr(key)} is nested too deeply or recursive")
 
 
 def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
@@ -197,17 +199,17 @@ def _is_shallow(value: Any, levels: int, seen: set[tuple[int, int]]) -> bool:
     if levels == 0:
         return False
     seen.add((id(value), levels))  # shared values are visited once per level
-    return all(_is_shallow(one, levels - 1, seen) for one in (value.values() if isinstance(value, dict) else value))
+    return all(_is_shallow(item, levels - 1, seen) for item in (value.values() if isinstance(value, dict) else value))
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     # The repr of nested values can take forever.
     if isinstance(value, str):
         return ascii(value[:40])
     return f"{value!r:.40}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
 
 
-_KNOWN = frozenset(_REF) | frozenset(_REF_MAY) | frozenset(_SENTENCE) | frozenset(_SENTENCE_MAY)
+_KNOWN_FIELDS = frozenset(_REF) | frozenset(_REF_OPTIONAL) | frozenset(_SENTENCE) | frozenset(_SENTENCE_OPTIONAL)
 
 
 def box_of(where: str, annotation: Any) -> list[float]:
@@ -217,6 +219,6 @@ def box_of(where: str, annotation: Any) -> list[float]:
         raise ReferDataError(f"{where}: annotation {annotation['id']} has no bbox")
     if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
         raise ReferDataError(f"{where}: bbox of annotation {annotation['id']} is not four numbers")
-    if not all(-_LARGEST < value < _LARGEST for value in box):
+    if not all(-_MAX_COORDINATE < value < _MAX_COORDINATE for value in box):
         raise ReferDataError(f"{where}: bbox of annotation {annotation['id']} is not finite")
     return box

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.store import hdf5_door, hdf5_trial
+from refdet.store import hdf5_access, hdf5_sandbox
 
 # Under nohup, or in the background of a script, these are ignored; tests send them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -86,4 +86,4 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def opened_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look through stores in this process: one of its own for each of many files takes too long."""
-    monkeypatch.setattr(hdf5_door, "try_file", hdf5_trial.look_through)
+    monkeypatch.setattr(hdf5_access, "check_in_subprocess", hdf5_sandbox.check_in_process)

@@ -21,16 +21,16 @@ class Range:
     Attributes:
         low: minimum.
         high: maximum.
-        above: whether the minimum itself is excluded.
-        fewest: minimum number of items in a list.
-        most: maximum number of items in a list.
+        exclusive: whether the minimum itself is excluded.
+        min_items: minimum number of items in a list.
+        max_items: maximum number of items in a list.
     """
 
     low: float
     high: float
-    above: bool = False
-    fewest: int = 0
-    most: int = 0
+    exclusive: bool = False
+    min_items: int = 0
+    max_items: int = 0
 
     def check(self, key: str, value: Any) -> None:
         """Check a number, or each item of a tuple.
@@ -43,26 +43,26 @@ class Range:
             InputError: a number is out of range, or a tuple has too few or too many items.
         """
         if not isinstance(value, tuple):
-            self._check_one(key, value)
+            self._check_number(key, value)
             return
-        if not self.fewest <= len(value) <= self.most:
-            needs = "at least one value" if not value else f"{self.fewest} to {self.most} values"
+        if not self.min_items <= len(value) <= self.max_items:
+            needs = "at least one value" if not value else f"{self.min_items} to {self.max_items} values"
             raise InputError(f"{key}: must have {needs}, not {len(value)}")
         for item in value:
-            self._check_one(key, item)
+            self._check_number(key, item)
 
-    def _check_one(self, key: str, value: float) -> None:
+    def _check_number(self, key: str, value: float) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}: must be finite, not {value}")
-        if self.low <= value <= self.high and not (self.above and value == self.low):
+        if self.low <= value <= self.high and not (self.exclusive and value == self.low):
             return
-        least = f"greater than {self.low:g}" if self.above else f"at least {self.low:g}"
-        needs = f"from {self.low:g} to {self.high:g}" if self.high == 1 else f"{least} and at most {self.high:,g}"
+        minimum = f"greater than {self.low:g}" if self.exclusive else f"at least {self.low:g}"
+        needs = f"from {self.low:g} to {self.high:g}" if self.high == 1 else f"{minimum} and at most {self.high:,g}"
         raise InputError(f"{key}: must be {needs}, not {shown(value)}")
 
 
 def _count(high: int) -> Range:
-    return Range(0, high, above=True)
+    return Range(0, high, exclusive=True)
 
 
 FRACTION = Range(0, 1)
@@ -80,14 +80,14 @@ LIMITS: dict[str, Range] = {
     "model.rpn_convs": Range(1, 8),
     "model.rpn_channels": _count(8192),
     "model.mask_channels": _count(4096),
-    "model.anchor_sizes": Range(1, 8192, fewest=1, most=16),
-    "model.anchor_ratios": Range(0.001, 1000, fewest=1, most=16),
+    "model.anchor_sizes": Range(1, 8192, min_items=1, max_items=16),
+    "model.anchor_ratios": Range(0.001, 1000, min_items=1, max_items=16),
     "model.anchor_offset": FRACTION,
-    "input.min_sizes": Range(0, 4096, above=True, fewest=1, most=100),
+    "input.min_sizes": Range(0, 4096, exclusive=True, min_items=1, max_items=100),
     "input.max_size": _count(8192),
-    "input.mean": Range(-1e6, 1e6, fewest=3, most=3),
+    "input.mean": Range(-1e6, 1e6, min_items=3, max_items=3),
     "input.size_divisibility": Range(0, 1024),
-    "input.std": Range(1e-6, 1e6, fewest=3, most=3),
+    "input.std": Range(1e-6, 1e6, min_items=3, max_items=3),
     "proposals.positive_iou": FRACTION,
     "proposals.negative_iou": FRACTION,
     "proposals.batch_size_per_image": _count(100_000),
@@ -103,11 +103,11 @@ LIMITS: dict[str, Range] = {
     "train.steps": _count(10**8 - 1),  # state file names have 8 digits
     "train.batch_size": _count(10_000),
     "train.accumulate": _count(10_000),
-    "train.lr": Range(0, 1000, above=True),
+    "train.lr": Range(0, 1000, exclusive=True),
     "train.momentum": FRACTION,
     "train.weight_decay": Range(0, 1000),
     "train.warmup_steps": Range(0, 10**8),
-    "train.lr_milestones": Range(0, 1, most=100),
+    "train.lr_milestones": Range(0, 1, max_items=100),
     "train.max_grad_norm": Range(0, 1e9),
     "train.workers": Range(0, 256),
     "train.seed": Range(0, 2**32 - 1),

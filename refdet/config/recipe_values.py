@@ -23,25 +23,25 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown(key: str, whole: Any) -> str:
-    """Error message for an unknown key of the dataclass `whole`."""
-    near = difflib.get_close_matches(key, _keys(whole), n=1, cutoff=0.5)
-    return f"{cut(key)}: no such recipe key" + (f"; did you mean {near[0]}?" if near else "")
+def unknown(key: str, root: Any) -> str:
+    """Error message for an unknown key of the dataclass `root`."""
+    close = difflib.get_close_matches(key, _keys(root), n=1, cutoff=0.5)
+    return f"{cut(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def build(cls: Any, tree: Any, prefix: str = "", whole: Any = None) -> Any:
+def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     """Build a dataclass, and those in its fields, from plain values.
 
     Args:
         cls: the dataclass.
         tree: field -> value; missing fields have their defaults.
         prefix: of the keys in error messages.
-        whole: the dataclass that these keys are of, `cls` by default.
+        root: the dataclass to suggest keys from, `cls` by default.
 
     Raises:
         InputError: an unknown key or an invalid value.
     """
-    whole = whole or cls
+    root = root or cls
     if not isinstance(tree, Mapping):
         raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {shown(tree)}")
     hints = typing.get_type_hints(cls)
@@ -49,23 +49,23 @@ def build(cls: Any, tree: Any, prefix: str = "", whole: Any = None) -> Any:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise InputError(unknown(key, whole))
-        kind = hints[name]
-        part = dataclasses.is_dataclass(kind)
-        values[name] = build(kind, value, key + ".", whole) if part else _typed(key, value, kind)
+            raise InputError(unknown(key, root))
+        type_ = hints[name]
+        is_nested = dataclasses.is_dataclass(type_)
+        values[name] = build(type_, value, key + ".", root) if is_nested else _typed(key, value, type_)
     return cls(**values)
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
     """Convert a value to the type of its field, or raise an InputError with the expected type."""
     if typing.get_origin(kind) is tuple:
-        wanted = typing.get_args(kind)
+        item_types = typing.get_args(kind)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if wanted[-1] is types.EllipsisType or wanted[-1] is Ellipsis:
-            wanted = (wanted[0],) * len(items)
-        if len(items) != len(wanted):
-            raise InputError(f"{key}: must have {len(wanted)} values, not {shown(value)}")
-        return tuple(_typed(key, item, of) for item, of in zip(items, wanted, strict=True))
+        if item_types[-1] is types.EllipsisType or item_types[-1] is Ellipsis:
+            item_types = (item_types[0],) * len(items)
+        if len(items) != len(item_types):
+            raise InputError(f"{key}: must have {len(item_types)} values, not {shown(value)}")
+        return tuple(_typed(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 parses 1e-4 as text

@@ -61,12 +61,12 @@ def current(tree: Any) -> tuple[Any, list[str]]:
     """
     if not isinstance(tree, Mapping):
         return tree, []
-    found, renamed = {}, []
+    tree_, renamed = {}, []
     for part, options in tree.items():
         if not isinstance(options, Mapping):
-            found[part] = options
+            tree_[part] = options
             continue
-        found[part] = {}
+        tree_[part] = {}
         for key, value in options.items():
             name = KEYS.get(f"{part}.{key}", str(key)) if isinstance(key, str) else key
             if name != key:
@@ -77,8 +77,8 @@ def current(tree: Any) -> tuple[Any, list[str]]:
             if isinstance(value, str) and value in values:
                 renamed.append(f"{part}.{name}={value}")
                 value = values[value]
-            found[part][name] = value
-    return found, renamed
+            tree_[part][name] = value
+    return tree_, renamed
 
 
 def deprecation(renamed: str) -> str:

@@ -12,7 +12,7 @@ import yaml
 from refdet.errors import InputError
 from refdet.files.short_text import cut, shown
 
-DEEPEST, MOST_NODES, LONGEST_SCALAR = 16, 10_000, 1_000
+MAX_DEPTH, MAX_NODES, MAX_SCALAR_LENGTH = 16, 10_000, 1_000
 _TEXT = "tag:yaml.org,2002:str"
 
 
@@ -28,15 +28,15 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            raise _refused(f"alias *{cut(event.anchor)} is not supported; write out the value", event)
+            raise _refusal(f"alias *{cut(event.anchor)} is not supported; write out the value", event)
         if getattr(event, "tag", None) is not None:
-            raise _refused(f"tag {cut(event.tag)} is not supported; remove it", event)
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
-            raise _refused(f"value longer than {LONGEST_SCALAR} characters", event)
-        if self._depth > DEEPEST:
-            raise _refused(f"nested more than {DEEPEST} levels deep", event)
-        if self._nodes > MOST_NODES:
-            raise _refused(f"more than {MOST_NODES} values", event)
+            raise _refusal(f"tag {cut(event.tag)} is not supported; remove it", event)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_LENGTH:
+            raise _refusal(f"value longer than {MAX_SCALAR_LENGTH} characters", event)
+        if self._depth > MAX_DEPTH:
+            raise _refusal(f"nested more than {MAX_DEPTH} levels deep", event)
+        if self._nodes > MAX_NODES:
+            raise _refusal(f"more than {MAX_NODES} values", event)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -46,9 +46,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != _TEXT:
-                raise _refused(f"key {shown(key.value)} is not text; put it in quotes", key)
+                raise _refusal(f"key {shown(key.value)} is not text; put it in quotes", key)
             if key.value in seen:
-                raise _refused(f"duplicate key {shown(key.value)}", key)
+                raise _refusal(f"duplicate key {shown(key.value)}", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -74,7 +74,7 @@ def parse_yaml(text: str | bytes) -> Any:
         raise InputError(f"invalid or unsupported YAML ({cut(error)})") from None
 
 
-def _refused(what: str, at: Any) -> yaml.MarkedYAMLError:
+def _refusal(what: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=what, problem_mark=at.start_mark)
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-PIXELS, SHARES, THOUSANDTHS = 0.0, 1.0, 1000.0
+PIXELS, FRACTIONS, THOUSANDTHS = 0.0, 1.0, 1000.0
 
 _SLACK = 2.0, 0.02  # pixels and fraction of the side by which a box may exceed its image
 _TINY = 1.5  # a box within so few pixels or thousandths of the corner must be in another format
@@ -41,8 +41,8 @@ class BoxForm:
             (N, 4) float64 boxes ``x1 y1 x2 y2`` in pixels.
         """
         boxes, sizes = np.asarray(boxes, np.float64), np.asarray(sizes, np.float64)
-        far = boxes[:, 2:] if self.corners else boxes[:, :2] + boxes[:, 2:]
-        corners = np.concatenate([boxes[:, :2], far], axis=1)
+        second_corners = boxes[:, 2:] if self.corners else boxes[:, :2] + boxes[:, 2:]
+        corners = np.concatenate([boxes[:, :2], second_corners], axis=1)
         return corners if self.unit == PIXELS else corners / self.unit * np.tile(sizes, 2)
 
     def misfits(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -69,9 +69,9 @@ class BoxForm:
         """
         corners = self.to_pixels(boxes, sizes)
         low, high, slack = corners[:, :2], corners[:, 2:], _SLACK[0] + _SLACK[1] * sizes
-        turned = high <= low if self.corners else high < low
-        wrong: np.ndarray = turned | (low < -slack) | (high > sizes + slack)
-        return np.asarray(wrong.any(axis=1))
+        inverted = high <= low if self.corners else high < low
+        outside: np.ndarray = inverted | (low < -slack) | (high > sizes + slack)
+        return np.asarray(outside.any(axis=1))
 
     def tiny(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Find boxes with only tiny numbers for this unit.
@@ -83,7 +83,7 @@ class BoxForm:
         Returns:
             (N,) bool mask.
         """
-        if self.unit == SHARES:
+        if self.unit == FRACTIONS:
             return np.zeros(len(boxes), bool)
         return (np.abs(boxes) <= _TINY).all(axis=1) & (sizes > 2 * _TINY).all(axis=1)
 
@@ -93,15 +93,15 @@ FORMS: Mapping[str, BoxForm] = MappingProxyType(
     {
         "xywh": BoxForm(False, PIXELS, "[x, y, width, height] in pixels"),
         "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
-        "normalized-xyxy": BoxForm(True, SHARES, "[x1, y1, x2, y2] in 0..1 of the image"),
-        "normalized-xywh": BoxForm(False, SHARES, "[x, y, width, height] in 0..1 of the image"),
+        "normalized-xyxy": BoxForm(True, FRACTIONS, "[x1, y1, x2, y2] in 0..1 of the image"),
+        "normalized-xywh": BoxForm(False, FRACTIONS, "[x, y, width, height] in 0..1 of the image"),
         "thousandths-xyxy": BoxForm(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
         "thousandths-xywh": BoxForm(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
     }
 )
 # The order of the numbers in these two is inferred from the boxes.
-BY_EVIDENCE = ("normalized", "thousandths")
-NAMES = ("xywh", "xyxy", *BY_EVIDENCE, *list(FORMS)[2:])
+INFERRED_ORDER = ("normalized", "thousandths")
+NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *list(FORMS)[2:])
 DEFAULT = "xywh"
 
 
@@ -122,31 +122,31 @@ def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[s
     boxes, sizes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(sizes, np.float64).reshape(-1, 2)
     used = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
     boxes, sizes = boxes[used], sizes[used]
-    wrong = {form: int(FORMS[form].misfits(boxes, sizes).sum()) for form in FORMS}
-    lines = []
-    if name in BY_EVIDENCE:
+    misfits = {form: int(FORMS[form].misfits(boxes, sizes).sum()) for form in FORMS}
+    notes = []
+    if name in INFERRED_ORDER:
         corners, lengths = f"{name}-xyxy", f"{name}-xywh"
         if len(boxes):
-            lines.append(_order(corners, lengths, wrong, len(boxes)))
-        name = lengths if wrong[lengths] < wrong[corners] else corners
-    doubt = _doubt(name, boxes, sizes, wrong) if len(boxes) else None
-    return name, [*lines, *([doubt] if doubt else [])]
+            notes.append(_order_note(corners, lengths, misfits, len(boxes)))
+        name = lengths if misfits[lengths] < misfits[corners] else corners
+    warning = _format_warning(name, boxes, sizes, misfits) if len(boxes) else None
+    return name, [*notes, *([warning] if warning else [])]
 
 
-def _order(corners: str, lengths: str, wrong: Mapping[str, int], count: int) -> str:
-    if wrong[corners] == wrong[lengths]:
+def _order_note(corners: str, lengths: str, misfits: Mapping[str, int], count: int) -> str:
+    if misfits[corners] == misfits[lengths]:
         return (
             f"note: reading boxes as {FORMS[corners].text}; if they are {FORMS[lengths].text}, which equally many "
-            f"({count - wrong[corners]} of {count}) fit, give `box_format='{lengths}'`"
+            f"({count - misfits[corners]} of {count}) fit, give `box_format='{lengths}'`"
         )
-    chosen, other = (lengths, corners) if wrong[lengths] < wrong[corners] else (corners, lengths)
+    chosen, other = (lengths, corners) if misfits[lengths] < misfits[corners] else (corners, lengths)
     return (
-        f"note: reading boxes as {FORMS[chosen].text}, which {wrong[chosen]} of {count} do not fit; "
-        f"{wrong[other]} do not fit {FORMS[other].text}"
+        f"note: reading boxes as {FORMS[chosen].text}, which {misfits[chosen]} of {count} do not fit; "
+        f"{misfits[other]} do not fit {FORMS[other].text}"
     )
 
 
-def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, int]) -> str | None:
+def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
     """Warning about boxes that do not fit a format, with a better format if there is one."""
     form, count = FORMS[name], len(boxes)
     tiny = int(form.tiny(boxes, sizes).sum())
@@ -155,28 +155,28 @@ def _doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, 
             f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {form.text}; if they are "
             "in 0..1 of the image, give `box_format='normalized'`"
         )
-    share = wrong[name] / count
+    share = misfits[name] / count
     # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
-    others = [o for o in FORMS if o != name and (FORMS[o].unit != THOUSANDTHS or share > _MANY)]
-    best = min(others, key=lambda other: wrong[other] + (FORMS[other].unit == THOUSANDTHS) * _SOME * count)
-    said = f"warning: {wrong[name]} of {count} boxes {_fault(form)} when read as {form.text}"
-    if share > _SOME and wrong[best] < wrong[name] / 2:
+    candidates = [o for o in FORMS if o != name and (FORMS[o].unit != THOUSANDTHS or share > _MANY)]
+    best = min(candidates, key=lambda other: misfits[other] + (FORMS[other].unit == THOUSANDTHS) * _SOME * count)
+    problem = f"warning: {misfits[name]} of {count} boxes {_describe_misfit(form)} when read as {form.text}"
+    if share > _SOME and misfits[best] < misfits[name] / 2:
         return (
-            f"{said}, but {wrong[best]} when read as {FORMS[best].text}; if they are that, give "
+            f"{problem}, but {misfits[best]} when read as {FORMS[best].text}; if they are that, give "
             f"`box_format='{_without_order(best)}'`"
         )
     if form.stray(boxes, sizes).mean() > _MANY:
-        return f"{said}; no other `box_format` fits better, check that the images have the same size"
-    return _range_doubt(name, boxes, sizes, wrong)
+        return f"{problem}; no other `box_format` fits better, check that the images have the same size"
+    return _range_warning(name, boxes, sizes, misfits)
 
 
-def _range_doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping[str, int]) -> str | None:
+def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
     """Warning about boxes that fit, but use little of their unit's range or end where another unit's range ends."""
     form, count = FORMS[name], len(boxes)
-    if count < _ENOUGH or form.unit == SHARES:
+    if count < _ENOUGH or form.unit == FRACTIONS:
         return None
-    pixels = min(("xyxy", "xywh"), key=lambda order: (wrong[order], FORMS[order].corners != form.corners))
-    if form.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and wrong[pixels] == 0:
+    pixels = min(("xyxy", "xywh"), key=lambda order: (misfits[order], FORMS[order].corners != form.corners))
+    if form.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[pixels] == 0:
         return (
             f"warning: all {count} boxes lie within their images when read as {FORMS[pixels].text}, not as "
             f"{form.text}; if they are that, give `box_format='{pixels}'`"
@@ -190,10 +190,10 @@ def _range_doubt(name: str, boxes: np.ndarray, sizes: np.ndarray, wrong: Mapping
     return None
 
 
-def _fault(form: BoxForm) -> str:
+def _describe_misfit(form: BoxForm) -> str:
     return "reach outside their images" + (" or have x2 <= x1 or y2 <= y1" if form.corners else "")
 
 
 def _without_order(name: str) -> str:
-    """The format's name in `BY_EVIDENCE`, if it has one."""
+    """The format's name in `INFERRED_ORDER`, if it has one."""
     return name.split("-")[0]

@@ -15,9 +15,9 @@ from refdet.data.coco_validation import (
     checked_image,
     checked_segmentation,
     is_finite,
-    kind,
+    json_type,
 )
-from refdet.data.fetch.hints import check_there
+from refdet.data.fetch.hints import check_exists
 from refdet.data.image_evidence import goes_by_id
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
@@ -112,17 +112,17 @@ class CocoIndex:
             InputError: a one-line message with the file and the invalid entry.
         """
         path = Path(path)
-        check_there(path)
+        check_exists(path)
         with no_garbage_collection():
             raw = read_json(path)
             if not isinstance(raw, dict):
-                raise InputError(f"{path}: a JSON {kind(raw)}, not an object; give a COCO instances JSON")
+                raise InputError(f"{path}: a JSON {json_type(raw)}, not an object; give a COCO instances JSON")
             for key in ("images", "annotations", "categories"):
                 if not isinstance(raw.get(key), list):
                     raise InputError(f"{path}: no list {key!r} in it; give a COCO instances JSON")
                 for position, entry in enumerate(raw[key]):
                     if not isinstance(entry, dict):
-                        raise InputError(f"{path}: {key}[{position}] is a {kind(entry)}; it must be an object")
+                        raise InputError(f"{path}: {key}[{position}] is a {json_type(entry)}; it must be an object")
             if crowd_as_object:
                 raw["annotations"] = [{**a, "iscrowd": 0} if a.get("iscrowd") == 1 else a for a in raw["annotations"]]
             info = raw["info"] if isinstance(raw.get("info"), dict) else {}
@@ -193,13 +193,13 @@ def _annotations(
         if category_id not in categories:
             raise InputError(f"{path}: {what} has category {category_id}, which is not in the file")
         x, y, width, height = checked_box(path, entry.get("bbox"), what)
-        segmentation, left_out = checked_segmentation(
+        segmentation, dropped_polygons = checked_segmentation(
             path, entry.get("segmentation"), what, (image.height, image.width)
         )
-        if left_out:
-            dropped.append(f"{what}: {left_out}")
+        if dropped_polygons:
+            dropped.append(f"{what}: {dropped_polygons}")
         iscrowd = checked_crowd(path, entry, what)
-        reason = _no_box(x, y, width, height, image)
+        reason = _box_problem(x, y, width, height, image)
         if reason:
             dropped.append(f"{what}: {reason}")
             continue
@@ -209,7 +209,7 @@ def _annotations(
     return by_image, dropped
 
 
-def _no_box(x: float, y: float, width: float, height: float, image: ImageRecord) -> str:
+def _box_problem(x: float, y: float, width: float, height: float, image: ImageRecord) -> str:
     """Why a box is invalid, "" if it is valid."""
     # the sums can overflow too, and an integer beyond the range of floats cannot be added to a float
     if not (all(map(is_finite, (x, y, width, height))) and is_finite(x + width) and is_finite(y + height)):

@@ -13,7 +13,7 @@ from refer.masks import rle_pixels
 _NUMBERS = {int, float}  # compared by type, as isinstance accepts bool
 
 
-def kind(value: object) -> str:
+def json_type(value: object) -> str:
     """JSON name of a value's type."""
     names = {dict: "object", list: "list", str: "string", type(None): "null"}
     return names.get(type(value), type(value).__name__)
@@ -82,7 +82,7 @@ def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int
     what = f"image {image_id}"
     file_name = entry.get("file_name") or ""
     if not isinstance(file_name, str):
-        raise InputError(f"{path}: {what}: 'file_name' is a {kind(file_name)}; it must be a string")
+        raise InputError(f"{path}: {what}: 'file_name' is a {json_type(file_name)}; it must be a string")
     if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):
         raise InputError(f"{path}: {what}: 'file_name' {file_name!a} contains NUL or unpaired surrogates; rename it")
     height, width = (checked_id(path, entry, key, what) for key in ("height", "width"))
@@ -201,7 +201,7 @@ def checked_segmentation(
         _check_rle(path, value, what, size)
         return value, ""
     if not isinstance(value, list):
-        raise InputError(f"{path}: {what}: 'segmentation' is a {kind(value)}; it must be polygons or an RLE")
+        raise InputError(f"{path}: {what}: 'segmentation' is a {json_type(value)}; it must be polygons or an RLE")
     polygons, left_out = checked_polygons(path, value, what)
     if polygons is not None and size is not None:
         check_outlines(path, polygons, what, *size)

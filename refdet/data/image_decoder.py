@@ -20,12 +20,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 EXIF = ("ignore", "apply")
 """Handling of EXIF orientation: keep the pixels as stored, as COCO does, or rotate them upright."""
 
-MOST_PIXELS = 1 << 29  # of an image of declared size; 6 GiB as float32 RGB
-MOST_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
+MAX_PIXELS = 1 << 29  # of an image of declared size; 6 GiB as float32 RGB
+MAX_UNDECLARED_PIXELS = 1 << 28  # of an image of unknown size; 1 GiB
 _METADATA_BYTES, _PIXEL_BYTES = 64 << 20, 16  # per pixel twice the size of 16-bit RGBA
 _LARGE_PIXELS = 1 << 25  # larger images are decoded one at a time
 _TIFF_TILE_PIXELS = 1 << 24  # by which a tile or strip may exceed its image
-_MOST_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
+_MAX_SCANS = 500  # of a JPEG; a scan of a few bytes can cover the whole image
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _WIDTH, _LENGTH = 274, 322, 323, 256, 257
 _UPRIGHT = 1
 _SIDEWAYS = (5, 6, 7, 8)
@@ -58,7 +58,7 @@ class Decoded(NamedTuple):
     orientation: int
 
 
-def most_bytes(height: int, width: int) -> int:
+def max_file_size(height: int, width: int) -> int:
     """Maximum file size in bytes of an image of a size in pixels: 64 MiB plus 16 bytes per pixel."""
     return _METADATA_BYTES + _PIXEL_BYTES * height * width
 
@@ -80,17 +80,19 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     declared = f"the instances file says {width}x{height}"
-    if height * width > MOST_PIXELS:
-        raise SizeError(f"{declared}, more than the limit of {MOST_PIXELS / 1e6:.0f} megapixels; scale it down")
+    if height * width > MAX_PIXELS:
+        raise SizeError(f"{declared}, more than the limit of {MAX_PIXELS / 1e6:.0f} megapixels; scale it down")
     try:
-        with _pixels_allowed(height * width), _opened(data) as image:
+        with _allow_pixels(height * width), _open(data) as image:
             size = _stored_size(image)
             if size not in ((height, width), (width, height)):
                 raise SizeError(f"is {size[1]}x{size[0]}, but {declared}")
             orientation = _orientation(image)
             sideways = orientation in _SIDEWAYS
             if (size[::-1] if sideways and exif == "apply" else size) != (height, width):
-                raise SizeError(f"is {size[1]}x{size[0]}, but {declared}{_why_turned(orientation, exif)}", orientation)
+                raise SizeError(
+                    f"is {size[1]}x{size[0]}, but {declared}{_orientation_hint(orientation, exif)}", orientation
+                )
             pixels = _stored_pixels(image, orientation)
     except Image.DecompressionBombError:
         raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None
@@ -98,14 +100,14 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
 
 
 def decode_any_size(data: bytes) -> Decoded:
-    """As `decode`, an image whose size nobody declared, as it is stored; up to the limit that Pillow has.
+    """Like `decode`, for an image of undeclared size, with the pixels as stored, up to Pillow's limit.
 
     Raises:
         SizeError: it has more pixels.
-        Exception: of any kind that Pillow has for a file it cannot decode.
+        Exception: any exception that Pillow raises for a file it cannot decode.
     """
     try:
-        with _opened(data) as image:
+        with _open(data) as image:
             height, width = _stored_size(image)
     except Image.DecompressionBombError as error:
         raise SizeError(f"too many pixels: {error}; scale it down") from None
@@ -128,22 +130,22 @@ def thumbnails(data: bytes, side: int) -> list[np.ndarray]:
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
     try:
-        with _opened(data) as image:
+        with _open(data) as image:
             if image.width * image.height <= _LARGE_PIXELS:
                 return _thumbnails(image, side)
     except Image.DecompressionBombError:
         pass
     try:
-        with _pixels_allowed(MOST_UNDECLARED_PIXELS), _opened(data) as image:
-            if image.width * image.height <= MOST_UNDECLARED_PIXELS:
+        with _allow_pixels(MAX_UNDECLARED_PIXELS), _open(data) as image:
+            if image.width * image.height <= MAX_UNDECLARED_PIXELS:
                 return _thumbnails(image, side)
     except Image.DecompressionBombError:
         pass
-    raise SizeError(f"more than the limit of {MOST_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
+    raise SizeError(f"more than the limit of {MAX_UNDECLARED_PIXELS / 1e6:.0f} megapixels")
 
 
 def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
-    """Decode an image file to a small RGB copy for showing, with the pixels as stored.
+    """Decode an image file to a small RGB copy for display, with the pixels as stored.
 
     Args:
         data: contents of a file in one of the `FORMATS`.
@@ -158,7 +160,7 @@ def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
         SizeError: the image has another size; it is then not decoded.
         Exception: any exception that Pillow raises for a file it cannot decode.
     """
-    with _pixels_allowed(height * width), _opened(data) as image:
+    with _allow_pixels(height * width), _open(data) as image:
         if (size := _stored_size(image)) != (height, width):
             raise SizeError(f"is {size[1]}x{size[0]}, but the store says {width}x{height}")
         if image.mode in ("L", "RGB"):
@@ -184,12 +186,12 @@ def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
         image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster
     orientation = _orientation(image)
     grey = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
-    stored = _turned_back(np.asarray(grey), image, orientation)
+    stored = _undo_pillow_rotation(np.asarray(grey), image, orientation)
     return [stored] if orientation == _UPRIGHT else [stored, upright(stored, orientation)]
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _open(data: bytes) -> Iterator[Image.Image]:
     """Open an image of a supported format, refusing files that take far more memory or time than their pixels."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.format == "TIFF":
@@ -197,14 +199,14 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             tile = tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)
             if tile > image.width * image.height + _TIFF_TILE_PIXELS:
                 raise ValueError(f"its tiles of {tile} pixels are far larger than the image")
-        elif image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MOST_SCANS:
-            raise ValueError(f"a JPEG with more than {_MOST_SCANS} scans")
+        elif image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
+            raise ValueError(f"a JPEG with more than {_MAX_SCANS} scans")
         yield image
 
 
 @contextmanager
-def _pixels_allowed(pixels: int) -> Iterator[None]:
-    """Let Pillow decode an image of so many pixels within the block, large images one at a time.
+def _allow_pixels(pixels: int) -> Iterator[None]:
+    """Let Pillow decode an image of this many pixels within the block, large images one at a time.
 
     Pillow's limit against decompression bombs is global to the process, so it is raised only within the block.
     """
@@ -233,26 +235,26 @@ def _orientation(image: Image.Image) -> int:
     if image.format != "TIFF":  # a TIFF loses it when decoded, other formats may store it after the pixels
         image.load()
     try:
-        found = image.getexif().get(_ORIENTATION)
+        value = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged metadata can raise anything
         return _UPRIGHT
-    return found if isinstance(found, int) and 1 < found <= 8 else _UPRIGHT
+    return value if isinstance(value, int) and 1 < value <= 8 else _UPRIGHT
 
 
 def _stored_pixels(image: Image.Image, orientation: int) -> np.ndarray:
     """Pixels as stored, (H, W, 3) uint8 RGB."""
     pixels = np.asarray(as_rgb(image))
-    return _turned_back(np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels, image, orientation)
+    return _undo_pillow_rotation(np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels, image, orientation)
 
 
-def _turned_back(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
+def _undo_pillow_rotation(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
     """Undo the rotation that Pillow applies to a TIFF, whose orientation it removes from the tags."""
     if image.format == "TIFF" and _ORIENTATION not in image.getexif():
         return upright(pixels, {6: 8, 8: 6}.get(orientation, orientation))
     return pixels
 
 
-def _why_turned(orientation: int, exif: str) -> str:
+def _orientation_hint(orientation: int, exif: str) -> str:
     if orientation not in _SIDEWAYS:
         return ""
     if exif == "apply":

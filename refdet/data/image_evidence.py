@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refdet.structures.coco_ids import LARGEST, bare_number, is_image_file, is_visual_genome, numbers_in_name
+from refdet.structures.coco_ids import MAX_ID, bare_number, is_image_file, is_visual_genome, numbers_in_name
 from refer.image_lookup import coco_number
 
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
@@ -17,7 +17,7 @@ COCO_IDS = ("coco_id", "cocoid")
 _COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
 # Entries of Visual Genome's other files have no image name but lists under these keys.
-_GENOME_LISTS = {
+_VISUAL_GENOME_LISTS = {
     "regions": None,
     "relationships": None,
     "qas": None,
@@ -37,8 +37,8 @@ class Evidence:
         ids: integers under id keys that its names do not contradict. As lists may have their own numbering, these are
             COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
         is_non_coco: whether a null ``coco_id`` marks the image as not from COCO.
-        genome: whether it is an entry of Visual Genome, which has its own ids.
-        unread_names: whether it has a file name or URL without a number.
+        is_visual_genome: whether it is an entry of Visual Genome, which has its own ids.
+        has_unnumbered_name: whether it has a file name or URL without a number.
         addresses: its file names and URLs.
         looked_up: in an instances file, the number by which training may look its image up (`lookup_number`).
     """
@@ -48,13 +48,13 @@ class Evidence:
     bare: frozenset[int]
     ids: frozenset[int]
     is_non_coco: bool
-    genome: bool
-    unread_names: bool
+    is_visual_genome: bool
+    has_unnumbered_name: bool
     addresses: tuple[str, ...] = ()
     looked_up: int | None = None
 
     @property
-    def numbers(self) -> frozenset[int]:
+    def coco_ids(self) -> frozenset[int]:
         """COCO ids that the image may have; the image is held out if any of them is."""
         return self.named | self.bare | self.ids | _coco_range([self.looked_up])
 
@@ -67,7 +67,7 @@ class Evidence:
         Returns:
             False if the COCO image is unknown.
         """
-        if self.unread_names:
+        if self.has_unnumbered_name:
             return False
         if self.named or self.bare or self.is_non_coco:
             return True
@@ -98,31 +98,31 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
     addresses = [text for text in texts if text.text and (text.key in NAMES or is_image_file(text.text))]
-    given = [top[name] for name in COCO_IDS if name in top]
+    explicit = [top[name] for name in COCO_IDS if name in top]
     coco_ids = _coco_range(_integers(entry, _COCO_ID_KEY))
     named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
     bare = frozenset(number for text in texts if text.text != key and (number := _bare(text)) is not None)
-    own = next((_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
+    entry_id = next((_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
     genome = _is_genome_entry(top, [text.text for text in texts])
-    ids = _coco_range([own, *_integers(entry, _ID_KEY), *(_loose_integers(entry))])
-    of_key = bare_number(key) if key else None
-    if of_key is not None and (named or bare or ids or addresses):  # may be a running number
-        ids |= _coco_range([of_key])
-    elif of_key is not None:
-        bare = frozenset([of_key])
-    # Ids are running numbers, as MDETR's, if a name has another number. A coco_id alone says nothing about file names.
-    unread = _has_unread(addresses, bool(coco_ids))
-    of_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
-    other = genome or bool(of_names) or (bool(coco_ids) and not _has_unread(addresses, False))
-    is_non_coco = bool(given) and not named
+    ids = _coco_range([entry_id, *_integers(entry, _ID_KEY), *(_bare_integers(entry))])
+    key_number = bare_number(key) if key else None
+    if key_number is not None and (named or bare or ids or addresses):  # may be a sequential index
+        ids |= _coco_range([key_number])
+    elif key_number is not None:
+        bare = frozenset([key_number])
+    # Ids are sequential, as in MDETR's files, if a name has another number. A coco_id says nothing about file names.
+    unread = _has_unnumbered(addresses, bool(coco_ids))
+    numbers_in_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
+    contradicted = genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
+    is_non_coco = bool(explicit) and not named
     return Evidence(
-        id=own,
+        id=entry_id,
         named=frozenset(named),
         bare=frozenset(bare),
-        ids=frozenset() if other else ids,
+        ids=frozenset() if contradicted else ids,
         is_non_coco=is_non_coco,
-        genome=genome,
-        unread_names=unread and not (coco_ids or is_non_coco),
+        is_visual_genome=genome,
+        has_unnumbered_name=unread and not (coco_ids or is_non_coco),
         addresses=tuple(dict.fromkeys(text.text for text in addresses)),
     )
 
@@ -139,8 +139,8 @@ def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidenc
     name = entry.get("file_name")
     # training reads the file of that name, whatever number a URL has
     other_file = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
-    unread = evidence.unread_names or (other_file and not evidence.is_non_coco)
-    return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), unread_names=unread)
+    unread = evidence.has_unnumbered_name or (other_file and not evidence.is_non_coco)
+    return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), has_unnumbered_name=unread)
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
@@ -165,7 +165,7 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
 def goes_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
     """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts a COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
-    return not evidence.genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
+    return not evidence.is_visual_genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
 
 
 def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
@@ -183,7 +183,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
         Whether the id is the number in the file name, without a contradiction.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
-    if evidence.genome or evidence.is_non_coco or evidence.numbers | {image_id} != {image_id}:
+    if evidence.is_visual_genome or evidence.is_non_coco or evidence.coco_ids | {image_id} != {image_id}:
         return False
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
@@ -198,21 +198,21 @@ def names_in(value: Any) -> frozenset[int]:
 
 def _texts(value: Any) -> Iterator[_Text]:
     """Iterate over all strings in a JSON value and over keys that are image names."""
-    waiting: list[_Text | tuple[str, Any, bool]] = [("", value, False)]
-    while waiting:
-        key, part, listed = waiting.pop()
-        if isinstance(part, str):
-            yield _Text(key, part, listed)
-        elif isinstance(part, dict):
-            for name, inner in part.items():
+    pending: list[_Text | tuple[str, Any, bool]] = [("", value, False)]
+    while pending:
+        key, node, listed = pending.pop()
+        if isinstance(node, str):
+            yield _Text(key, node, listed)
+        elif isinstance(node, dict):
+            for name, child in node.items():
                 if numbers_in_name(name) or is_image_file(name):
                     yield _Text("", name, listed)
-                waiting.append((name, inner, listed))
-        elif isinstance(part, list):
-            waiting += [(key, inner, True) for inner in part]
+                pending.append((name, child, listed))
+        elif isinstance(node, list):
+            pending += [(key, child, True) for child in node]
 
 
-def _has_unread(addresses: Collection[_Text], has_coco_id: bool) -> bool:
+def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
     """Whether an image has a file name or URL without a number.
 
     An image may have several: other names need no number next to COCO's own URL, nor do URLs next to a file name.
@@ -247,31 +247,33 @@ def _integer(value: Any) -> int | None:
 
 def _integers(entry: Any, keys: re.Pattern[str]) -> Iterator[int]:
     """Integers under matching keys, also in lists, at any depth."""
-    waiting: list[tuple[str, Any]] = [("", entry)]
-    while waiting:
-        key, part = waiting.pop()
-        if isinstance(part, dict):
-            waiting += part.items()
-        elif isinstance(part, list):
-            waiting += [(key, inner) for inner in part]
-        elif keys.fullmatch(key) and (number := _integer(part)) is not None:
+    pending: list[tuple[str, Any]] = [("", entry)]
+    while pending:
+        key, node = pending.pop()
+        if isinstance(node, dict):
+            pending += node.items()
+        elif isinstance(node, list):
+            pending += [(key, child) for child in node]
+        elif keys.fullmatch(key) and (number := _integer(node)) is not None:
             yield number
 
 
-def _loose_integers(entry: Any) -> list[int]:
+def _bare_integers(entry: Any) -> list[int]:
     """Integers of an entry that is itself a list or a number."""
     return [part for part in (entry if isinstance(entry, list) else [entry]) if type(part) is int]
 
 
 def _coco_range(numbers: Any) -> frozenset[int]:
-    return frozenset(number for number in numbers if type(number) is int and 0 <= number <= LARGEST)
+    return frozenset(number for number in numbers if type(number) is int and 0 <= number <= MAX_ID)
 
 
 def _is_genome_entry(entry: Mapping[str, Any], strings: Collection[str]) -> bool:
     if any(map(is_visual_genome, strings)):
         return True
-    for key, own in _GENOME_LISTS.items():
+    for key, member_key in _VISUAL_GENOME_LISTS.items():
         value = entry.get(key)
-        if isinstance(value, list) and (own is None or any(isinstance(part, dict) and own in part for part in value)):
+        if isinstance(value, list) and (
+            member_key is None or any(isinstance(part, dict) and member_key in part for part in value)
+        ):
             return True
     return False

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from refdet.data.fetch.hints import how_to_fetch
-from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_system_error
 from refer.image_folder import Listing, list_folder, same_file
-from refer.plain_files import read_file, refuse_huge
+from refer.plain_files import check_file_size, read_file
 
 _UTF8_FLAG = 0x800
 _ENCRYPTED = 0x1
@@ -28,8 +28,8 @@ class ImageFiles(Protocol):
     path: Path
     listing: Listing
 
-    def read(self, name: str, most: int) -> bytes:
-        """Read a listed file of at most ``most`` bytes; any exception if it cannot be read."""
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Read a listed file of at most ``max_bytes`` bytes; any exception if it cannot be read."""
 
     def size(self, name: str) -> int:
         """Size of a listed file in bytes, without reading it."""
@@ -37,8 +37,8 @@ class ImageFiles(Protocol):
     def same(self, names: Sequence[str]) -> bool:
         """Whether several listed files are the same file on disk."""
 
-    def lost(self, name: str) -> bool:
-        """Whether the whole folder or zip is gone: unmounted, or an expired ticket."""
+    def is_gone(self, name: str) -> bool:
+        """Whether the whole folder or zip is gone, for example unmounted."""
 
 
 def open_files(path: Path) -> ImageFiles:
@@ -65,7 +65,7 @@ def open_files(path: Path) -> ImageFiles:
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
-        if is_of_the_machine(error):
+        if is_system_error(error):
             raise RuntimeFailure(f"`images` {path}: cannot be listed now ({error}); try again") from error
         why = str(error) or type(error).__name__
         fault = "cannot be listed" if path.is_dir() else "not a readable zip"
@@ -76,12 +76,12 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listing = list_folder(path)
-        for _, error in self.listing.unread:
-            if is_of_the_machine(error):
+        for _, error in self.listing.unlisted:
+            if is_system_error(error):
                 raise error
 
-    def read(self, name: str, most: int) -> bytes:
-        return read_file(self.path / name, most, "an image")
+    def read(self, name: str, max_bytes: int) -> bytes:
+        return read_file(self.path / name, max_bytes, "an image")
 
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
@@ -89,10 +89,10 @@ class _Folder:
     def same(self, names: Sequence[str]) -> bool:
         return same_file([self.path / name for name in names])
 
-    def lost(self, name: str) -> bool:
+    def is_gone(self, name: str) -> bool:
         try:
-            with os.scandir((self.path / name).parent) as found:
-                return next(found, None) is None
+            with os.scandir((self.path / name).parent) as entries:
+                return next(entries, None) is None
         except OSError:
             return True
 
@@ -107,35 +107,35 @@ class _Zip:
             for info in archive.infolist():
                 if info.is_dir():
                     continue
-                name = _meant(info)
+                name = _decode_name(info)
                 if name != info.filename:
                     self._members[name] = info.filename
-                if why := _unusable(info):
+                if why := _why_unusable(info):
                     unusable[name] = why
                 else:
                     files.append(name)
         self.listing = Listing(files, unusable, {}, [], [])
 
-    def read(self, name: str, most: int) -> bytes:
-        archive = self._opened()
+    def read(self, name: str, max_bytes: int) -> bytes:
+        archive = self._archive()
         info = archive.getinfo(self._members.get(name, name))
-        refuse_huge(info.file_size, most, "an image")
+        check_file_size(info.file_size, max_bytes, "an image")
         if info.compress_type == zipfile.ZIP_BZIP2:
-            return _bunzipped(archive, info, most)
+            return _read_bzip2(archive, info, max_bytes)
         # not ZipFile.read, which decompresses everything before truncating it to the declared size
         with archive.open(info) as member:
             return member.read(info.file_size + 1)
 
     def size(self, name: str) -> int:
-        return self._opened().getinfo(self._members.get(name, name)).file_size
+        return self._archive().getinfo(self._members.get(name, name)).file_size
 
     def same(self, names: Sequence[str]) -> bool:
         return False
 
-    def lost(self, name: str) -> bool:
+    def is_gone(self, name: str) -> bool:
         return not self.path.is_file()
 
-    def _opened(self) -> zipfile.ZipFile:
+    def _archive(self) -> zipfile.ZipFile:
         # not shared with forked workers, as they would share the file position
         if self._open is None or self._open[0] != os.getpid():
             try:
@@ -148,7 +148,7 @@ class _Zip:
         return {**self.__dict__, "_open": None}
 
 
-def _meant(info: zipfile.ZipInfo) -> str:
+def _decode_name(info: zipfile.ZipInfo) -> str:
     """Name of a member; macOS and others write UTF-8 without its flag, which zipfile decodes as cp437."""
     if info.flag_bits & _UTF8_FLAG or info.filename.isascii():
         return info.filename
@@ -158,7 +158,7 @@ def _meant(info: zipfile.ZipInfo) -> str:
         return info.filename
 
 
-def _unusable(info: zipfile.ZipInfo) -> str:
+def _why_unusable(info: zipfile.ZipInfo) -> str:
     """Why a member cannot be read, "" if it can."""
     if info.flag_bits & _ENCRYPTED:
         return "encrypted; unpack the zip and give the folder"
@@ -169,9 +169,9 @@ def _unusable(info: zipfile.ZipInfo) -> str:
     return ""
 
 
-def _bunzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+def _read_bzip2(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
     """Read a bzip2 member up to its declared size; zipfile would decompress all of it."""
-    refuse_huge(info.compress_size, most, "an image")
+    check_file_size(info.compress_size, max_bytes, "an image")
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
     del packed.CRC  # of the decompressed data

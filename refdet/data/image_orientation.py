@@ -21,22 +21,22 @@ class OrientationNote:
     """
 
     def __init__(self, source: ImageSource, batches: int | None = None) -> None:
-        self._source, self._left, self._said = source, batches, False
+        self._source, self._remaining, self._logged = source, batches, False
 
     def add(self, oriented: Mapping[str, int]) -> None:
         """Add the files of a batch with an orientation other than 1, file name -> orientation."""
         self._source.oriented.update(oriented)
-        if self._left is not None:
-            self._left -= 1
-            if self._left == 0:
-                self._say()
+        if self._remaining is not None:
+            self._remaining -= 1
+            if self._remaining == 0:
+                self._log()
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         names, exif = sorted(self._source.oriented), self._source.exif
-        if self._said or not names:
+        if self._logged or not names:
             return
-        self._said = True
-        done = (
+        self._logged = True
+        handling = (
             "they are used as stored, as COCO's are; add `exif='apply'` if they were annotated upright"
             if exif == "ignore"
             else "they are rotated upright"
@@ -46,11 +46,11 @@ class OrientationNote:
             self._source.path,
             len(names),
             names[0],
-            done,
+            handling,
         )
 
     def __enter__(self) -> OrientationNote:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._say()
+        self._log()

@@ -11,14 +11,14 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import SizeError, decode, most_bytes
+from refdet.data.image_decoder import SizeError, decode, max_file_size
 from refdet.data.image_files import ImageFiles, open_files
-from refdet.errors import InputError, RuntimeFailure, is_of_the_machine
+from refdet.errors import InputError, RuntimeFailure, is_system_error
 from refer.image_lookup import FileNames, Key, Match
 
 log = logging.getLogger(__name__)
 
-_MOST_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
+_MAX_UNDECLARED_BYTES = 1 << 28  # of the file of an image without a declared size
 
 
 class ImageError(InputError):
@@ -67,17 +67,17 @@ class ImageSource:
             RuntimeFailure: a disk or network error.
         """
         files = open_files(Path(path))
-        unread, above = files.listing.unread, files.listing.above
-        if unread:
+        unlisted, parent_links = files.listing.unlisted, files.listing.parent_links
+        if unlisted:
             log.warning(
                 "note: `images` %s: %d subfolders cannot be listed, first: %s (%s)",
                 path,
-                len(unread),
-                unread[0][0],
-                unread[0][1].strerror,
+                len(unlisted),
+                unlisted[0][0],
+                unlisted[0][1].strerror,
             )
-        if above:
-            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, above[0])
+        if parent_links:
+            log.warning("note: `images` %s: link %s to a parent folder is not followed", path, parent_links[0])
         source = cls(files, exif)
         log.info("`images` %s: %d files", path, len(source._names))
         return source
@@ -93,10 +93,10 @@ class ImageSource:
             Name and reason for each image without a file, in the order of ``records``.
         """
         both = (*records, *listed)
-        found = self._names.locate(_sought(record) for record in both if record.file_name or record.by_id)
-        self._located.update({key: self._usable(match) for key, match in found.items()})
+        matches_ = self._names.locate(_lookup_key(record) for record in both if record.file_name or record.by_id)
+        self._located.update({key: self._usable(match) for key, match in matches_.items()})
         matches = [self._match(record) for record in records]
-        moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.elsewhere and match.path]
+        moved = [(r, match) for r, match in zip(records, matches, strict=True) if match.in_other_folder and match.path]
         if moved:
             log.warning(
                 "note: `images` %s: %d of %d images are in another folder than their file_name says, first: %s, "
@@ -108,7 +108,7 @@ class ImageSource:
                 moved[0][1].path,
             )
         return [
-            f"{_named(record)} ({match.reason})"
+            f"{_display_name(record)} ({match.reason})"
             for record, match in zip(records, matches, strict=True)
             if match.path is None
         ]
@@ -146,11 +146,11 @@ class ImageSource:
         Raises:
             InputError: always.
         """
-        unclear = [record for record in records if self._match(record).unclear]
-        if unclear:
-            what = f"{_named(unclear[0])}: {self.why_missing(unclear[0])}"
+        ambiguous = [record for record in records if self._match(record).ambiguous]
+        if ambiguous:
+            what = f"{_display_name(ambiguous[0])}: {self.why_missing(ambiguous[0])}"
             raise InputError(
-                f"`images` {self.path}: {what} (the same for {len(unclear)} of the {len(records)} images in "
+                f"`images` {self.path}: {what} (the same for {len(ambiguous)} of the {len(records)} images in "
                 f"{listed_in.name}); give the folder that holds only the images, or add the folder to each file_name"
             )
         raise InputError(
@@ -178,7 +178,7 @@ class ImageSource:
         """
         match = self._match(record)
         if match.path is None:
-            raise ImageError(f"{self.path}: no file for image {record.id}, {_named(record)}: {match.reason}")
+            raise ImageError(f"{self.path}: no file for image {record.id}, {_display_name(record)}: {match.reason}")
         name, height, width = match.path, record.height, record.width
         try:
             decoded = decode(self.data(name, height, width), height, width, self.exif)
@@ -217,7 +217,7 @@ class ImageSource:
             OSError: it cannot be read, or is far too large for such an image; zipfile raises other exceptions too.
             RuntimeFailure: the whole zip is gone.
         """
-        return self._files.read(name, most_bytes(height, width) if height and width else _MOST_UNDECLARED_BYTES)
+        return self._files.read(name, max_file_size(height, width) if height and width else _MAX_UNDECLARED_BYTES)
 
     def refuse_unread(self, name: str, error: Exception) -> None:
         """Raise a RuntimeFailure if an error is a failure of the machine and not of the file.
@@ -229,8 +229,8 @@ class ImageSource:
         Raises:
             RuntimeFailure: the error is one of the disk, the network or memory.
         """
-        gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.lost(name)
-        if gone or is_of_the_machine(error):
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) and self._files.is_gone(name)
+        if gone or is_system_error(error):
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RuntimeFailure(
                 f"{self.path}/{name}: cannot be read now ({what}), though the image may be intact; check the disk, "
@@ -247,8 +247,8 @@ class ImageSource:
             return Match(None, "no file_name, and its entry says that its id is not a COCO id")
         key: Key = record.file_name or record.id
         if key not in self._located:  # not in a list given to locate
-            found = self._names.locate([_sought(record)])
-            self._located[key] = self._usable(found[key])
+            matches = self._names.locate([_lookup_key(record)])
+            self._located[key] = self._usable(matches[key])
         return self._located[key]
 
     def _usable(self, match: Match) -> Match:
@@ -256,11 +256,11 @@ class ImageSource:
         return match if why is None else Match(None, f"{match.path} is {why}")
 
 
-def _sought(record: ImageRecord) -> tuple[int, str]:
+def _lookup_key(record: ImageRecord) -> tuple[int, str]:
     return record.id, record.file_name
 
 
-def _named(record: ImageRecord) -> str:
+def _display_name(record: ImageRecord) -> str:
     """Human-readable name by which an image is looked up."""
     return record.file_name or f"id {record.id} without a file_name"
 

@@ -36,9 +36,11 @@ class PackedImages:
     def of(cls, images: Sequence[np.ndarray]) -> PackedImages:
         """Pack images of uint8 or float32."""
         tensors = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
-        parts = [tensor.flatten().view(torch.uint8) for tensor in tensors]
+        buffers = [tensor.flatten().view(torch.uint8) for tensor in tensors]
         # floats start at multiples of 4
-        padded = [torch.cat((part, part.new_zeros(-len(part) % 4))) if len(part) % 4 else part for part in parts]
+        padded = [
+            torch.cat((buffer, buffer.new_zeros(-len(buffer) % 4))) if len(buffer) % 4 else buffer for buffer in buffers
+        ]
         return cls(torch.cat(padded), [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
 
     def pin_memory(self) -> PackedImages:
@@ -54,7 +56,7 @@ class PackedImages:
         ]
 
     def unpacked(self, device: torch.device) -> list[Tensor]:
-        """The images on a device, by one copy, which is asynchronous from pinned memory."""
+        """The images on a device, by a single copy, which is asynchronous from pinned memory."""
         data, first, images = on_device(self.data, device), 0, []
         for dtype, shape in self.layouts:
             size = int(np.prod(shape)) * _BYTES[dtype]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refer.masks import FARTHEST, LONGEST, can_be_drawn
+from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 
-_FEWEST = 6  # numbers: three points
+_MIN_NUMBERS = 6  # numbers: three points
 
 
 def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, str]:
@@ -34,15 +34,15 @@ def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, s
     for polygon in value:
         try:
             # Summing is the fastest check that all numbers of a long list are finite.
-            good = isinstance(polygon, list) and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
+            valid = isinstance(polygon, list) and len(polygon) % 2 == 0 and math.isfinite(sum(polygon))
         except (TypeError, OverflowError):
-            good = False
-        if not good:
-            raise InputError(f"{path}: {what}: a polygon {_fault(polygon)}; it must be numbers [x, y, x, y, ...]")
-    kept = [polygon for polygon in value if len(polygon) >= _FEWEST]
+            valid = False
+        if not valid:
+            raise InputError(f"{path}: {what}: a polygon {_problem(polygon)}; it must be numbers [x, y, x, y, ...]")
+    kept = [polygon for polygon in value if len(polygon) >= _MIN_NUMBERS]
     if len(kept) == len(value):
         return value, ""
-    return kept or None, _left_out([polygon for polygon in value if len(polygon) < _FEWEST])
+    return kept or None, _describe_dropped([polygon for polygon in value if len(polygon) < _MIN_NUMBERS])
 
 
 def check_outlines(path: Path, polygons: list, what: str, height: int, width: int) -> None:
@@ -61,11 +61,13 @@ def check_outlines(path: Path, polygons: list, what: str, height: int, width: in
     if is_surely_drawn(polygons) or can_be_drawn(polygons, height, width):
         return
     reach = min(max(max(map(abs, polygon)) for polygon in polygons), 1e300)  # an integer may exceed the range of floats
-    if reach > FARTHEST + max(height, width):
-        fault = f"a polygon reaches {reach:.6g}, more than {FARTHEST} pixels outside its image of {width}x{height}"
+    if reach > MAX_DISTANCE + max(height, width):
+        problem = (
+            f"a polygon reaches {reach:.6g}, more than {MAX_DISTANCE} pixels outside its image of {width}x{height}"
+        )
     else:
-        fault = f"the outlines of its polygons are longer than {LONGEST} pixels"
-    raise InputError(f"{path}: {what}: {fault}; correct or remove the annotation")
+        problem = f"the outlines of its polygons are longer than {MAX_LENGTH} pixels"
+    raise InputError(f"{path}: {what}: {problem}; correct or remove the annotation")
 
 
 def is_surely_drawn(polygons: list) -> bool:
@@ -76,13 +78,13 @@ def is_surely_drawn(polygons: list) -> bool:
     length = 0.0
     for polygon in polygons:
         low, high = min(polygon), max(polygon)
-        if low < -FARTHEST or high > FARTHEST:
+        if low < -MAX_DISTANCE or high > MAX_DISTANCE:
             return False
         length += len(polygon) / 2 * (high - low)
-    return length <= LONGEST
+    return length <= MAX_LENGTH
 
 
-def _fault(polygon: Any) -> str:
+def _problem(polygon: Any) -> str:
     if not isinstance(polygon, list):
         return f"is {reprlib.repr(polygon)}, not a list"
     if any(isinstance(part, list) for part in polygon):
@@ -97,7 +99,7 @@ def _fault(polygon: Any) -> str:
     return "contains numbers that are too large"
 
 
-def _left_out(short: list[list]) -> str:
+def _describe_dropped(short: list[list]) -> str:
     """Description of polygons with fewer than three points."""
     sizes = sorted({len(polygon) // 2 for polygon in short})
     points = " or ".join(map(str, sizes)) + (" point" if sizes == [1] else " points")

@@ -8,12 +8,12 @@ from refdet.errors import InputError
 from refer.types import Ref
 
 
-def choose_splits(refs: Iterable[Ref], wanted: Sequence[str], where: str, skip: Sequence[str] = ()) -> list[str]:
+def choose_splits(refs: Iterable[Ref], requested: Sequence[str], where: str, skip: Sequence[str] = ()) -> list[str]:
     """Return the requested splits, or all splits of the refs except those in ``skip``.
 
     Args:
         refs: the refs of a dataset and split_by.
-        wanted: split names, possibly several separated by commas; empty for all.
+        requested: split names, possibly several separated by commas; empty for all.
         where: name of the refs, for error messages.
         skip: splits to omit unless they are requested.
 
@@ -23,9 +23,9 @@ def choose_splits(refs: Iterable[Ref], wanted: Sequence[str], where: str, skip: 
     Raises:
         InputError: an unknown split; the message lists the existing ones.
     """
-    there = list(dict.fromkeys(ref["split"] for ref in refs))
-    names = list(dict.fromkeys(name.strip() for text in wanted for name in text.split(",") if name.strip()))
+    existing = list(dict.fromkeys(ref["split"] for ref in refs))
+    names = list(dict.fromkeys(name.strip() for text in requested for name in text.split(",") if name.strip()))
     for name in names:
-        if name not in there:
-            raise InputError(f"`splits` {name}: no such split in {where}; choose from {', '.join(sorted(there))}")
-    return names or sorted(name for name in there if name not in skip)
+        if name not in existing:
+            raise InputError(f"`splits` {name}: no such split in {where}; choose from {', '.join(sorted(existing))}")
+    return names or sorted(name for name in existing if name not in skip)

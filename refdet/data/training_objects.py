@@ -16,7 +16,7 @@ class TrainingObjects:
     """Images and objects of an instances file to train on.
 
     Objects are annotations that are not crowds. An object without a segmentation is excluded from the mask loss. Images
-    without objects are excluded unless they are wanted as negatives.
+    without objects are excluded unless they are included as negatives.
 
     Args:
         index: the instances file.
@@ -35,11 +35,13 @@ class TrainingObjects:
 
     def __init__(self, index: CocoIndex, masks: bool, empty_images: bool = False) -> None:
         self.index, self.masks = index, masks
-        self._objects = {id_: [a for a in found if not a.iscrowd] for id_, found in index.annotations.items()}
-        crowds = sum(a.iscrowd for found in index.annotations.values() for a in found)
+        self._objects = {
+            id_: [a for a in annotations if not a.iscrowd] for id_, annotations in index.annotations.items()
+        }
+        crowds = sum(a.iscrowd for annotations in index.annotations.values() for a in annotations)
         objects = sum(map(len, self._objects.values()))
         if not objects:
-            raise InputError(_nothing(index, crowds))
+            raise InputError(_why_empty(index, crowds))
         self.records = [r for r in index.images.values() if empty_images or self._objects[r.id]]
         self.notes: list[str] = []
         if crowds:
@@ -47,15 +49,19 @@ class TrainingObjects:
                 f"{index.path}: {crowds} of {crowds + objects} annotations have iscrowd 1 and are neither object nor "
                 f"background; add `crowd_as_object=True` to train on them as objects"
             )
-        bare = sum(a.segmentation is None for found in self._objects.values() for a in found)
-        if masks and bare:
+        without_masks = sum(a.segmentation is None for annotations in self._objects.values() for a in annotations)
+        if masks and without_masks:
             self.notes.append(
-                f"{index.path}: {bare} of {objects} objects have no segmentation; only their classes and boxes are "
-                "trained"
+                f"{index.path}: {without_masks} of {objects} objects have no segmentation; only their classes and "
+                "boxes are trained"
             )
-        if empty := sum(not found for found in self._objects.values()):
-            done = "used as negatives" if empty_images else "excluded (add `train.empty_images=true` to include them)"
-            self.notes.append(f"{index.path}: {empty} of {len(index.images)} images have no objects and are {done}")
+        if empty := sum(not annotations for annotations in self._objects.values()):
+            treatment = (
+                "used as negatives" if empty_images else "excluded (add `train.empty_images=true` to include them)"
+            )
+            self.notes.append(
+                f"{index.path}: {empty} of {len(index.images)} images have no objects and are {treatment}"
+            )
 
     def objects(self, image_id: int) -> list[Annotation]:
         """Objects of an image."""
@@ -70,24 +76,24 @@ class TrainingObjects:
 
         Independent of anything else, such as areas, licences and the layout of the JSON.
         """
-        digest = hashlib.sha256(_encoded([list(pair) for pair in self.index.categories.items()]))
+        digest = hashlib.sha256(_encode([list(pair) for pair in self.index.categories.items()]))
         for r in self.records:
             entries = [
                 [a.category_id, a.box, a.iscrowd, a.segmentation if self.masks and not a.iscrowd else None]
                 for a in self.index.annotations[r.id]
             ]
-            digest.update(_encoded([r.id, r.file_name, r.height, r.width, entries]) + b"\n")
+            digest.update(_encode([r.id, r.file_name, r.height, r.width, entries]) + b"\n")
         return digest.hexdigest()
 
 
-def _encoded(value: Any) -> bytes:
+def _encode(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
     except (OverflowError, ValueError):  # integers beyond 64 bits
         return json.dumps(value).encode()
 
 
-def _nothing(index: CocoIndex, crowds: int) -> str:
+def _why_empty(index: CocoIndex, crowds: int) -> str:
     """Why there is nothing to train on."""
     if crowds:
         which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"

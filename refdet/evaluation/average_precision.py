@@ -1,7 +1,7 @@
 """COCO's box and mask AP, as computed by pycocotools. No torch.
 
-faster-coco-eval (the extra ``fast``: ``pip install ".[fast]"``) is used if installed; it returns the same numbers
-faster.
+faster-coco-eval (the extra ``fast``: ``pip install ".[fast]"``) is used if installed; it returns the same
+numbers faster.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def coco_ap(
     Raises:
         InputError: an annotation's polygons are too far outside the image or too long to be rasterized.
     """
-    numbers = _Numbers.of(index, image_ids)
-    if not numbers.images:
+    ids = _ContiguousIds.of(index, image_ids)
+    if not ids.images:
         return dict.fromkeys(METRICS, -1.0)
-    evaluation = _evaluated(index, numbers, results, kind)
+    evaluation = _evaluate(index, ids, results, kind)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
     return dict(zip(METRICS, (float(value) for value in evaluation.stats), strict=False))
@@ -65,7 +65,7 @@ def coco_ap(
 def ap_by_category(
     index: CocoIndex, image_ids: Collection[int], results: Sequence[dict[str, Any]], kind: str
 ) -> dict[int, dict[str, float | None]]:
-    """`coco_ap` of each category, whose means over the categories with objects are the rates of `coco_ap`.
+    """`coco_ap` of each category, whose means over the categories with objects are the values of `coco_ap`.
 
     Args:
         index: the annotations.
@@ -76,12 +76,12 @@ def ap_by_category(
     Returns:
         Category id -> `METRICS`, 0..1; None if there are no such objects. Empty without images.
     """
-    numbers = _Numbers.of(index, image_ids)
-    if not numbers.images or not numbers.categories:
+    ids = _ContiguousIds.of(index, image_ids)
+    if not ids.images or not ids.categories:
         return {}
     # (IoU thresholds, recalls, categories, sizes, limits of regions), -1 where there are no objects
-    precision = np.asarray(_evaluated(index, numbers, results, kind).eval["precision"])[..., -1]
-    parts: list[tuple[Any, int]] = [
+    precision = np.asarray(_evaluate(index, ids, results, kind).eval["precision"])[..., -1]
+    slices: list[tuple[Any, int]] = [
         (slice(None), 0),
         ([0], 0),
         ([5], 0),
@@ -90,30 +90,33 @@ def ap_by_category(
         (slice(None), 3),
     ]
 
-    def rate(thresholds: Any, category: int, size: int) -> float | None:
+    def mean_precision(thresholds: Any, category: int, size: int) -> float | None:
         values = precision[thresholds, :, category, size]
         return float(values.mean()) if (values > -1).all() else None
 
     return {
-        id_: {name: rate(part[0], number - 1, part[1]) for name, part in zip(METRICS, parts, strict=True)}
-        for id_, number in numbers.categories.items()
+        id_: {
+            name: mean_precision(selection[0], contiguous_id - 1, selection[1])
+            for name, selection in zip(METRICS, slices, strict=True)
+        }
+        for id_, contiguous_id in ids.categories.items()
     }
 
 
-def _evaluated(index: CocoIndex, numbers: _Numbers, results: Sequence[dict[str, Any]], kind: str) -> Any:
+def _evaluate(index: CocoIndex, ids: _ContiguousIds, results: Sequence[dict[str, Any]], kind: str) -> Any:
     """COCOeval of results, accumulated."""
-    found = _results(results, kind, numbers)
+    entries = _results(results, kind, ids)
     COCO, COCOeval = _evaluator()
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = _dataset(index, kind, numbers)
-        truth.createIndex()
-        detected = truth.loadRes(found) if found else COCO()
-        if not found:
-            detected.dataset = {**truth.dataset, "annotations": []}
-            detected.createIndex()
-        evaluation = COCOeval(truth, detected, kind)
-        evaluation.params.imgIds = list(numbers.images.values())
+        ground_truth = COCO()
+        ground_truth.dataset = _dataset(index, kind, ids)
+        ground_truth.createIndex()
+        detections = ground_truth.loadRes(entries) if entries else COCO()
+        if not entries:
+            detections.dataset = {**ground_truth.dataset, "annotations": []}
+            detections.createIndex()
+        evaluation = COCOeval(ground_truth, detections, kind)
+        evaluation.params.imgIds = list(ids.images.values())
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
@@ -143,67 +146,69 @@ def _evaluator() -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _ContiguousIds:
     """Ids renumbered from 1 on, in the same order, which breaks ties of scores."""
 
     images: dict[int, int]
     categories: dict[int, int]
 
     @classmethod
-    def of(cls, index: CocoIndex, image_ids: Iterable[int]) -> _Numbers:
+    def of(cls, index: CocoIndex, image_ids: Iterable[int]) -> _ContiguousIds:
         return cls(*({id_: n for n, id_ in enumerate(sorted(set(ids)), 1)} for ids in (image_ids, index.categories)))
 
 
-def _results(results: Sequence[dict[str, Any]], kind: str, numbers: _Numbers) -> list[dict[str, Any]]:
+def _results(results: Sequence[dict[str, Any]], kind: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
     """Copies of the results with the box or the mask only: with both COCO would take the size from the box."""
-    judged = "bbox" if kind == "bbox" else "segmentation"
+    key = "bbox" if kind == "bbox" else "segmentation"
     return [
-        {"image_id": image, "category_id": category, "score": result["score"], judged: result[judged]}
+        {"image_id": image, "category_id": category, "score": result["score"], key: result[key]}
         for result in results
-        if (image := numbers.images.get(result["image_id"])) is not None
-        and (category := numbers.categories.get(result["category_id"])) is not None
+        if (image := ids.images.get(result["image_id"])) is not None
+        and (category := ids.categories.get(result["category_id"])) is not None
     ]
 
 
-def _dataset(index: CocoIndex, kind: str, numbers: _Numbers) -> dict[str, Any]:
+def _dataset(index: CocoIndex, kind: str, ids: _ContiguousIds) -> dict[str, Any]:
     """The dataset for COCOeval, which modifies it. pycocotools 2.0.10 needs ``info``, which files may lack."""
-    records = [index.images[image_id] for image_id in numbers.images]
+    records = [index.images[image_id] for image_id in ids.images]
     return {
         "info": {},
         "licenses": [],
-        "images": [{"id": numbers.images[r.id], "height": r.height, "width": r.width} for r in records],
-        "categories": [{"id": n, "name": index.categories[id_]} for id_, n in numbers.categories.items()],
-        "annotations": _annotations(index, kind, numbers),
+        "images": [{"id": ids.images[r.id], "height": r.height, "width": r.width} for r in records],
+        "categories": [{"id": n, "name": index.categories[id_]} for id_, n in ids.categories.items()],
+        "annotations": _annotations(index, kind, ids),
     }
 
 
-def _annotations(index: CocoIndex, kind: str, numbers: _Numbers) -> list[dict[str, Any]]:
-    checked = {a.id: a for image_id in numbers.images for a in index.annotations[image_id]}
+def _annotations(index: CocoIndex, kind: str, ids: _ContiguousIds) -> list[dict[str, Any]]:
+    checked = {a.id: a for image_id in ids.images for a in index.annotations[image_id]}
     annotations: list[dict[str, Any]] = []
     for entry in index.raw["annotations"]:
-        if entry["image_id"] not in numbers.images:
+        if entry["image_id"] not in ids.images:
             continue
-        known, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
+        annotation, (x, y, w, h) = checked.get(entry["id"]), entry["bbox"]
         # an empty box is never found, as in COCO; one that is not finite would match everything
-        if known is None and not (kind == "bbox" and all(map(is_finite, (x, y, w, h)))):
+        if annotation is None and not (kind == "bbox" and all(map(is_finite, (x, y, w, h)))):
             continue
-        area, crowd = (known.area, known.iscrowd) if known else (entry.get("area"), entry.get("iscrowd", 0))
+        area, crowd = (
+            (annotation.area, annotation.iscrowd) if annotation else (entry.get("area"), entry.get("iscrowd", 0))
+        )
         copy: dict[str, Any] = {
             "id": len(annotations) + 1,
-            "image_id": numbers.images[entry["image_id"]],
-            "category_id": numbers.categories[entry["category_id"]],
+            "image_id": ids.images[entry["image_id"]],
+            "category_id": ids.categories[entry["category_id"]],
             "bbox": [float(x), float(y), float(w), float(h)],
             "area": float(area) if is_finite(area) else float(w) * float(h),
             "iscrowd": int(crowd),
             "segmentation": [],
         }
-        if kind == "segm" and known is not None:
-            copy["segmentation"] = known.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
+        if kind == "segm" and annotation is not None:
+            copy["segmentation"] = annotation.segmentation or [[x, y, x, y + h, x + w, y + h, x + w, y]]
             if isinstance(copy["segmentation"], list):
-                image = index.images[known.image_id]
+                image = index.images[annotation.image_id]
                 try:
                     check_polygons(copy["segmentation"], image.height, image.width)
                 except InputError as error:
-                    raise InputError(f"{index.path}: annotation {known.id}: {error}") from None
+                    raise InputError(f"{index.path}: annotation {annotation.id}: {error}") from None
         annotations.append(copy)
     return annotations

@@ -55,64 +55,71 @@ def comprehension(
         prediction has a mask.
     """
     ious: list[float] = []
-    right: list[float] = []  # the overlap that the protocol thresholds
-    best: list[list[float]] = []
-    guesses: list[float] = []
-    overlaps: list[tuple[int, int]] = []
-    given = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
-    with_masks = any(p is not None and p.masks is not None for p in given)
+    top1: list[float] = []  # the overlap that the protocol thresholds
+    top_k: list[list[float]] = []
+    baseline: list[float] = []
+    mask_overlaps: list[tuple[int, int]] = []
+    all_predictions = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
+    with_masks = any(p is not None and p.masks is not None for p in all_predictions)
     for ref in refs:
         objects = targets.objects_of(refer, ref)
         image, box = index.images[ref["image_id"]], targets.boxes(refer, objects)
         truth = targets.mask(refer, objects, image) if with_masks else None
-        guess = rate(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
+        chance = rate(box_overlap(box, regions[image.id].boxes, protocol)[0], 0.5)
         for sentence in ref["sentences"]:
             predicted = predictions.get(sentence["sent_id"])
             ious.append(0.0 if predicted is None else float(box_iou(predicted.boxes, box, protocol)[0, 0]))
-            best.append(_best_of_first(predicted, box, protocol))
-            right.append(best[-1][0])
-            guesses.append(guess)
+            top_k.append(_best_overlap_at_k(predicted, box, protocol))
+            top1.append(top_k[-1][0])
+            baseline.append(chance)
             if truth is not None:
-                overlaps.append(mask_overlap(_mask(predicted, image), truth))
+                mask_overlaps.append(mask_overlap(_mask(predicted, image), truth))
     ranked = any(p.ranked is not None for p in predictions.values())
     return {
         "comprehension": {
-            "accuracy@0.5": rate(right, 0.5),
-            "missing": sum(p is None for p in given),
-            "random_baseline@0.5": mean(guesses),
-            **precisions(right),
+            "accuracy@0.5": rate(top1, 0.5),
+            "missing": sum(p is None for p in all_predictions),
+            "random_baseline@0.5": mean(baseline),
+            **precisions(top1),
             "mean_iou": mean(ious),
-            **({f"P@{k}": rate([of[at] for of in best], 0.5) for at, k in enumerate(RANKS)} if ranked else {}),
+            **(
+                {f"P@{k}": rate([overlaps[i] for overlaps in top_k], 0.5) for i, k in enumerate(RANKS)}
+                if ranked
+                else {}
+            ),
         },
-        "segmentation": {"missing": sum(p is None or p.masks is None for p in given), **segmentation_scores(overlaps)}
+        "segmentation": {
+            "missing": sum(p is None or p.masks is None for p in all_predictions),
+            **segmentation_scores(mask_overlaps),
+        }
         if with_masks
         else None,
     }
 
 
-def _best_of_first(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:
+def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: Protocol) -> list[float]:
     """Highest overlap of the first k answers with a box (1, 4), for each k in `RANKS`; 0 without an answer."""
     if predicted is None:
         return [0.0] * len(RANKS)
     answers = predicted.boxes if predicted.ranked is None else predicted.ranked
-    found = box_overlap(answers[: RANKS[-1]], box, protocol)[:, 0]
-    return [float(found[:k].max()) for k in RANKS]
+    overlaps = box_overlap(answers[: RANKS[-1]], box, protocol)[:, 0]
+    return [float(overlaps[:k].max()) for k in RANKS]
 
 
 def generalized(
     refer: REFER, index: CocoIndex, refs: Sequence[Any], predictions: Mapping[int, Prediction]
 ) -> dict[str, Any]:
     """`generalized_scores` of the sentences of refs; masks are compared if all predictions have them."""
-    given = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
-    known = [p for p in given if p is not None]
-    with_masks = bool(known) and all(p.masks is not None for p in known)
+    all_predictions = [predictions.get(sentence["sent_id"]) for ref in refs for sentence in ref["sentences"]]
+    available = [p for p in all_predictions if p is not None]
+    with_masks = bool(available) and all(p.masks is not None for p in available)
     answers = []
     for ref in refs:
         objects = targets.objects_of(refer, ref)
         image = index.images[ref["image_id"]]
         # the authors' code and REFER.getMask skip the masks of crowds, but not their boxes
-        drawn = [annotation for annotation in objects if not annotation.get("iscrowd")]
-        truth = targets.mask(refer, drawn, image) if with_masks else None
+        non_crowd = [annotation for annotation in objects if not annotation.get("iscrowd")]
+        truth = targets.mask(refer, non_crowd, image) if with_masks else None
         for sentence in ref["sentences"]:
             predicted = predictions.get(sentence["sent_id"])
             boxes = None if predicted is None else predicted.boxes

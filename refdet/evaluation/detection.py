@@ -59,7 +59,7 @@ def evaluate(
         crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
     Returns:
-        {"bbox": rates, "segm": rates or None without a mask branch}; the rates of `coco_ap`, None if there are no
+        {"bbox": values, "segm": values or None without a mask branch}; the values of `coco_ap`, None if there are no
         objects.
 
     Raises:
@@ -74,25 +74,26 @@ def evaluate(
     if not records:
         raise InputError(f"{instances}: has no images to evaluate on")
     source.check(records, instances)
-    ours, theirs = used(dict(meta.categories)), index.categories
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))
+    detector_categories, dataset_categories = used(dict(meta.categories)), index.categories
+    if detector_categories != dataset_categories:
+        differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
         raise InputError(
-            f"`run` {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they differ "
-            f"({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
+            f"`run` {run} has {len(detector_categories)} classes, {instances} has {len(dataset_categories)}, and they "
+            f"differ ({', '.join(f'{i} {name}' for i, name in differing[:3])} ...); evaluate on the dataset it was "
+            "trained for"
         )
-    _log_odd_annotations(index, meta.recipe.model.masks)
+    _warn_about_annotations(index, meta.recipe.model.masks)
 
     from refdet.detector import loading
     from refdet.device import usable_device, usable_precision
 
-    where = usable_device(device)
-    if usable_precision(precision, where) != precision:
+    torch_device = usable_device(device)
+    if usable_precision(precision, torch_device) != precision:
         log.warning(
             "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
         precision = "float32"
-    detector = loading.load(run, where, for_inference=True, precision=precision)
+    detector = loading.load(run, torch_device, for_inference=True, precision=precision)
     results: list[dict[str, Any]] = []
     with (
         OrientationNote(source),
@@ -101,11 +102,13 @@ def evaluate(
         for regions in detected_regions(detector, source, records, batch_size, workers):
             results += coco_results([regions])
             bar.update()
-    kinds = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
-    found = {kind: coco_ap(index, index.images, results, kind) for kind in kinds}
+    iou_types = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
+    metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
     return {
-        kind: {name: rate if rate >= 0 else None for name, rate in found[kind].items()} if kind in found else None
-        for kind in ("bbox", "segm")
+        iou_type: {name: value if value >= 0 else None for name, value in metrics[iou_type].items()}
+        if iou_type in metrics
+        else None
+        for iou_type in ("bbox", "segm")
     }
 
 
@@ -144,35 +147,37 @@ def detected_regions(
 
     compute = split_on_oom(detecting(detector, DetectionOptions(), ()))
     batches = group_by_input_size(records, detector.meta.recipe.input, batch_size)
-    begun: deque[Finish] = deque()  # a GPU computes a batch while the previous one is finished
+    pending: deque[Finish] = deque()  # a GPU computes a batch while the previous one is finished
     with closing(load_ahead(load, batches, workers)) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
-            bad = next((image for image in images if isinstance(image, str)), None)
-            if bad is not None:
-                raise InputError(bad)
+            error_message = next((image for image in images if isinstance(image, str)), None)
+            if error_message is not None:
+                raise InputError(error_message)
             try:
                 with detector.inference():
-                    begun.append(begin_batch(batch, images, compute))
+                    pending.append(begin_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(f"{device} has too little memory for one image; free some of it") from error
-            if len(begun) > 1:
-                yield from begun.popleft()()
-        while begun:
-            yield from begun.popleft()()
+            if len(pending) > 1:
+                yield from pending.popleft()()
+        while pending:
+            yield from pending.popleft()()
 
 
-def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
+def _warn_about_annotations(index: CocoIndex, masks: bool) -> None:
     """Warn if AP is undefined, or if boxes replace missing masks."""
     reason = why_undefined(index, index.images)
     if reason:
-        crowds = any(annotation.iscrowd for of_image in index.annotations.values() for annotation in of_image)
+        crowds = any(
+            annotation.iscrowd for image_annotations in index.annotations.values() for annotation in image_annotations
+        )
         log.warning("note: %s: %s%s", index.path, reason, ", or give `crowd_as_object=True`" if crowds else "")
-    annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
-    bare = sum(not annotation.segmentation for annotation in annotations)
-    if masks and bare:
+    annotations = [annotation for image_annotations in index.annotations.values() for annotation in image_annotations]
+    without_masks = sum(not annotation.segmentation for annotation in annotations)
+    if masks and without_masks:
         log.warning(
             "note: %s: %d of %d annotations have no segmentation; mask AP uses their boxes instead",
             index.path,
-            bare,
+            without_masks,
             len(annotations),
         )

@@ -51,10 +51,10 @@ class DetectionErrors:
         boxes, categories = regions.boxes[order].astype(np.float64), regions.category_ids[order]
         ious = box_iou(_boxes(objects), boxes)
         self._count_scores(regions.scores[order], categories, ious, objects, _on_crowds(boxes, categories, crowds))
-        for of_object, annotation in zip(ious, objects, strict=True):
-            near = np.flatnonzero(of_object >= MATCH)
-            if len(near):
-                self.confused[annotation.category_id, int(categories[near[0]])] += 1
+        for object_ious, annotation in zip(ious, objects, strict=True):
+            matching = np.flatnonzero(object_ious >= MATCH)
+            if len(matching):
+                self.confused[annotation.category_id, int(categories[matching[0]])] += 1
             else:
                 self.unfound += 1
 
@@ -62,28 +62,28 @@ class DetectionErrors:
         self, scores: np.ndarray, categories: np.ndarray, ious: np.ndarray, objects: list[Annotation], crowd: np.ndarray
     ) -> None:
         """Match regions, best first, each with the object that it overlaps most of those that are left."""
-        kinds = np.array([a.category_id for a in objects], np.int64)
-        free = np.ones(len(objects), bool)
+        labels = np.array([a.category_id for a in objects], np.int64)
+        unmatched = np.ones(len(objects), bool)
         bins = np.clip((scores * BINS).astype(int), 0, BINS - 1)
         for row in range(len(scores)):
-            fits = np.where(free & (kinds == categories[row]), ious[:, row], 0.0)
-            best = int(fits.argmax()) if len(fits) else -1
-            right = best >= 0 and fits[best] >= MATCH
-            if right:
-                free[best] = False
+            candidates = np.where(unmatched & (labels == categories[row]), ious[:, row], 0.0)
+            best = int(candidates.argmax()) if len(candidates) else -1
+            is_correct = best >= 0 and candidates[best] >= MATCH
+            if is_correct:
+                unmatched[best] = False
             elif crowd[row]:
                 continue
             self.regions[bins[row]] += 1
             self.score_sums[bins[row]] += float(scores[row])
-            self.right[bins[row]] += int(right)
+            self.right[bins[row]] += int(is_correct)
 
 
 def detection_errors(index: CocoIndex, images: Iterable[Regions]) -> DetectionErrors:
     """Count the regions of images against the annotations of an instances file."""
-    found = DetectionErrors()
+    errors = DetectionErrors()
     for regions in images:
-        found.add(regions, index.annotations[regions.image_id])
-    return found
+        errors.add(regions, index.annotations[regions.image_id])
+    return errors
 
 
 def _boxes(annotations: list[Annotation]) -> np.ndarray:
@@ -92,10 +92,10 @@ def _boxes(annotations: list[Annotation]) -> np.ndarray:
 
 def _on_crowds(boxes: np.ndarray, categories: np.ndarray, crowds: list[Annotation]) -> np.ndarray:
     """(n,) bool: whether half of a box lies in a crowd of its category, as COCO's evaluation ignores it."""
-    on = np.zeros(len(boxes), bool)
+    on_crowd = np.zeros(len(boxes), bool)
     areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 1e-9)
     for crowd in crowds:
         low, high = np.maximum(boxes[:, :2], crowd.box[:2]), np.minimum(boxes[:, 2:], crowd.box[2:])
-        shared = np.maximum(high - low, 0).prod(axis=1)
-        on |= (shared / areas >= MATCH) & (categories == crowd.category_id)
-    return on
+        intersection = np.maximum(high - low, 0).prod(axis=1)
+        on_crowd |= (intersection / areas >= MATCH) & (categories == crowd.category_id)
+    return on_crowd

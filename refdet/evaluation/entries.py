@@ -10,18 +10,18 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
 
-_KINDS = {int: "an integer", str: "a text"}
+_TYPE_NAMES = {int: "an integer", str: "a string"}
 
 
 def entries_by_id(
-    path: Path, fields: Mapping[str, type], thing: str, answer: str, known: Container[int]
+    path: Path, fields: Mapping[str, type], noun: str, answer: str, known: Container[int]
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Iterate over (position for errors, id, entry) of a list of objects.
 
     Args:
         path: the JSON file.
         fields: required fields and their types, int or str; the first is the id.
-        thing: what the ids are of, such as "sentence".
+        noun: what the ids belong to, such as "sentence".
         answer: what the entries are, such as "a prediction".
         known: the ids of the dataset.
 
@@ -34,23 +34,23 @@ def entries_by_id(
         raise InputError(
             f"{path}: {answer.split()[-1]}s are a list of objects with {names}, this is a {type(entries).__name__}"
         )
-    wanted = " and ".join(f"{_KINDS[kind]} {name}" for name, kind in fields.items())
+    required = " and ".join(f"{_TYPE_NAMES[kind]} {name}" for name, kind in fields.items())
     key = next(iter(fields))
     seen: set[int] = set()
     for position, entry in enumerate(entries):
         where = f"{path}: entry {position}"
         if not isinstance(entry, dict) or any(type(entry.get(name)) is not kind for name, kind in fields.items()):
-            raise InputError(f"{where}: it must be an object with {wanted}{_found(entry, fields)}")
+            raise InputError(f"{where}: it must be an object with {required}{_actual_value(entry, fields)}")
         id_ = entry[key]
         if id_ not in known:
-            raise InputError(f"{where}: {thing} {id_} is not in this dataset and split_by")
+            raise InputError(f"{where}: {noun} {id_} is not in this dataset and split_by")
         if id_ in seen:
-            raise InputError(f"{where}: {thing} {id_} already has {answer}; remove one")
+            raise InputError(f"{where}: {noun} {id_} already has {answer}; remove one")
         seen.add(id_)
         yield where, id_, entry
 
 
-def _found(entry: Any, fields: Mapping[str, type]) -> str:
+def _actual_value(entry: Any, fields: Mapping[str, type]) -> str:
     """The invalid value of a field, for the end of an error."""
     if not isinstance(entry, dict):
         return f", not {reprlib.repr(entry)[:60]}"

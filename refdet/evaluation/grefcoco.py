@@ -43,28 +43,28 @@ def generalized_scores(answers: Sequence[Answer]) -> dict[str, float | int | Non
         gIoU: mean IoU, where a sentence without a target has 1 if predicted so, else 0; cIoU: sum of intersections
         over sum of unions; precision@0.5 ... 0.9 of the masks of sentences with a target. None without masks.
     """
-    none = [a for a in answers if not len(a.truth)]
-    some = [a for a in answers if len(a.truth)]
+    without_target = [a for a in answers if not len(a.truth)]
+    with_target = [a for a in answers if len(a.truth)]
     scores: dict[str, float | int | None] = {
-        "no_target": len(none),
+        "no_target": len(without_target),
         "missing": sum(a.predicted is None for a in answers),
-        "N-acc": mean([_says_none(a) for a in none]) if none else None,
-        "T-acc": mean([a.predicted is not None and len(a.predicted) > 0 for a in some]) if some else None,
-        "precision@F1=1,IoU>=0.5": mean([_all_right(a, box_iou) for a in answers]),
-        "precision@F1=1,GIoU>=0.5": mean([_all_right(a, generalized_iou) for a in answers]),
+        "N-acc": mean([_predicts_no_target(a) for a in without_target]) if without_target else None,
+        "T-acc": mean([a.predicted is not None and len(a.predicted) > 0 for a in with_target]) if with_target else None,
+        "precision@F1=1,IoU>=0.5": mean([_has_perfect_f1(a, box_iou) for a in answers]),
+        "precision@F1=1,GIoU>=0.5": mean([_has_perfect_f1(a, generalized_iou) for a in answers]),
     }
     overlaps = [_overlap(a) for a in answers]
     if any(overlap is None for overlap in overlaps):
         return scores | dict.fromkeys(("gIoU", "cIoU", *precisions([])))
-    known = [overlap for overlap in overlaps if overlap is not None]
-    pairs = list(zip(answers, known, strict=True))
-    ious = [float(_says_none(a)) if not len(a.truth) else ratio(*overlap) for a, overlap in pairs]
-    of_targets = [ratio(*overlap) for a, overlap in pairs if len(a.truth)]
-    overall = ratio(sum(shared for shared, _ in known), sum(union for _, union in known))
-    return scores | {"gIoU": mean(ious), "cIoU": overall} | precisions(of_targets)
+    available = [overlap for overlap in overlaps if overlap is not None]
+    pairs = list(zip(answers, available, strict=True))
+    ious = [float(_predicts_no_target(a)) if not len(a.truth) else ratio(*overlap) for a, overlap in pairs]
+    target_ious = [ratio(*overlap) for a, overlap in pairs if len(a.truth)]
+    overall = ratio(sum(intersection for intersection, _ in available), sum(union for _, union in available))
+    return scores | {"gIoU": mean(ious), "cIoU": overall} | precisions(target_ious)
 
 
-def _says_none(answer: Answer) -> bool:
+def _predicts_no_target(answer: Answer) -> bool:
     return answer.predicted is not None and not len(answer.predicted)
 
 
@@ -74,7 +74,7 @@ def _overlap(answer: Answer) -> tuple[int, int] | None:
     return mask_overlap(answer.predicted_mask, answer.truth_mask)
 
 
-def _all_right(answer: Answer, overlap: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> bool:
+def _has_perfect_f1(answer: Answer, overlap: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> bool:
     """Whether F1 is 1: as many boxes as objects, and all greedily matched pairs overlap by 0.5 or more."""
     if answer.predicted is None or len(answer.predicted) != len(answer.truth):
         return False

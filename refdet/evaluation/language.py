@@ -28,7 +28,7 @@ class Scorers:
     """The metrics of pycocoevalcap that can run here.
 
     Attributes:
-        java: whether Java is installed; without it words are split at blanks and there is no METEOR.
+        java: whether Java is installed; without it words are split at whitespace and there is no METEOR.
     """
 
     java: bool
@@ -42,12 +42,12 @@ class Scorers:
             raise InputError(f"`expressions`: {INSTALL}") from None
         return cls(java=shutil.which("java") is not None)
 
-    def scores(self, truth: Mapping[int, Sequence[str]], said: Mapping[int, str]) -> dict[str, Any]:
+    def scores(self, truth: Mapping[int, Sequence[str]], generated: Mapping[int, str]) -> dict[str, Any]:
         """The metrics over the refs of a split.
 
         Args:
             truth: ref id -> the annotated sentences.
-            said: ref id -> the generated expression; empty text if missing.
+            generated: ref id -> the generated expression; empty text if missing.
 
         Returns:
             BLEU-1 to BLEU-4, ROUGE-L, METEOR (None without Java) in 0..1, CIDEr in 0..10; refs, missing, and the
@@ -56,34 +56,41 @@ class Scorers:
         Raises:
             RuntimeFailure: Java does not work.
         """
-        people = {ref_id: [_clean(s) for s in sentences] for ref_id, sentences in truth.items() if sentences}
-        machine = {ref_id: [_clean(said.get(ref_id, ""))] for ref_id in people}
-        found: dict[str, Any] = {
-            "refs": len(people),
-            "missing": sum(ref_id not in said for ref_id in people),
+        references = {ref_id: [_clean(s) for s in sentences] for ref_id, sentences in truth.items() if sentences}
+        candidates = {ref_id: [_clean(generated.get(ref_id, ""))] for ref_id in references}
+        metrics: dict[str, Any] = {
+            "refs": len(references),
+            "missing": sum(ref_id not in generated for ref_id in references),
             "tokenizer": "ptb" if self.java else "blanks",
         }
         with contextlib.redirect_stdout(io.StringIO()):  # BLEU prints its counts
-            people, machine = self._tokens(people), self._tokens(machine)
-            bleu, _ = _load("bleu.bleu", "Bleu")(4).compute_score(people, machine, verbose=0)
-            found |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
-            found["ROUGE-L"] = float(_load("rouge.rouge", "Rouge")().compute_score(people, machine)[0])
-            words = any(text for of_ref in people.values() for text in of_ref)  # CIDEr fails without one
-            found["CIDEr"] = float(_load("cider.cider", "Cider")().compute_score(people, machine)[0]) if words else 0.0
-            found["METEOR"] = _meteor(people, machine) if self.java else None
-        return found
+            references, candidates = self._tokenize(references), self._tokenize(candidates)
+            bleu, _ = _load("bleu.bleu", "Bleu")(4).compute_score(references, candidates, verbose=0)
+            metrics |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
+            metrics["ROUGE-L"] = float(_load("rouge.rouge", "Rouge")().compute_score(references, candidates)[0])
+            has_words = any(text for ref_texts in references.values() for text in ref_texts)  # CIDEr fails without one
+            metrics["CIDEr"] = (
+                float(_load("cider.cider", "Cider")().compute_score(references, candidates)[0]) if has_words else 0.0
+            )
+            metrics["METEOR"] = _meteor(references, candidates) if self.java else None
+        return metrics
 
-    def _tokens(self, texts: dict[int, list[str]]) -> dict[int, list[str]]:
+    def _tokenize(self, texts: dict[int, list[str]]) -> dict[int, list[str]]:
         if not self.java:
-            return {ref_id: [_split(text) for text in of_ref] for ref_id, of_ref in texts.items()}
+            return {ref_id: [_split(text) for text in ref_texts] for ref_id, ref_texts in texts.items()}
         # the tokenizer works line by line and could lose empty lines, so these are skipped
-        lines = {(ref_id, i): text for ref_id, of_ref in texts.items() for i, text in enumerate(of_ref) if text}
-        done = _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(
+        lines = {(ref_id, i): text for ref_id, ref_texts in texts.items() for i, text in enumerate(ref_texts) if text}
+        tokenized = _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(
             {k: [{"caption": t}] for k, t in lines.items()}
         )
-        if len(done) != len(lines):
-            raise RuntimeFailure(f"`expressions`: PTBTokenizer returned {len(done)} of {len(lines)} sentences; {_JAVA}")
-        return {r: [done[r, i][0] if text else "" for i, text in enumerate(of_ref)] for r, of_ref in texts.items()}
+        if len(tokenized) != len(lines):
+            raise RuntimeFailure(
+                f"`expressions`: PTBTokenizer returned {len(tokenized)} of {len(lines)} sentences; {_JAVA}"
+            )
+        return {
+            r: [tokenized[r, i][0] if text else "" for i, text in enumerate(ref_texts)]
+            for r, ref_texts in texts.items()
+        }
 
 
 _JAVA = "check that `java -version` works, or remove java from the PATH to skip METEOR"
@@ -120,13 +127,13 @@ def _split(text: str) -> str:
     return " ".join(word for word in words if word)
 
 
-def _meteor(people: dict[int, list[str]], machine: dict[int, list[str]]) -> float:
+def _meteor(references: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
     try:
         scorer = _load("meteor.meteor", "Meteor")()
     except OSError as error:
         raise RuntimeFailure(f"`expressions`: METEOR does not start ({error}); {_JAVA}") from error
     try:
-        return float(scorer.compute_score(people, machine)[0])
+        return float(scorer.compute_score(references, candidates)[0])
     except (OSError, ValueError) as error:  # Java ended, or printed something else than numbers
         raise RuntimeFailure(f"`expressions`: METEOR failed ({error or type(error).__name__}); {_JAVA}") from error
     finally:

@@ -18,10 +18,10 @@ def box_iou(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np
 
     "mattnet" is computeIoU of lichengunc/MAttNet, lib/models/eval_dets_utils.py, on the inclusive corners x, y,
     x + w - 1, y + h - 1. It equals the standard IoU, except that an intersection of one pixel or less in width or
-    height counts as none. "mdetr" is the standard IoU here, and differs in `box_overlap`.
+    height counts as none. "mdetr" is the standard IoU here; it differs only in `box_overlap`.
     """
-    shared, union, _ = _areas(a, b, least=1.0 if protocol == "mattnet" else 0.0)
-    return _quotient(shared, union)
+    intersection, union, _ = _areas(a, b, min_side=1.0 if protocol == "mattnet" else 0.0)
+    return _safe_divide(intersection, union)
 
 
 def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -30,8 +30,8 @@ def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     IoU minus the share of the enclosing box that neither covers (Rezatofighi et al., "Generalized Intersection over
     Union"); 0 if the enclosing box is empty.
     """
-    shared, union, around = _areas(a, b, least=0.0)
-    return _quotient(shared, union) - _quotient(around - union, around)
+    intersection, union, enclosing = _areas(a, b, min_side=0.0)
+    return _safe_divide(intersection, union) - _safe_divide(enclosing - union, enclosing)
 
 
 def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -> np.ndarray:
@@ -43,32 +43,32 @@ def box_overlap(a: np.ndarray, b: np.ndarray, protocol: Protocol = "standard") -
     return generalized_iou(a, b) if protocol == "mdetr" else box_iou(a, b, protocol)
 
 
-def _areas(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _areas(a: np.ndarray, b: np.ndarray, min_side: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Areas of the intersection, the union and the enclosing box of each pair of boxes, (n, m) each.
 
-    An intersection counts only if both sides exceed `least`.
+    An intersection counts only if both sides exceed `min_side`.
     """
     a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    shared = np.where((sides > least).all(-1), sides.prod(-1), 0.0)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
-    around = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(-1)
-    return shared, union, around
+    intersection = np.where((sides > min_side).all(-1), sides.prod(-1), 0.0)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
+    enclosing = (np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return intersection, union, enclosing
 
 
-def _quotient(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+def _safe_divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
 def mask_overlap(a: dict, b: dict) -> tuple[int, int]:
     """Pixels in the intersection and in the union of two RLE masks of one size."""
-    both = int(coco_mask.area(coco_mask.merge([a, b], intersect=True)))
-    return both, int(coco_mask.area(a)) + int(coco_mask.area(b)) - both
+    intersection = int(coco_mask.area(coco_mask.merge([a, b], intersect=True)))
+    return intersection, int(coco_mask.area(a)) + int(coco_mask.area(b)) - intersection
 
 
-def ratio(part: float, whole: float) -> float:
-    """Part / whole; 0 if whole is 0."""
-    return part / whole if whole else 0.0
+def ratio(numerator: float, denominator: float) -> float:
+    """Quotient of two numbers; 0 if the denominator is 0."""
+    return numerator / denominator if denominator else 0.0
 
 
 def rate(values: Sequence[float] | np.ndarray, threshold: float) -> float:
@@ -92,6 +92,6 @@ def segmentation_scores(overlaps: Sequence[tuple[int, int]]) -> dict[str, float]
     Args:
         overlaps: (intersection, union) in pixels for each sentence.
     """
-    ious = [ratio(shared, union) for shared, union in overlaps]
-    overall = ratio(sum(shared for shared, _ in overlaps), sum(union for _, union in overlaps))
+    ious = [ratio(intersection, union) for intersection, union in overlaps]
+    overall = ratio(sum(intersection for intersection, _ in overlaps), sum(union for _, union in overlaps))
     return {**precisions(ious), "overall_iou": overall, "mean_iou": mean(ious)}

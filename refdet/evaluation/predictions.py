@@ -25,8 +25,8 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-_KINDS = ("region", "box", "segmentation")
-_FARTHEST = 1e9  # pixels; areas do not overflow
+_SINGLE = ("region", "box", "segmentation")
+_MAX_COORDINATE = 1e9  # pixels; areas do not overflow
 _LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
 _RANKED = {"ranked_regions": "region", "ranked_boxes": "box"}
 
@@ -50,7 +50,7 @@ def load_predictions(
     path: Path,
     store: Store,
     images: Mapping[int, ImageRecord],
-    several: bool = False,
+    generalized: bool = False,
     box_format: str = DEFAULT,
 ) -> dict[int, Prediction]:
     """Read and check a predictions JSON; warns if the boxes look like another format.
@@ -60,7 +60,7 @@ def load_predictions(
             ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
         store: the store of the region rows.
         images: sentence id -> its image, for every sentence of the dataset.
-        several: entries may instead have a list, empty for "no such object": ``regions``, ``boxes`` or
+        generalized: entries may have a list instead, empty for "no such object": ``regions``, ``boxes`` or
             ``segmentations``. An empty segmentation then counts as no object. There are no ranked lists.
         box_format: format of the boxes, one of `refdet.data.box_format.NAMES`.
 
@@ -76,32 +76,32 @@ def load_predictions(
         for box in _boxes(entry):
             boxes.append(box)
             sizes.append((images[sent_id].width, images[sent_id].height))
-    form, lines = settle(box_format, np.array(boxes), np.array(sizes))
-    for line in lines:
-        kind, _, text = line.partition(": ")
-        log.warning("%s: %s: %s", kind, path, text)
-    read = _Reader(store, FORMS[form], several)
-    found: dict[int, Prediction] = {}
+    form, warnings = settle(box_format, np.array(boxes), np.array(sizes))
+    for warning in warnings:
+        level, _, text = warning.partition(": ")
+        log.warning("%s: %s: %s", level, path, text)
+    reader = _Reader(store, FORMS[form], generalized)
+    predictions: dict[int, Prediction] = {}
     for where, sent_id, entry in entries:
         try:
-            found[sent_id] = read.prediction(entry, images[sent_id])
+            predictions[sent_id] = reader.prediction(entry, images[sent_id])
         except InputError as error:
             raise InputError(f"{where} (sentence {sent_id}): {error}") from None
-    return found
+    return predictions
 
 
 def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
     """The boxes of an entry that are four numbers."""
     lists = [entry.get(kind) for kind in ("boxes", "ranked_boxes")]
-    for several in ([entry.get("box")], *lists):
-        if isinstance(several, list):
-            yield from (box for box in several if _are_numbers(box))
+    for boxes in ([entry.get("box")], *lists):
+        if isinstance(boxes, list):
+            yield from (box for box in boxes if _is_box(box))
 
 
-def _are_numbers(value: Any) -> bool:
+def _is_box(value: Any) -> bool:
     # comparison works for integers beyond the range of floats too, and is False for NaN
     numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-    return numbers and all(-_FARTHEST <= v <= _FARTHEST for v in value)
+    return numbers and all(-_MAX_COORDINATE <= v <= _MAX_COORDINATE for v in value)
 
 
 @dataclass(frozen=True)
@@ -110,35 +110,37 @@ class _Reader:
 
     store: Store
     form: BoxForm
-    several: bool
+    generalized: bool
 
     def prediction(self, entry: Mapping[str, Any], image: ImageRecord) -> Prediction:
-        kinds = [kind for kind in (*_KINDS, *_LISTS, *_RANKED) if kind in entry]
-        if len(kinds) != 1:
-            lists = " or a list of them: " + ", ".join(_LISTS if self.several else _RANKED)
-            raise InputError(f"it must have one of region, box and segmentation{lists}; it has {kinds or 'none'}")
-        kind, value = kinds[0], entry[kinds[0]]
-        if kind not in _KINDS:
-            self._check_list(kind, value)
-        parts = self._read((_LISTS | _RANKED).get(kind, kind), [value] if kind in _KINDS else value, image)
-        if self.several:
-            parts = [(box, mask) for box, mask in parts if mask is None or coco_mask.area(mask)]
-        boxes = np.array([box for box, _ in parts], np.float64).reshape(-1, 4)
-        ranked = boxes if kind in _RANKED else None
-        masks = [mask for _, mask in (parts[:1] if kind in _RANKED else parts)]
-        known = tuple(mask for mask in masks if mask is not None)
-        return Prediction(boxes[:1] if kind in _RANKED else boxes, known if len(known) == len(masks) else None, ranked)
+        keys = [key for key in (*_SINGLE, *_LISTS, *_RANKED) if key in entry]
+        if len(keys) != 1:
+            lists = " or a list of them: " + ", ".join(_LISTS if self.generalized else _RANKED)
+            raise InputError(f"it must have one of region, box and segmentation{lists}; it has {keys or 'none'}")
+        key, value = keys[0], entry[keys[0]]
+        if key not in _SINGLE:
+            self._check_list(key, value)
+        answers = self._read((_LISTS | _RANKED).get(key, key), [value] if key in _SINGLE else value, image)
+        if self.generalized:
+            answers = [(box, mask) for box, mask in answers if mask is None or coco_mask.area(mask)]
+        boxes = np.array([box for box, _ in answers], np.float64).reshape(-1, 4)
+        ranked = boxes if key in _RANKED else None
+        masks = [mask for _, mask in (answers[:1] if key in _RANKED else answers)]
+        available = tuple(mask for mask in masks if mask is not None)
+        return Prediction(
+            boxes[:1] if key in _RANKED else boxes, available if len(available) == len(masks) else None, ranked
+        )
 
     def _check_list(self, kind: str, value: Any) -> None:
         if kind in _LISTS:
-            if not self.several:
+            if not self.generalized:
                 raise InputError(
                     f"{kind} is for gRefCOCO; a sentence of this dataset means one object: "
                     f"{_LISTS[kind]}, or ranked_regions or ranked_boxes, the best first"
                 )
             if not isinstance(value, list):
                 raise InputError(f"{kind} must be a list, [] for no object, not {value!r:.40}")
-        elif self.several:
+        elif self.generalized:
             raise InputError(f"{kind} is not for gRefCOCO, where an answer is what all objects are: {kind[7:]}")
         elif not isinstance(value, list) or not value:
             raise InputError(
@@ -156,24 +158,24 @@ class _Reader:
         store = self.store
         if type(row) is not int or not 0 <= row < store.regions:
             raise InputError(f"region {row!r:.40} is not a row of {store.path}; rows are 0 to {store.regions - 1}")
-        image_id, place = store.region(row)
+        image_id, index = store.region(row)
         if image_id != image.id:
             raise InputError(f"region {row} is of image {image_id}, the sentence is of image {image.id}")
         regions = store.read(image_id, features=())
         masks = regions.rles()
-        return regions.boxes[place].astype(np.float64), masks[place] if masks else None
+        return regions.boxes[index].astype(np.float64), masks[index] if masks else None
 
     def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
         """Boxes (n, 4) xyxy in pixels of the image."""
-        wrong = [value for value in values if not _are_numbers(value)]
-        if not wrong:
+        invalid = [value for value in values if not _is_box(value)]
+        if not invalid:
             sizes = np.full((len(values), 2), (image.width, image.height))
             corners = self.form.to_pixels(np.array(values, np.float64).reshape(-1, 4), sizes)
-            turned = (corners[:, 2:] < corners[:, :2]).any(axis=1)
-            if not turned.any():
+            inverted = (corners[:, 2:] < corners[:, :2]).any(axis=1)
+            if not inverted.any():
                 return corners
-            wrong = [values[int(turned.argmax())]]
-        raise InputError(f"box {reprlib.repr(wrong[0])[:60]} must be four numbers {self.form.text}")
+            invalid = [values[int(inverted.argmax())]]
+        raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.form.text}")
 
 
 def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:

@@ -10,7 +10,7 @@ import numpy as np
 from refdet.evaluation.metrics import THRESHOLDS, Protocol, box_iou, mean, rate
 from refdet.structures.regions import Regions
 
-KEPT = (1, 2, 5, 10, 20, 50, 100)
+TOP_K = (1, 2, 5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Coverage:
     """Best IoU of one referred object with the regions of its image.
 
     Attributes:
-        best: highest IoU of its box with the k top-scoring regions, for each k in `KEPT` and then for all; 0 without
+        best: highest IoU of its box with the k top-scoring regions, for each k in `TOP_K` and then for all; 0 without
             regions.
         best_of_category: the same for regions of its category.
     """
@@ -39,33 +39,33 @@ def coverage(
         protocol: how boxes are compared.
     """
     ious = box_iou(boxes, regions.boxes, protocol)
-    same = np.asarray(category_ids).reshape(-1, 1) == regions.category_ids.reshape(1, -1)
+    same_category = np.asarray(category_ids).reshape(-1, 1) == regions.category_ids.reshape(1, -1)
     # ties in the order of the store
     order = np.argsort(-regions.scores, kind="stable")
-    best, of_category = _best_of_first(ious[:, order]), _best_of_first(np.where(same, ious, 0.0)[:, order])
+    best, of_category = _best_at_k(ious[:, order]), _best_at_k(np.where(same_category, ious, 0.0)[:, order])
     return [Coverage(tuple(a), tuple(b)) for a, b in zip(best.tolist(), of_category.tolist(), strict=True)]
 
 
-def _best_of_first(ious: np.ndarray) -> np.ndarray:
-    """Maximum of the first k values of each row (n, m), for each k in `KEPT` and then for all: (n, 8)."""
-    so_far = np.maximum.accumulate(np.pad(ious, ((0, 0), (1, 0))), axis=1)
-    last = so_far.shape[1] - 1
-    return so_far[:, [min(k, last) for k in (*KEPT, last)]]
+def _best_at_k(ious: np.ndarray) -> np.ndarray:
+    """Maximum of the first k values of each row (n, m), for each k in `TOP_K` and then for all: (n, 8)."""
+    running_max = np.maximum.accumulate(np.pad(ious, ((0, 0), (1, 0))), axis=1)
+    last = running_max.shape[1] - 1
+    return running_max[:, [min(k, last) for k in (*TOP_K, last)]]
 
 
-def referent_recall(found: Sequence[Coverage]) -> dict[str, float]:
+def referent_recall(coverages: Sequence[Coverage]) -> dict[str, float]:
     """Share of referred objects with a region of IoU 0.5 to 0.9, of any category and of the same category."""
-    best, of_category = [c.best[-1] for c in found], [c.best_of_category[-1] for c in found]
+    best, of_category = [c.best[-1] for c in coverages], [c.best_of_category[-1] for c in coverages]
     recall = {str(threshold): rate(best, threshold) for threshold in THRESHOLDS}
     recall["mean_best_iou"] = mean(best)
     return recall | {f"with_category@{threshold}": rate(of_category, threshold) for threshold in THRESHOLDS}
 
 
-def recall_at_k(found: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
+def recall_at_k(coverages: Sequence[Coverage], with_category: bool = False) -> dict[str, float]:
     """Recall at IoU 0.5 with the 1, 2, ..., 100 top-scoring regions of an image, and with all.
 
     It is the upper bound of any model that picks one of these regions.
     """
-    best = [c.best_of_category if with_category else c.best for c in found]
-    names = [*map(str, KEPT), "all"]
-    return {name: rate([of_object[place] for of_object in best], 0.5) for place, name in enumerate(names)}
+    best = [c.best_of_category if with_category else c.best for c in coverages]
+    names = [*map(str, TOP_K), "all"]
+    return {name: rate([object_ious[index] for object_ious in best], 0.5) for index, name in enumerate(names)}

@@ -74,30 +74,30 @@ def evaluate_on_refer(
         _check_provenance(regions)
         refer = REFER(refer_root, dataset, split_by)
         where = f"{refer_root / dataset}, split-by {split_by}"
-        chosen = choose_splits(refer.data["refs"], splits, where, skip=("train",))
-        if not chosen:
+        split_names = choose_splits(refer.data["refs"], splits, where, skip=("train",))
+        if not split_names:
             raise InputError(f"{where}: all refs are in split train; give `splits` train to evaluate on it")
         index = CocoIndex.load(refer_root / dataset / "instances.json")
-        made = (
+        loaded_predictions = (
             None if predictions is None else _predictions(Path(predictions), where, regions, refer, index, box_format)
         )
-        said = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
-        for split in chosen:
+        loaded_expressions = None if expressions is None else load_expressions(Path(expressions), refer.Refs.keys())
+        for split in split_names:
             command = (
                 f"refdet extract-features --refer-root {refer_root} --dataset {dataset} --split-by {split_by} "
                 f"--split {split}"
             )
             _check_images(regions, refer, split, command)
-        run = _Run(regions, refer, index, made, protocol)
-        found = {split: run.metrics(split) for split in chosen}
-        if scorers is not None and said is not None:
-            for split in chosen:
-                people = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
-                found[split]["language"] = scorers.scores(people, said)
-        about = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
+        benchmark = _Benchmark(regions, refer, index, loaded_predictions, protocol)
+        metrics = {split: benchmark.metrics(split) for split in split_names}
+        if scorers is not None and loaded_expressions is not None:
+            for split in split_names:
+                references = {ref["ref_id"]: [s["sent"] for s in ref["sentences"]] for ref in _refs(refer, split)}
+                metrics[split]["language"] = scorers.scores(references, loaded_expressions)
+        metadata = {"dataset": dataset, "split_by": split_by, "protocol": protocol}
         if box_format != DEFAULT:
-            about["box_format"] = box_format
-        return {**about, "provenance": regions.provenance, "splits": found}
+            metadata["box_format"] = box_format
+        return {**metadata, "provenance": regions.provenance, "splits": metrics}
 
 
 def _check_provenance(store: Store) -> None:
@@ -125,17 +125,17 @@ def _refs(refer: REFER, split: str) -> list[Any]:
 
 def _check_images(store: Store, refer: REFER, split: str, command: str) -> None:
     ids = sorted({ref["image_id"] for ref in _refs(refer, split)})
-    lost = [i for i in ids if i not in store]
-    if lost:
-        first = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+    missing = [i for i in ids if i not in store]
+    if missing:
+        first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise InputError(
-            f"{store.path}: lacks {len(lost)} of the {len(ids)} images of split {split} ({first}); "
+            f"{store.path}: lacks {len(missing)} of the {len(ids)} images of split {split} ({first}); "
             f"extract them with: {command}"
         )
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Benchmark:
     """Inputs of the metrics of every split."""
 
     store: Store
@@ -147,35 +147,35 @@ class _Run:
     def metrics(self, split: str) -> dict[str, Any]:
         refs = _refs(self.refer, split)
         regions = {i: self.store.read(i, features=()) for i in sorted({ref["image_id"] for ref in refs})}
-        found = self.coverage(refs, regions)
+        coverages = self.coverage(refs, regions)
         results = coco_results(regions.values())
         reason = why_undefined(self.index, regions)
         if reason:
             log.warning("note: split %s: %s", split, reason)
-        strange = sum(result["category_id"] not in self.index.categories for result in results)
-        if strange:
+        unknown_categories = sum(result["category_id"] not in self.index.categories for result in results)
+        if unknown_categories:
             log.warning(
                 "note: split %s: %d of %d regions are of categories that %s lacks; AP leaves them out",
                 split,
-                strange,
+                unknown_categories,
                 len(results),
                 self.index.path,
             )
-        outlined = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
+        all_segmented = all(a.get("segmentation") for i in regions for a in self.refer.imgToAnns.get(i, []))
         metrics: dict[str, Any] = {
             "images": len(regions),
             "refs": len(refs),
             "sentences": sum(len(ref["sentences"]) for ref in refs),
-            "regions_per_image": mean([len(of_image) for of_image in regions.values()]),
+            "regions_per_image": mean([len(image_regions) for image_regions in regions.values()]),
             "detection": {
                 "bbox": self.average_precision(list(regions), results, "bbox"),
                 "segm": self.average_precision(list(regions), results, "segm")
-                if self.store.has_masks and outlined
+                if self.store.has_masks and all_segmented
                 else None,
             },
-            "referent_recall": referent_recall(found),
-            "recall@k": recall_at_k(found),
-            "recall@k_with_category": recall_at_k(found, with_category=True),
+            "referent_recall": referent_recall(coverages),
+            "recall@k": recall_at_k(coverages),
+            "recall@k_with_category": recall_at_k(coverages, with_category=True),
         }
         if self.predictions is None:
             return metrics
@@ -186,31 +186,33 @@ class _Run:
         if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:
             log.warning(
                 "note: %s: accuracy %.3f is below that of guessing a region (%.3f): are the boxes in pixels of "
-                "the original images, and in the form of `box_format`?",
+                "the original images, and in the format given by `box_format`?",
                 split,
                 rates["accuracy@0.5"],
                 rates["random_baseline@0.5"],
             )
         masks = answered["segmentation"]
         if masks and masks["missing"] > answered["comprehension"]["missing"]:
-            bare = masks["missing"] - answered["comprehension"]["missing"]
+            boxes_only = masks["missing"] - answered["comprehension"]["missing"]
             log.warning(
                 "note: %s: %d of %d sentences are answered with a box where others have a mask; "
                 "among the masks they count as wrong",
                 split,
-                bare,
+                boxes_only,
                 metrics["sentences"],
             )
         return metrics | answered
 
     def coverage(self, refs: list[Any], regions: dict[int, Regions]) -> list[Coverage]:
         """Coverage of every referred object, ref by ref."""
-        found = []
+        coverages = []
         for ref in refs:
             objects = targets.objects_of(self.refer, ref)
             categories = [annotation["category_id"] for annotation in objects]
-            found += coverage(targets.boxes(self.refer, objects), categories, regions[ref["image_id"]], self.protocol)
-        return found
+            coverages += coverage(
+                targets.boxes(self.refer, objects), categories, regions[ref["image_id"]], self.protocol
+            )
+        return coverages
 
     def average_precision(self, ids: list[int], results: list[dict[str, Any]], kind: str) -> dict[str, float | None]:
         # COCO's -1 for no objects of that size becomes None

@@ -35,10 +35,10 @@ def _both(values: Mapping[str, Any]) -> dict[str, Any]:
 def _new(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
-    found = _renamed(values, GROUPS)
-    if isinstance(found.get("comprehension"), Mapping):
-        found["comprehension"] = _renamed(found["comprehension"], COMPREHENSION)
-    return found
+    renamed = _renamed(values, GROUPS)
+    if isinstance(renamed.get("comprehension"), Mapping):
+        renamed["comprehension"] = _renamed(renamed["comprehension"], COMPREHENSION)
+    return renamed
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -27,27 +27,27 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
     rows = [
         (metrics["dataset"], metrics["split_by"], split, group, metric, value)
         for split, values in metrics["splits"].items()
-        for group, metric, value in _numbers(COUNTS, values)
+        for group, metric, value in _values(COUNTS, values)
     ]
     with pd.option_context("mode.string_storage", "python"):  # pyarrow's strings cannot hold every name
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": "float64"})
 
 
-def _numbers(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:
+def _values(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _numbers(name if group == COUNTS else f"{group}.{name}", value)
+            yield from _values(name if group == COUNTS else f"{group}.{name}", value)
         elif value is None or isinstance(value, int | float):
             yield group, name, value
 
 
-def tables(numbers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Group -> table with one row per split and one column per metric, in the order of `to_dataframe`."""
-    found = {}
-    for group, rows in numbers.groupby("group", sort=False):
+    by_group = {}
+    for group, rows in frame.groupby("group", sort=False):
         wide = rows.pivot(index="split", columns="metric", values="value")
-        found[str(group)] = wide.reindex(index=rows["split"].unique(), columns=rows["metric"].unique())
-    return found
+        by_group[str(group)] = wide.reindex(index=rows["split"].unique(), columns=rows["metric"].unique())
+    return by_group
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ def write(out: Path, metrics: Mapping[str, Any]) -> None:
     """
     write_json(out / "metrics.json", with_old_names(metrics))
     with atomic_write(out / "metrics.csv") as temporary:
-        numbers = to_dataframe(metrics)
-        texts = [name for name in COLUMNS if name != "value"]
-        numbers[texts] = numbers[texts].map(spreadsheet_cell)
-        numbers.to_csv(temporary, index=False)
+        frame = to_dataframe(metrics)
+        text_columns = [name for name in COLUMNS if name != "value"]
+        frame[text_columns] = frame[text_columns].map(spreadsheet_cell)
+        frame.to_csv(temporary, index=False)

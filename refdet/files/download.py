@@ -21,12 +21,12 @@ from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import cut
 
-SPARE = 2**26  # bytes of disk space to leave
+RESERVED_BYTES = 2**26  # bytes of disk space to leave
 _CHUNK = 2**20
 _TIMEOUT = (20, 60)  # seconds to connect, and between two packets
-_TRIES = 6  # in a row without a new byte
+_MAX_TRIES = 6  # consecutive tries without a new byte
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_PAGE = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
+_HTML = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<\?xml)", re.IGNORECASE)
 
 
 class DownloadFailure(RuntimeFailure):
@@ -34,23 +34,23 @@ class DownloadFailure(RuntimeFailure):
 
 
 class WrongDownload(InputError):
-    """A server sent something else than the file."""
+    """A server sent something other than the file."""
 
 
 class ResumingDownloader:
     """Downloader for pooch that keeps what it has in a ``.part`` file beside the destination.
 
-    A later download of the same URL continues there, if the server's file has not changed since. One of another URL
-    continues too if both must have the same bytes; else it replaces the file, once the server has sent something.
+    A later download of the same URL resumes there, if the server's file has not changed since. A download of another
+    URL resumes too if both must have the same bytes; otherwise it replaces the file once the server has sent data.
 
     Args:
         part: the file to download into.
         size: size in bytes that the file must have, None if unknown.
-        wait: seconds between two tries; each waits longer than the one before.
-        same_bytes: whether every URL must have the same bytes, which the caller checks.
+        wait: seconds before the first retry; each later one waits longer.
+        same_bytes: whether every URL must serve the same bytes, which the caller checks.
 
     Attributes:
-        mixed: whether the file begins with bytes of another URL.
+        mixed: whether the start of the file is from another URL.
     """
 
     def __init__(self, part: Path, size: int | None = None, wait: float = 1.0, same_bytes: bool = False) -> None:
@@ -69,81 +69,81 @@ class ResumingDownloader:
         self._part.parent.mkdir(parents=True, exist_ok=True)
         tries = 0
         while True:
-            before = self._done(url)
+            before = self._resumable_bytes(url)
             try:
-                if self._continue(url, before):
+                if self._resume(url, before):
                     break
                 problem = "the connection was closed early"
             except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
                 problem = _reason(error)
             except requests.RequestException as error:  # an invalid URL, too many redirects
                 raise DownloadFailure(f"{url}: {_reason(error)}") from None
-            tries = 0 if self._done(url) > before else tries + 1
-            if tries >= _TRIES:
+            tries = 0 if self._resumable_bytes(url) > before else tries + 1
+            if tries >= _MAX_TRIES:
                 raise DownloadFailure(f"{url}: {problem}")
             time.sleep(self._wait * tries)
         self._record.unlink(missing_ok=True)
         os.replace(self._part, output_file)
 
-    def _done(self, url: str) -> int:
-        """Bytes that are there and that a download of this URL can continue."""
-        record = self._known()
+    def _resumable_bytes(self, url: str) -> int:
+        """Number of bytes that a download of this URL can resume from."""
+        record = self._read_record()
         usable = record.get("url") == url or (self._same_bytes and "url" in record)
-        return self._there() if usable else 0
+        return self._downloaded_bytes() if usable else 0
 
-    def _there(self) -> int:
+    def _downloaded_bytes(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0
 
-    def _known(self) -> dict[str, Any]:
+    def _read_record(self) -> dict[str, Any]:
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return record if isinstance(record, dict) else {}
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         self._part.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
 
-    def _continue(self, url: str, done: int) -> bool:
-        """Request what is missing and append it; whether the file is complete."""
-        known = self._known()
-        own = known.get("url") == url
+    def _resume(self, url: str, offset: int) -> bool:
+        """Request the missing bytes and append them; returns whether the file is complete."""
+        record = self._read_record()
+        same_url = record.get("url") == url
         headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the file
-        if done:
-            headers["Range"] = f"bytes={done}-"
-            if own and isinstance(known.get("version"), str):
-                headers["If-Range"] = known["version"]
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if same_url and isinstance(record.get("version"), str):
+                headers["If-Range"] = record["version"]
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             if response.status_code == 416:
-                if known.get("total") == done:
+                if record.get("total") == offset:
                     return True
-                if not own:
+                if not same_url:
                     raise DownloadFailure(f"{url}: 416 {response.reason}")
-                self._forget()
+                self._discard()
                 return False
             if response.status_code in (429, 500, 502, 503, 504):
                 raise requests.ConnectionError(f"{response.status_code} {response.reason}")
             if response.status_code not in (200, 206):
                 raise DownloadFailure(f"{url}: {response.status_code} {response.reason}")
-            start, total = _place(response)
-            if start not in (0, done):
-                self._forget()
+            start, total = _content_range(response)
+            if start not in (0, offset):
+                self._discard()
                 return False
             first = response.raw.read1(_CHUNK)  # iter_content would lose what came before a cut
             self._check(url, response, first if start == 0 else b"", total)
-            there = self._there()
-            self._check_space(url, None if total is None else total - there)
-            if start == 0 and there:
+            downloaded = self._downloaded_bytes()
+            self._check_space(url, None if total is None else total - downloaded)
+            if start == 0 and downloaded:
                 if not first:
                     return False
-                self._forget()
-            self.mixed = start > 0 and (self.mixed or not own)
+                self._discard()
+            self.mixed = start > 0 and (self.mixed or not same_url)
             version = response.headers.get("ETag") or response.headers.get("Last-Modified")
             if version is not None and version.startswith("W/"):  # may not be used with ranges
                 version = response.headers.get("Last-Modified")
             self._record.write_text(json.dumps({"url": url, "version": version, "total": total}), encoding="utf-8")
-            with self._bar(total, start) as bar, self._part.open("ab") as file, self._disk(file.name):
+            with self._bar(total, start) as bar, self._part.open("ab") as file, self._report_disk_full(file.name):
                 while first:
                     file.write(first)
                     bar.update(len(first))
@@ -151,31 +151,31 @@ class ResumingDownloader:
         return total is None or self._part.stat().st_size >= total
 
     def _check(self, url: str, response: requests.Response, first: bytes, total: int | None) -> None:
-        if _PAGE.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
+        if _HTML.match(first) or (first and response.headers.get("Content-Type", "").startswith("text/html")):
             raise WrongDownload(f"{url}: an HTML page, not the file")
         if self._size is not None and total is not None and total != self._size:
             raise WrongDownload(f"{url}: another file, of {total:,} bytes instead of {self._size:,}")
 
-    def _check_space(self, url: str, wanted: int | None) -> None:
+    def _check_space(self, url: str, needed: int | None) -> None:
         free = shutil.disk_usage(self._part.parent).free
-        if wanted is not None and free < wanted + SPARE:
+        if needed is not None and free < needed + RESERVED_BYTES:
             raise RuntimeFailure(
-                f"{url}: needs {in_bytes(wanted)}, {self._part.parent} has {in_bytes(free)} left; free some space and "
-                "run it again (what was finished is kept)"
+                f"{url}: needs {in_bytes(needed)}, {self._part.parent} has {in_bytes(free)} left; free some space and "
+                "run it again (finished downloads are kept)"
             )
 
     def _bar(self, total: int | None, start: int) -> tqdm[Any]:
         return progress_bar(total, self._part.stem, "byte", initial=start, scale=True)
 
     @contextmanager
-    def _disk(self, name: str) -> Iterator[None]:
+    def _report_disk_full(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if not is_disk_full(error):
                 raise
             raise RuntimeFailure(
-                f"{name}: no space left on the disk; free some space and run it again (what was downloaded is kept)"
+                f"{name}: no space left on the disk; free some space and run it again (the partial download is kept)"
             ) from error
 
 
@@ -184,8 +184,8 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
 
     Args:
         url: http or https address.
-        destination: the file to write; it is there only if all of it was downloaded and is right.
-        checksum: as pooch has them: "sha256:..." or "md5:..."; None if unknown.
+        destination: the file to write, which appears only when it is complete and correct.
+        checksum: in pooch's format, "sha256:..." or "md5:..."; None if unknown.
         size: size in bytes, None if unknown.
         wait: seconds between two tries.
 
@@ -193,9 +193,9 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         The SHA-256 of the file.
 
     Raises:
-        DownloadFailure: the server or the network failed; what was downloaded is kept for the next time.
-        WrongDownload: an HTML page, a file of another size, which leave what was downloaded before; or other bytes
-            than those of the checksum, of which nothing is kept.
+        DownloadFailure: the server or the network failed; the partial download is kept.
+        WrongDownload: an HTML page or a file of another size (a partial download is kept), or a checksum mismatch
+            (nothing is kept).
         RuntimeFailure: not enough disk space.
     """
     part = destination.with_name(destination.name + ".part")
@@ -213,7 +213,7 @@ def download(url: str, destination: Path, checksum: str | None, size: int | None
         try:
             return check_file(destination, url, checksum, remove=True)
         except WrongDownload:
-            if not downloader.mixed:  # else the fault may be another source's, so this one gets a try of its own
+            if not downloader.mixed:  # else another source may be at fault, so this one is tried on its own
                 raise
 
 
@@ -232,25 +232,25 @@ def check_file(path: Path, name: str, checksum: str | None, remove: bool = False
     Raises:
         WrongDownload: it has another checksum.
     """
-    found: str = pooch.file_hash(str(path), alg="sha256")
-    kind, _, right = (checksum or "").partition(":")
-    own = found if kind in ("", "sha256") else pooch.file_hash(str(path), alg=kind)
-    if right and own != right:
+    sha256: str = pooch.file_hash(str(path), alg="sha256")
+    algorithm, _, expected = (checksum or "").partition(":")
+    actual = sha256 if algorithm in ("", "sha256") else pooch.file_hash(str(path), alg=algorithm)
+    if expected and actual != expected:
         if remove:
             path.unlink()
-        raise WrongDownload(f"{name}: other bytes than published ({kind} {own} instead of {right})")
-    return found
+        raise WrongDownload(f"{name}: checksum mismatch ({algorithm} {actual} instead of {expected})")
+    return sha256
 
 
 def in_bytes(number: int) -> str:
-    """A size for people, such as "13.5 GB"."""
+    """Human-readable size, such as "13.5 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number} bytes"
 
 
-def _place(response: requests.Response) -> tuple[int, int | None]:
+def _content_range(response: requests.Response) -> tuple[int, int | None]:
     """Where the contents begin in the file, and the size of the file if known."""
     if response.status_code == 206:
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))

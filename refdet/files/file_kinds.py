@@ -96,13 +96,13 @@ def run_directory_near(path: Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def runs_in(folder: Path, most: int = 1000) -> list[Path]:
-    """Sorted run directories among the first ``most`` entries of a folder."""
+def runs_in(folder: Path, max_entries: int = 1000) -> list[Path]:
+    """Sorted run directories among the first ``max_entries`` entries of a folder."""
     try:
-        found = [entry for entry, _ in zip(folder.iterdir(), range(most), strict=False) if _is_run(entry)]
+        runs = [entry for entry, _ in zip(folder.iterdir(), range(max_entries), strict=False) if _is_run(entry)]
     except OSError:
         return []
-    return sorted(found)
+    return sorted(runs)
 
 
 def _is_run(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from refdet.errors import InputError
 from refer import ReferError, plain_files
 
-_SMALL = 2**25  # bytes
+_SMALL_BYTES = 2**25  # bytes
 
 
 def read_json(path: Path) -> Any:
@@ -43,15 +43,15 @@ def read_small_json(path: Path) -> Any:
         InputError: it cannot be read, is malformed or is larger.
     """
     with json_errors(path):
-        return json.loads(read_bytes(path, _SMALL))
+        return json.loads(read_bytes(path, _SMALL_BYTES))
 
 
-def read_bytes(path: Path, most: int = plain_files.LARGEST) -> bytes:
+def read_bytes(path: Path, max_bytes: int = plain_files.MAX_BYTES) -> bytes:
     """Read a regular file.
 
     Args:
         path: the file.
-        most: maximum size in bytes.
+        max_bytes: maximum size in bytes.
 
     Returns:
         Its contents.
@@ -60,7 +60,7 @@ def read_bytes(path: Path, most: int = plain_files.LARGEST) -> bytes:
         InputError: it cannot be read, is larger, or is a pipe or device.
     """
     with _as_input_error():
-        return plain_files.read_bytes(path, most)
+        return plain_files.read_bytes(path, max_bytes)
 
 
 @contextmanager

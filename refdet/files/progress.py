@@ -9,11 +9,11 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-SECONDS = 30  # between two lines without a terminal
+LINE_INTERVAL = 30  # seconds between two lines without a terminal
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 
-class _Lines:
+class _LineStream:
     """A stream for a bar that writes each update as a new line."""
 
     encoding = "utf-8"
@@ -32,9 +32,9 @@ class _Lines:
 def progress_bar(
     total: int | None, desc: str, unit: str, initial: int = 0, disable: bool = False, scale: bool = False
 ) -> tqdm[Any]:
-    """Create a tqdm bar on stderr, or one line every `SECONDS` at most if stderr is not a terminal.
+    """Create a tqdm bar on stderr, or one line every `LINE_INTERVAL` at most if stderr is not a terminal.
 
-    Work that takes less than `SECONDS` writes no line.
+    Work that takes less than `LINE_INTERVAL` writes no line.
 
     Args:
         total: number of units of work, None if unknown.
@@ -52,39 +52,39 @@ def progress_bar(
     return bar
 
 
-def progress(things: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:
-    """Iterate over things with a `progress_bar`.
+def progress(iterable: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:
+    """Iterate with a `progress_bar`.
 
     Args:
-        things: what to iterate over.
+        iterable: what to iterate over.
         desc: what the work is.
-        unit: name of one of the things, in the singular.
-        total: number of things, None if unknown.
+        unit: name of an item, in the singular.
+        total: number of items, None if unknown.
         leave: whether the finished bar stays on the terminal.
 
     Returns:
-        An iterator over the things.
+        An iterator over the items.
     """
-    return _bar(things, total, desc, unit, 0, leave, False)
+    return _bar(iterable, total, desc, unit, 0, leave, False)
 
 
 def _bar(
-    things: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool, disable: bool
+    iterable: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool, disable: bool
 ) -> tqdm[Any]:
     disable = disable or not logging.getLogger("refdet").isEnabledFor(logging.WARNING)  # -q
     common: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "disable": disable}
     stream = sys.stderr
     if stream is None or not stream.isatty():
-        lines: Any = None if stream is None else _Lines(stream)
+        lines: Any = None if stream is None else _LineStream(stream)
         return tqdm(
-            things,
+            iterable,
             **common,
             file=lines,
             leave=False,
-            mininterval=SECONDS,
-            maxinterval=2 * SECONDS,
+            mininterval=LINE_INTERVAL,
+            maxinterval=2 * LINE_INTERVAL,
             miniters=1,
-            delay=SECONDS,
+            delay=LINE_INTERVAL,
             bar_format=_LINE,
         )
-    return tqdm(things, **common, leave=leave, dynamic_ncols=True)
+    return tqdm(iterable, **common, leave=leave, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""Unpack zip and tar archives from the web: only the wanted files, and none outside the folder."""
+"""Unpack zip and tar archives from the web: only selected files, and none outside the folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import report_disk_full
 from refdet.files.short_text import shown
 
-_SPARE = 2**26
+_RESERVED_BYTES = 2**26
 _DRIVE = re.compile(r"[A-Za-z]:")
-_DAMAGE = (
+_ARCHIVE_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
@@ -55,31 +55,32 @@ class _Member:
 
 
 @contextmanager
-def unpacked(archive: Path, name: str, place: Callable[[str], str | None], near: Path) -> Iterator[Path]:
-    """Unpack the wanted files of an archive into a temporary folder, which is removed at the end.
+def unpacked(archive: Path, name: str, target_path: Callable[[str], str | None], parent: Path) -> Iterator[Path]:
+    """Unpack the selected files of an archive into a temporary folder, which is removed at the end.
 
     Args:
         archive: a zip or tar file.
         name: where it is from, for error messages.
-        place: path of a member below the folder, None for a member that is not wanted.
-        near: the folder to create the temporary folder in.
+        target_path: returns the path of a member below the folder, None to skip it.
+        parent: the folder to create the temporary folder in.
 
     Yields:
         The temporary folder.
 
     Raises:
-        InputError: not an archive, damaged, or a member is outside the folder, a link, encrypted or there twice.
+        InputError: not an archive, damaged, or a member is outside the folder, a link, encrypted or a duplicate.
         RuntimeFailure: not enough disk space.
     """
-    near.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=near))
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
-        with report_disk_full(near, "free some space and run it again"):
+        with report_disk_full(parent, "free some space and run it again"):
             try:
-                with _opened(archive, name) as members:
-                    _extract(members, name, place, folder)
-            except (*_DAMAGE, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:  # without one, of gzip's or bz2's contents
+                with _open_archive(archive, name) as members:
+                    _extract(members, name, target_path, folder)
+            except (*_ARCHIVE_ERRORS, OSError) as error:
+                # gzip and bz2 raise an OSError without errno for damaged contents
+                if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise InputError(f"{name}: damaged archive ({shown(str(error))}); download it again") from None
         yield folder
@@ -87,17 +88,17 @@ def unpacked(archive: Path, name: str, place: Callable[[str], str | None], near:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_unfinished(near: Path) -> None:
-    """Remove the temporary folders of processes that were killed; only where no other one unpacks."""
-    for folder in near.glob(f"{_PREFIX}*"):
+def remove_unfinished(parent: Path) -> None:
+    """Remove the temporary folders of processes that were killed; call only while no other process is unpacking."""
+    for folder in parent.glob(f"{_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
-    """Move all files of a folder to the same places below another one, but for those that exist with other bytes.
+    """Move all files of a folder to the same paths below another one, except for those that exist with other contents.
 
     Returns:
-        The new paths, and those of files that exist with other bytes and were kept.
+        The new paths, and the paths of existing files with other contents, which were kept.
     """
     moved, kept = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -111,19 +112,19 @@ def move_files(folder: Path, out: Path) -> tuple[list[Path], list[Path]]:
     return moved, kept
 
 
-def _extract(members: list[_Member], name: str, place: Callable[[str], str | None], folder: Path) -> None:
-    wanted: dict[str, _Member] = {}
+def _extract(members: list[_Member], name: str, target_path: Callable[[str], str | None], folder: Path) -> None:
+    selected: dict[str, _Member] = {}
     for member in members:
-        target = place(member.name)
-        if target is not None and wanted.setdefault(target, member) is not member:
-            raise InputError(f"{name}: {target} is there twice")
-    size = sum(member.size for member in wanted.values())
+        target = target_path(member.name)
+        if target is not None and selected.setdefault(target, member) is not member:
+            raise InputError(f"{name}: duplicate {target}")
+    size = sum(member.size for member in selected.values())
     free = shutil.disk_usage(folder).free
-    if free < size + _SPARE:
+    if free < size + _RESERVED_BYTES:
         raise RuntimeFailure(
             f"{name}: unpacks to {size:,} bytes, {folder.parent} has {free:,} left; free some space and run it again"
         )
-    for target, member in wanted.items():
+    for target, member in selected.items():
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
         with member.open() as source, path.open("xb") as file:
@@ -131,18 +132,18 @@ def _extract(members: list[_Member], name: str, place: Callable[[str], str | Non
 
 
 def _copy(source: IO[bytes], file: IO[bytes], member: _Member, name: str) -> None:
-    left = member.size
+    remaining = member.size
     while chunk := source.read(2**20):
-        left -= len(chunk)
-        if left < 0:
+        remaining -= len(chunk)
+        if remaining < 0:
             break
         file.write(chunk)
-    if left != 0:
+    if remaining != 0:
         raise InputError(f"{name}: {shown(member.name)} has another size than the archive says; download it again")
 
 
 @contextmanager
-def _opened(archive: Path, name: str) -> Iterator[list[_Member]]:
+def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             yield [_zip_member(file, info, name) for info in file.infolist() if not info.is_dir()]
@@ -169,10 +170,10 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> _Memb
     if not info.isreg():
         raise InputError(f"{name}: {shown(info.name)} is a link or device")
 
-    def opened() -> Any:
+    def open_member() -> Any:
         return tar.extractfile(info)
 
-    return _Member(info.name, info.size, opened)
+    return _Member(info.name, info.size, open_member)
 
 
 def _check_inside(member: str, name: str) -> None:

@@ -13,7 +13,7 @@ from refdet.files.weight_programs import OWN, STATE, has_all, program_of
 LARGEST_HEADER = 2**24  # bytes of the header of a safetensors file
 MOST_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_GUESS = 2**20  # bytes to read to tell JSON files apart
+_HEAD_BYTES = 2**20  # bytes to read to tell JSON files apart
 
 
 def what_is(path: Path) -> str | None:
@@ -21,13 +21,17 @@ def what_is(path: Path) -> str | None:
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        start = file.read(_GUESS)
+        start = file.read(_HEAD_BYTES)
     if start.startswith(_HDF5):
         return "an HDF5 file, such as a feature store"
     if is_safetensors(start):
-        return _what_tensors(path)
+        return _describe_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        kind = "a zip file" if start.startswith(b"PK") and b"data.pkl" not in start[:_GUESS] else "a PyTorch checkpoint"
+        kind = (
+            "a zip file"
+            if start.startswith(b"PK") and b"data.pkl" not in start[:_HEAD_BYTES]
+            else "a PyTorch checkpoint"
+        )
         return f"{kind} (convert it with refdet import-weights)"
     if start.lstrip()[:1] in (b"{", b"["):
         if b'"images"' in start or b'"annotations"' in start:
@@ -36,7 +40,7 @@ def what_is(path: Path) -> str | None:
     return None
 
 
-def _what_tensors(path: Path) -> str:
+def _describe_safetensors(path: Path) -> str:
     try:
         names = [name for name in header(path) if name != "__metadata__"]
     except InputError:
@@ -45,8 +49,8 @@ def _what_tensors(path: Path) -> str:
         return "a training state (its run directory is the folder above state/)"
     if has_all(names, OWN):
         return "the weights of a run directory (give the folder with them and model.json)"
-    known = program_of(names) or "weights of another program"
-    return f"{known} (convert it with refdet import-weights)"
+    program = program_of(names) or "weights of another program"
+    return f"{program} (convert it with refdet import-weights)"
 
 
 def is_address(path: Path) -> bool:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _BUILD = "pip install --no-build-isolation . builds them"
 
 
-def _switched_off() -> bool:
+def _disabled() -> bool:
     return os.environ.get("REFDET_NO_EXT") == "1"
 
 
@@ -27,13 +27,13 @@ def load(folder: Path) -> frozenset[str]:
     another torch), or with ``REFDET_NO_EXT=1`` in the environment. `refdet.ops` then uses plain PyTorch.
     """
     path = folder / f"_C{EXTENSION_SUFFIXES[0]}"
-    if _switched_off() or not path.exists():
+    if _disabled() or not path.exists():
         return frozenset()
     try:
         torch.ops.load_library(path)
         cuda = torch.ops.refdet.has_cuda()
         _ = torch.ops.refdet.nms_padded  # of the latest operator; an AttributeError if it was built from older sources
-        # the latest change of a kernel: those built from older sources refuse it
+        # of the latest change of a kernel; an error if it was built from older sources
         torch.ops.refdet.match_boxes(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4))
     except (OSError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -52,7 +52,7 @@ DEVICES = load(Path(__file__).resolve().parents[1])
 
 def kernels_state() -> str:
     """The compiled kernels in use, for the first line of a run and ``refdet --version``."""
-    if _switched_off():
+    if _disabled():
         return "kernels switched off by REFDET_NO_EXT=1 (plain PyTorch instead, slower)"
     if not DEVICES:
         return f"kernels not compiled (plain PyTorch instead, slower; {_BUILD})"
@@ -69,10 +69,10 @@ def warn_of_plain_pytorch(device: torch.device) -> None:
 
     The fallbacks give the same results, but NMS waits for the GPU at every block of boxes.
     """
-    if device.type == "cuda" and "cuda" not in DEVICES and not _switched_off():
+    if device.type == "cuda" and "cuda" not in DEVICES and not _disabled():
         log.warning(
-            "note: refdet has no compiled kernels for %s, as where it was built no GPU or no nvcc was found: computing "
-            "with plain PyTorch, which gives the same results but is slower; REFDET_BUILD_CUDA=1 %s",
+            "note: refdet has no compiled kernels for %s, because no GPU or no nvcc was found when it was built: "
+            "computing with plain PyTorch, which gives the same results but is slower; REFDET_BUILD_CUDA=1 %s",
             device,
             _BUILD,
         )

@@ -1,7 +1,7 @@
-"""What follows a convolution on a GPU (its *epilogue*): bias, shortcut and ReLU, in one pass or in the convolution.
+"""The epilogue of a convolution on a GPU: bias, shortcut and ReLU, in one pass or in the convolution itself.
 
-As operators of their own these are up to three passes over the output, which in bfloat16 together take as long as the
-convolution itself. There are two ways to avoid these passes, and plain PyTorch as the fallback:
+As separate operators these are up to three passes over the output, which in bfloat16 together take as long as the
+convolution itself. There are two ways to avoid these passes, with plain PyTorch as the fallback:
 
     kernel: a convolution without bias, then `bias_relu`, which reads and writes its output once. Any dtype; in float32
         the same numbers as plain PyTorch.
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from refdet.ops._library import DEVICES
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Epilogue(Enum):
@@ -47,7 +47,7 @@ def best_epilogue(device: torch.device, dtype: torch.dtype) -> Epilogue:
     if device.type != "cuda":
         return Epilogue.PLAIN
     kernel = Epilogue.KERNEL if "cuda" in DEVICES else Epilogue.PLAIN
-    return Epilogue.LIBRARY if dtype in HALF and _cudnn_adds(device, dtype) else kernel
+    return Epilogue.LIBRARY if dtype in HALF_DTYPES and _cudnn_adds(device, dtype) else kernel
 
 
 def _cudnn_adds(device: torch.device, dtype: torch.dtype) -> bool:
@@ -67,16 +67,21 @@ def bias_relu(x: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> Tensor
     """``relu(x + bias + shortcut)``.
 
     Args:
-        x: (N, K, H, W), overwritten if it is channels_last and nothing else is within it.
+        x: (N, K, H, W); overwritten if it is contiguous in channels_last.
         bias: (K,) float32.
         shortcut: (N, K, H, W) in the dtype of x; may be a slice of a tensor with more channels.
 
     Returns:
         (N, K, H, W) in the dtype of x, channels_last.
     """
-    own = x.is_contiguous(memory_format=torch.channels_last)
-    out = x if own else torch.empty_like(x, memory_format=torch.channels_last)
-    if x.device.type == "cuda" and "cuda" in DEVICES and _even(x) and (shortcut is None or _even(shortcut)):
+    in_place = x.is_contiguous(memory_format=torch.channels_last)
+    out = x if in_place else torch.empty_like(x, memory_format=torch.channels_last)
+    if (
+        x.device.type == "cuda"
+        and "cuda" in DEVICES
+        and _has_kernel_layout(x)
+        and (shortcut is None or _has_kernel_layout(shortcut))
+    ):
         torch.ops.refdet.bias_relu(x, bias, shortcut, out)
         return out
     return bias_relu_plain(x, bias, shortcut, out)
@@ -88,14 +93,14 @@ def bias_relu_plain(x: Tensor, bias: Tensor, shortcut: Tensor | None, out: Tenso
     return out.copy_(torch.relu(total if shortcut is None else total + shortcut.float()))
 
 
-def _even(x: Tensor) -> bool:
-    """Whether channels are next to each other and positions evenly apart, as the kernel needs."""
+def _has_kernel_layout(x: Tensor) -> bool:
+    """Whether the channels of a position are contiguous and positions have a constant stride, as the kernel needs."""
     images, channels, height, width = x.shape
-    # of a dimension of one element the stride says nothing
+    # the stride of a dimension of size 1 is arbitrary
     stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if images > 1 else channels
-    wanted = ((channels, 1), (height, width * stride), (images, height * width * stride))
-    own = (x.stride(1), x.stride(2), x.stride(0))
-    return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(wanted, own, strict=True))
+    expected = ((channels, 1), (height, width * stride), (images, height * width * stride))
+    strides = (x.stride(1), x.stride(2), x.stride(0))
+    return stride >= channels and all(n == 1 or a == b for (n, b), a in zip(expected, strides, strict=True))
 
 
 def conv1x1_bias(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:

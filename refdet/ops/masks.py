@@ -50,14 +50,14 @@ def masks_to_rle(probabilities: Tensor, boxes: Tensor, height: int, width: int, 
     if probabilities.dim() != 3 or not 0 < probabilities.shape[1] == probabilities.shape[2]:
         raise ValueError(f"masks need probabilities (N, m, m), got {tuple(probabilities.shape)}")
     if boxes.dim() != 2 or boxes.shape[0] != probabilities.shape[0] or boxes.shape[1] != 4:
-        raise ValueError(f"masks need boxes ({probabilities.shape[0]}, 4), one a mask, got {tuple(boxes.shape)}")
+        raise ValueError(f"masks need boxes ({probabilities.shape[0]}, 4), one per mask, got {tuple(boxes.shape)}")
     if probabilities.device != boxes.device:
         raise ValueError(f"masks need cells and boxes on one device, got {probabilities.device} and {boxes.device}")
     if height < 1 or width < 1 or height * width >= 2**32:
         raise ValueError(f"an image of {height} x {width} pixels has no RLE")
     if not 0 <= threshold <= 1:
         raise ValueError(f"masks need a threshold in 0..1, got {threshold}")
-    values, boxes = (given.detach().cpu().float() for given in (probabilities, boxes))
+    values, boxes = (tensor.detach().cpu().float() for tensor in (probabilities, boxes))
     if "cpu" in DEVICES:
         counts, starts = torch.ops.refdet.masks_to_rle(values, boxes, height, width, threshold)
         text = counts.numpy().tobytes()
@@ -77,10 +77,10 @@ def masks_to_rle_plain(
         with np.errstate(over="ignore", invalid="ignore"):  # from values outside 0..1
             window = columns.mix(cells.T).T  # (m, columns)
             window = rows.mix(window) >= np.float32(threshold)
-        place = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
-        full[place] = window
+        window_slice = (slice(top, top + window.shape[0]), slice(left, left + window.shape[1]), 0)
+        full[window_slice] = window
         counts.append(coco_mask.encode(full)[0]["counts"])
-        full[place] = 0
+        full[window_slice] = 0
     return counts
 
 
@@ -151,19 +151,19 @@ def mask_coverage(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: in
     if "cpu" not in DEVICES:
         return mask_coverage_plain(rles, objects, boxes, size)
     height, width = sizes.pop()
-    counts, starts = _joined([rle["counts"] for rle in rles])
+    counts, starts = _concatenate([rle["counts"] for rle in rles])
     return torch.ops.refdet.mask_coverage(counts, starts, height, width, boxes, objects, size)
 
 
 def mask_coverage_plain(rles: Sequence[dict], objects: Tensor, boxes: Tensor, size: int) -> Tensor:
     """`mask_coverage` in plain PyTorch, for int64 objects and float64 boxes on the CPU; arguments are not checked."""
-    known = (boxes.abs() <= FLOAT32_MAX).all(dim=1) & (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
-    boxes = torch.where(known[:, None], boxes, 0.0)
-    found = torch.zeros(len(boxes), size, size)
+    valid = (boxes.abs() <= FLOAT32_MAX).all(dim=1) & (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
+    boxes = torch.where(valid[:, None], boxes, 0.0)
+    coverage = torch.zeros(len(boxes), size, size)
     for index in objects.unique().tolist():
         rows = (objects == index).nonzero()[:, 0]
-        found[rows] = _coverage(coco_mask.decode(rles[index]), boxes[rows], size)
-    return found
+        coverage[rows] = _coverage(coco_mask.decode(rles[index]), boxes[rows], size)
+    return coverage
 
 
 def _coverage(mask: np.ndarray, boxes: Tensor, size: int) -> Tensor:
@@ -191,7 +191,7 @@ def _floor_and_fraction(positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return floor.long(), inside - floor
 
 
-def _joined(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+def _concatenate(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     """Concatenated bytes (M,) uint8, and the start of each text (N + 1,) int64."""
     starts = np.concatenate(([0], np.cumsum([len(text) for text in texts], dtype=np.int64)))
     return torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8)), torch.from_numpy(starts)

@@ -67,19 +67,19 @@ def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:
 def match_boxes_plain(candidates: Tensor, objects: Tensor) -> Matches:
     """`match_boxes` in plain PyTorch, for float32 boxes; arguments are not checked."""
     if objects.dim() == 3:
-        of_each = candidates if candidates.dim() == 3 else [candidates] * len(objects)
-        found = [match_boxes_plain(*pair) for pair in zip(of_each, objects, strict=True)]
-        if found:
-            return Matches(*map(torch.stack, zip(*found, strict=True)))
+        per_image = candidates if candidates.dim() == 3 else [candidates] * len(objects)
+        matches = [match_boxes_plain(*pair) for pair in zip(per_image, objects, strict=True)]
+        if matches:
+            return Matches(*map(torch.stack, zip(*matches, strict=True)))
         candidates = candidates.new_zeros(0, candidates.shape[-2])
     shape = candidates.shape[: objects.dim() - 1]
     if objects.shape[-2] == 0 or 0 in shape:
-        none = candidates.new_zeros(shape)
-        return Matches(none, none.long(), none.bool())
+        zeros = candidates.new_zeros(shape)
+        return Matches(zeros, zeros.long(), zeros.bool())
     overlaps = box_ops.iou(candidates, objects)
     best, matched = overlaps.max(dim=1)
-    most = overlaps.amax(dim=0)
-    return Matches(best, matched, ((overlaps == most) & (most > 0)).any(dim=1))
+    best_per_object = overlaps.amax(dim=0)
+    return Matches(best, matched, ((overlaps == best_per_object) & (best_per_object > 0)).any(dim=1))
 
 
 if DEVICES:

@@ -50,9 +50,9 @@ def nms(
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
         ValueError: shapes or devices do not match, or the threshold is not in 0..1.
     """
-    boxes, scores = _checked(boxes, scores, iou_threshold, groups, images)
-    chosen = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
-    return chosen(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
+    boxes, scores = _check_inputs(boxes, scores, iou_threshold, groups, images)
+    kernel = torch.ops.refdet.nms if boxes.device.type in DEVICES else nms_plain
+    return kernel(boxes, scores, iou_threshold, max_keep, groups=groups, images=images)
 
 
 def nms_padded(
@@ -83,22 +83,24 @@ def nms_padded(
         TypeError: boxes or scores are not floating point, or groups or images are not int64.
         ValueError: shapes or devices do not match, the threshold is not in 0..1, or a number is negative.
     """
-    boxes, scores = _checked(boxes, scores, iou_threshold, groups, images)
+    boxes, scores = _check_inputs(boxes, scores, iou_threshold, groups, images)
     if max_keep < 0 or count < 0:
-        raise ValueError(f"nms needs numbers from 0 up of boxes to keep and of images, got {max_keep} and {count}")
-    chosen = torch.ops.refdet.nms_padded if boxes.device.type in DEVICES else nms_padded_plain
-    return chosen(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
+        raise ValueError(f"nms needs nonnegative numbers of boxes to keep and of images, got {max_keep} and {count}")
+    kernel = torch.ops.refdet.nms_padded if boxes.device.type in DEVICES else nms_padded_plain
+    return kernel(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
 
 
 def unpadded(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
-    """Indices (K,) and the number of each image, from the result of `nms_padded`; waits for a GPU once."""
-    numbers = counts.tolist()
+    """Indices (K,) of all images and the number per image, from the result of `nms_padded`; waits for a GPU once."""
+    counts_list = counts.tolist()
     width = kept.shape[1]
-    places = np.concatenate([np.arange(number) + row * width for row, number in enumerate(numbers)] or [np.arange(0)])
-    return kept.flatten()[on_device(torch.from_numpy(places), kept.device)], numbers
+    indices = np.concatenate(
+        [np.arange(count) + row * width for row, count in enumerate(counts_list)] or [np.arange(0)]
+    )
+    return kept.flatten()[on_device(torch.from_numpy(indices), kept.device)], counts_list
 
 
-def _checked(
+def _check_inputs(
     boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None, images: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Boxes and scores as float32, without gradients."""
@@ -107,7 +109,7 @@ def _checked(
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"nms needs boxes (N, 4), got {tuple(boxes.shape)}")
     if scores.dim() != 1 or scores.shape[0] != boxes.shape[0]:
-        raise ValueError(f"nms needs scores ({boxes.shape[0]},), one a box, got {tuple(scores.shape)}")
+        raise ValueError(f"nms needs scores ({boxes.shape[0]},), one per box, got {tuple(scores.shape)}")
     if boxes.device != scores.device:
         raise ValueError(f"nms needs boxes and scores on one device, got {boxes.device} and {scores.device}")
     if not 0 <= iou_threshold <= 1:
@@ -123,7 +125,7 @@ def _check_ids(name: str, ids: Tensor | None, boxes: Tensor) -> None:
     if ids.dtype != torch.int64:
         raise TypeError(f"nms needs {name} of int64, got {ids.dtype}")
     if ids.dim() != 1 or ids.shape[0] != boxes.shape[0]:
-        raise ValueError(f"nms needs {name} ({boxes.shape[0]},), one a box, got {tuple(ids.shape)}")
+        raise ValueError(f"nms needs {name} ({boxes.shape[0]},), one per box, got {tuple(ids.shape)}")
     if ids.device != boxes.device:
         raise ValueError(f"nms needs boxes and {name} on one device, got {boxes.device} and {ids.device}")
 
@@ -143,21 +145,21 @@ def nms_plain(
     resolved on the host from its IoU matrix.
     """
     order = scores.masked_fill(scores.isnan(), -torch.inf).argsort(descending=True, stable=True)
-    parts: tuple[Tensor, ...] = (order,)
+    orders: tuple[Tensor, ...] = (order,)
     if images is not None:
         order = order[images[order].argsort(stable=True)]
-        parts = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
+        orders = order.split(images[order].unique_consecutive(return_counts=True)[1].tolist())
     threshold = boxes.new_tensor(iou_threshold)
 
     def suppressing(a: Tensor, b: Tensor) -> Tensor:
-        found = _iou(boxes[a], boxes[b]) > threshold
-        return found if groups is None else found & (groups[a][:, None] == groups[b])
+        overlapping = _iou(boxes[a], boxes[b]) > threshold
+        return overlapping if groups is None else overlapping & (groups[a][:, None] == groups[b])
 
-    kept_of = []
-    for part in parts:
-        limit = len(part) if max_keep < 0 else min(max_keep, len(part))
-        kept = part[:0]
-        for block in part.split(BLOCK):
+    kept_per_image = []
+    for image_order in orders:
+        limit = len(image_order) if max_keep < 0 else min(max_keep, len(image_order))
+        kept = image_order[:0]
+        for block in image_order.split(BLOCK):
             if len(kept) == limit:
                 break
             block = block[~suppressing(block, kept).any(dim=1)]
@@ -167,8 +169,8 @@ def nms_plain(
                 if alive[row]:
                     alive[row + 1 :] &= ~suppresses[row, row + 1 :]
             kept = torch.cat((kept, block[torch.from_numpy(alive).to(block.device)]))[:limit]
-        kept_of.append(kept)
-    return torch.cat(kept_of) if kept_of else order
+        kept_per_image.append(kept)
+    return torch.cat(kept_per_image) if kept_per_image else order
 
 
 def nms_padded_plain(
@@ -183,11 +185,13 @@ def nms_padded_plain(
 ) -> tuple[Tensor, Tensor]:
     """`nms_padded` in plain PyTorch, for float32 boxes and scores; arguments are not checked."""
     rows = ((images >= 0) & (images < count)).nonzero()[:, 0]
-    chosen = None if groups is None else groups[rows]
-    found = rows[nms_plain(boxes[rows], scores[rows], iou_threshold, max_keep, groups=chosen, images=images[rows])]
-    counts = (images[found] == torch.arange(count, device=images.device)[:, None]).sum(dim=1)
-    kept = found.new_full((count, max_keep), -1)
-    kept[torch.arange(max_keep, device=kept.device) < counts[:, None]] = found
+    row_groups = None if groups is None else groups[rows]
+    kept_rows = rows[
+        nms_plain(boxes[rows], scores[rows], iou_threshold, max_keep, groups=row_groups, images=images[rows])
+    ]
+    counts = (images[kept_rows] == torch.arange(count, device=images.device)[:, None]).sum(dim=1)
+    kept = kept_rows.new_full((count, max_keep), -1)
+    kept[torch.arange(max_keep, device=kept.device) < counts[:, None]] = kept_rows
     return kept, counts
 
 

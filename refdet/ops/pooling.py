@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from refdet.ops._library import DEVICES
-from refdet.ops.pooling_plain import MOST, pool_plain
+from refdet.ops.pooling_plain import MAX_CELLS, pool_plain
 
 SAMPLES = 2  # on a side of a cell
 
@@ -94,24 +94,24 @@ class PyramidLevels(NamedTuple):
 
     Attributes:
         rows: indices of the RoIs of each level, finest first, ascending.
-        places: (K,) int64, place of each RoI among all of `rows`.
+        inverse: (K,) int64, position of each RoI in the concatenation of `rows`.
     """
 
     rows: tuple[Tensor, ...]
-    places: Tensor
+    inverse: Tensor
 
 
 def pyramid_levels(rois: Tensor, strides: Sequence[int]) -> PyramidLevels:
     """The pyramid level of each RoI, as of `pyramid_roi_align`; waits for a GPU once, if there are several levels."""
     if len(strides) == 1:
-        every = torch.arange(len(rois), device=rois.device)
-        return PyramidLevels((every,), every)
+        indices = torch.arange(len(rois), device=rois.device)
+        return PyramidLevels((indices,), indices)
     sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=1e-6).sqrt()
     level = torch.floor(torch.log2(sides / 224 + 1e-6) + math.log2(16 / strides[0]))
     level = level.nan_to_num(0).clamp(0, len(strides) - 1)
     order = level.argsort(stable=True)
-    every = torch.arange(len(strides), device=rois.device)
-    counts = (level == every[:, None]).sum(dim=1).tolist()
+    indices = torch.arange(len(strides), device=rois.device)
+    counts = (level == indices[:, None]).sum(dim=1).tolist()
     return PyramidLevels(order.split(counts), order.argsort())
 
 
@@ -172,21 +172,21 @@ def _by_level(
     pool: Callable[[Tensor, Tensor, int, float], Tensor],
 ) -> Tensor:
     _check_rois(maps[0], rois)
-    rows, places = levels or pyramid_levels(rois, strides)
+    rows, inverse = levels or pyramid_levels(rois, strides)
     pooled = [
-        pool(x, rois[chosen], size, stride).movedim(1, -1)
-        for x, chosen, stride in zip(maps, rows, strides, strict=True)
+        pool(x, rois[indices], size, stride).movedim(1, -1)
+        for x, indices, stride in zip(maps, rows, strides, strict=True)
     ]
-    return torch.cat(pooled).index_select(0, places).movedim(-1, 1)
+    return torch.cat(pooled).index_select(0, inverse).movedim(-1, 1)
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:
     """(K, C, m, m) in the dtype of the map, or with `mean` (K, C, 1, 1) in float32 or float64."""
     _check_rois(x, rois)
-    if not (2 if crop else 1) <= size <= MOST:
-        raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MOST} cells on a side, got {size}")
-    if not 0 <= samples <= MOST:
-        raise ValueError(f"RoI pooling needs 1 to {MOST} samples on a side of a cell, or 0, got {samples}")
+    if not (2 if crop else 1) <= size <= MAX_CELLS:
+        raise ValueError(f"RoI pooling needs {2 if crop else 1} to {MAX_CELLS} cells on a side, got {size}")
+    if not 0 <= samples <= MAX_CELLS:
+        raise ValueError(f"RoI pooling needs 1 to {MAX_CELLS} samples on a side of a cell, or 0, got {samples}")
     if not 0 < stride < math.inf:
         raise ValueError(f"RoI pooling needs a stride above 0, got {stride}")
     values = x if x.dtype in (torch.float32, torch.float64, torch.bfloat16) else x.float()
@@ -220,18 +220,18 @@ if DEVICES:
         return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
     @torch.library.register_fake("refdet::roi_pool_backward")
-    def _roi_pool_backward_fake(gradient: Tensor, rois: Tensor, shape: Sequence[int], *how: object) -> Tensor:
+    def _roi_pool_backward_fake(gradient: Tensor, rois: Tensor, shape: Sequence[int], *options: object) -> Tensor:
         batch, channels, height, width = shape
         return gradient.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
     def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, rois, *ctx.how = inputs
+        x, rois, *ctx.options = inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.save_for_backward(rois)
 
     def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rois,) = ctx.saved_tensors
-        of_map = torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.how)
-        return of_map.to(ctx.dtype), *(None,) * 6
+        grad_map = torch.ops.refdet.roi_pool_backward(gradient, rois, ctx.shape, *ctx.options)
+        return grad_map.to(ctx.dtype), *(None,) * 6
 
     torch.library.register_autograd("refdet::roi_pool", _backward, setup_context=_keep_for_backward)

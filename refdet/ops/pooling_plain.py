@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
 
-MOST = 1024  # cells on a side of a RoI, and samples on a side of a cell
+MAX_CELLS = 1024  # cells on a side of a RoI, and samples on a side of a cell
 CHUNK = 64  # RoIs per matrix product, to bound the memory of intermediate results
 
 
@@ -44,19 +44,19 @@ def pool_plain(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, 
     """
     values = x if x.dtype == torch.float64 else x.float()
     rois = rois.detach().to(values.dtype)
-    wrong = ~((rois[:, 0] >= 0) & (rois[:, 0] < len(x)))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
+    out_of_range = ~((rois[:, 0] >= 0) & (rois[:, 0] < len(x)))
+    if out_of_range.any():
+        row = int(out_of_range.nonzero()[0])
         raise IndexError(f"RoI pooling: RoI {row} is on image {rois[row, 0].item():g} of a batch of {len(x)}")
     cells = 1 if mean else size
     if len(rois) == 0 or x.numel() == 0:  # the sum keeps the result differentiable
-        nothing = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
-        return nothing if mean else nothing.to(x.dtype)
+        empty = values.new_zeros((len(rois), x.shape[1], cells, cells)) + 0 * values.sum()
+        return empty if mean else empty.to(x.dtype)
     if x.device.type != "cpu" and samples and not crop and not mean:
         outside = -1e6 * stride
-        known = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
-        known = torch.cat((rois[:, :1], known), dim=1)
-        pooled = torchvision_roi_align(values, known, size, 1.0 / stride, sampling_ratio=samples, aligned=True)
+        finite_rois = torch.where(rois.isfinite().all(dim=1, keepdim=True), rois[:, 1:], outside)
+        finite_rois = torch.cat((rois[:, :1], finite_rois), dim=1)
+        pooled = torchvision_roi_align(values, finite_rois, size, 1.0 / stride, sampling_ratio=samples, aligned=True)
     else:
         across = _taps(rois[:, 1] / stride, rois[:, 3] / stride, size, x.shape[3], samples, crop)
         down = _taps(rois[:, 2] / stride, rois[:, 4] / stride, size, x.shape[2], samples, crop)
@@ -78,22 +78,22 @@ def _taps(low: Tensor, high: Tensor, size: int, limit: int, samples: int, crop: 
     in the original.
     """
     side = (high - low)[:, None, None]
-    adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MOST)
-    each = torch.full_like(side, samples) if samples else adaptive
-    of_cell = torch.arange(samples or max(int(each.max()), 1), device=low.device, dtype=low.dtype)
-    sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * each + of_cell
+    adaptive = (side / size).ceil().nan_to_num(0).clamp(0, MAX_CELLS)
+    samples_per_cell = torch.full_like(side, samples) if samples else adaptive
+    sample_in_cell = torch.arange(samples or max(int(samples_per_cell.max()), 1), device=low.device, dtype=low.dtype)
+    sample = torch.arange(size, device=low.device, dtype=low.dtype)[:, None] * samples_per_cell + sample_in_cell
     if crop:
         position = low[:, None, None] + side * (sample / (size - 1))
         inside = (position > -1) & (position < limit)
         position = position.where(inside, 0)
     else:
-        position = low[:, None, None] - 0.5 + side * ((sample + 0.5) / (size * each))
-        inside = (position >= -1) & (position <= limit) & (of_cell < each)
+        position = low[:, None, None] - 0.5 + side * ((sample + 0.5) / (size * samples_per_cell))
+        inside = (position >= -1) & (position <= limit) & (sample_in_cell < samples_per_cell)
         position = position.where(inside, 0).clamp(0, limit - 1)
     floor = position.floor()
     fraction = position - floor
     cells = torch.stack((floor.long(), floor.long() + 1), dim=-1)
-    weights = torch.stack((1 - fraction, fraction), dim=-1) / each.clamp(min=1)[..., None]
+    weights = torch.stack((1 - fraction, fraction), dim=-1) / samples_per_cell.clamp(min=1)[..., None]
     weights = weights * (inside[..., None] & (cells >= 0) & (cells < limit))
     return cells.clamp(0, limit - 1).flatten(2), weights.flatten(2)
 
@@ -121,9 +121,9 @@ def _product(x: Tensor, image: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     channels, height, width = x.shape[1:]
     order, pooled = [], []
     for index, table in enumerate(x.permute(0, 2, 3, 1)):
-        for chosen in (image == index).nonzero()[:, 0].split(CHUNK):
-            lines = rows[chosen].flatten(0, 1) @ table.reshape(height, width * channels)
-            lines = lines.reshape(len(chosen), rows.shape[1], width, channels)
-            order.append(chosen)
-            pooled.append(columns[chosen][:, None] @ lines)
+        for indices in (image == index).nonzero()[:, 0].split(CHUNK):
+            lines = rows[indices].flatten(0, 1) @ table.reshape(height, width * channels)
+            lines = lines.reshape(len(indices), rows.shape[1], width, channels)
+            order.append(indices)
+            pooled.append(columns[indices][:, None] @ lines)
     return torch.cat(pooled).index_select(0, torch.cat(order).argsort()).permute(0, 3, 1, 2)

@@ -11,10 +11,10 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
 from refdet.splits.benchmark import held_out_benchmarks
-from refdet.splits.held_out import HeldOut, chosen, held_out
+from refdet.splits.held_out import HeldOut, held_out, splits_to_keep
 from refdet.splits.image_list import INSTANCES, ImageList
 from refdet.splits.instances_check import InstancesCheck
-from refdet.splits.leak_audit import numbers_of, warnings_of
+from refdet.splits.leak_audit import all_coco_ids, identification_warnings
 from refdet.splits.list_reading import read_image_list
 from refdet.structures.provenance import Provenance, file_sha256, image_ids_sha256
 
@@ -47,8 +47,8 @@ def build_split(
 ) -> SplitResult:
     """Write a list of training images without REFER's val and test images and their annotations.
 
-    An image is held out if one of the numbers in its entry is, see `refdet.data.image_evidence`. All that stays is
-    written as it stands in the file, in its order, and a report beside it. ``info.refdet`` of an instances file holds
+    An image is held out if any COCO id in its entry is (`refdet.data.image_evidence`). The remaining entries are
+    written unchanged and in order, with a report next to the file. ``info.refdet`` of an instances file holds
     the provenance; for other lists the report does.
 
     Examples:
@@ -82,7 +82,7 @@ def build_split(
         raise InputError("`exclude` and `keep_only`: cannot be combined; drop `exclude`, `keep_only` removes all else")
     if benchmark and keep_only:
         raise InputError("`benchmark` and `keep_only`: cannot be combined; drop `benchmark`")
-    splits, notes = chosen(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
+    splits, notes = splits_to_keep(refer_root, keep_only) if keep_only else held_out(refer_root, exclude)
     others, more = held_out_benchmarks(benchmark)
     splits, notes = splits + others, notes + more
     check = InstancesCheck(Path(instances))
@@ -90,32 +90,34 @@ def build_split(
     if images.form == INSTANCES:
         check.finish(images)
 
-    everything = frozenset().union(*(split.image_ids for split in splits))
-    for key, numbers in images.elsewhere.items():
-        if not keep_only and (out_of_reach := sorted(numbers & everything)):
+    held_out_ids = frozenset().union(*(split.image_ids for split in splits))
+    for key, coco_ids in images.ids_in_other_keys.items():
+        if not keep_only and (unremovable := sorted(coco_ids & held_out_ids)):
             raise InputError(
-                f"{images.path}: {key!r:.60} refers to held-out images ({out_of_reach[0]}), but only entries of "
+                f"{images.path}: {key!r:.60} refers to held-out images ({unremovable[0]}), but only entries of "
                 "'images' can be removed; delete it from the file first"
             )
-    named = [not everything.isdisjoint(image.numbers) for image in images.images]
-    keep = named if keep_only else [not there for there in named]
+    is_listed = [not held_out_ids.isdisjoint(image.coco_ids) for image in images.images]
+    keep = is_listed if keep_only else [not listed for listed in is_listed]
     if not any(keep):
         why = f"none of its {len(keep)} images is in a split to keep" if keep_only else f"all {len(keep)} are held out"
         raise InputError(f"{instances}: no images left: {why} ({refer_root}); check the list and the splits")
-    if not any(named):
+    if not any(is_listed):
         notes.append(f"{instances}: none of its images is in a held-out split; check that it lists COCO train images")
-    notes += warnings_of(images)
+    notes += identification_warnings(images)
 
-    kept = [image for image, stays in zip(images.images, keep, strict=True) if stays]
+    kept = [image for image, is_kept in zip(images.images, keep, strict=True) if is_kept]
     ids = {image.id for image in kept if image.id is not None}
     annotations = sum(entry.image_id in ids for entry in images.annotations)
-    there = numbers_of(images.images)
-    counts = _counts(splits, there)
+    present_ids = all_coco_ids(images.images)
+    counts = _counts(splits, present_ids)
     excluded = counts
     if keep_only:
-        every, _ = held_out(refer_root)
-        excluded = _counts([split for split in every if split.image_ids.isdisjoint(numbers_of(kept))], there)
-        shared = [split.name for split in every if split.name not in excluded and split.name not in counts]
+        all_splits, _ = held_out(refer_root)
+        excluded = _counts(
+            [split for split in all_splits if split.image_ids.isdisjoint(all_coco_ids(kept))], present_ids
+        )
+        shared = [split.name for split in all_splits if split.name not in excluded and split.name not in counts]
         if shared:
             notes.append(f"the kept images include some of {', '.join(shared)}")
     provenance = Provenance(
@@ -124,7 +126,7 @@ def build_split(
         images=len(kept),
         annotations=annotations,
         image_ids_sha256=image_ids_sha256(ids),
-        excluded={**_earlier(images), **excluded},
+        excluded={**_previously_excluded(images), **excluded},
         note=f"only images of {', '.join(counts)}" if keep_only else "",
     )
     report: dict[str, Any] = {
@@ -135,9 +137,9 @@ def build_split(
         "annotations_after": annotations,
         "excluded": excluded,
         **({"kept": counts} if keep_only else {}),
-        "refer_images": len(everything),
-        "refer_images_found": len(everything & there),
-        "refer_images_missing": len(everything - there),
+        "refer_images": len(held_out_ids),
+        "refer_images_found": len(held_out_ids & present_ids),
+        "refer_images_missing": len(held_out_ids - present_ids),
         "removed_image_ids": sorted(images.ids - ids),
     }
     if images.form != INSTANCES:
@@ -149,17 +151,17 @@ def build_split(
     return SplitResult(out, report_path, report, notes)
 
 
-def _counts(splits: Sequence[HeldOut], there: frozenset[int]) -> dict[str, dict[str, int]]:
-    return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & there)} for s in splits}
+def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:
+    return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
 
 
-def _earlier(images: ImageList) -> dict[str, dict[str, int]]:
+def _previously_excluded(images: ImageList) -> dict[str, dict[str, int]]:
     """Splits excluded by an earlier build-split, if the images are unchanged and their ids match their names."""
     if "refdet" not in images.info:
         return {}
     try:
-        written = Provenance.from_json(images.info["refdet"])
+        provenance = Provenance.from_json(images.info["refdet"])
     except InputError as error:
         raise InputError(f"{images.path}: info.refdet: {error}") from None
-    same = written.image_ids_sha256 == image_ids_sha256(images.ids)
-    return written.excluded if same and all(image.id_matches_file_name for image in images.images) else {}
+    unchanged = provenance.image_ids_sha256 == image_ids_sha256(images.ids)
+    return provenance.excluded if unchanged and all(image.id_matches_file_name for image in images.images) else {}

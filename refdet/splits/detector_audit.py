@@ -101,22 +101,22 @@ def audit_provenance(
         InputError: invalid input, or ``path`` is neither a run directory nor a store.
         refer.ReferError: invalid REFER data.
     """
-    about = describe(path)
-    if about["kind"] not in ("checkpoint", "store"):
+    description = describe(path)
+    if description["kind"] not in ("checkpoint", "store"):
         raise InputError(f"{path}: neither a run directory nor a store; use `instances` to audit a list of images")
-    if about["provenance"] is None:
+    if description["provenance"] is None:
         splits, notes = held_out(refer_root, exclude)
         problem = f"{path}: training data unknown: no provenance"
-        return ProvenanceAudit(about["kind"], str(path), None, _claims(None, splits), None, problem, notes)
-    provenance = Provenance.from_json(about["provenance"])
+        return ProvenanceAudit(description["kind"], str(path), None, _claims(None, splits), None, problem, notes)
+    provenance = Provenance.from_json(description["provenance"])
     splits, notes = held_out(refer_root, exclude)
     claims = _claims(provenance, splits)
     proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
         notes = proof.notes
-    who = str(path) if about["kind"] == "checkpoint" else f"the detector of {path}"
-    held = len(frozenset().union(*(split.image_ids for split in splits)))
-    problem = _problem(who, provenance, claims, proof, instances, held)
+    subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
+    n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
+    problem = _problem(subject, provenance, claims, proof, instances, n_held_out)
     if provenance.weights is not None:
         known = file_of_weights(provenance.weights)
         if known is not None and known.trained_on.of_refer == "none":
@@ -127,10 +127,10 @@ def audit_provenance(
             )
         elif not problem:
             problem = (
-                f"{who}: clean except for its initial weights, which are unproven: {provenance.weights}; if they have "
-                "seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
+                f"{subject}: clean except for its initial weights, which are unproven: {provenance.weights}; if they "
+                "have seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
             )
-    return ProvenanceAudit(about["kind"], str(path), provenance, claims, proof, problem, notes)
+    return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, problem, notes)
 
 
 def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
@@ -138,50 +138,57 @@ def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[Sp
     if provenance is not None and provenance.training_set is not None and provenance.training_set.of_refer == "none":
         return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
     excluded = {} if provenance is None else provenance.excluded
-    there = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
-    covered = frozenset().union(*(split.image_ids for split in there))
+    matching = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
+    covered = frozenset().union(*(split.image_ids for split in matching))
     return [SplitClaim(split.name, len(split.image_ids), len(split.image_ids - covered)) for split in splits]
 
 
 def _problem(
-    who: str,
+    subject: str,
     provenance: Provenance,
     claims: Sequence[SplitClaim],
     proof: AuditResult | None,
     instances: str | Path | None,
-    held: int,
+    n_held_out: int,
 ) -> str:
-    data = provenance.training_set
-    if data is not None and data.of_refer == "none":
+    training_set = provenance.training_set
+    if training_set is not None and training_set.of_refer == "none":
         # there is no hash of its image ids to compare with
-        which = f"{who}: was trained on {data.name}, about which {instances} proves nothing; leave out `instances`"
-        return "" if proof is None else which
-    if data is not None:
-        of = f"all {held} val/test images" if data.of_refer == "all" else f"some of {held} val/test images"
-        return f"{who}: leaks {of} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
+        message = (
+            f"{subject}: was trained on {training_set.name}, about which {instances} proves nothing; leave out "
+            "`instances`"
+        )
+        return "" if proof is None else message
+    if training_set is not None:
+        which = (
+            f"all {n_held_out} val/test images"
+            if training_set.of_refer == "all"
+            else f"some of {n_held_out} val/test images"
+        )
+        return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
     if not provenance.image_ids_sha256:
-        return f"{who}: training data unknown: {provenance.note or 'its provenance has no hash of image ids'}"
+        return f"{subject}: training data unknown: {provenance.note or 'its provenance has no hash of image ids'}"
     if proof is not None:
         if proof.image_ids_sha256 != provenance.image_ids_sha256:
             return (
-                f"{who}: was not trained on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
+                f"{subject}: was not trained on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
                 f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was trained on"
             )
         if proof.leaked:
-            return f"{who}: was trained on {instances}, which contains {len(proof.leaked)} held-out images"
+            return f"{subject}: was trained on {instances}, which contains {len(proof.leaked)} held-out images"
         # Without exclusions the provenance has the hash of the whole file, which covers the names too.
         same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
         if proof.not_known_by_id and not same_file:
             return (
-                f"{who}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their COCO "
-                "ids, so other images may have the same hash; train on a file whose ids match its file names"
+                f"{subject}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their "
+                "COCO ids, so other images may have the same hash; train on a file whose ids match its file names"
             )
         return ""
     if not provenance.excluded:
         why = provenance.note or "its provenance excludes no split"
-        return f"{who}: training data unknown: {why}; give the file it was trained on with `instances`"
-    open_ = [claim for claim in claims if claim.uncovered]
-    if open_:
-        names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in open_)
-        return f"{who}: its provenance does not exclude {names}; give the file it was trained on with `instances`"
+        return f"{subject}: training data unknown: {why}; give the file it was trained on with `instances`"
+    uncovered = [claim for claim in claims if claim.uncovered]
+    if uncovered:
+        names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in uncovered)
+        return f"{subject}: its provenance does not exclude {names}; give the file it was trained on with `instances`"
     return ""

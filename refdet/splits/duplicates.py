@@ -72,11 +72,11 @@ class ContentResult:
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object; each copy has its distance under the name of 0.1 too."""
-        whole = asdict(self)
-        for copy in whole["copies"]:
+        """The result as a JSON object; the distance of each copy is also there under its name in 0.1."""
+        result = asdict(self)
+        for copy in result["copies"]:
             copy["bits"] = copy["hamming_distance"]  # its name in 0.1
-        return whole
+        return result
 
     def notes(self) -> list[str]:
         """One line for each kind of image that could not be compared."""
@@ -118,62 +118,64 @@ def audit_content(
     """
     splits, _ = held_out(refer_root, exclude)
     ids = sorted(frozenset().union(*(split.image_ids for split in splits)))
-    own_source = ImageSource.open(images)
-    refer_source = own_source if refer_images is None else _open_refer_images(refer_images)
-    everything = frozenset(ids)
-    found = read_image_list(instances)
-    records = [_records(found, number) for number in range(len(found.images))]
-    wanted = [
+    source = ImageSource.open(images)
+    refer_source = source if refer_images is None else _open_refer_images(refer_images)
+    held_out_ids = frozenset(ids)
+    image_list = read_image_list(instances)
+    records = [_records(image_list, index) for index in range(len(image_list.images))]
+    to_compare = [
         (image.label, record)
-        for image, of_entry in zip(found.images, records, strict=True)
-        if everything.isdisjoint(image.numbers)
-        for record in of_entry
+        for image, entry_records in zip(image_list.images, records, strict=True)
+        if held_out_ids.isdisjoint(image.coco_ids)
+        for record in entry_records
     ]
-    held = [ImageRecord(number, "", 0, 0) for number in ids]
-    refer_source.locate(held)
-    theirs = _compared(refer_source, [(record.id, record) for record in held], "held-out images")
-    if not theirs.labels:
+    held_out_records = [ImageRecord(image_id, "", 0, 0) for image_id in ids]
+    refer_source.locate(held_out_records)
+    held_out_thumbnails = _compute_thumbnails(
+        refer_source, [(record.id, record) for record in held_out_records], "held-out images"
+    )
+    if not held_out_thumbnails.labels:
         raise InputError(
             f"{refer_images or images}: none of the {len(ids)} held-out images can be read; "
             "give the folder that has them with `refer_images`"
         )
     # Locate all records, as training does: which file a name refers to can depend on the others.
-    own_source.locate([record for of_entry in records for record in of_entry])
-    own = _compared(own_source, wanted, "images of the list")
-    if wanted and not own.labels:
+    source.locate([record for entry_records in records for record in entry_records])
+    candidates = _compute_thumbnails(source, to_compare, "images of the list")
+    if to_compare and not candidates.labels:
         raise InputError(
-            f"`images` {images}: none of the {len(wanted)} images in {instances} can be read "
-            f"(first: {[*own.missing, *own.unreadable][0][1]}); give the folder that has them"
+            f"`images` {images}: none of the {len(to_compare)} images in {instances} can be read "
+            f"(first: {[*candidates.missing, *candidates.unreadable][0][1]}); give the folder that has them"
         )
     best: dict[tuple[int, int, bool], Duplicate] = {}  # an image may have two thumbnails
-    for match in matches(own.pixels, theirs.pixels):
-        first, second = own.rows[match.first], theirs.rows[match.second]
-        number = int(theirs.labels[second])
-        names = [split.name for split in splits if number in split.image_ids]
+    for match in matches(candidates.pixels, held_out_thumbnails.pixels):
+        first, second = candidates.rows[match.first], held_out_thumbnails.rows[match.second]
+        image_id = int(held_out_thumbnails.labels[second])
+        names = [split.name for split in splits if image_id in split.image_ids]
         correlation = round(match.correlation, 4)
-        copy = Duplicate(own.labels[first], number, names, match.hamming_distance, correlation, match.mirrored)
+        copy = Duplicate(candidates.labels[first], image_id, names, match.hamming_distance, correlation, match.mirrored)
         key = first, second, match.mirrored
-        best[key] = min(best.get(key, copy), copy, key=lambda one: one.hamming_distance)
-    lists = {
-        "missing": own.missing,
-        "unreadable": own.unreadable,
-        "refer_missing": theirs.missing,
-        "refer_unreadable": theirs.unreadable,
+        best[key] = min(best.get(key, copy), copy, key=lambda duplicate: duplicate.hamming_distance)
+    labels_by_name = {
+        "missing": candidates.missing,
+        "unreadable": candidates.unreadable,
+        "refer_missing": held_out_thumbnails.missing,
+        "refer_unreadable": held_out_thumbnails.unreadable,
     }
     return ContentResult(
-        compared=len(own.labels),
-        missing=[label for label, _ in own.missing],
-        unreadable=[label for label, _ in own.unreadable],
-        refer_compared=len(theirs.labels),
-        refer_missing=[label for label, _ in theirs.missing],
-        refer_unreadable=[label for label, _ in theirs.unreadable],
+        compared=len(candidates.labels),
+        missing=[label for label, _ in candidates.missing],
+        unreadable=[label for label, _ in candidates.unreadable],
+        refer_compared=len(held_out_thumbnails.labels),
+        refer_missing=[label for label, _ in held_out_thumbnails.missing],
+        refer_unreadable=[label for label, _ in held_out_thumbnails.unreadable],
         copies=list(best.values()),
-        reasons={name: labels[0][1] for name, labels in lists.items() if labels},
+        reasons={name: labels[0][1] for name, labels in labels_by_name.items() if labels},
     )
 
 
 @dataclass(frozen=True)
-class _Compared:
+class _Thumbnails:
     """Thumbnails of images; an image with an EXIF orientation has two.
 
     Attributes:
@@ -191,10 +193,10 @@ class _Compared:
     unreadable: list[tuple[int | str, str]]
 
 
-def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Compared:
-    one_large = threading.Lock()
+def _compute_thumbnails(source: ImageSource, images: Sequence[tuple[int | str, ImageRecord]], what: str) -> _Thumbnails:
+    large_image_lock = threading.Lock()
 
-    def make(item: tuple[int | str, ImageRecord]) -> list[np.ndarray] | str:
+    def load(item: tuple[int | str, ImageRecord]) -> list[np.ndarray] | str:
         name = source.find(item[1])
         if name is None:
             return ""
@@ -202,7 +204,7 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
         try:
             if source.size(name) <= _LARGE_BYTES:
                 return thumbnails(source.data(name, height, width))
-            with one_large:
+            with large_image_lock:
                 return thumbnails(source.data(name, height, width))
         except RuntimeFailure:  # the whole zip became unreadable
             raise
@@ -211,29 +213,29 @@ def _compared(source: ImageSource, wanted: Sequence[tuple[int | str, ImageRecord
             return f"{name}: {why_unreadable(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(progress(pool.map(make, wanted), what, "image", total=len(wanted)))
-    found = _Compared([], [], np.empty((0, SIDE, SIDE), np.uint8), [], [])
+        loaded = list(progress(pool.map(load, images), what, "image", total=len(images)))
+    computed = _Thumbnails([], [], np.empty((0, SIDE, SIDE), np.uint8), [], [])
     pixels: list[np.ndarray] = []
-    for (label, record), result in zip(wanted, made, strict=True):
+    for (label, record), result in zip(images, loaded, strict=True):
         if result == "":
-            found.missing.append((label, source.why_missing(record)))
+            computed.missing.append((label, source.why_missing(record)))
         elif isinstance(result, str):
-            found.unreadable.append((label, result))
+            computed.unreadable.append((label, result))
         else:
-            found.rows.extend([len(found.labels)] * len(result))
-            found.labels.append(label)
+            computed.rows.extend([len(computed.labels)] * len(result))
+            computed.labels.append(label)
             pixels.extend(result)
-    return replace(found, pixels=np.stack(pixels)) if pixels else found
+    return replace(computed, pixels=np.stack(pixels)) if pixels else computed
 
 
-def _records(found: ImageList, number: int) -> list[ImageRecord]:
+def _records(image_list: ImageList, index: int) -> list[ImageRecord]:
     """Records of an entry's images, looked up as `CocoIndex` does for an instances file, else by every name.
 
     Height and width are 0 where the list does not give them.
     """
-    image = found.images[number]
-    if found.form == INSTANCES:
-        entry = json.loads(found.text[image.start : image.end])
+    image = image_list.images[index]
+    if image_list.form == INSTANCES:
+        entry = json.loads(image_list.text[image.start : image.end])
         name = entry.get("file_name")
         id_ = -1 if image.id is None else image.id
         height, width = (entry.get(key) for key in ("height", "width"))
@@ -242,11 +244,11 @@ def _records(found: ImageList, number: int) -> list[ImageRecord]:
         return [ImageRecord(id_, name if isinstance(name, str) else "", height, width, goes_by_id(entry, id_))]
     names = image.evidence.addresses or ((image.name,) if image.name and not image.name.isdecimal() else ())
     if names:
-        # a URL is another address of an image that has a file name
+        # a URL is just another address of an image with a file name
         files = [name for name in names if "://" not in name] or names
         return [ImageRecord(-1, name, 0, 0) for name in files]
     # an image with only an unconfirmed id is not compared, so it stays unproven
-    return [ImageRecord(-1 if image.unknown else min(image.numbers, default=-1), "", 0, 0)]
+    return [ImageRecord(-1 if image.unknown else min(image.coco_ids, default=-1), "", 0, 0)]
 
 
 def _open_refer_images(path: str | Path) -> ImageSource:

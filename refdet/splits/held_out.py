@@ -49,8 +49,8 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
-    wanted = [_parse("exclude", text, pairs) for text in exclude] or [(dataset, by, ()) for dataset, by in pairs]
-    splits, more = _splits(refer_root, wanted, "exclude", skip=TRAIN)
+    selections = [_parse("exclude", text, pairs) for text in exclude] or [(dataset, by, ()) for dataset, by in pairs]
+    splits, more = _splits(refer_root, selections, "exclude", skip=TRAIN)
     notes += more
     if not splits:
         raise InputError(
@@ -70,7 +70,7 @@ def held_out(refer_root: str | Path, exclude: Sequence[str] = ()) -> tuple[list[
     return splits, notes
 
 
-def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
+def splits_to_keep(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldOut], list[str]]:
     """Find the splits that ``keep_only`` names.
 
     Args:
@@ -85,15 +85,15 @@ def chosen(refer_root: str | Path, keep_only: Sequence[str]) -> tuple[list[HeldO
         refer.ReferError: a refs file is damaged.
     """
     pairs, notes = _pairs(refer_root)
-    wanted = [_parse("keep_only", text, pairs) for text in keep_only]
-    splits, more = _splits(refer_root, wanted, "keep_only", skip=None)
+    selections = [_parse("keep_only", text, pairs) for text in keep_only]
+    splits, more = _splits(refer_root, selections, "keep_only", skip=None)
     return splits, notes + more
 
 
 def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    there = refer.available(refer_root)
-    pairs = [pair for pair in there if pair[0] not in NOT_COCO]
-    skipped = sorted({dataset for dataset, _ in there} & set(NOT_COCO))
+    available = refer.available(refer_root)
+    pairs = [pair for pair in available if pair[0] not in NOT_COCO]
+    skipped = sorted({dataset for dataset, _ in available} & set(NOT_COCO))
     misnamed = unrecognized_refs(refer_root)
     if not pairs:
         hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
@@ -119,12 +119,12 @@ def _parse(argument: str, text: str, pairs: Iterable[tuple[str, str]]) -> tuple[
 
 
 def _splits(
-    refer_root: str | Path, wanted: Iterable[tuple[str, str, tuple[str, ...]]], argument: str, skip: str | None
+    refer_root: str | Path, selections: Iterable[tuple[str, str, tuple[str, ...]]], argument: str, skip: str | None
 ) -> tuple[list[HeldOut], list[str]]:
-    """Unique splits in ``wanted``, ordered by name; all but ``skip`` where no split is named."""
-    found: dict[str, HeldOut] = {}
+    """Unique splits in ``selections``, ordered by name; all but ``skip`` where no split is named."""
+    by_name: dict[str, HeldOut] = {}
     notes: dict[str, None] = {}
-    for dataset, split_by, names in wanted:
+    for dataset, split_by, names in selections:
         images, warnings = _images_by_split(refer_root, dataset, split_by)
         notes |= dict.fromkeys(warnings)
         unknown = [name for name in names if name not in images]
@@ -135,9 +135,9 @@ def _splits(
         train = images.get(TRAIN, frozenset())
         for name in names or sorted(set(images) - {skip}):
             shared = len(images[name] & train) if name != TRAIN else 0
-            full = f"{dataset}/{split_by}/{name}"
-            found[full] = HeldOut(full, images[name], shared)
-    return [found[name] for name in sorted(found)], list(notes)
+            full_name = f"{dataset}/{split_by}/{name}"
+            by_name[full_name] = HeldOut(full_name, images[name], shared)
+    return [by_name[name] for name in sorted(by_name)], list(notes)
 
 
 def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dict[str, frozenset[int]], list[str]]:

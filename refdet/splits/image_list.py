@@ -31,14 +31,14 @@ class ImageEntry(NamedTuple):
     """One image of a list.
 
     Attributes:
-        id: its id in the list, else the smallest of ``numbers``, else None.
+        id: its id in the list, else the smallest of ``coco_ids``, else None.
         name: its file name or URL, "" if it has none.
-        label: its human-readable name: its id, its file name or its position in the list.
+        label: human-readable name: its id, its file name or its position in the list.
         evidence: what its entry says about its COCO id.
         id_matches_file_name: whether its id is the number in its file name.
         start: offset of its entry in the text of the list.
         end: offset of the end of its entry.
-        numbers: COCO ids that it may have.
+        coco_ids: COCO ids that it may have.
         unknown: whether its entry identifies it neither as a COCO image nor as an image of another source.
     """
 
@@ -49,7 +49,7 @@ class ImageEntry(NamedTuple):
     id_matches_file_name: bool
     start: int
     end: int
-    numbers: frozenset[int] = frozenset()
+    coco_ids: frozenset[int] = frozenset()
     unknown: bool = True
 
 
@@ -81,7 +81,7 @@ class ImageList:
         annotations: annotations of an instances file, empty for other forms.
         members: top-level keys of an instances file, empty for other forms.
         info: ``info`` of an instances file, empty for other forms.
-        elsewhere: other top-level keys of an instances file -> COCO ids in the names below them.
+        ids_in_other_keys: other top-level keys of an instances file -> COCO ids in the names below them.
         tree: where the entries of a JSON object are, None for other forms.
     """
 
@@ -92,7 +92,7 @@ class ImageList:
     annotations: list[ListedAnnotation] = field(default_factory=list)
     members: list[TopLevelValue] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-    elsewhere: dict[str, frozenset[int]] = field(default_factory=dict)
+    ids_in_other_keys: dict[str, frozenset[int]] = field(default_factory=dict)
     tree: Node | None = None
 
     @property
@@ -108,7 +108,7 @@ class ImageList:
             keep: whether to keep each image and its annotations.
             info: replaces ``info`` in an instances file.
         """
-        images = [image for image, stays in zip(self.images, keep, strict=True) if stays]
+        images = [image for image, kept in zip(self.images, keep, strict=True) if kept]
         entries = (self.text[image.start : image.end] for image in images)
         if self.form in (LINES, JSON_LINES):
             file.writelines(f"{entry}\n" for entry in entries)
@@ -125,36 +125,36 @@ class ImageList:
         self, file: IO[str], images: Sequence[ImageEntry], entries: Iterable[str], info: object
     ) -> None:
         ids = {image.id for image in images}
-        owned = (self.text[entry.start : entry.end] for entry in self.annotations if entry.image_id in ids)
+        kept_annotations = (self.text[entry.start : entry.end] for entry in self.annotations if entry.image_id in ids)
         if all(member.key != "info" for member in self.members):
             file.write(f'{{"info": {json.dumps(info)}, ')
         else:
             file.write("{")
-        for number, (key, start, end) in enumerate(self.members):
-            file.write(f"{', ' if number else ''}{json.dumps(key)}: ")
+        for index, (key, start, end) in enumerate(self.members):
+            file.write(f"{', ' if index else ''}{json.dumps(key)}: ")
             if key == "images":
                 _write_entries(file, entries, ", ")
             elif key == "annotations":
-                _write_entries(file, owned, ", ")
+                _write_entries(file, kept_annotations, ", ")
             else:
                 file.write(json.dumps(info) if key == "info" else self.text[start:end])
         file.write("}\n")
 
 
-def weigh(images: Sequence[ImageEntry]) -> list[ImageEntry]:
-    """Return the images with ``numbers`` and ``unknown`` set."""
+def identify_images(images: Sequence[ImageEntry]) -> list[ImageEntry]:
+    """Return the images with ``coco_ids`` and ``unknown`` set."""
     confirmed = ids_are_confirmed(image.evidence for image in images)
-    weighed = []
+    identified = []
     for image in images:
-        numbers = image.evidence.numbers
-        id_ = min(numbers, default=None) if image.id is None else image.id
+        coco_ids = image.evidence.coco_ids
+        id_ = min(coco_ids, default=None) if image.id is None else image.id
         unknown = not image.evidence.is_understood(confirmed)
-        weighed.append(image._replace(id=id_, numbers=numbers, unknown=unknown))
-    return weighed
+        identified.append(image._replace(id=id_, coco_ids=coco_ids, unknown=unknown))
+    return identified
 
 
 def _write_entries(file: IO[str], entries: Iterable[str], separator: str) -> None:
     file.write("[")
-    for number, entry in enumerate(entries):
-        file.write(separator + entry if number else entry)
+    for index, entry in enumerate(entries):
+        file.write(separator + entry if index else entry)
     file.write("]")

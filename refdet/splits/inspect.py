@@ -17,7 +17,7 @@ from refdet.extraction.shard_folder import parts_folder, progress
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.store import CORRUPTION_ERRORS
-from refdet.store.hdf5_door import MAGIC, check_regular, open_store_file
+from refdet.store.hdf5_access import MAGIC, check_regular, open_store_file
 from refdet.store.schema import CHECKSUMS, MAPS
 from refdet.store.verify import Verification, verify
 from refdet.structures.limits import is_id
@@ -39,8 +39,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        begun = progress(path)
-        return _checkpoint(path) if begun is None else _unfinished(path, begun)
+        plan = progress(path)
+        return _checkpoint(path) if plan is None else _unfinished(path, plan)
     kind = kind_of(path)
     if kind is FileKind.MISSING:
         raise InputError(f"{path}: {_missing(path, 'file or folder')}")
@@ -59,12 +59,12 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _split(path: Path) -> dict[str, Any]:
     index = CocoIndex.load(path)
-    annotations = [annotation for of_image in index.annotations.values() for annotation in of_image]
+    annotations = [annotation for image_annotations in index.annotations.values() for annotation in image_annotations]
     return {
         "kind": "split",
         "path": str(path),
         "images": len(index.images),
-        "images_without_annotations": sum(not of_image for of_image in index.annotations.values()),
+        "images_without_annotations": sum(not image_annotations for image_annotations in index.annotations.values()),
         "annotations": len(index.raw["annotations"]),
         "crowds": sum(annotation.iscrowd for annotation in annotations),
         "without_segmentation": sum(annotation.segmentation is None for annotation in annotations),
@@ -78,17 +78,17 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     weights = folder / "model.safetensors"
-    for needed in (folder / "model.json", weights):
-        if not needed.is_file():
-            raise InputError(f"{folder}: no {needed.name} in it; give a run directory of refdet train")
+    for required in (folder / "model.json", weights):
+        if not required.is_file():
+            raise InputError(f"{folder}: no {required.name} in it; give a run directory of refdet train")
     model = read_json(folder / "model.json")
     if not isinstance(model, dict):
         raise InputError(f"{folder / 'model.json'}: not a JSON object; train or import the model again")
     try:
         with safe_open(weights, framework="numpy") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # not a mapping
-            dtypes = sorted({part.get_dtype() for part in slices})
-            numbers = sum(math.prod(part.get_shape()) for part in slices)
+            dtypes = sorted({tensor.get_dtype() for tensor in slices})
+            n_values = sum(math.prod(tensor.get_shape()) for tensor in slices)
     except SafetensorError as error:
         raise InputError(f"{weights}: damaged ({error})") from None
     categories = model.get("categories")
@@ -99,7 +99,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": model.get("recipe"),
         "categories": len(categories) if isinstance(categories, list | dict) else None,
         "tensors": len(slices),
-        "numbers": numbers,
+        "numbers": n_values,
         "dtypes": dtypes,
         "untrained": model.get("untrained", []),
         "provenance": _provenance(folder / "model.json", model.get("provenance")),
@@ -141,47 +141,47 @@ def _masks(file: h5py.File) -> int:
     return int(np.count_nonzero(np.diff(file["regions/mask_start"][:])))
 
 
-def _unfinished(folder: Path, begun: dict[str, Any]) -> dict[str, Any]:
-    header = begun.get("header")
+def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    header = plan.get("header")
     header = header if isinstance(header, dict) else {}
     classes = header.get("classes")
     return {
         "kind": "unfinished store",
         "path": str(folder),
-        "state": _state(begun),
-        "shards": _count(begun, "shards"),
-        "shards_finished": begun["finished"],
-        "images": _count(begun, "images"),
-        "batch_size": _count(begun, "batch_size"),
+        "state": _state(plan),
+        "shards": _count(plan, "shards"),
+        "shards_finished": plan["finished"],
+        "images": _count(plan, "images"),
+        "batch_size": _count(plan, "batch_size"),
         "categories": len(classes) if isinstance(classes, list) else None,
-        "options": begun.get("options"),
+        "options": plan.get("options"),
         "provenance": _provenance(folder / "plan.json", header.get("provenance")),
     }
 
 
-def _state(begun: dict[str, Any]) -> str:
-    shards = _count(begun, "shards")
-    done = f"{begun['finished']} of {'?' if shards is None else shards} shards are finished"
+def _state(plan: dict[str, Any]) -> str:
+    shards = _count(plan, "shards")
+    done = f"{plan['finished']} of {'?' if shards is None else shards} shards are finished"
     return f"{done}; finish it with the same refdet extract-features command and --resume"
 
 
-def _count(begun: dict[str, Any], name: str) -> int | None:
-    """Return a number in a plan, None where it is missing or invalid."""
-    value = begun.get(name)
+def _count(plan: dict[str, Any], name: str) -> int | None:
+    """Return a count in a plan, None if it is missing or invalid."""
+    value = plan.get(name)
     return value if type(value) is int and is_id(value) else None
 
 
 def _missing(path: Path, what: str) -> str:
     """Error message for a missing path."""
     folder = parts_folder(path)
-    begun = progress(folder) if folder.is_dir() else None
-    return f"no such {what}" if begun is None else f"not finished yet: in {folder}, {_state(begun)}"
+    plan = progress(folder) if folder.is_dir() else None
+    return f"no such {what}" if plan is None else f"not finished yet: in {folder}, {_state(plan)}"
 
 
 def _feature(data: h5py.Dataset) -> dict[str, Any]:
     """Describe a feature: vector width or map shape, dtype, and compression if it has one."""
-    wide = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
-    return {**wide, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
+    shape = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
+    return {**shape, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
 
 
 def check(path: str | Path) -> Verification:
@@ -198,9 +198,9 @@ def check(path: str | Path) -> Verification:
     """
     path = Path(path)
     if path.is_dir():
-        begun = progress(path)
+        plan = progress(path)
         what = "a folder; only a file written by refdet extract-features can be verified"
-        raise InputError(f"{path}: {what if begun is None else f'an unfinished store: {_state(begun)}'}")
+        raise InputError(f"{path}: {what if plan is None else f'an unfinished store: {_state(plan)}'}")
     if not path.exists():
         raise InputError(f"{path}: {_missing(path, 'file')}")
     check_regular(path)

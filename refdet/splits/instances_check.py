@@ -16,7 +16,7 @@ from refdet.data.coco_validation import (
 from refdet.data.polygons import check_outlines, is_surely_drawn
 from refdet.errors import InputError
 from refdet.splits.image_list import ImageList
-from refdet.splits.json_stream import Piece
+from refdet.splits.json_stream import JsonValue
 
 
 class InstancesCheck:
@@ -31,31 +31,32 @@ class InstancesCheck:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fault: InputError | None = None
+        self._error: InputError | None = None
         self._has_categories = self._panoptic = False
         self._sizes: dict[int, tuple[int, int]] = {}
         self._categories: set[int] = set()
         self._annotations: set[int] = set()
-        self._first_of: dict[int, int] = {}  # category id -> its first annotation
-        self._rle: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
-        self._wide: list[tuple[int, int, list]] = []  # annotation id, image id, polygons that may be too large
+        self._first_annotation: dict[int, int] = {}  # category id -> its first annotation
+        self._rle_sizes: list[tuple[int, int, tuple[int, int]]] = []  # annotation id, image id, size
+        # annotation id, image id, polygons that may be too large
+        self._unchecked_polygons: list[tuple[int, int, list]] = []
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, json_value: JsonValue) -> None:
         """Check an entry of ``images``, ``annotations`` or ``categories``."""
-        self._has_categories |= piece.key == "categories"
-        self._panoptic |= piece.key == "annotations" and "segments_info" in piece.value
-        if self._fault is None:
+        self._has_categories |= json_value.key == "categories"
+        self._panoptic |= json_value.key == "annotations" and "segments_info" in json_value.value
+        if self._error is None:
             try:
-                self._check(piece)
-            except InputError as fault:
-                self._fault = fault
+                self._check(json_value)
+            except InputError as error:
+                self._error = error
 
-    def _check(self, piece: Piece) -> None:
-        path, position, entry = self._path, piece.position or 0, piece.value
-        if piece.key == "images":
+    def _check(self, json_value: JsonValue) -> None:
+        path, position, entry = self._path, json_value.position or 0, json_value.value
+        if json_value.key == "images":
             image_id, _, height, width = checked_image(path, position, entry)
             self._sizes[image_id] = (height, width)
-        elif piece.key == "categories":
+        elif json_value.key == "categories":
             category_id, _ = checked_category(path, position, entry)
             if category_id in self._categories:
                 raise InputError(f"{path}: duplicate category id {category_id}")
@@ -70,14 +71,14 @@ class InstancesCheck:
         if annotation_id in self._annotations:
             raise InputError(f"{path}: duplicate annotation id {annotation_id}")
         self._annotations.add(annotation_id)
-        self._first_of.setdefault(category_id, annotation_id)
+        self._first_annotation.setdefault(category_id, annotation_id)
         checked_box(path, entry.get("bbox"), what)
         segmentation = entry.get("segmentation")
         polygons, _ = checked_segmentation(path, segmentation, what, None)
         if isinstance(segmentation, dict):
-            self._rle.append((annotation_id, image_id, tuple(segmentation["size"])))
+            self._rle_sizes.append((annotation_id, image_id, tuple(segmentation["size"])))
         elif isinstance(polygons, list) and not is_surely_drawn(polygons):
-            self._wide.append((annotation_id, image_id, polygons))
+            self._unchecked_polygons.append((annotation_id, image_id, polygons))
         checked_crowd(path, entry, what)
         checked_area(path, entry.get("area", 0), what)
 
@@ -91,28 +92,28 @@ class InstancesCheck:
             InputError: a one-line message with the file and the invalid entry.
         """
         path, ids = self._path, images.ids
-        stray = next((entry for entry in images.annotations if entry.image_id not in ids), None)
-        if stray is not None:
+        orphan = next((entry for entry in images.annotations if entry.image_id not in ids), None)
+        if orphan is not None:
             raise InputError(
-                f"{path}: an annotation refers to image {stray.image_id}, which is not in the file; "
+                f"{path}: an annotation refers to image {orphan.image_id}, which is not in the file; "
                 "remove such annotations first"
             )
         if not self._has_categories or self._panoptic:
             return
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
         if all(member.key != "annotations" for member in images.members):
             raise InputError(f"{path}: no list 'annotations' in it; give a COCO instances JSON")
-        for category_id, annotation_id in self._first_of.items():
+        for category_id, annotation_id in self._first_annotation.items():
             if category_id not in self._categories:
                 raise InputError(
                     f"{path}: annotation {annotation_id} has category {category_id}, which is not in the file"
                 )
-        for annotation_id, image_id, size in self._rle:
+        for annotation_id, image_id, size in self._rle_sizes:
             if size != self._sizes[image_id]:
                 raise InputError(
                     f"{path}: annotation {annotation_id}: its RLE has size {list(size)}, but its image is "
                     f"{list(self._sizes[image_id])}"
                 )
-        for annotation_id, image_id, polygons in self._wide:
+        for annotation_id, image_id, polygons in self._unchecked_polygons:
             check_outlines(path, polygons, f"annotation {annotation_id}", *self._sizes[image_id])

@@ -12,7 +12,7 @@ from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refdet.data.fetch.hints import check_there
+from refdet.data.fetch.hints import check_exists
 from refdet.errors import InputError
 from refdet.files.json_files import json_errors, read_bytes
 
@@ -20,13 +20,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = json.decoder.scanstring  # type: ignore[attr-defined]  # missing in typeshed
 
 
-class Piece(NamedTuple):
+class JsonValue(NamedTuple):
     """A value in a JSON text.
 
     Attributes:
         key: the top-level key that it belongs to, "" if the top level is a list.
         position: its index in its list, None for the whole value of the key.
-        value: the parsed value. A list read entry by entry ends with a piece of position None and value [].
+        value: the parsed value. A list read entry by entry ends with an item of position None and value [].
         start: offset of the value in the text.
         end: offset of the end of the value.
         key_start: offset of the key of an object's member, 0 for other values.
@@ -52,22 +52,22 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: the file does not exist, cannot be read or is not text.
     """
-    check_there(path)
+    check_exists(path)
     data = read_bytes(path)
     with json_errors(path):
         return data.decode(json.detect_encoding(data), "surrogatepass")
 
 
-def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
+def iter_values(path: Path, text: str, lists: Collection[str]) -> Iterator[JsonValue]:
     """Iterate over the values of a JSON text in order.
 
     Args:
         path: the file, for error messages.
         text: its contents, an object or a list at the top level.
-        lists: keys whose lists are read entry by entry, followed by a piece for the list itself.
+        lists: keys whose lists are read entry by entry, followed by an item for the list itself.
 
     Yields:
-        The members of the object, or the items of the list and a piece for the list itself.
+        The members of the object, or the items of the list and an item for the list itself.
 
     Raises:
         InputError: malformed text, a duplicate key, or a top level that is neither an object nor a list.
@@ -86,82 +86,82 @@ def pieces(path: Path, text: str, lists: Collection[str]) -> Iterator[Piece]:
             raise json.JSONDecodeError("Extra data", text, end)
 
 
-def pieces_at(path: Path, text: str, start: int) -> Iterator[Piece]:
-    """Iterate over the object or list that opens at ``text[start]``; raises the errors of `pieces`."""
+def iter_values_at(path: Path, text: str, start: int) -> Iterator[JsonValue]:
+    """Iterate over the object or list that opens at ``text[start]``; raises the errors of `iter_values`."""
     with json_errors(path):
         if text[start] == "[":
-            for piece in _entries(text, start, ""):
-                if piece.position is not None:
-                    yield piece
+            for item in _entries(text, start, ""):
+                if item.position is not None:
+                    yield item
         else:
             yield from _members(path, text, start, ())
 
 
-def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Generator[Piece, None, int]:
+def _members(path: Path, text: str, start: int, lists: Collection[str]) -> Generator[JsonValue, None, int]:
     seen: set[str] = set()
-    at = _skip(text, start + 1)
-    if text[at : at + 1] == "}":
-        return at + 1
+    offset = _skip(text, start + 1)
+    if text[offset : offset + 1] == "}":
+        return offset + 1
     while True:
-        if text[at : at + 1] != '"':
-            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
-        key_start = at
-        key, at = _STRING(text, at + 1, True)
+        if text[offset : offset + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, offset)
+        key_start = offset
+        key, offset = _STRING(text, offset + 1, True)
         if key in seen:  # JSON readers differ in which one they use, so one could hide the other
             raise InputError(f"{path}: duplicate key {key!r:.60}")
         seen.add(key)
-        at = _skip(text, at)
-        if text[at : at + 1] != ":":
-            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        at = _skip(text, at + 1)
-        if key in lists and text[at : at + 1] == "[":
-            at = yield from _entries(text, at, key)
+        offset = _skip(text, offset)
+        if text[offset : offset + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, offset)
+        offset = _skip(text, offset + 1)
+        if key in lists and text[offset : offset + 1] == "[":
+            offset = yield from _entries(text, offset, key)
         else:
-            value, end = _value(text, at)
-            yield Piece(key, None, value, at, end, key_start)
-            at = end
-        at, more = _next(text, at, "}")
+            value, end = _value(text, offset)
+            yield JsonValue(key, None, value, offset, end, key_start)
+            offset = end
+        offset, more = _next(text, offset, "}")
         if not more:
-            return at
+            return offset
 
 
-def _entries(text: str, start: int, key: str) -> Generator[Piece, None, int]:
-    at = _skip(text, start + 1)
+def _entries(text: str, start: int, key: str) -> Generator[JsonValue, None, int]:
+    offset = _skip(text, start + 1)
     position = 0
-    more = text[at : at + 1] != "]"
+    more = text[offset : offset + 1] != "]"
     if not more:
-        at += 1
+        offset += 1
     while more:
-        value, end = _value(text, at)
-        yield Piece(key, position, value, at, end)
+        value, end = _value(text, offset)
+        yield JsonValue(key, position, value, offset, end)
         position += 1
-        at, more = _next(text, end, "]")
-    yield Piece(key, None, [], start, at)
-    return at
+        offset, more = _next(text, end, "]")
+    yield JsonValue(key, None, [], start, offset)
+    return offset
 
 
-def _next(text: str, at: int, close: str) -> tuple[int, bool]:
+def _next(text: str, offset: int, close: str) -> tuple[int, bool]:
     """Return the start of the next value, or the offset after ``close``, and whether there is a next value."""
-    found = text[at : at + 1]
-    if found != ",":
-        at = _skip(text, at)
-        found = text[at : at + 1]
-    if found == close:
-        return at + 1, False
-    if found != ",":
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    return _skip(text, at + 1), True
+    character = text[offset : offset + 1]
+    if character != ",":
+        offset = _skip(text, offset)
+        character = text[offset : offset + 1]
+    if character == close:
+        return offset + 1, False
+    if character != ",":
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, offset)
+    return _skip(text, offset + 1), True
 
 
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # always matches
+def _skip(text: str, offset: int) -> int:
+    return _SPACE.match(text, offset).end()  # type: ignore[union-attr]  # always matches
 
 
-_SCAN = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # missing in typeshed
+_SCAN_ONCE = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # missing in typeshed
 
 
-def _value(text: str, at: int) -> tuple[Any, int]:
+def _value(text: str, offset: int) -> tuple[Any, int]:
     try:
-        return _SCAN(text, at)
+        return _SCAN_ONCE(text, offset)
     except StopIteration as stop:  # would end the calling generator
         raise json.JSONDecodeError("Expecting value", text, stop.value) from None

@@ -122,23 +122,27 @@ def audit(
     others, more = held_out_benchmarks(benchmark)
     splits, notes = splits + others, notes + more
     images = read_image_list(instances)
-    notes += warnings_of(images)
-    per_image = Counter(entry.image_id for entry in images.annotations)
-    stray = per_image.keys() - images.ids
-    if stray:
-        count = sum(per_image[image_id] for image_id in stray)
+    notes += identification_warnings(images)
+    annotation_counts = Counter(entry.image_id for entry in images.annotations)
+    orphans = annotation_counts.keys() - images.ids
+    if orphans:
+        count = sum(annotation_counts[image_id] for image_id in orphans)
         notes.append(f"{images.path}: {count} annotations refer to images that are not in it")
-    elsewhere = frozenset().union(*images.elsewhere.values())
-    if elsewhere:
-        keys = ", ".join(map(repr, images.elsewhere))
+    ids_in_other_keys = frozenset().union(*images.ids_in_other_keys.values())
+    if ids_in_other_keys:
+        keys = ", ".join(map(repr, images.ids_in_other_keys))
         notes.append(f"{images.path}: COCO image names outside of 'images', under {keys:.80}, are checked too")
     leaks = []
-    everything = frozenset().union(*(split.image_ids for split in splits))
-    suspects = [image for image in images.images if not everything.isdisjoint(image.numbers)]
+    held_out_ids = frozenset().union(*(split.image_ids for split in splits))
+    matching = [image for image in images.images if not held_out_ids.isdisjoint(image.coco_ids)]
     for split in splits:
-        ids = {image.id for image in suspects if image.id is not None and not split.image_ids.isdisjoint(image.numbers)}
-        ids |= (stray | elsewhere) & split.image_ids
-        leaks.append(SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(per_image[id_] for id_ in ids)))
+        ids = {
+            image.id for image in matching if image.id is not None and not split.image_ids.isdisjoint(image.coco_ids)
+        }
+        ids |= (orphans | ids_in_other_keys) & split.image_ids
+        leaks.append(
+            SplitLeak(split.name, len(split.image_ids), sorted(ids), sum(annotation_counts[id_] for id_ in ids))
+        )
     unknown = [image.label for image in images.images if image.unknown]
     return AuditResult(
         form=images.form,
@@ -148,74 +152,79 @@ def audit(
         not_known_by_id=sum(not image.id_matches_file_name for image in images.images),
         file_sha256=file_sha256(images.path),
         image_ids_sha256=image_ids_sha256(images.ids),
-        held_out_images=len(everything),
+        held_out_images=len(held_out_ids),
         splits=leaks,
         leaked=sorted({image_id for leak in leaks for image_id in leak.image_ids}),
         notes=notes,
     )
 
 
-def numbers_of(images: Iterable[ImageEntry]) -> frozenset[int]:
-    """Union of the images' COCO numbers."""
-    return frozenset().union(*(image.numbers for image in images))
+def all_coco_ids(images: Iterable[ImageEntry]) -> frozenset[int]:
+    """Union of the images' COCO ids."""
+    return frozenset().union(*(image.coco_ids for image in images))
 
 
-def warnings_of(images: ImageList) -> list[str]:
+def identification_warnings(images: ImageList) -> list[str]:
     """Human-readable warnings about how the images of a list are identified, one line each."""
-    path, lines = images.path, []
-    several = [image for image in images.images if len(image.numbers) > 1]
-    if several:
-        first = several[0]
-        numbers = " and ".join(map(str, sorted(first.numbers)[:3]))
-        lines.append(
-            f"{path}: {len(several)} entries refer to several COCO images ({first.label!s:.60}: {numbers}); "
+    path, warnings = images.path, []
+    ambiguous = [image for image in images.images if len(image.coco_ids) > 1]
+    if ambiguous:
+        first = ambiguous[0]
+        ids = " and ".join(map(str, sorted(first.coco_ids)[:3]))
+        warnings.append(
+            f"{path}: {len(ambiguous)} entries refer to several COCO images ({first.label!s:.60}: {ids}); "
             "an entry is held out if any of them is"
         )
-    running = [image for image in images.images if _has_running_id(image)]
-    if running:
-        lines.append(
-            f"{path}: the ids of {len(running)} images differ from the numbers in their names "
-            f"({running[0].label!s:.60}: {min(running[0].evidence.named)}); the names are used"
+    renumbered = [image for image in images.images if _id_contradicts_name(image)]
+    if renumbered:
+        warnings.append(
+            f"{path}: the ids of {len(renumbered)} images differ from the numbers in their names "
+            f"({renumbered[0].label!s:.60}: {min(renumbered[0].evidence.named)}); the names are used"
         )
-    none = [image for image in images.images if image.evidence.is_non_coco]
-    if none:
-        lines.append(f"{path}: {len(none)} images are not from COCO according to the file (coco_id null)")
-    lines += _unknown(images)
-    bare = [image for image in images.images if image.evidence.bare and not image.evidence.named]
-    if bare:
-        first = bare[0]
-        what = "ids" if all(type(image.label) is int and not image.name for image in bare) else "numeric names"
-        lines.append(
-            f"{path}: {len(bare)} {what} (first: {first.name or first.label!r:.60}) are taken as COCO image ids"
+    non_coco = [image for image in images.images if image.evidence.is_non_coco]
+    if non_coco:
+        warnings.append(f"{path}: {len(non_coco)} images are not from COCO according to the file (coco_id null)")
+    warnings += _unknown_warnings(images)
+    with_bare_id = [image for image in images.images if image.evidence.bare and not image.evidence.named]
+    if with_bare_id:
+        first = with_bare_id[0]
+        what = "ids" if all(type(image.label) is int and not image.name for image in with_bare_id) else "numeric names"
+        warnings.append(
+            f"{path}: {len(with_bare_id)} {what} (first: {first.name or first.label!r:.60}) are taken as COCO image ids"
         )
-    return lines
+    return warnings
 
 
-def _unknown(images: ImageList) -> list[str]:
+def _unknown_warnings(images: ImageList) -> list[str]:
     """Warnings about entries with only an unconfirmed id, and about entries that cannot be identified."""
-    by_id = [image for image in images.images if image.unknown and _has_id_alone(image)]
-    others = [image for image in images.images if image.unknown and not _has_id_alone(image)]
-    path, lines = images.path, []
-    if by_id:
-        lines.append(
-            f"{path}: {len(by_id)} images have only an id (first: {by_id[0].label}), and no name such as "
+    with_id = [image for image in images.images if image.unknown and _has_only_id(image)]
+    others = [image for image in images.images if image.unknown and not _has_only_id(image)]
+    path, warnings = images.path, []
+    if with_id:
+        warnings.append(
+            f"{path}: {len(with_id)} images have only an id (first: {with_id[0].label}), and no name such as "
             "000000000009.jpg or coco_id in the file confirms that its ids are COCO's: they are not proven clean"
         )
     if others:
-        genome = sum(image.evidence.genome for image in others)
-        hint = f" ({genome} are Visual Genome's, whose image_data.json has COCO ids)" if genome else ""
-        lines.append(
+        visual_genome = sum(image.evidence.is_visual_genome for image in others)
+        hint = f" ({visual_genome} are Visual Genome's, whose image_data.json has COCO ids)" if visual_genome else ""
+        warnings.append(
             f"{path}: {len(others)} entries have no COCO image id{hint}, first: "
             f"{others[0].name or others[0].label!r:.60}; their ids and names prove nothing, use refdet audit "
             "--find-duplicates to compare their content"
         )
-    return lines
+    return warnings
 
 
-def _has_running_id(image: ImageEntry) -> bool:
+def _id_contradicts_name(image: ImageEntry) -> bool:
     evidence = image.evidence
-    return bool(evidence.named) and evidence.id is not None and evidence.id not in image.numbers and not evidence.genome
+    return (
+        bool(evidence.named)
+        and evidence.id is not None
+        and evidence.id not in image.coco_ids
+        and not evidence.is_visual_genome
+    )
 
 
-def _has_id_alone(image: ImageEntry) -> bool:
-    return bool(image.evidence.ids) and not image.evidence.unread_names and not image.evidence.genome
+def _has_only_id(image: ImageEntry) -> bool:
+    return bool(image.evidence.ids) and not image.evidence.has_unnumbered_name and not image.evidence.is_visual_genome

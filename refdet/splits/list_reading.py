@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refdet.data.coco_validation import checked_id, kind
+from refdet.data.coco_validation import checked_id, json_type
 from refdet.data.image_evidence import (
     COCO_IDS,
     IDS,
@@ -31,9 +31,9 @@ from refdet.splits.image_list import (
     ImageList,
     ListedAnnotation,
     TopLevelValue,
-    weigh,
+    identify_images,
 )
-from refdet.splits.json_stream import Piece, pieces, read_text
+from refdet.splits.json_stream import JsonValue, iter_values, read_text
 from refdet.splits.object_entries import Entry, object_entries
 from refdet.structures.coco_ids import bare_number, is_image_file, is_visual_genome
 from refer.plain_files import no_garbage_collection
@@ -42,7 +42,7 @@ _LISTS = ("images", "annotations", "categories")
 _SPACE = " \t\r\n\ufeff"
 
 
-def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = None) -> ImageList:
+def read_image_list(path: str | Path, check: Callable[[JsonValue], None] | None = None) -> ImageList:
     """Read a list of images.
 
     Args:
@@ -57,76 +57,78 @@ def read_image_list(path: str | Path, check: Callable[[Piece], None] | None = No
     """
     path = Path(path)
     with no_garbage_collection():
-        found = _read(path, read_text(path), check)
-        if not found.images:
+        image_list = _read(path, read_text(path), check)
+        if not image_list.images:
             raise InputError(f"{path}: no images in it; give an instances JSON or a list of images")
-        images = weigh(found.images)
-        if found.form != INSTANCES and not any(i.numbers or i.evidence.is_non_coco for i in images):
+        images = identify_images(image_list.images)
+        if image_list.form != INSTANCES and not any(i.coco_ids or i.evidence.is_non_coco for i in images):
             raise InputError(
                 f"{path}: none of its {len(images)} entries has a COCO image id (first: "
                 f"{images[0].name or images[0].label!r:.60}); {_fix(images)}"
             )
-        return replace(found, images=images)
+        return replace(image_list, images=images)
 
 
-def _read(path: Path, text: str, check: Callable[[Piece], None] | None) -> ImageList:
+def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageList:
     start = text.lstrip(_SPACE)[:1]
     if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_lines(text):
         return ImageList(path, JSON_LINES, text, list(_json_lines(path, text)))
     if path.suffix.lower() != ".json" and start not in ("{", "["):
         return ImageList(path, LINES, text, list(_lines(text)))
     if start == "[":
-        entries = [piece for piece in pieces(path, text, ()) if piece.position is not None]
-        images = [_listed(path, f"entry {p.position}", p.value, p.start, p.end) for p in entries]
+        entries = [item for item in iter_values(path, text, ()) if item.position is not None]
+        images = [_list_entry(path, f"entry {p.position}", p.value, p.start, p.end) for p in entries]
         return ImageList(path, JSON_LIST, text, images)
-    found = _instances(path, text, check)
-    if found is not None:
-        return found
+    image_list = _instances(path, text, check)
+    if image_list is not None:
+        return image_list
     tree, members = object_entries(path, text)
     images = [
-        _member(member) if member.key else _listed(path, f"entry {number}", member.value, member.start, member.end)
+        _object_entry(member)
+        if member.key
+        else _list_entry(path, f"entry {number}", member.value, member.start, member.end)
         for number, member in enumerate(members)
     ]
     return ImageList(path, JSON_OBJECT, text, images, tree=tree)
 
 
-def _instances(path: Path, text: str, check: Callable[[Piece], None] | None) -> ImageList | None:
-    found = ImageList(path, INSTANCES, text, [])
+def _instances(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> ImageList | None:
+    image_list = ImageList(path, INSTANCES, text, [])
     ids: set[int] = set()
-    fault: InputError | None = None
+    first_error: InputError | None = None
     is_instances = False
-    for piece in pieces(path, text, _LISTS):
-        is_instances |= piece.key == "images"
-        if fault is None:
+    for item in iter_values(path, text, _LISTS):
+        is_instances |= item.key == "images"
+        if first_error is None:
             try:
-                _add(found, ids, piece)
-                if check is not None and piece.position is not None:
-                    check(piece)
+                _add(image_list, ids, item)
+                if check is not None and item.position is not None:
+                    check(item)
             except InputError as error:  # raised at the end, so that a truncated file is reported as such
-                fault = error
+                first_error = error
     if not is_instances:
         return None  # not an instances file
-    if fault is not None:
-        raise fault
-    if found.annotations and len(ids) < len(found.images):
-        nameless = next(n for n, image in enumerate(found.images) if image.evidence.id is None)
-        raise InputError(f"{path}: images[{nameless}]: no 'id'; its annotations need one")
-    return found
+    if first_error is not None:
+        raise first_error
+    if image_list.annotations and len(ids) < len(image_list.images):
+        without_id = next(n for n, image in enumerate(image_list.images) if image.evidence.id is None)
+        raise InputError(f"{path}: images[{without_id}]: no 'id'; its annotations need one")
+    return image_list
 
 
-def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
-    path, key, position, value, start, end = found.path, *piece[:5]
+def _add(image_list: ImageList, ids: set[int], item: JsonValue) -> None:
+    path, key, position, value, start, end = image_list.path, *item[:5]
     if position is None:
-        found.members.append(TopLevelValue(key, start, end))
+        image_list.members.append(TopLevelValue(key, start, end))
         if key == "info" and isinstance(value, dict):
-            found.info.update(value)
+            image_list.info.update(value)
         elif key in _LISTS and not isinstance(value, list):
-            raise InputError(f"{path}: {key!r} is a {kind(value)}; it must be a list")
+            raise InputError(f"{path}: {key!r} is a {json_type(value)}; it must be a list")
         elif key not in _LISTS and (names := names_in(value)):
-            found.elsewhere[key] = names
+            image_list.ids_in_other_keys[key] = names
         return
     if not isinstance(value, dict):
-        raise InputError(f"{path}: {key}[{position}] is a {kind(value)}; it must be an object")
+        raise InputError(f"{path}: {key}[{position}] is a {json_type(value)}; it must be an object")
     if key == "images":
         what, image_id = f"images[{position}]", None
         if value.get("id") is not None or not _is_named(value):
@@ -138,18 +140,18 @@ def _add(found: ImageList, ids: set[int], piece: Piece) -> None:
             ids.add(image_id)
         _check_coco_ids(path, value, what)
         evidence = evidence_of_image(value, image_id)
-        known = id_matches_file_name(value, image_id, evidence)
+        matches = id_matches_file_name(value, image_id, evidence)
         label = position if image_id is None else image_id
-        found.images.append(ImageEntry(image_id, _name(value), label, evidence, known, start, end))
+        image_list.images.append(ImageEntry(image_id, _name(value), label, evidence, matches, start, end))
     elif key == "annotations":
         image_id = checked_id(path, value, "image_id", f"annotations[{position}]")
-        found.annotations.append(ListedAnnotation(image_id, start, end))
+        image_list.annotations.append(ListedAnnotation(image_id, start, end))
 
 
-def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ImageEntry:
+def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> ImageEntry:
     """An entry of a list that is not an instances file."""
     if type(value) is int or isinstance(value, str):
-        return _plain(value, start, end)
+        return _bare_entry(value, start, end)
     if not isinstance(value, dict | list):
         raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object with one")
     if isinstance(value, dict):
@@ -159,24 +161,24 @@ def _listed(path: Path, what: str, value: Any, start: int, end: int) -> ImageEnt
                 checked_id(path, value, id_key, what)
     evidence = evidence_of(value)
     name = _name(value) if isinstance(value, dict) else ""
-    known = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
+    matches = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
     label = name or what if evidence.id is None else evidence.id
-    return ImageEntry(evidence.id, name, label, evidence, known, start, end)
+    return ImageEntry(evidence.id, name, label, evidence, matches, start, end)
 
 
-def _member(member: Entry) -> ImageEntry:
+def _object_entry(member: Entry) -> ImageEntry:
     """A member of an object, whose key may be the name or number of its image."""
     evidence = evidence_of(member.value, key=member.key)
-    known = isinstance(member.value, dict) and id_matches_file_name(member.value, evidence.id, evidence)
+    matches = isinstance(member.value, dict) and id_matches_file_name(member.value, evidence.id, evidence)
     label = member.key if evidence.id is None else evidence.id
-    return ImageEntry(evidence.id, member.key, label, evidence, known, member.start, member.end)
+    return ImageEntry(evidence.id, member.key, label, evidence, matches, member.start, member.end)
 
 
-def _plain(value: int | str, start: int, end: int) -> ImageEntry:
+def _bare_entry(value: int | str, start: int, end: int) -> ImageEntry:
     """A bare id or name."""
     evidence = evidence_of(value)
-    known = len(evidence.named | evidence.bare) == 1
-    return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, known, start, end)
+    matches = len(evidence.named | evidence.bare) == 1
+    return ImageEntry(evidence.id, value if isinstance(value, str) else "", value, evidence, matches, start, end)
 
 
 def _name(value: dict) -> str:
@@ -194,36 +196,36 @@ def _check_coco_ids(path: Path, value: dict, what: str) -> None:
             checked_id(path, value, key, what)
 
 
-def _spans(text: str) -> Iterator[tuple[int, str, int, int]]:
+def _line_spans(text: str) -> Iterator[tuple[int, str, int, int]]:
     """Nonblank lines: line number from 1, stripped text, start and end offset."""
     start = 0
     for number, line in enumerate(re.split(r"(?<=\n)|(?<=\r)(?!\n)", text), start=1):
-        bare = line.strip(_SPACE)
-        if bare:
-            first = start + line.index(bare)
-            yield number, bare, first, first + len(bare)
+        stripped = line.strip(_SPACE)
+        if stripped:
+            first = start + line.index(stripped)
+            yield number, stripped, first, first + len(stripped)
         start += len(line)
 
 
 def _lines(text: str) -> Iterator[ImageEntry]:
-    for _, line, start, end in _spans(text):
+    for _, line, start, end in _line_spans(text):
         if not line.startswith("#"):
             yield _line(line, start, end)
 
 
 def _line(text: str, start: int, end: int) -> ImageEntry:
     """An entry of a line: a name, or a row of a table, identified by its file names or else by its numbers."""
-    listed = _plain(text, start, end)
+    entry = _bare_entry(text, start, end)
     fields = [field for part in re.split(r"[,;\t ]", text) if (field := part.strip("\"' "))]
-    if listed.evidence.named or listed.evidence.bare or len(fields) < 2:
-        return listed
+    if entry.evidence.named or entry.evidence.bare or len(fields) < 2:
+        return entry
     files = [field for field in fields if is_image_file(field)]
     numbers = [number for field in files or fields if (number := bare_number(field)) is not None]
-    unread = len(numbers) < len(files) if files else len(set(numbers)) > 1
-    evidence = replace(listed.evidence, bare=frozenset(numbers), unread_names=unread or not numbers)
+    unread_names = len(numbers) < len(files) if files else len(set(numbers)) > 1
+    evidence = replace(entry.evidence, bare=frozenset(numbers), has_unnumbered_name=unread_names or not numbers)
     name = files[0] if files else fields[0]
     first = numbers[0] if numbers else None
-    return listed._replace(id=first, evidence=evidence, name=name, id_matches_file_name=len(set(numbers)) == 1)
+    return entry._replace(id=first, evidence=evidence, name=name, id_matches_file_name=len(set(numbers)) == 1)
 
 
 def _is_json_lines(text: str) -> bool:
@@ -239,13 +241,13 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[ImageEntry]:
-    for number, line, start, end in _spans(text):
+    for number, line, start, end in _line_spans(text):
         try:
             with json_errors(path):
                 value = json.loads(line)
         except InputError as error:
             raise InputError(str(error).replace(" in line 1:", f" in line {number}:", 1)) from None
-        yield _listed(path, f"line {number}", value, start, end)
+        yield _list_entry(path, f"line {number}", value, start, end)
 
 
 def _fix(images: Iterable[ImageEntry]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refdet.data.image_evidence import names_in
-from refdet.splits.json_stream import Piece, pieces_at
+from refdet.splits.json_stream import JsonValue, iter_values_at
 from refdet.structures.coco_ids import bare_number, is_image_file, numbers_in_name
 
 _NOT_IMAGES = ("info", "metainfo", "license", "licenses", "categories")
@@ -26,28 +26,28 @@ class Entry(NamedTuple):
 
 @dataclass
 class Node:
-    """A part of a JSON text that holds entries.
+    """A node of a JSON text: an entry, or a list or object of entries.
 
     Attributes:
-        start: offset of the part, including its key if it has one.
+        start: its offset, including its key if it has one.
         value: offset of its value.
         end: offset of its end.
         entry: index of the entry, None for a list or object of entries.
-        parts: parts of that list or object.
+        children: nodes of that list or object.
     """
 
     start: int
     value: int
     end: int
     entry: int | None = None
-    parts: list[Node] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
 
     def render(self, text: str, keep: Sequence[bool]) -> str:
         """Return the text without the entries that are not kept, otherwise unchanged."""
-        stays = [part for part in self.parts if part.entry is None or keep[part.entry]]
-        if not self.parts:
+        kept = [child for child in self.children if child.entry is None or keep[child.entry]]
+        if not self.children:
             return text[self.start : self.end]
-        inner = ", ".join(part.render(text, keep) for part in stays)
+        inner = ", ".join(child.render(text, keep) for child in kept)
         return text[self.start : self.value] + text[self.value] + inner + text[self.end - 1]
 
 
@@ -62,7 +62,7 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
         text: its contents.
 
     Returns:
-        The tree of the text's parts, and the entries in order.
+        The root of the tree, and the entries in order.
 
     Raises:
         InputError: malformed text or a duplicate key.
@@ -76,35 +76,35 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
 
 def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -> None:
     is_list = text[node.value] == "["
-    for piece in pieces_at(path, text, node.value):
-        part = Node(piece.start if is_list else piece.key_start, piece.start, piece.end)
-        node.parts.append(part)
-        if not is_list and _holds_entries(piece, depth):
-            _fill(path, text, part, entries, depth - 1)
-        elif is_list or _is_entry(piece):
-            if is_list and type(piece.value) in (float, bool, type(None)):
+    for item in iter_values_at(path, text, node.value):
+        child = Node(item.start if is_list else item.key_start, item.start, item.end)
+        node.children.append(child)
+        if not is_list and _holds_entries(item, depth):
+            _fill(path, text, child, entries, depth - 1)
+        elif is_list or _is_entry(item):
+            if is_list and type(item.value) in (float, bool, type(None)):
                 continue
-            part.entry = len(entries)
-            entries.append(Entry("" if is_list else piece.key, piece.value, part.start, part.end))
+            child.entry = len(entries)
+            entries.append(Entry("" if is_list else item.key, item.value, child.start, child.end))
 
 
-def _holds_entries(piece: Piece, depth: int) -> bool:
+def _holds_entries(item: JsonValue, depth: int) -> bool:
     """Whether a member is a list of entries, or an object that holds only lists and objects."""
-    if depth == 0 or piece.key in _NOT_IMAGES or _names_an_image(piece.key):
+    if depth == 0 or item.key in _NOT_IMAGES or _names_an_image(item.key):
         return False
-    if isinstance(piece.value, list):
+    if isinstance(item.value, list):
         return True
-    if not isinstance(piece.value, dict) or not piece.value:
+    if not isinstance(item.value, dict) or not item.value:
         return False
-    return any(map(_names_an_image, piece.value)) or all(isinstance(v, list | dict) for v in piece.value.values())
+    return any(map(_names_an_image, item.value)) or all(isinstance(v, list | dict) for v in item.value.values())
 
 
-def _is_entry(piece: Piece) -> bool:
-    if piece.key in _NOT_IMAGES:
-        return bool(names_in(piece.value))
-    if _names_an_image(piece.key) or isinstance(piece.value, dict | list):
+def _is_entry(item: JsonValue) -> bool:
+    if item.key in _NOT_IMAGES:
+        return bool(names_in(item.value))
+    if _names_an_image(item.key) or isinstance(item.value, dict | list):
         return True
-    return isinstance(piece.value, str) and (bool(numbers_in_name(piece.value)) or is_image_file(piece.value))
+    return isinstance(item.value, str) and (bool(numbers_in_name(item.value)) or is_image_file(item.value))
 
 
 def _names_an_image(key: str) -> bool:

@@ -15,11 +15,11 @@ import numpy as np
 from refdet.data import image_decoder
 
 SIDE = 32
-LOW = 12
-BITS = LOW * LOW - 1
+FREQUENCIES = 12
+BITS = FREQUENCIES * FREQUENCIES - 1
 # Measured on 159 COCO images; docs/refer.md lists what these thresholds find and miss.
-MOST_BITS = 28
-LEAST_CORRELATION = 0.8
+MAX_HAMMING_DISTANCE = 28
+MIN_CORRELATION = 0.8
 _ROWS = 2048  # rows of the first set compared at once: 2048 x 7000 float32 are 57 MB
 
 
@@ -48,8 +48,8 @@ def thumbnails(data: bytes) -> list[np.ndarray]:
 
 def hashes(thumbnails: np.ndarray) -> np.ndarray:
     """Hash (N, 32, 32) thumbnails to (N, 143) float32 of 1 and -1."""
-    waves = _dct()
-    low = (waves @ thumbnails.astype(np.float32) @ waves.T).reshape(len(thumbnails), -1)[:, 1:]
+    basis = _dct()
+    low = (basis @ thumbnails.astype(np.float32) @ basis.T).reshape(len(thumbnails), -1)[:, 1:]
     return np.where(low > np.median(low, axis=1, keepdims=True), 1, -1).astype(np.float32)
 
 
@@ -67,24 +67,24 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
     """
     if not len(first) or not len(second):
         return []
-    own, flat = hashes(first), _normalised(first)
-    found = []
+    first_hashes, first_flat = hashes(first), _normalised(first)
+    pairs = []
     for mirrored in (False, True):
-        others = second[:, :, ::-1] if mirrored else second
-        other_hashes, other_flat = hashes(others), _normalised(others)
-        for start in range(0, len(own), _ROWS):
-            differ = (BITS - own[start : start + _ROWS] @ other_hashes.T) / 2
-            for row, column in np.argwhere(differ <= MOST_BITS).tolist():
-                correlation = float(flat[start + row] @ other_flat[column])
-                if correlation >= LEAST_CORRELATION:
-                    found.append(Match(start + row, column, int(differ[row, column]), correlation, mirrored))
-    return sorted(found)
+        second_images = second[:, :, ::-1] if mirrored else second
+        second_hashes, second_flat = hashes(second_images), _normalised(second_images)
+        for start in range(0, len(first_hashes), _ROWS):
+            distances = (BITS - first_hashes[start : start + _ROWS] @ second_hashes.T) / 2
+            for row, column in np.argwhere(distances <= MAX_HAMMING_DISTANCE).tolist():
+                correlation = float(first_flat[start + row] @ second_flat[column])
+                if correlation >= MIN_CORRELATION:
+                    pairs.append(Match(start + row, column, int(distances[row, column]), correlation, mirrored))
+    return sorted(pairs)
 
 
 def _dct() -> np.ndarray:
     """The 12 lowest of the 32 DCT-II basis functions, (12, 32) float32."""
-    wave, place = np.arange(LOW)[:, None], np.arange(SIDE)
-    return np.cos(np.pi * (2 * place + 1) * wave / (2 * SIDE)).astype(np.float32)
+    frequency, position = np.arange(FREQUENCIES)[:, None], np.arange(SIDE)
+    return np.cos(np.pi * (2 * position + 1) * frequency / (2 * SIDE)).astype(np.float32)
 
 
 def _normalised(thumbnails: np.ndarray) -> np.ndarray:

@@ -16,16 +16,16 @@ _DEPTH = 3  # ROOT/X/DATASET/file: one folder too deep
 def unrecognized_refs(refer_root: str | Path) -> list[Path]:
     """Sorted files below a REFER root that look like refs but are not found by `refer.available`."""
     root = Path(refer_root)
-    read = set(refer.available(root))
-    return sorted(path for path in _files(root, _DEPTH) if _looks_unread(root, path, read))
+    recognized = set(refer.available(root))
+    return sorted(path for path in _files(root, _DEPTH) if _is_unrecognized(root, path, recognized))
 
 
-def _looks_unread(root: Path, path: Path, read: set[tuple[str, str]]) -> bool:
+def _is_unrecognized(root: Path, path: Path, recognized: set[tuple[str, str]]) -> bool:
     if not _LIKE_REFS.fullmatch(path.name):
         return False
     match = re.fullmatch(r"refs\((.+)\)\.p|grefs\((.+)\)\.(?:p|json)", path.name)
-    at_its_place = path.parent.parent == root
-    return not (match and at_its_place and (path.parent.name, match[1] or match[2]) in read)
+    in_dataset_folder = path.parent.parent == root
+    return not (match and in_dataset_folder and (path.parent.name, match[1] or match[2]) in recognized)
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:

@@ -15,11 +15,11 @@ GZIP_LEVEL = 1  # higher levels take three times as long for floats and save les
 THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
 
 _CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
-_BUFFER = 2**18  # bytes that are written at once, at least
+_BUFFER_BYTES = 2**18  # minimum size of a write
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Number of rows per chunk of a nonempty dataset: about those of an image, fewer if rows are large."""
+    """Number of rows per chunk of a nonempty dataset: about as many as an image has, fewer if rows are large."""
     return min(shape[0], max(1, _CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
 
 
@@ -37,7 +37,7 @@ def chunked_space(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def contiguous_layout() -> h5py.h5p.PropDCID:
-    """Creation properties of a dataset for `ContiguousWriter`: it has its place in the file from the start."""
+    """Creation properties of a dataset for `ContiguousWriter`: its space is allocated when it is created."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -46,69 +46,69 @@ def contiguous_layout() -> h5py.h5p.PropDCID:
 
 
 class ContiguousWriter:
-    """Writes a dataset sequentially, in large pieces at its place in the file.
+    """Writes a dataset sequentially, with large writes straight to the file.
 
-    A call of HDF5 takes longer than writing most rows of an image, and it is not told that the disk is full without
+    A call into HDF5 takes longer than writing the rows of most images, and HDF5 cannot report a full disk without
     crashing later (`refdet.store.hdf5_file`).
 
     Args:
         data: a dataset with the `contiguous_layout`, not empty.
 
     Attributes:
-        place: first byte of the dataset in the file, and its end.
+        place: offsets of the dataset's first byte in the file and of its end.
     """
 
     def __init__(self, data: h5py.Dataset) -> None:
         self._file = data.file.id.get_vfd_handle()
-        self._at: int = data.id.get_offset()
-        self.place = self._at, self._at + data.id.get_storage_size()
-        self._waiting = bytearray()
+        self._offset: int = data.id.get_offset()
+        self.place = self._offset, self._offset + data.id.get_storage_size()
+        self._buffer = bytearray()
 
     def append(self, data: memoryview) -> None:
         """Append the bytes of rows."""
-        if len(self._waiting) + len(data) >= _BUFFER:
+        if len(self._buffer) + len(data) >= _BUFFER_BYTES:
             self.finish()
-        if len(data) >= _BUFFER:
+        if len(data) >= _BUFFER_BYTES:
             self._write(data)
         else:
-            self._waiting += data
+            self._buffer += data
 
     def finish(self) -> None:
         """Write all rows that were appended."""
-        self._write(memoryview(self._waiting))
-        self._waiting = bytearray()
+        self._write(memoryview(self._buffer))
+        self._buffer = bytearray()
 
     def _write(self, data: memoryview) -> None:
-        while data:  # a full disk takes a part of it first
-            written = os.pwrite(self._file, data, self._at)
-            data, self._at = data[written:], self._at + written
+        while data:  # a nearly full disk may take only part of it
+            written = os.pwrite(self._file, data, self._offset)
+            data, self._offset = data[written:], self._offset + written
 
 
 class ChunkedWriter:
     """Writes a dataset sequentially, one full chunk at a time.
 
-    A chunk that is written twice is also compressed twice, and if it grows its old space in the file is wasted, so the
-    size of the file would be unpredictable.
+    A chunk that is written twice is also compressed twice, and if it grows, its old space in the file is
+    wasted, which would make the size of the file unpredictable.
 
     Args:
         data: a chunked dataset.
-        pool: compresses several gzip chunks in parallel, which HDF5 does sequentially.
+        pool: compresses gzip chunks in parallel; HDF5 would do so one after another.
     """
 
     def __init__(self, data: h5py.Dataset, pool: ThreadPoolExecutor) -> None:
         self._data = data
         self._pool = pool if data.compression == "gzip" else None
         self._rows = np.zeros((data.chunks[0], *data.shape[1:]), data.dtype)
-        self._first = self._filled = 0  # first row, and bytes so far, of the chunk
-        self._squeezed: deque[tuple[int, Future[bytes]]] = deque()  # first row, chunk
+        self._first = self._filled = 0  # first row of the current chunk, and its bytes so far
+        self._pending: deque[tuple[int, Future[bytes]]] = deque()  # first row, chunk
 
     def append(self, data: memoryview) -> None:
         """Append the bytes of rows."""
         while data:
             chunk = self._rows.reshape(-1).view(np.uint8).data
-            part, data = data[: len(chunk) - self._filled], data[len(chunk) - self._filled :]
-            chunk[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
+            piece, data = data[: len(chunk) - self._filled], data[len(chunk) - self._filled :]
+            chunk[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
             if self._filled == len(chunk):
                 self._write_chunk()
 
@@ -116,26 +116,27 @@ class ChunkedWriter:
         """Write the last chunk after all rows were appended."""
         if self._filled:
             self._write_chunk()
-        self._write_squeezed(0)
+        self._write_pending(0)
 
     def _write_chunk(self) -> None:
         rows = self._filled // self._rows[:1].nbytes
         if self._pool is None:
             self._data[self._first : self._first + rows] = self._rows[:rows]
         else:
-            self._squeezed.append((self._first, self._pool.submit(_squeezed, self._rows)))
+            self._pending.append((self._first, self._pool.submit(_compress, self._rows)))
             self._rows = np.zeros_like(self._rows)
-            self._write_squeezed(2 * THREADS)
+            self._write_pending(2 * THREADS)
         self._first, self._filled = self._first + rows, 0
 
-    def _write_squeezed(self, left: int) -> None:
-        """Write compressed chunks in order until ``left`` remain."""
-        while len(self._squeezed) > left:
-            first, chunk = self._squeezed.popleft()
+    def _write_pending(self, remaining: int) -> None:
+        """Write compressed chunks in order until ``remaining`` are left."""
+        while len(self._pending) > remaining:
+            first, chunk = self._pending.popleft()
             self._data.id.write_direct_chunk((first, *[0] * (self._data.ndim - 1)), chunk.result())
 
 
-def _squeezed(rows: np.ndarray) -> bytes:
+def _compress(rows: np.ndarray) -> bytes:
     """Compress a chunk as HDF5's shuffle and gzip filters do."""
-    by_place = rows.reshape(-1).view(np.uint8).reshape(-1, rows.itemsize).T  # first bytes of all numbers, then second
-    return zlib.compress(np.ascontiguousarray(by_place).data, GZIP_LEVEL)
+    # the first byte of every element, then the second, ...
+    byte_planes = rows.reshape(-1).view(np.uint8).reshape(-1, rows.itemsize).T
+    return zlib.compress(np.ascontiguousarray(byte_planes).data, GZIP_LEVEL)

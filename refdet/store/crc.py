@@ -1,4 +1,4 @@
-"""CRC-32, by ISA-L where it is installed, which takes a tenth of zlib's time for the same number."""
+"""CRC-32 from ISA-L if it is installed, which takes a tenth of the time of zlib's and returns the same value."""
 
 from __future__ import annotations
 

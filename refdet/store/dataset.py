@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.store.hdf5_door import known
+from refdet.store.hdf5_access import known_files
 
 
 class RegionsDataset(Dataset):
@@ -58,22 +58,22 @@ class RegionsDataset(Dataset):
         self.features = None if features is None else tuple(features)
         self.masks = masks
         self._store: store.Store | None = None
-        self._process = 0
-        with store.open(self.path) as found:
-            self._state = known.here(self.path)
-            lacking = sorted(set(self.features or ()) - {*found.feature_names, *found.map_names})
-            if lacking or (masks and not found.has_masks):
-                raise InputError(f"{self.path}: no {lacking[0] if lacking else 'masks'}; extract it with them")
-            self.image_ids = [int(i) for i in (found if image_ids is None else image_ids)]
-            strange = [i for i in self.image_ids if i not in found]
-        if strange:
-            raise InputError(f"{self.path}: {len(strange)} requested images missing, first: {strange[0]}; extract them")
+        self._pid = 0
+        with store.open(self.path) as opened:
+            self._state = known_files.get(self.path)
+            missing = sorted(set(self.features or ()) - {*opened.feature_names, *opened.map_names})
+            if missing or (masks and not opened.has_masks):
+                raise InputError(f"{self.path}: no {missing[0] if missing else 'masks'}; extract it with them")
+            self.image_ids = [int(i) for i in (opened if image_ids is None else image_ids)]
+            unknown = [i for i in self.image_ids if i not in opened]
+        if unknown:
+            raise InputError(f"{self.path}: {len(unknown)} requested images missing, first: {unknown[0]}; extract them")
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        regions = self._opened().read(self.image_ids[index], self.features)
+        regions = self._open_store().read(self.image_ids[index], self.features)
         item: dict[str, Any] = {
             "image_id": regions.image_id,
             "file_name": regions.file_name,
@@ -95,11 +95,11 @@ class RegionsDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_store": None}
 
-    def _opened(self) -> store.Store:
-        if self._store is None or self._process != os.getpid():
+    def _open_store(self) -> store.Store:
+        if self._store is None or self._pid != os.getpid():
             if self._store is not None:
                 self._store.close()  # the copy from a fork, whose state HDF5 would reuse
             if self._state is not None:
-                known.add_here(self._state)  # checked by the parent of a spawned worker
-            self._store, self._process = store.open(self.path), os.getpid()
+                known_files.add_in_process(self._state)  # checked by the parent of a spawned worker
+            self._store, self._pid = store.open(self.path), os.getpid()
         return self._store

@@ -16,43 +16,47 @@ from typing import Any
 import numpy as np
 from h5py import h5d, h5p, h5z
 
-MAX_CHUNK = 2**26  # bytes; a store's have a quarter of a megabyte, or one region's features
+MAX_CHUNK = 2**26  # bytes; those of a store have a quarter of a megabyte, or one region's features
 _LZF = 32000  # filter id registered with the HDF Group; included in h5py
 THREADS = min(8, os.cpu_count() or 1)  # for decompressing gzip
 
-_PACKINGS = (h5z.FILTER_DEFLATE, _LZF)
-_KNOWN = ((), *((code,) for code in _PACKINGS), *((h5z.FILTER_SHUFFLE, code) for code in _PACKINGS))
+_COMPRESSION_FILTERS = (h5z.FILTER_DEFLATE, _LZF)
+_ALLOWED_FILTERS = (
+    (),
+    *((code,) for code in _COMPRESSION_FILTERS),
+    *((h5z.FILTER_SHUFFLE, code) for code in _COMPRESSION_FILTERS),
+)
 
 
-class Refused(ValueError):
-    """A file has a part that no store has; the message has the part and the problem."""
+class StructureError(ValueError):
+    """A file has a part that no store has; the message names the part and the problem."""
 
 
-def check_filters(name: str, plan: h5p.PropDCID, width: int) -> tuple[int, ...]:
+def check_filters(name: str, dcpl: h5p.PropDCID, itemsize: int) -> tuple[int, ...]:
     """Check the filters of a dataset.
 
     Args:
         name: name of the dataset, for error messages.
-        plan: its creation properties.
-        width: size of a number in bytes.
+        dcpl: its creation property list.
+        itemsize: size of an element in bytes.
 
     Returns:
         Filter codes in the order in which they were applied.
 
     Raises:
-        Refused: unknown filters, or filters for numbers or chunks of another size.
+        StructureError: unknown filters, or filters for elements or chunks of another size.
     """
-    found: list[tuple[int, tuple[int, ...]]] = []
-    for i in range(plan.get_nfilters()):
-        code, _, values, _ = plan.get_filter(i)
-        found.append((code, tuple(values)))
-    codes = tuple(code for code, _ in found)
-    if codes not in _KNOWN:
-        raise Refused(f"{name} has unsupported filters ({', '.join(map(str, codes))})")
-    chunk = math.prod(plan.get_chunk()) * width if codes else 0
-    for code, values in found:
-        if (code == h5z.FILTER_SHUFFLE and values != (width,)) or (code == _LZF and values[2:] != (chunk,)):
-            raise Refused(f"{name} has a filter for numbers of another size")
+    filters: list[tuple[int, tuple[int, ...]]] = []
+    for i in range(dcpl.get_nfilters()):
+        code, _, values, _ = dcpl.get_filter(i)
+        filters.append((code, tuple(values)))
+    codes = tuple(code for code, _ in filters)
+    if codes not in _ALLOWED_FILTERS:
+        raise StructureError(f"{name} has unsupported filters ({', '.join(map(str, codes))})")
+    chunk_size = math.prod(dcpl.get_chunk()) * itemsize if codes else 0
+    for code, values in filters:
+        if (code == h5z.FILTER_SHUFFLE and values != (itemsize,)) or (code == _LZF and values[2:] != (chunk_size,)):
+            raise StructureError(f"{name} has a filter for elements of another size")
     return codes
 
 
@@ -60,7 +64,7 @@ def check_chunks(
     name: str,
     data: h5d.DatasetID,
     shape: Sequence[int],
-    width: int,
+    itemsize: int,
     chunk: Sequence[int],
     filters: tuple[int, ...],
     size: int,
@@ -73,82 +77,84 @@ def check_chunks(
         name: name of the dataset, for error messages.
         data: the dataset.
         shape: shape of the dataset.
-        width: size of a number in bytes.
+        itemsize: size of an element in bytes.
         chunk: shape of a chunk.
         filters: filter codes from `check_filters`.
         size: size of the file in bytes.
 
     Raises:
-        Refused: a chunk is missing, outside the file or of a wrong size.
+        StructureError: a chunk is missing, outside the file or of a wrong size.
     """
-    whole = math.prod(chunk) * width
-    if not 0 < whole <= MAX_CHUNK:
-        raise Refused(f"{name} has chunks of {whole} bytes")
+    chunk_size = math.prod(chunk) * itemsize
+    if not 0 < chunk_size <= MAX_CHUNK:
+        raise StructureError(f"{name} has chunks of {chunk_size} bytes")
     grid = [-(-side // step) for side, step in zip(shape, chunk, strict=True)]
     if data.get_num_chunks() != math.prod(grid):
-        raise Refused(f"{name} has {data.get_num_chunks()} of {math.prod(grid)} chunks, the others were never written")
-    there = np.zeros(grid, bool)
+        raise StructureError(
+            f"{name} has {data.get_num_chunks()} of {math.prod(grid)} chunks, the others were never written"
+        )
+    seen = np.zeros(grid, bool)
 
     chunks = _chunks(data)
-    for found in chunks:
-        place = [first // step for first, step in zip(found.chunk_offset, chunk, strict=True)]
-        if any(p >= n for p, n in zip(place, grid, strict=True)) or there[tuple(place)]:
-            raise Refused(f"{name} has a duplicate chunk or one outside its shape")
-        there[tuple(place)] = True
-        if found.byte_offset is None or found.byte_offset + found.size > size:
-            raise Refused(f"{name} has a chunk outside the file")
-        if found.size > whole + whole // 100 + 1024:
-            raise Refused(f"{name} has a chunk that is larger compressed than uncompressed")
+    for info in chunks:
+        index = [first // step for first, step in zip(info.chunk_offset, chunk, strict=True)]
+        if any(p >= n for p, n in zip(index, grid, strict=True)) or seen[tuple(index)]:
+            raise StructureError(f"{name} has a duplicate chunk or one outside its shape")
+        seen[tuple(index)] = True
+        if info.byte_offset is None or info.byte_offset + info.size > size:
+            raise StructureError(f"{name} has a chunk outside the file")
+        if info.size > chunk_size + chunk_size // 100 + 1024:
+            raise StructureError(f"{name} has a chunk that is larger compressed than uncompressed")
     with ThreadPoolExecutor(THREADS) as pool:
-        for length in pool.map(lambda found: _length(data, found, filters, whole), chunks):
-            if length is not None and length != whole:
-                raise Refused(f"{name} has a chunk of {length} bytes instead of {whole}")
+        for length in pool.map(lambda info: _length(data, info, filters, chunk_size), chunks):
+            if length is not None and length != chunk_size:
+                raise StructureError(f"{name} has a chunk of {length} bytes instead of {chunk_size}")
 
 
 def _chunks(data: h5d.DatasetID) -> list[Any]:
-    found: list[Any] = []
+    infos: list[Any] = []
     if hasattr(data, "chunk_iter"):
-        data.chunk_iter(found.append)
+        data.chunk_iter(infos.append)
     else:  # an older HDF5
-        found += map(data.get_chunk_info, range(data.get_num_chunks()))
-    return found
+        infos += map(data.get_chunk_info, range(data.get_num_chunks()))
+    return infos
 
 
-def _length(data: h5d.DatasetID, found: Any, filters: tuple[int, ...], whole: int) -> int | None:
+def _length(data: h5d.DatasetID, info: Any, filters: tuple[int, ...], chunk_size: int) -> int | None:
     """Decompressed length of a chunk, None if it cannot be decompressed."""
-    if not filters or found.filter_mask >> len(filters) - 1 & 1:  # a chunk may be stored without the filter
-        length: int = found.size
+    if not filters or info.filter_mask >> len(filters) - 1 & 1:  # a chunk may be stored without the filter
+        length: int = info.size
         return length
-    _, content = data.read_direct_chunk(found.chunk_offset)
-    return _inflated(content, whole) if filters[-1] == h5z.FILTER_DEFLATE else _unpacked_lzf(content, whole)
+    _, content = data.read_direct_chunk(info.chunk_offset)
+    return _gzip_length(content, chunk_size) if filters[-1] == h5z.FILTER_DEFLATE else _lzf_length(content, chunk_size)
 
 
-def _inflated(content: bytes, whole: int) -> int | None:
-    """Decompressed length of a gzip chunk, counted up to ``whole`` + 1; None if it is damaged."""
+def _gzip_length(content: bytes, chunk_size: int) -> int | None:
+    """Decompressed length of a gzip chunk, counted up to ``chunk_size`` + 1; None if it is damaged."""
     stream = zlib.decompressobj()
     try:
-        length = len(stream.decompress(content, whole + 1))
+        length = len(stream.decompress(content, chunk_size + 1))
     except zlib.error:
         return None
-    return length if stream.eof or length > whole else None
+    return length if stream.eof or length > chunk_size else None
 
 
-def _unpacked_lzf(content: bytes, whole: int) -> int | None:
+def _lzf_length(content: bytes, chunk_size: int) -> int | None:
     """Decompressed length of an LZF chunk (length-prefixed literal runs and back-references); None if damaged."""
-    at = length = 0
+    offset = length = 0
     end = len(content)
-    while at < end and length <= whole:
-        control = content[at]
+    while offset < end and length <= chunk_size:
+        control = content[offset]
         if control < 32:
-            at += control + 2
+            offset += control + 2
             length += control + 1
         else:
             copied = control >> 5
             if copied == 7:
-                at += 1
-                if at >= end:
+                offset += 1
+                if offset >= end:
                     return None
-                copied += content[at]
-            at += 2
+                copied += content[offset]
+            offset += 2
             length += copied + 2
-    return length if at == end or length > whole else None
+    return length if offset == end or length > chunk_size else None

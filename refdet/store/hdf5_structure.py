@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
-from refdet.store.hdf5_chunks import Refused, check_chunks, check_filters
+from refdet.store.hdf5_chunks import StructureError, check_chunks, check_filters
 
 MAX_OBJECTS = 1000  # a store has about 25
 MAX_DEPTH = 8
@@ -27,12 +27,12 @@ MAX_NAME = 255
 MAX_FIXED_TEXT = 4096  # bytes of a fixed-length string
 
 # Features and maps are read per image and may compress well, being mostly zeros. The rest is read at once.
-_PACKED_WELL = ("/features/", "/maps/head")
-MAX_UNPACKED = 2**26
+_COMPRESSIBLE = ("/features/", "/maps/head")
+MAX_UNCOMPRESSED = 2**26
 MAX_RATIO = 32
 
-_TEXT_REFERENCE = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable-length string on disk
-_TEXT_BLOCK = 10_000  # strings to read at once
+_VLEN_STRING = np.dtype([("bytes", "<u4"), ("address", "<u8"), ("index", "<u4")])  # a variable-length string on disk
+_STRING_BLOCK = 10_000  # strings to read at once
 
 
 def check_structure(file: h5py.File) -> None:
@@ -44,48 +44,48 @@ def check_structure(file: h5py.File) -> None:
         file: the open file.
 
     Raises:
-        Refused: the file has a part that no store has, or declares more data than it has.
+        StructureError: the file has a part that no store has, or declares more data than it has.
         Exception: any exception that h5py raises on a damaged file.
     """
     descriptor = file.id.get_vfd_handle()
     size = os.fstat(descriptor).st_size
     if file.id.get_create_plist().get_userblock():
-        raise Refused("its HDF5 data do not start at the first byte")
+        raise StructureError("its HDF5 data do not start at the first byte")
     stored = 0
     for name, node in _objects(h5g.open(file.id, b"/")):
         _check_attributes(name, node)
         if isinstance(node, h5d.DatasetID):
             stored += _check_dataset(name, node, size, descriptor)
     if stored > size:
-        raise Refused(f"its datasets overlap: {stored} bytes in a file of {size}")
+        raise StructureError(f"its datasets overlap: {stored} bytes in a file of {size}")
 
 
 def _objects(root: h5g.GroupID) -> Iterator[tuple[str, Any]]:
     """Iterate over (path, object) of all groups and datasets once, checking links before following them."""
-    waiting: list[tuple[str, int, h5g.GroupID]] = [("", 0, root)]
+    pending: list[tuple[str, int, h5g.GroupID]] = [("", 0, root)]
     seen = {h5o.get_info(root).addr}
     yield "/", root
-    while waiting:
-        parent, depth, group = waiting.pop()
+    while pending:
+        parent, depth, group = pending.pop()
         for name, kind in _links(parent, group):
             path = f"{parent}/{name}"
             if kind != h5l.TYPE_HARD:
-                raise Refused(f"{path} is {_LINKS.get(kind, 'a user-defined link')}")
+                raise StructureError(f"{path} is {_LINKS.get(kind, 'a user-defined link')}")
             node = h5o.open(group, name.encode())
             address = h5o.get_info(node).addr
             if isinstance(node, h5g.GroupID):
                 if address in seen:
-                    raise Refused(f"{path} is a group that already exists under another name")
+                    raise StructureError(f"{path} is a group that already exists under another name")
                 if depth == MAX_DEPTH:
-                    raise Refused(f"{path} is more than {MAX_DEPTH} groups deep")
-                waiting.append((path, depth + 1, node))
+                    raise StructureError(f"{path} is more than {MAX_DEPTH} groups deep")
+                pending.append((path, depth + 1, node))
             elif not isinstance(node, h5d.DatasetID):
-                raise Refused(f"{path} is neither a group nor a dataset")
+                raise StructureError(f"{path} is neither a group nor a dataset")
             if address not in seen:
                 seen.add(address)
                 yield path, node
             if len(seen) > MAX_OBJECTS:
-                raise Refused(f"it has more than {MAX_OBJECTS} groups and datasets")
+                raise StructureError(f"it has more than {MAX_OBJECTS} groups and datasets")
 
 
 _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another file"}
@@ -93,14 +93,14 @@ _LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link to another fi
 
 def _links(parent: str, group: h5g.GroupID) -> list[tuple[str, int]]:
     """(name, kind) of a group's links, without following them."""
-    found: list[tuple[bytes, int]] = []
+    links: list[tuple[bytes, int]] = []
 
-    def take(name: bytes, info: Any) -> bool | None:
-        found.append((name, info.type))
-        return True if len(found) > MAX_OBJECTS else None  # stops the iteration
+    def visit(name: bytes, info: Any) -> bool | None:
+        links.append((name, info.type))
+        return True if len(links) > MAX_OBJECTS else None  # stops the iteration
 
-    group.links.iterate(take, info=True)
-    return [(_name(parent, name), kind) for name, kind in found]
+    group.links.iterate(visit, info=True)
+    return [(_name(parent, name), kind) for name, kind in links]
 
 
 def _name(parent: str, name: bytes) -> str:
@@ -112,80 +112,80 @@ def _name(parent: str, name: bytes) -> str:
         or "/" in text
         or text in ("", ".", "..")
     ):
-        raise Refused(f"{parent or '/'} has an invalid name in it: {text!r:.80}")
+        raise StructureError(f"{parent or '/'} contains an invalid name: {text!r:.80}")
     return text
 
 
 def _check_attributes(path: str, node: Any) -> None:
     names: list[bytes] = []
 
-    def take(name: bytes, *_: Any) -> bool | None:
+    def visit(name: bytes, *_: Any) -> bool | None:
         names.append(name)
         return True if len(names) > MAX_ATTRIBUTES else None
 
-    h5a.iterate(node, take)
+    h5a.iterate(node, visit)
     if len(names) > MAX_ATTRIBUTES:
-        raise Refused(f"{path} has more than {MAX_ATTRIBUTES} attributes")
-    holder = h5py.Group(node) if isinstance(node, h5g.GroupID) else h5py.Dataset(node)
+        raise StructureError(f"{path} has more than {MAX_ATTRIBUTES} attributes")
+    owner = h5py.Group(node) if isinstance(node, h5g.GroupID) else h5py.Dataset(node)
     for raw in names:
         name = f"attribute {_name(path, raw)} of {path}"
         attribute = h5a.open(node, raw)
-        kind, shape = _kind(name, attribute.get_type()), _shape(name, attribute.get_space())
+        kind, shape = _type_class(name, attribute.get_type()), _shape(name, attribute.get_space())
         if math.prod(shape) > MAX_ATTRIBUTE_VALUES:
-            raise Refused(f"{name} has {math.prod(shape)} values")
-        value = holder.attrs[raw.decode()]
+            raise StructureError(f"{name} has {math.prod(shape)} values")
+        value = owner.attrs[raw.decode()]
         if kind == "text" and isinstance(value, str) and len(value) > MAX_TEXT:
-            raise Refused(f"{name} has {len(value)} characters")
+            raise StructureError(f"{name} has {len(value)} characters")
 
 
 def _check_dataset(name: str, data: h5d.DatasetID, size: int, descriptor: int) -> int:
     """Check a dataset and return its size in the file in bytes."""
-    plan = data.get_create_plist()
-    if plan.get_external_count():
-        raise Refused(f"{name} has its values in another file (external storage)")
-    layout = plan.get_layout()
+    dcpl = data.get_create_plist()
+    if dcpl.get_external_count():
+        raise StructureError(f"{name} has its values in another file (external storage)")
+    layout = dcpl.get_layout()
     if layout not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
-        raise Refused(f"{name} is a virtual dataset")
-    kind, shape = _kind(name, data.get_type()), _shape(name, data.get_space())
-    width = _TEXT_REFERENCE.itemsize if kind == "text" else data.get_type().get_size()
-    filters = check_filters(name, plan, width)
-    claimed, stored = math.prod(shape) * width, data.get_storage_size()
-    if not name.startswith(_PACKED_WELL) and claimed > max(MAX_UNPACKED, MAX_RATIO * stored):
-        raise Refused(f"{name} declares {claimed} bytes but has {stored}")
+        raise StructureError(f"{name} is a virtual dataset")
+    kind, shape = _type_class(name, data.get_type()), _shape(name, data.get_space())
+    itemsize = _VLEN_STRING.itemsize if kind == "text" else data.get_type().get_size()
+    filters = check_filters(name, dcpl, itemsize)
+    declared, stored = math.prod(shape) * itemsize, data.get_storage_size()
+    if not name.startswith(_COMPRESSIBLE) and declared > max(MAX_UNCOMPRESSED, MAX_RATIO * stored):
+        raise StructureError(f"{name} declares {declared} bytes but has {stored}")
     if layout == h5d.CHUNKED:
         if kind == "text":
-            raise Refused(f"{name} has chunked strings")
-        check_chunks(name, data, shape, width, plan.get_chunk(), filters, size)
+            raise StructureError(f"{name} has chunked strings")
+        check_chunks(name, data, shape, itemsize, dcpl.get_chunk(), filters, size)
         return stored
     offset = data.get_offset() if layout == h5d.CONTIGUOUS else 0
-    if claimed and (stored != claimed or offset is None or offset + stored > size):
-        raise Refused(f"{name} declares {claimed} bytes but has {stored}")
-    if kind == "text" and claimed:
+    if declared and (stored != declared or offset is None or offset + stored > size):
+        raise StructureError(f"{name} declares {declared} bytes but has {stored}")
+    if kind == "text" and declared:
         if layout != h5d.CONTIGUOUS:
-            raise Refused(f"{name} has strings in the header")
-        _check_texts(name, data, shape, offset, size, descriptor)
+            raise StructureError(f"{name} has strings in the header")
+        _check_strings(name, data, shape, offset, size, descriptor)
     return stored
 
 
-def _check_texts(
+def _check_strings(
     name: str, data: h5d.DatasetID, shape: tuple[int, ...], offset: int, size: int, descriptor: int
 ) -> None:
     """Read all strings once, after checking their total length, as they could all share the same bytes."""
     if len(shape) != 1:
-        raise Refused(f"{name} has strings in {len(shape)} dimensions")
-    raw = os.pread(descriptor, shape[0] * _TEXT_REFERENCE.itemsize, offset)
-    total = int(np.frombuffer(raw, _TEXT_REFERENCE)["bytes"].sum(dtype=np.uint64))
+        raise StructureError(f"{name} has strings in {len(shape)} dimensions")
+    raw = os.pread(descriptor, shape[0] * _VLEN_STRING.itemsize, offset)
+    total = int(np.frombuffer(raw, _VLEN_STRING)["bytes"].sum(dtype=np.uint64))
     if total > size:
-        raise Refused(f"{name} declares {total} bytes of strings in a file of {size}")
+        raise StructureError(f"{name} declares {total} bytes of strings in a file of {size}")
     texts = h5py.Dataset(data)
-    for first in range(0, shape[0], _TEXT_BLOCK):
-        texts[first : first + _TEXT_BLOCK]
+    for first in range(0, shape[0], _STRING_BLOCK):
+        texts[first : first + _STRING_BLOCK]
 
 
-def _kind(name: str, type_id: h5t.TypeID) -> str:
-    """Classify a type as "number" or "text"; raises Refused for others and for numbers that numpy lacks."""
+def _type_class(name: str, type_id: h5t.TypeID) -> str:
+    """Classify a type as "number" or "text"; raises StructureError for others, and for numbers that NumPy lacks."""
     if type_id.committed():
-        raise Refused(f"{name} has a committed type")
+        raise StructureError(f"{name} has a committed type")
     kind = type_id.get_class()
     if kind == h5t.STRING:
         if type_id.is_variable_str():
@@ -197,13 +197,13 @@ def _kind(name: str, type_id: h5t.TypeID) -> str:
             return "number"
     elif kind == h5t.ENUM and type_id.equal(h5t.py_create(np.dtype(bool), logical=True)):
         return "number"
-    raise Refused(f"{name} has an unsupported type")
+    raise StructureError(f"{name} has an unsupported type")
 
 
 def _shape(name: str, space: h5s.SpaceID) -> tuple[int, ...]:
     if space.get_simple_extent_type() not in (h5s.SCALAR, h5s.SIMPLE):
-        raise Refused(f"{name} has no shape")
+        raise StructureError(f"{name} has no shape")
     if space.get_simple_extent_ndims() > MAX_RANK:
-        raise Refused(f"{name} has more than {MAX_RANK} dimensions")
+        raise StructureError(f"{name} has more than {MAX_RANK} dimensions")
     shape: tuple[int, ...] = space.get_simple_extent_dims()
     return shape

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from refdet.files.version import __version__
 
-_MOST = 500  # most recent files to remember
+_MAX_FILES = 500  # most recent files to remember
 
 
 class FileState(NamedTuple):
@@ -23,7 +23,7 @@ class FileState(NamedTuple):
         inode: its inode.
         size: in bytes.
         modified: time of the last modification in nanoseconds.
-        changed: time of the last status change in nanoseconds; unlike the others, it cannot be set when packing or
+        changed: time of the last status change in nanoseconds; unlike the others, it cannot be set when unpacking or
             copying a file.
     """
 
@@ -37,8 +37,8 @@ class FileState(NamedTuple):
     def of(cls, path: str | Path) -> FileState:
         """Return the current state of a file; raises OSError if it does not exist."""
         real = os.path.realpath(path)
-        found = os.stat(real)
-        return cls(real, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.stat(real)
+        return cls(real, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class KnownFiles:
@@ -53,36 +53,36 @@ class KnownFiles:
 
     def __init__(self, check: str) -> None:
         self._check = f"{check} of refdet {__version__}"
-        self._here: dict[str, FileState] = {}
+        self._in_process: dict[str, FileState] = {}
 
     def __contains__(self, state: FileState) -> bool:
-        if self._here.get(state.path) != state and self._read().get(state.path) == list(state[1:]):
-            self.add_here(state)
-        return self._here.get(state.path) == state
+        if self._in_process.get(state.path) != state and self._read().get(state.path) == list(state[1:]):
+            self.add_in_process(state)
+        return self._in_process.get(state.path) == state
 
-    def add_here(self, state: FileState) -> None:
+    def add_in_process(self, state: FileState) -> None:
         """Remember a file in this process and its forks."""
-        self._here[state.path] = state
+        self._in_process[state.path] = state
 
-    def here(self, path: str | Path) -> FileState | None:
-        """State of a file that this process remembers, None if it is unknown."""
-        return self._here.get(os.path.realpath(path))
+    def get(self, path: str | Path) -> FileState | None:
+        """Return the state of a file that this process remembers, None if there is none."""
+        return self._in_process.get(os.path.realpath(path))
 
     def add(self, state: FileState) -> None:
         """Remember a file in this and later processes."""
-        self.add_here(state)
+        self.add_in_process(state)
         known = self._read()
         known.pop(state.path, None)
         known[state.path] = list(state[1:])
-        newest = dict(list(known.items())[-_MOST:])
+        newest = dict(list(known.items())[-_MAX_FILES:])
         with suppress(OSError, RuntimeError):  # RuntimeError: no home directory
             _replace(_cache(), json.dumps({"check": self._check, "files": newest}))
 
     def _read(self) -> dict[str, list[int]]:
         try:
             path = _cache()
-            found = path.stat()
-            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            status = path.stat()
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return {}
             content = json.loads(path.read_text(encoding="utf-8"))
             return dict(content["files"]) if content["check"] == self._check else {}

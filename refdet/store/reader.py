@@ -14,7 +14,7 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.store.codec import MASK_COUNTS, EncodedImage, decode, row_of
-from refdet.store.hdf5_door import open_store_file
+from refdet.store.hdf5_access import open_store_file
 from refdet.store.schema import (
     MAPS,
     SCHEMA,
@@ -77,7 +77,7 @@ class Store:
         self.path = path
         self.file = file
         self.classes: list[dict[str, Any]] = parse_classes(file)
-        self.names: dict[int, str] = {one["id"]: one["name"] for one in self.classes}
+        self.names: dict[int, str] = {category["id"]: category["name"] for category in self.classes}
         self.recipe = str(file.attrs["recipe"])
         self.provenance: dict[str, Any] = parse_json(file, "provenance", dict)
         self.options: dict[str, Any] = parse_json(file, "options", dict)
@@ -93,9 +93,9 @@ class Store:
         self.file_names = self.data["images/file_name"].asstr()[:]
         self.image_errors = self.data["images/error"].asstr()[:]
         self.region_start: np.ndarray = self.data["images/region_start"][:]
-        self._at = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+        self._index = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
         check_starts("images/region_start", self.region_start, len(self.data["regions/box"]))
-        if len(self._at) != len(self.image_ids):
+        if len(self._index) != len(self.image_ids):
             raise ValueError("images/id: duplicate image")
         if min(self.heights.min(initial=1), self.widths.min(initial=1)) < 1:
             raise ValueError("images/height or images/width is not positive")
@@ -103,9 +103,9 @@ class Store:
         self._map_shapes = {name: self.data[f"maps/{name}_shape"][:] for name in self.map_names}
         for name, starts in self._map_starts.items():
             check_starts(f"maps/{name}_start", starts, len(self.data[f"maps/{name}"]))
-        of_images = {f"features/{name}": self.region_start for name in self.feature_names}
-        of_images |= {f"maps/{name}": starts for name, starts in self._map_starts.items()}
-        check_memory(self.data, of_images, file.id.get_filesize())
+        starts_by_dataset = {f"features/{name}": self.region_start for name in self.feature_names}
+        starts_by_dataset |= {f"maps/{name}": starts for name, starts in self._map_starts.items()}
+        check_memory(self.data, starts_by_dataset, file.id.get_filesize())
 
     def __enter__(self) -> Store:
         return self
@@ -129,7 +129,7 @@ class Store:
         return (int(image_id) for image_id in self.image_ids)
 
     def __contains__(self, image_id: object) -> bool:
-        return image_id in self._at
+        return image_id in self._index
 
     @overload
     def __getitem__(self, key: int) -> Regions: ...
@@ -152,7 +152,7 @@ class Store:
 
     def rows(self, image_id: int) -> range:
         """Rows of an image's regions; raises KeyError for an unknown image."""
-        i = self._at[image_id]
+        i = self._index[image_id]
         return range(int(self.region_start[i]), int(self.region_start[i + 1]))
 
     def region(self, row: int) -> tuple[int, int]:
@@ -177,30 +177,30 @@ class Store:
             InputError: the file is damaged.
         """
         rows = self.rows(image_id)
-        wanted = (*self.feature_names, *self.map_names) if features is None else tuple(features)
-        lacking = [name for name in wanted if name not in self.feature_names and name not in self.map_names]
-        if lacking:
+        names = (*self.feature_names, *self.map_names) if features is None else tuple(features)
+        unknown = [name for name in names if name not in self.feature_names and name not in self.map_names]
+        if unknown:
             raise KeyError(
-                f"{self.path}: no feature {lacking[0]!r}; choose from {[*self.feature_names, *self.map_names]}"
+                f"{self.path}: no feature {unknown[0]!r}; choose from {[*self.feature_names, *self.map_names]}"
             )
         try:
-            return self._read(image_id, rows, wanted)
+            return self._read(image_id, rows, names)
         except CORRUPTION_ERRORS as error:
             raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
 
-    def _read(self, image_id: int, rows: range, wanted: Sequence[str]) -> Regions:
-        i = self._at[image_id]
+    def _read(self, image_id: int, rows: range, requested: Sequence[str]) -> Regions:
+        i = self._index[image_id]
         names = ["regions/box", "regions/score", "regions/category_id"] + ["regions/ann_id"] * self.has_ann_ids
-        names += [f"features/{name}" for name in wanted if name in self.feature_names]
+        names += [f"features/{name}" for name in requested if name in self.feature_names]
         arrays = {name: self.data[name][rows.start : rows.stop] for name in names}
         sizes: Sequence[int] = ()
         if self.has_masks:
             arrays[MASK_COUNTS], sizes = self._masks(i, rows)
-        for name in wanted:
+        for name in requested:
             if name in self.map_names and self._map_shapes[name][i].any():
                 arrays[f"maps/{name}"], arrays["maps/im_info"] = self._map(name, i), self.data["maps/im_info"][i]
-        head = (int(image_id), str(self.file_names[i]), int(self.heights[i]), int(self.widths[i]))
-        row = row_of((*head, str(self.image_errors[i])), arrays)
+        metadata = (int(image_id), str(self.file_names[i]), int(self.heights[i]), int(self.widths[i]))
+        row = row_of((*metadata, str(self.image_errors[i])), arrays)
         return decode(EncodedImage(row, sizes, arrays), self.names)
 
     def _masks(self, i: int, rows: range) -> tuple[np.ndarray, list[int]]:
@@ -209,15 +209,15 @@ class Store:
         starts = self.data["regions/mask_start"][rows.start : rows.stop + 1]
         if starts[0] < 0 or starts[-1] > len(counts) or (starts[1:] < starts[:-1]).any():
             raise ValueError(f"regions/mask_start of rows {rows.start} to {rows.stop} does not ascend")
-        read: np.ndarray = counts[int(starts[0]) : int(starts[-1])]
+        masks: np.ndarray = counts[int(starts[0]) : int(starts[-1])]
         # checked, as pycocotools writes out of bounds for an RLE that does not match its image
-        covered = covered_pixels(read, starts - starts[0])
+        covered = covered_pixels(masks, starts - starts[0])
         if covered is None or (covered != int(self.heights[i]) * int(self.widths[i])).any():
             raise ValueError(
                 f"regions/mask_counts: a mask of image {self.image_ids[i]} does not cover its "
                 f"{self.widths[i]}x{self.heights[i]} pixels"
             )
-        return read, np.diff(starts).tolist()
+        return masks, np.diff(starts).tolist()
 
     def _map(self, name: str, i: int) -> np.ndarray:
         first, last = self._map_starts[name][i : i + 2].tolist()
@@ -228,7 +228,7 @@ class Store:
         return values.reshape(shape)
 
     def frame(self) -> pd.DataFrame:
-        """Deprecated alias of `to_dataframe`, which works until the next version."""
+        """Deprecated alias of `to_dataframe`, to be removed in the next version."""
         warnings.warn("Store.frame was renamed to to_dataframe", DeprecationWarning, stacklevel=2)
         return self.to_dataframe()
 

@@ -21,7 +21,7 @@ CHECKSUMS = "checksums/crc32"
 COMPRESSIONS = ("none", "gzip", "lzf")
 MAPS = ("head",)
 
-# Columns of every store; those of images with the kind of their dtype.
+# Columns of every store; for those of images, also the kind of dtype.
 IMAGE_COLUMNS = {
     "id": "int",
     "file_name": "text",
@@ -39,7 +39,7 @@ KINDS = {
     "uint8": ("uint8",),
     "text": ("object",),
 }
-# Memory limit of an image if that is more than 4 times the file size; zeros compress a thousandfold.
+# Memory limit of an image, or 4 times the file size if that is more; zeros compress a thousandfold.
 MAX_UNPACKED = 2**30
 ATTRIBUTES = ("classes", "recipe", "provenance", "options", "complete")
 
@@ -129,7 +129,7 @@ class ImageRow(NamedTuple):
 
 
 def starts_of(counts: Sequence[int]) -> np.ndarray:
-    """Start of each of N runs of these lengths, and the end, (N + 1,) int64."""
+    """Offsets of N consecutive runs of these lengths, and the end of the last, (N + 1,) int64."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(counts, np.int64), dtype=np.int64)])
 
 
@@ -170,14 +170,14 @@ def check_parts(path: Path, file: h5py.File) -> None:
     """
     schema = file.attrs.get("schema")
     if not isinstance(schema, str) or schema != SCHEMA:
-        found = "no schema" if schema is None else f"schema {schema!r:.60}"
+        actual = "no schema" if schema is None else f"schema {schema!r:.60}"
         raise InputError(
-            f"{path}: not a feature store: {found} instead of {SCHEMA!r}; give a file written by refdet "
+            f"{path}: not a feature store: {actual} instead of {SCHEMA!r}; give a file written by refdet "
             "extract-features"
         )
-    wanted = [f"images/{name}" for name in IMAGE_COLUMNS] + [f"regions/{name}" for name in REGION_COLUMNS]
+    required = [f"images/{name}" for name in IMAGE_COLUMNS] + [f"regions/{name}" for name in REGION_COLUMNS]
     missing = [f"attribute {name}" for name in ATTRIBUTES if name not in file.attrs]
-    missing += [name for name in [*wanted, "features"] if name not in file]
+    missing += [name for name in [*required, "features"] if name not in file]
     if missing:
         raise InputError(f"{path}: missing {', '.join(missing)}; extract it again")
 
@@ -239,9 +239,9 @@ def parse_json(file: h5py.File, name: str, kind: type) -> Any:
 def parse_classes(file: h5py.File) -> list[dict[str, Any]]:
     """Parse the attribute ``classes``; raises ValueError if it is not ``[{"id": int, "name": str}]``."""
     classes: list[dict[str, Any]] = parse_json(file, "classes", list)
-    for one in classes:
-        number = one.get("id") if isinstance(one, dict) else None
-        if type(number) is not int or not -(2**63) <= number < 2**63 or not isinstance(one.get("name"), str):
+    for category in classes:
+        id_ = category.get("id") if isinstance(category, dict) else None
+        if type(id_) is not int or not -(2**63) <= id_ < 2**63 or not isinstance(category.get("name"), str):
             raise ValueError("attribute classes is not a list of ids and names")
     return classes
 
@@ -257,8 +257,8 @@ def check_memory(data: Mapping[str, h5py.Dataset], starts: Mapping[str, np.ndarr
     Raises:
         ValueError: an image takes too much memory.
     """
-    for name, of_images in starts.items():
-        rows = int(np.diff(of_images).max(initial=0))
-        need = rows * math.prod(data[name].shape[1:]) * data[name].dtype.itemsize
-        if need > max(MAX_UNPACKED, 4 * size):
-            raise ValueError(f"{name} of an image takes {need} bytes, but the file has {size}")
+    for name, image_starts in starts.items():
+        rows = int(np.diff(image_starts).max(initial=0))
+        nbytes = rows * math.prod(data[name].shape[1:]) * data[name].dtype.itemsize
+        if nbytes > max(MAX_UNPACKED, 4 * size):
+            raise ValueError(f"{name} of an image takes {nbytes} bytes, but the file has {size}")

@@ -12,7 +12,7 @@ import numpy as np
 from refdet.store.chunks import chunked_space
 from refdet.store.schema import Columns, Header, ImageRow
 
-_SLACK = 64 << 10  # HDF5's metadata and the information about the run
+_SLACK = 64 << 10  # for HDF5's metadata and the information about the run
 
 
 def space_needed(images: Sequence[ImageRow], columns: Columns, header: Header) -> int:
@@ -37,5 +37,5 @@ def contiguous_space(images: Sequence[ImageRow], columns: Columns) -> int:
 
 def _large(images: Sequence[ImageRow], columns: Columns) -> list[tuple[int, ...]]:
     """Shapes of the features and maps."""
-    regions, cells = sum(row.regions for row in images), sum(math.prod(row.map_shape) for row in images)
-    return [*((regions, *shape) for shape in columns.features.values()), *((cells,) for _ in columns.maps)]
+    regions, map_values = sum(row.regions for row in images), sum(math.prod(row.map_shape) for row in images)
+    return [*((regions, *shape) for shape in columns.features.values()), *((map_values,) for _ in columns.maps)]

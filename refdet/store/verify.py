@@ -19,8 +19,8 @@ from refdet.store.schema import CHECKSUMS, MAPS, attributes_checksum, check_star
 from refer.masks import rle_pixels
 
 # Boxes in the reference's inclusive convention, scaled back, may exceed the image by a pixel.
-_OUTSIDE = 1.0
-_STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
+_TOLERANCE = 1.0
+_MAP_STARTS = [f"maps/{name}_start" for name in MAPS]  # checked when a store is opened
 _NO_CHECKSUMS = "no checksums (an older store); only the consistency of its parts was checked, not every byte"
 
 
@@ -89,42 +89,44 @@ def verify(path: Path) -> Verification:
     Returns:
         The problems; a single one for the whole file if it cannot be opened.
     """
-    found = Verification(str(path))
+    result = Verification(str(path))
     try:
         store = open_store(path, again=True)
     except InputError as error:
-        found.problems.append(Problem(None, "file", str(error).removeprefix(f"{path}: ")))
-        return found
+        result.problems.append(Problem(None, "file", str(error).removeprefix(f"{path}: ")))
+        return result
     with store:
-        found.images, found.regions = len(store), store.regions
-        checksums = _checksums(store, found)
-        categories = np.array([one["id"] for one in store.classes], np.int64)
-        rates = "boxes_sha256" not in store.options  # given boxes may have any scores
+        result.images, result.regions = len(store), store.regions
+        checksums = _checksums(store, result)
+        categories = np.array([category["id"] for category in store.classes], np.int64)
+        scores_in_unit_range = "boxes_sha256" not in store.options  # boxes from a file may have any scores
         for i in progress(range(len(store)), "verify", "image", leave=False):
-            _check_image(store, i, checksums, categories, rates, found)
-    return found
+            _check_image(store, i, checksums, categories, scores_in_unit_range, result)
+    return result
 
 
-def _checksums(store: Store, found: Verification) -> dict[str, np.ndarray]:
+def _checksums(store: Store, result: Verification) -> dict[str, np.ndarray]:
     """Column -> (I,) uint32 checksums of each image, empty if there are none."""
     try:
         if CHECKSUMS not in store.file:
-            found.unchecked.append(_NO_CHECKSUMS)
+            result.unchecked.append(_NO_CHECKSUMS)
             return {}
         table = store.file[CHECKSUMS]
         names, values = json.loads(table.attrs["columns"]), table[:]
         if values.dtype != np.uint32 or values.shape != (len(store), len(names)):
             raise ValueError(f"{values.dtype} of shape {values.shape} for {len(store)} images and {len(names)} columns")
         if int(table.attrs["attributes"]) != attributes_checksum(store.file.attrs):
-            found.problems.append(Problem(None, "attributes", "checksum mismatch"))
-        found.problems += [
+            result.problems.append(Problem(None, "attributes", "checksum mismatch"))
+        result.problems += [
             Problem(None, name, "missing") for name in names if name != "images" and name not in store.data
         ]
-        without = [name for name in store.data if not name.startswith("images/") and name not in [*names, *_STARTS]]
-        found.unchecked += [f"{name} has no checksums" for name in without]
+        unlisted = [
+            name for name in store.data if not name.startswith("images/") and name not in [*names, *_MAP_STARTS]
+        ]
+        result.unchecked += [f"{name} has no checksums" for name in unlisted]
         return {name: values[:, k] for k, name in enumerate(names) if name == "images" or name in store.data}
     except CORRUPTION_ERRORS as error:
-        found.problems.append(Problem(None, CHECKSUMS, f"damaged: {error}"))
+        result.problems.append(Problem(None, CHECKSUMS, f"damaged: {error}"))
         return {}
 
 
@@ -133,32 +135,32 @@ def _check_image(
     i: int,
     checksums: dict[str, np.ndarray],
     categories: np.ndarray,
-    rates: bool,
-    found: Verification,
+    scores_in_unit_range: bool,
+    result: Verification,
 ) -> None:
     image_id, rows = int(store.image_ids[i]), range(*store.region_start[i : i + 2].tolist())
     file_name, error = str(store.file_names[i]), str(store.image_errors[i])
     size = (int(store.heights[i]), int(store.widths[i]))
-    wrong = []
+    problems = []
     if "images" in checksums:
         row = image_checksum(image_id, *size, rows.start, rows.stop, file_name, error)
         if row != checksums["images"][i]:
-            wrong.append(("images", "checksum mismatch"))
+            problems.append(("images", "checksum mismatch"))
     if error and len(rows):
-        wrong.append(("images/error", "has regions although it is unusable"))
+        problems.append(("images/error", "has regions although it is unusable"))
     columns: dict[str, np.ndarray] = {}
     for name in store.data:
-        if name.startswith("images/") or name in _STARTS:
+        if name.startswith("images/") or name in _MAP_STARTS:
             continue
         try:
             columns[name] = _slice(store, name, i, rows)
-        except CORRUPTION_ERRORS as error_:
-            wrong.append((name, f"cannot be read: {error_}"))
+        except CORRUPTION_ERRORS as exception:
+            problems.append((name, f"cannot be read: {exception}"))
             continue
         if name in checksums and crc32(np.ascontiguousarray(columns[name]).data) != checksums[name][i]:
-            wrong.append((name, "checksum mismatch"))
-    wrong += _inconsistencies(columns, size, categories, rates)
-    found.problems += [Problem(image_id, part, what) for part, what in wrong]
+            problems.append((name, "checksum mismatch"))
+    problems += _inconsistencies(columns, size, categories, scores_in_unit_range)
+    result.problems += [Problem(image_id, part, what) for part, what in problems]
 
 
 def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
@@ -171,7 +173,7 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
         starts = store.data["regions/mask_start"][rows.start : rows.stop + 1]
         first, last = int(starts[0]), int(starts[-1])
         check_starts("its masks", starts - first, last - first)
-    elif f"{name}_start" in _STARTS:
+    elif f"{name}_start" in _MAP_STARTS:
         first, last = store.data[f"{name}_start"][i : i + 2].tolist()
     elif name.startswith("maps/"):
         first, last = i, i + 1
@@ -182,22 +184,22 @@ def _slice(store: Store, name: str, i: int, rows: range) -> np.ndarray:
 
 
 def _inconsistencies(
-    columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, rates: bool
+    columns: Mapping[str, np.ndarray], size: tuple[int, int], categories: np.ndarray, scores_in_unit_range: bool
 ) -> Iterator[tuple[str, str]]:
     """Iterate over inconsistencies of an image as (part, problem)."""
     height, width = size
     if (boxes := columns.get("regions/box")) is not None:
-        limit = np.array([width, height], np.float64) + _OUTSIDE
+        limit = np.array([width, height], np.float64) + _TOLERANCE
         low, high = boxes[:, :2], boxes[:, 2:]
-        if not ((low >= -_OUTSIDE) & (low <= high) & (high <= limit)).all():
+        if not ((low >= -_TOLERANCE) & (low <= high) & (high <= limit)).all():
             yield "regions/box", f"a box is outside the image of {width}x{height} or inverted"
     if (scores := columns.get("regions/score")) is not None:
         if not np.isfinite(scores).all():
             yield "regions/score", "a score is not finite"
-        elif rates and not ((scores >= 0) & (scores <= 1)).all():
+        elif scores_in_unit_range and not ((scores >= 0) & (scores <= 1)).all():
             yield "regions/score", "a score is outside 0 to 1"
-    known = columns.get("regions/category_id")
-    if known is not None and len(categories) and not np.isin(known, categories).all():
+    category_ids = columns.get("regions/category_id")
+    if category_ids is not None and len(categories) and not np.isin(category_ids, categories).all():
         yield "regions/category_id", "a category is not in the file's classes"
     ends, counts = columns.get("regions/mask_start"), columns.get("regions/mask_counts")
     if ends is not None and counts is not None and len(ends):

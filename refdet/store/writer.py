@@ -17,7 +17,7 @@ from refdet.files.atomic import atomic_write
 from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, ContiguousWriter, chunk_rows, contiguous_layout
 from refdet.store.codec import MASK_COUNTS, MASK_START, EncodedImage, encode, raw_bytes
 from refdet.store.crc import crc32
-from refdet.store.hdf5_door import remember
+from refdet.store.hdf5_access import remember
 from refdet.store.hdf5_file import new_file, reserve_between
 from refdet.store.schema import (
     CHECKSUMS,

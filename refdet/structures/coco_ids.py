@@ -12,7 +12,7 @@ _BARE = re.compile(r"(0{0,6}[0-9]{1,6})(?:\.[A-Za-z]+)?")
 _VISUAL_GENOME = re.compile(r"(?:^|[/\\])VG_100K(?:_2)?[/\\]")
 _IMAGE_FILE = re.compile(r"\.(?:jpe?g|jfif|png|gif|bmp|webp|tiff?|p[pgbn]m)", re.IGNORECASE)
 
-LARGEST = 999_999
+MAX_ID = 999_999
 """Largest COCO image id: six digits."""
 
 
@@ -28,7 +28,7 @@ def bare_number(name: str) -> int | None:
     """
     if is_visual_genome(name):
         return None
-    match = _BARE.fullmatch(_last_part(name))
+    match = _BARE.fullmatch(_base_name(name))
     return int(match[1]) if match else None
 
 
@@ -39,9 +39,9 @@ def is_visual_genome(name: str) -> bool:
 
 def is_image_file(name: str) -> bool:
     """Whether a path or URL has the suffix of an image file."""
-    last = _last_part(name)
-    return _IMAGE_FILE.fullmatch(last[max(last.rfind("."), 0) :]) is not None and len(last) < 300
+    name = _base_name(name)
+    return _IMAGE_FILE.fullmatch(name[max(name.rfind("."), 0) :]) is not None and len(name) < 300
 
 
-def _last_part(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.partition("?")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from refdet.errors import ArgumentError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-"""Arithmetics of the network: float32 is IEEE's on a GPU too; with tf32 a GPU multiplies numbers of 10 bits."""
+"""Arithmetic of the network. float32 is IEEE float32 on a GPU too; tf32 has 10 bits of mantissa in products."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]
 """Half-open ``x1 y1 x2 y2`` in pixels."""
 
 COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
-MOST_LETTERS = 60  # of a label
+MAX_LABEL_LENGTH = 60  # of a label
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
     """
     image = Image.fromarray(pixels)
     long_side = max(image.size)
-    line, letters = max(1, round(long_side / 320)), min(max(10, round(long_side / 40)), 24)
+    line, font_size = max(1, round(long_side / 320)), min(max(10, round(long_side / 40)), 24)
     coloured = [(region, COLOURS[i % len(COLOURS)]) for i, region in enumerate(regions)]
     for region, colour in reversed(coloured):
         if region.mask is not None:
@@ -48,7 +48,7 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
     for region, colour in reversed(coloured):
         pen.outline(region.box, colour, line, halo=False)
     for region, colour in coloured:
-        pen.label(region.box, region.label, colour, letters)
+        pen.label(region.box, region.label, colour, font_size)
     return image
 
 
@@ -62,12 +62,12 @@ def paint_mask(image: Image.Image, mask: np.ndarray, colour: str, opacity: float
         opacity: of the inside, 0..1.
         edge: size in pixels of the filter that makes the edge, odd; the edge is half as wide.
     """
-    whole = Image.fromarray(mask * np.uint8(255))
-    if whole.size != image.size:
-        whole = whole.resize(image.size, Image.Resampling.BICUBIC).point(lambda v: 255 if v >= 128 else 0)
+    full = Image.fromarray(mask * np.uint8(255))
+    if full.size != image.size:
+        full = full.resize(image.size, Image.Resampling.BICUBIC).point(lambda v: 255 if v >= 128 else 0)
     paint = Image.new("RGB", image.size, colour)
-    image.paste(paint, mask=whole.point(lambda v: round(v * opacity)))
-    image.paste(paint, mask=ImageChops.subtract(whole, whole.filter(ImageFilter.MinFilter(edge))))
+    image.paste(paint, mask=full.point(lambda v: round(v * opacity)))
+    image.paste(paint, mask=ImageChops.subtract(full, full.filter(ImageFilter.MinFilter(edge))))
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Pen:
 
     draw: ImageDraw.ImageDraw
     size: tuple[int, int]
-    taken: list[Box] = field(default_factory=list)
+    occupied: list[Box] = field(default_factory=list)
 
     def outline(self, box: Box, colour: str, width: int, *, halo: bool) -> None:
         """Draw a box, with a white line around it if ``halo``."""
@@ -96,18 +96,18 @@ class Pen:
                 for x in (x1, x2):
                     self.draw.line((x, y, x, min(y + 11, y2)), fill=ink, width=width)
 
-    def label(self, box: Box, text: str, colour: str, letters: int) -> None:
+    def label(self, box: Box, text: str, colour: str, font_size: int) -> None:
         """Write a text beside a box, on a background of the box's colour.
 
         Args:
             box: in pixels of the image.
-            text: truncated to `MOST_LETTERS`.
+            text: truncated to `MAX_LABEL_LENGTH`.
             colour: of the background, "#rrggbb".
-            letters: height of the letters in pixels.
+            font_size: in pixels.
         """
-        text = "".join(letter if letter.isprintable() else " " for letter in text[:MOST_LETTERS])
-        font = ImageFont.load_default(size=letters)
-        width, height = self.draw.textlength(text, font=font) + 10, letters + 6.0
+        text = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_LABEL_LENGTH])
+        font = ImageFont.load_default(size=font_size)
+        width, height = self.draw.textlength(text, font=font) + 10, font_size + 6.0
         x1, y1, x2, y2 = self._inside(box)
         places = [
             (x1, y1 - height),
@@ -120,8 +120,8 @@ class Pen:
             (x2 - width, y1),
         ]
         spots = [self._fit(x, y, width, height) for x, y in places]
-        spot = min(spots, key=lambda spot: sum(_shared(spot, other) for other in self.taken))
-        self.taken.append(spot)
+        spot = min(spots, key=lambda spot: sum(_intersection_area(spot, other) for other in self.occupied))
+        self.occupied.append(spot)
         self.draw.rounded_rectangle(spot, radius=4, fill=colour, outline="white")
         self.draw.text((spot[0] + 5, spot[1] + height / 2), text, fill=text_colour(colour), font=font, anchor="lm")
 
@@ -136,12 +136,12 @@ class Pen:
         return x1, y1, max(x1, x2), max(y1, y2)
 
 
-def text_colour(ground: str) -> str:
+def text_colour(background: str) -> str:
     """Black or white, whichever is more legible on a background "#rrggbb"."""
-    red, green, blue = (int(ground[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
 
 
-def _shared(a: Box, b: Box) -> float:
+def _intersection_area(a: Box, b: Box) -> float:
     """Area of the intersection."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -3,7 +3,7 @@
 Shape shorthand in this module:
 
     B: images in the batch
-    G: objects of an image; of all images of a batch, the most that one has
+    G: objects of an image; in a batch, the maximum over its images
     K: crowds, likewise
 """
 
@@ -59,13 +59,13 @@ class PaddedTruth:
     @classmethod
     def of(cls, targets: Sequence[GroundTruth], device: torch.device) -> PaddedTruth:
         """Put the objects of images together on a device, in copies that do not depend on their number."""
-        most = max([1, *(len(target.boxes) for target in targets)])
-        crowded = max([0, *(len(target.crowds) for target in targets)])
+        max_objects = max([1, *(len(target.boxes) for target in targets)])
+        max_crowds = max([0, *(len(target.crowds) for target in targets)])
         like = targets[0].boxes
-        boxes, crowds = (like.new_zeros(len(targets), count, 4) for count in (most, crowded))
-        labels = like.new_zeros(len(targets), most, dtype=torch.int64)
+        boxes, crowds = (like.new_zeros(len(targets), count, 4) for count in (max_objects, max_crowds))
+        labels = like.new_zeros(len(targets), max_objects, dtype=torch.int64)
         counts = torch.tensor([len(target.boxes) for target in targets])
-        known = torch.arange(most) < counts[:, None]
+        known = torch.arange(max_objects) < counts[:, None]
         for row, target in enumerate(targets):
             count = len(target.boxes)
             boxes[row, :count], labels[row, :count] = target.boxes, target.labels

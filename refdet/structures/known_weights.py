@@ -133,8 +133,8 @@ def known_file(path: Path, sha256: str) -> KnownFile | None:
         path: the file.
         sha256: its SHA-256.
     """
-    if (found := _TORCHVISION.get(sha256[:8])) is not None:
-        return found
+    if (published := _TORCHVISION.get(sha256[:8])) is not None:
+        return published
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,6 @@
 """Limits of the columns of a store, checked when inputs are read. No numpy.
 
-Otherwise one bad entry would fail an extraction at the end, when the store is written.
+Otherwise one bad entry would make an extraction fail at the very end, when the store is written.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 IDS = (-(2**63), 2**63 - 1)
 """The range of int64: ids of images, annotations and categories."""
 
-LONGEST_SIDE = 2**31 - 1
+MAX_SIDE = 2**31 - 1
 """The largest int32: the height and the width of an image in pixels."""
 
-MOST_PIXELS = 2**30
+MAX_PIXELS = 2**30
 """Pixels of an image. A gigapixel takes 3 GiB when decoded; masks count pixels in 32 bits."""
 
 
@@ -24,6 +24,6 @@ def size_problem(height: int, width: int) -> str:
     """Why an image size in pixels is invalid, "" if it is valid."""
     if height < 1 or width < 1:
         return f"its size is {width}x{height}, it must be at least 1x1"
-    if max(height, width) > LONGEST_SIDE or height * width > MOST_PIXELS:
-        return f"its size is {width}x{height}, more than {MOST_PIXELS} pixels; correct its height and width"
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        return f"its size is {width}x{height}, more than {MAX_PIXELS} pixels; correct its height and width"
     return ""

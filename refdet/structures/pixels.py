@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def opened(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """Open an image file for display; the detector reads its inputs with `refdet.data.image_decoder`.
 
     Raises:

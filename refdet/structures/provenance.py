@@ -30,7 +30,7 @@ class Provenance:
         image_ids_sha256: `image_ids_sha256` of the training images.
         excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
         weights: the weights that training started from, or None.
-        note: a human-readable remark, or "".
+        note: a human-readable note, or "".
     """
 
     source: str

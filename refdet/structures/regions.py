@@ -71,12 +71,12 @@ class Regions:
             columns["masks"] = self.masks  # type: ignore[assignment]
         if self.boxes.shape != (n, 4):
             raise ValueError(f"boxes must be (n, 4), got {self.boxes.shape}")
-        wrong = {name: len(column) for name, column in columns.items() if len(column) != n}
-        if wrong:
-            raise ValueError(f"image {self.image_id}: {n} boxes, but {wrong}")
-        flat = {name: values.shape for name, values in self.maps.items() if values.ndim != 3}
-        if flat:
-            raise ValueError(f"image {self.image_id}: maps must be (C, H, W), got {flat}")
+        mismatched = {name: len(column) for name, column in columns.items() if len(column) != n}
+        if mismatched:
+            raise ValueError(f"image {self.image_id}: {n} boxes, but {mismatched}")
+        invalid_maps = {name: values.shape for name, values in self.maps.items() if values.ndim != 3}
+        if invalid_maps:
+            raise ValueError(f"image {self.image_id}: maps must be (C, H, W), got {invalid_maps}")
         if self.im_info is None and self.maps:
             raise ValueError(f"image {self.image_id}: maps without im_info")
         if self.im_info is not None and (self.im_info.shape != (3,) or self.im_info.dtype != np.float32):
@@ -143,7 +143,7 @@ class Regions:
         Args:
             image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
             min_score: lowest score of a region to draw.
-            max_regions: draw at most so many regions, best first; None for all.
+            max_regions: maximum number of regions to draw, best first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
@@ -153,21 +153,21 @@ class Regions:
         from pycocotools import mask as coco_mask
 
         from refdet.structures.drawing import Drawn, draw_regions
-        from refdet.structures.pixels import opened, rgb_pixels
+        from refdet.structures.pixels import open_image, rgb_pixels
 
-        pixels = rgb_pixels(opened(image) if isinstance(image, str | Path) else image)
+        pixels = rgb_pixels(open_image(image) if isinstance(image, str | Path) else image)
         height, width = pixels.shape[:2]
         if (height, width) != (self.height, self.width):
             raise ArgumentError(
                 "image",
                 f"is {width}x{height}, but the regions are of an image of {self.width}x{self.height}; give that image",
             )
-        texts = names if names is not None else self.names or {}
+        labels = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
         best_first = [r for r in np.argsort(-self.scores, kind="stable").tolist() if self.scores[r] >= min_score]
         for row in best_first[:max_regions]:
             category = int(self.category_ids[row])
-            name = texts.get(category, "" if category == NO_CATEGORY else str(category))
+            name = labels.get(category, "" if category == NO_CATEGORY else str(category))
             x1, y1, x2, y2 = self.boxes[row].tolist()
             mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
             drawn.append(Drawn((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))

@@ -14,7 +14,7 @@ from refdet.cli.main import COMMANDS, OUTPUT_LOST, main
 from refdet.errors import InputError, RuntimeFailure
 from refer import ReferError
 
-FREE_SPACE = "free some space and run it again (what was finished is kept)"
+FREE_SPACE = "free some space and run it again (finished work is kept)"
 
 
 class Raises:

@@ -69,7 +69,7 @@ def test_npz_from_the_command_line(tmp_path: Path) -> None:
         (["--format", "lmdb", "--for", "mcan"], "--for mcan: cannot read --format lmdb; choose vilbert-m"),
         (["--format", "mattnet", "--dataset", "refcoco"], "data.json needs --refer-root"),
         (["--format", "mattnet", "--max-length", "3"], "data.json needs --refer-root"),
-        (["--format", "mattnet", "--data-json", "x", "--dataset", "refcoco"], "--data-json: give it without"),
+        (["--format", "mattnet", "--data-json", "x", "--dataset", "refcoco"], "--data-json: cannot be combined"),
         (["--format", "mattnet", "--annotations", "a.h5"], "--annotations: the rows of ann_feats.h5 need a data.json"),
     ],
 )

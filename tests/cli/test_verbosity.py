@@ -42,7 +42,7 @@ def test_a_verbose_command_says_more(files: tuple[str, str]) -> None:
 
 def test_both_at_once_are_refused(files: tuple[str, str]) -> None:
     done = audit(files, "-v", "-q")
-    assert done.exit_code == 2 and "-v and -q: give one of them" in done.stderr
+    assert done.exit_code == 2 and "-v and -q: give only one of them" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["-v", "-q"])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.cli.common import BOX_FORMATS
-from refdet.data.box_format import BY_EVIDENCE, DEFAULT, FORMS, NAMES, settle
+from refdet.data.box_format import DEFAULT, FORMS, INFERRED_ORDER, NAMES, settle
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -72,7 +72,7 @@ def test_another_form_is_warned_of_with_the_right_one(seed: int, name: str, said
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(BY_EVIDENCE), st.sampled_from(["xyxy", "xywh"]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(INFERRED_ORDER), st.sampled_from(["xyxy", "xywh"]))
 def test_the_order_is_that_which_the_boxes_fit(seed: int, unit: str, order: str) -> None:
     corners, sizes = some_boxes(seed, 30)
     settled, lines = settle(unit, written(f"{unit}-{order}", corners, sizes), sizes)
@@ -160,7 +160,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
     return folder, corners, sizes
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in BY_EVIDENCE])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in INFERRED_ORDER])
 @pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("field", ["box", "ranked_boxes"])
 def test_true_boxes_of_each_form_are_all_right(
@@ -176,7 +176,7 @@ def test_true_boxes_of_each_form_are_all_right(
     assert found["splits"]["val"]["comprehension"]["accuracy@0.5"] == 1.0
     assert found["splits"]["val"]["comprehension"]["mean_iou"] == pytest.approx(1.0)
     assert found.get("box_format", "xywh") == asked and "warning" not in caplog.text
-    assert ("note: " in caplog.text and "p.json: reading boxes as" in caplog.text) == (asked in BY_EVIDENCE)
+    assert ("note: " in caplog.text and "p.json: reading boxes as" in caplog.text) == (asked in INFERRED_ORDER)
 
 
 @pytest.mark.parametrize("name", [n for n in FORMS if n != "xywh"])

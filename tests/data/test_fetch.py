@@ -19,7 +19,7 @@ from loopback_server import Site, serving
 
 import refer
 from refdet.cli.main import main
-from refdet.data.fetch.catalog import ITEMS, Item, mirrored, place_instances, place_refer
+from refdet.data.fetch.catalog import ITEMS, Item, instances_path, mirror_url, refer_path
 from refdet.data.fetch.fetch import fetch_data
 from refdet.data.refer_statistics import counts_of
 from refdet.errors import InputError, RuntimeFailure
@@ -65,7 +65,7 @@ def refcoco_item(site: Site, data: bytes | None, *paths: str) -> Item:
         outputs=("refer/refcoco/instances.json", "refer/refcoco/refs(unc).p", "refer/refcoco/refs(google).p"),
         size=None if data is None else len(data),
         checksum=None if data is None else f"sha256:{hashlib.sha256(data).hexdigest()}",
-        place=place_refer("refcoco"),
+        target_path=refer_path("refcoco"),
         dataset="refcoco",
         default=True,
     )
@@ -111,13 +111,15 @@ def test_sources_are_tried_in_turn(
     result = get(item, tmp_path)
     assert result.source.endswith("/moved.zip") and same_refer(tmp_path, shapes_root)
     lines = [record.getMessage() for record in caplog.records]
-    problems = ("none.zip: 404 Not Found", "page.zip: an HTML page", "other.zip: other bytes", "short.zip: ")
+    problems = ("none.zip: 404 Not Found", "page.zip: an HTML page", "other.zip: checksum mismatch", "short.zip: ")
     assert all(problem in line for problem, line in zip(problems, lines, strict=True))
 
 
 def test_no_source_works(site: Site, tmp_path: Path, refcoco: bytes) -> None:
     item = refcoco_item(site, refcoco, "/a.zip", "/b.zip")
-    with pytest.raises(RuntimeFailure, match=r"none of its 2 sources works, .*b\.zip: 404 Not Found; give a mirror"):
+    with pytest.raises(
+        RuntimeFailure, match=r"none of its 2 sources works, .*b\.zip: 404 Not Found; give your own mirror"
+    ):
         get(item, tmp_path)
     site.add("/a.zip", b"<html>")
     site.add("/b.zip", b"<html>")
@@ -160,7 +162,7 @@ def test_archives_with_something_else(site: Site, tmp_path: Path, members: dict[
 def test_a_mirror_with_other_bytes(site: Site, tmp_path: Path, refcoco: bytes) -> None:
     site.add("/mine/refcoco.zip", refcoco[:-1] + b"?")
     item = refcoco_item(site, refcoco)
-    with pytest.raises(InputError, match=r"/mine/refcoco\.zip: other bytes than published \(sha256 "):
+    with pytest.raises(InputError, match=r"/mine/refcoco\.zip: checksum mismatch \(sha256 "):
         get(item, tmp_path, mirror=f"{site.address}/mine")
     assert left(tmp_path) == []
 
@@ -196,7 +198,7 @@ def test_annotations_in_a_tar_and_images_in_a_zip(site: Site, tmp_path: Path, sh
     url = site.address
     outputs = ("annotations/instances_minival2014.json",)
     items = (
-        Item("minival", "minival.tgz", "", (f"{url}/minival.tgz",), outputs, place=place_instances, default=True),
+        Item("minival", "minival.tgz", "", (f"{url}/minival.tgz",), outputs, target_path=instances_path, default=True),
         Item("val2014", "val2014.zip", "", (f"{url}/val2014.zip",), ("val2014.zip",), default=True),
     )
     fetch_data(tmp_path, items=items, wait=0)
@@ -257,14 +259,14 @@ def test_the_catalog() -> None:
         assert item.checksum is None or re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", item.checksum)
         if item.magic:
             assert item.checksum is None and item.outputs[0].endswith(".parquet")
-        elif item.place is None:
+        elif item.target_path is None:
             assert item.outputs == (item.archive,)
         elif item.dataset:
-            assert all(item.place(f"{item.dataset}/{Path(name).name}") == name for name in item.outputs)
+            assert all(item.target_path(f"{item.dataset}/{Path(name).name}") == name for name in item.outputs)
         else:
-            assert all(item.place(name) == name for name in item.outputs)
+            assert all(item.target_path(name) == name for name in item.outputs)
     plus = ITEMS[names.index("refcoco+")]
-    assert mirrored(plus, "https://a/b") == "https://a/b/refcoco+.zip"
+    assert mirror_url(plus, "https://a/b") == "https://a/b/refcoco+.zip"
 
 
 def test_parquet_to_convert(site: Site, tmp_path: Path, refcoco: bytes) -> None:

@@ -62,10 +62,10 @@ def test_the_library(tmp_path: Path, shapes_root: Path) -> None:
 
 def test_refer_data(tmp_path: Path) -> None:
     root = tmp_path / "data" / "refer"
-    wanted = rf"unpack refcoco\+\.zip \(refdet fetch-data --only refcoco\+ --out {tmp_path}/data does it\)"
+    wanted = rf"unpack refcoco\+\.zip \(or run refdet fetch-data --only refcoco\+ --out {tmp_path}/data\)"
     with pytest.raises(ReferNotFoundError, match=wanted):
         REFER(str(root), "refcoco+", "unc")
-    with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+ does it in data/refer\)"):
+    with pytest.raises(ReferNotFoundError, match=r"--only refcoco\+, which puts it in data/refer\)"):
         REFER(str(tmp_path / "mine"), "refcoco+", "unc")
     result = run("audit", "--instances", __file__, "--refer-root", root)
     assert result.exit_code == 2 and "refdet fetch-data" in result.stderr

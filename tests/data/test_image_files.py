@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import most_bytes
+from refdet.data.image_decoder import max_file_size
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError, RuntimeFailure
 from refer.image_folder import list_folder
@@ -191,7 +191,7 @@ def test_a_member_with_another_checksum(tmp_path: Path, method: int) -> None:
 @pytest.mark.parametrize("says", [None, 100])
 def test_members_that_unpack_to_much_are_not_unpacked(tmp_path: Path, method: int, says: int | None) -> None:
     """Whether the directory tells the size or lies."""
-    path, size = tmp_path / "i.zip", most_bytes(6, 9) + 1
+    path, size = tmp_path / "i.zip", max_file_size(6, 9) + 1
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("x.png", bytes(size))
     if says is not None:

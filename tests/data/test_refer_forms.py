@@ -134,7 +134,7 @@ def test_mdetr(shapes_root: Path, coco: Path, tmp_path: Path, pair: Any) -> None
     assert plain(found, without=LACKING) == plain(refs, without=LACKING)
     assert {ref["file_name"] for ref in found} == {image["file_name"] for image in instances["images"]}
     assert [one for ref in found for one in ref["sent_ids"]] == list(range(sum(len(r["sentences"]) for r in refs)))
-    assert any("numbered anew" in line for line in result.notes) and any("raw is sent" in line for line in result.notes)
+    assert any("renumbered" in line for line in result.notes) and any("raw is sent" in line for line in result.notes)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -219,5 +219,5 @@ def test_a_conversion_beside_another_keeps_its_instances(shapes_root: Path, coco
         refs, instances = forms.load(shapes_root / "refer", "refcoco", split_by)
         source = forms.write_jxu124(tmp_path / split_by, "refcoco", refs, instances)
         (result,) = convert_refer([source], tmp_path / "out", split_by=split_by, instances=coco)
-    assert any("kept the instances.json" in line for line in result.notes)
+    assert any("kept the existing instances.json" in line for line in result.notes)
     assert forms.load(tmp_path / "out", "refcoco", "google") == (refs, instances)

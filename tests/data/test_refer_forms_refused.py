@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from refdet.cli.main import main
 from refdet.data.parquet import read_rows
 from refdet.data.refer_forms.convert import convert_refer
-from refdet.data.refer_forms.other_divisions import own_part
+from refdet.data.refer_forms.other_divisions import refs_of_division
 from refdet.data.refer_forms.records import SourceRef
 from refdet.data.refer_forms.split_names import dataset_in, published_names, split_by_in, split_in
 from refdet.errors import InputError, RuntimeFailure
@@ -106,15 +106,18 @@ def test_two_divisions_in_one_list_are_told_apart_by_their_size(google_first: bo
     unc = made(COUNTS["refcoco", "unc"]["val"], "val", 0)
     google = made(COUNTS["refcoco", "google"]["val"], "val", 500)
     both = google + unc if google_first else unc + google
-    part, note = own_part("refcoco", "unc", "val", both)
+    part, note = refs_of_division("refcoco", "unc", "val", both)
     assert part == unc and note == "split 'val' also has the 5,000 refs of refcoco/google/val; they are left out"
-    part, note = own_part("refcoco", "google", "val", both)
+    part, note = refs_of_division("refcoco", "google", "val", both)
     assert part == google and "the 3,811 refs of refcoco/unc/val" in note
-    assert own_part("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
-    assert own_part("refcoco", "unc", "val", unc) == (unc, "")
+    assert refs_of_division("refcoco", "unc", "val", both[::2] + both[1::2]) == (both[::2] + both[1::2], "")
+    assert refs_of_division("refcoco", "unc", "val", unc) == (unc, "")
     test = made(COUNTS["refcoco", "google"]["test"], "test", 0)
-    assert own_part("refcoco", "unc", "test", test) == ([], "split 'test' is refcoco/google/test; it is left out")
-    assert own_part("refcoco", "google", "test", test) == (test, "")
+    assert refs_of_division("refcoco", "unc", "test", test) == (
+        [],
+        "split 'test' is refcoco/google/test; it is left out",
+    )
+    assert refs_of_division("refcoco", "google", "test", test) == (test, "")
 
 
 def test_a_wrong_size_is_reported(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
         shapes.write(tmp_path / "kept")
     assert (tmp_path / "kept").read_text() == "mine"
     with pytest.raises(InputError, match="too few"):
-        shapes.write(tmp_path / "new", images=shapes.LEAST_IMAGES - 1)
+        shapes.write(tmp_path / "new", images=shapes.MIN_IMAGES - 1)
     with pytest.raises(InputError, match="negative"):
         shapes.write(tmp_path / "new", seed=-1)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]

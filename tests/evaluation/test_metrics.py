@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from refdet.evaluation.grefcoco import Answer, generalized_scores
 from refdet.evaluation.metrics import box_iou, generalized_iou, mask_overlap, precisions, segmentation_scores
-from refdet.evaluation.recall import KEPT, coverage, recall_at_k, referent_recall
+from refdet.evaluation.recall import TOP_K, coverage, recall_at_k, referent_recall
 from refdet.evaluation.targets import empty_mask
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -116,7 +116,7 @@ def test_recall_by_regions_is_brute_force(objects: list, found: list) -> None:
     order = sorted(range(len(found)), key=lambda i: (-found[i][2], i))
     for with_category in (False, True):
         wanted = {}
-        for name, k in [*((str(k), k) for k in KEPT), ("all", len(found))]:
+        for name, k in [*((str(k), k) for k in TOP_K), ("all", len(found))]:
             kept = [found[i] for i in order[:k]]
             hits = [any(brute_iou(xyxy(b), xyxy(r)) >= 0.5 and (not with_category or c == rc) for r, rc, _ in kept)
                     for b, c in objects]  # fmt: skip
@@ -127,7 +127,7 @@ def test_recall_by_regions_is_brute_force(objects: list, found: list) -> None:
 
 def test_rates_of_nothing() -> None:
     assert referent_recall([])["mean_best_iou"] == 0
-    assert recall_at_k([]) == dict.fromkeys([*map(str, KEPT), "all"], 0.0)
+    assert recall_at_k([]) == dict.fromkeys([*map(str, TOP_K), "all"], 0.0)
     assert segmentation_scores([])["overall_iou"] == 0
 
 

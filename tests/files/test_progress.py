@@ -35,7 +35,7 @@ def test_long_work_leaves_whole_lines_and_few(monkeypatch: pytest.MonkeyPatch) -
             bar.set_postfix_str("loss 1.00", refresh=False)
             bar.update()
     lines = stream.getvalue().splitlines()
-    assert 2 <= len(lines) <= 100 / module.SECONDS and "\r" not in stream.getvalue()
+    assert 2 <= len(lines) <= 100 / module.LINE_INTERVAL and "\r" not in stream.getvalue()
     for line in lines:
         assert line.startswith("train: ") and " of 1000 steps, " in line and "loss 1.00" in line
 

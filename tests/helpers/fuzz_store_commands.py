@@ -23,8 +23,8 @@ from refdet.data.coco import CocoIndex
 from refdet.extraction.boxes_from_file import load_boxes
 from refdet.files.printable_text import printable
 from refdet.store import (
-    hdf5_door,
-    hdf5_trial,  # noqa: F401  # what a child imports is watched otherwise
+    hdf5_access,
+    hdf5_sandbox,  # noqa: F401  # what a child imports is watched otherwise
 )
 from refdet.store.known_files import FileState
 
@@ -71,7 +71,7 @@ def run(*words: str) -> tuple[int, str, str]:
 
 
 def trial(path: Path) -> str:
-    """As `hdf5_trial.try_file`, in a fork: without the time that Python takes to begin, and once for each file."""
+    """As `hdf5_sandbox.check_in_subprocess`, but in a fork, without the startup time of Python, and once per file."""
     state = FileState.of(path)
     if state not in _verdicts:
         _verdicts[state] = _forked(path)
@@ -83,14 +83,14 @@ def _forked(path: Path) -> str:
     child = os.fork()
     if not child:
         sys.stdout = os.fdopen(writer, "w")
-        hdf5_trial.main(str(path), _MEMORY, hdf5_trial.SECONDS)
+        hdf5_sandbox.main(str(path), _MEMORY, hdf5_sandbox.SECONDS)
         sys.stdout.close()
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
         output = file.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return hdf5_trial.verdict(output, code, hdf5_trial.SECONDS)
+    return hdf5_sandbox.verdict(output, code, hdf5_sandbox.SECONDS)
 
 
 def most_memory() -> int:
@@ -116,7 +116,7 @@ def answer(folder: Path, name: str, what: str, words: list[str]) -> dict[str, ob
 
 
 def serve(folder: Path) -> None:
-    hdf5_door.try_file = trial  # type: ignore[attr-defined]
+    hdf5_access.check_in_subprocess = trial  # type: ignore[attr-defined]
     for line in sys.stdin:
         name = line.strip()
         out = folder / "out"

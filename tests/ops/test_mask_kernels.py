@@ -125,7 +125,7 @@ def test_strided_and_other_types() -> None:
         (torch.zeros(3, 4, 5), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 4, 5\)"),
         (torch.zeros(3, 0, 0), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 0, 0\)"),
         (torch.zeros(3, 4), torch.zeros(3, 4), (9, 9), ValueError, r"\(N, m, m\), got \(3, 4\)"),
-        (torch.zeros(3, 4, 4), torch.zeros(2, 4), (9, 9), ValueError, r"boxes \(3, 4\), one a mask, got \(2, 4\)"),
+        (torch.zeros(3, 4, 4), torch.zeros(2, 4), (9, 9), ValueError, r"boxes \(3, 4\), one per mask, got \(2, 4\)"),
         (torch.zeros(3, 4, 4), torch.zeros(3, 5), (9, 9), ValueError, r"got \(3, 5\)"),
         (torch.zeros(3, 4, 4).int(), torch.zeros(3, 4), (9, 9), TypeError, "floating-point"),
         (torch.zeros(3, 4, 4), torch.zeros(3, 4).long(), (9, 9), TypeError, "floating-point"),

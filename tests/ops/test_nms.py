@@ -115,7 +115,7 @@ def test_strided_and_other_types() -> None:
     [
         (torch.zeros(3, 5), torch.zeros(3), 0.5, ValueError, r"boxes \(N, 4\), got \(3, 5\)"),
         (torch.zeros(4), torch.zeros(1), 0.5, ValueError, r"boxes \(N, 4\), got \(4,\)"),
-        (torch.zeros(3, 4), torch.zeros(2), 0.5, ValueError, r"scores \(3,\), one a box, got \(2,\)"),
+        (torch.zeros(3, 4), torch.zeros(2), 0.5, ValueError, r"scores \(3,\), one per box, got \(2,\)"),
         (torch.zeros(3, 4), torch.zeros(3, 1), 0.5, ValueError, r"scores \(3,\)"),
         (torch.zeros(3, 4), torch.zeros(3).long(), 0.5, TypeError, "floating-point"),
         (torch.zeros(3, 4), torch.zeros(3, device="meta"), 0.5, ValueError, "one device"),

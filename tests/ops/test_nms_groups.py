@@ -105,8 +105,8 @@ def test_strided_and_other_types() -> None:
     [
         (torch.zeros(3), TypeError, "int64, got torch.float32"),
         (torch.zeros(3, dtype=torch.int32), TypeError, "int64, got torch.int32"),
-        (torch.zeros(2, dtype=torch.int64), ValueError, r"\(3,\), one a box, got \(2,\)"),
-        (torch.zeros(3, 1, dtype=torch.int64), ValueError, r"\(3,\), one a box"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, r"\(3,\), one per box, got \(2,\)"),
+        (torch.zeros(3, 1, dtype=torch.int64), ValueError, r"\(3,\), one per box"),
         (torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "one device, got cpu and meta"),
     ],
 )

@@ -111,7 +111,7 @@ def test_pickles_ask_for_nothing_that_old_numpy_lacks(tmp_path: Path) -> None:
 def test_it_grows_to_any_size(tmp_path: Path, first_map: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many images, some of one region and some of a hundred; each commit holds a few."""
     pytest.importorskip("lmdb")
-    monkeypatch.setattr("refdet.store.export.lmdb.FIRST_MAP", first_map)
+    monkeypatch.setattr("refdet.store.export.lmdb.INITIAL_MAP_SIZE", first_map)
     random = np.random.default_rng(0)
     images = []
     for image_id in range(1, 201):

@@ -147,7 +147,7 @@ def test_hdf5_of_python_2_reads_its_files(done: Exported, tmp_path: Path) -> Non
 def test_what_has_no_detections_is_told(done: Exported) -> None:
     assert done.empty == {5: "cannot be read"} and (done.images, done.regions) == (3, 5)
     assert any("`lower_threshold_if_empty=True`" in note for note in done.notes)
-    assert not any("numbers per region" in note for note in done.notes)
+    assert not any("values per region" in note for note in done.notes)
 
 
 def test_the_store_alone_gives_the_files_of_the_detections(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_width_that_the_reader_does_not_take_is_said(tmp_path: Path) -> None:
     store = write_store(tmp_path / "a.h5", DETECTIONS)
     for consumer in consumers.NPZ:
         done = export_npz(store, tmp_path / consumer, "pool5", consumer=consumer)
-        assert any("pool5 has 1024 numbers per region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
+        assert any("pool5 has 1024 values per region" in note for note in done.notes) == (consumer != consumers.NPZ[0])
     assert set(LAYOUTS) == set(consumers.NPZ)
 
 

@@ -132,7 +132,7 @@ def test_what_uniter_will_not_read_is_said(tmp_path: Path) -> None:
     )  # fmt: skip
     done = export_lmdb(write_store(tmp_path / "a.h5", [many]), tmp_path / "out", consumer="uniter")
     assert any(note.startswith("1 images have more than 100 regions") for note in done.notes)
-    assert "fc7 has 16 numbers per region, but uniter expects 2048" in done.notes
+    assert "fc7 has 16 values per region, but uniter expects 2048" in done.notes
     assert len(Reader(tmp_path / "out").dump("visual_grounding_det_coco_000000000001.npz")["conf"]) == 100
 
 

@@ -14,7 +14,7 @@ from hostile_stores import STRUCTURES, repeat_text, share_bytes, write_store
 from refdet import store
 from refdet.errors import InputError
 from refdet.store import schema
-from refdet.store.hdf5_trial import look_through
+from refdet.store.hdf5_sandbox import check_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("opened_here")]
 
@@ -39,14 +39,14 @@ def test_what_no_store_holds_is_refused(tmp_path: Path, name: str, libver: str) 
 def test_the_same_bytes_count_each_time(tmp_path: Path, change: Callable[[Path], None], libver: str, says: str) -> None:
     path = write_store(tmp_path / "a.h5", libver=libver)
     change(path)
-    assert says in look_through(path)
+    assert says in check_in_process(path)
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
 @pytest.mark.parametrize("libver", ["", "earliest", "v108", "v110", "v112", "latest"])
 def test_stores_in_every_layout_pass(tmp_path: Path, compression: str, libver: str) -> None:
     path = write_store(tmp_path / "a.h5", compression, libver)
-    assert look_through(path) == ""
+    assert check_in_process(path) == ""
     with store.open(path) as found:
         assert [len(found[i]) for i in found] == [3, 0, 2]
 

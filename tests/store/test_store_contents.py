@@ -18,7 +18,7 @@ from sound_regions import HEADER, draw
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.store import hdf5_door, hdf5_trial
+from refdet.store import hdf5_access, hdf5_sandbox
 from refdet.store.verify import verify
 from refdet.structures.regions import Regions
 
@@ -90,7 +90,9 @@ def test_what_is_written_is_read(
             frame[["x1", "y1", "x2", "y2"]], np.concatenate([np.zeros((0, 4), np.float32), *(r.boxes for r in images)])
         )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hdf5_door, "try_file", hdf5_trial.look_through)  # a process for each takes too long
+        patch.setattr(
+            hdf5_access, "check_in_subprocess", hdf5_sandbox.check_in_process
+        )  # a process for each takes too long
         result = verify(path)
     assert (result.problems, result.unchecked) == ([], [])
 

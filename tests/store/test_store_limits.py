@@ -15,7 +15,7 @@ from polygon_files import check, load
 from refdet.data.coco import CocoIndex
 from refdet.store import Columns, Header, ImageRow, create
 from refdet.store import open as open_store
-from refdet.structures.limits import IDS, LONGEST_SIDE, MOST_PIXELS, is_id, size_problem
+from refdet.structures.limits import IDS, MAX_PIXELS, MAX_SIDE, is_id, size_problem
 from refdet.structures.regions import Regions
 
 SMALLEST, LARGEST = IDS
@@ -69,7 +69,7 @@ def test_sizes_that_no_image_has(tmp_path: Path, height: int, width: int) -> Non
 
 
 def test_the_largest_sizes_that_pass() -> None:
-    assert size_problem(2**15, 2**15) == size_problem(MOST_PIXELS, 1) == "" and MOST_PIXELS <= LONGEST_SIDE
+    assert size_problem(2**15, 2**15) == size_problem(MAX_PIXELS, 1) == "" and MAX_PIXELS <= MAX_SIDE
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -64,7 +64,7 @@ def test_image_files_by_their_suffix() -> None:
 
 
 def numbers_of(entry: Any, image_id: int | None = None) -> frozenset[int]:
-    return evidence_of_image(entry, image_id).numbers
+    return evidence_of_image(entry, image_id).coco_ids
 
 
 def test_numbers_of_entries() -> None:
@@ -97,7 +97,7 @@ WHERE = [
 def test_a_name_counts_wherever_it_stands(entry: Any, name: str) -> None:
     found = evidence_of(json.loads(json.dumps(entry).replace("NAME", name)))
     sentence = isinstance(entry, dict) and "conversations" in entry
-    assert found.numbers == ({9} if name != "9.jpg" or not sentence else set())
+    assert found.coco_ids == ({9} if name != "9.jpg" or not sentence else set())
 
 
 def test_an_entry_is_understood_if_each_of_its_images_is() -> None:
@@ -142,7 +142,7 @@ def test_ids_are_confirmed_by_names_in_the_same_file() -> None:
 )
 def test_the_number_that_training_looks_up_is_always_audited(entry: dict[str, Any], number: int | None) -> None:
     assert lookup_number({"id": 5, **entry}, 5) == number
-    assert number is None or number in evidence_of_image({"id": 5, **entry}, 5).numbers
+    assert number is None or number in evidence_of_image({"id": 5, **entry}, 5).coco_ids
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What can be downloaded, and from where: the only place with addresses.
+"""The items that can be downloaded, and their sources: the only file with addresses.
 
 REFER's server, bvisionweb1.cs.unc.edu, stopped answering in September 2022; the Web Archive captured its archives that
 April (``id_`` in an address asks for the bytes as they were). Sizes and SHA-256 of COCO's archives are those that
@@ -37,21 +37,21 @@ _SPLIT_BYS = {
 
 @dataclass(frozen=True)
 class Item:
-    """An archive and what is made of it.
+    """An archive and the files that it provides.
 
     Attributes:
-        name: what it is chosen by; "A/B" also by "A".
+        name: name to select it by; "A/B" is also selected by "A".
         archive: name of its file.
-        contents: what it holds, for the list of items.
+        contents: description for the list of items.
         urls: its sources, in the order in which they are tried.
-        outputs: the files that are there once it is fetched, relative to the data folder.
+        outputs: the files that exist once it is fetched, relative to the data folder.
         size: size of the archive in bytes, None if unknown.
         checksum: "sha256:..." or "md5:...", None if unknown.
-        place: path in the data folder of a file in the archive, None for one that is not wanted; None to keep the
+        target_path: returns the path in the data folder of a file in the archive, None to skip it; None to keep the
             archive itself, as refdet reads images from zips.
         dataset: the REFER dataset in it, whose published size is checked; "" if there is none.
-        default: whether it is fetched unless others are chosen.
-        magic: first bytes of the archive, where nothing else tells whether it is right.
+        default: whether it is fetched if no items are selected.
+        magic: first bytes of the archive, to check if there is no checksum.
     """
 
     name: str
@@ -61,25 +61,25 @@ class Item:
     outputs: tuple[str, ...]
     size: int | None = None
     checksum: str | None = None
-    place: Callable[[str], str | None] | None = None
+    target_path: Callable[[str], str | None] | None = None
     dataset: str = ""
     default: bool = False
     magic: bytes = b""
 
 
-def place_refer(dataset: str) -> Callable[[str], str | None]:
-    """Places of the files of a REFER archive, whose folder has the name of the dataset."""
+def refer_path(dataset: str) -> Callable[[str], str | None]:
+    """Target paths of the files of a REFER archive, whose folder is named after the dataset."""
     pattern = re.compile(rf"(?:.*/)?{re.escape(dataset)}/(instances\.json|refs\(\w+\)\.p)")
 
-    def place(member: str) -> str | None:
+    def target_path(member: str) -> str | None:
         match = pattern.fullmatch(member)
         return f"refer/{dataset}/{match[1]}" if match and not member.startswith("__MACOSX/") else None
 
-    return place
+    return target_path
 
 
-def place_instances(member: str) -> str | None:
-    """Places of COCO's instances files; captions and keypoints are not wanted."""
+def instances_path(member: str) -> str | None:
+    """Target paths of COCO's instances files; captions and keypoints are skipped."""
     match = re.fullmatch(r"(?:.*/)?(instances_\w+\.json)", member)
     return f"annotations/{match[1]}" if match and not member.startswith("__MACOSX/") else None
 
@@ -96,7 +96,7 @@ def _refer(dataset: str) -> Item:
         outputs=tuple(f"refer/{dataset}/{name}" for name in names),
         size=size,
         checksum=checksum,
-        place=place_refer(dataset),
+        target_path=refer_path(dataset),
         dataset=dataset,
         default=dataset != "refclef",
     )
@@ -125,13 +125,13 @@ def _coco_annotations(year: int, size: int, sha256: str, default: bool = False) 
         outputs=tuple(f"annotations/instances_{part}{year}.json" for part in ("train", "val")),
         size=size,
         checksum=f"sha256:{sha256}",
-        place=place_instances,
+        target_path=instances_path,
         default=default,
     )
 
 
 def _parquet(dataset: str, repository: str, split: str) -> Item:
-    """A split that Hugging Face itself has converted to Parquet, to be converted by ``convert-refer``."""
+    """A split in Hugging Face's own conversion to Parquet, which ``convert-refer`` reads."""
     folder = f"{dataset}-parquet"
     return Item(
         name=f"{folder}/{split}",
@@ -166,7 +166,7 @@ ITEMS: tuple[Item, ...] = (
         urls=(f"https://dl.fbaipublicfiles.com/{_MINIVAL}", f"https://s3-us-west-2.amazonaws.com/{_MINIVAL}"),
         outputs=("annotations/instances_minival2014.json", "annotations/instances_valminusminival2014.json"),
         checksum="md5:2d2b9d2283adb5e3b8d25eec88e65064",
-        place=place_instances,
+        target_path=instances_path,
         default=True,
     ),
     _coco_images(
@@ -185,6 +185,6 @@ ITEMS: tuple[Item, ...] = (
 )
 
 
-def mirrored(item: Item, mirror: str) -> str:
-    """Address of an item's archive on a mirror, which is that of the archive itself or of the folder it is in."""
+def mirror_url(item: Item, mirror: str) -> str:
+    """URL of an item's archive on a mirror, given as the URL of the archive itself or of its folder."""
     return mirror if mirror.endswith(f"/{item.archive}") else f"{mirror.rstrip('/')}/{quote(item.archive, safe='+')}"

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refdet.data.fetch.catalog import ITEMS, Item, mirrored
+from refdet.data.fetch.catalog import ITEMS, Item, mirror_url
 from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
-from refdet.files.download import SPARE, check_file, download, in_bytes
+from refdet.files.download import RESERVED_BYTES, check_file, download, in_bytes
 from refdet.files.lock import alone
 from refdet.files.unpack import move_files, remove_unfinished, unpacked
 from refer import ReferError
@@ -23,22 +23,22 @@ from refer.statistics import COUNTS
 
 log = logging.getLogger(__name__)
 
-_WAIT = 1.0  # seconds before a second try
+_WAIT = 1.0  # seconds before retrying a source
 _IMAGES = (".jpg", ".jpeg", ".png")
-_POOCH = re.compile(r"tmp[a-z0-9_]{8}")  # what pooch names the file that it downloads to
+_POOCH = re.compile(r"tmp[a-z0-9_]{8}")  # pooch's name for the file that it downloads to
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of an item.
+    """Result of fetching an item.
 
     Attributes:
         name: name of the item.
-        source: where it was downloaded from; "" if its files were there already.
-        sha256: of its archive; "" likewise.
+        source: where it was downloaded from; "" if its files already existed.
+        sha256: of its archive; "" if its files already existed.
         files: its files.
         verified: how a download was checked: "checksum", "published counts", "refs and instances alone" (they can be
-            read, but there are no counts to compare them with) or "first bytes alone"; "" for files that were there.
+            read, but no counts are published) or "first bytes alone"; "" for files that already existed.
     """
 
     name: str
@@ -57,34 +57,34 @@ def fetch_data(
 ) -> list[Fetched]:
     """Download COCO and REFER.
 
-    Every source of an item is tried in turn. What was finished, or downloaded in part, is kept for the next call.
+    Every source of an item is tried in turn. Finished and partial downloads are kept for the next call.
 
     Args:
-        out: the data folder; items whose files are in it are not downloaded again.
-        only: names of items, possibly several separated by commas; empty for those that REFER needs.
+        out: the data folder; items whose files exist in it are not downloaded again.
+        only: names of items, also comma-separated; empty for those that REFER needs.
         mirror: an http address, or a folder on disk, with the archives under their published names; the only source.
-        items: the items that there are.
-        wait: seconds before a second try of a source.
+        items: the available items.
+        wait: seconds before retrying a source.
 
     Returns:
-        What became of each item.
+        The result of each item.
 
     Raises:
-        InputError: an unknown name or address, or all sources of an item have something else than the published file.
+        InputError: an unknown name or address, or no source of an item has the published file.
         RuntimeFailure: the sources of an item cannot be reached, or there is not enough disk space.
     """
     out = Path(out)
-    chosen = choose_items(only, items)
+    selected = choose_items(only, items)
     if mirror is not None and not mirror.startswith(("http://", "https://")) and not Path(mirror).is_dir():
         raise InputError(f"`mirror` {mirror}: not an http address and not a folder")
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, ".fetch-data.lock", "wait for it to finish"):
         _remove_leftovers(out)
-        missing = [item for item in chosen if not is_there(out, item)]
+        missing = [item for item in selected if not is_fetched(out, item)]
         if mirror is None or not Path(mirror).is_dir():
             _check_space(out, missing)
         results = []
-        for item in chosen:
+        for item in selected:
             if item in missing:
                 results.append(_fetch(out, item, mirror, wait))
             else:
@@ -96,10 +96,10 @@ def fetch_data(
 
 
 def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Item]:
-    """The items of some names, possibly several separated by commas; the default ones for none.
+    """Select items by name, also comma-separated; the default ones if no name is given.
 
     Raises:
-        InputError: an unknown name; the message lists those that there are.
+        InputError: an unknown name; the message lists the known ones.
     """
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
     known: dict[str, list[Item]] = {}
@@ -110,11 +110,11 @@ def choose_items(only: Sequence[str], items: Sequence[Item] = ITEMS) -> list[Ite
         if name not in known:
             choices = dict.fromkeys(item.name.partition("/")[0] for item in items)
             raise InputError(f"`only` {name}: no such data; choose from {', '.join(choices)}")
-    chosen = [item for name in names for item in known[name]]
-    return list(dict.fromkeys(chosen)) or [item for item in items if item.default]
+    selected = [item for name in names for item in known[name]]
+    return list(dict.fromkeys(selected)) or [item for item in items if item.default]
 
 
-def is_there(out: Path, item: Item) -> bool:
+def is_fetched(out: Path, item: Item) -> bool:
     """Whether all files of an item are in the data folder; images may also be in a folder instead of a zip."""
     if item.outputs[0].endswith(".zip") and _has_image(out / Path(item.outputs[0]).stem):
         return True
@@ -136,38 +136,38 @@ def _remove_leftovers(out: Path) -> None:
 
 def _check_space(out: Path, items: Sequence[Item]) -> None:
     """Check that the archives fit on the disk, as far as their sizes are known."""
-    there = {item.name: out / "downloads" / f"{item.archive}.part" for item in items}
-    done = sum(path.stat().st_size for path in there.values() if path.is_file())
-    wanted = sum(item.size or 0 for item in items) - done
+    partial = {item.name: out / "downloads" / f"{item.archive}.part" for item in items}
+    downloaded = sum(path.stat().st_size for path in partial.values() if path.is_file())
+    needed = sum(item.size or 0 for item in items) - downloaded
     free = shutil.disk_usage(out).free
-    if free < wanted + SPARE:
+    if free < needed + RESERVED_BYTES:
         raise RuntimeFailure(
-            f"{out}: {', '.join(item.name for item in items)} need {in_bytes(wanted)}, {in_bytes(free)} are left; free "
+            f"{out}: {', '.join(item.name for item in items)} need {in_bytes(needed)}, {in_bytes(free)} are left; free "
             "some space or choose fewer with `only`"
         )
 
 
 def _fetch(out: Path, item: Item, mirror: str | None, wait: float) -> Fetched:
     problems: list[InputError | RuntimeFailure] = []
-    urls = item.urls if mirror is None else (mirrored(item, mirror),)
+    urls = item.urls if mirror is None else (mirror_url(item, mirror),)
     for url in urls:
         try:
             return _fetch_from(out, item, url, wait)
         except (InputError, ReferError, RuntimeFailure) as error:
             problem = error if isinstance(error, InputError | RuntimeFailure) else InputError(str(error))
             if isinstance(problem, RuntimeFailure) and type(problem) is RuntimeFailure:
-                raise  # a full disk, which no other source helps
+                raise  # a full disk, which another source cannot fix
             problems.append(problem)
             if len(urls) > 1:
                 log.warning("note: %s: %s", item.name, problem)
     if len(problems) == 1:
         raise problems[0]
     other = f"{item.name}-parquet"
-    known = any(one.name.startswith(f"{other}/") for one in ITEMS)
-    more = f"; or run refdet fetch-data --only {other}, then refdet convert-refer on its files" if known else ""
+    has_parquet = any(other_item.name.startswith(f"{other}/") for other_item in ITEMS)
+    more = f"; or run refdet fetch-data --only {other}, then refdet convert-refer on its files" if has_parquet else ""
     kind = InputError if all(isinstance(problem, InputError) for problem in problems) else RuntimeFailure
     raise kind(
-        f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give a mirror of your own "
+        f"{item.name}: none of its {len(urls)} sources works, the last one: {problems[-1]}; give your own mirror "
         f"or a folder with {item.archive} as `mirror`{more}"
     )
 
@@ -183,17 +183,17 @@ def _fetch_from(out: Path, item: Item, url: str, wait: float) -> Fetched:
         log.info("%s: downloading %s", item.name, url)
         sha256 = download(url, archive, item.checksum, item.size, wait)
     try:
-        files = _place(out, item, archive, url, sha256, local)
+        files = _install(out, item, archive, url, sha256, local)
     except (InputError, ReferError):
         if not local:
-            archive.unlink(missing_ok=True)  # it is not what it should be, whatever its checksum
+            archive.unlink(missing_ok=True)  # it is invalid, whatever its checksum
         raise
     if not local:
         archive.unlink(missing_ok=True)
-    return Fetched(item.name, url, sha256, files, _how_verified(item))
+    return Fetched(item.name, url, sha256, files, _verification(item))
 
 
-def _how_verified(item: Item) -> str:
+def _verification(item: Item) -> str:
     if item.checksum:
         return "checksum"
     if not item.dataset:
@@ -202,8 +202,8 @@ def _how_verified(item: Item) -> str:
     return "published counts" if counted else "refs and instances alone"
 
 
-def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
-    if item.place is None:
+def _install(out: Path, item: Item, archive: Path, url: str, sha256: str, local: bool) -> list[Path]:
+    if item.target_path is None:
         with archive.open("rb") as file:
             if file.read(len(item.magic)) != item.magic:
                 raise InputError(f"{url}: not the file, which begins with {item.magic!r} (sha256 {sha256})")
@@ -215,17 +215,17 @@ def _place(out: Path, item: Item, archive: Path, url: str, sha256: str, local: b
         else:
             os.replace(archive, target)
         return [target]
-    with unpacked(archive, url, item.place, out) as folder:
-        lacking = [name for name in item.outputs if not (folder / name).is_file()]
-        if lacking:
-            raise InputError(f"{url}: no {', '.join(Path(name).name for name in lacking)} in it (sha256 {sha256})")
+    with unpacked(archive, url, item.target_path, out) as folder:
+        missing = [name for name in item.outputs if not (folder / name).is_file()]
+        if missing:
+            raise InputError(f"{url}: no {', '.join(Path(name).name for name in missing)} in it (sha256 {sha256})")
         if item.dataset:
             _check_refer(folder / "refer", item.dataset, url, sha256)
         moved, kept = move_files(folder, out)
     for path in kept:
         log.warning(
-            "note: %s: kept, though the one in %s has other bytes; if they do not fit together, remove it and run this "
-            "again",
+            "note: %s: kept, though the one in %s has other contents; if they do not fit together, remove it and run "
+            "this again",
             path,
             item.archive,
         )
@@ -236,15 +236,15 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     """Check that REFER data can be read and has the published size.
 
     Raises:
-        InputError: it has not; the message has the SHA-256 of the archive.
+        InputError: the sizes differ; the message has the SHA-256 of the archive.
         refer.ReferError: it cannot be read.
     """
     try:
         read_instances(root, dataset)
-        read = {by: counts_of(read_refs(root, name, by)) for name, by in available(root)}
+        counts = {by: counts_of(read_refs(root, name, by)) for name, by in available(root)}
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
-    for split_by, found in read.items():
-        wrong = differences(dataset, split_by, found, samples=False)
-        if wrong:
-            raise InputError(f"{url}: {'; '.join(wrong)} (sha256 {sha256})")
+    for split_by, split_counts in counts.items():
+        mismatches = differences(dataset, split_by, split_counts, samples=False)
+        if mismatches:
+            raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

@@ -1,4 +1,4 @@
-"""Which command downloads a file that is missing."""
+"""Hints about which command downloads a missing file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ def how_to_fetch(path: Path) -> str:
     """The end of a message about a missing file: the command that downloads it, "" if none does.
 
     Args:
-        path: the missing file, known by its name: an instances file, or images as a folder or zip.
+        path: the missing file, recognized by its name: an instances file, or images as a folder or zip.
     """
     for item in ITEMS:
         names = {Path(name).name for name in item.outputs if not (item.dataset or item.magic)}
-        if path.name in names or (item.place is None and f"{path.name}.zip" in names):
+        if path.name in names or (item.target_path is None and f"{path.name}.zip" in names):
             return f"; refdet fetch-data --only {item.name} downloads it"
     return ""
 
 
-def check_there(path: Path) -> None:
-    """Check that a file which can be downloaded is there.
+def check_exists(path: Path) -> None:
+    """Check that a file exists, if it is one that can be downloaded.
 
     Raises:
-        InputError: it is not; the message has the command that downloads it.
+        InputError: it does not; the message has the command that downloads it.
     """
     hint = how_to_fetch(path)
     if hint and not path.exists():

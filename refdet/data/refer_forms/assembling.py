@@ -1,4 +1,4 @@
-"""Make REFER's refs and instances of what the forms have."""
+"""Assemble REFER's refs and instances from the data of the forms."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from refdet.structures.coco_categories import coco_categories
 from refer.statistics import COUNTS
 
 
-def joined(refs: Sequence[SourceRef], dataset: str, split_by: str) -> list[SourceRef]:
-    """Join the sentences of an object to one ref.
+def merge_sentences(refs: Sequence[SourceRef], dataset: str, split_by: str) -> list[SourceRef]:
+    """Merge the sentences of an object into one ref.
 
-    Some objects of RefCOCOg have two refs. These are kept apart where that gives the published number of refs.
+    Some objects of RefCOCOg have two refs. These are kept separate if that gives the published number of refs.
 
     Args:
         refs: an entry per sentence, with annotation ids.
@@ -26,32 +26,32 @@ def joined(refs: Sequence[SourceRef], dataset: str, split_by: str) -> list[Sourc
     Returns:
         A ref for each object of each split, in the order of their first sentences.
     """
-    numbers = {counts.refs for counts in COUNTS.get((dataset, split_by), {}).values()}
-    together: list[SourceRef] = []
+    published_counts = {counts.refs for counts in COUNTS.get((dataset, split_by), {}).values()}
+    merged: list[SourceRef] = []
     for split in dict.fromkeys(ref.split for ref in refs):
-        own = [ref for ref in refs if ref.split == split]
-        neighbours = _join(own, anywhere=False)
-        together += neighbours if len(neighbours) in numbers else _join(own, anywhere=True)
-    return together
+        split_refs = [ref for ref in refs if ref.split == split]
+        adjacent = _merge(split_refs, anywhere=False)
+        merged += adjacent if len(adjacent) in published_counts else _merge(split_refs, anywhere=True)
+    return merged
 
 
-def _join(refs: Sequence[SourceRef], anywhere: bool) -> list[SourceRef]:
-    found: list[SourceRef] = []
+def _merge(refs: Sequence[SourceRef], anywhere: bool) -> list[SourceRef]:
+    merged: list[SourceRef] = []
     last: dict[int | None, SourceRef] = {}
     for ref in refs:
-        known = last.get(ref.ann_id)
-        if known is not None and (anywhere or known is found[-1]):
-            known.sentences += ref.sentences
+        previous = last.get(ref.ann_id)
+        if previous is not None and (anywhere or previous is merged[-1]):
+            previous.sentences += ref.sentences
         else:
-            found.append(replace(ref, sentences=list(ref.sentences)))
-            last[ref.ann_id] = found[-1]
-    return found
+            merged.append(replace(ref, sentences=list(ref.sentences)))
+            last[ref.ann_id] = merged[-1]
+    return merged
 
 
 def refer_refs(
     refs: Sequence[SourceRef], ref_file_names: bool, coco: CocoAnnotations
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Make the entries of a refs file.
+    """Create the entries of a refs file.
 
     Args:
         refs: the refs of a dataset and split_by, with image, annotation and category ids.
@@ -59,48 +59,48 @@ def refer_refs(
         coco: the images.
 
     Returns:
-        The entries, and a line for each field that the sources lack and that was filled.
+        The entries, and a note for each missing field that was filled in.
     """
-    own_ids = all(ref.ref_id is not None for ref in refs)
-    own_sent_ids = all(one.sent_id is not None for ref in refs for one in ref.sentences)
+    has_ref_ids = all(ref.ref_id is not None for ref in refs)
+    has_sent_ids = all(sentence.sent_id is not None for ref in refs for sentence in ref.sentences)
     notes = []
-    if own_ids:
+    if has_ref_ids:
         refs = sorted(refs, key=lambda ref: ref.ref_id or 0)
-    lacking = ["ref_id"] * (not own_ids) + ["sent_id"] * (not own_sent_ids)
-    if lacking:
-        notes.append(f"{' and '.join(lacking)} are numbered anew, as the source has none; they differ from REFER's")
-    sentences = [one for ref in refs for one in ref.sentences]
-    if any(one.tokens is None for one in sentences):
+    missing = ["ref_id"] * (not has_ref_ids) + ["sent_id"] * (not has_sent_ids)
+    if missing:
+        notes.append(f"{' and '.join(missing)} are renumbered, as the source has none; they differ from REFER's")
+    sentences = [sentence for ref in refs for sentence in ref.sentences]
+    if any(sentence.tokens is None for sentence in sentences):
         notes.append("tokens are the words of sent")
-    if any(one.raw is None for one in sentences):
+    if any(sentence.raw is None for sentence in sentences):
         notes.append("raw is sent, as the source has only one of them")
     if not ref_file_names or any(ref.file_name is None for ref in refs):
         notes.append("file_name is the image's, without the number that REFER appends")
     entries = []
     next_id = 0
     for number, ref in enumerate(refs):
-        numbered = []
-        for one in ref.sentences:
-            numbered.append(
+        ref_sentences = []
+        for sentence in ref.sentences:
+            ref_sentences.append(
                 {
-                    "tokens": one.sent.split() if one.tokens is None else one.tokens,
-                    "raw": one.sent if one.raw is None else one.raw,
-                    "sent_id": one.sent_id if own_sent_ids else next_id,
-                    "sent": one.sent,
+                    "tokens": sentence.sent.split() if sentence.tokens is None else sentence.tokens,
+                    "raw": sentence.sent if sentence.raw is None else sentence.raw,
+                    "sent_id": sentence.sent_id if has_sent_ids else next_id,
+                    "sent": sentence.sent,
                 }
             )
             next_id += 1
         image = coco.image(ref.image_id or 0) or {}
-        own_name = ref.file_name if ref_file_names else None
+        ref_file_name = ref.file_name if ref_file_names else None
         entries.append(
             {
-                "sent_ids": [one["sent_id"] for one in numbered],
-                "file_name": own_name or str(image.get("file_name", ref.file_name or "")),
+                "sent_ids": [sentence["sent_id"] for sentence in ref_sentences],
+                "file_name": ref_file_name or str(image.get("file_name", ref.file_name or "")),
                 "ann_id": ref.ann_id,
-                "ref_id": ref.ref_id if own_ids else number,
+                "ref_id": ref.ref_id if has_ref_ids else number,
                 "image_id": ref.image_id,
                 "split": ref.split,
-                "sentences": numbered,
+                "sentences": ref_sentences,
                 "category_id": ref.category_id,
             }
         )
@@ -110,7 +110,7 @@ def refer_refs(
 def refer_instances(
     refs: Iterable[SourceRef], coco: CocoAnnotations, header: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Make the contents of ``instances.json``: the images of refs with all of their annotations.
+    """Create the contents of ``instances.json``: the images of refs with all of their annotations.
 
     Args:
         refs: the refs of a dataset.
@@ -118,7 +118,7 @@ def refer_instances(
         header: other fields of the file.
 
     Returns:
-        The contents, and a line if they are incomplete.
+        The contents, and a note if they are incomplete.
 
     Raises:
         InputError: an image or annotation is missing, or there are no categories.
@@ -145,7 +145,9 @@ def refer_instances(
     contents = {
         "info": header["info"],
         "images": [image for key, image in instances.images.items() if key in image_ids],
-        "annotations": [one for one in instances.annotations.values() if one["image_id"] in image_ids],
+        "annotations": [
+            annotation for annotation in instances.annotations.values() if annotation["image_id"] in image_ids
+        ],
         **{key: value for key, value in header.items() if key != "info"},
     }
     notes = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from refdet.data.fetch.hints import check_there
+from refdet.data.fetch.hints import check_exists
 from refdet.data.refer_forms.layouts import LAYOUTS, agreement, last_digit
 from refdet.data.refer_forms.records import Row, SourceInstances, SourceRef
 from refdet.errors import InputError
@@ -27,14 +27,14 @@ class CocoAnnotations:
 
     def __init__(self, name: str, instances: SourceInstances) -> None:
         self.name, self.instances = name, instances
-        self._of_image: dict[int, list[Row]] = {}
+        self._by_image: dict[int, list[Row]] = {}
         for image_id, image in instances.images.items():
             Row(f"{name}: image {image_id}", image).replace_text("id", "width", "height")
         for annotation in instances.annotations.values():
             row = Row(f"{name}: annotation {annotation.get('id')}", annotation)
             row.replace_text("id", "image_id", "category_id", "iscrowd")
             row.box("bbox")
-            self._of_image.setdefault(row.integer("image_id"), []).append(row)
+            self._by_image.setdefault(row.integer("image_id"), []).append(row)
 
     def image(self, image_id: int) -> dict[str, Any] | None:
         """The entry of an image, None if there is none."""
@@ -49,7 +49,7 @@ class CocoAnnotations:
 
         Args:
             refs: refs with ``image_id`` and ``box``.
-            layouts: layouts that the boxes may have; the one that finds most annotations is used.
+            layouts: layouts that the boxes may have; the one that finds the most annotations is used.
 
         Returns:
             The only annotation of the image whose box agrees in every digit that the source has, None where there is
@@ -59,9 +59,11 @@ class CocoAnnotations:
         unit = last_digit(number for ref in refs for number in ref.box or ())
         best: list[dict[str, Any] | None] = [None] * len(refs)
         for layout in layouts:
-            found = [self._find(ref, layout, unit) for ref in refs]
-            if sum(one is not None for one in found) > sum(one is not None for one in best):
-                best = found
+            annotations = [self._find(ref, layout, unit) for ref in refs]
+            if sum(annotation is not None for annotation in annotations) > sum(
+                annotation is not None for annotation in best
+            ):
+                best = annotations
         return best
 
     def _find(self, ref: SourceRef, layout: str, unit: float) -> dict[str, Any] | None:
@@ -73,15 +75,15 @@ class CocoAnnotations:
         if width <= 0 or height <= 0:
             raise InputError(f"{size.where}: its size is {width} x {height}")
         levels: dict[int, list[dict[str, Any]]] = {}
-        for row in self._of_image.get(ref.image_id, ()):
+        for row in self._by_image.get(ref.image_id, ()):
             x, y, w, h = row.value["bbox"]
             level = agreement(ref.box, LAYOUTS[layout](x, y, w, h, width, height), unit)
             if level is not None and ref.category_id in (None, row.value.get("category_id")):
                 levels.setdefault(level, []).append(row.value)
         candidates = levels[min(levels)] if levels else []
-        likely = [one for one in candidates if one["id"] == ref.likely_ann_id]
-        chosen = likely or candidates
-        return chosen[0] if len(chosen) == 1 else None
+        likely = [candidate for candidate in candidates if candidate["id"] == ref.likely_ann_id]
+        remaining = likely or candidates
+        return remaining[0] if len(remaining) == 1 else None
 
 
 def read_coco(path: Path) -> CocoAnnotations:
@@ -94,10 +96,10 @@ def read_coco(path: Path) -> CocoAnnotations:
         Its images and annotations.
 
     Raises:
-        InputError: it is no instances file, or an entry has an invalid id or box.
+        InputError: it is not an instances file, or an entry has an invalid id or box.
         refer.ReferError: it cannot be read or is malformed JSON.
     """
-    check_there(path)
+    check_exists(path)
     with plain_files.no_garbage_collection():
         value = plain_files.read_json(path)
         if not isinstance(value, dict) or not {"images", "annotations", "categories"} <= value.keys():

@@ -1,4 +1,4 @@
-"""Convert REFER from the forms that are found on the web to its own layout."""
+"""Convert REFER from the forms found on the web to its own layout."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.assembling import joined, refer_instances, refer_refs
+from refdet.data.refer_forms.assembling import merge_sentences, refer_instances, refer_refs
 from refdet.data.refer_forms.coco_annotations import CocoAnnotations, read_coco
-from refdet.data.refer_forms.other_divisions import own_part, size_of
+from refdet.data.refer_forms.other_divisions import refs_of_division, size_of
 from refdet.data.refer_forms.reading import read_source, source_files
 from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
 from refdet.data.refer_forms.resolving import resolve
@@ -24,7 +24,7 @@ from refer import plain_files
 from refer.statistics import COUNTS, Counts
 from refer.validation import check_refs
 
-_PROTOCOL = 2  # which Python 2 reads, as the original's
+_PROTOCOL = 2  # readable by Python 2, like the original's
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ConvertedDataset:
         refs_file: the refs file that was written.
         counts: size of each split.
         complete: whether all published splits have their published sizes.
-        notes: what was filled, replaced or differs, human-readable.
+        notes: human-readable notes about what was filled in, replaced or differs.
     """
 
     dataset: str
@@ -69,7 +69,7 @@ def convert_refer(
         split_names: "OLD=NEW" for splits whose names and sizes say nothing.
 
     Returns:
-        What was converted, a dataset and split_by each. Nothing is written unless all of it can be.
+        One result per dataset and split_by. Nothing is written unless everything can be.
 
     Raises:
         InputError: a file is damaged, in no known form or lacks a field; ids cannot be recovered; a split or dataset
@@ -77,25 +77,25 @@ def convert_refer(
         refer.ReferError: a JSON file is malformed, or the converted refs are invalid.
     """
     root = Path(out)
-    renamed = _renamed(split_names)
-    read = [(path, read_source(path)) for path in source_files(sources)]
-    groups = _grouped(read, dataset, split_by)
-    _check_renamed(renamed, groups)
+    renamed = _parse_split_names(split_names)
+    loaded = [(path, read_source(path)) for path in source_files(sources)]
+    groups = _group_by_dataset(loaded, dataset, split_by)
+    _check_split_names(renamed, groups)
     _check_new(root, groups)
     coco = None if instances is None else read_coco(Path(instances))
     # all before the first file is written, so that a late error leaves nothing behind
-    planned = [_planned(root, pair, parts, coco, renamed) for pair, parts in groups.items()]
+    plans = [_make_plan(root, pair, sources, coco, renamed) for pair, sources in groups.items()]
     new = [
-        _new_instances(root, name, [plan for plan in planned if plan.result.dataset == name])
+        _new_instances(root, name, [plan for plan in plans if plan.result.dataset == name])
         for name in dict.fromkeys(pair[0] for pair in groups)
     ]
     for path, contents in filter(None, new):
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(contents), encoding="utf-8")
-    for plan in planned:
+    for plan in plans:
         with atomic_write(plan.result.refs_file) as temporary:
             temporary.write_bytes(pickle.dumps(plan.entries, protocol=_PROTOCOL))
-    return [plan.result for plan in planned]
+    return [plan.result for plan in plans]
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class _Plan:
     instances: dict[str, Any]
 
 
-_Parts = list[tuple[Path, Source, list[SourceRef]]]
+_Sources = list[tuple[Path, Source, list[SourceRef]]]
 
 
-def _renamed(split_names: Sequence[str]) -> dict[str, str]:
+def _parse_split_names(split_names: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in split_names]
     for (old, equals, new), text in zip(pairs, split_names, strict=True):
         if not (old and equals and new and new.isprintable()):
@@ -116,39 +116,41 @@ def _renamed(split_names: Sequence[str]) -> dict[str, str]:
     return {old: new for old, _, new in pairs}
 
 
-def _check_renamed(renamed: dict[str, str], groups: dict[tuple[str, str], _Parts]) -> None:
-    there = dict.fromkeys(ref.split for parts in groups.values() for _, _, refs in parts for ref in refs)
+def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _Sources]) -> None:
+    existing = dict.fromkeys(ref.split for sources in groups.values() for _, _, refs in sources for ref in refs)
     for old, new in renamed.items():
-        if old not in there:
+        if old not in existing:
             raise InputError(
-                f"`split_names` {old}={new}: no split {shown(old)} in the sources, which have {', '.join(there)}"
+                f"`split_names` {old}={new}: no split {shown(old)} in the sources, which have {', '.join(existing)}"
             )
 
 
-def _grouped(read: Sequence[tuple[Path, Source]], dataset: str, split_by: str) -> dict[tuple[str, str], _Parts]:
-    """The refs of each dataset and split_by, by file; only the wanted ones."""
-    groups: dict[tuple[str, str], _Parts] = {}
-    for path, source in read:
+def _group_by_dataset(
+    loaded: Sequence[tuple[Path, Source]], dataset: str, split_by: str
+) -> dict[tuple[str, str], _Sources]:
+    """The refs of each requested dataset and split_by, by file."""
+    groups: dict[tuple[str, str], _Sources] = {}
+    for path, source in loaded:
         several = len({(ref.dataset, ref.split_by) for ref in source.refs}) > 1
-        own: dict[tuple[str, str], list[SourceRef]] = {}
+        by_pair: dict[tuple[str, str], list[SourceRef]] = {}
         for ref in source.refs:
             name = (ref.dataset if several else dataset or ref.dataset) or dataset
             if not name:
                 raise InputError(f"{path}: neither its contents nor its name has the dataset; give `dataset`")
             by = (ref.split_by if several else split_by or ref.split_by) or split_by or USUAL_SPLIT_BY.get(name, "")
             if not by:
-                raise InputError(f"{path}: it is not known how {name} is split; give `split_by`")
+                raise InputError(f"{path}: unknown division of {name}; give `split_by`")
             if dataset in ("", name) and split_by in ("", by):
-                own.setdefault((name, by), []).append(ref)
-        for pair, refs in own.items():
+                by_pair.setdefault((name, by), []).append(ref)
+        for pair, refs in by_pair.items():
             groups.setdefault(pair, []).append((path, source, refs))
     if not groups:
-        files = ", ".join(str(path) for path, _ in read)
+        files = ", ".join(str(path) for path, _ in loaded)
         raise InputError(f"`dataset` {dataset} `split_by` {split_by}: no such refs in {files}")
     return groups
 
 
-def _check_new(root: Path, groups: dict[tuple[str, str], _Parts]) -> None:
+def _check_new(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
     for dataset, split_by in groups:
         for argument, name in (("dataset", dataset), ("split_by", split_by)):
             if not name.isprintable() or set(name) & set("/\\()") or name in (".", ".."):
@@ -158,21 +160,26 @@ def _check_new(root: Path, groups: dict[tuple[str, str], _Parts]) -> None:
             raise InputError(f"{path}: exists; choose another `out` or remove it")
 
 
-def _planned(
-    root: Path, pair: tuple[str, str], parts: _Parts, coco: CocoAnnotations | None, renamed: dict[str, str]
+def _make_plan(
+    root: Path, pair: tuple[str, str], sources: _Sources, coco: CocoAnnotations | None, renamed: dict[str, str]
 ) -> _Plan:
     dataset, split_by = pair
-    notes = [note for _, source, _ in parts for note in source.notes]
+    notes = [note for _, source, _ in sources for note in source.notes]
     refs: list[SourceRef] = []
-    for path, source, own in parts:
-        resolve(path, Source(source.form, own, source.one_sentence_each, source.layouts), coco)
-        for ref in own:
+    for path, source, file_refs in sources:
+        resolve(path, Source(source.form, file_refs, source.one_sentence_each, source.layouts), coco)
+        for ref in file_refs:
             ref.split = renamed.get(ref.split, ref.split)
-    for each in (False, True):  # all sentences of an object, from whatever file
-        own = [ref for _, source, part in parts if source.one_sentence_each is each for ref in part]
-        refs += joined(own, dataset, split_by) if each else own
-    included = coco or _included(parts)
-    refs, left_out = _of_division(dataset, split_by, refs)
+    for one_sentence_each in (False, True):  # merges all sentences of an object, from any file
+        file_refs = [
+            ref
+            for _, source, source_refs in sources
+            if source.one_sentence_each is one_sentence_each
+            for ref in source_refs
+        ]
+        refs += merge_sentences(file_refs, dataset, split_by) if one_sentence_each else file_refs
+    included = coco or _merged_instances(sources)
+    refs, left_out = _refs_of_division(dataset, split_by, refs)
     notes += left_out
     names = published_names(dataset, split_by, _sizes(refs))
     for old, new in names.items():
@@ -180,21 +187,23 @@ def _planned(
             notes.append(f"split {old!r} is {new}")
     for ref in refs:
         ref.split = names[ref.split]
-    ref_file_names = all(source.ref_file_names for _, source, _ in parts)
+    ref_file_names = all(source.ref_file_names for _, source, _ in sources)
     entries, more = refer_refs(refs, ref_file_names, included)
     refs_file = root / dataset / f"refs({split_by}).p"
     check_refs(refs_file, entries, generalized=False)
-    header = next((source.instances.header for _, source, _ in parts if source.instances.header), {})
+    header = next((source.instances.header for _, source, _ in sources if source.instances.header), {})
     contents, incomplete = refer_instances(refs, included, included.instances.header or header)
     counts = counts_of(entries)  # type: ignore[arg-type]  # checked just now
-    differing = differences(dataset, split_by, counts)
+    size_differences = differences(dataset, split_by, counts)
     published = COUNTS.get(pair, {})
-    complete = bool(published) and all(_is_as(counts.get(split), right) for split, right in published.items())
-    lines = [*notes, *more, *incomplete, *differing]
-    if not complete and not differing:
+    complete = bool(published) and all(
+        _matches_published(counts.get(split), expected) for split, expected in published.items()
+    )
+    lines = [*notes, *more, *incomplete, *size_differences]
+    if not complete and not size_differences:
         lines.append(f"{dataset}/{split_by}: a part of the published dataset, so its size was not checked")
-    named = [line if line.startswith(dataset + "/") else f"{dataset}/{split_by}: {line}" for line in lines]
-    return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, named), entries, contents)
+    prefixed = [line if line.startswith(dataset + "/") else f"{dataset}/{split_by}: {line}" for line in lines]
+    return _Plan(ConvertedDataset(dataset, split_by, refs_file, counts, complete, prefixed), entries, contents)
 
 
 def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
@@ -204,13 +213,13 @@ def _by_split(refs: Sequence[SourceRef]) -> dict[str, list[SourceRef]]:
     return splits
 
 
-def _of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
+def _refs_of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], list[str]]:
     """The refs without those that belong to another split_by, and notes about these."""
     kept: list[SourceRef] = []
     notes = []
-    for split, own in _by_split(refs).items():
-        part, note = own_part(dataset, split_by, split, own)
-        kept += part
+    for split, split_refs in _by_split(refs).items():
+        division_refs, note = refs_of_division(dataset, split_by, split, split_refs)
+        kept += division_refs
         notes += [note] if note else []
     if not kept:
         raise InputError(f"`split_by` {split_by}: no refs of {dataset}/{split_by}; {'; '.join(notes)}")
@@ -218,21 +227,21 @@ def _of_division(dataset: str, split_by: str, refs: Sequence[SourceRef]) -> tupl
 
 
 def _sizes(refs: Sequence[SourceRef]) -> dict[str, Counts]:
-    return {split: size_of(own) for split, own in _by_split(refs).items()}
+    return {split: size_of(split_refs) for split, split_refs in _by_split(refs).items()}
 
 
-def _is_as(counts: Counts | None, published: Counts) -> bool:
+def _matches_published(counts: Counts | None, published: Counts) -> bool:
     sentences = None if counts is None or published.sentences is None else counts.sentences
     return counts is not None and counts._replace(sentences=sentences) == published
 
 
-def _included(parts: _Parts) -> CocoAnnotations:
-    together = SourceInstances(complete=all(source.instances.complete for _, source, _ in parts))
-    for _, source, _ in parts:
-        together.images |= source.instances.images
-        together.annotations |= source.instances.annotations
-        together.header = together.header or source.instances.header
-    return CocoAnnotations(", ".join(str(path) for path, _, _ in parts), together)
+def _merged_instances(sources: _Sources) -> CocoAnnotations:
+    merged = SourceInstances(complete=all(source.instances.complete for _, source, _ in sources))
+    for _, source, _ in sources:
+        merged.images |= source.instances.images
+        merged.annotations |= source.instances.annotations
+        merged.header = merged.header or source.instances.header
+    return CocoAnnotations(", ".join(str(path) for path, _, _ in sources), merged)
 
 
 def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Path, dict[str, Any]] | None:
@@ -243,16 +252,16 @@ def _new_instances(root: Path, dataset: str, plans: Sequence[_Plan]) -> tuple[Pa
         entries = {entry["id"]: entry for plan in plans for entry in plan.instances[key]}
         contents[key] = list(entries.values())
     if path.exists():
-        there = plain_files.read_json(path)
+        existing = plain_files.read_json(path)
         for key in ("images", "annotations"):
-            entries_there = there.get(key) if isinstance(there, dict) else None
-            if not isinstance(entries_there, list) or not all(isinstance(entry, dict) for entry in entries_there):
+            existing_entries = existing.get(key) if isinstance(existing, dict) else None
+            if not isinstance(existing_entries, list) or not all(isinstance(entry, dict) for entry in existing_entries):
                 raise InputError(f"{path}: exists and has no list of {key}; choose another `out` or remove it")
-            known = {_id_of(entry) for entry in entries_there}
-            if not known >= {entry["id"] for entry in contents[key]}:
+            existing_ids = {_id_of(entry) for entry in existing_entries}
+            if not existing_ids >= {entry["id"] for entry in contents[key]}:
                 raise InputError(f"{path}: exists and lacks {key} of the new refs; choose another `out` or remove it")
         for plan in plans:
-            plan.result.notes.append(f"{dataset}/{plan.result.split_by}: kept the instances.json that was there")
+            plan.result.notes.append(f"{dataset}/{plan.result.split_by}: kept the existing instances.json")
         return None
     return path, contents
 

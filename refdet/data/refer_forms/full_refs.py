@@ -21,11 +21,16 @@ def read_full_ref(row: Row, dataset: str, split_by: str) -> SourceRef:
         InputError: a field is missing or has a wrong value, or ``sent_ids`` are not those of the sentences.
     """
     sentences = [
-        SourceSentence(one.text("sent"), one.may("raw", one.text), one.may("tokens", one.texts), one.integer("sent_id"))
-        for one in (Row(f"{row.where}: a sentence", value) for value in row.items("sentences"))
+        SourceSentence(
+            sentence.text("sent"),
+            sentence.optional("raw", sentence.text),
+            sentence.optional("tokens", sentence.texts),
+            sentence.integer("sent_id"),
+        )
+        for sentence in (Row(f"{row.where}: a sentence", value) for value in row.items("sentences"))
     ]
-    ids = row.may("sent_ids", row.items)
-    if ids is not None and ids != [one.sent_id for one in sentences]:
+    ids = row.optional("sent_ids", row.items)
+    if ids is not None and ids != [sentence.sent_id for sentence in sentences]:
         raise InputError(f"{row.where}: 'sent_ids' are not the ids of its sentences")
     return SourceRef(
         where=row.where,
@@ -34,7 +39,7 @@ def read_full_ref(row: Row, dataset: str, split_by: str) -> SourceRef:
         dataset=dataset,
         split_by=split_by,
         image_id=row.integer("image_id"),
-        file_name=row.may("file_name", row.text),
+        file_name=row.optional("file_name", row.text),
         ref_id=row.integer("ref_id"),
         ann_id=row.integer("ann_id"),
         category_id=row.integer("category_id"),

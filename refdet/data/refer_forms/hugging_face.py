@@ -41,8 +41,8 @@ def read_parquet(path: Path, split: str) -> Source:
 
     def choose(schema: Any) -> list[str]:
         nonlocal full
-        wanted, full = _columns_of(path, schema.names)
-        return wanted
+        columns, full = _columns_of(path, schema.names)
+        return columns
 
     rows = [Row(f"{path}: row {number}", value) for number, value in enumerate(read_rows(path, choose))]
     return _read_full(rows) if full else _read_with_images(rows, split)
@@ -67,39 +67,39 @@ def _read_full(rows: Iterable[Row]) -> Source:
     refs: list[SourceRef] = []
     instances = SourceInstances()
     for row in rows:
-        ref = read_full_ref(row, (row.may("anns_id", row.text) or "").partition(".")[0], "")
-        for key, entries, own in (
+        ref = read_full_ref(row, (row.optional("anns_id", row.text) or "").partition(".")[0], "")
+        for key, entries, id_ in (
             ("raw_image_info", instances.images, ref.image_id),
             ("raw_anns", instances.annotations, ref.ann_id),
         ):
-            text = row.may(key, row.text)
-            if text is not None and own is not None:
-                entries[own] = _checked(row, key, text, own)
+            text = row.optional(key, row.text)
+            if text is not None and id_ is not None:
+                entries[id_] = _parse_json(row, key, text, id_)
         refs.append(ref)
     return Source("Parquet in the form of jxu124/refcoco", refs, ref_file_names=True, instances=instances)
 
 
-def _checked(row: Row, key: str, text: str, own: int) -> dict[str, Any]:
+def _parse_json(row: Row, key: str, text: str, id_: int) -> dict[str, Any]:
     try:
         entry = Row(f"{row.where}: {key!r}", json.loads(text))
     except (ValueError, RecursionError):
         raise InputError(f"{row.where}: {key!r} is malformed JSON") from None
-    if entry.integer("id") != own:
-        raise InputError(f"{row.where}: {key!r} has id {entry.integer('id')}, not the row's {own}")
+    if entry.integer("id") != id_:
+        raise InputError(f"{row.where}: {key!r} has id {entry.integer('id')}, not the row's {id_}")
     return entry.value
 
 
 def _read_with_images(rows: Iterable[Row], split: str) -> Source:
     refs = []
     for row in rows:
-        likely = row.value.get("question_id")
+        question_id = row.value.get("question_id")
         refs.append(
             SourceRef(
                 where=row.where,
                 split=split,
                 sentences=[SourceSentence(text) for text in row.texts("answer")],
                 file_name=row.text("file_name"),
-                likely_ann_id=row.integer("question_id") if str(likely).strip().isdecimal() else None,
+                likely_ann_id=row.integer("question_id") if str(question_id).strip().isdecimal() else None,
                 box=row.box("bbox"),
             )
         )

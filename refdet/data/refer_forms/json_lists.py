@@ -58,7 +58,7 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
                 where=row.where,
                 split=split,
                 sentences=[SourceSentence(row.text(sentence))],
-                dataset=row.may("dataset_name", row.text) or "",
+                dataset=row.optional("dataset_name", row.text) or "",
                 file_name=row.text(image),
                 box=row.box(box),
             )
@@ -90,11 +90,11 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
         row = Row(f"{path}: [{number}]", entry)
         turns = [Row(f"{row.where}: a turn", turn).text("value") for turn in row.items("conversations")]
         for question, answer in zip(turns[::2], turns[1::2], strict=False):
-            found = _box_and_expression(question, answer)
-            if found is None or "image" not in row.value:
+            parsed = _box_and_expression(question, answer)
+            if parsed is None or "image" not in row.value:
                 skipped += 1
                 continue
-            box, expression = found
+            box, expression = parsed
             refs.append(SourceRef(row.where, split, [SourceSentence(expression)], file_name=row.text("image"), box=box))
     if not refs:
         raise InputError(f"{path}: no question with a box [x1, y1, x2, y2] in it or in its answer")
@@ -103,11 +103,11 @@ def _read_conversations(path: Path, entries: list[Any], split: str) -> Source:
 
 
 def _box_and_expression(question: str, answer: str) -> tuple[list[float], str] | None:
-    asked, answered = _BOX.findall(question), _BOX.findall(answer)
-    if len(asked) + len(answered) != 1:
+    in_question, in_answer = _BOX.findall(question), _BOX.findall(answer)
+    if len(in_question) + len(in_answer) != 1:
         return None
-    box = [float(number) for number in (asked or answered)[0]]
-    if asked:
+    box = [float(number) for number in (in_question or in_answer)[0]]
+    if in_question:
         return box, answer.strip()
     marked = _MARKED.search(question) or _MARKED.search(answer)
     text = marked[1] if marked else question.rpartition(":")[2].rpartition("\n")[2]

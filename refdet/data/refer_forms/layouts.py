@@ -1,4 +1,4 @@
-"""The layouts that boxes have in the forms, to compare them with COCO's."""
+"""Box layouts of the forms, for comparison with COCO's."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ LAYOUTS: dict[str, Callable[[float, float, float, float, int, int], Box]] = {
     "thousandths-xyxy": _thousandths,
 }
 
-_FLOAT32 = 1e-6  # relative, with room for a sum
-_MOST_DIGITS = 6
+_FLOAT32 = 1e-6  # relative, with slack for a sum
+_MAX_DIGITS = 6
 
 
 def last_digit(numbers: Iterable[float]) -> float:
     """Unit of the last decimal place that any of the numbers has, 0 if they are not rounded."""
-    most = 0
+    digits = 0
     for number in numbers:
         _, _, decimals = f"{number:.15g}".partition(".")
-        if "e" in decimals or len(decimals) > _MOST_DIGITS:
+        if "e" in decimals or len(decimals) > _MAX_DIGITS:
             return 0.0
-        most = max(most, len(decimals))
-    return float(10**-most)
+        digits = max(digits, len(decimals))
+    return float(10**-digits)
 
 
 def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int | None:
@@ -66,17 +66,17 @@ def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int 
         unit: see `last_digit`.
 
     Returns:
-        0 if they are equal in float32, 1 if rounding gives the box, 2 if cutting off digits gives it, None otherwise.
+        0 if they are equal in float32, 1 if rounding gives the box, 2 if truncation gives it, None otherwise.
     """
-    worst = 0
+    level = 0
     for rounded, exact in zip(box, other, strict=True):
-        gap, noise = abs(rounded - exact), _FLOAT32 * max(1.0, abs(exact))
-        if gap <= noise:
+        difference, tolerance = abs(rounded - exact), _FLOAT32 * max(1.0, abs(exact))
+        if difference <= tolerance:
             continue
-        if gap <= unit / 2 + noise:
-            worst = max(worst, 1)
+        if difference <= unit / 2 + tolerance:
+            level = max(level, 1)
         elif 0 < exact - rounded < unit:
-            worst = 2
+            level = 2
         else:
             return None
-    return worst
+    return level

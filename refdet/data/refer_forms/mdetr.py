@@ -52,11 +52,11 @@ def read_mdetr(path: Path, value: dict[str, Any], split: str) -> Source:
                 where=row.where,
                 split=split,
                 sentences=[SourceSentence(image.text("caption"))],
-                dataset=image.may("dataset_name", image.text) or "",
-                image_id=image.may("original_id", image.integer),
+                dataset=image.optional("dataset_name", image.text) or "",
+                image_id=image.optional("original_id", image.integer),
                 file_name=image.text("file_name"),
-                ann_id=row.may("original_id", row.integer),
-                category_id=row.may("category_id", row.integer),
+                ann_id=row.optional("original_id", row.integer),
+                category_id=row.optional("category_id", row.integer),
                 box=row.box("bbox"),
             )
         )

@@ -13,11 +13,11 @@ def size_of(refs: Sequence[SourceRef]) -> Counts:
     return Counts(len(refs), len({ref.image_id for ref in refs}))
 
 
-def own_part(dataset: str, split_by: str, split: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], str]:
-    """The refs of a split that are of a division, recognized by the published sizes.
+def refs_of_division(dataset: str, split_by: str, split: str, refs: Sequence[SourceRef]) -> tuple[list[SourceRef], str]:
+    """Select the refs of a split that belong to a division, recognized by the published sizes.
 
-    A split of another division is left out. Of one that holds this division's split and another division's one after
-    the other, the part is taken whose number of refs and images is this division's, if the rest has the other's.
+    A split of another division is left out. If a split is the concatenation of this division's and another one's, the
+    part with this division's number of refs and images is taken, provided that the rest has the other's.
 
     Args:
         dataset: such as "refcoco".
@@ -26,27 +26,35 @@ def own_part(dataset: str, split_by: str, split: str, refs: Sequence[SourceRef])
         refs: its refs, in the order of the source.
 
     Returns:
-        The refs of this division, and a human-readable note about those that are left out, "" for none.
+        The refs of this division, and a human-readable note about omitted refs, "" for none.
     """
     published = COUNTS.get((dataset, split_by), {})
     others = [by for name, by in COUNTS if name == dataset and by != split_by]
     size = size_of(refs)
-    if any(_is(size, right) for right in published.values()):
+    if any(_same_size(size, expected) for expected in published.values()):
         return list(refs), ""
     for other in others:
-        for name, right in COUNTS[dataset, other].items():
-            if split not in published and _is(size, right):
+        for name, expected in COUNTS[dataset, other].items():
+            if split not in published and _same_size(size, expected):
                 return [], f"split {split!r} is {dataset}/{other}/{name}; it is left out"
-        own, its = published.get(split), COUNTS[dataset, other].get(split)
-        if own is None or its is None or size.refs != own.refs + its.refs:
+        own_counts, other_counts = published.get(split), COUNTS[dataset, other].get(split)
+        if own_counts is None or other_counts is None or size.refs != own_counts.refs + other_counts.refs:
             continue
-        halves = ((refs[: own.refs], refs[own.refs :]), (refs[its.refs :], refs[: its.refs]))
-        fitting = [mine for mine, rest in halves if _is(size_of(mine), own) and _is(size_of(rest), its)]
-        if len(fitting) == 1:
-            note = f"split {split!r} also has the {its.refs:,} refs of {dataset}/{other}/{split}; they are left out"
-            return list(fitting[0]), note
+        halves = (
+            (refs[: own_counts.refs], refs[own_counts.refs :]),
+            (refs[other_counts.refs :], refs[: other_counts.refs]),
+        )
+        matching = [
+            candidate
+            for candidate, rest in halves
+            if _same_size(size_of(candidate), own_counts) and _same_size(size_of(rest), other_counts)
+        ]
+        if len(matching) == 1:
+            also = f"the {other_counts.refs:,} refs of {dataset}/{other}/{split}"
+            note = f"split {split!r} also has {also}; they are left out"
+            return list(matching[0]), note
     return list(refs), ""
 
 
-def _is(size: Counts, published: Counts) -> bool:
+def _same_size(size: Counts, published: Counts) -> bool:
     return size[:2] == published[:2]

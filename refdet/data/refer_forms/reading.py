@@ -27,13 +27,13 @@ from refer import plain_files
 log = logging.getLogger(__name__)
 
 _SUFFIXES = (".parquet", ".json", ".jsonl")
-_NEAR = 4  # the file and the folders above it whose names may have the dataset
+_LEVELS = 4  # the file and the folders above it whose names may have the dataset
 
 
 def source_files(sources: Sequence[str | Path]) -> list[Path]:
     """The files of sources, those of folders at any depth, sorted.
 
-    Of a folder with Parquet files, these alone are read; a note says so if there is JSON beside them.
+    Of a folder with Parquet files only these are read; a note says so if it also has JSON files.
 
     Args:
         sources: files and folders.
@@ -47,16 +47,18 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            found = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-            parquet = [path for path in found if path.suffix == ".parquet"]
-            if 0 < len(parquet) < len(found):  # beside them is what Hugging Face says about the data
+            files_in_folder = sorted(path for path in source.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+            parquet = [path for path in files_in_folder if path.suffix == ".parquet"]
+            if 0 < len(parquet) < len(files_in_folder):  # the JSON next to them is Hugging Face's metadata
                 log.warning(
-                    "note: %s: its %d JSON files are not read, as it has Parquet", source, len(found) - len(parquet)
+                    "note: %s: its %d JSON files are not read, as it has Parquet",
+                    source,
+                    len(files_in_folder) - len(parquet),
                 )
-                found = parquet
-            if not found:
+                files_in_folder = parquet
+            if not files_in_folder:
                 raise InputError(f"{source}: no {', '.join(_SUFFIXES)} file in it")
-            files += found
+            files += files_in_folder
         elif source.is_file():
             files.append(source)
         else:
@@ -65,13 +67,13 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def read_source(path: Path) -> Source:
-    """Read a file in the form that its contents have.
+    """Read a file in the form recognized by its contents.
 
     Args:
         path: a Parquet, JSON or JSON-lines file.
 
     Returns:
-        Its refs; the name of the file decides what its contents leave open.
+        Its refs; dataset and split come from the file's name if its contents lack them.
 
     Raises:
         InputError: the form is unknown, or the file is damaged or has a wrong value.
@@ -80,9 +82,9 @@ def read_source(path: Path) -> Source:
     split = split_in(path)
     with plain_files.no_garbage_collection():
         source = read_parquet(path, split) if is_parquet(path) else _read_json(path, split)
-    near = next(filter(None, map(dataset_in, reversed(path.absolute().parts[-_NEAR:]))), "")
+    inferred = next(filter(None, map(dataset_in, reversed(path.absolute().parts[-_LEVELS:]))), "")
     for ref in source.refs:
-        ref.dataset = dataset_in(ref.dataset) or near
+        ref.dataset = dataset_in(ref.dataset) or inferred
         ref.split_by = ref.split_by or split_by_in(path.name)
         if not ref.split:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What the readers of the forms return: refs with the fields that a form has."""
+"""Data returned by the readers of the forms: refs with the fields that a form has."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SourceRef:
         file_name: name of the image as the form has it.
         ref_id: id of the ref.
         ann_id: id of the COCO annotation.
-        likely_ann_id: an id that decides between annotations with the same box.
+        likely_ann_id: an id that breaks ties between annotations with the same box.
         category_id: COCO id of the category.
         box: four numbers, in one of the layouts of the source.
     """
@@ -88,8 +88,8 @@ class Source:
         one_sentence_each: whether each entry of ``refs`` is a sentence, so that entries of one object are one ref.
         layouts: names of the box layouts it may have, of `layouts.LAYOUTS`.
         ref_file_names: whether ``file_name`` of its refs is REFER's, or names an image.
-        instances: what it includes of COCO's instances.
-        notes: what was skipped or replaced on reading, human-readable.
+        instances: the part of COCO's instances that it includes.
+        notes: human-readable notes about what was skipped or replaced.
     """
 
     form: str
@@ -102,7 +102,7 @@ class Source:
 
 
 class Row:
-    """An entry of a foreign file, whose fields are checked as they are read.
+    """An entry of a source file, whose fields are checked as they are read.
 
     Args:
         where: file and position of the entry, for error messages.
@@ -127,7 +127,7 @@ class Row:
         return value
 
     def replace_text(self, *keys: str) -> None:
-        """Replace integers that are given as text by integers, so that they compare and are written as such."""
+        """Convert integers given as text, so that they are compared and written as integers."""
         for key in keys:
             if isinstance(self.value.get(key), str):
                 self.value[key] = self.integer(key)
@@ -153,19 +153,19 @@ class Row:
     def box(self, key: str) -> list[float]:
         """A field with four finite numbers."""
         value = self.items(key)
-        if len(value) != 4 or not all(type(one) in (int, float) and math.isfinite(one) for one in value):
+        if len(value) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in value):
             raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be four numbers")
-        return [float(one) for one in value]
+        return [float(number) for number in value]
 
     def texts(self, key: str) -> list[str]:
-        """A field with a list of texts."""
+        """A field with a list of strings."""
         value = self.items(key)
-        if not all(isinstance(one, str) for one in value):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list of texts")
+        if not all(isinstance(text, str) for text in value):
+            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list of strings")
         return value
 
-    def may(self, key: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns of a field, None if the entry has no value for it."""
+    def optional(self, key: str, read: Callable[[str], Any]) -> Any:
+        """Read a field with ``read``; None if the entry has no value for it."""
         return None if self.value.get(key) is None else read(key)
 
     def _get(self, key: str) -> Any:

@@ -17,7 +17,7 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
     Args:
         path: the file of the source, for error messages.
         source: the source, whose refs are changed.
-        coco: COCO's instances, None if they are not at hand.
+        coco: COCO's instances, None if not given.
 
     Raises:
         InputError: ids are missing and there are no instances, or refs have no annotation, several, or another one than
@@ -26,9 +26,11 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
     for ref in source.refs:
         if ref.image_id is None and ref.file_name is not None:
             ref.image_id = image_id_of(ref.file_name)
-    _refuse(path, source.refs, [ref for ref in source.refs if ref.image_id is None], "no COCO id in the image's name")
-    lacking = [ref for ref in source.refs if ref.ann_id is None]
-    if lacking and coco is None:
+    _raise_if_any(
+        path, source.refs, [ref for ref in source.refs if ref.image_id is None], "no COCO id in the image's name"
+    )
+    without_ann_id = [ref for ref in source.refs if ref.ann_id is None]
+    if without_ann_id and coco is None:
         raise InputError(
             f"{path}: {source.form} has no annotation ids; give `instances=instances_train2014.json`, in which they "
             "are looked up by image and box"
@@ -37,27 +39,30 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
         return
     where = f"in {coco.name}"
     missing = [ref for ref in source.refs if coco.image(ref.image_id or 0) is None]
-    _refuse(path, source.refs, missing, f"no such image {where}")
-    found = coco.find(lacking, source.layouts)
-    _refuse(
+    _raise_if_any(path, source.refs, missing, f"no such image {where}")
+    annotations = coco.find(without_ann_id, source.layouts)
+    _raise_if_any(
         path,
         source.refs,
-        [ref for ref, annotation in zip(lacking, found, strict=True) if annotation is None],
+        [ref for ref, annotation in zip(without_ann_id, annotations, strict=True) if annotation is None],
         f"not exactly one annotation {where} with its image and box",
     )
-    for ref, annotation in zip(lacking, found, strict=True):
+    for ref, annotation in zip(without_ann_id, annotations, strict=True):
         if annotation is not None:
             ref.ann_id = annotation["id"]
     for ref in source.refs:
         annotation = coco.annotation(ref.ann_id or 0)
         if annotation is not None and ref.category_id is None:
             ref.category_id = annotation.get("category_id")
-    _refuse(
-        path, source.refs, [ref for ref in source.refs if not _is_of(ref, coco)], f"another or no annotation {where}"
+    _raise_if_any(
+        path,
+        source.refs,
+        [ref for ref in source.refs if not _is_consistent(ref, coco)],
+        f"another or no annotation {where}",
     )
 
 
-def _is_of(ref: SourceRef, coco: CocoAnnotations) -> bool:
+def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
     annotation = coco.annotation(ref.ann_id or 0)
     return annotation is not None and (ref.image_id, ref.category_id) == (
         annotation["image_id"],
@@ -65,11 +70,11 @@ def _is_of(ref: SourceRef, coco: CocoAnnotations) -> bool:
     )
 
 
-def _refuse(path: Path, refs: Sequence[SourceRef], wrong: Sequence[SourceRef], problem: str) -> None:
-    if wrong:
-        first = wrong[0]
+def _raise_if_any(path: Path, refs: Sequence[SourceRef], invalid: Sequence[SourceRef], problem: str) -> None:
+    if invalid:
+        first = invalid[0]
         sentence = f" ({shown(first.sentences[0].sent)})" if first.sentences else ""
         raise InputError(
-            f"{path}: {len(wrong)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
+            f"{path}: {len(invalid)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
             "nothing was written"
         )

@@ -12,8 +12,8 @@ from refer.statistics import COUNTS, Counts
 _DATASET = re.compile(r"refcoco(?P<plus>\+|_?plus|p(?![a-z]))?(?P<g>g)?", re.IGNORECASE)
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test_?a|test_?b|test)(?![a-z])", re.IGNORECASE)
 _SPLIT_BY = re.compile(r"(?<![a-z])(unc|umd|google)(?![a-z])", re.IGNORECASE)
-_SAME = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
-# Most sources have these.
+_ALIASES = {"validation": "val", "valid": "val", "dev": "val", "testa": "testA", "testb": "testB"}
+# the division of most sources
 USUAL_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
@@ -35,20 +35,20 @@ def split_in(path: Path) -> str:
         found = _SPLIT.findall(text)
         if found:
             name = found[-1].replace("_", "")
-            return _SAME.get(name.lower(), name.lower())
+            return _ALIASES.get(name.lower(), name.lower())
     return ""
 
 
-def published_names(dataset: str, split_by: str, found: Mapping[str, Counts]) -> dict[str, str]:
+def published_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
     """REFER's names of splits.
 
-    A split whose name REFER has is kept. Another one is recognized by its number of refs and images, or else if it is
-    the only one that may be it: ``test`` is ``testA`` beside ``testB``.
+    A name that REFER uses is kept. Other splits are recognized by their number of refs and images, or by elimination:
+    ``test`` next to ``testB`` is ``testA``.
 
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
-        found: sizes of the splits.
+        sizes: sizes of the splits.
 
     Returns:
         Name in the source -> name in REFER.
@@ -58,14 +58,14 @@ def published_names(dataset: str, split_by: str, found: Mapping[str, Counts]) ->
     """
     published = COUNTS.get((dataset, split_by), {})
     names: dict[str, str] = {}
-    for name, counts in found.items():
-        likely = _SAME.get(name.lower(), name)
-        equal = [other for other, right in published.items() if (right.refs, right.images) == counts[:2]]
-        if not published or likely in published:
-            names[name] = likely
-        elif len(equal) == 1:
-            names[name] = equal[0]
-        elif name == "test" and "testB" in found and "testA" not in found:
+    for name, counts in sizes.items():
+        alias = _ALIASES.get(name.lower(), name)
+        same_size = [other for other, expected in published.items() if (expected.refs, expected.images) == counts[:2]]
+        if not published or alias in published:
+            names[name] = alias
+        elif len(same_size) == 1:
+            names[name] = same_size[0]
+        elif name == "test" and "testB" in sizes and "testA" not in sizes:
             names[name] = "testA"
         else:
             raise InputError(
@@ -73,7 +73,9 @@ def published_names(dataset: str, split_by: str, found: Mapping[str, Counts]) ->
                 f"{', '.join(published)}; give `split_names={name}=NAME`"
             )
     for name in set(names.values()):
-        same = [source for source, other in names.items() if other == name]
-        if len(same) > 1:
-            raise InputError(f"splits {' and '.join(map(repr, same))} are both {name}; give `split_names=OLD=NEW`")
+        duplicates = [source for source, other in names.items() if other == name]
+        if len(duplicates) > 1:
+            raise InputError(
+                f"splits {' and '.join(map(repr, duplicates))} are both {name}; give `split_names=OLD=NEW`"
+            )
     return names

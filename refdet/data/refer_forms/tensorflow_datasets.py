@@ -44,8 +44,8 @@ def read_manual_download(path: Path, value: dict[str, Any]) -> Source:
         info = row.entry("info")
         instances.images[info.integer("id")] = info.value
         for annotation in row.items("anns"):
-            one = Row(f"{row.where}: an annotation", annotation)
-            instances.annotations[one.integer("id")] = one.value
+            annotation_row = Row(f"{row.where}: an annotation", annotation)
+            instances.annotations[annotation_row.integer("id")] = annotation_row.value
     return Source("TensorFlow Datasets' refcoco.json", refs, ref_file_names=True, instances=instances)
 
 
@@ -73,20 +73,24 @@ def read_examples(path: Path, value: list[Any], split: str) -> Source:
     for number, entry in enumerate(value):
         row = Row(f"{path}: [{number}]", entry)
         image_id = row.integer("image/id" if "image/id" in row.value else "image_id")
-        for thing in _entries(row, "objects"):
-            expressions = _entries(thing, "refexp")
+        for object_row in _entries(row, "objects"):
+            expressions = _entries(object_row, "refexp")
             refs.append(
                 SourceRef(
-                    where=thing.where,
+                    where=object_row.where,
                     split=split,
                     sentences=[
-                        SourceSentence(one.text("raw"), raw=one.text("raw"), sent_id=one.may("refexp_id", one.integer))
-                        for one in expressions
+                        SourceSentence(
+                            expression.text("raw"),
+                            raw=expression.text("raw"),
+                            sent_id=expression.optional("refexp_id", expression.integer),
+                        )
+                        for expression in expressions
                     ],
                     image_id=image_id,
-                    ann_id=thing.may("id", thing.integer),
-                    category_id=thing.may("label", thing.integer),
-                    box=thing.box("bbox"),
+                    ann_id=object_row.optional("id", object_row.integer),
+                    category_id=object_row.optional("label", object_row.integer),
+                    box=object_row.box("bbox"),
                 )
             )
     return Source("a list of TensorFlow Datasets' examples", refs, layouts=("normalized-yxyx",))
@@ -103,4 +107,4 @@ def _entries(row: Row, key: str) -> list[Row]:
         value = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     if not isinstance(value, list):
         raise InputError(f"{row.where}: no list {key!r}")
-    return [Row(f"{row.where}: {key}[{number}]", one) for number, one in enumerate(value)]
+    return [Row(f"{row.where}: {key}[{number}]", entry) for number, entry in enumerate(value)]

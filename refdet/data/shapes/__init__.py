@@ -18,10 +18,10 @@ from refdet.data.shapes.scene import Plan, draw_scene
 from refdet.errors import InputError
 
 TRAIN_IMAGES = 800
-LEAST_IMAGES = 20
+MIN_IMAGES = 20
 _LARGEST_IMAGE_ID = 581_929  # of COCO 2014
 
-__all__ = ["LEAST_IMAGES", "TRAIN_IMAGES", "write"]
+__all__ = ["MIN_IMAGES", "TRAIN_IMAGES", "write"]
 
 
 def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
@@ -37,23 +37,23 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
     """
     out = Path(out)
     train = TRAIN_IMAGES if images is None else images
-    if train < LEAST_IMAGES:
-        raise InputError(f"images={train} is too few for all REFER splits; ask for {LEAST_IMAGES} or more")
+    if train < MIN_IMAGES:
+        raise InputError(f"images={train} is too few for all REFER splits; ask for {MIN_IMAGES} or more")
     if seed < 0:
         raise InputError(f"seed={seed} is negative; choose 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists; choose another `out` or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     # written to a temporary folder and renamed at the end, so that `out` is never incomplete
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_all(part, seed, train)
-        part.chmod(0o755)
+        _write_all(temporary, seed, train)
+        temporary.chmod(0o755)
         if out.exists():
             out.rmdir()
-        part.rename(out)
+        temporary.rename(out)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
 

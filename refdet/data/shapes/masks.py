@@ -26,9 +26,9 @@ def rasterise(polygons: list[list[float]], height: int, width: int) -> np.ndarra
 def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list[float]], list[list[float]]]:
     """(parts, holes) of a placed outline, clipped to the picture and rounded as in the file."""
 
-    def inside(pieces: tuple[np.ndarray, ...]) -> list[list[float]]:
-        cut = [clip(p, height, width) for p in pieces]
-        return [flat(p) for p in cut if len(p) >= 3 and area(p) >= 1.0]
+    def inside(polygons: tuple[np.ndarray, ...]) -> list[list[float]]:
+        clipped = [clip(p, height, width) for p in polygons]
+        return [flat(p) for p in clipped if len(p) >= 3 and area(p) >= 1.0]
 
     return inside(outline.parts), inside(outline.holes)
 

@@ -63,7 +63,7 @@ def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
         # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
         rivals = _described(meaning, things, not loose)
-        fitting = [i for i in fitting if _outdoes(meaning, things, i, [j for j in rivals if j != i], loose)]
+        fitting = [i for i in fitting if _is_extreme(meaning, things, i, [j for j in rivals if j != i], loose)]
     if meaning.relation is not None and meaning.other is not None:
         anchor = referent(meaning.other, things)
         if anchor is None:
@@ -73,22 +73,22 @@ def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]
 
 
 def _described(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
-    give = SIZE_MARGIN if loose else -SIZE_MARGIN
-    found = []
+    tolerance = SIZE_MARGIN if loose else -SIZE_MARGIN
+    matching = []
     for i, thing in enumerate(things):
         if thing.crowd or meaning.category not in (None, thing.category.name):
             continue
         if meaning.colour not in (None, thing.colour):
             continue
-        if meaning.size == "small" and side(thing) > SMALL + give:
+        if meaning.size == "small" and side(thing) > SMALL + tolerance:
             continue
-        if meaning.size == "large" and side(thing) < LARGE - give:
+        if meaning.size == "large" and side(thing) < LARGE - tolerance:
             continue
-        found.append(i)
-    return found
+        matching.append(i)
+    return matching
 
 
-def _outdoes(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[int], loose: bool) -> bool:
+def _is_extreme(meaning: Meaning, things: Sequence[Thing], i: int, rivals: list[int], loose: bool) -> bool:
     """Whether thing i is the smallest, the biggest, or at the place of `meaning` among its rivals.
 
     Strictly there must be rivals: "the left star" makes no sense for a single star.

@@ -124,17 +124,17 @@ def clip(points: Points, height: int, width: int) -> Points:
         if not len(kept):
             break
         inside = (kept[:, axis] - limit) * sign >= 0
-        cut: list[Points] = []
+        clipped: list[Points] = []
         for i in range(len(kept)):
-            here, before = kept[i], kept[i - 1]
+            current, previous = kept[i], kept[i - 1]
             if inside[i] != inside[i - 1]:
-                share = (limit - before[axis]) / (here[axis] - before[axis])
-                crossing = before + share * (here - before)
+                share = (limit - previous[axis]) / (current[axis] - previous[axis])
+                crossing = previous + share * (current - previous)
                 crossing[axis] = limit
-                cut.append(crossing)
+                clipped.append(crossing)
             if inside[i]:
-                cut.append(here)
-        kept = np.array(cut).reshape(-1, 2)
+                clipped.append(current)
+        kept = np.array(clipped).reshape(-1, 2)
     return kept
 
 

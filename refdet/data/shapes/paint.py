@@ -54,7 +54,7 @@ def paint(scene: Scene, rng: np.random.Generator) -> Image.Image:
     grain = rng.normal(1.0, 0.025, scene.owner.shape)
     shade = np.where(rim, 0.62, slope * grain)
     for i, thing in enumerate(scene.things):
-        mine = scene.owner == i
-        picture[mine] = shade[mine][:, None] * np.array(thing.rgb, dtype=np.float64)
+        visible = scene.owner == i
+        picture[visible] = shade[visible][:, None] * np.array(thing.rgb, dtype=np.float64)
     image = Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
     return image.convert("L") if scene.grey else image

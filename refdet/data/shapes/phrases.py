@@ -14,32 +14,32 @@ ORDINALS = {2: "second", 3: "third"}
 
 
 @dataclass(frozen=True)
-class Manner:
-    """Style of a dataset: full phrases or not, locations or not, and weights of the kinds of expressions."""
+class Style:
+    """Style of a dataset: full phrases or not, locations or not, and weights of the types of expressions."""
 
     full: bool
     locations: bool
     weights: tuple[float, float, float]  # plain attributes, place in the picture, relation to another thing
 
 
-REFCOCO = Manner(full=False, locations=True, weights=(0.35, 0.45, 0.2))
+REFCOCO = Style(full=False, locations=True, weights=(0.35, 0.45, 0.2))
 # RefCOCO+ annotators could not use location words.
-REFCOCO_PLUS = Manner(full=False, locations=False, weights=(0.7, 0.0, 0.3))
-REFCOCOG = Manner(full=True, locations=True, weights=(0.3, 0.2, 0.5))
+REFCOCO_PLUS = Style(full=False, locations=False, weights=(0.7, 0.0, 0.3))
+REFCOCOG = Style(full=True, locations=True, weights=(0.3, 0.2, 0.5))
 
 
-def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list[Meaning], ...]:
+def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[Meaning], ...]:
     """All meanings that refer to things[target] alone: (plain, place, relation)."""
     thing = things[target]
     name, colour = thing.category.name, thing.colour
     bases = [Meaning(name)] + ([Meaning(name, colour)] if colour is not None else [])
     sized = [replace(base, size=size) for base in bases for size in ("small", "large", "smallest", "biggest")]
-    if manner.full:
+    if style.full:
         # long expressions always mention a colour
         bases, sized = bases[-1:], [m for m in sized if m.colour == colour]
     plain = bases + sized
     place: list[Meaning] = []
-    if manner.locations:
+    if style.locations:
         spots = [(p, 1) for p in SIDES + CORNERS] + [(p, rank) for p in SIDES for rank in ORDINALS]
         place = [replace(base, place=p, rank=rank) for base in bases for p, rank in spots]
         if not any(t.crowd for t in things):
@@ -48,23 +48,23 @@ def meanings(target: int, things: Sequence[Thing], manner: Manner) -> tuple[list
     for j, anchor in enumerate(things):
         if j == target or anchor.crowd:
             continue
-        known = _shortest(j, things)
-        if known is None:
+        anchor_meaning = _shortest(j, things)
+        if anchor_meaning is None:
             continue
-        for word in (*DIRECTIONS, NEXT_TO) if manner.locations else (NEXT_TO,):
+        for word in (*DIRECTIONS, NEXT_TO) if style.locations else (NEXT_TO,):
             if related(word, thing, anchor, loose=False):
                 unranked = [m for m in plain if m.size not in ("smallest", "biggest")]
-                relation += [replace(m, relation=word, other=known) for m in unranked]
+                relation += [replace(m, relation=word, other=anchor_meaning) for m in unranked]
 
-    def true(candidates: list[Meaning]) -> list[Meaning]:
+    def unambiguous(candidates: list[Meaning]) -> list[Meaning]:
         return [m for m in candidates if referent(m, things) == target]
 
-    return true(plain), true(place), true(relation)
+    return unambiguous(plain), unambiguous(place), unambiguous(relation)
 
 
-def can_be_meant(target: int, things: Sequence[Thing], manner: Manner) -> bool:
+def is_referable(target: int, things: Sequence[Thing], style: Style) -> bool:
     """Whether `meanings` finds any; tries the shortest ones first."""
-    return _shortest(target, things) is not None or any(meanings(target, things, manner))
+    return _shortest(target, things) is not None or any(meanings(target, things, style))
 
 
 def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
@@ -73,16 +73,16 @@ def _shortest(target: int, things: Sequence[Thing]) -> Meaning | None:
     return next((m for m in options if referent(m, things) == target), None)
 
 
-def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], manner: Manner, count: int) -> list[Meaning]:
-    """Up to `count` different meanings, with kinds sampled by the weights; [] if there are none."""
-    left = [list(kind) for kind in options]
+def choose(rng: np.random.Generator, options: tuple[list[Meaning], ...], style: Style, count: int) -> list[Meaning]:
+    """Up to `count` different meanings, with types sampled by the weights; [] if there are none."""
+    remaining = [list(group) for group in options]
     chosen: list[Meaning] = []
     while len(chosen) < count:
-        weights = np.array([w if kind else 0.0 for w, kind in zip(manner.weights, left, strict=True)])
+        weights = np.array([w if group else 0.0 for w, group in zip(style.weights, remaining, strict=True)])
         if weights.sum() == 0:
             break
-        kind = left[int(rng.choice(3, p=weights / weights.sum()))]
-        chosen.append(kind.pop(int(rng.integers(len(kind)))))
+        group = remaining[int(rng.choice(3, p=weights / weights.sum()))]
+        chosen.append(group.pop(int(rng.integers(len(group)))))
     return chosen
 
 
@@ -91,24 +91,24 @@ def noun_phrase(meaning: Meaning) -> str:
     return " ".join(w for w in (meaning.size, meaning.colour, meaning.category or "shape") if w)
 
 
-def sentence(rng: np.random.Generator, meaning: Meaning, manner: Manner) -> str:
+def sentence(rng: np.random.Generator, meaning: Meaning, style: Style) -> str:
     """A random phrasing: lower case, words separated by single spaces."""
     noun = noun_phrase(meaning)
     if meaning.relation is not None and meaning.other is not None:
         other = noun_phrase(meaning.other)
-        if manner.full:
+        if style.full:
             return f"the {noun} that is {_pick(rng, _LONG[meaning.relation])} the {other}"
         return f"{noun} {_pick(rng, _SHORT[meaning.relation])} {_pick(rng, ('the ', ''))}{other}"
     if meaning.place is not None:
-        place, end = meaning.place, _pick(rng, (" in the picture", " in the image")) if manner.full else ""
-        article = "the " if manner.full else _pick(rng, ("", "", "the "))
+        place, end = meaning.place, _pick(rng, (" in the picture", " in the image")) if style.full else ""
+        article = "the " if style.full else _pick(rng, ("", "", "the "))
         if meaning.rank > 1:
             return f"{article}{ORDINALS[meaning.rank]} {noun} from the {place}{end}"
         if " " in place:
             upper = place.replace("top", "upper").replace("bottom", "lower")
             return f"{article}{_pick(rng, (place, upper))} {noun}{end}"
         return f"{article}{_pick(rng, _SIDE_WORDS[place])} {noun}{end}"
-    if manner.full:
+    if style.full:
         return _pick(rng, (f"the {noun} in the picture", f"the only {noun}", f"a {noun} in this image"))
     return _pick(rng, (noun, noun, f"the {noun}"))
 

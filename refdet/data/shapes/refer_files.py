@@ -11,12 +11,12 @@ import numpy as np
 
 from refdet.data.shapes import refer_splits
 from refdet.data.shapes.coco_files import Picture, write_instances
-from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Manner, choose, meanings, sentence
+from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, choose, meanings, sentence
 from refdet.data.shapes.refer_splits import Referred
 
 
 def ref_records(
-    rng: np.random.Generator, objects: Sequence[Referred], manner: Manner, counts: tuple[int, int]
+    rng: np.random.Generator, objects: Sequence[Referred], style: Style, counts: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """One record per object, as in REFER's pickles, with `counts` (min, max) sentences each.
 
@@ -26,14 +26,14 @@ def ref_records(
     sent_id = 0
     for ref_id, referred in enumerate(objects):
         picture, thing = referred.picture, referred.thing
-        options = meanings(thing, picture.things, manner)
-        chosen = choose(rng, options, manner, int(rng.integers(counts[0], counts[1] + 1)))
+        options = meanings(thing, picture.things, style)
+        chosen = choose(rng, options, style, int(rng.integers(counts[0], counts[1] + 1)))
         sents: list[str] = []
         for k in range(max(counts[0], len(chosen))):
             # repeat a meaning if there are too few, as if two annotators had the same idea
-            sents.append(sentence(rng, chosen[k % len(chosen)], manner))
+            sents.append(sentence(rng, chosen[k % len(chosen)], style))
         sentences = [
-            {"tokens": s.split(), "raw": _raw(rng, s, manner), "sent_id": sent_id + k, "sent": s}
+            {"tokens": s.split(), "raw": _raw(rng, s, style), "sent_id": sent_id + k, "sent": s}
             for k, s in enumerate(sents)
         ]
         sent_id += len(sents)
@@ -52,9 +52,9 @@ def ref_records(
     return records
 
 
-def _raw(rng: np.random.Generator, sent: str, manner: Manner) -> str:
+def _raw(rng: np.random.Generator, sent: str, style: Style) -> str:
     """The raw text of the annotator: the sentence, sometimes with a capital and a full stop."""
-    if manner.full:
+    if style.full:
         return sent[0].upper() + sent[1:] + "."
     return sent.capitalize() if rng.random() < 0.2 else sent
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from refdet.data.shapes.categories import PERSON
 from refdet.data.shapes.coco_files import Picture
-from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Manner, can_be_meant
+from refdet.data.shapes.phrases import REFCOCO, REFCOCO_PLUS, REFCOCOG, Style, is_referable
 
 # Fractions of the train2014 images in RefCOCO (and RefCOCO+) and in RefCOCOg, and of the held-out ones.
 UNC_SHARE, UNC_VAL, UNC_TEST = 0.36, 0.038, 0.02
 UMD_SHARE, UMD_VAL, UMD_TEST = 0.27, 0.02, 0.03
 GOOGLE_SHARE = 0.06
 
-MOST_REFS = 3
+MAX_REFS = 3
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Referred:
     split: str
 
 
-def _referable(picture: Picture, manners: Sequence[Manner]) -> list[int]:
+def _referable(picture: Picture, styles: Sequence[Style]) -> list[int]:
     return [
         i
         for i, thing in enumerate(picture.things)
-        if not thing.crowd and all(can_be_meant(i, picture.things, m) for m in manners)
+        if not thing.crowd and all(is_referable(i, picture.things, m) for m in styles)
     ]
 
 
@@ -46,12 +46,12 @@ def _repeated(picture: Picture) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n > 1}
 
 
-def _some(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
+def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
     """Up to MOST_REFS of the allowed things, those of a repeated category first, as in REFER."""
     repeated = _repeated(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)
-    return shuffled[: int(rng.integers(1, MOST_REFS + 1))]
+    return shuffled[: int(rng.integers(1, MAX_REFS + 1))]
 
 
 def _at_least_one(share: float, total: int) -> int:
@@ -61,47 +61,47 @@ def _at_least_one(share: float, total: int) -> int:
 def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
     """Objects of RefCOCO and RefCOCO+ with their unc split: train, val, testA or testB."""
     total = len(pictures)
-    held = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
-    held["val"] = _at_least_one(UNC_VAL, total)
-    left = {**held, "train": max(1, round(UNC_SHARE * total) - sum(held.values()))}
-    found: list[Referred] = []
+    held_out = {"testA": _at_least_one(UNC_TEST, total), "testB": _at_least_one(UNC_TEST, total)}
+    held_out["val"] = _at_least_one(UNC_VAL, total)
+    remaining = {**held_out, "train": max(1, round(UNC_SHARE * total) - sum(held_out.values()))}
+    referred: list[Referred] = []
     for k in rng.permutation(total).tolist():
         picture = pictures[k]
         persons = [i for i, t in enumerate(picture.things) if t.category == PERSON]
         if not _repeated(picture):
             continue
         referable = _referable(picture, (REFCOCO, REFCOCO_PLUS))
-        for split in [s for s in held if left[s]] or ["train"]:
+        for split in [s for s in held_out if remaining[s]] or ["train"]:
             if split == "testA":
                 allowed = [i for i in referable if i in persons] if len(persons) > 1 else []
             elif split == "testB":
                 allowed = [i for i in referable if i not in persons]
             else:
                 allowed = referable
-            if allowed and left[split]:
-                left[split] -= 1
-                found += [Referred(picture, i, split) for i in _some(rng, picture, allowed)]
+            if allowed and remaining[split]:
+                remaining[split] -= 1
+                referred += [Referred(picture, i, split) for i in _sample_things(rng, picture, allowed)]
                 break
-        if not any(left.values()):
+        if not any(remaining.values()):
             break
-    return found
+    return referred
 
 
 def umd(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]:
     """Objects of RefCOCOg with their umd split: train, val or test."""
     total = len(pictures)
-    left = {"val": _at_least_one(UMD_VAL, total), "test": _at_least_one(UMD_TEST, total)}
-    left["train"] = max(1, round(UMD_SHARE * total) - sum(left.values()))
-    found: list[Referred] = []
+    remaining = {"val": _at_least_one(UMD_VAL, total), "test": _at_least_one(UMD_TEST, total)}
+    remaining["train"] = max(1, round(UMD_SHARE * total) - sum(remaining.values()))
+    referred: list[Referred] = []
     for k in rng.permutation(total).tolist():
-        split = next((s for s in left if left[s]), None)
+        split = next((s for s in remaining if remaining[s]), None)
         if split is None:
             break
         referable = _referable(pictures[k], (REFCOCOG,))
         if referable:
-            left[split] -= 1
-            found += [Referred(pictures[k], i, split) for i in _some(rng, pictures[k], referable)[:2]]
-    return found
+            remaining[split] -= 1
+            referred += [Referred(pictures[k], i, split) for i in _sample_things(rng, pictures[k], referable)[:2]]
+    return referred
 
 
 def google(rng: np.random.Generator, count: int, test: bool) -> list[str]:

@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 SIZES = ((144, 192), (144, 192), (120, 176), (144, 208), (168, 208), (192, 144), (208, 160), (176, 144))
 SIDES = ((20.0, 26.0), (32.0, 42.0), (52.0, 68.0))
-LEAST_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
+MIN_VISIBLE = 0.75  # smallest visible fraction of a shape that others or the border occlude
 _CROWD = 254
 _NOTHING = 255
 
@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A shape before occlusion: `box` encloses `mask`, `whole` is its area without clipping."""
+    """A shape before occlusion: `box` encloses `mask`, `full_area` is its area without clipping."""
 
     category: Category
     colour: str
@@ -77,7 +77,7 @@ class _Drawn:
     box: Box
     polygons: list[list[float]]
     holed: bool
-    whole: float
+    full_area: float
 
 
 def draw_scene(rng: np.random.Generator, plan: Plan) -> Scene:
@@ -92,21 +92,21 @@ def _try_scene(rng: np.random.Generator, plan: Plan) -> Scene | None:
     height, width = SIZES[int(rng.integers(len(SIZES)))]
     theme = PERSON if plan.persons else CATEGORIES[int(rng.integers(1, len(CATEGORIES)))]
     repeats = int(rng.integers(2, 4))
-    wanted = [theme] * repeats
+    categories = [theme] * repeats
     for _ in range(int(rng.integers(3, 9)) - repeats):
-        wanted.append(CATEGORIES[int(rng.integers(len(CATEGORIES)))])
-    crowd = _draw_crowd(rng, plan, wanted, height, width) if plan.crowd else None
+        categories.append(CATEGORIES[int(rng.integers(len(CATEGORIES)))])
+    crowd = _draw_crowd(rng, plan, categories, height, width) if plan.crowd else None
 
     # large shapes tend to be painted first, so that they do not hide small ones
-    sizes = rng.choice(len(SIDES), size=len(wanted), p=(0.3, 0.45, 0.25))
-    order = np.argsort(-sizes + rng.normal(0, 0.7, len(wanted)), kind="stable")
+    sizes = rng.choice(len(SIDES), size=len(categories), p=(0.3, 0.45, 0.25))
+    order = np.argsort(-sizes + rng.normal(0, 0.7, len(categories)), kind="stable")
     drawn: list[_Drawn] = []
     owner = np.full((height, width), _NOTHING, dtype=np.uint8)
     if crowd is not None:
         owner[crowd.mask] = _CROWD
     for k in order.tolist():
         for _ in range(30):
-            shape = _draw_shape(rng, wanted[k], SIDES[int(sizes[k])], plan.grey, height, width)
+            shape = _draw_shape(rng, categories[k], SIDES[int(sizes[k])], plan.grey, height, width)
             if shape is not None and _fits(shape, drawn, owner):
                 owner[shape.mask] = len(drawn)
                 drawn.append(shape)
@@ -162,49 +162,49 @@ def _rasterised(
 ) -> _Drawn | None:
     outline = place(unit_outline(category.name), centre, size, angle)
     polygons, holes = masks.drawn_polygons(outline, height, width)
-    whole = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
+    full_area = sum(area(p) for p in outline.parts) - sum(area(p) for p in outline.holes)
     mask = masks.rasterise(polygons, height, width)
     if holes:
         mask &= ~masks.rasterise(holes, height, width)
     if not mask.any():
         return None
-    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), whole)
+    return _Drawn(category, colour, rgb, mask, masks.box_of(mask), polygons, bool(outline.holes), full_area)
 
 
 def _fits(shape: _Drawn, drawn: list[_Drawn], owner: np.ndarray) -> bool:
     """Whether the shape, painted on top, leaves everything recognisable, including itself at the border."""
-    if shape.mask.sum() < LEAST_VISIBLE * shape.whole or (owner[shape.mask] == _CROWD).any():
+    if shape.mask.sum() < MIN_VISIBLE * shape.full_area or (owner[shape.mask] == _CROWD).any():
         return False
     for i, other in enumerate(drawn):
         if _iou(shape.box, other.box) == 0:
             continue
-        before = owner == i
-        after = before & ~shape.mask
-        touched = int(before.sum()) != int(after.sum())
+        visible = owner == i
+        remaining = visible & ~shape.mask
+        overlaps = int(visible.sum()) != int(remaining.sum())
         # overlapping shapes must differ in category and clearly in colour
         contrast = max(abs(a - b) for a, b in zip(shape.rgb, other.rgb, strict=True))
-        if touched and (shape.category == other.category or contrast < 100):
+        if overlaps and (shape.category == other.category or contrast < 100):
             return False
-        if after.sum() < LEAST_VISIBLE * other.whole:
+        if remaining.sum() < MIN_VISIBLE * other.full_area:
             return False
-        if _iou(shape.box, masks.box_of(after)) > (0.12 if shape.category == other.category else 0.32):
+        if _iou(shape.box, masks.box_of(remaining)) > (0.12 if shape.category == other.category else 0.32):
             return False
     return True
 
 
 def _iou(a: Box, b: Box) -> float:
-    wide = min(a[2], b[2]) - max(a[0], b[0])
-    high = min(a[3], b[3]) - max(a[1], b[1])
-    if wide <= 0 or high <= 0:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
         return 0.0
-    both = wide * high
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+    intersection = width * height
+    return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
-def _draw_crowd(rng: np.random.Generator, plan: Plan, wanted: list[Category], height: int, width: int) -> _Drawn:
+def _draw_crowd(rng: np.random.Generator, plan: Plan, used: list[Category], height: int, width: int) -> _Drawn:
     """A cluster of tiny shapes of a category that is not elsewhere in the scene."""
-    free = [c for c in CATEGORIES if c not in wanted]
-    category = free[int(rng.integers(len(free)))]
+    unused = [c for c in CATEGORIES if c not in used]
+    category = unused[int(rng.integers(len(unused)))]
     colour, rgb = _paint_for(rng, plan.grey)
     columns, rows = int(rng.integers(4, 6)), int(rng.integers(2, 4))
     pitch = 13.0
@@ -216,26 +216,26 @@ def _draw_crowd(rng: np.random.Generator, plan: Plan, wanted: list[Category], he
             x, y = rng.uniform(-2, 2, 2).tolist()
             centre = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
             size = float(rng.uniform(10, 13))
-            one = _rasterised(category, colour, rgb, centre, (size, size), 0.0, height, width)
-            if one is not None:
-                mask |= one.mask
+            shape = _rasterised(category, colour, rgb, centre, (size, size), 0.0, height, width)
+            if shape is not None:
+                mask |= shape.mask
     return _Drawn(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))
 
 
 def _thing(shape: _Drawn, visible: np.ndarray, grey: bool, crowd: bool = False) -> Thing:
-    parts: list[list[float]] | dict[str, Any]
+    segmentation: list[list[float]] | dict[str, Any]
     if crowd:
-        parts = masks.uncompressed_rle(visible)
+        segmentation = masks.uncompressed_rle(visible)
     elif shape.holed or not np.array_equal(visible, shape.mask):
-        parts = masks.segmentation(visible)
+        segmentation = masks.segmentation(visible)
     else:
-        parts = shape.polygons
+        segmentation = shape.polygons
     return Thing(
         shape.category,
         None if grey else shape.colour,
         shape.rgb,
         masks.box_of(visible),
         int(visible.sum()),
-        parts,
+        segmentation,
         crowd,
     )

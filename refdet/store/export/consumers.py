@@ -31,4 +31,4 @@ def width_note(feature: str, width: int, consumer: str) -> list[str]:
     """Note if a program expects features of another width, else []."""
     if width == WIDTH or consumer == "bottom-up-attention":
         return []
-    return [f"{feature} has {width} numbers per region, but {consumer} expects {WIDTH}"]
+    return [f"{feature} has {width} values per region, but {consumer} expects {WIDTH}"]

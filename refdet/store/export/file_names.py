@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from refdet.errors import InputError
 from refdet.store import Store
 
-_LONGEST = 255  # bytes of a name, on all common file systems
-_NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line separators
+_MAX_BYTES = 255  # bytes of a name, on all common file systems
+_FORBIDDEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line separators
 
 
 def base_name(file_name: str) -> str:
@@ -42,15 +42,15 @@ def file_names(store: Store, kind: str, suffix: str) -> dict[int, str]:
         problem = _problem(name, suffix)
         if problem:
             shown = f": {str(file_name)[:100]!a}" if file_name else ""
-            raise unusable(store.path, f"image {image_id} {problem}{shown}")
+            raise unusable_names(store.path, f"image {image_id} {problem}{shown}")
         other = owner.setdefault(name, image_id)
         if other != image_id:
-            raise unusable(store.path, f"images {other} and {image_id} are both named {name!r}")
+            raise unusable_names(store.path, f"images {other} and {image_id} are both named {name!r}")
         names[image_id] = name
     return names
 
 
-def unusable(path: Path, why: str) -> InputError:
+def unusable_names(path: Path, why: str) -> InputError:
     """Error for unusable file names."""
     return InputError(f"{path}: image names cannot be used as file names ({why}); export with `names='id'`")
 
@@ -59,8 +59,8 @@ def _problem(name: str, suffix: str) -> str:
     """Why a file name is invalid, "" if it is valid."""
     if not name.strip(". "):
         return "has no name"
-    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
+    if any(unicodedata.category(character) in _FORBIDDEN for character in name):
         return "has a name with control characters"
-    if len(os.fsencode(name + suffix)) > _LONGEST:
-        return f"has a name longer than {_LONGEST} bytes"
+    if len(os.fsencode(name + suffix)) > _MAX_BYTES:
+        return f"has a name longer than {_MAX_BYTES} bytes"
     return ""

@@ -15,8 +15,8 @@ from typing import Any
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.atomic import fsync
 
-_LONGEST = 200  # bytes of the name kept in the temporary name; the limit of a name is 255
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
+_MAX_BYTES = 200  # bytes of the name kept in the temporary name; the limit of a name is 255
+_EXISTS = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename to an existing path
 _UNUSABLE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL)
 
 
@@ -38,25 +38,25 @@ def new_folder(out: Path) -> Iterator[Path]:
         RuntimeFailure: the disk is full.
     """
     path = resolved(out)
-    temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}")
-    made = [parent for parent in path.parents if not parent.exists()]
+    temporary = path.with_name(f".{_truncate(path.name)}.{secrets.token_hex(4)}")
+    created = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        _remove_empty(made)
-        _raise_full(path, error)
+        _remove_empty(created)
+        _raise_if_full(path, error)
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise InputError(f"`out` {out}: parent is a file; choose another folder") from None
-        raise _unusable(out, error) from None
+        raise _not_creatable(out, error) from None
     try:
         yield temporary
         os.sync()  # once, as an fsync of each of 28,000 files would take minutes
         _publish(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(made)
-        _raise_full(path, error)
+        _remove_empty(created)
+        _raise_if_full(path, error)
         raise
 
 
@@ -73,7 +73,7 @@ def require_space(out: Path, space: int) -> None:
     free = shutil.disk_usage(out.resolve().parent).free
     if free < space:
         raise RuntimeFailure(
-            f"{out}: disk full, the export needs {_size(space)} but {_size(free)} are free; "
+            f"{out}: disk full, the export needs {_human_readable(space)} but {_human_readable(free)} are free; "
             "free some space or choose another `out`"
         )
 
@@ -82,15 +82,15 @@ def require_space(out: Path, space: int) -> None:
 def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
     """Write a JSON list item by item; yields a function that appends an item."""
     with path.open("w", encoding="utf-8") as file:
-        between = "[\n"
+        separator = "[\n"
 
         def add(item: Any) -> None:
-            nonlocal between
-            file.write(between + json.dumps(item, allow_nan=False))
-            between = ",\n"
+            nonlocal separator
+            file.write(separator + json.dumps(item, allow_nan=False))
+            separator = ",\n"
 
         yield add
-        file.write("[]\n" if between == "[\n" else "\n]\n")
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 def resolved(out: Path) -> Path:
@@ -107,23 +107,23 @@ def resolved(out: Path) -> Path:
     """
     try:
         path = out.resolve()
-        there = _is_there(path)
-        taken = there and (not path.is_dir() or any(path.iterdir()))
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise _unusable(out, error) from None
+        exists = _exists(path)
+        in_use = exists and (not path.is_dir() or any(path.iterdir()))
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
+        raise _not_creatable(out, error) from None
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(f"`out` {str(out)!a}: name is not valid UTF-8; choose another") from None
-    if taken:
+    if in_use:
         raise InputError(f"`out` {out}: exists and is not an empty folder; choose another or remove it")
-    if there and (path == Path.cwd() or os.path.ismount(path)):
+    if exists and (path == Path.cwd() or os.path.ismount(path)):
         what = "the current folder" if path == Path.cwd() else "a mount point"
         raise InputError(f"`out` {out}: {what} cannot be replaced; give a new folder in it, such as {out / 'export'}")
     return path
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -131,15 +131,15 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _shortened(name: str) -> str:
-    return os.fsencode(name)[:_LONGEST].decode("utf-8", "ignore")
+def _truncate(name: str) -> str:
+    return os.fsencode(name)[:_MAX_BYTES].decode("utf-8", "ignore")
 
 
 def _publish(temporary: Path, path: Path) -> None:
     try:
         temporary.replace(path)
     except OSError as error:
-        if error.errno in _TAKEN:
+        if error.errno in _EXISTS:
             raise InputError(
                 f"`out` {path}: written by another program in the meantime, and left unchanged; choose another `out`"
             ) from None
@@ -154,7 +154,7 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _raise_full(path: Path, error: BaseException) -> None:
+def _raise_if_full(path: Path, error: BaseException) -> None:
     """Raise a RuntimeFailure if an error is caused by a full disk or by the limit on file sizes."""
     if is_disk_full(error) and not isinstance(error, RuntimeFailure):
         raise RuntimeFailure(f"{path}: disk full; free some space and export again") from error
@@ -164,15 +164,15 @@ def _raise_full(path: Path, error: BaseException) -> None:
         ) from error
 
 
-def _unusable(out: Path, error: Exception) -> Exception:
+def _not_creatable(out: Path, error: Exception) -> Exception:
     """Exception for a folder that cannot be created."""
     if isinstance(error, OSError) and error.errno not in _UNUSABLE:
         return error
-    why = error.strerror if isinstance(error, OSError) else "loop of links"
+    why = error.strerror if isinstance(error, OSError) else "loop of symbolic links"
     return InputError(f"`out` {out}: cannot be created ({why}); choose another folder")
 
 
-def _size(space: int) -> str:
+def _human_readable(space: int) -> str:
     for unit in ("bytes", "KB", "MB"):
         if space < 1000:
             return f"{space:.0f} {unit}"

@@ -21,8 +21,8 @@ from refdet.store.export.lmdb_records import CLASS_PROB, PROTOCOL
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
 
-COMMIT_IMAGES = 32  # images in memory
-FIRST_MAP = 64 << 20  # initial map size in bytes, doubled as needed
+IMAGES_PER_COMMIT = 32  # images in memory
+INITIAL_MAP_SIZE = 64 << 20  # initial map size in bytes, doubled as needed
 ALMOST_FULL = 1 << 20  # bytes; with less, an input/output error is taken for a full disk
 UNITER_FOLDER = "feat_numbb100"  # opened by UNITER for conf_th -1 and num_bb 100, as in its RefCOCO configs
 UNITER_REGIONS = 100
@@ -70,15 +70,15 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
         RuntimeFailure: the disk is full, or lmdb fails for another reason.
     """
     consumers.check_consumer("lmdb", consumer or consumers.LMDB[0])
-    lmdb = _package()
+    lmdb = _import_lmdb()
     with Source(store) as source, new_folder(out) as folder:
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
-        kept = [i for i in source.store if i not in empty]
+        nonempty = [i for i in source.store if i not in empty]
         layout = _layout(source, feature, consumer or consumers.LMDB[0])
         require_space(out, source.store.regions * layout.space)
         database = folder / layout.folder
         database.mkdir(exist_ok=True)
-        _write(lmdb, database, _records(layout, kept), out)
+        _write(lmdb, database, _records(layout, nonempty), out)
         notes = list(layout.notes)
         if consumer is None:
             notes.insert(
@@ -90,22 +90,22 @@ def export_lmdb(store: Path, out: Path, feature: str = "fc7", consumer: str | No
             notes.append(f"{len(empty)} images without regions are omitted, listed in provenance.json")
         files = ["/".join(filter(None, (layout.folder, "data.mdb")))]
         if layout.folder and source.store.has_ann_ids:
-            write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, kept)})
+            write_json(folder / "iid_to_ann_ids.json", {"iid_to_ann_ids": _ann_ids(source, nonempty)})
             files.append("iid_to_ann_ids.json")
-        done = Exported("lmdb", len(kept), source.store.regions, files, empty, notes)
+        result = Exported("lmdb", len(nonempty), source.store.regions, files, empty, notes)
         options = {"for": consumer or consumers.LMDB[0], "feature": feature}
-        write_record(folder, done, options, {"features": source})
-    return done
+        write_record(folder, result, options, {"features": source})
+    return result
 
 
 def _layout(source: Source, feature: str, consumer: str) -> _Layout:
     width = source.width(feature)
     notes = consumers.width_note(feature, width, consumer)
     probabilities = CLASS_PROB in source.store.feature_names
-    read = (feature, CLASS_PROB) if probabilities else (feature,)
-    numbers = width + 4 + (source.width(CLASS_PROB) if probabilities else 0)
+    features = (feature, CLASS_PROB) if probabilities else (feature,)
+    n_values = width + 4 + (source.width(CLASS_PROB) if probabilities else 0)
     if consumer == "uniter":
-        return _uniter(source, feature, read, notes)
+        return _uniter(source, feature, features, notes)
     arrays = consumer == "vilbert-multi-task"
     pack = lmdb_records.vilbert_multi_task if arrays else lmdb_records.vilbert_beta
 
@@ -114,29 +114,29 @@ def _layout(source: Source, feature: str, consumer: str) -> _Layout:
 
     return _Layout(
         str,
-        lambda image_id: pack(source.read(image_id, read, categories=False), feature),
+        lambda image_id: pack(source.read(image_id, features, categories=False), feature),
         keys,
-        4 * numbers if arrays else 16 * numbers // 3,
+        4 * n_values if arrays else 16 * n_values // 3,
         notes=notes,
     )
 
 
-def _uniter(source: Source, feature: str, read: tuple[str, ...], notes: list[str]) -> _Layout:
+def _uniter(source: Source, feature: str, features: tuple[str, ...], notes: list[str]) -> _Layout:
     prefix = "visual_grounding_coco_gt" if source.store.has_ann_ids else "visual_grounding_det_coco"
-    places = {category: i for i, category in enumerate(source.names, start=1)}
-    probabilities = CLASS_PROB in read
+    columns = {category: i for i, category in enumerate(source.names, start=1)}
+    probabilities = CLASS_PROB in features
     if not probabilities:
         notes.append(
             f"soft_labels are derived from scores and categories, as {source.path.name} has no {CLASS_PROB}; "
             "UNITER reads them only in pretraining"
         )
-    many = sum(len(source.store.rows(image_id)) > UNITER_REGIONS for image_id in source.store)
-    if many:
-        notes.append(f"{many} images have more than {UNITER_REGIONS} regions; UNITER reads only the first")
+    truncated = sum(len(source.store.rows(image_id)) > UNITER_REGIONS for image_id in source.store)
+    if truncated:
+        notes.append(f"{truncated} images have more than {UNITER_REGIONS} regions; UNITER reads only the first")
 
     def record(image_id: int) -> bytes:
-        regions = source.read(image_id, read, categories=not probabilities)
-        labels = regions.features[CLASS_PROB] if probabilities else lmdb_records.soft_labels_of(regions, places)
+        regions = source.read(image_id, features, categories=not probabilities)
+        labels = regions.features[CLASS_PROB] if probabilities else lmdb_records.soft_labels_of(regions, columns)
         return lmdb_records.uniter(regions, feature, labels)
 
     def keys(names: list[str]) -> tuple[bytes, bytes]:
@@ -161,12 +161,12 @@ def _records(layout: _Layout, image_ids: list[int]) -> Iterator[tuple[bytes, byt
 
 def _ann_ids(source: Source, image_ids: list[int]) -> dict[str, list[int]]:
     """Annotation ids of each image in the order of its regions, for UNITER's prepro.py."""
-    found = {}
+    by_image = {}
     for image_id in image_ids:
         ann_ids = source.read(image_id, (), categories=False).ann_ids
         assert ann_ids is not None
-        found[str(image_id)] = ann_ids.tolist()
-    return found
+        by_image[str(image_id)] = ann_ids.tolist()
+    return by_image
 
 
 def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]], out: Path) -> None:
@@ -182,11 +182,11 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
         OSError: the disk is full, or the limit on file sizes is exceeded.
         RuntimeFailure: lmdb fails otherwise.
     """
-    waiting = iter(records)
-    size = FIRST_MAP
+    pending = iter(records)
+    size = INITIAL_MAP_SIZE
     try:
         with lmdb.open(str(folder), map_size=size, lock=False, sync=False) as database:
-            while batch := list(islice(waiting, COMMIT_IMAGES)):
+            while batch := list(islice(pending, IMAGES_PER_COMMIT)):
                 while True:
                     try:
                         with database.begin(write=True) as transaction:
@@ -197,10 +197,10 @@ def _write(lmdb: ModuleType, folder: Path, records: Iterable[tuple[bytes, bytes]
                         size *= 2
                         database.set_mapsize(size)
     except lmdb.Error as error:
-        raise _translated(error, folder, out) from error
+        raise _as_os_error(error, folder, out) from error
 
 
-def _translated(error: Exception, folder: Path, out: Path) -> Exception:
+def _as_os_error(error: Exception, folder: Path, out: Path) -> Exception:
     """System error behind an error of lmdb, so that all formats report it alike."""
     if os.strerror(errno.EFBIG) in str(error):
         return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -210,7 +210,7 @@ def _translated(error: Exception, folder: Path, out: Path) -> Exception:
     return RuntimeFailure(f"{out}: lmdb cannot write the database ({error}); try another disk")
 
 
-def _package() -> ModuleType:
+def _import_lmdb() -> ModuleType:
     try:
         import lmdb
     except ImportError:

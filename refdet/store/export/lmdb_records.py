@@ -73,20 +73,20 @@ def uniter(regions: Regions, feature: str, soft_labels: np.ndarray) -> bytes:
     return msgspec.msgpack.encode({name: _msgpack_numpy(values) for name, values in halves.items()})
 
 
-def soft_labels_of(regions: Regions, places: dict[int, int]) -> np.ndarray:
+def soft_labels_of(regions: Regions, column_of: dict[int, int]) -> np.ndarray:
     """Derive probabilities from scores: a region's score for its category, the rest for the background.
 
     Args:
         regions: regions of an image.
-        places: category id -> column, starting at 1.
+        column_of: category id -> column, starting at 1.
 
     Returns:
         (N, 1 + classes) float32 probabilities.
     """
-    probabilities = np.zeros((len(regions), 1 + len(places)), np.float32)
-    columns = [places[category] for category in regions.category_ids.tolist()]
-    scores = np.clip(regions.scores, 0, 1)  # given boxes may have any scores
-    probabilities[np.arange(len(regions)), columns] = scores
+    probabilities = np.zeros((len(regions), 1 + len(column_of)), np.float32)
+    indices = [column_of[category] for category in regions.category_ids.tolist()]
+    scores = np.clip(regions.scores, 0, 1)  # boxes from a file may have any scores
+    probabilities[np.arange(len(regions)), indices] = scores
     probabilities[:, 0] = 1 - scores
     return probabilities
 

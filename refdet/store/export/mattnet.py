@@ -14,7 +14,7 @@ import numpy as np
 from refdet.errors import InputError
 from refdet.files.progress import progress
 from refdet.store.export.folder import json_list, new_folder, require_space
-from refdet.store.export.mattnet_prepro import TABLES, Prepro
+from refdet.store.export.mattnet_prepro import METADATA_BYTES, Prepro
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
 from refdet.store.hdf5_file import ANY_READER, new_file
@@ -22,11 +22,11 @@ from refdet.structures.regions import Regions
 
 FEATURES = ("pool5", "fc7")
 WIDTHS = {"pool5": 1024, "fc7": 2048}  # expected by its loaders and layers
-HEADS = "head"
+HEAD_FOLDER = "head"
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Export:
     """State of an export.
 
     Attributes:
@@ -73,16 +73,16 @@ def export_mattnet(
         detections = stack.enter_context(Source(store))
         if detections.store.has_ann_ids:
             raise InputError(f"`store` {store}: has annotations; give a store of detections, this is for `annotations`")
-        given = stack.enter_context(Source(annotations)) if annotations else None
-        if given is not None and not given.store.has_ann_ids:
+        annotation_source = stack.enter_context(Source(annotations)) if annotations else None
+        if annotation_source is not None and not annotation_source.store.has_ann_ids:
             raise InputError(f"`annotations` {annotations}: has detections; extract with `regions='annotations'`")
-        if given is not None and prepro is None:
+        if annotation_source is not None and prepro is None:
             raise InputError(
                 "`annotations`: the rows of ann_feats.h5 need a data.json; give `refer_root` with "
                 "`dataset` and `split_by`, or `data_json`"
             )
         folder = stack.enter_context(new_folder(out))
-        work = _Work(folder, detections, given, prepro, [])
+        work = _Export(folder, detections, annotation_source, prepro, [])
         image_ids = _images(work)
         require_space(out, _space(work, image_ids))
         regions = _write_detections(work, image_ids)
@@ -93,7 +93,7 @@ def export_mattnet(
                 "extract with `lower_threshold_if_empty=True`"
             )
         _write_annotations(work)
-        _write_heads(work, image_ids)
+        _write_head_maps(work, image_ids)
         if prepro is None:
             work.notes.append("no data.json and data.h5; give `refer_root` with `dataset` and `split_by`")
         elif prepro.labels is not None:
@@ -102,43 +102,45 @@ def export_mattnet(
                 work.notes.append(
                     "data.json has no attribute words, which MAttNet needs for training; give `attributes`"
                 )
-        sources = {"features": detections} | ({"annotations": given} if given is not None else {})
+        sources = {"features": detections} | (
+            {"annotations": annotation_source} if annotation_source is not None else {}
+        )
         files = sorted(path.name if path.is_file() else f"{path.name}/*.h5" for path in folder.iterdir())
-        done = Exported("mattnet", len(image_ids), regions, files, empty, work.notes)
-        write_record(folder, done, options, sources)
-    return done
+        result = Exported("mattnet", len(image_ids), regions, files, empty, work.notes)
+        write_record(folder, result, options, sources)
+    return result
 
 
-def detection(regions: Regions, place: int, name: str, det_id: int, row: int) -> dict[str, Any]:
+def detection(regions: Regions, index: int, name: str, det_id: int, row: int) -> dict[str, Any]:
     """Create the record of a detection.
 
     The reference's width ``x2 - x1 + 1`` of an inclusive box is ``x2 - x1`` of a half-open one.
 
     Args:
         regions: regions of an image.
-        place: index of the region.
+        index: index of the region.
         name: name of its category.
-        det_id: number of the detection.
+        det_id: index of the detection.
         row: row of the region in the store.
 
     Returns:
         The record, with ``box`` as x, y, width, height in pixels. ``region``, the row in the store, is an addition that
         `refdet evaluate-on-refer` accepts as an answer.
     """
-    x1, y1, x2, y2 = regions.boxes[place].tolist()
+    x1, y1, x2, y2 = regions.boxes[index].tolist()
     return {
         "det_id": det_id,
         "h5_id": det_id,
         "box": [x1, y1, x2 - x1, y2 - y1],
         "image_id": regions.image_id,
-        "category_id": int(regions.category_ids[place]),
+        "category_id": int(regions.category_ids[index]),
         "category_name": name,
-        "score": float(regions.scores[place]),
+        "score": float(regions.scores[index]),
         "region": row,
     }
 
 
-def _images(work: _Work) -> list[int]:
+def _images(work: _Export) -> list[int]:
     """Ids of the images to export, in the order of the store."""
     source = work.detections
     if work.prepro is None:
@@ -150,32 +152,32 @@ def _images(work: _Work) -> list[int]:
                 f"{source.path}: category {name} has id {category_id}, but {names[name]} in the dataset; "
                 "extract with a detector that has the dataset's categories"
             )
-    wanted = {image["image_id"] for image in work.prepro.data["images"]}
-    found = [image_id for image_id in source.store if image_id in wanted]
-    if not found:
-        raise InputError(f"{source.path}: has none of the {len(wanted)} images of the dataset; extract them")
-    if len(found) < len(wanted):
+    dataset_ids = {image["image_id"] for image in work.prepro.data["images"]}
+    image_ids = [image_id for image_id in source.store if image_id in dataset_ids]
+    if not image_ids:
+        raise InputError(f"{source.path}: has none of the {len(dataset_ids)} images of the dataset; extract them")
+    if len(image_ids) < len(dataset_ids):
         work.notes.append(
-            f"{len(wanted) - len(found)} of the {len(wanted)} images of the dataset are not in "
+            f"{len(dataset_ids) - len(image_ids)} of the {len(dataset_ids)} images of the dataset are not in "
             f"{source.path.name} and have no detections"
         )
-    if len(found) < len(source.store):
+    if len(image_ids) < len(source.store):
         work.notes.append(
-            f"{len(source.store) - len(found)} images of {source.path.name} are not in the dataset and are omitted"
+            f"{len(source.store) - len(image_ids)} images of {source.path.name} are not in the dataset and are omitted"
         )
-    return found
+    return image_ids
 
 
-def _space(work: _Work, image_ids: list[int]) -> int:
+def _space(work: _Export, image_ids: list[int]) -> int:
     """Minimum size of features and head maps in bytes."""
     rows = sum(len(work.detections.store.rows(image_id)) for image_id in image_ids)
-    counted = [(work.detections, rows)]
+    sources = [(work.detections, rows)]
     if work.annotations is not None and work.prepro is not None:
-        counted.append((work.annotations, len(work.prepro.data["anns"])))
-    numbers = sum(
-        n * source.width(name) for source, n in counted for name in FEATURES if name in source.store.feature_names
+        sources.append((work.annotations, len(work.prepro.data["anns"])))
+    n_values = sum(
+        n * source.width(name) for source, n in sources for name in FEATURES if name in source.store.feature_names
     )
-    return 4 * (numbers + sum(work.detections.head_size(image_id) for image_id in image_ids))
+    return 4 * (n_values + sum(work.detections.head_size(image_id) for image_id in image_ids))
 
 
 def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> dict[str, h5py.Dataset]:
@@ -185,12 +187,12 @@ def _datasets(file: h5py.File, source: Source, names: list[str], rows: int) -> d
     }
 
 
-def _room(source: Source, names: list[str], rows: int) -> int:
+def _file_space(source: Source, names: list[str], rows: int) -> int:
     """Maximum size in bytes of a file of features."""
-    return 4 * rows * sum(source.width(name) for name in names) + TABLES
+    return 4 * rows * sum(source.width(name) for name in names) + METADATA_BYTES
 
 
-def _names(work: _Work, source: Source) -> list[str]:
+def _names(work: _Export, source: Source) -> list[str]:
     """Names of the features of a store to export."""
     names = [name for name in FEATURES if name in source.store.feature_names]
     for name in FEATURES:
@@ -200,13 +202,13 @@ def _names(work: _Work, source: Source) -> list[str]:
         width = source.width(name)
         if width != WIDTHS[name]:
             work.notes.append(
-                f"{name} of {source.path.name} has {width} numbers per region, but "
+                f"{name} of {source.path.name} has {width} values per region, but "
                 f"MAttNet's layers expect {WIDTHS[name]}"
             )
     return names
 
 
-def _write_detections(work: _Work, image_ids: list[int]) -> int:
+def _write_detections(work: _Export, image_ids: list[int]) -> int:
     """Write dets.json, masks.json and det_feats.h5 and return the number of detections.
 
     Detections are numbered as in run_detect.py: by image, class and descending score.
@@ -220,20 +222,20 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
     with ExitStack() as stack:
         add = stack.enter_context(json_list(work.folder / "dets.json"))
         add_mask = stack.enter_context(json_list(work.folder / "masks.json")) if store.has_masks else None
-        room = _room(source, names, total)
-        file = stack.enter_context(new_file(work.folder / "det_feats.h5", room, ANY_READER))
+        space = _file_space(source, names, total)
+        file = stack.enter_context(new_file(work.folder / "det_feats.h5", space, ANY_READER))
         datasets = _datasets(file, source, names, total)
         first = 0
         for image_id in progress(image_ids, "detections", "image"):
             regions, rows = source.read(image_id, names), store.rows(image_id)
             order = np.lexsort((-regions.scores, np.array([rank[c] for c in regions.category_ids.tolist()], np.int64)))
             rles = regions.rles()
-            for det_id, place in enumerate(order.tolist(), start=first):
-                category = source.names[int(regions.category_ids[place])]
-                record = detection(regions, place, category, det_id, rows[place])
+            for det_id, index in enumerate(order.tolist(), start=first):
+                category = source.names[int(regions.category_ids[index])]
+                record = detection(regions, index, category, det_id, rows[index])
                 add(record)
                 if add_mask is not None:
-                    add_mask(record | {"rle": rles[place] | {"counts": rles[place]["counts"].decode("ascii")}})
+                    add_mask(record | {"rle": rles[index] | {"counts": rles[index]["counts"].decode("ascii")}})
             if len(rows):
                 for name in names:
                     datasets[name][first : first + len(rows)] = regions.features[name][order]
@@ -241,22 +243,22 @@ def _write_detections(work: _Work, image_ids: list[int]) -> int:
     return total
 
 
-def _write_annotations(work: _Work) -> None:
+def _write_annotations(work: _Export) -> None:
     """Write ann_feats.h5, with rows by ``h5_id`` of the annotations in data.json."""
     source = work.annotations
     if source is None or work.prepro is None:
         work.notes.append("no ann_feats.h5; give `annotations`")
         return
     images, anns = work.prepro.data["images"], work.prepro.data["anns"]
-    lost = [image["image_id"] for image in images if image["image_id"] not in source.store]
-    if lost:
+    missing = [image["image_id"] for image in images if image["image_id"] not in source.store]
+    if missing:
         raise InputError(
-            f"`annotations` {source.path}: {len(lost)} of the {len(images)} images of the dataset are "
-            f"missing, first: {lost[0]}; extract all splits"
+            f"`annotations` {source.path}: {len(missing)} of the {len(images)} images of the dataset are "
+            f"missing, first: {missing[0]}; extract all splits"
         )
     row_of = {ann["ann_id"]: ann["h5_id"] for ann in anns}
-    names, seen = _names(work, source), 0
-    with new_file(work.folder / "ann_feats.h5", _room(source, names, len(anns)), ANY_READER) as file:
+    names, written = _names(work, source), 0
+    with new_file(work.folder / "ann_feats.h5", _file_space(source, names, len(anns)), ANY_READER) as file:
         datasets = _datasets(file, source, names, len(anns))
         for image in progress(images, "annotations", "image"):
             regions = source.read(image["image_id"], names, categories=False)
@@ -270,33 +272,34 @@ def _write_annotations(work: _Work) -> None:
             if len(order):
                 for name in names:
                     datasets[name][rows[order]] = regions.features[name][order]
-            seen += len(order)
-    if seen < len(anns):
+            written += len(order)
+    if written < len(anns):
         work.notes.append(
-            f"{len(anns) - seen} of the {len(anns)} annotations of the dataset are not in "
+            f"{len(anns) - written} of the {len(anns)} annotations of the dataset are not in "
             f"{source.path.name} (crowds or unusable images); their rows are zero"
         )
 
 
-def _write_heads(work: _Work, image_ids: list[int]) -> None:
+def _write_head_maps(work: _Export, image_ids: list[int]) -> None:
     """Write the head map of each image, ``head`` (1, C, H, W) and ``im_info`` (1, 3), from stores that have it."""
     sources = [source for source in (work.detections, work.annotations) if source is not None and source.has_heads]
     if not sources:
         work.notes.append(
-            f"no {HEADS}/*.h5, which MAttNet needs for training and evaluation; extract with `features` pool5,fc7,head"
+            f"no {HEAD_FOLDER}/*.h5, which MAttNet needs for training and evaluation; "
+            "extract with `features` pool5,fc7,head"
         )
         return
-    wanted = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
-    (work.folder / HEADS).mkdir()
+    dataset_ids = [image["image_id"] for image in work.prepro.data["images"]] if work.prepro else image_ids
+    (work.folder / HEAD_FOLDER).mkdir()
     missing = 0
-    for image_id in progress(wanted, "heads", "image"):
-        found = next((head for source in sources if (head := source.head(image_id)) is not None), None)
-        if found is None:
+    for image_id in progress(dataset_ids, "heads", "image"):
+        head_map = next((head for source in sources if (head := source.head(image_id)) is not None), None)
+        if head_map is None:
             missing += 1
             continue
-        arrays = {"head": found[0][None], "im_info": found[1][None]}
-        room = sum(values.nbytes for values in arrays.values()) + TABLES
-        with new_file(work.folder / HEADS / f"{image_id}.h5", room, ANY_READER) as file:
+        arrays = {"head": head_map[0][None], "im_info": head_map[1][None]}
+        space = sum(values.nbytes for values in arrays.values()) + METADATA_BYTES
+        with new_file(work.folder / HEAD_FOLDER / f"{image_id}.h5", space, ANY_READER) as file:
             datasets = [
                 file.create_dataset(name, values.shape, values.dtype, track_times=False)
                 for name, values in arrays.items()
@@ -304,4 +307,4 @@ def _write_heads(work: _Work, image_ids: list[int]) -> None:
             for dataset, values in zip(datasets, arrays.values(), strict=True):
                 dataset[...] = values
     if missing:
-        work.notes.append(f"{missing} of {len(wanted)} images have no head map")
+        work.notes.append(f"{missing} of {len(dataset_ids)} images have no head map")

@@ -19,15 +19,15 @@ from refdet.files.json_files import read_json
 from refdet.files.short_text import cut
 from refdet.store.hdf5_file import ANY_READER, new_file
 from refer import REFER
-from refer.validation import Kinds, box_of, check_fields
+from refer.validation import Types, box_of, check_fields
 
 MAX_LENGTH = {"refcoco": 10, "refclef": 10, "refcoco+": 10, "refcocog": 20}
 PAD, UNKNOWN, BEGIN, END = "<PAD>", "<UNK>", "<BOS>", "<EOS>"
 ATTRIBUTE_TYPES = ("r1", "r2", "r7")  # of Kazemzadeh et al.: category, colour, other attributes
 NO_ATTRIBUTE = "none"  # refer-parser2's word for no attribute
-_IMAGE: dict[str, Kinds] = {"file_name": str, "height": int, "width": int}
-_ANNOTATION: dict[str, Kinds] = {"category_id": int}
-TABLES = 64 << 10  # maximum size in bytes of HDF5's metadata in a file of a few datasets
+_IMAGE: dict[str, Types] = {"file_name": str, "height": int, "width": int}
+_ANNOTATION: dict[str, Types] = {"category_id": int}
+METADATA_BYTES = 64 << 10  # maximum size of HDF5's metadata in a file of a few datasets
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Prepro:
         except ValueError:
             raise InputError("data.json: a box of the dataset is not finite; correct its instances.json") from None
         (folder / "data.json").write_text(text, encoding="utf-8")
-        with new_file(folder / "data.h5", self.labels.nbytes + TABLES, ANY_READER) as file:
+        with new_file(folder / "data.h5", self.labels.nbytes + METADATA_BYTES, ANY_READER) as file:
             labels = file.create_dataset("labels", self.labels.shape, self.labels.dtype, track_times=False)
             labels[...] = self.labels
 
@@ -211,8 +211,8 @@ def vocabulary(
     rare = len(known) < len(counts)
     known |= {word: None for name in [*categories, "__background__"] for word in name.split()}
     words = [PAD, *known, *([UNKNOWN] if rare else []), BEGIN, END]
-    final = {sent_id: [w if w in known else UNKNOWN for w in tokens] for sent_id, tokens in sentences.items()}
-    return {word: i for i, word in enumerate(words)}, final
+    with_unknown = {sent_id: [w if w in known else UNKNOWN for w in tokens] for sent_id, tokens in sentences.items()}
+    return {word: i for i, word in enumerate(words)}, with_unknown
 
 
 def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], dict[int, list[str]]]:
@@ -230,20 +230,20 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
     """
     if options.attributes is None:
         return {}, {}
-    found: dict[int, dict[str, None]] = {}
+    words_by_ref: dict[int, dict[str, None]] = {}
     no_words = {NO_ATTRIBUTE, *refer.Cats.values()}
     try:
         for sentence in read_json(options.attributes):
             ref = refer.sentToRef[sentence["sent_id"]]
-            for kind in ATTRIBUTE_TYPES:
-                words = {str(word): None for word in sentence["atts"][kind] if word not in no_words}
-                found.setdefault(ref["ref_id"], {}).update(words)
+            for attribute_type in ATTRIBUTE_TYPES:
+                words = {str(word): None for word in sentence["atts"][attribute_type] if word not in no_words}
+                words_by_ref.setdefault(ref["ref_id"], {}).update(words)
     except (TypeError, KeyError) as error:
         raise InputError(
             f"`attributes` {options.attributes}: not refer-parser2's sents.json of this dataset "
             f"({type(error).__name__}: {cut(error)})"
         ) from None
-    counts = Counter(word for words in found.values() for word in words)
+    counts = Counter(word for words in words_by_ref.values() for word in words)
     top = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: options.top_attributes])
-    words_of = {ref_id: [word for word in words if word in top] for ref_id, words in found.items()}
+    words_of = {ref_id: [word for word in words if word in top] for ref_id, words in words_by_ref.items()}
     return top, words_of

@@ -10,7 +10,7 @@ import numpy as np
 
 from refdet.files.progress import progress
 from refdet.store.export import consumers, portable_pickle
-from refdet.store.export.file_names import file_names, unusable
+from refdet.store.export.file_names import file_names, unusable_names
 from refdet.store.export.folder import new_folder, require_space
 from refdet.store.export.npz_layouts import LAYOUTS, check_names
 from refdet.store.export.record import Exported, write_record
@@ -45,7 +45,7 @@ def export_npz(
     with Source(store) as source, new_folder(out) as folder:
         width = source.width(feature)
         require_space(out, source.store.regions * 4 * (width + 4))
-        places = {category: i for i, category in enumerate(source.names)}
+        category_index = {category: i for i, category in enumerate(source.names)}
         name_of = file_names(source.store, names, ".npz")
         notes = [*layout.notes, *consumers.width_note(feature, width, consumer)]
         notes += check_names(store, layout, name_of)
@@ -54,18 +54,18 @@ def export_npz(
         for image_id, name in progress(name_of.items(), "export", "image", total=len(name_of)):
             regions = source.read(image_id, (feature,))
             try:
-                write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, places))
+                write_npz(files / f"{name}.npz", layout.arrays(regions, feature, name, category_index))
             except FileExistsError:  # a file system that ignores case or normalises accents
-                raise unusable(store, f"the disk takes {name!r} of image {image_id} for another name") from None
+                raise unusable_names(store, f"the disk takes {name!r} of image {image_id} for another name") from None
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         if empty:
             notes.append(f"{len(empty)} images have no regions; {layout.empty}")
         if names != layout.names and consumer == "rosita":
             notes.append("ROSITA expects files named after the image file with its suffix (`names='file'`)")
         pattern = "/".join(filter(None, (layout.folder, "*.npz")))
-        done = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
-        write_record(folder, done, {"for": consumer, "feature": feature, "names": names}, {"features": source})
-    return done
+        result = Exported("npz", len(name_of), source.store.regions, [pattern], empty, notes)
+        write_record(folder, result, {"for": consumer, "feature": feature, "names": names}, {"features": source})
+    return result
 
 
 def write_npz(path: Path, values: dict[str, Any]) -> None:

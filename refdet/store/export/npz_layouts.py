@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from refdet.store.export.file_names import base_name, unusable
+from refdet.store.export.file_names import base_name, unusable_names
 from refdet.structures.regions import Regions
 
 Arrays = dict[str, Any]
-NUMBERS_NOTE = (
+OBJECTS_ID_NOTE = (
     "objects_id counts the detector's classes from 0, without the background, as bottom-up-attention does "
     "since September 2020; older exports of refdet count from 1"
 )
@@ -49,7 +49,7 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         names: image id -> file name.
 
     Returns:
-        Notes about images that the program reads with another id.
+        Notes about images to which the program gives another id.
 
     Raises:
         InputError: a name without an image id, or two names with the same.
@@ -61,28 +61,28 @@ def check_names(path: Path, layout: Layout, names: Mapping[int, str]) -> list[st
         try:
             read = layout.image_id(name)
         except ValueError:
-            raise unusable(path, f"no image id in {name!r} of image {image_id}") from None
+            raise unusable_names(path, f"no image id in {name!r} of image {image_id}") from None
         other = owner.setdefault(read, image_id)
         if other != image_id:
-            raise unusable(path, f"images {other} and {image_id} are both read as {read!r}")
-    others = [image_id for read, image_id in owner.items() if read != str(image_id)]
-    if not others:
+            raise unusable_names(path, f"images {other} and {image_id} are both read as {read!r}")
+    mismatched = [image_id for read, image_id in owner.items() if read != str(image_id)]
+    if not mismatched:
         return []
-    read = layout.image_id(names[others[0]])
+    read = layout.image_id(names[mismatched[0]])
     return [
-        f"{len(others)} images are read with another id than in the store (image {others[0]} as {read!r}); "
+        f"{len(mismatched)} images are read with another id than in the store (image {mismatched[0]} as {read!r}); "
         "if that is wrong, export with `names='id'`"
     ]
 
 
-def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
+def bottom_up_attention(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """Contents of a file for MILVLG/bottom-up-attention.pytorch.
 
     Args:
         regions: regions of an image.
         feature: the feature to write.
         name: name of the file.
-        places: category id -> index in the detector's classes.
+        category_index: category id -> index in the detector's classes.
 
     Returns:
         ``x`` (N, width) float32; ``bbox`` (N, 4) float32, half-open xyxy in pixels; ``num_bbox``, ``image_h``,
@@ -95,7 +95,7 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mappi
         "image_h": regions.height,
         "image_w": regions.width,
         "num_boxes": len(regions),
-        "objects_id": _objects(regions, places),
+        "objects_id": _object_ids(regions, category_index),
         "objects_conf": regions.scores,
         "category_id": regions.category_ids,
     }
@@ -109,13 +109,13 @@ def bottom_up_attention(regions: Regions, feature: str, name: str, places: Mappi
     }
 
 
-def transposed(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
+def transposed(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """As `bottom_up_attention` with ``x`` (width, N), which openvqa's VQA loader and mcan-vqa transpose back."""
     x = np.ascontiguousarray(_features(regions, feature).T)
-    return bottom_up_attention(regions, feature, name, places) | {"x": x}
+    return bottom_up_attention(regions, feature, name, category_index) | {"x": x}
 
 
-def openvqa_gqa(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
+def openvqa_gqa(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """Contents for openvqa's GQA loader: ``x`` (N, width), ``bbox`` (N, 4) xyxy in pixels, ``height``, ``width``."""
     return {
         "x": _features(regions, feature),
@@ -126,7 +126,7 @@ def openvqa_gqa(regions: Regions, feature: str, name: str, places: Mapping[int, 
     }
 
 
-def rosita(regions: Regions, feature: str, name: str, places: Mapping[int, int]) -> Arrays:
+def rosita(regions: Regions, feature: str, name: str, category_index: Mapping[int, int]) -> Arrays:
     """Contents for ROSITA's loaders and TSV converter, with zero attributes."""
     n = len(regions)
     return {
@@ -136,7 +136,7 @@ def rosita(regions: Regions, feature: str, name: str, places: Mapping[int, int])
         "image_w": regions.width,
         "num_boxes": n,
         "boxes": regions.boxes,
-        "objects_id": _objects(regions, places),
+        "objects_id": _object_ids(regions, category_index),
         "objects_conf": regions.scores,
         "attrs_id": np.zeros(n, np.int64),
         "attrs_conf": np.zeros(n, np.float32),
@@ -147,32 +147,32 @@ def _features(regions: Regions, feature: str) -> np.ndarray:
     return regions.features[feature].astype(np.float32)
 
 
-def _objects(regions: Regions, places: Mapping[int, int]) -> np.ndarray:
-    return np.array([places[category] for category in regions.category_ids.tolist()], np.int64)
+def _object_ids(regions: Regions, category_index: Mapping[int, int]) -> np.ndarray:
+    return np.array([category_index[category] for category in regions.category_ids.tolist()], np.int64)
 
 
 def _trailing_number(name: str) -> str:
     return str(int(name.split("_")[-1].split(".")[0]))
 
 
-def _up_to_a_dot(name: str) -> str:
+def _before_first_dot(name: str) -> str:
     return name.split(".")[0]
 
 
 LAYOUTS = {
-    "bottom-up-attention": Layout(bottom_up_attention, notes=(NUMBERS_NOTE,)),
-    "openvqa": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
+    "bottom-up-attention": Layout(bottom_up_attention, notes=(OBJECTS_ID_NOTE,)),
+    "openvqa": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "openvqa-gqa": Layout(
         openvqa_gqa,
-        image_id=_up_to_a_dot,
+        image_id=_before_first_dot,
         notes=("openvqa's GQA loader also reads grid features, which are not exported",),
     ),
-    "mcan": Layout(transposed, image_id=_trailing_number, notes=(NUMBERS_NOTE,)),
+    "mcan": Layout(transposed, image_id=_trailing_number, notes=(OBJECTS_ID_NOTE,)),
     "rosita": Layout(
         rosita,
         "file",
         "npz_files",  # its converter reads every file in the folder
-        notes=(NUMBERS_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
+        notes=(OBJECTS_ID_NOTE, "attrs_id and attrs_conf are zero, as the detector has no attributes"),
         empty="their files have 0 boxes, at which ROSITA's loaders fail",
     ),
 }

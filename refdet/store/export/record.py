@@ -48,6 +48,6 @@ def write_record(folder: Path, done: Exported, options: Mapping[str, Any], sourc
         options: options of the export.
         sources: the stores by name.
     """
-    described = {name: source.describe() for name, source in sources.items()}
-    record = {"refdet": __version__, "export": done.to_json(), "options": dict(options), "sources": described}
+    source_records = {name: source.describe() for name, source in sources.items()}
+    record = {"refdet": __version__, "export": done.to_json(), "options": dict(options), "sources": source_records}
     write_json(folder / NAME, record)

@@ -34,7 +34,7 @@ class Source:
         self.has_heads = "head" in self.store.map_names
         self._errors = self.store.errors
         try:
-            self.names: dict[int, str] = {int(one["id"]): str(one["name"]) for one in self.store.classes}
+            self.names: dict[int, str] = {int(category["id"]): str(category["name"]) for category in self.store.classes}
             starts = self.store.data["maps/head_start"][:].tolist() if self.has_heads else []
         except (TypeError, KeyError, ValueError, OSError) as error:
             self.store.close()
@@ -60,10 +60,10 @@ class Source:
         Raises:
             InputError: the store lacks the feature, or it is not a vector.
         """
-        there = self.store.feature_names
-        if feature not in there:
+        available = self.store.feature_names
+        if feature not in available:
             raise InputError(
-                f"{self.path}: no feature {feature} (it has {', '.join(there) or 'none'}); "
+                f"{self.path}: no feature {feature} (it has {', '.join(available) or 'none'}); "
                 f"extract it with refdet extract-features --features {feature}"
             )
         shape = self.store.data[f"features/{feature}"].shape[1:]
@@ -131,11 +131,10 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """File, hash, provenance and options of the store, for `provenance.json`."""
-        of = self.store
         return {
             "file": self.path.name,
             "sha256": file_sha256(self.path),
-            "provenance": of.provenance,
-            "options": of.options,
-            "recipe": of.recipe,
+            "provenance": self.store.provenance,
+            "options": self.store.options,
+            "recipe": self.store.recipe,
         }

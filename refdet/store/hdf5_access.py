@@ -1,8 +1,8 @@
 """Open the HDF5 file of a store, which may be untrusted.
 
-An unknown file is first checked in a separate process (`refdet.store.hdf5_trial`), which refuses anything that no store
-has (`refdet.store.hdf5_structure`) and may crash or hang without harm. Files that passed and files that refdet wrote
-are remembered (`refdet.store.known_files`), so opening them again costs nothing.
+An unknown file is first checked in a separate process (`refdet.store.hdf5_sandbox`), which may crash or hang without
+harm and refuses anything that no store has (`refdet.store.hdf5_structure`). Files that passed, and files that refdet
+wrote, are remembered (`refdet.store.known_files`), so opening them again costs nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import h5py
 
 from refdet.errors import InputError
-from refdet.store.hdf5_trial import try_file
+from refdet.store.hdf5_sandbox import check_in_subprocess
 from refdet.store.known_files import FileState, KnownFiles
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
-_KINDS = {
+_SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -28,13 +28,13 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 
-known = KnownFiles(f"HDF5 {h5py.version.hdf5_version} by h5py {h5py.__version__}")
+known_files = KnownFiles(f"HDF5 {h5py.version.hdf5_version} by h5py {h5py.__version__}")
 
 
 def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     """Open the HDF5 file of a store for reading.
 
-    Checks the file's structure, but not that it has all parts of a store, which `refdet.store.open` does.
+    Checks the file's structure; `refdet.store.open` also checks that it has all parts of a store.
 
     Args:
         path: the store.
@@ -53,9 +53,9 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
             if start.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{path}: not a readable HDF5 file; give a file written by refdet extract-features")
         before = FileState.of(path)
-        passed = not again and before in known
-        if not passed and (wrong := try_file(path)):
-            raise InputError(f"{path}: {wrong}")
+        is_known = not again and before in known_files
+        if not is_known and (problem := check_in_subprocess(path)):
+            raise InputError(f"{path}: {problem}")
         file = h5py.File(path, "r")
         after = FileState.of(path)
     except OSError as error:
@@ -63,9 +63,9 @@ def open_store_file(path: str | Path, again: bool = False) -> h5py.File:
     if after != before:
         file.close()
         raise InputError(f"{path}: changed while being opened; wait until it is written and try again")
-    if not passed:
+    if not is_known:
         log.info("%s: checked before opening, remembered", path)
-        known.add(before)
+        known_files.add(before)
     return file
 
 
@@ -85,9 +85,11 @@ def check_regular(path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if kind != stat.S_IFREG:
-        raise InputError(f"{path}: {_KINDS.get(kind, 'special')}, not a file; give one of refdet extract-features")
+        raise InputError(
+            f"{path}: {_SPECIAL_FILES.get(kind, 'special')}, not a file; give one of refdet extract-features"
+        )
 
 
 def remember(path: Path) -> None:
     """Remember a file that refdet has just written."""
-    known.add(FileState.of(path))
+    known_files.add(FileState.of(path))

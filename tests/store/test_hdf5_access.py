@@ -19,9 +19,9 @@ from hostile_stores import write_store
 
 from refdet import store
 from refdet.errors import InputError
-from refdet.store import hdf5_door, hdf5_trial
+from refdet.store import hdf5_access, hdf5_sandbox
 from refdet.store.dataset import RegionsDataset
-from refdet.store.hdf5_door import open_store_file
+from refdet.store.hdf5_access import open_store_file
 from refdet.store.known_files import FileState, KnownFiles
 from refdet.store.verify import verify
 
@@ -35,9 +35,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def look(path: Path) -> str:
         names.append(path.name)
-        return hdf5_trial.look_through(path)
+        return hdf5_sandbox.check_in_process(path)
 
-    monkeypatch.setattr(hdf5_door, "try_file", look)
+    monkeypatch.setattr(hdf5_access, "check_in_subprocess", look)
     return names
 
 
@@ -85,7 +85,7 @@ def test_a_changed_store_is_tried_again(foreign: Path, tried: list[str], content
 
 def test_another_process_knows_it_too(foreign: Path, tried: list[str]) -> None:
     store.open(foreign).close()
-    other = KnownFiles(f"HDF5 {hdf5_door.h5py.version.hdf5_version} by h5py {hdf5_door.h5py.__version__}")
+    other = KnownFiles(f"HDF5 {hdf5_access.h5py.version.hdf5_version} by h5py {hdf5_access.h5py.__version__}")
     assert FileState.of(foreign) in other
     assert FileState.of(foreign) not in KnownFiles("another check")
     assert FileState.of(foreign)._replace(changed=1) not in other
@@ -108,12 +108,12 @@ def test_a_cache_of_others_or_a_damaged_one_is_none(foreign: Path, spoil: Callab
 
 
 def test_the_cache_keeps_the_newest(foreign: Path) -> None:
-    known, state = KnownFiles("a"), FileState.of(foreign)
+    known_files, state = KnownFiles("a"), FileState.of(foreign)
     (foreign.parent / "cache" / "refdet").mkdir(parents=True, exist_ok=True)
     cache = foreign.parent / "cache" / "refdet" / "stores.json"
-    cache.write_text(json.dumps({"check": known._check, "files": {str(i): [0] * 4 for i in range(600)}}))
+    cache.write_text(json.dumps({"check": known_files._check, "files": {str(i): [0] * 4 for i in range(600)}}))
     cache.chmod(0o600)
-    known.add(state)
+    known_files.add(state)
     kept = json.loads(cache.read_text())["files"]
     assert len(kept) == 500 and list(kept)[-1] == str(foreign) and "100" not in kept and "599" in kept
 
@@ -124,7 +124,7 @@ def test_a_worker_need_not_try_what_its_parent_did(
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing can be written there
     content = pickle.dumps(RegionsDataset(foreign))
     assert tried == ["a.h5"]
-    monkeypatch.setattr(hdf5_door.known, "_here", {})  # as in a process that was spawned
+    monkeypatch.setattr(hdf5_access.known_files, "_in_process", {})  # as in a process that was spawned
     assert pickle.loads(content)[0]["image_id"] == 10
     assert tried == ["a.h5"]
 
@@ -163,16 +163,16 @@ LOOKS = {
 def test_what_hdf5_does_to_the_other_process_is_damage(
     foreign: Path, monkeypatch: pytest.MonkeyPatch, does: str
 ) -> None:
-    name = "_look" if "bytearray" in does else "look_through"
-    code = f"import os, signal, time; from refdet.store import hdf5_trial\ndef look(path):\n    {does}\n"
-    code += f"hdf5_trial.{name} = look\n"
-    before, main = hdf5_trial._START.split("from refdet.store.hdf5_trial import main\n")
-    monkeypatch.setattr(hdf5_trial, "_START", f"{before}{code}from refdet.store.hdf5_trial import main\n{main}")
-    monkeypatch.setattr(hdf5_trial, "SECONDS", 0.5)
-    monkeypatch.setattr(hdf5_trial, "PATIENCE", 20)
+    name = "_look" if "bytearray" in does else "check_in_process"
+    code = f"import os, signal, time; from refdet.store import hdf5_sandbox\ndef check(path):\n    {does}\n"
+    code += f"hdf5_sandbox.{name} = look\n"
+    before, main = hdf5_sandbox._START.split("from refdet.store.hdf5_sandbox import main\n")
+    monkeypatch.setattr(hdf5_sandbox, "_START", f"{before}{code}from refdet.store.hdf5_sandbox import main\n{main}")
+    monkeypatch.setattr(hdf5_sandbox, "SECONDS", 0.5)
+    monkeypatch.setattr(hdf5_sandbox, "WALL_TIME_FACTOR", 20)
     if "sleep" in does:
-        monkeypatch.setattr(hdf5_trial, "_SOON", 0.1)
-        monkeypatch.setattr(hdf5_trial, "PATIENCE", 3)
+        monkeypatch.setattr(hdf5_sandbox, "_NOTE_AFTER", 0.1)
+        monkeypatch.setattr(hdf5_sandbox, "WALL_TIME_FACTOR", 3)
     with pytest.raises(InputError, match=f"a.h5: damaged: .*{LOOKS[does]}.*; extract it again"):
         open_store_file(foreign)
 
@@ -180,7 +180,7 @@ def test_what_hdf5_does_to_the_other_process_is_damage(
 def test_where_no_process_can_be_started_it_is_tried_here(
     foreign: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hdf5_trial.sys, "executable", "/nonexistent")
+    monkeypatch.setattr(hdf5_sandbox.sys, "executable", "/nonexistent")
     store.open(foreign).close()
     assert "a.h5: checked without a separate process" in caplog.text
 
@@ -202,7 +202,7 @@ def test_nothing_of_the_current_folder_is_imported(foreign: Path, how: list[str]
 
 def test_plugins_of_hdf5_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HDF5_PLUGIN_PATH", "/tmp/plugins")
-    found = hdf5_trial._environment()
+    found = hdf5_sandbox._environment()
     assert "HDF5_PLUGIN_PATH" not in found and found["HDF5_PLUGIN_PRELOAD"] == "::"
 
 

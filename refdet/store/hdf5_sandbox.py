@@ -20,11 +20,11 @@ from refdet.store.schema import FAMILY, SCHEMA
 
 log = logging.getLogger(__name__)
 
-MEMORY = 3 << 29  # bytes of address space; Python with h5py uses a tenth, any store little more
-SECONDS = 2.5  # of CPU time, plus
-SECONDS_A_GB = 200.0  # per GB of the file, as chunks are decompressed (lzf in Python)
-PATIENCE = 6  # ratio of wall time to CPU time, to wait for the disk
-_SOON = 3.0  # seconds before a note is logged
+MEMORY = 3 << 29  # bytes of address space; Python with h5py uses a tenth of it, and a store adds little
+SECONDS = 2.5  # of CPU time for any file, plus
+SECONDS_PER_GB = 200.0  # per GB of the file, as chunks are decompressed (lzf in Python)
+WALL_TIME_FACTOR = 6  # limit of wall time / limit of CPU time, as the disk may be slow
+_NOTE_AFTER = 3.0  # seconds before a note is logged
 
 _STARTED = b"started\n"
 # The current folder may be untrusted, so -I removes it and the environment's settings from the import path.
@@ -32,12 +32,12 @@ _START = """
 import sys
 at = next((i for i, p in enumerate(sys.path) if p.endswith(("site-packages", "dist-packages"))), len(sys.path))
 sys.path[at:at] = sys.argv[4:]
-from refdet.store.hdf5_trial import main
+from refdet.store.hdf5_sandbox import main
 main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
 """
 
 
-def try_file(path: Path) -> str:
+def check_in_subprocess(path: Path) -> str:
     """Check a file in a separate process, or in this one with a warning if none can be started.
 
     Args:
@@ -46,10 +46,10 @@ def try_file(path: Path) -> str:
     Returns:
         The problem as the end of an error message, "" if HDF5 can read the file and it is a store.
     """
-    seconds = SECONDS + SECONDS_A_GB * path.stat().st_size / 1e9
+    seconds = SECONDS + SECONDS_PER_GB * path.stat().st_size / 1e9
     try:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, os.path.abspath(path), str(MEMORY), str(seconds), *_import_folders()],
+            [sys.executable, "-I", "-c", _START, os.path.abspath(path), str(MEMORY), str(seconds), *_import_paths()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -57,29 +57,29 @@ def try_file(path: Path) -> str:
             cwd=os.sep,
         )
     except OSError as error:
-        return _try_here(path, str(error))
+        return _check_without_sandbox(path, str(error))
     with child:
         try:
-            output = _wait(child, path, PATIENCE * seconds)
+            output = _wait(child, path, WALL_TIME_FACTOR * seconds)
         except subprocess.TimeoutExpired:
-            return _damaged(f"HDF5 does not finish within {PATIENCE * seconds:.3g} seconds")
+            return _damaged(f"HDF5 does not finish within {WALL_TIME_FACTOR * seconds:.3g} seconds")
         finally:
             child.kill()
     if not output.startswith(_STARTED):
-        return _try_here(path, f"exit code {child.returncode}")
+        return _check_without_sandbox(path, f"exit code {child.returncode}")
     return verdict(output, child.returncode, seconds)
 
 
 def _wait(child: subprocess.Popen[bytes], path: Path, seconds: float) -> bytes:
     try:
-        return child.communicate(timeout=_SOON)[0]
+        return child.communicate(timeout=_NOTE_AFTER)[0]
     except subprocess.TimeoutExpired:
         log.warning("note: checking %s for damage, once", path)
     return child.communicate(timeout=seconds)[0]
 
 
 def verdict(output: bytes, code: int, seconds: float) -> str:
-    """Interpret the result of the process of `try_file`.
+    """Interpret the result of the process of `check_in_subprocess`.
 
     Args:
         output: its standard output.
@@ -99,12 +99,12 @@ def verdict(output: bytes, code: int, seconds: float) -> str:
     return _damaged(f"HDF5 crashes ({name})")
 
 
-def _try_here(path: Path, why: str) -> str:
+def _check_without_sandbox(path: Path, why: str) -> str:
     log.warning("note: %s: checked without a separate process (%s)", path, why)
-    return look_through(path)
+    return check_in_process(path)
 
 
-def _import_folders() -> list[str]:
+def _import_paths() -> list[str]:
     """Folders of the packages that the process needs to import."""
     import h5py
     import numpy
@@ -116,8 +116,8 @@ def _import_folders() -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Environment of this process, without HDF5 plugins for unknown filters and with one thread."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
-    return kept | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HDF5_PLUGIN")}
+    return variables | {"HDF5_PLUGIN_PRELOAD": "::", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(path: str, memory: int, seconds: float) -> None:
@@ -128,35 +128,35 @@ def main(path: str, memory: int, seconds: float) -> None:
         memory: limit of the address space in bytes.
         seconds: limit of CPU time.
     """
-    import refdet.store.hdf5_structure  # noqa: F401  # errors before "started" are not the file's
+    import refdet.store.hdf5_structure  # noqa: F401  # an error before "started" is not the file's fault
 
     with suppress(ImportError):  # not on Windows
         import resource
 
-        spent = math.ceil(time.process_time() + seconds)
-        limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: spent, resource.RLIMIT_CORE: 0}
-        for what, limit in limits.items():
-            _, hard = resource.getrlimit(what)
-            resource.setrlimit(what, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        cpu_limit = math.ceil(time.process_time() + seconds)
+        limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: cpu_limit, resource.RLIMIT_CORE: 0}
+        for resource_id, limit in limits.items():
+            _, hard = resource.getrlimit(resource_id)
+            resource.setrlimit(resource_id, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     print(_STARTED.decode(), end="", flush=True)
-    print(json.dumps({"wrong": look_through(Path(path))}), flush=True)
+    print(json.dumps({"wrong": check_in_process(Path(path))}), flush=True)
 
 
-def look_through(path: Path) -> str:
-    """Check a file in this process; returns the problem as `try_file` does."""
-    from refdet.store.hdf5_chunks import Refused
+def check_in_process(path: Path) -> str:
+    """Check a file in this process; returns the problem as `check_in_subprocess` does."""
+    from refdet.store.hdf5_chunks import StructureError
 
     try:
-        return _look(path)
-    except Refused as error:
-        return f"refused: {_line(error)}; extract it again"
+        return _check(path)
+    except StructureError as error:
+        return f"refused: {_one_line(error)}; extract it again"
     except MemoryError:
         return _damaged("HDF5 needs more memory than any store")
     except Exception as error:
-        return _damaged(_line(error))
+        return _damaged(_one_line(error))
 
 
-def _look(path: Path) -> str:
+def _check(path: Path) -> str:
     import h5py
 
     from refdet.store.hdf5_structure import check_structure
@@ -178,5 +178,5 @@ def _damaged(how: str) -> str:
     return f"damaged: {how}; extract it again"
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
