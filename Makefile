@@ -72,7 +72,7 @@ test-browser: env ## test refdet browse in chromium, with playwright; SCREENSHOT
 	@$(BIN)/python -c 'import playwright, axe_playwright_python' 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet playwright axe-playwright-python
 	@echo "==> test-browser: pytest"
-	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py
+	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py tests/report/browse/test_browser_states.py
 
 bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)

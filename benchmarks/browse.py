@@ -102,29 +102,31 @@ class Browser:
     def __init__(self, address: str) -> None:
         self.parts = urlsplit(address)
         self.pool = ThreadPoolExecutor(CONNECTIONS)
-        self.cookie = f"refdet-browse-{self.parts.port}={self.parts.query.removeprefix('token=')}"
-        self.run = ""
+        self.cookie = self.folder = ""
 
     def get(self, path: str) -> bytes:
         connection = http.client.HTTPConnection(str(self.parts.hostname), self.parts.port, timeout=60)
-        connection.request("GET", path, headers={"Cookie": self.cookie})
+        connection.request("GET", self.folder + path, headers={"Cookie": self.cookie})
         answer = connection.getresponse()
         body = answer.read()
         connection.close()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {body[:200]!r}")
+        if given := answer.headers["Set-Cookie"]:
+            self.cookie, folder, *_ = given.split("; ")
+            self.folder = folder.removeprefix("Path=").rstrip("/")
         return body
 
     def first_view(self) -> None:
         self.get("/?" + self.parts.query)
         scripts = ("main", "grid", "single", "state", "dom", "colors", "viewer", "rle")
         list(self.pool.map(self.get, [f"/static/{name}.js" for name in scripts] + ["/static/page.css"]))
-        self.run = json.loads(self.get("/api/about"))["run"]
+        self.get("/api/about")
         self.page("show=images")
 
     def page(self, filters: str) -> None:
         items = json.loads(self.get(f"/api/items?{filters}&limit=60"))["items"]
-        list(self.pool.map(self.get, [f"/{self.run}/thumbnail/{item['position']}" for item in items]))
+        list(self.pool.map(self.get, [f"/thumbnail/{item['position']}" for item in items]))
 
     def wait(self) -> None:
         while json.loads(self.get("/api/status"))["index"]["stage"]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browse_examples import draw_store
-from browser import Watched, chromium, serving
+from browser import Watched, serving
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -22,17 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 HOSTILE = "<script>document.title='owned'</script>"
 SCREENSHOTS = os.environ.get("REFDET_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +205,7 @@ def test_masks_are_decoded_as_pycocotools_does(data: Path, watched: Watched) -> 
     for rle, counts in zip(regions.rles(), regions.masks or (), strict=True):
         covered = watched.page.evaluate(
             """async ([text, height, width]) => {
-                const { paint } = await import("/static/rle.js");
+                const { paint } = await import(new URL("static/rle.js", location.href));
                 const pixels = new Uint8ClampedArray(height * width * 4);
                 paint(pixels, text, height, width, [255, 0, 0], 1);
                 return Array.from(pixels.filter((_, i) => i % 4 === 3), (alpha) => Number(alpha > 0));
@@ -234,7 +223,7 @@ def test_a_missing_image_and_an_unknown_one_are_said(browser: Any, data: Path) -
         found.ready(cards(found).first.click)
         assert "no images were given" in found.page.inner_text("main")
         assert found.page.locator("button", has_text="Masks").is_disabled()
-        found.page.goto(f"{address.split('?')[0]}?image=77")
+        found.page.goto(f"{found.page.url.split('?')[0]}?image=77")
         found.page.wait_for_selector("#banner:not([hidden])")
         assert "no image 77 in b.h5" in found.page.inner_text("#banner")
         assert "Go to the start" in found.page.inner_text("main")
