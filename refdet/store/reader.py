@@ -162,6 +162,20 @@ class Store:
         i = int(np.searchsorted(self.region_start, row, side="right")) - 1
         return int(self.image_ids[i]), row - int(self.region_start[i])
 
+    def boxes(self, image_id: int) -> np.ndarray:
+        """The boxes of an image, (n, 4) float32 half-open xyxy in pixels, without reading anything else.
+
+        Raises:
+            KeyError: unknown image.
+            InputError: the file is damaged.
+        """
+        rows = self.rows(image_id)
+        try:
+            found: np.ndarray = self.data["regions/box"][rows.start : rows.stop]
+        except CORRUPTION_ERRORS as error:
+            raise InputError(f"{self.path}: damaged: {error}; extract it again") from None
+        return found
+
     def read(self, image_id: int, features: Sequence[str] | None = None) -> Regions:
         """Read the regions of an image.
 
