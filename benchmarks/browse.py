@@ -1,5 +1,7 @@
 """Times refdet browse on a drawn store of real size: starting, the first view, pages of thumbnails, searching; memory.
 
+And refdet report on the same store: time, memory and the size of the page.
+
     python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
 
 The store has 100 regions an image with masks and a feature, of a small width as features are never read; there are
@@ -180,6 +182,26 @@ def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
     return found
 
 
+def measure_report(folder: Path) -> dict[str, float]:
+    """Make the report of the store with its refs."""
+    out = folder / "report.html"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "refdet", "report", "--store", str(folder / "s.h5"), "--images",
+               str(folder / "images"), "--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by", "unc",
+               "--out", str(out)]  # fmt: skip
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("refdet report failed")
+    return {
+        "report_s": time.perf_counter() - start,
+        "report_cpu_s": used.ru_utime + used.ru_stime,
+        "report_most_rss_mb": used.ru_maxrss / 1e3,
+        "report_kb": out.stat().st_size / 1e3,
+    }
+
+
 def cpu(pid: int) -> float:
     """CPU time of a process so far in milliseconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -204,6 +226,7 @@ def main() -> None:
         if not (folder / "refer").exists():
             draw(folder, given.images)
         results = {name: measure(folder, given.images, name == "with refs") for name in ("store alone", "with refs")}
+        results["report"] = measure_report(folder)
     if given.json:
         print(json.dumps(results, indent=2))
         return

@@ -63,17 +63,11 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
     if position is None:
         raise ArgumentError("image", f"no image {image_id} in {collection.stores[0].path.name}")
     record, catalog = collection.record(position), collection.catalog
-    why = ""
-    if collection.source is None:
-        why = "no images were given; start refdet browse with --images"
-    elif collection.source.find(record) is None:
-        why = f"no file for this image: {collection.source.why_missing(record)}"
     found = catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.position = ? ORDER BY o.key", (position,))
     size = (record.height, record.width)
     annotated = catalog.rows("SELECT category, box FROM annotation WHERE position = ?", (position,))
     return {
         **_image(collection, position),
-        "missing": why,
         "stores": [collection.regions(number, image_id) for number in range(len(collection.stores))],
         "objects": [
             {**_object(row), "sentences": _sentences(collection, row[0]), **_mask(collection, row[0], size)}
@@ -122,7 +116,17 @@ def _image(collection: Collection, position: int) -> dict[str, Any]:
         "SELECT position, id, name, width, height, regions, error FROM image WHERE position = ?", (position,)
     )[0]
     found = dict(zip(("position", "image_id", "name", "width", "height", "regions", "error"), row, strict=True))
-    return found | {"image_id": str(row[1])}
+    return found | {"image_id": str(row[1]), "missing": _why_missing(collection, position)}
+
+
+def _why_missing(collection: Collection, position: int) -> str:
+    """Why there is no image to show, "" if there is one."""
+    if collection.source is None:
+        return "no images were given; start refdet browse with --images"
+    record = collection.record(position)
+    if collection.source.find(record) is None:
+        return f"no file for this image: {collection.source.why_missing(record)}"
+    return ""
 
 
 def _object(row: tuple) -> dict[str, Any]:

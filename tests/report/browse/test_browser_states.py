@@ -176,6 +176,23 @@ def test_the_pictures_of_two_stores_are_at_the_top(browser: Any, data: Path) -> 
         assert len(boxes) == 2 and boxes[0]["y"] == boxes[1]["y"] < 400
 
 
+def test_a_page_beyond_the_end_is_the_last(browser: Any, data: Path) -> None:
+    with opened(browser, data / "odd.h5") as found:
+        found.open(found.address.replace("?", "?page=99&"))
+        assert found.page.locator(".card").count() == 3 and "page 1 of 1" in found.page.inner_text(".pages")
+        found.page.goto(found.page.url + "?page=x&at=-1&top=many")
+        found.page.wait_for_selector(".card")
+
+
+def test_a_missing_image_is_said_and_not_asked_for(browser: Any, data: Path) -> None:
+    (data / "images" / "2.jpg").unlink()
+    with opened(browser, data / "many.h5", *refs_of(data)) as found:  # no error in the console
+        found.open(found.address)
+        assert "no image" in found.page.inner_text(".card >> nth=1") and "2.jpg" in found.page.inner_text("#notes")
+        found.ready(found.page.locator(".card").nth(1).click)
+        assert "no file for this image" in found.page.inner_text("main")
+
+
 def test_servers_at_other_ports_do_not_get_the_cookie(browser: Any, data: Path) -> None:
     cookies = []
 

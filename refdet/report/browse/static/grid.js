@@ -84,14 +84,14 @@ export function categoryName(names, category) {
 
 function picture(item, state, about) {
   const frame = element("span", { class: "frame" });
-  if (about.images) {
+  if (!item.missing) {
     const image = element("img", { src: `${ROOT}thumbnail/${item.position}`, alt: "", decoding: "async" });
     image.addEventListener("error", () => {
       image.remove();
       frame.append(element("span", { class: "gone" }, "no image"));
     });
     frame.append(image);
-  } else frame.append(element("span", { class: "gone" }, "no images given"));
+  } else frame.append(element("span", { class: "gone" }, about.images ? "no image" : "no images given"));
   const { width, height } = item;
   const drawing = svgElement("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
   const add = (boxes, color, widths) => {

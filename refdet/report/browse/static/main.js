@@ -72,6 +72,10 @@ async function show() {
       const shown = new URLSearchParams({ offset, limit: PAGE, top: state.top, score: state.score });
       const found = await getJson(`${ROOT}api/items?${filters(state)}&${shown}`, signal);
       [single, page] = [null, found];
+      if (found.total && offset >= found.total) { // beyond the end
+        const last = Math.ceil(found.total / PAGE) - 1;
+        return go({ ...state, page: last ? String(last) : "" }, null, true);
+      }
       render(main, found, state, about, go);
     }
     complain("");
@@ -216,6 +220,7 @@ async function start() {
   options("split", about.splits.map((split) => [split, split]));
   form.elements.sort.querySelector("[value=gap]").hidden = about.stores.length < 2;
   form.elements.only.querySelector("[value=wrong]").disabled = !about.predictions;
+  for (const option of document.querySelectorAll("[name=only] [value=uncovered], [name=sort] [value=iou]")) option.disabled = !about.refs;
   for (const name of ["q", "split"]) form.elements[name].disabled = !about.sentences;
   document.getElementById("stores").textContent = about.stores
     .map((store) => `${store.name}: ${count(store.images, "image")}, ${count(store.regions, "region")}`)

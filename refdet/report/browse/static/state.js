@@ -20,6 +20,7 @@ export function read() {
   for (const name of [...FILTERS, ...SHOWN, "page", "image", "ref", "at"]) {
     state[name] = given.get(name) ?? DEFAULTS[name] ?? "";
   }
+  for (const name of ["page", "at", "top"]) if (!/^[0-9]{1,9}$/.test(state[name])) state[name] = "";
   return state;
 }
 
