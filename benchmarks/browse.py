@@ -187,8 +187,8 @@ def measure_report(folder: Path) -> dict[str, float]:
     out = folder / "report.html"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "refdet", "report", "--store", str(folder / "s.h5"), "--images",
-               str(folder / "images"), "--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by", "unc",
-               "--out", str(out)]  # fmt: skip
+               str(folder / "images"), "--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by",
+               "unc", "--out", str(out)]  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
