@@ -47,6 +47,15 @@ def serving(*arguments: str | Path) -> Iterator[str]:
             process.terminate()
 
 
+def axe(page: Any) -> list[str]:
+    """Violations of axe's rules on a page of playwright, contrast and labels among them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    # the script is evaluated by the browser's debugger, which the page's policy does not bind
+    found = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
 class Watched:
     """A page whose errors and requests are kept.
 

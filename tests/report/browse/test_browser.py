@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browse_examples import draw_store
-from browser import Watched, serving
+from browser import Watched, axe, serving
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -75,15 +75,6 @@ def cards(watched: Watched) -> Any:
     return watched.page.locator(".card")
 
 
-def axe(watched: Watched) -> list[str]:
-    """Violations of axe's rules, contrast and labels among them."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    # the script is evaluated by the browser's debugger, which the page's policy does not bind
-    found = Axe().run(watched.page).response["violations"]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
-
-
 def shot(watched: Watched, name: str) -> None:
     if SCREENSHOTS:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
@@ -106,12 +97,12 @@ def test_the_worst_covered_referents_are_two_choices_away(watched: Watched) -> N
     first = [float(text.split()[1]) for text in shown if "…" not in text]
     assert first == sorted(first) and len(first) > 3
     shot(watched, "browse-grid")
-    assert axe(watched) == []
+    assert axe(page) == []
     watched.ready(cards(watched).first.click)
     assert page.locator(".objects .chosen").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        assert axe(watched) == []
+        assert axe(page) == []
 
 
 def test_texts_of_files_are_shown_as_text(watched: Watched) -> None:

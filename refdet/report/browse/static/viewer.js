@@ -154,7 +154,8 @@ export class Viewer {
 
   // Above the box, else inside, else below it, left or right, where no earlier label is; left out without such a place.
   label(context, scale, [x1, y1, x2, y2], text, color = "#fff") {
-    if (!text) return;
+    const seen = x2 > this.x && y2 > this.y && x1 < this.x + this.width / this.zoom && y1 < this.y + this.height / this.zoom;
+    if (!text || !seen) return;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
     const unit = this.unit(), line = 18 * unit, edge = 4 * unit;
