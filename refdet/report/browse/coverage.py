@@ -181,12 +181,13 @@ class _Block:
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
-    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None without regions."""
+    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None if none overlaps it."""
     if not len(regions):
         return 0.0, None
     ious = np.nan_to_num(box_iou(boxes, regions))
     worst = int(ious.max(axis=1).argmin())
-    return float(ious[worst].max()), int(ious[worst].argmax())
+    best = float(ious[worst].max())
+    return best, int(ious[worst].argmax()) if best > 0 else None
 
 
 def _answer(prediction: Prediction, truth: list[list[float]]) -> AnswerRow:

@@ -228,6 +228,12 @@ def test_a_wrong_answer_is_found(browse: Browse, data: Path) -> None:
     assert [s["wrong"] for s in first] == [0, 1] and first[1]["answer"] == [FOUND[1][1]]
 
 
+def test_a_referent_that_no_region_overlaps_has_no_best_one(browse: Browse, data: Path) -> None:
+    write_store(data / "far.h5", [regions(1, [[100, 80, 119, 99], [60, 10, 80, 50]])], masks=False)
+    first, second = browse(stores=[data / "far.h5"]).get("/api/image/1").json()["objects"]
+    assert (first["iou"][0], first["best"][0], second["best"][0]) == (0, None, 1)
+
+
 def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
     from pycocotools import mask as coco_mask
 

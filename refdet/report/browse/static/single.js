@@ -194,6 +194,7 @@ export class Single {
           `${object.label} ${categoryName(about.names.referents, object.category)} ${object.size ?? ""} ${object.split}`),
         element("p", { class: object.iou[0] !== null && object.iou[0] < 0.5 ? "bad" : "" },
           object.boxes.length ? `IoU of the best region: ${ious.join(", ")}` : "no target"),
+        object.iou[0] === 0 ? element("p", { class: "bad" }, `No region of ${about.stores[0].name} overlaps it.`) : "",
         object.mask_error ? element("p", { class: "bad" }, `Its mask cannot be shown: ${object.mask_error}`) : "",
         ...object.sentences.map((one) => element("p", {}, element("q", {}, one.text), answer(one, about))));
     });
