@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     def images() -> Any:
         for image_id in ids:
             regions = store.read(image_id, ())
-            results.extend({name: one[name] for name in ("image_id", "category_id", "bbox", "score")}
-                           for one in regions.to_coco())  # fmt: skip
+            results.extend(replace(regions, masks=None).to_coco())
             yield regions
 
     errors = detection_errors(index, images())
