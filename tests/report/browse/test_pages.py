@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,14 @@ def test_images_and_thumbnails_are_jpegs_made_here(browse: Browse) -> None:
         broken = client.get(f"/{kind}/2")
         assert broken.status_code == 422 and "not a readable image" in broken.json()["error"]
         assert client.get(f"/{kind}/99").status_code == 400
+
+
+def test_images_are_read_from_a_zip(browse: Browse, data: Path) -> None:
+    with zipfile.ZipFile(data / "images.zip", "w") as packed:
+        packed.write(data / "images" / "1.jpg", "train/1.jpg")
+    client = browse(images=data / "images.zip")
+    assert client.get("/image/0").content == browse().get("/image/0").content
+    assert [item["missing"] == "" for item in client.get("/api/items").json()["items"]] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "images/../../secret.jpg", "..\\secret.jpg"])
