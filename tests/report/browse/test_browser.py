@@ -132,8 +132,11 @@ def test_the_keyboard_alone_is_enough(watched: Watched) -> None:
     assert page.url == one
     page.keyboard.press("m")
     assert page.locator("button[aria-pressed=true]").first.inner_text() == "Masks" and "masks=1" in page.url
-    page.keyboard.press("+")
+    page.locator(".objects .chosen a").focus()
+    page.keyboard.press("Enter")  # all regions alike
+    assert page.locator(".objects .chosen").count() == 0
     shot(watched, "browse-masks")
+    page.keyboard.press("+")
     watched.ready(lambda: page.keyboard.press("Escape"))
     assert page.locator(".card").count() and "q=the" in page.url
     page.keyboard.press("?")

@@ -161,7 +161,10 @@ export class Single {
       }
       if (object) for (const sentence of side.number ? [] : object.sentences) {
         const [kind, label] = sentence.wrong ? ["answer", "wrong answer"] : ["right", "right answer"];
-        sentence.answer.forEach((box, i) => marks.push({ box, kind, label, mask: sentence.answer_masks[i] }));
+        for (const [i, box] of sentence.answer.entries()) {
+          const same = marks.some((mark) => mark.kind === kind && String(mark.box) === String(box) && mark.mask === sentence.answer_masks[i]);
+          if (!same) marks.push({ box, kind, label, mask: sentence.answer_masks[i] });
+        }
       }
       one.boxes.forEach((box, i) => marks.push({ box, kind: "referent", label: one.label, mask: fits && !i ? one.mask : "" }));
     }
