@@ -68,11 +68,11 @@ test-hostile: env ## fuzz the readers of all file formats, FUZZ_SECONDS (default
 	@REFDET_FUZZ_SECONDS=$(FUZZ_SECONDS) REFDET_FUZZ_INPUTS=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest -n $(JOBS) tests/fuzz
 
-test-browser: env ## test refdet browse in chromium, with playwright; SCREENSHOTS=docs/images takes pictures
+test-browser: env ## test refdet browse and the report in chromium, with playwright; SCREENSHOTS=docs/images takes pictures
 	@$(BIN)/python -c 'import playwright, axe_playwright_python' 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet playwright axe-playwright-python
 	@echo "==> test-browser: pytest"
-	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py
+	@REFDET_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/pytest -rs tests/report/browse/test_browser.py tests/report/browse/test_browser_states.py tests/report/test_report_browser.py
 
 bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)

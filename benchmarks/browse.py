@@ -1,5 +1,7 @@
 """Times refdet browse on a drawn store of real size: starting, the first view, pages of thumbnails, searching; memory.
 
+And refdet report on the same store: time, memory and the size of the page.
+
     python benchmarks/browse.py [--json] [--images 28000] [--folder DIR]
 
 The store has 100 regions an image with masks and a feature, of a small width as features are never read; there are
@@ -41,6 +43,9 @@ WORDS = [
     "standing", "sitting", "holding", "tall", "small", "front", "back", "middle", "table", "chair", "car", "bus",
     "horse", "shirt", "hat", "pizza", "plate", "the", "a", "in", "on", "of", "with", "near", "behind",
 ]  # fmt: skip
+PROVENANCE = {"source": "drawn", "source_sha256": "0" * 64, "images": 1, "annotations": 1,
+              "image_ids_sha256": "1" * 64, "excluded": {}, "weights": None, "note": ""}  # fmt: skip
+SPLITS = ["train"] * 17 + ["val", "testA", "testB"]  # of twenty images, about as in RefCOCO
 CONNECTIONS, PAGES, SEARCHES = 6, 15, 30
 
 
@@ -51,7 +56,7 @@ def draw(folder: Path, images: int) -> None:
     mask = coco_mask.encode(np.asfortranarray((x - 300) ** 2 + (y - 200) ** 2 < 60**2, np.uint8))["counts"]
     names = [f"COCO_train2014_{i:012d}.jpg" for i in range(images)]
     rows = [store.ImageRow(i, name, HEIGHT, WIDTH, "", REGIONS, REGIONS * len(mask)) for i, name in enumerate(names)]
-    header = store.Header([{"id": i, "name": f"category {i}"} for i in range(1, 81)], "", {}, {})
+    header = store.Header([{"id": i, "name": f"category {i}"} for i in range(1, 81)], "", PROVENANCE, {})
     low = values.uniform(0, (WIDTH, HEIGHT), (DISTINCT, REGIONS, 2))
     boxes = np.concatenate((low, (low + (WIDTH, HEIGHT)) / 2), axis=2).astype(np.float32)
     scores = values.random((DISTINCT, REGIONS), np.float32)
@@ -86,7 +91,7 @@ def _refs(folder: Path, names: list[str]) -> None:
         texts = [" ".join(chance.choices(WORDS, k=4)) for _ in range(SENTENCES)]
         sentences = [{"sent_id": 3 * k + n, "sent": s, "raw": s, "tokens": s.split()} for n, s in enumerate(texts)]
         refs.append({"ref_id": k, "ann_id": k, "image_id": i, "category_id": category, "file_name": names[i],
-                     "split": chance.choice(["train", "train", "train", "val", "testA"]), "sentences": sentences,
+                     "split": SPLITS[i % len(SPLITS)], "sentences": sentences,
                      "sent_ids": [s["sent_id"] for s in sentences]})  # fmt: skip
     images = [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH} for i, name in enumerate(names)]
     categories = [{"id": i, "name": f"category {i}", "supercategory": ""} for i in range(1, 81)]
@@ -102,29 +107,31 @@ class Browser:
     def __init__(self, address: str) -> None:
         self.parts = urlsplit(address)
         self.pool = ThreadPoolExecutor(CONNECTIONS)
-        self.cookie = f"refdet-browse-{self.parts.port}={self.parts.query.removeprefix('token=')}"
-        self.run = ""
+        self.cookie = self.folder = ""
 
     def get(self, path: str) -> bytes:
         connection = http.client.HTTPConnection(str(self.parts.hostname), self.parts.port, timeout=60)
-        connection.request("GET", path, headers={"Cookie": self.cookie})
+        connection.request("GET", self.folder + path, headers={"Cookie": self.cookie})
         answer = connection.getresponse()
         body = answer.read()
         connection.close()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {body[:200]!r}")
+        if given := answer.headers["Set-Cookie"]:
+            self.cookie, folder, *_ = given.split("; ")
+            self.folder = folder.removeprefix("Path=").rstrip("/")
         return body
 
     def first_view(self) -> None:
         self.get("/?" + self.parts.query)
         scripts = ("main", "grid", "single", "state", "dom", "colors", "viewer", "rle")
         list(self.pool.map(self.get, [f"/static/{name}.js" for name in scripts] + ["/static/page.css"]))
-        self.run = json.loads(self.get("/api/about"))["run"]
+        self.get("/api/about")
         self.page("show=images")
 
     def page(self, filters: str) -> None:
         items = json.loads(self.get(f"/api/items?{filters}&limit=60"))["items"]
-        list(self.pool.map(self.get, [f"/{self.run}/thumbnail/{item['position']}" for item in items]))
+        list(self.pool.map(self.get, [f"/thumbnail/{item['position']}" for item in items]))
 
     def wait(self) -> None:
         while json.loads(self.get("/api/status"))["index"]["stage"]:
@@ -175,6 +182,26 @@ def measure(folder: Path, images: int, refs: bool) -> dict[str, float]:
     return found
 
 
+def measure_report(folder: Path) -> dict[str, float]:
+    """Make the report of the store with its refs."""
+    out = folder / "report.html"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "refdet", "report", "--store", str(folder / "s.h5"), "--images",
+               str(folder / "images"), "--refer-root", str(folder / "refer"), "--dataset", "refcoco", "--split-by",
+               "unc", "--out", str(out)]  # fmt: skip
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("refdet report failed")
+    return {
+        "report_s": time.perf_counter() - start,
+        "report_cpu_s": used.ru_utime + used.ru_stime,
+        "report_most_rss_mb": used.ru_maxrss / 1e3,
+        "report_kb": out.stat().st_size / 1e3,
+    }
+
+
 def cpu(pid: int) -> float:
     """CPU time of a process so far in milliseconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -199,6 +226,7 @@ def main() -> None:
         if not (folder / "refer").exists():
             draw(folder, given.images)
         results = {name: measure(folder, given.images, name == "with refs") for name in ("store alone", "with refs")}
+        results["report"] = measure_report(folder)
     if given.json:
         print(json.dumps(results, indent=2))
         return

@@ -181,6 +181,14 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
+def turned_points(points: np.ndarray, orientation: int) -> np.ndarray:
+    """Where `upright` moves points (n, 2), x and y as fractions of the image."""
+    turned = points[:, ::-1] if orientation in _SIDEWAYS else points
+    x = 1 - turned[:, 0] if orientation in (2, 3, 6, 7) else turned[:, 0]
+    y = 1 - turned[:, 1] if orientation in (3, 4, 7, 8) else turned[:, 1]
+    return np.stack([x, y], axis=1)
+
+
 def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     if image.mode in ("L", "RGB"):
         image.draft("L", (4 * side, 4 * side))  # decodes a JPEG at up to an eighth of its size, which is much faster

@@ -124,6 +124,16 @@ def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes
     return Chart(title, description, _themed(_svg(axes, draw)) if any(heights) else "")
 
 
+def drawn_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
+    """A chart of another kind, which a function draws."""
+    return Chart(title, description, _themed(_svg(axes, draw)))
+
+
+def short_name(text: str, longest: int = LONGEST_NAME) -> str:
+    """A name of a file as a chart has it."""
+    return _text(text, longest)
+
+
 def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
     """A file that stands alone: lines with dots on white, with title and legend."""
 

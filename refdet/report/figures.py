@@ -108,6 +108,8 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
         pixels: the image, (height, width, 3) uint8 RGB.
         answer: a model's answer to draw beside them.
     """
+    regions = scene.regions
+    scene = replace(scene, read=lambda: regions)  # read once
     key = Key.of(scene)
     data = io.BytesIO()
     draw(scene, pixels, key, answer).save(data, "JPEG", quality=80, optimize=True)

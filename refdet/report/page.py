@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from refdet.report.fields import rate
 from refdet.report.inputs import Inputs, read_log, read_meta
 from refdet.report.pictures import Pictures, all_scenes, pictures_section, wrong_answers
 from refdet.report.refer_parts import OpenPart, open_part
+from refdet.report.samples import evenly
 from refdet.report.stores import stores_section
 from refdet.report.templates import Markup, number, render
+from refdet.report.validations import read_validations
 
+MOST_EVALUATED = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
 TITLE = "refdet: regions for referring expressions"
 
 
@@ -65,8 +69,10 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
     if provenance is not None:
         proof = sections.leak_section(provenance, audit, source_audit)
         add("leak", "No leaks" if audit and audit["clean"] else "Training data", proof)
-    if inputs.run is not None and (log := read_log(inputs.run / "metrics.jsonl")):
-        add("loss", "Training loss", sections.loss_section(log))
+    if inputs.run is not None:
+        log, validations = (read(inputs.run / "metrics.jsonl") for read in (read_log, read_validations))
+        if log or validations:
+            add("loss", "Training", sections.loss_section(log, validations))
     if inputs.detection is not None:
         add("detection", "Detection", sections.detection_section(inputs.detection))
     _add_regions(inputs, parts, metrics, add)
@@ -122,18 +128,19 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     ids = [image_id for image_id in store if image_id in index.images and image_id not in store.errors]
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
+    known = len(ids)
+    ids = evenly(ids, MOST_EVALUATED)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:
         for image_id in ids:
             regions = store.read(image_id, ())
-            results.extend({name: one[name] for name in ("image_id", "category_id", "bbox", "score")}
-                           for one in regions.to_coco())  # fmt: skip
+            results.extend(replace(regions, masks=None).to_coco())
             yield regions
 
     errors = detection_errors(index, images())
     rates = ap_by_category(index, ids, results, "bbox")
-    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name)
+    return sections.errors_section(errors, rates, {**store.names, **index.categories}, path.name, of_images=known)
 
 
 def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:

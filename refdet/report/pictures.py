@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.data.coco import ImageRecord
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError
 from refdet.files.short_text import counted
 from refdet.report.figures import Picture, picture
 from refdet.report.refer_parts import OpenPart
-from refdet.report.samples import FOUND, Answer, Scene, answers, covered, evenly, hardest, sample, scenes
+from refdet.report.samples import FOUND, Answer, Scene, answers, covered, evenly, hardest, images_of, sample, scenes
 from refdet.report.templates import Markup, render
 from refdet.store import Store
 
@@ -36,7 +35,7 @@ class Pictures:
 
     def __init__(self, images: Path, exif: str, every: Sequence[Scene]) -> None:
         self._source = ImageSource.open(images, exif)
-        records = list({scene.regions.image_id: _record(scene) for scene in every}.values())
+        records = list({scene.image.id: scene.image for scene in every}.values())
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
@@ -62,7 +61,7 @@ class Pictures:
         return [made for one in wrong if (made := self._draw(one.scene, one)) is not None]
 
     def _draw(self, scene: Scene, answer: Answer | None = None) -> Picture | None:
-        record = _record(scene)
+        record = scene.image
         if self._source.find(record) is None:
             return None  # counted
         try:
@@ -95,7 +94,8 @@ def _of_store(store: Store, count: int) -> list[Scene]:
     ids = [image_id for image_id in store if image_id not in store.errors]
     count = min(count, len(ids))
     chosen = [ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)]
-    return [Scene(store.path.name, store.read(image_id, ()), (), store.names) for image_id in chosen]
+    images = images_of(store)
+    return [Scene.of_store(store.path.name, store, images[image_id], ()) for image_id in chosen]
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:
@@ -116,13 +116,8 @@ def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> 
     worst = pictures.draw(hardest(with_refs, count // 3))
     best = pictures.draw(covered(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
-    images = {scene.regions.image_id: scene for scene in every}.values()
+    images = {scene.image.id: scene for scene in every}.values()
     missed = sum(not one.found for scene in images for one in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)
-
-
-def _record(scene: Scene) -> ImageRecord:
-    of = scene.regions
-    return ImageRecord(id=of.image_id, file_name=of.file_name, height=of.height, width=of.width)

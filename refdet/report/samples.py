@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from refdet.evaluation.predictions import load_predictions
 from refdet.store import Store
 from refdet.structures.regions import Regions
 from refer import REFER
+
+_Thing = TypeVar("_Thing")
 
 FOUND = 0.5  # IoU from which a referred object counts as found
 
@@ -46,12 +49,31 @@ class Referred:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image of a split such as "refcoco/unc/val"; `names` are the store's categories."""
+    """One image. Its regions are read when they are asked for: stores have tens of thousands of images.
+
+    Attributes:
+        split: the split, such as "refcoco/unc/val".
+        image: the image.
+        referred: its referred objects.
+        names: the store's categories.
+        read: reads the regions.
+    """
 
     split: str
-    regions: Regions
+    image: ImageRecord
     referred: tuple[Referred, ...]
-    names: dict[int, str]
+    names: Mapping[int, str]
+    read: Callable[[], Regions]
+
+    @classmethod
+    def of_store(cls, split: str, store: Store, image: ImageRecord, referred: tuple[Referred, ...]) -> Scene:
+        """An image of a store."""
+        return cls(split, image, referred, store.names, lambda: store.read(image.id, ()))
+
+    @property
+    def regions(self) -> Regions:
+        """The regions, read now."""
+        return self.read()
 
     @property
     def worst(self) -> float:
@@ -83,11 +105,11 @@ def scenes(store: Store, refer: REFER, where: str, splits: Sequence[str]) -> lis
         where: dataset and split_by, such as "refcoco/unc".
         splits: names of splits.
     """
-    names = store.names
+    images = images_of(store)
     return [
-        Scene(f"{where}/{split}", regions, referred, names)
+        Scene.of_store(f"{where}/{split}", store, images[image_id], referred)
         for split in splits
-        for regions, referred in _of_split(store, refer, split)
+        for image_id, referred in _of_split(store, refer, split)
     ]
 
 
@@ -97,12 +119,9 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
     Raises:
         InputError: the file is damaged, or does not fit the store.
     """
-    columns = (store.image_ids.tolist(), store.heights.tolist(), store.widths.tolist())
-    sizes = {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
+    images = images_of(store)
     records = {
-        sent_id: ImageRecord(ref["image_id"], "", *sizes[ref["image_id"]])
-        for sent_id, ref in refer.sentToRef.items()
-        if ref["image_id"] in sizes
+        sent_id: images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items() if ref["image_id"] in images
     }
     given = load_predictions(predictions, store, records)
     found = []
@@ -110,9 +129,9 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
         for image_id, ref_ids in _refs_of(refer, split).items():
             if image_id not in store:
                 continue
-            regions = store.read(image_id, features=())
+            boxes = store.boxes(image_id)
             for ref_id in ref_ids:
-                one = _referred(refer, ref_id, regions)
+                one = _referred(refer, ref_id, boxes)
                 for sentence in refer.Refs[ref_id]["sentences"]:
                     predicted = given.get(sentence["sent_id"])
                     if predicted is None:
@@ -120,8 +139,16 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
                     alone = replace(one, sentences=(str(sentence["sent"]),))
                     box = predicted.boxes[0]
                     iou = float(box_iou(box[None], one.box[None])[0, 0])
-                    found.append(Answer(Scene(f"{where}/{split}", regions, (alone,), store.names), box, iou))
+                    found.append(
+                        Answer(Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,)), box, iou)
+                    )
     return found
+
+
+def images_of(store: Store) -> dict[int, ImageRecord]:
+    """The images of a store by id."""
+    columns = (store.image_ids.tolist(), store.file_names.tolist(), store.heights.tolist(), store.widths.tolist())
+    return {row[0]: ImageRecord(*row) for row in zip(*columns, strict=True)}
 
 
 def _refs_of(refer: REFER, split: str) -> dict[int, list[int]]:
@@ -133,19 +160,18 @@ def _refs_of(refer: REFER, split: str) -> dict[int, list[int]]:
     return dict(sorted(refs_of.items()))
 
 
-def _of_split(store: Store, refer: REFER, split: str) -> Iterator[tuple[Regions, tuple[Referred, ...]]]:
+def _of_split(store: Store, refer: REFER, split: str) -> Iterator[tuple[int, tuple[Referred, ...]]]:
+    unusable = store.errors
     for image_id, ref_ids in _refs_of(refer, split).items():
-        if image_id not in store:
-            continue
-        regions = store.read(image_id, features=())
-        if not regions.error:
-            yield regions, tuple(_referred(refer, ref_id, regions) for ref_id in ref_ids)
+        if image_id in store and image_id not in unusable:
+            boxes = store.boxes(image_id)
+            yield image_id, tuple(_referred(refer, ref_id, boxes) for ref_id in ref_ids)
 
 
-def _referred(refer: REFER, ref_id: int, regions: Regions) -> Referred:
+def _referred(refer: REFER, ref_id: int, boxes: np.ndarray) -> Referred:
     x, y, width, height = refer.getRefBox(ref_id)
     box = np.array([x, y, x + width, y + height], np.float64)
-    ious = box_iou(box[None], regions.boxes)[0]
+    ious = box_iou(box[None], boxes)[0]
     best = int(ious.argmax()) if len(ious) else None
     ref = refer.Refs[ref_id]
     return Referred(
@@ -169,9 +195,9 @@ def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
         for some in of_split.values():
             start = (2 * turn + 1) * len(some) // (2 * share)
             # RefCOCO and RefCOCO+ share images: take the next one that is new
-            new = (s for s in [*some[start:], *some[:start]] if s.regions.image_id not in chosen)
+            new = (s for s in [*some[start:], *some[:start]] if s.image.id not in chosen)
             if len(chosen) < count and (found := next(new, None)) is not None:
-                chosen[found.regions.image_id] = found
+                chosen[found.image.id] = found
     order = list(of_split)
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
@@ -181,7 +207,7 @@ def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: scene.worst):
         if scene.worst < FOUND and len(chosen) < count:
-            chosen.setdefault(scene.regions.image_id, scene)
+            chosen.setdefault(scene.image.id, scene)
     return list(chosen.values())
 
 
@@ -190,11 +216,11 @@ def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
         if scene.worst >= FOUND and len(chosen) < count:
-            chosen.setdefault(scene.regions.image_id, scene)
+            chosen.setdefault(scene.image.id, scene)
     return list(chosen.values())
 
 
-def evenly(things: Sequence[Answer], count: int) -> list[Answer]:
+def evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
     """At most `count` of the things, evenly spaced."""
     count = min(count, len(things))
     return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]

@@ -9,10 +9,12 @@ import numpy as np
 
 from refdet.evaluation.detection_errors import BINS, DetectionErrors
 from refdet.report.charts import Axes, Series, line_chart
+from refdet.report.confusions import confusion_map
 from refdet.report.inputs import LOSS_NAMES, Step
 from refdet.report.recall import THRESHOLDS, charts_by_iou, charts_by_regions, split_names
 from refdet.report.samples import Referred
 from refdet.report.templates import Markup, number, render
+from refdet.report.validations import validation_chart
 from refdet.structures.provenance import Provenance
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -77,7 +79,11 @@ def detection_section(detection: Mapping[str, Any]) -> Markup:
 
 
 def errors_section(
-    errors: DetectionErrors, by_category: Mapping[int, Mapping[str, float | None]], names: Mapping[int, str], file: str
+    errors: DetectionErrors,
+    by_category: Mapping[int, Mapping[str, float | None]],
+    names: Mapping[int, str],
+    file: str,
+    of_images: int | None = None,
 ) -> Markup:
     """AP by category and size, calibration of the scores, and confused categories.
 
@@ -86,6 +92,7 @@ def errors_section(
         by_category: category id -> rates, as of `ap_by_category`.
         names: category id -> name.
         file: name of the instances file.
+        of_images: number of images of which those that were counted are a sample; None for all of them.
     """
     rated = {i: rates for i, rates in by_category.items() if rates["AP"] is not None}
     worst = sorted(rated, key=lambda i: (rated[i]["AP"] or 0.0, names.get(i, "")))
@@ -103,6 +110,7 @@ def errors_section(
     return render(
         "errors.html",
         images=errors.images,
+        of_images=errors.images if of_images is None else of_images,
         objects=errors.objects,
         unfound=errors.unfound,
         file=file,
@@ -110,6 +118,7 @@ def errors_section(
         left_out=len(by_category) - len(rated),
         calibration=line_chart("Calibration of the scores", told, lines, axes, dots=True),
         bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(right[i])] for i in used],
+        confusion_map=confusion_map(errors, names),
         confusions=[
             [names.get(of, str(of)), names.get(taken, str(taken)), n, f"{100 * n / errors.of_category[of]:.0f}%"]
             for (of, taken), n in wrong[:ROWS]
@@ -198,8 +207,16 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
     return render("listener.html", rows=rows, **answers)
 
 
-def loss_section(log: Sequence[Mapping[str, float]]) -> Markup:
-    """The loss curve. ``log``: the rows of metrics.jsonl."""
+def loss_section(log: Sequence[Mapping[str, float]], validations: Sequence[Mapping[str, Any]] = ()) -> Markup:
+    """The curves of the loss and of AP.
+
+    Args:
+        log: the rows of metrics.jsonl.
+        validations: those of validations.
+    """
+    validation = validation_chart(validations) if validations else None
+    if not log:
+        return render("loss.html", chart=None, validation=validation)
     series = [
         Series(name, [(line["step"], line[key]) for line in log if key in line], style)
         for style, (key, name) in enumerate(LOSS_NAMES)
@@ -208,7 +225,8 @@ def loss_section(log: Sequence[Mapping[str, float]]) -> Markup:
     axes = Axes("training step", "loss (log scale)", log_y=True)
     first, last = log[0], log[-1]
     told = f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
-    return render("loss.html", chart=line_chart("Training loss by step", told, series, axes, dots=len(log) < FEW))
+    chart = line_chart("Training loss by step", told, series, axes, dots=len(log) < FEW)
+    return render("loss.html", chart=chart, validation=validation)
 
 
 def _seconds(seconds: float) -> str:

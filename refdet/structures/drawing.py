@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+log = logging.getLogger(__name__)
+
 Box = tuple[float, float, float, float]
 """Half-open ``x1 y1 x2 y2`` in pixels."""
 
 COLOURS = ("#1f6fe0", "#f58a0b", "#13a356", "#d3258f", "#00aec7", "#e2bd00", "#7d4ff0", "#e0402f")
 MAX_LABEL_LENGTH = 60  # of a label
+MAX_LABELED_AREA = 1 / 3  # of a picture, which labels may cover
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,14 @@ def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
     pen = Pen(ImageDraw.Draw(image), image.size)
     for region, colour in reversed(coloured):
         pen.outline(region.box, colour, line, halo=False)
-    for region, colour in coloured:
+    room = MAX_LABELED_AREA * image.width * image.height
+    for place, (region, colour) in enumerate(coloured):
+        width, height = pen.label_size(region.label, font_size)
+        if width * height > room or width > image.width:
+            left = len(coloured) - place
+            log.warning("note: %d of %d regions have no label, as labels would cover the picture", left, len(coloured))
+            break
+        room -= width * height
         pen.label(region.box, region.label, colour, font_size)
     return image
 
@@ -105,9 +116,8 @@ class Pen:
             colour: of the background, "#rrggbb".
             font_size: in pixels.
         """
-        text = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_LABEL_LENGTH])
         font = ImageFont.load_default(size=font_size)
-        width, height = self.draw.textlength(text, font=font) + 10, font_size + 6.0
+        width, height = self.label_size(text, font_size)
         x1, y1, x2, y2 = self._inside(box)
         places = [
             (x1, y1 - height),
@@ -123,7 +133,13 @@ class Pen:
         spot = min(spots, key=lambda spot: sum(_intersection_area(spot, other) for other in self.occupied))
         self.occupied.append(spot)
         self.draw.rounded_rectangle(spot, radius=4, fill=colour, outline="white")
-        self.draw.text((spot[0] + 5, spot[1] + height / 2), text, fill=text_colour(colour), font=font, anchor="lm")
+        self.draw.text(
+            (spot[0] + 5, spot[1] + height / 2), _printable(text), fill=text_colour(colour), font=font, anchor="lm"
+        )
+
+    def label_size(self, text: str, font_size: int) -> tuple[float, float]:
+        """Width and height in pixels of the background of a label."""
+        return self.draw.textlength(_printable(text), font=ImageFont.load_default(size=font_size)) + 10, font_size + 6.0
 
     def _fit(self, x: float, y: float, width: float, height: float) -> Box:
         x = max(0.0, min(x, self.size[0] - width - 1))
@@ -140,6 +156,10 @@ def text_colour(background: str) -> str:
     """Black or white, whichever is more legible on a background "#rrggbb"."""
     red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text[:MAX_LABEL_LENGTH])
 
 
 def _intersection_area(a: Box, b: Box) -> float:

@@ -103,6 +103,17 @@ class Regions:
         size = [self.height, self.width]
         return [{"size": size, "counts": counts} for counts in self.masks or ()]
 
+    def reaching(self, min_score: float) -> np.ndarray:
+        """Which regions have at least a score, (n,) bool.
+
+        The threshold is rounded to float32, as scores are: a score of 0.7 reaches 0.7, though it is 0.69999999 as a
+        Python float.
+
+        Args:
+            min_score: the lowest score.
+        """
+        return np.asarray(self.scores >= np.float32(min_score))
+
     def to_coco(self) -> list[dict[str, Any]]:
         """The regions as entries of a COCO results JSON.
 
@@ -137,6 +148,9 @@ class Regions:
     ) -> Image.Image:
         """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
 
+        Labels never cover more than a third of the picture: where it is small, those of the best regions are written,
+        and a note says how many are not.
+
         Examples:
             >>> regions.draw(image, min_score=0.3).save("regions.png")
 
@@ -164,7 +178,8 @@ class Regions:
             )
         labels = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        best_first = [r for r in np.argsort(-self.scores, kind="stable").tolist() if self.scores[r] >= min_score]
+        reaching = self.reaching(min_score)
+        best_first = [r for r in np.argsort(-self.scores, kind="stable").tolist() if reaching[r]]
         for row in best_first[:max_regions]:
             category = int(self.category_ids[row])
             name = labels.get(category, "" if category == NO_CATEGORY else str(category))

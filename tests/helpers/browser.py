@@ -47,17 +47,27 @@ def serving(*arguments: str | Path) -> Iterator[str]:
             process.terminate()
 
 
+def axe(page: Any) -> list[str]:
+    """Violations of axe's rules on a page of playwright, contrast and labels among them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    # the script is evaluated by the browser's debugger, which the page's policy does not bind
+    found = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
 class Watched:
     """A page whose errors and requests are kept.
 
     Attributes:
         page: playwright's page.
+        address: that the program printed, "" if it is not known.
         errors: errors and warnings of the console, and uncaught exceptions.
         requests: addresses that were asked for.
     """
 
-    def __init__(self, page: Any) -> None:
-        self.page = page
+    def __init__(self, page: Any, address: str = "") -> None:
+        self.page, self.address = page, address
         self.errors: list[str] = []
         self.requests: list[str] = []
         page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
@@ -77,6 +87,6 @@ class Watched:
 
     def indexed(self) -> None:
         """Wait until all regions were read."""
-        self.page.wait_for_function("async () => (await (await fetch('/api/status')).json()).index.stage === ''")
+        self.page.wait_for_function("async () => (await (await fetch('api/status')).json()).index.stage === ''")
         self.page.reload()
         self.page.wait_for_selector("#main[data-ready]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ def xyxy(box: tuple[float, ...]) -> list[float]:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
-def write_store(path: Path, images: list[Regions], masks: bool) -> None:
+def write_store(path: Path, images: list[Regions], masks: bool, names: Mapping[int, str] | None = None) -> None:
     rows = [
         store.ImageRow(r.image_id, r.file_name, r.height, r.width, r.error, len(r), sum(map(len, r.masks or ())))
         for r in images
     ]
-    header = store.Header([], "", PROVENANCE, {})
+    header = store.Header([{"id": i, "name": name} for i, name in (names or {}).items()], "", PROVENANCE, {})
     with store.create(path, header, store.Columns(masks=masks), rows) as writer:
         for image in images:
             writer.put(image)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_examples import record
 
 from refdet import report, store
 from refdet.data.coco import CocoIndex
@@ -283,7 +284,7 @@ def scene(image_id: int, split: str, ious: tuple[float, ...], regions: tuple[int
     rows = regions if regions is not None else tuple(range(len(ious)))
     referred = [Referred(1, "cat", ("it",), boxes[row].astype(float), row, iou)
                 for row, iou in zip(rows, ious, strict=True)]  # fmt: skip
-    return Scene(split, of, tuple(referred), {1: "cat", 2: "dog"})
+    return Scene(split, record(of), tuple(referred), {1: "cat", 2: "dog"}, lambda: of)
 
 
 def test_sample_takes_of_each_split_and_no_image_twice() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
+from store_examples import record
 
 from refdet import report
 from refdet.errors import InputError
@@ -201,7 +202,7 @@ def scene(text: str, found: bool) -> Scene:
     of = Regions(7, text, 48, 64, boxes, np.array([0.9, 0.8], np.float32), np.array([1, 2]))
     one = Referred(1 if found else 3, text, (text, text), boxes[0], 0, 0.9 if found else 0.1)
     other = Referred(9, text, (), boxes[1], 1 if found else None, 0.8 if found else 0.0)
-    return Scene(text, of, (one, other), {1: text, 2: text})
+    return Scene(text, record(of), (one, other), {1: text, 2: text}, lambda: of)
 
 
 def fragment(body: str, **values: Any) -> str:

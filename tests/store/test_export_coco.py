@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
+from refdet.data.image_decoder import turned_points, upright
 from refdet.errors import InputError, RuntimeFailure
 from refdet.store.export.coco import export_coco
 from refdet.store.export.fiftyone import cropped_mask, export_fiftyone, relative_boxes
@@ -59,6 +60,15 @@ def test_refdet_reads_the_annotations(out: Path) -> None:
     found = [annotation for of_image in index.annotations.values() for annotation in of_image]
     np.testing.assert_allclose([a.box for a in found], boxes, atol=1e-5)
     assert not any(annotation.iscrowd for annotation in found)
+
+
+def test_a_threshold_means_the_same_everywhere(tmp_path: Path) -> None:
+    """0.7 as float32 is less than 0.7 as a Python float: a region with that score reaches the threshold 0.7."""
+    one = DETECTIONS[1]
+    assert one.scores[0] == np.float32(0.7) and float(one.scores[0]) < 0.7
+    assert one.reaching(0.7).all() and not one.reaching(0.7001).any()
+    export_coco(write_store(tmp_path / "a.h5", [one]), tmp_path / "out", score_threshold=0.7)
+    assert len(json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"]) == 1
 
 
 def test_the_record_tells_where_it_is_from(out: Path) -> None:
@@ -123,6 +133,16 @@ def test_boxes_and_masks_of_fiftyone() -> None:
         assert mask.shape == (np.ceil(y2) - np.floor(y1), np.ceil(x2) - np.floor(x1))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_points_are_turned_as_pixels_are(orientation: int) -> None:
+    pixels = np.zeros((4, 5), np.uint8)
+    pixels[1, 3] = 1
+    turned = upright(pixels, orientation)
+    (y, x), (height, width) = np.argwhere(turned)[0], turned.shape
+    (point,) = turned_points(np.array([[3.5 / 5, 1.5 / 4]]), orientation)
+    assert point * (width, height) == pytest.approx((x + 0.5, y + 0.5))
+
+
 def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the library, whose database tests do without."""
     samples: list[SimpleNamespace] = []
@@ -158,6 +178,22 @@ def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = samples[0].regions.detections
     assert [d.label for d in found] == ["dog", "cat", "dog", "cat"] and [d.region for d in found] == [0, 1, 2, 3]
     assert samples[1].regions.detections[0].region == 4 and samples[1].image_id == 3
+
+    samples.clear()
+    turned = DETECTIONS[0]
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / turned.file_name, exif=exif)
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(tmp_path / DETECTIONS[1].file_name)
+    done = export_fiftyone(tmp_path / "d.h5", tmp_path / "turned", tmp_path)
+    assert (done.images, done.regions, len(samples)) == (1, len(turned), 1)
+    assert "1 images whose file is not as the store says are left out, first: " in done.notes[1]
+    assert done.notes[2] == "the regions of 1 images are turned as FiftyOne turns these, by EXIF orientation"
+    for row, found in enumerate(samples[0].regions.detections):
+        x, y, width, height = found.bounding_box
+        x1, y1, x2, y2 = turned.boxes[row] / (WIDTH, HEIGHT, WIDTH, HEIGHT)  # turned clockwise: x is 1 - y, y is x
+        assert (x, y, x + width, y + height) == pytest.approx((1 - y2, x1, 1 - y1, x2), abs=1e-6)
+        np.testing.assert_array_equal(found.mask, np.rot90(cropped_mask(turned, row), -1))
 
     def broken(name: str) -> None:
         raise OSError("no mongod")

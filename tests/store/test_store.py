@@ -75,6 +75,7 @@ def test_round_trip_in_any_order_of_work(
                 assert found.region(row) == (image.image_id, place)
                 row += 1
         assert found.errors == {image.image_id: "no fïle" for image in images if not len(image)}
+        assert found.errors is found.errors  # not made again for each of many images
         with pytest.raises(IndexError):
             found.region(row)
         with pytest.raises(KeyError):

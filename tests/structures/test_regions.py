@@ -102,6 +102,15 @@ def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -
     assert seen == ["dog 0.90", "cat 0.40", "hound 0.90", "3 0.90", "0.90"]
 
 
+def test_labels_leave_a_small_picture_visible(caplog: pytest.LogCaptureFixture) -> None:
+    n = 40
+    boxes = np.tile(np.float32([10, 10, 30, 30]), (n, 1))
+    regions = Regions(1, "", 60, 120, boxes, np.linspace(1, 0.1, n, dtype=np.float32), np.full(n, 3), names={3: "dog"})
+    drawn = np.asarray(regions.draw(np.full((60, 120, 3), 7, np.uint8)))
+    assert (drawn == 7).all(axis=2).mean() > 0.5
+    assert f"of {n} regions have no label, as labels would cover the picture" in caplog.text
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (3, 2)])
 def test_images_of_any_size_are_drawn_on(size: tuple[int, int]) -> None:
     height, width = size

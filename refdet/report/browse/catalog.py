@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 SIZES = ("small", "medium", "large")
@@ -22,9 +23,10 @@ CREATE TABLE present(category INTEGER, size INTEGER, position INTEGER, PRIMARY K
     WITHOUT ROWID;
 CREATE TABLE object(key INTEGER PRIMARY KEY, label TEXT, position INTEGER, split TEXT, category INTEGER, size INTEGER,
                     boxes TEXT, iou0 REAL, best0 INTEGER, iou1 REAL, best1 INTEGER, score REAL);
+CREATE TABLE outline(object INTEGER PRIMARY KEY, segmentations BLOB);
 CREATE TABLE annotation(position INTEGER, category INTEGER, box TEXT);
 CREATE TABLE sentence(key INTEGER PRIMARY KEY, object INTEGER, sent_id INTEGER, text TEXT,
-                      answer TEXT, iou REAL, wrong INTEGER);
+                      answer TEXT, answer_masks TEXT, iou REAL, wrong INTEGER);
 CREATE VIRTUAL TABLE words USING fts5(text, content='sentence', content_rowid='key');
 """
 # after the rows, as filling an index row by row takes longer
@@ -50,6 +52,7 @@ class Referent:
         area: area of the first object in square pixels.
         boxes: (n, 4) half-open xyxy in pixels.
         sentences: (sent_id, text) of each sentence.
+        segmentations: the segmentation of each object that has one, as in the file.
     """
 
     label: str
@@ -59,6 +62,24 @@ class Referent:
     area: float
     boxes: Sequence[Sequence[float]]
     sentences: Sequence[tuple[int, str]]
+    segmentations: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A model's answer to a sentence.
+
+    Attributes:
+        boxes: (n, 4) half-open xyxy in pixels.
+        masks: counts of n compressed RLEs, or empty without masks.
+        iou: of a single answer with a single object, else None.
+        wrong: whether it is wrong.
+    """
+
+    boxes: Sequence[Sequence[float]]
+    masks: Sequence[str]
+    iou: float | None
+    wrong: bool
 
 
 def size_of(area: np.ndarray) -> np.ndarray:
@@ -91,15 +112,18 @@ class Catalog:
 
     def add_referents(self, referents: Iterable[Referent]) -> None:
         """Add referents with their sentences."""
-        objects, sentences = [], []
+        objects, sentences, outlines = [], [], []
         for key, r in enumerate(referents):
             size = int(size_of(np.asarray(r.area))) if len(r.boxes) else None
             objects.append((key, r.label, r.position, r.split, r.category, size, json.dumps(r.boxes)))
             sentences += [(key, sent_id, text) for sent_id, text in r.sentences]
+            if r.segmentations:
+                outlines.append((key, msgspec.json.encode(list(r.segmentations))))
         self.write(
             "INSERT INTO object(key, label, position, split, category, size, boxes) VALUES (?,?,?,?,?,?,?)", objects
         )
         self.write("INSERT INTO sentence(object, sent_id, text) VALUES (?,?,?)", sentences)
+        self.write("INSERT INTO outline VALUES (?,?)", outlines)
 
     def add_annotations(self, rows: Iterable[tuple[int, int, Sequence[float]]]) -> None:
         """Add (position, category id, xyxy box) of annotated objects, which are shown but not searched."""
@@ -115,12 +139,14 @@ class Catalog:
         """Number of rows of a table; both texts are the program's own."""
         return int(self.rows(f"SELECT count(*) FROM {table} WHERE {condition}")[0][0])
 
-    def add_answers(self, answers: Mapping[int, tuple[Sequence[Sequence[float]], float | None, bool]]) -> None:
-        """Add a model's answers; in splits with answers, sentences without one count as wrong.
+    def segmentations(self, key: int) -> list[Any]:
+        """The segmentations of a referent's objects, as in the file."""
+        found = self.rows("SELECT segmentations FROM outline WHERE object = ?", (key,))
+        listed: list[Any] = msgspec.json.decode(found[0][0]) if found else []
+        return listed
 
-        Args:
-            answers: sentence id -> xyxy boxes, IoU with the referent, and whether the answer is wrong.
-        """
+    def add_answers(self, answers: Mapping[int, AnswerRow]) -> None:
+        """Add a model's answers by sentence id; in splits with answers, sentences without one count as wrong."""
         splits = (
             "SELECT DISTINCT o.split FROM sentence s JOIN object o ON o.key = s.object "
             f"WHERE s.sent_id IN ({','.join(str(int(sent_id)) for sent_id in answers)})"
@@ -128,6 +154,9 @@ class Catalog:
         of_splits = f"SELECT key FROM object WHERE split IN ({splits})"
         self.write(f"UPDATE sentence SET wrong = ? WHERE object IN ({of_splits})", [(1,)])
         self.write(
-            "UPDATE sentence SET answer = ?, iou = ?, wrong = ? WHERE sent_id = ?",
-            ((json.dumps(boxes), iou, int(wrong), sent_id) for sent_id, (boxes, iou, wrong) in answers.items()),
+            "UPDATE sentence SET answer = ?, answer_masks = ?, iou = ?, wrong = ? WHERE sent_id = ?",
+            (
+                (json.dumps(one.boxes), json.dumps(one.masks), one.iou, int(one.wrong), sent_id)
+                for sent_id, one in answers.items()
+            ),
         )

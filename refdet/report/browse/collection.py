@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from refer import REFER
 log = logging.getLogger(__name__)
 
 MOST_STORES = 2
+MOST_PREVIEWED = 100  # regions in a thumbnail
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Collection:
         stores: the open stores.
         source: the images, or None.
         catalog: images, referents and sentences.
-        names: category id -> name.
+        names: of each store, category id -> name; of those that a store lacks, as the refs or instances have them.
+        referent_names: category id -> name of the referents, as their file has them.
+        annotation_names: the same of the annotations.
         notes: what is unusual about the files, a sentence each.
         generalized: whether the refs are gRefCOCO's, with any number of objects.
         sentence_images: sentence id -> its image, to read predictions with; empty without them.
@@ -82,9 +85,9 @@ class Collection:
         self._states = [FileState.of(path) if path.is_file() else None for path in inputs.stores]
         self.stores = [stores.open(path) for path in inputs.stores]
         first = self.stores[0]
-        self.names: dict[int, str] = {}
-        for one in reversed(self.stores):
-            self.names.update(one.names)
+        self.names: list[dict[int, str]] = [dict(one.names) for one in self.stores]
+        self.referent_names: dict[int, str] = {}
+        self.annotation_names: dict[int, str] = {}
         self._positions = {image_id: position for position, image_id in enumerate(first.image_ids.tolist())}
         self.catalog = Catalog()
         self.catalog.add_images(
@@ -127,8 +130,17 @@ class Collection:
         """The stores whose files are no longer what was opened."""
         return [str(one.path) for one, state in zip(self.stores, self._states, strict=True) if _state(one) != state]
 
-    def boxes(self, position: int, most: int) -> dict[str, Any]:
-        """Boxes and scores of the top-scoring regions of an image in the first store, for a thumbnail."""
+    def preview(self, position: int, most: int, score: float | None) -> dict[str, Any]:
+        """Boxes of the top-scoring regions of an image in the first store, for a thumbnail.
+
+        Args:
+            position: of the image.
+            most: the top-scoring regions that are wanted; of these at most `MOST_PREVIEWED` are given.
+            score: lowest score of them, None for all.
+
+        Returns:
+            "boxes", and the number that is "wanted".
+        """
         first = self.stores[0]
         begin, end = (int(row) for row in first.region_start[position : position + 2])
         try:
@@ -136,7 +148,9 @@ class Collection:
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
         chosen = np.argsort(-scores, kind="stable")[:most]
-        return {"boxes": plain(boxes[chosen]), "scores": plain(scores[chosen])}
+        if score is not None:
+            chosen = chosen[scores[chosen] >= np.float32(score)]
+        return {"boxes": plain(boxes[chosen[:MOST_PREVIEWED]], 1), "wanted": len(chosen)}
 
     def box(self, position: int, place: int) -> list[float]:
         """Box of a region of an image in the first store."""
@@ -154,7 +168,8 @@ class Collection:
         if image_id not in one:
             return {"path": one.path.name, "absent": f"{one.path.name} has no image {image_id}", "regions": []}
         found, rows = one.read(image_id, features=()), one.rows(image_id)
-        columns = zip(plain(found.boxes), plain(found.scores), found.category_ids.tolist(), strict=True)
+        categories = map(str, found.category_ids.tolist())
+        columns = zip(plain(found.boxes), _shortest(found.scores), categories, strict=True)
         regions: list[dict[str, Any]] = [
             {"box": box, "score": score, "category": category, "row": row}
             for row, (box, score, category) in zip(rows, columns, strict=True)
@@ -207,8 +222,20 @@ class Collection:
         if other:
             self._note(
                 f"the detectors name {len(other)} categories differently, first: {other[0]} is "
-                f"{first.names[other[0]]!r} and {second.names[other[0]]!r}; shown are those of {first.path.name}"
+                f"{first.names[other[0]]!r} and {second.names[other[0]]!r}"
             )
+
+    def _compare_names(self, names: Mapping[int, str], file: str) -> None:
+        """Note where a file names categories otherwise than the first store; take over those that a store lacks."""
+        first = self.stores[0]
+        other = [i for i, name in first.names.items() if names.get(i, name) != name]
+        if other:
+            self._note(
+                f"{file} and {first.path.name} name {len(other)} categories differently, first: {other[0]} is "
+                f"{names[other[0]]!r} and {first.names[other[0]]!r}; objects have the names of the one, regions of the "
+                "other"
+            )
+        self.names = [{**names, **of_store} for of_store in self.names]
 
     def _add_referents(self) -> None:
         inputs = self.inputs
@@ -222,14 +249,18 @@ class Collection:
         if inputs.instances is not None:
             index = CocoIndex.load(inputs.instances)
             absent = add_annotations(self.catalog, self._positions, index, inputs.refer_root is None)
-            self.names = index.categories | self.names
+            self.annotation_names = index.categories
+            if inputs.refer_root is None:
+                self.referent_names = index.categories
+            self._compare_names(index.categories, inputs.instances.name)
             if absent:
                 self._note(f"{inputs.instances.name} lacks {absent} of the {len(self._positions)} images of the store")
 
     def _add_refs(self, root: str, dataset: str, split_by: str) -> None:
         refer = REFER(root, dataset, split_by)
         absent = add_refs(self.catalog, self._positions, refer)
-        self.names = refer.Cats | self.names
+        self.referent_names = dict(refer.Cats)
+        self._compare_names(self.referent_names, f"the refs of {dataset}")
         refs = refer.data["refs"]
         self.generalized = is_generalized(refs)
         if absent:
@@ -246,10 +277,16 @@ class Collection:
         log.warning("note: %s", text)
 
 
-def plain(values: np.ndarray) -> list[Any]:
+def plain(values: np.ndarray, digits: int = 4) -> list[Any]:
     """Numbers as JSON has them; those of a damaged store may not be finite."""
-    listed: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(4).tolist()
+    listed: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
     return listed
+
+
+def _shortest(scores: np.ndarray) -> list[float]:
+    """The shortest decimals that are the float32 scores, so that 0.7 is compared as 0.7."""
+    finite = np.nan_to_num(scores.astype(np.float32), posinf=1e9, neginf=-1e9)
+    return [float(str(score)) for score in finite]
 
 
 def _record(image: Any) -> ImageRecord:

@@ -20,7 +20,7 @@ from refdet.errors import InputError, RefdetError
 from refdet.evaluation.grefcoco import Answer, generalized_scores
 from refdet.evaluation.metrics import box_iou
 from refdet.evaluation.predictions import Prediction, load_predictions
-from refdet.report.browse.catalog import Catalog, size_of
+from refdet.report.browse.catalog import AnswerRow, Catalog, size_of
 from refdet.report.browse.collection import Collection
 from refdet.store import Store
 
@@ -46,6 +46,7 @@ class Indexer:
         self._done = 0
         self._stage = "regions"
         self._error = ""
+        self._scores = (0.0, 1.0)
         self._asked = 0.0
 
     def start(self) -> None:
@@ -67,9 +68,12 @@ class Indexer:
         self._asked = time.monotonic()
 
     def status(self) -> dict[str, Any]:
-        """The stage ("regions", "answers" or "" when done), the part of it in 0..1, and an error or ""."""
+        """The stage ("regions", "answers" or "" when done), the part of it in 0..1, an error or "", and the scores.
+
+        The scores are the lowest and the highest of the regions so far, with 0 and 1 among them.
+        """
         part = self._done / self._total if self._total and self._stage == "regions" else 1.0
-        return {"stage": self._stage, "part": round(part, 3), "error": self._error}
+        return {"stage": self._stage, "part": round(part, 3), "error": self._error, "scores": self._scores}
 
     def _wait_for_requests(self) -> None:
         latest = time.monotonic() + _LONGEST_PAUSE
@@ -101,6 +105,9 @@ class Indexer:
                 block = _Block.read(one, begin, end)
             except stores.CORRUPTION_ERRORS as error:
                 raise InputError(f"{one.path}: damaged: {error}; extract it again") from None
+            found = block.scores[np.isfinite(block.scores)]
+            low, high = self._scores
+            self._scores = (float(found.min(initial=low)), float(found.max(initial=high)))
             if number == 0:
                 block.describe(self._collection.catalog, begin)
             block.cover(self._collection.catalog, number)
@@ -114,7 +121,7 @@ class Indexer:
         truths = catalog.rows("SELECT s.sent_id, o.boxes FROM sentence s JOIN object o ON o.key = s.object")
         catalog.add_answers(
             {
-                sent_id: (predictions[sent_id].boxes.tolist(), *_judge(predictions[sent_id], json.loads(boxes)))
+                sent_id: _answer(predictions[sent_id], json.loads(boxes))
                 for sent_id, boxes in truths
                 if sent_id in predictions
             }
@@ -174,19 +181,20 @@ class _Block:
 
 
 def _best(boxes: np.ndarray, regions: np.ndarray) -> tuple[float, int | None]:
-    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None without regions."""
+    """Lowest of the best IoUs of boxes (n, 4), and the best region of that box; None if none overlaps it."""
     if not len(regions):
         return 0.0, None
     ious = np.nan_to_num(box_iou(boxes, regions))
     worst = int(ious.max(axis=1).argmin())
-    return float(ious[worst].max()), int(ious[worst].argmax())
+    best = float(ious[worst].max())
+    return best, int(ious[worst].argmax()) if best > 0 else None
 
 
-def _judge(prediction: Prediction, truth: list[list[float]]) -> tuple[float | None, bool]:
-    """IoU of a single answer with a single object, else None; and whether the answer is wrong."""
+def _answer(prediction: Prediction, truth: list[list[float]]) -> AnswerRow:
     boxes = np.array(truth, np.float64).reshape(-1, 4)
+    masks = [mask["counts"].decode("ascii") for mask in prediction.masks or ()]
     if len(boxes) == len(prediction.boxes) == 1:
         iou = float(box_iou(prediction.boxes, boxes)[0, 0])
-        return iou, iou < _RIGHT
+        return AnswerRow(prediction.boxes.tolist(), masks, iou, iou < _RIGHT)
     scores = generalized_scores([Answer(boxes, None, prediction.boxes, None)])
-    return None, scores["precision@F1=1,IoU>=0.5"] != 1.0
+    return AnswerRow(prediction.boxes.tolist(), masks, None, scores["precision@F1=1,IoU>=0.5"] != 1.0)

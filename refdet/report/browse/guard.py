@@ -2,8 +2,8 @@
 
 The page is for the user who started the program. Other users of the machine lack the token; other pages in the user's
 browser can send requests but lack the cookie (SameSite=Strict); a foreign host name that resolves to this machine
-(DNS rebinding) is not in the list of hosts. A cookie is sent to every port of an address, so a page of another server
-on this machine would receive it.
+(DNS rebinding) is not in the list of hosts. A cookie is sent to every port of an address, so another server on this
+machine could ask for it: the page's addresses begin with a random folder, and the cookie is for that folder only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+COOKIE = "refdet-browse"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 _HEADERS = {
@@ -37,18 +38,22 @@ def new_token() -> str:
 class Guard:
     """ASGI middleware that answers only GET and HEAD requests with the token, for a known host.
 
-    The token is in the address that is printed; the first response sets a cookie, which later requests have.
+    The token is in the address that is printed; the first response sets a cookie, which later requests have. They are
+    for addresses in `folder`, which the application knows as its ``root_path``; with the token others will do.
 
     Args:
         app: the application.
         token: the token.
         port: the port of the server.
         hosts: names and addresses by which the server may be reached, besides the loopback ones.
+
+    Attributes:
+        folder: "/" and random letters, with which the addresses of this server begin.
     """
 
     def __init__(self, app: ASGIApp, token: str, port: int, hosts: tuple[str, ...] = ()) -> None:
         self.app, self.token = app, token
-        self.cookie = f"refdet-browse-{port}"  # cookies do not distinguish ports
+        self.folder = "/" + secrets.token_urlsafe(12)
         names = [name.lower() for name in (*LOOPBACK, *hosts)]
         self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
 
@@ -63,7 +68,9 @@ class Guard:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         by_address = self._is_token(given)
-        refusal = self._refusal(scope["method"], headers, by_address)
+        refusal = self._refusal(scope, headers, by_address)
+        path = scope["path"] if self._is_own(scope["path"]) else self.folder + scope["path"]
+        inner = {**scope, "path": path, "root_path": self.folder}
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -71,29 +78,34 @@ class Guard:
                 out.update(_HEADERS)
                 out.setdefault("Cache-Control", "no-store")
                 if by_address and refusal is None:
-                    out.append("Set-Cookie", f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict")
+                    where = f"Path={self.folder}/; HttpOnly; SameSite=Strict"
+                    out.append("Set-Cookie", f"{COOKIE}={self.token}; {where}")
             await send(message)
 
-        await (self.app if refusal is None else refusal)(scope, receive, send_guarded)
+        await (self.app if refusal is None else refusal)(inner, receive, send_guarded)
 
-    def _refusal(self, method: str, headers: dict[bytes, str], by_address: bool) -> Response | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, str], by_address: bool) -> Response | None:
         host = headers.get(b"host", "").lower()
         if host not in self.hosts:
             return PlainTextResponse("Unknown host name; open the address that refdet browse printed.\n", 400)
-        if method not in ("GET", "HEAD"):
+        if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("Only GET requests are answered.\n", 405, {"Allow": "GET, HEAD"})
-        if not by_address and not self._is_token(self._cookie_of(headers.get(b"cookie", ""))):
+        cookie = self._cookie_of(headers.get(b"cookie", ""))
+        if not by_address and not (self._is_own(scope["path"]) and self._is_token(cookie)):
             return PlainTextResponse(
                 "Wrong or missing token; open the whole address that refdet browse printed, with its ?token=...\n", 403
             )
         return None
+
+    def _is_own(self, path: str) -> bool:
+        return path.startswith(f"{self.folder}/")
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.token.encode())
 
     def _cookie_of(self, header: str) -> str:
         try:
-            found = SimpleCookie(header).get(self.cookie)
+            found = SimpleCookie(header).get(COOKIE)
         except CookieError:
             return ""
         return "" if found is None else found.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,13 +73,11 @@ class Filter:
             ArgumentError: a parameter has a value that it cannot have.
         """
         category = given.get("category", "")
-        if category and not re.fullmatch(r"-?\d{1,18}", category):
-            raise ArgumentError("category", f"{category!r:.40} is not a category id")
         return cls(
             _one_of("show", given.get("show", "images"), SHOWN),
             given.get("q", "")[:_LONGEST_SEARCH],
             given.get("split", ""),
-            int(category) if category else None,
+            id_of("category", category) if category else None,
             _one_of("size", given.get("size", ""), ("", *SIZES)),
             _one_of("only", given.get("only", ""), ONLY),
             _one_of("sort", given.get("sort", "order"), ORDERS),
@@ -146,18 +145,54 @@ class Filter:
         return conditions, values
 
 
-def page_of(given: Mapping[str, str]) -> tuple[int, int]:
-    """Offset and limit of a part of a list.
+@dataclass(frozen=True)
+class Part:
+    """A part of a list, and the regions of images that are shown in it.
+
+    Attributes:
+        offset: entries before it.
+        limit: number of its entries.
+        top: number of top-scoring regions of an image.
+        score: lowest score of them, None for all.
+    """
+
+    offset: int = 0
+    limit: int = PAGE
+    top: int = 1 << 40
+    score: float | None = None
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str]) -> Part:
+        """Read the parameters of an address.
+
+        Raises:
+            ArgumentError: one is not a number, or is out of range.
+        """
+        score = given.get("score") or None
+        try:
+            lowest = None if score is None else float(score)
+        except ValueError:
+            lowest = math.nan
+        if lowest is not None and not math.isfinite(lowest):
+            raise ArgumentError("score", f"{score!r:.40} is not a score")
+        offset, top = (_number(name, given, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
+        return cls(offset, _number("limit", given, PAGE, _MOST), top, lowest)
+
+
+def id_of(name: str, text: str) -> int:
+    """An id of an address; negative ones and those above 2^53 occur.
 
     Raises:
-        ArgumentError: one is not a number, or is out of range.
+        ArgumentError: it is not an integer of 64 bits.
     """
-    return _number("offset", given, 0, 1 << 40), _number("limit", given, PAGE, _MOST)
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(1 << 63) <= int(text) < 1 << 63:
+        raise ArgumentError(name, f"{text!r:.40} is not an id")
+    return int(text)
 
 
 def _number(name: str, given: Mapping[str, str], default: int, most: int) -> int:
-    text = given.get(name, str(default))
-    if not re.fullmatch(r"\d{1,15}", text) or int(text) > most:
+    text = given.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
         raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {most}")
     return int(text)
 

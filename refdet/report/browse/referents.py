@@ -46,6 +46,7 @@ def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> I
             float(sides.prod(axis=1).sum()) if not isinstance(area, int | float) else float(area),
             found.tolist(),
             [(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
+            [one["segmentation"] for one in objects if one.get("segmentation")],
         )
 
 
@@ -65,7 +66,16 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
     catalog.add_annotations((position, one.category_id, list(one.box)) for position, one in of_store)
     if as_referents:
         catalog.add_referents(
-            Referent(f"object {one.id}", position, "", one.category_id, one.area, [list(one.box)], ())
+            Referent(
+                f"object {one.id}",
+                position,
+                "",
+                one.category_id,
+                one.area,
+                [list(one.box)],
+                (),
+                [one.segmentation] if one.segmentation else (),
+            )  # fmt: skip
             for position, one in of_store
             if not one.iscrowd
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import socket
 from collections.abc import Callable
 from importlib import resources
@@ -23,14 +22,14 @@ from refdet.report.browse import views
 from refdet.report.browse.collection import Collection
 from refdet.report.browse.coverage import Indexer
 from refdet.report.browse.guard import LOOPBACK, Guard
-from refdet.report.browse.queries import Filter, page_of
+from refdet.report.browse.queries import Filter, Part, id_of
 from refdet.report.browse.thumbnails import ByteCache, full_image, thumbnail
 
 log = logging.getLogger(__name__)
 
 FIRST_PORT, _TRIES = 8765, 50
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_KEPT = {"Cache-Control": "private, max-age=86400"}  # by the browser; the addresses of a run are its own
+_KEPT = {"Cache-Control": "private, max-age=86400"}  # by the browser; the addresses of a server are its own
 
 
 class Json(JSONResponse):
@@ -51,7 +50,6 @@ class Pages:
 
     def __init__(self, collection: Collection, indexer: Indexer) -> None:
         self.collection, self.indexer = collection, indexer
-        self.run = secrets.token_hex(8)  # in addresses of images, as another run may show others by the same numbers
         self.thumbnails = ByteCache()
         folder = resources.files("refdet.report.browse") / "static"
         self.static = {one.name: one.read_bytes() for one in folder.iterdir() if Path(one.name).suffix in _TYPES}
@@ -64,10 +62,10 @@ class Pages:
             "/api/about": self.about,
             "/api/status": self.status,
             "/api/items": self.items,
-            "/api/image/{image_id:int}": self.image,
+            "/api/image/{image_id}": self.image,
             "/api/list.json": self.list,
-            "/{run}/thumbnail/{position:int}": self.thumbnail,
-            "/{run}/image/{position:int}": self.picture,
+            "/thumbnail/{position:int}": self.thumbnail,
+            "/image/{position:int}": self.picture,
         }
         routes = [Route(path, self._first(answer), methods=["GET"]) for path, answer in answers.items()]
         handlers: dict[Any, Any] = {RefdetError: _refused, Exception: _failed}
@@ -82,8 +80,11 @@ class Pages:
         return answered
 
     def page(self, request: Request) -> Response:
-        """The page itself, for every address of a view."""
-        return self._static("page.html")
+        """The page itself, for every address of a view; its scripts find everything else beside themselves."""
+        prefix = request.scope["root_path"].encode()
+        return Response(
+            self.static["page.html"].replace(b'"static/', b'"' + prefix + b"/static/"), media_type="text/html"
+        )
 
     def file(self, request: Request) -> Response:
         """A script or style of the page."""
@@ -91,7 +92,7 @@ class Pages:
 
     def about(self, request: Request) -> Response:
         """What there is to show."""
-        return Json({**views.about(self.collection), "run": self.run, **self._status()})
+        return Json({**views.about(self.collection), **self._status()})
 
     def status(self, request: Request) -> Response:
         """How far the index is, and whether the stores changed."""
@@ -99,12 +100,12 @@ class Pages:
 
     def items(self, request: Request) -> Response:
         """A part of a list."""
-        offset, limit = page_of(request.query_params)
-        return Json(views.items(self.collection, Filter.parse(request.query_params), offset, limit))
+        given = request.query_params
+        return Json(views.items(self.collection, Filter.parse(given), Part.parse(given)))
 
     def image(self, request: Request) -> Response:
         """One image."""
-        return Json(views.single(self.collection, request.path_params["image_id"]))
+        return Json(views.single(self.collection, id_of("image", request.path_params["image_id"])))
 
     def list(self, request: Request) -> Response:
         """A list as a file."""

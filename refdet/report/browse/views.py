@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from refdet.errors import ArgumentError
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from refdet.data.segmentations import to_rle
+from refdet.errors import ArgumentError, InputError
 from refdet.report.browse.catalog import SIZES
 from refdet.report.browse.collection import Collection
-from refdet.report.browse.queries import Filter
+from refdet.report.browse.queries import Filter, Part
 
-_PREVIEWED = 100  # regions in a thumbnail
 _OBJECT = "o.key, o.label, o.position, o.split, o.category, o.size, o.boxes, o.iou0, o.best0, o.iou1, o.best1"
 
 
@@ -21,28 +25,32 @@ def about(collection: Collection) -> dict[str, Any]:
     first = collection.stores[0]
     return {
         "stores": [{"name": one.path.name, "images": len(one), "regions": one.regions} for one in collection.stores],
-        "categories": sorted([[i, name] for i, name in collection.names.items()], key=lambda pair: str(pair[1])),
+        "names": {
+            "stores": [_pairs(names) for names in collection.names],
+            "referents": _pairs(collection.referent_names),
+            "annotations": _pairs(collection.annotation_names),
+        },
+        "most_regions": max(int(np.diff(one.region_start).max(initial=0)) for one in collection.stores),
         "splits": splits,
         "refs": catalog.count("object"),
         "sentences": catalog.count("sentence"),
         "annotations": catalog.count("annotation"),
         "failed": catalog.count("image", "error != ''"),
-        "masks": any(one.has_masks for one in collection.stores),
+        "masks": any(one.has_masks for one in collection.stores) or catalog.count("outline") > 0,
         "images": collection.source is not None,
         "predictions": collection.inputs.predictions is not None,
         "notes": collection.notes if len(first) else [*collection.notes, f"{first.path.name} has no images"],
     }
 
 
-def items(collection: Collection, chosen: Filter, offset: int, limit: int) -> dict[str, Any]:
+def items(collection: Collection, chosen: Filter, part: Part) -> dict[str, Any]:
     """A part of a list for the grid, and its length."""
-    keys = chosen.keys(collection.catalog, offset, limit)
-    make = _ref_item if chosen.show == "refs" else _image_item
-    return {
-        "total": chosen.count(collection.catalog),
-        "offset": offset,
-        "items": [make(collection, key) for key in keys],
-    }
+    keys = chosen.keys(collection.catalog, part.offset, part.limit)
+    if chosen.show == "refs":
+        made = [_ref_item(collection, key) for key in keys]
+    else:
+        made = [_image(collection, key) | collection.preview(key, part.top, part.score) for key in keys]
+    return {"total": chosen.count(collection.catalog), "offset": part.offset, "items": made}
 
 
 def single(collection: Collection, image_id: int) -> dict[str, Any]:
@@ -55,20 +63,29 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
     if position is None:
         raise ArgumentError("image", f"no image {image_id} in {collection.stores[0].path.name}")
     record, catalog = collection.record(position), collection.catalog
-    why = ""
-    if collection.source is None:
-        why = "no images were given; start refdet browse with --images"
-    elif collection.source.find(record) is None:
-        why = f"no file for this image: {collection.source.why_missing(record)}"
     found = catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.position = ? ORDER BY o.key", (position,))
+    size = (record.height, record.width)
     annotated = catalog.rows("SELECT category, box FROM annotation WHERE position = ?", (position,))
     return {
         **_image(collection, position),
-        "missing": why,
         "stores": [collection.regions(number, image_id) for number in range(len(collection.stores))],
-        "objects": [{**_object(row), "sentences": _sentences(collection, row[0])} for row in found],
-        "annotations": [{"category": category, "box": json.loads(box)} for category, box in annotated],
+        "objects": [
+            {**_object(row), "sentences": _sentences(collection, row[0]), **_mask(collection, row[0], size)}
+            for row in found
+        ],
+        "annotations": [{"category": str(category), "box": json.loads(box)} for category, box in annotated],
     }
+
+
+def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, str]:
+    """The mask of a referent as compressed RLE, "" without; and why it has none if its segmentation is unusable."""
+    found = collection.catalog.segmentations(key)
+    try:
+        rles = [to_rle(one, *size) for one in found]
+    except InputError as error:
+        return {"mask": "", "mask_error": str(error)}
+    counts = coco_mask.merge(rles)["counts"].decode("ascii") if rles else ""
+    return {"mask": counts, "mask_error": ""}
 
 
 def whole_list(collection: Collection, chosen: Filter) -> list[dict[str, Any]]:
@@ -88,7 +105,8 @@ def whole_list(collection: Collection, chosen: Filter) -> list[dict[str, Any]]:
         one = objects[key]
         _, image_id, name, _, _ = images[one["position"]]
         about_it = {"label": one["label"], "image_id": image_id, "file_name": name, "split": one["split"]}
-        what = {"category_id": one["category"], "size": one["size"], "boxes": one["boxes"]}
+        category = None if one["category"] is None else int(one["category"])
+        what = {"category_id": category, "size": one["size"], "boxes": one["boxes"]}
         listed.append({**about_it, **what, "best_iou": one["iou"], "sentences": sentences.get(key, [])})
     return listed
 
@@ -97,7 +115,18 @@ def _image(collection: Collection, position: int) -> dict[str, Any]:
     row = collection.catalog.rows(
         "SELECT position, id, name, width, height, regions, error FROM image WHERE position = ?", (position,)
     )[0]
-    return dict(zip(("position", "image_id", "name", "width", "height", "regions", "error"), row, strict=True))
+    found = dict(zip(("position", "image_id", "name", "width", "height", "regions", "error"), row, strict=True))
+    return found | {"image_id": str(row[1]), "missing": _why_missing(collection, position)}
+
+
+def _why_missing(collection: Collection, position: int) -> str:
+    """Why there is no image to show, "" if there is one."""
+    if collection.source is None:
+        return "no images were given; start refdet browse with --images"
+    record = collection.record(position)
+    if collection.source.find(record) is None:
+        return f"no file for this image: {collection.source.why_missing(record)}"
+    return ""
 
 
 def _object(row: tuple) -> dict[str, Any]:
@@ -107,7 +136,7 @@ def _object(row: tuple) -> dict[str, Any]:
         "label": label,
         "position": position,
         "split": split,
-        "category": category,
+        "category": None if category is None else str(category),
         "size": None if size is None else SIZES[size],
         "boxes": json.loads(boxes),
         "iou": [iou0, iou1],
@@ -117,16 +146,24 @@ def _object(row: tuple) -> dict[str, Any]:
 
 def _sentences(collection: Collection, key: int) -> list[dict[str, Any]]:
     rows = collection.catalog.rows(
-        "SELECT sent_id, text, answer, iou, wrong FROM sentence WHERE object = ? ORDER BY key", (key,)
+        "SELECT sent_id, text, answer, answer_masks, iou, wrong FROM sentence WHERE object = ? ORDER BY key", (key,)
     )
     return [
-        {"sent_id": sent_id, "text": text, "answer": json.loads(answer or "[]"), "iou": iou, "wrong": wrong}
-        for sent_id, text, answer, iou, wrong in rows
+        {
+            "sent_id": str(sent_id),
+            "text": text,
+            "answer": json.loads(answer or "[]"),
+            "answer_masks": json.loads(masks or "[]"),
+            "iou": iou,
+            "wrong": wrong,
+        }
+        for sent_id, text, answer, masks, iou, wrong in rows
     ]
 
 
-def _image_item(collection: Collection, position: int) -> dict[str, Any]:
-    return {**_image(collection, position), **collection.boxes(position, _PREVIEWED)}
+def _pairs(names: Mapping[int, str]) -> list[list[str]]:
+    """Category ids and names by name. Ids are texts, as numbers above 2^53 are not exact in a browser."""
+    return sorted(([str(i), name] for i, name in names.items()), key=lambda pair: pair[1].casefold())
 
 
 def _ref_item(collection: Collection, key: int) -> dict[str, Any]:

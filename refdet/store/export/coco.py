@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
         with json_list(folder / "results.json") as add_result, json_list(folder / "annotations") as add_annotation:
             for image_id in progress(source.store, "export", "image", total=len(source.store)):
                 regions = source.read(image_id, ())
-                for annotation in _annotations(regions, row):
-                    if annotation["score"] >= score_threshold:
-                        add_annotation(annotation)
-                        kept += 1
+                reaching = regions.reaching(score_threshold).tolist()
+                for annotation in compress(_annotations(regions, row), reaching):
+                    add_annotation(annotation)
+                kept += sum(reaching)
                 for result in regions.to_coco():
                     add_result(result)
                 row += len(regions)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_source import ImageSource
+from refdet.data.image_decoder import turned_points, upright
+from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
 from refdet.store.export.folder import new_folder
@@ -19,11 +22,21 @@ from refdet.store.export.source import Source
 from refdet.structures.regions import Regions
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """An image, its file in the folder, and the EXIF orientation by which its regions must be turned, or 1."""
+
+    record: ImageRecord
+    name: str
+    orientation: int
+
+
 def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
     """Write a ``FiftyOneDataset`` folder, whose samples refer to the image files where they are.
 
     Each sample has its image, ``image_id``, and ``regions``: detections with label, box, score, mask and ``region``,
-    the row in the store.
+    the row in the store. FiftyOne shows images upright by their EXIF orientation: regions of a store that ignores it
+    are turned with them. Images of another size than the store says are left out.
 
     Args:
         store: the store.
@@ -49,20 +62,26 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
             )
             if image_id not in of.errors
         ]
-        files = ImageSource.open(images)
+        files = ImageSource.open(images, "apply" if of.options.get("exif") == "apply" else "ignore")
         files.check(records, store)
+        shown, unread = _readable(records, files)
         dataset = _new_dataset(fiftyone)
         try:
-            samples = (_sample(fiftyone, source, record, images, files) for record in records)
-            dataset.add_samples(progress(samples, "export", "image", total=len(records)), num_samples=len(records))
+            samples = (_sample(fiftyone, source, images, one) for one in shown)
+            dataset.add_samples(progress(samples, "export", "image", total=len(shown)), num_samples=len(shown))
             kind = fiftyone.types.FiftyOneDataset
             dataset.export(export_dir=str(folder), dataset_type=kind, export_media=False)
         finally:
             dataset.delete()
         empty = {i: why for i in of if (why := source.why_empty(i))}
         notes = [f"{len(of.errors)} images that could not be used are left out"] if of.errors else []
+        if unread:
+            notes.append(f"{len(unread)} images whose file is not as the store says are left out, first: {unread[0]}")
+        if turned := sum(one.orientation != 1 for one in shown):
+            notes.append(f"the regions of {turned} images are turned as FiftyOne turns these, by EXIF orientation")
         names = sorted(path.name for path in folder.iterdir())
-        done = Exported("fiftyone", len(records), of.regions, names, empty, notes)
+        regions = sum(len(of.rows(one.record.id)) for one in shown)
+        done = Exported("fiftyone", len(shown), regions, names, empty, notes)
         write_record(folder, done, {"images": images.name}, {"features": source})
     return done
 
@@ -88,39 +107,54 @@ def _new_dataset(fiftyone: Any) -> Any:
         ) from error
 
 
-def _sample(fiftyone: Any, source: Source, record: ImageRecord, images: Path, files: ImageSource) -> Any:
-    name = files.find(record)
-    assert name is not None  # they were checked
+def _readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_Shown], list[str]]:
+    """The images whose files have the sizes of the store, and why others have not."""
+    shown, unread = [], []
+    for record in progress(records, "check", "image", total=len(records)):
+        name = files.find(record)
+        assert name is not None  # they were checked
+        try:
+            files.read(record)
+        except ImageError as error:
+            unread.append(str(error))
+        else:
+            shown.append(_Shown(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
+    return shown, unread
+
+
+def _sample(fiftyone: Any, source: Source, images: Path, shown: _Shown) -> Any:
+    record, orientation = shown.record, shown.orientation
     regions = source.read(record.id, ())
     rows = source.store.rows(record.id)
-    boxes = relative_boxes(regions)
+    boxes = relative_boxes(regions, orientation)
     detections = [
         fiftyone.Detection(
             label=source.names[int(regions.category_ids[i])],
             bounding_box=boxes[i],
             confidence=float(regions.scores[i]),
-            mask=cropped_mask(regions, i),
+            mask=cropped_mask(regions, i, orientation),
             region=row,
         )
         for i, row in enumerate(rows)
     ]
-    path = str((images / name).absolute())
+    path = str((images / shown.name).absolute())
     return fiftyone.Sample(path, image_id=record.id, regions=fiftyone.Detections(detections=detections))
 
 
-def relative_boxes(regions: Regions) -> list[list[float]]:
-    """Left, top, width and height of each box as fractions of the image."""
-    boxes = regions.boxes.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    relative: list[list[float]] = (boxes / ([regions.width, regions.height] * 2)).tolist()
+def relative_boxes(regions: Regions, orientation: int = 1) -> list[list[float]]:
+    """Left, top, width and height of each box as fractions of the image, turned by an EXIF orientation."""
+    boxes = regions.boxes.astype(np.float64) / ([regions.width, regions.height] * 2)
+    corners = turned_points(boxes.reshape(-1, 2), orientation).reshape(-1, 2, 2)
+    low = corners.min(axis=1)
+    relative: list[list[float]] = np.concatenate([low, corners.max(axis=1) - low], axis=1).tolist()
     return relative
 
 
-def cropped_mask(regions: Regions, row: int) -> np.ndarray | None:
-    """(h, w) bool, the part of a mask within the pixels of its box; None without masks or pixels."""
+def cropped_mask(regions: Regions, row: int, orientation: int = 1) -> np.ndarray | None:
+    """(h, w) bool, the part of a mask within the pixels of its box, turned; None without masks or pixels."""
     if regions.masks is None:
         return None
     low, high = np.floor(regions.boxes[row, :2]).astype(int), np.ceil(regions.boxes[row, 2:]).astype(int)
     x1, y1 = np.maximum(low, 0)
     mask = np.asarray(coco_mask.decode(regions.rles()[row]))[y1 : max(high[1], y1), x1 : max(high[0], x1)]
-    return mask.astype(bool) if mask.size else None
+    return upright(mask.astype(bool), orientation) if mask.size else None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browse_examples import draw_store
-from browser import Watched, chromium, serving
+from browser import Watched, axe, serving
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -22,17 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 HOSTILE = "<script>document.title='owned'</script>"
 SCREENSHOTS = os.environ.get("REFDET_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +75,6 @@ def cards(watched: Watched) -> Any:
     return watched.page.locator(".card")
 
 
-def axe(watched: Watched) -> list[str]:
-    """Violations of axe's rules, contrast and labels among them."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    # the script is evaluated by the browser's debugger, which the page's policy does not bind
-    found = Axe().run(watched.page).response["violations"]
-    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
-
-
 def shot(watched: Watched, name: str) -> None:
     if SCREENSHOTS:
         Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
@@ -117,12 +97,12 @@ def test_the_worst_covered_referents_are_two_choices_away(watched: Watched) -> N
     first = [float(text.split()[1]) for text in shown if "…" not in text]
     assert first == sorted(first) and len(first) > 3
     shot(watched, "browse-grid")
-    assert axe(watched) == []
+    assert axe(page) == []
     watched.ready(cards(watched).first.click)
     assert page.locator(".objects .chosen").count() == 1
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        assert axe(watched) == []
+        assert axe(page) == []
 
 
 def test_texts_of_files_are_shown_as_text(watched: Watched) -> None:
@@ -152,8 +132,11 @@ def test_the_keyboard_alone_is_enough(watched: Watched) -> None:
     assert page.url == one
     page.keyboard.press("m")
     assert page.locator("button[aria-pressed=true]").first.inner_text() == "Masks" and "masks=1" in page.url
-    page.keyboard.press("+")
+    page.locator(".objects .chosen a").focus()
+    page.keyboard.press("Enter")  # all regions alike
+    assert page.locator(".objects .chosen").count() == 0
     shot(watched, "browse-masks")
+    page.keyboard.press("+")
     watched.ready(lambda: page.keyboard.press("Escape"))
     assert page.locator(".card").count() and "q=the" in page.url
     page.keyboard.press("?")
@@ -216,7 +199,7 @@ def test_masks_are_decoded_as_pycocotools_does(data: Path, watched: Watched) -> 
     for rle, counts in zip(regions.rles(), regions.masks or (), strict=True):
         covered = watched.page.evaluate(
             """async ([text, height, width]) => {
-                const { paint } = await import("/static/rle.js");
+                const { paint } = await import(new URL("static/rle.js", location.href));
                 const pixels = new Uint8ClampedArray(height * width * 4);
                 paint(pixels, text, height, width, [255, 0, 0], 1);
                 return Array.from(pixels.filter((_, i) => i % 4 === 3), (alpha) => Number(alpha > 0));
@@ -234,7 +217,7 @@ def test_a_missing_image_and_an_unknown_one_are_said(browser: Any, data: Path) -
         found.ready(cards(found).first.click)
         assert "no images were given" in found.page.inner_text("main")
         assert found.page.locator("button", has_text="Masks").is_disabled()
-        found.page.goto(f"{address.split('?')[0]}?image=77")
+        found.page.goto(f"{found.page.url.split('?')[0]}?image=77")
         found.page.wait_for_selector("#banner:not([hidden])")
         assert "no image 77 in b.h5" in found.page.inner_text("#banner")
         assert "Go to the start" in found.page.inner_text("main")

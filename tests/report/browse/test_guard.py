@@ -56,13 +56,28 @@ def test_the_token_becomes_a_cookie(server: Address) -> None:
     status, headers, _ = ask(server, f"/?token={server[1]}")
     cookie = headers["Set-Cookie"]
     assert status == 200 and "SameSite=Strict" in cookie and "HttpOnly" in cookie
-    assert ask(server, "/api/about", cookie=cookie.split(";")[0])[0] == 200
+    folder, pair = re.search(r"Path=(/[\w-]{16})/;", cookie)[1], cookie.split(";")[0]
+    assert ask(server, f"{folder}/api/about", cookie=pair)[0] == 200
+    assert ask(server, f"{folder}/", cookie=pair)[2].count(f'"{folder}/static/'.encode()) == 3
+
+
+def test_the_cookie_is_for_a_folder_that_no_other_server_knows(server: Address) -> None:
+    """Browsers send a cookie to every port of an address, but only with requests in its folder."""
+    answers = [ask(server, f"/?token={server[1]}") for _ in range(2)]
+    folder = re.search(r"Path=([^;]*)/;", answers[0][1]["Set-Cookie"])[1]
+    assert len(folder) > 16 and answers[0][1]["Set-Cookie"] == answers[1][1]["Set-Cookie"]
+    pair = answers[0][1]["Set-Cookie"].split(";")[0]
+    for path in ("/", "/api/about", f"{folder}x/api/about", folder):
+        assert ask(server, path, cookie=pair)[0] == 403
+    for path in (f"{folder}/api/about", f"{folder}/"):
+        assert ask(server, path)[0] == 403
+    assert ask(server, f"/api/about?token={server[1]}")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/api/about", "/api/image/1", "/static/main.js", "/no/such/page"])
 def test_nothing_is_served_without_the_token(server: Address, path: str) -> None:
-    port, token = server
-    for cookie in (None, f"refdet-browse-{port}=x", f"refdet-browse-{port + 1}={token}", "=;;", 'a="\\'):
+    token = server[1]
+    for cookie in (None, "refdet-browse=x", f"refdet-browse={token}", f"other={token}", "=;;", 'a="\\'):
         status, headers, body = ask(server, path, cookie=cookie)
         assert status == 403 and "Set-Cookie" not in headers and b"token" in body
     for wrong in (token[:-1], token + "x", "", "%00", "é".encode().hex()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def browse(data: Path) -> Iterator[Browse]:
 
 def keys(client: TestClient, **given: Any) -> list[int]:
     found = client.get("/api/items", params={"show": "refs", **given}).json()
-    listed = [item["object"]["key"] if "object" in item else item["image_id"] for item in found["items"]]
+    listed = [item["object"]["key"] if "object" in item else int(item["image_id"]) for item in found["items"]]
     assert found["total"] == len(listed)
     return listed
 
@@ -156,10 +157,23 @@ def test_a_name_that_no_encoding_holds_is_shown(data: Path, browse: Browse) -> N
     with store.create(data / "n.h5", header, store.Columns(), [store.ImageRow(1, "1.jpg", 9, 9, "", 0, 0)]) as writer:
         writer.put(Regions.empty(1, "1.jpg", 9, 9))
     client = browse(stores=[data / "n.h5"], refer_root=None, dataset=None, split_by=None)
-    assert client.get("/api/about").json()["categories"] == [[1, "\ud800 c"]]
+    assert client.get("/api/about").json()["names"]["stores"] == [[["1", "\ud800 c"]]]
 
 
-@pytest.mark.parametrize("wrong", ["show=x", "sort=o.key;--", "category=x", "offset=-1", "limit=100000", "size=x"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "show=x",
+        "sort=o.key;--",
+        "category=x",
+        "category=9223372036854775808",
+        "offset=-1",
+        "limit=100000",
+        "size=x",
+        "top=x",
+        "score=nan",
+    ],
+)
 def test_a_parameter_that_cannot_be_is_named(browse: Browse, wrong: str) -> None:
     answer = browse().get(f"/api/items?{wrong}")
     assert answer.status_code == 400 and wrong.split("=")[0] in answer.json()["error"]
@@ -185,21 +199,27 @@ def test_masks_are_those_of_the_store(tmp_path: Path, browse: Browse) -> None:
 
 def test_images_and_thumbnails_are_jpegs_made_here(browse: Browse) -> None:
     client = browse()
-    run = client.get("/api/about").json()["run"]
-    assert client.get(f"/{run}/image/0").headers["content-type"] == "image/jpeg"
-    assert client.get(f"/{run}/thumbnail/0").content == client.get(f"/{run}/thumbnail/0").content
+    assert client.get("/image/0").headers["content-type"] == "image/jpeg"
+    assert client.get("/thumbnail/0").content == client.get("/thumbnail/0").content
     for kind in ("image", "thumbnail"):
-        broken = client.get(f"/{run}/{kind}/2")
+        broken = client.get(f"/{kind}/2")
         assert broken.status_code == 422 and "not a readable image" in broken.json()["error"]
-        assert client.get(f"/{run}/{kind}/99").status_code == 400
+        assert client.get(f"/{kind}/99").status_code == 400
+
+
+def test_images_are_read_from_a_zip(browse: Browse, data: Path) -> None:
+    with zipfile.ZipFile(data / "images.zip", "w") as packed:
+        packed.write(data / "images" / "1.jpg", "train/1.jpg")
+    client = browse(images=data / "images.zip")
+    assert client.get("/image/0").content == browse().get("/image/0").content
+    assert [item["missing"] == "" for item in client.get("/api/items").json()["items"]] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "images/../../secret.jpg", "..\\secret.jpg"])
 def test_a_file_outside_of_the_folder_is_never_read(browse: Browse, data: Path, name: str) -> None:
     write_store(data / "evil.h5", [Regions.empty(1, name, 100, 120), Regions.empty(2, "x.jpg", 100, 120)], masks=False)
     client = browse(stores=[data / "evil.h5"], refer_root=None, dataset=None, split_by=None)
-    run = client.get("/api/about").json()["run"]
-    answers = [client.get(f"/{run}/{kind}/0") for kind in ("image", "thumbnail")]
+    answers = [client.get(f"/{kind}/0") for kind in ("image", "thumbnail")]
     assert [answer.status_code for answer in answers] == [422, 422]
 
 
@@ -215,6 +235,60 @@ def test_a_wrong_answer_is_found(browse: Browse, data: Path) -> None:
     assert keys(client, only="wrong") == [0, 3]  # 3 has no answer, nor has 2, of a split without any
     first = client.get("/api/image/1").json()["objects"][0]["sentences"]
     assert [s["wrong"] for s in first] == [0, 1] and first[1]["answer"] == [FOUND[1][1]]
+
+
+def test_a_referent_that_no_region_overlaps_has_no_best_one(browse: Browse, data: Path) -> None:
+    write_store(data / "far.h5", [regions(1, [[100, 80, 119, 99], [60, 10, 80, 50]])], masks=False)
+    first, second = browse(stores=[data / "far.h5"]).get("/api/image/1").json()["objects"]
+    assert (first["iou"][0], first["best"][0], second["best"][0]) == (0, None, 1)
+
+
+def test_masks_of_referents_and_answers(browse: Browse, data: Path) -> None:
+    from pycocotools import mask as coco_mask
+
+    y, x = np.mgrid[:100, :120]
+    answer = coco_mask.encode(np.asfortranarray(x < 50, np.uint8))["counts"].decode()
+    rle = {"size": [100, 120], "counts": answer}
+    (data / "p.json").write_text(json.dumps([{"sent_id": 0, "segmentation": rle}, {"sent_id": 1, "region": 0}]))
+    client = browse(predictions=data / "p.json")
+    assert client.get("/api/about").json()["masks"]  # though the store has none
+    one = client.get("/api/image/1").json()["objects"][0]
+    left, top, width, height = OBJECTS[0]["bbox"]
+    inside = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
+    np.testing.assert_array_equal(coco_mask.decode({"size": [100, 120], "counts": one["mask"]}), inside)
+    assert [s["answer_masks"] for s in one["sentences"]] == [[answer], []] and one["mask_error"] == ""
+
+
+def test_a_segmentation_that_cannot_be_drawn_is_said(browse: Browse, data: Path) -> None:
+    path = data / "toy" / "instances.json"
+    tree = json.loads(path.read_text())
+    tree["annotations"][0]["segmentation"] = {"size": [9, 9], "counts": "01"}
+    path.write_text(json.dumps(tree))
+    one, other = browse().get("/api/image/1").json()["objects"]
+    assert one["mask"] == "" and "size [9, 9]" in one["mask_error"] and other["mask"]
+
+
+def test_names_are_those_of_the_own_file(browse: Browse, data: Path) -> None:
+    write_store(data / "n.h5", example_images(), masks=False, names={1: "hound"})
+    about = browse(stores=[data / "n.h5", data / "s.h5"]).get("/api/about").json()
+    assert about["names"]["referents"] == [["1", "c1"], ["2", "c2"]] and about["names"]["annotations"] == []
+    assert about["names"]["stores"] == [[["2", "c2"], ["1", "hound"]], [["1", "c1"], ["2", "c2"]]]
+    assert "the refs of toy and n.h5 name 1 categories differently" in " ".join(about["notes"])
+
+
+def test_ids_are_texts_and_thumbnails_follow_the_sliders(browse: Browse, data: Path) -> None:
+    many = Regions(-3, "x.jpg", 9, 9, np.tile(np.float32([0, 0, 5, 5]), (150, 1)),
+                   np.linspace(0.7, 0.1, 150, dtype=np.float32), np.full(150, 2**53 + 1))  # fmt: skip
+    write_store(data / "m.h5", [many], masks=False)
+    client = browse(stores=[data / "m.h5"], refer_root=None, dataset=None, split_by=None)
+    assert client.get("/api/about").json()["most_regions"] == 150
+    one = client.get("/api/image/-3").json()
+    assert one["image_id"] == "-3" and one["stores"][0]["regions"][0]["category"] == "9007199254740993"
+    assert one["stores"][0]["regions"][0]["score"] == 0.7
+    expected = {"": (100, 150), "top=3": (3, 3), "score=0.7": (1, 1), "score=0.4": (75, 75), "top=0": (0, 0)}
+    for asked, (drawn, wanted) in expected.items():
+        item = client.get(f"/api/items?{asked}").json()["items"][0]
+        assert (len(item["boxes"]), item["wanted"]) == (drawn, wanted)
 
 
 def test_bad_answers_are_said_on_the_page(browse: Browse, data: Path) -> None:

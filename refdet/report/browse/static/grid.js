@@ -2,9 +2,9 @@
 
 import { BEST, REFERENT } from "./colors.js";
 import { count, element, number, svgElement } from "./dom.js";
-import { address, filters, PAGE } from "./state.js";
+import { address, filters, PAGE, ROOT } from "./state.js";
 
-const THUMBNAIL_REGIONS = 12;
+const BOLD = 12; // top-scoring regions of a thumbnail, drawn with an outline
 
 export function render(main, page, state, about, go) {
   const offset = page.offset;
@@ -24,7 +24,7 @@ export function render(main, page, state, about, go) {
     state.show === "refs"
       ? element("span", { class: "legend" }, element("i", { class: "referent" }), "referent", element("i", { class: "best" }), "best region")
       : element("span", { class: "legend" }, element("i", { class: "best" }), "regions"),
-    element("a", { class: "button", href: `/api/list.json?${filters(state)}`, download: "refdet-list.json" }, "Download list (JSON)"),
+    element("a", { class: "button", href: `${ROOT}api/list.json?${filters(state)}`, download: "refdet-list.json" }, "Download list (JSON)"),
   );
   const cards = page.items.map((item, i) => card(item, offset + i, state, about, go));
   main.replaceChildren(
@@ -48,17 +48,23 @@ function card(item, at, state, about, go) {
   const texts = object
     ? [element("span", { class: "facts" },
         element("b", { class: object.iou[0] !== null && object.iou[0] < 0.5 ? "bad" : "" }, iouText(object, about)),
-        ` ${categoryName(about, object.category)} ${object.size ?? ""} ${object.split}`),
+        ` ${categoryName(about.names.referents, object.category)} ${object.size ?? ""} ${object.split}`),
       ...sentences(object)]
-    : [element("span", { class: "facts" }, `${count(item.regions, "region")}`), element("span", {}, item.name)];
+    : [element("span", { class: "facts" }, count(item.regions, "region"), undrawn(item)), element("span", {}, item.name)];
   if (item.error) texts.push(element("span", { class: "bad" }, `failed: ${item.error}`));
   return element("li", {},
     element("a", { class: "card", href: address(there), onclick: (event) => go(there, event) }, picture(item, state, about), ...texts));
 }
 
+function undrawn(item) {
+  const hidden = item.regions - item.boxes.length;
+  return hidden ? `, ${hidden.toLocaleString("en")} not drawn` : "";
+}
+
 function iouText(object, about) {
   if (!object.boxes.length) return "no target";
-  const known = object.iou.slice(0, about.stores.length).map((iou) => (iou === null ? "…" : number(iou)));
+  const unknown = about.index.stage ? "…" : "unknown";
+  const known = object.iou.slice(0, about.stores.length).map((iou) => (iou === null ? unknown : number(iou)));
   return `IoU ${known.join(" / ")}`;
 }
 
@@ -70,36 +76,37 @@ function sentences(object) {
   return more > 0 ? [...shown, element("small", {}, `and ${more} more`)] : shown;
 }
 
-export function categoryName(about, category) {
-  if (category === null || category < 0) return "";
-  return about.names.get(category) ?? `category ${category}`;
+// `names` has names by the texts of ids; regions without a category have the id -1.
+export function categoryName(names, category) {
+  if (category === null) return "";
+  return names.get(category) ?? (category === "-1" ? "" : `category ${category}`);
 }
 
 function picture(item, state, about) {
   const frame = element("span", { class: "frame" });
-  if (about.images) {
-    const image = element("img", { src: `/${about.run}/thumbnail/${item.position}`, alt: "", decoding: "async" });
+  if (!item.missing) {
+    const image = element("img", { src: `${ROOT}thumbnail/${item.position}`, alt: "", decoding: "async" });
     image.addEventListener("error", () => {
       image.remove();
       frame.append(element("span", { class: "gone" }, "no image"));
     });
     frame.append(image);
-  } else frame.append(element("span", { class: "gone" }, "no images given"));
+  } else frame.append(element("span", { class: "gone" }, about.images ? "no image" : "no images given"));
   const { width, height } = item;
   const drawing = svgElement("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-  const add = (box, color) => {
-    const [x1, y1, x2, y2] = box;
-    const place = { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1), fill: "none" };
-    drawing.append(
-      svgElement("rect", { ...place, stroke: "#000", "stroke-width": 4, "vector-effect": "non-scaling-stroke" }),
-      svgElement("rect", { ...place, stroke: color, "stroke-width": 2, "vector-effect": "non-scaling-stroke" }));
+  const add = (boxes, color, widths) => {
+    const d = boxes.map(([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`).join("");
+    for (const [stroke, width] of widths) {
+      drawing.append(svgElement("path", { d, fill: "none", stroke: stroke ?? color, "stroke-width": width, "vector-effect": "non-scaling-stroke" }));
+    }
   };
+  const outlined = [["#000", 4], [null, 2]];
   if (item.object) {
-    if (item.best_box) add(item.best_box, BEST);
-    for (const box of item.object.boxes) add(box, REFERENT);
+    if (item.best_box) add([item.best_box], BEST, outlined);
+    add(item.object.boxes, REFERENT, outlined);
   } else {
-    const most = Math.min(Number(state.top), THUMBNAIL_REGIONS);
-    item.boxes.filter((_, i) => item.scores[i] >= Number(state.score)).slice(0, most).forEach((box) => add(box, BEST));
+    add(item.boxes.slice(BOLD), BEST, [[null, 0.7]]);
+    add(item.boxes.slice(0, BOLD), BEST, outlined);
   }
   frame.append(drawing);
   return frame;

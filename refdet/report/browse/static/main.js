@@ -3,18 +3,28 @@
 import { count, element, getJson } from "./dom.js";
 import { render } from "./grid.js";
 import { Single } from "./single.js";
-import { address, defaultShow, FILTERS, filters, forgetToken, PAGE, read } from "./state.js";
+import { address, defaultShow, FILTERS, filters, forgetToken, PAGE, read, ROOT } from "./state.js";
 
 const KEYS = {
   "/": "search the sentences", "← →": "previous or next image, or page of the grid", Enter: "in the grid: open an image",
   Escape: "back to the grid", m: "masks", b: "boxes", l: "labels", "+ − 0": "zoom in, zoom out, fit", "?": "these keys",
 };
 const main = document.getElementById("main"), form = document.getElementById("filters"), banner = document.getElementById("banner");
+const warned = new Set();
 let about = null, single = null, page = null, state = null, asked = null;
 
 function complain(text) {
   banner.textContent = text;
   banner.hidden = !text;
+}
+
+// A message that stays, whatever is shown next, until it is dismissed; each text once.
+function warn(text) {
+  if (warned.has(text)) return;
+  warned.add(text);
+  const message = element("div", { class: "message" }, element("span", {}, text),
+    element("button", { type: "button", onclick: () => message.remove() }, "Dismiss"));
+  document.getElementById("warnings").append(message);
 }
 
 // Show a state; with `event` as the answer to a click on a link, unless it opens another tab.
@@ -31,7 +41,7 @@ function go(next, event = null, replace = false) {
 // Open the image at a place of the list.
 async function open(next) {
   try {
-    const found = await getJson(`/api/items?${filters(next)}&offset=${next.at}&limit=1`);
+    const found = await getJson(`${ROOT}api/items?${filters(next)}&offset=${next.at}&limit=1&top=0`);
     const [item] = found.items;
     if (item) go({ ...next, image: String(item.image_id), ref: item.object ? String(item.object.key) : "" });
   } catch (error) {
@@ -53,14 +63,19 @@ async function show() {
   try {
     if (state.image !== "") {
       const [data, list] = await Promise.all([
-        getJson(`/api/image/${encodeURIComponent(state.image)}`, signal),
-        state.at === "" ? null : getJson(`/api/items?${filters(state)}&offset=0&limit=0`, signal),
+        getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`, signal),
+        state.at === "" ? null : getJson(`${ROOT}api/items?${filters(state)}&offset=0&limit=0`, signal),
       ]);
       [single, page] = [new Single(main, data, state, about, go, list ? list.total : null), null];
     } else {
       const offset = Number(state.page || 0) * PAGE;
-      const found = await getJson(`/api/items?${filters(state)}&offset=${offset}&limit=${PAGE}`, signal);
+      const shown = new URLSearchParams({ offset, limit: PAGE, top: state.top, score: state.score });
+      const found = await getJson(`${ROOT}api/items?${filters(state)}&${shown}`, signal);
       [single, page] = [null, found];
+      if (found.total && offset >= found.total) { // beyond the end
+        const last = Math.ceil(found.total / PAGE) - 1;
+        return go({ ...state, page: last ? String(last) : "" }, null, true);
+      }
       render(main, found, state, about, go);
     }
     complain("");
@@ -69,22 +84,44 @@ async function show() {
   } catch (error) {
     if (error.name === "AbortError") return;
     [single, page] = [null, null];
-    main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: "/" }, "Go to the start")));
+    main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: ROOT }, "Go to the start")));
     complain(error.message);
   }
 }
 
 function fillForm() {
+  fillCategories();
+  const { score, top } = form.elements;
   for (const field of form.elements) {
     if (field.name && field !== document.activeElement) field.value = state[field.name] ?? "";
   }
-  document.getElementById("score-value").textContent = Number(state.score).toFixed(2);
-  document.getElementById("top-value").textContent = state.top;
+  if (state.score === "") score.value = score.min;
+  if (state.top === "") top.value = top.max;
+  for (const field of [score, top]) field.parentElement.hidden = state.show === "refs" && state.image === "";
+  document.getElementById("score-value").textContent = state.score === "" ? "all" : Number(state.score).toFixed(2);
+  document.getElementById("top-value").textContent = state.top === "" ? "all" : state.top;
+}
+
+// The categories of what is shown: regions have the names of the store, referents those of their own file.
+function fillCategories() {
+  const { category } = form.elements, of = state.show === "refs" ? "referents" : "regions";
+  if (category.dataset.of === of) return;
+  category.dataset.of = of;
+  const names = state.show === "refs" ? about.names.referents : about.names.stores[0];
+  category.replaceChildren(element("option", { value: "" }, "all"), ...Array.from(names, ([value, text]) => element("option", { value }, text)));
   document.getElementById("category-label").textContent = state.show === "refs" ? "Category of the referent" : "Category of a region";
 }
 
+// How far the sliders go: to what the stores hold.
+function fillSliders() {
+  const { score, top } = form.elements, [low, high] = about.index.scores;
+  [score.min, score.max] = [Math.floor(low * 100) / 100, Math.ceil(high * 100) / 100];
+  top.max = Math.max(1, about.most_regions);
+}
+
 function change(field) {
-  const next = { ...read(), [field.name]: field.value };
+  const all = (field.name === "score" && field.value === field.min) || (field.name === "top" && field.value === field.max);
+  const next = { ...read(), [field.name]: all ? "" : field.value };
   if (FILTERS.includes(field.name)) Object.assign(next, { page: "", image: "", ref: "", at: "" });
   go(next, null, field.type === "range" || field.type === "search");
 }
@@ -131,22 +168,35 @@ const STAGES = { regions: (part) => `reading the regions: ${Math.round(part * 10
 
 function showStatus(status) {
   const { stage, part, error } = status.index;
-  document.getElementById("progress").textContent = stage ? STAGES[stage](part) : "";
-  if (error) complain(error);
-  else if (status.changed.length) {
-    complain(`${status.changed.join(", ")} changed since it was opened: what is shown may be mixed or out of date. Start refdet browse again.`);
-  }
   about.index = status.index;
+  document.getElementById("progress").textContent = stage ? STAGES[stage](part) : error ? "incomplete: not everything could be read" : "";
+  if (error) warn(`Not everything could be read, so overlaps, filters and sorting are incomplete: ${error}`);
+  if (status.changed.length) {
+    warn(`${status.changed.join(", ")} changed since it was opened: what is shown may be mixed or out of date. Start refdet browse again.`);
+  }
+  fillSliders();
+  if (state) fillForm();
+}
+
+// Show what was computed since the view was shown.
+async function refresh() {
+  if (!single) return state.image === "" ? show() : null;
+  const shown = single, data = await getJson(`${ROOT}api/image/${encodeURIComponent(state.image)}`);
+  if (single === shown) single.refresh(data);
+  return null;
 }
 
 // Until the index is complete once a second, then now and then, to see whether the stores changed.
+let lost = false;
 async function watch() {
   const before = about.index.stage;
   try {
-    const status = await getJson("/api/status");
-    showStatus(status);
-    if (before && !status.index.stage && state.image === "") show().then(() => showStatus(status));
+    showStatus(await getJson(`${ROOT}api/status`));
+    if (lost) complain("");
+    lost = false;
+    if (before && !about.index.stage) await refresh();
   } catch (error) {
+    lost = true;
     complain(error.message);
   }
   setTimeout(watch, about.index.stage ? 1000 : 10000);
@@ -155,26 +205,29 @@ async function watch() {
 async function start() {
   forgetToken();
   try {
-    about = await getJson("/api/about");
+    about = await getJson(`${ROOT}api/about`);
   } catch (error) {
     main.replaceChildren();
     complain(error.message);
     return;
   }
-  about.names = new Map(about.categories);
+  const { stores, referents, annotations } = about.names;
+  about.names = { stores: stores.map((names) => new Map(names)), referents: new Map(referents), annotations: new Map(annotations) };
+  document.getElementById("home").href = ROOT;
+  fillSliders();
   defaultShow(about.refs ? "refs" : "images");
   const options = (name, pairs) => form.elements[name].append(...pairs.map(([value, text]) => element("option", { value }, text)));
   options("split", about.splits.map((split) => [split, split]));
-  options("category", about.categories);
   form.elements.sort.querySelector("[value=gap]").hidden = about.stores.length < 2;
   form.elements.only.querySelector("[value=wrong]").disabled = !about.predictions;
+  for (const option of document.querySelectorAll("[name=only] [value=uncovered], [name=sort] [value=iou]")) option.disabled = !about.refs;
   for (const name of ["q", "split"]) form.elements[name].disabled = !about.sentences;
   document.getElementById("stores").textContent = about.stores
     .map((store) => `${store.name}: ${count(store.images, "image")}, ${count(store.regions, "region")}`)
     .concat(about.refs ? [`${count(about.refs, "referent")}, ${count(about.sentences, "sentence")}`] : []).join(" · ");
   const notes = document.getElementById("notes");
   notes.hidden = !about.notes.length;
-  notes.querySelector("summary").textContent = count(about.notes.length, "note");
+  notes.querySelector("summary").textContent = `${count(about.notes.length, "note")}: ${about.notes[0] ?? ""}`;
   notes.querySelector("ul").append(...about.notes.map((note) => element("li", {}, note)));
   await show();
   showStatus(about);

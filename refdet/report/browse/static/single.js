@@ -2,7 +2,7 @@
 
 import { categoryName } from "./grid.js";
 import { count, download, element, number } from "./dom.js";
-import { address } from "./state.js";
+import { address, reaches, ROOT } from "./state.js";
 import { Viewer } from "./viewer.js";
 
 export class Single {
@@ -15,7 +15,13 @@ export class Single {
     this.loadImage();
   }
 
-  // The zoom of the sides, to keep when they are drawn again.
+  // Show what has been computed meanwhile, with the zoom as it is.
+  refresh(data) {
+    this.data = data;
+    this.sides.forEach((side, number) => { side.store = data.stores[number]; });
+    this.update(this.state);
+  }
+
   side(store, number) {
     const label = `Image ${this.data.name} with the regions of ${store.path}`;
     const [height, width] = store.size ?? [this.data.height, this.data.width];
@@ -26,7 +32,7 @@ export class Single {
     this.say(this.data.missing);
     if (this.data.missing) return;
     try {
-      const response = await fetch(`/${this.about.run}/image/${this.data.position}`);
+      const response = await fetch(`${ROOT}image/${this.data.position}`);
       if (!response.ok) throw new Error((await response.json()).error);
       const bitmap = await createImageBitmap(await response.blob());
       for (const side of this.sides) side.viewer.setImage(bitmap);
@@ -47,7 +53,7 @@ export class Single {
     this.toggles = Object.fromEntries(["masks", "boxes", "labels"].map((name) =>
       [name, button(name[0].toUpperCase() + name.slice(1), () => this.toggle(name), { "aria-pressed": "false" })]));
     this.toggles.masks.disabled = !about.masks;
-    if (!about.masks) this.toggles.masks.title = "The store has no masks";
+    if (!about.masks) this.toggles.masks.title = "Neither the store nor the referents have masks";
     const back = { ...state, image: "", ref: "", at: "", page: "" };
     const at = state.at === "" ? null : Number(state.at);
     this.bar = element("nav", { class: "pages", "aria-label": "Image" },
@@ -87,7 +93,7 @@ export class Single {
   }
 
   toggle(name) {
-    if (name === "masks" && !this.about.masks) return this.say("The store has no masks.");
+    if (name === "masks" && !this.about.masks) return this.say("Neither the store nor the referents have masks.");
     this.go({ ...this.state, [name]: this.state[name] === "1" ? "0" : "1" }, null, true);
   }
 
@@ -133,10 +139,11 @@ export class Single {
 
   shown(side) {
     const indexed = side.store.regions.map((region, index) => ({
-      ...region, index, label: `${categoryName(this.about, region.category)} ${number(region.score)}`.trim(),
+      ...region, index, label: `${categoryName(this.about.names.stores[side.number], region.category)} ${number(region.score)}`.trim(),
     }));
     indexed.sort((a, b) => b.score - a.score || a.index - b.index);
-    return indexed.slice(0, Number(this.state.top)).filter((region) => region.score >= Number(this.state.score));
+    const most = this.state.top === "" ? indexed.length : Number(this.state.top);
+    return indexed.slice(0, most).filter((region) => reaches(region.score, this.state));
   }
 
   chosen() {
@@ -145,20 +152,25 @@ export class Single {
 
   draw(side) {
     const marks = [], object = this.chosen(), own = side.store.regions;
-    if (!object) for (const one of this.data.annotations) marks.push({ box: one.box, kind: "annotation", label: categoryName(this.about, one.category) });
+    const [height, width] = side.store.size ?? [], fits = height === this.data.height && width === this.data.width;
+    if (!object) for (const one of this.data.annotations) marks.push({ box: one.box, kind: "annotation", label: categoryName(this.about.names.annotations, one.category) });
     for (const one of object ? [object] : this.data.annotations.length ? [] : this.data.objects) {
       if (object && object.best[side.number] !== null) {
         const best = own[object.best[side.number]];
-        if (best) marks.push({ box: best.box, kind: "best", label: `best region, IoU ${number(object.iou[side.number])}` });
+        if (best) marks.push({ box: best.box, kind: "best", label: `best region, IoU ${number(object.iou[side.number])}`, mask: best.mask });
       }
       if (object) for (const sentence of side.number ? [] : object.sentences) {
-        if (sentence.wrong) for (const box of sentence.answer) marks.push({ box, kind: "answer", label: "wrong answer" });
+        const [kind, label] = sentence.wrong ? ["answer", "wrong answer"] : ["right", "right answer"];
+        for (const [i, box] of sentence.answer.entries()) {
+          const same = marks.some((mark) => mark.kind === kind && String(mark.box) === String(box) && mark.mask === sentence.answer_masks[i]);
+          if (!same) marks.push({ box, kind, label, mask: sentence.answer_masks[i] });
+        }
       }
-      for (const box of one.boxes) marks.push({ box, kind: "referent", label: one.label });
+      one.boxes.forEach((box, i) => marks.push({ box, kind: "referent", label: one.label, mask: fits && !i ? one.mask : "" }));
     }
     const { masks, boxes, labels } = this.state;
     side.viewer.show({
-      regions: this.shown(side), marks, hovered: side.hovered ?? null,
+      regions: this.shown(side), marks, hovered: side.hovered ?? null, faint: Boolean(object),
       masks: masks === "1", boxes: boxes === "1", labels: labels === "1",
     });
   }
@@ -179,16 +191,19 @@ export class Single {
     const entries = data.objects.map((object) => {
       const chosen = String(object.key) === state.ref;
       const there = { ...state, ref: chosen ? "" : String(object.key) };
-      const ious = about.stores.map((store, i) => `${about.stores.length > 1 ? `${store.name}: ` : ""}${object.iou[i] === null ? (about.index.stage ? "not computed yet" : "–") : number(object.iou[i], 3)}`);
+      const ious = about.stores.map((store, i) => `${about.stores.length > 1 ? `${store.name}: ` : ""}${object.iou[i] === null ? (about.index.stage ? "not computed yet" : "unknown") : number(object.iou[i], 3)}`);
       return element("article", { class: chosen ? "chosen" : "" },
         element("a", { href: address(there), onclick: (event) => go(there, event, true), "aria-current": chosen ? "true" : null },
-          `${object.label} ${categoryName(about, object.category)} ${object.size ?? ""} ${object.split}`),
+          `${object.label} ${categoryName(about.names.referents, object.category)} ${object.size ?? ""} ${object.split}`),
         element("p", { class: object.iou[0] !== null && object.iou[0] < 0.5 ? "bad" : "" },
           object.boxes.length ? `IoU of the best region: ${ious.join(", ")}` : "no target"),
+        object.iou[0] === 0 ? element("p", { class: "bad" }, `No region of ${about.stores[0].name} overlaps it.`) : "",
+        object.mask_error ? element("p", { class: "bad" }, `Its mask cannot be shown: ${object.mask_error}`) : "",
         ...object.sentences.map((one) => element("p", {}, element("q", {}, one.text), answer(one, about))));
     });
     this.objects.replaceChildren(
       element("h3", {}, count(data.objects.length, "referent")),
+      entries.length ? element("p", { class: "facts" }, this.chosen() ? "Click the chosen one again to see all regions alike." : "Click one to see its best region and the answers.") : "",
       ...entries,
       entries.length ? "" : element("p", {}, about.refs ? "No sentence refers to this image." : "No refs were given."));
   }

@@ -2,9 +2,13 @@
 
 export const FILTERS = ["show", "q", "split", "category", "size", "only", "sort", "desc"];
 const SHOWN = ["score", "top", "masks", "boxes", "labels"];
-const DEFAULTS = { show: "images", sort: "order", score: "0", top: "100", masks: "0", boxes: "1", labels: "1" };
+// without a score or a number of regions all are shown
+const DEFAULTS = { show: "images", sort: "order", masks: "0", boxes: "1", labels: "1" };
 
 export const PAGE = 60;
+
+// The folder of all addresses of this server, "/" and "/" around it.
+export const ROOT = new URL("..", import.meta.url).pathname;
 
 export function defaultShow(show) {
   DEFAULTS.show = show;
@@ -16,6 +20,7 @@ export function read() {
   for (const name of [...FILTERS, ...SHOWN, "page", "image", "ref", "at"]) {
     state[name] = given.get(name) ?? DEFAULTS[name] ?? "";
   }
+  for (const name of ["page", "at", "top"]) if (!/^[0-9]{1,9}$/.test(state[name])) state[name] = "";
   return state;
 }
 
@@ -25,7 +30,7 @@ export function address(state) {
     if (value !== "" && value !== (DEFAULTS[name] ?? "")) given.set(name, value);
   }
   const text = given.toString();
-  return text ? `/?${text}` : "/";
+  return text ? `${ROOT}?${text}` : ROOT;
 }
 
 // The parameters of the filters for the server.
@@ -33,10 +38,16 @@ export function filters(state) {
   return new URLSearchParams(FILTERS.map((name) => [name, state[name]]));
 }
 
-// Take the token out of the address: the cookie has it now, and addresses are sent around.
+// Whether a score reaches the lowest one, rounded as scores are.
+export function reaches(score, state) {
+  return state.score === "" || Math.fround(score) >= Math.fround(Number(state.score));
+}
+
+// Take the token out of the address, which the cookie has now, as addresses are sent around; and take on the folder
+// that the cookie is for.
 export function forgetToken() {
   const given = new URL(location.href);
-  if (!given.searchParams.has("token")) return;
   given.searchParams.delete("token");
-  history.replaceState(null, "", given);
+  given.pathname = ROOT;
+  if (given.href !== location.href) history.replaceState(null, "", given);
 }

@@ -1,10 +1,12 @@
 // One canvas with an image, masks, boxes and labels; zoom by the wheel or keys, pan by dragging.
 
-import { ANNOTATION, ANSWER, BEST, colorOf, REFERENT, rgbOf } from "./colors.js";
+import { ANNOTATION, ANSWER, BEST, colorOf, REFERENT, rgbOf, rgbOfHex, RIGHT_ANSWER } from "./colors.js";
 import { element } from "./dom.js";
 import { paint } from "./rle.js";
 
 const MOST_ZOOM = 20;
+// in the order in which they get places for their labels
+const MARKS = { referent: REFERENT, best: BEST, answer: ANSWER, right: RIGHT_ANSWER, annotation: ANNOTATION };
 
 export class Viewer {
   // `size` is [width, height] of the image in pixels; `onhover` gets the index of a region or null.
@@ -14,6 +16,7 @@ export class Viewer {
     this.x = this.y = 0; // of the image's point in the upper left corner
     this.scene = { regions: [], marks: [], hovered: null };
     this.image = null;
+    this.taken = []; // places of labels [left, top, right, bottom]
     this.masks = null;
     this.canvas = element("canvas", { role: "img", "aria-label": label, class: "picture" });
     this.canvas.width = Math.min(1600, Math.max(this.width, 900));
@@ -82,22 +85,27 @@ export class Viewer {
     this.draw();
   }
 
-  // `scene`: regions {index, box, category, label, mask}, marks {box, kind, label}, masks, boxes, labels, hovered.
+  // `scene`: regions {index, box, category, label, mask}, marks {box, kind, label, mask}, masks, boxes, labels, hovered,
+  // and `faint` where the marks are to stand out: regions are then drawn faintly, without masks and labels.
   show(scene) {
-    const key = scene.masks ? scene.regions.map((region) => region.index).join() : "";
-    if (this.masks === null || this.masks.key !== key) this.masks = { key, layer: key ? this.layer(scene.regions) : null };
+    const { regions, marks, masks } = scene;
+    const key = masks ? JSON.stringify([regions.map((region) => region.index), marks.map((mark) => [mark.kind, mark.mask])]) : "";
+    if (this.masks === null || this.masks.key !== key) {
+      const painted = scene.faint ? [] : regions.map((region) => [region.mask, rgbOf(region.category)]);
+      const above = marks.map((mark) => [mark.mask, rgbOfHex(MARKS[mark.kind])]);
+      this.masks = { key, layer: masks ? this.layer([...painted, ...above]) : null };
+    }
     this.scene = scene;
     this.draw();
   }
 
-  layer(regions, alpha = 0.5) {
+  // A canvas with masks [text, [r, g, b]], the last on top.
+  layer(painted, alpha = 0.5) {
     const layer = element("canvas");
     [layer.width, layer.height] = [this.width, this.height];
     const context = layer.getContext("2d");
     const data = context.createImageData(this.width, this.height);
-    for (const region of regions) {
-      if (region.mask) paint(data.data, region.mask, this.height, this.width, rgbOf(region.category), alpha);
-    }
+    for (const [mask, color] of painted) if (mask) paint(data.data, mask, this.height, this.width, color, alpha);
     context.putImageData(data, 0, 0);
     return layer;
   }
@@ -118,15 +126,18 @@ export class Viewer {
     if (this.masks?.layer) context.drawImage(this.masks.layer, 0, 0);
     const { regions, marks, hovered } = this.scene;
     const one = regions.find((region) => region.index === hovered);
-    if (one?.mask) context.drawImage(this.layer([one], 0.7), 0, 0);
+    if (one?.mask) context.drawImage(this.layer([[one.mask, rgbOf(one.category)]], 0.7), 0, 0);
+    context.globalAlpha = this.scene.faint ? 0.4 : 1;
     if (this.scene.boxes) for (const region of regions) this.box(context, scale, region.box, colorOf(region.category), 1.5);
-    const colors = { referent: REFERENT, best: BEST, answer: ANSWER, annotation: ANNOTATION };
-    for (const mark of marks) this.box(context, scale, mark.box, colors[mark.kind], mark.kind === "annotation" ? 1.5 : 3, mark.kind === "annotation");
+    context.globalAlpha = 1;
+    for (const mark of marks) this.box(context, scale, mark.box, MARKS[mark.kind], mark.kind === "annotation" ? 1.5 : 3, mark.kind === "annotation");
     if (one) this.box(context, scale, one.box, "#fff", 3);
+    this.taken = [];
     if (this.scene.labels) {
-      if (this.scene.boxes) for (const region of regions) this.label(context, scale, region.box, region.label);
-      for (const mark of marks) this.label(context, scale, mark.box, mark.label, colors[mark.kind]);
+      for (const kind of Object.keys(MARKS)) for (const mark of marks.filter((one) => one.kind === kind)) this.label(context, scale, mark.box, mark.label, MARKS[mark.kind]);
+      if (this.scene.boxes && !this.scene.faint) for (const region of regions) this.label(context, scale, region.box, region.label);
     }
+    this.taken = [];
     if (one) this.label(context, scale, one.box, one.label, "#fff");
   }
 
@@ -141,19 +152,28 @@ export class Viewer {
     context.setLineDash([]);
   }
 
-  label(context, scale, [x1, y1], text, color = "#fff") {
-    if (!text) return;
+  // Above the box, else inside, else below it, left or right, where no earlier label is; left out without such a place.
+  label(context, scale, [x1, y1, x2, y2], text, color = "#fff") {
+    const seen = x2 > this.x && y2 > this.y && x1 < this.x + this.width / this.zoom && y1 < this.y + this.height / this.zoom;
+    if (!text || !seen) return;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
     const unit = this.unit(), line = 18 * unit, edge = 4 * unit;
     context.font = `${13 * unit}px system-ui, sans-serif`;
     const width = context.measureText(text).width + 2 * edge;
-    const x = Math.min(Math.max(0, (x1 - this.x) * scale), Math.max(0, this.canvas.width - width));
-    const y = Math.max(0, (y1 - this.y) * scale - line);
-    context.fillStyle = "rgba(0,0,0,.8)";
-    context.fillRect(x, y, width, line);
-    context.fillStyle = color;
-    context.fillText(text, x + edge, y + 13 * unit);
+    const within = (value, most) => Math.min(Math.max(0, value), Math.max(0, most));
+    const lefts = [(x1 - this.x) * scale, (x2 - this.x) * scale - width].map((x) => within(x, this.canvas.width - width));
+    const tops = [(y1 - this.y) * scale - line, (y1 - this.y) * scale, (y2 - this.y) * scale].map((y) => within(y, this.canvas.height - line));
+    const free = ([x, y]) => this.taken.every(([left, top, right, bottom]) => x >= right || x + width <= left || y >= bottom || y + line <= top);
+    const place = lefts.flatMap((x) => tops.map((y) => [x, y])).find(free);
+    if (place) {
+      const [x, y] = place;
+      this.taken.push([x, y, x + width, y + line]);
+      context.fillStyle = "rgba(0,0,0,.8)";
+      context.fillRect(x, y, width, line);
+      context.fillStyle = color;
+      context.fillText(text, x + edge, y + 13 * unit);
+    }
     context.restore();
   }
 }

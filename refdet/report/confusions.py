@@ -1,0 +1,87 @@
+"""The confusions of categories as a heat map."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refdet.evaluation.detection_errors import DetectionErrors
+from refdet.report.charts import INK, SERIES, Axes, Chart, drawn_chart, short_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Plot
+
+MOST_CATEGORIES = 16
+LONGEST_NAME = 18
+_CELL = 26  # points
+
+
+def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
+    """What the objects of a category are taken for, in percent of them, for the most confused categories.
+
+    A row is a category of objects, a column the category of their best-scoring region; the last two columns are all
+    other categories, and no region at all. Each row adds up to 100%.
+
+    Args:
+        errors: counts of the regions.
+        names: category id -> name.
+
+    Returns:
+        The chart, without a picture if nothing is confused.
+    """
+    wrong: Counter[int] = Counter()
+    for (of, taken), n in errors.confused.items():
+        if of != taken:
+            wrong[of] += n
+            wrong[taken] += n
+    # those without an object have no row to be shown in
+    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MOST_CATEGORIES]
+    title = "What objects are taken for, in percent"
+    if not shown:
+        return Chart(title, "Nothing is confused.", "")
+    shares = np.array([_row(errors, of, shown) for of in shown])
+    labels = [short_name(names.get(i, str(i)), LONGEST_NAME) for i in shown]
+    columns = [*labels, "another", "no region"]
+    told = "; ".join(
+        f"{label}: {row[i]:.0%} right, most often taken for {_most_taken(row, i, columns)}"
+        for i, (label, row) in enumerate(zip(labels, shares, strict=True))
+    )
+    axes = Axes(
+        "category of the best-scoring region", "object", range(len(columns)), x_names=columns,
+        width=150 + _CELL * len(columns), height=150 + _CELL * len(labels),
+    )  # fmt: skip
+    return drawn_chart(title, told, axes, lambda plot: _draw(plot, shares, labels))
+
+
+def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
+    """Shares of the objects of a category."""
+    objects = errors.of_category[of]
+    matched = sum(n for (one, _), n in errors.confused.items() if one == of)
+    listed = [errors.confused[of, taken] for taken in shown]
+    return [n / objects for n in (*listed, matched - sum(listed), objects - matched)]
+
+
+def _most_taken(row: np.ndarray, own: int, columns: list[str]) -> str:
+    others = np.where(np.arange(len(row)) == own, -1, row)[:-1]
+    best = int(others.argmax())
+    return f"{columns[best]} ({others[best]:.0%})" if others[best] > 0 else "nothing else"
+
+
+def _draw(plot: Plot, shares: np.ndarray, labels: list[str]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    full, empty = to_rgba(SERIES[1], 0.85), to_rgba(SERIES[1], 0.0)
+    colours = LinearSegmentedColormap.from_list("share", [empty, full])
+    plot.grid(visible=False)
+    plot.pcolormesh(shares, cmap=colours, vmin=0, vmax=1, shading="nearest", edgecolors="none")
+    plot.set_yticks(range(len(labels)), labels)
+    plot.invert_yaxis()
+    plot.set_aspect("equal")
+    plot.tick_params(axis="x", rotation=60)
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            if share >= 0.005:
+                plot.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=INK)

@@ -1,0 +1,81 @@
+"""AP over training, from the validations in a run's metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.files.json_files import read_bytes
+from refdet.files.short_text import cut
+from refdet.files.small_files import strict_json
+from refdet.report.charts import Axes, Chart, Series, line_chart
+from refdet.report.fields import count, rate
+from refdet.training.run_folder import LARGEST_LOG
+
+RATES = (
+    ("val_bbox_AP", "box AP"),
+    ("val_bbox_AP50", "box AP50"),
+    ("val_segm_AP", "mask AP"),
+    ("val_segm_AP50", "mask AP50"),
+)
+FEW = 30  # points, which are marked
+
+
+def read_validations(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that have rates of a validation; of a step that was repeated the last one.
+
+    Args:
+        path: the file; without it there are none. Lines that are not JSON are left to `read_log`.
+
+    Returns:
+        Rows with "step" and rates in 0..1, ascending in the step.
+
+    Raises:
+        InputError: a step or a rate is not a number.
+    """
+    if not path.exists():
+        return []
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, line in enumerate(read_bytes(path, LARGEST_LOG).split(b"\n"), 1):
+        if b'"val_' not in line:
+            continue
+        try:
+            row = strict_json(line)
+        except InputError:
+            continue
+        where = f"{path}, line {number}"
+        if isinstance(row, dict) and any(name in row for name, _ in RATES):
+            for name, _ in RATES:
+                if name in row:
+                    rate(row, name, where)
+            found[_weights(row), count(row, "step", where)] = row
+    return [found[key] for key in sorted(found, key=lambda key: key[1])]
+
+
+def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """AP and AP50 of boxes and masks by step; weights that are averaged have lines of their own."""
+    series = []
+    for kind in dict.fromkeys(_weights(row) for row in rows):
+        of_kind = [row for row in rows if _weights(row) == kind]
+        for style, (key, name) in enumerate(RATES, 1):
+            points = [(row["step"], row[key]) for row in of_kind if row.get(key) is not None]
+            if points:
+                series.append(Series(f"{name} ({kind})" if kind else name, points, style))
+    told = "; ".join(
+        f"{one.name} {one.points[-1][1]:.3f} at step {one.points[-1][0]}, highest "
+        f"{max(y for _, y in one.points):.3f}" for one in series
+    )  # fmt: skip
+    axes = Axes("training step", "average precision", y_range=(0.0, max(_highest(series), 0.05)))
+    return line_chart("Validation AP by step", told, series, axes, dots=len(rows) < FEW)
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    """What the weights of a row are called: "" for those of the step."""
+    given = row.get("weights")
+    return "" if given is None else "averaged weights" if given == "ema" else cut(str(given), 20)
+
+
+def _highest(series: Sequence[Series]) -> float:
+    return max((min(y, 1.0) for one in series for _, y in one.points), default=1.0)

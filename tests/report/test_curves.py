@@ -1,0 +1,104 @@
+"""AP over training, the map of confusions, and what a report reads of a large store."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluate_examples import regions, write_refer, write_store
+
+from refdet import store
+from refdet.errors import InputError
+from refdet.evaluation.detection_errors import DetectionErrors
+from refdet.report import Inputs, ReferPart, page
+from refdet.report.confusions import MOST_CATEGORIES, confusion_map
+from refdet.report.inputs import read_log
+from refdet.report.samples import images_of, scenes
+from refdet.report.validations import read_validations, validation_chart
+from refer import REFER
+
+
+def log_of(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
+    path = log_of(
+        tmp_path,
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "val_bbox_AP": 0.1, "val_bbox_AP50": 0.3},
+        {"step": 3, "loss": 1.0},
+        {"step": 4, "val_bbox_AP": 0.9},
+        {"step": 4, "val_bbox_AP": 0.2, "val_segm_AP": 0.15},  # again, after the run was resumed
+        {"step": 4, "val_bbox_AP": 0.25, "weights": "ema"},
+    )
+    assert [row["step"] for row in read_log(path)] == [1, 3]
+    rows = read_validations(path)
+    assert [(row["step"], row["val_bbox_AP"]) for row in rows] == [(2, 0.1), (4, 0.2), (4, 0.25)]
+    chart = validation_chart(rows)
+    names = [name for _, name in chart.legend]
+    assert names == ["box AP", "box AP50", "mask AP", "box AP (averaged weights)"]
+    assert "box AP 0.200 at step 4, highest 0.200" in chart.description and chart.svg.count('id="series-') == 4
+
+
+def test_a_validation_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 1: 'val_bbox_AP' is no number"):
+        read_validations(log_of(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
+    with pytest.raises(InputError, match="line 1: 'step' is no count"):
+        read_validations(log_of(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
+    assert read_validations(tmp_path / "none.jsonl") == []
+
+
+def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr("refdet.report.confusions._draw", lambda plot, shares, labels: seen.append(shares))
+    confused = Counter({(1, 1): 5, (1, 2): 3, (2, 2): 4, (3, 3): 7, (2, 9): 1})
+    errors = DetectionErrors(1, 25, of_category=Counter({1: 10, 2: 5, 3: 7}), confused=confused)
+    chart = confusion_map(errors, {1: "cat", 2: "dog"})
+    # dog was confused oftenest; 3 never, and 9 has no objects; then another category, and no region
+    np.testing.assert_allclose(seen[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
+    assert "cat: 50% right, most often taken for dog (30%)" in chart.description
+    assert confusion_map(DetectionErrors(), {}).svg == ""
+
+
+@pytest.mark.slow
+def test_the_map_is_limited_and_well_formed() -> None:
+    names = {i: f"<b>{i}&" * 9 for i in range(40)}
+    confused = Counter({(i, (i + 1) % 40): 1 for i in range(40)})
+    errors = DetectionErrors(1, 40, of_category=Counter(range(40)), confused=confused)
+    svg = confusion_map(errors, names).svg
+    assert "<b>" not in svg and svg.count(">100<") <= MOST_CATEGORIES and len(svg) < 200_000
+
+
+def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = [10.0, 10.0, 30.0, 30.0]
+    write_store(tmp_path / "s.h5", [regions(i, [box]) for i in range(1, 9)], masks=False)
+    objects = [{"image_id": i, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"} for i in range(1, 9)]
+    read: list[int] = []
+    of_store = store.Store.read
+    with store.open(tmp_path / "s.h5") as opened:
+        monkeypatch.setattr(store.Store, "read", lambda self, i, *more: read.append(i) or of_store(self, i, *more))
+        every = scenes(opened, REFER(write_refer(tmp_path, objects), "toy", "me"), "toy/me", ["val"])
+        assert len(every) == 8 and all(scene.referred[0].iou == 1 for scene in every) and read == []
+        assert every[2].regions.image_id == 3 and read == [3]
+        assert images_of(opened)[3] == every[2].image
+
+
+@pytest.mark.slow
+def test_a_large_store_is_compared_with_annotations_by_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = [{"image_id": i, "bbox": [10, 10, 20, 20], "category_id": 1, "split": "val"} for i in range(1, 9)]
+    write_refer(tmp_path, objects)
+    write_store(tmp_path / "s.h5", [regions(i, [[10, 10, 30, 30]]) for i in range(1, 9)], masks=False)
+    inputs = Inputs(parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0)
+    assert "of this sample" not in page.render_page(inputs, "x")
+    monkeypatch.setattr(page, "MOST_EVALUATED", 3)
+    text = page.render_page(inputs, "x")
+    assert "The regions of 3 images" in text and "evenly spaced among the 8" in text and "of this sample" in text
