@@ -116,6 +116,7 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Stop at an unusable image instead of recording the error.")
 @click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
 @click.option("--resume", is_flag=True, help="Resume a stopped run.")
+@click.option("--part", metavar="K/N", help="Compute part K of N; the part that ends last writes the file.")
 @json_option
 def command(
     checkpoint: Path,
@@ -146,6 +147,7 @@ def command(
     strict: bool,
     profile: bool,
     resume: bool,
+    part: str | None,
     as_json: bool,
 ) -> None:
     """Extract boxes, masks and features of REFER splits (or of an instances file) into HDF5."""
@@ -155,6 +157,10 @@ def command(
     check_not_empty("--features", [features])
     at_once = _batch_size(batch_size)
     check_device("--device", device)
+    if part is not None:
+        from refdet.extraction.part import Part
+
+        Part.parse(part)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
     of_refer = refer_root is not None and dataset and split_by and instances is None
@@ -164,7 +170,7 @@ def command(
         raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
     if boxes is None and box_format != "xywh":
         raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
-    check_new_file("--out", out, may_exist=resume)
+    check_new_file("--out", out, may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     if boxes is not None and kind_of(boxes) is not FileKind.STORE:
@@ -210,13 +216,14 @@ def command(
         workers=workers,
         device=device,
         resume=resume,
+        part=part,
         strict=strict,
         say=note,
         announce=note,
     )
     if done.computed == 0:
-        note(f"{out} is complete")
-    if done.errors:
+        note(f"{out} is complete" if done.merged else f"part {part} was complete")
+    if done.errors and done.merged:
         note(
             f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
             "the files are repaired, repeat the command with --resume to recompute their batches"

@@ -134,7 +134,7 @@ def detected_regions(
     from refdet.data.training_batches import group_by_input_size
     from refdet.device import pinned
     from refdet.extraction.batch_size import split_on_oom
-    from refdet.extraction.extract import detecting
+    from refdet.extraction.computing import detecting
 
     device = next(detector.model.parameters()).device
 

@@ -25,15 +25,14 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, cut_into_shards
 from refdet.extraction.repair import none_usable, readable, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary
-from refdet.extraction.timing import STAGES, Session
+from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt
 from refdet.store import Header
@@ -101,25 +100,7 @@ def extract(
         with repair(out, plan, header, batches, records, load, strict, shard_images) as broken:
             if broken is not None:
                 session = work(broken, broken.missing())
-    with store.open(out) as finished:
-        images, regions, errors = len(finished), finished.regions, finished.errors
-    if errors and len(errors) == images:
-        raise RuntimeFailure(none_usable(errors, f"{out} has no regions"))
-    computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
-    stages = session.stages if session else dict.fromkeys(STAGES, 0.0)
-    speed = computed / seconds if computed else 0.0
-    return Summary(
-        images,
-        regions,
-        len(errors),
-        computed,
-        seconds,
-        out.stat().st_size,
-        speed,
-        stages,
-        plan.batch_size,
-        parts_of_computing(),
-    )
+    return summary_of_store(out, session, parts_of_computing, plan.batch_size)
 
 
 def _work(
@@ -134,9 +115,9 @@ def _work(
 ) -> Session:
     """Compute shards and merge them into the store."""
     session = Session(parts.folder)
-    with _stoppable(parts, len(records)):
+    with stoppable(parts, len(records)):
         with session.computing():
-            _compute_shards(parts, numbers, load, compute, workers, strict, session)
+            compute_shards(parts, numbers, load, compute, workers, strict, session)
         if parts.errors and len(parts.errors) == len(records):
             raise RuntimeFailure(none_usable(parts.errors, f"finished shards are kept in {parts.folder}"))
         with session.timed("merge"):
@@ -151,7 +132,7 @@ def _work(
     return session
 
 
-def _compute_shards(
+def compute_shards(
     parts: ShardSet,
     numbers: Sequence[int],
     load: Load,
@@ -160,6 +141,7 @@ def _compute_shards(
     strict: bool,
     session: Session,
 ) -> None:
+    """Compute shards of ``parts`` and write them; see `extract` for the other arguments and the errors."""
     batches = [batch for number in numbers for batch in parts.shards[number]]
     kept = f"finished shards are kept in {parts.folder}"
     with (
@@ -321,7 +303,7 @@ def load_ahead(
 
 
 @contextmanager
-def _stoppable(parts: ShardSet, total: int) -> Iterator[None]:
+def stoppable(parts: ShardSet, total: int) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted with what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():

@@ -22,10 +22,11 @@ from refdet.store import Header
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
 _MOST_AT_ONCE = 4096  # largest batch size accepted from a plan
+_JSON = r"(plan|merged|merging|parts|part-\d+|workers)"
 # File names of an extraction; older temporary files have eight hex digits without MARK.
 OURS = re.compile(
-    rf"{LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
-    rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
+    rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON}\.json"
+    rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
 )
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
+from refdet.extraction.part import no_part_running
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
     LOCK,
@@ -58,6 +59,7 @@ class ShardSet:
         shards: batches of each shard.
         folder: folder of the shards, by default the `parts_folder` of ``out``.
         begun: contents of the folder's ``plan.json``, if it exists.
+        numbers: the shards to look for in the folder; all if None.
 
     Attributes:
         out: the store.
@@ -75,6 +77,7 @@ class ShardSet:
         shards: Sequence[Shard],
         folder: Path | None = None,
         begun: Mapping[str, Any] | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> None:
         self.out = out
         self.folder = folder or parts_folder(out)
@@ -88,7 +91,7 @@ class ShardSet:
         self._of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
-        for number in range(len(shards)):
+        for number in range(len(shards)) if numbers is None else numbers:
             if self._path(number).exists():
                 self._load(number)
 
@@ -312,7 +315,7 @@ def open_extraction(
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, LOCK, "let it end or choose another `out`"):
+        with alone(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
             now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
