@@ -17,6 +17,7 @@ from .arguments import (
     check_json,
     check_new_file,
     check_not_empty,
+    check_ray,
     check_refer_root,
     check_run_directory,
 )
@@ -29,6 +30,7 @@ from .common import (
     json_option,
     note,
     precision_option,
+    ray_option,
     renamed_option,
 )
 
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
 @click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
 @click.option("--resume", is_flag=True, help="Resume a stopped run.")
 @click.option("--part", metavar="K/N", help="Compute part K of N; the part that ends last writes the file.")
+@ray_option
 @json_option
 def command(
     checkpoint: Path,
@@ -148,6 +151,7 @@ def command(
     profile: bool,
     resume: bool,
     part: str | None,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Extract boxes, masks and features of REFER splits (or of an instances file) into HDF5."""
@@ -161,6 +165,7 @@ def command(
         from refdet.extraction.part import Part
 
         Part.parse(part)
+    check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
     of_refer = refer_root is not None and dataset and split_by and instances is None
@@ -217,6 +222,7 @@ def command(
         device=device,
         resume=resume,
         part=part,
+        ray=ray,
         strict=strict,
         say=note,
         announce=note,

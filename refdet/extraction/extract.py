@@ -11,13 +11,14 @@ from typing import Literal
 import numpy as np
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import RuntimeFailure
+from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.part import Part
 from refdet.extraction.parts import extract_part
 from refdet.extraction.pipeline import extract
+from refdet.extraction.ray_cluster import check_address
 from refdet.extraction.shard_folder import begun_batch_size, parts_folder
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.summary import Summary
@@ -37,6 +38,7 @@ def extract_features(
     device: str = "auto",
     resume: bool = False,
     part: str | None = None,
+    ray: str | None = None,
     strict: bool = False,
     say: Callable[[str], object] = warnings.warn,
     announce: Callable[[str], object] = lambda line: None,
@@ -65,6 +67,8 @@ def extract_features(
         resume: continue an interrupted extraction into ``out``.
         part: "3/8" to compute the third of eight parts, which other processes see in the same folder; the part that
             ends last writes ``out``. A part continues what was started, with or without ``resume``.
+        ray: compute on all GPUs, or else CPUs, of a Ray cluster: "local" for this machine's, "auto" for the cluster
+            that this machine belongs to, or its address "HOST:PORT".
         strict: stop at an image that cannot be used, instead of recording the reason in its row.
         say: called with each warning.
         announce: called with lines about the device, the images, the detector and the size of the store.
@@ -74,13 +78,17 @@ def extract_features(
 
     Raises:
         ArgumentError: ``image_list`` was read with another ``crowd_as_object`` than ``options`` has.
-        InputError: there is no checkpoint, none of the images is found, ``out`` exists, or the extraction to resume
-            was started with different settings.
+        InputError: there is no checkpoint, none of the images is found, ``out`` exists, the extraction to resume
+            was started with different settings, or the Ray cluster cannot be used.
         RuntimeFailure: the device has too little memory for one image, no image could be used, or the disk is full;
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     out, of_part = Path(out), None if part is None else Part.parse(part)
+    if ray is not None:
+        check_address(ray)
+        if part is not None:
+            raise InputError(f"`part` {part}: not together with `ray`, which divides the work itself; give one of them")
     job = prepare(
         checkpoint,
         images,
@@ -95,6 +103,21 @@ def extract_features(
     )
     if of_part is not None:
         of_part.check(parts_folder(out))
+    if ray is not None:
+        from refdet.extraction.extract_on_ray import extract_on_ray
+
+        return extract_on_ray(
+            job,
+            out,
+            ray,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            resume=resume,
+            strict=strict,
+            say=say,
+            announce=announce,
+        )
 
     import torch  # takes seconds, so the checks above come first
 
@@ -106,10 +129,11 @@ def extract_features(
     from refdet.extraction.batch_size import auto_batch_size
     from refdet.extraction.computing import computing
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
+    from refdet.ops._library import kernels_state
 
     where = usable_device(device)
     job = job.with_precision(usable_precision(job.options.precision, where), say)
-    for line in start_lines(job, described(device)):
+    for line in start_lines(job, described(device), kernels_state()):
         announce(line)
     if hint := precision_hint(where, job.options.precision):
         announce(hint)

@@ -164,7 +164,7 @@ def extract_part(
                 again = set(parts.errors) if strict else readable(parts.errors, records, load)
                 numbers = _to_compute(parts, again)
                 with session.computing():
-                    compute_shards(parts, numbers, load, compute, workers, strict, session)
+                    compute_shards(parts, numbers, session, load, compute, workers, strict)
                 session.tell("finished")
                 merged = _merge_if_last(parts, records, session, parts_of_computing)
             if not merged:

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -60,6 +60,7 @@ def extract(
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
     parts_of_computing: Callable[[], dict[str, float]] = dict,
+    elsewhere: Callable[[ShardSet, Sequence[int], Session], object] | None = None,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -79,6 +80,7 @@ def extract(
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
         parts_of_computing: called at the end; returns the seconds per part of computing.
+        elsewhere: computes the shards of some numbers in place of `compute_shards`; this process merges them.
 
     Returns:
         Numbers and timings.
@@ -89,7 +91,8 @@ def extract(
             unusable image if ``strict``; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
+    here = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
+    work = partial(_work, records, elsewhere or here, parts_of_computing)
     session: Session | None = None
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
@@ -105,10 +108,7 @@ def extract(
 
 def _work(
     records: Sequence[ImageRecord],
-    load: Load,
-    compute: Compute,
-    workers: int,
-    strict: bool,
+    computing: Callable[[ShardSet, Sequence[int], Session], object],
     parts_of_computing: Callable[[], dict[str, float]],
     parts: ShardSet,
     numbers: Sequence[int],
@@ -117,7 +117,7 @@ def _work(
     session = Session(parts.folder)
     with stoppable(parts, len(records)):
         with session.computing():
-            compute_shards(parts, numbers, load, compute, workers, strict, session)
+            computing(parts, numbers, session)
         if parts.errors and len(parts.errors) == len(records):
             raise RuntimeFailure(none_usable(parts.errors, f"finished shards are kept in {parts.folder}"))
         with session.timed("merge"):
@@ -135,11 +135,11 @@ def _work(
 def compute_shards(
     parts: ShardSet,
     numbers: Sequence[int],
+    session: Session,
     load: Load,
     compute: Compute,
     workers: int,
     strict: bool,
-    session: Session,
 ) -> None:
     """Compute shards of ``parts`` and write them; see `extract` for the other arguments and the errors."""
     batches = [batch for number in numbers for batch in parts.shards[number]]
@@ -147,7 +147,7 @@ def compute_shards(
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        _Background(parts, numbers, session, bar) as background,
+        Background(parts, numbers, session, bar) as background,
     ):
         for batch in batches:
             with session.timed("load"):
@@ -196,10 +196,10 @@ class _Stopped(Exception):
     """There are no more batches."""
 
 
-class _Background:
+class Background:
     """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
 
-    def __init__(self, parts: ShardSet, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
+    def __init__(self, parts: ShardSet, numbers: Iterable[int], session: Session, bar: tqdm) -> None:
         self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
         self._batches: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
         self._finishing = ThreadPoolExecutor(1, "finish")
@@ -208,7 +208,7 @@ class _Background:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
-    def __enter__(self) -> _Background:
+    def __enter__(self) -> Background:
         self._thread.start()
         return self
 
@@ -273,9 +273,12 @@ class _Background:
 
 
 def load_ahead(
-    load: Load, batches: Sequence[list[ImageRecord]], workers: int, ahead: int = 3
+    load: Load, batches: Iterable[list[ImageRecord] | None], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one."""
+    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one.
+
+    None among the batches says that there is no other one yet, so that those that were prefetched are yielded.
+    """
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
         try:
@@ -289,11 +292,15 @@ def load_ahead(
     pixels = 0
     try:
         for batch in batches:
-            size = sum(record.height * record.width for record in batch)
-            while waiting and (len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
+            size = sum(record.height * record.width for record in batch or ())
+            while waiting and (batch is None or len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
                 done, futures = waiting.popleft()
                 pixels -= done
                 yield [future.result() for future in futures]
+                if batch is None:
+                    break
+            if batch is None:
+                continue
             pixels += size
             waiting.append((size, [pool.submit(attempt, record) for record in batch]))
         while waiting:

@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import MARK
+from refdet.files.atomic import MARK, left_behind
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -171,6 +171,17 @@ def _merged(folder: Path) -> list[int]:
         return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
     except (InputError, ValueError, TypeError, KeyError, OverflowError):
         return []
+
+
+def remove_half_written(out: Path) -> None:
+    """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
+    folder = parts_folder(out)
+    half_written = [path for path in folder.glob(".*") if OURS.fullmatch(path.name)]
+    half_written += left_behind(out.parent, out.name)
+    if not out.exists():  # a later file must not be taken for the merged one
+        half_written += folder.glob(MERGED)
+    for path in half_written:
+        path.unlink()
 
 
 def remove_ours(folder: Path) -> None:

@@ -27,15 +27,15 @@ from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
-    OURS,
     PLAN,
     begun_plan,
     check_begun,
     parts_folder,
     refuse_another,
+    remove_half_written,
     remove_ours,
 )
-from refdet.files.atomic import atomic_write, fsync, left_behind, report_disk_full, write_json
+from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import alone
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, encode
@@ -67,6 +67,7 @@ class ShardSet:
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
+        of_plan: hash of the plan, in each shard.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ShardSet:
         work = plan.work(shards, header)
         if begun is not None:  # an older refdet may have written the same recipe differently
             work["header"] = begun["header"]
-        self._of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self.of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
         for number in range(len(shards)) if numbers is None else numbers:
@@ -99,7 +100,7 @@ class ShardSet:
         return self.folder / f"{number:06d}.shard"
 
     def _shard_id(self, number: int) -> dict[str, Any]:
-        return {"plan": self._of_plan, "shard": number}
+        return {"plan": self.of_plan, "shard": number}
 
     def _load(self, number: int) -> None:
         path, rows = self._path(number), []
@@ -158,6 +159,13 @@ class ShardSet:
             for number in range(len(self.shards))
             if number not in self._rows or any(row.error and row.id in again for row, _ in self._rows[number])
         ]
+
+    def adopt(
+        self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Take over a shard that another process has written, and the shapes of its features per region."""
+        self._rows[number] = list(rows)
+        self._shapes |= shapes
 
     def encode(self, regions: Regions) -> EncodedImage:
         """Encode an image for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
@@ -320,14 +328,7 @@ def open_extraction(
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
             refuse_another(out)
-            half_written = [
-                *(path for path in folder.glob(".*") if OURS.fullmatch(path.name)),
-                *left_behind(out.parent, out.name),
-            ]
-            if not out.exists():  # a later file must not be taken for the merged one
-                half_written += folder.glob(MERGED)
-            for path in half_written:  # by a process that was killed
-                path.unlink()
+            remove_half_written(out)
             if begun is None:
                 write_json(folder / PLAN, plan.work(shards, header))
                 fsync(out.parent)

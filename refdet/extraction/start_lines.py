@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from refdet.extraction.job import Job
 
 
-def start_lines(job: Job, device: str) -> list[str]:
+def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     """Lines about the device and precision, the images, the detector, and the size of the store.
 
     Args:
         job: the extraction.
         device: the device or devices.
+        kernels: the kernels in use, of `refdet.ops`.
     """
     from refdet.data.transforms import input_size
-    from refdet.ops._library import kernels_state
 
     meta, options, plan = job.meta, job.options, job.plan
     given = None if job.given is None else job.given.count
@@ -31,7 +31,7 @@ def start_lines(job: Job, device: str) -> list[str]:
         size = input_size(record.height, record.width, meta.recipe.input)
         return math.ceil(size.height / meta.recipe.model.stride), math.ceil(size.width / meta.recipe.model.stride)
 
-    lines = [f"device: {device}, {options.precision}, {kernels_state()}"]
+    lines = [f"device: {device}, {options.precision}, {kernels}"]
     size = ""
     if given is not None or options.regions == "detections":
         shapes = feature_shapes(meta.recipe, len(meta.categories))

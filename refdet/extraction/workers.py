@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
 from refdet.extraction.part import progress_of_parts
+from refdet.files.atomic import write_json
 from refdet.files.json_files import read_small_json
 
 WORKERS = "workers.json"  # of an engine, written by its driver
@@ -38,12 +41,29 @@ def who_computes(folder: Path) -> list[dict[str, Any]]:
     return [_checked(one) for one in [*progress_of_parts(folder), *_of_engine(folder)]]
 
 
+def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
+    """Write the workers of an engine, and a token by which they see whether its folder is also theirs."""
+    with suppress(FileNotFoundError):
+        write_json(folder / WORKERS, {"token": token, "workers": list(workers)})
+
+
+def engine_token(folder: Path) -> str | None:
+    """The token in a folder, None if there is none."""
+    token = _of_file(folder).get("token")
+    return token if isinstance(token, str) else None
+
+
 def _of_engine(folder: Path) -> list[Any]:
+    found = _of_file(folder).get("workers")
+    return found if isinstance(found, list) else []
+
+
+def _of_file(folder: Path) -> dict[str, Any]:
     try:
         found = read_small_json(folder / WORKERS)
     except InputError:
-        return []
-    return found if isinstance(found, list) else []
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _checked(one: Any) -> dict[str, Any]:
