@@ -183,9 +183,9 @@ class Pool:
         waiting = list(self._calls)
         if not waiting:
             return
-        done, _ = self.ray.wait(waiting, num_returns=1, timeout=_TICK)
+        done = self._wait(waiting, 1, _TICK)
         if done:
-            done, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            done = self._wait(waiting, len(waiting), 0)
         for reference in done:
             call = self._calls.pop(reference, None)
             if call is None:  # of a worker that was given up meanwhile
@@ -199,6 +199,16 @@ class Pool:
                 log.info("%s: %s", call[0].name, error)
                 self._reason = one_line(error)
             yield (*call, answer)
+
+    def _wait(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
+        """Those of ``calls`` that are answered, after at least ``count`` of them or some seconds."""
+        try:
+            done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
+        except SystemError as error:  # what Ray makes of an exception that a signal handler raises while it waits
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        return done
 
     def auto_batch_size(self) -> int:
         """The number of images that fit into memory, as the first worker measures it."""
@@ -226,8 +236,7 @@ class Pool:
         calls = [worker.actor.stop.remote() for worker in self.workers if worker.began]
         found = []
         with suppress(self.ray.exceptions.RayError):
-            done = self.ray.wait(calls, num_returns=len(calls), timeout=_STOPPING)[0] if calls else []
-            for call in done:
+            for call in self._wait(calls, len(calls), _STOPPING) if calls else ():
                 found.append(self.ray.get(call))
         self.close()
         return found

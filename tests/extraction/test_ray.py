@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detector_folder import DetectorFolder
 from interrupted_extraction import RECORDS, environment, run
 from ray_extraction import ENVIRONMENT, NODE, Slowly, cluster_of, run_on, time_limit
 from store_examples import contents
 
-from refdet.errors import InputError, RuntimeFailure
+from refdet import store
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction import ray_worker
 from refdet.extraction.ray_cluster import check_address, connected
 from refdet.extraction.workers import engine_token, note_workers, who_computes
@@ -176,6 +179,17 @@ def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster
     is_whole(out, whole)
 
 
+def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
+    stop = when(lambda: list(folder.glob("[0-9]*.shard")), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="images are finished and kept in .*; continue with `resume=True`"):
+        run_on(cluster.address, out, Slowly(tmp_path / "who", seconds=0.5))
+    stop.join()
+    assert not (folder / "workers.json").exists()
+    run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    is_whole(out, whole)
+
+
 def test_a_worker_that_its_driver_has_lost_writes_nothing(tmp_path: Path) -> None:
     note_workers(tmp_path, "mine", [])
     lost = object.__new__(ray_worker.WorkerShards)
@@ -198,3 +212,26 @@ def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
     ]:
         with pytest.raises(InputError, match=says), connected(address, device):
             pass
+
+
+def test_commands_with_a_detector(tmp_path: Path, cluster: Any) -> None:
+    """Parts, and workers on the cluster, give the store and the AP of one process, to the bit."""
+    signal.alarm(200)  # several processes import torch
+    folder = DetectorFolder(tmp_path / "d", 70)  # three shards
+    plain, parts, on_ray, given = (tmp_path / name for name in ("plain.h5", "parts.h5", "ray.h5", "given.h5"))
+    for out, *more in [
+        (plain,),
+        (parts, "--part", "2/2"),
+        (parts, "--part", "1/2"),
+        (on_ray, "--ray", cluster.address),
+        (given, "--regions", "annotations", "--ray", cluster.address),
+    ]:
+        done = folder.extract(out, *more)
+        assert done.exit_code == 0, done.output
+    assert "device: Ray, " in done.output and " on 1 machine" in done.output
+    assert contents(parts) == contents(plain) and contents(on_ray) == contents(plain)
+    with store.open(given) as found:
+        assert found.regions == 70 and found[0].features["fc7"].any()
+    evaluated = [folder.command("evaluate", "--json", *more) for more in ((), ("--ray", cluster.address))]
+    assert [one.exit_code for one in evaluated] == [0, 0], evaluated[1].output
+    assert evaluated[0].stdout == evaluated[1].stdout
