@@ -41,6 +41,25 @@ def check_run_directory(option: str, path: Path) -> None:
     )
 
 
+def check_ray(address: str | None, part: str | None = None) -> None:
+    """Check ``--ray``: that it can be an address, that Ray is installed, and that there is no ``--part``.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if address is None:
+        return
+    from importlib.util import find_spec
+
+    from refdet.extraction.ray_cluster import NOT_INSTALLED, check_address
+
+    check_address(address)
+    if part is not None:
+        raise InputError(f"--part {part}: not together with --ray, which divides the work itself; give one of them")
+    if find_spec("ray") is None:
+        raise InputError(NOT_INSTALLED)
+
+
 def check_store(option: str, path: Path) -> None:
     """Check that a path is an HDF5 file.
 

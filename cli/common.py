@@ -64,6 +64,16 @@ def precision_option(command: F) -> F:
     )(command)
 
 
+def ray_option(command: F) -> F:
+    """Give a command ``--ray``."""
+    return click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Compute on a Ray cluster, one worker per GPU (or CPU): local for this machine, auto for the cluster it "
+        "belongs to, or HOST:PORT.",
+    )(command)
+
+
 def echo_line(text: str = "") -> None:
     """Print one line on stdout, with unprintable characters escaped."""
     _print(printable(text))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .arguments import check_device, check_images, check_json, check_run_directory
-from .common import echo_json, echo_table, exif_option, json_option, precision_option
+from .arguments import check_device, check_images, check_json, check_ray, check_run_directory
+from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option
 
 
 @click.command("evaluate")
@@ -20,6 +20,7 @@ from .common import echo_json, echo_table, exif_option, json_option, precision_o
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
 @precision_option
 @exif_option()
+@ray_option
 @json_option
 def command(
     checkpoint: Path,
@@ -31,10 +32,12 @@ def command(
     device: str | None,
     precision: str,
     exif: str,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Compute box and mask AP on an instances file, of the regions that extract-features writes by default."""
     check_device("--device", device)
+    check_ray(ray)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     check_json("--instances", instances, "an instances JSON")
@@ -52,6 +55,7 @@ def command(
         workers=workers,
         exif=exif,
         crowd_as_object=crowd_as_object,
+        ray=ray,
     )
     if as_json:
         echo_json(found)

@@ -17,6 +17,7 @@ from .arguments import (
     check_json,
     check_new_file,
     check_not_empty,
+    check_ray,
     check_refer_root,
     check_run_directory,
 )
@@ -29,6 +30,7 @@ from .common import (
     json_option,
     note,
     precision_option,
+    ray_option,
     renamed_option,
 )
 
@@ -116,6 +118,8 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Stop at an unusable image instead of recording the error.")
 @click.option("--profile", is_flag=True, help="Print the time spent in each stage.")
 @click.option("--resume", is_flag=True, help="Resume a stopped run.")
+@click.option("--part", metavar="K/N", help="Compute part K of N; the part that ends last writes the file.")
+@ray_option
 @json_option
 def command(
     checkpoint: Path,
@@ -146,6 +150,8 @@ def command(
     strict: bool,
     profile: bool,
     resume: bool,
+    part: str | None,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Extract boxes, masks and features of REFER splits (or of an instances file) into HDF5."""
@@ -155,6 +161,11 @@ def command(
     check_not_empty("--features", [features])
     at_once = _batch_size(batch_size)
     check_device("--device", device)
+    if part is not None:
+        from refdet.extraction.part import Part
+
+        Part.parse(part)
+    check_ray(ray, part)
     if crowd_as_object and regions != "annotations":
         raise InputError("--crowd-as-object: only --regions annotations knows crowds; leave it out")
     of_refer = refer_root is not None and dataset and split_by and instances is None
@@ -164,7 +175,7 @@ def command(
         raise InputError(f"--boxes {boxes} says which regions: leave --regions {regions} out")
     if boxes is None and box_format != "xywh":
         raise InputError(f"--box-format {box_format} is of --boxes: give these, or leave it out")
-    check_new_file("--out", out, may_exist=resume)
+    check_new_file("--out", out, may_exist=resume or part is not None)
     check_run_directory("--checkpoint", checkpoint)
     check_images("--images", images)
     if boxes is not None and kind_of(boxes) is not FileKind.STORE:
@@ -210,13 +221,15 @@ def command(
         workers=workers,
         device=device,
         resume=resume,
+        part=part,
+        ray=ray,
         strict=strict,
         say=note,
         announce=note,
     )
     if done.computed == 0:
-        note(f"{out} is complete")
-    if done.errors:
+        note(f"{out} is complete" if done.merged else f"part {part} was complete")
+    if done.errors and done.merged:
         note(
             f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
             "the files are repaired, repeat the command with --resume to recompute their batches"

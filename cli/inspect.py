@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,9 +33,10 @@ def command(file: str, verify: bool, as_json: bool) -> None:
     if as_json:
         echo_json(description)
         return
-    provenance = description.pop("provenance")
+    provenance, workers = description.pop("provenance"), description.pop("workers", [])
     rows: list[tuple[str, ...]] = [(key.replace("_", " "), _text(value)) for key, value in description.items()]
     echo_table(rows)
+    _show_workers(workers)
     echo_line()
     echo_line("provenance" if provenance else "no provenance")
     if provenance:
@@ -64,6 +65,24 @@ def _print_verification(result: Verification, as_json: bool) -> None:
         )
     if not as_json:
         echo_line(f"OK: {counted(result.images, 'image')}, {counted(result.regions, 'region')}")
+
+
+def _show_workers(workers: list[dict[str, Any]]) -> None:
+    """Who computes an unfinished store."""
+    if not workers:
+        return
+    rows = []
+    for one in workers:
+        finished = "?" if one["finished"] is None else str(one["finished"])
+        shards = ", ".join(str(number) for number in one["shards"] or [])
+        of = "" if one["images"] is None else f" of {one['images']}"
+        where = f"{one['host'] or '?'} ({one['pid'] or '?'})"
+        speed, ago = (
+            _text(one[name]) if one[name] is not None else "-" for name in ("images_per_second", "seconds_ago")
+        )
+        rows.append((one["worker"] or "?", where, one["state"] or "?", f"{finished}{of}", speed, ago, shards or "-"))
+    echo_line()
+    echo_table(rows, ("worker", "host (process)", "state", "images", "images/s", "seconds ago", "shards"))
 
 
 def _text(value: object) -> str:

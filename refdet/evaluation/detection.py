@@ -17,6 +17,7 @@ from refdet.data.image_source import ImageSource
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.evaluation.regions_on_ray import regions_on_ray
 from refdet.extraction.pipeline import begin_batch, load_ahead
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
@@ -41,6 +42,7 @@ def evaluate(
     workers: int = 2,
     exif: str = "ignore",
     crowd_as_object: bool = False,
+    ray: str | None = None,
 ) -> dict[str, dict[str, float | None] | None]:
     """Box and mask AP of a detector on all images of an instances file.
 
@@ -57,14 +59,15 @@ def evaluate(
         workers: threads that read images ahead.
         exif: "ignore" or "apply" the EXIF orientation of the images.
         crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+        ray: detect on a Ray cluster, as `refdet.extraction.extract.extract_features` does.
 
     Returns:
         {"bbox": values, "segm": values or None without a mask branch}; the values of `coco_ap`, None if there are no
         objects.
 
     Raises:
-        InputError: the categories of detector and file differ, or an image cannot be read.
-        RuntimeFailure: the device has too little memory for an image.
+        InputError: the categories of detector and file differ, an image cannot be read, or the cluster cannot be used.
+        RuntimeFailure: the device has too little memory for an image, or no worker of the cluster is left.
     """
     meta = load_meta(run)
     for line in meta.warnings():
@@ -84,6 +87,43 @@ def evaluate(
         )
     _warn_about_annotations(index, meta.recipe.model.masks)
 
+    results: list[dict[str, Any]] = []
+    if ray is not None:
+        detected = regions_on_ray(
+            run,
+            index,
+            images,
+            ray,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            workers=workers,
+            exif=exif,
+            crowd_as_object=crowd_as_object,
+        )
+        for regions in detected:
+            results += coco_results([regions])
+    else:
+        detector = _loaded(run, device, precision)
+        with (
+            OrientationNote(source),
+            progress_bar(len(records), "evaluate", "image") as bar,
+        ):
+            for regions in detected_regions(detector, source, records, batch_size, workers):
+                results += coco_results([regions])
+                bar.update()
+    iou_types = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
+    metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
+    return {
+        iou_type: {name: value if value >= 0 else None for name, value in metrics[iou_type].items()}
+        if iou_type in metrics
+        else None
+        for iou_type in ("bbox", "segm")
+    }
+
+
+def _loaded(run: Path, device: str | None, precision: str) -> TrainedDetector:
+    """The detector on a device, in float32 where that has no arithmetic of the precision."""
     from refdet.detector import loading
     from refdet.device import usable_device, usable_precision
 
@@ -93,23 +133,7 @@ def evaluate(
             "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
         precision = "float32"
-    detector = loading.load(run, torch_device, for_inference=True, precision=precision)
-    results: list[dict[str, Any]] = []
-    with (
-        OrientationNote(source),
-        progress_bar(len(records), "evaluate", "image") as bar,
-    ):
-        for regions in detected_regions(detector, source, records, batch_size, workers):
-            results += coco_results([regions])
-            bar.update()
-    iou_types = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
-    metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
-    return {
-        iou_type: {name: value if value >= 0 else None for name, value in metrics[iou_type].items()}
-        if iou_type in metrics
-        else None
-        for iou_type in ("bbox", "segm")
-    }
+    return loading.load(run, torch_device, for_inference=True, precision=precision)
 
 
 def detected_regions(
@@ -137,7 +161,7 @@ def detected_regions(
     from refdet.data.training_batches import group_by_input_size
     from refdet.device import pinned
     from refdet.extraction.batch_size import split_on_oom
-    from refdet.extraction.extract import detecting
+    from refdet.extraction.computing import detecting
 
     device = next(detector.model.parameters()).device
 

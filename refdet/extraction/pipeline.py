@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -25,15 +25,14 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, cut_into_shards
 from refdet.extraction.repair import none_usable, readable, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
-from refdet.extraction.summary import Summary
-from refdet.extraction.timing import STAGES, Session
+from refdet.extraction.summary import Summary, summary_of_store
+from refdet.extraction.timing import Session
 from refdet.files.progress import progress_bar
 from refdet.interrupt import as_keyboard_interrupt
 from refdet.store import Header
@@ -61,6 +60,7 @@ def extract(
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
     parts_of_computing: Callable[[], dict[str, float]] = dict,
+    elsewhere: Callable[[ShardSet, Sequence[int], Session], object] | None = None,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -80,6 +80,7 @@ def extract(
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
         parts_of_computing: called at the end; returns the seconds per part of computing.
+        elsewhere: computes the shards of some numbers in place of `compute_shards`; this process merges them.
 
     Returns:
         Numbers and timings.
@@ -90,7 +91,8 @@ def extract(
             unusable image if ``strict``; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    work = partial(_work, records, load, compute, workers, strict, parts_of_computing)
+    here = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
+    work = partial(_work, records, elsewhere or here, parts_of_computing)
     session: Session | None = None
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
@@ -101,42 +103,21 @@ def extract(
         with repair(out, plan, header, batches, records, load, strict, shard_images) as broken:
             if broken is not None:
                 session = work(broken, broken.missing())
-    with store.open(out) as finished:
-        images, regions, errors = len(finished), finished.regions, finished.errors
-    if errors and len(errors) == images:
-        raise RuntimeFailure(none_usable(errors, f"{out} has no regions"))
-    computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
-    stages = session.stages if session else dict.fromkeys(STAGES, 0.0)
-    speed = computed / seconds if computed else 0.0
-    return Summary(
-        images,
-        regions,
-        len(errors),
-        computed,
-        seconds,
-        out.stat().st_size,
-        speed,
-        stages,
-        plan.batch_size,
-        parts_of_computing(),
-    )
+    return summary_of_store(out, session, parts_of_computing, plan.batch_size)
 
 
 def _work(
     records: Sequence[ImageRecord],
-    load: Load,
-    compute: Compute,
-    workers: int,
-    strict: bool,
+    computing: Callable[[ShardSet, Sequence[int], Session], object],
     parts_of_computing: Callable[[], dict[str, float]],
     parts: ShardSet,
     numbers: Sequence[int],
 ) -> Session:
     """Compute shards and merge them into the store."""
     session = Session(parts.folder)
-    with _stoppable(parts, len(records)):
+    with stoppable(parts, len(records)):
         with session.computing():
-            _compute_shards(parts, numbers, load, compute, workers, strict, session)
+            computing(parts, numbers, session)
         if parts.errors and len(parts.errors) == len(records):
             raise RuntimeFailure(none_usable(parts.errors, f"finished shards are kept in {parts.folder}"))
         with session.timed("merge"):
@@ -151,21 +132,22 @@ def _work(
     return session
 
 
-def _compute_shards(
+def compute_shards(
     parts: ShardSet,
     numbers: Sequence[int],
+    session: Session,
     load: Load,
     compute: Compute,
     workers: int,
     strict: bool,
-    session: Session,
 ) -> None:
+    """Compute shards of ``parts`` and write them; see `extract` for the other arguments and the errors."""
     batches = [batch for number in numbers for batch in parts.shards[number]]
     kept = f"finished shards are kept in {parts.folder}"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        _Background(parts, numbers, session, bar) as background,
+        Background(parts, numbers, session, bar) as background,
     ):
         for batch in batches:
             with session.timed("load"):
@@ -214,10 +196,10 @@ class _Stopped(Exception):
     """There are no more batches."""
 
 
-class _Background:
+class Background:
     """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
 
-    def __init__(self, parts: ShardSet, numbers: Sequence[int], session: Session, bar: tqdm) -> None:
+    def __init__(self, parts: ShardSet, numbers: Iterable[int], session: Session, bar: tqdm) -> None:
         self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
         self._batches: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
         self._finishing = ThreadPoolExecutor(1, "finish")
@@ -226,7 +208,7 @@ class _Background:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
-    def __enter__(self) -> _Background:
+    def __enter__(self) -> Background:
         self._thread.start()
         return self
 
@@ -291,9 +273,12 @@ class _Background:
 
 
 def load_ahead(
-    load: Load, batches: Sequence[list[ImageRecord]], workers: int, ahead: int = 3
+    load: Load, batches: Iterable[list[ImageRecord] | None], workers: int, ahead: int = 3
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one."""
+    """Prefetch up to ``ahead`` batches, yielding the images of each, with the reason in place of an unusable one.
+
+    None among the batches says that there is no other one yet, so that those that were prefetched are yielded.
+    """
 
     def attempt(record: ImageRecord) -> np.ndarray | str:
         try:
@@ -307,11 +292,15 @@ def load_ahead(
     pixels = 0
     try:
         for batch in batches:
-            size = sum(record.height * record.width for record in batch)
-            while waiting and (len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
+            size = sum(record.height * record.width for record in batch or ())
+            while waiting and (batch is None or len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
                 done, futures = waiting.popleft()
                 pixels -= done
                 yield [future.result() for future in futures]
+                if batch is None:
+                    break
+            if batch is None:
+                continue
             pixels += size
             waiting.append((size, [pool.submit(attempt, record) for record in batch]))
         while waiting:
@@ -321,7 +310,7 @@ def load_ahead(
 
 
 @contextmanager
-def _stoppable(parts: ShardSet, total: int) -> Iterator[None]:
+def stoppable(parts: ShardSet, total: int) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted with what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():

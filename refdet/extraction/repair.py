@@ -184,6 +184,7 @@ def _begun(folder: Path) -> Any:
 def _remove(folder: Path, out: Path, but: Sequence[str] = ()) -> None:
     """Remove the files of a repair, `_OF` last, and the folder if it is then empty."""
     ours = [*folder.glob("[0-9]*.shard"), *_half_written(folder), folder / "sessions.jsonl", folder / out.name]
+    ours.append(folder / "workers.json")
     for path in (*ours, folder / "lock", folder / _OF):
         if path.name not in but:
             path.unlink(missing_ok=True)

@@ -15,17 +15,18 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import MARK
+from refdet.files.atomic import MARK, left_behind
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
 _MOST_AT_ONCE = 4096  # largest batch size accepted from a plan
+_JSON = r"(plan|merged|merging|parts|part-\d+|workers)"
 # File names of an extraction; older temporary files have eight hex digits without MARK.
 OURS = re.compile(
-    rf"{LOCK}|sessions\.jsonl|\d{{6,}}\.shard|plan\.json|merged\.json"
-    rf"|\.(\d{{6,}}|plan|merged)\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
+    rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON}\.json"
+    rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
 )
 
 
@@ -170,6 +171,17 @@ def _merged(folder: Path) -> list[int]:
         return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
     except (InputError, ValueError, TypeError, KeyError, OverflowError):
         return []
+
+
+def remove_half_written(out: Path) -> None:
+    """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
+    folder = parts_folder(out)
+    half_written = [path for path in folder.glob(".*") if OURS.fullmatch(path.name)]
+    half_written += left_behind(out.parent, out.name)
+    if not out.exists():  # a later file must not be taken for the merged one
+        half_written += folder.glob(MERGED)
+    for path in half_written:
+        path.unlink()
 
 
 def remove_ours(folder: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -22,19 +22,20 @@ from typing import Any
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
+from refdet.extraction.part import no_part_running
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
-    OURS,
     PLAN,
     begun_plan,
     check_begun,
     parts_folder,
     refuse_another,
+    remove_half_written,
     remove_ours,
 )
-from refdet.files.atomic import atomic_write, fsync, left_behind, report_disk_full, write_json
+from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import alone
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, encode
@@ -58,6 +59,7 @@ class ShardSet:
         shards: batches of each shard.
         folder: folder of the shards, by default the `parts_folder` of ``out``.
         begun: contents of the folder's ``plan.json``, if it exists.
+        numbers: the shards to look for in the folder; all if None.
 
     Attributes:
         out: the store.
@@ -65,6 +67,7 @@ class ShardSet:
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
+        of_plan: hash of the plan, in each shard.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ShardSet:
         shards: Sequence[Shard],
         folder: Path | None = None,
         begun: Mapping[str, Any] | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> None:
         self.out = out
         self.folder = folder or parts_folder(out)
@@ -85,10 +89,10 @@ class ShardSet:
         work = plan.work(shards, header)
         if begun is not None:  # an older refdet may have written the same recipe differently
             work["header"] = begun["header"]
-        self._of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        self.of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
-        for number in range(len(shards)):
+        for number in range(len(shards)) if numbers is None else numbers:
             if self._path(number).exists():
                 self._load(number)
 
@@ -96,7 +100,7 @@ class ShardSet:
         return self.folder / f"{number:06d}.shard"
 
     def _shard_id(self, number: int) -> dict[str, Any]:
-        return {"plan": self._of_plan, "shard": number}
+        return {"plan": self.of_plan, "shard": number}
 
     def _load(self, number: int) -> None:
         path, rows = self._path(number), []
@@ -155,6 +159,13 @@ class ShardSet:
             for number in range(len(self.shards))
             if number not in self._rows or any(row.error and row.id in again for row, _ in self._rows[number])
         ]
+
+    def adopt(
+        self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Take over a shard that another process has written, and the shapes of its features per region."""
+        self._rows[number] = list(rows)
+        self._shapes |= shapes
 
     def encode(self, regions: Regions) -> EncodedImage:
         """Encode an image for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
@@ -312,19 +323,12 @@ def open_extraction(
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, LOCK, "let it end or choose another `out`"):
+        with alone(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
             now = begun_plan(folder)
             if (now is None) != (begun is None) or (now is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
             refuse_another(out)
-            half_written = [
-                *(path for path in folder.glob(".*") if OURS.fullmatch(path.name)),
-                *left_behind(out.parent, out.name),
-            ]
-            if not out.exists():  # a later file must not be taken for the merged one
-                half_written += folder.glob(MERGED)
-            for path in half_written:  # by a process that was killed
-                path.unlink()
+            remove_half_written(out)
             if begun is None:
                 write_json(folder / PLAN, plan.work(shards, header))
                 fsync(out.parent)

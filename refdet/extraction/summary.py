@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from refdet.extraction.timing import shares
+from refdet import store
+from refdet.errors import RuntimeFailure
+from refdet.extraction.repair import none_usable
+from refdet.extraction.timing import STAGES, Session, shares
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Summary:
             main thread, finish and write in a background thread each, and merge at the end.
         batch_size: maximum number of images per batch.
         computing: seconds per part of computing, if measured (`refdet.detector.profiler`).
+        merged: whether the store is written. Otherwise this process has finished its part of the extraction, and the
+            numbers of images, regions, unusable images and bytes are of that part.
     """
 
     images: int
@@ -35,8 +42,42 @@ class Summary:
     stages: dict[str, float] = field(default_factory=dict)
     batch_size: int = 0
     computing: dict[str, float] = field(default_factory=dict)
+    merged: bool = True
 
     @property
     def shares(self) -> dict[str, float]:
         """Fraction of this run's time spent in each stage, 0 to 1."""
         return shares(self.seconds, self.stages)
+
+
+def summary_of_store(
+    out: Path, session: Session | None, parts_of_computing: Callable[[], dict[str, float]], batch_size: int
+) -> Summary:
+    """The numbers of a finished store, and the times of the process that finished it.
+
+    Args:
+        out: the store.
+        session: the times; None if nothing was to do.
+        parts_of_computing: returns the seconds per part of computing.
+        batch_size: maximum number of images per batch.
+
+    Raises:
+        RuntimeFailure: no image of the store could be used.
+    """
+    with store.open(out) as finished:
+        images, regions, errors = len(finished), finished.regions, finished.errors
+    if errors and len(errors) == images:
+        raise RuntimeFailure(none_usable(errors, f"{out} has no regions"))
+    computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
+    return Summary(
+        images,
+        regions,
+        len(errors),
+        computed,
+        seconds,
+        out.stat().st_size,
+        computed / seconds if computed else 0.0,
+        session.stages if session else dict.fromkeys(STAGES, 0.0),
+        batch_size,
+        parts_of_computing(),
+    )

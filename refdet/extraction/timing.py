@@ -1,7 +1,7 @@
 """Timing of an extraction over all of its sessions, including killed ones. No torch.
 
 Whenever a shard is finished, a line with the session's timing so far is appended to ``sessions.jsonl`` next to the
-shards; only the last line of a session is used.
+shards, or to a file of its own for each part; only the last line of a session is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
-_FILE = "sessions.jsonl"
+_FILE, _ALL = "sessions{}.jsonl", "sessions*.jsonl"
 _MOST = 2**26  # bytes; larger files are ignored
 
 
@@ -40,17 +40,18 @@ class Session:
 
     Args:
         folder: folder of the shards.
+        part: number of the part that this process computes; 0 for all.
 
     Attributes:
         stages: seconds per stage of `STAGES`.
         images: number of images in the shards that it finished.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, part: int = 0) -> None:
         self.stages = dict.fromkeys(STAGES, 0.0)
         self.images = 0
         self._computing = 0.0
-        self._path = folder / _FILE
+        self._path = folder / _FILE.format(f"-{part}" if part else "")
         self._before = _read(self._path)
         self._number = 1 + max(self._before, default=0)
         self._since: dict[str, float] = {}  # running stage -> start time
@@ -89,7 +90,9 @@ class Session:
 
     def summary(self) -> dict[str, Any]:
         """Summary of all sessions for the store, JSON."""
-        of_all = [*self._before.values(), self._so_far()]
+        others = sorted(path for path in self._path.parent.glob(_ALL) if path != self._path)  # of parts
+        of_others = [one for path in others for one in _read(path).values()]
+        of_all = [*of_others, *self._before.values(), self._so_far()]
         images, seconds = (sum(one[name] for one in of_all) for name in ("images", "seconds"))
         stages = {name: sum(one["stages"][name] for one in of_all) for name in STAGES}
         return {

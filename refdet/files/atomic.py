@@ -16,6 +16,7 @@ from refdet.errors import RuntimeFailure, is_disk_full
 
 # Part of every temporary name, so that cleaning up removes only our own files.
 MARK = "refdet-tmp"
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}  # errors of such file systems
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
@@ -97,6 +98,38 @@ def write_json(path: str | Path, obj: Any) -> None:
     text = json.dumps(obj, indent=2) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_once(path: Path, obj: Any) -> bool:
+    """Write ``obj`` as JSON unless the file exists; of several processes, on any machines, exactly one writes it.
+
+    Needs no locks: a hard link is made only if its name is free. Without hard links, the last process wins.
+
+    Args:
+        path: the file.
+        obj: the value.
+
+    Returns:
+        Whether this process wrote it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
+    try:
+        temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+        fsync(temporary)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+    return True
 
 
 def fsync(path: Path) -> None:

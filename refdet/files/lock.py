@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from refdet.errors import InputError
@@ -16,8 +17,14 @@ log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
+class Locked(InputError):
+    """Another process holds a lock."""
+
+
 @contextmanager
-def alone(folder: Path, name: str, fix: str) -> Iterator[None]:
+def alone(
+    folder: Path, name: str, fix: str, *, wait: float = 0.0, doing: str = "another process is writing to it"
+) -> Iterator[bool]:
     """Hold a lock file within the block.
 
     Logs a note and runs the block without a lock where the file system has no locks.
@@ -26,24 +33,33 @@ def alone(folder: Path, name: str, fix: str) -> Iterator[None]:
         folder: the folder to lock.
         name: name of the lock file in it.
         fix: what to do if another process holds the lock, the end of the message.
+        wait: seconds to wait for another process.
+        doing: what the other process does, for the message.
+
+    Yields:
+        Whether the file system has locks.
 
     Raises:
-        InputError: another process holds the lock.
+        Locked: another process holds the lock.
         OSError: the lock file cannot be created.
     """
     from filelock import FileLock, Timeout  # a slow import that only writers need
 
     lock = FileLock(folder / name, mode=0o644, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
     except Timeout:
-        raise InputError(f"{folder}: another process is writing to it; {fix}") from None
+        raise Locked(f"{folder}: {doing}; {fix}") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        reason = getattr(error, "strerror", None) or str(error)
-        log.warning("note: %s: file system without locks (%s); make sure no other process writes to it", folder, reason)
+        _note_no_locks(folder, getattr(error, "strerror", None) or str(error))
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
+
+
+@lru_cache(maxsize=64)  # once for each folder, whatever the number of locks in it
+def _note_no_locks(folder: Path, reason: str) -> None:
+    log.warning("note: %s: file system without locks (%s); make sure no other process writes to it", folder, reason)

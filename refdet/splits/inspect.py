@@ -14,6 +14,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.extraction.shard_folder import parts_folder, progress
+from refdet.extraction.workers import who_computes
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
 from refdet.store import CORRUPTION_ERRORS
@@ -155,6 +156,7 @@ def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "batch_size": _count(plan, "batch_size"),
         "categories": len(classes) if isinstance(classes, list) else None,
         "options": plan.get("options"),
+        "workers": who_computes(folder),
         "provenance": _provenance(folder / "plan.json", header.get("provenance")),
     }
 

@@ -24,10 +24,11 @@ from refdet import store
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction import pipeline
-from refdet.extraction.pipeline import STAGES, extract
+from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import cut_into_shards
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
+from refdet.extraction.timing import STAGES
 from refdet.store import hdf5_file
 from refdet.structures.regions import Regions
 

@@ -1,0 +1,78 @@
+"""Regions of all images of an instances file, detected on a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from refdet import store
+from refdet.data.coco import CocoIndex
+from refdet.errors import InputError, RuntimeFailure
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
+from refdet.structures.regions import Regions
+
+log = logging.getLogger(__name__)
+
+
+def regions_on_ray(
+    run: Path,
+    index: CocoIndex,
+    images: Path,
+    ray: str,
+    *,
+    batch_size: int,
+    device: str | None,
+    precision: str,
+    workers: int | None,
+    exif: str,
+    crowd_as_object: bool,
+) -> Iterator[Regions]:
+    """Regions as `refdet.evaluation.detection.detected_regions` gives them, computed by an extraction.
+
+    They pass through a store in a temporary folder, without features.
+
+    Args:
+        run: run directory of the detector.
+        index: the instances file.
+        images: folder or zip of its images, at a path where the workers find them too.
+        ray: the cluster, as in `refdet.extraction.extract.extract_features`.
+        batch_size: images per batch.
+        device: "cpu", "cuda"; None for GPUs if the cluster has any.
+        precision: arithmetic of the network.
+        workers: threads of each worker that read images ahead.
+        exif: "ignore" or "apply" the EXIF orientation of the images.
+        crowd_as_object: how ``index`` was read.
+
+    Raises:
+        InputError: the cluster cannot be used, or an image cannot be read.
+        RuntimeFailure: no worker is left, or has too little memory for an image.
+    """
+    listed = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
+    options = ExtractOptions(features=(), precision=precision, exif=exif, crowd_as_object=crowd_as_object)
+    with TemporaryDirectory(prefix="refdet-") as folder:
+        out = Path(folder) / "regions.h5"
+        try:
+            extract_features(
+                run,
+                images,
+                out,
+                listed,
+                options=options,
+                batch_size=batch_size,
+                workers=workers,
+                device=device or "auto",
+                ray=ray,
+                say=log.warning,
+                announce=log.info,
+            )
+        except RuntimeFailure as error:  # in which nothing is kept
+            raise RuntimeFailure(f"{str(error).partition('; finished shards are kept')[0]}; run it again") from error
+        with store.open(out) as found:
+            if found.errors:
+                raise InputError(next(iter(found.errors.values())))
+            for image_id in found:
+                yield found.read(image_id)

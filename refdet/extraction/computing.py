@@ -1,0 +1,72 @@
+"""The functions that compute the regions of a batch with a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from refdet.data.coco import ImageRecord
+from refdet.detector.loading import TrainedDetector
+from refdet.detector.predictor import start_describing, start_detecting
+from refdet.extraction.batch_size import split_on_oom
+from refdet.extraction.options import ExtractOptions
+from refdet.extraction.steps import Compute, Finish
+from refdet.structures.detection_options import DetectionOptions
+from refdet.structures.regions import Regions
+
+
+def computing(
+    detector: TrainedDetector, options: ExtractOptions, given: Callable[[ImageRecord], Regions] | None
+) -> Compute:
+    """The function that an extraction calls with each batch of one input size.
+
+    Args:
+        detector: loaded with ``for_inference=True``.
+        options: what to compute.
+        given: returns the regions of an image, without features; None to detect them.
+
+    Returns:
+        The function. It halves batches that do not fit into memory.
+    """
+    return split_on_oom(
+        detecting(detector, options, options.features, options.dtype)
+        if given is None
+        else _describing(detector, given, options)
+    )
+
+
+def detecting(
+    detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
+) -> Compute:
+    """The function that `refdet.extraction.pipeline.extract` calls to detect regions of a batch of one input size."""
+    ids, of_features = detector.meta.category_ids, getattr(torch, dtype)
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        return start_detecting(detector.model, images, batch, ids, options, features=features, dtype=of_features)
+
+    return compute
+
+
+def _describing(detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions) -> Compute:
+    dtype = getattr(torch, options.dtype)
+    label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
+    predicted = options.masks == "predicted"
+
+    def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        bare = [given(record) for record in batch]
+        labels = (
+            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
+        )
+        rows = [r.boxes for r in bare]
+        finish = start_describing(detector.model, images, rows, features=options.features, labels=labels, dtype=dtype)
+        return lambda: [
+            replace(
+                r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
+            )
+            for r, f in zip(bare, finish(), strict=True)
+        ]
+
+    return compute

@@ -1,0 +1,95 @@
+"""Extraction of a list of images by a trained detector on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from refdet.data.coco import ImageRecord
+from refdet.data.image_orientation import OrientationNote
+from refdet.data.training_batches import group_by_input_size
+from refdet.extraction.defaults import CPU_BATCH_SIZE
+from refdet.extraction.job import Job
+from refdet.extraction.pipeline import extract
+from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_engine import RayEngine
+from refdet.extraction.ray_pool import pool_of
+from refdet.extraction.ray_tools import DetectorTools
+from refdet.extraction.shard_folder import begun_batch_size
+from refdet.extraction.start_lines import start_lines
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
+
+
+def extract_on_ray(
+    job: Job,
+    out: Path,
+    address: str,
+    *,
+    device: str | None,
+    batch_size: int | Literal["auto"] | None,
+    workers: int | None,
+    resume: bool,
+    strict: bool,
+    say: Callable[[str], object],
+    announce: Callable[[str], object],
+) -> Summary:
+    """Write the regions and features of images to a store, computed by all GPUs or CPUs of a Ray cluster.
+
+    Args:
+        job: the extraction.
+        out: the store. The workers write to its folder of shards if they see it, and else send their shards.
+        address: "local", "auto" or "HOST:PORT".
+        device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
+        batch_size: as in `refdet.extraction.extract.extract_features`.
+        workers: threads of each worker that read images ahead; None for the default of its device.
+        resume: continue an interrupted extraction.
+        strict: stop at an image that cannot be used.
+        say: called with each warning.
+        announce: called with lines about the workers, the images, the detector and the size of the store.
+
+    Returns:
+        Numbers and timings; the stages are means of the workers.
+
+    Raises:
+        InputError: the cluster cannot be used, or no worker sees the checkpoint and the images.
+        RuntimeFailure: as `refdet.extraction.pipeline.extract`, or no worker is left; finished shards are kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
+    """
+    with connected(address, device) as cluster:
+        tools = DetectorTools.of(job, "cuda" if cluster.gpus else "cpu", workers)
+        with pool_of(cluster, tools) as pool, OrientationNote(job.source) as orientation:
+            first = pool.start()
+            job = job.with_precision(first.precision, say)
+            for line in start_lines(job, pool.description(), first.kernels):
+                announce(line)
+            size = job.plan.batch_size or (resume and begun_batch_size(out)) or 0
+            if not size and batch_size is None and not cluster.gpus:
+                size = CPU_BATCH_SIZE
+            plan = replace(job.plan, batch_size=size or pool.auto_batch_size())
+            batches = group_by_input_size(job.records, job.meta.recipe.input, plan.batch_size)
+            engine = RayEngine(pool, None if job.given is None else job.given.of, strict)
+            try:
+                return extract(
+                    out,
+                    plan,
+                    job.header,
+                    batches,
+                    job.records,
+                    job.source.read,
+                    _elsewhere,
+                    resume,
+                    strict=strict,
+                    parts_of_computing=lambda: engine.computing,
+                    elsewhere=engine,
+                )
+            finally:
+                orientation.add(engine.oriented)
+
+
+def _elsewhere(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+    raise NotImplementedError("batches are computed by the workers")

@@ -1,0 +1,206 @@
+"""`Job`: an extraction after all checks that need no torch, the same whether one process or many compute it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from refdet.data.coco import ImageRecord
+from refdet.errors import ArgumentError, InputError
+from refdet.extraction.given_regions import GivenRegions, given_regions
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.options import ExtractOptions
+from refdet.extraction.plan import Plan
+from refdet.extraction.shard_folder import check_begun, check_new
+from refdet.store import Header
+
+if TYPE_CHECKING:
+    from refdet.data.image_source import ImageSource
+    from refdet.detector.checkpoint import CheckpointMetadata
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to extract, by which detector, from which images.
+
+    Attributes:
+        checkpoint: run directory of the detector.
+        image_list: the images.
+        options: what to compute and write.
+        meta: metadata of the detector.
+        source: the files of the images, already located.
+        given: the regions, None if they are to be detected.
+        plan: what determines the store; its batch size is 0 unless one was asked for.
+        header: metadata of the store.
+    """
+
+    checkpoint: Path
+    image_list: ImageList
+    options: ExtractOptions
+    meta: CheckpointMetadata
+    source: ImageSource
+    given: GivenRegions | None
+    plan: Plan
+    header: Header
+
+    @property
+    def records(self) -> list[ImageRecord]:
+        """The images in the order of the store."""
+        return self.image_list.records
+
+    def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
+        """The job in the arithmetic that the device has; ``say`` is called with a line if it is another."""
+        asked = self.options.precision
+        if precision == asked:
+            return self
+        say(
+            f"`precision` {asked}: this processor has no {asked} arithmetic: "
+            f"computing in {precision}, which is {'faster here and ' if asked == 'bfloat16' else ''}exact"
+        )
+        plan = replace(self.plan, options=self.plan.options | {"precision": precision})
+        return replace(
+            self,
+            options=replace(self.options, precision=precision),
+            plan=plan,
+            header=replace(self.header, options=plan.options),
+        )
+
+
+def prepare(
+    checkpoint: str | Path,
+    images: str | Path,
+    out: Path,
+    image_list: ImageList,
+    *,
+    options: ExtractOptions,
+    boxes: str | Path | None,
+    box_format: str,
+    batch_size: int | Literal["auto"] | None,
+    resume: bool,
+    say: Callable[[str], object],
+) -> Job:
+    """Check an extraction and plan it; see `refdet.extraction.extract.extract_features` for arguments and errors."""
+    checkpoint, boxes = Path(checkpoint), None if boxes is None else Path(boxes)
+    if boxes is not None:
+        options = replace(options, regions="boxes")
+    elif options.regions == "boxes":
+        raise InputError("`regions='boxes'`: needs a file of them; give `boxes=FILE`")
+    if options.regions == "annotations" and options.crowd_as_object != image_list.crowd_as_object:
+        raise ArgumentError(
+            "crowd_as_object",
+            f"is {options.crowd_as_object}, but the image list was read with {image_list.crowd_as_object}",
+        )
+    from refdet.data.image_source import ImageSource
+    from refdet.detector.checkpoint import load_meta
+    from refdet.detector.feature_names import check_features
+
+    meta = load_meta(checkpoint)
+    check_features(options.features, meta.recipe)
+    if not resume:
+        check_new(out)
+    for line in meta.warnings():
+        say(line)
+    records, source = image_list.records, ImageSource.open(images, options.exif)
+    if not records:
+        raise InputError(f"{image_list.index.path}: has no images to extract")
+    missing = source.locate(records, image_list.index.images.values())
+    if len(missing) == len(records):
+        source.refuse_missing(records, missing, image_list.index.path)
+    if missing:
+        say(
+            f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
+            f"and get no regions; the first is {missing[0]}"
+        )
+    given = given_regions(image_list, options.regions, boxes, box_format, say)
+    _check_masks(options, meta, given, checkpoint)
+
+    explicit = batch_size if isinstance(batch_size, int) else None
+    plan, header = _planned(image_list, given, boxes, options, explicit, meta, checkpoint)
+    # whether the device has another arithmetic is known only after torch is imported
+    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision != "float32" else ())
+    return Job(checkpoint, image_list, options, meta, source, given, plan, header)
+
+
+def _planned(
+    image_list: ImageList,
+    given: GivenRegions | None,
+    boxes: Path | None,
+    options: ExtractOptions,
+    batch_size: int | None,
+    meta: CheckpointMetadata,
+    checkpoint: Path,
+) -> tuple[Plan, Header]:
+    """The plan of the extraction, and the header of the store."""
+    from refdet.detector.checkpoint import MODEL, run_directory
+    from refdet.detector.feature_names import HEAD, of_regions
+    from refdet.structures.provenance import file_sha256
+
+    what: dict[str, Any] = {
+        "regions": options.regions,
+        "features": list(options.features),
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "compression": options.compression,
+    }
+    if boxes is not None:
+        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        if given is not None and given.box_format != "xywh":
+            what["box_format"] = given.box_format
+    elif given is not None:
+        what["instances_sha256"] = file_sha256(image_list.index.path)
+        what["masks"] = options.masks
+        if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
+            what["crowd_as_object"] = True
+    else:
+        what |= {
+            "score_threshold": options.score_threshold,
+            "nms_threshold": options.nms_threshold,
+            "max_regions": options.max_regions,
+            "at_least_one": options.lower_threshold_if_empty,
+        }
+    if options.exif != "ignore":  # the default is left out
+        what["exif"] = options.exif
+    what |= {
+        "image_list": image_list.name,
+        "image_list_sha256": image_list.sha256(),
+        "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
+    }
+    predicted = options.masks == "predicted" or given is None
+    masks = meta.recipe.model.masks if predicted else given is not None and given.masks
+    categories = dict(meta.categories) if given is None else given.categories
+    classes = [{"id": id_, "name": name} for id_, name in categories.items()]
+    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    plan = Plan(
+        what,
+        of_regions(options.features),
+        options.dtype,
+        masks,
+        given is not None and given.ann_ids,
+        batch_size or 0,
+        tuple(name for name in options.features if name == HEAD),
+        options.compression,
+    )
+    return plan, header
+
+
+def _check_masks(
+    options: ExtractOptions, meta: CheckpointMetadata, given: GivenRegions | None, checkpoint: Path
+) -> None:
+    """Raise InputError if masks cannot be predicted."""
+    if options.masks != "predicted":
+        return
+    if given is None:
+        raise InputError(
+            "`masks='predicted'`: detections have their own masks; it is for `regions='annotations'` or `boxes`"
+        )
+    if not meta.recipe.model.masks:
+        raise InputError(f"`masks='predicted'`: {checkpoint} has no mask branch")
+    strange = sorted(given.categories.items() - dict(meta.categories).items())
+    if strange:
+        raise InputError(
+            f"`masks='predicted'`: the detector has no category {strange[0][0]} ({strange[0][1]}), "
+            "which the regions may have"
+        )

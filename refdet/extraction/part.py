@@ -1,0 +1,156 @@
+"""`Part`: one of several processes that compute an extraction together without an engine, and their files. No torch.
+
+The parts share the folder of the shards. ``parts.json`` holds how many there are, ``part-3.lock`` is held by the
+process that computes part 3, and ``part-3.json`` says how far it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.files.atomic import write_json, write_json_once
+from refdet.files.json_files import read_small_json
+from refdet.files.lock import Locked, alone
+
+PARTS = "parts.json"
+MOST_PARTS = 100_000
+_LOCK, _STATE = re.compile(r"part-(\d{1,6})\.lock"), re.compile(r"part-(\d{1,6})\.json")
+_PATIENCE = 1.0  # seconds; `running` holds a lock for a moment
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part ``number`` of ``of``; it computes the shards ``number - 1``, ``number - 1 + of``, ...
+
+    Neighboring shards have images of similar sizes, so the parts take about as long.
+
+    Attributes:
+        number: from 1.
+        of: how many parts there are.
+    """
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Parse "3/8".
+
+        Raises:
+            InputError: it is not K/N with K from 1 to N.
+        """
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if match and 1 <= int(match[1]) <= int(match[2]) <= MOST_PARTS:
+            return cls(int(match[1]), int(match[2]))
+        why = ""
+        if match and int(match[2]) < 1 or match and int(match[2]) > MOST_PARTS:
+            why = f"there can be 1 to {MOST_PARTS} parts"
+        elif match:
+            why = f"the parts of {int(match[2])} are 1/{int(match[2])} to {int(match[2])}/{int(match[2])}"
+        raise InputError(f"`part` {text}: {why or 'not K/N'}; give the number of this part and of all, such as 3/8")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def shards(self, count: int) -> range:
+        """Numbers of its shards, of ``count`` in all."""
+        return range(self.number - 1, count, self.of)
+
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[bool]:
+        """Hold the lock of this part within the block.
+
+        Raises:
+            Locked: another process computes the same part.
+        """
+        doing = f"another process is computing part {self}"
+        with alone(folder, f"part-{self.number}.lock", "let it end", wait=_PATIENCE, doing=doing) as locked:
+            yield locked
+
+    def agree(self, folder: Path) -> None:
+        """Record the number of parts if no other part has; raises InputError if that has another number."""
+        if parts_of(folder) is None:
+            write_json_once(folder / PARTS, {"parts": self.of})
+        self.check(folder)
+
+    def check(self, folder: Path) -> None:
+        """Raise an InputError if a folder was started with another number of parts."""
+        others = parts_of(folder)
+        if others not in (None, self.of):
+            raise InputError(
+                f"`part` {self}: {folder} was started in {others} parts; use the same number, or finish it in one "
+                "process with `resume=True`"
+            )
+
+    def note(self, folder: Path, **state: Any) -> None:
+        """Write how far this part is, for `progress_of_parts`; a file that cannot be written is left out."""
+        who = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
+        with suppress(OSError):
+            write_json(folder / f"part-{self.number}.json", who | state | {"updated": time.time()})
+
+
+def parts_of(folder: Path) -> int | None:
+    """The number of parts that a folder was started with, None if it was not started in parts."""
+    if not os.path.lexists(folder / PARTS):
+        return None
+    try:
+        count = read_small_json(folder / PARTS)["parts"]
+    except (InputError, TypeError, KeyError):
+        count = None
+    if type(count) is not int or not 0 < count <= MOST_PARTS:
+        raise InputError(f"{folder / PARTS}: damaged; remove it once no part is running")
+    return count
+
+
+@contextmanager
+def no_part_running(folder: Path) -> Iterator[None]:
+    """Hold the locks of all parts that were ever started in a folder.
+
+    Raises:
+        Locked: a process computes one of them.
+    """
+    with ExitStack() as stack:
+        for path in sorted(folder.glob("part-*.lock")):
+            if match := _LOCK.fullmatch(path.name):
+                part = Part(int(match[1]), parts_of(folder) or int(match[1]))
+                stack.enter_context(part.alone(folder))
+        yield
+
+
+def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
+    """Read how far each part is.
+
+    Args:
+        folder: folder of the shards.
+
+    Returns:
+        What `Part.note` wrote, by number, with "state" "stopped" where the process ended before its part.
+    """
+    found = {}
+    for path in folder.glob("part-*.json"):
+        if not (match := _STATE.fullmatch(path.name)):
+            continue
+        with suppress(InputError):
+            state = read_small_json(path)
+            if isinstance(state, dict):
+                ended = state.get("state") != "finished" and not _is_running(folder, int(match[1]))
+                found[int(match[1])] = state | ({"state": "stopped"} if ended else {})
+    return [found[number] for number in sorted(found)]
+
+
+def _is_running(folder: Path, number: int) -> bool:
+    """Whether a process computes a part; True where that cannot be known."""
+    try:
+        with alone(folder, f"part-{number}.lock", "") as locked:
+            return not locked
+    except (Locked, OSError):
+        return True

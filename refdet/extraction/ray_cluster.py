@@ -1,0 +1,139 @@
+"""Connect to a Ray cluster, with a one-line error for all that can be wrong with it. Imports Ray where it is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from refdet.errors import InputError
+
+NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
+_SECONDS = 10.0  # to reach the address
+_OBJECTS = 2**28  # bytes of the object store of "local", through which little more than the list of images passes
+# Read when Ray is imported. Ray listens on the network address of this machine, unless it is told that only this
+# machine belongs to its cluster, which the variable of this name does on any system.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster to which this process is connected.
+
+    Attributes:
+        ray: the package.
+        name: "local", "auto" or an address, for messages.
+        gpus: whether the workers have a GPU each, instead of a CPU slot.
+    """
+
+    ray: Any
+    name: str
+    gpus: bool
+
+    def slots(self) -> int:
+        """How many workers the cluster has room for now: its GPUs or CPU slots, in use or not."""
+        return int(self.ray.cluster_resources().get("GPU" if self.gpus else "CPU", 0))
+
+    @property
+    def room(self) -> dict[str, float]:
+        """What a worker takes."""
+        return {"num_cpus": 0, "num_gpus": 1} if self.gpus else {"num_cpus": 1, "num_gpus": 0}
+
+
+def check_address(address: str) -> None:
+    """Check what was given as a cluster, before slow imports.
+
+    Raises:
+        InputError: it is not "local", "auto" or HOST:PORT.
+    """
+    if address in ("local", "auto"):
+        return
+    if address.startswith("ray://"):
+        raise InputError(
+            f"`ray` {address}: clients from outside a cluster are not supported; run the command on one of its "
+            "machines with `ray='auto'`"
+        )
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", address, re.ASCII)
+    if not match or not 0 < int(match[2]) < 65536:
+        raise InputError(f"`ray` {address}: must be local, auto or HOST:PORT, as printed by ray start --head")
+
+
+@contextmanager
+def connected(address: str, device: str | None) -> Iterator[Cluster]:
+    """Connect to a Ray cluster, or start one on this machine, within the block.
+
+    Args:
+        address: "local" for one of this machine's GPUs, or else CPUs; "auto" for the one that this machine belongs to;
+            or its address, HOST:PORT.
+        device: "cpu", "cuda", or "auto" or None for GPUs if the cluster has any.
+
+    Raises:
+        InputError: Ray is not installed, the cluster does not answer or has another version, or it has no GPU.
+    """
+    check_address(address)
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise InputError(f"`device` {device}: with `ray` each worker has a GPU of its own; give cuda, cpu or auto")
+    before = {name: os.environ.get(name) for name in _LOOPBACK}
+    if address == "local":
+        os.environ.update(_LOOPBACK)
+    try:
+        import ray
+    except ImportError:
+        raise InputError(NOT_INSTALLED) from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray, address)
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0) >= 1
+        if device == "cuda" and not gpus:
+            raise InputError(
+                f"`device` cuda: the Ray cluster {address} has no GPU; start ray on a machine that has one, or give "
+                "`device='cpu'`"
+            )
+        yield Cluster(ray, address, gpus and device != "cpu")
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
+    if ":" in address:
+        _reach(address)
+    try:
+        if address == "local":
+            ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
+        else:
+            ray.init(address, **quiet)
+    except Exception as error:  # of many kinds, none of which is documented
+        with suppress(Exception):
+            ray.shutdown()
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = {
+            "local": "Ray does not start on this machine",
+            "auto": "no Ray cluster is found from this machine; start one with ray start --head",
+        }.get(address, "the Ray cluster does not let this process in")
+        raise InputError(f"`ray` {address}: {what} ({reason})") from error
+
+
+def _reach(address: str) -> None:
+    """Raise an InputError if nothing answers at HOST:PORT; Ray alone would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"`ray` {address}: does not answer ({reason}); check the address, which ray start --head prints, and the "
+            "firewall"
+        ) from None

@@ -1,0 +1,269 @@
+"""The workers on a Ray cluster: starting, calling and losing them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from refdet.errors import InputError, RuntimeFailure
+from refdet.extraction.ray_cluster import Cluster
+from refdet.extraction.ray_messages import Failed, MakeTools, Started
+from refdet.extraction.ray_worker import ShardWorker
+from refdet.files.short_text import counted
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME = 2  # shards of a worker: one that it computes, and one whose images it loads
+LOST_AT_MOST = 3  # workers that a shard may cost, or that may be lost before another shard is finished
+_TICK = 1.0  # seconds between looks at the cluster
+_STOPPING = 5.0  # seconds for workers to end on their own
+_LONG = 60.0  # seconds without a word
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker, as its driver sees it.
+
+    Attributes:
+        actor: Ray's handle of it.
+        name: host and a number, "" before it has started.
+        started: what it said when it had started.
+        began: whether it was told what to compute.
+        ready: whether it takes shards.
+        shards: the shards that it has, in the order of computation.
+        finished: number of images that it has finished.
+        since: when it began.
+        updated: when it last finished a shard.
+    """
+
+    actor: Any
+    name: str = ""
+    started: Started | None = None
+    began: bool = False
+    ready: bool = False
+    shards: list[int] = field(default_factory=list)
+    finished: int = 0
+    since: float = 0.0
+    updated: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Images per second up to the last finished shard."""
+        return self.finished / (self.updated - self.since) if self.finished else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """How far it is, as `refdet.extraction.workers.who_computes` gives it."""
+        assert self.started is not None
+        now = time.monotonic()
+        return {
+            "worker": self.name,
+            "host": self.started.host,
+            "pid": self.started.pid,
+            "state": "computing",
+            "shards": self.shards,
+            "finished": self.finished,
+            "images_per_second": round(self.speed, 2),
+            "updated": time.time() - (now - (self.updated or self.since or now)),
+        }
+
+
+class Pool:
+    """Workers on a cluster; created by `pool_of`.
+
+    Args:
+        cluster: the cluster.
+        make: prepares a worker.
+        patience: seconds without any worker after which the extraction fails.
+
+    Attributes:
+        workers: those that were not lost.
+        lost: number of workers that were lost since a shard was finished.
+    """
+
+    def __init__(self, cluster: Cluster, make: MakeTools, patience: float) -> None:
+        self.ray, self._cluster, self._patience = cluster.ray, cluster, patience
+        self._make = self.ray.put(make)
+        self._actor = self.ray.remote(ShardWorker).options(
+            max_concurrency=2 + AT_A_TIME, max_restarts=0, scheduling_strategy="SPREAD", **cluster.room
+        )
+        self.workers: list[Worker] = []
+        self.lost = 0
+        self._calls: dict[Any, tuple[Worker, str]] = {}  # reference -> worker and method
+        self._refused: list[Failed] = []  # reasons for slots that cannot be used
+        self._reason = ""  # why the last worker was lost
+        self._on_host: Counter[str] = Counter()
+        self._said: set[str] = set()
+        self._alive = time.monotonic()
+
+    def start(self) -> Started:
+        """Start a worker in each slot, and wait for the first one.
+
+        Raises:
+            InputError: no worker finds the software, checkpoint or images; the message is of the last one.
+            RuntimeFailure: no worker starts.
+        """
+        since = time.monotonic()
+        while True:
+            self.fill_slots()
+            for worker, _, answer in self.answers():
+                self.note_start(worker, answer)
+            for worker in self.workers:
+                if worker.started:
+                    return worker.started
+            self.check_alive("")
+            if time.monotonic() - since > _LONG:
+                self.say("note: waiting for the Ray cluster to start a worker; others may be using it")
+
+    def fill_slots(self) -> None:
+        """Start workers in the slots that are free, also of machines that have joined the cluster."""
+        if self.lost >= LOST_AT_MOST:
+            return
+        for _ in range(self._cluster.slots() - len(self._refused) - len(self.workers)):
+            worker = Worker(self._actor.remote(self._make))
+            self.workers.append(worker)
+            self.call(worker, "start")
+
+    def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
+        """Note what a worker says of its start; None if it was lost."""
+        if isinstance(answer, Started):
+            first = next((one.started for one in self.workers if one.started), answer)
+            if (answer.precision, answer.kernels) == (first.precision, first.kernels):
+                worker.started = answer
+                worker.name = f"{answer.host}/{self._on_host[answer.host]}"
+                self._on_host[answer.host] += 1
+                return
+            what, others = (f"{one.precision}, {one.kernels}" for one in (answer, first))
+            answer = Failed(f"{answer.host} has {what}, and others {others}", of_machine=True, bad_input=True)
+        if answer is None:
+            self.drop(worker, lost=True)
+        else:
+            self.refuse(worker, answer)
+
+    def refuse(self, worker: Worker, why: Failed) -> None:
+        """Leave out a worker, and its slot, that cannot do the work."""
+        self._refused.append(why)
+        self.drop(worker)
+        self.say(f"note: a worker is left out: {why.message}")
+
+    def drop(self, worker: Worker, lost: bool = False) -> None:
+        """Give up a worker; ``lost`` if it ended on its own."""
+        if worker in self.workers:
+            self.workers.remove(worker)
+            self.lost += lost
+        self._calls = {call: whose for call, whose in self._calls.items() if whose[0] is not worker}
+        with suppress(Exception):
+            self.ray.kill(worker.actor)
+
+    def check_alive(self, kept: str) -> None:
+        """Raise an error that ends with ``kept`` if there is no worker and none is to come."""
+        if self.workers:
+            self._alive = time.monotonic()
+            return
+        all_refused = bool(self._refused) and self._cluster.slots() <= len(self._refused)
+        if all_refused and not kept:
+            why = self._refused[-1]
+            raise (InputError if why.bad_input else RuntimeFailure)(why.message)
+        if all_refused or self.lost >= LOST_AT_MOST or time.monotonic() - self._alive > self._patience:
+            reason = self._refused[-1].message if all_refused else self._reason
+            why_not = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
+            raise RuntimeFailure(f"{why_not}; {kept or 'check the cluster with ray status'}")
+        time.sleep(_TICK / 10)
+
+    def call(self, worker: Worker, method: str, *arguments: Any) -> None:
+        """Call a method of a worker, for `answers`."""
+        self._calls[getattr(worker.actor, method).remote(*arguments)] = (worker, method)
+
+    def answers(self) -> Iterator[tuple[Worker, str, Any]]:
+        """Answers of workers to `call`, after a wait of a second at most; None from one that was lost."""
+        waiting = list(self._calls)
+        if not waiting:
+            return
+        done = self._wait(waiting, 1, _TICK)
+        if done:
+            done = self._wait(waiting, len(waiting), 0)
+        for reference in done:
+            call = self._calls.pop(reference, None)
+            if call is None:  # of a worker that was given up meanwhile
+                continue
+            answer: Any = None
+            try:
+                answer = self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError as error:
+                answer = Failed(one_line(error), of_machine=False)
+            except self.ray.exceptions.RayError as error:
+                log.info("%s: %s", call[0].name, error)
+                self._reason = one_line(error)
+            yield (*call, answer)
+
+    def _wait(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
+        """Those of ``calls`` that are answered, after at least ``count`` of them or some seconds."""
+        try:
+            done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
+        except SystemError as error:  # what Ray makes of an exception that a signal handler raises while it waits
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        return done
+
+    def auto_batch_size(self) -> int:
+        """The number of images that fit into memory, as the first worker measures it."""
+        worker = next(worker for worker in self.workers if worker.started)
+        try:
+            size = self.ray.get(worker.actor.auto_batch_size.remote())
+        except self.ray.exceptions.RayError as error:
+            raise RuntimeFailure(f"{worker.name}: lost while it measured the batch size ({one_line(error)})") from error
+        if isinstance(size, Failed):
+            raise RuntimeFailure(f"{worker.name}: {size.message}")
+        return int(size)
+
+    def description(self) -> str:
+        """The workers that have started, such as "Ray, 2 workers on 1 machine: cpu"."""
+        started = [worker.started for worker in self.workers if worker.started]
+        kinds = Counter(one.device for one in started)
+        what = "; ".join(kinds if len(kinds) == 1 else (f"{count} with {kind}" for kind, count in kinds.items()))
+        starting = len(self.workers) - len(started)
+        more = f", {starting} starting" if starting else ""
+        machines = counted(len({one.host for one in started}), "machine")
+        return f"Ray, {counted(len(started), 'worker')} on {machines}{more}: {what}"
+
+    def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """End the workers; returns what `ShardWorker.stop` returned where they ended in time."""
+        calls = [worker.actor.stop.remote() for worker in self.workers if worker.began]
+        found = []
+        with suppress(self.ray.exceptions.RayError):
+            for call in self._wait(calls, len(calls), _STOPPING) if calls else ():
+                found.append(self.ray.get(call))
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Kill the workers."""
+        for worker in list(self.workers):
+            self.drop(worker)
+
+    def say(self, line: str) -> None:
+        """Log a line once."""
+        if line not in self._said:
+            self._said.add(line)
+            log.warning("%s", line)
+
+
+@contextmanager
+def pool_of(cluster: Cluster, make: MakeTools, patience: float = 60.0) -> Iterator[Pool]:
+    """Workers on a cluster, which end with the block; see `Pool`."""
+    pool = Pool(cluster, make, patience)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error of Ray, which has many; of a traceback, the last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if any(line.startswith("Traceback") or line.startswith("File ") for line in lines) else lines[0]

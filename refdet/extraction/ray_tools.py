@@ -1,0 +1,168 @@
+"""What a worker of `refdet.extraction.ray_engine` needs to detect: the same software, checkpoint and images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refdet.data.coco import ImageRecord
+from refdet.errors import InputError
+from refdet.extraction.options import ExtractOptions
+from refdet.files.version import __version__
+from refdet.structures.regions import Regions
+
+if TYPE_CHECKING:
+    from refdet.data.image_source import ImageSource
+    from refdet.extraction.job import Job
+    from refdet.extraction.ray_messages import Tools
+
+
+@cache
+def software() -> str:
+    """The versions that all workers must have, with a hash of the sources of refdet."""
+    hashed, root = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        hashed.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"refdet {__version__} (sources {hashed.hexdigest()[:8]}), torch {version('torch')}"
+
+
+def images_sha256(source: ImageSource, records: list[ImageRecord]) -> str:
+    """SHA-256 of the names of the files of images, and, in a zip, of their sizes."""
+    hashed, zipped = hashlib.sha256(), source.path.is_file()
+    for record in records:
+        name = source.find(record)
+        size = source.size(name) if zipped and name is not None else None
+        hashed.update(f"{record.id}\t{name!r}\t{size}\n".encode(errors="surrogateescape"))
+    return hashed.hexdigest()
+
+
+@dataclass(frozen=True)
+class DetectorTools:
+    """Prepares a worker; see `refdet.extraction.ray_messages.MakeTools`.
+
+    Attributes:
+        checkpoint: run directory of the detector.
+        checkpoint_sha256: of its weights.
+        recipe: its recipe, JSON.
+        images: folder or zip of the images.
+        images_sha256: of `images_sha256`.
+        records: the images.
+        listed: all images of their list.
+        options: what to compute.
+        described: whether the regions are given.
+        device: "cpu" or "cuda".
+        software: of `software`.
+        workers: number of threads that read images; None for the default.
+    """
+
+    checkpoint: Path
+    checkpoint_sha256: str
+    recipe: str
+    images: Path
+    images_sha256: str
+    records: list[ImageRecord]
+    listed: list[ImageRecord]
+    options: ExtractOptions
+    described: bool
+    device: str
+    software: str
+    workers: int | None
+
+    @classmethod
+    def of(cls, job: Job, device: str, workers: int | None) -> DetectorTools:
+        """The tools for an extraction."""
+        return cls(
+            job.checkpoint.absolute(),
+            job.plan.options["checkpoint_sha256"],
+            job.header.recipe,
+            job.source.path.absolute(),
+            images_sha256(job.source, job.records),
+            job.records,
+            list(job.image_list.index.images.values()),
+            job.options,
+            job.given is not None,
+            device,
+            software(),
+            workers,
+        )
+
+    def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+        """Check the software, checkpoint and images of this machine, and load the detector.
+
+        Raises:
+            InputError: something is missing or another one.
+        """
+        host = socket.gethostname()
+        if software() != self.software:
+            raise InputError(f"{host} has {software()}, the driver {self.software}; install the same")
+        source = self._checked(host)
+
+        from refdet.detector import loading
+        from refdet.detector.profiler import Stages
+        from refdet.device import described, pinned, usable_device, usable_precision
+        from refdet.extraction.batch_size import auto_batch_size
+        from refdet.extraction.computing import computing
+        from refdet.extraction.defaults import default_workers
+        from refdet.extraction.ray_messages import Tools
+        from refdet.ops._library import kernels_state
+
+        where = usable_device(self.device)
+        precision = usable_precision(self.options.precision, where)
+        detector = loading.load(self.checkpoint, where, for_inference=True, precision=precision)
+        stages = Stages(where)
+
+        def load(record: ImageRecord) -> np.ndarray:
+            pixels = source.read(record)
+            return pinned(pixels) if where.type == "cuda" else pixels
+
+        def measured() -> int:
+            return auto_batch_size(detector, self.records, self.options, self.options.features)
+
+        detector.model.stages = stages
+        name, _, _ = described(self.device).partition(" (")
+        return Tools(
+            load,
+            computing(detector, self.options, given if self.described else None),
+            name,
+            precision,
+            kernels_state(),
+            self.workers or default_workers(where),
+            measured,
+            detector.inference,
+            stages.seconds,
+            source.oriented,
+        )
+
+    def _checked(self, host: str) -> ImageSource:
+        """The images, after comparing them and the checkpoint with the driver's."""
+        from refdet.data.image_source import ImageSource
+        from refdet.detector.checkpoint import MODEL, load_meta, run_directory
+        from refdet.structures.provenance import file_sha256
+
+        try:
+            weights = run_directory(self.checkpoint) / MODEL
+        except InputError:
+            what = f"`checkpoint` {self.checkpoint}: not found on {host}"
+            raise InputError(f"{what}; copy it there or use a shared file system") from None
+        same_recipe = json.dumps(load_meta(self.checkpoint).recipe.to_dict()) == self.recipe
+        if file_sha256(weights) != self.checkpoint_sha256 or not same_recipe:
+            raise InputError(f"`checkpoint` {self.checkpoint}: another one on {host}; copy the same one there")
+        if not self.images.exists():
+            raise InputError(
+                f"`images` {self.images}: not found on {host}; copy the zip there or use a shared file system"
+            )
+        source = ImageSource.open(self.images, self.options.exif)
+        missing = source.locate(self.records, self.listed)
+        if images_sha256(source, self.records) != self.images_sha256:
+            first = f"; missing there: {len(missing)}, first {missing[0]}" if missing else ""
+            raise InputError(f"`images` {self.images}: holds other files on {host}{first}; copy the same ones there")
+        return source

@@ -1,0 +1,259 @@
+"""A process that computes shards for `refdet.extraction.ray_engine`. Knows neither Ray nor, before it starts, torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from refdet.data.coco import ImageRecord
+from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_of_the_machine
+from refdet.extraction.pipeline import Background, begin_batch, load_ahead
+from refdet.extraction.ray_messages import Failed, Finished, Given, MakeTools, Started, Work
+from refdet.extraction.shards import ShardSet
+from refdet.extraction.timing import Session
+from refdet.extraction.workers import engine_token
+from refdet.files.progress import progress_bar
+from refdet.structures.regions import Regions
+
+_END = -1  # in place of the number of a shard
+
+
+class WorkerShards(ShardSet):
+    """The shards that a worker writes: to the folder of the extraction, or to one of its own."""
+
+    def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
+        super().__init__(work.folder, work.plan, work.header, work.shards, folder, numbers=())
+        self.of_plan = work.of_plan
+        self._fix = "the other workers go on"
+        self._shared, self._token, self._finished = shared, work.token, finished
+
+    @contextmanager
+    def write(self, number: int) -> Iterator[Callable[..., None]]:
+        """As `ShardSet.write`, unless the folder has another driver by then; reports the finished shard."""
+        self._check_wanted()
+        with super().write(number) as add:
+            yield add
+            self._check_wanted()
+        self._finished(number)
+
+    def _check_wanted(self) -> None:
+        """Keep a worker that its driver has lost from writing to a folder that is finished, or of another driver."""
+        if self._shared and engine_token(self.folder) != self._token:
+            raise RuntimeFailure(f"{self.folder}: is not written by the same process any more")
+
+    def take(self, number: int) -> Finished:
+        """A shard that was written, with its contents if they are not in the shared folder."""
+        rows, path, data = self._rows.pop(number), self._path(number), None
+        if not self._shared:
+            data = path.read_bytes()
+            path.unlink()
+        return Finished(number, rows, dict(self._shapes), data)
+
+
+class ShardWorker:
+    """Computes shards, one after the other, while it loads the images of the next one.
+
+    Its methods are called from several threads; all computing is done in one thread.
+
+    Args:
+        make: prepares it.
+    """
+
+    def __init__(self, make: MakeTools) -> None:
+        self._make = make
+        self._thread = ThreadPoolExecutor(1, "compute")
+        self._given: dict[int, Regions] = {}
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._waiting: dict[int, Future[None]] = {}  # by the number of the shard
+        self._failed: BaseException | None = None
+        self._own: TemporaryDirectory[str] | None = None
+        self._stopping = False
+        self._lock = threading.Lock()
+        self._notes = _Notes()
+
+    def start(self) -> Started | Failed:
+        """Check the surroundings and load the detector."""
+        try:
+            self._tools = self._thread.submit(self._make, lambda record: self._given[record.id]).result()
+        except Exception as error:
+            return _failed(error)
+        tools = self._tools
+        return Started(socket.gethostname(), os.getpid(), tools.device, tools.precision, tools.kernels)
+
+    def auto_batch_size(self) -> int | Failed:
+        """The number of images that fit into memory."""
+
+        def measure() -> int:
+            with self._tools.around():
+                return self._tools.auto_batch_size()
+
+        try:
+            return self._thread.submit(measure).result()
+        except Exception as error:
+            return _failed(error)
+
+    def begin(self, work: Work) -> bool:
+        """Begin to compute shards of an extraction; returns whether the worker sees their folder."""
+        shared = engine_token(work.folder) == work.token
+        self._own = None if shared else TemporaryDirectory(prefix="refdet-")
+        folder = work.folder if self._own is None else Path(self._own.name)
+        self._parts = WorkerShards(work, folder, shared, self._finish)
+        self._session = _Unwritten(folder)
+        self._thread.submit(self._run, work.strict)
+        return shared
+
+    def compute(self, number: int, given: Given) -> Finished | Failed:
+        """Compute a shard.
+
+        Args:
+            number: its number.
+            given: the regions of its images; empty if they are to be detected.
+
+        Returns:
+            The finished shard.
+        """
+        with self._lock:
+            self._given |= given
+            future = self._waiting.setdefault(number, Future())
+            if self._failed is not None:
+                return _failed(self._failed)
+            self._todo.put(number)
+        try:
+            future.result()
+            done = self._parts.take(number)
+        except Exception as error:
+            return _failed(error)
+        return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
+
+    def stop(self) -> tuple[dict[str, float], dict[str, float]]:
+        """End after the batches that are being computed; returns the seconds per stage and per part of computing."""
+        self._stopping = True
+        self._todo.put(_END)
+        self._thread.shutdown()
+        if self._own is not None:
+            self._own.cleanup()
+        return self._session.stages, self._tools.parts_of_computing()
+
+    def _finish(self, number: int) -> None:
+        with self._lock:
+            for batch in self._parts.shards[number]:
+                for record in batch:
+                    self._given.pop(record.id, None)
+            future = self._waiting.pop(number, None)
+        if future is not None:  # else it failed
+            future.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failed = error
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for future in waiting:
+            future.set_exception(error)
+
+    def _run(self, strict: bool) -> None:
+        """Compute the shards of the queue until something fails."""
+        tools, session = self._tools, self._session
+        pulled: deque[list[ImageRecord]] = deque()  # batches that are loaded or being loaded
+        numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of their shards
+
+        def batches() -> Generator[list[ImageRecord] | None, None, None]:
+            while True:
+                try:
+                    number = self._todo.get(block=not pulled)
+                except queue.Empty:
+                    yield None
+                    continue
+                numbers.put(number)
+                for batch in self._parts.shards[number] if number != _END else ():
+                    pulled.append(batch)
+                    yield batch
+                if number == _END or self._stopping:
+                    return
+
+        try:
+            with (
+                tools.around(),
+                closing(load_ahead(tools.load, batches(), tools.threads)) as loaded,
+                progress_bar(None, "", "image", disable=True) as bar,
+                _Reporting(self._parts, iter(numbers.get, _END), session, bar, self._fail) as background,
+            ):
+                try:
+                    while not self._stopping and (images := _timed_next(loaded, session)) is not None:
+                        batch = pulled.popleft()
+                        bad = [image for image in images if isinstance(image, str)]
+                        if strict and bad:
+                            raise RuntimeFailure(f"`strict`: {bad[0]}")
+                        with session.timed("compute"):
+                            finish = begin_batch(batch, images, tools.compute)
+                        with session.timed("wait"):
+                            background.put(finish)
+                finally:
+                    numbers.put(_END)
+        except BaseException as error:
+            self._fail(error)
+
+
+def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | None:
+    with session.timed("load"):
+        return next(loaded, None)
+
+
+class _Reporting(Background):
+    """Threads that finish batches and write shards, and report their failure at once."""
+
+    def __init__(self, *args: Any) -> None:
+        *others, self._report = args
+        super().__init__(*others)
+
+    def _run(self) -> None:
+        super()._run()
+        if self._error is not None:
+            self._report(self._error)
+
+
+class _Unwritten(Session):
+    """Timing that the driver writes down."""
+
+    def _note(self) -> None:
+        pass
+
+
+class _Notes(logging.Handler):
+    """Keeps what refdet logs in this process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._found: list[str] = []
+        logging.getLogger("refdet").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(record.getMessage())
+
+    def take(self) -> tuple[str, ...]:
+        found, self._found = self._found, []
+        return tuple(found)
+
+
+def _failed(error: BaseException) -> Failed:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, RefdetError):
+        message = f"{type(error).__name__}: {message}"
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None and len(chain) < 10:
+        chain.append(cause)
+    return Failed(message, any(map(_is_of_machine, chain)), isinstance(error, RefdetError) and error.exit_code == 2)
+
+
+def _is_of_machine(error: BaseException) -> bool:
+    return is_disk_full(error) or is_of_the_machine(error) or "OutOfMemory" in type(error).__name__

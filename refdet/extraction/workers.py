@@ -1,0 +1,75 @@
+"""Who computes an unfinished extraction: its parts, or the workers of an engine. No torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from refdet.errors import InputError
+from refdet.extraction.part import progress_of_parts
+from refdet.files.atomic import write_json
+from refdet.files.json_files import read_small_json
+
+WORKERS = "workers.json"  # of an engine, written by its driver
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "worker": (str,),
+    "host": (str,),
+    "pid": (int,),
+    "state": (str,),
+    "shards": (list,),
+    "finished": (int,),
+    "images": (int,),
+    "images_per_second": (int, float),
+}
+
+
+def who_computes(folder: Path) -> list[dict[str, Any]]:
+    """Describe the processes that compute the shards in a folder.
+
+    Args:
+        folder: folder of the shards.
+
+    Returns:
+        An object for each: "worker", "host", "pid", "state" ("computing", "finished", "stopped" or "lost"), "shards"
+        (those it computes now, if known), "finished" and "images" (the numbers of images, the latter if it is fixed),
+        "images_per_second", and "seconds_ago", when it last finished a shard. Values of a damaged file are None.
+    """
+    return [_checked(one) for one in [*progress_of_parts(folder), *_of_engine(folder)]]
+
+
+def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
+    """Write the workers of an engine, and a token by which they see whether its folder is also theirs."""
+    with suppress(FileNotFoundError):
+        write_json(folder / WORKERS, {"token": token, "workers": list(workers)})
+
+
+def engine_token(folder: Path) -> str | None:
+    """The token in a folder, None if there is none."""
+    token = _of_file(folder).get("token")
+    return token if isinstance(token, str) else None
+
+
+def _of_engine(folder: Path) -> list[Any]:
+    found = _of_file(folder).get("workers")
+    return found if isinstance(found, list) else []
+
+
+def _of_file(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_small_json(folder / WORKERS)
+    except InputError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _checked(one: Any) -> dict[str, Any]:
+    """The fields of a worker that have the right types."""
+    one = one if isinstance(one, dict) else {}
+    checked = {name: one.get(name) if type(one.get(name)) in types else None for name, types in _FIELDS.items()}
+    updated = one.get("updated")
+    known = type(updated) in (int, float) and math.isfinite(updated)
+    return {**checked, "seconds_ago": round(max(0.0, time.time() - updated), 1) if known else None}

@@ -1,0 +1,237 @@
+"""Workers on a Ray cluster of several nodes, some of which die, write the store of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detector_folder import DetectorFolder
+from interrupted_extraction import RECORDS, environment, run
+from ray_extraction import ENVIRONMENT, NODE, Slowly, cluster_of, run_on, time_limit
+from store_examples import contents
+
+from refdet import store
+from refdet.errors import InputError, Interrupted, RuntimeFailure
+from refdet.extraction import ray_worker
+from refdet.extraction.ray_cluster import check_address, connected
+from refdet.extraction.workers import engine_token, note_workers, who_computes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with time_limit(120), cluster_of(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def limited(cluster: Any) -> Iterator[None]:
+    with time_limit(60):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of one process."""
+    out = tmp_path_factory.mktemp("whole") / "a.h5"
+    run(out)
+    return out
+
+
+def is_whole(out: Path, whole: Path) -> None:
+    assert contents(out) == contents(whole)
+    assert sorted(path.name for path in out.parent.iterdir() if path.is_file()) == ["a.h5"]
+    assert not out.with_name("a.h5.parts").exists()
+
+
+def computed_by(who: Path) -> list[int]:
+    """The processes that computed something."""
+    return sorted({int(path.name.partition("-")[0]) for path in who.glob("[0-9]*-*")})
+
+
+def when(condition: Callable[[], object], then: Callable[[], object]) -> threading.Thread:
+    """Do something once a condition is met."""
+
+    def wait() -> None:
+        until = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        then()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, who = tmp_path / "a.h5", tmp_path / "who"
+    shown: list[dict[str, Any]] = []
+    folder = tmp_path / "a.h5.parts"
+    watch = when(
+        lambda: list(folder.glob("*.shard")) and who_computes(folder), lambda: shown.extend(who_computes(folder))
+    )
+    done = run_on(cluster.address, out, Slowly(who, seconds=0.3))
+    watch.join()
+    assert (done.images, done.errors, done.computed) == (len(RECORDS), 1, len(RECORDS))
+    assert len(computed_by(who)) == 2 and done.stages["compute"] > 0.1
+    is_whole(out, whole)
+    assert {one["state"] for one in shown} == {"computing"} and all(one["host"] and one["pid"] for one in shown)
+
+
+def test_a_folder_that_the_workers_do_not_see_gets_their_shards(
+    tmp_path: Path, whole: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.h5"
+    monkeypatch.setattr(
+        "refdet.extraction.ray_engine.note_workers", lambda folder, token, workers: note_workers(folder, "", workers)
+    )
+    run_on(cluster.address, out, Slowly(tmp_path / "who"))
+    is_whole(out, whole)
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, who = tmp_path / "a.h5", tmp_path / "who"
+    run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id))
+    assert (who / "died").exists() and "was lost" in caplog.text
+    is_whole(out, whole)
+
+
+def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out = tmp_path / "a.h5"
+    with pytest.raises(RuntimeFailure, match="workers were lost while they computed it|no worker is left"):
+        run_on(cluster.address, out, Slowly(tmp_path / "who", die_at=RECORDS[3].id, always=True))
+    assert list((tmp_path / "a.h5.parts").glob("*.shard"))
+    run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    is_whole(out, whole)
+
+
+def test_a_worker_without_images_is_left_out(
+    tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, who = tmp_path / "a.h5", tmp_path / "who"
+    run_on(cluster.address, out, Slowly(who, missing_on=0))
+    assert "note: a worker is left out: `images` /data: not found on node 0" in caplog.text
+    assert len(computed_by(who)) == 1
+    is_whole(out, whole)
+
+
+def test_without_any_worker_that_sees_the_images_nothing_begins(tmp_path: Path, cluster: Any) -> None:
+    with pytest.raises(InputError, match="^`images` /data: not found on node [01]$"):
+        run_on(cluster.address, tmp_path / "a.h5", Slowly(tmp_path / "who", missing_on=-1))
+    assert not (tmp_path / "a.h5.parts").exists()
+
+
+def test_a_full_disk_on_one_node_leaves_the_work_to_the_others(
+    tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "a.h5"
+    run_on(cluster.address, out, Slowly(tmp_path / "who", full_on=0))
+    assert "note: a worker is left out: " in caplog.text and "No space left on device" in caplog.text
+    is_whole(out, whole)
+
+
+def test_an_unusable_image_is_an_error_if_strict(tmp_path: Path, cluster: Any) -> None:
+    with pytest.raises(RuntimeFailure, match="`strict`: .*not a readable image; finished shards are kept in"):
+        run_on(cluster.address, tmp_path / "a.h5", Slowly(tmp_path / "who"), strict=True)
+
+
+def test_a_node_that_is_killed_loses_only_what_it_computed(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, who = tmp_path / "a.h5", tmp_path / "who"
+    node = cluster.add_node(**NODE)
+    kill = when(lambda: len(computed_by(who)) == 3, lambda: cluster.remove_node(node, allow_graceful=False))
+    done = run_on(cluster.address, out, Slowly(who, seconds=0.5))
+    kill.join()
+    assert done.computed == len(RECORDS)
+    is_whole(out, whole)
+
+
+def test_a_driver_that_is_killed_is_resumed(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, who = tmp_path / "a.h5", tmp_path / "who"
+    code = (
+        "import sys; from pathlib import Path; from ray_extraction import Slowly, run_on; "
+        "run_on(sys.argv[1], Path(sys.argv[2]), Slowly(Path(sys.argv[3]), seconds=0.5))"
+    )
+    command = [sys.executable, "-c", code, cluster.address, str(out), str(who)]
+    driver = subprocess.Popen(command, env=environment() | ENVIRONMENT, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "a.h5.parts"
+    when(lambda: list(folder.glob("[0-9]*.shard")), lambda: driver.send_signal(signal.SIGKILL)).join()
+    assert driver.wait(30) == -9
+    kept = len(list(folder.glob("[0-9]*.shard")))
+    assert kept and engine_token(folder)
+    done = run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    assert done.computed < len(RECORDS)
+    is_whole(out, whole)
+
+
+def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -> None:
+    out, folder = tmp_path / "a.h5", tmp_path / "a.h5.parts"
+    stop = when(lambda: list(folder.glob("[0-9]*.shard")), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="images are finished and kept in .*; continue with `resume=True`"):
+        run_on(cluster.address, out, Slowly(tmp_path / "who", seconds=0.5))
+    stop.join()
+    assert not (folder / "workers.json").exists()
+    run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
+    is_whole(out, whole)
+
+
+def test_a_worker_that_its_driver_has_lost_writes_nothing(tmp_path: Path) -> None:
+    note_workers(tmp_path, "mine", [])
+    lost = object.__new__(ray_worker.WorkerShards)
+    lost.folder, lost._shared, lost._token = tmp_path, True, "another"
+    with pytest.raises(RuntimeFailure, match="is not written by the same process any more"), lost.write(0):
+        pass
+
+
+@pytest.mark.parametrize("address", ["", "here", "a b:1", "host:0", "host:99999", "ray://host:10001", "http://host:80"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(InputError, match=f"^`ray` {address}: "):
+        check_address(address)
+
+
+def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
+    for address, device, says in [
+        ("127.0.0.1:9", None, r"`ray` 127.0.0.1:9: does not answer \(.*\); check the address"),
+        (cluster.address, "cuda", "`device` cuda: the Ray cluster .* has no GPU"),
+        (cluster.address, "cuda:1", "`device` cuda:1: with `ray` each worker has a GPU of its own"),
+    ]:
+        with pytest.raises(InputError, match=says), connected(address, device):
+            pass
+
+
+def test_commands_with_a_detector(tmp_path: Path, cluster: Any) -> None:
+    """Parts, and workers on the cluster, give the store and the AP of one process, to the bit."""
+    signal.alarm(200)  # several processes import torch
+    folder = DetectorFolder(tmp_path / "d", 70)  # three shards
+    plain, parts, on_ray, given = (tmp_path / name for name in ("plain.h5", "parts.h5", "ray.h5", "given.h5"))
+    for out, *more in [
+        (plain,),
+        (parts, "--part", "2/2"),
+        (parts, "--part", "1/2"),
+        (on_ray, "--ray", cluster.address),
+        (given, "--regions", "annotations", "--ray", cluster.address),
+    ]:
+        done = folder.extract(out, *more)
+        assert done.exit_code == 0, done.output
+    assert "device: Ray, " in done.output and " on 1 machine" in done.output
+    assert contents(parts) == contents(plain) and contents(on_ray) == contents(plain)
+    with store.open(given) as found:
+        assert found.regions == 70 and found[0].features["fc7"].any()
+    evaluated = [folder.command("evaluate", "--json", *more) for more in ((), ("--ray", cluster.address))]
+    assert [one.exit_code for one in evaluated] == [0, 0], evaluated[1].output
+    assert evaluated[0].stdout == evaluated[1].stdout

@@ -1,0 +1,85 @@
+"""Parts of the extraction of `interrupted_extraction`, in this process or in one of its own that may be killed.
+
+As a script: `part_extraction.py STORE K/N [KILL]` computes a part and dies of SIGKILL when it comes to KILL: "compute
+2", its batch of that number; "add 3", a write to a shard; "put 4", an image of the merge.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interrupted_extraction import BATCHES, RECORDS, compute, environment, load
+from store_examples import HEADER, PLAN
+
+from refdet.data.coco import ImageRecord
+from refdet.extraction.part import Part
+from refdet.extraction.parts import extract_part
+from refdet.extraction.steps import Finish
+from refdet.extraction.summary import Summary
+from refdet.store import StoreWriter
+from refdet.store.shard_file import ShardWriter
+
+SHARDS = len(BATCHES)
+
+
+def cut(size: int) -> Sequence[list[ImageRecord]]:
+    """The batches of `interrupted_extraction`, or smaller ones."""
+    if size == PLAN.batch_size:
+        return BATCHES
+    return [batch[at : at + size] for batch in BATCHES for at in range(0, len(batch), size)]
+
+
+def run_part(out: Path, part: str, **changes: Any) -> Summary:
+    given: dict[str, Any] = {"plan": PLAN, "compute": compute, "load": load, "shard_images": 2, **changes}
+    given.setdefault("header", replace(HEADER, options=given["plan"].options))
+    return extract_part(out, cut=cut, records=RECORDS, part=Part.parse(part), **given)
+
+
+def start_part(out: Path, part: str, *kill: str) -> subprocess.Popen[str]:
+    """Compute a part in a process of its own."""
+    command = [sys.executable, __file__, str(out), part, *kill]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output of a process, which must end in time."""
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output + errors
+
+
+def _dies_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            time.sleep(0.05)  # what was computed before may still be written
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    return counted
+
+
+def main(out: str, part: str, kill: str = "") -> None:
+    what, _, number = kill.partition(" ")
+    computing: Callable[[list[ImageRecord], list[np.ndarray]], Finish] = compute
+    if what == "compute":
+        computing = _dies_at(int(number), compute)
+    elif what:
+        owner: Any = {"add": ShardWriter, "put": StoreWriter}[what]
+        setattr(owner, what, _dies_at(int(number), getattr(owner, what)))
+    print(run_part(Path(out), part, compute=computing).merged)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
