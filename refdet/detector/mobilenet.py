@@ -9,6 +9,8 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +32,8 @@ class ConvNormReLU6(nn.Sequential):
 
     def __init__(self, in_channels: int, channels: int, size: int, stride: int, groups: int, norm: Norm) -> None:
         convolution = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
-        mode = "fan_out" if groups == 1 else "fan_in"  # each filter of a group has one output
+        # each filter of a group has one output
+        mode: Literal[fan_in, fan_out] = "fan_out" if groups == 1 else "fan_in"
         nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
         super().__init__(convolution, norm(channels))
 

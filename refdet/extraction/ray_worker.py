@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from refdet.data.coco import ImageRecord
-from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_of_the_machine
+from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_system_error
 from refdet.extraction.pipeline import Background, begin_batch, load_ahead
 from refdet.extraction.ray_messages import Failed, Finished, Given, MakeTools, Started, Work
 from refdet.extraction.shards import ShardSet
@@ -256,4 +256,4 @@ def _failed(error: BaseException) -> Failed:
 
 
 def _is_of_machine(error: BaseException) -> bool:
-    return is_disk_full(error) or is_of_the_machine(error) or "OutOfMemory" in type(error).__name__
+    return is_disk_full(error) or is_system_error(error) or "OutOfMemory" in type(error).__name__
