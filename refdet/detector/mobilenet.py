@@ -33,7 +33,7 @@ class ConvNormReLU6(nn.Sequential):
     def __init__(self, in_channels: int, channels: int, size: int, stride: int, groups: int, norm: Norm) -> None:
         convolution = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
         # each filter of a group has one output
-        mode: Literal[fan_in, fan_out] = "fan_out" if groups == 1 else "fan_in"
+        mode: Literal["fan_in", "fan_out"] = "fan_out" if groups == 1 else "fan_in"
         nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
         super().__init__(convolution, norm(channels))
 
