@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile test-browser bench-ops bench-data bench-browse bench-extract bench-pipeline bench-train gpu-check gpu-pack parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile test-browser bench-ops bench-data bench-browse bench-extract bench-pipeline bench-train bench-learning gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -97,6 +97,11 @@ bench-extract: env ## benchmark extract-features against torchvision's detection
 bench-train: env ## benchmark a step of training against torchvision's Mask R-CNN
 	@echo "==> bench-train: drawn images"
 	@$(BIN)/python benchmarks/train.py $(if $(JSON),--json)
+
+SEEDS ?= 0,1,2
+bench-learning: env ## train both for 500 steps and compare AP, under 90 minutes (SEEDS=0 for one seed in a third of it, JSON=1)
+	@echo "==> bench-learning: the embedded dataset"
+	@$(BIN)/python benchmarks/learning.py --seeds $(SEEDS) $(if $(RESULTS),--results $(RESULTS)) $(if $(JSON),--json)
 
 bench-pipeline: env ## benchmark everything behind the detector: shards, merging, the store (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)

@@ -23,13 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torch import Tensor
+from torchvision_fpn import torchvision_fpn
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
@@ -111,23 +106,7 @@ def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Ca
 
 def torchvisions(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
     """A function that takes a step; the model put together from torchvision's own parts, trained the usual way."""
-    model, options = recipe.model, recipe.input
-    norm = FrozenBatchNorm2d if model.norm == "frozen" else nn.BatchNorm2d
-    network = resnet.__dict__[f"resnet{model.depth}"](norm_layer=norm)
-    trained = 3 if model.norm == "frozen" else 5  # of the five parts of the ResNet
-    backbone = _resnet_fpn_extractor(network, trained, extra_blocks=LastLevelMaxPool())
-    peer = TorchvisionMaskRCNN(
-        backbone,
-        CLASSES + 1,
-        min_size=options.min_sizes[-1],
-        max_size=options.max_size,
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((int(size),) for size in model.anchor_sizes), (tuple(model.anchor_ratios),) * 5
-        ),
-        rpn_pre_nms_top_n_train=recipe.proposals.pre_nms_top_n_train,
-        rpn_post_nms_top_n_train=recipe.proposals.post_nms_top_n_train,
-        box_batch_size_per_image=recipe.head.batch_size_per_image,
-    )
+    peer = torchvision_fpn(recipe, CLASSES)
     peer = peer.to(device).train()
     sgd = torch.optim.SGD(
         [p for p in peer.parameters() if p.requires_grad], lr=recipe.train.lr, momentum=0.9, weight_decay=1e-4

@@ -91,6 +91,7 @@ class ProposalOptions:
     pre_nms_top_n_test: int = 1000
     post_nms_top_n_test: int = 300
     inside_only: bool = False  # ignore anchors that cross the image border
+    smooth_l1_beta: float = 1 / 9  # of the box loss: quadratic below, linear above; 0 for L1
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class HeadOptions:
     positive_fraction: float = 0.25
     append_gt_boxes: bool = True  # also sample annotated boxes; otherwise only if no proposal is positive
     sample_with_replacement: bool = False  # repeat RoIs if there are too few
+    smooth_l1_beta: float = 1.0  # of the box loss: quadratic below, linear above; 0 for L1
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ _ONLY_WHERE_SET = (
     ("model", "rpn_convs", 1),
     ("model", "torchvision_anchors", False),
     ("model", "anchor_offset", 0.5),
+    ("proposals", "smooth_l1_beta", 1 / 9),
+    ("head", "smooth_l1_beta", 1.0),
 )
 # of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
 _NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}

@@ -93,6 +93,7 @@ LIMITS: dict[str, Range] = {
     "proposals.batch_size_per_image": _count(100_000),
     "proposals.positive_fraction": FRACTION,
     "proposals.nms_threshold": FRACTION,
+    "proposals.smooth_l1_beta": Range(0, 100),
     "proposals.pre_nms_top_n_train": _count(100_000),
     "proposals.post_nms_top_n_train": _count(20_000),
     "proposals.pre_nms_top_n_test": _count(100_000),
@@ -100,6 +101,7 @@ LIMITS: dict[str, Range] = {
     "head.positive_iou": FRACTION,
     "head.batch_size_per_image": _count(20_000),
     "head.positive_fraction": FRACTION,
+    "head.smooth_l1_beta": Range(0, 100),
     "train.steps": _count(10**8 - 1),  # state file names have 8 digits
     "train.batch_size": _count(10_000),
     "train.accumulate": _count(10_000),

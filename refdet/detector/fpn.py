@@ -12,6 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refdet.detector.conv2d import Conv2d
+
 
 class FeaturePyramid(nn.Module):
     """Five feature maps at strides 4 to 64 from the four stages of a ResNet; the coarsest by subsampling."""
@@ -20,8 +22,8 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.lateral = nn.ModuleList(Conv2d(c, channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         for convolution in (*self.lateral, *self.output):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
             nn.init.zeros_(convolution.bias)

@@ -43,7 +43,7 @@ class FusedConv2d(nn.Module):
     def takes(module: nn.Module) -> bool:
         """Whether a module is a convolution of one group, without dilation, padded with zeros."""
         return (
-            type(module) is nn.Conv2d
+            isinstance(module, nn.Conv2d)
             and module.groups == 1
             and module.dilation == (1, 1)
             and module.padding_mode == "zeros"

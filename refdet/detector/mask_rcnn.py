@@ -45,7 +45,6 @@ from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-SMOOTH_L1_BETA = 1.0
 FEATURES = ("pool5", "fc7")  # the default
 NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
@@ -149,9 +148,9 @@ class MaskRCNN(nn.Module):
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
         positive = on_device(drawn.sampled.positive.row, images.device)
         wanted = box_ops.encode(drawn.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
-            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
-            / count.rois
+            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=beta, reduction="sum") / count.rois
         )
         if self.recipe.model.masks:
             losses["loss_mask"] = self._mask_loss(pooled_at, features, drawn, targets) / count.mask_cells

@@ -71,7 +71,7 @@ class PackedConv2d(PackedLayer):
     @staticmethod
     def takes(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a convolution that has a kernel, and the kernel is faster."""
-        if type(module) is not nn.Conv2d or module.weight.dtype != _dtype(half):
+        if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
         pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and pointwise_is_quicker(device, half)

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from refdet.detector.conv2d import Conv2d
+from refdet.ops.training_convolution import conv2d
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 Norm = Callable[[int], nn.Module]
@@ -69,7 +72,7 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
     weight, bias = norm.fold(convolution.weight)
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    return conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -97,9 +100,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = norm(channels)
         self.downsample = _shortcut(in_channels, channels, stride, norm)
 
@@ -119,12 +122,12 @@ class Bottleneck(nn.Module):
         self, in_channels: int, channels: int, stride: int, norm: Norm, stride_in_1x1: bool, dilation: int = 1
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias=False)
         self.bn1 = norm(channels)
         of_3x3 = 1 if stride_in_1x1 else stride
-        self.conv2 = nn.Conv2d(channels, channels, 3, of_3x3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, of_3x3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(channels)
-        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.conv3 = Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = norm(channels * self.expansion)
         self.downsample = _shortcut(in_channels, channels * self.expansion, stride, norm)
 
@@ -139,7 +142,7 @@ class Bottleneck(nn.Module):
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return Shortcut(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+    return Shortcut(Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
 
 
 class ResNet(nn.Module):
@@ -165,7 +168,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
-        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.conv1 = Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = norm(width)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))

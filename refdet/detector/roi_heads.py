@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions
+from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.res5_head import SplitRes5
 from refdet.detector.roi_chunks import Chunk, roi_chunks
@@ -101,11 +102,11 @@ class MaskPredictor(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(convolutions):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
+            layers += [Conv2d(in_channels, channels, 3, padding=1), nn.ReLU()]
             in_channels = channels
         layers += [nn.ConvTranspose2d(in_channels, channels, 2, 2), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
-        self.logits = nn.Conv2d(channels, classes + 1, 1)
+        self.logits = Conv2d(channels, classes + 1, 1)
         for layer in (*self.hidden, self.logits):
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -242,7 +243,7 @@ class PyramidHead(nn.Module):
         super().__init__()
         self.strides, hidden = tuple(strides), model.fpn_hidden
         self.samples, self.aligned = model.sampling_ratio, ALIGNED[model.pooling]
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(model.box_convs))
+        self.convs = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(model.box_convs))
         self.fc6 = nn.Linear(channels * POOL_SIZE**2, hidden)
         self.fc7 = nn.Linear(hidden, hidden) if model.box_fcs == 2 else nn.Identity()
         for layer in (*self.convs, self.fc6, self.fc7):

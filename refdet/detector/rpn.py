@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from refdet.config.recipe import ModelOptions, ProposalOptions
 from refdet.detector.anchors import Anchors
+from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.postprocess import best_anchors, ranked_nms
 from refdet.detector.sampling import subsample_labels
@@ -31,7 +32,6 @@ from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import PaddedTruth
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-SMOOTH_L1_BETA = 1.0 / 9
 MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped
 
 
@@ -67,11 +67,11 @@ class RegionProposalNetwork(nn.Module):
         self.anchors, self.options = anchors, options
         self.convention, self.legacy_tie_order = convention, model.legacy_tie_order
         channels = model.rpn_channels
-        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
-        more = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(model.rpn_convs - 1)]
+        self.conv = Conv2d(in_channels, channels, 3, padding=1)
+        more = [Conv2d(channels, channels, 3, padding=1) for _ in range(model.rpn_convs - 1)]
         self.more = nn.ModuleList(more)
-        self.score = nn.Conv2d(channels, anchors.per_cell, 1)
-        self.delta = nn.Conv2d(channels, anchors.per_cell * 4, 1)
+        self.score = Conv2d(channels, anchors.per_cell, 1)
+        self.delta = Conv2d(channels, anchors.per_cell * 4, 1)
         for layer in (self.conv, *more, self.score, self.delta):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ class RegionProposalNetwork(nn.Module):
         kinds, matched = self.assign_targets(output.anchors, sizes, truth)
         samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
         scores = F.binary_cross_entropy_with_logits(
-            output.logits.gather(1, samples.index), samples.positive.float(), reduction="none"
+            output.logits.gather(1, samples.index), samples.positive.to(output.logits.dtype), reduction="none"
         )
         # positives come first
         most = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
@@ -176,7 +176,7 @@ class RegionProposalNetwork(nn.Module):
         wanted = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
         deltas = output.deltas.gather(1, _corners(index))
         boxes = F.smooth_l1_loss(
-            deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=SMOOTH_L1_BETA, reduction="none"
+            deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=options.smooth_l1_beta, reduction="none"
         )
         sums = {
             "loss_objectness": scores.masked_fill(~samples.valid, 0).sum(),

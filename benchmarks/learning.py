@@ -1,0 +1,286 @@
+"""Trains refdet's and torchvision's Mask R-CNN on the embedded dataset, in the same steps, and compares their AP.
+
+    python benchmarks/learning.py [--seeds 0,1,2] [--sides torchvision,refdet] [--steps 500] [--batch-size 4]
+                                  [--results FILE.jsonl] [--set KEY=VALUE ...] [--json]
+
+Both sides: a ResNet-18 of full width with trained norms from random weights, a feature pyramid of 256 channels, linear
+layers of 1024, masks of 28x28; the `demo` recipe's anchors, proposals, samples and input size; the same batches and
+flips in the same order, the same learning rate in each step. Each seed gives both its own random weights, batches,
+flips and samples. Both are evaluated by pycocotools on the same images, with the same thresholds.
+
+A step begins with a batch in memory, for refdet as uint8 with masks as RLE, for torchvision as floats in 0..1 with
+masks as bitmaps, and ends with the new weights; only that is timed. With --results a finished training adds a row to a
+file, and is not done again by a later run that has the same file; rows say under which load the times were taken.
+
+--small takes the `demo` recipe's narrow network on both sides, a seventh of the work. --set changes the recipe of
+refdet's side, for trials; it is part of the name of the row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torchvision_fpn import FULL_WIDTH, torchvision_batch, torchvision_fpn
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.data import shapes
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import Batch, TrainingBatches, group_by_input_size
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.predictor import detect_batch
+from refdet.device import exact_float32
+from refdet.evaluation.average_precision import coco_ap
+from refdet.structures.detection_options import DetectionOptions
+from refdet.training.optim import learning_rate, optimiser
+from refdet.training.step import start_step
+
+SIDES = ("torchvision", "refdet")
+RATES = ("AP", "AP75")
+DETECTION = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)  # torchvision's own
+RECIPE = [f"model.{key}={value}" for key, value in FULL_WIDTH.items()]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A part of the embedded dataset."""
+
+    index: CocoIndex
+    source: ImageSource
+
+    @classmethod
+    def of(cls, folder: Path, split: str) -> Dataset:
+        index = CocoIndex.load(folder / "annotations" / f"instances_{split}.json")
+        return cls(index, ImageSource.open(folder / split))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: a side, a seed and a recipe.
+
+    Attributes:
+        side: of SIDES.
+        changes: of refdet's recipe, beside those of both sides.
+        recipe: of this side.
+    """
+
+    side: str
+    changes: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.side, *self.changes))
+
+    def key(self) -> str:
+        """Names the training among the rows of a file of results."""
+        text = json.dumps([self.side, self.recipe.to_dict()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
+    model = MaskRCNN(recipe, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    sgd, generator, options = optimiser(model, recipe.train), torch.Generator(), recipe.train
+
+    def prepared(batch: Batch, step: int) -> Callable[[], object]:
+        def run() -> object:
+            generator.manual_seed(options.seed * 1_000_003 + step)
+            return start_step(
+                model, sgd, batch, learning_rate(step, options), options.max_grad_norm, generator
+            ).losses()
+
+        return run
+
+    return model, prepared
+
+
+def torchvision_side(
+    recipe: Recipe, classes: int
+) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
+    """Model of torchvision, trained as its reference scripts do: SGD with weight decay on all parameters."""
+    model, options = torchvision_fpn(recipe, classes, DETECTION).train(), recipe.train
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sgd = torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+    def prepared(batch: Batch, step: int) -> Callable[[], object]:
+        images, targets = torchvision_batch(batch)
+
+        def run() -> object:
+            for group in sgd.param_groups:
+                group["lr"] = learning_rate(step, options)
+            total = sum(model(images, targets).values())
+            sgd.zero_grad(set_to_none=True)
+            total.backward()
+            sgd.step()
+            return total.item()
+
+        return run
+
+    return model, prepared
+
+
+def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[float]]:
+    """The trained network, and the seconds of each step."""
+    recipe, seconds = training.recipe, []
+    torch.manual_seed(recipe.train.seed)
+    make = refdet_side if training.side == "refdet" else torchvision_side
+    model, prepared = make(recipe, len(data.index.categories))
+    batches = TrainingBatches(data.index, data.source, recipe)
+    for step in range(recipe.train.steps):
+        batch = batches[step]
+        if not isinstance(batch, Batch):
+            raise batch
+        run = prepared(batch, step)
+        start = time.perf_counter()
+        loss = run()
+        seconds.append(time.perf_counter() - start)
+        if (step + 1) % 50 == 0:
+            print(
+                f"  {training.name}, seed {recipe.train.seed}: step {step + 1}, {sum(seconds):.0f} s, {loss}",
+                flush=True,
+            )
+    return model.eval(), seconds
+
+
+@torch.inference_mode()
+def detections(model: torch.nn.Module, recipe: Recipe, data: Dataset) -> list[dict[str, Any]]:
+    """Entries of a COCO results JSON."""
+    ids, records, found = list(data.index.categories), list(data.index.images.values()), []
+    if isinstance(model, MaskRCNN):
+        for group in group_by_input_size(records, recipe.input, 4):
+            images = [data.source.read(record) for record in group]
+            for regions in detect_batch(model, images, group, ids, DETECTION, features=()):
+                found += regions.to_coco()
+        return found
+    for record in records:
+        (output,) = model([torch.from_numpy(data.source.read(record)).permute(2, 0, 1).float() / 255])
+        masks = (output["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
+        for box, score, label, mask in zip(
+            output["boxes"].tolist(), output["scores"].tolist(), output["labels"].tolist(), masks, strict=True
+        ):
+            rle = coco_mask.encode(np.asfortranarray(mask))
+            found.append(
+                {
+                    "image_id": record.id,
+                    "category_id": ids[label - 1],
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                    "score": score,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                }
+            )
+    return found
+
+
+def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
+    """Train and evaluate."""
+    load, started = os.getloadavg()[0], time.perf_counter()
+    with exact_float32():
+        model, seconds = trained(training, train)
+        results = detections(model, training.recipe, val)
+    rates = {
+        kind: {name: round(rate, 4) for name, rate in coco_ap(val.index, val.index.images, results, kind).items()}
+        for kind in ("bbox", "segm")
+    }
+    return {
+        "key": training.key(),
+        "side": training.side,
+        "changes": list(training.changes),
+        "seed": training.recipe.train.seed,
+        "steps": training.recipe.train.steps,
+        "batch_size": training.recipe.train.batch_size,
+        **rates,
+        "step_seconds": round(sum(seconds), 1),
+        "median_step": round(statistics.median(seconds), 4),
+        "seconds": round(time.perf_counter() - started, 1),
+        "threads": torch.get_num_threads(),
+        "load_before": round(load, 1),
+        "load_after": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+    }
+
+
+def trainings(options: argparse.Namespace) -> list[Training]:
+    """Seed after seed, the sides in turn."""
+    both = [f"train.steps={options.steps}", f"train.batch_size={options.batch_size}", f"train.lr={options.lr}"]
+    base = recipes.load("demo").with_changes([*(() if options.small else RECIPE), *both])
+    listed = []
+    for seed in map(int, options.seeds.split(",")):
+        for side in options.sides.split(","):
+            changes = tuple(options.set) if side == "refdet" else ()
+            recipe = base.with_changes(changes)
+            listed.append(Training(side, changes, replace(recipe, train=replace(recipe.train, seed=seed))))
+    return listed
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean over the seeds of each side."""
+    found = []
+    for side, changes in dict.fromkeys((row["side"], tuple(row["changes"])) for row in rows):
+        of_side = [row for row in rows if (row["side"], tuple(row["changes"])) == (side, changes)]
+        mean: dict[str, Any] = {"side": side, "changes": list(changes), "seed": f"mean of {len(of_side)}"}
+        for kind in ("bbox", "segm"):
+            mean[kind] = {name: round(statistics.mean(row[kind][name] for row in of_side), 4) for name in RATES}
+        mean["step_seconds"] = round(statistics.mean(row["step_seconds"] for row in of_side), 1)
+        found.append(mean)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["side                      seed        box AP   AP75  mask AP   AP75   s of steps"]
+    for row in [*rows, *means(rows)]:
+        name = " ".join((row["side"], *row["changes"]))
+        rates = (row[kind][rate] for kind in ("bbox", "segm") for rate in RATES)
+        lines.append(
+            f"{name:25} {row['seed']!s:10}"
+            + "  {:.3f}  {:.3f}    {:.3f}  {:.3f}".format(*rates)
+            + f" {row['step_seconds']:12.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--small", action="store_true", help="the demo's narrow network on both sides")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change refdet's recipe")
+    parser.add_argument("--results", type=Path, help="file of rows that are kept and not done again")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    known = {}
+    if options.results is not None and options.results.exists():
+        known = {row["key"]: row for row in map(json.loads, options.results.read_text(encoding="utf-8").splitlines())}
+    with tempfile.TemporaryDirectory() as folder:
+        data = shapes.write(Path(folder) / "data")
+        train, val = Dataset.of(data, "train2014"), Dataset.of(data, "val2014")
+        rows = []
+        for training in trainings(options):
+            row = known.get(training.key())
+            if row is None:
+                row = row_of(training, train, val)
+                if options.results is not None:
+                    with options.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+            rows.append(row)
+    print(json.dumps({"rows": rows, "means": means(rows)}) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

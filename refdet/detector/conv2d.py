@@ -1,0 +1,18 @@
+"""`Conv2d`: torch's, computed by `refdet.ops.training_convolution` where gradients are recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from refdet.ops.training_convolution import conv2d
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of torch, padded with zeros, whose training is faster on a CPU. Same parameters, same results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (N, C, H, W) -> (N, K, H', W')."""
+        shape: list[Any] = [self.stride, self.padding, self.dilation]
+        return conv2d(x, self.weight, self.bias, *shape, self.groups)

@@ -1,0 +1,94 @@
+"""3x3 convolutions with gradients beside PyTorch's in float64, and where PyTorch's are used instead."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refdet.detector.conv2d import Conv2d
+from refdet.ops import training_convolution
+from refdet.ops.convolution import has_products
+from refdet.ops.training_convolution import conv2d
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or there is no AVX2")
+ONE = (1, 1)
+
+
+def drawn(images: int, inputs: int, outputs: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, weights that keep its deviation, bias, and gradient of the output."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(images, inputs, height, width, generator=random).to(memory_format=torch.channels_last)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=random) / (9 * inputs) ** 0.5
+    return (
+        x,
+        weight,
+        torch.randn(outputs, generator=random),
+        torch.randn(images, outputs, height, width, generator=random),
+    )
+
+
+def gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, ours: bool) -> list[Tensor]:
+    given = [each.detach().requires_grad_() for each in (x, weight, *(() if bias is None else (bias,)))]
+    convolve = conv2d if ours else F.conv2d
+    y = convolve(*given[:2], given[2] if bias is not None else None, ONE, ONE)
+    assert ("_Convolution" in type(y.grad_fn).__name__) == ours
+    return [y, *torch.autograd.grad(y, given, gradient)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk", [2**22, 2**19])
+@pytest.mark.parametrize(
+    "shape",
+    [(70, 64, 64, 3, 4), (5, 64, 96, 14, 14), (1, 128, 64, 37, 42), (2, 64, 64, 1, 130), (130, 64, 64, 1, 1)],
+    ids=str,
+)
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], chunk: int
+) -> None:
+    monkeypatch.setattr(training_convolution, "CHUNK", chunk)
+    given = drawn(*shape)
+    found, wanted = gradients(*given, ours=True), gradients(*(each.double() for each in given), ours=False)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours - exact).abs().max() < 1e-4 * exact.std()
+    torch.testing.assert_close(found[0], found[0].contiguous(memory_format=torch.channels_last), rtol=0, atol=0)
+
+
+@needs_kernels
+def test_without_a_bias_and_in_both_layouts() -> None:
+    x, weight, _, gradient = drawn(6, 64, 64, 14, 14)
+    found = gradients(x, weight, None, gradient, ours=True)
+    again = gradients(x.contiguous(), weight.to(memory_format=torch.channels_last), None, gradient, ours=True)
+    assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@needs_kernels
+def test_only_the_gradients_that_are_wanted() -> None:
+    x, weight, bias, gradient = drawn(6, 64, 64, 14, 14)
+    conv2d(x, weight.requires_grad_(), bias, ONE, ONE).backward(gradient)
+    assert x.grad is None and bias.grad is None and weight.grad is not None and weight.grad.any()
+
+
+@pytest.mark.parametrize("how", ["no gradient", "float64", "bfloat16", "few channels", "small", "stride", "1x1", "odd"])
+def test_pytorch_computes_the_rest(how: str) -> None:
+    sizes = {"few channels": (6, 32, 64, 14, 14), "small": (2, 64, 64, 4, 4), "odd": (6, 64, 72, 14, 14)}
+    x, weight, bias, _ = drawn(*sizes.get(how, (6, 64, 64, 14, 14)))
+    if how == "1x1":
+        weight = weight[:, :, :1, :1]
+    if how == "float64":
+        x, weight, bias = x.double(), weight.double(), bias.double()
+    stride, padding = (2, 2) if how == "stride" else ONE, (0, 0) if how == "1x1" else ONE
+    with torch.set_grad_enabled(how != "no gradient"), torch.autocast("cpu", enabled=how == "bfloat16"):
+        found = conv2d(x, weight.requires_grad_(), bias, stride, padding)
+        assert torch.equal(found, F.conv2d(x, weight, bias, stride, padding))
+    assert "_Convolution" not in type(found.grad_fn).__name__
+
+
+def test_a_layer_is_torchs_layer() -> None:
+    layer, peer = Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, padding=1)
+    peer.load_state_dict(layer.state_dict())
+    x = torch.randn(6, 64, 14, 14)
+    torch.testing.assert_close(layer(x), peer(x), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(layer(x), peer(x))
