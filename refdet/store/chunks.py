@@ -11,11 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import h5py
 import numpy as np
 
+from refdet.files.parts import write_parts
+
 GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
 THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
 
 _CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
-_BUFFER = 2**18  # bytes that are written at once, at least
+_BUFFER = 2**18  # bytes that are written at once, at least, if they are copied first
+_LARGE = 2**15  # bytes that are not copied
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -62,26 +65,30 @@ class ContiguousWriter:
         self._file = data.file.id.get_vfd_handle()
         self._at: int = data.id.get_offset()
         self.place = self._at, self._at + data.id.get_storage_size()
-        self._waiting = bytearray()
+        self._waiting: list[memoryview | bytearray] = []
+        self._bytes = 0  # that wait
+        self._borrowed = False  # whether some of them are of the caller
 
     def append(self, data: memoryview) -> None:
-        """Append the bytes of rows."""
-        if len(self._waiting) + len(data) >= _BUFFER:
-            self.finish()
-        if len(data) >= _BUFFER:
-            self._write(data)
+        """Append the bytes of rows, which must stay unchanged until `settle`."""
+        self._bytes += len(data)
+        if len(data) >= _LARGE:
+            self._waiting.append(data)
+            self._borrowed = True
         else:
-            self._waiting += data
+            if not self._waiting or not isinstance(self._waiting[-1], bytearray):
+                self._waiting.append(bytearray())
+            self._waiting[-1] += data
+
+    def settle(self) -> None:
+        """Make rows that were appended independent of the memory they came from."""
+        if self._borrowed or self._bytes >= _BUFFER:
+            self.finish()
 
     def finish(self) -> None:
         """Write all rows that were appended."""
-        self._write(memoryview(self._waiting))
-        self._waiting = bytearray()
-
-    def _write(self, data: memoryview) -> None:
-        while data:  # a full disk takes a part of it first
-            written = os.pwrite(self._file, data, self._at)
-            data, self._at = data[written:], self._at + written
+        self._at += write_parts(self._file, self._waiting, self._at)
+        self._waiting, self._bytes, self._borrowed = [], 0, False
 
 
 class ChunkedWriter:
@@ -111,6 +118,9 @@ class ChunkedWriter:
             self._filled += len(part)
             if self._filled == len(chunk):
                 self._write_chunk()
+
+    def settle(self) -> None:
+        """Nothing to do: rows are copied when they are appended."""
 
     def finish(self) -> None:
         """Write the last chunk after all rows were appended."""
