@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +34,13 @@ class EncodedImage:
         arrays: dataset -> values, little-endian, in the order of a shard: ``regions/box`` (n, 4), ``regions/score``
             (n,), ``regions/category_id`` (n,), ``features/fc7`` (n, D) and so on, as in the store. `MASK_START` is not
             among them, as it depends on the other images.
+        checksums: CRC-32 of each array, in the same order; empty if they are not known.
     """
 
     row: ImageRow
     mask_sizes: Sequence[int]
     arrays: Mapping[str, np.ndarray]
-
-    @cached_property
-    def checksums(self) -> dict[str, int]:
-        """CRC-32 of each array, in the order of the arrays."""
-        return {name: crc32(raw_bytes(values)) for name, values in self.arrays.items()}
+    checksums: Mapping[str, int] = field(default_factory=dict)
 
 
 class RawImage(NamedTuple):
@@ -116,10 +113,21 @@ def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage
     """
     encoded = [encode(image, columns) for image in images]
     with np.errstate(over="ignore", invalid="ignore"):
-        for image, regions in zip(encoded, images, strict=True):
-            _check_finite(image.arrays, regions)
-            _ = image.checksums
-    return encoded
+        return [replace(image, checksums=_sums(image, regions)) for image, regions in zip(encoded, images, strict=True)]
+
+
+def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """CRC-32 of each array."""
+    return {name: crc32(raw_bytes(values)) for name, values in arrays.items()}
+
+
+def _sums(image: EncodedImage, regions: Regions) -> dict[str, int]:
+    """CRC-32 of each array, which is in the processor's cache after it was found to be finite."""
+    sums = {}
+    for name, values in image.arrays.items():
+        _check_finite(name, values, regions)
+        sums[name] = crc32(raw_bytes(values))
+    return sums
 
 
 def encode(regions: Regions, columns: Columns) -> EncodedImage:
@@ -224,20 +232,19 @@ def missing(image: EncodedImage, columns: Columns) -> set[str]:
     return {*maps, *(of_regions if image.row.regions else [])} - image.arrays.keys()
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray], regions: Regions) -> None:
+def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
     """Raise RuntimeFailure if a number is NaN, infinite, or was too large for float16."""
-    for name, values in arrays.items():
-        if values.dtype.kind != "f" or _is_finite(values):
-            continue
-        name = name.split("/")[-1]
-        where = f"image {regions.image_id} ({regions.file_name}): {name}"
-        given, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
-        limit = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
-        if given is not None and _is_finite(given):
-            raise RuntimeFailure(f"{where} reaches {float(np.abs(given).max()):g}, {limit}")
-        if dtype == "float16" and given is not None and given.dtype == dtype and not np.isnan(given).any():
-            raise RuntimeFailure(f"{where} is {limit}")  # converted on the device, after a check there
-        raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
+    if values.dtype.kind != "f" or _is_finite(values):
+        return
+    name = name.split("/")[-1]
+    where = f"image {regions.image_id} ({regions.file_name}): {name}"
+    given, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
+    limit = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
+    if given is not None and _is_finite(given):
+        raise RuntimeFailure(f"{where} reaches {float(np.abs(given).max()):g}, {limit}")
+    if dtype == "float16" and given is not None and given.dtype == dtype and not np.isnan(given).any():
+        raise RuntimeFailure(f"{where} is {limit}")  # converted on the device, after a check there
+    raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 
 def _is_finite(values: np.ndarray) -> bool:

@@ -31,6 +31,7 @@ from refdet.files.short_text import cut
 from refdet.store.codec import (
     MASK_COUNTS,
     EncodedImage,
+    checksums_of,
     decode,
     dtypes,
     missing,
@@ -138,7 +139,7 @@ def _head(image: EncodedImage) -> bytes:
 
 
 def _place(image: EncodedImage, start: int, length: int, crc: int, head: int) -> BlockLocation:
-    sizes, sums = (np.array(values, np.uint32) for values in (image.mask_sizes, list(image.checksums.values())))
+    sizes, sums = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
     return BlockLocation(start, length, crc, head, sizes.tobytes(), sums.tobytes())
 
 
@@ -249,7 +250,8 @@ def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImag
         arrays[dataset] = np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
         at += count * wanted.itemsize
     fields = (head["id"], head["file_name"], head["height"], head["width"], head["error"])
-    return EncodedImage(row_of(fields, arrays), head["masks"] if columns.masks else (), arrays), start
+    sizes = head["masks"] if columns.masks else ()
+    return EncodedImage(row_of(fields, arrays), sizes, arrays, checksums_of(arrays)), start
 
 
 def _check_head(head: Mapping[str, Any]) -> None:

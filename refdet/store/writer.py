@@ -67,7 +67,8 @@ class StoreWriter:
         self._finished = False
         self._names = columns.names()
         self._column = {name: column for column, name in enumerate(self._names)}
-        self._raw_columns = {name: self._column[name] for name in region_bytes(columns)}
+        self._raw_names = [*region_bytes(columns)]
+        self._raw_columns = [self._column[name] for name in self._raw_names]
         self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
         self._checksums[:, 0] = [
             image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
@@ -183,18 +184,18 @@ class StoreWriter:
             self._append(i, MASK_START, self._mask_start[i] + np.cumsum(numbers, dtype=np.int64), row.regions)
 
     def _put_raw(self, i: int, image: RawImage) -> None:
-        for name, part in zip(self._raw_columns, image.parts, strict=True):
+        for name, part in zip(self._raw_names, image.parts, strict=True):
             if part:
                 self._writers[name].append(part)
         if image.row.regions:
-            self._checksums[i, list(self._raw_columns.values())] = np.frombuffer(image.checksums, np.uint32)
+            self._checksums[i, self._raw_columns] = np.frombuffer(image.checksums, np.uint32)
 
     def _put_arrays(self, i: int, image: EncodedImage) -> None:
         row = self._images[i]
         if row.regions:
-            for name in self._raw_columns:
+            for name in self._raw_names:
                 rows = row.mask_bytes if name == MASK_COUNTS else row.regions
-                self._append(i, name, image.arrays[name], rows, image.checksums[name])
+                self._append(i, name, image.arrays[name], rows, image.checksums.get(name))
         for name in self._columns.maps:
             values = image.arrays.get(f"maps/{name}", np.zeros((0, 0, 0), self._columns.dtype))
             if values.shape != tuple(row.map_shape):
