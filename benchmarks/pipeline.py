@@ -135,10 +135,11 @@ def disk(folder: Path, images: int, results: list[Regions]) -> None:
             for values in results[number % DISTINCT].features.values():
                 first.write(values)
         os.fsync(first.fileno())
-        size = sum(values.nbytes for values in results[0].features.values())
+        memory = bytearray(sum(values.nbytes for values in results[0].features.values()))
         first.seek(0)
         for _ in range(images):
-            second.write(first.read(size))
+            first.readinto(memory)
+            second.write(memory)
         os.fsync(second.fileno())
     (folder / "a").unlink()
 

@@ -74,6 +74,15 @@ def ray_option(command: F) -> F:
     )(command)
 
 
+def workers_option(command: F) -> F:
+    """Give a command ``--workers``, as None for the default of `refdet.extraction.defaults`."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Threads that load images.  [default: 2; on a GPU 8, at most one per core]",
+    )(command)
+
+
 def echo_line(text: str = "") -> None:
     """Print one line on stdout, with unprintable characters escaped."""
     _print(printable(text))

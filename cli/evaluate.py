@@ -7,15 +7,19 @@ from pathlib import Path
 import click
 
 from .arguments import check_device, check_images, check_json, check_ray, check_run_directory
-from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option
+from .common import echo_json, echo_table, exif_option, json_option, precision_option, ray_option, workers_option
 
 
 @click.command("evaluate")
 @click.option("--checkpoint", type=Path, required=True, help="Run directory of the detector.")
 @click.option("--instances", type=Path, required=True, help="COCO instances JSON to evaluate on.")
 @click.option("--images", type=Path, required=True, help="Folder or zip of its images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images per batch.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads that load images.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Images per batch.  [default: 4; on a GPU as many as fit]",
+)
+@workers_option
 @click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
 @precision_option
@@ -26,8 +30,8 @@ def command(
     checkpoint: Path,
     instances: Path,
     images: Path,
-    batch_size: int,
-    workers: int,
+    batch_size: int | None,
+    workers: int | None,
     crowd_as_object: bool,
     device: str | None,
     precision: str,

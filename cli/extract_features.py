@@ -32,6 +32,7 @@ from .common import (
     precision_option,
     ray_option,
     renamed_option,
+    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -100,11 +101,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-regions", type=click.IntRange(min=1), default=100, show_default=True, help="Per image.")
 @click.option("--batch-size", help="Images per batch, or auto for as many as fit.  [default: 4; on a GPU auto]")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Threads that load images.  [default: 2; on a GPU 8, at most one per core]",
-)
+@workers_option
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto uses a GPU if available.")
 @precision_option
 @click.option(

@@ -305,12 +305,13 @@ class MaskRCNN(nn.Module):
             rois = self._pooling_rois(_rois(image, scaled), maps, images)
             values: dict[str, Tensor] = {}
             masks = None
+            levels = self.head.levels(rois)
             if "pool5" in names:
-                values["pool5"] = self.head.pool5(maps, rois)
+                values["pool5"] = self.head.pool5(maps, rois, levels)
             if "spatial_pool5" in names:
-                values["spatial_pool5"] = self.head.pooled(maps, rois)
+                values["spatial_pool5"] = self.head.pooled(maps, rois, levels)
             if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
-                found = self.head.forward_inference(maps, rois, labels, spatial="spatial_fc7" in names)
+                found = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
                 values["fc7"] = found.fc7
                 if found.spatial is not None:
                     values["spatial_fc7"] = found.spatial

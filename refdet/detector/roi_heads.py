@@ -49,10 +49,13 @@ class RoiHead(Protocol):
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
         """Prepare the feature maps for the other methods, once per batch; `rois` is about how many follow."""
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def levels(self, rois: Tensor) -> PyramidLevels | None:
+        """Which map each of rois (K, 5) is pooled from, for the other methods, as finding it waits for a GPU."""
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
@@ -62,7 +65,12 @@ class RoiHead(Protocol):
         """Features of rois (K, 5)."""
 
     def forward_inference(
-        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+        self,
+        maps: Sequence[Tensor],
+        rois: Tensor,
+        labels: Tensor | None,
+        spatial: bool,
+        levels: PyramidLevels | None = None,
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given.
 
@@ -173,7 +181,11 @@ class C4Head(nn.Module):
             return [x, self.conv5.project(x)]
         return maps
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def levels(self, rois: Tensor) -> PyramidLevels | None:
+        """None, as there is one map."""
+        return None
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         return self._pool(maps[0], rois)
 
@@ -187,7 +199,12 @@ class C4Head(nn.Module):
         return RoiFeatures(_mean(spatial), spatial)
 
     def forward_inference(
-        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+        self,
+        maps: Sequence[Tensor],
+        rois: Tensor,
+        labels: Tensor | None,
+        spatial: bool,
+        levels: PyramidLevels | None = None,
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         parts = []
@@ -209,7 +226,7 @@ class C4Head(nn.Module):
         early = len(maps) > 1
         return self.conv5(self._pool(maps[1], rois) if early else self.conv5.project(self._pool(maps[0], rois)))
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         return pool_mean(maps[0], rois, self.model)
 
@@ -260,9 +277,13 @@ class PyramidHead(nn.Module):
         """The feature maps, unchanged."""
         return maps
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def levels(self, rois: Tensor) -> PyramidLevels | None:
+        """The level of the pyramid of each of rois (K, 5)."""
+        return pyramid_levels(rois, self.strides)
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
-        return self._pool(maps, rois, POOL_SIZE)
+        return self._pool(maps, rois, POOL_SIZE, levels)
 
     def _pool(self, maps: Sequence[Tensor], rois: Tensor, size: int, levels: PyramidLevels | None = None) -> Tensor:
         finest = maps[: len(self.strides)]
@@ -277,16 +298,28 @@ class PyramidHead(nn.Module):
         return self._features(self.pooled(maps, rois))
 
     def _features(self, pooled: Tensor) -> RoiFeatures:
-        hidden = pooled
-        for convolution in self.convs:
-            hidden = conv_relu(convolution, hidden)
+        hidden = self._convolved(pooled) if self.convs else pooled
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
 
+    def _convolved(self, pooled: Tensor) -> Tensor:
+        parts = []
+        for chunk in roi_chunks(len(pooled), pooled.device):
+            hidden = chunk.of(pooled)
+            for convolution in self.convs:
+                hidden = conv_relu(convolution, hidden)
+            parts.append(hidden[: chunk.count])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def forward_inference(
-        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+        self,
+        maps: Sequence[Tensor],
+        rois: Tensor,
+        labels: Tensor | None,
+        spatial: bool,
+        levels: PyramidLevels | None = None,
     ) -> RoiOutput:
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
-        levels = pyramid_levels(rois, self.strides)  # once, as it waits for the GPU
+        levels = levels or self.levels(rois)
         features = self._features(self._pool(maps, rois, POOL_SIZE, levels))
         logits = None
         if labels is not None and self.mask is not None:
@@ -295,10 +328,10 @@ class PyramidHead(nn.Module):
             logits = torch.cat([self.mask(c.of(pooled), c.of(labels))[: c.count] for c in chunks])
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         finest = maps[: len(self.strides)]
-        return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.samples, self.aligned)
+        return pyramid_roi_align_mean(finest, rois, POOL_SIZE, self.strides, self.samples, self.aligned, levels)
 
     def predict_boxes(self, fc7: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (K, classes + 1), background first, and deltas (K, classes + 1, 4), in float32."""

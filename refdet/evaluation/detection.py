@@ -36,10 +36,10 @@ def evaluate(
     instances: Path,
     images: Path,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     device: str | None = None,
     precision: str = "float32",
-    workers: int = 2,
+    workers: int | None = None,
     exif: str = "ignore",
     crowd_as_object: bool = False,
     ray: str | None = None,
@@ -53,10 +53,10 @@ def evaluate(
         run: run directory of the detector.
         instances: COCO instances JSON.
         images: folder or zip of its images.
-        batch_size: images per batch.
+        batch_size: images per batch; None for 4, or on a GPU as many as fit.
         device: "cpu", "cuda", "cuda:1"; None for a GPU if there is one.
         precision: "float32", or "tf32" or "bfloat16" if the device has it.
-        workers: threads that read images ahead.
+        workers: threads that read images ahead; None for 2, or on a GPU 8, but not more than there are cores.
         exif: "ignore" or "apply" the EXIF orientation of the images.
         crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
         ray: detect on a Ray cluster, as `refdet.extraction.extract.extract_features` does.
@@ -140,8 +140,8 @@ def detected_regions(
     detector: TrainedDetector,
     source: ImageSource,
     records: Sequence[ImageRecord],
-    batch_size: int = 4,
-    workers: int = 2,
+    batch_size: int | None = None,
+    workers: int | None = None,
 ) -> Iterator[Regions]:
     """Regions of images as an extraction computes them by default, without features.
 
@@ -149,8 +149,8 @@ def detected_regions(
         detector: loaded with ``for_inference=True``; computes in its precision.
         source: folder or zip of the images.
         records: the images.
-        batch_size: images per batch.
-        workers: threads that read images ahead.
+        batch_size: as in `evaluate`.
+        workers: as in `evaluate`.
 
     Raises:
         InputError: an image cannot be read.
@@ -160,19 +160,26 @@ def detected_regions(
 
     from refdet.data.training_batches import group_by_input_size
     from refdet.device import pinned
-    from refdet.extraction.batch_size import split_on_oom
+    from refdet.extraction.batch_size import auto_batch_size, split_on_oom
     from refdet.extraction.computing import detecting
+    from refdet.extraction.defaults import default_batch_size, default_workers
 
-    device = next(detector.model.parameters()).device
+    device, options = next(detector.model.parameters()).device, DetectionOptions()
+    too_little = f"{device} has too little memory for one image; free some of it"
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = source.read(record)
         return pinned(pixels) if device.type == "cuda" else pixels
 
-    compute = split_on_oom(detecting(detector, DetectionOptions(), ()))
-    batches = group_by_input_size(records, detector.meta.recipe.input, batch_size)
+    compute = split_on_oom(detecting(detector, options, ()))
+    try:
+        with detector.inference():
+            size = batch_size or default_batch_size(device) or auto_batch_size(detector, records, options, ())
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeFailure(too_little) from error
+    batches = group_by_input_size(records, detector.meta.recipe.input, size)
     pending: deque[Finish] = deque()  # a GPU computes a batch while the previous one is finished
-    with closing(load_ahead(load, batches, workers)) as loaded:
+    with closing(load_ahead(load, batches, workers or default_workers(device))) as loaded:
         for batch, images in zip(batches, loaded, strict=True):
             error_message = next((image for image in images if isinstance(image, str)), None)
             if error_message is not None:
@@ -181,7 +188,7 @@ def detected_regions(
                 with detector.inference():
                     pending.append(begin_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
-                raise RuntimeFailure(f"{device} has too little memory for one image; free some of it") from error
+                raise RuntimeFailure(too_little) from error
             if len(pending) > 1:
                 yield from pending.popleft()()
         while pending:

@@ -239,7 +239,7 @@ class Background:
 
     def _finish(self, finish: Finish) -> list[EncodedImage]:
         with self._session.timed("finish"):
-            return [self._parts.encode(regions) for regions in finish()]
+            return self._parts.encode(finish())
 
     def _run(self) -> None:
         try:
@@ -265,8 +265,7 @@ class Background:
                     raise _Stopped
                 images = finishing.result()
                 others += time.perf_counter() - asked
-                for image in images:
-                    add(image)
+                add(images)
                 self._bar.update(len(batch))
         stages["write"] += time.perf_counter() - started - others
         self._session.finished(sum(map(len, batches)))

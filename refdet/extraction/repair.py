@@ -28,6 +28,8 @@ from refdet.files.lock import alone
 from refdet.files.progress import progress
 from refdet.store import Header, ImageRow, Store
 from refdet.store.schema import check_starts
+from refdet.store.shard_images import ImageReader
+from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +71,15 @@ class Repair(ShardSet):
             RuntimeFailure: the disk is full, or a shard is damaged.
         """
         made = self._by_id()
-        images = [made.get(r.id) or (self._old_rows[r.id], partial(self._old.read, r.id)) for r in records]
+        images = [made.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
         os.replace(new, self.out)
         fsync(self.out.parent)
         _remove(self.folder, self.out)
+
+    def _read_old(self, image_id: int, reader: ImageReader) -> Regions:
+        return self._old.read(image_id)
 
 
 @contextmanager

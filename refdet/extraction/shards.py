@@ -11,9 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
+from refdet.extraction.merge_reading import ImageToMerge, read_ahead
 from refdet.extraction.part import no_part_running
 from refdet.extraction.plan import Plan, Shard
 from refdet.extraction.shard_folder import (
@@ -38,15 +37,13 @@ from refdet.extraction.shard_folder import (
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import alone
 from refdet.store import Header, ImageRow
-from refdet.store.codec import EncodedImage, encode
-from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read, read_at
+from refdet.store.codec import EncodedImage, RawImage, encode_all
+from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read
+from refdet.store.shard_images import ImageReader
 from refdet.store.size import space_needed
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
-
-_AHEAD = 2  # images read ahead by a merge
-_Image = tuple[ImageRow, Callable[[], Regions | EncodedImage]]  # row in the store, and a function that reads the image
 
 
 class ShardSet:
@@ -167,30 +164,30 @@ class ShardSet:
         self._rows[number] = list(rows)
         self._shapes |= shapes
 
-    def encode(self, regions: Regions) -> EncodedImage:
-        """Encode an image for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
-        return encode(regions, self._columns, finite=True)
+    def encode(self, images: Sequence[Regions]) -> list[EncodedImage]:
+        """Encode images for `write`, in any thread; raises RuntimeFailure if a number is not finite."""
+        return encode_all(images, self._columns)
 
     @contextmanager
-    def write(self, number: int) -> Iterator[Callable[[Regions | EncodedImage], None]]:
+    def write(self, number: int) -> Iterator[Callable[[Sequence[EncodedImage]], None]]:
         """Write a shard atomically.
 
         Args:
             number: number of the shard.
 
         Yields:
-            A function to call with each image, in the order of the plan: its regions, or what `encode` made of them.
+            A function to call with the images from `encode`, some at a time, in the order of the plan.
 
         Raises:
             RuntimeFailure: the disk is full; nothing is left behind.
         """
         path, rows = self._path(number), []
-        with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb") as file:
-            writer = ShardWriter(file, self._shard_id(number), self._columns)
+        with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb", 0) as file:
+            writer = ShardWriter(file, self._shard_id(number))
 
-            def add(image: Regions | EncodedImage) -> None:
-                image, place = writer.add(image)
-                rows.append((self._row(image, path), place))
+            def add(images: Sequence[EncodedImage]) -> None:
+                places = writer.add(images)
+                rows.extend((self._row(image, path), place) for image, place in zip(images, places, strict=True))
 
             yield add
             if not self._matches(number, rows):
@@ -226,7 +223,7 @@ class ShardSet:
     def _write_store(
         self,
         path: Path,
-        images: Sequence[_Image],
+        images: Sequence[ImageToMerge],
         run: Callable[[], Mapping[str, Any]],
         seal: Callable[[Path], object] = lambda _: None,
     ) -> None:
@@ -236,26 +233,24 @@ class ShardSet:
         space = space_needed(rows, columns, self.header)
         self._check_space(space)
         with report_disk_full(path, self._fix), store.create(path, self.header, columns, rows, space) as writer:
-            with closing(_read_ahead([image for _, image in images])) as found:
-                for image in found:
-                    writer.put(image)
+            with closing(read_ahead(images, columns)) as found:
+                for some in found:
+                    writer.put(*some)
             writer.finish(run())
             seal(writer.path)
 
-    def _by_id(self) -> dict[int, _Image]:
+    def _by_id(self) -> dict[int, ImageToMerge]:
         """Images in finished shards by id."""
         return {
-            row.id: (row, partial(self._read, number, place))
+            row.id: (row, partial(self._read, number, row, place))
             for number, rows in self._rows.items()
             for row, place in rows
         }
 
-    def _read(self, number: int, place: BlockLocation) -> EncodedImage:
+    def _read(self, number: int, row: ImageRow, place: BlockLocation, reader: ImageReader) -> EncodedImage | RawImage:
         path = self._path(number)
         try:
-            image = read_at(path, place, self._columns)
-            _ = image.checksums  # computed here, in the thread that reads ahead
-            return image
+            return reader.read(path, row, place)
         except ShardError as error:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
@@ -268,23 +263,6 @@ class ShardSet:
         if free < need:
             why = f"the store needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             raise RuntimeFailure(f"{self.out}: no space left on the disk ({why}); {self._fix}")
-
-
-def _read_ahead(
-    images: Sequence[Callable[[], Regions | EncodedImage]],
-) -> Generator[Regions | EncodedImage, None, None]:
-    """Read images in order, the next ones in a thread while one is written."""
-    pool = ThreadPoolExecutor(1, "read shards")
-    waiting: deque[Future[Regions | EncodedImage]] = deque()
-    try:
-        for image in images:
-            waiting.append(pool.submit(image))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

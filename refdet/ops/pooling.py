@@ -151,9 +151,10 @@ def pyramid_roi_align_mean(
     strides: Sequence[int],
     samples: int = SAMPLES,
     aligned: bool = True,
+    levels: PyramidLevels | None = None,
 ) -> Tensor:
     """Mean (K, C) of `pyramid_roi_align` over its cells, without storing them; float32, or float64 for float64 maps."""
-    return _by_level(maps, rois, size, strides, None, partial(roi_align_mean, samples=samples, aligned=aligned))
+    return _by_level(maps, rois, size, strides, levels, partial(roi_align_mean, samples=samples, aligned=aligned))
 
 
 def _legacy(rois: Tensor, stride: float) -> Tensor:

@@ -11,11 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import h5py
 import numpy as np
 
+from refdet.files.parts import write_parts
+
 GZIP_LEVEL = 1  # higher levels take three times as long for floats and save less than 1%
 THREADS = min(8, os.cpu_count() or 1)  # for compression; more are limited by writing
 
 _CHUNK_BYTES = 2**18  # a quarter of h5py's chunk cache
-_BUFFER_BYTES = 2**18  # minimum size of a write
+_BUFFER_BYTES = 2**18  # minimum size of a write of data that was copied
+_LARGE = 2**15  # bytes that are not copied
 
 
 def chunk_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -62,26 +65,30 @@ class ContiguousWriter:
         self._file = data.file.id.get_vfd_handle()
         self._offset: int = data.id.get_offset()
         self.place = self._offset, self._offset + data.id.get_storage_size()
-        self._buffer = bytearray()
+        self._pending: list[memoryview | bytearray] = []
+        self._pending_bytes = 0
+        self._borrowed = False  # whether some of them are the caller's
 
     def append(self, data: memoryview) -> None:
-        """Append the bytes of rows."""
-        if len(self._buffer) + len(data) >= _BUFFER_BYTES:
-            self.finish()
-        if len(data) >= _BUFFER_BYTES:
-            self._write(data)
+        """Append the bytes of rows, which must stay unchanged until `settle`."""
+        self._pending_bytes += len(data)
+        if len(data) >= _LARGE:
+            self._pending.append(data)
+            self._borrowed = True
         else:
-            self._buffer += data
+            if not self._pending or not isinstance(self._pending[-1], bytearray):
+                self._pending.append(bytearray())
+            self._pending[-1] += data
+
+    def settle(self) -> None:
+        """Make rows that were appended independent of the memory they came from."""
+        if self._borrowed or self._pending_bytes >= _BUFFER_BYTES:
+            self.finish()
 
     def finish(self) -> None:
         """Write all rows that were appended."""
-        self._write(memoryview(self._buffer))
-        self._buffer = bytearray()
-
-    def _write(self, data: memoryview) -> None:
-        while data:  # a nearly full disk may take only part of it
-            written = os.pwrite(self._file, data, self._offset)
-            data, self._offset = data[written:], self._offset + written
+        self._offset += write_parts(self._file, self._pending, self._offset)
+        self._pending, self._pending_bytes, self._borrowed = [], 0, False
 
 
 class ChunkedWriter:
@@ -111,6 +118,9 @@ class ChunkedWriter:
             self._filled += len(piece)
             if self._filled == len(chunk):
                 self._write_chunk()
+
+    def settle(self) -> None:
+        """Nothing to do: rows are copied when they are appended."""
 
     def finish(self) -> None:
         """Write the last chunk after all rows were appended."""

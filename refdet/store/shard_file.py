@@ -9,8 +9,8 @@ A block is its length (u64), its CRC-32 (u32) and its data. The data of an image
 header (JSON: fields, length of each mask, and name, dtype and shape of each array), the concatenated masks, and the
 arrays in order. Numbers are little-endian.
 
-Images are written and read one at a time, so only one is in memory. Writing and reading return the `BlockLocation` of
-each image, by which it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
+Images are written some at a time and read one at a time. Writing and reading return the `BlockLocation` of each image,
+by which it can be read individually. The CRC-32 detects accidental truncation, holes and bit flips.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from refdet.files.parts import write_parts
 from refdet.files.short_text import cut
 from refdet.store.codec import (
     MASK_COUNTS,
     EncodedImage,
+    checksums_of,
     decode,
     dtypes,
-    encode,
     missing,
     raw_bytes,
     row_of,
 )
-from refdet.store.crc import crc32
+from refdet.store.crc import crc32, crc32_of_parts
 from refdet.store.schema import Columns
 from refdet.structures.limits import is_id, size_problem
-from refdet.structures.regions import Regions
 
 _MAGIC = b"refdet-shard/2\n"
 _BLOCK = struct.Struct("<QI")
@@ -52,82 +52,95 @@ class ShardError(Exception):
 
 
 class BlockLocation(NamedTuple):
-    """Location of an image's block in its shard.
+    """Location of an image's block in its shard, and what reading it again need not find out again.
 
     Attributes:
         start: offset of its data in bytes.
         length: number of bytes.
         crc: CRC-32 of the data.
+        head: number of bytes before the arrays.
+        mask_sizes: number of bytes of each mask, uint32.
+        checksums: CRC-32 of each array, uint32.
     """
 
     start: int
     length: int
     crc: int
+    head: int
+    mask_sizes: bytes
+    checksums: bytes
 
 
 class ShardWriter:
     """Writes the images of a shard.
 
     Args:
-        file: a binary file open for writing.
+        file: a file open for writing, without a buffer.
         shard_id: identity of the shard, JSON; `read` requires the same.
-        columns: which columns of the regions to write.
     """
 
-    def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any], columns: Columns) -> None:
-        self._file, self._columns = file, columns
-        self._size = len(_MAGIC)
+    def __init__(self, file: BinaryIO, shard_id: Mapping[str, Any]) -> None:
+        self._file = file.fileno()
+        self._size = 0
         self._crc = 0  # of the blocks' CRCs
-        file.write(_MAGIC)
-        self._write([json.dumps(shard_id).encode()])
+        identity = json.dumps(shard_id).encode()
+        self._write([_MAGIC, *self._block([identity], [crc32(identity)])])
 
-    def add(self, image: Regions | EncodedImage) -> tuple[EncodedImage, BlockLocation]:
-        """Write an image.
+    def add(self, images: Sequence[EncodedImage]) -> list[BlockLocation]:
+        """Write images.
 
         Args:
-            image: its regions, or what they were encoded to with a check that they are finite.
+            images: the images, from `refdet.store.codec.encode_all`.
 
         Returns:
-            The image as `read` gives it, and the location of its block.
-
-        Raises:
-            ValueError: a required column is missing.
-            RuntimeFailure: a number is not finite, or too large for float16.
+            The locations of their blocks.
         """
-        if isinstance(image, Regions):
-            image = encode(image, self._columns, finite=True)
-        row = image.row
-        arrays = {_short(name): values for name, values in image.arrays.items()}
-        parts = [raw_bytes(values) for values in arrays.values()]
-        arrays.pop("mask_counts", None)
-        head = json.dumps(
-            {
-                "id": row.id,
-                "file_name": row.file_name,
-                "height": row.height,
-                "width": row.width,
-                "error": row.error,
-                "masks": image.mask_sizes,
-                "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
-            }
-        ).encode()
-        return image, self._write([_NUMBER.pack(len(head)), head, *parts])
+        start, places, parts = self._size, [], []
+        for image in images:
+            head = _head(image)
+            data = [raw_bytes(values) for values in image.arrays.values()]
+            block = self._block([head, *data], [crc32(head), *image.checksums.values()])
+            places.append(_place(image, start + _BLOCK.size, *_BLOCK.unpack(block[0]), len(head)))
+            start = places[-1].start + places[-1].length
+            parts += block
+        self._write(parts)
+        return places
 
     def finish(self) -> None:
         """Write the end marker and the checksum of all blocks."""
-        self._file.write(_BLOCK.pack(0, self._crc))
+        self._write([_BLOCK.pack(0, self._crc)])
 
-    def _write(self, parts: Sequence[bytes | memoryview]) -> BlockLocation:
-        length, crc = sum(map(len, parts)), 0
-        for part in parts:
-            crc = crc32(part, crc)
-        self._file.write(_BLOCK.pack(length, crc))
-        for part in parts:
-            self._file.write(part)
+    def _block(self, parts: Sequence[bytes | memoryview], sums: Sequence[int]) -> list[bytes | memoryview]:
+        """A block of parts with these checksums."""
+        crc = crc32_of_parts(parts, sums)
         self._crc = crc32(_NUMBER.pack(crc), self._crc)
-        place = BlockLocation(self._size + _BLOCK.size, length, crc)
-        self._size = place.start + length
-        return place
+        return [_BLOCK.pack(sum(map(len, parts)), crc), *parts]
+
+    def _write(self, parts: Sequence[bytes | memoryview]) -> None:
+        self._size += write_parts(self._file, parts)
+
+
+def _head(image: EncodedImage) -> bytes:
+    """What comes before the arrays of an image."""
+    row, arrays = image.row, {_short(name): values for name, values in image.arrays.items()}
+    arrays.pop("mask_counts", None)
+    head = json.dumps(
+        {
+            "id": row.id,
+            "file_name": row.file_name,
+            "height": row.height,
+            "width": row.width,
+            "error": row.error,
+            "masks": image.mask_sizes,
+            "arrays": [[name, values.dtype.str, values.shape] for name, values in arrays.items()],
+        }
+    ).encode()
+    return _NUMBER.pack(len(head)) + head
+
+
+def _place(image: EncodedImage, start: int, length: int, crc: int, head: int) -> BlockLocation:
+    sizes, sums = np.array(image.mask_sizes, np.uint32), np.array([*image.checksums.values()], np.uint32)
+    return BlockLocation(start, length, crc, head, sizes.tobytes(), sums.tobytes())
 
 
 def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[tuple[EncodedImage, BlockLocation]]:
@@ -154,41 +167,18 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
             raise ShardError("damaged: no shard_id") from None
         if found != shard_id:
             raise ShardError("belongs to another extraction")
-        for data, place in blocks:
-            with _malformed():
-                image = _image(data, columns)
+        for data, start, crc in blocks:
+            with malformed():
+                image, head = parse_image(data, columns)
                 decode(image)
                 if absent := missing(image, columns):
                     raise ValueError(f"{min(absent)} is missing")
+                place = _place(image, start, len(data), crc, head)
             yield image, place
 
 
-def read_at(path: Path, place: BlockLocation, columns: Columns) -> EncodedImage:
-    """Read one image of a shard.
-
-    Args:
-        path: the shard.
-        place: location of the image's block.
-        columns: columns of the regions.
-
-    Returns:
-        The image.
-
-    Raises:
-        ShardError: the shard is damaged or missing.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(place.start)
-            data = _checked(file.read(place.length), place)
-    except FileNotFoundError:
-        raise ShardError("missing") from None
-    with _malformed():
-        return _image(data, columns)
-
-
-def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
-    """Iterate over the blocks of a shard, checking each one and finally that none is missing."""
+def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Iterate over the data, start and CRC of the blocks of a shard, checking each and finally that none is missing."""
     left = os.fstat(file.fileno()).st_size - len(_MAGIC)
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ShardError("damaged: not a shard" if left > -len(_MAGIC) else "damaged: empty")
@@ -203,24 +193,25 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, BlockLocation]]:
             break
         if left < 0:  # before allocating so many bytes
             raise ShardError("damaged: truncated")
-        place = BlockLocation(file.tell(), length, crc)
-        yield _checked(file.read(length), place), place
+        start, data = file.tell(), file.read(length)
+        check_block(data, length, crc)
+        yield data, start, crc
         all_crcs = crc32(_NUMBER.pack(crc), all_crcs)
         blocks += 1
     if crc != all_crcs or left or not blocks:
         raise ShardError("damaged: wrong end marker or checksum")
 
 
-def _checked(data: bytes, place: BlockLocation) -> bytes:
-    if len(data) != place.length:
+def check_block(data: bytes | memoryview, length: int, crc: int) -> None:
+    """Raise a ShardError unless data have this length and CRC-32."""
+    if len(data) != length:
         raise ShardError("damaged: truncated")
-    if crc32(data) != place.crc:
+    if crc32(data) != crc:
         raise ShardError("damaged: checksum mismatch")
-    return data
 
 
 @contextmanager
-def _malformed() -> Iterator[None]:
+def malformed() -> Iterator[None]:
     """Turn what malformed data cause into a ShardError: a file written with malicious intent has valid checksums."""
     try:
         yield
@@ -238,11 +229,11 @@ def _malformed() -> Iterator[None]:
         raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
 
 
-def _image(data: bytes, columns: Columns) -> EncodedImage:
-    """Parse an image; its arrays are views of the data, which may be unaligned."""
+def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImage, int]:
+    """Parse an image, whose arrays are views of the data and may be unaligned, and find where they begin."""
     (length,) = _NUMBER.unpack_from(data)
-    at = _NUMBER.size + length
-    head = json.loads(data[_NUMBER.size : at])
+    start = at = _NUMBER.size + length
+    head = json.loads(bytes(data[_NUMBER.size : at]))
     _check_head(head)
     types, arrays = {_short(name): (name, dtype) for name, dtype in dtypes(columns).items()}, {}
     text = np.frombuffer(data[at : at + sum(head["masks"])], types.pop("mask_counts")[1])
@@ -259,7 +250,8 @@ def _image(data: bytes, columns: Columns) -> EncodedImage:
         arrays[dataset] = np.frombuffer(data, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
         at += count * wanted.itemsize
     fields = (head["id"], head["file_name"], head["height"], head["width"], head["error"])
-    return EncodedImage(row_of(fields, arrays), head["masks"] if columns.masks else (), arrays)
+    sizes = head["masks"] if columns.masks else ()
+    return EncodedImage(row_of(fields, arrays), sizes, arrays, checksums_of(arrays)), start
 
 
 def _check_head(head: Mapping[str, Any]) -> None:

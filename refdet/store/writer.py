@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from refdet.files.atomic import atomic_write
 from refdet.store.chunks import GZIP_LEVEL, THREADS, ChunkedWriter, ContiguousWriter, chunk_rows, contiguous_layout
-from refdet.store.codec import MASK_COUNTS, MASK_START, EncodedImage, encode, raw_bytes
+from refdet.store.codec import MASK_COUNTS, MASK_START, EncodedImage, RawImage, encode, raw_bytes, region_bytes
 from refdet.store.crc import crc32
 from refdet.store.hdf5_access import remember
 from refdet.store.hdf5_file import new_file, reserve_between
@@ -66,7 +67,13 @@ class StoreWriter:
         self._finished = False
         self._names = columns.names()
         self._column = {name: column for column, name in enumerate(self._names)}
+        self._raw_names = [*region_bytes(columns)]
+        self._raw_columns = [self._column[name] for name in self._raw_names]
         self._checksums = np.zeros((len(images), len(self._names)), np.uint32)
+        self._checksums[:, 0] = [
+            image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
+            for row, (first, last) in zip(images, pairwise(self._region_start.tolist()), strict=True)
+        ]
         file.attrs["schema"] = SCHEMA
         file.attrs["classes"] = json.dumps(header.classes)
         file.attrs["recipe"] = header.recipe
@@ -144,36 +151,51 @@ class StoreWriter:
             data[...] = values
         return data
 
-    def put(self, image: Regions | EncodedImage) -> None:
-        """Write the regions of the next image.
+    def put(self, *images: Regions | EncodedImage | RawImage) -> None:
+        """Write the regions of the next images.
 
         Args:
-            image: the regions, or what they were encoded to.
+            images: the regions, or what they were encoded to; only a store without maps takes raw images. Several at
+                once take less time.
 
         Raises:
-            ValueError: they do not match ``images``, or lack a column.
+            ValueError: they do not match those of the store, or lack a column.
         """
-        i = self._next
-        image_id = image.image_id if isinstance(image, Regions) else image.row.id
-        if i == len(self._images) or image_id != self._images[i].id:
+        for image in images:
+            self._put(self._next, encode(image, self._columns) if isinstance(image, Regions) else image)
+            self._next += 1
+        for writer in self._writers.values():
+            writer.settle()
+
+    def _put(self, i: int, image: EncodedImage | RawImage) -> None:
+        if i == len(self._images) or image.row.id != self._images[i].id:
             wanted = "no image" if i == len(self._images) else f"image {self._images[i].id}"
-            raise ValueError(f"image {image_id}: expected {wanted} next")
-        self._next += 1
-        if isinstance(image, Regions):
-            image = encode(image, self._columns)
-        row, first, last = self._images[i], int(self._region_start[i]), int(self._region_start[i + 1])
+            raise ValueError(f"image {image.row.id}: expected {wanted} next")
+        row = self._images[i]
         if image.row.regions != row.regions:
             raise ValueError(f"image {row.id}: {image.row.regions} regions, expected {row.regions}")
-        checksum = image_checksum(row.id, row.height, row.width, first, last, row.file_name, row.error)
-        self._checksums[i, 0] = checksum
-        if first < last:
-            for name in self._names[1:]:
-                if name == MASK_START:
-                    ends = self._mask_start[i] + np.cumsum(np.array(image.mask_sizes, np.int64))
-                    self._append(i, name, ends, row.regions)
-                elif not name.startswith("maps/"):
-                    rows = row.mask_bytes if name == MASK_COUNTS else row.regions
-                    self._append(i, name, image.arrays[name], rows, image.checksums[name])
+        if isinstance(image, RawImage):
+            self._put_raw(i, image)
+        else:
+            self._put_arrays(i, image)
+        if row.regions and self._columns.masks:
+            sizes = image.mask_sizes
+            numbers = np.frombuffer(sizes, np.uint32) if isinstance(sizes, bytes) else np.array(sizes, np.int64)
+            self._append(i, MASK_START, self._mask_start[i] + np.cumsum(numbers, dtype=np.int64), row.regions)
+
+    def _put_raw(self, i: int, image: RawImage) -> None:
+        for name, part in zip(self._raw_names, image.parts, strict=True):
+            if part:
+                self._writers[name].append(part)
+        if image.row.regions:
+            self._checksums[i, self._raw_columns] = np.frombuffer(image.checksums, np.uint32)
+
+    def _put_arrays(self, i: int, image: EncodedImage) -> None:
+        row = self._images[i]
+        if row.regions:
+            for name in self._raw_names:
+                rows = row.mask_bytes if name == MASK_COUNTS else row.regions
+                self._append(i, name, image.arrays[name], rows, image.checksums.get(name))
         for name in self._columns.maps:
             values = image.arrays.get(f"maps/{name}", np.zeros((0, 0, 0), self._columns.dtype))
             if values.shape != tuple(row.map_shape):

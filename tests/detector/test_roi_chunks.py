@@ -17,6 +17,7 @@ from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.roi_chunks import SIZES
 from refdet.structures.detection_options import DetectionOptions
 
+HEADS = [(), PYRAMID, (*PYRAMID, "model.box_convs=2")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -85,7 +86,7 @@ def test_convolutions_of_twenty_images_have_few_shapes(
         assert one.masks == other.masks
 
 
-@pytest.mark.parametrize("changes", [(), PYRAMID], ids=["c4", "fpn"])
+@pytest.mark.parametrize("changes", HEADS, ids=["c4", "fpn", "convolutions"])
 @pytest.mark.parametrize("count", [0, 1, 32, 33, 200])
 def test_features_do_not_depend_on_the_padding(
     monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...], count: int
@@ -97,7 +98,9 @@ def test_features_do_not_depend_on_the_padding(
     names = ("pool5", "fc7") if changes else ("pool5", "fc7", "spatial_fc7")
     (wanted,) = describe_boxes(model, [image], [boxes], features=names, labels=[labels])
     on_gpu(monkeypatch)
-    (found,) = describe_boxes(model, [image], [boxes], features=names, labels=[labels])
+    with Shapes() as shapes:
+        (found,) = describe_boxes(model, [image], [boxes], features=names, labels=[labels])
+    assert {rows for _, (rows, *_), *_ in shapes.seen} <= {1, *SIZES["cuda"]}
     assert found.masks == wanted.masks
     for name in names:
         assert len(found.features[name]) == count

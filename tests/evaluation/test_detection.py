@@ -20,6 +20,7 @@ from refdet.data.image_source import ImageSource
 from refdet.detector import checkpoint, loading
 from refdet.evaluation import detection
 from refdet.evaluation.average_precision import METRICS, coco_ap, coco_results
+from refdet.extraction import defaults
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.structures.provenance import Provenance
@@ -85,6 +86,24 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
     for kind in ("bbox", "segm"):
         wanted = coco_ap(index, list(index.images), results, kind)
         assert found[kind] == {name: None if rate < 0 else pytest.approx(rate) for name, rate in wanted.items()}
+
+
+def test_threads_and_batches_are_by_default_those_of_an_extraction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked, load_ahead = Folder(tmp_path / "d"), [], detection.load_ahead
+
+    def loads(load: Any, batches: Any, workers: int) -> Any:
+        asked.append((len(batches[0]), workers))
+        return load_ahead(load, batches, workers)
+
+    monkeypatch.setattr(detection, "load_ahead", loads)
+    assert folder.evaluate().exit_code == 0
+    monkeypatch.setitem(defaults.WORKERS, "cpu", 5)
+    monkeypatch.setattr(defaults, "default_batch_size", lambda device: None)
+    monkeypatch.setattr("refdet.extraction.batch_size.auto_batch_size", lambda *_: 3)
+    assert folder.evaluate().exit_code == 0
+    assert asked == [(4, 2), (3, 5)]
 
 
 def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import h5py
 import interrupted_extraction
 import numpy as np
 import pytest
-from interrupted_extraction import BATCHES, BROKEN, RECORDS, Case, environment, line, run
+from interrupted_extraction import BATCHES, BROKEN, PUT_AT_ONCE, RECORDS, Case, environment, line, run
 from store_examples import contents
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ def fresh(tmp_path: Path, number: object) -> Path:
 
 
 def test_the_steps_are_those_of_a_whole_extraction(steps: list[str]) -> None:
-    assert steps.count("add") == steps.count("put") == len(RECORDS)
+    assert (steps.count("add"), steps.count("put")) == (len(BATCHES), -(-len(RECORDS) // PUT_AT_ONCE))
     assert steps.count("replace") == 1 + len(BATCHES) + 2  # the plan, the shards, which file they became, and that file
     assert steps.count("fsync") == 2 * steps.count("replace") + 2  # of file and folder, and of two folders more
     assert steps[steps.index("unlink") :][:2] == ["unlink", "fsync"]  # first the plan, for good

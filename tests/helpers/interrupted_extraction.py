@@ -22,6 +22,7 @@ from store_examples import HEADER, PLAN, make_regions, record
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
+from refdet.extraction import merge_reading
 from refdet.extraction.pipeline import extract
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
@@ -31,6 +32,7 @@ from refdet.store.shard_file import ShardWriter
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]  # each is a shard
 BROKEN = 4
+PUT_AT_ONCE = 3  # images
 
 # What changes files, in the places that write shards and the store. A full disk lets one still remove.
 STEPS: list[tuple[Any, str]] = [
@@ -129,6 +131,7 @@ def _child(case: Case, answer: Path) -> None:
     from refdet.cli.main import describe
 
     out = Path(case.out)
+    merge_reading._IMAGES = PUT_AT_ONCE
     steps = _disturb(case, out.parent.with_suffix(".replaced"))
     slowly = functools.partial(compute, slowly=0.02 if case.seconds else 0.0)
     try:

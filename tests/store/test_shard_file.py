@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -20,17 +21,18 @@ from refdet.errors import Interrupted, RuntimeFailure
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import Plan
 from refdet.extraction.steps import Finish
-from refdet.store.codec import decode
-from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read, read_at
+from refdet.store.codec import RawImage, decode, encode_all, region_bytes
+from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read
+from refdet.store.shard_images import ImageReader
 from refdet.structures.regions import Regions
 
 FEATURES = {"pool5": np.zeros((2, 4), np.float32), "fc7": np.zeros((2, 6), np.float32)}
 
 
 def write(path: Path, images: list[Regions], plan: Plan = PLAN) -> list[BlockLocation]:
-    with path.open("wb") as file:
-        writer = ShardWriter(file, {"shard": 0}, plan)
-        places = [writer.add(image)[1] for image in images]
+    with path.open("wb", 0) as file:
+        writer = ShardWriter(file, {"shard": 0})
+        places = writer.add(encode_all(images[:1], plan.columns())) + writer.add(encode_all(images[1:], plan.columns()))
         writer.finish()
     return places
 
@@ -51,11 +53,7 @@ def test_a_shard_gives_back_what_was_put_in(
         for i, n in enumerate(counts)
     ]  # fmt: skip
     path = tmp_path_factory.mktemp("shard") / "0.shard"
-    with path.open("wb") as file:
-        writer = ShardWriter(file, {"shard": 0}, plan)
-        for image in images:
-            writer.add(image)
-        writer.finish()
+    write(path, images, plan)
     found = [decode(image) for image, _ in read(path, {"shard": 0}, plan)]
     assert len(found) == len(images)
     for one, other in zip(found, images, strict=True):
@@ -69,30 +67,59 @@ def test_a_shard_gives_back_what_was_put_in(
         list(read(path, {"shard": 1}, plan))
 
 
-def test_each_image_is_read_alone_in_any_order(tmp_path: Path) -> None:
-    images = [make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))]
-    places = write(tmp_path / "a", images)
+COLUMNS = PLAN.columns({name: values.shape[1:] for name, values in FEATURES.items()})
+
+
+@pytest.mark.parametrize("size", [0, -(2**16)])  # with memory for all, and with none to begin with
+def test_each_image_is_read_alone_in_any_order(tmp_path: Path, size: int) -> None:
+    images = encode_all([make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))], COLUMNS)
+    places = write(tmp_path / "a", [make_regions(i, n) for i, n in enumerate((3, 0, 1, 4))])
     assert [place for _, place in read(tmp_path / "a", {"shard": 0}, PLAN)] == places
-    for k in (2, 0, 3, 1):
-        found = decode(read_at(tmp_path / "a", places[k], PLAN))
-        assert (found.image_id, found.masks) == (k, images[k].masks)
-        np.testing.assert_array_equal(found.boxes, images[k].boxes)
-        if len(images[k]):
-            np.testing.assert_array_equal(found.features["fc7"], images[k].features["fc7"])
+    reader, before = ImageReader(COLUMNS, size, valid=2), []
+    for k in (2, 0, 3, 1, 3):
+        reader.next_group()
+        found = reader.read(tmp_path / "a", images[k].row, places[k])
+        assert isinstance(found, RawImage)
+        before = [*before[-1:], (k, found)]
+        for j, raw in before:  # the last two are valid
+            arrays = [images[j].arrays[name] for name in region_bytes(COLUMNS) if name in images[j].arrays]
+            assert b"".join(raw.parts) == b"".join(values.tobytes() for values in arrays)
+            assert [zlib.crc32(part) for part in raw.parts][: len(arrays)] == [*images[j].checksums.values()]
+            assert np.frombuffer(raw.mask_sizes, np.uint32).tolist() == list(images[j].mask_sizes)
+    reader.close()
+
+
+def test_shards_are_closed_when_many_were_read(tmp_path: Path) -> None:
+    [image], [place] = encode_all([make_regions(1, 2)], COLUMNS), write(tmp_path / "0", [make_regions(1, 2)])
+    for number in range(1, 80):
+        (tmp_path / str(number)).write_bytes((tmp_path / "0").read_bytes())
+    reader, opened = ImageReader(COLUMNS), len(os.listdir("/dev/fd"))
+    for number in [*range(80), 0]:
+        reader.read(tmp_path / str(number), image.row, place)
+    assert len(os.listdir("/dev/fd")) - opened < 70
+    reader.close()
+    assert len(os.listdir("/dev/fd")) == opened
 
 
 def test_damage_to_one_image_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    images = encode_all([make_regions(i, 2) for i in range(3)], COLUMNS)
     places = write(tmp_path / "a", [make_regions(i, 2) for i in range(3)])
     data = bytearray((tmp_path / "a").read_bytes())
     data[places[1].start + 9] ^= 1
     (tmp_path / "a").write_bytes(data[: places[2].start + 5])
-    read_at(tmp_path / "a", places[0], PLAN)
+
+    def read_again(k: int) -> None:
+        ImageReader(COLUMNS).read(tmp_path / "a", images[k].row, places[k])
+
+    read_again(0)
     for k, says in ((1, "checksum mismatch"), (2, "truncated")):
         with pytest.raises(ShardError, match=says):
-            read_at(tmp_path / "a", places[k], PLAN)
+            read_again(k)
+    with pytest.raises(ShardError, match="images differ"):
+        ImageReader(COLUMNS).read(tmp_path / "a", images[0].row._replace(regions=3), places[0])
     (tmp_path / "a").unlink()
     with pytest.raises(ShardError, match="missing"):
-        read_at(tmp_path / "a", places[0], PLAN)
+        read_again(0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -47,7 +47,7 @@ def put(parts: shards.ShardSet, number: int, images: list[Regions]) -> None:
     """Write a shard."""
     with parts.write(number) as add:
         for image in images:
-            add(image)
+            add(parts.encode([image]))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -11,7 +11,6 @@ import pytest
 from sound_regions import HEADER, draw
 
 from refdet import store
-from refdet.store import chunks
 from refdet.store.codec import encode
 from refdet.store.verify import verify
 
@@ -50,21 +49,28 @@ def test_images_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("opened_here")
+@pytest.mark.parametrize("together", [True, False])  # macOS 10 has no pwritev
 def test_large_and_small_rows_are_whole_whatever_the_disk_takes_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
     columns = store.Columns({"large": (70_000,), "small": (3,)}, masks=True, ann_ids=True)
     images = [draw(i, n, columns) for i, n in enumerate((2, 0, 1, 40, 1))]
     rows = [encode(image, columns).row for image in images]
     pwrite, sizes = os.pwrite, []
 
-    def part(descriptor: int, data: memoryview, offset: int) -> int:
+    def part(descriptor: int, data: memoryview | list[memoryview], offset: int) -> int:
+        data = b"".join(data) if isinstance(data, list) else data
         sizes.append(len(data))
         return pwrite(descriptor, data[:100_000], offset)
 
-    monkeypatch.setattr(chunks.os, "pwrite", part)
+    if together:
+        monkeypatch.setattr(os, "pwritev", part, raising=False)
+    else:
+        monkeypatch.delattr(os, "pwritev", raising=False)
+        monkeypatch.setattr(os, "pwrite", part)
     with store.create(tmp_path / "a.h5", HEADER, columns, rows) as writer:
-        for image in images:
+        writer.put(*images[:2])
+        for image in images[2:]:
             writer.put(image)
     assert max(sizes) > 2**18 and min(sizes) < 1000
     assert not verify(tmp_path / "a.h5").problems

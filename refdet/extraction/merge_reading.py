@@ -1,0 +1,70 @@
+"""Read images in the order of a store, some at a time, while those before them are written. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from refdet.store import ImageRow
+from refdet.store.codec import EncodedImage, RawImage, region_bytes
+from refdet.store.schema import Columns
+from refdet.store.shard_images import ImageReader
+from refdet.structures.regions import Regions
+
+# As many as are read and written at once. After each pass over features the interpreter finds its own data and code no
+# longer in the processor's caches, so it does what it has to do for several images in a row.
+_BYTES, _IMAGES = 2**23, 32
+_AHEAD = 1  # groups that are read while one is written
+
+Found = Regions | EncodedImage | RawImage
+ImageToMerge = tuple[ImageRow, Callable[[ImageReader], Found]]  # row in the store, and a function that reads the image
+
+
+def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[list[Found], None, None]:
+    """Read images in order, some at a time.
+
+    Args:
+        images: the images.
+        columns: columns of the store.
+
+    Yields:
+        The next images, which are valid until those after them are asked for.
+    """
+    reader = ImageReader(columns, _BYTES, _AHEAD + 1)
+
+    def read(group: Sequence[ImageToMerge]) -> list[Found]:
+        reader.next_group()
+        return [image(reader) for _, image in group]
+
+    pool = ThreadPoolExecutor(1, "read shards")
+    waiting: deque[Future[list[Found]]] = deque()
+    try:
+        for group in _groups(images, columns):
+            waiting.append(pool.submit(read, group))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        reader.close()
+
+
+def _groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
+    each, width = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
+    group: list[ImageToMerge] = []
+    size = 0
+    for image in images:
+        row = image[0]
+        of_image = row.regions * each + row.mask_bytes + math.prod(row.map_shape) * width
+        if group and (size + of_image > _BYTES or len(group) == _IMAGES):
+            yield group
+            group, size = [], 0
+        group.append(image)
+        size += of_image
+    if group:
+        yield group
