@@ -22,22 +22,22 @@ from torch.nn import functional as F
 
 from refdet.config.recipe import Recipe
 from refdet.detector.anchors import Anchors
+from refdet.detector.backbone import build_backbone
 from refdet.detector.feature_names import HEAD
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
-from refdet.detector.mobilenet import MobileNetV1
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
-from refdet.detector.resnet import FrozenBatchNorm, Norm, ResNet
-from refdet.detector.roi_heads import POOL_SIZE, C4Head, PyramidHead, RoiHead
+from refdet.detector.resnet import FrozenBatchNorm, Norm
+from refdet.detector.roi_heads import C4Head, PyramidHead, RoiHead
 from refdet.detector.roi_outputs import RoiFeatures
 from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import compute_mask_targets
-from refdet.detector.vgg import VGG16, VGGHead
+from refdet.detector.vgg import VGGHead
 from refdet.device import on_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
@@ -78,15 +78,7 @@ class MaskRCNN(nn.Module):
         self.convention = BoxConvention(model.legacy_plus_one)
         norm: Norm = FrozenBatchNorm if model.norm == "frozen" else nn.BatchNorm2d
         pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
-        # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
-        last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
-        strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
-        if model.backbone == "vgg16":
-            self.backbone: ResNet | VGG16 | MobileNetV1 = VGG16(model.width)
-        elif model.backbone == "mobilenet_v1":
-            self.backbone = MobileNetV1(model.width, norm)
-        else:
-            self.backbone = ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
+        self.backbone = build_backbone(model, norm)
         channels = self.backbone.channels
         if pyramid:
             self.neck: FeaturePyramid | None = FeaturePyramid(channels, model.fpn_channels)

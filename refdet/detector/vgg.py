@@ -22,6 +22,7 @@ from refdet.detector.packed_layers import conv_relu
 from refdet.detector.roi_chunks import roi_chunks
 from refdet.detector.roi_heads import CPU_CHUNK_BYTES, POOL_SIZE, BoxPredictor, pool_cells, pool_mean
 from refdet.detector.roi_outputs import RoiFeatures, RoiOutput
+from refdet.ops.pooling import PyramidLevels
 
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # multiple of the width, number of convolutions
 DROPOUT = 0.5
@@ -106,14 +107,18 @@ class VGGHead(nn.Module):
         """The feature map, unchanged."""
         return maps
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def levels(self, rois: Tensor) -> PyramidLevels | None:
+        """None, as there is one map."""
+        return None
+
+    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
         most = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)  # of up to four samples a cell
         chunks = roi_chunks(len(rois), rois.device, most)
         return torch.cat([pool_cells(x, chunk.of(rois), self.model)[: chunk.count] for chunk in chunks])
 
-    def pool5(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
         return pool_mean(maps[0], rois, self.model)
 
@@ -128,7 +133,12 @@ class VGGHead(nn.Module):
         return RoiFeatures(F.dropout(F.relu(self.fc7(fc6)), DROPOUT, self.training), pooled)
 
     def forward_inference(
-        self, maps: Sequence[Tensor], rois: Tensor, labels: Tensor | None, spatial: bool
+        self,
+        maps: Sequence[Tensor],
+        rois: Tensor,
+        labels: Tensor | None,
+        spatial: bool,
+        levels: PyramidLevels | None = None,
     ) -> RoiOutput:
         """Features of rois (K, 5); there are neither masks nor spatial features."""
         return RoiOutput(self.box_features(maps, rois), None, None)

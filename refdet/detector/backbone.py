@@ -1,0 +1,31 @@
+"""The backbone of a recipe."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from refdet.config.recipe import ModelOptions
+from refdet.detector.mobilenet import MobileNetV1
+from refdet.detector.resnet import Norm, ResNet
+from refdet.detector.roi_heads import POOL_SIZE
+from refdet.detector.vgg import VGG16
+
+Backbone: TypeAlias = ResNet | VGG16 | MobileNetV1
+
+
+def build_backbone(model: ModelOptions, norm: Norm) -> Backbone:
+    """A backbone with random weights.
+
+    Args:
+        model: the recipe's options.
+        norm: makes a norm layer of so many channels.
+    """
+    if model.backbone == "vgg16":
+        return VGG16(model.width)
+    if model.backbone == "mobilenet_v1":
+        return MobileNetV1(model.width, norm)
+    pyramid, dilated = model.neck == "fpn", model.neck == "dc5"
+    # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
+    last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
+    strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
+    return ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
