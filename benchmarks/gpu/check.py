@@ -68,6 +68,7 @@ PLAN = (
     StepPlan("profile_gpu", "extraction", 60, alone=True),
     StepPlan("extraction", "extraction", 110, alone=True),
     StepPlan("training", "training", 90, alone=True),
+    StepPlan("torchrun", "training", 75, alone=True),
 )
 NAMES = [plan.name for plan in PLAN]
 BESIDE_BUILD = ("env", "draw")  # must not load a library that is being written

@@ -1,0 +1,91 @@
+"""Step: training of the pyramid by torchrun, in one process beside a plain one, and in two where there are two GPUs.
+
+One process under torchrun does all that many do: it sums counts, losses and gradients, agrees with itself before each
+step, and DistributedDataParallel keeps its buckets. So the ratio of the two speeds is what all that costs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import Step, run
+from work import images_folder, instances_file, median, recipe_of, refdet_command, run_folder
+
+NETWORK, ROUNDS = "fpn", 2
+WITHIN = 0.97  # of the speed of a plain process
+LOSS = 0.05  # relative difference of the first losses; GPUs sum in no fixed order, and differences grow
+
+
+def trained(step: Step, name: str, processes: int | None, batch_size: int, steps: int) -> list[dict[str, float]]:
+    """Train, by torchrun if `processes` are given; returns the rows of the log."""
+    out, recipe = step.work / "torchrun" / name, step.work / "torchrun.yaml"
+    out.parent.mkdir(exist_ok=True)
+    recipe.write_text(json.dumps(recipe_of(step, NETWORK).to_dict()))  # JSON is YAML
+    shutil.rmtree(out, ignore_errors=True)
+    changes = [f"train.batch_size={batch_size}", f"train.steps={steps}", "train.log_every=1", "train.lr=0.0001"]
+    changes += ["train.bf16=true", f"train.workers={0 if step.small else 8 // (processes or 1)}"]
+    command = refdet_command(
+        "train", "--recipe", recipe, "--instances", instances_file(step), "--images", images_folder(step),
+        "--weights", run_folder(step, NETWORK), "--device", step.device, "--out", out,
+        *[part for change in changes for part in ("--set", change)],
+    )  # fmt: skip
+    if processes is not None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *torchrun, *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        step.say(done.stderr[-3000:])
+        raise RuntimeError(f"{name} exited with {done.returncode}")
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)
+    return rows
+
+
+def speed(rows: list[dict[str, float]]) -> float:
+    return median([row["images_per_second"] for row in rows[len(rows) // 2 :]])
+
+
+def difference(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> float:
+    """Greatest relative difference of the first losses."""
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(found[:3], wanted[:3], strict=True)]
+    return float(np.max([abs(a - b) / abs(b) for a, b in pairs]))
+
+
+def work(step: Step) -> None:
+    batch_size, steps = (4, 4) if step.small else (16, 40)
+    plain, alone = [], []
+    for number in range(1 if step.small else ROUNDS):  # one after the other, as the machine's speed may drift
+        for name, processes, found in (("plain", None, plain), ("torchrun", 1, alone)):
+            rows = step.attempt(f"{name}, round {number + 1}", trained, step, name, processes, batch_size, steps)
+            if rows is not None:
+                found.append(rows)
+                step.put(f"{name}_{number + 1}", {"images_per_second": speed(rows), "steps": steps})
+    if not plain or not alone:
+        return
+    step.at_most(
+        "losses under torchrun and of a plain process, relative difference", difference(alone[0], plain[0]), LOSS
+    )
+    fastest = [max(map(speed, rounds)) for rounds in (alone, plain)]
+    step.goal("speed of one process under torchrun to a plain one's", fastest[0] / fastest[1], WITHIN)
+    many = 2 if step.small else min(torch.cuda.device_count(), 8)
+    if many < 2:
+        step.put("more_than_one", "skipped: one GPU")
+        return
+    per_process = batch_size if not step.small else batch_size // many
+    rows = step.attempt(f"{many} processes", trained, step, "many", many, per_process * many, steps)
+    if rows is not None:
+        step.put(f"{many}_processes", {"images_per_second": speed(rows), "steps": steps})
+        if step.small:
+            step.at_most("losses in two processes, relative difference", difference(rows, plain[0]), LOSS)
+        else:
+            step.goal(f"speed of {many} GPUs to that of one", speed(rows) / fastest[1], 0.9 * many)
+
+
+if __name__ == "__main__":
+    run(work, "training")
