@@ -12,7 +12,7 @@ OP_TESTS := tests/ops tests/detector/test_packed_layers.py
 PACKAGE := setup.py setup.cfg pyproject.toml $(KERNELS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile test-browser bench-ops bench-data bench-browse bench-extract bench-pipeline bench-train bench-learning gpu-check gpu-pack parity docs clean
+.PHONY: help env demo check test lint types cuda-check unit test-asan test-hostile test-browser bench-ops bench-data bench-browse bench-extract bench-pipeline bench-scaling bench-train bench-learning gpu-check gpu-pack parity docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -105,6 +105,9 @@ bench-learning: env ## train both for 500 steps and compare AP, under 90 minutes
 
 bench-pipeline: env ## benchmark everything behind the detector: shards, merging, the store (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/pipeline.py $(if $(JSON),--json)
+
+bench-scaling: env ## benchmark many workers with sleeping detectors, and extrapolate to 64 GPUs (JSON=1 for JSON)
+	@$(BIN)/python benchmarks/scaling.py $(if $(JSON),--json)
 
 # A machine lent for minutes may have a Python with torch and no network: `make gpu-check PYTHON=python3` uses that
 # Python as it is. Otherwise .venv is used, and set up first.

@@ -1,0 +1,294 @@
+"""What many workers cost, and where they stop scaling.
+
+    python benchmarks/scaling.py [--json] [--workers 1,2,4,8] [--shards 12] [--seconds 0.25] [--images-per-second 300]
+
+1. Engine: the real extraction by workers on a Ray cluster of this machine, and by parts, whose detectors sleep instead
+   of computing, with the same number of shards for each worker. Their images/s beside those of one worker, times their
+   number, are the efficiency. Starting the workers is left out, and shown.
+2. Figures of a shard: its size, and the time to write it and to merge it, with results of real size on a RAM disk.
+3. On paper: from these, the time of 28,000 images on 1, 8 and 64 GPUs that read their images from a shared disk and
+   write shards to it, which one process merges. The speed of a GPU is an assumption (--images-per-second).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refdet import store
+from refdet.data.coco import ImageRecord
+from refdet.extraction.part import Part
+from refdet.extraction.parts import extract_part
+from refdet.extraction.pipeline import SHARD_IMAGES, extract
+from refdet.extraction.plan import Plan
+from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_engine import RayEngine
+from refdet.extraction.ray_messages import Tools
+from refdet.extraction.ray_pool import pool_of
+from refdet.extraction.steps import Finish
+from refdet.structures.regions import Regions
+
+BATCH = 8
+REGIONS, WIDTH = 4, 16  # of the sleeping detectors
+HEADER = store.Header([{"id": 1, "name": "person"}], "{}", {}, {"dtype": "float32"})
+PLAN = Plan({"dtype": "float32"}, ("fc7",), "float32", masks=False, ann_ids=False, batch_size=BATCH)
+IMAGES, JPEG_BYTES = 28_000, 163_000  # of the REFER datasets; the mean of COCO's train2014
+RAM_DISK = Path("/dev/shm")
+
+
+def records_of(shards: int) -> list[ImageRecord]:
+    return [ImageRecord(number, f"{number}.jpg", 48, 64) for number in range(shards * SHARD_IMAGES)]
+
+
+def batches_of(records: list[ImageRecord]) -> list[list[ImageRecord]]:
+    return [records[start : start + BATCH] for start in range(0, len(records), BATCH)]
+
+
+def load(record: ImageRecord) -> np.ndarray:
+    return np.zeros((record.height, record.width, 3), np.uint8)
+
+
+def result_of(record: ImageRecord) -> Regions:
+    return Regions(
+        record.id,
+        record.file_name,
+        record.height,
+        record.width,
+        np.tile(np.float32([1, 1, 9, 9]), (REGIONS, 1)),
+        np.ones(REGIONS, np.float32),
+        np.ones(REGIONS, np.int64),
+        features={"fc7": np.ones((REGIONS, WIDTH), np.float32)},
+    )
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """A detector that takes a fixed time for a batch and no processor."""
+
+    seconds: float
+
+    def compute(self, batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        time.sleep(self.seconds)
+        return lambda: [result_of(record) for record in batch]
+
+    def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+        return Tools(load, self.compute)
+
+
+@contextmanager
+def folder_on_ram() -> Any:
+    with tempfile.TemporaryDirectory(dir=RAM_DISK if RAM_DISK.is_dir() else None) as name:
+        yield Path(name)
+
+
+def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
+    """One extraction on a Ray cluster with as many CPU slots as workers."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    import ray
+
+    records, begun = records_of(shards * workers), time.perf_counter()
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init("local", num_cpus=workers, object_store_memory=2**27, **quiet)
+    try:
+        with folder_on_ram() as folder, connected("local", "cpu") as cluster:
+            with pool_of(cluster, Sleeping(seconds)) as pool:
+                pool.start()
+                while sum(worker.started is not None for worker in pool.workers) < workers:
+                    for worker, _, answer in pool.answers():
+                        pool.note_start(worker, answer)
+                started, before = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
+                done = extract(
+                    folder / "a.h5",
+                    PLAN,
+                    HEADER,
+                    batches_of(records),
+                    records,
+                    load,
+                    Sleeping(seconds).compute,
+                    elsewhere=RayEngine(pool),
+                )
+                after = resource.getrusage(resource.RUSAGE_SELF)
+    finally:
+        ray.shutdown()
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "workers": workers,
+        "images_per_second": done.images / done.seconds,
+        "start_s": started,
+        "driver_ms_per_shard": 1000 * processor / (shards * workers),
+    }
+
+
+def part_main(out: str, part: str, shards: str, seconds: str) -> None:
+    """One part of `parts_run`, in a process of its own."""
+    records = records_of(int(shards))
+    done = extract_part(
+        Path(out), PLAN, HEADER, lambda _: batches_of(records), records, load, Sleeping(float(seconds)).compute,
+        Part.parse(part),
+    )  # fmt: skip
+    print(json.dumps({"computed": done.computed, "seconds": done.seconds}))
+
+
+def parts_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
+    """One extraction in as many parts; the slowest counts."""
+    with folder_on_ram() as folder:
+        command = [sys.executable, __file__, "--part-of", str(folder / "a.h5")]
+        running = [
+            subprocess.Popen(
+                [*command, f"{number + 1}/{workers}", str(shards * workers), str(seconds)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for number in range(workers)
+        ]
+        done = [json.loads(process.communicate()[0]) for process in running]
+    slowest = max(one["seconds"] for one in done)
+    return {"workers": workers, "images_per_second": sum(one["computed"] for one in done) / slowest}
+
+
+def efficiencies(runs: list[dict[str, float]]) -> list[dict[str, float]]:
+    one = runs[0]["images_per_second"] / runs[0]["workers"]
+    return [{**run, "efficiency": run["images_per_second"] / (run["workers"] * one)} for run in runs]
+
+
+def shard_figures(dtype: str) -> dict[str, float]:
+    """What a shard costs besides the detector, with results of real size."""
+    from pipeline import draw_results, run
+    from pipeline import records_of as real_records
+
+    images, results = 4 * SHARD_IMAGES, draw_results(dtype)
+    found = []
+    for _ in range(3):
+        with folder_on_ram() as folder:
+            done = run(folder / "a.h5", real_records(images), dtype, results, BATCH)
+            found.append((done.stages["merge"], done.stages["finish"] + done.stages["write"], done.bytes))
+    merge, write, size = min(found)
+    return {
+        "shard_mb": size / images * SHARD_IMAGES / 1e6,
+        "write_s_per_shard": write / images * SHARD_IMAGES,
+        "merge_s_per_shard": merge / images * SHARD_IMAGES,
+    }
+
+
+def on_paper(
+    gpus: int, disk: float, figures: dict[str, float], images_per_second: float, driver_s: float, local_images: bool
+) -> dict[str, Any]:
+    """Time of all images, and what limits it.
+
+    Args:
+        gpus: how many.
+        disk: bandwidth of the shared disk, bytes per second.
+        figures: of `shard_figures`.
+        images_per_second: of a GPU.
+        driver_s: processor time of the driver for a shard.
+        local_images: whether the images lie on a disk of each machine.
+    """
+    shards, size = math.ceil(IMAGES / SHARD_IMAGES), figures["shard_mb"] * 1e6
+    moved = size + (0 if local_images else SHARD_IMAGES * JPEG_BYTES)
+    # seconds between two shards of all workers together, by each thing that may limit them
+    between = {
+        "GPUs": SHARD_IMAGES / images_per_second / gpus,
+        "shared disk": moved / disk,
+        "driver": driver_s,
+        "writing": figures["write_s_per_shard"] / gpus,
+    }
+    limit = max(between, key=lambda name: between[name])
+    compute = between[limit] * shards
+    if limit in ("GPUs", "writing"):  # the last round may leave some without work
+        compute = between[limit] * gpus * math.ceil(shards / gpus)
+    merges = {"shared disk": 2 * size * shards / disk, "merging process": figures["merge_s_per_shard"] * shards}
+    merge_limit = max(merges, key=lambda name: merges[name])
+    total = compute + merges[merge_limit]
+    return {
+        "gpus": gpus,
+        "disk_gb_s": disk / 1e9,
+        "compute_s": compute,
+        "compute_limit": limit,
+        "merge_s": merges[merge_limit],
+        "merge_limit": merge_limit,
+        "total_s": total,
+        "images_per_second": IMAGES / total,
+    }
+
+
+def paper_table(
+    figures: dict[str, dict[str, float]], images_per_second: float, driver_s: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for dtype, of_dtype in figures.items():
+        for local in (False, True):
+            for disk in (1e9, 1e10):
+                for gpus in (1, 8, 64):
+                    row = on_paper(gpus, disk, of_dtype, images_per_second, driver_s, local)
+                    rows.append({"dtype": dtype, "images": "local" if local else "shared", **row})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--workers", default="1,2,4,8")
+    parser.add_argument("--shards", type=int, default=12, help="of each worker")
+    parser.add_argument("--seconds", type=float, default=0.25, help="that a batch of 8 images takes")
+    parser.add_argument("--images-per-second", type=float, default=300.0, help="of a GPU, on paper")
+    parser.add_argument("--dtype", default="float32,float16")
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    counts = [int(count) for count in options.workers.split(",")]
+    result: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "shards": options.shards}
+    result["ray"] = efficiencies([ray_run(count, options.shards, options.seconds) for count in counts])
+    result["parts"] = efficiencies([parts_run(count, options.shards, options.seconds) for count in counts])
+    result["figures"] = {dtype: shard_figures(dtype) for dtype in options.dtype.split(",")}
+    driver_s = result["ray"][-1]["driver_ms_per_shard"] / 1000
+    result["paper"] = paper_table(result["figures"], options.images_per_second, driver_s)
+    if options.json:
+        print(json.dumps(result))
+        return
+    shard_s = options.seconds * SHARD_IMAGES / BATCH
+    print(
+        f"{result['cores']} cores, load {result['load']:.1f}; {options.shards} shards of {shard_s:g} s for each worker"
+    )
+    for kind in ("ray", "parts"):
+        for run in result[kind]:
+            more = ""
+            if "start_s" in run:
+                more = f", started in {run['start_s']:.0f} s, driver {run['driver_ms_per_shard']:.0f} ms a shard"
+            print(
+                f"{kind:6} {run['workers']:3} workers {run['images_per_second']:8.1f} images/s, "
+                f"efficiency {run['efficiency']:.3f}{more}"
+            )
+    for dtype, figures in result["figures"].items():
+        print(f"{dtype}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    print(f"\n{IMAGES} images, {options.images_per_second:g} images/s a GPU, without starting:\n")
+    print(
+        "| dtype | images | disk GB/s | GPUs | computing s | limited by | merging s | limited by | total s | images/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in result["paper"]:
+        print(
+            f"| {row['dtype']} | {row['images']} | {row['disk_gb_s']:g} | {row['gpus']} | {row['compute_s']:.1f} | "
+            f"{row['compute_limit']} | {row['merge_s']:.1f} | {row['merge_limit']} | {row['total_s']:.1f} | "
+            f"{row['images_per_second']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part-of"]:
+        part_main(*sys.argv[2:])
+    else:
+        main()
