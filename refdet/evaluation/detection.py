@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,19 +70,9 @@ def evaluate(
     meta = load_meta(run)
     for line in meta.warnings():
         log.warning("%s", line)
-    index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
-    records, source = list(index.images.values()), ImageSource.open(images, exif)
-    if not records:
-        raise InputError(f"{instances}: has no images to evaluate on")
-    source.check(records, instances)
-    ours, theirs = used(dict(meta.categories)), index.categories
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"`run` {run} has {len(ours)} classes, {instances} has {len(theirs)}, and they differ "
-            f"({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
-        )
-    _log_odd_annotations(index, meta.recipe.model.masks)
+    data = EvaluationData.open(instances, images, exif, crowd_as_object)
+    data.check_categories(meta.categories, f"`run` {run}")
+    log_odd_annotations(data.index, meta.recipe.model.masks)
 
     from refdet.detector import loading
     from refdet.device import usable_device, usable_precision
@@ -93,15 +84,90 @@ def evaluate(
         )
         precision = "float32"
     detector = loading.load(run, where, for_inference=True, precision=precision)
-    results: list[dict[str, Any]] = []
+    return detection_ap(detector, data, batch_size, workers)
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Images and annotations to evaluate a detector on.
+
+    Attributes:
+        index: the instances file.
+        source: folder or zip of the images, which all have been found.
+    """
+
+    index: CocoIndex
+    source: ImageSource
+
+    @classmethod
+    def open(cls, instances: Path, images: Path, exif: str = "ignore", crowd_as_object: bool = False) -> EvaluationData:
+        """Read an instances file and find its images.
+
+        Raises:
+            InputError: the file is invalid or has no images, or an image is missing.
+        """
+        index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
+        source = ImageSource.open(images, exif)
+        if not index.images:
+            raise InputError(f"{instances}: has no images to evaluate on")
+        source.check(list(index.images.values()), instances)
+        return cls(index, source)
+
+    @property
+    def records(self) -> list[ImageRecord]:
+        """The images, in file order."""
+        return list(self.index.images.values())
+
+    def check_categories(self, categories: Sequence[tuple[int, str]], owner: str) -> None:
+        """Check that the annotations have the categories of a detector.
+
+        Args:
+            categories: COCO id and name of each class of the detector.
+            owner: what has them, for the error message.
+
+        Raises:
+            InputError: they differ.
+        """
+        ours, theirs = used(dict(categories)), self.index.categories
+        if ours != theirs:
+            odd = sorted(set(ours.items()) ^ set(theirs.items()))
+            raise InputError(
+                f"{owner} has {len(ours)} classes, {self.index.path} has {len(theirs)}, and they differ "
+                f"({', '.join(f'{i} {name}' for i, name in odd[:3])} ...); evaluate on the dataset it was trained for"
+            )
+
+
+def detection_ap(
+    detector: TrainedDetector,
+    data: EvaluationData,
+    batch_size: int = 4,
+    workers: int = 2,
+    *,
+    desc: str = "evaluate",
+    leave: bool = True,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float | None] | None]:
+    """`evaluate` of a loaded detector on checked data; returns the same.
+
+    Args:
+        detector: loaded with ``for_inference=True``; computes in its precision.
+        data: the images and their annotations.
+        batch_size: images per batch.
+        workers: threads that read images ahead.
+        desc: label of the progress bar.
+        leave: whether the finished bar stays on the terminal.
+        between: called after each image; may raise to end early.
+    """
+    index, results = data.index, []
     with (
-        OrientationNote(source),
-        progress_bar(len(records), "evaluate", "image") as bar,
+        OrientationNote(data.source),
+        progress_bar(len(index.images), desc, "image", leave=leave) as bar,
     ):
-        for regions in detected_regions(detector, source, records, batch_size, workers):
+        for regions in detected_regions(detector, data.source, data.records, batch_size, workers):
             results += coco_results([regions])
             bar.update()
-    kinds = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
+            between()
+    kinds = ("bbox", "segm") if detector.meta.recipe.model.masks else ("bbox",)
     found = {kind: coco_ap(index, index.images, results, kind) for kind in kinds}
     return {
         kind: {name: rate if rate >= 0 else None for name, rate in found[kind].items()} if kind in found else None
@@ -161,7 +227,7 @@ def detected_regions(
             yield from begun.popleft()()
 
 
-def _log_odd_annotations(index: CocoIndex, masks: bool) -> None:
+def log_odd_annotations(index: CocoIndex, masks: bool) -> None:
     """Warn if AP is undefined, or if boxes replace missing masks."""
     reason = why_undefined(index, index.images)
     if reason:
