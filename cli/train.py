@@ -19,6 +19,8 @@ from .common import echo_json, echo_table, exif_option, json_option
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Set a recipe key, e.g. train.steps=500.")
 @exif_option(default=None)
 @click.option("--crowd-as-object", is_flag=True, help="Treat iscrowd annotations as objects.")
+@click.option("--val-instances", type=Path, metavar="FILE", help="COCO instances JSON to measure AP on meanwhile.")
+@click.option("--val-images", type=Path, metavar="DIR", help="Folder or zip of its images, by default --images.")
 @click.option("--resume", is_flag=True, help="Resume the run in --out.")
 @click.option("--device", help="cpu, cuda or cuda:1; by default a GPU if available.")
 @json_option
@@ -31,6 +33,8 @@ def command(
     changes: tuple[str, ...],
     crowd_as_object: bool,
     exif: str | None,
+    val_instances: Path | None,
+    val_images: Path | None,
     resume: bool,
     device: str | None,
     as_json: bool,
@@ -49,6 +53,10 @@ def command(
     check_new_folder("--out", out, empty=False)
     check_json("--instances", instances, "an instances JSON")
     check_images("--images", images)
+    if val_instances is not None:
+        check_json("--val-instances", val_instances, "an instances JSON")
+    if val_images is not None:
+        check_images("--val-images", val_images)
     summary = train(
         chosen,
         instances,
@@ -58,6 +66,8 @@ def command(
         resume=resume,
         device=device,
         crowd_as_object=crowd_as_object,
+        val_instances=val_instances,
+        val_images=val_images,
     )
     if as_json:
         echo_json(dataclasses.asdict(summary))

@@ -110,6 +110,7 @@ class TrainOptions:
     momentum: float = 0.9
     weight_decay: float = 0.0001
     warmup_steps: int = 500  # at most a fifth of the run
+    schedule: str = "step"  # of the rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
     lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
     max_grad_norm: float = 10.0  # of all gradients together; 0 for no clipping
     flip: bool = True
@@ -118,6 +119,9 @@ class TrainOptions:
     workers: int = 2
     seed: int = 0
     checkpoint_interval: int = 1000  # steps
+    keep: int = 1  # states that stay, the newest ones; 0 for all
+    eval_every: int = 0  # steps between validations, where there are validation images; 0 for one at the end
+    ema: float = 0.0  # decay of an average of the weights, which is validated and used; 0 for none
     log_every: int = 20
     pretrained_lr_mult: float = 1.0  # with --weights: factor on the rate of the layers in them
     reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
@@ -147,6 +151,7 @@ class Recipe:
         one_of("model.pooler_resolution", model.pooler_resolution, (7, 14))
         one_of("model.box_fcs", model.box_fcs, (1, 2))
         one_of("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
+        one_of("train.schedule", self.train.schedule, ("step", "cosine"))
         one_of("input.order", self.input.order, ("rgb", "bgr"))
         one_of("input.exif", self.input.exif, ("ignore", "apply"))
         one_of("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
@@ -212,6 +217,10 @@ class Recipe:
 
 _ONLY_WHERE_SET = (
     ("train", "empty_images", False),
+    ("train", "schedule", "step"),
+    ("train", "keep", 1),
+    ("train", "eval_every", 0),
+    ("train", "ema", 0.0),
     ("train", "tf32", True),
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),

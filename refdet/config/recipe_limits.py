@@ -111,6 +111,9 @@ LIMITS: dict[str, Range] = {
     "train.workers": Range(0, 256),
     "train.seed": Range(0, 2**32 - 1),
     "train.checkpoint_interval": _count(10**9),
+    "train.keep": Range(0, 10**9),
+    "train.eval_every": Range(0, 10**9),
+    "train.ema": Range(0, 0.9999999),
     "train.log_every": _count(10**9),
     "train.pretrained_lr_mult": Range(0, 1000),
 }

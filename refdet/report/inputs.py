@@ -128,6 +128,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
                 break
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
         if isinstance(row, dict):
+            if "loss" not in row and any(key.startswith("val_") for key in row):
+                continue  # a validation
             row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
         for name in ("step", "loss", *(key for key, _ in LOSS_NAMES if isinstance(row, dict) and key in row)):
             if rate(row, name, where) is None:

@@ -1,20 +1,31 @@
-"""The model card of a run directory, ``README.md``: training data, leaks and usage."""
+"""The model card of a run directory, ``README.md``: recipe, training data, leaks, learning curve, AP and usage."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
+from refdet.training.metrics_rows import VALIDATED, is_validation
 
 CARD = "README.md"
+_LINES = 12  # of the learning curve, at most
+_RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
-def write_card(out: Path, meta: CheckpointMetadata) -> None:
-    """Write the card, unless the user has edited it."""
+def write_card(out: Path, meta: CheckpointMetadata, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the card, unless the user has edited it.
+
+    Args:
+        out: the run directory.
+        meta: metadata of its weights.
+        rows: the rows of its metrics.jsonl, without damaged ones.
+    """
     path = out / CARD
     try:
         if path.exists() and not _is_ours(path):
@@ -22,7 +33,7 @@ def write_card(out: Path, meta: CheckpointMetadata) -> None:
     except OSError:
         return
     with atomic_write(path) as temporary:
-        temporary.write_text(_text(meta), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(_text(meta, rows), encoding="utf-8", errors="backslashreplace")
 
 
 def _is_ours(path: Path) -> bool:
@@ -33,7 +44,7 @@ def _is_ours(path: Path) -> bool:
         return file.read(len(_FIRST)) == _FIRST.encode()
 
 
-def _text(meta: CheckpointMetadata) -> str:
+def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]]) -> str:
     provenance, recipe = meta.provenance, meta.recipe
     model = (
         f"ResNet-{recipe.model.depth}, {recipe.model.neck.upper()}, {'with' if recipe.model.masks else 'without'} masks"
@@ -41,6 +52,7 @@ def _text(meta: CheckpointMetadata) -> str:
     rows = [
         ("recipe", f"{recipe.name} ({model})"),
         ("steps", f"{meta.step} of {recipe.train.steps}, batch size {recipe.train.batch_size}"),
+        ("weights", _weights(meta)),
         ("classes", str(len(meta.categories))),
         ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
         ("initial weights", provenance.weights or "random"),
@@ -54,13 +66,68 @@ def _text(meta: CheckpointMetadata) -> str:
 | | |
 |---|---|
 {table}
+{_accuracy(log)}{_curve(log)}
+## How to use it
+
+Detect objects, measure AP, train on from these weights:
+
+    refdet draw IMAGE.jpg --checkpoint RUN --out regions.png
+    refdet evaluate --checkpoint RUN --instances F.json --images DIR
+    refdet train --recipe RECIPE --weights RUN --instances F.json --images DIR --out NEW_RUN
 
 Extract features of REFER images:
 
     refdet extract-features --checkpoint RUN --images DIR --out F.h5 --refer-root DIR --dataset refcoco --split-by unc
 
-`refdet inspect RUN` shows its full provenance; `refdet audit` checks it against REFER.
+`refdet inspect RUN` shows its recipe and full provenance; `refdet audit` checks it against REFER.
 """
+
+
+def _weights(meta: CheckpointMetadata) -> str:
+    """Which weights model.safetensors holds."""
+    if meta.recipe.train.ema:
+        average = f"an exponential average over the steps (train.ema={meta.recipe.train.ema:g})"
+        return f"{average}; those of the last step are in state/"
+    return "those of the last step"
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the last and of the best validation; "" without any."""
+    found = [row for row in rows if is_validation(row)]
+    if not found:
+        return ""
+    best = max(found, key=lambda row: row.get(f"{VALIDATED}bbox_AP", 0.0))
+    lines = ["", "## Accuracy on the validation images", "", f"| | {' | '.join(_RATES)} |", "|---" * 7 + "|"]
+    for name, row in (("last", found[-1]), ("best", best)):
+        for kind, of in (("bbox", "boxes"), ("segm", "masks")):
+            rates = [row.get(f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
+            if any(rate is not None for rate in rates):
+                cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
+                lines.append(f"| {of}, {name} (step {row['step']}) | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The loss as bars of text, with the box AP of the validations up to each line; "" without any."""
+    losses = [row for row in rows if isinstance(row.get("loss"), float)]
+    if len(losses) < 2:
+        return ""
+    places = sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)})
+    most, lines, first = max(row["loss"] for row in losses), [], 0
+    for place in places:
+        row = losses[place]
+        bar = "#" * max(round(40 * row["loss"] / most), 1) if most > 0 else ""
+        rates = [r[f"{VALIDATED}bbox_AP"] for r in rows if first < r["step"] <= row["step"] and is_validation(r)]
+        first = row["step"]
+        lines.append(
+            f"    {row['step']:>9}  {row['loss']:8.3f}  {bar:<40}  {f'{rates[-1]:.3f}' if rates else ''}".rstrip()
+        )
+    heading = (
+        f"    {'step':>9}  {'loss':>8}  {'':<40}  box AP"
+        if any(map(is_validation, rows))
+        else f"    {'step':>9}  {'loss':>8}"
+    )
+    return "\n".join(["", "## Learning curve", "", heading, *lines]) + "\n"
 
 
 def _leaks(meta: CheckpointMetadata) -> str:

@@ -22,7 +22,7 @@ from refdet.training.pretrained import Categories, difference
 from refdet.training.run_folder import states
 
 # options that may change on resuming; train.steps is checked separately
-_FREE = {("train", "workers"), ("train", "checkpoint_interval"), ("train", "log_every"), ("train", "steps")}
+_FREE = {("train", key) for key in ("workers", "checkpoint_interval", "log_every", "steps", "keep", "eval_every")}
 
 
 @dataclass(frozen=True)

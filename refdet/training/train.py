@@ -23,8 +23,9 @@ from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
 from refdet.training.pretrained import begins_anew
-from refdet.training.run_folder import BUSY, LOCK, goes_on
+from refdet.training.run_folder import BEST, BUSY, LOCK, goes_on
 from refdet.training.saved_run import SavedRun
+from refdet.training.validation import ValidationData
 
 if TYPE_CHECKING:
     from refdet.training.trainer import Summary
@@ -43,6 +44,8 @@ def train(
     resume: bool = False,
     device: str | None = None,
     crowd_as_object: bool = False,
+    val_instances: str | Path | None = None,
+    val_images: str | Path | None = None,
 ) -> Summary:
     """Train a detector.
 
@@ -63,6 +66,9 @@ def train(
         resume: continue the run in ``out``; starts from the beginning, with a note, if there is nothing to resume.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
         crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
+        val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
+            weights so far are kept in ``out/best``.
+        val_images: folder or zip of its images, by default ``images``.
 
     Returns:
         The number of steps, the time and the last loss.
@@ -95,6 +101,16 @@ def train(
     index = CocoIndex.load(instances, chosen.model.masks, crowd_as_object)
     objects = TrainingObjects(index, chosen.model.masks, chosen.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
+    validation = None
+    if val_instances is not None:
+        validation = ValidationData.open(
+            Path(val_instances), Path(val_images or images), chosen, objects, crowd_as_object
+        )
+        notes += [*validation.notes, validation.describe(chosen.train)]
+    elif val_images is not None:
+        raise InputError("`val_images`: give its annotations too, with `val_instances`")
+    elif (out / BEST).exists():
+        notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
     categories = tuple(index.categories.items())
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
@@ -115,7 +131,7 @@ def train(
 
     from refdet.training.trainer import TrainingInputs, train_on  # imports torch, which takes seconds
 
-    given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
+    given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256, validation)
     with report_disk_full(out, "what was saved is kept: free some space, then continue with `resume=True`"):
         return train_on(given, device)
 

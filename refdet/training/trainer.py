@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,13 +31,18 @@ from refdet.ops._library import kernels_state, warn_of_plain_pytorch
 from refdet.structures.provenance import Provenance, file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.clock import TrainingClock
+from refdet.training.ema import WeightAverage
 from refdet.training.metrics_log import MetricsLog
+from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, learning_rate, optimiser
 from refdet.training.pretrained import load_pretrained
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
 from refdet.training.saved_run import SavedRun
 from refdet.training.step import StartedStep, in_bfloat16, start_step
+from refdet.training.validation import ValidationData, is_due, validations_after
+from refdet.training.validator import Validator, summary
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ class TrainingInputs:
         weights: run directory of a detector to start from, or None.
         before: the state in `out` to resume from, or None.
         data_sha256: `TrainingObjects.sha256` of the objects.
+        validation: images to validate on, or None.
     """
 
     recipe: Recipe
@@ -83,6 +88,7 @@ class TrainingInputs:
     weights: Path | None
     before: SavedRun | None
     data_sha256: str
+    validation: ValidationData | None = None
 
 
 def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
@@ -112,11 +118,11 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
     elif given.weights is not None:
         fresh = load_pretrained(model, meta.categories, given.weights)
     sgd = optimiser(model, recipe.train, fresh)
+    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema else None
     if before is not None:
-        before.restore(model, sgd)
+        before.restore(model, sgd, average)
     start = f"resumes from step {meta.step}" if before else f"starts from {meta.provenance.weights or 'random weights'}"
-    # weights, and a state of weights and momentum; each exists twice while it is replaced
-    most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    most = state.most_bytes(model, recipe.train, given.validation is not None)
     warn_of_plain_pytorch(target)
     products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
@@ -139,7 +145,8 @@ def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
             raise _written_meanwhile(out)
         state.clean(out)
         with arithmetic(products):
-            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256).run()
+            validator = Validator(given.validation, out, recipe.train.workers) if given.validation else None
+            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256, average, validator).run()
 
 
 def _written_meanwhile(out: Path) -> InputError:
@@ -157,18 +164,21 @@ class _Training:
     sgd: GuardedSGD
     fresh: tuple[str, ...] | None
     data_sha256: str
+    average: WeightAverage | None = None  # of the weights
+    validator: Validator | None = None
     started: StartedStep | None = None  # the step whose losses were not read yet
     losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
-        if first >= options.steps:
+        pending = self.validator is not None and self.validator.is_pending(self.meta)
+        if first >= options.steps and not pending:
             log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
-            checkpoint.save(self.out, self.model, self.meta)
+            checkpoint.save(self.out, self.average or self.model, self.meta)
             return Summary(first, 0.0, 0.0, None)
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
-        step, loss = first, None
+        step, loss, rates = first, None, ""
         steps = range(first, options.steps)
         self.model.train()
         with (
@@ -179,7 +189,10 @@ class _Training:
             progress_bar(options.steps, "train", "step", initial=first) as bar,
             batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
         ):
-            started = window = time.perf_counter()
+            clock = TrainingClock(first, options.steps)
+            if pending:
+                with clock.pause(bar):
+                    rates = self._validate(step, metrics, stop)
             while step < options.steps:
                 batch = self._next(ahead, step, stop)
                 orientations.add(batch.oriented)
@@ -191,10 +204,13 @@ class _Training:
                 self._read()  # the step before, while a GPU computes this one
                 self.started = started_now
                 step += 1
+                if self.average is not None:
+                    self.average.update(self.model, step)
                 bar.update()
+                due = self.validator is not None and is_due(step, options)
                 if step % options.log_every == 0 or step == options.steps:
                     self._read()
-                    seconds, window = time.perf_counter() - window, time.perf_counter()
+                    seconds = clock.lap()
                     row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
                     parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
                     row = {"loss": sum(row.values()), **row, "lr": rate}
@@ -202,19 +218,40 @@ class _Training:
                     metrics.write(step, row)
                     loss = row["loss"]
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
-                    bar.set_postfix_str(speed, refresh=False)
+                    later = 0 if self.validator is None else validations_after(step, options) + due
+                    if later and (left := clock.left(step, later)):
+                        speed = f"{left} left with {counted(later, 'validation')}, {speed}"
+                    bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
                     self.losses = []
-                if step % options.checkpoint_interval == 0 or step == options.steps:
+                if step % options.checkpoint_interval == 0 or step == options.steps or due:
                     self._save(step)
-        seconds = time.perf_counter() - started
-        return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
+                if due:
+                    with clock.pause(bar):
+                        rates = self._validate(step, metrics, stop)
+        return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
         """The batch of a step; the steps so far are saved before an error is raised."""
-        try:
+        with self._ending_saved(step, stop):
             if stop.requested:
                 raise StopRequested
             return next(ahead)
+
+    def _validate(self, step: int, metrics: MetricsLog, stop: Stop) -> str:
+        """Validate the weights after a step, which is saved; returns box and mask AP for the bar."""
+        assert self.validator is not None
+        device = next(self.model.parameters()).device
+        with self._ending_saved(step, stop):
+            row = self.validator.validate(self.average or self.model, self.meta, device, stop)
+        metrics.write_validation(step, row)
+        write_card(self.out, self.meta, read_rows(self.out))
+        return summary(row)
+
+    @contextmanager
+    def _ending_saved(self, step: int, stop: Stop) -> Iterator[None]:
+        """Save the steps so far before an error within the block is raised, and say so in it."""
+        try:
+            yield
         except StopRequested:
             raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
         except RuntimeFailure as error:
@@ -239,8 +276,8 @@ class _Training:
     def _save(self, step: int) -> None:
         self._read()  # weights are saved only once the losses of all their steps were read
         self.meta = dataclasses.replace(self.meta, step=step)
-        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
-        write_card(self.out, self.meta)
+        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256, self.average)
+        write_card(self.out, self.meta, read_rows(self.out))
 
 
 @contextmanager
