@@ -28,8 +28,8 @@ from refdet.report import page
 from refdet.splits.detector_audit import audit_provenance
 from refdet.splits.inspect import describe
 from refdet.structures.provenance import Provenance
-from refdet.training.metrics_rows import METRICS
 from refdet.training.metrics_log import _forget_after as forget_after
+from refdet.training.metrics_rows import METRICS
 from refdet.training.saved_run import SavedRun
 from refdet.training.state import newest
 
