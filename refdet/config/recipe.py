@@ -62,6 +62,10 @@ class InputOptions:
 
     min_sizes: tuple[int, ...] = (600,)  # one is sampled per training step; the last is used at test time
     max_size: int = 1000  # limit of the longer side
+    # side of a square for large-scale jitter: training images are resized to fit into it, times a scale drawn for each,
+    # and cropped or padded to it; 0 for none. Without it min_sizes and max_size are those of training too
+    crop_size: int = 0
+    scale_range: tuple[float, float] = (0.1, 2.0)  # of the scales that are drawn with crop_size
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
@@ -164,6 +168,8 @@ class Recipe:
         if model.neck == "fpn" and len(model.anchor_sizes) != 5:
             raise InputError("model.anchor_sizes: must have 5 values with model.neck=fpn, one per level")
         check_limits(dataclasses.asdict(self) | {"name": {}})
+        if self.input.scale_range[0] > self.input.scale_range[1]:
+            raise InputError("input.scale_range: must be a smaller and a larger scale, such as [0.1, 2.0]")
         if self.proposals.negative_iou > self.proposals.positive_iou:
             raise InputError("proposals.negative_iou: must not exceed proposals.positive_iou")
 
@@ -222,6 +228,8 @@ _ONLY_WHERE_SET = (
     ("train", "eval_every", 0),
     ("train", "ema", 0.0),
     ("train", "tf32", True),
+    ("input", "crop_size", 0),
+    ("input", "scale_range", [0.1, 2.0]),
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),
     ("model", "pooler_resolution", 7),

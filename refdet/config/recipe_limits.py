@@ -85,6 +85,8 @@ LIMITS: dict[str, Range] = {
     "model.anchor_offset": FRACTION,
     "input.min_sizes": Range(0, 4096, above=True, fewest=1, most=100),
     "input.max_size": _count(8192),
+    "input.crop_size": Range(0, 8192),
+    "input.scale_range": Range(0.01, 10, fewest=2, most=2),
     "input.mean": Range(-1e6, 1e6, fewest=3, most=3),
     "input.size_divisibility": Range(0, 1024),
     "input.std": Range(1e-6, 1e6, fewest=3, most=3),

@@ -232,32 +232,30 @@ class _Training:
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
         """The batch of a step; the steps so far are saved before an error is raised."""
-        with self._ending_saved(step, stop):
+        try:
             if stop.requested:
                 raise StopRequested
             return next(ahead)
-
-    def _validate(self, step: int, metrics: MetricsLog, stop: Stop) -> str:
-        """Validate the weights after a step, which is saved; returns box and mask AP for the bar."""
-        assert self.validator is not None
-        device = next(self.model.parameters()).device
-        with self._ending_saved(step, stop):
-            row = self.validator.validate(self.average or self.model, self.meta, device, stop)
-        metrics.write_validation(step, row)
-        write_card(self.out, self.meta, read_rows(self.out))
-        return summary(row)
-
-    @contextmanager
-    def _ending_saved(self, step: int, stop: Stop) -> Iterator[None]:
-        """Save the steps so far before an error within the block is raised, and say so in it."""
-        try:
-            yield
         except StopRequested:
             raise Interrupted(f"stopped by {stop.name} {self._keep(step)}") from None
         except RuntimeFailure as error:
             raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
         except InputError as error:
             raise InputError(f"{error} (training stopped {self._keep(step, 'replace the file and ')})") from error
+
+    def _validate(self, step: int, metrics: MetricsLog, stop: Stop) -> str:
+        """Validate the weights after a step, which is saved; returns box and mask AP for the bar."""
+        assert self.validator is not None
+        device = next(self.model.parameters()).device
+        try:
+            row = self.validator.validate(self.average or self.model, self.meta, device, stop)
+        except StopRequested:
+            raise Interrupted(f"stopped by {stop.name} in the validation {self._keep(step)}") from None
+        except (InputError, RuntimeFailure) as error:
+            raise type(error)(f"{error} (stopped in the validation {self._keep(step)})") from error
+        metrics.write_validation(step, row)
+        write_card(self.out, self.meta, read_rows(self.out))
+        return summary(row)
 
     def _keep(self, step: int, first: str = "") -> str:
         """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
