@@ -32,6 +32,7 @@ COMMANDS = (
     "build-split",
     "audit",
     "import-weights",
+    "recipes",
     "train",
     "evaluate",
     "extract-features",

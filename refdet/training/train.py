@@ -118,6 +118,11 @@ def train(
     if before is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
+    if weights is None and not continues and chosen.model.width == 64:  # for which there are ImageNet weights
+        notes.append(
+            f"recipe {chosen.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
+            "those that refdet import-weights converts"
+        )
     if provenance.note:
         notes.append(
             f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
