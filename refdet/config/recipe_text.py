@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -71,12 +71,10 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
     """
     lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
     lines.append(f"name: {_plain(recipe.name)}")
-    for part in dataclasses.fields(Recipe):
-        options = getattr(recipe, part.name)
-        if not dataclasses.is_dataclass(options):
-            continue
-        kind = type(options)
-        lines += ["", f"# {inspect.getdoc(kind)}", f"{part.name}:"]
+    kinds = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    for part, kind in kinds.items():
+        options = getattr(recipe, part)
+        lines += ["", f"# {inspect.getdoc(kind)}", f"{part}:"]
         for option in dataclasses.fields(kind):
             text = f"  {option.name}: {_plain(getattr(options, option.name))}"
             lines += _with_meaning(text, meanings(kind)[option.name])

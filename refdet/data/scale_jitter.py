@@ -37,10 +37,10 @@ def jittered_size(height: int, width: int, options: InputOptions, random: np.ran
     """
     scale = random.uniform(*options.scale_range) * options.crop_size / max(height, width)
     whole = max(round(height * scale), 1), max(round(width * scale), 1)
-    sides = tuple(min(side, options.crop_size) for side in whole)
+    sides = min(whole[0], options.crop_size), min(whole[1], options.crop_size)
     x, y = (round(random.random() * (whole[axis] - sides[axis])) for axis in (1, 0))
     scales = (scale, scale) if options.resize == "opencv" else (whole[1] / width, whole[0] / height)
-    return InputSize(*sides, *scales, height, width, whole, (x, y))
+    return InputSize(*sides, *scales, height, width, resized=whole, origin=(x, y))
 
 
 def seen_part(size: InputSize, flip: bool) -> Window:

@@ -22,12 +22,14 @@ from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
+from refdet.training.inputs import TrainingInputs
 from refdet.training.pretrained import begins_anew
 from refdet.training.run_folder import BEST, BUSY, LOCK, goes_on
 from refdet.training.saved_run import SavedRun
 from refdet.training.validation import ValidationData
 
 if TYPE_CHECKING:
+    from refdet.training.estimate import Estimate
     from refdet.training.trainer import Summary
 
 log = logging.getLogger(__name__)
@@ -78,21 +80,87 @@ def train(
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
+    given = _checked(
+        recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images
+    )
+
+    from refdet.training.trainer import train_on  # imports torch, which takes seconds
+
+    with report_disk_full(given.out, "what was saved is kept: free some space, then continue with `resume=True`"):
+        return train_on(given, device)
+
+
+def dry_run(
+    recipe: Recipe | str | Path,
+    instances: str | Path,
+    images: str | Path,
+    out: str | Path | None = None,
+    *,
+    changes: Sequence[str] = (),
+    weights: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    crowd_as_object: bool = False,
+    val_instances: str | Path | None = None,
+    val_images: str | Path | None = None,
+) -> Estimate:
+    """Check the arguments of `train`, which are the same, and measure three steps; writes nothing.
+
+    Args:
+        recipe: as of `train`.
+        instances: as of `train`.
+        images: as of `train`.
+        out: as of `train`; None if it is not known yet.
+        changes: as of `train`.
+        weights: as of `train`.
+        resume: as of `train`.
+        device: as of `train`.
+        crowd_as_object: as of `train`.
+        val_instances: as of `train`.
+        val_images: as of `train`.
+
+    Returns:
+        The recipe in full, the number of images and steps, and what time and memory the run will take.
+
+    Raises:
+        InputError: an argument is invalid.
+        RuntimeFailure: the loss is not finite, or the device has too little memory.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
+    """
+    folder = None if out is None else Path(out)
+    given = _checked(
+        recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images
+    )
+
+    from refdet.training.estimate import estimate  # imports torch, which takes seconds
+
+    return estimate(given, device)
+
+
+def _checked(
+    recipe: Recipe | str | Path,
+    instances: str | Path,
+    images: str | Path,
+    out: Path | None,
+    changes: Sequence[str],
+    weights: str | Path | None,
+    resume: bool,
+    crowd_as_object: bool,
+    val_instances: str | Path | None,
+    val_images: str | Path | None,
+) -> TrainingInputs:
+    """The inputs of a training, checked before torch is imported, with notes about them."""
     _refuse_many_processes()
-    instances, images, out = Path(instances), Path(images), Path(out)
+    instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     chosen = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
-    continues, remark = goes_on(out, resume)
-    if (out / LOCK).exists():
-        with alone(out, LOCK, BUSY):
-            pass  # no other process trains into it
-    before = SavedRun.newest(out) if continues else None
+    continues, remark, before = (False, "", None) if out is None else _found(out, resume)
     notes = [remark] if remark else []
     theirs = None if weights is None else load_meta(weights)
     if weights is not None and theirs is not None and theirs.provenance.is_unknown:
         log.warning("starts from %s, %s", weights.name, theirs.provenance.note)
     chosen = _with_norm(chosen, theirs, before, continues)
-    if before is not None:
+    if before is not None and out is not None:
         chosen, kept = before.with_older_defaults(chosen, out)
         notes += kept
         before.check_recipe(chosen, out)
@@ -109,13 +177,13 @@ def train(
         notes += [*validation.notes, validation.describe(chosen.train)]
     elif val_images is not None:
         raise InputError("`val_images`: give its annotations too, with `val_instances`")
-    elif (out / BEST).exists():
+    elif out is not None and (out / BEST).exists():
         notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
     categories = tuple(index.categories.items())
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
-    if before is not None:
+    if before is not None and out is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
     if weights is None and not continues and chosen.model.width == 64:  # for which there are ImageNet weights
@@ -133,12 +201,16 @@ def train(
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
+    return TrainingInputs(chosen, objects, source, provenance, out or Path(), weights, before, data_sha256, validation)
 
-    from refdet.training.trainer import TrainingInputs, train_on  # imports torch, which takes seconds
 
-    given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256, validation)
-    with report_disk_full(out, "what was saved is kept: free some space, then continue with `resume=True`"):
-        return train_on(given, device)
+def _found(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
+    """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
+    continues, remark = goes_on(out, resume)
+    if (out / LOCK).exists():
+        with alone(out, LOCK, BUSY):
+            pass  # no other process trains into it
+    return continues, remark, SavedRun.newest(out) if continues else None
 
 
 def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: SavedRun | None, continues: bool) -> Recipe:

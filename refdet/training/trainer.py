@@ -12,11 +12,8 @@ from pathlib import Path
 
 import torch
 
-from refdet.config.recipe import Recipe
 from refdet.data.image_orientation import OrientationNote
-from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
-from refdet.data.training_objects import TrainingObjects
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
@@ -28,20 +25,20 @@ from refdet.files.progress import progress_bar
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state, warn_of_plain_pytorch
-from refdet.structures.provenance import Provenance, file_sha256
+from refdet.structures.provenance import file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 from refdet.training.clock import TrainingClock
 from refdet.training.ema import WeightAverage
+from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, learning_rate, optimiser
 from refdet.training.pretrained import load_pretrained
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
-from refdet.training.saved_run import SavedRun
 from refdet.training.step import StartedStep, in_bfloat16, start_step
-from refdet.training.validation import ValidationData, is_due, validations_after
+from refdet.training.validation import is_due, validations_after
 from refdet.training.validator import Validator, summary
 
 log = logging.getLogger(__name__)
@@ -62,33 +59,6 @@ class Summary:
     seconds: float
     images_per_second: float
     loss: float | None
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """Checked inputs of a training, made by `refdet.training.train.train`.
-
-    Attributes:
-        recipe: the recipe, its norm frozen or batch.
-        objects: annotated objects and their instances file.
-        source: folder or zip of the images.
-        provenance: of the instances file.
-        out: the run directory.
-        weights: run directory of a detector to start from, or None.
-        before: the state in `out` to resume from, or None.
-        data_sha256: `TrainingObjects.sha256` of the objects.
-        validation: images to validate on, or None.
-    """
-
-    recipe: Recipe
-    objects: TrainingObjects
-    source: ImageSource
-    provenance: Provenance
-    out: Path
-    weights: Path | None
-    before: SavedRun | None
-    data_sha256: str
-    validation: ValidationData | None = None
 
 
 def train_on(given: TrainingInputs, device: str | None = None) -> Summary:
