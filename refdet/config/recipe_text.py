@@ -71,7 +71,9 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
     """
     lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
     lines.append(f"name: {_plain(recipe.name)}")
-    kinds = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    kinds: dict[str, Any] = {
+        name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)
+    }
     for part, kind in kinds.items():
         options = getattr(recipe, part)
         lines += ["", f"# {inspect.getdoc(kind)}", f"{part}:"]

@@ -71,13 +71,13 @@ def read_best(out: Path) -> Validated | None:
         ) from None
 
 
-def write_best(out: Path, weights: HasWeights, meta: CheckpointMetadata, found: Validated) -> None:
+def write_best(out: Path, weights: HasWeights, meta: CheckpointMetadata, found: Validated, validated_on: str) -> None:
     """Replace ``best/``; a process that is killed leaves the folder before or after, which `recover` finds."""
     new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{MARK}", out / _BEFORE, out / BEST
     try:
         checkpoint.save(new, weights, meta)
         write_json(new / VALIDATION, asdict(found))
-        write_card(new, meta, [{"step": found.step, **found.rates}])
+        write_card(new, meta, [{"step": found.step, **found.rates}], validated_on)
         if best.exists():
             os.replace(best, old)
         os.replace(new, best)

@@ -18,13 +18,16 @@ _RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
-def write_card(out: Path, meta: CheckpointMetadata, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+def write_card(
+    out: Path, meta: CheckpointMetadata, rows: Sequence[Mapping[str, Any]] = (), validated_on: str = ""
+) -> None:
     """Write the card, unless the user has edited it.
 
     Args:
         out: the run directory.
         meta: metadata of its weights.
         rows: the rows of its metrics.jsonl, without damaged ones.
+        validated_on: the validation data, such as "5000 images of minival.json".
     """
     path = out / CARD
     try:
@@ -33,7 +36,7 @@ def write_card(out: Path, meta: CheckpointMetadata, rows: Sequence[Mapping[str, 
     except OSError:
         return
     with atomic_write(path) as temporary:
-        temporary.write_text(_text(meta, rows), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(_text(meta, rows, validated_on), encoding="utf-8", errors="backslashreplace")
 
 
 def _is_ours(path: Path) -> bool:
@@ -44,7 +47,7 @@ def _is_ours(path: Path) -> bool:
         return file.read(len(_FIRST)) == _FIRST.encode()
 
 
-def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]]) -> str:
+def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     provenance, recipe = meta.provenance, meta.recipe
     model = (
         f"ResNet-{recipe.model.depth}, {recipe.model.neck.upper()}, {'with' if recipe.model.masks else 'without'} masks"
@@ -66,7 +69,7 @@ def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]]) -> str:
 | | |
 |---|---|
 {table}
-{_accuracy(log)}{_curve(log)}
+{_accuracy(log, validated_on)}{_curve(log)}
 ## How to use it
 
 Detect objects, measure AP, train on from these weights:
@@ -85,25 +88,26 @@ Extract features of REFER images:
 
 def _weights(meta: CheckpointMetadata) -> str:
     """Which weights model.safetensors holds."""
-    if meta.recipe.train.ema:
-        average = f"an exponential average over the steps (train.ema={meta.recipe.train.ema:g})"
-        return f"{average}; those of the last step are in state/"
-    return "those of the last step"
+    decay = meta.recipe.train.ema
+    return f"an exponential average over the steps (train.ema={decay:g})" if decay else f"those after step {meta.step}"
 
 
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     """A table of the last and of the best validation; "" without any."""
     found = [row for row in rows if is_validation(row)]
     if not found:
         return ""
-    best = max(found, key=lambda row: row.get(f"{VALIDATED}bbox_AP", 0.0))
-    lines = ["", "## Accuracy on the validation images", "", f"| | {' | '.join(_RATES)} |", "|---" * 7 + "|"]
-    for name, row in (("last", found[-1]), ("best", best)):
+    last, best = found[-1], max(found, key=lambda row: row.get(f"{VALIDATED}bbox_AP", 0.0))
+    heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
+    lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
+    for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
         for kind, of in (("bbox", "boxes"), ("segm", "masks")):
             rates = [row.get(f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
             if any(rate is not None for rate in rates):
                 cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
-                lines.append(f"| {of}, {name} (step {row['step']}) | {' | '.join(cells)} |")
+                lines.append(f"| {of}, {name}step {row['step']} | {' | '.join(cells)} |")
+    if best is not last:
+        lines += ["", "The weights of the best are in `best/`."]
     return "\n".join(lines) + "\n"
 
 

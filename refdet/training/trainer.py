@@ -198,6 +198,7 @@ class _Training:
                 if due:
                     with clock.pause(bar):
                         rates = self._validate(step, metrics, stop)
+                    bar.set_postfix_str(rates, refresh=False)
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
@@ -224,7 +225,7 @@ class _Training:
         except (InputError, RuntimeFailure) as error:
             raise type(error)(f"{error} (stopped in the validation {self._keep(step)})") from error
         metrics.write_validation(step, row)
-        write_card(self.out, self.meta, read_rows(self.out))
+        self._write_card()
         return summary(row)
 
     def _keep(self, step: int, first: str = "") -> str:
@@ -245,7 +246,11 @@ class _Training:
         self._read()  # weights are saved only once the losses of all their steps were read
         self.meta = dataclasses.replace(self.meta, step=step)
         state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256, self.average)
-        write_card(self.out, self.meta, read_rows(self.out))
+        self._write_card()
+
+    def _write_card(self) -> None:
+        on = self.validator.validated_on if self.validator else ""
+        write_card(self.out, self.meta, read_rows(self.out), on)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from refdet.detector import loading
 from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
 from refdet.evaluation.detection import detection_ap
+from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
 from refdet.training.best import Validated, read_best, write_best
 from refdet.training.metrics_rows import VALIDATED, is_validation, read_rows
@@ -42,6 +43,12 @@ class Validator:
                 self._best.instances,
             )
             self._best = None
+
+    @property
+    def validated_on(self) -> str:
+        """The validation data, for the model card."""
+        index = self._given.data.index
+        return f"{counted(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
         """Whether a run that resumes was stopped before its last step was validated."""
@@ -89,7 +96,7 @@ class Validator:
         if better:
             images, sha256 = len(index.images), self._given.sha256
             self._best = Validated(CHOSEN_BY, value, meta.step, index.path.name, images, sha256, rates)
-            write_best(self._out, weights, meta, self._best)
+            write_best(self._out, weights, meta, self._best, self.validated_on)
         assert self._best is not None
         best = "the best so far" if better else f"the best is {self._best.value:.3f} of step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, summary(rates), best)

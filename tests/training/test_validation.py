@@ -113,7 +113,8 @@ def test_it_measures_what_evaluate_does_and_keeps_the_best(learnt: Path, whole: 
     board.Reload()
     assert [event.step for event in board.Scalars("val/segm_AP")] == [2, 4, 6]
     card = (out / "README.md").read_text()
-    assert "## Accuracy on the validation images" in card and "boxes, last (step 6)" in card and "box AP" in card
+    assert "## AP on 3 images of instances.json" in card and "step 6 | 0." in card and "box AP" in card
+    assert kept.step == 6 or f"| boxes, best, step {kept.step} | {kept.value:.3f} |" in card
     assert ("an exponential average over the steps (train.ema=0.5)" in card) == bool(ema)
 
 
