@@ -170,12 +170,13 @@ def test_what_is_drawn_depends_on_the_seed_the_step_and_the_image(noisy: Path) -
         assert first[id_] == size
 
 
-def test_boxes_masks_and_crowds_of_a_batch_are_inside_the_crop(noisy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_boxes_masks_and_crowds_of_a_batch_are_inside_the_crop(tmp_path: Path, legacy: bool) -> None:
     root = tmp_path / "crowds"
     squares(root, lambda tree: tree["annotations"][1].update(iscrowd=1))
     seen, objects = 0, 0
     for step in range(12):
-        found = batch(root, step=step)
+        found = batch(root, f"model.legacy_plus_one={str(legacy).lower()}", step=step)
         for target, (height, width) in zip(found.targets, found.input_sizes, strict=True):
             assert target.masks is not None and len(target.masks) == len(target.boxes) == len(target.labels)
             for boxes in (target.boxes, target.crowds):
