@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for line in lines if (row := row_of(line)) is not None]
 
 
+def number_of(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a row; None if there is none, or it is not finite."""
+    value = row.get(name)
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
 def is_validation(row: Mapping[str, Any]) -> bool:
     """Whether a row has the rates of a validation."""
-    return any(name.startswith(VALIDATED) for name in row)
+    return number_of(row, f"{VALIDATED}bbox_AP") is not None

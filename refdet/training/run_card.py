@@ -10,10 +10,11 @@ from typing import Any
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
-from refdet.training.metrics_rows import VALIDATED, is_validation
+from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
 
 CARD = "README.md"
 _LINES = 12  # of the learning curve, at most
+_BOX_AP = f"{VALIDATED}bbox_AP"
 _RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
@@ -97,12 +98,12 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     found = [row for row in rows if is_validation(row)]
     if not found:
         return ""
-    last, best = found[-1], max(found, key=lambda row: row.get(f"{VALIDATED}bbox_AP", 0.0))
+    last, best = found[-1], max(found, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
     for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
         for kind, of in (("bbox", "boxes"), ("segm", "masks")):
-            rates = [row.get(f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
+            rates = [number_of(row, f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
             if any(rate is not None for rate in rates):
                 cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
                 lines.append(f"| {of}, {name}step {row['step']} | {' | '.join(cells)} |")
@@ -113,24 +114,19 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
     """The loss as bars of text, with the box AP of the validations up to each line; "" without any."""
-    losses = [row for row in rows if isinstance(row.get("loss"), float)]
+    losses = [(row["step"], loss) for row in rows if (loss := number_of(row, "loss")) is not None]
+    rates = [(row["step"], number_of(row, _BOX_AP)) for row in rows if is_validation(row)]
     if len(losses) < 2:
         return ""
-    places = sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)})
-    most, lines, first = max(row["loss"] for row in losses), [], 0
-    for place in places:
-        row = losses[place]
-        bar = "#" * max(round(40 * row["loss"] / most), 1) if most > 0 else ""
-        rates = [r[f"{VALIDATED}bbox_AP"] for r in rows if first < r["step"] <= row["step"] and is_validation(r)]
-        first = row["step"]
-        lines.append(
-            f"    {row['step']:>9}  {row['loss']:8.3f}  {bar:<40}  {f'{rates[-1]:.3f}' if rates else ''}".rstrip()
-        )
-    heading = (
-        f"    {'step':>9}  {'loss':>8}  {'':<40}  box AP"
-        if any(map(is_validation, rows))
-        else f"    {'step':>9}  {'loss':>8}"
-    )
+    most = max(max(loss for _, loss in losses), 1e-9)
+    heading, lines, before = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
+    for place in sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)}):
+        step, loss = losses[place]
+        found = [f"{rate:.3f}" for at, rate in rates if before < at <= step]
+        bar = "#" * min(max(round(40 * loss / most), 1), 40)
+        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<40}  {''.join(found[-1:])}".rstrip())
+        before = step
+    heading = f"{heading}  box AP" if rates else heading.rstrip()
     return "\n".join(["", "## Learning curve", "", heading, *lines]) + "\n"
 
 

@@ -81,6 +81,7 @@ class Validator:
             if stop.requested:
                 raise StopRequested
 
+        look()
         detector = loading.from_tensors(meta, weights.state_dict(), self._out, device, for_inference=True)
         found = detection_ap(
             detector, self._given.data, workers=self._workers, desc="validate", leave=False, between=look
