@@ -104,24 +104,27 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init("local", num_cpus=workers, object_store_memory=2**27, **quiet)
     try:
-        with folder_on_ram() as folder, connected("local", "cpu") as cluster:
-            with pool_of(cluster, Sleeping(seconds)) as pool:
-                pool.start()
-                while sum(worker.started is not None for worker in pool.workers) < workers:
-                    for worker, _, answer in pool.answers():
-                        pool.note_start(worker, answer)
-                started, before = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
-                done = extract(
-                    folder / "a.h5",
-                    PLAN,
-                    HEADER,
-                    batches_of(records),
-                    records,
-                    load,
-                    Sleeping(seconds).compute,
-                    elsewhere=RayEngine(pool),
-                )
-                after = resource.getrusage(resource.RUSAGE_SELF)
+        with (
+            folder_on_ram() as folder,
+            connected("local", "cpu") as cluster,
+            pool_of(cluster, Sleeping(seconds)) as pool,
+        ):
+            pool.start()
+            while sum(worker.started is not None for worker in pool.workers) < workers:
+                for worker, _, answer in pool.answers():
+                    pool.note_start(worker, answer)
+            started, before = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
+            done = extract(
+                folder / "a.h5",
+                PLAN,
+                HEADER,
+                batches_of(records),
+                records,
+                load,
+                Sleeping(seconds).compute,
+                elsewhere=RayEngine(pool),
+            )
+            after = resource.getrusage(resource.RUSAGE_SELF)
     finally:
         ray.shutdown()
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -34,6 +34,7 @@ COMMANDS = (
     "build-split",
     "audit",
     "import-weights",
+    "recipes",
     "train",
     "evaluate",
     "extract-features",

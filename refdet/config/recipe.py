@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from refdet.config.newer_keys import NEWER_DEFAULTS, ONLY_WHERE_SET
 from refdet.config.recipe_limits import LONGEST_NAME, check_limits
 from refdet.config.recipe_values import build, one_of, unknown
 from refdet.config.renamed_keys import current, current_name, deprecation
@@ -38,19 +39,18 @@ class ModelOptions:
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
-    pooling: str = (
-        "align"  # RoIAlign, align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
-    )
+    # align (RoIAlign), align_legacy (not aligned); in a C4 network also crop_and_resize, crop_max, crop_align
+    pooling: str = "align"
     pooler_resolution: int = 7  # cells on a side of a RoI of a C4 network; 14 if conv5 has stride 2
     sampling_ratio: int = 2  # samples on a side of a cell of RoIAlign; 0 for adaptive sampling
-    fpn_channels: int = 256
+    fpn_channels: int = 256  # of each level of the pyramid
     fpn_hidden: int = 1024  # width of the linear layers on the RoIs and of fc7, without c4 or of a VGG
     box_convs: int = 0  # 3x3 convolutions before these linear layers
     box_fcs: int = 2  # number of these linear layers, 1 or 2
     rpn_convs: int = 1  # hidden 3x3 convolutions of the RPN
-    rpn_channels: int = 512
-    mask_channels: int = 256
-    mask_pasting: str = "clamped"  # or padded (detectron2's), torchvision (refdet.detector.mask_pasting)
+    rpn_channels: int = 512  # of its hidden convolutions
+    mask_channels: int = 256  # of the convolutions of the mask branch
+    mask_pasting: str = "clamped"  # clamped, padded (detectron2's) or torchvision (refdet.detector.mask_pasting)
     legacy_tie_order: bool = False  # order of equal scores as in the reference (refdet.detector.postprocess)
     # sides of square anchors in pixels of the network input; with a pyramid one per level
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
@@ -66,13 +66,17 @@ class InputOptions:
 
     min_sizes: tuple[int, ...] = (600,)  # one is sampled per training step; the last is used at test time
     max_size: int = 1000  # limit of the longer side
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    # side of a square for large-scale jitter: training images are resized to fit into it, times a scale drawn for each,
+    # and cropped or padded to it; 0 for none. Without it min_sizes and max_size are those of training too
+    crop_size: int = 0
+    scale_range: tuple[float, float] = (0.1, 2.0)  # of the scales that are drawn with crop_size
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # of each channel, 0..255
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # of each channel
     order: str = "rgb"  # order of the channels, mean and std: rgb or bgr
     # antialias; opencv: plain bilinear, sampled at the exact scale; pillow: to whole gray levels, as in detectron2;
     # torchvision: plain bilinear, sizes rounded down
     resize: str = "antialias"
-    exif: str = "ignore"  # or apply: rotate training images by their EXIF orientation
+    exif: str = "ignore"  # ignore, or apply: rotate training images by their EXIF orientation
     # sides of the inputs are padded to multiples of this; 32 in YAML without this key, 0 (as 1) in older runs
     size_divisibility: int = 0
 
@@ -81,15 +85,15 @@ class InputOptions:
 class ProposalOptions:
     """Region proposal network: labelling of anchors and selection of proposals."""
 
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
+    positive_iou: float = 0.7  # least IoU of an anchor and an object for the anchor to be positive
+    negative_iou: float = 0.3  # anchors below it are negative; those between are ignored
     batch_size_per_image: int = 256  # anchors per image in the loss
-    positive_fraction: float = 0.5
-    nms_threshold: float = 0.7
+    positive_fraction: float = 0.5  # largest part of them that is positive
+    nms_threshold: float = 0.7  # IoU above which the lower-scoring proposal is removed
     pre_nms_top_n_train: int = 2000  # highest-scoring proposals (per level) before NMS
     post_nms_top_n_train: int = 1000  # per image, after NMS
-    pre_nms_top_n_test: int = 1000
-    post_nms_top_n_test: int = 300
+    pre_nms_top_n_test: int = 1000  # as in training
+    post_nms_top_n_test: int = 300  # as in training
     inside_only: bool = False  # ignore anchors that cross the image border
     smooth_l1_beta: float = 1 / 9  # of the box loss: quadratic below, linear above; 0 for L1
 
@@ -98,9 +102,9 @@ class ProposalOptions:
 class HeadOptions:
     """Second stage: sampling of RoIs in training."""
 
-    positive_iou: float = 0.5
+    positive_iou: float = 0.5  # least IoU of a RoI and an object for the RoI to be positive
     batch_size_per_image: int = 256  # RoIs per image in the loss
-    positive_fraction: float = 0.25
+    positive_fraction: float = 0.25  # largest part of them that is positive
     append_gt_boxes: bool = True  # also sample annotated boxes; otherwise only if no proposal is positive
     sample_with_replacement: bool = False  # repeat RoIs if there are too few
     smooth_l1_beta: float = 1.0  # of the box loss: quadratic below, linear above; 0 for L1
@@ -110,22 +114,26 @@ class HeadOptions:
 class TrainOptions:
     """Optimisation."""
 
-    steps: int = 90000
+    steps: int = 90000  # of the whole run
     batch_size: int = 8  # images per step, of all processes together
     accumulate: int = 1  # passes per step, each of a part of a process's images, which need less memory
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0001
+    lr: float = 0.01  # highest learning rate; belongs to batch_size
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 0.0001  # of convolutions and linear layers, not of norms and biases
     warmup_steps: int = 500  # at most a fifth of the run
+    schedule: str = "step"  # of the rate after the warm-up: step (lr_milestones), or cosine to 0 at the end
     lr_milestones: tuple[float, ...] = (0.67, 0.89)  # fractions of the run at which the rate is divided by 10
     max_grad_norm: float = 10.0  # of all gradients together; 0 for no clipping
-    flip: bool = True
+    flip: bool = True  # mirror half of the images
     bf16: bool = False  # autocast: convolutions and matrix products in bfloat16
     tf32: bool = True  # float32 convolutions and products of a GPU in TF32; false for IEEE float32, as on a CPU
-    workers: int = 2
-    seed: int = 0
-    checkpoint_interval: int = 1000  # steps
-    log_every: int = 20
+    workers: int = 2  # processes that read images; 0 for none but this
+    seed: int = 0  # of all that is drawn: new layers, batches, flips, sizes and samples
+    checkpoint_interval: int = 1000  # steps between saved states
+    keep: int = 1  # states that stay, the newest ones; 0 for all
+    eval_every: int = 0  # steps between validations, where there are validation images; 0 for one at the end
+    ema: float = 0.0  # decay of an average of the weights, which is validated and used; 0 for none
+    log_every: int = 20  # steps between rows of metrics.jsonl
     pretrained_lr_mult: float = 1.0  # with --weights: factor on the rate of the layers in them
     bias_lr_mult: float = 1.0  # factor on the rate of biases, 2 in Caffe's detectors
     reset_predictors: bool = False  # with --weights of other classes: reinitialise the predictors
@@ -156,6 +164,7 @@ class Recipe:
         one_of("model.pooler_resolution", model.pooler_resolution, (7, 14))
         one_of("model.box_fcs", model.box_fcs, (1, 2))
         one_of("model.mask_pasting", model.mask_pasting, ("clamped", "padded", "torchvision"))
+        one_of("train.schedule", self.train.schedule, ("step", "cosine"))
         one_of("input.order", self.input.order, ("rgb", "bgr"))
         one_of("input.exif", self.input.exif, ("ignore", "apply"))
         one_of("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
@@ -178,6 +187,8 @@ class Recipe:
             raise InputError(
                 f"train.accumulate: must divide train.batch_size={self.train.batch_size}, not {self.train.accumulate}"
             )
+        if self.input.scale_range[0] > self.input.scale_range[1]:
+            raise InputError("input.scale_range: must be a smaller and a larger scale, such as [0.1, 2.0]")
         if self.proposals.negative_iou > self.proposals.positive_iou:
             raise InputError("proposals.negative_iou: must not exceed proposals.positive_iou")
 
@@ -223,33 +234,10 @@ class Recipe:
             k: {n: list(v) if isinstance(v, tuple) else v for n, v in part.items()} if isinstance(part, dict) else part
             for k, part in dataclasses.asdict(self).items()
         }
-        for part, key, default in _ONLY_WHERE_SET:
+        for part, key, default in ONLY_WHERE_SET:
             if tree[part][key] == default:
                 del tree[part][key]
         return tree
-
-
-_ONLY_WHERE_SET = (
-    ("train", "accumulate", 1),
-    ("train", "bias_lr_mult", 1.0),
-    ("train", "empty_images", False),
-    ("train", "tf32", True),
-    ("input", "exif", "ignore"),
-    ("input", "size_divisibility", 0),
-    ("model", "backbone", "resnet"),
-    ("model", "pooler_resolution", 7),
-    ("model", "sampling_ratio", 2),
-    ("model", "mask_pasting", "clamped"),
-    ("model", "box_convs", 0),
-    ("model", "box_fcs", 2),
-    ("model", "rpn_convs", 1),
-    ("model", "torchvision_anchors", False),
-    ("model", "anchor_offset", 0.5),
-    ("proposals", "smooth_l1_beta", 1 / 9),
-    ("head", "smooth_l1_beta", 1.0),
-)
-# of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
-_NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
@@ -310,7 +298,7 @@ def load(name_or_path: str) -> Recipe:
     try:
         tree, renamed = current(tree)
         _deprecate(renamed)
-        whole = _over(load(base).to_dict(), tree) if base else _over(_NEWER_DEFAULTS, tree)
+        whole = _over(load(base).to_dict(), tree) if base else _over(NEWER_DEFAULTS, tree)
         return from_dict({**whole, "name": tree.get("name", default_name)})
     except InputError as error:
         raise InputError(f"{name_or_path}: {error}") from error

@@ -14,6 +14,7 @@ from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
+from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
 from refdet.data.segmentations import to_rle
 from refdet.data.training_objects import TrainingObjects
 from refdet.data.transforms import input_size, network_input, padded_inputs, resize_pillow
@@ -138,21 +139,21 @@ class TrainingBatches(Dataset):
             self._plan = (epoch, self._epoch(epoch))
         rows = self._plan[1][position]
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
-        short_side = int(random.choice(options.min_sizes))
+        view = (step, int(random.choice(options.min_sizes)))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
-        all_sizes = [self._size(self.records[r], short_side) for r in rows]
+        all_sizes = [self._size(self.records[r], view) for r in rows]
         number, processes = self.share
         own = slice(number * len(rows) // processes, (number + 1) * len(rows) // processes)
         mine = [self.records[r] for r in rows[own]]
         try:
-            examples = [self._example(r, short_side, bool(f)) for r, f in zip(mine, flips[own], strict=True)]
+            examples = [self._example(r, view, bool(f)) for r, f in zip(mine, flips[own], strict=True)]
         except RefdetError as error:
             return error
         return Batch(
             PackedImages.of([image for image, _ in examples]),
             all_sizes[own],
             flips[own].tolist(),
-            padded_shape(all_sizes, options.size_divisibility),
+            padded_shape(all_sizes, options.size_divisibility, options.crop_size),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
             self.source.oriented_among(mine),
@@ -175,38 +176,53 @@ class TrainingBatches(Dataset):
         batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _size(self, record: ImageRecord, short_side: int) -> InputSize:
+    def _size(self, record: ImageRecord, view: tuple[int, int]) -> InputSize:
+        """The input size in a step with a short side; where inputs are cropped, drawn for the step and the image."""
+        step, short_side = view
+        if self.recipe.input.crop_size:
+            random = np.random.default_rng((self.recipe.train.seed, 2, step, record.id % 2**64))
+            return jittered_size(record.height, record.width, self.recipe.input, random)
         return input_size(record.height, record.width, self.recipe.input, short_side)
 
-    def _example(self, record: ImageRecord, short_side: int, flip: bool) -> tuple[np.ndarray, GroundTruth]:
+    def _example(self, record: ImageRecord, view: tuple[int, int], flip: bool) -> tuple[np.ndarray, GroundTruth]:
         convention = BoxConvention(self.recipe.model.legacy_plus_one)
-        size = self._size(record, short_side)
+        size = self._size(record, view)
         pixels = self.source.read(record)
         objects = self.objects.objects(record.id)
         boxes, crowds = (
             convention.clip(_stack([a.box for a in kind]), record.height, record.width)
             for kind in (objects, self.objects.crowds(record.id))
         )
-        if flip:
-            boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
-        if self.recipe.input.resize == "pillow":
-            pixels = resize_pillow(pixels, size)
-        elif input_is_smaller(size):
-            pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
-        boxes, crowds = (convention.scale(b, size.scale) for b in (boxes, crowds))
         masks = None
         if self.recipe.model.masks:
             masks = [
                 None if a.segmentation is None else to_rle(a.segmentation, record.height, record.width) for a in objects
             ]
+        if size.resized is not None:
+            window = seen_part(size, flip)
+            kept, boxes = crop_boxes(boxes, masks or [None] * len(boxes), window)
+            objects, masks = [objects[i] for i in kept], masks and [masks[i] for i in kept]
+            crowds = crop_boxes(crowds, [None] * len(crowds), window)[1]
+        if flip:
+            boxes, crowds = _mirror(boxes, record.width), _mirror(crowds, record.width)
+        if self.recipe.input.resize == "pillow":
+            mirrored = flip and size.resized is not None  # a part of the mirror image, which is flipped again later
+            pixels = resize_pillow(pixels[:, ::-1], size)[:, ::-1] if mirrored else resize_pillow(pixels, size)
+        elif input_is_smaller(size):
+            pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
+        corner = torch.tensor(size.origin * 2, dtype=torch.float32)
+        boxes, crowds = (convention.scale(b, size.scale) - corner for b in (boxes, crowds))
+        if size.resized is not None:  # which rounding may have left
+            boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
-        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, float(record.width) if flip else None)
+        flipped_width = float(record.width) if flip else None
+        return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.origin)
 
 
-def padded_shape(sizes: Sequence[InputSize], divisor: int) -> tuple[int, int]:
-    """The common height and width of a batch, multiples of a divisor; 0 is as 1."""
+def padded_shape(sizes: Sequence[InputSize], divisor: int, least: int = 0) -> tuple[int, int]:
+    """The common height and width of a batch, at least ``least`` and multiples of a divisor; 0 is as 1."""
     divisor = max(divisor, 1)
-    height, width = max(size.height for size in sizes), max(size.width for size in sizes)
+    height, width = max(least, *(size.height for size in sizes)), max(least, *(size.width for size in sizes))
     return height + -height % divisor, width + -width % divisor
 
 
@@ -217,6 +233,13 @@ def bytes_of(size: InputSize, options: InputOptions) -> int:
     if input_is_smaller(size):
         return 4 * 3 * size.height * size.width
     return 3 * size.image_height * size.image_width
+
+
+def most_bytes_of(height: int, width: int, options: InputOptions) -> int:
+    """`bytes_of` an image of height and width in pixels, in the step in which it takes the most."""
+    if options.crop_size:
+        return 3 * (options.crop_size**2 if options.resize == "pillow" else height * width)
+    return bytes_of(input_size(height, width, options, max(options.min_sizes)), options)
 
 
 def input_is_smaller(size: InputSize) -> bool:

@@ -194,15 +194,19 @@ _SIZES = {"pillow": _rounded_size, "torchvision": _floored_size}
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
     """Bilinear resize (H, W, 3) uint8 with antialiasing, to whole gray levels."""
-    return np.array(Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BILINEAR))
+    height, width = size.whole
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.array(resized)[size.part])
 
 
 def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
-    """Bilinear resize (B, 3, H, W)."""
-    shape, antialias = (size.height, size.width), options.resize == "antialias"
-    if image.shape[2:] == shape:
+    """Bilinear resize (B, 3, H, W), and crop; what `resize_pillow` made stays as it is."""
+    antialias = options.resize == "antialias"
+    if options.resize == "pillow" and image.shape[2:] == (size.height, size.width):
         return image
-    return F.interpolate(image, size=shape, mode="bilinear", align_corners=False, antialias=antialias)
+    if image.shape[2:] != size.whole:
+        image = F.interpolate(image, size=size.whole, mode="bilinear", align_corners=False, antialias=antialias)
+    return image[(..., *size.part)]
 
 
 def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
@@ -210,8 +214,9 @@ def _resize_opencv(image: Tensor, size: InputSize) -> Tensor:
 
     Equivalent to ``cv2.resize(image, None, fx=scale, fy=scale)``.
     """
-    rows, below, y = _taps(size.height, image.shape[2], size.scale_y, image.device)
-    columns, right, x = _taps(size.width, image.shape[3], size.scale_x, image.device)
+    height, width = size.whole
+    rows, below, y = (taps[size.part[0]] for taps in _taps(height, image.shape[2], size.scale_y, image.device))
+    columns, right, x = (taps[size.part[1]] for taps in _taps(width, image.shape[3], size.scale_x, image.device))
     wide = image[..., columns] * (1 - x) + image[..., right] * x
     return wide[:, :, rows] * (1 - y)[:, None] + wide[:, :, below] * y[:, None]
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,7 +26,7 @@ from refdet.structures.known_weights import LEAKS
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
 LARGEST_META = 2**23  # bytes of a model.json
@@ -165,7 +165,15 @@ def load_meta(path: str | Path) -> CheckpointMetadata:
         raise InputError(f"{file}: not a checkpoint's model.json ({error}); give another run directory") from None
 
 
-def save(folder: Path, model: nn.Module, meta: CheckpointMetadata) -> None:
+class HasWeights(Protocol):
+    """A network, or other weights of one."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Name -> tensor."""
+        ...
+
+
+def save(folder: Path, model: HasWeights, meta: CheckpointMetadata) -> None:
     """Write ``model.safetensors`` and ``model.json``."""
     write_tensors(folder / MODEL, model.state_dict(), {"step": str(meta.step)})
     write_json(folder / META, meta.to_json())

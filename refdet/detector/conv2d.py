@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from refdet.ops.training_convolution import conv2d
@@ -14,5 +12,5 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, K, H', W')."""
-        shape: list[Any] = [self.stride, self.padding, self.dilation]
-        return conv2d(x, self.weight, self.bias, *shape, self.groups)
+        assert not isinstance(self.padding, str)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -61,7 +61,18 @@ def load(
         RuntimeFailure: the device has too little memory.
     """
     folder, meta = run_directory(path), load_meta(path)
-    tensors = read_tensors(folder / MODEL)[0]
+    return from_tensors(meta, read_tensors(folder / MODEL)[0], folder, device, for_inference, precision)
+
+
+def from_tensors(
+    meta: CheckpointMetadata,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    device: str | torch.device = "cpu",
+    for_inference: bool = False,
+    precision: str = "float32",
+) -> TrainedDetector:
+    """The detector that `load` would load had the tensors been saved in ``folder``; it gets copies of them."""
     model = without_memory(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
     bf16 = precision == "bfloat16"

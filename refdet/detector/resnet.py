@@ -72,6 +72,7 @@ def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
     weight, bias = norm.fold(convolution.weight)
+    assert not isinstance(convolution.padding, str)
     return conv2d(x, weight, bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 

@@ -94,7 +94,8 @@ def compute_mask_targets(
     """
     if truth.masks is None:
         raise ValueError("truth: has no masks; make the targets with masks")
-    boxes = (convention or BoxConvention()).unscale(rois, truth.scale)
+    resized = rois + rois.new_tensor(truth.origin * 2)
+    boxes = (convention or BoxConvention()).unscale(resized, truth.scale)
     if truth.flipped_width is not None:
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1

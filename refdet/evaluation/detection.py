@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ from refdet.data.image_source import ImageSource
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
+from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.evaluation.regions_on_ray import regions_on_ray
 from refdet.extraction.pipeline import begin_batch, load_ahead
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
-from refdet.structures.coco_categories import used
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
 
@@ -72,47 +72,62 @@ def evaluate(
     meta = load_meta(run)
     for line in meta.warnings():
         log.warning("%s", line)
-    index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
-    records, source = list(index.images.values()), ImageSource.open(images, exif)
-    if not records:
-        raise InputError(f"{instances}: has no images to evaluate on")
-    source.check(records, instances)
-    detector_categories, dataset_categories = used(dict(meta.categories)), index.categories
-    if detector_categories != dataset_categories:
-        differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
-        raise InputError(
-            f"`run` {run} has {len(detector_categories)} classes, {instances} has {len(dataset_categories)}, and they "
-            f"differ ({', '.join(f'{i} {name}' for i, name in differing[:3])} ...); evaluate on the dataset it was "
-            "trained for"
-        )
-    _warn_about_annotations(index, meta.recipe.model.masks)
+    data = EvaluationData.open(instances, images, exif, crowd_as_object)
+    data.check_categories(meta.categories, f"`run` {run}")
+    warn_about_annotations(data.index, meta.recipe.model.masks)
+    if ray is None:
+        return detection_ap(_loaded(run, device, precision), data, batch_size, workers)
+    regions = regions_on_ray(
+        run,
+        data.index,
+        images,
+        ray,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        workers=workers,
+        exif=exif,
+        crowd_as_object=crowd_as_object,
+    )
+    return _ap(data.index, coco_results(regions), meta.recipe.model.masks)
 
+
+def detection_ap(
+    detector: TrainedDetector,
+    data: EvaluationData,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    *,
+    desc: str = "evaluate",
+    leave: bool = True,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float | None] | None]:
+    """`evaluate` of a loaded detector on checked data; returns the same.
+
+    Args:
+        detector: loaded with ``for_inference=True``; computes in its precision.
+        data: the images and their annotations.
+        batch_size: images per batch, as of `evaluate`.
+        workers: threads that read images ahead, as of `evaluate`.
+        desc: label of the progress bar.
+        leave: whether the finished bar stays on the terminal.
+        between: called after each image; may raise to end early.
+    """
     results: list[dict[str, Any]] = []
-    if ray is not None:
-        detected = regions_on_ray(
-            run,
-            index,
-            images,
-            ray,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            workers=workers,
-            exif=exif,
-            crowd_as_object=crowd_as_object,
-        )
-        for regions in detected:
+    with (
+        OrientationNote(data.source),
+        progress_bar(len(data.records), desc, "image", leave=leave) as bar,
+    ):
+        for regions in detected_regions(detector, data.source, data.records, batch_size, workers):
             results += coco_results([regions])
-    else:
-        detector = _loaded(run, device, precision)
-        with (
-            OrientationNote(source),
-            progress_bar(len(records), "evaluate", "image") as bar,
-        ):
-            for regions in detected_regions(detector, source, records, batch_size, workers):
-                results += coco_results([regions])
-                bar.update()
-    iou_types = ("bbox", "segm") if meta.recipe.model.masks else ("bbox",)
+            bar.update()
+            between()
+    return _ap(data.index, results, detector.meta.recipe.model.masks)
+
+
+def _ap(index: CocoIndex, results: list[dict[str, Any]], masks: bool) -> dict[str, dict[str, float | None] | None]:
+    """AP of results, None for masks without a mask branch."""
+    iou_types = ("bbox", "segm") if masks else ("bbox",)
     metrics = {iou_type: coco_ap(index, index.images, results, iou_type) for iou_type in iou_types}
     return {
         iou_type: {name: value if value >= 0 else None for name, value in metrics[iou_type].items()}
@@ -195,7 +210,7 @@ def detected_regions(
             yield from pending.popleft()()
 
 
-def _warn_about_annotations(index: CocoIndex, masks: bool) -> None:
+def warn_about_annotations(index: CocoIndex, masks: bool) -> None:
     """Warn if AP is undefined, or if boxes replace missing masks."""
     reason = why_undefined(index, index.images)
     if reason:

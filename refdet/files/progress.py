@@ -30,7 +30,13 @@ class _LineStream:
 
 
 def progress_bar(
-    total: int | None, desc: str, unit: str, initial: int = 0, disable: bool = False, scale: bool = False
+    total: int | None,
+    desc: str,
+    unit: str,
+    initial: int = 0,
+    disable: bool = False,
+    scale: bool = False,
+    leave: bool = True,
 ) -> tqdm[Any]:
     """Create a tqdm bar on stderr, or one line every `LINE_INTERVAL` at most if stderr is not a terminal.
 
@@ -43,13 +49,21 @@ def progress_bar(
         initial: units that are already finished.
         disable: whether to show nothing.
         scale: whether to print large numbers with a prefix, such as 1.3G.
+        leave: whether the finished bar stays on the terminal.
 
     Returns:
         The bar.
     """
-    bar = _bar(None, total, desc, unit, initial, True, disable)
+    bar = _bar(None, total, desc, unit, initial, leave, disable)
     bar.unit_scale = scale
     return bar
+
+
+def forget_pause(bar: tqdm[Any], seconds: float) -> None:
+    """Take the last ``seconds``, in which a bar stood still for another reason, out of its rate and elapsed time."""
+    if not bar.disable:
+        bar.start_t += seconds
+        bar.last_print_t += seconds
 
 
 def progress(iterable: Iterable[Any], desc: str, unit: str, total: int | None = None, leave: bool = True) -> tqdm[Any]:

@@ -57,7 +57,7 @@ def conv2d(
     """
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
     if plain and torch.is_grad_enabled() and _is_quicker(x, weight):
-        return _Convolution.apply(x, weight, bias)  # type: ignore[no-any-return]
+        return _Convolution.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 

@@ -76,9 +76,11 @@ class ContiguousWriter:
             self._pending.append(data)
             self._borrowed = True
         else:
-            if not self._pending or not isinstance(self._pending[-1], bytearray):
-                self._pending.append(bytearray())
-            self._pending[-1] += data
+            last = self._pending[-1] if self._pending else None
+            if isinstance(last, bytearray):
+                last += data
+            else:
+                self._pending.append(bytearray(data))
 
     def settle(self) -> None:
         """Make rows that were appended independent of the memory they came from."""

@@ -11,7 +11,7 @@ except ImportError:  # no wheel for this platform
 try:
     from isal.isal_zlib import crc32_combine
 except ImportError:  # no wheel, or an old one
-    crc32_combine = None
+    crc32_combine = None  # type: ignore[assignment]
 
 __all__ = ["crc32", "crc32_of_parts"]
 

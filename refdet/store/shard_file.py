@@ -100,7 +100,8 @@ class ShardWriter:
             head = _head(image)
             data = [raw_bytes(values) for values in image.arrays.values()]
             block = self._block([head, *data], [crc32(head), *image.checksums.values()])
-            places.append(_place(image, start + _BLOCK.size, *_BLOCK.unpack(block[0]), len(head)))
+            length, crc = _BLOCK.unpack(block[0])
+            places.append(_place(image, start + _BLOCK.size, length, crc, len(head)))
             start = places[-1].start + places[-1].length
             parts += block
         self._write(parts)

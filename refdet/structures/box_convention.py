@@ -16,7 +16,20 @@ Scale = tuple[float, float] | Tensor
 
 @dataclass(frozen=True)
 class InputSize:
-    """Size in pixels of the network's input for an image, its scale factors, and the original size."""
+    """Size in pixels of the network's input for an image, its scale factors, and the original size.
+
+    The input is the resized image or, in training, perhaps a part of it.
+
+    Attributes:
+        height: of the input.
+        width: of the input.
+        scale_x: width of the resized image / width of the original.
+        scale_y: height of the resized image / height of the original.
+        image_height: of the original.
+        image_width: of the original.
+        resized: height and width of the whole resized image if the input is a part of it, else None.
+        origin: x and y of the part's corner in the resized image.
+    """
 
     height: int
     width: int
@@ -24,6 +37,19 @@ class InputSize:
     scale_y: float
     image_height: int
     image_width: int
+    resized: tuple[int, int] | None = None
+    origin: tuple[int, int] = (0, 0)
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Height and width of the whole resized image."""
+        return self.resized or (self.height, self.width)
+
+    @property
+    def part(self) -> tuple[slice, slice]:
+        """The rows and columns of the whole resized image that are the input."""
+        x, y = self.origin
+        return slice(y, y + self.height), slice(x, x + self.width)
 
     @property
     def scale(self) -> tuple[float, float]:

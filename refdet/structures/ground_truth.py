@@ -30,6 +30,7 @@ class GroundTruth:
         crowds: (K, 4) boxes of crowds in pixels of the network's input, ignored in training.
         scale: (sx, sy), size of the network's input / size of the original image.
         flipped_width: width of the original image if it was flipped, else None.
+        origin: x and y of the network's input in the resized image, of which it may be a part.
     """
 
     boxes: Tensor
@@ -38,6 +39,7 @@ class GroundTruth:
     crowds: Tensor
     scale: tuple[float, float]
     flipped_width: float | None = None
+    origin: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches, bytes_of
-from refdet.data.transforms import input_size
+from refdet.data.training_batches import Batch, TrainingBatches, most_bytes_of
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
@@ -241,8 +240,7 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
         if (shape := (record.height, record.width)) not in known:
-            size = input_size(*shape, options, max(options.min_sizes))
-            known[shape] = bytes_of(size, options)
+            known[shape] = most_bytes_of(*shape, options)
     return [known[record.height, record.width] for record in batches.records]
 
 

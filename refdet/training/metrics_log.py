@@ -15,11 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 from refdet.files.json_files import read_bytes
+from refdet.training.metrics_rows import METRICS, VALIDATED, row_of
 from refdet.training.run_folder import LARGEST_LOG
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -53,6 +53,14 @@ class MetricsLog:
         for name, value in row.items():
             self._board.add_scalar(f"train/{name}", value, step)
 
+    def write_validation(self, step: int, row: Mapping[str, float | str]) -> None:
+        """Log the rates of a validation after a step; they are under ``val/`` in TensorBoard."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"val/{name.removeprefix(VALIDATED)}", value, step)
+
     def __enter__(self) -> MetricsLog:
         return self
 
@@ -76,22 +84,12 @@ def _forget_after(metrics: Path, step: int) -> None:
         return
     kept, damaged = [], 0
     for line in read_bytes(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
-        of = _step_of(line)
-        if of is None:
+        row = row_of(line)
+        if row is None:
             damaged += bool(line.strip())
-        elif of <= step:
+        elif row["step"] <= step:
             kept.append(line)
     if damaged:
         log.warning("note: %s: %d of its lines are damaged and left out", metrics, damaged)
     with atomic_write(metrics) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a row, None if it is damaged."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if type(step) is int else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -66,13 +68,16 @@ def set_rate(sgd: torch.optim.SGD, rate: float) -> None:
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up from a tenth, then times 0.1 at each milestone.
+    """Learning rate of a step, counted from 0: linear warm-up from a tenth, times the factor of the schedule.
 
-    The warm-up takes at most a fifth of the run, so that short runs learn too.
+    That is 0.1 for each milestone passed, or half a period of a cosine, from 1 to 0 at the end of the run. The warm-up
+    takes at most a fifth of the run, so that short runs learn too.
     """
     rate, warmup = options.lr, min(options.warmup_steps, options.steps // 5)
     if step < warmup:
         rate *= 0.1 + 0.9 * step / warmup
+    if options.schedule == "cosine":
+        return rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
     passed = sum(step >= drop * options.steps for drop in options.lr_milestones)
     return rate * 0.1**passed
 

@@ -1,21 +1,36 @@
-"""The model card of a run directory, ``README.md``: training data, leaks and usage."""
+"""The model card of a run directory, ``README.md``: recipe, training data, leaks, learning curve, AP and usage."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
+from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
 
 CARD = "README.md"
+_LINES = 12  # of the learning curve, at most
+_BOX_AP = f"{VALIDATED}bbox_AP"
+_RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
-def write_card(out: Path, meta: CheckpointMetadata) -> None:
-    """Write the card, unless the user has edited it."""
+def write_card(
+    out: Path, meta: CheckpointMetadata, rows: Sequence[Mapping[str, Any]] = (), validated_on: str = ""
+) -> None:
+    """Write the card, unless the user has edited it.
+
+    Args:
+        out: the run directory.
+        meta: metadata of its weights.
+        rows: the rows of its metrics.jsonl, without damaged ones.
+        validated_on: the validation data, such as "5000 images of minival.json".
+    """
     path = out / CARD
     try:
         if path.exists() and not _is_ours(path):
@@ -23,7 +38,7 @@ def write_card(out: Path, meta: CheckpointMetadata) -> None:
     except OSError:
         return
     with atomic_write(path) as temporary:
-        temporary.write_text(_text(meta), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(_text(meta, rows, validated_on), encoding="utf-8", errors="backslashreplace")
 
 
 def _is_ours(path: Path) -> bool:
@@ -34,13 +49,14 @@ def _is_ours(path: Path) -> bool:
         return file.read(len(_FIRST)) == _FIRST.encode()
 
 
-def _text(meta: CheckpointMetadata) -> str:
+def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     provenance, recipe = meta.provenance, meta.recipe
     layout = f", {recipe.model.neck.upper()}" if recipe.model.backbone == "resnet" else ""
     model = f"{network_name(recipe.model)}{layout}, {'with' if recipe.model.masks else 'without'} masks"
     rows = [
         ("recipe", f"{recipe.name} ({model})"),
         ("steps", f"{meta.step} of {recipe.train.steps}, batch size {recipe.train.batch_size}"),
+        ("weights", _weights(meta)),
         ("classes", str(len(meta.categories))),
         ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
         ("initial weights", provenance.weights or "random"),
@@ -54,13 +70,64 @@ def _text(meta: CheckpointMetadata) -> str:
 | | |
 |---|---|
 {table}
+{_accuracy(log, validated_on)}{_curve(log)}
+## How to use it
+
+Detect objects, measure AP, train on from these weights:
+
+    refdet draw IMAGE.jpg --checkpoint RUN --out regions.png
+    refdet evaluate --checkpoint RUN --instances F.json --images DIR
+    refdet train --recipe RECIPE --weights RUN --instances F.json --images DIR --out NEW_RUN
 
 Extract features of REFER images:
 
     refdet extract-features --checkpoint RUN --images DIR --out F.h5 --refer-root DIR --dataset refcoco --split-by unc
 
-`refdet inspect RUN` shows its full provenance; `refdet audit` checks it against REFER.
+`refdet inspect RUN` shows its recipe and full provenance; `refdet audit` checks it against REFER.
 """
+
+
+def _weights(meta: CheckpointMetadata) -> str:
+    """Which weights model.safetensors holds."""
+    decay = meta.recipe.train.ema
+    return f"an exponential average over the steps (train.ema={decay:g})" if decay else f"those after step {meta.step}"
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
+    """A table of the last and of the best validation; "" without any."""
+    found = [row for row in rows if is_validation(row)]
+    if not found:
+        return ""
+    last, best = found[-1], max(found, key=lambda row: number_of(row, _BOX_AP) or 0.0)
+    heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
+    lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
+    for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
+        for kind, of in (("bbox", "boxes"), ("segm", "masks")):
+            rates = [number_of(row, f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
+            if any(rate is not None for rate in rates):
+                cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
+                lines.append(f"| {of}, {name}step {row['step']} | {' | '.join(cells)} |")
+    if best is not last:
+        lines += ["", "The weights of the best are in `best/`."]
+    return "\n".join(lines) + "\n"
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The loss as bars of text, with the box AP of the validations up to each line; "" without any."""
+    losses = [(row["step"], loss) for row in rows if (loss := number_of(row, "loss")) is not None]
+    rates = [(row["step"], number_of(row, _BOX_AP)) for row in rows if is_validation(row)]
+    if len(losses) < 2:
+        return ""
+    most = max(max(loss for _, loss in losses), 1e-9)
+    heading, lines, before = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
+    for place in sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)}):
+        step, loss = losses[place]
+        found = [f"{rate:.3f}" for at, rate in rates if before < at <= step]
+        bar = "#" * min(max(round(40 * loss / most), 1), 40)
+        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<40}  {''.join(found[-1:])}".rstrip())
+        before = step
+    heading = f"{heading}  box AP" if rates else heading.rstrip()
+    return "\n".join(["", "## Learning curve", "", heading, *lines]) + "\n"
 
 
 def _leaks(meta: CheckpointMetadata) -> str:

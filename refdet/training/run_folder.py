@@ -7,6 +7,7 @@ from pathlib import Path
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
+BEST = "best"  # the folder of the weights with the highest AP in validations
 BUSY = "let it end or choose another `out`"
 LARGEST_LOG = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 _STATE, _META = "state", "model.json"

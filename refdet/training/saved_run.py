@@ -22,7 +22,8 @@ from refdet.training.pretrained import Categories, difference
 from refdet.training.run_folder import states
 
 # options that may change on resuming; train.steps is checked separately
-_FREE = {("train", name) for name in ("workers", "checkpoint_interval", "log_every", "steps", "accumulate")}
+_MAY_CHANGE = ("workers", "checkpoint_interval", "log_every", "steps", "accumulate", "keep", "eval_every")
+_FREE = {("train", key) for key in _MAY_CHANGE}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from refdet.config.recipe import TrainOptions
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
 from refdet.files.atomic import left_behind
 from refdet.files.short_text import cut
-from refdet.training.metrics_log import METRICS
+from refdet.training.best import recover
+from refdet.training.ema import WeightAverage
+from refdet.training.metrics_rows import METRICS
 from refdet.training.optim import momentum_of, restore_momentum
 from refdet.training.run_card import CARD
 from refdet.training.run_folder import states
@@ -27,13 +30,14 @@ class State(SavedRun):
     """A training state with its tensors.
 
     Attributes:
-        tensors: model and momentum tensors, with the prefixes "model/" and "momentum/".
+        tensors: model and momentum tensors, and averages of the former, with the prefixes "model/", "momentum/" and
+            "ema/".
     """
 
     tensors: Mapping[str, Tensor]
 
-    def restore(self, model: nn.Module, sgd: torch.optim.SGD) -> None:
-        """Load the tensors into a model and its optimiser.
+    def restore(self, model: nn.Module, sgd: torch.optim.SGD, average: WeightAverage | None = None) -> None:
+        """Load the tensors into a model, its optimiser and the average of its weights.
 
         Raises:
             InputError: they do not match the model.
@@ -42,6 +46,9 @@ class State(SavedRun):
         wanted = dict(model.named_parameters())
         self._check(self._part("model/"), model.state_dict(), whole=True)
         self._check(momentum, wanted, whole=False)
+        if average is not None:
+            self._check(self._part("ema/"), model.state_dict(), whole=True)
+            average.load_state_dict(self._part("ema/"))
         model.load_state_dict(self._part("model/"))
         restore_momentum(model, sgd, momentum)
 
@@ -86,11 +93,17 @@ def save(
     meta: CheckpointMetadata,
     fresh: tuple[str, ...] | None,
     data_sha256: str,
+    average: WeightAverage | None = None,
 ) -> None:
-    """Write the state, then the model, then remove older states. The state alone is enough to resume."""
+    """Write the state, then the weights (their average, if there is one), then remove states beyond ``train.keep``.
+
+    The state alone is enough to resume.
+    """
     folder = out / checkpoint.STATE
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"momentum/{name}": t for name, t in momentum_of(model, sgd).items()}
+    if average is not None:
+        tensors |= {f"ema/{name}": t for name, t in average.state_dict().items()}
     path = folder / f"step-{meta.step:08d}.safetensors"
     metadata = {
         "meta": json.dumps(meta.to_json()),
@@ -98,10 +111,21 @@ def save(
         "training_data_sha256": data_sha256,
     }
     checkpoint.write_tensors(path, tensors, metadata)
-    checkpoint.save(out, model, meta)
-    for old in states(out):
-        if old != path:
-            old.unlink()
+    checkpoint.save(out, average or model, meta)
+    keep = meta.recipe.train.keep
+    for old in states(out)[:-keep] if keep else ():
+        old.unlink()
+
+
+def most_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
+    """The most that a run directory takes, in bytes; each file exists twice while it is replaced.
+
+    Weights, states of weights, momentum and perhaps an average, and the weights in ``best/``. Of ``train.keep=0``
+    without all its states, as there is no limit.
+    """
+    states = max(options.keep, 1) + 1
+    copies = 2 + states * (3 if options.ema else 2) + 2 * validated
+    return copies * sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def clean(out: Path) -> None:
@@ -111,3 +135,4 @@ def clean(out: Path) -> None:
         found += left_behind(out, name)
     for path in found:
         path.unlink()
+    recover(out)

@@ -21,13 +21,16 @@ from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
+from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import joined
 from refdet.training.pretrained import begins_anew
 from refdet.training.processes import Processes
-from refdet.training.run_folder import BUSY, LOCK, goes_on
+from refdet.training.run_folder import BEST, BUSY, LOCK, goes_on
 from refdet.training.saved_run import SavedRun
+from refdet.training.validation import ValidationData
 
 if TYPE_CHECKING:
+    from refdet.training.estimate import Estimate
     from refdet.training.trainer import Summary
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ def train(
     resume: bool = False,
     device: str | None = None,
     crowd_as_object: bool = False,
+    val_instances: str | Path | None = None,
+    val_images: str | Path | None = None,
 ) -> Summary:
     """Train a detector.
 
@@ -64,6 +69,9 @@ def train(
         resume: continue the run in ``out``; starts from the beginning, with a note, if there is nothing to resume.
         device: "cpu", "cuda" or "cuda:1"; with None or "auto" a GPU if there is one.
         crowd_as_object: train on annotations of ``iscrowd`` 1 as on others.
+        val_instances: COCO instances JSON to measure AP on every ``train.eval_every`` steps and at the end; the best
+            weights so far are kept in ``out/best``.
+        val_images: folder or zip of its images, by default ``images``.
 
     Returns:
         The number of steps, the time and the last loss.
@@ -73,36 +81,97 @@ def train(
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
+    asked = (recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images)
     with joined() as processes:
-        return _train(processes, recipe, instances, images, out, changes, weights, resume, device, crowd_as_object)
+        given = _checked(processes, *asked)
+
+        from refdet.training.trainer import train_on  # imports torch, which takes seconds
+
+        with report_disk_full(given.out, "what was saved is kept: free some space, then continue with `resume=True`"):
+            return train_on(given, device, processes)
 
 
-def _train(
+def dry_run(
+    recipe: Recipe | str | Path,
+    instances: str | Path,
+    images: str | Path,
+    out: str | Path | None = None,
+    *,
+    changes: Sequence[str] = (),
+    weights: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    crowd_as_object: bool = False,
+    val_instances: str | Path | None = None,
+    val_images: str | Path | None = None,
+) -> Estimate:
+    """Check the arguments of `train`, which are the same, and measure three steps; writes nothing.
+
+    Args:
+        recipe: as of `train`.
+        instances: as of `train`.
+        images: as of `train`.
+        out: as of `train`; None if it is not known yet.
+        changes: as of `train`.
+        weights: as of `train`.
+        resume: as of `train`.
+        device: as of `train`.
+        crowd_as_object: as of `train`.
+        val_instances: as of `train`.
+        val_images: as of `train`.
+
+    Returns:
+        The recipe in full, the number of images and steps, and what time and memory the run will take.
+
+    Raises:
+        InputError: an argument is invalid.
+        RuntimeFailure: the loss is not finite, or the device has too little memory.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
+    """
+    folder = None if out is None else Path(out)
+    asked = (recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images)
+    with joined() as processes:
+        if processes.world_size > 1:
+            raise InputError("torchrun: a dry run measures the steps of one process; start it without torchrun")
+        given = _checked(processes, *asked)
+
+        from refdet.training.estimate import estimate  # imports torch, which takes seconds
+
+        return estimate(given, device)
+
+
+def _checked(
     processes: Processes,
     recipe: Recipe | str | Path,
     instances: str | Path,
     images: str | Path,
-    out: str | Path,
+    out: Path | None,
     changes: Sequence[str],
     weights: str | Path | None,
     resume: bool,
-    device: str | None,
     crowd_as_object: bool,
-) -> Summary:
-    instances, images, out = Path(instances), Path(images), Path(out)
+    val_instances: str | Path | None,
+    val_images: str | Path | None,
+) -> TrainingInputs:
+    """The inputs of a training, checked before torch is imported, with notes about them."""
+    instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
     chosen = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
     check_divided(chosen, processes.world_size)
-    if not resume and processes.restarted(out):
-        resume = True
-        log.warning("note: torchrun has started the processes again: they continue with the newest state in %s", out)
-    continues, remark, before = processes.on_first(lambda: _found(out, resume))
+    continues, remark, before = False, "", None
+    if out is not None:
+        if not resume and processes.restarted(out):
+            resume = True
+            log.warning(
+                "note: torchrun has started the processes again: they continue with the newest state in %s", out
+            )
+        continues, remark, before = processes.on_first(lambda: _found(out, resume))
     notes = [remark] if remark else []
     theirs = None if weights is None else load_meta(weights)
     if weights is not None and theirs is not None and theirs.provenance.is_unknown:
         log.warning("starts from %s, %s", weights.name, theirs.provenance.note)
     chosen = _with_norm(chosen, theirs, before, continues)
-    if before is not None:
+    if before is not None and out is not None:
         chosen, kept = before.with_older_defaults(chosen, out)
         notes += kept
         before.check_recipe(chosen, out)
@@ -111,14 +180,36 @@ def _train(
     index = CocoIndex.load(instances, chosen.model.masks, crowd_as_object)
     objects = TrainingObjects(index, chosen.model.masks, chosen.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
+    validation = None
+    if val_instances is not None:
+        validation = ValidationData.open(
+            Path(val_instances), Path(val_images or images), chosen, objects, crowd_as_object
+        )
+        notes += [*validation.notes, validation.describe(chosen.train)]
+    elif val_images is not None:
+        raise InputError("`val_images`: give its annotations too, with `val_instances`")
+    elif out is not None and (out / BEST).exists():
+        notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
     categories = tuple(index.categories.items())
     if weights is not None and not continues:
         begins_anew(weights, chosen, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
-    processes.check_same({"the hash of `instances`": data_sha256, **_flat(chosen)})
-    if before is not None:
+    validation_sha256 = None if validation is None else validation.sha256
+    processes.check_same(
+        {
+            "the hash of `instances`": data_sha256,
+            "the hash of `val_instances`": validation_sha256,
+            **_flat(chosen),
+        }
+    )
+    if before is not None and out is not None:
         before.check_data(categories, provenance, data_sha256, out)
         notes += before.notes(chosen, out)
+    if weights is None and not continues and chosen.model.width == 64:  # for which there are ImageNet weights
+        notes.append(
+            f"recipe {chosen.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
+            "those that refdet import-weights converts"
+        )
     if provenance.note:
         notes.append(
             f"{instances}: {provenance.note}; whether images of REFER's val and test are in it was not "
@@ -129,12 +220,7 @@ def _train(
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
-
-    from refdet.training.trainer import TrainingInputs, train_on  # imports torch, which takes seconds
-
-    given = TrainingInputs(chosen, objects, source, provenance, out, weights, before, data_sha256)
-    with report_disk_full(out, "what was saved is kept: free some space, then continue with `resume=True`"):
-        return train_on(given, device, processes)
+    return TrainingInputs(chosen, objects, source, provenance, out or Path(), weights, before, data_sha256, validation)
 
 
 def _found(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +12,8 @@ from pathlib import Path
 
 import torch
 
-from refdet.config.recipe import Recipe
 from refdet.data.image_orientation import OrientationNote
-from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
-from refdet.data.training_objects import TrainingObjects
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
@@ -29,19 +25,24 @@ from refdet.files.progress import progress_bar
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state, warn_of_plain_pytorch
-from refdet.structures.provenance import Provenance, file_sha256
+from refdet.structures.provenance import file_sha256
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.clock import TrainingClock
+from refdet.training.ema import WeightAverage
+from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
+from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, learning_rate, momentum_of, optimiser
 from refdet.training.passes import Passes, in_bfloat16
 from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
-from refdet.training.saved_run import SavedRun
 from refdet.training.start_lines import start_lines
 from refdet.training.step import StartedStep, start_step
+from refdet.training.validation import ValidationData, is_due, validations_after
+from refdet.training.validator import Validator, summary
 
 log = logging.getLogger(__name__)
 
@@ -61,31 +62,6 @@ class Summary:
     seconds: float
     images_per_second: float
     loss: float | None
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """Checked inputs of a training, made by `refdet.training.train.train`.
-
-    Attributes:
-        recipe: the recipe, its norm frozen or batch.
-        objects: annotated objects and their instances file.
-        source: folder or zip of the images.
-        provenance: of the instances file.
-        out: the run directory.
-        weights: run directory of a detector to start from, or None.
-        before: the state in `out` to resume from, or None.
-        data_sha256: `TrainingObjects.sha256` of the objects.
-    """
-
-    recipe: Recipe
-    objects: TrainingObjects
-    source: ImageSource
-    provenance: Provenance
-    out: Path
-    weights: Path | None
-    before: SavedRun | None
-    data_sha256: str
 
 
 def train_on(given: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
@@ -118,13 +94,13 @@ def train_on(given: TrainingInputs, device: str | None = None, processes: Proces
     elif given.weights is not None:
         fresh = load_pretrained(model, meta.categories, given.weights)
     sgd = optimiser(model, recipe.train, fresh)
+    average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
     if before is not None:
-        before.restore(model, sgd)
+        before.restore(model, sgd, average)
     start = f"starts from {meta.provenance.weights or 'random weights'}"
     if given.before is not None:
         start = f"resumes from step {meta.step}"
-    # weights, and a state of weights and momentum; each exists twice while it is replaced
-    most = 6 * sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    most = state.most_bytes(model, recipe.train, given.validation is not None)
     warn_of_plain_pytorch(target)
     products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
@@ -151,7 +127,9 @@ def train_on(given: TrainingInputs, device: str | None = None, processes: Proces
         for line in start_lines(recipe, processes):
             log.warning("%s", line)
         with arithmetic(products):
-            return _Training(model, meta, batches, out, sgd, fresh, given.data_sha256, processes).run()
+            return _Training(
+                model, meta, batches, out, sgd, fresh, given.data_sha256, processes, average, given.validation
+            ).run()
 
 
 @contextmanager
@@ -177,20 +155,24 @@ class _Training:
     fresh: tuple[str, ...] | None
     data_sha256: str
     processes: Processes
+    average: WeightAverage | None  # of the weights, in the first process
+    validation: ValidationData | None
+    validator: Validator | None = None  # in the first process
     started: StartedStep | None = None  # the step whose losses were not read yet
     losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
-        if first >= options.steps:
+        pending = self.validation is not None and self.processes.on_first(self._begin_validation)
+        if first >= options.steps and not pending:
             log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
-            self.processes.on_first(lambda: checkpoint.save(self.out, self.model, self.meta))
+            self.processes.on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
         self.processes.convert_norms(self.model, device)
         passes = Passes(self.model, self.processes, list(momentum_of(self.model, self.sgd).values()))
         generator = torch.Generator()  # on the CPU, so that samples are the same on every device
-        step, loss = first, None
+        step, loss, rates = first, None, ""
         steps = range(first, options.steps)
         self.model.train()
         with (
@@ -201,7 +183,10 @@ class _Training:
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
             batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
         ):
-            started = window = time.perf_counter()
+            clock = TrainingClock(first, options.steps)
+            if pending:
+                with clock.pause(bar):
+                    rates = self._validate(step, metrics, stop)
             while step < options.steps:
                 batch = self._next(ahead, step, stop)
                 orientations.add(self._oriented(batch, step + 1, first))
@@ -221,10 +206,13 @@ class _Training:
                 self._read()  # the step before, while a GPU computes this one
                 self.started = started_now
                 step += 1
+                if self.average is not None:
+                    self.average.update(self.model, step)
                 bar.update()
+                due = self.validation is not None and is_due(step, options)
                 if step % options.log_every == 0 or step == options.steps:
                     self._read()
-                    seconds, window = time.perf_counter() - window, time.perf_counter()
+                    seconds = clock.lap()
                     row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
                     parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
                     row = {"loss": sum(row.values()), **row, "lr": rate}
@@ -233,12 +221,18 @@ class _Training:
                         metrics.write(step, row)
                     loss = row["loss"]
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
-                    bar.set_postfix_str(speed, refresh=False)
+                    later = 0 if self.validation is None else validations_after(step, options) + due
+                    if later and (left := clock.left(step, later)):
+                        speed = f"{left} left with {counted(later, 'validation')}, {speed}"
+                    bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
                     self.losses = []
-                if step % options.checkpoint_interval == 0 or step == options.steps:
+                if step % options.checkpoint_interval == 0 or step == options.steps or due:
                     self._save(step)
-        seconds = time.perf_counter() - started
-        return Summary(step, seconds, (step - first) * options.batch_size / seconds, loss)
+                if due:
+                    with clock.pause(bar):
+                        rates = self._validate(step, metrics, stop)
+                    bar.set_postfix_str(rates, refresh=False)
+        return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
     def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
         """The batch of a step; the steps so far are saved before an error, of any process, is raised."""
@@ -257,6 +251,33 @@ class _Training:
             return batch.oriented
         own = {**self.batches.source.oriented, **batch.oriented}
         return {name: value for found in self.processes.gather(own) for name, value in found.items()}
+
+    def _begin_validation(self) -> bool:
+        """Get ready to validate; whether a run that resumes was stopped before its last step was validated."""
+        assert self.validation is not None
+        self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
+        return self.validator.is_pending(self.meta)
+
+    def _validate(self, step: int, metrics: MetricsLog | None, stop: Stop) -> str:
+        """Validate the weights after a step, which is saved; returns box and mask AP for the bar."""
+        device = next(self.model.parameters()).device
+
+        def work() -> str:
+            assert self.validator is not None and metrics is not None
+            try:
+                row = self.validator.validate(self.average or self.model, self.meta, device, stop)
+            except StopRequested:
+                raise Interrupted(f"stopped by {stop.name}") from None
+            metrics.write_validation(step, row)
+            self._write_card()
+            return summary(row)
+
+        try:
+            return self.processes.on_first(work)
+        except Interrupted as error:
+            raise Interrupted(f"{error} in the validation {self._keep(step)}") from None
+        except (InputError, RuntimeFailure) as error:
+            raise type(error)(f"{error} (stopped in the validation {self._keep(step)})") from error
 
     def _keep(self, step: int, first: str = "") -> str:
         """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
@@ -283,8 +304,12 @@ class _Training:
         self.processes.on_first(self._write)
 
     def _write(self) -> None:
-        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256)
-        write_card(self.out, self.meta)
+        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256, self.average)
+        self._write_card()
+
+    def _write_card(self) -> None:
+        on = self.validator.validated_on if self.validator else ""
+        write_card(self.out, self.meta, read_rows(self.out), on)
 
 
 def _unless_stopped(ahead: Iterator[Batch], stop: Stop) -> Batch:

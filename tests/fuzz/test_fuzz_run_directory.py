@@ -8,6 +8,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ from refdet.report import page
 from refdet.splits.detector_audit import audit_provenance
 from refdet.splits.inspect import describe
 from refdet.structures.provenance import Provenance
-from refdet.training.metrics_log import METRICS
+from refdet.training.best import Validated, read_best
 from refdet.training.metrics_log import _forget_after as forget_after
+from refdet.training.metrics_rows import METRICS, read_rows
+from refdet.training.run_card import _text as card_text
 from refdet.training.saved_run import SavedRun
 from refdet.training.state import newest
 
@@ -103,6 +106,27 @@ def test_metadata_that_is_valid_and_wrong(copy: Path) -> None:
         path.write_text(json.dumps(tree))
 
     fuzz(change, lambda: loading.load(copy), copy, 30)
+
+
+def test_a_damaged_log_of_a_run_that_goes_on(copy: Path) -> None:
+    """The log, and the record of the best weights, in what a training that resumes reads and writes of them."""
+    rates = {"val_bbox_AP": 0.5, "val_segm_AP": 0.25}
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1}, {"step": 2, **rates}, {"step": 3, "loss": 0.0}]
+    log = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    record = Validated("val_bbox_AP", 0.5, 2, "minival.json", 3, "0" * 64, rates)
+    best = json.dumps(asdict(record)).encode()
+
+    def change(chance: random.Random) -> None:
+        (copy / METRICS).write_bytes(damaged(log, chance, JSON_WORDS))
+        (copy / "best").mkdir(exist_ok=True)
+        (copy / "best/validation.json").write_bytes(damaged(best, chance, JSON_WORDS))
+
+    def read() -> None:
+        assert card_text(META, read_rows(copy), "3 images of minival.json")
+        found = read_best(copy)
+        assert found is not None and found.value == found.value
+
+    fuzz(change, read, copy, 100)
 
 
 @pytest.mark.parametrize("what", ["inspect", "audit", "report"])

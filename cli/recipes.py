@@ -1,0 +1,34 @@
+"""``refdet recipes``: the shipped recipes, or all keys of one."""
+
+from __future__ import annotations
+
+import click
+
+from .common import echo_json, echo_line, echo_table, json_option
+
+
+@click.command("recipes")
+@click.argument("name", required=False, metavar="[NAME|YAML]")
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """List the built-in recipes, or print one with every key and its meaning, as YAML for train --recipe."""
+    import dataclasses
+
+    from refdet.config import recipe
+    from refdet.config.recipe_text import complete_yaml, recipe_lines
+
+    if name is not None:
+        chosen = recipe.load(name)
+        if as_json:
+            echo_json(dataclasses.asdict(chosen))
+            return
+        for line in complete_yaml(chosen, name).splitlines():
+            echo_line(line)
+    elif as_json:
+        echo_json([dataclasses.asdict(line) for line in recipe_lines()])
+    else:
+        rows = [
+            (line.name, line.network, f"{line.steps:,}", str(line.batch_size), line.published or line.about)
+            for line in recipe_lines()
+        ]
+        echo_table(rows, header=("recipe", "network", "steps", "batch", "published AP, or what it is"))

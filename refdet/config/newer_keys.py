@@ -1,0 +1,33 @@
+"""Recipe keys that older recipes do not have, and their defaults."""
+
+from __future__ import annotations
+
+# part, key and default; `Recipe.to_dict` leaves them out at this value
+ONLY_WHERE_SET = (
+    ("train", "accumulate", 1),
+    ("train", "bias_lr_mult", 1.0),
+    ("train", "empty_images", False),
+    ("train", "schedule", "step"),
+    ("train", "keep", 1),
+    ("train", "eval_every", 0),
+    ("train", "ema", 0.0),
+    ("train", "tf32", True),
+    ("input", "crop_size", 0),
+    ("input", "scale_range", [0.1, 2.0]),
+    ("input", "exif", "ignore"),
+    ("input", "size_divisibility", 0),
+    ("model", "backbone", "resnet"),
+    ("model", "pooler_resolution", 7),
+    ("model", "sampling_ratio", 2),
+    ("model", "mask_pasting", "clamped"),
+    ("model", "box_convs", 0),
+    ("model", "box_fcs", 2),
+    ("model", "rpn_convs", 1),
+    ("model", "torchvision_anchors", False),
+    ("model", "anchor_offset", 0.5),
+    ("proposals", "smooth_l1_beta", 1 / 9),
+    ("head", "smooth_l1_beta", 1.0),
+)
+
+# of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
+NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}

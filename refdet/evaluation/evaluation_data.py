@@ -1,0 +1,63 @@
+"""`EvaluationData`: images and annotations to evaluate a detector on. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.image_source import ImageSource
+from refdet.errors import InputError
+from refdet.structures.coco_categories import used
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Images and annotations to evaluate a detector on.
+
+    Attributes:
+        index: the instances file.
+        source: folder or zip of the images, which all have been found.
+    """
+
+    index: CocoIndex
+    source: ImageSource
+
+    @classmethod
+    def open(cls, instances: Path, images: Path, exif: str = "ignore", crowd_as_object: bool = False) -> EvaluationData:
+        """Read an instances file and find its images.
+
+        Raises:
+            InputError: the file is invalid or has no images, or an image is missing.
+        """
+        index = CocoIndex.load(instances, crowd_as_object=crowd_as_object)
+        source = ImageSource.open(images, exif)
+        if not index.images:
+            raise InputError(f"{instances}: has no images to evaluate on")
+        source.check(list(index.images.values()), instances)
+        return cls(index, source)
+
+    @property
+    def records(self) -> list[ImageRecord]:
+        """The images, in file order."""
+        return list(self.index.images.values())
+
+    def check_categories(self, categories: Sequence[tuple[int, str]], owner: str) -> None:
+        """Check that the annotations have the categories of a detector.
+
+        Args:
+            categories: COCO id and name of each class of the detector.
+            owner: what has them, for the error message.
+
+        Raises:
+            InputError: they differ.
+        """
+        detector_categories, dataset_categories = used(dict(categories)), self.index.categories
+        if detector_categories != dataset_categories:
+            differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
+            raise InputError(
+                f"{owner} has {len(detector_categories)} classes, {self.index.path} has {len(dataset_categories)}, "
+                f"and they differ ({', '.join(f'{i} {name}' for i, name in differing[:3])} ...); evaluate on the "
+                "dataset it was trained for"
+            )

@@ -1,0 +1,46 @@
+"""An exponential moving average of the weights of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Average of the parameters and the norms' buffers over the steps, weighted by decay ** age.
+
+    In the first steps the decay is lower, ``(1 + step) / (10 + step)``, so that the random start is soon forgotten.
+    Integers, such as the norms' counters, are those of the last step.
+
+    Args:
+        model: the network, whose tensors the average starts from.
+        decay: weight of the average before a step; the step's weights have the rest.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Name -> average, on the device of the network."""
+        return self._tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from an average that was saved."""
+        for name, value in self._tensors.items():
+            value.copy_(tensors[name])
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step, counted from 1; queued on the device without waiting for it."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        averages, values = [], []
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                averages.append(self._tensors[name])
+                values.append(value)
+            else:
+                self._tensors[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)

@@ -1,0 +1,183 @@
+"""What a training will take, from a few of its steps: `estimate`. Writes nothing."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from refdet.config.recipe import Recipe
+from refdet.data.training_batches import TrainingBatches
+from refdet.detector import loading
+from refdet.detector.checkpoint import CheckpointMetadata
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.device import arithmetic, described, naming_out_of_memory, usable_device, usable_precision
+from refdet.errors import Interrupted, RuntimeFailure
+from refdet.evaluation.detection import detected_regions
+from refdet.evaluation.evaluation_data import EvaluationData
+from refdet.files.progress import progress_bar
+from refdet.interrupt import Stop, StopRequested
+from refdet.training import state
+from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.inputs import TrainingInputs
+from refdet.training.optim import learning_rate, optimiser
+from refdet.training.passes import in_bfloat16
+from refdet.training.pretrained import load_pretrained
+from refdet.training.step import start_step
+from refdet.training.validation import validations_after
+
+MEASURED = 3  # steps; one before them is not, as libraries choose their kernels in it
+_VALIDATED = 4  # images, a batch of a validation
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will take.
+
+    Attributes:
+        recipe: the recipe, its norm frozen or batch.
+        images: number of images.
+        objects: number of objects.
+        classes: number of classes.
+        steps: number of steps that are left.
+        epochs: passes over the images in these steps.
+        device: its device, and why it was chosen.
+        arithmetic: "float32", "tf32" or "bfloat16".
+        step_seconds: median of the measured steps.
+        image_seconds: of an image of a validation; 0 without one.
+        validations: number of validations that are left.
+        validation_images: number of images of each.
+        seconds: of all steps and validations, without saving.
+        memory_bytes: the most that the measured steps took: of GPU memory, or of this process's on a CPU. Batches of
+            larger images take more.
+        disk_bytes: the most that the run directory takes while states are replaced.
+    """
+
+    recipe: Recipe
+    images: int
+    objects: int
+    classes: int
+    steps: int
+    epochs: float
+    device: str
+    arithmetic: str
+    step_seconds: float
+    image_seconds: float
+    validations: int
+    validation_images: int
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(given: TrainingInputs, device: str | None = None) -> Estimate:
+    """Measure a few steps of a training, and a batch of its validation.
+
+    Raises:
+        InputError: the device cannot be used, the network is far too large, or an image cannot be used.
+        RuntimeFailure: the loss is not finite, or the device has too little memory.
+        Interrupted: by a signal.
+    """
+    target, recipe, index = usable_device(device), given.recipe, given.objects.index
+    categories = tuple(index.categories.items())
+    loading.without_memory(recipe, len(categories))  # raises InputError if it is far too large
+    batches = TrainingBatches(index, given.source, recipe, given.objects)
+    check_shared_memory(batches, recipe.train.workers)
+    first = given.before.meta.step if given.before else 0
+    left = max(recipe.train.steps - first, 0)
+    products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    try:
+        with naming_out_of_memory(), arithmetic(products):
+            model, seconds = _steps(given, batches, target, first)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeFailure(
+            f"{target} has too little memory for a step; lower train.batch_size and train.lr together"
+        ) from error
+    memory = _most_memory(target)
+    image_seconds, validation_images = 0.0, 0
+    if given.validation is not None:
+        meta = CheckpointMetadata(recipe, categories, given.provenance, first)
+        detector = loading.from_tensors(meta, model.state_dict(), given.out, target, for_inference=True)
+        image_seconds = _image_seconds(detector, given.validation.data)
+        validation_images = len(given.validation.data.records)
+    validations = validations_after(first, recipe.train) if given.validation else 0
+    step = statistics.median(seconds)
+    return Estimate(
+        recipe,
+        len(batches.records),
+        sum(len(batches.objects.objects(record.id)) for record in batches.records),
+        len(categories),
+        left,
+        left / batches.epoch_steps,
+        described(device),
+        "bfloat16" if in_bfloat16(model, target) else products,
+        step,
+        image_seconds,
+        validations,
+        validation_images,
+        left * step + validations * validation_images * image_seconds,
+        memory,
+        state.most_bytes(model, recipe.train, given.validation is not None),
+    )
+
+
+def _steps(
+    given: TrainingInputs, batches: TrainingBatches, device: torch.device, first: int
+) -> tuple[MaskRCNN, list[float]]:
+    """The network after a few steps from the first, and the seconds of those that are measured."""
+    options = given.recipe.train
+    torch.manual_seed(options.seed)
+    classes = len(batches.labels)
+    model = MaskRCNN(given.recipe, classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fresh = None
+    if given.weights is not None and given.before is None:
+        fresh = load_pretrained(model, tuple(given.objects.index.categories.items()), given.weights)
+    sgd = optimiser(model, options, fresh)
+    if given.before is not None:
+        state.newest(given.out).restore(model, sgd)
+    model.train()
+    generator, seconds = torch.Generator(), []
+    steps = range(first, first + MEASURED + 1)
+    try:
+        with (
+            Stop.watching() as stop,
+            progress_bar(len(steps), "measure", "step", leave=False) as bar,
+            batches_ahead(batches, steps, options.workers, device, stop) as ahead,
+        ):
+            for step in steps:
+                started = time.perf_counter()
+                if stop.requested:
+                    raise StopRequested
+                batch = next(ahead)
+                generator.manual_seed(options.seed * 1_000_003 + step)
+                rate = learning_rate(min(step, options.steps - 1), options)
+                start_step(model, sgd, batch, rate, options.max_grad_norm, generator).losses()
+                seconds.append(time.perf_counter() - started)
+                bar.update()
+    except StopRequested:
+        raise Interrupted(f"stopped by {stop.name}; nothing was written") from None
+    return model, seconds[1:]
+
+
+def _image_seconds(detector: loading.TrainedDetector, data: EvaluationData) -> float:
+    """Seconds of an image of a validation: of the second of two passes over the same few."""
+    records, seconds = data.records[:_VALIDATED], 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for _ in detected_regions(detector, data.source, records):
+            pass
+        seconds = time.perf_counter() - started
+    return seconds / len(records)
+
+
+def _most_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch has reserved on a GPU, or that this process had on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

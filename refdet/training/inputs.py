@@ -1,0 +1,40 @@
+"""The checked inputs of a training. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.config.recipe import Recipe
+from refdet.data.image_source import ImageSource
+from refdet.data.training_objects import TrainingObjects
+from refdet.structures.provenance import Provenance
+from refdet.training.saved_run import SavedRun
+from refdet.training.validation import ValidationData
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Checked inputs of a training, made by `refdet.training.train.train`.
+
+    Attributes:
+        recipe: the recipe, its norm frozen or batch.
+        objects: annotated objects and their instances file.
+        source: folder or zip of the images.
+        provenance: of the instances file.
+        out: the run directory.
+        weights: run directory of a detector to start from, or None.
+        before: the state in `out` to resume from, or None.
+        data_sha256: `TrainingObjects.sha256` of the objects.
+        validation: images to validate on, or None.
+    """
+
+    recipe: Recipe
+    objects: TrainingObjects
+    source: ImageSource
+    provenance: Provenance
+    out: Path
+    weights: Path | None
+    before: SavedRun | None
+    data_sha256: str
+    validation: ValidationData | None = None

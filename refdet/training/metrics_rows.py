@@ -1,0 +1,47 @@
+"""Rows of ``metrics.jsonl``: those of steps, and those of validations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from refdet.files.json_files import read_bytes
+from refdet.training.run_folder import LARGEST_LOG
+
+METRICS = "metrics.jsonl"
+VALIDATED = "val_"
+"""Prefix of the rates of a validation, such as val_bbox_AP50."""
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """A row, with its step as an int; None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The undamaged rows of a run directory, in order; none without a log."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    lines = read_bytes(path, LARGEST_LOG).decode("utf-8", "replace").splitlines()
+    return [row for line in lines if (row := row_of(line)) is not None]
+
+
+def number_of(row: Mapping[str, Any], name: str) -> float | None:
+    """A number of a row; None if there is none, or it is not finite."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def is_validation(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the rates of a validation."""
+    return number_of(row, f"{VALIDATED}bbox_AP") is not None

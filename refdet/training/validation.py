@@ -1,0 +1,104 @@
+"""Validation images of a training: read and compared with the training images before the first step. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from refdet.config.recipe import Recipe, TrainOptions
+from refdet.data.coco import ImageRecord
+from refdet.data.training_objects import TrainingObjects
+from refdet.errors import InputError
+from refdet.evaluation.average_precision import why_undefined
+from refdet.evaluation.detection import warn_about_annotations
+from refdet.evaluation.evaluation_data import EvaluationData
+from refdet.files.short_text import counted
+from refer.image_lookup import coco_number
+
+CHOSEN_BY = "val_bbox_AP"
+"""The rate by which the best weights of a run are chosen; every network has it."""
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Images and annotations that a training is validated on.
+
+    Attributes:
+        data: the images and annotations.
+        sha256: SHA-256 of what the rates depend on: names of the images, boxes, masks, categories and crowds.
+        notes: human-readable notes.
+    """
+
+    data: EvaluationData
+    sha256: str
+    notes: tuple[str, ...]
+
+    @classmethod
+    def open(
+        cls, instances: Path, images: Path, recipe: Recipe, trained: TrainingObjects, crowd_as_object: bool
+    ) -> ValidationData:
+        """Read an instances file and find its images.
+
+        Args:
+            instances: COCO instances JSON.
+            images: folder or zip of its images.
+            recipe: the recipe of the training.
+            trained: images and objects that are trained on.
+            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
+
+        Raises:
+            InputError: the file is invalid, has other categories than the training data, no objects, or images that
+                are missing.
+        """
+        data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object)
+        data.check_categories(tuple(trained.index.categories.items()), str(trained.index.path))
+        if reason := why_undefined(data.index, data.index.images):
+            raise InputError(f"`val_instances` {instances}: {reason}")
+        warn_about_annotations(data.index, recipe.model.masks)
+        shared = _names(data.records) & _names(trained.records)
+        notes = []
+        if shared:
+            notes.append(
+                f"`val_instances` {instances}: {counted(len(shared), 'image')} of {len(data.records)} are trained on "
+                "too, by their file names: the AP of the validations is not one of unseen images"
+            )
+        return cls(data, _sha256(data), tuple(notes))
+
+    def describe(self, options: TrainOptions) -> str:
+        """What is validated when, for the first lines of a run."""
+        every = f"every {counted(options.eval_every, 'step')} and " if options.eval_every else ""
+        weights = "the average of the weights (train.ema)" if options.ema else "the weights"
+        return (
+            f"validation: {counted(len(self.data.records), 'image')} of {self.data.index.path.name}, {every}at the "
+            f"end, with {weights}; best/ keeps those of the highest box AP ({CHOSEN_BY})"
+        )
+
+
+def is_due(step: int, options: TrainOptions) -> bool:
+    """Whether the weights after a step, counted from 1, are validated."""
+    return step == options.steps or bool(options.eval_every and step % options.eval_every == 0)
+
+
+def validations_after(step: int, options: TrainOptions) -> int:
+    """Number of validations of later steps."""
+    if step >= options.steps:
+        return 0
+    every = options.eval_every or options.steps
+    return options.steps // every - step // every + bool(options.steps % every)
+
+
+def _names(records: Iterable[ImageRecord]) -> set[int | str]:
+    """The images by the COCO number of their file names, which has several forms, or else by the file's name."""
+    names = ((record.file_name or str(record.id)) for record in records)
+    return {number if (number := coco_number(name)) is not None else PurePosixPath(name).name for name in names}
+
+
+def _sha256(data: EvaluationData) -> str:
+    digest = hashlib.sha256()
+    for record in data.records:
+        objects = [[a.category_id, a.box, a.iscrowd, a.segmentation] for a in data.index.annotations[record.id]]
+        digest.update(json.dumps([record.id, record.file_name, record.height, record.width, objects]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Validation of the weights of a training, exactly as ``refdet evaluate`` measures them once they are saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refdet.detector import loading
+from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
+from refdet.evaluation.detection import detection_ap
+from refdet.files.short_text import counted
+from refdet.interrupt import Stop, StopRequested
+from refdet.training.best import Validated, read_best, write_best
+from refdet.training.metrics_rows import VALIDATED, is_validation, read_rows
+from refdet.training.validation import CHOSEN_BY, ValidationData, is_due
+
+log = logging.getLogger(__name__)
+
+
+class Validator:
+    """Validates weights and keeps the best; called by one process of a training.
+
+    Args:
+        given: the validation data.
+        out: the run directory, locked by the caller.
+        workers: threads that read images ahead.
+
+    Raises:
+        InputError: the record of the best weights so far is damaged.
+    """
+
+    def __init__(self, given: ValidationData, out: Path, workers: int = 2) -> None:
+        self._given, self._out, self._workers = given, out, max(workers, 1)
+        self._best = read_best(out)
+        if self._best is not None and (self._best.metric, self._best.data_sha256) != (CHOSEN_BY, given.sha256):
+            log.warning(
+                "note: `val_instances`: %s/best was chosen on other data (%s); the next validation replaces it",
+                out,
+                self._best.instances,
+            )
+            self._best = None
+
+    @property
+    def validated_on(self) -> str:
+        """The validation data, for the model card."""
+        index = self._given.data.index
+        return f"{counted(len(index.images), 'image')} of {index.path.name}"
+
+    def is_pending(self, meta: CheckpointMetadata) -> bool:
+        """Whether a run that resumes was stopped before its last step was validated."""
+        if meta.step == 0 or not is_due(meta.step, meta.recipe.train):
+            return False
+        return not any(row["step"] == meta.step and is_validation(row) for row in read_rows(self._out))
+
+    def validate(
+        self, weights: HasWeights, meta: CheckpointMetadata, device: torch.device, stop: Stop
+    ) -> dict[str, float | str]:
+        """Measure AP, and replace ``best/`` if it is the highest so far.
+
+        A run that is killed before it logs the rates repeats this when it is resumed, with the same result.
+
+        Args:
+            weights: the weights, which have been saved.
+            meta: their metadata.
+            device: device to compute on.
+            stop: a signal ends the validation with StopRequested.
+
+        Returns:
+            The row for metrics.jsonl: "val_bbox_AP" and the others, 0..1, without those that are undefined.
+
+        Raises:
+            InputError: an image cannot be read.
+            RuntimeFailure: the device has too little memory.
+        """
+
+        def look() -> None:
+            if stop.requested:
+                raise StopRequested
+
+        look()
+        detector = loading.from_tensors(meta, weights.state_dict(), self._out, device, for_inference=True)
+        found = detection_ap(
+            detector, self._given.data, workers=self._workers, desc="validate", leave=False, between=look
+        )
+        rates = {
+            f"{VALIDATED}{kind}_{name}": rate
+            for kind, values in found.items()
+            for name, rate in (values or {}).items()
+            if rate is not None
+        }
+        value, index = rates[CHOSEN_BY], self._given.data.index
+        better = self._best is None or value > self._best.value
+        if better:
+            images, sha256 = len(index.images), self._given.sha256
+            self._best = Validated(CHOSEN_BY, value, meta.step, index.path.name, images, sha256, rates)
+            write_best(self._out, weights, meta, self._best, self.validated_on)
+        assert self._best is not None
+        best = "the best so far" if better else f"the best is {self._best.value:.3f} of step {self._best.step}"
+        log.warning("validation after step %d: %s; %s", meta.step, summary(rates), best)
+        return {**rates, **({"weights": "ema"} if meta.recipe.train.ema else {})}
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """Box and mask AP of a row: "box AP 0.412, mask AP 0.371"."""
+    kinds: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
+    return ", ".join(f"{name} AP {row[key]:.3f}" for kind, name in kinds if (key := f"{VALIDATED}{kind}_AP") in row)

@@ -1,0 +1,90 @@
+"""Recipes as people read them: complete, with the meaning of each key, and the same when they are given back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from refdet.config import recipe
+from refdet.config.recipe import Recipe
+from refdet.config.recipe_text import complete_yaml, meanings, recipe_lines
+
+PARTS = {
+    field.name: type(getattr(Recipe(), field.name)) for field in dataclasses.fields(Recipe) if field.name != "name"
+}
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_what_is_printed_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    text = complete_yaml(recipe.load(name), name)
+    (tmp_path / "printed.yaml").write_text(text)
+    assert recipe.load(str(tmp_path / "printed.yaml")) == recipe.load(name)
+    assert all(len(line) <= 120 for line in text.splitlines())
+    for part, kind in PARTS.items():
+        for option in dataclasses.fields(kind):
+            assert text.split(f"\n{part}:")[1].count(f"\n  {option.name}:") >= 1
+
+
+def test_changes_and_older_defaults_are_kept(tmp_path: Path) -> None:
+    changed = recipe.load("demo").with_changes(
+        ["train.ema=0.9998", "train.lr_milestones=[]", "input.size_divisibility=0", "name='a: b #c'", "train.lr=1e-9"]
+    )
+    (tmp_path / "printed.yaml").write_text(complete_yaml(changed))
+    assert recipe.load(str(tmp_path / "printed.yaml")) == changed
+    (tmp_path / "mine.yml").write_text("# Mine.\n# For cats.\nbase: demo\n# not this\n")
+    path = str(tmp_path / "mine.yml")
+    assert complete_yaml(recipe.load(path), path).startswith(
+        "# Mine.\n# For cats.\nname: mine\n\n# The network.\nmodel:\n"
+    )
+    assert complete_yaml(recipe.load("seed-c4-res50"), "seed-c4-res50").startswith(
+        "# reference-c4-res101 with a ResNet-50"
+    )
+
+
+def test_every_key_has_a_meaning() -> None:
+    for part, kind in PARTS.items():
+        found = meanings(kind)
+        assert found.keys() == {option.name for option in dataclasses.fields(kind)}
+        assert not [f"{part}.{name}" for name, meaning in found.items() if len(meaning) < 5]
+    assert meanings(PARTS["model"])["width"] == "channels of its first stage; 64 in the published networks"
+    assert meanings(PARTS["model"])["neck"].startswith("c4: conv5 on the RoIs; fpn: a feature pyramid, dc5: a dilated")
+
+
+def test_each_shipped_recipe_has_one_line() -> None:
+    lines = {line.name: line for line in recipe_lines()}
+    assert list(lines) == recipe.names()
+    found = lines["c4-res101-3x"]
+    assert (found.network, found.steps, found.batch_size) == ("ResNet-101 C4", 270000, 16)
+    assert found.published.startswith("42.6 box AP, 36.7 mask AP on val2017")
+    assert lines["demo"].published == "" and lines["demo"].about.startswith("The embedded dataset, from scratch")
+
+
+# mask AP and box AP of detectron2's MODEL_ZOO.md, and its settings (configs/Base-RCNN-*.yaml, config/defaults.py)
+@pytest.mark.parametrize(
+    ("name", "base", "depth", "neck"),
+    [("c4-res101-3x", "d2-c4-res101", 101, "c4"), ("fpn-res50-3x", "d2-fpn-res50", 50, "fpn"),
+     ("fpn-res101-3x", "d2-fpn-res101", 101, "fpn")],
+)  # fmt: skip
+def test_the_recipes_of_the_model_zoo_have_its_settings(name: str, base: str, depth: int, neck: str) -> None:
+    found, arithmetic = recipe.load(name), recipe.load(base)
+    assert (found.model.depth, found.model.neck, found.model.norm) == (depth, neck, "frozen")
+    assert found.model == arithmetic.model and found.input == arithmetic.input
+    options = found.train
+    assert (options.steps, options.batch_size, options.lr, options.warmup_steps) == (270_000, 16, 0.02, 1000)
+    drops = [next(s for s in range(200_000, 270_000) if s >= m * options.steps) for m in options.lr_milestones]
+    assert drops == [210_000, 250_000]
+    assert found.input.min_sizes == (640, 672, 704, 736, 768, 800) and found.input.max_size == 1333
+    assert found.head.batch_size_per_image == 512 and options.max_grad_norm == 0 and options.bf16
+
+
+def test_large_scale_jitter_is_as_in_the_new_baselines() -> None:
+    found = recipe.load("fpn-res50-lsj")
+    assert (found.input.crop_size, found.input.scale_range) == (1024, (0.1, 2.0))
+    assert (found.model.norm, found.model.rpn_convs, found.model.box_convs, found.model.box_fcs) == ("batch", 2, 4, 1)
+    options = found.train
+    assert (options.steps, options.batch_size, options.lr) == (4 * 184_375, 64, 0.1)
+    assert (options.weight_decay, options.warmup_steps) == (4e-5, 500)
+    drops = [next(s for s in range(600_000, 737_500) if s >= m * options.steps) for m in options.lr_milestones]
+    assert drops == [4 * 163_889, 4 * 177_546]

@@ -1,0 +1,200 @@
+"""Large-scale jitter: pixels, boxes and masks of a crop are those of the whole resized image, moved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+from training_examples import run, squares, tiny
+
+from refdet.config.recipe import InputOptions
+from refdet.data.coco import CocoIndex
+from refdet.data.image_source import ImageSource
+from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
+from refdet.data.training_batches import Batch, TrainingBatches, bytes_of, most_bytes_of
+from refdet.data.transforms import network_input
+from refdet.detector.checkpoint import read_tensors
+from refdet.detector.target_assignment import compute_mask_targets
+from refdet.structures.box_convention import InputSize
+from refdet.structures.ground_truth import GroundTruth
+
+OPTIONS = InputOptions(crop_size=64, scale_range=(0.1, 2.0), size_divisibility=1)
+CPU = torch.device("cpu")
+sides, seeds = st.integers(1, 150), st.integers(0, 2**32 - 1)
+
+
+def drawn(height: int, width: int, seed: int, options: InputOptions = OPTIONS) -> InputSize:
+    return jittered_size(height, width, options, np.random.default_rng(seed))
+
+
+@settings(max_examples=150, deadline=None)
+@given(height=sides, width=sides, seed=seeds)
+def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height: int, width: int, seed: int) -> None:
+    size = drawn(height, width, seed)
+    whole = size.whole
+    assert 0.1 * 64 - 1 <= max(whole) <= 2 * 64 + 1
+    assert (size.height, size.width) == (min(whole[0], 64), min(whole[1], 64))
+    x, y = size.origin
+    assert 0 <= x <= whole[1] - size.width and 0 <= y <= whole[0] - size.height
+    assert size.scale == (whole[1] / width, whole[0] / height)
+    for flip in (False, True):
+        left, top, right, bottom = seen_part(size, flip)
+        assert -1e-6 <= left < right <= width + 1e-6 and -1e-6 <= top < bottom <= height + 1e-6
+        assert right - left == pytest.approx(size.width / size.scale_x)
+
+
+def test_scales_and_places_are_spread_evenly() -> None:
+    random = np.random.default_rng(0)
+    found = [jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
+    scales = np.array([size.whole[0] / 1000 for size in found])
+    assert abs(scales.mean() - 1.05) < 0.03 and scales.min() < 0.11 and scales.max() > 1.99
+    places = np.array([size.origin[0] / (size.whole[1] - size.width) for size in found if size.whole[1] > 1200])
+    assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() > 0.99
+
+
+def batch(root: Path, *changes: str, step: int = 0) -> Batch:
+    recipe = tiny("input.crop_size=64", "train.batch_size=4", *changes)
+    found = TrainingBatches(CocoIndex.load(root / "instances.json"), ImageSource.open(root / "images"), recipe)[step]
+    assert isinstance(found, Batch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("noisy")
+    squares(root)
+    random = np.random.default_rng(0)
+    for path in (root / "images").iterdir():
+        Image.fromarray(random.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("resize", ["antialias", "opencv", "pillow", "torchvision"])
+def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -> None:
+    options, kinds = tiny("input.crop_size=64", f"input.resize={resize}").input, set()
+    for step in range(6):
+        found = batch(noisy, f"input.resize={resize}", step=step)
+        inputs = found.inputs(options, CPU)
+        assert inputs.shape == (4, 3, 64, 64)
+        for row, (size, flip, id_) in enumerate(zip(found.sizes, found.flips, found.image_ids, strict=True)):
+            with Image.open(noisy / "images" / f"{id_}.png") as image:
+                pixels = np.array(image)
+            height, width = size.whole
+            everything = replace(size, height=height, width=width, resized=None, origin=(0, 0))
+            whole = network_input(pixels[:, ::-1] if flip else pixels, everything, options)
+            seen = inputs[row, :, : size.height, : size.width]
+            torch.testing.assert_close(seen, whole[(slice(None), *size.part)], atol=1e-5, rtol=1e-5)
+            assert not inputs[row, :, size.height :].any() and not inputs[row, :, :, size.width :].any()
+            kinds.add((flip, max(size.whole) > 64, found.images.layouts[row][0]))
+            assert bytes_of(size, options) <= most_bytes_of(64, 96, options)
+    assert {kind[:2] for kind in kinds} == {(a, b) for a in (False, True) for b in (False, True)}
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=seeds, flip=st.booleans(), convex=st.booleans())
+def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, convex: bool) -> None:
+    random = np.random.default_rng(seed)
+    height, width = (int(side) for side in random.integers(4, 40, 2))
+    y1, x1 = (int(random.integers(0, side - 1)) for side in (height, width))
+    y2, x2 = int(random.integers(y1 + 1, height + 1)), int(random.integers(x1 + 1, width + 1))
+    mask = np.zeros((height, width), np.uint8, order="F")
+    mask[y1:y2, x1:x2] = 1 if convex else random.integers(0, 2, (y2 - y1, x2 - x1))
+    if not mask.any():
+        return
+    ys, xs = mask.nonzero()
+    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    size = drawn(height, width, seed)
+    window = seen_part(size, flip)
+    kept, boxes = crop_boxes(torch.tensor([box], dtype=torch.float32), [coco_mask.encode(mask)], window)
+    spans = [(max(x, window[0]), max(y, window[1]), min(x + 1, window[2]), min(y + 1, window[3]))
+             for y, x in zip(ys, xs, strict=True)]  # fmt: skip
+    seen = np.array([span for span in spans if span[0] < span[2] and span[1] < span[3]])
+    if not len(seen):
+        assert kept == [] and len(boxes) == 0
+        return
+    expected = np.concatenate((seen[:, :2].min(axis=0), seen[:, 2:].max(axis=0)))
+    if min(expected[2:] - expected[:2]) > 0.02:
+        assert kept == [0]
+        np.testing.assert_allclose(boxes[0], expected, atol=1e-4)
+
+
+def test_objects_without_masks_are_clipped_and_those_outside_are_gone() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 8, 8], [11, 11, 12, 12], [5, 5, 5, 9]])
+    kept, found = crop_boxes(boxes, [None] * 4, (3.0, 3.0, 10.0, 10.0))
+    assert kept == [0, 1, 3] and found.tolist() == [[3, 3, 4, 4], [3, 3, 8, 8], [5, 5, 5, 9]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, flip=st.booleans())
+def test_mask_targets_are_the_exact_areas_in_the_original_image(seed: int, flip: bool) -> None:
+    random = np.random.default_rng(seed)
+    height, width = (int(side) for side in random.integers(20, 80, 2))
+    small = random.integers(0, 2, (5, 4))
+    mask = np.array(Image.fromarray(small.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
+    size = drawn(height, width, seed)
+    corners = np.sort(random.uniform(0, 1, (6, 2, 2)), axis=1) * [size.width, size.height]
+    rois = torch.tensor(corners.reshape(6, 4), dtype=torch.float32)
+    truth = GroundTruth(rois[:1], torch.ones(1, dtype=torch.int64), [coco_mask.encode(np.asfortranarray(mask))],
+                        rois[:0], size.scale, float(width) if flip else None, size.origin)  # fmt: skip
+    found = compute_mask_targets(rois, torch.zeros(6, dtype=torch.int64), truth, 4)
+    shown = mask[:, ::-1] if flip else mask
+    steps = (np.arange(4 * 40) + 0.5) / (4 * 40)  # 40 samples along the side of a cell
+    for roi, target in zip(rois.double().numpy(), found.numpy(), strict=True):
+        xs, ys = ((low + (high - low) * steps + origin) / scale for low, high, origin, scale in
+                  zip(roi[:2], roi[2:], size.origin, size.scale, strict=True))  # fmt: skip
+        sampled = shown[np.minimum(ys.astype(int), height - 1)][:, np.minimum(xs.astype(int), width - 1)]
+        covered = sampled.reshape(4, 40, 4, 40).mean(axis=(1, 3))
+        clear = abs(covered - 0.5) > 0.06
+        np.testing.assert_array_equal(target[clear], covered[clear] >= 0.5)
+
+
+def test_what_is_drawn_depends_on_the_seed_the_step_and_the_image(noisy: Path) -> None:
+    def sizes(*changes: str, step: int = 0) -> dict[int, InputSize]:
+        found = batch(noisy, *changes, step=step)
+        return dict(zip(found.image_ids, found.sizes, strict=True))
+
+    first = sizes()
+    assert sizes() == first and len(set(first.values())) == 4
+    for other in (sizes(step=1), sizes("train.seed=1")):
+        assert all(other[id_] != size for id_, size in first.items())
+    smaller = batch(noisy, "train.batch_size=2")  # the same image in the same step of another batch
+    for id_, size in zip(smaller.image_ids, smaller.sizes, strict=True):
+        assert first[id_] == size
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_boxes_masks_and_crowds_of_a_batch_are_inside_the_crop(tmp_path: Path, legacy: bool) -> None:
+    root = tmp_path / "crowds"
+    squares(root, lambda tree: tree["annotations"][1].update(iscrowd=1))
+    seen, objects = 0, 0
+    for step in range(12):
+        found = batch(root, f"model.legacy_plus_one={str(legacy).lower()}", step=step)
+        for target, (height, width) in zip(found.targets, found.input_sizes, strict=True):
+            assert target.masks is not None and len(target.masks) == len(target.boxes) == len(target.labels)
+            for boxes in (target.boxes, target.crowds):
+                assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all()
+                assert (boxes[:, :2] < boxes[:, 2:]).all()
+            objects += len(target.boxes)
+            seen += len(target.crowds)
+    assert seen and 0 < objects < 12 * 4 * 2  # some are cropped away
+
+
+@pytest.mark.slow
+def test_a_training_with_crops_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    squares(tmp_path)
+    jitter = ["input.crop_size=64", "input.scale_range=[0.5, 2]", "train.steps=4"]
+    run(tmp_path, *jitter, out="whole")
+    run(tmp_path, *jitter, "train.steps=2", out="halves")
+    run(tmp_path, *jitter, "train.workers=1", out="halves", resume=True)
+    weights = [read_tensors(tmp_path / out / "model.safetensors")[0] for out in ("whole", "halves")]
+    recipe = json.loads((tmp_path / "whole/model.json").read_text())["recipe"]
+    assert recipe["input"]["crop_size"] == 64 and recipe["input"]["scale_range"] == [0.5, 2]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

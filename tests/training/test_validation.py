@@ -1,0 +1,298 @@
+"""Validation while training: what it measures, what it keeps, and how a run goes on that was stopped meanwhile."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_examples import run, squares
+
+from refdet.detector import checkpoint
+from refdet.detector.checkpoint import read_tensors
+from refdet.errors import InputError, Interrupted
+from refdet.evaluation.detection import evaluate
+from refdet.training import best, validator
+from refdet.training.best import read_best
+from refdet.training.validation import is_due, validations_after
+
+pytestmark = pytest.mark.slow
+
+LEARNS = ["train.lr=0.02", "model.anchor_sizes=[8,16,32,48,64]"]
+EVERY_2 = [*LEARNS, "train.steps=6", "train.eval_every=2", "train.log_every=2"]
+
+
+def drawn(root: Path, images: int) -> None:
+    """The `squares`, so drawn that they can be learnt."""
+    squares(root, images=images)
+    for path in (root / "images").iterdir():
+        with Image.open(path) as picture:
+            pen = ImageDraw.Draw(picture)
+            pen.rectangle((8, 8, 37, 37), (255, 255, 255))
+            pen.rectangle((50, 20, 79, 49), (0, 0, 255))
+            picture.save(path)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training images, others to validate on under ``val``, and weights that find some of their objects, ``start``."""
+    root = tmp_path_factory.mktemp("validation")
+    drawn(root, 4)
+    drawn(root / "val", 3)
+    run(root, *LEARNS, "train.steps=60", out="start")
+    return root
+
+
+@pytest.fixture
+def data(learnt: Path, tmp_path: Path) -> Path:
+    """A copy of the images, to change them and to train beside them."""
+    shutil.copytree(learnt, tmp_path / "data", ignore=shutil.ignore_patterns("whole*"))
+    return tmp_path / "data"
+
+
+def train(root: Path, *changes: str, out: str = "run", **more: Any) -> Path:
+    val = {"val_instances": root / "val/instances.json", "val_images": root / "val/images"}
+    run(root, *changes, out=out, **{"weights": root / "start", **val, **more})
+    return root / out
+
+
+@pytest.fixture(scope="module")
+def whole(learnt: Path) -> Callable[[float], Path]:
+    """Runs of 6 steps that nothing stopped, by their ``train.ema``."""
+    return functools.cache(lambda ema: train(learnt, *EVERY_2, f"train.ema={ema}", out=f"whole-{ema}"))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def validations(out: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(out) if "val_bbox_AP" in row]
+
+
+def measured(root: Path, checkpoint: Path) -> dict[str, float]:
+    """What ``refdet evaluate`` measures, by the names of metrics.jsonl."""
+    found = evaluate(checkpoint, root / "val/instances.json", root / "val/images", device="cpu")
+    return {
+        f"val_{kind}_{name}": rate
+        for kind, rates in found.items()
+        for name, rate in (rates or {}).items()
+        if rate is not None
+    }
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = (read_tensors(path / "model.safetensors")[0] for path in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("ema", [0, 0.5])
+def test_it_measures_what_evaluate_does_and_keeps_the_best(learnt: Path, whole: Callable, ema: float) -> None:
+    out = whole(ema)
+    found = validations(out)
+    assert len({row["val_bbox_AP"] for row in found}) > 1 and found[-1]["val_segm_AP"] > 0
+    assert [row["step"] for row in found] == [2, 4, 6]
+    assert all(row.get("weights") == ("ema" if ema else None) for row in found)
+    rates = {name: value for name, value in found[-1].items() if name.startswith("val_")}
+    assert rates == measured(learnt, out)  # to the bit
+    kept = read_best(out)
+    assert kept is not None and kept.value == max(row["val_bbox_AP"] for row in found)
+    assert kept.rates == measured(learnt, out / "best")
+    assert checkpoint.load_meta(out / "best").step == kept.step
+    board = EventAccumulator(str(out))
+    board.Reload()
+    assert [event.step for event in board.Scalars("val/segm_AP")] == [2, 4, 6]
+    card = (out / "README.md").read_text()
+    assert "## AP on 3 images of instances.json" in card and "step 6 | 0." in card and "box AP" in card
+    assert kept.step == 6 or f"| boxes, best, step {kept.step} | {kept.value:.3f} |" in card
+    assert ("an exponential average over the steps (train.ema=0.5)" in card) == bool(ema)
+
+
+def test_validation_changes_nothing_of_the_training(data: Path, whole: Callable) -> None:
+    run(data, *EVERY_2, out="alone", weights=data / "start")
+    assert same_weights(whole(0), data / "alone")
+    assert not (data / "alone/best").exists()
+
+
+@pytest.mark.parametrize(("step", "ema"), [(3, 0), (2, 0.5), (3, 0.5)])
+def test_a_run_resumed_in_the_middle_is_the_same(
+    data: Path, whole: Callable, step: int, ema: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [*EVERY_2, f"train.ema={ema}"]
+    from refdet.training import trainer
+
+    started, calls = trainer.start_step, []
+
+    def stopping(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "start_step", stopping)
+        with pytest.raises(Interrupted, match=f"after step {step}, which is saved"):
+            train(data, *changes, out="halves")
+    train(data, *changes, out="halves", resume=True)
+    assert validations(data / "halves") == validations(whole(ema))
+    assert same_weights(data / "halves", whole(ema)) and same_weights(data / "halves/best", whole(ema) / "best")
+    (state,) = (data / "halves/state").iterdir()
+    a, b = (read_tensors(path)[0] for path in (state, whole(ema) / "state" / state.name))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert any(name.startswith("ema/") for name in a) == bool(ema)
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing is written any more, not even what `finally` would."""
+
+
+def raise_killed(*given: object, **more: object) -> None:
+    raise Killed
+
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def while_measuring(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(validator, "detection_ap", raise_killed)
+
+
+def while_writing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(best, "write_json", raise_killed)
+    patch.setattr(shutil, "rmtree", lambda *given, **more: None)
+
+
+def between_the_renames(patch: pytest.MonkeyPatch) -> None:
+    original = os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        if Path(target).name == "best" and "refdet-tmp" in Path(source).name:
+            raise Killed
+        original(source, target)
+
+    patch.setattr(best.os, "replace", replaced)
+    patch.setattr(shutil, "rmtree", lambda *given, **more: None)
+
+
+def before_the_row(patch: pytest.MonkeyPatch) -> None:
+    from refdet.training.metrics_log import MetricsLog
+
+    patch.setattr(MetricsLog, "write_validation", raise_killed)
+
+
+@pytest.mark.parametrize(
+    ("broken", "at"),
+    [(while_measuring, 2), (while_writing, 6), (between_the_renames, 2), (between_the_renames, 6), (before_the_row, 6)],
+)
+def test_killed_during_a_validation_nothing_is_lost(
+    data: Path, whole: Callable, broken: Break, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = validator.Validator.validate
+
+    def validate(self: Any, weights: Any, meta: Any, *given: Any) -> Any:
+        if meta.step == at:
+            if self._best is not None and broken in (while_writing, between_the_renames):
+                self._best = replace(self._best, value=-1.0)  # so that it is replaced
+            broken(patch)
+        return original(self, weights, meta, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validator.Validator, "validate", validate)
+        with pytest.raises(Killed):
+            train(data, *EVERY_2, out="halves")
+    assert [row["step"] for row in validations(data / "halves")] == [2, 4][: at // 2 - 1]
+    train(data, *EVERY_2, out="halves", resume=True)
+    assert validations(data / "halves") == validations(whole(0))
+    assert same_weights(data / "halves", whole(0))
+    kept = read_best(data / "halves")
+    assert kept is not None and kept.rates == measured(data, data / "halves/best")
+    assert kept.value == max(row["val_bbox_AP"] for row in validations(whole(0)))
+    assert not [path for path in (data / "halves").iterdir() if "refdet-tmp" in path.name]
+
+
+def test_a_signal_ends_a_validation_and_resuming_repeats_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = validator.detection_ap
+
+    def signalled(*given: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validator, "detection_ap", signalled)
+        with pytest.raises(
+            Interrupted, match="stopped by SIGTERM in the validation after step 2, which is saved; continue with"
+        ):
+            train(data, *EVERY_2)
+    assert not validations(data / "run") and not (data / "run/best").exists()
+    train(data, *EVERY_2, resume=True)
+    assert [row["step"] for row in validations(data / "run")] == [2, 4, 6]
+
+
+def test_a_finished_run_is_validated_later(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(data, *LEARNS, "train.steps=2", weights=data / "start")
+    train(data, *LEARNS, "train.steps=2", resume=True)
+    (row,) = validations(data / "run")
+    assert row["step"] == 2 and measured(data, data / "run")["val_bbox_AP"] == row["val_bbox_AP"]
+    train(data, *LEARNS, "train.steps=2", resume=True)
+    assert len(validations(data / "run")) == 1 and "all 2 steps are done" in caplog.text
+    run(data, *LEARNS, "train.steps=4", resume=True)
+    assert "was validated before, and is not now; give `val_instances`" in caplog.text
+
+
+def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(data, *LEARNS, "train.steps=2")
+    squares(data / "val", images=2)
+    train(data, *LEARNS, "train.steps=3", resume=True)
+    assert "best was chosen on other data (instances.json); the next validation replaces it" in caplog.text
+    kept = read_best(data / "run")
+    assert kept is not None and (kept.step, kept.images) == (3, 2)
+    (data / "run/best/validation.json").write_text('{"metric": 3}')
+    with pytest.raises(
+        InputError, match=r"validation\.json: damaged \(metric: str is needed, not 3\); remove the fold"
+    ):
+        train(data, *LEARNS, "train.steps=4", resume=True)
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a category": (lambda t: t["categories"][0].update(name="c"), "classes"),
+    "no objects": (lambda t: t["annotations"].clear(), "`val_instances` .*AP is not defined"),
+    "no images": (lambda t: (t["annotations"].clear(), t["images"].clear()), "has no images to evaluate on"),
+    "a missing image": (lambda t: t["images"][0].update(file_name="none.png"), "none.png"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_cannot_be_validated_on_is_refused_before_the_first_step(data: Path, change: Callable, said: str) -> None:
+    squares(data / "val", change)
+    with pytest.raises(InputError, match=said):
+        train(data, *EVERY_2)
+    assert not (data / "run").exists()
+
+
+def test_images_that_are_trained_on_are_counted(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    squares(data / "val", lambda tree: tree["images"][0].update(file_name="1.png"), images=3)
+    train(data, *LEARNS, "train.steps=1")
+    assert "3 images of 3 are trained on too, by their file names" in caplog.text
+    assert "validation: 3 images of instances.json, at the end, with the weights; best/ keeps" in caplog.text
+    with pytest.raises(InputError, match="`val_images`: give its annotations too"):
+        run(data, val_images=data / "val/images", out="other")
+
+
+@pytest.mark.parametrize(("steps", "every", "due"), [(6, 2, [2, 4, 6]), (7, 3, [3, 6, 7]), (5, 0, [5]), (3, 9, [3])])
+def test_when_it_is_due(steps: int, every: int, due: list[int]) -> None:
+    from training_examples import tiny
+
+    options = tiny(f"train.steps={steps}", f"train.eval_every={every}").train
+    assert [step for step in range(1, steps + 1) if is_due(step, options)] == due
+    for step in range(steps + 1):
+        assert validations_after(step, options) == sum(later > step for later in due), step
