@@ -63,7 +63,8 @@ def test_rpn() -> None:
     logits, deltas = numbers(3, count), numbers(3, count, 4)
     output = RpnOutput(logits, deltas, anchors.double(), (count,))
     padded = PaddedTruth.of(given, torch.device("cpu"))
-    losses = rpn.compute_losses(output, SIZES, padded, seeds)
+    sums, sampled_anchors = rpn.compute_losses(output, SIZES, padded, seeds)
+    losses = {name: total / sampled_anchors for name, total in sums.items()}
 
     options = rpn.options
     kinds, _ = rpn.assign_targets(output.anchors, SIZES, padded)
