@@ -49,7 +49,7 @@ def test_every_key_has_a_meaning() -> None:
         assert found.keys() == {option.name for option in dataclasses.fields(kind)}
         assert not [f"{part}.{name}" for name, meaning in found.items() if len(meaning) < 5]
     assert meanings(PARTS["model"])["width"].startswith("channels of its first stage; 64 in the published networks")
-    assert meanings(PARTS["model"])["neck"].startswith("c4: conv5 on the RoIs; fpn: a feature pyramid, dc5: a dilated")
+    assert meanings(PARTS["model"])["neck"].startswith("on the RoIs: c4: conv5, or a VGG's linear layers; fpn and dc5:")
 
 
 def test_each_shipped_recipe_has_one_line() -> None:
