@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from refdet.config.recipe import Recipe
+from refdet.data.coco import TrainingObjects
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
-from refdet.data.training_objects import TrainingObjects
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import without_memory
