@@ -1,4 +1,4 @@
-# `make test` and `make demo` each set up all they need in .venv, once; what changed since is done again.
+# `make test` and `make demo` set up everything they need in .venv on first use, and redo what is out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,13 +44,13 @@ types: env
 	@echo "==> types: mypy"
 	@$(BIN)/mypy refdet refer cli
 
-# One process a core, each on one thread.
+# One process per core, each with a single thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 unit: env
 	@echo "==> unit: pytest, $(JOBS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-# The sanitizers must be in the process before Python is, and with them the C++ library whose exceptions they watch.
+# The sanitizers must be loaded before Python, together with the C++ library whose exceptions they intercept.
 ASAN := build/asan/lib
 test-asan: env ## test the compiled kernels with the address and undefined-behavior sanitizers
 	@echo "==> test-asan: building the kernels with sanitizers into $(ASAN)"
@@ -77,7 +77,7 @@ test-browser: env ## test refdet browse and the report in chromium, with playwri
 bench-ops: env ## benchmark the kernels against torchvision and pycocotools (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/ops.py $(if $(JSON),--json)
 
-bench-data: env ## benchmark loading and splitting files of real size
+bench-data: env ## benchmark loading and splitting full-size files
 	@echo "==> bench-data: REFER"
 	@$(BIN)/python benchmarks/refer_load.py
 	@echo "==> bench-data: build-split"
@@ -109,8 +109,8 @@ bench-pipeline: env ## benchmark everything behind the detector: shards, merging
 bench-scaling: env ## benchmark many workers with sleeping detectors, and extrapolate to 64 GPUs (JSON=1 for JSON)
 	@$(BIN)/python benchmarks/scaling.py $(if $(JSON),--json)
 
-# A machine lent for minutes may have a Python with torch and no network: `make gpu-check PYTHON=python3` uses that
-# Python as it is. Otherwise .venv is used, and set up first.
+# A short-lived GPU machine may have a Python with torch but no network: `make gpu-check PYTHON=python3` uses that
+# Python as is. Otherwise .venv is used, and set up first.
 ifeq ($(origin PYTHON),command line)
 GPU_PYTHON := $(PYTHON)
 else
@@ -119,7 +119,7 @@ gpu-check gpu-pack: env
 endif
 DEVICE ?= cuda
 OUT ?= build/gpu-check
-gpu-check: ## prove and measure everything on a GPU, in 9 minutes (DEVICE=cpu rehearses, ONLY="STEP ..." selects)
+gpu-check: ## test and benchmark everything on a GPU, in 9 minutes (DEVICE=cpu rehearses, ONLY="STEP ..." selects)
 	@$(GPU_PYTHON) benchmarks/gpu/check.py --device $(DEVICE) --out "$(OUT)" $(if $(ONLY),--only $(ONLY))
 
 gpu-pack: ## download the wheels that a GPU machine without a network may lack, into build/gpu-pack
@@ -136,7 +136,7 @@ cuda-check:
 	@echo "==> cuda-check: nvcc not found, skipping csrc/*/*.cu"
 endif
 
-# The C++ standard that torch's builder asks for (c++17 in 2.11; c++20 later, where its headers need it), and its headers.
+# The C++ standard that torch's builder uses (c++17 in 2.11, c++20 later), and torch's include paths.
 TORCH_FLAGS = $(BIN)/python -c 'import inspect, re; from torch.utils import cpp_extension as e; \
   print("-std=" + re.search(r"\x27(c\+\+\d+)\x27", inspect.getsource(e))[1], *("-I" + i for i in e.include_paths()))' 2>/dev/null
 

@@ -43,7 +43,7 @@ def command(
     split_names: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Convert REFER from other forms to its own layout, and check its size.
+    """Convert REFER from other formats to its original layout, and check its size.
 
     Reads Parquet of Hugging Face (jxu124/refcoco, lmms-lab/RefCOCO), MDETR's finetune_*.json, TensorFlow Datasets'
     refcoco.json or lists of its examples, and JSON lists of boxes and expressions, such as LLaVA's.

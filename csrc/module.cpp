@@ -20,7 +20,7 @@ TORCH_LIBRARY(refdet, m) {
   m.def(
       "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, int max_keep, Tensor images, int count,"
       " Tensor? groups=None) -> (Tensor kept, Tensor counts)");
-  // float32 products, and those of float16 numbers, on this processor
+  // whether this processor supports the float32 products, or with `half` the float16 ones
   m.def("has_products(bool half) -> bool",
         [](bool half) { return half ? refdet::Half::can() : refdet::Single::can(); });
   m.def("has_avx512() -> bool", []() { return refdet::has_avx512(); });

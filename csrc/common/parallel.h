@@ -1,4 +1,4 @@
-// Dynamic distribution of work to threads.
+// Dynamic scheduling of work over threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,8 +9,8 @@
 
 namespace refdet {
 
-// Calls `work` with every number below `pieces`, on all threads: an idle thread takes the next piece, so that a busy
-// core delays only its current one. `start` is called once on each thread and returns the state that `work` gets.
+// Calls `work` with each index below `pieces`, on all threads: an idle thread takes the next piece, so that a busy core
+// delays only its current one. `start` is called once on each thread and returns the state passed to `work`.
 template <typename Start, typename Work>
 void parallel_tasks(int64_t pieces, const Start& start, const Work& work) {
   std::atomic<int64_t> next{0};

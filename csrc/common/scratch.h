@@ -1,4 +1,4 @@
-// Temporary memory of kernels.
+// Scratch memory of kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace refdet {
 
-// `count` uninitialised values from PyTorch's allocator, aligned for vectors of any size.
+// `count` uninitialized values from PyTorch's allocator, aligned for vectors of any size.
 template <typename T>
 class Scratch {
  public:

@@ -85,7 +85,7 @@ inline bool has_float16() {
   return has;
 }
 
-// float16, each of them twice.
+// As float16, each value twice.
 REFDET_INLINE void store(const Floats& from, uint32_t* to) {
   using Float16s = _Float16 __attribute__((vector_size(kLanes * sizeof(_Float16))));
   const Float16s narrow = __builtin_convertvector(from, Float16s);
@@ -97,8 +97,8 @@ REFDET_INLINE void store(const Floats& from, uint32_t* to) {
 }
 #endif
 
-// 0 where it is negative; NaN stays. In integers: a comparison of 16 numbers is taken apart on a processor without
-// AVX-512.
+// ReLU: 0 for negative values; NaN stays NaN. On integers: without AVX-512, compilers split a comparison of 16 values
+// into scalar ones.
 REFDET_INLINE void rectify(Floats& x) {
   using Signed = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
   Signed bits;

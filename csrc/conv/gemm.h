@@ -12,12 +12,12 @@ namespace refdet {
 // Maps, weights and sums in float32. Each result is one chain of fused multiply-adds over depth, for any number of rows
 // and any processor, so that it does not depend on how the work is split, bit for bit.
 struct Single {
-  using Map = float;  // what layers give each other
+  using Map = float;  // the type of feature maps between layers
   using A = float;
   using B = float;
   static constexpr bool kScaled = false;
-  static constexpr int64_t kPanel = 16;   // columns of the right side that lie together, row by row
-  static constexpr int64_t kDepth = 256;  // rows of it that are used at once, so that they stay in the first cache
+  static constexpr int64_t kPanel = 16;   // columns of the right-hand side stored together, row by row
+  static constexpr int64_t kDepth = 256;  // rows of it used at a time, so that they stay in the L1 cache
 
   // Whether this processor supports it.
   static bool can();
@@ -34,7 +34,7 @@ struct Single {
 // to at most kHeaviest.
 struct Half {
   using Map = c10::BFloat16;
-  using A = uint32_t;  // a float16 number twice, which is quicker to spread over a vector than one alone
+  using A = uint32_t;  // a float16 value twice, which broadcasts to a vector faster than a single one
   using B = c10::Half;
   static constexpr bool kScaled = true;
   static constexpr int64_t kPanel = 64;

@@ -9,7 +9,7 @@
 
 #ifdef REFDET_FLOAT16
 #include <immintrin.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of values that this header leaves undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // values that this header leaves undefined on purpose
 #endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -31,10 +31,10 @@ using Vector8 = float __attribute__((vector_size(8 * sizeof(float)), aligned(ali
 using Vector16 = float __attribute__((vector_size(16 * sizeof(float)), aligned(alignof(float)), may_alias));
 
 constexpr int kUnrolled = 4;  // steps over depth
-constexpr int kTogether = 4;  // rows that are reached from one address
+constexpr int kTogether = 4;  // rows addressed from one pointer
 
-// Where `rows` rows of the left side go on. Groups of rows have an address each, which the compiler does not see
-// through: else it would keep one for every row and every step, more than there are registers.
+// Pointers into `rows` rows of the left-hand side: one per group of rows, hidden from the optimizer, which otherwise
+// would keep one for every row and step, more than there are registers.
 template <typename A, int rows>
 struct RowGroups {
   static constexpr int kGroups = (rows + kTogether - 1) / kTogether;
@@ -60,8 +60,8 @@ struct RowGroups {
   }
 };
 
-// Vectors of columns `distance` apart: panels, or of AVX2 the halves of one. All loops but that over depth are
-// unrolled, or the sums would live in memory.
+// Vectors of columns `distance` apart: panels, or with AVX2 the halves of one. All loops but the one over depth are
+// unrolled, or the sums would spill to memory.
 template <typename Vector, int vectors, int rows>
 REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
                                  float* c, int64_t c_row, bool add) {
@@ -97,7 +97,7 @@ REFDET_INLINE void multiply_rows(const float* a, int64_t a_row, const float* pan
   }
 }
 
-// All rows, `most` at a time, and the remainder by successive halves of that.
+// All rows, `most` at a time, and the remainder in successive halvings of that.
 template <typename Vector, int vectors, int most>
 REFDET_INLINE void multiply_all(const float* a, int64_t a_row, const float* panel, int64_t distance, int64_t depth,
                                 int64_t rows, float* c, int64_t c_row, bool add) {
@@ -156,14 +156,14 @@ void Single::multiply(const float*, int64_t, const float*, int64_t, int64_t, int
 #ifdef REFDET_FLOAT16
 namespace {
 
-// sum += a * b. In assembler: the compiler would let sums and factors change places between registers, of which there
-// are few to spare, and keep some in memory.
+// sum += a * b. In assembly: the compiler would move sums and factors between registers, of which few are free, and
+// spill some to memory.
 REFDET_FLOAT16 REFDET_INLINE void multiply_add(const __m512h& a, const __m512h& b, __m512h& sum) {
   asm("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// A run of depth; `panels` panels of two vectors. The loop is that of `multiply_rows`; in intrinsics, since the
-// compiler would widen _Float16 where it does not know yet for which processor it compiles.
+// A run of depth; `panels` panels of two vectors. The same loop as `multiply_rows`, but with intrinsics: in a template,
+// the compiler would widen _Float16 before it knows the target processor.
 template <int rows, int panels>
 REFDET_FLOAT16 REFDET_INLINE void multiply_half_rows(const uint32_t* a, int64_t a_row, const c10::Half* panel,
                                                      int64_t distance, int64_t depth, float* c, int64_t c_row,

@@ -1,6 +1,6 @@
 // 1x1 convolutions for inference on the CPU, fused with bias, shortcut and ReLU; channels in multiples of 16.
 //
-// A matrix product of positions and weights (gemm.h), followed by the sum and the ReLU.
+// A matrix product of positions and weights (gemm.h), followed by bias, shortcut and ReLU.
 //
 // Cost: one pass over the map, the shortcut and the result, and one over the weights per several hundred positions.
 //
@@ -41,8 +41,8 @@ struct Result {
 // Buffers for a block of positions, and for sums.
 template <typename Product>
 struct Block {
-  Scratch<typename Product::A> left;  // in parts of kDepth channels, those of a part by positions
-  Scratch<float> scale, sums;         // of each position; of kRows of them kWidth sums each
+  Scratch<typename Product::A> left;  // in slices of kDepth channels, each slice by position
+  Scratch<float> scale, sums;         // per position; kWidth sums for each of kRows positions
 
   Block(int64_t rows, int64_t depth) : left(rows * depth), scale(rows), sums(kRows * kWidth) {}
 };
@@ -71,12 +71,12 @@ REFDET_INLINE void pack_rows(const Positions<typename Product::Map>& x, int64_t 
   }
 }
 
-// A part of a block: a range of its positions and of output channels.
+// A tile of a block: a range of its positions and of output channels.
 struct Part {
   int64_t row, rows, channel, width;
 };
 
-// Writes the results of a part, from its sums; its block begins at the position `first`.
+// Writes the results of a tile from its sums; its block begins at the position `first`.
 template <typename Product>
 REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const Part part, const Result<Product> y) {
   const int64_t channel = part.channel;
@@ -92,7 +92,7 @@ REFDET_INLINE void finish_rows(const Block<Product>& block, int64_t first, const
       if constexpr (Product::kScaled) {
         Floats scale;
         load(y.scale + channel + c, scale);
-        sum = sum * scales[row] * scale;  // their product alone may overflow
+        sum = sum * scales[row] * scale;  // scales[row] * scale alone may overflow
       }
       sum += bias;
       if (shortcut != nullptr) {
@@ -142,7 +142,7 @@ REFDET_FLOAT16 void finish_part(const Block<Half>& block, int64_t first, const P
 }
 #endif
 
-// Positions per block: as many as fit into the L2 cache beside weights, balanced over the threads.
+// Positions per block: as many as fit in the L2 cache beside the weights, balanced over the threads.
 int64_t rows_of_block(int64_t positions, int64_t depth) {
   const int64_t numbers = has_avx512() ? 1 << 18 : 1 << 17;  // of 4 bytes
   const int64_t most = std::clamp(numbers / depth, kRows, kMostRows), threads = at::get_num_threads();
@@ -190,7 +190,7 @@ at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::
   at::Tensor added;
   if (shortcut.has_value()) {
     TORCH_CHECK(shortcut->sizes() == out.sizes() && shortcut->scalar_type() == out.scalar_type(),
-                "conv1x1: the shortcut must be like the result, ", out.sizes(), ", got ", shortcut->sizes());
+                "conv1x1: the shortcut must have the shape of the result, ", out.sizes(), ", got ", shortcut->sizes());
     added = with_positions(*shortcut);
   }
   if (out.numel() > 0) {

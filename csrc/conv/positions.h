@@ -8,7 +8,7 @@
 
 namespace refdet {
 
-// Stride between positions of a map with contiguous channels and evenly spaced positions; else 0. The stride of a
+// Stride between positions of a map with contiguous channels and evenly spaced positions, otherwise 0. The stride of a
 // dimension of size 1 is ignored.
 inline int64_t distance_of_positions(const at::Tensor& x) {
   int64_t pixel = x.size(1), positions = 1;

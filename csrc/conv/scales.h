@@ -9,7 +9,7 @@
 
 namespace refdet {
 
-// Largest magnitude of bfloat16 values, as bits, which have the same order.
+// Largest magnitude of bfloat16 values, as its bits, which sort the same way.
 struct Largest {
   Halves bits{};
 

@@ -16,15 +16,15 @@
 namespace refdet {
 
 constexpr int kPoints = 6;         // of an axis, for a tile of 4 results; one of 3 uses the first 5
-constexpr int kInfinityPoint = 4;  // its place among the points
+constexpr int kInfinityPoint = 4;  // its index among the points
 constexpr int kTaps = 3;           // weights along an axis
-constexpr std::array<double, kPoints> kPoint = {0, 0.75, -0.75, 1.5, 0, -1.5};  // that at kInfinityPoint is not used
+constexpr std::array<double, kPoints> kPoint = {0, 0.75, -0.75, 1.5, 0, -1.5};  // the entry at kInfinityPoint is unused
 
 template <int rows, int columns>
 using Matrix = std::array<std::array<float, columns>, rows>;
 
-// The coefficients, ascending, of the product of (x - point) over all finite points of the first `used`, but
-// `left_out`.
+// The coefficients, in ascending order, of the product of (x - point) over all finite points among the first `used`,
+// except `left_out`.
 template <int used>
 constexpr std::array<double, kPoints> product_of_others(int left_out) {
   std::array<double, kPoints> product = {1};
@@ -43,8 +43,8 @@ constexpr auto input_matrix() {
   constexpr int kUsed = results + kTaps - 1;
   Matrix<kUsed, kUsed> matrix = {};
   for (int point = 0; point < kUsed; ++point) {
-    // what weight_matrix divides by has a factor for each of the 6 points; a smaller tile makes up for those it leaves
-    // out
+    // the divisor in weight_matrix has a factor for each of the 6 points; a smaller tile compensates for those it
+    // omits
     double missing = 1;
     for (int other = kUsed; other < kPoints && point != kInfinityPoint; ++other)
       missing *= kPoint[point] - kPoint[other];

@@ -31,8 +31,8 @@
 namespace refdet {
 namespace {
 
-constexpr int64_t kTilesAtOnce = 144;  // or one row of them, where that is more
-constexpr int64_t kWidthAtOnce = 128;  // output channels of a piece of work
+constexpr int64_t kTilesAtOnce = 144;  // or one row of them, if that is more
+constexpr int64_t kWidthAtOnce = 128;  // output channels of a work item
 
 template <typename Product>
 struct Result {
@@ -51,7 +51,7 @@ struct Block {
   std::vector<Row> rows;
   int64_t fours = 0;
   std::array<int64_t, kPoints * kPoints> slots{},
-      first{};  // of a point: how many tiles use it, and the sum of all before
+      first{};  // per point: how many tiles use it, and the total of the points before it
 
   // Rows of tiles [begin, end), counted over all images.
   Block(const Tiles& down, const Tiles& across, int64_t begin, int64_t end) : down(down), across(across) {
@@ -70,15 +70,15 @@ struct Block {
     }
   }
 
-  // Where the numbers of a point begin, of `channels` for each tile. Points lie a vector further apart than they must:
-  // else the numbers of a tile at its points would all want the same place in a cache.
+  // Offset of the values of a point, `channels` for each tile. Points are padded by a vector: otherwise the values of a
+  // tile at its points would all map to the same cache set.
   int64_t at(int64_t point, int64_t channels) const { return first[point] * channels + point * kLanes; }
   int64_t slot(int64_t row, int64_t column, int i, int j) const {
     return (i < kPoints - 1 ? row : rows[row].among_fours) * across.with(j) + column;
   }
 };
 
-// to[i * to_step] = sum over j of matrix[i][j] from[j * from_step], where the matrix is known to the compiler.
+// to[i * to_step] = sum over j of matrix[i][j] from[j * from_step], with a compile-time matrix.
 template <const auto& matrix>
 REFDET_INLINE void apply(const Floats* from, int64_t from_step, Floats* to, int64_t to_step) {
   constexpr size_t kTo = matrix.size(), kFrom = matrix[0].size();
@@ -101,10 +101,9 @@ constexpr auto kInput = input_matrix<results>();
 template <int results>
 constexpr auto kOutput = output_matrix<results>();
 
-// The numbers of a tile at its points. They lie by points; those of a point in parts of kDepth channels; those of a
-// part by slots.
+// The transformed values of a tile, stored by point; within a point in slices of kDepth channels, each slice by slot.
 //
-// Returns what they are scaled by, of a product that asks for it: a power of two for each tile.
+// Returns their scale factor, a power of two for each tile, if the product needs one.
 template <typename Product, int down, int across>
 REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
                               int64_t column, typename Product::A* points) {
@@ -148,7 +147,7 @@ REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const B
   return scale;
 }
 
-// The results of a tile, of the products at its points, which lie by points and slots; `scale` is of `to_points`.
+// The results of a tile from the products at its points, stored by point and slot; `scale` comes from `to_points`.
 template <typename Product, int down, int across>
 REFDET_INLINE void from_points(const Positions<typename Product::Map>& x, const Block& block, int64_t row,
                                int64_t column, const float* products, float scale, const Result<Product>& y) {
@@ -247,15 +246,15 @@ REFDET_FLOAT16 void tile_from_points(const Positions<c10::BFloat16>& x, const Bl
 }
 #endif
 
-// At each point, values of tiles times weights. A piece of work is a point, or with many threads a range of its output
-// channels, so that the tiles' values stay in the L2 cache of a thread.
+// At each point, multiplies the values of tiles by weights. A work item is a point, or with many threads a range of its
+// output channels, so that the tiles' values stay in the L2 cache of a thread.
 template <typename Product>
 void multiply_points(const Block& block, const typename Product::A* points, int64_t depth_in_all,
                      const typename Product::B* weights, int64_t channels, float* products) {
   constexpr int64_t kAll = kPoints * kPoints;
   const int64_t groups = (channels + kWidthAtOnce - 1) / kWidthAtOnce;
   const int64_t pieces =
-      std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 for each thread, of all points
+      std::min<int64_t>((at::get_num_threads() + 8) / 9, groups);  // 4 work items per thread over all points
   parallel_tasks(
       pieces * kAll, [] { return nullptr; },
       [&](std::nullptr_t, int64_t piece) {

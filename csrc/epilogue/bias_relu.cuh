@@ -1,4 +1,4 @@
-// The kernel of bias_relu_cuda.cu. It needs nothing of PyTorch, so that tests can run it thread by thread on a CPU
+// The kernel of bias_relu_cuda.cu. It does not depend on PyTorch, so that tests can run it thread by thread on a CPU
 // (tests/ops/cuda_threads.h).
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace refdet {
 
 constexpr int64_t kPerBlock = 256;     // threads
-constexpr int64_t kMostBlocks = 4096;  // enough for every GPU; the rest is a loop
+constexpr int64_t kMostBlocks = 4096;  // enough for every GPU; threads loop over the rest
 
 // Blocks for rows * columns vectors, with a number of threads that is a multiple of `columns`.
 inline int64_t blocks_for(int64_t rows, int64_t columns) {
@@ -27,7 +27,7 @@ struct alignas(sizeof(T) * kVector) Vector {
 // of a position are next to each other, and the positions of each tensor are `..._stride` elements apart.
 //
 // Every thread has the same channels at all of its positions, so the number of threads must be a multiple of `columns`.
-// It reads an element before it writes it, so `out` may be x.
+// It reads each element before writing it, so `out` may be x.
 template <typename T, int kVector>
 __global__ void bias_relu_kernel(const T* x, int64_t x_stride, const float* bias, const T* shortcut,
                                  int64_t shortcut_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {

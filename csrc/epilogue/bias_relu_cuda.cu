@@ -1,8 +1,8 @@
-// What follows a convolution, in one pass over its output: bias, shortcut and ReLU.
+// The epilogue of a convolution in one pass over its output: bias, shortcut and ReLU.
 //
-// As passes of their own they read and write the output up to three times (seven times its size, with the shortcut);
-// here it is read and written once. Sums are float32, in the order of the separate passes, so that float32 results
-// equal theirs, and others are rounded once.
+// Separate passes read and write the output up to three times (seven times its size, with the shortcut); here it is
+// read and written once. Sums are float32, in the order of the separate passes, so that float32 results are identical
+// to theirs, and other types are rounded once.
 
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
@@ -20,12 +20,12 @@
 namespace refdet {
 namespace {
 
-constexpr int64_t kBytes = 16;  // that a thread reads at a time
+constexpr int64_t kBytes = 16;  // read by a thread at a time
 
 // Elements from one position (n, h, w) to the next, if positions are evenly apart and channels next to each other.
 int64_t position_stride(const at::Tensor& x, const char* name) {
   const int64_t height = x.size(2), width = x.size(3);
-  // of a dimension of one element the stride says nothing
+  // the stride of a dimension of size 1 is meaningless
   const int64_t stride = width > 1 ? x.stride(3) : height > 1 ? x.stride(2) : x.size(0) > 1 ? x.stride(0) : x.size(1);
   TORCH_CHECK((x.size(1) == 1 || x.stride(1) == 1) && (height == 1 || x.stride(2) == width * stride) &&
                   (x.size(0) == 1 || x.stride(0) == height * width * stride) && stride >= x.size(1),

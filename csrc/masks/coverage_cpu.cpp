@@ -37,7 +37,7 @@ struct Run {
   uint32_t x, top, bottom;
 };
 
-// The runs of a mask, split at the ends of columns. The encoding is described at Counts in rle_cpu.cpp.
+// The runs of a mask, split at the ends of columns. For the encoding see Counts in rle_cpu.cpp.
 // `error` is set only if the string is invalid.
 std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height, int64_t width, const char*& error) {
   std::vector<Run> runs;
@@ -50,7 +50,7 @@ std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height
     do {
       code = static_cast<uint8_t>(*text++ - '0');
       if (code > 63 || shift > 30 || (code & 32 && text == end)) {
-        error = "is no RLE";
+        error = "is not valid RLE";
         return {};
       }
       count |= int64_t{code & 31} << shift;
@@ -60,7 +60,7 @@ std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height
     if (index > 2) count += older;
     older = newer, newer = count;
     if (count < 0 || count > pixels - position) {
-      error = "does not fit its image";
+      error = "does not match its image size";
       return {};
     }
     if (index % 2 == 1 && count > 0) {
@@ -73,7 +73,7 @@ std::vector<Run> runs_of(const uint8_t* text, const uint8_t* end, int64_t height
     }
     position += count;
   }
-  if (position != pixels) error = "does not fit its image";
+  if (position != pixels) error = "does not match its image size";
   return runs;
 }
 
@@ -93,7 +93,7 @@ struct Edges {
   }
 };
 
-// Sums over the runs so far, from which T at the heights of the edges follows.
+// Sums over the runs so far, which give T at the heights of the edges.
 class Bins {
  public:
   Bins(const Edges& edges, int64_t height)
@@ -124,8 +124,8 @@ class Bins {
 
  private:
   const Edges& edges_;
-  std::vector<uint32_t> bin_;            // of a row: the first edge in it or below
-  std::vector<int64_t> balance_, rows_;  // of a bin: begins minus ends, and the sum of their rows
+  std::vector<uint32_t> bin_;            // per row: the first edge in it or below
+  std::vector<int64_t> balance_, rows_;  // per bin: starts minus ends, and the sum of their rows
 };
 
 void cover(const std::vector<Run>& runs, const double* box, int64_t size, int64_t height, int64_t width, float* found) {

@@ -31,7 +31,8 @@ inline MatchSizes check_match_boxes(const at::Tensor& candidates, const at::Tens
                 " and ", objects.scalar_type());
   }
   TORCH_CHECK(candidates.dim() == 2 || (objects.dim() == 3 && candidates.size(0) == objects.size(0)),
-              "match_boxes: candidates ", candidates.sizes(), " are of other images than objects ", objects.sizes());
+              "match_boxes: candidates and objects must have the same number of images, got ", candidates.sizes(),
+              " and ", objects.sizes());
   TORCH_CHECK(candidates.device() == objects.device(), "match_boxes: candidates are on ", candidates.device(),
               ", objects on ", objects.device());
   const MatchSizes sizes{objects.dim() == 3 ? objects.size(0) : 1, candidates.size(-2), objects.size(-2),

@@ -11,7 +11,7 @@
 // Speed: a tile of candidates is stored as a struct of arrays in the L1 cache, and compared with an object in a
 // branchless loop that compilers vectorize. Objects outside the tile's bounding box are skipped: anchors come in rows,
 // so most objects are far from most tiles. The candidates with the highest IoU of an object take a second pass, but
-// only over chunks whose own best is as good.
+// only over chunks whose best is as good.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -78,7 +78,7 @@ class Tile {
   float left_, top_, right_, bottom_;
 };
 
-// Maximum of kTile non-negative values, compared as integers, which have the same order and no NaN.
+// Maximum of kTile non-negative values, compared as integers, which sort the same way and have no NaN.
 float largest(const float* values) {
   int32_t bits[kTile], found = 0;
   std::memcpy(bits, values, sizeof bits);

@@ -6,7 +6,7 @@
 // Speed: a thread keeps its candidate in registers, objects are in shared memory, and each box is read from global
 // memory once. The best IoU of an object is reduced within a warp, only if some lane overlaps it, then in shared memory
 // within the block, and over the blocks by one atomic maximum per block; maxima do not depend on their order. Only
-// blocks whose own best is as good take the second pass, for the candidates with the highest IoU of an object.
+// blocks whose best is as good take the second pass, for the candidates with the highest IoU of an object.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -50,7 +50,7 @@ __device__ float iou(const Box& a, const Box& b) {
   return sum > 0.0f ? __fdiv_rn(overlap, fmaxf(sum, 1e-12f)) : 0.0f;
 }
 
-// Non-negative floats have the order of their bits as integers, which have an atomic maximum.
+// Non-negative floats sort like their bits as integers, for which there is an atomic maximum.
 __device__ void raise(float* place, float value) { atomicMax(reinterpret_cast<int*>(place), __float_as_int(value)); }
 
 __global__ void match_kernel(const float* candidates, int64_t stride, int64_t n, const float* objects, int64_t m,
@@ -111,8 +111,8 @@ Matches match_boxes_cuda(const at::Tensor& candidates, const at::Tensor& objects
   const c10::cuda::CUDAGuard guard(candidates.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const int64_t n = sizes.candidates, m = sizes.objects, blocks = (n + kThreads - 1) / kThreads;
-  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "match_boxes: ", n, " candidates are too many");
-  TORCH_CHECK(sizes.images <= kImages, "match_boxes: ", sizes.images, " images are too many");
+  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "match_boxes: too many candidates: ", n);
+  TORCH_CHECK(sizes.images <= kImages, "match_boxes: too many images: ", sizes.images);
   const at::Tensor flat_candidates = candidates.contiguous(), flat_objects = objects.contiguous();
   const at::Tensor best = match_output(candidates, objects, at::kFloat);
   const at::Tensor object = match_output(candidates, objects, at::kLong);

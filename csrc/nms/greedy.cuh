@@ -1,4 +1,4 @@
-// The kernels of nms_cuda.cu. They need nothing of PyTorch, so that tests can run them thread by thread on a CPU
+// The kernels of nms_cuda.cu. They do not depend on PyTorch, so that tests can run them thread by thread on a CPU
 // (tests/ops/cuda_threads.h).
 #pragma once
 
@@ -7,13 +7,14 @@
 namespace refdet {
 
 using Bits = unsigned long long;
-constexpr int kChunk = 64;           // candidates that are looked at together: a bit of a word each
-constexpr int kThreads = 1024;       // of a block, a multiple of kChunk
+constexpr int kChunk = 64;           // candidates processed together: one bit of a word each
+constexpr int kThreads = 1024;       // per block, a multiple of kChunk
 constexpr int kSlices = kThreads / kChunk;
 constexpr int kFast = 1024;          // kept boxes of an image that are held in shared memory
-constexpr int64_t kNoImage = INT64_MAX;  // key of a box of no image
+constexpr int64_t kNoImage = INT64_MAX;  // key of a box without an image
 
-// Sort keys: by image, then by descending score; -0 and +0 are equal, NaN is as -inf. A stable sort leaves ties by index.
+// Sort keys: by image, then by descending score; -0 and +0 are equal, NaN counts as -inf. A stable sort keeps ties by
+// index.
 __global__ void key_kernel(const float* scores, const int64_t* images, int64_t n, int64_t count, int64_t* keys) {
   const int64_t box = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (box >= n) return;
@@ -28,7 +29,7 @@ __global__ void key_kernel(const float* scores, const int64_t* images, int64_t n
   keys[box] = image << 32 | static_cast<int64_t>(~ascending);
 }
 
-// The first of n ascending keys that is not below `least`.
+// Lower bound: the first of n ascending keys that is not below `least`.
 inline __device__ int64_t first_from(const int64_t* keys, int64_t n, int64_t least) {
   int64_t low = 0, high = n;
   while (low < high) {
@@ -49,14 +50,14 @@ inline __device__ bool suppresses(float4 a, float4 b, float area_a, float area_b
   const float width = fmaxf(__fsub_rn(fminf(a.z, b.z), fmaxf(a.x, b.x)), 0.0f);
   const float height = fmaxf(__fsub_rn(fminf(a.w, b.w), fmaxf(a.y, b.y)), 0.0f);
   const float overlap = __fmul_rn(width, height);
-  if (!(overlap > 0.0f)) return false;  // no quotient of 0 or NaN is above a threshold from 0 up
+  if (!(overlap > 0.0f)) return false;  // 0/x and NaN never exceed a threshold, which is at least 0
   return __fdiv_rn(overlap, __fsub_rn(__fadd_rn(area_a, area_b), overlap)) > threshold;
 }
 
 // NMS of one image by each block of kThreads. The boxes of image i are those of the sorted keys in i << 32 to
 // (i + 1) << 32; `order` has their indices. Writes the indices of the kept boxes, best first, and their number.
 //
-// `kept` of image i begins at i * pitch, or, if pitch is negative, at the place of its first box among the sorted keys.
+// `kept` of image i begins at i * pitch, or, if pitch is negative, at the index of its first box among the sorted keys.
 __global__ void __launch_bounds__(kThreads)
     greedy_kernel(const float4* boxes, const int64_t* groups, const int64_t* keys, const int64_t* order, int64_t n,
                   float threshold, int64_t limit, int64_t pitch, int64_t* kept, int64_t* counts) {
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (thread < kChunk) row[thread] = 0;
     if (thread == 0) gone = 0;
-    __syncthreads();  // all of the chunk is there, and so is what the last chunk left in `mine` and kept_boxes
+    __syncthreads();  // the chunk is loaded, and `mine` and kept_boxes hold what the last chunk wrote
 
     if (column < count) {
       const float4 box = candidates[column];
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       survivors = alive;
     }
-    __syncthreads();  // `survivors` is there; it is written again only two barriers later
+    __syncthreads();  // `survivors` is written; it is overwritten only two barriers later
 
     const Bits alive = survivors;
     if (thread < count && (alive >> thread & 1)) {

@@ -85,7 +85,7 @@ struct Slots {
     int64_t low = id(0), high = low;
     for (size_t i = 1; i < n; ++i) low = std::min(low, id(i)), high = std::max(high, id(i));
     const uint64_t range = uint64_t(high) - uint64_t(low);  // of int64, so it may not fit one
-    if (range < 4 * uint64_t{n} + 256) {                    // the usual case; numbers that no id has stay empty
+    if (range < 4 * uint64_t{n} + 256) {                    // the usual case; slots without an id stay empty
       for (size_t i = 0; i < n; ++i) slot[i] = static_cast<uint32_t>(uint64_t(id(i)) - uint64_t(low));
       count = range + 1;
       return;
@@ -207,7 +207,7 @@ std::vector<std::vector<int64_t>> nms_by_image(const at::Tensor& boxes, const at
                                                const std::optional<at::Tensor>& images,
                                                const Members& members_of_image) {
   const int64_t n = boxes.size(0);
-  TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: ", n, " boxes are too many");
+  TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: too many boxes: ", n);
   const at::Tensor flat_boxes = boxes.contiguous(), flat_scores = scores.contiguous();
   const at::Tensor flat_groups = groups ? groups->contiguous() : at::Tensor();
   const at::Tensor flat_images = images ? images->contiguous() : at::Tensor();

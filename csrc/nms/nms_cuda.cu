@@ -1,13 +1,13 @@
 // Greedy non-maximum suppression of several images and groups on the GPU, with the output of nms_cpu.cpp, bit for bit.
 //
-// Boxes are sorted by image and score by one key each. Then one block per image visits its boxes in that order, 64 at a
+// Boxes are sorted by image and score by one key. Then one block per image visits its boxes in that order, 64 at a
 // time: all threads compare them with the boxes kept so far and with each other, one thread resolves the 64 on bits,
-// and the survivors join the kept ones. So the work is at most visited * kept IoUs, as on the CPU, nothing of the size
-// of all pairs is stored, and an image that has max_keep boxes stops. The images run side by side on different
-// multiprocessors, which alone are busy: other kernels of the batch cannot begin before its proposals are known.
+// and the survivors join the kept ones. So the work is at most visited * kept IoUs, as on the CPU, no matrix over
+// all pairs is stored, and an image that has max_keep boxes stops. The images run in parallel on different
+// multiprocessors; the others idle, since later kernels of the batch need its proposals.
 //
-// Nothing here waits for the GPU but `nms`, whose result has a size that only the GPU knows: once for it, and once more
-// for the number of images if there are several. `nms_padded` has a result of a fixed size, and never waits.
+// Only `nms` synchronizes with the GPU: once for the size of its result, and once more for the number of images if
+// there are several. `nms_padded` has a result of a fixed size, and never synchronizes.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unique2.h>

@@ -88,7 +88,7 @@ REFDET_HOST_DEVICE inline void find_taps(const Sampling& how, float low, float h
     } else {
       at = low - 0.5f + times(side, (k + 0.5f) / static_cast<float>(total));
       if (!(at >= -1 && at <= last + 1)) continue;
-      at = at < 0 ? 0 : at > last ? last : at;  // up to one position outside counts as the border, as in the original
+      at = at < 0 ? 0 : at > last ? last : at;  // up to 1 outside counts as the border, as in the original
     }
     const float floor = std::floor(at), fraction = at - floor;
     const auto position = static_cast<int32_t>(floor);
@@ -102,22 +102,23 @@ inline Sampling check_pooling(at::IntArrayRef map, const at::Tensor& values, con
                               double stride, int64_t samples, bool crop, bool mean) {
   TORCH_CHECK(map.size() == 4, "RoI pooling: the map must be (B, C, H, W), got ", map);
   TORCH_CHECK(map[2] < std::numeric_limits<int32_t>::max() && map[3] < std::numeric_limits<int32_t>::max(),
-              "RoI pooling: a side of the map is too long: ", map);
+              "RoI pooling: the map is too large: ", map);
   TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16,
               "RoI pooling: the map must be float32 or bfloat16, got ", values.scalar_type());
   TORCH_CHECK(rois.dim() == 2 && rois.size(1) == 5, "RoI pooling: RoIs must be (K, 5), got ", rois.sizes());
   TORCH_CHECK(rois.scalar_type() == at::kFloat, "RoI pooling: RoIs must be float32, got ", rois.scalar_type());
   TORCH_CHECK(rois.device() == values.device(), "RoI pooling: the map is on ", values.device(), ", the RoIs on ",
               rois.device());
-  TORCH_CHECK(size >= (crop ? 2 : 1) && size <= kMost, "RoI pooling: cannot make ", size, " cells on a side");
-  TORCH_CHECK(samples >= 0 && samples <= kMost, "RoI pooling: cannot take ", samples, " samples on a side of a cell");
+  TORCH_CHECK(size >= (crop ? 2 : 1) && size <= kMost, "RoI pooling: size must be in ", crop ? 2 : 1, "..", kMost,
+              ", got ", size);
+  TORCH_CHECK(samples >= 0 && samples <= kMost, "RoI pooling: samples must be in 0..", kMost, ", got ", samples);
   TORCH_CHECK(stride > 0 && std::isfinite(stride), "RoI pooling: the stride must be above 0, got ", stride);
   return {size, samples, static_cast<float>(stride), crop, mean};
 }
 
 inline void check_pooled(const at::Tensor& pooled, const at::Tensor& rois, at::IntArrayRef map, const Sampling& how) {
   TORCH_CHECK(pooled.sizes() == at::IntArrayRef({rois.size(0), map[1], how.cells(), how.cells()}),
-              "RoI pooling: the gradient does not fit, got ", pooled.sizes());
+              "RoI pooling: the gradient has the wrong shape, got ", pooled.sizes());
 }
 
 // The map in channels_last; copied only if necessary.

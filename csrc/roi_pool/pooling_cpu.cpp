@@ -217,7 +217,7 @@ void ask_for_large_pages(const at::Tensor& fresh) {
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + fresh.nbytes()) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: it may fail
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // only advice: it may fail
 #endif
 }
 
@@ -255,7 +255,7 @@ void pool_backward(const at::Tensor& pooled, const at::Tensor& rois, const Sampl
     rows.emplace_back(axis);
   }
   const T* cells = pooled.const_data_ptr<T>();
-  const int64_t groups = (map.channels + kLanes - 1) / kLanes;  // of channels, in an image
+  const int64_t groups = (map.channels + kLanes - 1) / kLanes;  // groups of channels per image
   at::parallel_for(0, gradient.size(0) * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t next; begin < end; begin = next) {
       const int64_t image = begin / groups;

@@ -36,7 +36,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 
-// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `room` times its number. Axis 0 is x.
+// The taps of all RoIs; list (roi * 2 + axis) * cells + cell begins at `room` times its index. Axis 0 is x.
 struct Lists {
   int32_t *position, *count;
   float* weight;
@@ -124,7 +124,7 @@ __global__ void pool_kernel(const T* data, Shape map, Lists lists, T* out) {
   }
 }
 
-// The same for the mean, without rounding: each warp sums every kWarps-th row.
+// The same for the mean, without rounding cells: each warp sums every kWarps-th row.
 template <typename T, int numbers>
 __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   __shared__ float parts[kWarps][kWarp * numbers];
@@ -145,7 +145,7 @@ __global__ void mean_kernel(const T* data, Shape map, Lists lists, float* out) {
   write<float, numbers>(out + roi * map.channels + channel, sum);
 }
 
-// The weight with which a list reads a position; its positions ascend, so it is not behind place `at - the first`.
+// The weight with which a list reads a position; its positions ascend, so its index is at most `at` minus the first.
 __device__ float weight_at(const Lists& lists, int64_t list, int32_t at) {
   const int32_t count = lists.count[list], *position = lists.position + list * lists.room;
   if (count == 0 || at < position[0]) return 0;
@@ -234,7 +234,7 @@ bool fits_packs(const at::Tensor& map, int64_t numbers) {
 
 unsigned blocks(int64_t work, int64_t each) {
   const int64_t count = (work + each - 1) / each;
-  TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "RoI pooling: ", work, " is too much for one call");
+  TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "RoI pooling: ", work, " exceeds the limit of one call");
   return static_cast<unsigned>(count);
 }
 

@@ -1,4 +1,4 @@
-// The RoIs of each image, so that the backward pass reads only those of its own.
+// The RoIs of each image, so that the backward pass reads only those of the image at hand.
 #pragma once
 
 #include <cstdint>

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refdet.config.recipe import InputOptions, Recipe
-from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.coco import CocoIndex, ImageRecord, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
 from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
 from refdet.data.segmentations import to_rle
-from refdet.data.training_objects import TrainingObjects
 from refdet.data.transforms import input_size, network_input, padded_inputs, resize_pillow
 from refdet.errors import RefdetError
 from refdet.structures.box_convention import BoxConvention, InputSize

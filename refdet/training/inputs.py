@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refdet.config.recipe import Recipe
+from refdet.data.coco import TrainingObjects
 from refdet.data.image_source import ImageSource
-from refdet.data.training_objects import TrainingObjects
 from refdet.structures.provenance import Provenance
 from refdet.training.saved_run import SavedRun
 from refdet.training.validation import ValidationData

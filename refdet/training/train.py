@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
-from refdet.data.coco import CocoIndex
+from refdet.data.coco import CocoIndex, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.instances_provenance import provenance_of_instances
-from refdet.data.training_objects import TrainingObjects
 from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full

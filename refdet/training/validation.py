@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from refdet.config.recipe import Recipe, TrainOptions
-from refdet.data.coco import ImageRecord
-from refdet.data.training_objects import TrainingObjects
+from refdet.data.coco import ImageRecord, TrainingObjects
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import why_undefined
 from refdet.evaluation.detection import warn_about_annotations

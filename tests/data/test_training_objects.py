@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_examples import run, squares
 
-from refdet.data.coco import CocoIndex
+from refdet.data.coco import CocoIndex, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import Batch, TrainingBatches
-from refdet.data.training_objects import TrainingObjects
 from refdet.detector.checkpoint import load_meta
 from refdet.errors import InputError
 

@@ -17,8 +17,7 @@ from split_examples import coco, write_refs
 from store_examples import HEADER, PLAN
 
 from refdet import store
-from refdet.data.coco import CocoIndex
-from refdet.data.training_objects import TrainingObjects
+from refdet.data.coco import CocoIndex, TrainingObjects
 from refdet.evaluation import tables, targets
 from refdet.evaluation.language import load_expressions
 from refdet.evaluation.predictions import load_predictions

@@ -212,7 +212,7 @@ def test_masks_of_one_image_have_one_size() -> None:
 @compiled
 @pytest.mark.parametrize("counts", [b"", b"P", b"0150", b"01500000005", b"\xff\x00", b"ooooooooo0", b"1J", b"OOOO"])
 def test_no_rle_is_read_beyond_its_image(counts: bytes) -> None:
-    with pytest.raises(ValueError, match="mask 1 (is no RLE|does not fit its image) of 5 x 5"):
+    with pytest.raises(ValueError, match="mask 1 (is not valid RLE|does not match its image size) of 5 x 5"):
         rles = [*coded(np.ones((1, 5, 5))), {"size": [5, 5], "counts": counts}]
         mask_coverage(rles, torch.tensor([0, 1]), torch.tensor([[0.0, 0, 5, 5]] * 2), 7)
 

@@ -194,7 +194,7 @@ def test_the_kernel_refuses_a_batch_of_other_images() -> None:
         (torch.zeros(2, 3, 4), torch.zeros(2, 4)),
         (torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)),
     ):
-        with pytest.raises(RuntimeError, match="of other images"):
+        with pytest.raises(RuntimeError, match="same number of images"):
             torch.ops.refdet.match_boxes(candidates, objects)
 
 

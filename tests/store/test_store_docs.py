@@ -43,7 +43,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         exec(block, names)
     np.testing.assert_array_equal(np.stack(names["masks"]), pixels)
     np.testing.assert_array_equal(names["head"], head)
-    assert len(names["first_ten"]) == 3 and len(names["frame"]) == 18 and names["place"] == 0
+    assert len(names["first_ten"]) == 3 and len(names["frame"]) == 18 and names["index"] == 0
     assert names["fc7"].shape == (6, 8) and names["item"]["boxes"].shape == (6, 4)
 
 
