@@ -37,7 +37,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def number_of(row: Mapping[str, Any], name: str) -> float | None:
     """A number of a row; None if there is none, or it is not finite."""
     value = row.get(name)
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:
