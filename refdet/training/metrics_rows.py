@@ -37,7 +37,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def number_of(row: Mapping[str, Any], name: str) -> float | None:
     """A number of a row; None if there is none, or it is not finite."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300:
         return None
     return float(value) if math.isfinite(value) else None
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from training_examples import run, squares, tiny
 
@@ -96,6 +96,31 @@ def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -
             kinds.add((flip, max(size.whole) > 64, found.images.layouts[row][0]))
             assert bytes_of(size, options) <= most_bytes_of(64, 96, options)
     assert {kind[:2] for kind in kinds} == {(a, b) for a in (False, True) for b in (False, True)}
+
+
+@pytest.mark.parametrize("scales", ["[1, 1.5]", "[0.4, 0.9]"])
+def test_boxes_lie_on_what_is_drawn(tmp_path: Path, scales: str) -> None:
+    squares(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        picture = Image.new("RGB", (96, 64))
+        ImageDraw.Draw(picture).rectangle((8, 8, 37, 37), (255, 0, 0))
+        ImageDraw.Draw(picture).rectangle((50, 20, 79, 49), (0, 0, 255))
+        picture.save(path)
+    options, compared = tiny().input, 0
+    mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
+    for step in range(8):
+        found = batch(tmp_path, f"input.scale_range={scales}", step=step)
+        for image, target, (height, width) in zip(
+            found.inputs(options, CPU), found.targets, found.input_sizes, strict=True
+        ):
+            colours = (image * std + mean)[:, :height, :width]
+            for box, label in zip(target.boxes, target.labels.tolist(), strict=True):
+                y, x = (colours[0 if label == 1 else 2] > 127).nonzero().unbind(1)
+                if len(x):  # not less than half a pixel of it is seen
+                    seen = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1))
+                    assert (seen - box).abs().max() <= 1
+                    compared += 1
+    assert compared > 20
 
 
 @settings(max_examples=150, deadline=None)
