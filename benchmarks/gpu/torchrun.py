@@ -20,8 +20,8 @@ from work import images_folder, instances_file, median, recipe_of, refdet_comman
 NETWORK, ROUNDS = "fpn", 2
 WITHIN = 0.97  # of the speed of a plain process
 WINDOW = 5  # steps of a timing
-# relative differences of losses: of the first window on a GPU, which sums gradients in no fixed order; of three steps in
-# float32 on a CPU
+# relative differences of losses: of the first window on a GPU, which sums gradients in no fixed order; of three steps
+# in float32 on a CPU
 LOSS, LOSS_SMALL = 0.05, 1e-4
 
 
