@@ -1,8 +1,8 @@
 """The forward and backward passes of a step: of a part of its images at a time, and of this process's share of them.
 
 The losses of a step are divided by counts of samples of all its images, so they must be known before the first
-gradient is computed. With several passes each is therefore begun twice: once up to the samples, to count them, and once
-for the gradients.
+gradient is computed. With several passes all but the first are therefore begun twice: once up to the samples, to count
+them, and once for the gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refdet.data.training_batches import Batch
-from refdet.detector.loss_counts import Total
+from refdet.detector.loss_counts import LossCounts, Total
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.sampling import image_seeds
 from refdet.device import usable_precision
@@ -90,15 +90,22 @@ class Passes:
             buffer.copy_(before)
 
     def _total(self, parts: list[Batch], generator: torch.Generator) -> Total:
-        """What gives the counts to divide by: of the one pass once it has its own, or of all passes together."""
+        """What gives the counts to divide by, from those of the first pass: those of all passes and processes."""
         if len(parts) == 1:
             return self.processes.total
         before = generator.get_state()
+        image_seeds(len(parts[0].sizes), 2, generator)  # of the first pass, which counts its own
         with _keeping_statistics(self.model):
-            counts = [self._of(self.model.count_samples, part, generator) for part in parts]
+            later = [self._of(self.model.count_samples, part, generator) for part in parts[1:]]
         generator.set_state(before)
-        whole = self.processes.total(sum(counts[1:], start=counts[0]))
-        return lambda _: whole
+        whole: list[LossCounts] = []
+
+        def total(own: LossCounts) -> LossCounts:
+            if not whole:
+                whole.append(self.processes.total(sum(later, start=own)))
+            return whole[0]
+
+        return total
 
     def _of(self, work, part: Batch, generator: torch.Generator, *more: object):  # type: ignore[no-untyped-def]
         device = next(self.model.parameters()).device

@@ -54,9 +54,12 @@ def test_a_run_goes_on_in_another_number_of_processes_and_passes(launcher: Launc
     more["options"].append("--resume")
     ended = train(launcher, noise, "parts", 1, FROZEN, "train.steps=6", fault=fault, **more)
     assert ended.codes == [130] and "resumes from step 2" in ended.outputs[0]
-    ended = trained(launcher, noise, "parts", 2, FROZEN, "train.steps=6", "train.accumulate=2", **more)
-    assert "resumes from step 4" in ended.outputs[0]
-    assert_same_network(noise / "parts", noise / "whole", *FLOAT64)
+    more["of_rank"] = {1: ["--out", str(noise / "elsewhere")]}  # on a disk of its own
+    for said in ("resumes from step 4", "all 6 steps are done"):
+        ended = trained(launcher, noise, "parts", 2, FROZEN, "train.steps=6", "train.accumulate=2", **more)
+        assert said in ended.outputs[0]
+        assert_same_network(noise / "parts", noise / "whole", *FLOAT64)
+    assert [path.name for path in (noise / "elsewhere").rglob("*")] == ["logs", "rank-1.log"]
 
 
 def test_what_is_said_and_written(launcher: Launcher, noise: Path) -> None:
