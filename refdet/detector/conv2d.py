@@ -1,4 +1,11 @@
-"""`Conv2d`: torch's, computed by `refdet.ops.training_convolution` where gradients are recorded."""
+"""`Conv2d`: torch's, computed by `refdet.ops.training_convolution` where gradients are recorded.
+
+Shape shorthand in this module:
+
+    N: images or RoIs
+    C, K: input and output channels
+    H, W: height and width of the input (H', W' of the output)
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,118 @@
+"""Learns 16 real images by heart: what every detector must be able to do before anything else is asked of it.
+
+    python benchmarks/by_heart.py [--networks fpn-res18,c4-res18] [--images 16] [--steps 800] [--short-side 256]
+                                  [--coco-mini DIR] [--json]
+
+From random weights, with trained norms and without flips, until the box AP50 on the same images is 0.95; it is measured
+every --every steps. A network that does not get there within --steps fails the benchmark. The images are those of
+``coco_mini`` whose smallest object is largest, so that no object is too small for the input. Both networks are of full
+width, with the heads of `c4-res18` and `fpn-res50`; sizes of input and anchors fit a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from learning import Dataset, detections, refdet_side
+
+from refdet.config import recipe as recipes
+from refdet.config.recipe import Recipe
+from refdet.data.coco import CocoIndex, ImageRecord
+from refdet.data.image_source import ImageSource
+from refdet.data.training_batches import Batch, TrainingBatches
+from refdet.device import exact_float32
+from refdet.evaluation.average_precision import coco_ap
+
+ENOUGH = 0.95  # AP50 of the boxes
+COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
+NETWORKS = {
+    "fpn-res18": ("fpn-res50", ["model.depth=18", "model.anchor_sizes=[16,32,64,128,256]"]),
+    "c4-res18": ("c4-res18", ["model.anchor_sizes=[32,64,128,256]"]),
+}
+
+
+def recipe_of(network: str, options: argparse.Namespace) -> Recipe:
+    base, changes = NETWORKS[network]
+    shared = [
+        f"input.min_sizes=[{options.short_side}]", f"input.max_size={round(options.short_side * 1.7)}",
+        "model.norm=batch", "head.batch_size_per_image=64", "proposals.batch_size_per_image=128",
+        "proposals.pre_nms_top_n_train=500", "proposals.post_nms_top_n_train=200", "proposals.pre_nms_top_n_test=500",
+        "proposals.post_nms_top_n_test=100", f"train.steps={options.steps}", "train.batch_size=4", "train.lr=0.02",
+        "train.warmup_steps=100", "train.lr_milestones=[0.7]", "train.flip=false", "train.bf16=false",
+    ]  # fmt: skip
+    return recipes.load(base).with_changes([*changes, *shared])
+
+
+def smallest_object(index: CocoIndex, record: ImageRecord) -> float:
+    """Shortest side of an object, relative to the shorter side of its image; 0 without objects or with crowds."""
+    found = index.annotations[record.id]
+    if not found or any(annotation.iscrowd for annotation in found):
+        return 0.0
+    sides = [side for x1, y1, x2, y2 in (annotation.box for annotation in found) for side in (x2 - x1, y2 - y1)]
+    return min(sides) / min(record.height, record.width)
+
+
+def large_objects(folder: Path, images: int) -> Dataset:
+    """The images whose smallest object is largest."""
+    index = CocoIndex.load(folder / "annotations" / "instances_train2017.json")
+    chosen = sorted(index.images.values(), key=lambda record: -smallest_object(index, record))[:images]
+    kept = {record.id: record for record in sorted(chosen, key=lambda record: record.id)}
+    annotations = {id_: found for id_, found in index.annotations.items() if id_ in kept}
+    index = dataclasses.replace(index, images=kept, annotations=annotations)
+    return Dataset(index, ImageSource.open(folder / "train2017"))
+
+
+def learn(network: str, data: Dataset, options: argparse.Namespace) -> dict[str, Any]:
+    """Train until the images are known by heart."""
+    recipe = recipe_of(network, options)
+    torch.manual_seed(0)
+    model, prepared = refdet_side(recipe, len(data.index.categories))
+    batches, curve = TrainingBatches(data.index, data.source, recipe), {}
+    for step in range(options.steps):
+        batch = batches[step]
+        if not isinstance(batch, Batch):
+            raise batch
+        prepared(batch, step)()
+        if (step + 1) % options.every == 0 or step + 1 == options.steps:
+            found = detections(model.eval(), recipe, data)
+            model.train()
+            curve[step + 1] = round(coco_ap(data.index, data.index.images, found, "bbox")["AP50"], 3)
+            print(f"  {network}: AP50 {curve[step + 1]:.3f} after {step + 1} steps", file=sys.stderr, flush=True)
+            if curve[step + 1] >= ENOUGH:
+                break
+    steps, rate = list(curve.items())[-1]
+    return {"network": network, "steps": steps, "AP50": rate, "known": rate >= ENOUGH, "curve": curve}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--short-side", type=int, default=256)
+    parser.add_argument("--coco-mini", type=Path, default=COCO_MINI)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if not options.coco_mini.is_dir():
+        print(f"by heart: skipped, no real images in {options.coco_mini} (--coco-mini)")
+        return 0
+    data = large_objects(options.coco_mini, options.images)
+    with exact_float32():
+        rows = [learn(network, data, options) for network in options.networks.split(",")]
+    if options.json:
+        print(json.dumps({"images": options.images, "short_side": options.short_side, "rows": rows}))
+    for row in [] if options.json else rows:
+        verdict = "known by heart" if row["known"] else "not learnt"
+        print(f"{row['network']}: AP50 {row['AP50']:.3f} after {row['steps']} steps of 4 images, {verdict}")
+    return 0 if all(row["known"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
