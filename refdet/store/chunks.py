@@ -76,9 +76,11 @@ class ContiguousWriter:
             self._waiting.append(data)
             self._borrowed = True
         else:
-            if not self._waiting or not isinstance(self._waiting[-1], bytearray):
-                self._waiting.append(bytearray())
-            self._waiting[-1] += data
+            own = self._waiting[-1] if self._waiting else None
+            if not isinstance(own, bytearray):
+                own = bytearray()
+                self._waiting.append(own)
+            own += data
 
     def settle(self) -> None:
         """Make rows that were appended independent of the memory they came from."""
