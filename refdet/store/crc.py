@@ -12,7 +12,7 @@ except ImportError:  # no wheel for this platform
 crc32 = _fastest.crc32
 _combine: Callable[[int, int, int], int] | None = getattr(
     _fastest, "crc32_combine", None
-)  # not in zlib or an old ISA-L
+)  # new in ISA-L
 
 __all__ = ["crc32", "crc32_of_parts"]
 
