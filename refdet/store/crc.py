@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 try:
-    from isal.isal_zlib import crc32
+    from isal import isal_zlib as _fastest
 except ImportError:  # no wheel for this platform
-    from zlib import crc32
-try:
-    from isal.isal_zlib import crc32_combine
-except ImportError:  # no wheel, or an old one
-    crc32_combine = None  # type: ignore[assignment]
+    import zlib as _fastest  # type: ignore[no-redef]
+
+crc32 = _fastest.crc32
+_combine: Callable[[int, int, int], int] | None = getattr(_fastest, "crc32_combine", None)  # new in ISA-L
 
 __all__ = ["crc32", "crc32_of_parts"]
 
@@ -20,5 +19,5 @@ def crc32_of_parts(parts: Sequence[bytes | memoryview], sums: Sequence[int]) -> 
     """CRC-32 of parts one after another, given the CRC-32 of each; ISA-L does not read them again."""
     crc = 0
     for part, its in zip(parts, sums, strict=True):
-        crc = crc32(part, crc) if crc32_combine is None else crc32_combine(crc, its, len(part))
+        crc = crc32(part, crc) if _combine is None else _combine(crc, its, len(part))
     return crc
