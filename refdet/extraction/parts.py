@@ -198,8 +198,7 @@ def open_part(
     folder = parts_folder(out)
     with ExitStack() as stack:
         stack.enter_context(report_disk_full(folder, "free some space and run it again"))
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, LOCK, "let it end", wait=_PATIENCE):
+        with _starting(folder):
             stack.enter_context(part.alone(folder))
             begun = check_begun(out, plan if fixed_batch_size else replace(plan, batch_size=0), header, True)
             if begun is None and out.exists():
@@ -218,6 +217,21 @@ def open_part(
                 if match and OURS.fullmatch(path.name) and int(match[1]) in parts.own:
                     path.unlink(missing_ok=True)
         yield parts
+
+
+@contextmanager
+def _starting(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which another part may be removing after a merge."""
+    with ExitStack() as stack:
+        for last in (False, False, True):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(alone(folder, LOCK, "let it end", wait=_PATIENCE))
+                break
+            except FileNotFoundError:
+                if last:
+                    raise
+        yield
 
 
 def _agreed(folder: Path, plan: Plan, header: Header, cut: Cut, shard_images: int) -> tuple[Plan, list[Shard]]:
@@ -299,6 +313,10 @@ def _merge_if_last(
     except Locked:
         log.warning("note: part %s is finished; another part writes %s", parts.part, out)
         return False
+    except FileNotFoundError:
+        if begun_plan(folder) is None and out.exists():  # another part has just removed the folder
+            return True
+        raise
 
 
 def _finished(folder: Path) -> int:

@@ -206,6 +206,30 @@ def test_without_locks_one_part_merges(tmp_path: Path, whole: Path, monkeypatch:
     is_whole(out, whole)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_two_parts_that_end_at_the_same_time(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    out, looked = tmp_path / "a.h5", []
+
+    def other_first(folder: Path) -> int:
+        looked.append(folder)
+        if len(looked) == 1:
+            assert run_part(out, "2/2").merged
+            if gone:  # between the creation of the folder for the lock and that of the lock
+                monkeypatch.setattr(parts, "alone", vanished)
+        return original(folder) if len(looked) == 2 else SHARDS
+
+    def vanished(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    original = parts._finished
+    monkeypatch.setattr(parts, "_finished", other_first)
+    done = run_part(out, "1/2")
+    assert done.merged and done.images == len(RECORDS)
+    is_whole(out, whole)
+
+
 def test_a_full_disk_keeps_finished_shards(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, written = tmp_path / "a.h5", []
 
