@@ -190,7 +190,8 @@ at::Tensor run_conv1x1(const at::Tensor& x, const at::Tensor& weight, const at::
   at::Tensor added;
   if (shortcut.has_value()) {
     TORCH_CHECK(shortcut->sizes() == out.sizes() && shortcut->scalar_type() == out.scalar_type(),
-                "conv1x1: the shortcut must have the shape of the result, ", out.sizes(), ", got ", shortcut->sizes());
+                "conv1x1: the shortcut must be ", out.scalar_type(), " ", out.sizes(), " like the result, got ",
+                shortcut->scalar_type(), " ", shortcut->sizes());
     added = with_positions(*shortcut);
   }
   if (out.numel() > 0) {
