@@ -283,7 +283,7 @@ def own_device(launch: Launch, name: str | None) -> str:
     if 0 < there < launch.local_world_size:
         raise InputError(
             f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
-            f"{counted(there, 'GPU')}; use --nproc-per-node {there}"
+            f"{counted(there, 'GPU')}; start at most {there} there"
         )
     return f"cuda:{launch.local_rank}"
 

@@ -56,5 +56,5 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
         own_device(LAUNCH, "cuda:0")
     assert own_device(dataclasses.replace(LAUNCH, local_world_size=1), "cuda:0") == "cuda:0"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="2 processes on .*, which has 1 GPU; use --nproc-per-node 1"):
+    with pytest.raises(InputError, match="2 processes on .*, which has 1 GPU; start at most 1 there"):
         own_device(LAUNCH, None)
