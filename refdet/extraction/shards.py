@@ -170,7 +170,8 @@ class ShardSet:
         Raises:
             RuntimeFailure: the disk is full; nothing is left behind.
         """
-        path, rows = self._path(number), []
+        path = self._path(number)
+        rows: list[tuple[ImageRow, BlockLocation]] = []
         with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb", 0) as file:
             writer = ShardWriter(file, self._shard_id(number))
 
