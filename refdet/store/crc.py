@@ -10,9 +10,7 @@ except ImportError:  # no wheel for this platform
     import zlib as _fastest  # type: ignore[no-redef]
 
 crc32 = _fastest.crc32
-_combine: Callable[[int, int, int], int] | None = getattr(
-    _fastest, "crc32_combine", None
-)  # new in ISA-L
+_combine: Callable[[int, int, int], int] | None = getattr(_fastest, "crc32_combine", None)  # new in ISA-L
 
 __all__ = ["crc32", "crc32_of_parts"]
 
