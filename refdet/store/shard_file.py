@@ -95,14 +95,16 @@ class ShardWriter:
         Returns:
             The locations of their blocks.
         """
-        start, places, parts = self._size, [], []
+        start = self._size
+        places: list[BlockLocation] = []
+        parts: list[bytes | memoryview] = []
         for image in images:
             head = _head(image)
             data = [raw_bytes(values) for values in image.arrays.values()]
             block = self._block([head, *data], [crc32(head), *image.checksums.values()])
             length, crc = _BLOCK.unpack(block[0])
             places.append(_place(image, start + _BLOCK.size, length, crc, len(head)))
-            start = places[-1].start + places[-1].length
+            start += _BLOCK.size + length
             parts += block
         self._write(parts)
         return places
