@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -78,31 +78,40 @@ def connected(address: str, device: str | None) -> Iterator[Cluster]:
     check_address(address)
     if device not in (None, "auto", "cpu", "cuda"):
         raise InputError(f"`device` {device}: with `ray` each worker has a GPU of its own; give cuda, cpu or auto")
-    before = {name: os.environ.get(name) for name in _LOOPBACK}
-    if address == "local":
-        os.environ.update(_LOOPBACK)
+    with _environment(_LOOPBACK if address == "local" else {}):
+        try:
+            import ray
+        except ImportError:
+            raise InputError(NOT_INSTALLED) from None
+        ours = not ray.is_initialized()
+        if ours:
+            _connect(ray, address)
+        try:
+            gpus = ray.cluster_resources().get("GPU", 0) >= 1
+            if device == "cuda" and not gpus:
+                raise InputError(
+                    f"`device` cuda: the Ray cluster {address} has no GPU; start ray on a machine that has one, or "
+                    "give `device='cpu'`"
+                )
+            yield Cluster(ray, address, gpus and device != "cpu")
+        finally:
+            if ours:
+                ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block, also of the processes that it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        import ray
-    except ImportError:
-        raise InputError(NOT_INSTALLED) from None
+        yield
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, address)
-    try:
-        gpus = ray.cluster_resources().get("GPU", 0) >= 1
-        if device == "cuda" and not gpus:
-            raise InputError(
-                f"`device` cuda: the Ray cluster {address} has no GPU; start ray on a machine that has one, or give "
-                "`device='cpu'`"
-            )
-        yield Cluster(ray, address, gpus and device != "cpu")
-    finally:
-        if ours:
-            ray.shutdown()
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -27,6 +27,7 @@ from refdet.files.progress import progress_bar
 from refdet.files.short_text import counted
 from refdet.structures.regions import Regions
 
+_NOTED = 2.0  # seconds between two notes of who computes what
 _NAMED = 4  # workers whose speeds are in the progress bar one by one
 
 
@@ -124,6 +125,7 @@ class _Run:
         self._pool, self._parts, self._given = pool, parts, given
         self._todo, self.wanted = deque(numbers), set(numbers)  # todo: given to nobody
         self._tries: Counter[int] = Counter()
+        self._noted = 0.0
         self.token = secrets.token_hex(8)
         self.kept = f"finished shards are kept in {parts.folder}, continue with `resume=True`"
 
@@ -171,7 +173,9 @@ class _Run:
             session.finished(len(done.rows))
             bar.update(len(done.rows))
         bar.set_postfix_str(_speeds(self._pool.workers), refresh=False)
-        note_workers(folder, self.token, [one.state() for one in self._pool.workers if one.started])
+        if worker.updated - self._noted > _NOTED:
+            self._noted = worker.updated
+            note_workers(folder, self.token, [one.state() for one in self._pool.workers if one.started])
 
     def lose(self, worker: Worker, why: Failed | None) -> None:
         """Give up a worker that failed or, without a reason, was lost; its shards are computed by others."""

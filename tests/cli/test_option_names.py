@@ -20,7 +20,7 @@ from refdet.errors import ArgumentError, InputError
 
 LIBRARY = Path(refdet.__file__).parent
 # What may have options: a command written out, of refdet or of another program.
-COMMAND = re.compile(r"(refdet [a-z]+(-[a-z]+)*|pip install|docker run)\b[^`;,\n]*")
+COMMAND = re.compile(r"(refdet [a-z]+(-[a-z]+)*|pip install|docker run|ray start)\b[^`;,\n]*")
 OPTION = re.compile(r"(?<![\w-])--[a-z{]")
 ARGUMENT = re.compile(r"`[a-z_]+(\.\w+)*(=[^`\s]+)?`")
 

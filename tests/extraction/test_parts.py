@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from interrupted_extraction import BATCHES, BROKEN, RECORDS, run
 from part_extraction import SHARDS, ended, run_part, start_part
 from store_examples import HEADER, PLAN, contents
 
 from refdet import store
+from refdet.cli.main import main
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import parts
@@ -258,6 +261,9 @@ def test_inspect_shows_who_computes_what(tmp_path: Path) -> None:
     assert [(one["worker"], one["state"]) for one in found] == [("part 1/4", "finished"), ("part 3/4", "finished")]
     assert [(one["finished"], one["images"]) for one in found] == [(3, 3), (2, 2)]
     assert all(one["host"] and one["pid"] and one["seconds_ago"] < 60 for one in found)
+    shown = CliRunner().invoke(main, ["inspect", str(folder_of(out))])
+    assert shown.exit_code == 0 and "worker" in shown.stdout and "part 3/4" in shown.stdout
+    assert f"({os.getpid()})" in shown.stdout and "finished  3 of 3" in shown.stdout
     (folder_of(out) / "part-1.json").write_text('{"worker": 3, "updated": NaN, "finished": true}')
     assert describe(folder_of(out))["workers"][0] == {
         "worker": None, "host": None, "pid": None, "state": "stopped", "shards": None, "finished": None,

@@ -1,0 +1,166 @@
+"""A worker of the Ray engine, without Ray: what it computes, refuses and reports."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from detector_folder import DetectorFolder
+from interrupted_extraction import BATCHES, RECORDS, compute, load
+from store_examples import HEADER, PLAN, make_regions
+
+from refdet.data.coco import ImageRecord
+from refdet.extraction.image_list import ImageList
+from refdet.extraction.job import prepare
+from refdet.extraction.options import ExtractOptions
+from refdet.extraction.plan import cut_into_shards
+from refdet.extraction.ray_messages import Failed, Finished, Started, Tools, Work
+from refdet.extraction.ray_tools import DetectorTools
+from refdet.extraction.ray_worker import ShardWorker
+from refdet.extraction.shards import ShardSet
+from refdet.extraction.steps import Finish
+from refdet.extraction.workers import note_workers
+from refdet.structures.regions import Regions
+
+SHARDS = cut_into_shards(BATCHES, 2)
+OWN = replace(HEADER, options=PLAN.options)
+Make = Callable[[Callable[[ImageRecord], Regions]], Tools]
+
+
+def shards_in(folder: Path) -> ShardSet:
+    return ShardSet(folder.parent / "a.h5", PLAN, OWN, SHARDS, folder)
+
+
+@contextmanager
+def working(folder: Path, make: Make, strict: bool = False) -> Iterator[ShardWorker]:
+    """A worker of the extraction in a folder."""
+    folder.mkdir(exist_ok=True)
+    worker = ShardWorker(make)
+    assert isinstance(worker.start(), Started)
+    worker.begin(Work(folder, "token", PLAN, OWN, SHARDS, shards_in(folder).of_plan, strict))
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def plain(given: Callable[[ImageRecord], Regions]) -> Tools:
+    return Tools(load, compute)
+
+
+def all_of(worker: ShardWorker, given: dict[int, Regions] | None = None) -> list[Any]:
+    with ThreadPoolExecutor(len(SHARDS)) as pool:
+        return list(pool.map(lambda number: worker.compute(number, given or {}), range(len(SHARDS))))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
+    folder = tmp_path / "a.h5.parts"
+    folder.mkdir()
+    note_workers(folder, "token" if shared else "of another folder", [])
+    with working(folder, plain) as worker:
+        done = all_of(worker)
+    for one in done:
+        assert isinstance(one, Finished) and (one.data is None) == shared
+        if one.data is not None:
+            (folder / f"{one.number:06d}.shard").write_bytes(one.data)
+    found, adopted = shards_in(folder), ShardSet(tmp_path / "b.h5", PLAN, OWN, SHARDS)
+    for one in done:
+        adopted.adopt(one.number, one.rows, one.shapes)
+    assert found.missing() == adopted.missing() == []
+    assert found._rows == adopted._rows and found._shapes == adopted._shapes
+
+
+def test_regions_that_are_given(tmp_path: Path) -> None:
+    def described(given: Callable[[ImageRecord], Regions]) -> Tools:
+        def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+            return lambda: [given(record) for record in batch]
+
+        return Tools(load, computing)
+
+    with working(tmp_path / "a.h5.parts", described) as worker:
+        done = all_of(worker, {record.id: make_regions(record.id, 2 + record.id % 3) for record in RECORDS})
+        assert worker._given == {}  # forgotten
+    counts = {row.id: row.regions for one in done for row, _ in one.rows if not row.error}
+    assert counts == {record.id: 2 + record.id % 3 for record in RECORDS if record.id in counts} and len(counts) == 9
+
+
+def failing(error: BaseException) -> Make:
+    def make(given: Callable[[ImageRecord], Regions]) -> Tools:
+        def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+            raise error
+
+        return Tools(load, computing)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "strict", "of_machine", "says"),
+    [
+        (plain, True, False, "`strict`: .*: not a readable image"),
+        (failing(OSError(errno.ENOSPC, "No space left on device")), False, True, "No space left on device"),
+        (failing(MemoryError("too little")), False, True, "MemoryError: too little"),
+        (failing(ValueError("a bug")), False, False, "ValueError: a bug"),
+    ],
+)
+def test_what_fails_is_reported_for_every_shard(
+    tmp_path: Path, make: Make, strict: bool, of_machine: bool, says: str
+) -> None:
+    with working(tmp_path / "a.h5.parts", make, strict) as worker:
+        failed = [one for one in all_of(worker) if isinstance(one, Failed)]
+        failed.append(worker.compute(0, {}))  # it computes nothing more
+    for one in failed:
+        assert one.of_machine == of_machine and re.search(says, one.message)
+
+
+def test_a_worker_that_its_driver_has_lost_writes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a.h5.parts"
+    folder.mkdir()
+    note_workers(folder, "token", [])
+    with working(folder, plain) as worker:
+        note_workers(folder, "of the next driver", [])
+        failed = worker.compute(0, {})
+    assert isinstance(failed, Failed) and "is not written by the same process any more" in failed.message
+    assert not list(folder.glob("*.shard"))
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> DetectorTools:
+    root = tmp_path_factory.mktemp("detector")
+    folder = DetectorFolder(root, 3)
+    images = ImageList.of_instances(folder.instances)
+    job = prepare(
+        folder.run, folder.images, root / "a.h5", images, options=ExtractOptions(), boxes=None, box_format="xywh",
+        batch_size=None, resume=False, say=print,
+    )  # fmt: skip
+    return DetectorTools.of(job, "cpu", None)
+
+
+def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path) -> None:
+    started = ShardWorker(tools).start()
+    assert isinstance(started, Started) and (started.device, started.precision) == ("cpu", "float32")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((tools.images / "0.png").read_bytes())
+    for other, says in [
+        (
+            replace(tools, software="refdet 0.0 (sources 0), torch 1"),
+            r"has refdet .*, the driver refdet 0\.0 .*; install",
+        ),
+        (replace(tools, checkpoint=tmp_path / "run"), "`checkpoint` .*/run: not found on .*; copy it there or use a"),
+        (replace(tools, checkpoint_sha256="0" * 64), "`checkpoint` .*: another one on .*; copy the same one there"),
+        (replace(tools, recipe="{}"), "`checkpoint` .*: another one on .*; copy the same one there"),
+        (replace(tools, images=tmp_path / "x.zip"), "`images` .*x.zip: not found on .*; copy the zip there or use a"),
+        (replace(tools, images=tmp_path / "images"), "`images` .*: holds other files on .*; missing there: 2, first"),
+    ]:
+        failed = ShardWorker(other).start()
+        assert isinstance(failed, Failed) and failed.bad_input and not failed.of_machine
+        assert re.search(says, failed.message), failed.message
