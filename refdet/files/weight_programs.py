@@ -13,12 +13,16 @@ _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a torchvision Mask R-CNN", (r"backbone\.body\.", r"roi_heads\.mask_predictor\.")),
     ("a torchvision Keypoint R-CNN", (r"backbone\.body\.", r"roi_heads\.keypoint_predictor\.")),
     ("a torchvision Faster R-CNN", (r"backbone\.body\.", r"roi_heads\.box_predictor\.")),
+    ("a torchvision FCOS", (r"backbone\.body\.", r"head\.regression_head\.bbox_ctrness\.")),
+    ("a torchvision SSD", (r"backbone\.(extra|features)\.", r"head\.classification_head\.module_list\.")),
     ("a torchvision RetinaNet", (r"backbone\.body\.", r"head\.classification_head\.")),
     ("a maskrcnn-benchmark detector", (r"backbone\.body\.stem\.", r"rpn\.head\.")),
     ("a torchvision segmentation network", (r"backbone\.layer1\.", r"classifier\.\d")),
     ("a detectron2 Mask R-CNN", (r"proposal_generator\.", r"roi_heads\.mask_head\.")),
     ("a detectron2 Faster R-CNN", (r"proposal_generator\.", r"roi_heads\.")),
     ("a detectron2 RetinaNet", (r"backbone\.bottom_up\.", r"head\.cls_score\.")),
+    ("a detectron2 semantic segmentation network", (r"backbone\.bottom_up\.", r"sem_seg_head\.")),
+    ("a detectron2 region proposal network", (r"backbone\.(bottom_up|res2)\.", r"proposal_generator\.")),
     ("a detectron2 network", (r"backbone\.(bottom_up|res2)\.",)),
     ("a detectron2 ImageNet backbone", (r"stem\.conv1\.", r"res2\.0\.")),
     ("a Caffe2 Detectron network", (r"res2_0_branch2a_w", r"conv_rpn")),
@@ -41,6 +45,7 @@ _BY_TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a vision transformer", (r"patch_embed\.proj\.", r"blocks\.0\.")),
     ("a YOLO network", (r"model\.\d+\.(conv|cv1|m|dfl)\.",)),
     ("an SSD", (r"(vgg\.\d|extras\.\d)",)),
+    ("an ImageNet VGG-16", (r"features\.24\.weight", r"features\.26\.weight", r"classifier\.")),
     ("a VGG network", (r"features\.\d+\.weight", r"classifier\.0\.weight")),
     ("a DenseNet", (r"features\.denseblock1\.",)),
     ("an EfficientNet or MobileNet", (r"(features\.0\.0\.weight|_conv_stem\.|conv_stem\.)",)),
@@ -71,6 +76,7 @@ IMPORTED = frozenset(
         "a detectron2 Faster R-CNN",
         "a detectron2 ImageNet backbone",
         "a Caffe2 ImageNet backbone",
+        "an ImageNet VGG-16",
     )
 )
 OWN = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")

@@ -26,8 +26,12 @@ from refdet.detector.feature_names import check_features
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference
 from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.import_weights import import_weights
 from refdet.errors import ArgumentError, InputError
+from refdet.structures import known_weights
 from refdet.structures.box_convention import InputSize
+from refdet.structures.known_weights import IMAGENET, KnownFile
+from refdet.structures.provenance import file_sha256
 
 BOXES = torch.tensor([[3.0, 5, 60, 90], [0, 0, 140, 104], [100.5, 20.25, 130, 33], [90, 60, 139, 103]])  # inclusive
 SIZE = InputSize(105, 141, 1.0, 1.0, 105, 141)
@@ -161,6 +165,16 @@ def test_a_vgg_has_no_spatial_fc7() -> None:
     check_features(["spatial_fc7"], recipe.load("reference-mobilenet-v1"))
     with pytest.raises(ArgumentError, match="a VGG-16 has no 'spatial_fc7'"):
         check_features(["spatial_fc7"], recipe.load("reference-vgg16"))
+
+
+def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torchvision_vgg().state_dict(), tmp_path / "vgg16.pth")
+    with pytest.raises(InputError, match="vgg16.pth: a VGG-16 of ImageNet, whose tensors do not show its input"):
+        import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
+    known = KnownFile("somebody's vgg16", IMAGENET, style="torchvision")
+    monkeypatch.setitem(known_weights._TORCHVISION, file_sha256(tmp_path / "vgg16.pth")[:8], known)
+    found = import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
+    assert found.kind == "an ImageNet VGG-16 in torchvision style" and found.provenance.training_set is IMAGENET
 
 
 def test_imagenet_networks_start_the_training() -> None:

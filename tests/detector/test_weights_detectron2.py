@@ -83,6 +83,15 @@ def test_another_head_is_named(tmp_path: Path, what: str) -> None:
     refused(done, f"{tmp_path / 'model.pth'}: {what}, which cannot be imported; supported are Mask and Faster R-CNN")
 
 
+def test_other_norms_and_class_agnostic_boxes_are_named() -> None:
+    _, theirs = weights("d2-fpn-res50", classes=3)
+    for name in ("backbone.fpn_lateral2.norm.weight", "roi_heads.mask_head.mask_fcn1.norm.bias"):
+        with pytest.raises(InputError, match=r"norms in its pyramid or heads \(GN or SyncBN\); supported are Mask"):
+            identify_checkpoint({**theirs, name: torch.ones(256)})
+    with pytest.raises(InputError, match=r"one box for all classes \(CLS_AGNOSTIC_BBOX_REG\); supported are Mask"):
+        identify_checkpoint({**theirs, "roi_heads.box_predictor.bbox_pred.weight": torch.ones(4, 1024)})
+
+
 def test_another_backbone_is_named() -> None:
     _, theirs = weights("d2-fpn-res101")
     wide = {**theirs, "backbone.bottom_up.res2.0.conv1.weight": torch.ones(256, 64, 1, 1)}

@@ -262,6 +262,13 @@ def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.M
 
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
+    "a torchvision FCOS": (
+        "backbone.body.conv1.weight", "head.classification_head.cls_logits.weight",
+        "head.regression_head.bbox_ctrness.weight",
+    ),
+    "a torchvision SSD": ("backbone.features.0.weight", "head.classification_head.module_list.0.weight"),
+    "a detectron2 semantic segmentation network": ("backbone.bottom_up.stem.conv1.weight", "sem_seg_head.p2.0.weight"),
+    "a detectron2 region proposal network": ("backbone.res2.0.conv1.weight", "proposal_generator.rpn_head.conv.weight"),
     "a torchvision RetinaNet": ("backbone.body.conv1.weight", "head.classification_head.cls_logits.weight"),
     "a detectron2 RetinaNet": ("backbone.bottom_up.stem.conv1.weight", "head.cls_score.weight"),
     "a Caffe2 Detectron network": ("conv1_w", "res2_0_branch2a_w", "conv_rpn_w"),

@@ -37,6 +37,8 @@ _OTHER_HEADS = {
     "roi_heads.box_head.0.": "a detectron2 Cascade R-CNN",
     "roi_heads.box_predictor.0.": "a detectron2 Cascade R-CNN",
 }
+_MORE_NORMS = re.compile(r"backbone\.fpn_\w+\.norm\.|roi_heads\.(box|mask)_head\.\w+\.norm\.")
+_SCORES = "roi_heads.box_predictor.cls_score.weight"
 SUPPORTED = "supported are Mask and Faster R-CNN with ResNet-50 or 101 as C4, DC5 or FPN"
 _CAFFE2 = (
     (r"^res_conv1_bn_", "stem.conv1.norm."),
@@ -66,6 +68,10 @@ def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
             raise InputError(f"{what}, which cannot be imported; {SUPPORTED}")
     if not any(name.startswith("proposal_generator.") for name in given):
         raise InputError(f"a detectron2 network without proposals, such as RetinaNet; {SUPPORTED}")
+    if any(_MORE_NORMS.match(name) for name in given):
+        raise InputError(f"a detectron2 detector with norms in its pyramid or heads (GN or SyncBN); {SUPPORTED}")
+    if rows(given, "roi_heads.box_predictor.bbox_pred.weight", 0) == 4 < rows(given, _SCORES, 2) * 4 - 4:
+        raise InputError(f"a detectron2 detector with one box for all classes (CLS_AGNOSTIC_BBOX_REG); {SUPPORTED}")
     pyramid = any(name.startswith("backbone.fpn_") for name in given)
     backbone = "backbone.bottom_up." if pyramid else "backbone."
     neck = "fpn" if pyramid else "c4" if any(name.startswith("roi_heads.res5.") for name in given) else "dc5"
@@ -73,7 +79,7 @@ def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
     recipe = recipes.load(f"d2-{neck}-res{_depth(given, backbone, last)}")
     masks = any(name.startswith("roi_heads.mask_head.") for name in given)
     recipe = recipe if masks else recipe.with_changes(["model.masks=false"])
-    classes = max(rows(given, "roi_heads.box_predictor.cls_score.weight", 81) - 1, 1)
+    classes = max(rows(given, _SCORES, 81) - 1, 1)
     if classes > MOST_CATEGORIES:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MOST_CATEGORIES}")
     ignored = [name for name in given if _IGNORED.match(name)]

@@ -12,7 +12,7 @@ from refdet.detector.weights.fitting import ConvertedWeights, Naming, fit
 from refdet.detector.weights.reference import mobilenet_changes, mobilenet_parts, vgg_changes, vgg_parts
 from refdet.errors import InputError
 
-_VGG, _MOBILENET = "features.28.weight", "Conv2d_13.pointwise.0.weight"
+_VGG, _MOBILENET = "features.26.weight", "Conv2d_13.pointwise.0.weight"
 _TORCHVISION = (  # changes of the reference's recipe
     "input.order=rgb",
     "input.mean=[123.675,116.28,103.53]",

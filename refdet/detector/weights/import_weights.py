@@ -177,8 +177,8 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
     if program is not None and program not in IMPORTED:
         raise InputError(
             f"{path}: {program}, which cannot be imported yet; the detectors of lichengunc/mask-faster-rcnn and Mask "
-            "and Faster R-CNN of detectron2 and torchvision, and ImageNet ResNets can (the weights alone, as a "
-            "state_dict)"
+            "and Faster R-CNN of detectron2 and torchvision, and ResNets, VGG-16 and MobileNet v1 of ImageNet can (the "
+            "weights alone, as a state_dict)"
         )
 
 
