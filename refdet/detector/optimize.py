@@ -87,7 +87,7 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
     """
     stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
     if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.takes(stem):
-        model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()  # type: ignore[assignment]
+        model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()
     fuse_blocks(model, epilogue)
 
 
