@@ -9,8 +9,6 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,9 +30,10 @@ class ConvNormReLU6(nn.Sequential):
 
     def __init__(self, in_channels: int, channels: int, size: int, stride: int, groups: int, norm: Norm) -> None:
         convolution = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
-        # each filter of a group has one output
-        mode: Literal["fan_in", "fan_out"] = "fan_out" if groups == 1 else "fan_in"
-        nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
+        if groups == 1:
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        else:  # each filter has one output
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_in", nonlinearity="relu")
         super().__init__(convolution, norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
         known = known_file(source, digest)
         if known is not None and known.norm_eps != EPS:
             tensors = with_usual_eps(tensors, known.norm_eps)
-        found = identify_checkpoint(tensors, style or (known.style if known else None))
+        shown_by_file = None if known is None else known.style
+        found = identify_checkpoint(tensors, style or shown_by_file)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
