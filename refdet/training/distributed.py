@@ -313,6 +313,10 @@ def group_of(launch: Launch) -> Iterator[ProcessGroup]:
             if ended is error:
                 raise
             raise ended from error
+        except KeyboardInterrupt:  # before the training, which notes it
+            if own_log is None:
+                raise
+            raise EndedTogether("interrupted", Interrupted.exit_code) from None
         dist.destroy_process_group()  # not after an error: the others wait for this process to end
     finally:
         if own_log is not None:

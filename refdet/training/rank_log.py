@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 FOLDER = "logs"  # in the run directory
@@ -51,4 +52,5 @@ class RankLog:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError):  # of a full disk, which must not end a training
+                stream.flush()

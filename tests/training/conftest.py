@@ -17,7 +17,7 @@ def launcher() -> Iterator[Launcher]:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def noise(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, instances, and a detector "weights" to start from."""
     root = tmp_path_factory.mktemp("noise")

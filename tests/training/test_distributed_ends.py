@@ -66,11 +66,11 @@ def test_a_killed_process_is_replaced_by_torchrun(launcher: Launcher, noise: Pat
     assert ended.codes == [1, -9] and len(ended.said) == 1
     assert "another process of this training ended without a word" in ended.said[0]
     assert saved(noise / "killed") == 3  # and not 2, the last regular save
-    trained(launcher, noise, "whole", 2, *SIX)
+    trained(launcher, noise, "unharmed", 2, *SIX)
     for rank in (0, 1):
         again = trained(launcher, noise, f"again-{rank}", 2, *SIX, fault=Fault("SIGKILL", rank, 4), restarts=1)
         assert "note: torchrun has started the processes again" in again.outputs[0]
-        assert_same_network(noise / f"again-{rank}", noise / "whole", 1e-6, 1e-5)
+        assert_same_network(noise / f"again-{rank}", noise / "unharmed", 1e-6, 1e-5)
 
 
 def test_a_restart_does_not_continue_the_run_of_somebody_else(launcher: Launcher, noise: Path) -> None:
