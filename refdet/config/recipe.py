@@ -33,6 +33,8 @@ class ModelOptions:
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
+    # with trained norms and random weights, the last norm of each block starts at 0; false in YAML without this key
+    zero_init_residual: bool = True
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)
@@ -217,6 +219,7 @@ _ONLY_WHERE_SET = (
     ("train", "tf32", True),
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),
+    ("model", "zero_init_residual", True),
     ("model", "pooler_resolution", 7),
     ("model", "sampling_ratio", 2),
     ("model", "mask_pasting", "clamped"),
@@ -229,7 +232,7 @@ _ONLY_WHERE_SET = (
     ("head", "smooth_l1_beta", 1.0),
 )
 # of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
-_NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}
+_NEWER_DEFAULTS = {"input": {"size_divisibility": 32}, "model": {"zero_init_residual": False}}
 
 
 def from_dict(tree: Mapping[str, Any]) -> Recipe:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from refdet.ops._library import DEVICES
 from refdet.ops.pooling_plain import MOST, pool_plain
@@ -177,7 +178,22 @@ def _by_level(
         pool(x, rois[chosen], size, stride).movedim(1, -1)
         for x, chosen, stride in zip(maps, rows, strides, strict=True)
     ]
-    return torch.cat(pooled).index_select(0, places).movedim(-1, 1)
+    return _Reordered.apply(torch.cat(pooled), places, torch.cat(list(rows))).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+class _Reordered(torch.autograd.Function):
+    """``x[places]``, whose gradient is copied back, not summed, as every row occurs once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.index_select(0, rows), None, None
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:

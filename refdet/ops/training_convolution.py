@@ -28,7 +28,7 @@ from refdet.ops.convolution import CHANNELS, OUTPUTS, POINTS, Packed, conv3x3, h
 
 TILE, TAPS = 4, 3
 INPUTS = TILE + TAPS - 1  # on a side of a tile
-WORTHWHILE = 64  # channels, and tiles; below it PyTorch's convolution is faster
+WORTHWHILE = {"channels": 64, "tiles": 48}  # below, PyTorch's convolution is faster
 CHUNK = 2**22  # numbers of a transformed chunk of tiles, so that it stays in the caches
 
 
@@ -67,9 +67,9 @@ def _is_quicker(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and min(inputs, outputs) >= WORTHWHILE
+        and min(inputs, outputs) >= WORTHWHILE["channels"]
         and inputs % OUTPUTS[False] == outputs % OUTPUTS[False] == 0
-        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE
+        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE["tiles"]
         and has_products(x.device)
     )
 
