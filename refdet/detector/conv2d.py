@@ -9,8 +9,6 @@ Shape shorthand in this module:
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from refdet.ops.training_convolution import conv2d
@@ -21,5 +19,4 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (N, C, H, W) -> (N, K, H', W')."""
-        shape: list[Any] = [self.stride, self.padding, self.dilation]
-        return conv2d(x, self.weight, self.bias, *shape, self.groups)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -178,7 +178,8 @@ def _by_level(
         pool(x, rois[chosen], size, stride).movedim(1, -1)
         for x, chosen, stride in zip(maps, rows, strides, strict=True)
     ]
-    return _Reordered.apply(torch.cat(pooled), places, torch.cat(list(rows))).movedim(-1, 1)  # type: ignore[no-any-return]
+    reordered: Tensor = _Reordered.apply(torch.cat(pooled), places, torch.cat(list(rows)))
+    return reordered.movedim(-1, 1)
 
 
 class _Reordered(torch.autograd.Function):

@@ -17,7 +17,7 @@ multiplied there, one matrix product a point. Its rounding errors are up to five
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, ...],
-    padding: tuple[int, ...],
+    padding: tuple[int, ...] | str,
     dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
@@ -48,7 +48,7 @@ def conv2d(
         weight: (K, C / groups, kh, kw).
         bias: (K,) or None.
         stride: (down, across), like those below.
-        padding: zeros on each side.
+        padding: zeros on each side, or as of `F.conv2d`.
         dilation: distance of the taps.
         groups: of channels.
 
@@ -57,7 +57,7 @@ def conv2d(
     """
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
     if plain and torch.is_grad_enabled() and _is_quicker(x, weight):
-        return _Convolution.apply(x, weight, bias)  # type: ignore[no-any-return]
+        return cast("Tensor", _Convolution.apply(x, weight, bias))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
