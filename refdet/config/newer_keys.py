@@ -17,6 +17,7 @@ ONLY_WHERE_SET = (
     ("input", "exif", "ignore"),
     ("input", "size_divisibility", 0),
     ("model", "backbone", "resnet"),
+    ("model", "zero_init_residual", True),
     ("model", "pooler_resolution", 7),
     ("model", "sampling_ratio", 2),
     ("model", "mask_pasting", "clamped"),
@@ -30,4 +31,4 @@ ONLY_WHERE_SET = (
 )
 
 # of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
-NEWER_DEFAULTS = {"input": {"size_divisibility": 32}}
+NEWER_DEFAULTS = {"input": {"size_divisibility": 32}, "model": {"zero_init_residual": False}}

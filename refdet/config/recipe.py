@@ -36,6 +36,8 @@ class ModelOptions:
     neck: str = "c4"
     stride: int = 16  # of the C4 map, 16 or 8 pixels; ignored with a pyramid, which has 4 to 64
     norm: str = "auto"  # frozen, batch, or auto: as in the initial weights, batch from scratch
+    # with trained norms and random weights, the last norm of each block starts at 0; false in YAML without this key
+    zero_init_residual: bool = True
     masks: bool = True  # mask branch; a Faster R-CNN without it
     stride_in_1x1: bool = False  # stride of a bottleneck on its first 1x1 as in Caffe, not on its 3x3
     legacy_plus_one: bool = False  # box widths of x2 - x1 + 1, as in the reference (refdet.structures.box_convention)

@@ -28,4 +28,5 @@ def build_backbone(model: ModelOptions, norm: Norm) -> Backbone:
     # a C4 head pools 7x7 cells for a conv5 of stride 1, or 14x14 for one of stride 2
     last = model.pooler_resolution // POOL_SIZE if model.neck == "c4" else 1
     strides = (1, 2, 2, 2) if pyramid else (1, 2, 2 if model.stride == 16 else 1, last)
-    return ResNet(model.depth, model.width, norm, strides, model.stride_in_1x1, dilation=1 + dilated)
+    in_1x1, zero_init = model.stride_in_1x1, model.zero_init_residual
+    return ResNet(model.depth, model.width, norm, strides, in_1x1, 1 + dilated, zero_init)

@@ -156,6 +156,7 @@ class ResNet(nn.Module):
         strides: stride of each of the four stages.
         stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
         dilation: of the 3x3 convolutions of the last stage; needs bottlenecks.
+        zero_init_residual: initialise the last trained norm of each block to zero.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class ResNet(nn.Module):
         strides: tuple[int, int, int, int],
         stride_in_1x1: bool = False,
         dilation: int = 1,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         block = BasicBlock if depth < 50 else Bottleneck
@@ -182,7 +184,7 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, width * 2**stage, block_stride, norm, stride_in_1x1, **dilated))
                 in_channels = self.channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        _initialise(self)
+        _initialise(self, zero_init_residual)
 
     def first_layers(self) -> list[nn.Module]:
         """The layers that stay as they are when pretrained weights are trained further."""
@@ -206,14 +208,15 @@ class ResNet(nn.Module):
         return maps
 
 
-def _initialise(network: nn.Module) -> None:
-    """He initialisation; the last batch norm of each block is zero, so that the block starts as its shortcut.
+def _initialise(network: nn.Module, zero_init_residual: bool) -> None:
+    """He initialisation; the last norm of each block may be zero, so that the block starts as its shortcut.
 
-    As in Goyal et al., "Accurate, large minibatch SGD", section 5.1.
+    As in Goyal et al., "Accurate, large minibatch SGD", section 5.1. In the few hundred steps of
+    `benchmarks/learning.py` a network learns less that way.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        last = {BasicBlock: "bn2", Bottleneck: "bn3"}.get(type(module))
+        last = {BasicBlock: "bn2", Bottleneck: "bn3"}.get(type(module)) if zero_init_residual else None
         if last and isinstance(norm := module.get_submodule(last), nn.BatchNorm2d):
             nn.init.zeros_(norm.weight)

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from refdet.ops._library import DEVICES
 from refdet.ops.pooling_plain import MAX_CELLS, pool_plain
@@ -178,7 +179,23 @@ def _by_level(
         pool(x, rois[indices], size, stride).movedim(1, -1)
         for x, indices, stride in zip(maps, rows, strides, strict=True)
     ]
-    return torch.cat(pooled).index_select(0, inverse).movedim(-1, 1)
+    reordered: Tensor = _Reordered.apply(torch.cat(pooled), inverse, torch.cat(list(rows)))
+    return reordered.movedim(-1, 1)
+
+
+class _Reordered(torch.autograd.Function):
+    """``x[inverse]``, whose gradient is copied back, not summed, as every row occurs once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.index_select(0, rows), None, None
 
 
 def _pool(x: Tensor, rois: Tensor, size: int, stride: float, samples: int, crop: bool, mean: bool) -> Tensor:

@@ -17,7 +17,7 @@ multiplied there, one matrix product a point. Its rounding errors are up to five
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from refdet.ops.convolution import CHANNELS, OUTPUTS, POINTS, Packed, conv3x3, h
 
 TILE, TAPS = 4, 3
 INPUTS = TILE + TAPS - 1  # on a side of a tile
-WORTHWHILE = 64  # channels, and tiles; below it PyTorch's convolution is faster
+WORTHWHILE = {"channels": 64, "tiles": 48}  # below, PyTorch's convolution is faster
 CHUNK = 2**22  # numbers of a transformed chunk of tiles, so that it stays in the caches
 
 
@@ -37,7 +37,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, ...],
-    padding: tuple[int, ...],
+    padding: tuple[int, ...] | str,
     dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
@@ -48,7 +48,7 @@ def conv2d(
         weight: (K, C / groups, kh, kw).
         bias: (K,) or None.
         stride: (down, across), like those below.
-        padding: zeros on each side.
+        padding: zeros on each side, or as of `F.conv2d`.
         dilation: distance of the taps.
         groups: of channels.
 
@@ -57,7 +57,7 @@ def conv2d(
     """
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
     if plain and torch.is_grad_enabled() and _is_quicker(x, weight):
-        return _Convolution.apply(x, weight, bias)
+        return cast("Tensor", _Convolution.apply(x, weight, bias))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -67,9 +67,9 @@ def _is_quicker(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and min(inputs, outputs) >= WORTHWHILE
+        and min(inputs, outputs) >= WORTHWHILE["channels"]
         and inputs % OUTPUTS[False] == outputs % OUTPUTS[False] == 0
-        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE
+        and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE["tiles"]
         and has_products(x.device)
     )
 

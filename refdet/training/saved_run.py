@@ -81,11 +81,17 @@ class SavedRun:
             kept.append(("input.size_divisibility", 0, now.input.size_divisibility))
         if (now.model.neck, now.model.depth, then.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
             kept.append(("train.bf16", False, now.train.bf16))
+        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # all recipes had these
+            before, after = (getattr(each, part).smooth_l1_beta for each in (then, now))
+            if before == older:
+                kept.append((f"{part}.smooth_l1_beta", before, after))
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
             for key, old, new in kept
             if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 is as 1
         ]
+        if then.model.zero_init_residual:  # without a note, as weights are initialised once
+            kept.append(("model.zero_init_residual", True, now.model.zero_init_residual))
         return now.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in kept]), notes
 
     def check_recipe(self, recipe: Recipe, out: Path) -> None:

@@ -112,3 +112,23 @@ def test_batches_of_new_recipes_are_padded_and_those_of_older_runs_are_not(tmp_p
     del older["input"]["size_divisibility"]
     assert recipe.from_dict(older).input.size_divisibility == 0
     assert "size_divisibility" not in recipe.from_dict(older).to_dict()["input"]
+
+
+def test_blocks_of_new_recipes_do_not_start_as_their_shortcut_and_those_of_older_runs_did() -> None:
+    for name in recipe.names():
+        found = recipe.load(name)
+        assert found.model.zero_init_residual is False, name
+        tree = found.to_dict()
+        del tree["model"]["zero_init_residual"]
+        older = recipe.from_dict(tree)
+        assert older.model.zero_init_residual is True
+        assert "zero_init_residual" not in older.to_dict()["model"]
+
+
+def test_the_reference_keeps_its_box_losses() -> None:
+    """Sigma 3 for the RPN and 1 for the head, which are beta 1 / 9 and 1."""
+    for name in recipe.names():
+        if name.startswith("reference-"):
+            found = recipe.load(name)
+            assert (found.proposals.smooth_l1_beta, found.head.smooth_l1_beta) == (1 / 9, 1.0), name
+            assert "smooth_l1_beta" not in found.to_dict()["head"]

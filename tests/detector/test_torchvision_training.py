@@ -144,13 +144,18 @@ def test_initial_weights_of_the_neck_and_the_heads(networks: tuple[dict[str, nn.
 
 
 def test_initial_weights_of_the_resnet(networks: tuple[dict[str, nn.Module], ...]) -> None:
-    """As in torchvision; but the last norm of a block is 0 where norms are trained, as with ``zero_init_residual``."""
+    """As in torchvision, where ``zero_init_residual`` is off by default too; runs from before the key had it."""
     ours, theirs = networks
     for name in ("conv1", "layer2.0.conv2", "layer4.1.conv2"):
         layer, peer = ours[f"backbone.{name}"], theirs[f"backbone.body.{name}"]
         for weight in (layer.weight, peer.weight):
             assert_distributed(weight, (2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, peer.weight)
-    assert (ours["backbone.layer1.0.bn1"].weight == 1).all() and not ours["backbone.layer1.0.bn2"].weight.any()
+    norms = [module for module in ours.values() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 20 and all((norm.weight == 1).all() for norm in norms)
+    tree = small_recipe().to_dict()
+    assert tree["model"].pop("zero_init_residual") is False
+    older = dict(MaskRCNN(recipes.from_dict(tree), 3).named_modules())
+    assert (older["backbone.layer1.0.bn1"].weight == 1).all() and not older["backbone.layer1.0.bn2"].weight.any()
 
 
 def test_initial_weights_of_conv5_on_rois() -> None:

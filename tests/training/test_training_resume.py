@@ -263,6 +263,29 @@ def test_an_older_run_of_fpn_res50_goes_on_in_float32(begun: Path, caplog: pytes
     assert not checkpoint.load_meta(begun / "deep").recipe.train.bf16
 
 
+def test_an_older_run_keeps_its_box_losses_and_its_initial_weights(
+    begun: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ["proposals.smooth_l1_beta=0", "head.smooth_l1_beta=0", "model.zero_init_residual=false"]
+    run(begun, "train.steps=1", "model.zero_init_residual=true", out="older")
+    kept = json.loads((begun / "older" / "model.json").read_text())["recipe"]
+    assert not {"smooth_l1_beta", "zero_init_residual"} & {
+        key for part in ("model", "proposals", "head") for key in kept[part]
+    }
+    run(begun, "train.steps=2", *keys, out="older", resume=True)
+    for key in ("proposals.smooth_l1_beta stays 0.1111111111111111", "head.smooth_l1_beta stays 1.0"):
+        assert f"{key}, as the run was started" in caplog.text
+    found = checkpoint.load_meta(begun / "older").recipe
+    assert (found.proposals.smooth_l1_beta, found.head.smooth_l1_beta, found.model.zero_init_residual) == (
+        1 / 9,
+        1,
+        True,
+    )
+    run(begun, "train.steps=1", *keys, out="newer")
+    with pytest.raises(InputError, match="head.smooth_l1_beta was 0.0 and is now 1.0"):
+        run(begun, "train.steps=2", keys[0], keys[2], out="newer", resume=True)
+
+
 def test_one_process_at_a_time(begun: Path) -> None:
     with alone(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
         run(begun, "train.steps=4", resume=True)
