@@ -20,6 +20,7 @@ from refdet.store.schema import Columns, ImageRow
 from refdet.structures.regions import Regions
 
 MASK_COUNTS, MASK_START = "regions/mask_counts", "regions/mask_start"
+REGION_BYTES = {"regions/box": 16, "regions/score": 4, "regions/category_id": 8, "regions/ann_id": 8}  # per region
 _FEATURE, _MAP, _IM_INFO = "features/", "maps/", "maps/im_info"
 _HALF_INF, _HALF_MINUS_INF = 0x7C00, 0xFC00  # float16 as integers
 
@@ -87,9 +88,7 @@ def _dtypes(features: tuple[str, ...], maps: tuple[str, ...], dtype: str) -> Map
 def region_bytes(columns: Columns) -> dict[str, int]:
     """Bytes per region of each array of an image without maps, in the order of a shard; 0 for masks, which vary."""
     sizes = {MASK_COUNTS: 0} if columns.masks else {}
-    sizes |= {"regions/box": 16, "regions/score": 4, "regions/category_id": 8}
-    if columns.ann_ids:
-        sizes["regions/ann_id"] = 8
+    sizes |= {name: size for name, size in REGION_BYTES.items() if columns.ann_ids or name != "regions/ann_id"}
     width = np.dtype(columns.dtype).itemsize
     return sizes | {_FEATURE + name: math.prod(shape) * width for name, shape in columns.features.items()}
 

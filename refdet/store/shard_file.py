@@ -30,6 +30,7 @@ from refdet.files.parts import write_parts
 from refdet.files.short_text import cut
 from refdet.store.codec import (
     MASK_COUNTS,
+    REGION_BYTES,
     EncodedImage,
     checksums_of,
     decode,
@@ -176,6 +177,7 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
                 decode(image)
                 if absent := missing(image, columns):
                     raise ValueError(f"{min(absent)} is missing")
+                _check_layout(image, columns, len(data) - head)
                 place = _place(image, start, len(data), crc, head)
             yield image, place
 
@@ -270,6 +272,19 @@ def _check_head(head: Mapping[str, Any]) -> None:
         raise ValueError("NUL in a text")
     for text in texts:
         text.encode("utf-8", "surrogateescape")
+
+
+def _check_layout(image: EncodedImage, columns: Columns, size: int) -> None:
+    """Raise a ValueError if arrays are not where `refdet.store.shard_images` takes their bytes from."""
+    arrays = image.arrays
+    order = [MASK_COUNTS, *REGION_BYTES, *(f"features/{name}" for name in columns.features)]
+    if [name for name in arrays if name in order] != [name for name in order if name in arrays]:
+        raise ValueError("arrays in another order")
+    for name, each in REGION_BYTES.items():
+        if name in arrays and arrays[name].nbytes != each * image.row.regions:
+            raise ValueError(f"{name} has another shape")
+    if sum(values.nbytes for values in arrays.values()) != size:
+        raise ValueError("bytes of no array")
 
 
 def _short(dataset: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import random
 import shutil
@@ -21,7 +20,7 @@ from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.steps import Finish
-from refdet.store.codec import decode
+from refdet.store.codec import decode, encode_all
 from refdet.store.shard_file import ShardError, ShardWriter, read
 from refdet.structures.limits import is_id, size_problem
 
@@ -91,10 +90,10 @@ def test_what_an_extraction_goes_on_with(tmp_path: Path, monkeypatch: pytest.Mon
 def test_shards(tmp_path: Path) -> None:
     """What is read of a shard can be written again, and is of the types that a store has."""
     path = tmp_path / "0.shard"
-    with path.open("wb") as file:
-        writer = ShardWriter(file, {"shard": 0}, PLAN)
-        for number in range(3):
-            writer.add(make_regions(number, number))
+    columns = PLAN.columns()
+    with path.open("wb", 0) as file:
+        writer = ShardWriter(file, {"shard": 0})
+        writer.add(encode_all([make_regions(number, number) for number in range(3)], columns))
         writer.finish()
     good = path.read_bytes()
 
@@ -102,8 +101,8 @@ def test_shards(tmp_path: Path) -> None:
         path.write_bytes(changed_shard(good, chance) if chance.random() < 0.8 else changed_bytes(good, chance))
 
     def work() -> None:
-        with io.BytesIO() as file:
-            again = ShardWriter(file, {"shard": 0}, PLAN)
+        with (tmp_path / "again").open("wb", 0) as file:
+            again = ShardWriter(file, {"shard": 0})
             try:
                 found = [decode(image) for image, _ in read(path, {"shard": 0}, PLAN)]
             except ShardError as error:
@@ -111,6 +110,6 @@ def test_shards(tmp_path: Path) -> None:
             for regions in found:
                 assert is_id(regions.image_id) and not size_problem(regions.height, regions.width)
                 with contextlib.suppress(RuntimeFailure):  # a number is not finite
-                    again.add(regions)
+                    again.add(encode_all([regions], columns))
 
     fuzz(change, work, tmp_path)

@@ -188,6 +188,7 @@ BOX, SCORE, CATEGORY = ["box", "<f4", [0, 4]], ["score", "<f4", [0]], ["category
         {"arrays": [["box", "<f8", [0, 4]], SCORE, CATEGORY]},
         {"arrays": [BOX, SCORE, CATEGORY, ["x", "<f4", [0]]]}, {"arrays": [BOX, SCORE, ["category_id", "|O", [0]]]},
         {"arrays": [BOX, SCORE]}, {"arrays": [["box", "<f4", [-1, 4]], SCORE, CATEGORY]},
+        {"arrays": [BOX, CATEGORY, SCORE], "masks": []}, {"arrays": [BOX, SCORE, CATEGORY], "masks": []},
     ],
 )  # fmt: skip
 def test_what_no_store_could_hold_is_damage_whatever_the_checksums(tmp_path: Path, changes: dict[str, object]) -> None:
