@@ -72,15 +72,15 @@ class Passes:
         parts = batch.parts(self._passes)
         total = self._total(parts, generator)
         names: list[str] = []
-        terms: Tensor | None = None
+        found: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self.processes.without_sync(self._network):
                 losses = self._of(self._network, part, generator, total)
                 values = torch.stack(list(losses.values()))
                 values.sum().backward()
-            names, values = list(losses), values.detach()
-            terms = values if terms is None else terms + values
-        assert terms is not None
+            names = list(losses)
+            found.append(values.detach())
+        terms = sum(found[1:], start=found[0])
         self.processes.sum_(terms)
         return names, terms
 
