@@ -24,7 +24,7 @@ def regions_on_ray(
     images: Path,
     ray: str,
     *,
-    batch_size: int,
+    batch_size: int | None,
     device: str | None,
     precision: str,
     workers: int | None,
@@ -40,7 +40,7 @@ def regions_on_ray(
         index: the instances file.
         images: folder or zip of its images, at a path where the workers find them too.
         ray: the cluster, as in `refdet.extraction.extract.extract_features`.
-        batch_size: images per batch.
+        batch_size: images per batch; None for the default of an extraction.
         device: "cpu", "cuda"; None for GPUs if the cluster has any.
         precision: arithmetic of the network.
         workers: threads of each worker that read images ahead.
