@@ -106,6 +106,8 @@ class DetectorTools:
             raise InputError(f"{host} has {software()}, the driver {self.software}; install the same")
         source = self._checked(host)
 
+        import torch
+
         from refdet.detector import loading
         from refdet.detector.profiler import Stages
         from refdet.device import described, pinned, usable_device, usable_precision
@@ -116,6 +118,8 @@ class DetectorTools:
         from refdet.ops._library import kernels_state
 
         where = usable_device(self.device)
+        if where.type == "cpu":
+            torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
         precision = usable_precision(self.options.precision, where)
         detector = loading.load(self.checkpoint, where, for_inference=True, precision=precision)
         stages = Stages(where)
@@ -129,6 +133,7 @@ class DetectorTools:
 
         detector.model.stages = stages
         name, _, _ = described(self.device).partition(" (")
+        name += ", 1 thread each" if where.type == "cpu" else ""
         return Tools(
             load,
             computing(detector, self.options, given if self.described else None),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from detector_folder import DetectorFolder
+from detector_folder import DetectorFolder, one_thread
 from interrupted_extraction import RECORDS, environment, run
 from ray_extraction import ENVIRONMENT, NODE, Slowly, cluster_of, run_on, time_limit
 from store_examples import contents
@@ -23,6 +23,7 @@ from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.ray_cluster import check_address, connected
 from refdet.extraction.workers import engine_token, note_workers, who_computes
 
+_ = one_thread  # a fixture
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
@@ -190,7 +191,7 @@ def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
             pass
 
 
-def test_commands_with_a_detector(tmp_path: Path, cluster: Any) -> None:
+def test_commands_with_a_detector(tmp_path: Path, cluster: Any, one_thread: None) -> None:
     """Parts, and workers on the cluster, give the store and the AP of one process, to the bit."""
     signal.alarm(240)  # several processes import torch
     folder, given = DetectorFolder(tmp_path / "d", 70), ("--regions", "annotations")  # three shards

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from detector_folder import DetectorFolder
+from detector_folder import DetectorFolder, one_thread
 from interrupted_extraction import BATCHES, RECORDS, compute, load
 from store_examples import HEADER, PLAN, make_regions
 
@@ -32,6 +32,7 @@ from refdet.structures.regions import Regions
 
 SHARDS = cut_into_shards(BATCHES, 2)
 OWN = replace(HEADER, options=PLAN.options)
+_ = one_thread  # a fixture
 Make = Callable[[Callable[[ImageRecord], Regions]], Tools]
 
 
@@ -145,9 +146,9 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> DetectorTools:
     return DetectorTools.of(job, "cpu", None)
 
 
-def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path) -> None:
+def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tmp_path: Path, one_thread: None) -> None:
     started = ShardWorker(tools).start()
-    assert isinstance(started, Started) and (started.device, started.precision) == ("cpu", "float32")
+    assert isinstance(started, Started) and (started.device, started.precision) == ("cpu, 1 thread each", "float32")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes((tools.images / "0.png").read_bytes())
     for other, says in [

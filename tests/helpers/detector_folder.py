@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from trained_models import NAMES, saved_model
@@ -13,6 +16,15 @@ from trained_models import NAMES, saved_model
 from refdet.cli.main import main
 
 SIZES = [(48, 64), (64, 48), (60, 90)]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as workers of Ray do on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class DetectorFolder:
