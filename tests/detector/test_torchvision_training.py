@@ -152,9 +152,7 @@ def test_initial_weights_of_the_resnet(networks: tuple[dict[str, nn.Module], ...
             assert_distributed(weight, (2 / (weight.shape[0] * weight[0, 0].numel())) ** 0.5, peer.weight)
     norms = [module for module in ours.values() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 20 and all((norm.weight == 1).all() for norm in norms)
-    tree = small_recipe().to_dict()
-    assert tree["model"].pop("zero_init_residual") is False
-    older = dict(MaskRCNN(recipes.from_dict(tree), 3).named_modules())
+    older = dict(MaskRCNN(small_recipe("model.zero_init_residual=true"), 3).named_modules())
     assert (older["backbone.layer1.0.bn1"].weight == 1).all() and not older["backbone.layer1.0.bn2"].weight.any()
 
 
