@@ -41,7 +41,7 @@ def recipe_of(network: str, options: argparse.Namespace) -> Recipe:
     base, changes = NETWORKS[network]
     shared = [
         f"input.min_sizes=[{options.short_side}]", f"input.max_size={round(options.short_side * 1.7)}",
-        "model.norm=batch", "head.batch_size_per_image=64", "proposals.batch_size_per_image=128",
+        "model.norm=batch", "head.batch_size_per_image=32", "proposals.batch_size_per_image=128",
         "proposals.pre_nms_top_n_train=500", "proposals.post_nms_top_n_train=200", "proposals.pre_nms_top_n_test=500",
         "proposals.post_nms_top_n_test=100", f"train.steps={options.steps}", "train.batch_size=4", "train.lr=0.02",
         "train.warmup_steps=100", "train.lr_milestones=[0.7]", "train.flip=false", "train.bf16=false",
