@@ -24,6 +24,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, exact_float32, on_device, pinned, usable_device, usable_precision
 from refdet.errors import InputError
 from refdet.evaluation.detection import evaluate
+from refdet.extraction import computing
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -164,7 +165,7 @@ def test_extraction_computes_float32_in_float32(
         seen.append(settings())
         return start(*given, **named)
 
-    monkeypatch.setattr(predictor, name, watched)
+    monkeypatch.setattr(computing, name, watched)
     torch.set_float32_matmul_precision("medium")
     before = settings()
     options = ExtractOptions(regions=regions)
@@ -223,7 +224,8 @@ def test_all_that_detects_computes_in_the_precision_asked_for(
         seen.append(settings())
         return start(*given, **named)
 
-    monkeypatch.setattr(predictor, "start_detecting", watched)
+    for module in (computing, predictor):
+        monkeypatch.setattr(module, "start_detecting", watched)
     for place in ("refdet.device", "refdet.detector.detector"):
         monkeypatch.setattr(f"{place}.usable_precision", lambda precision, device: precision)
     older()

@@ -80,7 +80,7 @@ def test_training_on_real_images_lowers_the_loss(shared: Path, tmp_path: Path) -
     chosen = recipe.load("c4-res18").with_changes([*SMALL, *changes])
     train(chosen, root / "annotations" / "instances_train2017.json", root / "train2017", tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_each_number_of_a_recipe_has_its_range(key: str) -> None:
         assert len(str(caught.value)) < 300
     if lists:
         with pytest.raises(InputError, match=rf"{part}\.{option}: "):
-            recipe.from_dict({part: {option: [default[0]] * (limits.most + 1)}})
+            recipe.from_dict({part: {option: [default[0]] * (limits.max_items + 1)}})
 
 
 FLOATS = ("model.anchor_sizes",)
@@ -223,7 +223,7 @@ def test_every_number_has_a_range_and_every_range_an_option() -> None:
     numbers = {f"{part}.{name}" for part, options in parts.items() if isinstance(options, dict)
                for name, value in options.items() if is_number(value)}  # fmt: skip
     assert numbers == set(LIMITS)
-    assert Range(0, 1, above=True).high == 1
+    assert Range(0, 1, exclusive=True).high == 1
 
 
 def is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from refdet.extraction.part import Part, no_part_running
 from refdet.extraction.workers import who_computes
 from refdet.files.lock import alone
 from refdet.splits.inspect import describe
+from refdet.structures.regions import Regions
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_parts_at_the_same_time(tmp_path: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["compute 1", "compute 2", "add 2", "add 5"])
+@pytest.mark.parametrize("kill", ["compute 1", "compute 2", "add 1", "add 2"])
 def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: str) -> None:
     out = tmp_path / "a.h5"
     assert ended(start_part(out, "1/2", kill))[0] == -9
@@ -102,7 +104,7 @@ def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: 
 def test_a_merge_that_was_killed_is_done_by_any_part_or_by_resuming(tmp_path: Path, whole: Path, how: str) -> None:
     out = tmp_path / "a.h5"
     run_part(out, "1/2")
-    assert ended(start_part(out, "2/2", "put 4"))[0] == -9
+    assert ended(start_part(out, "2/2", "put 1"))[0] == -9
     assert not out.exists()
     assert (run(out, resume=True) if how == "resume" else run_part(out, how)).computed == 0
     is_whole(out, whole)
@@ -236,11 +238,11 @@ def test_two_parts_that_end_at_the_same_time(
 def test_a_full_disk_keeps_finished_shards(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, written = tmp_path / "a.h5", []
 
-    def full(writer: parts.ShardSet, regions: object) -> object:
-        written.append(regions)
+    def full(writer: parts.ShardSet, images: Sequence[Regions]) -> object:
+        written.extend(images)
         if len(written) > len(BATCHES[0]):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(writer, regions)
+        return original(writer, images)
 
     original = parts.ShardSet.encode
     with monkeypatch.context() as patch:
