@@ -212,7 +212,7 @@ def test_each_number_of_a_recipe_has_its_range(key: str) -> None:
         assert len(str(caught.value)) < 300
     if lists:
         with pytest.raises(InputError, match=rf"{part}\.{option}: "):
-            recipe.from_dict({part: {option: [default[0]] * (limits.most + 1)}})
+            recipe.from_dict({part: {option: [default[0]] * (limits.max_items + 1)}})
 
 
 FLOATS = ("model.anchor_sizes",)
