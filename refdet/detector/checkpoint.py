@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
 LARGEST_META = 2**23  # bytes of a model.json
 MOST_CATEGORIES = 50_000
-HEADS = ("rpn.", "head.box.", "head.mask.")  # parts that an ImageNet network lacks
+HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parts that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ class CheckpointMetadata:
         step, untrained = tree["step"], tree.get("untrained", [])
         if type(step) is not int or not 0 <= step < 2**63:
             raise InputError(f"step: a number of steps is needed, not {shown(step)}")
-        if not isinstance(untrained, list) or not all(isinstance(part, str) and part in HEADS for part in untrained):
-            raise InputError(f"untrained: a list of {', '.join(HEADS)} is needed, not {shown(untrained)}")
+        if not isinstance(untrained, list) or not all(
+            isinstance(part, str) and part in HEAD_PREFIXES for part in untrained
+        ):
+            raise InputError(f"untrained: a list of {', '.join(HEAD_PREFIXES)} is needed, not {shown(untrained)}")
         provenance = Provenance.from_json(tree["provenance"])
         return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
 

@@ -26,7 +26,7 @@ from refdet.detector import loading
 from refdet.detector.feature_names import check_features
 from refdet.detector.given_boxes import checked_boxes, checked_categories
 from refdet.detector.loading import TrainedDetector
-from refdet.detector.mask_rcnn import FEATURES
+from refdet.detector.mask_rcnn import DEFAULT_FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
 from refdet.device import usable_device, usable_precision
 from refdet.errors import ArgumentError, RuntimeFailure
@@ -144,7 +144,7 @@ class Detector:
         nms_threshold: float = 0.3,
         max_regions: int = 100,
         lower_threshold_if_empty: bool = False,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Regions | list[Regions]:
         """Detect the objects in an image, or in each of several.
 
@@ -204,7 +204,7 @@ class Detector:
         boxes: Any,
         *,
         category_ids: Any = None,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Regions | list[Regions]:
         """Compute the features of given boxes, and their masks if category ids are given.
 

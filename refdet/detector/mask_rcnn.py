@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from refdet.config.recipe import Recipe
 from refdet.detector.anchors import Anchors
 from refdet.detector.backbone import build_backbone
-from refdet.detector.feature_names import HEAD
+from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
@@ -31,7 +31,7 @@ from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.detector.postprocess import best_detections, reached
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm
-from refdet.detector.roi_heads import C4Head, PyramidHead, RoiHead
+from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
 from refdet.detector.roi_outputs import RoiFeatures
 from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
@@ -45,7 +45,7 @@ from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-FEATURES = ("pool5", "fc7")  # the default
+DEFAULT_FEATURES = ("pool5", "fc7")  # the default
 NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
@@ -93,7 +93,7 @@ class MaskRCNN(nn.Module):
         self.rpn = RegionProposalNetwork(map_channels, model, anchors, recipe.proposals, self.convention)
         self.head: RoiHead
         if model.neck != "c4":
-            self.head = PyramidHead(map_channels, model, classes, map_strides[:4])
+            self.head = StandardHead(map_channels, model, classes, map_strides[:4])
         elif model.backbone == "vgg16":
             self.head = VGGHead(map_channels, model, classes)
         else:
@@ -139,10 +139,10 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.head.predict_boxes(features.fc7)
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
         positive = on_device(drawn.sampled.positive.row, images.device)
-        wanted = box_ops.encode(drawn.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        box_targets = box_ops.encode(drawn.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
         beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
-            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=beta, reduction="sum") / count.rois
+            F.smooth_l1_loss(deltas[positive, labels[positive]], box_targets, beta=beta, reduction="sum") / count.rois
         )
         if self.recipe.model.masks:
             losses["loss_mask"] = self._mask_loss(pooled_at, features, drawn, targets) / count.mask_cells
@@ -181,8 +181,8 @@ class MaskRCNN(nn.Module):
             compute_mask_targets(boxes, objects, target, size, self.convention)
             for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
         ]
-        wanted = on_device(torch.cat(found), logits.device)
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        mask_targets = on_device(torch.cat(found), logits.device)
+        return F.binary_cross_entropy_with_logits(logits, mask_targets, reduction="sum")
 
     @torch.no_grad()
     def predict(
@@ -190,7 +190,7 @@ class MaskRCNN(nn.Module):
         images: Tensor,
         sizes: Sequence[InputSize],
         options: DetectionOptions,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Detections:
         """Detect objects. The number of GPU synchronizations does not depend on the batch size.
 
@@ -220,7 +220,7 @@ class MaskRCNN(nn.Module):
         masks_of = labels if self.recipe.model.masks else None
         found = self._extract_features(maps, images, sizes, boxes, counts, masks_of, features)
         finite = finite & found.finite
-        return Detections(found.counts, found.features, found.masks, found.head, finite, boxes, best, labels)
+        return Detections(found.counts, found.features, found.masks, found.feature_map, finite, boxes, best, labels)
 
     def _select_detections(
         self,
@@ -257,7 +257,7 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None = None,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> BatchFeatures:
         """Features of given boxes, and their masks if `labels` are given; computes only what is needed.
 
@@ -313,8 +313,8 @@ class MaskRCNN(nn.Module):
                     masks = found.mask_logits.sigmoid()
             checked = [values[name] for name in ("pool5", "fc7") if name in values]
             finite = all_finite(rois, *checked, *(() if masks is None else [masks]))
-        features = {name: values[name].float() for name in names if name != HEAD}
-        return BatchFeatures(counts, features, masks, maps[0] if HEAD in names else None, finite)
+        features = {name: values[name].float() for name in names if name != FEATURE_MAP}
+        return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""

@@ -16,7 +16,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
 from refdet.detector.res5_head import SplitRes5, can_enter_early
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
-from refdet.detector.roi_heads import C4Head, MaskPredictor, PyramidHead
+from refdet.detector.roi_heads import C4Head, MaskPredictor, StandardHead
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import half_is_quickest
@@ -27,7 +27,7 @@ RECTIFIED: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBottleneck: ("conv1", "conv2", "conv3"),
     SplitRes5: ("conv2", "conv3"),
     RegionProposalNetwork: ("conv", "more"),
-    PyramidHead: ("convs",),
+    StandardHead: ("convs",),
     VGG16: ("convs",),
 }
 

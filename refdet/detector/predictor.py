@@ -20,9 +20,9 @@ from torch import Tensor
 from refdet.config.recipe import InputOptions
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
-from refdet.detector.feature_names import HEAD
+from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.mask_pasting import paste_masks
-from refdet.detector.mask_rcnn import FEATURES, MaskRCNN
+from refdet.detector.mask_rcnn import DEFAULT_FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.device import on_device
 from refdet.errors import RuntimeFailure
@@ -57,7 +57,7 @@ def detect_batch(
     category_ids: Sequence[int],
     options: DetectionOptions,
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> list[Regions]:
     """Detect regions of images of one input size; takes the arguments of `start_detecting`."""
     return start_detecting(model, images, records, category_ids, options, features=features)()
@@ -70,7 +70,7 @@ def start_detecting(
     category_ids: Sequence[int],
     options: DetectionOptions,
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[Regions]]:
     """Start to detect regions of images of one input size.
@@ -107,7 +107,7 @@ def describe_boxes(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     labels: Sequence[np.ndarray] | None = None,
 ) -> list[ImageFeatures]:
     """Compute features, and masks if `labels` are given, of boxes; takes the arguments of `start_describing`."""
@@ -119,7 +119,7 @@ def start_describing(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     labels: Sequence[np.ndarray] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[ImageFeatures]]:
@@ -227,7 +227,7 @@ def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize, pastin
     if found.masks is not None:
         masks = tuple(paste_masks(found.masks, boxes, size.image_height, size.image_width, pasting))
     features = {name: values.numpy() for name, values in found.features.items()}
-    maps = {} if found.head is None else {HEAD: _numpy(found.head[0])}
+    maps = {} if found.feature_map is None else {FEATURE_MAP: _numpy(found.feature_map[0])}
     return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))
 
 

@@ -42,7 +42,7 @@ CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradien
 
 
 class RoiHead(Protocol):
-    """Interface of the second stage, implemented by `C4Head` and `PyramidHead`."""
+    """Interface of the second stage, implemented by `C4Head` and `StandardHead`."""
 
     mask_size: int
 
@@ -244,7 +244,7 @@ class C4Head(nn.Module):
         return self.mask(features.spatial, labels)
 
 
-class PyramidHead(nn.Module):
+class StandardHead(nn.Module):
     """Linear layers on 7x7 RoIs of a pyramid or of one map; 28x28 masks by convolutions on 14x14 RoIs.
 
     Args:

@@ -92,14 +92,21 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
     most = proposed.shape[1]
     candidates = torch.cat((proposed, truth.boxes), dim=1)
     there = torch.arange(most, device=counts.device) < counts[:, None]
-    kinds, matched = assign_labels(candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False)
-    kinds.masked_fill_(~torch.cat((there, truth.known), dim=1), IGNORE)
+    match_labels, matched = assign_labels(
+        candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False
+    )
+    match_labels.masked_fill_(~torch.cat((there, truth.known), dim=1), IGNORE)
     if not options.append_gt_boxes:  # only where no proposal is positive
-        kinds[:, most:].masked_fill_((kinds[:, :most] == POSITIVE).any(dim=1, keepdim=True), IGNORE)
+        match_labels[:, most:].masked_fill_((match_labels[:, :most] == POSITIVE).any(dim=1, keepdim=True), IGNORE)
     numbers = torch.arange(candidates.shape[1], device=counts.device)
     numbers[most:] += OBJECTS_FROM - most  # the same however many proposals the images of the batch have
     samples = subsample_labels(
-        kinds, options.batch_size_per_image, options.positive_fraction, seeds, options.sample_with_replacement, numbers
+        match_labels,
+        options.batch_size_per_image,
+        options.positive_fraction,
+        seeds,
+        options.sample_with_replacement,
+        numbers,
     )
     corners = _gathered(candidates, samples.index)
     matched = matched.gather(1, samples.index)

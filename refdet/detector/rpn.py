@@ -142,10 +142,10 @@ class RegionProposalNetwork(nn.Module):
         options = self.options
         within = inside(anchors, sizes) if options.inside_only else None
         candidates = anchors if within is None else anchors * within[:, :, None]  # an empty box overlaps nothing
-        kinds, matched = assign_labels(
+        labels, matched = assign_labels(
             candidates, truth, options.positive_iou, options.negative_iou, best_for_each=True
         )
-        return kinds if within is None else kinds.masked_fill(~within, IGNORE), matched
+        return labels if within is None else labels.masked_fill(~within, IGNORE), matched
 
     def compute_losses(
         self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
@@ -164,8 +164,8 @@ class RegionProposalNetwork(nn.Module):
             The sums, and the number of sampled anchors, scalar int64.
         """
         options = self.options
-        kinds, matched = self.assign_targets(output.anchors, sizes, truth)
-        samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
+        labels, matched = self.assign_targets(output.anchors, sizes, truth)
+        samples = subsample_labels(labels, options.batch_size_per_image, options.positive_fraction, seeds)
         scores = F.binary_cross_entropy_with_logits(
             output.logits.gather(1, samples.index), samples.positive.to(output.logits.dtype), reduction="none"
         )
@@ -173,10 +173,13 @@ class RegionProposalNetwork(nn.Module):
         most = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
         index, negative = samples.index[:, :most], ~samples.positive[:, :most, None]
         objects = truth.boxes.gather(1, _corners(matched.gather(1, index)))
-        wanted = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
+        targets = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
         deltas = output.deltas.gather(1, _corners(index))
         boxes = F.smooth_l1_loss(
-            deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=options.smooth_l1_beta, reduction="none"
+            deltas,
+            targets.reshape(deltas.shape).masked_fill(negative, 0),
+            beta=options.smooth_l1_beta,
+            reduction="none",
         )
         sums = {
             "loss_objectness": scores.masked_fill(~samples.valid, 0).sum(),

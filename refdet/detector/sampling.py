@@ -66,7 +66,7 @@ def random_numbers(seeds: Tensor, count: int, numbers: Tensor | None = None) -> 
 
 
 def subsample_labels(
-    kinds: Tensor,
+    labels: Tensor,
     count: int,
     positive_fraction: float,
     seeds: Tensor,
@@ -76,7 +76,7 @@ def subsample_labels(
     """Sample candidates of each image at random.
 
     Args:
-        kinds: (B, N) labels from `assign_labels`.
+        labels: (B, N) labels from `assign_labels`.
         count: number of samples of an image, at most.
         positive_fraction: positives are at most this fraction of `count`.
         seeds: (B,) int64, from `image_seeds`.
@@ -87,20 +87,20 @@ def subsample_labels(
     Returns:
         The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
     """
-    candidates = kinds.shape[1]
+    candidates = labels.shape[1]
     size = min(count, candidates) if not sample_with_replacement or candidates == 0 else count
     keys = random_numbers(seeds, candidates, numbers)
-    positives, objects = _shuffled(kinds == POSITIVE, keys, size)
-    negatives, background = _shuffled(kinds == NEGATIVE, keys, size)
-    slot = torch.arange(size, device=kinds.device)
+    positives, objects = _shuffled(labels == POSITIVE, keys, size)
+    negatives, background = _shuffled(labels == NEGATIVE, keys, size)
+    slot = torch.arange(size, device=labels.device)
     taken = objects.clamp(max=int(count * positive_fraction))
     if sample_with_replacement:
         taken = taken.masked_fill((background == 0) & (objects > 0), count)
         again = random_numbers(~seeds, size)  # independent of those of the candidates
-        first = _repeated(slot.expand(len(kinds), -1), objects, taken, again)
+        first = _repeated(slot.expand(len(labels), -1), objects, taken, again)
         second = _repeated(slot - taken, background, count - taken, again)
     else:
-        first, second = slot.expand(len(kinds), -1), slot - taken
+        first, second = slot.expand(len(labels), -1), slot - taken
     positive = slot < taken
     valid = positive | ((second >= 0) & (second < background))
     index = torch.where(positive, _picked(positives, first), _picked(negatives, second))

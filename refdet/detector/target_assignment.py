@@ -40,20 +40,20 @@ def assign_labels(
             (Ren et al., "Faster R-CNN", section 3.1.2).
 
     Returns:
-        kinds (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each candidate
-        overlaps most (0 if there are none).
+        labels (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each
+        candidate overlaps most (0 if there are none).
     """
     found = match_boxes(candidates, truth.boxes)
-    kinds = torch.full_like(found.best, NEGATIVE, dtype=torch.int8)
+    labels = torch.full_like(found.best, NEGATIVE, dtype=torch.int8)
     for crowd in truth.crowds.unbind(dim=1):
         inside = _intersection(candidates, crowd[:, None])
-        kinds.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
+        labels.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
     objects = truth.known.any(dim=1, keepdim=True)
     positive = found.best >= positive_iou
-    kinds.masked_fill_((found.best >= negative_iou) & ~positive & objects, IGNORE)
+    labels.masked_fill_((found.best >= negative_iou) & ~positive & objects, IGNORE)
     if best_for_each:
         positive = positive | found.reaches
-    return kinds.masked_fill_(positive & objects, POSITIVE), found.object
+    return labels.masked_fill_(positive & objects, POSITIVE), found.object
 
 
 def _intersection(boxes: Tensor, other: Tensor) -> Tensor:

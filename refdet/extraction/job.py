@@ -135,7 +135,7 @@ def _planned(
 ) -> tuple[Plan, Header]:
     """The plan of the extraction, and the header of the store."""
     from refdet.detector.checkpoint import MODEL, run_directory
-    from refdet.detector.feature_names import HEAD, of_regions
+    from refdet.detector.feature_names import FEATURE_MAP, of_regions
     from refdet.structures.provenance import file_sha256
 
     what: dict[str, Any] = {
@@ -180,7 +180,7 @@ def _planned(
         masks,
         given is not None and given.ann_ids,
         batch_size or 0,
-        tuple(name for name in options.features if name == HEAD),
+        tuple(name for name in options.features if name == FEATURE_MAP),
         options.compression,
     )
     return plan, header

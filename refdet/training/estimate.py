@@ -24,7 +24,7 @@ from refdet.interrupt import Stop, StopRequested
 from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 from refdet.training.inputs import TrainingInputs
-from refdet.training.optim import learning_rate, optimiser
+from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.passes import in_bfloat16
 from refdet.training.pretrained import load_pretrained
 from refdet.training.step import start_step
@@ -138,7 +138,7 @@ def _steps(
     fresh = None
     if given.weights is not None and given.before is None:
         fresh = load_pretrained(model, tuple(given.objects.index.categories.items()), given.weights)
-    sgd = optimiser(model, options, fresh)
+    sgd = build_optimizer(model, options, fresh)
     if given.before is not None:
         state.newest(given.out).restore(model, sgd)
     model.train()

@@ -40,7 +40,7 @@ class Passes:
     Args:
         model: the network, in training mode.
         processes: which have a share of the images each.
-        momentum: of the optimiser, which all processes begin with.
+        momentum: of the optimizer, which all processes begin with.
     """
 
     def __init__(

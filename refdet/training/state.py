@@ -37,7 +37,7 @@ class State(SavedRun):
     tensors: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, sgd: torch.optim.SGD, average: WeightAverage | None = None) -> None:
-        """Load the tensors into a model, its optimiser and the average of its weights.
+        """Load the tensors into a model, its optimizer and the average of its weights.
 
         Raises:
             InputError: they do not match the model.

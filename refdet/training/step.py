@@ -13,22 +13,22 @@ from refdet.data.training_batches import Batch
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import start_fetching
 from refdet.errors import RuntimeFailure
-from refdet.training.optim import GuardedSGD, set_rate
+from refdet.training.optim import GuardedSGD, set_lr
 from refdet.training.passes import Passes
 
 
 @dataclass(frozen=True)
-class StartedStep:
+class PendingStep:
     """A step that a GPU may still be computing.
 
     Attributes:
         names: names of the loss terms.
-        fetched: waits for the terms and the norm of the gradient, (terms + 1,) float32.
+        wait: waits for the terms and the norm of the gradient, (terms + 1,) float32.
         image_ids: COCO ids of its images, of all processes.
     """
 
     names: Sequence[str]
-    fetched: Callable[[], Tensor]
+    wait: Callable[[], Tensor]
     image_ids: Sequence[int]
 
     def losses(self) -> dict[str, float]:
@@ -38,7 +38,7 @@ class StartedStep:
             RuntimeFailure: a term or the gradient is not finite; neither this step nor a later one has changed the
                 weights.
         """
-        *values, norm = self.fetched().tolist()
+        *values, norm = self.wait().tolist()
         terms = dict(zip(self.names, values, strict=True))
         if not all(map(math.isfinite, values)):
             bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
@@ -62,12 +62,12 @@ def start_step(
     max_grad_norm: float,
     generator: torch.Generator,
     passes: Passes | None = None,
-) -> StartedStep:
-    """Start a step of the optimiser.
+) -> PendingStep:
+    """Start a step of the optimizer.
 
     Args:
         model: the network, in training mode.
-        sgd: its optimiser.
+        sgd: its optimizer.
         batch: the images.
         rate: learning rate.
         max_grad_norm: largest L2 norm of all gradients together; 0 for no clipping.
@@ -77,7 +77,7 @@ def start_step(
     Returns:
         The step, whose losses can be read later.
     """
-    set_rate(sgd, rate)
+    set_lr(sgd, rate)
     sgd.zero_grad(set_to_none=True)
     names, terms = (passes or Passes(model)).backward(batch, generator)
     # with inf it only measures the norm, which the guard needs; one tensor of results is one copy to the host
@@ -85,4 +85,4 @@ def start_step(
     results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))
     sgd.guard(results)
     sgd.step()
-    return StartedStep(names, start_fetching(results), batch.image_ids)
+    return PendingStep(names, start_fetching(results), batch.image_ids)

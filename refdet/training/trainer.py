@@ -33,14 +33,14 @@ from refdet.training.ema import WeightAverage
 from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
-from refdet.training.optim import GuardedSGD, learning_rate, momentum_of, optimiser
+from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
 from refdet.training.passes import Passes, in_bfloat16
 from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
 from refdet.training.start_lines import start_lines
-from refdet.training.step import StartedStep, start_step
+from refdet.training.step import PendingStep, start_step
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, summary
 
@@ -93,7 +93,7 @@ def train_on(given: TrainingInputs, device: str | None = None, processes: Proces
         meta = dataclasses.replace(meta, provenance=given.before.meta.provenance, step=given.before.meta.step)
     elif given.weights is not None:
         fresh = load_pretrained(model, meta.categories, given.weights)
-    sgd = optimiser(model, recipe.train, fresh)
+    sgd = build_optimizer(model, recipe.train, fresh)
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
     if before is not None:
         before.restore(model, sgd, average)
@@ -158,7 +158,7 @@ class _Training:
     average: WeightAverage | None  # of the weights, in the first process
     validation: ValidationData | None
     validator: Validator | None = None  # in the first process
-    started: StartedStep | None = None  # the step whose losses were not read yet
+    started: PendingStep | None = None  # the step whose losses were not read yet
     losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def run(self) -> Summary:

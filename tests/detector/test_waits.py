@@ -93,10 +93,10 @@ def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
     model = small_model()
     images, sizes = inputs_of(model, 2)
     boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
-    assert model.predict(images, sizes, OPTIONS).head is None
-    assert model.extract_features(images, sizes, boxes).head is None
-    head = model.extract_features(images, sizes, boxes, features=("pool5", "head")).head
-    assert head is not None and torch.equal(head, model.extract_feature_maps(images)[0])
+    assert model.predict(images, sizes, OPTIONS).feature_map is None
+    assert model.extract_features(images, sizes, boxes).feature_map is None
+    feature_map = model.extract_features(images, sizes, boxes, features=("pool5", "head")).feature_map
+    assert feature_map is not None and torch.equal(feature_map, model.extract_feature_maps(images)[0])
 
 
 @pytest.mark.parametrize("describing", [False, True])

@@ -24,7 +24,7 @@ from refdet.detector.weights.convert import identify_checkpoint
 from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
@@ -170,7 +170,7 @@ def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says
 def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
     model = MaskRCNN(TINY, 2)
     path = state_file(tmp_path / "state" / "step-00000003.safetensors", GOOD, momentum=math.nan)
-    state, sgd = newest(tmp_path), optimiser(model, TINY.train)
+    state, sgd = newest(tmp_path), build_optimizer(model, TINY.train)
     assert state.meta == META and state.fresh is None
     with pytest.raises(InputError, match=r"rpn\.score\.bias contains NaN or inf"):
         state.restore(model, sgd)
