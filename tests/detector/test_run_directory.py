@@ -223,7 +223,7 @@ def test_every_number_has_a_range_and_every_range_an_option() -> None:
     numbers = {f"{part}.{name}" for part, options in parts.items() if isinstance(options, dict)
                for name, value in options.items() if is_number(value)}  # fmt: skip
     assert numbers == set(LIMITS)
-    assert Range(0, 1, above=True).high == 1
+    assert Range(0, 1, exclusive=True).high == 1
 
 
 def is_number(value: Any) -> bool:
