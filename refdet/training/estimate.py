@@ -25,9 +25,8 @@ from refdet.training import state
 from refdet.training.batch_workers import batches_ahead, check_shared_memory
 from refdet.training.inputs import TrainingInputs
 from refdet.training.optim import build_optimizer, learning_rate
-from refdet.training.passes import in_bfloat16
 from refdet.training.pretrained import load_pretrained
-from refdet.training.step import start_step
+from refdet.training.step import in_bfloat16, start_step
 from refdet.training.validation import validations_after
 
 MEASURED = 3  # steps; one before them is not, as libraries choose their kernels in it

@@ -34,13 +34,12 @@ from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
 from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
-from refdet.training.passes import Passes, in_bfloat16
 from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import BUSY, LOCK, states
 from refdet.training.start_lines import start_lines
-from refdet.training.step import PendingStep, start_step
+from refdet.training.step import Passes, PendingStep, in_bfloat16, start_step
 from refdet.training.validation import ValidationData, is_due, validations_after
 from refdet.training.validator import Validator, summary
 
