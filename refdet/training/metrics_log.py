@@ -37,7 +37,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        _forget_after(folder / METRICS, first)
+        _truncate_after(folder / METRICS, first)
         if first == 0:
             for events in folder.glob(_EVENTS):
                 events.unlink()
@@ -78,7 +78,7 @@ def _wait_for_a_later_name(folder: Path) -> None:
         time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
 
 
-def _forget_after(metrics: Path, step: int) -> None:
+def _truncate_after(metrics: Path, step: int) -> None:
     """Drop the rows of later steps, and damaged ones with a warning."""
     if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return

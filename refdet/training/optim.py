@@ -28,20 +28,20 @@ class GuardedSGD(torch.optim.SGD):
         self.found_inf = torch.maximum(self.found_inf, bad)
 
 
-def build_optimizer(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> GuardedSGD:
+def build_optimizer(model: nn.Module, options: TrainOptions, new_prefixes: tuple[str, ...] | None = None) -> GuardedSGD:
     """SGD with momentum; weight decay only on the weights of convolutions, but depthwise ones, and linear layers.
 
     Args:
         model: the network; frozen parameters are left out.
         options: learning rate, momentum and weight decay.
-        fresh: prefixes of the names that pretrained weights did not have; the other parameters learn at
+        new_prefixes: prefixes of the names that pretrained weights did not have; the other parameters learn at
             ``options.pretrained_lr_mult`` times the rate. None without pretrained weights.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = options.weight_decay if parameter.ndim > 1 and parameter.shape[1] > 1 else 0.0
-            factor = 1.0 if fresh is None or name.startswith(fresh) else options.pretrained_lr_mult
+            factor = 1.0 if new_prefixes is None or name.startswith(new_prefixes) else options.pretrained_lr_mult
             factor *= options.bias_lr_mult if name.endswith("bias") else 1.0
             groups.setdefault((decay, factor), []).append(parameter)
     sgd = GuardedSGD(

@@ -151,7 +151,7 @@ class Passes:
         names: list[str] = []
         values: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else self.processes.without_sync(self._network):
+            with nullcontext() if number == len(parts) else self.processes.no_sync(self._network):
                 losses = self._apply(self._network, part, generator, total)
                 stacked = torch.stack(list(losses.values()))
                 stacked.sum().backward()

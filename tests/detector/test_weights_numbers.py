@@ -171,7 +171,7 @@ def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
     model = MaskRCNN(TINY, 2)
     path = state_file(tmp_path / "state" / "step-00000003.safetensors", GOOD, momentum=math.nan)
     state, sgd = newest(tmp_path), build_optimizer(model, TINY.train)
-    assert state.meta == META and state.fresh is None
+    assert state.meta == META and state.new_prefixes is None
     with pytest.raises(InputError, match=r"rpn\.score\.bias contains NaN or inf"):
         state.restore(model, sgd)
     state_file(path, GOOD, momentum=1e12)

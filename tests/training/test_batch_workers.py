@@ -24,7 +24,7 @@ from refdet.detector import checkpoint
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.interrupt import Stop, StopRequested
 from refdet.training import batch_workers
-from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def kill(number: signal.Signals) -> Callable[[], object]:
 
 
 def take(batches: Batches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
-    with batches_ahead(batches, range(6), workers, CPU, stop or Stop()) as ahead:
+    with prefetch_batches(batches, range(6), workers, CPU, stop or Stop()) as ahead:
         return [batch.image_ids for batch in ahead]
 
 

@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_same_run(
     said = rf"{victim.name}: .*\(training stopped after step 4, which is saved; replace the file and continue with"
     with monkeypatch.context() as patch:
         if saved == 3:
-            patch.setattr(train_module._Training, "_keep", lambda self, step, first: "without saving")
+            patch.setattr(train_module._Training, "_save_before_exit", lambda self, step, first: "without saving")
             said = f"{victim.name}: .*without saving"
         with pytest.raises(InputError, match=said):
             train(changes, instances, tmp_path / "images", tmp_path / "halves", device="cpu")
