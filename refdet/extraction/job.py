@@ -14,7 +14,7 @@ from refdet.extraction.given_regions import GivenRegions, given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_folder import check_begun, check_new
+from refdet.extraction.shard_folder import check_new, check_resumable
 from refdet.store import Header
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def prepare(
     explicit = batch_size if isinstance(batch_size, int) else None
     plan, header = _planned(image_list, given, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
-    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision != "float32" else ())
+    check_resumable(out, plan, header, resume, unset=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given, plan, header)
 
 
