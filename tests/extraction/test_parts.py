@@ -83,7 +83,7 @@ def test_parts_at_the_same_time(tmp_path: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["compute 1", "compute 2", "add 2", "add 5"])
+@pytest.mark.parametrize("kill", ["compute 1", "compute 2", "add 1", "add 2"])
 def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: str) -> None:
     out = tmp_path / "a.h5"
     assert ended(start_part(out, "1/2", kill))[0] == -9
@@ -102,7 +102,7 @@ def test_a_part_that_was_killed_is_run_again(tmp_path: Path, whole: Path, kill: 
 def test_a_merge_that_was_killed_is_done_by_any_part_or_by_resuming(tmp_path: Path, whole: Path, how: str) -> None:
     out = tmp_path / "a.h5"
     run_part(out, "1/2")
-    assert ended(start_part(out, "2/2", "put 4"))[0] == -9
+    assert ended(start_part(out, "2/2", "put 1"))[0] == -9
     assert not out.exists()
     assert (run(out, resume=True) if how == "resume" else run_part(out, how)).computed == 0
     is_whole(out, whole)
