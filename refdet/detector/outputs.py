@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_Kind = TypeVar("_Kind", bound="BatchFeatures")
+_Features = TypeVar("_Features", bound="BatchFeatures")
 _Change = Callable[[Tensor], Tensor]
 
 
@@ -45,13 +45,13 @@ class BatchFeatures:
     feature_map: Tensor | None
     finite: Tensor
 
-    def __iter__(self: _Kind) -> Iterator[_Kind]:
+    def __iter__(self: _Features) -> Iterator[_Features]:
         first = 0
         for image, count in enumerate(self.counts):
             yield self._changed([count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1)))
             first += count
 
-    def to_cpu_async(self: _Kind, dtype: torch.dtype = torch.float32) -> _Kind:
+    def to_cpu_async(self: _Features, dtype: torch.dtype = torch.float32) -> _Features:
         """Copy to host memory without waiting; synchronize with the GPU before reading the values.
 
         Args:
@@ -69,15 +69,15 @@ class BatchFeatures:
         converted = replace(self, features=features, feature_map=feature_map)
         return replace(converted._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
 
-    def _changed(self: _Kind, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> _Kind:
-        features = {name: of_boxes(values) for name, values in self.features.items()}
+    def _changed(self: _Features, counts: Sequence[int], per_box: _Change, per_image: _Change) -> _Features:
+        features = {name: per_box(values) for name, values in self.features.items()}
         masks, feature_map = self.masks, self.feature_map
         return replace(
             self,
             counts=counts,
             features=features,
-            masks=None if masks is None else of_boxes(masks),
-            feature_map=None if feature_map is None else of_images(feature_map),
+            masks=None if masks is None else per_box(masks),
+            feature_map=None if feature_map is None else per_image(feature_map),
         )
 
     @property
@@ -105,7 +105,7 @@ class Detections(BatchFeatures):
     scores: Tensor
     labels: Tensor
 
-    def _changed(self: Detections, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> Detections:
-        changed = super()._changed(counts, of_boxes, of_images)
-        boxes, scores, labels = (of_boxes(values) for values in (self.boxes, self.scores, self.labels))
+    def _changed(self: Detections, counts: Sequence[int], per_box: _Change, per_image: _Change) -> Detections:
+        changed = super()._changed(counts, per_box, per_image)
+        boxes, scores, labels = (per_box(values) for values in (self.boxes, self.scores, self.labels))
         return replace(changed, boxes=boxes, scores=scores, labels=labels)

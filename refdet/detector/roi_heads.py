@@ -213,7 +213,7 @@ class C4Head(nn.Module):
             features = self.features(maps, part)
             logits = None if labels is None else self.mask_logits(maps, part, features, chunk.take(labels))
             parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count])
-        return RoiOutput.joined(parts)
+        return RoiOutput.cat(parts)
 
     def _chunks(self, rois: Tensor) -> list[Chunk]:
         most = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)

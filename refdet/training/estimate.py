@@ -83,7 +83,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
     """
     target, recipe, index = usable_device(device), inputs.recipe, inputs.objects.index
     categories = tuple(index.categories.items())
-    loading.without_memory(recipe, len(categories))  # raises InputError if it is far too large
+    loading.build_on_meta(recipe, len(categories))  # raises InputError if it is far too large
     batches = TrainingBatches(index, inputs.source, recipe, inputs.objects)
     check_shared_memory(batches, recipe.train.workers)
     first_step = inputs.saved_run.meta.step if inputs.saved_run else 0

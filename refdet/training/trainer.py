@@ -16,7 +16,7 @@ from refdet.data.image_orientation import OrientationNote
 from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
-from refdet.detector.loading import without_memory
+from refdet.detector.loading import build_on_meta
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, described, usable_device, usable_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
@@ -78,7 +78,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
-    without_memory(recipe, len(meta.categories))  # raises InputError if it is far too large
+    build_on_meta(recipe, len(meta.categories))  # raises InputError if it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     saved_state = new_prefixes = None

@@ -105,7 +105,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
 ) -> None:
     """So that the thread that computes may go on with the next batch."""
     steps: list[str] = []
-    end, encode = predictor._end_of_work, predictor.paste_masks
+    end, encode = predictor._make_wait, predictor.paste_masks
 
     def watched_end(*given: Any) -> Callable[[], None]:
         wait = end(*given)
@@ -115,7 +115,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
         steps.append("masks")
         return encode(*given)
 
-    monkeypatch.setattr(predictor, "_end_of_work", watched_end)
+    monkeypatch.setattr(predictor, "_make_wait", watched_end)
     monkeypatch.setattr(predictor, "paste_masks", watched_masks)
     model, images = small_model(), some_images(2)
     finish: Callable[[], list[Any]]
@@ -143,7 +143,7 @@ def test_images_are_kept_until_a_gpu_has_fetched_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
     image = np.zeros((2, 2, 3), np.uint8)
-    held, wait = weakref.ref(image), predictor._end_of_work(torch.device("cuda"), [image])
+    held, wait = weakref.ref(image), predictor._make_wait(torch.device("cuda"), [image])
     del image
     wait()
     gc.collect()
