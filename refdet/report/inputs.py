@@ -14,7 +14,7 @@ from refdet.files.json_files import read_bytes
 from refdet.files.small_files import strict_json
 from refdet.report.fields import count, field, rate, text
 from refdet.structures.provenance import Provenance
-from refdet.training.run_folder import LARGEST_LOG
+from refdet.training.run_folder import MAX_LOG_BYTES
 
 # The losses in metrics.jsonl, and their labels in the chart.
 LOSS_NAMES = (
@@ -115,7 +115,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines = read_bytes(path, LARGEST_LOG).split(b"\n")
+    lines = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
     log = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -9,7 +9,7 @@ from refdet.errors import InputError
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
 BEST = "best"  # the folder of the weights with the highest AP in validations
 IN_USE = "let it end or choose another `out`"
-LARGEST_LOG = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
+MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 _STATE, _META = "state", "model.json"
 
 
