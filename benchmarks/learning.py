@@ -46,7 +46,7 @@ from refdet.detector.predictor import detect_batch
 from refdet.device import exact_float32
 from refdet.evaluation.average_precision import coco_ap
 from refdet.structures.detection_options import DetectionOptions
-from refdet.training.optim import learning_rate, optimiser
+from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.step import start_step
 
 SIDES = ("torchvision", "refdet")
@@ -94,7 +94,7 @@ class Training:
 
 def refdet_side(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, Callable[[Batch, int], Callable[[], object]]]:
     model = MaskRCNN(recipe, classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    sgd, generator, options = optimiser(model, recipe.train), torch.Generator(), recipe.train
+    sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.train
 
     def prepared(batch: Batch, step: int) -> Callable[[], object]:
         def run() -> object:

@@ -35,10 +35,10 @@ from refdet.extraction.part import Part
 from refdet.extraction.parts import extract_part
 from refdet.extraction.pipeline import SHARD_IMAGES, extract
 from refdet.extraction.plan import Plan
-from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
 from refdet.extraction.ray_messages import Tools
-from refdet.extraction.ray_pool import pool_of
+from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Finish
 from refdet.structures.regions import Regions
@@ -107,8 +107,8 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
     try:
         with (
             folder_on_ram() as folder,
-            connected("local", "cpu") as cluster,
-            pool_of(cluster, Sleeping(seconds)) as pool,
+            connect("local", "cpu") as cluster,
+            worker_pool(cluster, Sleeping(seconds)) as pool,
         ):
             pool.start()
             while sum(worker.started is not None for worker in pool.workers) < workers:
@@ -123,7 +123,7 @@ def ray_run(workers: int, shards: int, seconds: float) -> dict[str, float]:
                 records,
                 load,
                 Sleeping(seconds).compute,
-                elsewhere=RayEngine(pool),
+                engine=RayEngine(pool),
             )
             processor = time.process_time() - before
     finally:

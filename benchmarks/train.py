@@ -35,7 +35,7 @@ from refdet.data.transforms import input_size
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import exact_float32, usable_device
 from refdet.structures.ground_truth import GroundTruth
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
 
 CLASSES, OBJECTS = 80, 8
@@ -82,7 +82,7 @@ def draw_batches(count: int, batch_size: int) -> list[list[Drawn]]:
 def ours(recipe: Recipe, batches: list[list[Drawn]], device: torch.device) -> Callable[[int], object]:
     """A function that takes a step."""
     model = MaskRCNN(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    sgd, generator, options = optimiser(model, recipe.train), torch.Generator(), recipe.input
+    sgd, generator, options = build_optimizer(model, recipe.train), torch.Generator(), recipe.input
     given = []
     for batch in batches:
         sizes = [input_size(*image.pixels.shape[:2], options) for image in batch]

@@ -36,7 +36,7 @@ from refdet.data.image_source import ImageSource
 from refdet.detector import loading
 from refdet.extraction.extract import extract_features
 from refdet.extraction.options import CHOICES
-from refdet.extraction.shard_folder import parts_folder
+from refdet.extraction.shard_folder import shards_folder
 
 GOALS = {"one image a call": 10.0, "batched": 3.0}  # times torchvision's speed, both in bfloat16
 RAM = Path("/dev/shm")
@@ -48,7 +48,7 @@ def ours(
     """Measure an extraction of the first images; returns images per second to the finished file."""
     out = (folder or step.work) / "refdet-gpu-check.h5"
     out.unlink(missing_ok=True)
-    shutil.rmtree(parts_folder(out), ignore_errors=True)
+    shutil.rmtree(shards_folder(out), ignore_errors=True)
     images = image_list(step, count)
     if not step.small:
         torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ from refdet.detector import loading
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import start_detecting
 from refdet.device import exact_float32
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
 
 # the first that fits the name of a CUDA kernel, or of an op on the CPU, tells its kind
@@ -109,7 +109,7 @@ def training_work(step: Step) -> Callable[..., object]:
     model = MaskRCNN(recipe, loaded.classes).to(step.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.load_state_dict(loaded.state_dict())
     model.train()
-    sgd, generator = optimiser(model, recipe.train), torch.Generator()
+    sgd, generator = build_optimizer(model, recipe.train), torch.Generator()
 
     def compute(number: int = 0) -> object:
         return start_step(model, sgd, batch_of(number), 1e-4, 10.0, generator).losses()

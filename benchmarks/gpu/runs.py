@@ -32,7 +32,7 @@ from work import (
 from refdet import store
 from refdet.detector.predictor import detect_batch
 from refdet.extraction.batch_size import auto_batch_size
-from refdet.extraction.shard_folder import parts_folder
+from refdet.extraction.shard_folder import shards_folder
 from refdet.structures.regions import Regions
 
 WITHIN = 0.1  # of what a batch takes is what the automatic batch size expects
@@ -83,7 +83,7 @@ def extraction(step: Step) -> None:
 
 
 def shards(out: Path) -> int:
-    return len(list(parts_folder(out).glob("[0-9]*.shard")))
+    return len(list(shards_folder(out).glob("[0-9]*.shard")))
 
 
 def fresh(folder: Path) -> Path:

@@ -79,14 +79,14 @@ class Anchors(nn.Module):
         anchors = []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=True)):
             height, width = x.shape[-2:]
-            down, right = stride, stride
+            stride_y, stride_x = stride, stride
             if self.torchvision:
-                down, right = (
-                    self.strides[0] * whole // side
-                    for whole, side in zip(maps[0].shape[-2:], (height, width), strict=True)
+                stride_y, stride_x = (
+                    self.strides[0] * padded_side // side
+                    for padded_side, side in zip(maps[0].shape[-2:], (height, width), strict=True)
                 )
-            ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * down
-            xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * right
+            ys = (torch.arange(height, device=x.device, dtype=torch.float32) + self.offset) * stride_y
+            xs = (torch.arange(width, device=x.device, dtype=torch.float32) + self.offset) * stride_x
             y, x_ = torch.meshgrid(ys, xs, indexing="ij")
             centres = torch.stack((x_, y, x_, y), dim=-1).reshape(-1, 1, 4)
             anchors.append((centres + self.get_buffer(f"cell{level}")).reshape(-1, 4))

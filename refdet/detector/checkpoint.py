@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
-LARGEST_META = 2**23  # bytes of a model.json
-MOST_CATEGORIES = 50_000
-HEADS = ("rpn.", "head.box.", "head.mask.")  # parts that an ImageNet network lacks
+MAX_META_BYTES = 2**23  # bytes of a model.json
+MAX_CATEGORIES = 50_000
+HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parts that an ImageNet network lacks
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ class CheckpointMetadata:
         step, untrained = tree["step"], tree.get("untrained", [])
         if type(step) is not int or not 0 <= step < 2**63:
             raise InputError(f"step: a number of steps is needed, not {shown(step)}")
-        if not isinstance(untrained, list) or not all(isinstance(part, str) and part in HEADS for part in untrained):
-            raise InputError(f"untrained: a list of {', '.join(HEADS)} is needed, not {shown(untrained)}")
+        if not isinstance(untrained, list) or not all(
+            isinstance(part, str) and part in HEAD_PREFIXES for part in untrained
+        ):
+            raise InputError(f"untrained: a list of {', '.join(HEAD_PREFIXES)} is needed, not {shown(untrained)}")
         provenance = Provenance.from_json(tree["provenance"])
         return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
 
@@ -95,8 +97,8 @@ class CheckpointMetadata:
 
 def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
     """(COCO id, name) of each category."""
-    if not isinstance(tree, list) or not 0 < len(tree) <= MOST_CATEGORIES:
-        raise InputError(f"categories: a list of 1 to {MOST_CATEGORIES} is needed, not {shown(tree)}")
+    if not isinstance(tree, list) or not 0 < len(tree) <= MAX_CATEGORIES:
+        raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {shown(tree)}")
     for category in tree:
         good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
         if not good or not -(2**63) <= category["id"] < 2**63:
@@ -117,19 +119,19 @@ def run_directory(path: str | Path) -> Path:
     folder = path.parent if path.name in (MODEL, META) else path
     for name in (META, MODEL):
         if not (folder / name).is_file():
-            raise InputError(f"{path}: {_not_a_run(path, folder, name)}")
+            raise InputError(f"{path}: {_why_not_a_run(path, folder, name)}")
     return folder
 
 
-def _not_a_run(path: Path, folder: Path, missing: str) -> str:
+def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     """Why a path is not a run directory, and the fix."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
         if is_address(path):
             return "a URL; download the run directory and give its folder"
         return "no such file or folder; give a run directory that `refdet train` wrote"
-    above = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
-    if above is not None:
-        return f"not a run directory, but in one; give {above}"
+    enclosing = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
+    if enclosing is not None:
+        return f"not a run directory, but in one; give {enclosing}"
     if path.name in (MODEL, META) and path.is_file():
         return f"there is no {missing} beside it; give a run directory that has both"
     if path.is_file():
@@ -140,10 +142,10 @@ def _not_a_run(path: Path, folder: Path, missing: str) -> str:
         return f"no {missing} there, only the other half of a run directory; copy both"
     if any((folder / STATE).glob("step-*.safetensors")):
         return "a training that has saved a state but no model yet; finish it with `refdet train --resume`"
-    below = sorted(parent for parent in path.iterdir() if _is_run(parent))
-    if below:
-        more = f" or another of its {len(below)}" if len(below) > 1 else ""
-        return f"no {missing} there; give {below[0]}{more}, which is a run directory"
+    inner = sorted(parent for parent in path.iterdir() if _is_run(parent))
+    if inner:
+        others = f" or another of its {len(inner)}" if len(inner) > 1 else ""
+        return f"no {missing} there; give {inner[0]}{others}, which is a run directory"
     return f"no {missing} there; give a run directory that `refdet train` wrote"
 
 
@@ -158,7 +160,7 @@ def load_meta(path: str | Path) -> CheckpointMetadata:
         InputError: there is no checkpoint, or ``model.json`` is damaged.
     """
     file = run_directory(path) / META
-    data = read_bytes(file, LARGEST_META)
+    data = read_bytes(file, MAX_META_BYTES)
     try:
         return CheckpointMetadata.parse(data)
     except InputError as error:

@@ -26,7 +26,7 @@ from refdet.detector import loading
 from refdet.detector.feature_names import check_features
 from refdet.detector.given_boxes import checked_boxes, checked_categories
 from refdet.detector.loading import TrainedDetector
-from refdet.detector.mask_rcnn import FEATURES
+from refdet.detector.mask_rcnn import DEFAULT_FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
 from refdet.device import usable_device, usable_precision
 from refdet.errors import ArgumentError, RuntimeFailure
@@ -72,11 +72,11 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     """
     if precision not in PRECISIONS:
         raise ArgumentError("precision", f"must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    where = usable_device(str(device))
-    usable = usable_precision(precision, where)
+    torch_device = usable_device(str(device))
+    usable = usable_precision(precision, torch_device)
     if usable != precision:
         log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
-    trained = loading.load(path, where, for_inference=True, precision=usable)
+    trained = loading.load(path, torch_device, for_inference=True, precision=usable)
     for line in trained.meta.warnings():
         log.warning("%s", line)
     return Detector(trained)
@@ -106,13 +106,17 @@ class Detector:
         self._model, self._inference = trained.model, trained.inference
 
     def __repr__(self) -> str:
-        known, count = self.provenance, len(self.classes)
-        data = known.note if known.is_unknown else f"trained on {known.images} images of {known.source}"
-        if known.excluded:
-            data += f", {len(known.excluded)} split{'' if len(known.excluded) == 1 else 's'} held out"
+        provenance, count = self.provenance, len(self.classes)
+        data = (
+            provenance.note
+            if provenance.is_unknown
+            else f"trained on {provenance.images} images of {provenance.source}"
+        )
+        if provenance.excluded:
+            data += f", {len(provenance.excluded)} split{'' if len(provenance.excluded) == 1 else 's'} held out"
         classes = f"{count} class{'' if count == 1 else 'es'}"
-        about = f"recipe {printable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
-        return f"Detector({str(self.path)!r}: {about};\n  {printable(cut(data, 100))})"
+        summary = f"recipe {printable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
+        return f"Detector({str(self.path)!r}: {summary};\n  {printable(cut(data, 100))})"
 
     @overload
     def detect(
@@ -144,7 +148,7 @@ class Detector:
         nms_threshold: float = 0.3,
         max_regions: int = 100,
         lower_threshold_if_empty: bool = False,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Regions | list[Regions]:
         """Detect the objects in an image, or in each of several.
 
@@ -183,7 +187,7 @@ class Detector:
         def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
             return detect_batch(self._model, pixels, records, list(self.classes), options, features=features)
 
-        return self._one_or_all(image, compute)
+        return self._run(image, compute)
 
     @overload
     def describe(
@@ -204,7 +208,7 @@ class Detector:
         boxes: Any,
         *,
         category_ids: Any = None,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Regions | list[Regions]:
         """Compute the features of given boxes, and their masks if category ids are given.
 
@@ -240,31 +244,31 @@ class Detector:
                 _check_as_many("category_ids", category_ids, len(image))
 
         def compute(pixels: list[np.ndarray], records: list[ImageRecord]) -> list[Regions]:
-            given, ids = [], []
+            clipped, ids = [], []
             for record in records:
-                place = record.id if several else None
-                with _naming(place):
-                    given.append(checked_boxes(_of(boxes, place), record.height, record.width))
+                index = record.id if several else None
+                with _add_index_to_errors(index):
+                    clipped.append(checked_boxes(_select(boxes, index), record.height, record.width))
                     if category_ids is not None:
-                        ids.append(checked_categories(_of(category_ids, place), len(given[-1]), self.classes))
+                        ids.append(checked_categories(_select(category_ids, index), len(clipped[-1]), self.classes))
             labels = None
             if category_ids is not None and self.recipe.model.masks:
                 label_of = {category: label for label, category in enumerate(self.classes, start=1)}
-                labels = [np.array([label_of[c] for c in of.tolist()], np.int64) for of in ids]
-            found = describe_boxes(self._model, pixels, given, features=features, labels=labels)
-            ids = ids or [np.full(len(rows), NO_CATEGORY, np.int64) for rows in given]
-            return [_described(*one) for one in zip(records, given, ids, found, strict=True)]
+                labels = [np.array([label_of[c] for c in image_ids.tolist()], np.int64) for image_ids in ids]
+            found = describe_boxes(self._model, pixels, clipped, features=features, labels=labels)
+            ids = ids or [np.full(len(rows), NO_CATEGORY, np.int64) for rows in clipped]
+            return [_make_regions(*values) for values in zip(records, clipped, ids, found, strict=True)]
 
-        return self._one_or_all(image, compute)
+        return self._run(image, compute)
 
-    def _one_or_all(self, image: ImageLike | Images, compute: _Compute) -> Regions | list[Regions]:
+    def _run(self, image: ImageLike | Images, compute: _Compute) -> Regions | list[Regions]:
         """Regions of an image, or of each image of a list."""
         if not isinstance(image, list | tuple):
-            return self._computed([image], None, compute)[0]
-        chunks = (self._computed(image[i : i + CHUNK], i, compute) for i in range(0, len(image), CHUNK))
+            return self._run_chunk([image], None, compute)[0]
+        chunks = (self._run_chunk(image[i : i + CHUNK], i, compute) for i in range(0, len(image), CHUNK))
         return [regions for chunk in chunks for regions in chunk]
 
-    def _computed(self, images: Sequence[ImageLike], first: int | None, compute: _Compute) -> list[Regions]:
+    def _run_chunk(self, images: Sequence[ImageLike], first: int | None, compute: _Compute) -> list[Regions]:
         """Regions of a few images, in the same order.
 
         Args:
@@ -274,25 +278,25 @@ class Detector:
         """
         pixels: dict[int, np.ndarray] = {}
         records = []
-        for place, image in enumerate(images, start=first or 0):
-            with _naming(None if first is None else place):
-                pixels[place] = read_pixels(image)
+        for index, image in enumerate(images, start=first or 0):
+            with _add_index_to_errors(None if first is None else index):
+                pixels[index] = read_pixels(image)
             name = Path(image).name if isinstance(image, str | Path) else ""
-            records.append(ImageRecord(place, name, *pixels[place].shape[:2]))
+            records.append(ImageRecord(index, name, *pixels[index].shape[:2]))
         found: dict[int, Regions] = {}
         for batch in group_by_input_size(records, self.recipe.input, BATCH_SIZE):
             try:
                 with self._inference():
-                    of_batch = compute([pixels[record.id] for record in batch], batch)
+                    batch_regions = compute([pixels[record.id] for record in batch], batch)
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(
                     f"{self.device} has too little memory for {len(batch)} images; free some, or pass them one by one"
                 ) from error
-            found |= {regions.image_id: replace(regions, names=self.classes) for regions in of_batch}
+            found |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
         return [found[record.id] for record in records]
 
 
-def _described(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:
+def _make_regions(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:
     """Regions of an image from its given boxes and their features."""
     return Regions(
         record.id,
@@ -315,16 +319,16 @@ def _check_as_many(argument: str, values: Any, count: int) -> None:
         raise ArgumentError(argument, f"a list of {count} is needed, one for each image")
 
 
-def _of(values: Any, place: int | None) -> Any:
-    return values if place is None else values[place]
+def _select(values: Any, index: int | None) -> Any:
+    return values if index is None else values[index]
 
 
 @contextmanager
-def _naming(place: int | None) -> Iterator[None]:
+def _add_index_to_errors(index: int | None) -> Iterator[None]:
     """Add the index in the caller's list to the argument names of errors; None for a single image."""
     try:
         yield
     except ArgumentError as error:
-        if place is None:
+        if index is None:
             raise
-        raise ArgumentError(f"{error.argument}[{place}]", error.problem) from None
+        raise ArgumentError(f"{error.argument}[{index}]", error.problem) from None

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 # Real weights are below 1e3, variances of unnormalised inputs below 1e6.
-LARGEST_WEIGHT = 1e9
+MAX_WEIGHT = 1e9
 
 
-def unusable(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> list[str]:
-    """Names of tensors with NaN, inf or magnitudes above `largest`, and of negative running variances."""
-    bad = []
+def find_unusable(tensors: Mapping[str, Tensor], max_weight: float = MAX_WEIGHT) -> list[str]:
+    """Names of tensors with NaN, inf or magnitudes above `max_weight`, and of negative running variances."""
+    names = []
     for name, value in tensors.items():
         if not value.numel() or not value.dtype.is_floating_point:
             continue
         low, high = (float(end) for end in torch.aminmax(value))
-        usable = math.isfinite(low) and math.isfinite(high) and -largest <= low and high <= largest
+        usable = math.isfinite(low) and math.isfinite(high) and -max_weight <= low and high <= max_weight
         if not usable or (name.endswith("running_var") and low < 0):
-            bad.append(name)
-    return bad
+            names.append(name)
+    return names
 
 
 def all_finite(*tensors: Tensor) -> Tensor:

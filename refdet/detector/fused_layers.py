@@ -24,7 +24,7 @@ class FusedConv2d(nn.Module):
     """A convolution with `refdet.ops.epilogue`.
 
     Args:
-        convolution: one that `takes` accepts; its weight is shared, not copied.
+        convolution: one that `supports` accepts; its weight is shared, not copied.
         epilogue: kernel or library.
     """
 
@@ -36,11 +36,11 @@ class FusedConv2d(nn.Module):
         self.register_buffer("exact_bias", bias.float())
         self.stride = tuple(int(n) for n in convolution.stride)
         self.padding = tuple(int(n) for n in convolution.padding)
-        self.product = convolution.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
+        self.is_pointwise = convolution.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
         self.epilogue = epilogue
 
     @staticmethod
-    def takes(module: nn.Module) -> bool:
+    def supports(module: nn.Module) -> bool:
         """Whether a module is a convolution of one group, without dilation, padded with zeros."""
         return (
             isinstance(module, nn.Conv2d)
@@ -50,23 +50,23 @@ class FusedConv2d(nn.Module):
             and not isinstance(module.padding, str)
         )
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, apply_relu: bool = False) -> Tensor:
         """X (N, C, H, W) -> (N, K, H / stride, W / stride).
 
         Args:
             x: the input.
             shortcut: added to the result; of its shape.
-            rectify: apply ReLU at the end.
+            apply_relu: apply ReLU at the end.
         """
         bias = self.get_buffer("bias")
-        if not rectify:
+        if not apply_relu:
             y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
             return y if shortcut is None else y + shortcut
-        if self.epilogue is Epilogue.LIBRARY and shortcut is None and self.product:
+        if self.epilogue is Epilogue.LIBRARY and shortcut is None and self.is_pointwise:
             return conv1x1_bias(x, self.weight[:, :, 0, 0], bias, relu=True)
         # cuDNN would first copy a shortcut of another layout
-        whole = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
-        if self.epilogue is Epilogue.LIBRARY and shortcut is not None and whole:
+        same_layout = shortcut is not None and shortcut.is_contiguous(memory_format=torch.channels_last)
+        if self.epilogue is Epilogue.LIBRARY and shortcut is not None and same_layout:
             try:
                 return conv_add_relu(x, self.weight, bias, shortcut, self.stride, self.padding)
             except torch.OutOfMemoryError:

@@ -26,18 +26,18 @@ def checked_boxes(boxes: object, height: int, width: int) -> np.ndarray:
         ArgumentError: wrong shape, or a box that is not finite, reversed, empty or outside the image.
     """
     try:
-        given = np.asarray(boxes, np.float64)
+        array = np.asarray(boxes, np.float64)
     except (TypeError, ValueError):
         raise ArgumentError("boxes", "(n, 4) numbers are needed, x1 y1 x2 y2 of each box") from None
-    if given.size == 0:
+    if array.size == 0:
         return np.zeros((0, 4), np.float32)
-    if given.ndim != 2 or given.shape[1] != 4:
-        raise ArgumentError("boxes", f"(n, 4) numbers are needed, x1 y1 x2 y2 of each box, not {given.shape}")
-    cut = given.clip(0, [width, height] * 2).astype(np.float32)
-    bad = ~np.isfinite(given).all(axis=1) | ~(cut[:, 2:] > cut[:, :2]).all(axis=1)
-    for row in np.flatnonzero(bad)[:1].tolist():
-        raise ArgumentError("boxes", f"row {row}, {given[row].tolist()}, {_problem(given[row], height, width)}")
-    return cut
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise ArgumentError("boxes", f"(n, 4) numbers are needed, x1 y1 x2 y2 of each box, not {array.shape}")
+    clipped = array.clip(0, [width, height] * 2).astype(np.float32)
+    invalid = ~np.isfinite(array).all(axis=1) | ~(clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    for row in np.flatnonzero(invalid)[:1].tolist():
+        raise ArgumentError("boxes", f"row {row}, {array[row].tolist()}, {_problem(array[row], height, width)}")
+    return clipped
 
 
 def _problem(box: np.ndarray, height: int, width: int) -> str:
@@ -63,18 +63,18 @@ def checked_categories(category_ids: object, count: int, classes: Container[int]
         ArgumentError: wrong number of ids, not integers, or an unknown id.
     """
     try:
-        given = np.asarray(category_ids)
+        array = np.asarray(category_ids)
     except ValueError:
-        given = np.zeros((), object)
-    if given.size == 0:
-        given = np.zeros(0, np.int64)
-    if given.shape != (count,) or given.dtype.kind not in "iu":
+        array = np.zeros((), object)
+    if array.size == 0:
+        array = np.zeros(0, np.int64)
+    if array.shape != (count,) or array.dtype.kind not in "iu":
         raise ArgumentError(
-            "category_ids", f"({count},) integers are needed, one per box, not {given.dtype} {given.shape}"
+            "category_ids", f"({count},) integers are needed, one per box, not {array.dtype} {array.shape}"
         )
-    for row, category in enumerate(given.tolist()):
+    for row, category in enumerate(array.tolist()):
         if category not in classes:
             raise ArgumentError(
                 "category_ids", f"row {row}, {category}, is not a category of the detector; see its classes"
             )
-    return given.astype(np.int64)
+    return array.astype(np.int64)

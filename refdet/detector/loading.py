@@ -13,16 +13,16 @@ from torch import Tensor
 from refdet.config.recipe import Recipe
 from refdet.detector import optimize
 from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
-from refdet.detector.finite import LARGEST_WEIGHT, unusable
+from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, naming_out_of_memory
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.short_text import cut
 from refdet.ops._library import warn_of_plain_pytorch
 
-REAL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 COUNTER = "num_batches_tracked"
-MOST_NUMBERS = 500_000_000  # parameters and buffers of a network; the largest published one has 80 million
+MAX_NUMBERS = 500_000_000  # parameters and buffers of a network; the largest published one has 80 million
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def from_tensors(
     precision: str = "float32",
 ) -> TrainedDetector:
     """The detector that `load` would load had the tensors been saved in ``folder``; it gets copies of them."""
-    model = without_memory(meta.recipe, len(meta.categories))
+    model = build_on_meta(meta.recipe, len(meta.categories))
     load_weights(model, tensors, folder / MODEL, counters=True)
     bf16 = precision == "bfloat16"
     try:
@@ -87,19 +87,19 @@ def from_tensors(
     return TrainedDetector(model, meta, folder, precision)
 
 
-def without_memory(recipe: Recipe, classes: int) -> MaskRCNN:
+def build_on_meta(recipe: Recipe, classes: int) -> MaskRCNN:
     """The network of a recipe on the meta device, without storage until `load_weights` is called.
 
     Raises:
-        InputError: it has more than `MOST_NUMBERS` parameters and buffers.
+        InputError: it has more than `MAX_NUMBERS` parameters and buffers.
     """
     with torch.device("meta"):
         model = MaskRCNN(recipe, classes)
     numbers = sum(value.numel() for value in model.state_dict().values())
-    if numbers > MOST_NUMBERS:
+    if numbers > MAX_NUMBERS:
         raise InputError(
             f"recipe {recipe.name}: {numbers / 1e9:.1f} billion numbers ({4 * numbers / 2**30:.0f} GiB) is more than "
-            f"{MOST_NUMBERS / 1e9:g} billion; lower model.width and the other channel counts"
+            f"{MAX_NUMBERS / 1e9:g} billion; lower model.width and the other channel counts"
         )
     return model
 
@@ -119,34 +119,35 @@ def load_weights(
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or contains NaN, inf or implausible values.
     """
-    own = model.state_dict()
-    check_fit(own, tensors, source, skip)
-    given = _compared(tensors, skip)
-    bad = unusable(given)
-    if bad:
+    model_state = model.state_dict()
+    check_compatible(model_state, tensors, source, skip)
+    loaded = _comparable(tensors, skip)
+    unusable_names = find_unusable(loaded)
+    if unusable_names:
         raise InputError(
-            f"{source}: {cut(bad[0])} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance "
-            f"({len(bad)} such tensors): the file is damaged or training diverged; use another checkpoint"
+            f"{source}: {cut(unusable_names[0])} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative "
+            f"variance ({len(unusable_names)} such tensors): the file is damaged or training diverged; use another "
+            "checkpoint"
         )
-    empty = next(model.parameters()).is_meta
-    if counters or empty:
-        given |= {name: _counter(tensors.get(name)) for name in own if name.endswith(COUNTER)}
-    if empty:  # copy: safetensors returns views of the memory-mapped file
-        given = {name: value.to(own[name].dtype, copy=True) for name, value in given.items()}
-    model.load_state_dict(given, strict=False, assign=empty)
+    on_meta = next(model.parameters()).is_meta
+    if counters or on_meta:
+        loaded |= {name: _counter(tensors.get(name)) for name in model_state if name.endswith(COUNTER)}
+    if on_meta:  # copy: safetensors returns views of the memory-mapped file
+        loaded = {name: value.to(model_state[name].dtype, copy=True) for name, value in loaded.items()}
+    model.load_state_dict(loaded, strict=False, assign=on_meta)
 
 
-def _counter(found: Tensor | None) -> Tensor:
-    return torch.tensor(0) if found is None or found.shape or found.dtype != torch.int64 else found
+def _counter(counter: Tensor | None) -> Tensor:
+    return torch.tensor(0) if counter is None or counter.shape or counter.dtype != torch.int64 else counter
 
 
-def check_fit(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = ()
+def check_compatible(
+    model_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path, skip: tuple[str, ...] = ()
 ) -> None:
     """Check names, shapes and dtypes of tensors against a network, without reading their values.
 
     Args:
-        own: state dict of the network.
+        model_state: state dict of the network.
         tensors: name -> tensor.
         source: the file of the tensors, for errors.
         skip: prefixes of the names to ignore.
@@ -154,27 +155,27 @@ def check_fit(
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or not floating point.
     """
-    own, given = _compared(own, skip), _compared(tensors, skip)
-    wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{cut(name)} is not in this network" for name in given if name not in own]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)}, the recipe expects {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in given and given[name].shape != value.shape
+    model_state, loaded = _comparable(model_state, skip), _comparable(tensors, skip)
+    problems = [f"{name} is missing" for name in model_state if name not in loaded]
+    problems += [f"{cut(name)} is not in this network" for name in loaded if name not in model_state]
+    problems += [
+        f"{name} is {tuple(loaded[name].shape)}, the recipe expects {tuple(value.shape)}"
+        for name, value in model_state.items()
+        if name in loaded and loaded[name].shape != value.shape
     ]
-    wrong += [
-        f"{name} is {given[name].dtype}, not floating point"
-        for name in own
-        if name in given and given[name].dtype not in REAL
+    problems += [
+        f"{name} is {loaded[name].dtype}, not floating point"
+        for name in model_state
+        if name in loaded and loaded[name].dtype not in FLOAT_DTYPES
     ]
-    if wrong:
+    if problems:
         raise InputError(
-            f"{source}: the weights do not fit the recipe: {wrong[0]} ({len(wrong)} such); check that model.json and "
-            "model.safetensors are from the same run"
+            f"{source}: the weights do not fit the recipe: {problems[0]} ({len(problems)} such); check that "
+            "model.json and model.safetensors are from the same run"
         )
 
 
-def _compared(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
+def _comparable(tensors: Mapping[str, Tensor], skip: tuple[str, ...]) -> dict[str, Tensor]:
     # a batch norm has a counter, a frozen norm has not
     names = (name for name in tensors if not name.startswith(skip) and not name.endswith(COUNTER))
     return {name: tensors[name] for name in names}

@@ -23,15 +23,15 @@ from torch.nn import functional as F
 from refdet.config.recipe import Recipe
 from refdet.detector.anchors import Anchors
 from refdet.detector.backbone import build_backbone
-from refdet.detector.feature_names import HEAD
+from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
 from refdet.detector.outputs import BatchFeatures, Detections
-from refdet.detector.postprocess import best_detections, reached
+from refdet.detector.postprocess import best_detections, lower_thresholds
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm
-from refdet.detector.roi_heads import C4Head, PyramidHead, RoiHead
+from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
 from refdet.detector.roi_outputs import RoiFeatures
 from refdet.detector.roi_sampling import PositiveRois, SampledRois, sample_rois
 from refdet.detector.rpn import RegionProposalNetwork
@@ -45,14 +45,14 @@ from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.ground_truth import GroundTruth, PaddedTruth
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-FEATURES = ("pool5", "fc7")  # the default
+DEFAULT_FEATURES = ("pool5", "fc7")  # the default
 NEEDS_BOX_HEAD = frozenset({"fc7", "spatial_fc7", "class_prob"})
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each image, without padding
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _SampledBatch:
     """What the losses of a batch are computed from."""
 
     maps: list[Tensor]
@@ -93,7 +93,7 @@ class MaskRCNN(nn.Module):
         self.rpn = RegionProposalNetwork(map_channels, model, anchors, recipe.proposals, self.convention)
         self.head: RoiHead
         if model.neck != "c4":
-            self.head = PyramidHead(map_channels, model, classes, map_strides[:4])
+            self.head = StandardHead(map_channels, model, classes, map_strides[:4])
         elif model.backbone == "vgg16":
             self.head = VGGHead(map_channels, model, classes)
         else:
@@ -130,22 +130,22 @@ class MaskRCNN(nn.Module):
                 samples on every device.
             total: from the counts of samples of this batch to those to divide by, where it is a part of a larger one.
         """
-        drawn = self._sample(images, sizes, targets, generator)
-        maps, rois, labels = drawn.maps, drawn.sampled.rois, drawn.sampled.labels
-        count = total(drawn.counts).at_least_one()
-        losses = {name: term / count.anchors for name, term in drawn.rpn_sums.items()}
-        pooled_at = self._pooling_rois(rois, maps, images)
-        features = self.head.features(maps, pooled_at)
+        batch = self._sample(images, sizes, targets, generator)
+        maps, rois, labels = batch.maps, batch.sampled.rois, batch.sampled.labels
+        count = total(batch.counts).at_least_one()
+        losses = {name: term / count.anchors for name, term in batch.rpn_sums.items()}
+        pooling_rois = self._pooling_rois(rois, maps, images)
+        features = self.head.features(maps, pooling_rois)
         logits, deltas = self.head.predict_boxes(features.fc7)
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
-        positive = on_device(drawn.sampled.positive.row, images.device)
-        wanted = box_ops.encode(drawn.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
+        positive = on_device(batch.sampled.positive.row, images.device)
+        box_targets = box_ops.encode(batch.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
         beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
-            F.smooth_l1_loss(deltas[positive, labels[positive]], wanted, beta=beta, reduction="sum") / count.rois
+            F.smooth_l1_loss(deltas[positive, labels[positive]], box_targets, beta=beta, reduction="sum") / count.rois
         )
         if self.recipe.model.masks:
-            losses["loss_mask"] = self._mask_loss(pooled_at, features, drawn, targets) / count.mask_cells
+            losses["loss_mask"] = self._mask_loss(pooling_rois, features, batch, targets) / count.mask_cells
         return losses
 
     def count_samples(
@@ -156,7 +156,7 @@ class MaskRCNN(nn.Module):
 
     def _sample(
         self, images: Tensor, sizes: Sizes, targets: Sequence[GroundTruth], generator: torch.Generator | None
-    ) -> _Drawn:
+    ) -> _SampledBatch:
         """The first stage with its losses, and the RoIs that the second learns from."""
         truth = PaddedTruth.of(targets, images.device)
         anchor_seeds, roi_seeds = on_device(image_seeds(len(targets), 2, generator), images.device)
@@ -167,22 +167,22 @@ class MaskRCNN(nn.Module):
         sampled = sample_rois(proposals, truth, self.recipe.head, roi_seeds)
         with_mask = sampled.positive.with_mask([target.masks for target in targets])
         cells = len(with_mask.row) * self.head.mask_size**2 if self.recipe.model.masks else 0
-        return _Drawn(maps, sums, sampled, with_mask, LossCounts(anchors, len(sampled.labels), cells))
+        return _SampledBatch(maps, sums, sampled, with_mask, LossCounts(anchors, len(sampled.labels), cells))
 
     def _mask_loss(
-        self, pooled_at: Tensor, features: RoiFeatures, drawn: _Drawn, targets: Sequence[GroundTruth]
+        self, pooling_rois: Tensor, features: RoiFeatures, batch: _SampledBatch, targets: Sequence[GroundTruth]
     ) -> Tensor:
         """Sum of the binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are none."""
-        positive, size = drawn.with_mask, self.head.mask_size
-        rows = on_device(positive.row, pooled_at.device)
-        logits = self.head.mask_logits(drawn.maps, pooled_at[rows], features[rows], drawn.sampled.labels[rows])
+        positive, size = batch.with_mask, self.head.mask_size
+        rows = on_device(positive.row, pooling_rois.device)
+        logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
         # on the host, while a GPU computes
-        found = [
+        image_targets = [
             compute_mask_targets(boxes, objects, target, size, self.convention)
             for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
         ]
-        wanted = on_device(torch.cat(found), logits.device)
-        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        mask_targets = on_device(torch.cat(image_targets), logits.device)
+        return F.binary_cross_entropy_with_logits(logits, mask_targets, reduction="sum")
 
     @torch.no_grad()
     def predict(
@@ -190,7 +190,7 @@ class MaskRCNN(nn.Module):
         images: Tensor,
         sizes: Sequence[InputSize],
         options: DetectionOptions,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> Detections:
         """Detect objects. The number of GPU synchronizations does not depend on the batch size.
 
@@ -217,10 +217,12 @@ class MaskRCNN(nn.Module):
         with self.timed("choice"):
             finite = all_finite(scored.logits, scored.deltas, logits, deltas)
             boxes, best, labels, counts = self._select_detections(boxes, image, logits, deltas, sizes, options)
-        masks_of = labels if self.recipe.model.masks else None
-        found = self._extract_features(maps, images, sizes, boxes, counts, masks_of, features)
-        finite = finite & found.finite
-        return Detections(found.counts, found.features, found.masks, found.head, finite, boxes, best, labels)
+        mask_labels = labels if self.recipe.model.masks else None
+        outputs = self._extract_features(maps, images, sizes, boxes, counts, mask_labels, features)
+        finite = finite & outputs.finite
+        return Detections(
+            outputs.counts, outputs.features, outputs.masks, outputs.feature_map, finite, boxes, best, labels
+        )
 
     def _select_detections(
         self,
@@ -237,12 +239,12 @@ class MaskRCNN(nn.Module):
             boxes (N, 4), scores (N,), labels (N,) and the number of detections of each image.
         """
         scores = logits.softmax(dim=1)[:, 1:]
-        scales, limits = _frames(sizes, boxes)
+        scales, limits = _image_scales(sizes, boxes)
         proposals = self.convention.unscale(boxes, scales[image])
         decoded = self.convention.decode(deltas[:, 1:], proposals[:, None], DELTA_WEIGHTS)
         inside = box_ops.cut(decoded, limits[image][:, None])
         if options.lower_threshold_if_empty:
-            thresholds = reached(inside, scores, image, len(sizes), options.score_threshold)
+            thresholds = lower_thresholds(inside, scores, image, len(sizes), options.score_threshold)
         else:
             thresholds = scores.new_full((len(sizes),), options.score_threshold)
         legacy_tie_order = self.recipe.model.legacy_tie_order
@@ -257,7 +259,7 @@ class MaskRCNN(nn.Module):
         sizes: Sequence[InputSize],
         boxes: Sequence[Tensor],
         labels: Sequence[Tensor] | None = None,
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = DEFAULT_FEATURES,
     ) -> BatchFeatures:
         """Features of given boxes, and their masks if `labels` are given; computes only what is needed.
 
@@ -273,8 +275,8 @@ class MaskRCNN(nn.Module):
         counts = [len(b) for b in boxes]
         if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(features):
             maps = self.head.precompute(maps, sum(counts))
-        masks_of = None if labels is None else torch.cat(list(labels))
-        return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, masks_of, features)
+        mask_labels = None if labels is None else torch.cat(list(labels))
+        return self._extract_features(maps, images, sizes, torch.cat(list(boxes)), counts, mask_labels, features)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Context manager that measures a part with `stages`, if set."""
@@ -293,7 +295,7 @@ class MaskRCNN(nn.Module):
         """`extract_features` of boxes (N, 4), labels (N,), from the maps of `RoiHead.precompute`."""
         with self.timed("features and masks"):
             image = _image_of_each(counts, images.device)
-            scaled = self.convention.scale(boxes, _frames(sizes, boxes)[0][image])
+            scaled = self.convention.scale(boxes, _image_scales(sizes, boxes)[0][image])
             rois = self._pooling_rois(_rois(image, scaled), maps, images)
             values: dict[str, Tensor] = {}
             masks = None
@@ -303,18 +305,18 @@ class MaskRCNN(nn.Module):
             if "spatial_pool5" in names:
                 values["spatial_pool5"] = self.head.pooled(maps, rois, levels)
             if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
-                found = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
-                values["fc7"] = found.fc7
-                if found.spatial is not None:
-                    values["spatial_fc7"] = found.spatial
+                outputs = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
+                values["fc7"] = outputs.fc7
+                if outputs.spatial is not None:
+                    values["spatial_fc7"] = outputs.spatial
                 if "class_prob" in names:
-                    values["class_prob"] = self.head.predict_boxes(found.fc7)[0].softmax(dim=1)
-                if found.mask_logits is not None:
-                    masks = found.mask_logits.sigmoid()
-            checked = [values[name] for name in ("pool5", "fc7") if name in values]
-            finite = all_finite(rois, *checked, *(() if masks is None else [masks]))
-        features = {name: values[name].float() for name in names if name != HEAD}
-        return BatchFeatures(counts, features, masks, maps[0] if HEAD in names else None, finite)
+                    values["class_prob"] = self.head.predict_boxes(outputs.fc7)[0].softmax(dim=1)
+                if outputs.mask_logits is not None:
+                    masks = outputs.mask_logits.sigmoid()
+            means = [values[name] for name in ("pool5", "fc7") if name in values]
+            finite = all_finite(rois, *means, *(() if masks is None else [masks]))
+        features = {name: values[name].float() for name in names if name != FEATURE_MAP}
+        return BatchFeatures(counts, features, masks, maps[0] if FEATURE_MAP in names else None, finite)
 
     def _pooling_rois(self, rois: Tensor, maps: Sequence[Tensor], images: Tensor) -> Tensor:
         """Rois (K, 5) with the corners to pool at, in pixels of the network's input."""
@@ -339,7 +341,7 @@ def _rois(image: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat((image.to(boxes.dtype)[:, None], boxes), dim=1)
 
 
-def _frames(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
+def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale (B, 2) and original width and height (B, 2) of each image, with the dtype and device of `like`."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
     scales, limits = on_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)

@@ -14,20 +14,20 @@ from torch import nn
 from refdet.detector.fused_layers import FusedConv2d, FusedStem
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.packed_layers import FusedBottleneck, pack_layers
-from refdet.detector.res5_head import SplitRes5, can_enter_early
+from refdet.detector.res5_head import SplitRes5, can_split
 from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
-from refdet.detector.roi_heads import C4Head, MaskPredictor, PyramidHead
+from refdet.detector.roi_heads import C4Head, MaskPredictor, StandardHead
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.vgg import VGG16
 from refdet.ops.convolution import half_is_quickest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
 # the convolutions that are called by `conv_relu`, and lists of them
-RECTIFIED: dict[type[nn.Module], tuple[str, ...]] = {
+FOLLOWED_BY_RELU: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBottleneck: ("conv1", "conv2", "conv3"),
     SplitRes5: ("conv2", "conv3"),
     RegionProposalNetwork: ("conv", "more"),
-    PyramidHead: ("convs",),
+    StandardHead: ("convs",),
     VGG16: ("convs",),
 }
 
@@ -48,11 +48,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     fuse_conv_bn(model.eval())
     head = model.get_submodule("head")
     # these take a maximum over samples, which is not linear, so they must pool first
-    if (
-        isinstance(head, C4Head)
-        and head.model.pooling not in ("crop_align", "crop_max")
-        and can_enter_early(head.conv5)
-    ):
+    if isinstance(head, C4Head) and head.model.pooling not in ("crop_align", "crop_max") and can_split(head.conv5):
         head.conv5 = SplitRes5(nn.Sequential(*head.conv5.children()))
     if bf16:
         rpn = model.rpn  # its anchors stay float32
@@ -86,27 +82,27 @@ def fuse_epilogues(model: MaskRCNN, epilogue: Epilogue) -> None:
         epilogue: kernel or library.
     """
     stem, pool = (dict(model.backbone.named_children()).get(name) for name in ("conv1", "maxpool"))
-    if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.takes(stem):
+    if isinstance(stem, nn.Conv2d) and isinstance(pool, nn.MaxPool2d) and FusedConv2d.supports(stem):
         model.backbone.conv1, model.backbone.maxpool = FusedStem(stem, pool), nn.Identity()
     fuse_blocks(model, epilogue)
 
 
 @torch.no_grad()
 def fuse_blocks(module: nn.Module, epilogue: Epilogue) -> None:
-    """`fuse_epilogues` of all modules of `RECTIFIED`."""
+    """`fuse_epilogues` of all modules of `FOLLOWED_BY_RELU`."""
     for parent in list(module.modules()):
         if isinstance(parent, FusedBottleneck):
             shortcut = parent.downsample.get_submodule("0") if isinstance(parent.downsample, nn.Sequential) else None
             if isinstance(shortcut, nn.Conv2d) and shortcut.bias is not None and parent.conv3.bias is not None:
                 parent.conv3.bias.add_(shortcut.bias)
                 shortcut.bias = None
-        for name in RECTIFIED.get(type(parent), ()):
+        for name in FOLLOWED_BY_RELU.get(type(parent), ()):
             child = getattr(parent, name)
             if isinstance(child, nn.ModuleList):
                 for place, each in enumerate(child):
-                    if isinstance(each, nn.Conv2d) and FusedConv2d.takes(each):
+                    if isinstance(each, nn.Conv2d) and FusedConv2d.supports(each):
                         child[place] = FusedConv2d(each, epilogue)
-            elif FusedConv2d.takes(child):
+            elif FusedConv2d.supports(child):
                 setattr(parent, name, FusedConv2d(child, epilogue))
         if isinstance(parent, SplitRes5):
             parent.fuse()
@@ -136,7 +132,7 @@ def _with_norm(convolution: nn.Module, norm: FrozenBatchNorm | nn.BatchNorm2d) -
         raise TypeError(f"cannot fold a norm into {convolution}; a convolution without bias is needed")
     values = {name: getattr(norm, name).double() for name in ("weight", "bias", "running_mean", "running_var")}
     scale = values["weight"] / (values["running_var"] + norm.eps).sqrt()
-    both = copy.deepcopy(convolution)
-    both.weight.copy_(convolution.weight.double() * scale[:, None, None, None])
-    both.bias = nn.Parameter((values["bias"] - values["running_mean"] * scale).to(convolution.weight.dtype))
-    return both.requires_grad_(False)
+    folded = copy.deepcopy(convolution)
+    folded.weight.copy_(convolution.weight.double() * scale[:, None, None, None])
+    folded.bias = nn.Parameter((values["bias"] - values["running_mean"] * scale).to(convolution.weight.dtype))
+    return folded.requires_grad_(False)

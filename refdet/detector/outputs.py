@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_Kind = TypeVar("_Kind", bound="BatchFeatures")
+_Features = TypeVar("_Features", bound="BatchFeatures")
 _Change = Callable[[Tensor], Tensor]
 
 
@@ -34,24 +34,24 @@ class BatchFeatures:
             network ``spatial_pool5`` (N, C, 7, 7), the pooled cells, and ``spatial_fc7`` (N, D, 7, 7), whose mean is
             fc7; 14x14 pooled cells in recipes with ``model.pooler_resolution: 14``.
         masks: (N, m, m) probabilities within the box, or None if no classes were given.
-        head: (B, C, H, W) of a C4 network the feature map that RoIs are pooled from, in the network's dtype; None if
-            not requested.
+        feature_map: (B, C, H, W) of a C4 network the map that RoIs are pooled from, in the network's dtype; None if not
+            requested.
         finite: () bool, whether all outputs are finite. NaN scores would otherwise silently yield no detections.
     """
 
     counts: Sequence[int]
     features: dict[str, Tensor]
     masks: Tensor | None
-    head: Tensor | None
+    feature_map: Tensor | None
     finite: Tensor
 
-    def __iter__(self: _Kind) -> Iterator[_Kind]:
+    def __iter__(self: _Features) -> Iterator[_Features]:
         first = 0
         for image, count in enumerate(self.counts):
             yield self._changed([count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1)))
             first += count
 
-    def to_cpu_async(self: _Kind, dtype: torch.dtype = torch.float32) -> _Kind:
+    def to_cpu_async(self: _Features, dtype: torch.dtype = torch.float32) -> _Features:
         """Copy to host memory without waiting; synchronize with the GPU before reading the values.
 
         Args:
@@ -63,19 +63,21 @@ class BatchFeatures:
             return values.to("cpu", non_blocking=True)  # into pinned memory
 
         features = {name: values.to(dtype) for name, values in self.features.items()}
-        head = self.head if self.head is None or dtype == torch.float32 else self.head.to(dtype)
-        narrow = replace(self, features=features, head=head)
-        return replace(narrow._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
+        feature_map = self.feature_map
+        if feature_map is not None and dtype != torch.float32:
+            feature_map = feature_map.to(dtype)
+        converted = replace(self, features=features, feature_map=feature_map)
+        return replace(converted._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
 
-    def _changed(self: _Kind, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> _Kind:
-        features = {name: of_boxes(values) for name, values in self.features.items()}
-        masks, head = self.masks, self.head
+    def _changed(self: _Features, counts: Sequence[int], per_box: _Change, per_image: _Change) -> _Features:
+        features = {name: per_box(values) for name, values in self.features.items()}
+        masks, feature_map = self.masks, self.feature_map
         return replace(
             self,
             counts=counts,
             features=features,
-            masks=None if masks is None else of_boxes(masks),
-            head=None if head is None else of_images(head),
+            masks=None if masks is None else per_box(masks),
+            feature_map=None if feature_map is None else per_image(feature_map),
         )
 
     @property
@@ -103,7 +105,7 @@ class Detections(BatchFeatures):
     scores: Tensor
     labels: Tensor
 
-    def _changed(self: Detections, counts: Sequence[int], of_boxes: _Change, of_images: _Change) -> Detections:
-        changed = super()._changed(counts, of_boxes, of_images)
-        boxes, scores, labels = (of_boxes(values) for values in (self.boxes, self.scores, self.labels))
+    def _changed(self: Detections, counts: Sequence[int], per_box: _Change, per_image: _Change) -> Detections:
+        changed = super()._changed(counts, per_box, per_image)
+        boxes, scores, labels = (per_box(values) for values in (self.boxes, self.scores, self.labels))
         return replace(changed, boxes=boxes, scores=scores, labels=labels)

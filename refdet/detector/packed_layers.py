@@ -26,7 +26,7 @@ from refdet.ops.convolution import (
     pointwise_is_quicker,
 )
 
-WORTHWHILE = 64  # channels; below it PyTorch's convolution is faster
+MIN_CHANNELS = 64  # channels; below it PyTorch's convolution is faster
 
 
 class PackedLayer(nn.Module):
@@ -56,7 +56,7 @@ class PackedConv2d(PackedLayer):
     """A 1x1 or 3x3 convolution by a kernel of `refdet.ops.convolution`.
 
     Args:
-        convolution: one that `takes` accepts; not modified.
+        convolution: one that `supports` accepts; not modified.
         half: multiply in float16 instead of float32.
     """
 
@@ -69,47 +69,47 @@ class PackedConv2d(PackedLayer):
         self.pointwise, self.stride = pointwise, convolution.stride
 
     @staticmethod
-    def takes(module: nn.Module, half: bool = False) -> bool:
+    def supports(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a convolution that has a kernel, and the kernel is faster."""
         if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
         pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and pointwise_is_quicker(device, half)
-        filtered = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
+        is_3x3 = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
         return (
-            (pointwise or filtered)
+            (pointwise or is_3x3)
             and module.dilation == (1, 1)
             and module.groups == 1
             and module.padding_mode == "zeros"
             and _fits(module.in_channels, module.out_channels, device, half)
         )
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, rectify: bool = False) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, apply_relu: bool = False) -> Tensor:
         """X (N, C, H, W) -> (N, K, H / stride, W / stride), in the dtype of x.
 
         Args:
             x: the input.
             shortcut: added to the result; of its shape.
-            rectify: apply ReLU at the end.
+            apply_relu: apply ReLU at the end.
         """
         packed, bias = self._packed()
-        given = x.to(self.dtype)
+        inputs = x.to(self.dtype)
         if not self.pointwise:
             if shortcut is None:
-                return conv3x3(given, packed, bias, rectify).to(x.dtype)
-            y = conv3x3(given, packed, bias).to(x.dtype) + shortcut
-            return relu(y) if rectify else y
+                return conv3x3(inputs, packed, bias, apply_relu).to(x.dtype)
+            y = conv3x3(inputs, packed, bias).to(x.dtype) + shortcut
+            return relu(y) if apply_relu else y
         if self.stride != (1, 1):
-            given = given[:, :, :: self.stride[0], :: self.stride[1]]
+            inputs = inputs[:, :, :: self.stride[0], :: self.stride[1]]
         shortcut = None if shortcut is None else shortcut.to(self.dtype)
-        return conv1x1(given, packed, bias, shortcut, rectify).to(x.dtype)
+        return conv1x1(inputs, packed, bias, shortcut, apply_relu).to(x.dtype)
 
 
 class PackedLinear(PackedLayer):
     """A linear layer by the kernel of 1x1 convolutions.
 
     Args:
-        linear: one that `takes` accepts; not modified.
+        linear: one that `supports` accepts; not modified.
         half: multiply in float16 instead of float32.
     """
 
@@ -117,7 +117,7 @@ class PackedLinear(PackedLayer):
         super().__init__(pack_conv1x1(self._weight(linear), half), linear.bias)
 
     @staticmethod
-    def takes(module: nn.Module, half: bool = False) -> bool:
+    def supports(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a linear layer for which the kernel is faster, which needs `half`."""
         if not half or type(module) is not nn.Linear or module.weight.dtype != _dtype(half):
             return False
@@ -133,7 +133,7 @@ class PackedConvTranspose2x2(PackedLayer):
     """A 2x2 transposed convolution with stride 2 by the kernel of 1x1 convolutions.
 
     Args:
-        convolution: one that `takes` accepts; not modified.
+        convolution: one that `supports` accepts; not modified.
         half: multiply in float16 instead of float32.
     """
 
@@ -143,7 +143,7 @@ class PackedConvTranspose2x2(PackedLayer):
         super().__init__(pack_conv1x1(weight.contiguous(), half), bias)
 
     @staticmethod
-    def takes(module: nn.Module, half: bool = False) -> bool:
+    def supports(module: nn.Module, half: bool = False) -> bool:
         """Whether a module is a 2x2 transposed convolution with stride 2 for which the kernel is faster."""
         if type(module) is not nn.ConvTranspose2d or module.weight.dtype != _dtype(half):
             return False
@@ -160,8 +160,8 @@ class PackedConvTranspose2x2(PackedLayer):
         """X (N, C, H, W) -> (N, K, 2H, 2W), in the dtype of x."""
         packed, bias = self._packed()
         y = conv1x1(x.to(self.dtype), packed, bias).to(x.dtype)
-        apart = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # N, H, W, 2, 2, K
-        return apart.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        blocks = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # N, H, W, 2, 2, K
+        return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class FusedBottleneck(nn.Module):
@@ -186,7 +186,7 @@ class FusedBottleneck(nn.Module):
 def conv_relu(convolution: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """ReLU of a convolution, of any kind, of x (N, C, H, W), after adding `shortcut` if given."""
     if isinstance(convolution, PackedConv2d | FusedConv2d):
-        return convolution(x, shortcut, rectify=True)
+        return convolution(x, shortcut, apply_relu=True)
     return relu(convolution(x)) if shortcut is None else add_relu(convolution(x), shortcut)
 
 
@@ -196,7 +196,7 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
         if child in keep:
             continue
         for packed in (PackedConv2d, PackedLinear, PackedConvTranspose2x2):
-            if packed.takes(child, half):
+            if packed.supports(child, half):
                 setattr(model, name, packed(child, half))  # type: ignore[arg-type]
                 break
         else:
@@ -204,8 +204,8 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
 
 
 def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
-    worthwhile = min(inputs, outputs) >= WORTHWHILE
-    return worthwhile and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_products(device, half)
+    enough = min(inputs, outputs) >= MIN_CHANNELS
+    return enough and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_products(device, half)
 
 
 def _dtype(half: bool) -> torch.dtype:

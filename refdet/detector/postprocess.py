@@ -33,17 +33,17 @@ def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Te
         scores (B, count), best first, and their indices (B, count).
     """
     if not legacy_tie_order:
-        places = _distinct(logits).topk(count, dim=1).indices
-        return logits.gather(1, places), places
+        indices = _sort_keys(logits).topk(count, dim=1).indices
+        return logits.gather(1, indices), indices
     if logits.device.type != "cpu":
-        scores, places = logits.sigmoid().sort(dim=1, descending=True, stable=True)
-        return scores[:, :count], places[:, :count]
+        scores, indices = logits.sigmoid().sort(dim=1, descending=True, stable=True)
+        return scores[:, :count], indices[:, :count]
     # row by row: sorting rows together can order ties differently
     rows = [row.sigmoid().sort(descending=True) for row in logits]
     return torch.stack([row.values[:count] for row in rows]), torch.stack([row.indices[:count] for row in rows])
 
 
-def _distinct(values: Tensor) -> Tensor:
+def _sort_keys(values: Tensor) -> Tensor:
     """Distinct int64 keys (B, N) in the order of float32 values (B, N), ties in index order.
 
     The bits of a float, read as an integer, ascend with it above 0 and descend below. `topk` of these keys takes a
@@ -84,8 +84,8 @@ def ranked_nms(
         return unpadded(*nms_padded(boxes, scores, iou_threshold, max_keep, images, count, groups=groups))
     groups = None if groups is None else groups[order]
     kept = nms_padded(boxes[order], scores[order], iou_threshold, max_keep, images[order], count, groups=groups)
-    places, counts = unpadded(*kept)
-    return order[places], counts
+    indices, counts = unpadded(*kept)
+    return order[indices], counts
 
 
 def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _legacy_order(scores: Tensor, groups: Tensor | None, images: Tensor) -> Tens
     return rows[torch.cat(order)]
 
 
-def reached(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold: float) -> Tensor:
+def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold: float) -> Tensor:
     """Score thresholds (B,), each lowered in steps of 0.1 until a non-empty box reaches it, as in MAttNet.
 
     Args:
@@ -110,7 +110,7 @@ def reached(boxes: Tensor, scores: Tensor, images: Tensor, count: int, threshold
         count: number of images, B.
         threshold: the threshold to start from.
     """
-    best = scores.masked_fill(~_solid(boxes), -torch.inf).amax(dim=1)
+    best = scores.masked_fill(~_nonempty(boxes), -torch.inf).amax(dim=1)
     highest = best.new_full((count,), -torch.inf).scatter_reduce(0, images, best, "amax")
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
@@ -144,7 +144,7 @@ def best_detections(
         boxes (N, 4), scores (N,) and labels (N,), 1..classes, image after image, best first within an image; and the
         number of boxes of each image.
     """
-    candidates = (scores >= score_thresholds[images, None]) & _solid(boxes)
+    candidates = (scores >= score_thresholds[images, None]) & _nonempty(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: the order of ties
     kept, counts = ranked_nms(
         boxes[rows, labels],
@@ -160,5 +160,5 @@ def best_detections(
     return boxes[rows, labels], scores[rows, labels], labels + 1, counts
 
 
-def _solid(boxes: Tensor) -> Tensor:
+def _nonempty(boxes: Tensor) -> Tensor:
     return ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=-1)

@@ -20,9 +20,9 @@ from torch import Tensor
 from refdet.config.recipe import InputOptions
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
-from refdet.detector.feature_names import HEAD
+from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.mask_pasting import paste_masks
-from refdet.detector.mask_rcnn import FEATURES, MaskRCNN
+from refdet.detector.mask_rcnn import DEFAULT_FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
 from refdet.device import on_device
 from refdet.errors import RuntimeFailure
@@ -57,7 +57,7 @@ def detect_batch(
     category_ids: Sequence[int],
     options: DetectionOptions,
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> list[Regions]:
     """Detect regions of images of one input size; takes the arguments of `start_detecting`."""
     return start_detecting(model, images, records, category_ids, options, features=features)()
@@ -70,7 +70,7 @@ def start_detecting(
     category_ids: Sequence[int],
     options: DetectionOptions,
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[Regions]]:
     """Start to detect regions of images of one input size.
@@ -89,15 +89,15 @@ def start_detecting(
         thread while the GPU computes the next batch.
     """
     sizes, inputs = _inputs(model, images)
-    found = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
+    outputs = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
-    wait = _end_of_work(inputs.device, images)
+    wait = _make_wait(inputs.device, images)
 
     def finish() -> list[Regions]:
         wait()
-        _check_finite(found)
-        results = zip(found, records, sizes, strict=True)
-        return [_regions(each, record, size, category_ids, pasting) for each, record, size in results]
+        _check_finite(outputs)
+        results = zip(outputs, records, sizes, strict=True)
+        return [_regions(image_outputs, record, size, category_ids, pasting) for image_outputs, record, size in results]
 
     return finish
 
@@ -107,7 +107,7 @@ def describe_boxes(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     labels: Sequence[np.ndarray] | None = None,
 ) -> list[ImageFeatures]:
     """Compute features, and masks if `labels` are given, of boxes; takes the arguments of `start_describing`."""
@@ -119,7 +119,7 @@ def start_describing(
     images: Sequence[np.ndarray],
     boxes: Sequence[np.ndarray],
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = DEFAULT_FEATURES,
     labels: Sequence[np.ndarray] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], list[ImageFeatures]]:
@@ -137,21 +137,21 @@ def start_describing(
         A function that waits for the GPU and returns the features, callable from any thread.
     """
     sizes, inputs = _inputs(model, images)
-    rows, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
+    host_boxes, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
     classes = None
     if labels is not None:
-        of_all = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
-        classes = on_device(of_all, inputs.device).split(counts)
-    on_its = on_device(rows, inputs.device).split(counts)
-    described = model.extract_features(inputs, sizes, on_its, classes, features).to_cpu_async(dtype)
+        all_labels = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
+        classes = on_device(all_labels, inputs.device).split(counts)
+    device_boxes = on_device(host_boxes, inputs.device).split(counts)
+    outputs = model.extract_features(inputs, sizes, device_boxes, classes, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
-    wait = _end_of_work(inputs.device, images)
+    wait = _make_wait(inputs.device, images)
 
     def finish() -> list[ImageFeatures]:
         wait()
-        _check_finite(described)
-        results = zip(described, rows.split(counts), sizes, strict=True)
-        return [_image_features(each, box, size, pasting) for each, box, size in results]
+        _check_finite(outputs)
+        results = zip(outputs, host_boxes.split(counts), sizes, strict=True)
+        return [_image_features(image_outputs, box, size, pasting) for image_outputs, box, size in results]
 
     return finish
 
@@ -174,7 +174,7 @@ def _rows(boxes: np.ndarray) -> np.ndarray:
     return np.asarray(boxes, np.float32).reshape(-1, 4)
 
 
-def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[], None]:
+def _make_wait(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[], None]:
     """A function that waits for the work queued on a device so far.
 
     Args:
@@ -194,40 +194,40 @@ def _end_of_work(device: torch.device, images: Sequence[np.ndarray]) -> Callable
     return wait
 
 
-def _check_finite(found: BatchFeatures) -> None:
+def _check_finite(outputs: BatchFeatures) -> None:
     """Raise RuntimeFailure if outputs contain NaN or inf, which would silently yield no detections."""
-    if not found.finite:
+    if not outputs.finite:
         raise RuntimeFailure("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
 def _regions(
-    found: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], pasting: str
+    outputs: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], pasting: str
 ) -> Regions:
-    """Regions of one image; `found` is in host memory."""
-    described = _image_features(found, found.boxes, size, pasting)
+    """Regions of one image; `outputs` is in host memory."""
+    image_features = _image_features(outputs, outputs.boxes, size, pasting)
     ids = np.asarray(category_ids, np.int64)
     return Regions(
         record.id,
         record.file_name,
         record.height,
         record.width,
-        boxes=found.boxes.numpy(),
-        scores=found.scores.numpy(),
-        category_ids=ids[found.labels.numpy() - 1],
-        masks=described.masks,
-        features=described.features,
-        maps=described.maps,
-        im_info=described.im_info,
+        boxes=outputs.boxes.numpy(),
+        scores=outputs.scores.numpy(),
+        category_ids=ids[outputs.labels.numpy() - 1],
+        masks=image_features.masks,
+        features=image_features.features,
+        maps=image_features.maps,
+        im_info=image_features.im_info,
     )
 
 
-def _image_features(found: BatchFeatures, boxes: Tensor, size: InputSize, pasting: str) -> ImageFeatures:
-    """Features of one image; `found` is in host memory."""
+def _image_features(outputs: BatchFeatures, boxes: Tensor, size: InputSize, pasting: str) -> ImageFeatures:
+    """Features of one image; `outputs` is in host memory."""
     masks = None
-    if found.masks is not None:
-        masks = tuple(paste_masks(found.masks, boxes, size.image_height, size.image_width, pasting))
-    features = {name: values.numpy() for name, values in found.features.items()}
-    maps = {} if found.head is None else {HEAD: _numpy(found.head[0])}
+    if outputs.masks is not None:
+        masks = tuple(paste_masks(outputs.masks, boxes, size.image_height, size.image_width, pasting))
+    features = {name: values.numpy() for name, values in outputs.features.items()}
+    maps = {} if outputs.feature_map is None else {FEATURE_MAP: _numpy(outputs.feature_map[0])}
     return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))
 
 

@@ -33,21 +33,23 @@ class SplitRes5(nn.Module):
     def __init__(self, stage: nn.Sequential) -> None:
         super().__init__()
         blocks = [block for block in stage if isinstance(block, Bottleneck)]
-        if len(blocks) < len(stage) or not can_enter_early(stage):
+        if len(blocks) < len(stage) or not can_split(stage):
             raise TypeError(f"a stage of bottlenecks of stride 1 with a shortcut is needed, not {stage}")
         first = blocks[0]
-        lower, shortcut = first.conv1, first.downsample.get_submodule("0")
+        reduce, shortcut = first.conv1, first.downsample.get_submodule("0")
         assert isinstance(shortcut, nn.Conv2d)
-        self.widths = [lower.out_channels, shortcut.out_channels]
-        weight = lower.weight
-        outputs = sum(self.widths)
-        self.entry = nn.Conv2d(lower.in_channels, outputs, 1, bias=False, device=weight.device, dtype=weight.dtype)
+        self.channels = [reduce.out_channels, shortcut.out_channels]
+        weight = reduce.weight
+        outputs = sum(self.channels)
+        self.first_convs = nn.Conv2d(
+            reduce.in_channels, outputs, 1, bias=False, device=weight.device, dtype=weight.dtype
+        )
         self.conv2, self.conv3 = first.conv2, first.conv3
-        self.rest = nn.Sequential(*(FusedBottleneck(block) for block in blocks[1:]))
-        biases = lower.bias, shortcut.bias, self.conv3.bias
+        self.later_blocks = nn.Sequential(*(FusedBottleneck(block) for block in blocks[1:]))
+        biases = reduce.bias, shortcut.bias, self.conv3.bias
         assert biases[0] is not None and biases[1] is not None and biases[2] is not None
         with torch.no_grad():
-            self.entry.weight.copy_(torch.cat((lower.weight, shortcut.weight)))
+            self.first_convs.weight.copy_(torch.cat((reduce.weight, shortcut.weight)))
             biases[2].add_(biases[1])
         self.lower_bias = nn.Parameter(biases[0].detach().clone()[:, None, None], requires_grad=False)
         self.exact_bias: Tensor | None
@@ -59,18 +61,18 @@ class SplitRes5(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Feature map or RoI cells (N, Cin, H, W) -> (N, C', H, W), to be pooled before `forward`."""
-        return self.entry(x)
+        return self.first_convs(x)
 
-    def forward(self, entered: Tensor) -> Tensor:
+    def forward(self, projected: Tensor) -> Tensor:
         """Pooled cells (K, C', m, m) of `project` -> (K, C, m, m)."""
-        lowered, shortcut = entered.split(self.widths, dim=1)
+        reduced, shortcut = projected.split(self.channels, dim=1)
         bias = self.exact_bias
-        lowered = relu(lowered + self.lower_bias) if bias is None else bias_relu(lowered, bias)
-        y = conv_relu(self.conv2, lowered)
-        return self.rest(conv_relu(self.conv3, y, shortcut))
+        reduced = relu(reduced + self.lower_bias) if bias is None else bias_relu(reduced, bias)
+        y = conv_relu(self.conv2, reduced)
+        return self.later_blocks(conv_relu(self.conv3, y, shortcut))
 
 
-def can_enter_early(stage: nn.Module) -> bool:
+def can_split(stage: nn.Module) -> bool:
     """Whether `SplitRes5` accepts a stage."""
     first = stage[0] if isinstance(stage, nn.Sequential) else None
     if not isinstance(first, Bottleneck) or not isinstance(first.downsample, nn.Sequential):

@@ -51,17 +51,17 @@ class FrozenBatchNorm(nn.Module):
                 scale = norm_weight * (variance + self.eps).rsqrt()
                 bias = (norm_bias - mean * scale).to(weight.dtype)
                 factor = scale.to(weight.dtype)[:, None, None, None]
-                known = [(tensor, tensor._version) for tensor in fixed]
-                self._folded = known, factor if weight.requires_grad else weight * factor, bias
+                versions = [(tensor, tensor._version) for tensor in fixed]
+                self._folded = versions, factor if weight.requires_grad else weight * factor, bias
         _, factor, bias = self._folded
         return weight * factor if weight.requires_grad else factor, bias
 
 
-def _unchanged(known: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
+def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
     """Whether these are the same tensors and were not written to since."""
-    if len(known) != len(tensors):
+    if len(versions) != len(tensors):
         return False
-    return all(a is b and version == b._version for (a, version), b in zip(known, tensors, strict=True))
+    return all(a is b and version == b._version for (a, version), b in zip(versions, tensors, strict=True))
 
 
 def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = Conv2d(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias=False)
         self.bn1 = norm(channels)
-        of_3x3 = 1 if stride_in_1x1 else stride
-        self.conv2 = Conv2d(channels, channels, 3, of_3x3, padding=dilation, dilation=dilation, bias=False)
+        stride_3x3 = 1 if stride_in_1x1 else stride
+        self.conv2 = Conv2d(channels, channels, 3, stride_3x3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = norm(channels)
         self.conv3 = Conv2d(channels, channels * self.expansion, 1, bias=False)
         self.bn3 = norm(channels * self.expansion)

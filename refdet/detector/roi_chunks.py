@@ -33,29 +33,29 @@ class Chunk:
     count: int
     size: int
 
-    def of(self, values: Tensor) -> Tensor:
+    def take(self, values: Tensor) -> Tensor:
         """Rows (size, ...) of values (K, ...), padded with zeros."""
-        own = values[self.first : self.first + self.count]
+        rows = values[self.first : self.first + self.count]
         if self.count == self.size:
-            return own
-        return torch.cat((own, own.new_zeros((self.size - self.count, *own.shape[1:]))))
+            return rows
+        return torch.cat((rows, rows.new_zeros((self.size - self.count, *rows.shape[1:]))))
 
 
-def roi_chunks(count: int, device: torch.device, most: int | None = None) -> list[Chunk]:
+def roi_chunks(count: int, device: torch.device, max_size: int | None = None) -> list[Chunk]:
     """Chunks for a number of RoIs, at least one; a single one if gradients are enabled, as training samples few RoIs.
 
     Args:
         count: number of RoIs, K.
         device: their device.
-        most: largest size of a chunk on devices that are not in `SIZES`; None for no limit.
+        max_size: largest size of a chunk on devices that are not in `SIZES`; None for no limit.
     """
     sizes = None if torch.is_grad_enabled() else SIZES.get(device.type)
     if sizes is None:
-        most = count if most is None or torch.is_grad_enabled() else most
-        parts = max(-(-count // max(most, 1)), 1)
-        each = -(-count // parts)
-        firsts = range(0, count, each) if count else [0]
-        return [Chunk(first, min(each, count - first), min(each, count - first)) for first in firsts]
+        max_size = count if max_size is None or torch.is_grad_enabled() else max_size
+        num_chunks = max(-(-count // max(max_size, 1)), 1)
+        size = -(-count // num_chunks)
+        starts = range(0, count, size) if count else [0]
+        return [Chunk(first, min(size, count - first), min(size, count - first)) for first in starts]
     chunks: list[Chunk] = []
     first = 0
     while first < count or not chunks:

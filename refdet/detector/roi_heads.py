@@ -42,7 +42,7 @@ CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradien
 
 
 class RoiHead(Protocol):
-    """Interface of the second stage, implemented by `C4Head` and `PyramidHead`."""
+    """Interface of the second stage, implemented by `C4Head` and `StandardHead`."""
 
     mask_size: int
 
@@ -191,7 +191,7 @@ class C4Head(nn.Module):
 
     def box_features(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """fc7 (K, D) of rois (K, 5), in float32."""
-        return torch.cat([_mean(self._spatial(maps, chunk.of(rois)))[: chunk.count] for chunk in self._chunks(rois)])
+        return torch.cat([_mean(self._spatial(maps, chunk.take(rois)))[: chunk.count] for chunk in self._chunks(rois)])
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
@@ -209,11 +209,11 @@ class C4Head(nn.Module):
         """Features of rois (K, 5), and their masks if `labels` (K,), 1..classes, are given."""
         parts = []
         for chunk in self._chunks(rois):
-            part = chunk.of(rois)
+            part = chunk.take(rois)
             features = self.features(maps, part)
-            logits = None if labels is None else self.mask_logits(maps, part, features, chunk.of(labels))
+            logits = None if labels is None else self.mask_logits(maps, part, features, chunk.take(labels))
             parts.append(RoiOutput(features.fc7, features.spatial if spatial else None, logits)[: chunk.count])
-        return RoiOutput.joined(parts)
+        return RoiOutput.cat(parts)
 
     def _chunks(self, rois: Tensor) -> list[Chunk]:
         most = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
@@ -244,7 +244,7 @@ class C4Head(nn.Module):
         return self.mask(features.spatial, labels)
 
 
-class PyramidHead(nn.Module):
+class StandardHead(nn.Module):
     """Linear layers on 7x7 RoIs of a pyramid or of one map; 28x28 masks by convolutions on 14x14 RoIs.
 
     Args:
@@ -304,7 +304,7 @@ class PyramidHead(nn.Module):
     def _convolved(self, pooled: Tensor) -> Tensor:
         parts = []
         for chunk in roi_chunks(len(pooled), pooled.device):
-            hidden = chunk.of(pooled)
+            hidden = chunk.take(pooled)
             for convolution in self.convs:
                 hidden = conv_relu(convolution, hidden)
             parts.append(hidden[: chunk.count])
@@ -325,7 +325,7 @@ class PyramidHead(nn.Module):
         if labels is not None and self.mask is not None:
             pooled = self._pool(maps, rois, 2 * POOL_SIZE, levels)
             chunks = roi_chunks(len(rois), rois.device)
-            logits = torch.cat([self.mask(c.of(pooled), c.of(labels))[: c.count] for c in chunks])
+            logits = torch.cat([self.mask(c.take(pooled), c.take(labels))[: c.count] for c in chunks])
         return RoiOutput(features.fc7.float(), features.spatial if spatial else None, logits)
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:

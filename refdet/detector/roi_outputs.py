@@ -1,4 +1,4 @@
-"""What the second stage computes of RoIs.
+"""Outputs of the RoI head.
 
 Shape shorthand in this module:
 
@@ -54,7 +54,7 @@ class RoiOutput:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
+    def cat(cls, parts: Sequence[RoiOutput]) -> RoiOutput:
         """Concatenate outputs that have the same fields."""
         first = parts[0]
         return cls(

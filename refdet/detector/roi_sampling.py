@@ -25,7 +25,7 @@ from refdet.detector.target_assignment import IGNORE, POSITIVE, assign_labels
 from refdet.device import on_device, start_fetching
 from refdet.structures.ground_truth import PaddedTruth
 
-OBJECTS_FROM = 2**20  # number of the first annotated box among the candidates, beyond the most proposals
+FIRST_OBJECT_ID = 2**20  # of the first annotated box among the candidates, beyond the most proposals
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class PositiveRois:
     object: Tensor
     boxes: Tensor
 
-    def __getitem__(self, chosen: Tensor) -> PositiveRois:
-        return PositiveRois(self.row[chosen], self.image[chosen], self.object[chosen], self.boxes[chosen])
+    def __getitem__(self, rows: Tensor) -> PositiveRois:
+        return PositiveRois(self.row[rows], self.image[rows], self.object[rows], self.boxes[rows])
 
     def with_mask(self, masks: Sequence[Sequence[dict | None] | None]) -> PositiveRois:
         """Those whose object has a mask, from the masks of each image's objects; all of an image where it has None."""
-        places = zip(self.image.tolist(), self.object.tolist(), strict=True)
-        drawn = [(found := masks[image]) is None or found[index] is not None for image, index in places]
-        return self if all(drawn) else self[torch.tensor(drawn)]
+        pairs = zip(self.image.tolist(), self.object.tolist(), strict=True)
+        has_mask = [(image_masks := masks[image]) is None or image_masks[index] is not None for image, index in pairs]
+        return self if all(has_mask) else self[torch.tensor(has_mask)]
 
     def of_images(self, images: int) -> list[tuple[Tensor, Tensor]]:
         """Boxes and objects of each image."""
@@ -89,17 +89,26 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
     """
     counts = on_device(torch.tensor([len(boxes) for boxes in proposals]), truth.boxes.device)
     proposed = pad_sequence(list(proposals), batch_first=True)
-    most = proposed.shape[1]
+    max_proposals = proposed.shape[1]
     candidates = torch.cat((proposed, truth.boxes), dim=1)
-    there = torch.arange(most, device=counts.device) < counts[:, None]
-    kinds, matched = assign_labels(candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False)
-    kinds.masked_fill_(~torch.cat((there, truth.known), dim=1), IGNORE)
+    is_proposal = torch.arange(max_proposals, device=counts.device) < counts[:, None]
+    match_labels, matched = assign_labels(
+        candidates, truth, options.positive_iou, options.positive_iou, best_for_each=False
+    )
+    match_labels.masked_fill_(~torch.cat((is_proposal, truth.valid), dim=1), IGNORE)
     if not options.append_gt_boxes:  # only where no proposal is positive
-        kinds[:, most:].masked_fill_((kinds[:, :most] == POSITIVE).any(dim=1, keepdim=True), IGNORE)
-    numbers = torch.arange(candidates.shape[1], device=counts.device)
-    numbers[most:] += OBJECTS_FROM - most  # the same however many proposals the images of the batch have
+        has_positive = (match_labels[:, :max_proposals] == POSITIVE).any(dim=1, keepdim=True)
+        match_labels[:, max_proposals:].masked_fill_(has_positive, IGNORE)
+    candidate_ids = torch.arange(candidates.shape[1], device=counts.device)
+    # the same however many proposals the images of the batch have
+    candidate_ids[max_proposals:] += FIRST_OBJECT_ID - max_proposals
     samples = subsample_labels(
-        kinds, options.batch_size_per_image, options.positive_fraction, seeds, options.sample_with_replacement, numbers
+        match_labels,
+        options.batch_size_per_image,
+        options.positive_fraction,
+        seeds,
+        options.sample_with_replacement,
+        candidate_ids,
     )
     corners = _gathered(candidates, samples.index)
     matched = matched.gather(1, samples.index)
@@ -107,10 +116,10 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
     image = torch.arange(len(proposals), device=corners.device)[:, None].expand_as(labels)
     table = (image, matched, samples.positive, samples.valid)
     packed = torch.cat((torch.stack(table, dim=2).to(corners.dtype), corners), dim=2).flatten(0, 1)
-    fetched = start_fetching(packed)
+    wait = start_fetching(packed)
     rois = torch.cat((image[:, :, None].to(corners.dtype), corners), dim=2).flatten(0, 1)
-    found = rois, labels.flatten(), _gathered(truth.boxes, matched).flatten(0, 1)
-    return _compact(fetched(), *found)
+    outputs = rois, labels.flatten(), _gathered(truth.boxes, matched).flatten(0, 1)
+    return _compact(wait(), *outputs)
 
 
 def _gathered(boxes: Tensor, index: Tensor) -> Tensor:

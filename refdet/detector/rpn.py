@@ -103,27 +103,28 @@ class RegionProposalNetwork(nn.Module):
         options, train = self.options, self.training
         candidates = options.pre_nms_top_n_train if train else options.pre_nms_top_n_test
         count = options.post_nms_top_n_train if train else options.post_nms_top_n_test
-        boxes_of, scores_of, start = [], [], 0
+        all_boxes, all_scores, start = [], [], 0
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
             scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
-            boxes_of.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
-            scores_of.append(scores)
-        decoded, scores = torch.cat(boxes_of, dim=1), torch.cat(scores_of, dim=1)
+            all_boxes.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
+            all_scores.append(scores)
+        decoded, scores = torch.cat(all_boxes, dim=1), torch.cat(all_scores, dim=1)
         if len(set(sizes)) == 1:
             boxes = self.convention.clip(decoded, *sizes[0])
         else:
             boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
-        solid = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
+        nonempty = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
         # no box is taken out here, as their number would have to be awaited
-        images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(solid).masked_fill(~solid, -1)
+        images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(nonempty).masked_fill(~nonempty, -1)
         levels = None
-        if len(scores_of) > 1:
-            levels = torch.cat([torch.full_like(s, i, dtype=torch.int64) for i, s in enumerate(scores_of)], 1).flatten()
+        if len(all_scores) > 1:
+            level_ids = [torch.full_like(s, i, dtype=torch.int64) for i, s in enumerate(all_scores)]
+            levels = torch.cat(level_ids, 1).flatten()
         boxes = boxes.flatten(0, 1)
-        kept, counts = ranked_nms(
+        keep, counts = ranked_nms(
             boxes,
             scores.flatten(),
             levels,
@@ -133,19 +134,20 @@ class RegionProposalNetwork(nn.Module):
             count,
             self.legacy_tie_order,
         )
-        return list(boxes[kept].split(counts))
+        return list(boxes[keep].split(counts))
 
     def assign_targets(
         self, anchors: Tensor, sizes: Sequence[tuple[int, int]], truth: PaddedTruth
     ) -> tuple[Tensor, Tensor]:
         """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
         options = self.options
-        within = inside(anchors, sizes) if options.inside_only else None
-        candidates = anchors if within is None else anchors * within[:, :, None]  # an empty box overlaps nothing
-        kinds, matched = assign_labels(
+        inside_image = inside(anchors, sizes) if options.inside_only else None
+        # an empty box overlaps nothing
+        candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
+        labels, matched = assign_labels(
             candidates, truth, options.positive_iou, options.negative_iou, best_for_each=True
         )
-        return kinds if within is None else kinds.masked_fill(~within, IGNORE), matched
+        return labels if inside_image is None else labels.masked_fill(~inside_image, IGNORE), matched
 
     def compute_losses(
         self, output: RpnOutput, sizes: Sequence[tuple[int, int]], truth: PaddedTruth, seeds: Tensor
@@ -164,19 +166,22 @@ class RegionProposalNetwork(nn.Module):
             The sums, and the number of sampled anchors, scalar int64.
         """
         options = self.options
-        kinds, matched = self.assign_targets(output.anchors, sizes, truth)
-        samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
+        labels, matched = self.assign_targets(output.anchors, sizes, truth)
+        samples = subsample_labels(labels, options.batch_size_per_image, options.positive_fraction, seeds)
         scores = F.binary_cross_entropy_with_logits(
             output.logits.gather(1, samples.index), samples.positive.to(output.logits.dtype), reduction="none"
         )
         # positives come first
-        most = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
-        index, negative = samples.index[:, :most], ~samples.positive[:, :most, None]
+        max_positives = min(int(options.batch_size_per_image * options.positive_fraction), samples.index.shape[1])
+        index, negative = samples.index[:, :max_positives], ~samples.positive[:, :max_positives, None]
         objects = truth.boxes.gather(1, _corners(matched.gather(1, index)))
-        wanted = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
+        targets = box_ops.encode(objects.flatten(0, 1), output.anchors[index].flatten(0, 1), DELTA_WEIGHTS)
         deltas = output.deltas.gather(1, _corners(index))
         boxes = F.smooth_l1_loss(
-            deltas, wanted.reshape(deltas.shape).masked_fill(negative, 0), beta=options.smooth_l1_beta, reduction="none"
+            deltas,
+            targets.reshape(deltas.shape).masked_fill(negative, 0),
+            beta=options.smooth_l1_beta,
+            reduction="none",
         )
         sums = {
             "loss_objectness": scores.masked_fill(~samples.valid, 0).sum(),

@@ -48,7 +48,7 @@ def image_seeds(images: int, uses: int, generator: torch.Generator | None) -> Te
     return torch.randint(2**_BITS, (images, uses), generator=generator, device=device).t()
 
 
-def random_numbers(seeds: Tensor, count: int, numbers: Tensor | None = None) -> Tensor:
+def random_numbers(seeds: Tensor, count: int, positions: Tensor | None = None) -> Tensor:
     """Random numbers (B, count) int64, 0 or more, from seeds (B,) int64.
 
     splitmix64 with arithmetic shifts, as torch has no unsigned 64-bit integers.
@@ -56,68 +56,68 @@ def random_numbers(seeds: Tensor, count: int, numbers: Tensor | None = None) -> 
     Args:
         seeds: (B,) int64.
         count: how many of each seed.
-        numbers: (count,) int64, which ones of its sequence; by default the first.
+        positions: (count,) int64, which ones of its sequence; by default the first.
     """
-    numbers = torch.arange(count, device=seeds.device) if numbers is None else numbers
-    state = seeds[:, None] + (numbers + 1) * _INCREMENT
+    positions = torch.arange(count, device=seeds.device) if positions is None else positions
+    state = seeds[:, None] + (positions + 1) * _INCREMENT
     for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
         state = (state ^ (state >> shift)).mul_(factor)
     return state.bitwise_and_(2**_BITS - 1)
 
 
 def subsample_labels(
-    kinds: Tensor,
+    labels: Tensor,
     count: int,
     positive_fraction: float,
     seeds: Tensor,
     sample_with_replacement: bool = False,
-    numbers: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
 ) -> Samples:
     """Sample candidates of each image at random.
 
     Args:
-        kinds: (B, N) labels from `assign_labels`.
+        labels: (B, N) labels from `assign_labels`.
         count: number of samples of an image, at most.
         positive_fraction: positives are at most this fraction of `count`.
         seeds: (B,) int64, from `image_seeds`.
         sample_with_replacement: return exactly `count`, with repeats if there are too few negatives. If there are no
             negatives, all samples are positives, as in the reference.
-        numbers: (N,) int64 that the candidates are known by, from which their random order is made; by default 0 to N.
+        candidate_ids: (N,) int64, from which the random order of the candidates is made; by default 0 to N.
 
     Returns:
         The samples; S is `count` with replacement, if there are candidates, and otherwise min(count, N).
     """
-    candidates = kinds.shape[1]
+    candidates = labels.shape[1]
     size = min(count, candidates) if not sample_with_replacement or candidates == 0 else count
-    keys = random_numbers(seeds, candidates, numbers)
-    positives, objects = _shuffled(kinds == POSITIVE, keys, size)
-    negatives, background = _shuffled(kinds == NEGATIVE, keys, size)
-    slot = torch.arange(size, device=kinds.device)
-    taken = objects.clamp(max=int(count * positive_fraction))
+    keys = random_numbers(seeds, candidates, candidate_ids)
+    positives, available_positives = _random_order(labels == POSITIVE, keys, size)
+    negatives, available_negatives = _random_order(labels == NEGATIVE, keys, size)
+    slot = torch.arange(size, device=labels.device)
+    num_positives = available_positives.clamp(max=int(count * positive_fraction))
     if sample_with_replacement:
-        taken = taken.masked_fill((background == 0) & (objects > 0), count)
-        again = random_numbers(~seeds, size)  # independent of those of the candidates
-        first = _repeated(slot.expand(len(kinds), -1), objects, taken, again)
-        second = _repeated(slot - taken, background, count - taken, again)
+        num_positives = num_positives.masked_fill((available_negatives == 0) & (available_positives > 0), count)
+        repeats = random_numbers(~seeds, size)  # independent of those of the candidates
+        first = _with_repeats(slot.expand(len(labels), -1), available_positives, num_positives, repeats)
+        second = _with_repeats(slot - num_positives, available_negatives, count - num_positives, repeats)
     else:
-        first, second = slot.expand(len(kinds), -1), slot - taken
-    positive = slot < taken
-    valid = positive | ((second >= 0) & (second < background))
-    index = torch.where(positive, _picked(positives, first), _picked(negatives, second))
+        first, second = slot.expand(len(labels), -1), slot - num_positives
+    positive = slot < num_positives
+    valid = positive | ((second >= 0) & (second < available_negatives))
+    index = torch.where(positive, _select(positives, first), _select(negatives, second))
     return Samples(index, positive, valid)
 
 
-def _shuffled(wanted: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Wanted candidates in a random order, (B, T), then others as filler; and how many are wanted, (B, 1)."""
-    order = keys.masked_fill(~wanted, -1).topk(min(size, keys.shape[1]), dim=1).indices
-    return order, wanted.sum(dim=1, keepdim=True)
+def _random_order(mask: Tensor, keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Candidates of a mask in a random order, (B, T), then others as filler; and the size of the mask, (B, 1)."""
+    order = keys.masked_fill(~mask, -1).topk(min(size, keys.shape[1]), dim=1).indices
+    return order, mask.sum(dim=1, keepdim=True)
 
 
-def _repeated(place: Tensor, there: Tensor, needed: Tensor, again: Tensor) -> Tensor:
-    """Places (B, S) in a random order of `there` (B, 1) candidates; random ones, with repeats, if more are needed."""
-    return torch.where(there < needed, again % there.clamp(min=1), place)
+def _with_repeats(index: Tensor, available: Tensor, needed: Tensor, repeats: Tensor) -> Tensor:
+    """Indices (B, S) into a random order of (B, 1) available candidates; random, with repeats, if more are needed."""
+    return torch.where(available < needed, repeats % available.clamp(min=1), index)
 
 
-def _picked(order: Tensor, place: Tensor) -> Tensor:
-    """Candidates (B, S) at places (B, S) of an order (B, T); any candidate where the place is out of range."""
-    return order.gather(1, place.clamp(0, max(order.shape[1] - 1, 0)))
+def _select(order: Tensor, index: Tensor) -> Tensor:
+    """Candidates (B, S) at indices (B, S) of an order (B, T); any candidate where the index is out of range."""
+    return order.gather(1, index.clamp(0, max(order.shape[1] - 1, 0)))

@@ -40,20 +40,20 @@ def assign_labels(
             (Ren et al., "Faster R-CNN", section 3.1.2).
 
     Returns:
-        kinds (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each candidate
-        overlaps most (0 if there are none).
+        labels (B, N) int8 of IGNORE, NEGATIVE and POSITIVE, and the index (B, N) int64 of the object that each
+        candidate overlaps most (0 if there are none).
     """
-    found = match_boxes(candidates, truth.boxes)
-    kinds = torch.full_like(found.best, NEGATIVE, dtype=torch.int8)
+    matches = match_boxes(candidates, truth.boxes)
+    labels = torch.full_like(matches.best, NEGATIVE, dtype=torch.int8)
     for crowd in truth.crowds.unbind(dim=1):
         inside = _intersection(candidates, crowd[:, None])
-        kinds.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
-    objects = truth.known.any(dim=1, keepdim=True)
-    positive = found.best >= positive_iou
-    kinds.masked_fill_((found.best >= negative_iou) & ~positive & objects, IGNORE)
+        labels.masked_fill_(inside > 0.5 * _area(candidates).clamp(min=1e-12), IGNORE)
+    has_objects = truth.valid.any(dim=1, keepdim=True)
+    positive = matches.best >= positive_iou
+    labels.masked_fill_((matches.best >= negative_iou) & ~positive & has_objects, IGNORE)
     if best_for_each:
-        positive = positive | found.reaches
-    return kinds.masked_fill_(positive & objects, POSITIVE), found.object
+        positive = positive | matches.is_best
+    return labels.masked_fill_(positive & has_objects, POSITIVE), matches.object
 
 
 def _intersection(boxes: Tensor, other: Tensor) -> Tensor:
@@ -100,10 +100,10 @@ def compute_mask_targets(
         boxes = torch.stack(
             (truth.flipped_width - boxes[:, 2], boxes[:, 1], truth.flipped_width - boxes[:, 0], boxes[:, 3]), dim=1
         )
-    drawn = torch.tensor([mask is not None for mask in truth.masks], dtype=torch.int64)
-    place = drawn.cumsum(0) - 1  # index of an object's mask in `rles`
+    has_mask = torch.tensor([mask is not None for mask in truth.masks], dtype=torch.int64)
+    mask_index = has_mask.cumsum(0) - 1  # index of an object's mask in `rles`
     rles = [mask for mask in truth.masks if mask is not None]
-    found = mask_coverage(rles, place[objects], boxes, size)
+    coverage = mask_coverage(rles, mask_index[objects], boxes, size)
     if truth.flipped_width is not None:
-        found = found.flip(2)
-    return (found >= 0.5).float()
+        coverage = coverage.flip(2)
+    return (coverage >= 0.5).float()

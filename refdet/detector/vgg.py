@@ -116,7 +116,7 @@ class VGGHead(nn.Module):
         (x,) = maps
         most = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)  # of up to four samples a cell
         chunks = roi_chunks(len(rois), rois.device, most)
-        return torch.cat([pool_cells(x, chunk.of(rois), self.model)[: chunk.count] for chunk in chunks])
+        return torch.cat([pool_cells(x, chunk.take(rois), self.model)[: chunk.count] for chunk in chunks])
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""

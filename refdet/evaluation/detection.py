@@ -19,7 +19,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.evaluation.regions_on_ray import regions_on_ray
-from refdet.extraction.pipeline import begin_batch, load_ahead
+from refdet.extraction.pipeline import load_ahead, start_batch
 from refdet.extraction.steps import Finish
 from refdet.files.progress import progress_bar
 from refdet.structures.detection_options import DetectionOptions
@@ -201,7 +201,7 @@ def detected_regions(
                 raise InputError(error_message)
             try:
                 with detector.inference():
-                    pending.append(begin_batch(batch, images, compute))
+                    pending.append(start_batch(batch, images, compute))
             except torch.cuda.OutOfMemoryError as error:
                 raise RuntimeFailure(too_little) from error
             if len(pending) > 1:

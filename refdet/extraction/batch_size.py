@@ -21,9 +21,9 @@ from refdet.structures.detection_options import DetectionOptions
 if TYPE_CHECKING:
     from refdet.detector.loading import TrainedDetector
 
-LARGEST = {"cpu": 4, "cuda": 32}  # larger batches are not faster
-SHARE = 0.8  # of the free memory; the rest is for variation between images and for other processes
-CPU_BYTES = 2**30  # per image of 600x1000 with the largest network, with a margin
+MAX_BATCH_SIZE = {"cpu": 4, "cuda": 32}  # larger batches are not faster
+MEMORY_FRACTION = 0.8  # of the free memory; the rest is for variation between images and for other processes
+CPU_IMAGE_BYTES = 2**30  # per image of 600x1000 with the largest network, with a margin
 
 
 def auto_batch_size(
@@ -38,13 +38,13 @@ def auto_batch_size(
         torch.cuda.OutOfMemoryError: even one image does not fit.
     """
     device = next(detector.model.parameters()).device
-    most = LARGEST.get(device.type, 1)
+    limit = MAX_BATCH_SIZE.get(device.type, 1)
     if device.type != "cuda":
-        return _power_of_2(available_bytes() * SHARE / CPU_BYTES, most)
+        return _power_of_2(available_bytes() * MEMORY_FRACTION / CPU_IMAGE_BYTES, limit)
     sizes = [(input_size(r.height, r.width, detector.meta.recipe.input), r) for r in records]
     largest = max(sizes, key=lambda pair: pair[0].height * pair[0].width)[1]
     image = np.random.default_rng(0).integers(0, 256, (largest.height, largest.width, 3), dtype=np.uint8)
-    every = replace(options, score_threshold=0.0)
+    all_regions = replace(options, score_threshold=0.0)
     peaks = []
     for count in (1, 2):
         torch.cuda.empty_cache()
@@ -52,7 +52,7 @@ def auto_batch_size(
         try:
             ids = detector.meta.category_ids
             with naming_out_of_memory():
-                detect_batch(detector.model, [image] * count, [largest] * count, ids, every, features=features)
+                detect_batch(detector.model, [image] * count, [largest] * count, ids, all_regions, features=features)
         except torch.cuda.OutOfMemoryError:
             if count == 1:
                 raise
@@ -61,13 +61,13 @@ def auto_batch_size(
     torch.cuda.empty_cache()
     if len(peaks) == 1:
         return 1
-    free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
-    return _power_of_2((free * SHARE - (peaks[0] - held)) / max(peaks[1] - peaks[0], 1) + 1, most)
+    free, allocated = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
+    return _power_of_2((free * MEMORY_FRACTION - (peaks[0] - allocated)) / max(peaks[1] - peaks[0], 1) + 1, limit)
 
 
-def _power_of_2(count: float, most: int) -> int:
+def _power_of_2(count: float, limit: int) -> int:
     size = 1
-    while size * 2 <= min(count, most):
+    while size * 2 <= min(count, limit):
         size *= 2
     return size
 
@@ -80,22 +80,22 @@ def split_on_oom(compute: Compute) -> Compute:
     Raises:
         torch.cuda.OutOfMemoryError: even one image does not fit.
     """
-    too_many = sys.maxsize  # smallest batch that failed
+    failed_size = sys.maxsize  # smallest batch that failed
 
-    def each_half(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        nonlocal too_many
-        if len(batch) < too_many:
+    def compute_halves(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        nonlocal failed_size
+        if len(batch) < failed_size:
             try:
                 with naming_out_of_memory():
                     return compute(batch, images)
             except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-                too_many = len(batch)
+                failed_size = len(batch)
             # outside the handler, whose traceback keeps the tensors alive
             torch.cuda.empty_cache()
         half = len(batch) // 2
-        first, second = each_half(batch[:half], images[:half]), each_half(batch[half:], images[half:])
+        first, second = compute_halves(batch[:half], images[:half]), compute_halves(batch[half:], images[half:])
         return lambda: first() + second()
 
-    return each_half
+    return compute_halves

@@ -46,9 +46,9 @@ class BoxFile:
 
     def of(self, record: ImageRecord) -> Regions:
         """Regions of an image, empty if the file has none."""
-        found = self.regions.get(record.id)
-        if found is not None:
-            return found
+        regions = self.regions.get(record.id)
+        if regions is not None:
+            return regions
         empty = Regions.empty(record.id, record.file_name, record.height, record.width)
         return replace(empty, masks=() if self.masks else None, ann_ids=np.zeros(0, np.int64) if self.ann_ids else None)
 
@@ -76,7 +76,7 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
     if path.suffix in (".h5", ".hdf5"):
         if box_format != DEFAULT:
             raise InputError(f"`boxes` {path}: a store has its own box format; omit `box_format='{box_format}'`")
-        return _of_store(path, index)
+        return _load_store(path, index)
     entries = read_json(path)
     if not isinstance(entries, list):
         raise InputError(f"`boxes` {path}: not a list of entries; give COCO results or a store (.h5)")
@@ -85,8 +85,8 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
     masks: dict[int, list[bytes]] = {}
     with_masks = bool(entries) and isinstance(entries[0], dict) and "segmentation" in entries[0]
     for number, entry in enumerate(entries):
-        with _of_entry(path, number):
-            record = _checked(entry, index)
+        with _add_entry_to_errors(path, number):
+            record = _parse_entry(entry, index)
             if ("segmentation" in entry) != with_masks:
                 raise InputError("segmentation missing in some entries; give it in all or none")
             if with_masks:
@@ -102,29 +102,29 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
         log.warning("%s: `boxes` %s: %s", kind, path, text)
     corners = FORMS[form].to_pixels(boxes, sizes)
     for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
-        with _of_entry(path, number):
+        with _add_entry_to_errors(path, number):
             _check_inside(corners[number].tolist(), records[number], FORMS[form].text)
-    cut = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
+    clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)
     regions = {}
-    for image_id, of in rows.items():
+    for image_id, indices in rows.items():
         record = index.images[image_id]
         regions[image_id] = Regions(
             image_id,
             record.file_name,
             record.height,
             record.width,
-            boxes=cut[of],
-            scores=scores[of],
-            category_ids=categories[of],
+            boxes=clipped[indices],
+            scores=scores[indices],
+            category_ids=categories[indices],
             masks=tuple(masks[image_id]) if with_masks else None,
         )
     return BoxFile(regions, index.categories, with_masks, ann_ids=False, box_format=form)
 
 
 @contextmanager
-def _of_entry(path: Path, number: int) -> Iterator[None]:
+def _add_entry_to_errors(path: Path, number: int) -> Iterator[None]:
     """Add the file and the entry to error messages."""
     try:
         yield
@@ -132,7 +132,7 @@ def _of_entry(path: Path, number: int) -> Iterator[None]:
         raise InputError(f"`boxes` {path}: entry {number}: {error}") from None
 
 
-def _checked(entry: Any, index: CocoIndex) -> ImageRecord:
+def _parse_entry(entry: Any, index: CocoIndex) -> ImageRecord:
     """Check the fields of an entry and return its image."""
     if not isinstance(entry, dict):
         raise InputError(f"must be an object with image_id, category_id and bbox, not {reprlib.repr(entry)}")
@@ -159,14 +159,16 @@ def _inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.asarray(inside.all(axis=1))
 
 
-def _check_inside(corners: list[float], record: ImageRecord, read_as: str = "") -> None:
+def _check_inside(corners: list[float], record: ImageRecord, format_text: str = "") -> None:
     """Raise an InputError if a box xyxy in pixels has no area inside its image."""
     x1, y1, x2, y2 = corners
-    read = f", read as {read_as}," if read_as else ""
+    suffix = f", read as {format_text}," if format_text else ""
     if not (x1 < x2 and y1 < y2):
-        raise InputError(f"box {corners} (x1, y1, x2, y2){read} has no area")
+        raise InputError(f"box {corners} (x1, y1, x2, y2){suffix} has no area")
     if not (max(x1, 0.0) < min(x2, record.width) and max(y1, 0.0) < min(y2, record.height)):
-        raise InputError(f"box {corners} (x1, y1, x2, y2){read} is outside its image of {record.width}x{record.height}")
+        raise InputError(
+            f"box {corners} (x1, y1, x2, y2){suffix} is outside its image of {record.width}x{record.height}"
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -187,18 +189,18 @@ class _StoreRegions(Mapping[int, Regions]):
         return iter(self._source)
 
     def __getitem__(self, image_id: int) -> Regions:
-        found, record = self._source.read(image_id, features=()), self._index.images[image_id]
+        stored, record = self._source.read(image_id, features=()), self._index.images[image_id]
         return replace(
             Regions.empty(image_id, record.file_name, record.height, record.width),
-            boxes=found.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
-            scores=found.scores,
-            category_ids=found.category_ids,
-            ann_ids=found.ann_ids,
-            masks=found.masks,
+            boxes=stored.boxes.clip(0, [record.width, record.height] * 2).astype(np.float32),
+            scores=stored.scores,
+            category_ids=stored.category_ids,
+            ann_ids=stored.ann_ids,
+            masks=stored.masks,
         )
 
 
-def _of_store(path: Path, index: CocoIndex) -> BoxFile:
+def _load_store(path: Path, index: CocoIndex) -> BoxFile:
     source = store.open(path)
     try:
         _check_store(path, source, index)
@@ -226,9 +228,9 @@ def _check_store(path: Path, source: store.Store, index: CocoIndex) -> None:
     for first in range(0, source.regions, _ROWS):
         boxes = source.data["regions/box"][first : first + _ROWS]
         rows = np.arange(first, first + len(boxes))
-        of_image = np.searchsorted(source.region_start, rows, side="right") - 1
-        for row in np.flatnonzero(~_inside(boxes, sizes[of_image])).tolist():
-            image_id = int(source.image_ids[of_image[row]])
+        image_rows = np.searchsorted(source.region_start, rows, side="right") - 1
+        for row in np.flatnonzero(~_inside(boxes, sizes[image_rows])).tolist():
+            image_id = int(source.image_ids[image_rows[row]])
             try:
                 _check_inside(boxes[row].tolist(), index.images[image_id])
             except InputError as error:

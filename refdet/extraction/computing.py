@@ -34,7 +34,7 @@ def computing(
     return split_on_oom(
         detecting(detector, options, options.features, options.dtype)
         if given is None
-        else _describing(detector, given, options)
+        else _describe(detector, given, options)
     )
 
 
@@ -50,23 +50,23 @@ def detecting(
     return compute
 
 
-def _describing(detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions) -> Compute:
+def _describe(detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions) -> Compute:
     dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"
 
     def compute(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-        bare = [given(record) for record in batch]
+        regions = [given(record) for record in batch]
         labels = (
-            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in bare] if predicted else None
+            [np.array([label_of[c] for c in r.category_ids.tolist()], np.int64) for r in regions] if predicted else None
         )
-        rows = [r.boxes for r in bare]
+        rows = [r.boxes for r in regions]
         finish = start_describing(detector.model, images, rows, features=options.features, labels=labels, dtype=dtype)
         return lambda: [
             replace(
                 r, features=f.features, masks=r.masks if f.masks is None else f.masks, maps=f.maps, im_info=f.im_info
             )
-            for r, f in zip(bare, finish(), strict=True)
+            for r, f in zip(regions, finish(), strict=True)
         ]
 
     return compute

@@ -19,7 +19,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.parts import extract_part
 from refdet.extraction.pipeline import extract
 from refdet.extraction.ray_cluster import check_address
-from refdet.extraction.shard_folder import begun_batch_size, parts_folder
+from refdet.extraction.shard_folder import saved_batch_size, shards_folder
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.summary import Summary
 
@@ -84,7 +84,7 @@ def extract_features(
             finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    out, of_part = Path(out), None if part is None else Part.parse(part)
+    out, parsed_part = Path(out), None if part is None else Part.parse(part)
     if ray is not None:
         check_address(ray)
         if part is not None:
@@ -101,8 +101,8 @@ def extract_features(
         resume=resume or part is not None,
         say=say,
     )
-    if of_part is not None:
-        of_part.check(parts_folder(out))
+    if parsed_part is not None:
+        parsed_part.check(shards_folder(out))
     if ray is not None:
         from refdet.extraction.extract_on_ray import extract_on_ray
 
@@ -131,30 +131,30 @@ def extract_features(
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
     from refdet.ops._library import kernels_state
 
-    where = usable_device(device)
-    job = job.with_precision(usable_precision(job.options.precision, where), say)
+    torch_device = usable_device(device)
+    job = job.with_precision(usable_precision(job.options.precision, torch_device), say)
     for line in start_lines(job, described(device), kernels_state()):
         announce(line)
-    if hint := precision_hint(where, job.options.precision):
+    if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)
-    detector = loading.load(job.checkpoint, where, for_inference=True, precision=job.options.precision)
+    detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
     compute, records = computing(detector, job.options, None if job.given is None else job.given.of), job.records
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = job.source.read(record)
-        return pinned(pixels) if where.type == "cuda" else pixels
+        return pinned(pixels) if torch_device.type == "cuda" else pixels
 
     def batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)
 
     try:
         with detector.inference(), OrientationNote(job.source):
-            size = job.plan.batch_size or ((resume or part is not None) and begun_batch_size(out))
-            size = size or (default_batch_size(where) if batch_size is None else None)
+            size = job.plan.batch_size or ((resume or part is not None) and saved_batch_size(out))
+            size = size or (default_batch_size(torch_device) if batch_size is None else None)
             size = size or auto_batch_size(detector, records, job.options, job.options.features)
-            detector.model.stages = parts = Stages(where)  # after measuring batch sizes
-            plan, workers = replace(job.plan, batch_size=size), workers or default_workers(where)
-            if of_part is not None:
+            detector.model.stages = stages = Stages(torch_device)  # after measuring batch sizes
+            plan, workers = replace(job.plan, batch_size=size), workers or default_workers(torch_device)
+            if parsed_part is not None:
                 return extract_part(
                     out,
                     plan,
@@ -163,11 +163,11 @@ def extract_features(
                     records,
                     load,
                     compute,
-                    of_part,
+                    parsed_part,
                     fixed_batch_size=job.plan.batch_size > 0,
                     workers=workers,
                     strict=strict,
-                    parts_of_computing=parts.seconds,
+                    compute_seconds=stages.seconds,
                 )
             return extract(
                 out,
@@ -180,10 +180,10 @@ def extract_features(
                 resume,
                 workers,
                 strict=strict,
-                parts_of_computing=parts.seconds,
+                compute_seconds=stages.seconds,
             )
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(
-            f"{where} has too little memory for one image; finished images are kept: "
+            f"{torch_device} has too little memory for one image; finished images are kept: "
             "free some memory and continue with `resume=True`"
         ) from error

@@ -15,11 +15,11 @@ from refdet.data.training_batches import group_by_input_size
 from refdet.extraction.defaults import CPU_BATCH_SIZE
 from refdet.extraction.job import Job
 from refdet.extraction.pipeline import extract
-from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
-from refdet.extraction.ray_pool import pool_of
+from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
-from refdet.extraction.shard_folder import begun_batch_size
+from refdet.extraction.shard_folder import saved_batch_size
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
@@ -60,14 +60,14 @@ def extract_on_ray(
         RuntimeFailure: as `refdet.extraction.pipeline.extract`, or no worker is left; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    with connected(address, device) as cluster:
+    with connect(address, device) as cluster:
         tools = DetectorTools.of(job, "cuda" if cluster.gpus else "cpu", workers)
-        with pool_of(cluster, tools) as pool, OrientationNote(job.source) as orientation:
+        with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
             first = pool.start()
             job = job.with_precision(first.precision, say)
             for line in start_lines(job, pool.description(), first.kernels):
                 announce(line)
-            size = job.plan.batch_size or (resume and begun_batch_size(out)) or 0
+            size = job.plan.batch_size or (resume and saved_batch_size(out)) or 0
             if not size and batch_size is None and not cluster.gpus:
                 size = CPU_BATCH_SIZE
             plan = replace(job.plan, batch_size=size or pool.auto_batch_size())
@@ -81,15 +81,15 @@ def extract_on_ray(
                     batches,
                     job.records,
                     job.source.read,
-                    _elsewhere,
+                    _never_called,
                     resume,
                     strict=strict,
-                    parts_of_computing=lambda: engine.computing,
-                    elsewhere=engine,
+                    compute_seconds=lambda: engine.computing,
+                    engine=engine,
                 )
             finally:
                 orientation.add(engine.oriented)
 
 
-def _elsewhere(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+def _never_called(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
     raise NotImplementedError("batches are computed by the workers")

@@ -42,20 +42,20 @@ class GivenRegions:
 
 def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
     """Report the number of crowds, which are not used as regions; raise an InputError if all annotations are crowds."""
-    found = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
-    crowds, path = sum(a.iscrowd for a in found), image_list.index.path
-    if not found:
+    annotations = [a for record in image_list.records for a in image_list.index.annotations[record.id]]
+    crowds, path = sum(a.iscrowd for a in annotations), image_list.index.path
+    if not annotations:
         say(f"{path}: no annotations on the {len(image_list.records)} images, so the store has no regions")
-    elif crowds == len(found):
-        which = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
+    elif crowds == len(annotations):
+        subject = f"all {crowds} annotations" if crowds > 1 else "the one annotation"
         raise InputError(
-            f"{path}: no regions, iscrowd is 1 on {which} of the images (CVAT writes this for masks); "
+            f"{path}: no regions, iscrowd is 1 on {subject} of the images (CVAT writes this for masks); "
             "add `crowd_as_object=True` to use them as objects"
         )
     elif crowds:
         say(
-            f"{path}: {crowds} of {len(found)} annotations of the images have iscrowd 1 and are not used as regions; "
-            "add `crowd_as_object=True` to use them as objects"
+            f"{path}: {crowds} of {len(annotations)} annotations of the images have iscrowd 1 and are not used as "
+            "regions; add `crowd_as_object=True` to use them as objects"
         )
 
 

@@ -73,17 +73,18 @@ class ImageList:
         chosen = choose_splits(refs, splits, f"{root / dataset}, split-by {split_by}")
         index = CocoIndex.load(root / dataset / "instances.json", crowd_as_object=crowd_as_object)
         ids = sorted({ref["image_id"] for ref in refs if ref["split"] in chosen})
-        lost = [i for i in ids if i not in index.images]
-        if lost:
+        missing = [i for i in ids if i not in index.images]
+        if missing:
             raise InputError(
-                f"{index.path}: lacks {len(lost)} images of the refs, the first is {lost[0]}; download both files again"
+                f"{index.path}: lacks {len(missing)} images of the refs, the first is {missing[0]}; download both "
+                "files again"
             )
         annotations = {annotation["id"] for annotation in index.raw["annotations"]}
-        stray = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
-        if stray:
+        unmatched = [ref for ref in refs if ref["split"] in chosen and not annotations.issuperset(target_ids(ref))]
+        if unmatched:
             raise InputError(
-                f"{index.path}: lacks the annotations of {len(stray)} refs, the first is ref "
-                f"{stray[0]['ref_id']} to {stray[0]['ann_id']}; download both files again"
+                f"{index.path}: lacks the annotations of {len(unmatched)} refs, the first is ref "
+                f"{unmatched[0]['ref_id']} to {unmatched[0]['ann_id']}; download both files again"
             )
         name = f"{dataset}/{split_by}/{','.join(chosen)}"
         return cls([index.images[i] for i in ids], index, name, crowd_as_object)

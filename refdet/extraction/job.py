@@ -14,7 +14,7 @@ from refdet.extraction.given_regions import GivenRegions, given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
-from refdet.extraction.shard_folder import check_begun, check_new
+from refdet.extraction.shard_folder import check_new, check_resumable
 from refdet.store import Header
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class Job:
 
     def with_precision(self, precision: str, say: Callable[[str], object]) -> Job:
         """The job in the arithmetic that the device has; ``say`` is called with a line if it is another."""
-        asked = self.options.precision
-        if precision == asked:
+        requested = self.options.precision
+        if precision == requested:
             return self
         say(
-            f"`precision` {asked}: this processor has no {asked} arithmetic: "
-            f"computing in {precision}, which is {'faster here and ' if asked == 'bfloat16' else ''}exact"
+            f"`precision` {requested}: this processor has no {requested} arithmetic: "
+            f"computing in {precision}, which is {'faster here and ' if requested == 'bfloat16' else ''}exact"
         )
         plan = replace(self.plan, options=self.plan.options | {"precision": precision})
         return replace(
@@ -118,13 +118,13 @@ def prepare(
     _check_masks(options, meta, given, checkpoint)
 
     explicit = batch_size if isinstance(batch_size, int) else None
-    plan, header = _planned(image_list, given, boxes, options, explicit, meta, checkpoint)
+    plan, header = _make_plan(image_list, given, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
-    check_begun(out, plan, header, resume, undecided=("precision",) if options.precision != "float32" else ())
+    check_resumable(out, plan, header, resume, unset=("precision",) if options.precision != "float32" else ())
     return Job(checkpoint, image_list, options, meta, source, given, plan, header)
 
 
-def _planned(
+def _make_plan(
     image_list: ImageList,
     given: GivenRegions | None,
     boxes: Path | None,
@@ -135,10 +135,10 @@ def _planned(
 ) -> tuple[Plan, Header]:
     """The plan of the extraction, and the header of the store."""
     from refdet.detector.checkpoint import MODEL, run_directory
-    from refdet.detector.feature_names import HEAD, of_regions
+    from refdet.detector.feature_names import FEATURE_MAP, of_regions
     from refdet.structures.provenance import file_sha256
 
-    what: dict[str, Any] = {
+    plan_options: dict[str, Any] = {
         "regions": options.regions,
         "features": list(options.features),
         "dtype": options.dtype,
@@ -146,24 +146,24 @@ def _planned(
         "compression": options.compression,
     }
     if boxes is not None:
-        what |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
+        plan_options |= {"boxes_sha256": file_sha256(boxes), "masks": options.masks}
         if given is not None and given.box_format != "xywh":
-            what["box_format"] = given.box_format
+            plan_options["box_format"] = given.box_format
     elif given is not None:
-        what["instances_sha256"] = file_sha256(image_list.index.path)
-        what["masks"] = options.masks
+        plan_options["instances_sha256"] = file_sha256(image_list.index.path)
+        plan_options["masks"] = options.masks
         if options.crowd_as_object:  # only if set, so that extractions of older versions can be resumed
-            what["crowd_as_object"] = True
+            plan_options["crowd_as_object"] = True
     else:
-        what |= {
+        plan_options |= {
             "score_threshold": options.score_threshold,
             "nms_threshold": options.nms_threshold,
             "max_regions": options.max_regions,
             "at_least_one": options.lower_threshold_if_empty,
         }
     if options.exif != "ignore":  # the default is left out
-        what["exif"] = options.exif
-    what |= {
+        plan_options["exif"] = options.exif
+    plan_options |= {
         "image_list": image_list.name,
         "image_list_sha256": image_list.sha256(),
         "checkpoint_sha256": file_sha256(run_directory(checkpoint) / MODEL),
@@ -172,15 +172,15 @@ def _planned(
     masks = meta.recipe.model.masks if predicted else given is not None and given.masks
     categories = dict(meta.categories) if given is None else given.categories
     classes = [{"id": id_, "name": name} for id_, name in categories.items()]
-    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), what)
+    header = Header(classes, json.dumps(meta.recipe.to_dict()), meta.provenance.to_json(), plan_options)
     plan = Plan(
-        what,
+        plan_options,
         of_regions(options.features),
         options.dtype,
         masks,
         given is not None and given.ann_ids,
         batch_size or 0,
-        tuple(name for name in options.features if name == HEAD),
+        tuple(name for name in options.features if name == FEATURE_MAP),
         options.compression,
     )
     return plan, header
@@ -198,9 +198,9 @@ def _check_masks(
         )
     if not meta.recipe.model.masks:
         raise InputError(f"`masks='predicted'`: {checkpoint} has no mask branch")
-    strange = sorted(given.categories.items() - dict(meta.categories).items())
-    if strange:
+    unknown = sorted(given.categories.items() - dict(meta.categories).items())
+    if unknown:
         raise InputError(
-            f"`masks='predicted'`: the detector has no category {strange[0][0]} ({strange[0][1]}), "
+            f"`masks='predicted'`: the detector has no category {unknown[0][0]} ({unknown[0][1]}), "
             "which the regions may have"
         )

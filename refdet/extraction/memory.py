@@ -17,42 +17,44 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
         proc: mount point of procfs.
         cgroups: mount point of the control groups.
     """
-    found = [bytes_ for bytes_ in (_of_machine(proc), *_of_groups(proc, cgroups)) if bytes_ is not None]
-    return max(min(found, default=UNKNOWN), 0)
+    limits = [bytes_ for bytes_ in (_machine_memory(proc), *_cgroup_memory(proc, cgroups)) if bytes_ is not None]
+    return max(min(limits, default=UNKNOWN), 0)
 
 
-def _of_machine(proc: Path) -> int | None:
-    kilobytes = _named(proc / "meminfo", "MemAvailable:")
+def _machine_memory(proc: Path) -> int | None:
+    kilobytes = _read_field(proc / "meminfo", "MemAvailable:")
     return None if kilobytes is None else kilobytes * 1024
 
 
-def _of_groups(proc: Path, cgroups: Path) -> list[int | None]:
+def _cgroup_memory(proc: Path, cgroups: Path) -> list[int | None]:
     """Memory left in each control group (v1 or v2) of this process and their parents."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found: list[int | None] = []
+    left: list[int | None] = []
     for line in lines:
-        _, kinds, name = line.split(":", 2)
-        if kinds == "":
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
             root, files = cgroups, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in kinds.split(","):
+        elif "memory" in controllers.split(","):
             root, files = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         # in a container the name may be the host's; only the root is then right
-        own = root / name.lstrip("/")
-        found += [_left(group, *files) for group in (own, *own.parents) if group.is_relative_to(root)]
-    return found
+        group_path = root / name.lstrip("/")
+        left += [
+            _memory_left(group, *files) for group in (group_path, *group_path.parents) if group.is_relative_to(root)
+        ]
+    return left
 
 
-def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
+def _memory_left(group: Path, limit: str, used: str, cached: str) -> int | None:
     """Memory left in a group; None if it has no limit. The page cache counts as free."""
-    most, taken = _number(group / limit), _number(group / used)
-    if most is None or taken is None:
+    limit_bytes, used_bytes = _number(group / limit), _number(group / used)
+    if limit_bytes is None or used_bytes is None:
         return None
-    return most - taken + (_named(group / "memory.stat", cached) or 0)
+    return limit_bytes - used_bytes + (_read_field(group / "memory.stat", cached) or 0)
 
 
 def _number(path: Path) -> int | None:
@@ -62,7 +64,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _named(path: Path, name: str) -> int | None:
+def _read_field(path: Path, name: str) -> int | None:
     """The value of a name in a file with one name and number per line."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]

@@ -17,14 +17,15 @@ from refdet.structures.regions import Regions
 
 # As many as are read and written at once. After each pass over features the interpreter finds its own data and code no
 # longer in the processor's caches, so it does what it has to do for several images in a row.
-_BYTES, _IMAGES = 2**23, 32
-_AHEAD = 1  # groups that are read while one is written
+_GROUP_BYTES, _GROUP_IMAGES = 2**23, 32
+_GROUPS_AHEAD = 1  # groups that are read while one is written
 
-Found = Regions | EncodedImage | RawImage
-ImageToMerge = tuple[ImageRow, Callable[[ImageReader], Found]]  # row in the store, and a function that reads the image
+ReadImage = Regions | EncodedImage | RawImage
+# row in the store, and a function that reads the image
+ImageToMerge = tuple[ImageRow, Callable[[ImageReader], ReadImage]]
 
 
-def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[list[Found], None, None]:
+def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[list[ReadImage], None, None]:
     """Read images in order, some at a time.
 
     Args:
@@ -34,18 +35,18 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
     Yields:
         The next images, which are valid until those after them are asked for.
     """
-    reader = ImageReader(columns, _BYTES, _AHEAD + 1)
+    reader = ImageReader(columns, _GROUP_BYTES, _GROUPS_AHEAD + 1)
 
-    def read(group: Sequence[ImageToMerge]) -> list[Found]:
+    def read(group: Sequence[ImageToMerge]) -> list[ReadImage]:
         reader.next_group()
         return [image(reader) for _, image in group]
 
     pool = ThreadPoolExecutor(1, "read shards")
-    waiting: deque[Future[list[Found]]] = deque()
+    waiting: deque[Future[list[ReadImage]]] = deque()
     try:
         for group in _groups(images, columns):
             waiting.append(pool.submit(read, group))
-            if len(waiting) > _AHEAD:
+            if len(waiting) > _GROUPS_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -55,16 +56,16 @@ def read_ahead(images: Sequence[ImageToMerge], columns: Columns) -> Generator[li
 
 
 def _groups(images: Sequence[ImageToMerge], columns: Columns) -> Iterator[list[ImageToMerge]]:
-    each, width = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
+    region_size, width = sum(region_bytes(columns).values()), np.dtype(columns.dtype).itemsize
     group: list[ImageToMerge] = []
     size = 0
     for image in images:
         row = image[0]
-        of_image = row.regions * each + row.mask_bytes + math.prod(row.map_shape) * width
-        if group and (size + of_image > _BYTES or len(group) == _IMAGES):
+        image_size = row.regions * region_size + row.mask_bytes + math.prod(row.map_shape) * width
+        if group and (size + image_size > _GROUP_BYTES or len(group) == _GROUP_IMAGES):
             yield group
             group, size = [], 0
         group.append(image)
-        size += of_image
+        size += image_size
     if group:
         yield group

@@ -22,9 +22,9 @@ from refdet.files.json_files import read_small_json
 from refdet.files.lock import Locked, alone
 
 PARTS = "parts.json"
-MOST_PARTS = 100_000
+MAX_PARTS = 100_000
 _LOCK, _STATE = re.compile(r"part-(\d{1,6})\.lock"), re.compile(r"part-(\d{1,6})\.json")
-_PATIENCE = 1.0  # seconds; `running` holds a lock for a moment
+_LOCK_TIMEOUT = 1.0  # seconds; `running` holds a lock for a moment
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Part:
             InputError: it is not K/N with K from 1 to N.
         """
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        if match and 1 <= int(match[1]) <= int(match[2]) <= MOST_PARTS:
+        if match and 1 <= int(match[1]) <= int(match[2]) <= MAX_PARTS:
             return cls(int(match[1]), int(match[2]))
         why = ""
-        if match and int(match[2]) < 1 or match and int(match[2]) > MOST_PARTS:
-            why = f"there can be 1 to {MOST_PARTS} parts"
+        if match and int(match[2]) < 1 or match and int(match[2]) > MAX_PARTS:
+            why = f"there can be 1 to {MAX_PARTS} parts"
         elif match:
             why = f"the parts of {int(match[2])} are 1/{int(match[2])} to {int(match[2])}/{int(match[2])}"
         raise InputError(f"`part` {text}: {why or 'not K/N'}; give the number of this part and of all, such as 3/8")
@@ -66,17 +66,17 @@ class Part:
         return range(self.number - 1, count, self.of)
 
     @contextmanager
-    def alone(self, folder: Path) -> Iterator[bool]:
+    def lock(self, folder: Path) -> Iterator[bool]:
         """Hold the lock of this part within the block.
 
         Raises:
             Locked: another process computes the same part.
         """
         doing = f"another process is computing part {self}"
-        with alone(folder, f"part-{self.number}.lock", "let it end", wait=_PATIENCE, doing=doing) as locked:
+        with alone(folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, doing=doing) as locked:
             yield locked
 
-    def agree(self, folder: Path) -> None:
+    def record_count(self, folder: Path) -> None:
         """Record the number of parts if no other part has; raises InputError if that has another number."""
         if parts_of(folder) is None:
             write_json_once(folder / PARTS, {"parts": self.of})
@@ -84,18 +84,18 @@ class Part:
 
     def check(self, folder: Path) -> None:
         """Raise an InputError if a folder was started with another number of parts."""
-        others = parts_of(folder)
-        if others not in (None, self.of):
+        count = parts_of(folder)
+        if count not in (None, self.of):
             raise InputError(
-                f"`part` {self}: {folder} was started in {others} parts; use the same number, or finish it in one "
+                f"`part` {self}: {folder} was started in {count} parts; use the same number, or finish it in one "
                 "process with `resume=True`"
             )
 
-    def note(self, folder: Path, **state: Any) -> None:
+    def write_progress(self, folder: Path, **state: Any) -> None:
         """Write how far this part is, for `progress_of_parts`; a file that cannot be written is left out."""
-        who = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
+        owner = {"worker": f"part {self}", "host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):
-            write_json(folder / f"part-{self.number}.json", who | state | {"updated": time.time()})
+            write_json(folder / f"part-{self.number}.json", owner | state | {"updated": time.time()})
 
 
 def parts_of(folder: Path) -> int | None:
@@ -106,7 +106,7 @@ def parts_of(folder: Path) -> int | None:
         count = read_small_json(folder / PARTS)["parts"]
     except (InputError, TypeError, KeyError):
         count = None
-    if type(count) is not int or not 0 < count <= MOST_PARTS:
+    if type(count) is not int or not 0 < count <= MAX_PARTS:
         raise InputError(f"{folder / PARTS}: damaged; remove it once no part is running")
     return count
 
@@ -122,7 +122,7 @@ def no_part_running(folder: Path) -> Iterator[None]:
         for path in sorted(folder.glob("part-*.lock")):
             if match := _LOCK.fullmatch(path.name):
                 part = Part(int(match[1]), parts_of(folder) or int(match[1]))
-                stack.enter_context(part.alone(folder))
+                stack.enter_context(part.lock(folder))
         yield
 
 
@@ -135,7 +135,7 @@ def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
     Returns:
         What `Part.note` wrote, by number, with "state" "stopped" where the process ended before its part.
     """
-    found = {}
+    states = {}
     for path in folder.glob("part-*.json"):
         if not (match := _STATE.fullmatch(path.name)):
             continue
@@ -143,8 +143,8 @@ def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
             state = read_small_json(path)
             if isinstance(state, dict):
                 ended = state.get("state") != "finished" and not _is_running(folder, int(match[1]))
-                found[int(match[1])] = state | ({"state": "stopped"} if ended else {})
-    return [found[number] for number in sorted(found)]
+                states[int(match[1])] = state | ({"state": "stopped"} if ended else {})
+    return [states[number] for number in sorted(states)]
 
 
 def _is_running(folder: Path, number: int) -> bool:

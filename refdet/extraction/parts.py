@@ -21,20 +21,20 @@ from pathlib import Path
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.part import Part
-from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, stoppable
-from refdet.extraction.plan import Plan, Shard, cut_into_shards
+from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
+from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import none_usable, readable
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
-    OURS,
+    OWNED_FILES,
     PLAN,
-    begun_batch_size,
-    begun_plan,
-    check_begun,
-    parts_folder,
-    refuse_another,
-    remove_ours,
+    check_merged_file,
+    check_resumable,
+    read_plan,
+    remove_owned_files,
+    saved_batch_size,
+    shards_folder,
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
@@ -47,18 +47,20 @@ from refdet.store import Header
 log = logging.getLogger(__name__)
 
 MERGING = "merging.json"  # who merges, where there are no locks
-_PATIENCE = 20.0  # seconds; a part holds the folder's lock for a moment when it starts and when it ends
+_LOCK_TIMEOUT = 20.0  # seconds; a part holds the folder's lock for a moment when it starts and when it ends
 _SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # finished or temporary
 
-Cut = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
+MakeBatches = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
 
 
 class PartShards(ShardSet):
     """The shards of one part; created by `open_part`."""
 
     def __init__(self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard], part: Part) -> None:
-        self.own = part.shards(len(shards))
-        super().__init__(out, plan, header, shards, begun=begun_plan(parts_folder(out)), numbers=self.own)
+        self.shard_numbers = part.shards(len(shards))
+        super().__init__(
+            out, plan, header, shards, saved_plan=read_plan(shards_folder(out)), shard_numbers=self.shard_numbers
+        )
         self.part = part
 
     def discard(self, numbers: Sequence[int]) -> None:
@@ -70,9 +72,9 @@ class PartShards(ShardSet):
     @property
     def images(self) -> int:
         """Number of images in its shards, finished or not."""
-        return sum(len(batch) for number in self.own for batch in self.shards[number])
+        return sum(len(batch) for number in self.shard_numbers for batch in self.shards[number])
 
-    def summary(self, session: Session, parts_of_computing: dict[str, float]) -> Summary:
+    def summary(self, session: Session, compute_seconds: dict[str, float]) -> Summary:
         """The numbers of this part, whose store is not written yet."""
         rows = [row for rows in self._rows.values() for row, _ in rows]
         size = sum(path.stat().st_size for path in map(self._path, self._rows) if path.exists())
@@ -86,7 +88,7 @@ class PartShards(ShardSet):
             images_per_second=session.images / session.seconds if session.images else 0.0,
             stages=session.stages,
             batch_size=self.plan.batch_size,
-            computing=parts_of_computing,
+            computing=compute_seconds,
             merged=False,
         )
 
@@ -94,19 +96,23 @@ class PartShards(ShardSet):
 class _PartSession(Session):
     """Timing of one part, which others can read while it runs."""
 
-    def __init__(self, parts: PartShards) -> None:
-        self._parts = parts
-        super().__init__(parts.folder, parts.part.number)
-        self.tell("computing")
+    def __init__(self, shard_set: PartShards) -> None:
+        self._shard_set = shard_set
+        super().__init__(shard_set.folder, shard_set.part.number)
+        self.report("computing")
 
     def finished(self, images: int) -> None:
         super().finished(images)
-        self.tell("computing")
+        self.report("computing")
 
-    def tell(self, state: str) -> None:
-        done, speed = self._parts.done, self.images / self.seconds if self.images else 0.0
-        self._parts.part.note(
-            self._parts.folder, state=state, finished=done, images=self._parts.images, images_per_second=round(speed, 2)
+    def report(self, state: str) -> None:
+        done, speed = self._shard_set.finished_images, self.images / self.seconds if self.images else 0.0
+        self._shard_set.part.write_progress(
+            self._shard_set.folder,
+            state=state,
+            finished=done,
+            images=self._shard_set.images,
+            images_per_second=round(speed, 2),
         )
 
 
@@ -114,7 +120,7 @@ def extract_part(
     out: Path,
     plan: Plan,
     header: Header,
-    cut: Cut,
+    make_batches: MakeBatches,
     records: Sequence[ImageRecord],
     load: Load,
     compute: Compute,
@@ -124,7 +130,7 @@ def extract_part(
     workers: int = 2,
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
-    parts_of_computing: Callable[[], dict[str, float]] = dict,
+    compute_seconds: Callable[[], dict[str, float]] = dict,
 ) -> Summary:
     """Compute the shards of one part, and write the store if those of all other parts are finished.
 
@@ -135,7 +141,8 @@ def extract_part(
         out: the store, at a path that all parts see.
         plan: what to compute; must be the same for all parts.
         header: metadata of the store.
-        cut: divides the images into batches of at most a given size, as `refdet.extraction.pipeline.extract` takes.
+        make_batches: divides the images into batches of at most a given size, as those of
+            `refdet.extraction.pipeline.extract`.
         records: all images in the order of the store.
         load: as in `refdet.extraction.pipeline.extract`.
         compute: as in `refdet.extraction.pipeline.extract`.
@@ -145,7 +152,7 @@ def extract_part(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete.
         strict: fail at an unusable image.
-        parts_of_computing: called at the end; returns the seconds per part of computing.
+        compute_seconds: called at the end; returns the seconds per part of computing.
 
     Returns:
         Numbers and timings: of the store if it is written, otherwise of this part.
@@ -157,24 +164,30 @@ def extract_part(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     session: Session | None = None
-    with open_part(out, plan, header, cut, part, fixed_batch_size, shard_images) as parts:
-        if parts is not None:
-            session = _PartSession(parts)
-            with stoppable(parts, parts.images):
-                again = set(parts.errors) if strict else readable(parts.errors, records, load)
-                numbers = _to_compute(parts, again)
+    with open_part(out, plan, header, make_batches, part, fixed_batch_size, shard_images) as shard_set:
+        if shard_set is not None:
+            session = _PartSession(shard_set)
+            with interruptible(shard_set, shard_set.images):
+                retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
+                shard_numbers = _shards_to_compute(shard_set, retry_ids)
                 with session.computing():
-                    compute_shards(parts, numbers, session, load, compute, workers, strict)
-                session.tell("finished")
-                merged = _merge_if_last(parts, records, session, parts_of_computing)
+                    compute_shards(shard_set, shard_numbers, session, load, compute, workers, strict)
+                session.report("finished")
+                merged = _merge_if_last(shard_set, records, session, compute_seconds)
             if not merged:
-                return parts.summary(session, parts_of_computing())
-    return summary_of_store(out, session, parts_of_computing, begun_batch_size(out) or plan.batch_size)
+                return shard_set.summary(session, compute_seconds())
+    return summary_of_store(out, session, compute_seconds, saved_batch_size(out) or plan.batch_size)
 
 
 @contextmanager
 def open_part(
-    out: Path, plan: Plan, header: Header, cut: Cut, part: Part, fixed_batch_size: bool, shard_images: int
+    out: Path,
+    plan: Plan,
+    header: Header,
+    make_batches: MakeBatches,
+    part: Part,
+    fixed_batch_size: bool,
+    shard_images: int,
 ) -> Iterator[PartShards | None]:
     """Start or continue a part of an extraction, locking the part.
 
@@ -182,7 +195,7 @@ def open_part(
         out: the store.
         plan: what to compute.
         header: metadata of the store.
-        cut: divides the images into batches of at most a given size.
+        make_batches: divides the images into batches of at most a given size.
         part: which part.
         fixed_batch_size: whether to refuse another batch size than the plan's.
         shard_images: number of images at which a shard is complete.
@@ -195,38 +208,38 @@ def open_part(
             the same part or all images.
         RuntimeFailure: the disk is full.
     """
-    folder = parts_folder(out)
+    folder = shards_folder(out)
     with ExitStack() as stack:
         stack.enter_context(report_disk_full(folder, "free some space and run it again"))
-        with _starting(folder):
-            stack.enter_context(part.alone(folder))
-            begun = check_begun(out, plan if fixed_batch_size else replace(plan, batch_size=0), header, True)
-            if begun is None and out.exists():
+        with _lock_folder(folder):
+            stack.enter_context(part.lock(folder))
+            saved_plan = check_resumable(out, plan if fixed_batch_size else replace(plan, batch_size=0), header, True)
+            if saved_plan is None and out.exists():
                 stack.close()
-                remove_ours(folder)
+                remove_owned_files(folder)
                 yield None
                 return
-            part.agree(folder)
-            refuse_another(out)
+            part.record_count(folder)
+            check_merged_file(out)
             if not out.exists():  # a later file must not be taken for the merged one
                 (folder / MERGED).unlink(missing_ok=True)
-            plan, shards = _agreed(folder, plan, header, cut, shard_images)
-            parts = PartShards(out, plan, header, shards, part)
+            plan, shards = _agree_on_plan(folder, plan, header, make_batches, shard_images)
+            shard_set = PartShards(out, plan, header, shards, part)
             for path in folder.glob(".*.shard"):  # by a process that was killed
                 match = _SHARD.fullmatch(path.name)
-                if match and OURS.fullmatch(path.name) and int(match[1]) in parts.own:
+                if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in shard_set.shard_numbers:
                     path.unlink(missing_ok=True)
-        yield parts
+        yield shard_set
 
 
 @contextmanager
-def _starting(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which another part may be removing after a merge."""
     with ExitStack() as stack:
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(alone(folder, LOCK, "let it end", wait=_PATIENCE))
+                stack.enter_context(alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
                 if last:
@@ -234,18 +247,20 @@ def _starting(folder: Path) -> Iterator[None]:
         yield
 
 
-def _agreed(folder: Path, plan: Plan, header: Header, cut: Cut, shard_images: int) -> tuple[Plan, list[Shard]]:
+def _agree_on_plan(
+    folder: Path, plan: Plan, header: Header, make_batches: MakeBatches, shard_images: int
+) -> tuple[Plan, list[Shard]]:
     """The plan and shards that all parts have: those of the part that wrote ``plan.json`` first."""
-    shards = cut_into_shards(cut(plan.batch_size), shard_images)
-    if begun_plan(folder) is None:
+    shards = split_into_shards(make_batches(plan.batch_size), shard_images)
+    if read_plan(folder) is None:
         write_json_once(folder / PLAN, plan.work(shards, header))
         fsync(folder.parent)
-    begun = begun_plan(folder) or {}
-    size = begun.get("batch_size")
+    saved_plan = read_plan(folder) or {}
+    size = saved_plan.get("batch_size")
     if isinstance(size, int) and size != plan.batch_size:
         plan = replace(plan, batch_size=size)
-        shards = cut_into_shards(cut(size), shard_images)
-    if difference := plan.other_options(header, begun) or plan.other_shards(shards, begun):
+        shards = split_into_shards(make_batches(size), shard_images)
+    if difference := plan.differing_options(header, saved_plan) or plan.differing_shards(shards, saved_plan):
         raise InputError(
             f"{folder} was started with different settings: {difference}; use the same options and "
             "checkpoint, or remove it"
@@ -253,73 +268,73 @@ def _agreed(folder: Path, plan: Plan, header: Header, cut: Cut, shard_images: in
     return plan, shards
 
 
-def _to_compute(parts: PartShards, again: set[int]) -> list[int]:
+def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
-    numbers = [number for number in parts.missing(again) if number in parts.own]
-    if again:
-        with alone(parts.folder, LOCK, "let it end", wait=_PATIENCE):
-            parts.discard(numbers)
+    numbers = [number for number in shard_set.missing(retry_ids) if number in shard_set.shard_numbers]
+    if retry_ids:
+        with alone(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
+            shard_set.discard(numbers)
     return numbers
 
 
 def _merge_if_last(
-    parts: PartShards,
+    shard_set: PartShards,
     records: Sequence[ImageRecord],
     session: Session,
-    parts_of_computing: Callable[[], dict[str, float]],
+    compute_seconds: Callable[[], dict[str, float]],
 ) -> bool:
     """Write the store if all shards are finished; returns whether it is written."""
-    folder, out = parts.folder, parts.out
-    missing = len(parts.shards) - _finished(folder)
-    if missing > 0 and begun_plan(folder) is not None:
+    folder, out = shard_set.folder, shard_set.out
+    missing = len(shard_set.shards) - _count_finished(folder)
+    if missing > 0 and read_plan(folder) is not None:
         are = "is" if missing == 1 else "are"
         log.warning(
             "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
-            *(parts.part, missing, len(parts.shards), are, out),
+            *(shard_set.part, missing, len(shard_set.shards), are, out),
         )
         return False
     try:
-        with alone(folder, LOCK, "let it end", wait=_PATIENCE) as locked:
-            begun = begun_plan(folder)
-            if begun is None:  # another part has merged them meanwhile
-                remove_ours(folder)
+        with alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
+            saved_plan = read_plan(folder)
+            if saved_plan is None:  # another part has merged them meanwhile
+                remove_owned_files(folder)
                 return True
-            who = {"part": str(parts.part), "host": socket.gethostname(), "pid": os.getpid()}
-            if not write_json_once(folder / MERGING, who) and not locked:
-                log.warning("note: part %s is finished; another part writes %s", parts.part, out)
+            owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
+            if not write_json_once(folder / MERGING, owner) and not locked:
+                log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
             for path in left_behind(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
-            whole = ShardSet(out, parts.plan, parts.header, parts.shards, begun=begun)
-            if left := len(whole.missing()):
+            all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
+            if still_missing := len(all_shards.missing()):
                 log.warning(
                     "note: part %s is finished; %s damaged and removed: compute them with `resume=True`",
-                    *(parts.part, "1 shard was" if left == 1 else f"{left} shards were"),
+                    *(shard_set.part, "1 shard was" if still_missing == 1 else f"{still_missing} shards were"),
                 )
                 return False
-            if len(whole.errors) == len(records):
-                raise RuntimeFailure(none_usable(whole.errors, f"finished shards are kept in {folder}"))
+            if len(all_shards.errors) == len(records):
+                raise RuntimeFailure(none_usable(all_shards.errors, f"finished shards are kept in {folder}"))
             with session.timed("merge"):
-                whole.merge(
+                all_shards.merge(
                     records,
                     lambda: {
                         **session.summary(),
-                        "batch_size": parts.plan.batch_size,
-                        "parts": parts.part.of,
-                        "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
+                        "batch_size": shard_set.plan.batch_size,
+                        "parts": shard_set.part.of,
+                        "computing": {part: round(seconds, 3) for part, seconds in compute_seconds().items()},
                     },
                 )
             return True
     except Locked:
-        log.warning("note: part %s is finished; another part writes %s", parts.part, out)
+        log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
         return False
     except FileNotFoundError:
-        if begun_plan(folder) is None and out.exists():  # another part has just removed the folder
+        if read_plan(folder) is None and out.exists():  # another part has just removed the folder
             return True
         raise
 
 
-def _finished(folder: Path) -> int:
+def _count_finished(folder: Path) -> int:
     """Number of finished shards, of all parts."""
     try:
         return sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction.plan import Plan, cut_into_shards
+from refdet.extraction.plan import Plan, split_into_shards
 from refdet.extraction.repair import none_usable, readable, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 SHARD_IMAGES = 32  # the most work that an interruption can lose; 40 MB with 100 regions of 3072 float32 per image
 _PIXELS_AHEAD = 1 << 28  # of prefetched images, 0.8 GB
 # computed batches that wait to be finished; with those being finished and put, up to 4 are in GPU memory
-_WAITING = 2
+_MAX_QUEUED = 2
 
 
 def extract(
@@ -59,8 +59,8 @@ def extract(
     workers: int = 2,
     shard_images: int = SHARD_IMAGES,
     strict: bool = False,
-    parts_of_computing: Callable[[], dict[str, float]] = dict,
-    elsewhere: Callable[[ShardSet, Sequence[int], Session], object] | None = None,
+    compute_seconds: Callable[[], dict[str, float]] = dict,
+    engine: Callable[[ShardSet, Sequence[int], Session], object] | None = None,
 ) -> Summary:
     """Compute the regions of all images and write the store.
 
@@ -79,8 +79,8 @@ def extract(
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
         strict: fail at an unusable image.
-        parts_of_computing: called at the end; returns the seconds per part of computing.
-        elsewhere: computes the shards of some numbers in place of `compute_shards`; this process merges them.
+        compute_seconds: called at the end; returns the seconds per part of computing.
+        engine: computes the shards of some numbers in place of `compute_shards`; this process merges them.
 
     Returns:
         Numbers and timings.
@@ -91,63 +91,63 @@ def extract(
             unusable image if ``strict``; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    here = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
-    work = partial(_work, records, elsewhere or here, parts_of_computing)
+    compute_here = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
+    work = partial(_work, records, engine or compute_here, compute_seconds)
     session: Session | None = None
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
-    with open_extraction(out, plan, header, cut_into_shards(batches, shard_images), resume) as parts:
-        if parts is not None:
-            again = set(parts.errors) if strict else readable(parts.errors, records, load)
-            session = work(parts, parts.missing(again))
-    if parts is None:
-        with repair(out, plan, header, batches, records, load, strict, shard_images) as broken:
-            if broken is not None:
-                session = work(broken, broken.missing())
-    return summary_of_store(out, session, parts_of_computing, plan.batch_size)
+    with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
+        if shard_set is not None:
+            retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
+            session = work(shard_set, shard_set.missing(retry_ids))
+    if shard_set is None:
+        with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
+            if repaired is not None:
+                session = work(repaired, repaired.missing())
+    return summary_of_store(out, session, compute_seconds, plan.batch_size)
 
 
 def _work(
     records: Sequence[ImageRecord],
     computing: Callable[[ShardSet, Sequence[int], Session], object],
-    parts_of_computing: Callable[[], dict[str, float]],
-    parts: ShardSet,
-    numbers: Sequence[int],
+    compute_seconds: Callable[[], dict[str, float]],
+    shard_set: ShardSet,
+    shard_numbers: Sequence[int],
 ) -> Session:
     """Compute shards and merge them into the store."""
-    session = Session(parts.folder)
-    with stoppable(parts, len(records)):
+    session = Session(shard_set.folder)
+    with interruptible(shard_set, len(records)):
         with session.computing():
-            computing(parts, numbers, session)
-        if parts.errors and len(parts.errors) == len(records):
-            raise RuntimeFailure(none_usable(parts.errors, f"finished shards are kept in {parts.folder}"))
+            computing(shard_set, shard_numbers, session)
+        if shard_set.errors and len(shard_set.errors) == len(records):
+            raise RuntimeFailure(none_usable(shard_set.errors, f"finished shards are kept in {shard_set.folder}"))
         with session.timed("merge"):
-            parts.merge(
+            shard_set.merge(
                 records,
                 lambda: {
                     **session.summary(),
-                    "batch_size": parts.plan.batch_size,
-                    "computing": {part: round(took, 3) for part, took in parts_of_computing().items()},
+                    "batch_size": shard_set.plan.batch_size,
+                    "computing": {part: round(took, 3) for part, took in compute_seconds().items()},
                 },
             )
     return session
 
 
 def compute_shards(
-    parts: ShardSet,
-    numbers: Sequence[int],
+    shard_set: ShardSet,
+    shard_numbers: Sequence[int],
     session: Session,
     load: Load,
     compute: Compute,
     workers: int,
     strict: bool,
 ) -> None:
-    """Compute shards of ``parts`` and write them; see `extract` for the other arguments and the errors."""
-    batches = [batch for number in numbers for batch in parts.shards[number]]
-    kept = f"finished shards are kept in {parts.folder}"
+    """Compute shards of ``shard_set`` and write them; see `extract` for the other arguments and the errors."""
+    batches = [batch for number in shard_numbers for batch in shard_set.shards[number]]
+    kept = f"finished shards are kept in {shard_set.folder}"
     with (
         closing(load_ahead(load, batches, workers)) as loaded,
         progress_bar(sum(map(len, batches)), "extract", "image", disable=not batches) as bar,
-        Background(parts, numbers, session, bar) as background,
+        Background(shard_set, shard_numbers, session, bar) as background,
     ):
         for batch in batches:
             with session.timed("load"):
@@ -155,55 +155,55 @@ def compute_shards(
                     images = next(loaded)
                 except RuntimeFailure as error:
                     raise RuntimeFailure(f"{error}; {kept}, continue with `resume=True`") from error
-            bad = [image for image in images if isinstance(image, str)]
-            if strict and bad:
-                raise RuntimeFailure(f"`strict`: {bad[0]}; {kept}, continue with `resume=True`")
+            unusable = [image for image in images if isinstance(image, str)]
+            if strict and unusable:
+                raise RuntimeFailure(f"`strict`: {unusable[0]}; {kept}, continue with `resume=True`")
             with session.timed("compute"):
-                finish = begin_batch(batch, images, compute)
+                finish = start_batch(batch, images, compute)
             with session.timed("wait"):
                 background.put(finish)
 
 
-def begin_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
+def start_batch(batch: list[ImageRecord], images: list[np.ndarray | str], compute: Compute) -> Finish:
     """Start computing a batch of (H, W, 3) uint8 images; a string is the reason why an image could not be loaded.
 
     Such an image gets empty regions with the reason. Another one is computed in its place, to keep the batch size,
     which can affect rounding.
     """
-    good = [(record, image) for record, image in zip(batch, images, strict=True) if not isinstance(image, str)]
-    bad = {
-        place: Regions.empty(record.id, record.file_name, record.height, record.width, error=image)
-        for place, (record, image) in enumerate(zip(batch, images, strict=True))
+    loaded = [(record, image) for record, image in zip(batch, images, strict=True) if not isinstance(image, str)]
+    unusable = {
+        index: Regions.empty(record.id, record.file_name, record.height, record.width, error=image)
+        for index, (record, image) in enumerate(zip(batch, images, strict=True))
         if isinstance(image, str)
     }
-    if not good:
-        return lambda: list(bad.values())
-    usable = iter(good)
-    filled = [good[0] if place in bad else next(usable) for place in range(len(batch))]
-    asked = [record.id for record, _ in filled]
+    if not loaded:
+        return lambda: list(unusable.values())
+    usable = iter(loaded)
+    filled = [loaded[0] if index in unusable else next(usable) for index in range(len(batch))]
+    expected_ids = [record.id for record, _ in filled]
     finish = compute([record for record, _ in filled], [image for _, image in filled])
 
     def regions() -> list[Regions]:
         found = finish()
-        if [r.image_id for r in found] != asked:
+        if [r.image_id for r in found] != expected_ids:
             raise ValueError("the detector returned regions of other images")
-        return [bad.get(place, one) for place, one in enumerate(found)]
+        return [unusable.get(index, item) for index, item in enumerate(found)]
 
     return regions
 
 
-class _Stopped(Exception):
+class _NoMoreBatches(Exception):
     """There are no more batches."""
 
 
 class Background:
     """Threads that finish batches and write shards; their exceptions are raised in the main thread."""
 
-    def __init__(self, parts: ShardSet, numbers: Iterable[int], session: Session, bar: tqdm) -> None:
-        self._parts, self._numbers, self._session, self._bar = parts, numbers, session, bar
+    def __init__(self, shard_set: ShardSet, shard_numbers: Iterable[int], session: Session, bar: tqdm) -> None:
+        self._shard_set, self._shard_numbers, self._session, self._bar = shard_set, shard_numbers, session, bar
         self._batches: queue.SimpleQueue[Future[list[EncodedImage]] | None] = queue.SimpleQueue()
         self._finishing = ThreadPoolExecutor(1, "finish")
-        self._room = threading.Semaphore(_WAITING)
+        self._slots = threading.Semaphore(_MAX_QUEUED)
         self._error: BaseException | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
@@ -215,59 +215,59 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         # Computed batches are finished even after an interruption, as they may complete a shard. Another Ctrl-C must
         # wait too, or another process could write to the folder at the same time as the thread.
-        again: KeyboardInterrupt | None = None
+        interrupted: KeyboardInterrupt | None = None
         with self._session.timed("wait"):
             while not self._ended.is_set():
                 try:
                     self._batches.put(None)
                     self._ended.wait()
-                except KeyboardInterrupt as pressed:
-                    again = pressed
+                except KeyboardInterrupt as interrupt:
+                    interrupted = interrupt
                     log.warning("note: finishing the computed batches first")
         self._thread.join()
         self._finishing.shutdown(cancel_futures=True)
-        error = self._error or again
+        error = self._error or interrupted
         if error is not None and kind is None:
             raise error
 
     def put(self, finish: Finish) -> None:
         """Queue the next batch of the plan, waiting while the queue is full."""
-        self._room.acquire()
+        self._slots.acquire()
         if self._error is not None:
             raise self._error
         self._batches.put(self._finishing.submit(self._finish, finish))
 
     def _finish(self, finish: Finish) -> list[EncodedImage]:
         with self._session.timed("finish"):
-            return self._parts.encode(finish())
+            return self._shard_set.encode(finish())
 
     def _run(self) -> None:
         try:
-            for number in self._numbers:
+            for number in self._shard_numbers:
                 self._write_shard(number)
-        except _Stopped:
+        except _NoMoreBatches:
             pass
         except BaseException as error:
             self._error = error
-            self._room.release()  # or the main thread would wait forever
+            self._slots.release()  # or the main thread would wait forever
         finally:
             self._ended.set()
 
     def _write_shard(self, number: int) -> None:
-        batches, stages = self._parts.shards[number], self._session.stages
-        started, others = time.perf_counter(), 0.0
-        with self._parts.write(number) as add:
+        batches, stages = self._shard_set.shards[number], self._session.stages
+        started, waited = time.perf_counter(), 0.0
+        with self._shard_set.write(number) as add:
             for batch in batches:
-                asked = time.perf_counter()
+                wait_started = time.perf_counter()
                 finishing = self._batches.get()
-                self._room.release()
+                self._slots.release()
                 if finishing is None:
-                    raise _Stopped
+                    raise _NoMoreBatches
                 images = finishing.result()
-                others += time.perf_counter() - asked
+                waited += time.perf_counter() - wait_started
                 add(images)
                 self._bar.update(len(batch))
-        stages["write"] += time.perf_counter() - started - others
+        stages["write"] += time.perf_counter() - started - waited
         self._session.finished(sum(map(len, batches)))
 
 
@@ -293,8 +293,8 @@ def load_ahead(
         for batch in batches:
             size = sum(record.height * record.width for record in batch or ())
             while waiting and (batch is None or len(waiting) > ahead or pixels + size > _PIXELS_AHEAD):
-                done, futures = waiting.popleft()
-                pixels -= done
+                finished_size, futures = waiting.popleft()
+                pixels -= finished_size
                 yield [future.result() for future in futures]
                 if batch is None:
                     break
@@ -309,11 +309,11 @@ def load_ahead(
 
 
 @contextmanager
-def stoppable(parts: ShardSet, total: int) -> Iterator[None]:
+def interruptible(shard_set: ShardSet, total: int) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into an Interrupted with what is kept and how to continue."""
     try:
         with as_keyboard_interrupt():
             yield
     except KeyboardInterrupt:
-        kept = f"{parts.done} of {total} images are finished and kept in {parts.folder}"
+        kept = f"{shard_set.finished_images} of {total} images are finished and kept in {shard_set.folder}"
         raise Interrupted(f"stopped: {kept}; continue with `resume=True`") from None

@@ -17,7 +17,7 @@ from refdet.store.schema import Columns, Header
 Shard = list[list[ImageRecord]]  # batches in order of computation
 
 _HEADER = {"recipe": "another recipe", "classes": "other classes", "provenance": "another provenance"}
-_UNSAID = {"exif": "ignore"}  # options that are stored only with another value
+_NOT_STORED = {"exif": "ignore"}  # options that are stored only with another value
 # stored name -> how a message names it, where that is not the argument of the same name
 _NAMES = {"at_least_one": "`lower_threshold_if_empty`", "image_list": "the image list"}
 _SHOWN = 3  # changed keys of a recipe in a message
@@ -53,38 +53,38 @@ class Plan:
         of_features = {name: (shapes or {}).get(name, (0,)) for name in self.features}
         return Columns(of_features, self.dtype, self.masks, self.ann_ids, self.maps, self.compression)
 
-    def differences(self, other: dict[str, Any], undecided: Container[str] = ()) -> str:
+    def differences(self, other: dict[str, Any], unset: Container[str] = ()) -> str:
         """Describe the differences to another plan's options.
 
         Args:
             other: options of the other plan.
-            undecided: options to ignore.
+            unset: options to ignore.
 
         Returns:
             A human-readable description, "" if there is no difference.
         """
-        found = []
-        mine = json.loads(json.dumps(self.options))  # turns tuples into lists, as on disk
-        for name in [*mine, *(key for key in other if key not in mine)]:
-            old, new = (options.get(name, _UNSAID.get(name)) for options in (other, mine))
-            if old == new or name in undecided:
+        lines = []
+        new_options = json.loads(json.dumps(self.options))  # turns tuples into lists, as on disk
+        for name in [*new_options, *(key for key in other if key not in new_options)]:
+            old, new = (options.get(name, _NOT_STORED.get(name)) for options in (other, new_options))
+            if old == new or name in unset:
                 continue
             if name.endswith("_sha256"):
-                found.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
+                lines.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                found.append(f"{_NAMES.get(name, f'`{name}`')} was {_shown(old)} and is now {_shown(new)}")
-        return "; ".join(found)
+                lines.append(f"{_NAMES.get(name, f'`{name}`')} was {_shown(old)} and is now {_shown(new)}")
+        return "; ".join(lines)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
         """Contents of ``plan.json``: the plan, its division into shards, and the store's header."""
         return {
             "options": self.options,
             "batch_size": self.batch_size,
-            **self._cut(shards),
+            **self._layout(shards),
             "header": {name: getattr(header, name) for name in _HEADER},
         }
 
-    def other_options(self, header: Header, other: Mapping[str, Any], undecided: Container[str] = ()) -> str:
+    def differing_options(self, header: Header, other: Mapping[str, Any], unset: Container[str] = ()) -> str:
         """Describe the differences to the options and header in another ``plan.json``.
 
         A plan of a version that did not store the recipe, classes and provenance counts as different, as its shards
@@ -93,24 +93,24 @@ class Plan:
         Args:
             header: metadata of the store.
             other: contents of the other ``plan.json``.
-            undecided: options to ignore.
+            unset: options to ignore.
 
         Returns:
             A human-readable description, "" if there is no difference.
         """
         if not isinstance(other.get("options"), dict) or not isinstance(other.get("header"), dict):
             return "another version of refdet"
-        found = self.differences(other["options"], undecided) or header_differences(header, other["header"])
-        if not found and self.batch_size and other.get("batch_size") != self.batch_size:
+        difference = self.differences(other["options"], unset) or header_differences(header, other["header"])
+        if not difference and self.batch_size and other.get("batch_size") != self.batch_size:
             return f"`batch_size` was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
-        return found
+        return difference
 
-    def other_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
+    def differing_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
         """Describe a different division into shards in another ``plan.json``, "" if it is the same."""
-        mine = self._cut(shards)
-        return "" if all(other.get(name) == mine[name] for name in ("shards", "shards_sha256")) else "other shards"
+        layout = self._layout(shards)
+        return "" if all(other.get(name) == layout[name] for name in ("shards", "shards_sha256")) else "other shards"
 
-    def _cut(self, shards: Sequence[Shard]) -> dict[str, Any]:
+    def _layout(self, shards: Sequence[Shard]) -> dict[str, Any]:
         ids = "\n".join(";".join(",".join(str(r.id) for r in batch) for batch in shard) for shard in shards)
         return {
             "shards": len(shards),
@@ -161,7 +161,7 @@ def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield from _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
 
 
-def cut_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:
+def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:
     """Group batches into shards.
 
     Args:

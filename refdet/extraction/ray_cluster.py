@@ -14,8 +14,9 @@ from typing import Any
 from refdet.errors import InputError
 
 NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
-_SECONDS = 10.0  # to reach the address
-_OBJECTS = 2**28  # bytes of the object store of "local", through which little more than the list of images passes
+_CONNECT_TIMEOUT = 10.0  # seconds to reach the address
+# the object store of "local", through which little more than the list of images passes
+_OBJECT_STORE_BYTES = 2**28
 # Read when Ray is imported. Ray listens on the network address of this machine, unless it is told that only this
 # machine belongs to its cluster, which the variable of this name does on any system.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -40,7 +41,7 @@ class Cluster:
         return int(self.ray.cluster_resources().get("GPU" if self.gpus else "CPU", 0))
 
     @property
-    def room(self) -> dict[str, float]:
+    def resources(self) -> dict[str, float]:
         """What a worker takes."""
         return {"num_cpus": 0, "num_gpus": 1} if self.gpus else {"num_cpus": 1, "num_gpus": 0}
 
@@ -64,7 +65,7 @@ def check_address(address: str) -> None:
 
 
 @contextmanager
-def connected(address: str, device: str | None) -> Iterator[Cluster]:
+def connect(address: str, device: str | None) -> Iterator[Cluster]:
     """Connect to a Ray cluster, or start one on this machine, within the block.
 
     Args:
@@ -83,8 +84,8 @@ def connected(address: str, device: str | None) -> Iterator[Cluster]:
             import ray
         except ImportError:
             raise InputError(NOT_INSTALLED) from None
-        ours = not ray.is_initialized()
-        if ours:
+        started_here = not ray.is_initialized()
+        if started_here:
             _connect(ray, address)
         try:
             gpus = ray.cluster_resources().get("GPU", 0) >= 1
@@ -95,19 +96,19 @@ def connected(address: str, device: str | None) -> Iterator[Cluster]:
                 )
             yield Cluster(ray, address, gpus and device != "cpu")
         finally:
-            if ours:
+            if started_here:
                 ray.shutdown()
 
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables within the block, also of the processes that it starts."""
-    before = {name: os.environ.get(name) for name in variables}
+    saved = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in saved.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -115,31 +116,31 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
     if ":" in address:
-        _reach(address)
+        _check_reachable(address)
     try:
         if address == "local":
-            ray.init("local", include_dashboard=False, object_store_memory=_OBJECTS, **quiet)
+            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
         else:
-            ray.init(address, **quiet)
+            ray.init(address, **options)
     except Exception as error:  # of many kinds, none of which is documented
         with suppress(Exception):
             ray.shutdown()
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = {
+        problem = {
             "local": "Ray does not start on this machine",
             "auto": "no Ray cluster is found from this machine; start one with ray start --head",
         }.get(address, "the Ray cluster does not let this process in")
-        raise InputError(f"`ray` {address}: {what} ({reason})") from error
+        raise InputError(f"`ray` {address}: {problem} ({reason})") from error
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise an InputError if nothing answers at HOST:PORT; Ray alone would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(

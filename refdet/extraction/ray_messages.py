@@ -15,7 +15,7 @@ from refdet.store import Header, ImageRow
 from refdet.store.shard_file import BlockLocation
 from refdet.structures.regions import Regions
 
-Given = Mapping[int, Regions]  # image id -> its regions, without features
+RegionsById = Mapping[int, Regions]  # image id -> its regions, without features
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Tools:
         kernels: which kernels compute, as `refdet.ops` describes them.
         threads: number of threads that prefetch images.
         auto_batch_size: the number of images that fit into memory.
-        around: context manager to compute in.
-        parts_of_computing: returns the seconds per part of computing.
+        context: context manager to compute in.
+        compute_seconds: returns the seconds per part of computing.
         oriented: files read that have an EXIF orientation.
     """
 
@@ -42,8 +42,8 @@ class Tools:
     kernels: str = ""
     threads: int = 2
     auto_batch_size: Callable[[], int] = lambda: 1
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-    parts_of_computing: Callable[[], dict[str, float]] = dict
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    compute_seconds: Callable[[], dict[str, float]] = dict
     oriented: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -71,12 +71,12 @@ class Failed:
 
     Attributes:
         message: the reason, one line.
-        of_machine: whether another worker may succeed.
+        is_machine_error: whether its machine is the cause, so that another worker may succeed.
         bad_input: whether the reason is invalid input.
     """
 
     message: str
-    of_machine: bool
+    is_machine_error: bool
     bad_input: bool = False
 
 
@@ -90,7 +90,7 @@ class Work:
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
-        of_plan: identity of the plan in the shards.
+        plan_hash: identity of the plan in the shards.
         strict: fail at an unusable image.
     """
 
@@ -99,7 +99,7 @@ class Work:
     plan: Plan
     header: Header
     shards: Sequence[Shard]
-    of_plan: str
+    plan_hash: str
     strict: bool
 
 

@@ -18,11 +18,11 @@ from refdet.files.short_text import counted
 
 log = logging.getLogger(__name__)
 
-AT_A_TIME = 2  # shards of a worker: one that it computes, and one whose images it loads
-LOST_AT_MOST = 3  # workers that a shard may cost, or that may be lost before another shard is finished
-_TICK = 1.0  # seconds between looks at the cluster
-_STOPPING = 5.0  # seconds for workers to end on their own
-_LONG = 60.0  # seconds without a word
+SHARDS_PER_WORKER = 2  # shards of a worker: one that it computes, and one whose images it loads
+MAX_LOST = 3  # workers that a shard may cost, or that may be lost before another shard is finished
+_POLL_SECONDS = 1.0  # seconds between looks at the cluster
+_STOP_TIMEOUT = 5.0  # seconds for workers to end on their own
+_SLOW_START = 60.0  # seconds without a worker
 
 
 @dataclass(eq=False)
@@ -33,28 +33,28 @@ class Worker:
         actor: Ray's handle of it.
         name: host and a number, "" before it has started.
         started: what it said when it had started.
-        began: whether it was told what to compute.
+        has_work: whether it was told what to compute.
         ready: whether it takes shards.
         shards: the shards that it has, in the order of computation.
         finished: number of images that it has finished.
-        since: when it began.
+        started_at: when it was told what to compute.
         updated: when it last finished a shard.
     """
 
     actor: Any
     name: str = ""
     started: Started | None = None
-    began: bool = False
+    has_work: bool = False
     ready: bool = False
     shards: list[int] = field(default_factory=list)
     finished: int = 0
-    since: float = 0.0
+    started_at: float = 0.0
     updated: float = 0.0
 
     @property
     def speed(self) -> float:
         """Images per second up to the last finished shard."""
-        return self.finished / (self.updated - self.since) if self.finished else 0.0
+        return self.finished / (self.updated - self.started_at) if self.finished else 0.0
 
     def state(self) -> dict[str, Any]:
         """How far it is, as `refdet.extraction.workers.who_computes` gives it."""
@@ -68,12 +68,12 @@ class Worker:
             "shards": self.shards,
             "finished": self.finished,
             "images_per_second": round(self.speed, 2),
-            "updated": time.time() - (now - (self.updated or self.since or now)),
+            "updated": time.time() - (now - (self.updated or self.started_at or now)),
         }
 
 
 class Pool:
-    """Workers on a cluster; created by `pool_of`.
+    """Workers on a cluster; created by `worker_pool`.
 
     Args:
         cluster: the cluster.
@@ -85,11 +85,11 @@ class Pool:
         lost: number of workers that were lost since a shard was finished.
     """
 
-    def __init__(self, cluster: Cluster, make: MakeTools, patience: float) -> None:
-        self.ray, self._cluster, self._patience = cluster.ray, cluster, patience
+    def __init__(self, cluster: Cluster, make: MakeTools, timeout: float) -> None:
+        self.ray, self._cluster, self._timeout = cluster.ray, cluster, timeout
         self._make = self.ray.put(make)
         self._actor = self.ray.remote(ShardWorker).options(
-            max_concurrency=2 + AT_A_TIME, max_restarts=0, scheduling_strategy="SPREAD", **cluster.room
+            max_concurrency=2 + SHARDS_PER_WORKER, max_restarts=0, scheduling_strategy="SPREAD", **cluster.resources
         )
         self.workers: list[Worker] = []
         self.lost = 0
@@ -97,8 +97,8 @@ class Pool:
         self._refused: list[Failed] = []  # reasons for slots that cannot be used
         self._reason = ""  # why the last worker was lost
         self._on_host: Counter[str] = Counter()
-        self._said: set[str] = set()
-        self._alive = time.monotonic()
+        self._logged: set[str] = set()
+        self._last_alive = time.monotonic()
 
     def start(self) -> Started:
         """Start a worker in each slot, and wait for the first one.
@@ -107,7 +107,7 @@ class Pool:
             InputError: no worker finds the software, checkpoint or images; the message is of the last one.
             RuntimeFailure: no worker starts.
         """
-        since = time.monotonic()
+        started_at = time.monotonic()
         while True:
             self.fill_slots()
             for worker, _, answer in self.answers():
@@ -116,12 +116,12 @@ class Pool:
                 if worker.started:
                     return worker.started
             self.check_alive("")
-            if time.monotonic() - since > _LONG:
-                self.say("note: waiting for the Ray cluster to start a worker; others may be using it")
+            if time.monotonic() - started_at > _SLOW_START:
+                self.log_once("note: waiting for the Ray cluster to start a worker; others may be using it")
 
     def fill_slots(self) -> None:
         """Start workers in the slots that are free, also of machines that have joined the cluster."""
-        if self.lost >= LOST_AT_MOST:
+        if self.lost >= MAX_LOST:
             return
         for _ in range(self._cluster.slots() - len(self._refused) - len(self.workers)):
             worker = Worker(self._actor.remote(self._make))
@@ -131,48 +131,48 @@ class Pool:
     def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
         """Note what a worker says of its start; None if it was lost."""
         if isinstance(answer, Started):
-            first = next((one.started for one in self.workers if one.started), answer)
+            first = next((other.started for other in self.workers if other.started), answer)
             if (answer.precision, answer.kernels) == (first.precision, first.kernels):
                 worker.started = answer
                 worker.name = f"{answer.host}/{self._on_host[answer.host]}"
                 self._on_host[answer.host] += 1
                 return
-            what, others = (f"{one.precision}, {one.kernels}" for one in (answer, first))
-            answer = Failed(f"{answer.host} has {what}, and others {others}", of_machine=True, bad_input=True)
+            actual, expected = (f"{start.precision}, {start.kernels}" for start in (answer, first))
+            answer = Failed(f"{answer.host} has {actual}, and others {expected}", is_machine_error=True, bad_input=True)
         if answer is None:
             self.drop(worker, lost=True)
         else:
             self.refuse(worker, answer)
 
-    def refuse(self, worker: Worker, why: Failed) -> None:
+    def refuse(self, worker: Worker, failure: Failed) -> None:
         """Leave out a worker, and its slot, that cannot do the work."""
-        self._refused.append(why)
+        self._refused.append(failure)
         self.drop(worker)
-        self.say(f"note: a worker is left out: {why.message}")
+        self.log_once(f"note: a worker is left out: {failure.message}")
 
     def drop(self, worker: Worker, lost: bool = False) -> None:
         """Give up a worker; ``lost`` if it ended on its own."""
         if worker in self.workers:
             self.workers.remove(worker)
             self.lost += lost
-        self._calls = {call: whose for call, whose in self._calls.items() if whose[0] is not worker}
+        self._calls = {call: target for call, target in self._calls.items() if target[0] is not worker}
         with suppress(Exception):
             self.ray.kill(worker.actor)
 
-    def check_alive(self, kept: str) -> None:
-        """Raise an error that ends with ``kept`` if there is no worker and none is to come."""
+    def check_alive(self, hint: str) -> None:
+        """Raise an error that ends with ``hint`` if there is no worker and none is to come."""
         if self.workers:
-            self._alive = time.monotonic()
+            self._last_alive = time.monotonic()
             return
         all_refused = bool(self._refused) and self._cluster.slots() <= len(self._refused)
-        if all_refused and not kept:
+        if all_refused and not hint:
             why = self._refused[-1]
             raise (InputError if why.bad_input else RuntimeFailure)(why.message)
-        if all_refused or self.lost >= LOST_AT_MOST or time.monotonic() - self._alive > self._patience:
+        if all_refused or self.lost >= MAX_LOST or time.monotonic() - self._last_alive > self._timeout:
             reason = self._refused[-1].message if all_refused else self._reason
-            why_not = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
-            raise RuntimeFailure(f"{why_not}; {kept or 'check the cluster with ray status'}")
-        time.sleep(_TICK / 10)
+            problem = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
+            raise RuntimeFailure(f"{problem}; {hint or 'check the cluster with ray status'}")
+        time.sleep(_POLL_SECONDS / 10)
 
     def call(self, worker: Worker, method: str, *arguments: Any) -> None:
         """Call a method of a worker, for `answers`."""
@@ -183,7 +183,7 @@ class Pool:
         waiting = list(self._calls)
         if not waiting:
             return
-        done = self._wait(waiting, 1, _TICK)
+        done = self._wait(waiting, 1, _POLL_SECONDS)
         if done:
             done = self._wait(waiting, len(waiting), 0)
         for reference in done:
@@ -194,7 +194,7 @@ class Pool:
             try:
                 answer = self.ray.get(reference)
             except self.ray.exceptions.RayTaskError as error:
-                answer = Failed(one_line(error), of_machine=False)
+                answer = Failed(one_line(error), is_machine_error=False)
             except self.ray.exceptions.RayError as error:
                 log.info("%s: %s", call[0].name, error)
                 self._reason = one_line(error)
@@ -224,39 +224,41 @@ class Pool:
     def description(self) -> str:
         """The workers that have started, such as "Ray, 2 workers on 1 machine: cpu"."""
         started = [worker.started for worker in self.workers if worker.started]
-        kinds = Counter(one.device for one in started)
-        what = "; ".join(kinds if len(kinds) == 1 else (f"{count} with {kind}" for kind, count in kinds.items()))
+        devices = Counter(worker.device for worker in started)
+        device_text = "; ".join(
+            devices if len(devices) == 1 else (f"{count} with {device}" for device, count in devices.items())
+        )
         starting = len(self.workers) - len(started)
-        more = f", {starting} starting" if starting else ""
-        machines = counted(len({one.host for one in started}), "machine")
-        return f"Ray, {counted(len(started), 'worker')} on {machines}{more}: {what}"
+        starting_text = f", {starting} starting" if starting else ""
+        machines = counted(len({worker.host for worker in started}), "machine")
+        return f"Ray, {counted(len(started), 'worker')} on {machines}{starting_text}: {device_text}"
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """End the workers; returns what `ShardWorker.stop` returned where they ended in time."""
-        calls = [worker.actor.stop.remote() for worker in self.workers if worker.began]
-        found = []
+        calls = [worker.actor.stop.remote() for worker in self.workers if worker.has_work]
+        reports = []
         with suppress(self.ray.exceptions.RayError):
-            for call in self._wait(calls, len(calls), _STOPPING) if calls else ():
-                found.append(self.ray.get(call))
+            for call in self._wait(calls, len(calls), _STOP_TIMEOUT) if calls else ():
+                reports.append(self.ray.get(call))
         self.close()
-        return found
+        return reports
 
     def close(self) -> None:
         """Kill the workers."""
         for worker in list(self.workers):
             self.drop(worker)
 
-    def say(self, line: str) -> None:
+    def log_once(self, line: str) -> None:
         """Log a line once."""
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._logged:
+            self._logged.add(line)
             log.warning("%s", line)
 
 
 @contextmanager
-def pool_of(cluster: Cluster, make: MakeTools, patience: float = 60.0) -> Iterator[Pool]:
+def worker_pool(cluster: Cluster, make: MakeTools, timeout: float = 60.0) -> Iterator[Pool]:
     """Workers on a cluster, which end with the block; see `Pool`."""
-    pool = Pool(cluster, make, patience)
+    pool = Pool(cluster, make, timeout)
     try:
         yield pool
     finally:

@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 @cache
 def software() -> str:
     """The versions that all workers must have, with a hash of the sources of refdet."""
-    hashed, root = hashlib.sha256(), Path(__file__).parents[1]
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
-        hashed.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"refdet {__version__} (sources {hashed.hexdigest()[:8]}), torch {version('torch')}"
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"refdet {__version__} (sources {digest.hexdigest()[:8]}), torch {version('torch')}"
 
 
 def images_sha256(source: ImageSource, records: list[ImageRecord]) -> str:
     """SHA-256 of the names of the files of images, and, in a zip, of their sizes."""
-    hashed, zipped = hashlib.sha256(), source.path.is_file()
+    digest, zipped = hashlib.sha256(), source.path.is_file()
     for record in records:
         name = source.find(record)
         size = source.size(name) if zipped and name is not None else None
-        hashed.update(f"{record.id}\t{name!r}\t{size}\n".encode(errors="surrogateescape"))
-    return hashed.hexdigest()
+        digest.update(f"{record.id}\t{name!r}\t{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class DetectorTools:
         images: folder or zip of the images.
         images_sha256: of `images_sha256`.
         records: the images.
-        listed: all images of their list.
+        list_records: all images of their list.
         options: what to compute.
-        described: whether the regions are given.
+        regions_given: whether the regions are given.
         device: "cpu" or "cuda".
         software: of `software`.
         workers: number of threads that read images; None for the default.
@@ -70,9 +70,9 @@ class DetectorTools:
     images: Path
     images_sha256: str
     records: list[ImageRecord]
-    listed: list[ImageRecord]
+    list_records: list[ImageRecord]
     options: ExtractOptions
-    described: bool
+    regions_given: bool
     device: str
     software: str
     workers: int | None
@@ -104,7 +104,7 @@ class DetectorTools:
         host = socket.gethostname()
         if software() != self.software:
             raise InputError(f"{host} has {software()}, the driver {self.software}; install the same")
-        source = self._checked(host)
+        source = self._check_files(host)
 
         import torch
 
@@ -117,37 +117,37 @@ class DetectorTools:
         from refdet.extraction.ray_messages import Tools
         from refdet.ops._library import kernels_state
 
-        where = usable_device(self.device)
-        if where.type == "cpu":
+        device = usable_device(self.device)
+        if device.type == "cpu":
             torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
-        precision = usable_precision(self.options.precision, where)
-        detector = loading.load(self.checkpoint, where, for_inference=True, precision=precision)
-        stages = Stages(where)
+        precision = usable_precision(self.options.precision, device)
+        detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
+        stages = Stages(device)
 
         def load(record: ImageRecord) -> np.ndarray:
             pixels = source.read(record)
-            return pinned(pixels) if where.type == "cuda" else pixels
+            return pinned(pixels) if device.type == "cuda" else pixels
 
-        def measured() -> int:
+        def measure_batch_size() -> int:
             return auto_batch_size(detector, self.records, self.options, self.options.features)
 
         detector.model.stages = stages
         name, _, _ = described(self.device).partition(" (")
-        name += ", 1 thread each" if where.type == "cpu" else ""
+        name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
             load,
-            computing(detector, self.options, given if self.described else None),
+            computing(detector, self.options, given if self.regions_given else None),
             name,
             precision,
             kernels_state(),
-            self.workers or default_workers(where),
-            measured,
+            self.workers or default_workers(device),
+            measure_batch_size,
             detector.inference,
             stages.seconds,
             source.oriented,
         )
 
-    def _checked(self, host: str) -> ImageSource:
+    def _check_files(self, host: str) -> ImageSource:
         """The images, after comparing them and the checkpoint with the driver's."""
         from refdet.data.image_source import ImageSource
         from refdet.detector.checkpoint import MODEL, load_meta, run_directory
@@ -156,8 +156,8 @@ class DetectorTools:
         try:
             weights = run_directory(self.checkpoint) / MODEL
         except InputError:
-            what = f"`checkpoint` {self.checkpoint}: not found on {host}"
-            raise InputError(f"{what}; copy it there or use a shared file system") from None
+            problem = f"`checkpoint` {self.checkpoint}: not found on {host}"
+            raise InputError(f"{problem}; copy it there or use a shared file system") from None
         same_recipe = json.dumps(load_meta(self.checkpoint).recipe.to_dict()) == self.recipe
         if file_sha256(weights) != self.checkpoint_sha256 or not same_recipe:
             raise InputError(f"`checkpoint` {self.checkpoint}: another one on {host}; copy the same one there")
@@ -166,7 +166,7 @@ class DetectorTools:
                 f"`images` {self.images}: not found on {host}; copy the zip there or use a shared file system"
             )
         source = ImageSource.open(self.images, self.options.exif)
-        missing = source.locate(self.records, self.listed)
+        missing = source.locate(self.records, self.list_records)
         if images_sha256(source, self.records) != self.images_sha256:
             first = f"; missing there: {len(missing)}, first {missing[0]}" if missing else ""
             raise InputError(f"`images` {self.images}: holds other files on {host}{first}; copy the same ones there")

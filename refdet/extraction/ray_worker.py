@@ -18,8 +18,8 @@ from typing import Any
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import RefdetError, RuntimeFailure, is_disk_full, is_system_error
-from refdet.extraction.pipeline import Background, begin_batch, load_ahead
-from refdet.extraction.ray_messages import Failed, Finished, Given, MakeTools, Started, Work
+from refdet.extraction.pipeline import Background, load_ahead, start_batch
+from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsById, Started, Work
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
 from refdet.extraction.workers import engine_token
@@ -33,21 +33,21 @@ class WorkerShards(ShardSet):
     """The shards that a worker writes: to the folder of the extraction, or to one of its own."""
 
     def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
-        super().__init__(work.folder, work.plan, work.header, work.shards, folder, numbers=())
-        self.of_plan = work.of_plan
+        super().__init__(work.folder, work.plan, work.header, work.shards, folder, shard_numbers=())
+        self.plan_hash = work.plan_hash
         self._fix = "the other workers go on"
         self._shared, self._token, self._finished = shared, work.token, finished
 
     @contextmanager
     def write(self, number: int) -> Iterator[Callable[..., None]]:
         """As `ShardSet.write`, unless the folder has another driver by then; reports the finished shard."""
-        self._check_wanted()
+        self._check_driver()
         with super().write(number) as add:
             yield add
-            self._check_wanted()
+            self._check_driver()
         self._finished(number)
 
-    def _check_wanted(self) -> None:
+    def _check_driver(self) -> None:
         """Keep a worker that its driver has lost from writing to a folder that is finished, or of another driver."""
         if self._shared and engine_token(self.folder) != self._token:
             raise RuntimeFailure(f"{self.folder}: is not written by the same process any more")
@@ -75,12 +75,12 @@ class ShardWorker:
         self._thread = ThreadPoolExecutor(1, "compute")
         self._given: dict[int, Regions] = {}
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._waiting: dict[int, Future[None]] = {}  # by the number of the shard
+        self._futures: dict[int, Future[None]] = {}  # by the number of the shard
         self._failed: BaseException | None = None
-        self._own: TemporaryDirectory[str] | None = None
+        self._temporary_folder: TemporaryDirectory[str] | None = None
         self._stopping = False
         self._lock = threading.Lock()
-        self._notes = _Notes()
+        self._notes = _LogCollector()
 
     def start(self) -> Started | Failed:
         """Check the surroundings and load the detector."""
@@ -95,7 +95,7 @@ class ShardWorker:
         """The number of images that fit into memory."""
 
         def measure() -> int:
-            with self._tools.around():
+            with self._tools.context():
                 return self._tools.auto_batch_size()
 
         try:
@@ -106,14 +106,14 @@ class ShardWorker:
     def begin(self, work: Work) -> bool:
         """Begin to compute shards of an extraction; returns whether the worker sees their folder."""
         shared = engine_token(work.folder) == work.token
-        self._own = None if shared else TemporaryDirectory(prefix="refdet-")
-        folder = work.folder if self._own is None else Path(self._own.name)
-        self._parts = WorkerShards(work, folder, shared, self._finish)
-        self._session = _Unwritten(folder)
+        self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
+        folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)
+        self._shard_set = WorkerShards(work, folder, shared, self._finish)
+        self._session = _UnrecordedSession(folder)
         self._thread.submit(self._run, work.strict)
         return shared
 
-    def compute(self, number: int, given: Given) -> Finished | Failed:
+    def compute(self, number: int, given: RegionsById) -> Finished | Failed:
         """Compute a shard.
 
         Args:
@@ -125,13 +125,13 @@ class ShardWorker:
         """
         with self._lock:
             self._given |= given
-            future = self._waiting.setdefault(number, Future())
+            future = self._futures.setdefault(number, Future())
             if self._failed is not None:
                 return _failed(self._failed)
             self._todo.put(number)
         try:
             future.result()
-            done = self._parts.take(number)
+            done = self._shard_set.take(number)
         except Exception as error:
             return _failed(error)
         return replace(done, oriented=dict(self._tools.oriented), notes=self._notes.take())
@@ -141,65 +141,67 @@ class ShardWorker:
         self._stopping = True
         self._todo.put(_END)
         self._thread.shutdown()
-        if self._own is not None:
-            self._own.cleanup()
-        return self._session.stages, self._tools.parts_of_computing()
+        if self._temporary_folder is not None:
+            self._temporary_folder.cleanup()
+        return self._session.stages, self._tools.compute_seconds()
 
     def _finish(self, number: int) -> None:
         with self._lock:
-            for batch in self._parts.shards[number]:
+            for batch in self._shard_set.shards[number]:
                 for record in batch:
                     self._given.pop(record.id, None)
-            future = self._waiting.pop(number, None)
+            future = self._futures.pop(number, None)
         if future is not None:  # else it failed
             future.set_result(None)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failed = error
-            waiting, self._waiting = list(self._waiting.values()), {}
-        for future in waiting:
+            futures, self._futures = list(self._futures.values()), {}
+        for future in futures:
             future.set_exception(error)
 
     def _run(self, strict: bool) -> None:
         """Compute the shards of the queue until something fails."""
         tools, session = self._tools, self._session
-        pulled: deque[list[ImageRecord]] = deque()  # batches that are loaded or being loaded
-        numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of their shards
+        queued_batches: deque[list[ImageRecord]] = deque()  # batches that are loaded or being loaded
+        shard_numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of their shards
 
         def batches() -> Generator[list[ImageRecord] | None, None, None]:
             while True:
                 try:
-                    number = self._todo.get(block=not pulled)
+                    number = self._todo.get(block=not queued_batches)
                 except queue.Empty:
                     yield None
                     continue
-                numbers.put(number)
-                for batch in self._parts.shards[number] if number != _END else ():
-                    pulled.append(batch)
+                shard_numbers.put(number)
+                for batch in self._shard_set.shards[number] if number != _END else ():
+                    queued_batches.append(batch)
                     yield batch
                 if number == _END or self._stopping:
                     return
 
         try:
             with (
-                tools.around(),
+                tools.context(),
                 closing(load_ahead(tools.load, batches(), tools.threads)) as loaded,
                 progress_bar(None, "", "image", disable=True) as bar,
-                _Reporting(self._parts, iter(numbers.get, _END), session, bar, self._fail) as background,
+                _ReportingBackground(
+                    self._shard_set, iter(shard_numbers.get, _END), session, bar, self._fail
+                ) as background,
             ):
                 try:
                     while not self._stopping and (images := _timed_next(loaded, session)) is not None:
-                        batch = pulled.popleft()
-                        bad = [image for image in images if isinstance(image, str)]
-                        if strict and bad:
-                            raise RuntimeFailure(f"`strict`: {bad[0]}")
+                        batch = queued_batches.popleft()
+                        unusable = [image for image in images if isinstance(image, str)]
+                        if strict and unusable:
+                            raise RuntimeFailure(f"`strict`: {unusable[0]}")
                         with session.timed("compute"):
-                            finish = begin_batch(batch, images, tools.compute)
+                            finish = start_batch(batch, images, tools.compute)
                         with session.timed("wait"):
                             background.put(finish)
                 finally:
-                    numbers.put(_END)
+                    shard_numbers.put(_END)
         except BaseException as error:
             self._fail(error)
 
@@ -209,7 +211,7 @@ def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | No
         return next(loaded, None)
 
 
-class _Reporting(Background):
+class _ReportingBackground(Background):
     """Threads that finish batches and write shards, and report their failure at once."""
 
     def __init__(self, *args: Any) -> None:
@@ -222,27 +224,27 @@ class _Reporting(Background):
             self._report(self._error)
 
 
-class _Unwritten(Session):
+class _UnrecordedSession(Session):
     """Timing that the driver writes down."""
 
-    def _note(self) -> None:
+    def _append_record(self) -> None:
         pass
 
 
-class _Notes(logging.Handler):
+class _LogCollector(logging.Handler):
     """Keeps what refdet logs in this process."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._found: list[str] = []
+        self._messages: list[str] = []
         logging.getLogger("refdet").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._found.append(record.getMessage())
+        self._messages.append(record.getMessage())
 
     def take(self) -> tuple[str, ...]:
-        found, self._found = self._found, []
-        return tuple(found)
+        messages, self._messages = self._messages, []
+        return tuple(messages)
 
 
 def _failed(error: BaseException) -> Failed:
@@ -252,8 +254,8 @@ def _failed(error: BaseException) -> Failed:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and len(chain) < 10:
         chain.append(cause)
-    return Failed(message, any(map(_is_of_machine, chain)), isinstance(error, RefdetError) and error.exit_code == 2)
+    return Failed(message, any(map(_is_machine_error, chain)), isinstance(error, RefdetError) and error.exit_code == 2)
 
 
-def _is_of_machine(error: BaseException) -> bool:
+def _is_machine_error(error: BaseException) -> bool:
     return is_disk_full(error) or is_system_error(error) or "OutOfMemory" in type(error).__name__

@@ -20,7 +20,7 @@ import numpy as np
 from refdet import store
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
-from refdet.extraction.plan import Plan, Shard, cut_into_shards
+from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
@@ -33,7 +33,7 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_OF = "repair.json"  # the store and the plan of its repair
+_REPAIR = "repair.json"  # the store and the plan of its repair
 
 
 def repair_folder(out: Path) -> Path:
@@ -70,8 +70,8 @@ class Repair(ShardSet):
         Raises:
             RuntimeFailure: the disk is full, or a shard is damaged.
         """
-        made = self._by_id()
-        images = [made.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
+        computed = self._by_id()
+        images = [computed.get(r.id) or (self._old_rows[r.id], partial(self._read_old, r.id)) for r in records]
         new = self.folder / self.out.name
         self._write_store(new, images, lambda: {**self._old.run, "repaired": dict(run())})
         os.replace(new, self.out)
@@ -117,14 +117,14 @@ def repair(
     folder = repair_folder(out)
     with store.open(out) as old:
         usable = readable(old.errors, records, load)
-        broken = [error for image_id, error in old.errors.items() if image_id not in usable]
-        if strict and broken:
+        unusable = [error for image_id, error in old.errors.items() if image_id not in usable]
+        if strict and unusable:
             raise RuntimeFailure(
-                f"`strict`: {broken[0]}; {out} has no regions of {len(old.errors)} images, repair "
+                f"`strict`: {unusable[0]}; {out} has no regions of {len(old.errors)} images, repair "
                 "their files and run it again with `resume=True`"
             )
         if not usable:
-            if (folder / _OF).is_file():  # interrupted after replacing the store
+            if (folder / _REPAIR).is_file():  # interrupted after replacing the store
                 _remove(folder, out)
             yield None
             return
@@ -134,18 +134,18 @@ def repair(
                 f"{out} is complete but has different settings: `batch_size` was {size} and is now "
                 f"{plan.batch_size}; use the same to compute its repaired images"
             )
-        if folder.exists() and any(folder.iterdir()) and not (folder / _OF).is_file():
+        if folder.exists() and any(folder.iterdir()) and not (folder / _REPAIR).is_file():
             raise InputError(f"{folder}: needed for repaired images, but contains other files; move it")
         affected = [batch for batch in batches if any(record.id in usable for record in batch)]
-        shards = cut_into_shards(affected, shard_images)
+        shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
             with alone(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
-                if _begun(folder) != json.loads(json.dumps(work)):
-                    _remove(folder, out, but=("lock",))
-                    write_json(folder / _OF, work)
-                for path in (folder / out.name, *_half_written(folder)):  # by a process that was killed
+                if _read_repair(folder) != json.loads(json.dumps(work)):
+                    _remove(folder, out, keep=("lock",))
+                    write_json(folder / _REPAIR, work)
+                for path in (folder / out.name, *_partial_files(folder)):  # by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
@@ -161,14 +161,14 @@ def readable(errors: Container[int], records: Sequence[ImageRecord], load: Calla
     Returns:
         Ids of the images that can be read.
     """
-    found = set()
+    ids = set()
     for record in progress([r for r in records if r.id in errors], "look for repaired images", "image", leave=False):
         with suppress(InputError):
             load(record)
-            found.add(record.id)
-    if found:
-        log.warning("note: %d previously unusable images can now be read", len(found))
-    return found
+            ids.add(record.id)
+    if ids:
+        log.warning("note: %d previously unusable images can now be read", len(ids))
+    return ids
 
 
 def none_usable(errors: Mapping[int, str], kept: str) -> str:
@@ -179,25 +179,25 @@ def none_usable(errors: Mapping[int, str], kept: str) -> str:
     )
 
 
-def _begun(folder: Path) -> Any:
+def _read_repair(folder: Path) -> Any:
     try:
-        return read_small_json(folder / _OF)
+        return read_small_json(folder / _REPAIR)
     except InputError:
         return None
 
 
-def _remove(folder: Path, out: Path, but: Sequence[str] = ()) -> None:
-    """Remove the files of a repair, `_OF` last, and the folder if it is then empty."""
-    ours = [*folder.glob("[0-9]*.shard"), *_half_written(folder), folder / "sessions.jsonl", folder / out.name]
-    ours.append(folder / "workers.json")
-    for path in (*ours, folder / "lock", folder / _OF):
-        if path.name not in but:
+def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
+    """Remove the files of a repair, `_REPAIR` last, and the folder if it is then empty."""
+    owned = [*folder.glob("[0-9]*.shard"), *_partial_files(folder), folder / "sessions.jsonl", folder / out.name]
+    owned.append(folder / "workers.json")
+    for path in (*owned, folder / "lock", folder / _REPAIR):
+        if path.name not in keep:
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 
 
-def _half_written(folder: Path) -> list[Path]:
+def _partial_files(folder: Path) -> list[Path]:
     """Temporary files of a process that was killed."""
     return list(folder.glob(f".*.{MARK}.*"))
 
@@ -224,10 +224,10 @@ def _rows(old: Store) -> dict[int, ImageRow]:
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
     except store.CORRUPTION_ERRORS as error:
         raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
-    numbers = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
+    columns = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
     return {
         image_id: ImageRow(image_id, str(name), height, width, str(error), regions, length, (c, h, w))
         for image_id, name, error, (height, width, regions, length, c, h, w) in zip(
-            old, old.file_names, old.image_errors, numbers, strict=True
+            old, old.file_names, old.image_errors, columns, strict=True
         )
     }

@@ -21,16 +21,16 @@ from refdet.store import Header
 
 LOCK, PLAN = "lock", "plan.json"
 MERGED = "merged.json"  # inode of the file merged from the shards
-_MOST_AT_ONCE = 4096  # largest batch size accepted from a plan
+_MAX_BATCH_SIZE = 4096  # largest batch size accepted from a plan
 _JSON = r"(plan|merged|merging|parts|part-\d+|workers)"
 # File names of an extraction; older temporary files have eight hex digits without MARK.
-OURS = re.compile(
+OWNED_FILES = re.compile(
     rf"{LOCK}|sessions(-\d+)?\.jsonl|\d{{6,}}\.shard|part-\d+\.lock|{_JSON}\.json"
     rf"|\.(\d{{6,}}|{_JSON})\.[0-9a-f]{{8}}(\.{MARK})?\.(shard|json)"
 )
 
 
-def parts_folder(out: Path) -> Path:
+def shards_folder(out: Path) -> Path:
     """Folder of the finished shards of ``out`` until it is complete."""
     return out.with_name(out.name + ".parts")
 
@@ -47,21 +47,21 @@ def progress(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the plan is damaged.
     """
-    begun = begun_plan(folder)
-    return None if begun is None else {**begun, "finished": len(list(folder.glob("[0-9]*.shard")))}
+    plan = read_plan(folder)
+    return None if plan is None else {**plan, "finished": len(list(folder.glob("[0-9]*.shard")))}
 
 
-def begun_batch_size(out: Path) -> int | None:
+def saved_batch_size(out: Path) -> int | None:
     """Batch size of an unfinished or finished extraction into ``out``, None if unknown."""
-    begun = begun_plan(parts_folder(out))
-    if begun is None and out.exists():
+    plan = read_plan(shards_folder(out))
+    if plan is None and out.exists():
         with store.open(out) as finished:
-            begun = finished.run
-    size = (begun or {}).get("batch_size")
-    return size if type(size) is int and 0 < size <= _MOST_AT_ONCE else None
+            plan = finished.run
+    size = (plan or {}).get("batch_size")
+    return size if type(size) is int and 0 < size <= _MAX_BATCH_SIZE else None
 
 
-def begun_plan(folder: Path) -> dict[str, Any] | None:
+def read_plan(folder: Path) -> dict[str, Any] | None:
     """Read the plan in a folder.
 
     Args:
@@ -95,15 +95,15 @@ def check_new(out: Path) -> None:
     Raises:
         InputError: one of them does.
     """
-    folder = parts_folder(out)
+    folder = shards_folder(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another `out` or remove it")
-    if begun_plan(folder) is not None:
+    if read_plan(folder) is not None:
         raise InputError(f"{folder} holds an unfinished extraction; add `resume=True` to continue, or remove it")
 
 
-def check_begun(
-    out: Path, plan: Plan, header: Header, resume: bool, undecided: Container[str] = ()
+def check_resumable(
+    out: Path, plan: Plan, header: Header, resume: bool, unset: Container[str] = ()
 ) -> dict[str, Any] | None:
     """Check that an extraction into ``out`` can start or, with ``resume``, continue with the same settings.
 
@@ -114,7 +114,7 @@ def check_begun(
         plan: what to compute.
         header: metadata of the store.
         resume: whether to continue an unfinished extraction.
-        undecided: options of the plan to ignore.
+        unset: options of the plan to ignore.
 
     Returns:
         Contents of ``plan.json`` of the unfinished extraction, None if there is none.
@@ -125,40 +125,40 @@ def check_begun(
     """
     if not resume:
         check_new(out)
-    folder = parts_folder(out)
-    begun = begun_plan(folder)
-    if begun is not None:
-        if difference := plan.other_options(header, begun, undecided):
+    folder = shards_folder(out)
+    saved_plan = read_plan(folder)
+    if saved_plan is not None:
+        if difference := plan.differing_options(header, saved_plan, unset):
             raise InputError(
                 f"{folder} was started with different settings: {difference}; use the same options and "
                 "checkpoint, or remove it"
             )
     elif out.exists():
         with store.open(out) as finished:
-            said = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
-            difference = plan.differences(finished.options, undecided) or header_differences(header, said)
+            stored = {"recipe": finished.recipe, "classes": finished.classes, "provenance": finished.provenance}
+            difference = plan.differences(finished.options, unset) or header_differences(header, stored)
         if difference:
             raise InputError(f"{out} is complete but has different settings: {difference}; choose another `out`")
-    elif strange := _strange(folder):
-        raise InputError(f"{folder}: contains {strange}, not part of an extraction; move it or choose another `out`")
-    return begun
+    elif unexpected := _unexpected(folder):
+        raise InputError(f"{folder}: contains {unexpected}, not part of an extraction; move it or choose another `out`")
+    return saved_plan
 
 
-def _strange(folder: Path) -> str:
+def _unexpected(folder: Path) -> str:
     """First file name in a folder that is not part of an extraction, "" if there is none."""
     try:
-        return min((path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)), default="")
+        return min((path.name for path in folder.iterdir() if not OWNED_FILES.fullmatch(path.name)), default="")
     except FileNotFoundError:
         return ""
 
 
-def refuse_another(out: Path) -> None:
+def check_merged_file(out: Path) -> None:
     """Raise an InputError if there is a file at ``out`` that was not merged from its shards.
 
     A merged file exists with its folder if removing the folder was interrupted. It is merged again, as it may be
     incomplete on disk after a power failure.
     """
-    folder = parts_folder(out)
+    folder = shards_folder(out)
     if not out.exists():
         return
     if out.stat().st_ino not in _merged(folder):
@@ -173,22 +173,22 @@ def _merged(folder: Path) -> list[int]:
         return []
 
 
-def remove_half_written(out: Path) -> None:
+def remove_partial_files(out: Path) -> None:
     """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
-    folder = parts_folder(out)
-    half_written = [path for path in folder.glob(".*") if OURS.fullmatch(path.name)]
-    half_written += left_behind(out.parent, out.name)
+    folder = shards_folder(out)
+    partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
+    partial += left_behind(out.parent, out.name)
     if not out.exists():  # a later file must not be taken for the merged one
-        half_written += folder.glob(MERGED)
-    for path in half_written:
+        partial += folder.glob(MERGED)
+    for path in partial:
         path.unlink()
 
 
-def remove_ours(folder: Path) -> None:
+def remove_owned_files(folder: Path) -> None:
     """Remove the files of an extraction, and the folder if it is then empty."""
     # NFS keeps open files such as the lock, and so the folder, but the store is complete anyway.
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
-            if OURS.fullmatch(path.name):
+            if OWNED_FILES.fullmatch(path.name):
                 path.unlink()
         folder.rmdir()

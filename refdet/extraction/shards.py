@@ -27,12 +27,12 @@ from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
     PLAN,
-    begun_plan,
-    check_begun,
-    parts_folder,
-    refuse_another,
-    remove_half_written,
-    remove_ours,
+    check_merged_file,
+    check_resumable,
+    read_plan,
+    remove_owned_files,
+    remove_partial_files,
+    shards_folder,
 )
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
 from refdet.files.lock import alone
@@ -54,7 +54,7 @@ class ShardSet:
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
-        folder: folder of the shards, by default the `parts_folder` of ``out``.
+        folder: folder of the shards, by default the `shards_folder` of ``out``.
         begun: contents of the folder's ``plan.json``, if it exists.
         numbers: the shards to look for in the folder; all if None.
 
@@ -64,7 +64,7 @@ class ShardSet:
         plan: what is computed.
         header: metadata of the store.
         shards: batches of each shard.
-        of_plan: hash of the plan, in each shard.
+        plan_hash: hash of the plan, in each shard.
     """
 
     def __init__(
@@ -74,22 +74,22 @@ class ShardSet:
         header: Header,
         shards: Sequence[Shard],
         folder: Path | None = None,
-        begun: Mapping[str, Any] | None = None,
-        numbers: Iterable[int] | None = None,
+        saved_plan: Mapping[str, Any] | None = None,
+        shard_numbers: Iterable[int] | None = None,
     ) -> None:
         self.out = out
-        self.folder = folder or parts_folder(out)
+        self.folder = folder or shards_folder(out)
         self.plan, self.header = plan, header
         self.shards = shards
         self._columns = plan.columns()
         self._fix = "finished shards are kept; free some space and continue with `resume=True`"
         work = plan.work(shards, header)
-        if begun is not None:  # an older refdet may have written the same recipe differently
-            work["header"] = begun["header"]
-        self.of_plan = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+        if saved_plan is not None:  # an older refdet may have written the same recipe differently
+            work["header"] = saved_plan["header"]
+        self.plan_hash = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
         self._rows: dict[int, list[tuple[ImageRow, BlockLocation]]] = {}  # finished shard -> its images
         self._shapes: dict[str, tuple[int, ...]] = {}  # feature -> shape per region, once known
-        for number in range(len(shards)) if numbers is None else numbers:
+        for number in range(len(shards)) if shard_numbers is None else shard_numbers:
             if self._path(number).exists():
                 self._load(number)
 
@@ -97,15 +97,15 @@ class ShardSet:
         return self.folder / f"{number:06d}.shard"
 
     def _shard_id(self, number: int) -> dict[str, Any]:
-        return {"plan": self.of_plan, "shard": number}
+        return {"plan": self.plan_hash, "shard": number}
 
     def _load(self, number: int) -> None:
         path, rows = self._path(number), []
         if not path.is_file():
             raise InputError(f"{path}: not a file; remove it so that the shard can be written")
         try:
-            for image, place in read(path, self._shard_id(number), self._columns):
-                rows.append((self._row(image, path), place))
+            for image, location in read(path, self._shard_id(number), self._columns):
+                rows.append((self._row(image, path), location))
             if not self._matches(number, rows):
                 raise ShardError("damaged: its images differ from the plan")
         except ShardError as error:
@@ -133,7 +133,7 @@ class ShardSet:
         return image.row
 
     @property
-    def done(self) -> int:
+    def finished_images(self) -> int:
         """Number of images in finished shards."""
         return sum(map(len, self._rows.values()))
 
@@ -142,11 +142,11 @@ class ShardSet:
         """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
-    def missing(self, again: Container[int] = ()) -> list[int]:
+    def missing(self, retry_ids: Container[int] = ()) -> list[int]:
         """List the shards to compute.
 
         Args:
-            again: ids of images to try again; finished shards in which they were unusable are included.
+            retry_ids: ids of images to try again; finished shards in which they were unusable are included.
 
         Returns:
             Shard numbers.
@@ -154,7 +154,7 @@ class ShardSet:
         return [
             number
             for number in range(len(self.shards))
-            if number not in self._rows or any(row.error and row.id in again for row, _ in self._rows[number])
+            if number not in self._rows or any(row.error and row.id in retry_ids for row, _ in self._rows[number])
         ]
 
     def adopt(
@@ -187,8 +187,10 @@ class ShardSet:
             writer = ShardWriter(file, self._shard_id(number))
 
             def add(images: Sequence[EncodedImage]) -> None:
-                places = writer.add(images)
-                rows.extend((self._row(image, path), place) for image, place in zip(images, places, strict=True))
+                locations = writer.add(images)
+                rows.extend(
+                    (self._row(image, path), location) for image, location in zip(images, locations, strict=True)
+                )
 
             yield add
             if not self._matches(number, rows):
@@ -209,10 +211,10 @@ class ShardSet:
             InputError: another program has created a file at the path of the store.
             RuntimeFailure: the disk is full or a shard is damaged; the other shards are kept.
         """
-        refuse_another(self.out)
+        check_merged_file(self.out)
 
         def seal(written: Path) -> None:
-            refuse_another(self.out)
+            check_merged_file(self.out)
             # A rename keeps the inode; before it the file of an earlier merge may be at the path of the store.
             files = [path for path in (self.out, written) if path.exists()]
             write_json(self.folder / MERGED, {"inodes": [path.stat().st_ino for path in files]})
@@ -234,24 +236,26 @@ class ShardSet:
         space = space_needed(rows, columns, self.header)
         self._check_space(space)
         with report_disk_full(path, self._fix), store.create(path, self.header, columns, rows, space) as writer:
-            with closing(read_ahead(images, columns)) as found:
-                for some in found:
-                    writer.put(*some)
+            with closing(read_ahead(images, columns)) as groups:
+                for group in groups:
+                    writer.put(*group)
             writer.finish(run())
             seal(writer.path)
 
     def _by_id(self) -> dict[int, ImageToMerge]:
         """Images in finished shards by id."""
         return {
-            row.id: (row, partial(self._read, number, row, place))
+            row.id: (row, partial(self._read, number, row, location))
             for number, rows in self._rows.items()
-            for row, place in rows
+            for row, location in rows
         }
 
-    def _read(self, number: int, row: ImageRow, place: BlockLocation, reader: ImageReader) -> EncodedImage | RawImage:
+    def _read(
+        self, number: int, row: ImageRow, location: BlockLocation, reader: ImageReader
+    ) -> EncodedImage | RawImage:
         path = self._path(number)
         try:
-            return reader.read(path, row, place)
+            return reader.read(path, row, location)
         except ShardError as error:
             path.unlink(missing_ok=True)
             raise RuntimeFailure(
@@ -259,10 +263,10 @@ class ShardSet:
                 "images again with `resume=True`"
             ) from None
 
-    def _check_space(self, need: int) -> None:
+    def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
-        if free < need:
-            why = f"the store needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
+        if free < needed:
+            why = f"the store needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             raise RuntimeFailure(f"{self.out}: no space left on the disk ({why}); {self._fix}")
 
 
@@ -283,39 +287,39 @@ def open_extraction(
         The shards, or None if ``out`` is already complete with this plan and header.
 
     Raises:
-        InputError: as `check_begun`; other shards; ``out`` was not made from its shards; or another process is
+        InputError: as `check_resumable`; other shards; ``out`` was not made from its shards; or another process is
             writing them.
         RuntimeFailure: the disk is full.
     """
-    folder = parts_folder(out)
-    begun = check_begun(out, plan, header, resume)
-    if begun is None and out.exists():
-        remove_ours(folder)  # in case its removal was interrupted
+    folder = shards_folder(out)
+    saved_plan = check_resumable(out, plan, header, resume)
+    if saved_plan is None and out.exists():
+        remove_owned_files(folder)  # in case its removal was interrupted
         yield None
         return
-    if begun is not None and (difference := plan.other_shards(shards, begun)):
+    if saved_plan is not None and (difference := plan.differing_shards(shards, saved_plan)):
         raise InputError(
             f"{folder} was started with different settings: {difference}; use the same options and "
             "checkpoint, or remove it"
         )
-    if begun is None and resume:
+    if saved_plan is None and resume:
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
-            now = begun_plan(folder)
-            if (now is None) != (begun is None) or (now is None and out.exists()):
+            current_plan = read_plan(folder)
+            if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")
-            refuse_another(out)
-            remove_half_written(out)
-            if begun is None:
+            check_merged_file(out)
+            remove_partial_files(out)
+            if saved_plan is None:
                 write_json(folder / PLAN, plan.work(shards, header))
                 fsync(out.parent)
-            yield ShardSet(out, plan, header, shards, begun=begun)
+            yield ShardSet(out, plan, header, shards, saved_plan=saved_plan)
 
 
 def _remove(folder: Path) -> None:
     # The plan first, as without it nothing can be resumed.
     (folder / PLAN).unlink()
     fsync(folder)
-    remove_ours(folder)
+    remove_owned_files(folder)

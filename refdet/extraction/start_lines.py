@@ -42,8 +42,8 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
         columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
         regions = given or (lambda _: options.max_regions)
         bytes_ = estimated_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
-        most = f"at most, with {counted(options.max_regions, 'region')} per image,"
-        size = f"; file size: {'about' if given is not None else most} {_readable(bytes_)}"
+        at_most = f"at most, with {counted(options.max_regions, 'region')} per image,"
+        size = f"; file size: {'about' if given is not None else at_most} {_readable(bytes_)}"
         size += " before compression" if plan.compression != "none" else ""
     lines.append(f"images: {len(job.records)} of {job.image_list.name}{size}")
     lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")

@@ -51,14 +51,14 @@ class Summary:
 
 
 def summary_of_store(
-    out: Path, session: Session | None, parts_of_computing: Callable[[], dict[str, float]], batch_size: int
+    out: Path, session: Session | None, compute_seconds: Callable[[], dict[str, float]], batch_size: int
 ) -> Summary:
     """The numbers of a finished store, and the times of the process that finished it.
 
     Args:
         out: the store.
         session: the times; None if nothing was to do.
-        parts_of_computing: returns the seconds per part of computing.
+        compute_seconds: returns the seconds per part of computing.
         batch_size: maximum number of images per batch.
 
     Raises:
@@ -79,5 +79,5 @@ def summary_of_store(
         computed / seconds if computed else 0.0,
         session.stages if session else dict.fromkeys(STAGES, 0.0),
         batch_size,
-        parts_of_computing(),
+        compute_seconds(),
     )

@@ -16,7 +16,7 @@ from typing import Any
 STAGES = ("load", "compute", "wait", "finish", "write", "merge")
 
 _FILE, _ALL = "sessions{}.jsonl", "sessions*.jsonl"
-_MOST = 2**26  # bytes; larger files are ignored
+_MAX_BYTES = 2**26  # bytes; larger files are ignored
 
 
 def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
@@ -31,8 +31,8 @@ def shares(seconds: float, stages: Mapping[str, float]) -> dict[str, float]:
     Returns:
         Stage -> fraction, 0 to 1.
     """
-    whole = seconds + stages.get("merge", 0.0)
-    return {name: value / whole if whole else 0.0 for name, value in stages.items()}
+    total = seconds + stages.get("merge", 0.0)
+    return {name: value / total if total else 0.0 for name, value in stages.items()}
 
 
 class Session:
@@ -52,15 +52,15 @@ class Session:
         self.images = 0
         self._computing = 0.0
         self._path = folder / _FILE.format(f"-{part}" if part else "")
-        self._before = _read(self._path)
-        self._number = 1 + max(self._before, default=0)
+        self._earlier = _read(self._path)
+        self._number = 1 + max(self._earlier, default=0)
         self._since: dict[str, float] = {}  # running stage -> start time
-        self._note()
+        self._append_record()
 
     @property
     def seconds(self) -> float:
         """Seconds spent computing, up to now if it is running."""
-        return self._computing + self._going_on("computing")
+        return self._computing + self._elapsed("computing")
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -70,7 +70,7 @@ class Session:
             yield
         finally:
             self._computing += time.perf_counter() - self._since.pop("computing")
-            self._note()
+            self._append_record()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -81,22 +81,22 @@ class Session:
         finally:
             self.stages[stage] += time.perf_counter() - self._since.pop(stage)
             if stage == "merge":  # no shard is finished after it
-                self._note()
+                self._append_record()
 
     def finished(self, images: int) -> None:
         """Record that a shard with a number of images was finished."""
         self.images += images
-        self._note()
+        self._append_record()
 
     def summary(self) -> dict[str, Any]:
         """Summary of all sessions for the store, JSON."""
         others = sorted(path for path in self._path.parent.glob(_ALL) if path != self._path)  # of parts
-        of_others = [one for path in others for one in _read(path).values()]
-        of_all = [*of_others, *self._before.values(), self._so_far()]
-        images, seconds = (sum(one[name] for one in of_all) for name in ("images", "seconds"))
-        stages = {name: sum(one["stages"][name] for one in of_all) for name in STAGES}
+        other_sessions = [session for path in others for session in _read(path).values()]
+        sessions = [*other_sessions, *self._earlier.values(), self._record()]
+        images, seconds = (sum(session[name] for session in sessions) for name in ("images", "seconds"))
+        stages = {name: sum(session["stages"][name] for session in sessions) for name in STAGES}
         return {
-            "sessions": len(of_all),
+            "sessions": len(sessions),
             "images": images,
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 3) if seconds else 0.0,
@@ -104,35 +104,35 @@ class Session:
             "shares": {name: round(value, 4) for name, value in shares(seconds, stages).items()},
         }
 
-    def _going_on(self, stage: str) -> float:
+    def _elapsed(self, stage: str) -> float:
         since = self._since.get(stage)
         return 0.0 if since is None else time.perf_counter() - since
 
-    def _so_far(self) -> dict[str, Any]:
-        stages = {name: value + self._going_on(name) for name, value in self.stages.items()}
+    def _record(self) -> dict[str, Any]:
+        stages = {name: value + self._elapsed(name) for name, value in self.stages.items()}
         return {"session": self._number, "images": self.images, "seconds": self.seconds, "stages": stages}
 
-    def _note(self) -> None:
+    def _append_record(self) -> None:
         # A killed process may leave a partial line, so start a new one; losing a line is harmless.
         if self._path.is_symlink() or (self._path.exists() and not self._path.is_file()):
             return
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(self._so_far()))
+            file.write("\n" + json.dumps(self._record()))
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
     """Session -> its last complete line."""
-    found: dict[int, dict[str, Any]] = {}
+    sessions: dict[int, dict[str, Any]] = {}
     with suppress(OSError):
-        if not path.is_file() or path.stat().st_size > _MOST:  # opening a pipe would block
-            return found
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # opening a pipe would block
+            return sessions
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                one = json.loads(line)
-                numbers = {name: float(one["stages"][name]) for name in STAGES}
-                found[int(one["session"])] = {
-                    "images": int(one["images"]),
-                    "seconds": float(one["seconds"]),
-                    "stages": numbers,
+                session = json.loads(line)
+                stages = {name: float(session["stages"][name]) for name in STAGES}
+                sessions[int(session["session"])] = {
+                    "images": int(session["images"]),
+                    "seconds": float(session["seconds"]),
+                    "stages": stages,
                 }
-    return found
+    return sessions

@@ -38,7 +38,7 @@ def who_computes(folder: Path) -> list[dict[str, Any]]:
         (those it computes now, if known), "finished" and "images" (the numbers of images, the latter if it is fixed),
         "images_per_second", and "seconds_ago", when it last finished a shard. Values of a damaged file are None.
     """
-    return [_checked(one) for one in [*progress_of_parts(folder), *_of_engine(folder)]]
+    return [_valid_fields(worker) for worker in [*progress_of_parts(folder), *_engine_workers(folder)]]
 
 
 def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]]) -> None:
@@ -49,27 +49,27 @@ def note_workers(folder: Path, token: str, workers: Sequence[Mapping[str, Any]])
 
 def engine_token(folder: Path) -> str | None:
     """The token in a folder, None if there is none."""
-    token = _of_file(folder).get("token")
+    token = _read_file(folder).get("token")
     return token if isinstance(token, str) else None
 
 
-def _of_engine(folder: Path) -> list[Any]:
-    found = _of_file(folder).get("workers")
-    return found if isinstance(found, list) else []
+def _engine_workers(folder: Path) -> list[Any]:
+    workers = _read_file(folder).get("workers")
+    return workers if isinstance(workers, list) else []
 
 
-def _of_file(folder: Path) -> dict[str, Any]:
+def _read_file(folder: Path) -> dict[str, Any]:
     try:
-        found = read_small_json(folder / WORKERS)
+        content = read_small_json(folder / WORKERS)
     except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _checked(one: Any) -> dict[str, Any]:
+def _valid_fields(worker: Any) -> dict[str, Any]:
     """The fields of a worker that have the right types."""
-    one = one if isinstance(one, dict) else {}
-    checked = {name: one.get(name) if type(one.get(name)) in types else None for name, types in _FIELDS.items()}
-    updated = one.get("updated")
+    worker = worker if isinstance(worker, dict) else {}
+    checked = {name: worker.get(name) if type(worker.get(name)) in types else None for name, types in _FIELDS.items()}
+    updated = worker.get("updated")
     known = type(updated) in (int, float) and math.isfinite(updated)
     return {**checked, "seconds_ago": round(max(0.0, time.time() - updated), 1) if known else None}

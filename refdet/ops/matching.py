@@ -24,13 +24,13 @@ class Matches(NamedTuple):
     Attributes:
         best: (N,) or (B, N) float32, highest IoU of each candidate with an object; 0 if it overlaps none.
         object: (N,) or (B, N) int64, index of the first object with that IoU; 0 if it overlaps none.
-        reaches: (N,) or (B, N) bool, whether the candidate has the highest IoU of all candidates of the image, above 0,
+        is_best: (N,) or (B, N) bool, whether the candidate has the highest IoU of all candidates of the image, above 0,
             with some object; ties included.
     """
 
     best: Tensor
     object: Tensor
-    reaches: Tensor
+    is_best: Tensor
 
 
 def match_boxes(candidates: Tensor, objects: Tensor) -> Matches:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from refdet.config.renamed_keys import LOSSES
-from refdet.detector.checkpoint import LARGEST_META
+from refdet.detector.checkpoint import MAX_META_BYTES
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
 from refdet.files.small_files import strict_json
 from refdet.report.fields import count, field, rate, text
 from refdet.structures.provenance import Provenance
-from refdet.training.run_folder import LARGEST_LOG
+from refdet.training.run_folder import MAX_LOG_BYTES
 
 # The losses in metrics.jsonl, and their labels in the chart.
 LOSS_NAMES = (
@@ -94,7 +94,7 @@ def read_meta(path: Path) -> tuple[str, int, Provenance]:
     """Name of the recipe, steps and provenance of a ``model.json``."""
     if not path.exists():
         raise InputError(f"{path}: not there; give a run directory that refdet train wrote")
-    data = read_bytes(path, LARGEST_META)
+    data = read_bytes(path, MAX_META_BYTES)
     try:
         tree = strict_json(data)
     except InputError as error:
@@ -115,7 +115,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    lines = read_bytes(path, LARGEST_LOG).split(b"\n")
+    lines = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
     log = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -141,7 +141,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 def read_steps(path: Path) -> list[Step]:
     """The commands of a JSON list of {"name", "about", "commands", "seconds"}."""
     try:
-        tree = strict_json(read_bytes(path, LARGEST_META))
+        tree = strict_json(read_bytes(path, MAX_META_BYTES))
     except InputError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(tree, list):

@@ -12,7 +12,7 @@ from refdet.files.short_text import cut
 from refdet.files.small_files import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.fields import count, rate
-from refdet.training.run_folder import LARGEST_LOG
+from refdet.training.run_folder import MAX_LOG_BYTES
 
 RATES = (
     ("val_bbox_AP", "box AP"),
@@ -38,7 +38,7 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, line in enumerate(read_bytes(path, LARGEST_LOG).split(b"\n"), 1):
+    for number, line in enumerate(read_bytes(path, MAX_LOG_BYTES).split(b"\n"), 1):
         if b'"val_' not in line:
             continue
         try:

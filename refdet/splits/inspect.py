@@ -13,7 +13,7 @@ import numpy as np
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
-from refdet.extraction.shard_folder import parts_folder, progress
+from refdet.extraction.shard_folder import progress, shards_folder
 from refdet.extraction.workers import who_computes
 from refdet.files.file_kinds import FileKind, kind_of, run_directory_near
 from refdet.files.json_files import read_json
@@ -175,7 +175,7 @@ def _count(plan: dict[str, Any], name: str) -> int | None:
 
 def _missing(path: Path, what: str) -> str:
     """Error message for a missing path."""
-    folder = parts_folder(path)
+    folder = shards_folder(path)
     plan = progress(folder) if folder.is_dir() else None
     return f"no such {what}" if plan is None else f"not finished yet: in {folder}, {_state(plan)}"
 

@@ -49,13 +49,13 @@ class PaddedTruth:
     Attributes:
         boxes: (B, G, 4) float32, half-open xyxy in pixels of the network's input; G is at least 1.
         labels: (B, G) int64, 1..number of classes; 0 where padded.
-        known: (B, G) bool, False where padded.
+        valid: (B, G) bool, False where padded.
         crowds: (B, K, 4) boxes of crowds.
     """
 
     boxes: Tensor
     labels: Tensor
-    known: Tensor
+    valid: Tensor
     crowds: Tensor
 
     @classmethod
@@ -67,9 +67,9 @@ class PaddedTruth:
         boxes, crowds = (like.new_zeros(len(targets), count, 4) for count in (max_objects, max_crowds))
         labels = like.new_zeros(len(targets), max_objects, dtype=torch.int64)
         counts = torch.tensor([len(target.boxes) for target in targets])
-        known = torch.arange(max_objects) < counts[:, None]
+        valid = torch.arange(max_objects) < counts[:, None]
         for row, target in enumerate(targets):
             count = len(target.boxes)
             boxes[row, :count], labels[row, :count] = target.boxes, target.labels
             crowds[row, : len(target.crowds)] = target.crowds
-        return cls(*(on_device(values, device) for values in (boxes, labels, known, crowds)))
+        return cls(*(on_device(values, device) for values in (boxes, labels, valid, crowds)))

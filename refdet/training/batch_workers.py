@@ -29,14 +29,14 @@ from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
 SHARED_MEMORY = Path("/dev/shm")  # of tensors sent between processes
-_MORE_ROOM = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
-_AHEAD = 2  # batches prefetched per worker
-_LOOK = 0.2  # seconds between checks for a signal
-_PATIENCE = 1.0  # seconds before a worker is killed
+_FIX = "in docker start the container with docker run --shm-size={}m, or train with `train.workers=0`"
+_PREFETCH_FACTOR = 2  # batches prefetched per worker
+_POLL_SECONDS = 0.2  # seconds between checks for a signal
+_JOIN_SECONDS = 1.0  # seconds before a worker is killed
 
 
 @contextmanager
-def batches_ahead(
+def prefetch_batches(
     batches: TrainingBatches, steps: range, workers: int, device: torch.device, stop: Stop
 ) -> Iterator[Iterator[Batch]]:
     """Context manager that yields an iterator over the batches of some steps, prefetched by worker processes.
@@ -53,19 +53,19 @@ def batches_ahead(
         RuntimeFailure: a worker died or cannot send its batches; from the iterator.
     """
     if workers == 0:
-        yield _in_this_process(batches, steps, device, stop)
+        yield _in_main_process(batches, steps, device, stop)
         return
-    crew = _Crew(batches, steps, workers, device)
+    pool = _WorkerPool(batches, steps, workers, device)
     try:
-        yield crew.batches(stop)
+        yield pool.batches(stop)
     finally:
-        crew.dismiss()
+        pool.shut_down()
 
 
-def _in_this_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
+def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
     for step in steps:
         with stop.ends_waiting():
-            batch = _pinned(_usable(batches[step]), device)
+            batch = _pinned(_batch_or_raise(batches[step]), device)
         yield batch
 
 
@@ -73,10 +73,10 @@ def _pinned(batch: Batch, device: torch.device) -> Batch:
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
-def _usable(found: Batch | BaseException) -> Batch:
-    if isinstance(found, Batch):
-        return found
-    raise found
+def _batch_or_raise(result: Batch | BaseException) -> Batch:
+    if isinstance(result, Batch):
+        return result
+    raise result
 
 
 class _Died(Exception):
@@ -92,7 +92,7 @@ class _Worker:
         self.process.start()
         child.close()  # so that the pipe closes with the worker
 
-    def ask(self, step: int) -> None:
+    def request(self, step: int) -> None:
         """Queue the batch of a step."""
         with suppress(OSError):  # a dead worker, reported by `receive`
             self.pipe.send(step)
@@ -100,17 +100,17 @@ class _Worker:
     def receive(self) -> Batch:
         """Wait for the next batch."""
         try:
-            found = self.pipe.recv()
+            received = self.pipe.recv()
         except (EOFError, ConnectionError, FileNotFoundError) as error:  # tensors come through a separate socket
-            self.process.join(_PATIENCE)
+            self.process.join(_JOIN_SECONDS)
             raise _Died from error
-        if isinstance(found, tuple):
-            raised, trace = found
+        if isinstance(received, tuple):
+            raised, trace = received
             raise raised from RuntimeError(trace)
-        return _usable(found)
+        return _batch_or_raise(received)
 
 
-class _Crew:
+class _WorkerPool:
     """The workers of a training, and the thread that receives their batches."""
 
     def __init__(self, batches: TrainingBatches, steps: range, workers: int, device: torch.device) -> None:
@@ -120,24 +120,24 @@ class _Crew:
         multiprocessing.util.get_temp_dir()  # shared by all workers; a killed worker would leave its own behind
         for _ in range(min(workers, max(len(steps), 1))):
             self._workers.append(_Worker(batches))
-        for position in range(min(_AHEAD * len(self._workers), len(steps))):
-            self._ask(position)
+        for position in range(min(_PREFETCH_FACTOR * len(self._workers), len(steps))):
+            self._request(position)
         # a thread, to receive and pin batches while one is computed; it ends with the workers
         self._thread = threading.Thread(target=self._receive, name="receive batches", daemon=True)
         self._thread.start()
 
-    def _of(self, position: int) -> _Worker:
+    def _worker_of(self, position: int) -> _Worker:
         return self._workers[position % len(self._workers)]
 
-    def _ask(self, position: int) -> None:
+    def _request(self, position: int) -> None:
         if position < len(self._steps):
-            self._of(position).ask(self._steps[position])
+            self._worker_of(position).request(self._steps[position])
 
     def _receive(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is per thread
         for position in range(len(self._steps)):
-            worker = self._of(position)
+            worker = self._worker_of(position)
             try:
                 self._received.put(_pinned(worker.receive(), self._device))
             except _Died:
@@ -150,46 +150,46 @@ class _Crew:
     def batches(self, stop: Stop) -> Iterator[Batch]:
         """The batches in order."""
         for position in range(len(self._steps)):
-            batch = _usable(self._next(stop))
-            self._ask(position + _AHEAD * len(self._workers))  # not earlier, to bound the memory
+            batch = _batch_or_raise(self._next(stop))
+            self._request(position + _PREFETCH_FACTOR * len(self._workers))  # not earlier, to bound the memory
             yield batch
             del batch
 
     def _next(self, stop: Stop) -> Batch | BaseException:
         while not stop.requested:
             try:
-                return self._received.get(timeout=_LOOK)
+                return self._received.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 pass
         raise StopRequested
 
-    def dismiss(self) -> None:
+    def shut_down(self) -> None:
         """Stop the workers; those that do not exit in time, as in a hanging read, are killed."""
         for worker in self._workers:
             with suppress(OSError):
                 worker.pipe.send(None)
-        patience = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _JOIN_SECONDS
         for worker in self._workers:
-            worker.process.join(max(patience - time.monotonic(), 0))
+            worker.process.join(max(deadline - time.monotonic(), 0))
             if worker.process.is_alive():
                 worker.process.kill()
-                worker.process.join(_PATIENCE)
-        self._thread.join(_PATIENCE)
+                worker.process.join(_JOIN_SECONDS)
+        self._thread.join(_JOIN_SECONDS)
 
 
-def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> None:
+def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -> None:
     """Main loop of a worker process; ends on None or when the parent dies."""
     ignore()
-    parents.close()  # an inherited copy would keep the pipe open after the parent's death
+    parent_pipe.close()  # an inherited copy would keep the pipe open after the parent's death
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while (step := pipe.recv()) is not None:
             try:
-                made: Any = batches[step]
+                result: Any = batches[step]
             except Exception as error:
-                made = (error, traceback.format_exc())
+                result = (error, traceback.format_exc())
             try:
-                pipe.send(made)
+                pipe.send(result)
             except ConnectionError:
                 raise
             except Exception as error:
@@ -199,7 +199,7 @@ def _work(batches: TrainingBatches, pipe: Connection, parents: Connection) -> No
 def _cause_of_death(code: int | None) -> str:
     """Error message for a worker that died."""
     if code == -signal.SIGBUS:
-        return f"worker process: died of SIGBUS, probably as {SHARED_MEMORY} is full; {_MORE_ROOM.format(1024)}"
+        return f"worker process: died of SIGBUS, probably as {SHARED_MEMORY} is full; {_FIX.format(1024)}"
     if code == -signal.SIGKILL:
         return (
             "worker process: killed, possibly because memory ran out (see dmesg); lower train.workers or "
@@ -222,15 +222,15 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
     Raises:
         RuntimeFailure: they do not.
     """
-    free = _free()
+    free = _free_bytes()
     if free is None or workers == 0:
         return
     sizes = _image_bytes(batches)
-    most = _AHEAD * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
-    need = int(most) * batches.recipe.train.batch_size // batches.share[1] * processes
-    if free < need:
+    per_image = _PREFETCH_FACTOR * workers * statistics.median(sizes) + max(sizes)  # prefetched, and the current one
+    needed = int(per_image) * batches.recipe.train.batch_size // batches.share[1] * processes
+    if free < needed:
         raise RuntimeFailure(
-            _no_room(f"batches of {workers * processes} worker processes need about {_mib(need)}", need)
+            _no_room(f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed)
         )
 
 
@@ -245,19 +245,19 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
 
 
 def _no_room(what: str, need: int = 1 << 29) -> str:
-    free = _free()
-    there = "" if free is None else f", {_mib(free)} are free"
-    wanted = -(-2 * need // 2**20)
-    return f"{SHARED_MEMORY} is too small: {what}{there}; {_MORE_ROOM.format(wanted)}"
+    free = _free_bytes()
+    free_text = "" if free is None else f", {_mib(free)} are free"
+    suggested = -(-2 * need // 2**20)
+    return f"{SHARED_MEMORY} is too small: {what}{free_text}; {_FIX.format(suggested)}"
 
 
-def _free() -> int | None:
+def _free_bytes() -> int | None:
     """Free bytes of shared memory; None if there is none."""
     try:
-        found = os.statvfs(SHARED_MEMORY)
+        stats = os.statvfs(SHARED_MEMORY)
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize
+    return stats.f_bavail * stats.f_frsize
 
 
 def _mib(count: int) -> str:

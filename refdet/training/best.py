@@ -20,12 +20,12 @@ from refdet.training.run_card import write_card
 from refdet.training.run_folder import BEST
 
 VALIDATION = "validation.json"
-_LARGEST = 2**16  # bytes of a validation.json
-_BEFORE = f".{BEST}.00000000.{MARK}"  # the folder that is being replaced
+_MAX_BYTES = 2**16  # bytes of a validation.json
+_PREVIOUS = f".{BEST}.00000000.{MARK}"  # the folder that is being replaced
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationRecord:
     """What ``validation.json`` says of the weights beside it.
 
     Attributes:
@@ -47,7 +47,7 @@ class Validated:
     rates: Mapping[str, float]
 
 
-def read_best(out: Path) -> Validated | None:
+def read_best(out: Path) -> ValidationRecord | None:
     """What is known of the best weights of a run; None if there are none yet.
 
     Raises:
@@ -57,27 +57,29 @@ def read_best(out: Path) -> Validated | None:
     if not path.exists():
         return None
     try:
-        tree = strict_json(read_bytes(path, _LARGEST))
-        kinds = {"metric": str, "value": float, "step": int, "instances": str, "images": int, "data_sha256": str,
+        tree = strict_json(read_bytes(path, _MAX_BYTES))
+        types = {"metric": str, "value": float, "step": int, "instances": str, "images": int, "data_sha256": str,
                  "rates": dict}  # fmt: skip
-        for name, kind in kinds.items():
+        for name, expected in types.items():
             value = tree.get(name) if isinstance(tree, dict) else tree
-            if type(value) is not kind:
-                raise InputError(f"{name}: {kind.__name__} is needed, not {shown(value)}")
-        return Validated(**{name: tree[name] for name in kinds})
+            if type(value) is not expected:
+                raise InputError(f"{name}: {expected.__name__} is needed, not {shown(value)}")
+        return ValidationRecord(**{name: tree[name] for name in types})
     except InputError as error:
         raise InputError(
             f"{path}: damaged ({error}); remove the folder {BEST}: the best of the next validations will be kept"
         ) from None
 
 
-def write_best(out: Path, weights: HasWeights, meta: CheckpointMetadata, found: Validated, validated_on: str) -> None:
+def write_best(
+    out: Path, weights: HasWeights, meta: CheckpointMetadata, record: ValidationRecord, validated_on: str
+) -> None:
     """Replace ``best/``; a process that is killed leaves the folder before or after, which `recover` finds."""
-    new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{MARK}", out / _BEFORE, out / BEST
+    new, old, best = out / f".{BEST}.{secrets.token_hex(4)}.{MARK}", out / _PREVIOUS, out / BEST
     try:
         checkpoint.save(new, weights, meta)
-        write_json(new / VALIDATION, asdict(found))
-        write_card(new, meta, [{"step": found.step, **found.rates}], validated_on)
+        write_json(new / VALIDATION, asdict(record))
+        write_card(new, meta, [{"step": record.step, **record.rates}], validated_on)
         if best.exists():
             os.replace(best, old)
         os.replace(new, best)
@@ -89,7 +91,7 @@ def write_best(out: Path, weights: HasWeights, meta: CheckpointMetadata, found: 
 
 def recover(out: Path) -> None:
     """Undo what a process left that was killed while it replaced ``best/``."""
-    if (out / _BEFORE).exists() and not (out / BEST).exists():
-        os.replace(out / _BEFORE, out / BEST)
+    if (out / _PREVIOUS).exists() and not (out / BEST).exists():
+        os.replace(out / _PREVIOUS, out / BEST)
     for folder in left_behind(out, BEST):
         shutil.rmtree(folder)

@@ -44,16 +44,16 @@ class TrainingClock:
     @contextmanager
     def pause(self, bar: tqdm[Any]) -> Iterator[None]:
         """Keep the time of a validation out of the speed of the steps, and out of that of their bar."""
-        before = time.perf_counter()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            took = time.perf_counter() - before
-            self._lap += took
-            self._paused, self._pauses = self._paused + took, self._pauses + 1
-            forget_pause(bar, took)
+            pause_seconds = time.perf_counter() - started
+            self._lap += pause_seconds
+            self._paused, self._pauses = self._paused + pause_seconds, self._pauses + 1
+            forget_pause(bar, pause_seconds)
 
-    def left(self, step: int, pauses: int) -> str:
+    def time_left(self, step: int, pauses: int) -> str:
         """Time until the end with the validations still to come, such as "1:02:03"; "" before it can be known."""
         if step == self._first or (pauses and not self._pauses):
             return ""

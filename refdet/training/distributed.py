@@ -31,17 +31,17 @@ from refdet.files.json_files import read_small_json
 from refdet.files.short_text import counted, shown
 from refdet.files.version import __version__
 from refdet.training.launch import Launch
-from refdet.training.meeting import meeting_store
 from refdet.training.processes import EndedTogether, LostProcess, Processes
 from refdet.training.rank_log import RankLog
+from refdet.training.rendezvous import rendezvous_store
 from refdet.training.sync_norm import convert_norms
 
 T = TypeVar("T")
 
 JOB = Path("state", "torchrun.json")  # in a run directory: the start of torchrun that trains into it
 _JOINING, _WAITING, _COMPUTING = timedelta(minutes=10), timedelta(days=7), timedelta(minutes=30)
-_LAST = timedelta(seconds=10)  # for the first process to say an error
-_LOST = "another process of this training ended without a word (killed, or out of memory?)"
+_FINAL_WAIT = timedelta(seconds=10)  # for the first process to say an error
+_LOST_MESSAGE = "another process of this training ended without a word (killed, or out of memory?)"
 _ERRORS: dict[str, type[RefdetError]] = {kind.__name__: kind for kind in (InputError, RuntimeFailure, Interrupted)}
 
 
@@ -53,17 +53,17 @@ class ProcessGroup(Processes):
         own_log: takes what this process prints; None in the first.
     """
 
-    def __init__(self, launch: Launch, own_log: RankLog | None) -> None:
+    def __init__(self, launch: Launch, rank_log: RankLog | None) -> None:
         self.rank, self.world_size, self.local_world_size = launch.rank, launch.world_size, launch.local_world_size
-        self._launch, self._log = launch, own_log
-        self.over = False  # all know the error that ends the training
+        self._launch, self._log = launch, rank_log
+        self.ended = False  # all know the error that ends the training
         self._computing = False
         self._device = torch.device("cpu")
         self._devices: list[str] = []
         self._hosts: list[str] = []
         self._group: Any = None  # of the device
         try:
-            store = meeting_store(launch, _JOINING)
+            store = rendezvous_store(launch, _JOINING)
             dist.init_process_group(
                 "gloo", store=store, rank=launch.rank, world_size=launch.world_size, timeout=_JOINING
             )
@@ -76,35 +76,35 @@ class ProcessGroup(Processes):
                 "check the address and port, and firewalls between the machines"
             ) from error
 
-    def meet(self) -> None:
+    def check_peers(self) -> None:
         """Learn where the others are. InputError if they are of another version."""
         self._hosts = self.gather(socket.gethostname())
         self.check_same({"the version of refdet": __version__, "the version of PyTorch": torch.__version__})
 
-    def agree(self, error: Exception | None = None) -> None:
+    def share_error(self, error: Exception | None = None) -> None:
         """Raise an error that any of the processes has, in all of them."""
-        self._exchange(None, error, wanted=False)
+        self._exchange(None, error, gather=False)
 
-    def all_have(self, work: Callable[[], T]) -> T:
+    def on_all(self, work: Callable[[], T]) -> T:
         """Work of every process by itself; an error of one is raised in all."""
         try:
-            found = work()
+            result = work()
         except Exception as error:
-            self.agree(error)
+            self.share_error(error)
             raise
-        self.agree()
-        return found
+        self.share_error()
+        return result
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Work of the first process only; all return its result or raise its error."""
-        found: Any = None
+        result: Any = None
         if self.first:
             try:
-                found = work()
+                result = work()
             except Exception as error:
-                self.agree(error)
+                self.share_error(error)
                 raise
-        return self._exchange(found)[0]
+        return self._exchange(result)[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes."""
@@ -112,14 +112,14 @@ class ProcessGroup(Processes):
 
     def check_same(self, values: Mapping[str, object]) -> None:
         """Raise InputError if a value is another one in another process; the keys say what they are."""
-        found = self.gather(dict(values))
-        for what in values:
-            for rank, other in enumerate(found):
-                if other[what] != found[0][what]:
-                    self.over = True  # as all see it
+        gathered = self.gather(dict(values))
+        for name in values:
+            for rank, other in enumerate(gathered):
+                if other[name] != gathered[0][name]:
+                    self.ended = True  # as all see it
                     raise InputError(
-                        f"torchrun: {what} is {shown(other[what])} in process {rank} on {self._hosts[rank]}, and "
-                        f"{shown(found[0][what])} in process 0 on {self._hosts[0]}; all must have the same"
+                        f"torchrun: {name} is {shown(other[name])} in process {rank} on {self._hosts[rank]}, and "
+                        f"{shown(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
                     )
 
     def restarted(self, out: Path) -> bool:
@@ -135,7 +135,7 @@ class ProcessGroup(Processes):
         """A GPU of its own for each process of a machine, unless the name is that of the CPU."""
         return own_device(self._launch, name)
 
-    def begin(self, device: torch.device, out: Path) -> None:
+    def prepare(self, device: torch.device, out: Path) -> None:
         """Get ready to compute; the run directory is there and locked."""
         self.check_same({"the kind of device": device.type})
         self._device = device
@@ -149,7 +149,7 @@ class ProcessGroup(Processes):
     def _backend(self) -> str:
         return "nccl" if self._device.type == "cuda" else "gloo"
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """The processes, machines, devices and backend."""
         machines = Counter(self._hosts)
         on = f"{len(machines)} machines" if len(machines) > 1 else "1 machine"
@@ -179,7 +179,7 @@ class ProcessGroup(Processes):
         """Replace batch norms by those of the images of all processes."""
         convert_norms(model, device, self._group)
 
-    def without_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
         """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
         return network.no_sync()  # type: ignore[operator]
 
@@ -190,10 +190,10 @@ class ProcessGroup(Processes):
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_connections(error):
+            if not _is_connection_error(error):
                 raise
             self.lost = True
-            raise LostProcess(_LOST) from error
+            raise LostProcess(_LOST_MESSAGE) from error
         self._computing = False
 
     def total(self, counts: LossCounts) -> LossCounts:
@@ -211,22 +211,22 @@ class ProcessGroup(Processes):
 
         An error within a step is not known to others, who may wait for this process there: torchrun ends them.
         """
-        if not (self.over or self.lost or self._computing):
+        if not (self.ended or self.lost or self._computing):
             try:
-                self.agree(error)
+                self.share_error(error)
             except Exception as agreed:
                 error = error if self.lost else agreed
-        if self.first or not (self.over or self.lost):
+        if self.first or not (self.ended or self.lost):
             return error
         code = error.exit_code if isinstance(error, RefdetError) else RuntimeFailure.exit_code
         if not self.lost:  # torchrun ends all others as soon as one has ended
             with suppress(RuntimeError):
                 work = dist.irecv(torch.zeros(1), src=0, group=self._control)
                 if work is not None:
-                    work.wait(_LAST)
+                    work.wait(_FINAL_WAIT)
         return EndedTogether(str(error), code)
 
-    def _exchange(self, value: Any, error: Exception | None = None, wanted: bool = True) -> list[Any]:
+    def _exchange(self, value: Any, error: Exception | None = None, gather: bool = True) -> list[Any]:
         """The values of all processes, if wanted; an error of any is raised in all."""
         if self.lost:
             if error is not None:
@@ -236,29 +236,29 @@ class ProcessGroup(Processes):
             failed = torch.tensor([error is not None], dtype=torch.int64)
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control)
             if failed.item():
-                found = self._gathered(None if error is None else (_kind(error), _text(error)))
-            elif wanted:
-                return self._gathered(value)
+                errors = self._gather_objects(None if error is None else (_error_name(error), _error_text(error)))
+            elif gather:
+                return self._gather_objects(value)
             else:
                 return []
         except RuntimeError as lost:
             self.lost = True
-            raise LostProcess(_LOST) from (error or lost)
-        self.over = True
-        raise self._chosen(found, error)
+            raise LostProcess(_LOST_MESSAGE) from (error or lost)
+        self.ended = True
+        raise self._select_error(errors, error)
 
-    def _gathered(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self._control)
-        return found
+    def _gather_objects(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._control)
+        return gathered
 
-    def _chosen(self, found: list[tuple[str, str] | None], own: Exception | None) -> Exception:
+    def _select_error(self, errors: list[tuple[str, str] | None], error: Exception | None) -> Exception:
         """The one error of several that is said: of a signal only if there is no other."""
-        ranks = [rank for rank, one in enumerate(found) if one is not None]
-        rank = min(ranks, key=lambda rank: (found[rank][0] == Interrupted.__name__, rank))  # type: ignore[index]
-        if rank == self.rank and own is not None:
-            return own
-        kind, text = found[rank]  # type: ignore[misc]
+        ranks = [rank for rank, entry in enumerate(errors) if entry is not None]
+        rank = min(ranks, key=lambda rank: (errors[rank][0] == Interrupted.__name__, rank))  # type: ignore[index]
+        if rank == self.rank and error is not None:
+            return error
+        kind, text = errors[rank]  # type: ignore[misc]
         if self._hosts[rank] != self._hosts[0]:
             text += f" (on {self._hosts[rank]})"
         return _ERRORS[kind](text)
@@ -279,48 +279,48 @@ def own_device(launch: Launch, name: str | None) -> str:
             f"`device` {name}: one GPU for the {launch.local_world_size} processes of a machine; leave it out, and "
             "each has its own"
         )
-    there = torch.cuda.device_count()
-    if 0 < there < launch.local_world_size:
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < launch.local_world_size:
         raise InputError(
             f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
-            f"{counted(there, 'GPU')}; start at most {there} there"
+            f"{counted(gpus, 'GPU')}; start at most {gpus} there"
         )
     return f"cuda:{launch.local_rank}"
 
 
 @contextmanager
-def group_of(launch: Launch) -> Iterator[ProcessGroup]:
+def join_group(launch: Launch) -> Iterator[ProcessGroup]:
     """Context manager that joins the processes of torchrun.
 
     Raises:
         RuntimeFailure: they cannot reach each other.
         EndedTogether: in all processes but the first, where the block ends with an error in any.
     """
-    own_log = RankLog(launch.rank) if launch.rank else None
+    rank_log = RankLog(launch.rank) if launch.rank else None
     try:
-        group = ProcessGroup(launch, own_log)
+        group = ProcessGroup(launch, rank_log)
         try:
-            group.meet()
+            group.check_peers()
             with warnings.catch_warnings():
                 # of 1x1 convolutions, whose strides are ambiguous; it costs nothing
                 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
                 yield group
-            group.agree()
+            group.share_error()
         except Exception as error:
             ended = group.end(error)
-            if own_log is not None:
+            if rank_log is not None:
                 print(f"error: {ended}", flush=True)  # into its log
             if ended is error:
                 raise
             raise ended from error
         except KeyboardInterrupt:  # before the training, which notes it
-            if own_log is None:
+            if rank_log is None:
                 raise
             raise EndedTogether("interrupted", Interrupted.exit_code) from None
         dist.destroy_process_group()  # not after an error: the others wait for this process to end
     finally:
-        if own_log is not None:
-            own_log.close()
+        if rank_log is not None:
+            rank_log.close()
 
 
 def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
@@ -329,15 +329,15 @@ def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses a
     return future.then(lambda done: done.value()[0])
 
 
-def _kind(error: Exception) -> str:
+def _error_name(error: Exception) -> str:
     """The key of `_ERRORS` for an error."""
     return next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), RuntimeFailure.__name__)
 
 
-def _text(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) if isinstance(error, RefdetError) else f"unexpected {type(error).__name__}: {error}"
 
 
-def _is_of_connections(error: RuntimeError) -> bool:
+def _is_connection_error(error: RuntimeError) -> bool:
     """Whether an error of PyTorch says that another process cannot be reached any more."""
     return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "Connection"))

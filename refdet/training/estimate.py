@@ -22,16 +22,15 @@ from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.progress import progress_bar
 from refdet.interrupt import Stop, StopRequested
 from refdet.training import state
-from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 from refdet.training.inputs import TrainingInputs
-from refdet.training.optim import learning_rate, optimiser
-from refdet.training.passes import in_bfloat16
+from refdet.training.optim import build_optimizer, learning_rate
 from refdet.training.pretrained import load_pretrained
-from refdet.training.step import start_step
+from refdet.training.step import in_bfloat16, start_step
 from refdet.training.validation import validations_after
 
 MEASURED = 3  # steps; one before them is not, as libraries choose their kernels in it
-_VALIDATED = 4  # images, a batch of a validation
+_VALIDATION_IMAGES = 4  # images, a batch of a validation
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(given: TrainingInputs, device: str | None = None) -> Estimate:
+def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
     """Measure a few steps of a training, and a batch of its validation.
 
     Raises:
@@ -82,79 +81,79 @@ def estimate(given: TrainingInputs, device: str | None = None) -> Estimate:
         RuntimeFailure: the loss is not finite, or the device has too little memory.
         Interrupted: by a signal.
     """
-    target, recipe, index = usable_device(device), given.recipe, given.objects.index
+    target, recipe, index = usable_device(device), inputs.recipe, inputs.objects.index
     categories = tuple(index.categories.items())
-    loading.without_memory(recipe, len(categories))  # raises InputError if it is far too large
-    batches = TrainingBatches(index, given.source, recipe, given.objects)
+    loading.build_on_meta(recipe, len(categories))  # raises InputError if it is far too large
+    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects)
     check_shared_memory(batches, recipe.train.workers)
-    first = given.before.meta.step if given.before else 0
-    left = max(recipe.train.steps - first, 0)
-    products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)
+    first_step = inputs.saved_run.meta.step if inputs.saved_run else 0
+    steps_left = max(recipe.train.steps - first_step, 0)
+    precision = usable_precision("tf32" if recipe.train.tf32 else "float32", target)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     try:
-        with naming_out_of_memory(), arithmetic(products):
-            model, seconds = _steps(given, batches, target, first)
+        with naming_out_of_memory(), arithmetic(precision):
+            model, seconds = _measure_steps(inputs, batches, target, first_step)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(
             f"{target} has too little memory for a step; lower train.batch_size and train.lr together"
         ) from error
-    memory = _most_memory(target)
+    memory = _peak_memory(target)
     image_seconds, validation_images = 0.0, 0
-    if given.validation is not None:
-        meta = CheckpointMetadata(recipe, categories, given.provenance, first)
-        detector = loading.from_tensors(meta, model.state_dict(), given.out, target, for_inference=True)
-        image_seconds = _image_seconds(detector, given.validation.data)
-        validation_images = len(given.validation.data.records)
-    validations = validations_after(first, recipe.train) if given.validation else 0
-    step = statistics.median(seconds)
+    if inputs.validation is not None:
+        meta = CheckpointMetadata(recipe, categories, inputs.provenance, first_step)
+        detector = loading.from_tensors(meta, model.state_dict(), inputs.out, target, for_inference=True)
+        image_seconds = _measure_image(detector, inputs.validation.data)
+        validation_images = len(inputs.validation.data.records)
+    validations = validations_after(first_step, recipe.train) if inputs.validation else 0
+    step_seconds = statistics.median(seconds)
     return Estimate(
         recipe,
         len(batches.records),
         sum(len(batches.objects.objects(record.id)) for record in batches.records),
         len(categories),
-        left,
-        left / batches.epoch_steps,
+        steps_left,
+        steps_left / batches.epoch_steps,
         described(device),
-        "bfloat16" if in_bfloat16(model, target) else products,
-        step,
+        "bfloat16" if in_bfloat16(model, target) else precision,
+        step_seconds,
         image_seconds,
         validations,
         validation_images,
-        left * step + validations * validation_images * image_seconds,
+        steps_left * step_seconds + validations * validation_images * image_seconds,
         memory,
-        state.most_bytes(model, recipe.train, given.validation is not None),
+        state.max_disk_bytes(model, recipe.train, inputs.validation is not None),
     )
 
 
-def _steps(
-    given: TrainingInputs, batches: TrainingBatches, device: torch.device, first: int
+def _measure_steps(
+    inputs: TrainingInputs, batches: TrainingBatches, device: torch.device, first_step: int
 ) -> tuple[MaskRCNN, list[float]]:
     """The network after a few steps from the first, and the seconds of those that are measured."""
-    options = given.recipe.train
+    options = inputs.recipe.train
     torch.manual_seed(options.seed)
     classes = len(batches.labels)
-    model = MaskRCNN(given.recipe, classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fresh = None
-    if given.weights is not None and given.before is None:
-        fresh = load_pretrained(model, tuple(given.objects.index.categories.items()), given.weights)
-    sgd = optimiser(model, options, fresh)
-    if given.before is not None:
-        state.newest(given.out).restore(model, sgd)
+    model = MaskRCNN(inputs.recipe, classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    new_prefixes = None
+    if inputs.weights is not None and inputs.saved_run is None:
+        new_prefixes = load_pretrained(model, tuple(inputs.objects.index.categories.items()), inputs.weights)
+    sgd = build_optimizer(model, options, new_prefixes)
+    if inputs.saved_run is not None:
+        state.newest(inputs.out).restore(model, sgd)
     model.train()
     generator, seconds = torch.Generator(), []
-    steps = range(first, first + MEASURED + 1)
+    steps = range(first_step, first_step + MEASURED + 1)
     try:
         with (
             Stop.watching() as stop,
             progress_bar(len(steps), "measure", "step", leave=False) as bar,
-            batches_ahead(batches, steps, options.workers, device, stop) as ahead,
+            prefetch_batches(batches, steps, options.workers, device, stop) as prefetched,
         ):
             for step in steps:
                 started = time.perf_counter()
                 if stop.requested:
                     raise StopRequested
-                batch = next(ahead)
+                batch = next(prefetched)
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(min(step, options.steps - 1), options)
                 start_step(model, sgd, batch, rate, options.max_grad_norm, generator).losses()
@@ -165,9 +164,9 @@ def _steps(
     return model, seconds[1:]
 
 
-def _image_seconds(detector: loading.TrainedDetector, data: EvaluationData) -> float:
+def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> float:
     """Seconds of an image of a validation: of the second of two passes over the same few."""
-    records, seconds = data.records[:_VALIDATED], 0.0
+    records, seconds = data.records[:_VALIDATION_IMAGES], 0.0
     for _ in range(2):
         started = time.perf_counter()
         for _ in detected_regions(detector, data.source, records):
@@ -176,7 +175,7 @@ def _image_seconds(detector: loading.TrainedDetector, data: EvaluationData) -> f
     return seconds / len(records)
 
 
-def _most_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """Bytes: the most that PyTorch has reserved on a GPU, or that this process had on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)

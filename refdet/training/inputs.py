@@ -24,7 +24,7 @@ class TrainingInputs:
         provenance: of the instances file.
         out: the run directory.
         weights: run directory of a detector to start from, or None.
-        before: the state in `out` to resume from, or None.
+        saved_run: the state in `out` to resume from, or None.
         data_sha256: `TrainingObjects.sha256` of the objects.
         validation: images to validate on, or None.
     """
@@ -35,6 +35,6 @@ class TrainingInputs:
     provenance: Provenance
     out: Path
     weights: Path | None
-    before: SavedRun | None
+    saved_run: SavedRun | None
     data_sha256: str
     validation: ValidationData | None = None

@@ -15,7 +15,7 @@ _CURRENT: ContextVar[Processes | None] = ContextVar("processes", default=None)
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined_processes() -> Iterator[Processes]:
     """Context manager for the processes that train together; within it, what other calls of it give too.
 
     Raises:
@@ -28,9 +28,9 @@ def joined() -> Iterator[Processes]:
     if launch is None:
         yield current or Processes()
         return
-    from refdet.training.distributed import group_of  # imports torch, which takes seconds
+    from refdet.training.distributed import join_group  # imports torch, which takes seconds
 
-    with group_of(launch) as group:
+    with join_group(launch) as group:
         token = _CURRENT.set(group)
         try:
             yield group
@@ -42,8 +42,8 @@ def in_all_processes(work: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function that the processes of torchrun run together, from its first check on."""
 
     @wraps(work)
-    def together(*arguments: Any, **named: Any) -> Any:
-        with joined():
-            return work(*arguments, **named)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        with joined_processes():
+            return work(*arguments, **keywords)
 
-    return together
+    return wrapper

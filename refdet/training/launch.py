@@ -10,7 +10,7 @@ from pathlib import Path
 
 from refdet.errors import InputError
 
-_NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NO_ID = ("", "none")  # torchrun's run id where none is given
 
 
@@ -42,7 +42,7 @@ class Launch:
             InputError: there are several processes, but not what they need to find each other.
         """
         count = environment.get("WORLD_SIZE", "")
-        missing = [name for name in _NEEDED if not environment.get(name)]
+        missing = [name for name in _REQUIRED if not environment.get(name)]
         if not count.isdecimal() or missing:
             if count.isdecimal() and int(count) > 1:
                 raise InputError(
@@ -59,8 +59,8 @@ class Launch:
             raise InputError(f"RANK: is {numbers[0]} of {numbers[1]} processes (WORLD_SIZE); start with torchrun")
         restarts, run_id = environment.get("TORCHELASTIC_RESTART_COUNT", ""), environment.get("TORCHELASTIC_RUN_ID", "")
         rank, world_size, local_rank, local_world_size = numbers
-        again = int(restarts) if restarts.isdecimal() else None
-        return cls(rank, world_size, local_rank, local_world_size, again, "" if run_id in _NO_ID else run_id)
+        restart_count = int(restarts) if restarts.isdecimal() else None
+        return cls(rank, world_size, local_rank, local_world_size, restart_count, "" if run_id in _NO_ID else run_id)
 
     def job(self) -> dict[str, str]:
         """What identifies this start of torchrun: its id if it has one, its process on this machine, and this process.
@@ -71,11 +71,11 @@ class Launch:
 
     def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
         """Whether this process takes the place of the one of a `job`, after so many restarts on any machine."""
-        own = self.job()
-        if self.restarts is None or job.get("process") == own["process"]:
+        this = self.job()
+        if self.restarts is None or job.get("process") == this["process"]:
             return False
-        same_id = own["run_id"] != "" and job.get("run_id") == own["run_id"]
-        return job.get("agent") == own["agent"] or (same_id and restarts > 0)  # ids may be used again
+        same_id = this["run_id"] != "" and job.get("run_id") == this["run_id"]
+        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # ids may be used again
 
 
 def _identity(process: int) -> str:

@@ -16,7 +16,7 @@ from refdet.config.renamed_keys import LOSSES
 from refdet.files.atomic import atomic_write
 from refdet.files.json_files import read_bytes
 from refdet.training.metrics_rows import METRICS, VALIDATED, row_of
-from refdet.training.run_folder import LARGEST_LOG
+from refdet.training.run_folder import MAX_LOG_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        _forget_after(folder / METRICS, first)
+        _truncate_after(folder / METRICS, first)
         if first == 0:
             for events in folder.glob(_EVENTS):
                 events.unlink()
@@ -78,12 +78,12 @@ def _wait_for_a_later_name(folder: Path) -> None:
         time.sleep(min(max(max(seconds) + 1 - time.time(), 0), 1))
 
 
-def _forget_after(metrics: Path, step: int) -> None:
+def _truncate_after(metrics: Path, step: int) -> None:
     """Drop the rows of later steps, and damaged ones with a warning."""
     if not os.path.lexists(metrics):  # not `exists`: a dangling link is an error
         return
     kept, damaged = [], 0
-    for line in read_bytes(metrics, LARGEST_LOG).decode("utf-8", "replace").splitlines():
+    for line in read_bytes(metrics, MAX_LOG_BYTES).decode("utf-8", "replace").splitlines():
         row = row_of(line)
         if row is None:
             damaged += bool(line.strip())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.files.json_files import read_bytes
-from refdet.training.run_folder import LARGEST_LOG
+from refdet.training.run_folder import MAX_LOG_BYTES
 
 METRICS = "metrics.jsonl"
 VALIDATED = "val_"
@@ -30,7 +30,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         return []
-    lines = read_bytes(path, LARGEST_LOG).decode("utf-8", "replace").splitlines()
+    lines = read_bytes(path, MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()
     return [row for line in lines if (row := row_of(line)) is not None]
 
 

@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate schedule."""
+"""The optimizer and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class GuardedSGD(torch.optim.SGD):
         self.found_inf = torch.maximum(self.found_inf, bad)
 
 
-def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | None = None) -> GuardedSGD:
+def build_optimizer(model: nn.Module, options: TrainOptions, new_prefixes: tuple[str, ...] | None = None) -> GuardedSGD:
     """SGD with momentum; weight decay only on the weights of convolutions, but depthwise ones, and linear layers.
 
     Args:
         model: the network; frozen parameters are left out.
         options: learning rate, momentum and weight decay.
-        fresh: prefixes of the names that pretrained weights did not have; the other parameters learn at
+        new_prefixes: prefixes of the names that pretrained weights did not have; the other parameters learn at
             ``options.pretrained_lr_mult`` times the rate. None without pretrained weights.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = options.weight_decay if parameter.ndim > 1 and parameter.shape[1] > 1 else 0.0
-            factor = 1.0 if fresh is None or name.startswith(fresh) else options.pretrained_lr_mult
+            factor = 1.0 if new_prefixes is None or name.startswith(new_prefixes) else options.pretrained_lr_mult
             factor *= options.bias_lr_mult if name.endswith("bias") else 1.0
             groups.setdefault((decay, factor), []).append(parameter)
     sgd = GuardedSGD(
         [
-            {"params": parameters, "weight_decay": decay, "rate": factor}
+            {"params": parameters, "weight_decay": decay, "lr_mult": factor}
             for (decay, factor), parameters in groups.items()
         ],
         lr=options.lr,
@@ -61,10 +61,10 @@ def optimiser(model: nn.Module, options: TrainOptions, fresh: tuple[str, ...] | 
     return sgd
 
 
-def set_rate(sgd: torch.optim.SGD, rate: float) -> None:
-    """Set the learning rate of each parameter group of an `optimiser`."""
+def set_lr(sgd: torch.optim.SGD, rate: float) -> None:
+    """Set the learning rate of each parameter group of `build_optimizer`."""
     for group in sgd.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate * group["lr_mult"]
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -78,18 +78,18 @@ def learning_rate(step: int, options: TrainOptions) -> float:
         rate *= 0.1 + 0.9 * step / warmup
     if options.schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-    passed = sum(step >= drop * options.steps for drop in options.lr_milestones)
+    passed = sum(step >= milestone * options.steps for milestone in options.lr_milestones)
     return rate * 0.1**passed
 
 
 def momentum_of(model: nn.Module, sgd: torch.optim.SGD) -> dict[str, Tensor]:
     """Parameter name -> momentum buffer."""
-    found = {}
+    buffers = {}
     for name, parameter in model.named_parameters():
         buffer = sgd.state.get(parameter, {}).get("momentum_buffer")
         if buffer is not None:
-            found[name] = buffer
-    return found
+            buffers[name] = buffer
+    return buffers
 
 
 def restore_momentum(model: nn.Module, sgd: torch.optim.SGD, momentum: dict[str, Tensor]) -> None:

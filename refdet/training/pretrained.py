@@ -25,7 +25,7 @@ MASK_BRANCH = "head.mask."
 OF_DETECTORS = (("model", "anchor_offset"), ("model", "torchvision_anchors"), ("model", "sampling_ratio"))
 
 
-def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
+def find_new_prefixes(weights: Path, recipe: Recipe, categories: Categories) -> tuple[str, ...]:
     """Prefixes of the names of the parameters that pretrained weights do not provide.
 
     All trained parameters are loaded: the convolutions of an ImageNet network, or all but the mask branch of a Faster
@@ -34,26 +34,26 @@ def begins_anew(weights: Path, recipe: Recipe, categories: Categories) -> tuple[
     Raises:
         InputError: the weights have other classes, another network or another input format.
     """
-    theirs = checkpoint.load_meta(weights)
-    _check_network(theirs.recipe, recipe, weights, bool(theirs.untrained))
-    _check_style(theirs.recipe, recipe, weights, bool(theirs.untrained))
-    fresh = theirs.untrained
+    pretrained = checkpoint.load_meta(weights)
+    _check_network(pretrained.recipe, recipe, weights, bool(pretrained.untrained))
+    _check_style(pretrained.recipe, recipe, weights, bool(pretrained.untrained))
+    new_prefixes = pretrained.untrained
     if recipe.train.reset_predictors:
-        fresh += PREDICTORS
-    if recipe.model.masks != theirs.recipe.model.masks:
-        fresh += (MASK_BRANCH,)  # missing in one of the two
-    if theirs.categories != categories and not any("head.box.".startswith(part) for part in fresh):
+        new_prefixes += PREDICTORS
+    if recipe.model.masks != pretrained.recipe.model.masks:
+        new_prefixes += (MASK_BRANCH,)  # missing in one of the two
+    if pretrained.categories != categories and not any("head.box.".startswith(prefix) for prefix in new_prefixes):
         raise InputError(
-            f"`weights` {weights}: {difference(theirs.categories, categories)}; keep all but its last layers with "
+            f"`weights` {weights}: {difference(pretrained.categories, categories)}; keep all but its last layers with "
             "`train.reset_predictors=true`"
         )
-    if theirs.recipe.model.neck != recipe.model.neck and theirs.untrained:
-        fresh += ("neck.", "head.")
-    return fresh
+    if pretrained.recipe.model.neck != recipe.model.neck and pretrained.untrained:
+        new_prefixes += ("neck.", "head.")
+    return new_prefixes
 
 
 def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> tuple[str, ...]:
-    """Load the weights of a run directory into a new model; returns the prefixes of `begins_anew`.
+    """Load the weights of a run directory into a new model; returns the prefixes of `find_new_prefixes`.
 
     Raises:
         InputError: the weights have other classes, another network or another input format.
@@ -61,20 +61,20 @@ def load_pretrained(model: MaskRCNN, categories: Categories, weights: Path) -> t
     from refdet.detector.loading import load_weights
 
     folder = checkpoint.run_directory(weights)
-    theirs = checkpoint.load_meta(folder)
-    fresh = begins_anew(weights, model.recipe, categories)
+    pretrained = checkpoint.load_meta(folder)
+    new_prefixes = find_new_prefixes(weights, model.recipe, categories)
     tensors, _ = checkpoint.read_tensors(folder / checkpoint.MODEL)
-    if theirs.recipe.model.neck != model.recipe.model.neck and theirs.untrained:
+    if pretrained.recipe.model.neck != model.recipe.model.neck and pretrained.untrained:
         tensors = _for_pyramid(tensors)
-    load_weights(model, tensors, folder / checkpoint.MODEL, skip=fresh)
-    return fresh
+    load_weights(model, tensors, folder / checkpoint.MODEL, skip=new_prefixes)
+    return new_prefixes
 
 
-def difference(theirs: tuple, ours: tuple) -> str:
+def difference(saved: tuple, current: tuple) -> str:
     """Human-readable difference between the categories of a checkpoint and of an instances file."""
-    if len(theirs) != len(ours):
-        return f"the checkpoint has {len(theirs)} classes, the instances file {len(ours)}"
-    first = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
+    if len(saved) != len(current):
+        return f"the checkpoint has {len(saved)} classes, the instances file {len(current)}"
+    first = next((a, b) for a, b in zip(saved, current, strict=True) if a != b)
     return f"the checkpoint has class {first[0]} where the instances file has {first[1]}"
 
 
@@ -83,13 +83,13 @@ def _for_pyramid(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("head.conv5.", "backbone.layer4."): value for name, value in tensors.items()}
 
 
-def _check_network(theirs: Recipe, ours: Recipe, weights: Path, backbone_alone: bool) -> None:
+def _check_network(pretrained: Recipe, current: Recipe, weights: Path, backbone_alone: bool) -> None:
     """Raise InputError for another depth, width or neck, clearer than a list of mismatched tensors."""
-    keys = ["backbone", "width"] + ["depth"] * (ours.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
-    if any(getattr(theirs.model, key) != getattr(ours.model, key) for key in keys):
+    keys = ["backbone", "width"] + ["depth"] * (current.model.backbone == "resnet") + ["neck"] * (not backbone_alone)
+    if any(getattr(pretrained.model, key) != getattr(current.model, key) for key in keys):
         raise InputError(
-            f"`weights` {weights}: a {_network(theirs)}, but recipe {ours.name} has a {_network(ours)}; choose another "
-            "recipe or other weights"
+            f"`weights` {weights}: a {_network(pretrained)}, but recipe {current.name} has a {_network(current)}; "
+            "choose another recipe or other weights"
         )
 
 
@@ -98,7 +98,7 @@ def _network(recipe: Recipe) -> str:
     return network_name(model) + (f" with {NECKS[model.neck]}" if model.backbone == "resnet" else "")
 
 
-def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: bool) -> None:
+def _check_style(pretrained: Recipe, current: Recipe, weights: Path, imported_resnet: bool) -> None:
     """Raise InputError for another input format or stride, which shapes do not show."""
     fixes = []
     for part, key in (
@@ -109,12 +109,12 @@ def _check_style(theirs: Recipe, ours: Recipe, weights: Path, imported_resnet: b
         ("model", "pooler_resolution"),
         *(() if imported_resnet else OF_DETECTORS),
     ):
-        before, now = (getattr(getattr(recipe, part), key) for recipe in (theirs, ours))
+        old, new = (getattr(getattr(options, part), key) for options in (pretrained, current))
         # the stride of conv5 on RoIs, if both have it and it was trained there
-        if key == "pooler_resolution" and (imported_resnet or {theirs.model.neck, ours.model.neck} != {"c4"}):
+        if key == "pooler_resolution" and (imported_resnet or {pretrained.model.neck, current.model.neck} != {"c4"}):
             continue
-        if before != now:
-            value = f"[{','.join(map(str, before))}]" if isinstance(before, tuple) else str(before).lower()
+        if old != new:
+            value = f"[{','.join(map(str, old))}]" if isinstance(old, tuple) else str(old).lower()
             fixes.append(f"`{part}.{key}={value}`")
     if fixes:
         raise InputError(f"`weights` {weights}: trained in another style than the recipe's; add {' '.join(fixes)}")

@@ -54,12 +54,12 @@ class Processes:
         """Whether this is the process that writes files and talks to the user."""
         return self.rank == 0
 
-    def agree(self, error: Exception | None = None) -> None:
+    def share_error(self, error: Exception | None = None) -> None:
         """Raise an error that any of the processes has, in all of them."""
         if error is not None:
             raise error
 
-    def all_have(self, work: Callable[[], T]) -> T:
+    def on_all(self, work: Callable[[], T]) -> T:
         """Work of every process by itself; an error of one is raised in all."""
         return work()
 
@@ -82,10 +82,10 @@ class Processes:
         """The name of this process's device, from the name that was given for all."""
         return name
 
-    def begin(self, device: torch.device, out: Path) -> None:
+    def prepare(self, device: torch.device, out: Path) -> None:
         """Get ready to compute; the run directory is there and locked."""
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """The processes, machines, devices and backend; "" for a process that torchrun did not start."""
         return ""
 
@@ -96,7 +96,7 @@ class Processes:
     def convert_norms(self, model: nn.Module, device: torch.device) -> None:
         """Replace batch norms by those of the images of all processes."""
 
-    def without_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
         """Context manager for a pass whose gradients are only added up: a later one is to sum them."""
         return nullcontext()
 

@@ -21,32 +21,32 @@ class RankLog:
     def __init__(self, rank: int) -> None:
         self._name, self._file = f"rank-{rank}.log", tempfile.TemporaryFile("w+b")  # noqa: SIM115
         _flush()
-        self._before = [os.dup(number) for number in (1, 2)]
+        self._saved_fds = [os.dup(number) for number in (1, 2)]
         self._redirect(self._file.fileno())
 
     def open(self, out: Path) -> None:
         """Go on in a file of the run directory, which begins with what was kept so far."""
         _flush()
         self._file.seek(0)
-        kept = self._file.read()
+        buffered = self._file.read()
         folder = out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / self._name).open("ab") as file:
-            file.write(kept)
+            file.write(buffered)
             file.flush()
             self._redirect(file.fileno())
 
     def close(self) -> None:
         """Give stdout and stderr back."""
         _flush()
-        for number, before in zip((1, 2), self._before, strict=True):
-            os.dup2(before, number)
-            os.close(before)
+        for fd, saved_fd in zip((1, 2), self._saved_fds, strict=True):
+            os.dup2(saved_fd, fd)
+            os.close(saved_fd)
         self._file.close()
 
     def _redirect(self, file: int) -> None:
-        for number in (1, 2):
-            os.dup2(file, number)
+        for fd in (1, 2):
+            os.dup2(file, fd)
 
 
 def _flush() -> None:

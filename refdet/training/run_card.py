@@ -17,7 +17,7 @@ CARD = "README.md"
 _LINES = 12  # of the learning curve, at most
 _BOX_AP = f"{VALIDATED}bbox_AP"
 _RATES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_FIRST = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
+_MARKER = "<!-- Written by refdet train at each save; remove this line to keep your own text. -->"
 
 
 def write_card(
@@ -33,7 +33,7 @@ def write_card(
     """
     path = out / CARD
     try:
-        if path.exists() and not _is_ours(path):
+        if path.exists() and not _is_generated(path):
             return
     except OSError:
         return
@@ -41,12 +41,12 @@ def write_card(
         temporary.write_text(_text(meta, rows, validated_on), encoding="utf-8", errors="backslashreplace")
 
 
-def _is_ours(path: Path) -> bool:
+def _is_generated(path: Path) -> bool:
     """Whether a file is a card that the user has not edited; reads only its first line."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(_FIRST)) == _FIRST.encode()
+        return file.read(len(_MARKER)) == _MARKER.encode()
 
 
 def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_on: str) -> str:
@@ -64,7 +64,7 @@ def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_
         ("leaks", _leaks(meta)),
     ]
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
-    return f"""{_FIRST}
+    return f"""{_MARKER}
 # refdet detector
 
 | | |
@@ -95,18 +95,18 @@ def _weights(meta: CheckpointMetadata) -> str:
 
 def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     """A table of the last and of the best validation; "" without any."""
-    found = [row for row in rows if is_validation(row)]
-    if not found:
+    validations = [row for row in rows if is_validation(row)]
+    if not validations:
         return ""
-    last, best = found[-1], max(found, key=lambda row: number_of(row, _BOX_AP) or 0.0)
+    last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
     for name, row in (("last, ", last), ("best, ", best)) if best is not last else (("", last),):
-        for kind, of in (("bbox", "boxes"), ("segm", "masks")):
+        for kind, noun in (("bbox", "boxes"), ("segm", "masks")):
             rates = [number_of(row, f"{VALIDATED}{kind}_{rate}") for rate in _RATES]
             if any(rate is not None for rate in rates):
                 cells = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
-                lines.append(f"| {of}, {name}step {row['step']} | {' | '.join(cells)} |")
+                lines.append(f"| {noun}, {name}step {row['step']} | {' | '.join(cells)} |")
     if best is not last:
         lines += ["", "The weights of the best are in `best/`."]
     return "\n".join(lines) + "\n"
@@ -118,14 +118,14 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
     rates = [(row["step"], number_of(row, _BOX_AP)) for row in rows if is_validation(row)]
     if len(losses) < 2:
         return ""
-    most = max(max(loss for _, loss in losses), 1e-9)
-    heading, lines, before = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
-    for place in sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)}):
-        step, loss = losses[place]
-        found = [f"{rate:.3f}" for at, rate in rates if before < at <= step]
-        bar = "#" * min(max(round(40 * loss / most), 1), 40)
-        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<40}  {''.join(found[-1:])}".rstrip())
-        before = step
+    max_loss = max(max(loss for _, loss in losses), 1e-9)
+    heading, lines, previous = f"    {'step':>9}  {'loss':>8}  {'':<40}", [], 0
+    for index in sorted({round(i * (len(losses) - 1) / (_LINES - 1)) for i in range(_LINES)}):
+        step, loss = losses[index]
+        reached = [f"{rate:.3f}" for rate_step, rate in rates if previous < rate_step <= step]
+        bar = "#" * min(max(round(40 * loss / max_loss), 1), 40)
+        lines.append(f"    {step:>9}  {loss:8.3f}  {bar:<40}  {''.join(reached[-1:])}".rstrip())
+        previous = step
     heading = f"{heading}  box AP" if rates else heading.rstrip()
     return "\n".join(["", "## Learning curve", "", heading, *lines]) + "\n"
 

@@ -8,18 +8,18 @@ from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
 BEST = "best"  # the folder of the weights with the highest AP in validations
-BUSY = "let it end or choose another `out`"
-LARGEST_LOG = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
+IN_USE = "let it end or choose another `out`"
+MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
 _STATE, _META = "state", "model.json"
 
 
 def states(out: Path) -> list[Path]:
     """The states in a run directory, oldest first."""
-    found = (path for path in (out / _STATE).glob("step-*.safetensors") if path.stem[len("step-") :].isdecimal())
-    return sorted(found, key=lambda path: int(path.stem[len("step-") :]))
+    paths = (path for path in (out / _STATE).glob("step-*.safetensors") if path.stem[len("step-") :].isdecimal())
+    return sorted(paths, key=lambda path: int(path.stem[len("step-") :]))
 
 
-def goes_on(out: Path, resume: bool) -> tuple[bool, str]:
+def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
     """Whether there is a state to resume from, and a note if ``--resume`` finds none.
 
     Raises:
@@ -36,6 +36,6 @@ def goes_on(out: Path, resume: bool) -> tuple[bool, str]:
     if (out / _META).exists():
         raise InputError(f"`resume`: {out} holds weights but no training state to resume from; choose another `out`")
     if not (out / LOCK).exists():
-        strange = min(path.name for path in out.iterdir())
-        raise InputError(f"`resume`: {out} holds {strange} but is not a run of refdet train; choose another `out`")
+        unexpected = min(path.name for path in out.iterdir())
+        raise InputError(f"`resume`: {out} holds {unexpected} but is not a run of refdet train; choose another `out`")
     return False, f"`resume`: the run in {out} ended before its first save: starting from the beginning"

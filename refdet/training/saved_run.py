@@ -33,13 +33,13 @@ class SavedRun:
     Attributes:
         path: the file of the state.
         meta: recipe, categories, provenance and step.
-        fresh: prefixes of the names that pretrained weights did not have; None without pretrained weights.
+        new_prefixes: prefixes of the names that pretrained weights did not have; None without pretrained weights.
         data_sha256: `TrainingObjects.sha256` of the training data; None in states of older versions.
     """
 
     path: Path
     meta: CheckpointMetadata
-    fresh: tuple[str, ...] | None
+    new_prefixes: tuple[str, ...] | None
     data_sha256: str | None
 
     @classmethod
@@ -66,33 +66,34 @@ class SavedRun:
         try:
             if "meta" not in metadata:
                 raise InputError("its metadata has no 'meta'")
-            meta, fresh = CheckpointMetadata.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
-            if not (fresh is None or (isinstance(fresh, list) and all(isinstance(part, str) for part in fresh))):
-                raise InputError(f"fresh: a list of names is needed, not {shown(fresh)}")
+            meta, prefixes = CheckpointMetadata.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
+            if not (prefixes is None or (isinstance(prefixes, list) and all(isinstance(p, str) for p in prefixes))):
+                raise InputError(f"fresh: a list of names is needed, not {shown(prefixes)}")
         except InputError as error:
             raise damaged(path, f"not the state of a run: {error}") from error
-        return SavedRun(path, meta, None if fresh is None else tuple(fresh), metadata.get("training_data_sha256"))
+        new_prefixes = None if prefixes is None else tuple(prefixes)
+        return SavedRun(path, meta, new_prefixes, metadata.get("training_data_sha256"))
 
     def with_older_defaults(self, recipe: Recipe, out: Path) -> tuple[Recipe, list[str]]:
         """The recipe with the defaults of the run, where a newer refdet has others; and notes for the user."""
-        then, now = self.meta.recipe, recipe
-        kept: list[tuple[str, object, object]] = []
-        if then.input.size_divisibility == 0:  # from before there was this key
-            kept.append(("input.size_divisibility", 0, now.input.size_divisibility))
-        if (now.model.neck, now.model.depth, then.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
-            kept.append(("train.bf16", False, now.train.bf16))
+        saved, current = self.meta.recipe, recipe
+        changes: list[tuple[str, object, object]] = []
+        if saved.input.size_divisibility == 0:  # from before there was this key
+            changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
+        if (current.model.neck, current.model.depth, saved.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
+            changes.append(("train.bf16", False, current.train.bf16))
         for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # all recipes had these
-            before, after = (getattr(each, part).smooth_l1_beta for each in (then, now))
-            if before == older:
-                kept.append((f"{part}.smooth_l1_beta", before, after))
+            old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
+            if old_beta == older:
+                changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
-            for key, old, new in kept
+            for key, old, new in changes
             if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 is as 1
         ]
-        if then.model.zero_init_residual:  # without a note, as weights are initialised once
-            kept.append(("model.zero_init_residual", True, now.model.zero_init_residual))
-        return now.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in kept]), notes
+        if saved.model.zero_init_residual:  # without a note, as weights are initialised once
+            changes.append(("model.zero_init_residual", True, current.model.zero_init_residual))
+        return current.with_changes([f"{key}={json.dumps(old)}" for key, old, _ in changes]), notes
 
     def check_recipe(self, recipe: Recipe, out: Path) -> None:
         """Check that the recipe is the one the run was started with.
@@ -120,12 +121,12 @@ class SavedRun:
         Raises:
             InputError: it differs.
         """
-        then = self.meta
-        if then.categories != categories:
-            raise InputError(f"`resume` {out}: {difference(then.categories, categories)}")
-        if then.provenance.image_ids_sha256 != provenance.image_ids_sha256:
+        saved = self.meta
+        if saved.categories != categories:
+            raise InputError(f"`resume` {out}: {difference(saved.categories, categories)}")
+        if saved.provenance.image_ids_sha256 != provenance.image_ids_sha256:
             raise InputError(f"`resume` {out}: the run was started with the images of another instances file")
-        if then.provenance.annotations != provenance.annotations:
+        if saved.provenance.annotations != provenance.annotations:
             raise InputError(f"`resume` {out}: the run was started with other annotations of these images")
         if self.data_sha256 is not None and self.data_sha256 != data_sha256:
             raise InputError(
@@ -133,17 +134,17 @@ class SavedRun:
                 "these images; give the file and the options it was started with"
             )
 
-    def notes(self, recipe: Recipe, out: Path) -> list[str]:
+    def resume_notes(self, recipe: Recipe, out: Path) -> list[str]:
         """Notes for the user on resuming, one line each."""
-        lines, before, after = [], self.meta.recipe.train.steps, recipe.train.steps
+        lines, old_steps, new_steps = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
             lines.append(
                 f"`resume` {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
                 "names: that they are the same is not checked"
             )
-        if after != before:
+        if new_steps != old_steps:
             lines.append(
-                f"`resume` {out}: train.steps was {before} and is now {after}: the warm-up and the drops of "
+                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and the drops of "
                 "the rate (train.lr_milestones) are counted in parts of the new number"
             )
         return lines

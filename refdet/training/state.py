@@ -37,17 +37,17 @@ class State(SavedRun):
     tensors: Mapping[str, Tensor]
 
     def restore(self, model: nn.Module, sgd: torch.optim.SGD, average: WeightAverage | None = None) -> None:
-        """Load the tensors into a model, its optimiser and the average of its weights.
+        """Load the tensors into a model, its optimizer and the average of its weights.
 
         Raises:
             InputError: they do not match the model.
         """
         momentum = self._part("momentum/")
-        wanted = dict(model.named_parameters())
-        self._check(self._part("model/"), model.state_dict(), whole=True)
-        self._check(momentum, wanted, whole=False)
+        parameters = dict(model.named_parameters())
+        self._check(self._part("model/"), model.state_dict(), complete=True)
+        self._check(momentum, parameters, complete=False)
         if average is not None:
-            self._check(self._part("ema/"), model.state_dict(), whole=True)
+            self._check(self._part("ema/"), model.state_dict(), complete=True)
             average.load_state_dict(self._part("ema/"))
         model.load_state_dict(self._part("model/"))
         restore_momentum(model, sgd, momentum)
@@ -55,17 +55,17 @@ class State(SavedRun):
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
-    def _check(self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whole: bool) -> None:
-        for name in wanted if whole else given:
-            if name not in given or name not in wanted:
-                raise self._damaged(f"{cut(name)} is {'missing' if name in wanted else 'not in this network'}")
-            if given[name].shape != wanted[name].shape:
-                sizes = f"{tuple(given[name].shape)}, the recipe expects {tuple(wanted[name].shape)}"
+    def _check(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complete: bool) -> None:
+        for name in expected if complete else actual:
+            if name not in actual or name not in expected:
+                raise self._damaged(f"{cut(name)} is {'missing' if name in expected else 'not in this network'}")
+            if actual[name].shape != expected[name].shape:
+                sizes = f"{tuple(actual[name].shape)}, the recipe expects {tuple(expected[name].shape)}"
                 raise self._damaged(f"{name} is {sizes}")
-            if not given[name].isfinite().all():
+            if not actual[name].isfinite().all():
                 raise self._damaged(f"{name} contains NaN or inf")
-        if whole and (strange := sorted(given.keys() - wanted.keys())):
-            raise self._damaged(f"{strange[0]} is not in this network")
+        if complete and (unexpected := sorted(actual.keys() - expected.keys())):
+            raise self._damaged(f"{unexpected[0]} is not in this network")
 
     def _damaged(self, why: str) -> InputError:
         return damaged(self.path, why)
@@ -83,7 +83,7 @@ def newest(out: Path) -> State:
     except InputError as error:
         raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
     saved = SavedRun.of(path, metadata)
-    return State(saved.path, saved.meta, saved.fresh, saved.data_sha256, tensors)
+    return State(saved.path, saved.meta, saved.new_prefixes, saved.data_sha256, tensors)
 
 
 def save(
@@ -91,7 +91,7 @@ def save(
     model: nn.Module,
     sgd: torch.optim.SGD,
     meta: CheckpointMetadata,
-    fresh: tuple[str, ...] | None,
+    new_prefixes: tuple[str, ...] | None,
     data_sha256: str,
     average: WeightAverage | None = None,
 ) -> None:
@@ -107,7 +107,7 @@ def save(
     path = folder / f"step-{meta.step:08d}.safetensors"
     metadata = {
         "meta": json.dumps(meta.to_json()),
-        "fresh": json.dumps(fresh),
+        "fresh": json.dumps(new_prefixes),
         "training_data_sha256": data_sha256,
     }
     checkpoint.write_tensors(path, tensors, metadata)
@@ -117,7 +117,7 @@ def save(
         old.unlink()
 
 
-def most_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
+def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
     """The most that a run directory takes, in bytes; each file exists twice while it is replaced.
 
     Weights, states of weights, momentum and perhaps an average, and the weights in ``best/``. Of ``train.keep=0``
@@ -130,9 +130,9 @@ def most_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> int:
 
 def clean(out: Path) -> None:
     """Remove temporary files of a run that was killed while saving."""
-    found = left_behind(out / checkpoint.STATE)
+    leftovers = left_behind(out / checkpoint.STATE)
     for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
-        found += left_behind(out, name)
-    for path in found:
+        leftovers += left_behind(out, name)
+    for path in leftovers:
         path.unlink()
     recover(out)

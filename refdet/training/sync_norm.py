@@ -54,16 +54,16 @@ class _Normalised(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y, the mean (C,), the biased variance (C,) and the number of values of a channel."""
-        channels, own = x.shape[1], x.numel() // x.shape[1]
-        mean = x.sum(_DIMS) / max(own, 1)
+        channels, local_count = x.shape[1], x.numel() // x.shape[1]
+        mean = x.sum(_DIMS) / max(local_count, 1)
         squares = (x - mean[:, None, None]).square().sum(_DIMS)
-        packed = torch.cat((mean, squares, mean.new_tensor([own])))
-        parts = packed.new_empty(dist.get_world_size(group), len(packed))  # (R, 2C + 1)
-        dist.all_gather(list(parts.unbind()), packed, group=group)
-        means, counts = parts[:, :channels], parts[:, -1:]
+        packed = torch.cat((mean, squares, mean.new_tensor([local_count])))
+        gathered = packed.new_empty(dist.get_world_size(group), len(packed))  # (R, 2C + 1)
+        dist.all_gather(list(gathered.unbind()), packed, group=group)
+        means, counts = gathered[:, :channels], gathered[:, -1:]
         count = counts.sum().clamp(min=1)
         mean = (means * counts).sum(0) / count
-        variance = (parts[:, channels:-1] + counts * (means - mean).square()).sum(0) / count
+        variance = (gathered[:, channels:-1] + counts * (means - mean).square()).sum(0) / count
         scale = (variance + eps).rsqrt()
         normalised = (x - mean[:, None, None]) * scale[:, None, None]
         ctx.save_for_backward(normalised, weight, scale, count)
@@ -73,15 +73,15 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of x, weight and bias; those of the weight and bias of this process only."""
         normalised, weight, scale, count = ctx.saved_tensors
-        of_bias, of_weight = slope.sum(_DIMS), (slope * normalised).sum(_DIMS)
-        means = torch.cat((of_bias, of_weight)) / count
+        grad_bias, grad_weight = grad_output.sum(_DIMS), (grad_output * normalised).sum(_DIMS)
+        means = torch.cat((grad_bias, grad_weight)) / count
         dist.all_reduce(means, group=ctx.group)
-        of_mean, of_scale = means.chunk(2)
-        inner = slope - of_mean[:, None, None] - normalised * of_scale[:, None, None]
-        return inner * (weight * scale)[:, None, None], of_weight, of_bias, None, None
+        mean_grad, mean_product = means.chunk(2)
+        grad_input = grad_output - mean_grad[:, None, None] - normalised * mean_product[:, None, None]
+        return grad_input * (weight * scale)[:, None, None], grad_weight, grad_bias, None, None
 
 
 def convert_norms(model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:

@@ -21,10 +21,10 @@ from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
 from refdet.training.inputs import TrainingInputs
-from refdet.training.joining import joined
-from refdet.training.pretrained import begins_anew
+from refdet.training.joining import joined_processes
+from refdet.training.pretrained import find_new_prefixes
 from refdet.training.processes import Processes
-from refdet.training.run_folder import BEST, BUSY, LOCK, goes_on
+from refdet.training.run_folder import BEST, IN_USE, LOCK, can_resume
 from refdet.training.saved_run import SavedRun
 from refdet.training.validation import ValidationData
 
@@ -80,14 +80,14 @@ def train(
         RuntimeFailure: the loss is not finite, the disk is full, or a worker process died; saved states are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
-    asked = (recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images)
-    with joined() as processes:
-        given = _checked(processes, *asked)
+    args = (recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images)
+    with joined_processes() as processes:
+        inputs = _check_inputs(processes, *args)
 
         from refdet.training.trainer import train_on  # imports torch, which takes seconds
 
-        with report_disk_full(given.out, "what was saved is kept: free some space, then continue with `resume=True`"):
-            return train_on(given, device, processes)
+        with report_disk_full(inputs.out, "what was saved is kept: free some space, then continue with `resume=True`"):
+            return train_on(inputs, device, processes)
 
 
 def dry_run(
@@ -128,18 +128,18 @@ def dry_run(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
     """
     folder = None if out is None else Path(out)
-    asked = (recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images)
-    with joined() as processes:
+    args = (recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images)
+    with joined_processes() as processes:
         if processes.world_size > 1:
             raise InputError("torchrun: a dry run measures the steps of one process; start it without torchrun")
-        given = _checked(processes, *asked)
+        inputs = _check_inputs(processes, *args)
 
         from refdet.training.estimate import estimate  # imports torch, which takes seconds
 
-        return estimate(given, device)
+        return estimate(inputs, device)
 
 
-def _checked(
+def _check_inputs(
     processes: Processes,
     recipe: Recipe | str | Path,
     instances: str | Path,
@@ -155,58 +155,58 @@ def _checked(
     """The inputs of a training, checked before torch is imported, with notes about them."""
     instances, images = Path(instances), Path(images)
     weights = None if weights is None else Path(weights)
-    chosen = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
-    check_divided(chosen, processes.world_size)
-    continues, remark, before = False, "", None
+    resolved = (recipe if isinstance(recipe, Recipe) else recipes.load(str(recipe))).with_changes(changes)
+    check_divisible(resolved, processes.world_size)
+    resumes, note, saved_run = False, "", None
     if out is not None:
         if not resume and processes.restarted(out):
             resume = True
             log.warning(
                 "note: torchrun has started the processes again: they continue with the newest state in %s", out
             )
-        continues, remark, before = processes.on_first(lambda: _found(out, resume))
-    notes = [remark] if remark else []
-    theirs = None if weights is None else load_meta(weights)
-    if weights is not None and theirs is not None and theirs.provenance.is_unknown:
-        log.warning("starts from %s, %s", weights.name, theirs.provenance.note)
-    chosen = _with_norm(chosen, theirs, before, continues)
-    if before is not None and out is not None:
-        chosen, kept = before.with_older_defaults(chosen, out)
-        notes += kept
-        before.check_recipe(chosen, out)
-    source = ImageSource.open(images, chosen.input.exif)
+        resumes, note, saved_run = processes.on_first(lambda: _find_saved_run(out, resume))
+    notes = [note] if note else []
+    pretrained = None if weights is None else load_meta(weights)
+    if weights is not None and pretrained is not None and pretrained.provenance.is_unknown:
+        log.warning("starts from %s, %s", weights.name, pretrained.provenance.note)
+    resolved = _with_norm(resolved, pretrained, saved_run, resumes)
+    if saved_run is not None and out is not None:
+        resolved, default_notes = saved_run.with_older_defaults(resolved, out)
+        notes += default_notes
+        saved_run.check_recipe(resolved, out)
+    source = ImageSource.open(images, resolved.input.exif)
     # segmentations are needed only with masks
-    index = CocoIndex.load(instances, chosen.model.masks, crowd_as_object)
-    objects = TrainingObjects(index, chosen.model.masks, chosen.train.empty_images)
+    index = CocoIndex.load(instances, resolved.model.masks, crowd_as_object)
+    objects = TrainingObjects(index, resolved.model.masks, resolved.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
     validation = None
     if val_instances is not None:
         validation = ValidationData.open(
-            Path(val_instances), Path(val_images or images), chosen, objects, crowd_as_object
+            Path(val_instances), Path(val_images or images), resolved, objects, crowd_as_object
         )
-        notes += [*validation.notes, validation.describe(chosen.train)]
+        notes += [*validation.notes, validation.describe(resolved.train)]
     elif val_images is not None:
         raise InputError("`val_images`: give its annotations too, with `val_instances`")
     elif out is not None and (out / BEST).exists():
         notes.append(f"`resume` {out}: was validated before, and is not now; give `val_instances` to go on with it")
     categories = tuple(index.categories.items())
-    if weights is not None and not continues:
-        begins_anew(weights, chosen, categories)
+    if weights is not None and not resumes:
+        find_new_prefixes(weights, resolved, categories)
     provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
     validation_sha256 = None if validation is None else validation.sha256
     processes.check_same(
         {
             "the hash of `instances`": data_sha256,
             "the hash of `val_instances`": validation_sha256,
-            **_flat(chosen),
+            **_flatten(resolved),
         }
     )
-    if before is not None and out is not None:
-        before.check_data(categories, provenance, data_sha256, out)
-        notes += before.notes(chosen, out)
-    if weights is None and not continues and chosen.model.width == 64:  # for which there are ImageNet weights
+    if saved_run is not None and out is not None:
+        saved_run.check_data(categories, provenance, data_sha256, out)
+        notes += saved_run.resume_notes(resolved, out)
+    if weights is None and not resumes and resolved.model.width == 64:  # for which there are ImageNet weights
         notes.append(
-            f"recipe {chosen.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
+            f"recipe {resolved.name} starts from random weights, not from ImageNet's; `weights=RUN_DIR` starts from "
             "those that refdet import-weights converts"
         )
     if provenance.note:
@@ -219,25 +219,27 @@ def _checked(
         provenance = dataclasses.replace(provenance, note="; ".join(filter(None, (provenance.note, text))))
     for line in (*notes, *objects.notes):
         log.warning("note: %s", line)
-    return TrainingInputs(chosen, objects, source, provenance, out or Path(), weights, before, data_sha256, validation)
+    return TrainingInputs(
+        resolved, objects, source, provenance, out or Path(), weights, saved_run, data_sha256, validation
+    )
 
 
-def _found(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
+def _find_saved_run(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None]:
     """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
-    continues, remark = goes_on(out, resume)
+    resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
-        with alone(out, LOCK, BUSY):
+        with alone(out, LOCK, IN_USE):
             pass  # no other process trains into it
-    return continues, remark, SavedRun.newest(out) if continues else None
+    return resumes, note, SavedRun.newest(out) if resumes else None
 
 
-def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: SavedRun | None, continues: bool) -> Recipe:
+def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, saved_run: SavedRun | None, resumes: bool) -> Recipe:
     """Resolve the norm to frozen or batch; InputError for frozen norms with random weights."""
-    source = weights or (before and before.meta)  # the run's own norm may come from the weights it started from
+    source = weights or (saved_run and saved_run.meta)  # the run's own norm may come from the weights it started from
     norm = source.recipe.model.norm if source else "batch"
     if recipe.model.norm == "auto":
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
-    if weights is None and not continues and recipe.model.norm == "frozen":
+    if weights is None and not resumes and recipe.model.norm == "frozen":
         raise InputError(
             f"recipe {recipe.name}: model.norm=frozen would freeze random norms and first layers; give "
             "`weights=RUN_DIR` (refdet import-weights makes one from an ImageNet ResNet)"
@@ -245,13 +247,13 @@ def _with_norm(recipe: Recipe, weights: CheckpointMetadata | None, before: Saved
     return recipe
 
 
-def _flat(recipe: Recipe) -> dict[str, object]:
+def _flatten(recipe: Recipe) -> dict[str, object]:
     """The values of a recipe by key, such as "train.lr"."""
-    parts = dataclasses.asdict(recipe).items()
-    return {f"{part}.{key}": value for part, of in parts if isinstance(of, dict) for key, value in of.items()}
+    sections = {name: options for name, options in dataclasses.asdict(recipe).items() if isinstance(options, dict)}
+    return {f"{name}.{key}": value for name, options in sections.items() for key, value in options.items()}
 
 
-def check_divided(recipe: Recipe, processes: int) -> None:
+def check_divisible(recipe: Recipe, processes: int) -> None:
     """Raise InputError if the images of a step cannot be divided among the processes and the passes of each."""
     options = recipe.train
     if options.batch_size % (processes * options.accumulate):

@@ -16,7 +16,7 @@ from refdet.data.image_orientation import OrientationNote
 from refdet.data.training_batches import Batch, TrainingBatches
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
-from refdet.detector.loading import without_memory
+from refdet.detector.loading import build_on_meta
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, described, usable_device, usable_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
@@ -27,22 +27,21 @@ from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state, warn_of_plain_pytorch
 from refdet.structures.provenance import file_sha256
 from refdet.training import state
-from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 from refdet.training.clock import TrainingClock
 from refdet.training.ema import WeightAverage
 from refdet.training.inputs import TrainingInputs
 from refdet.training.metrics_log import MetricsLog
 from refdet.training.metrics_rows import read_rows
-from refdet.training.optim import GuardedSGD, learning_rate, momentum_of, optimiser
-from refdet.training.passes import Passes, in_bfloat16
+from refdet.training.optim import GuardedSGD, build_optimizer, learning_rate, momentum_of
 from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
-from refdet.training.run_folder import BUSY, LOCK, states
+from refdet.training.run_folder import IN_USE, LOCK, states
 from refdet.training.start_lines import start_lines
-from refdet.training.step import StartedStep, start_step
+from refdet.training.step import Passes, PendingStep, in_bfloat16, start_step
 from refdet.training.validation import ValidationData, is_due, validations_after
-from refdet.training.validator import Validator, summary
+from refdet.training.validator import Validator, format_ap
 
 log = logging.getLogger(__name__)
 
@@ -64,49 +63,49 @@ class Summary:
     loss: float | None
 
 
-def train_on(given: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
+def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
     """Train a detector on checked inputs, in one process or in several that were given the same."""
     processes = processes or Processes()
-    target, recipe, out = usable_device(processes.device(device)), given.recipe, given.out
-    index = given.objects.index
+    target, recipe, out = usable_device(processes.device(device)), inputs.recipe, inputs.out
+    index = inputs.objects.index
     share = (processes.rank, processes.world_size)
-    batches = TrainingBatches(index, given.source, recipe, given.objects, share)
-    provenance = given.provenance
-    if given.weights is not None:
-        folder = checkpoint.run_directory(given.weights)
+    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, share)
+    provenance = inputs.provenance
+    if inputs.weights is not None:
+        folder = checkpoint.run_directory(inputs.weights)
         provenance = provenance.with_weights(
             f"{folder.name} (sha256 {file_sha256(folder / checkpoint.MODEL)[:12]}; "
             f"{checkpoint.load_meta(folder).provenance.one_line()})"
         )
     meta = CheckpointMetadata(recipe, tuple(index.categories.items()), provenance, 0)
-    without_memory(recipe, len(meta.categories))  # raises InputError if it is far too large
+    build_on_meta(recipe, len(meta.categories))  # raises InputError if it is far too large
     torch.manual_seed(recipe.train.seed)
     model = MaskRCNN(recipe, len(meta.categories)).to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    before = fresh = None
-    if given.before is not None:
+    saved_state = new_prefixes = None
+    if inputs.saved_run is not None:
         if processes.first:
-            before = state.newest(out)
-            if (before.path, before.meta) != (given.before.path, given.before.meta):
-                raise _written_meanwhile(out)
-        fresh = given.before.fresh
+            saved_state = state.newest(out)
+            if (saved_state.path, saved_state.meta) != (inputs.saved_run.path, inputs.saved_run.meta):
+                raise _concurrent_write_error(out)
+        new_prefixes = inputs.saved_run.new_prefixes
         # the run's own provenance, which may name the weights it started from
-        meta = dataclasses.replace(meta, provenance=given.before.meta.provenance, step=given.before.meta.step)
-    elif given.weights is not None:
-        fresh = load_pretrained(model, meta.categories, given.weights)
-    sgd = optimiser(model, recipe.train, fresh)
+        meta = dataclasses.replace(meta, provenance=inputs.saved_run.meta.provenance, step=inputs.saved_run.meta.step)
+    elif inputs.weights is not None:
+        new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
+    sgd = build_optimizer(model, recipe.train, new_prefixes)
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
-    if before is not None:
-        before.restore(model, sgd, average)
+    if saved_state is not None:
+        saved_state.restore(model, sgd, average)
     start = f"starts from {meta.provenance.weights or 'random weights'}"
-    if given.before is not None:
+    if inputs.saved_run is not None:
         start = f"resumes from step {meta.step}"
-    most = state.most_bytes(model, recipe.train, given.validation is not None)
+    disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
     warn_of_plain_pytorch(target)
-    products = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
+    precision = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
         described(device),
-        "bfloat16" if in_bfloat16(model, target) else products,
+        "bfloat16" if in_bfloat16(model, target) else precision,
         kernels_state(),
         counted(len(batches.records), "image"),
         index.path.name,
@@ -114,32 +113,32 @@ def train_on(given: TrainingInputs, device: str | None = None, processes: Proces
         start,
         counted(recipe.train.steps, "step"),
         recipe.train.batch_size,
-        -(-most // 2**20),
+        -(-disk_bytes // 2**20),
     )
     check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
     processes.check_same({"the initial weights": meta.provenance.weights})
     with _locked(out) if processes.first else nullcontext():
         if processes.first:
-            if states(out)[-1:] != ([before.path] if before else []):
-                raise _written_meanwhile(out)
+            if states(out)[-1:] != ([saved_state.path] if saved_state else []):
+                raise _concurrent_write_error(out)
             state.clean(out)
-        processes.begin(target, out)
+        processes.prepare(target, out)
         for line in start_lines(recipe, processes):
             log.warning("%s", line)
-        with arithmetic(products):
+        with arithmetic(precision):
             return _Training(
-                model, meta, batches, out, sgd, fresh, given.data_sha256, processes, average, given.validation
+                model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, processes, average, inputs.validation
             ).run()
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out, LOCK, BUSY):
+    with alone(out, LOCK, IN_USE):
         yield
 
 
-def _written_meanwhile(out: Path) -> InputError:
+def _concurrent_write_error(out: Path) -> InputError:
     return InputError(f"{out}: another process was writing it just now; run it again")
 
 
@@ -152,20 +151,20 @@ class _Training:
     batches: TrainingBatches
     out: Path
     sgd: GuardedSGD
-    fresh: tuple[str, ...] | None
+    new_prefixes: tuple[str, ...] | None
     data_sha256: str
     processes: Processes
     average: WeightAverage | None  # of the weights, in the first process
     validation: ValidationData | None
     validator: Validator | None = None  # in the first process
-    started: StartedStep | None = None  # the step whose losses were not read yet
+    pending_step: PendingStep | None = None  # the step whose losses were not read yet
     losses: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def run(self) -> Summary:
         """Run the remaining steps."""
         options, first, device = self.meta.recipe.train, self.meta.step, next(self.model.parameters()).device
-        pending = self.validation is not None and self.processes.on_first(self._begin_validation)
-        if first >= options.steps and not pending:
+        validate_first = self.validation is not None and self.processes.on_first(self._prepare_validation)
+        if first >= options.steps and not validate_first:
             log.warning("note: `resume`: all %d steps are done; increase train.steps to extend the run", first)
             self.processes.on_first(lambda: checkpoint.save(self.out, self.average or self.model, self.meta))
             return Summary(first, 0.0, 0.0, None)
@@ -177,41 +176,41 @@ class _Training:
         self.model.train()
         with (
             Stop.watching() as stop,
-            _frozen_objects(),
+            _gc_frozen(),
             OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
             MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
-            batches_ahead(self.batches, steps, options.workers, device, stop) as ahead,
+            prefetch_batches(self.batches, steps, options.workers, device, stop) as prefetched,
         ):
             clock = TrainingClock(first, options.steps)
-            if pending:
+            if validate_first:
                 with clock.pause(bar):
                     rates = self._validate(step, metrics, stop)
             while step < options.steps:
-                batch = self._next(ahead, step, stop)
-                orientations.add(self._oriented(batch, step + 1, first))
+                batch = self._next(prefetched, step, stop)
+                orientations.add(self._oriented_files(batch, step + 1, first))
                 # seeded by the step, so that a resumed run samples like an uninterrupted one
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 torch.manual_seed(options.seed * 1_000_003 + step)  # of dropout, in a VGG's head
                 rate = learning_rate(step, options)
                 try:
                     with self.processes.computing():
-                        started_now = start_step(
+                        new_step = start_step(
                             self.model, self.sgd, batch, rate, options.max_grad_norm, generator, passes
                         )
                 except LostProcess as error:
                     passes.undo()
-                    raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
+                    raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
                 del batch  # frees its shared memory for the next
-                self._read()  # the step before, while a GPU computes this one
-                self.started = started_now
+                self._read_losses()  # the step before, while a GPU computes this one
+                self.pending_step = new_step
                 step += 1
                 if self.average is not None:
                     self.average.update(self.model, step)
                 bar.update()
-                due = self.validation is not None and is_due(step, options)
+                validation_due = self.validation is not None and is_due(step, options)
                 if step % options.log_every == 0 or step == options.steps:
-                    self._read()
+                    self._read_losses()
                     seconds = clock.lap()
                     row = {k: sum(terms[k] for terms in self.losses) / len(self.losses) for k in self.losses[0]}
                     parts = " ".join(f"{name} {value:.2f}" for name, value in row.items())
@@ -221,38 +220,42 @@ class _Training:
                         metrics.write(step, row)
                     loss = row["loss"]
                     speed = f"{row['images_per_second']:.1f} images/s, loss {loss:.2f}: {parts}"
-                    later = 0 if self.validation is None else validations_after(step, options) + due
-                    if later and (left := clock.left(step, later)):
-                        speed = f"{left} left with {counted(later, 'validation')}, {speed}"
+                    validations_left = (
+                        0 if self.validation is None else validations_after(step, options) + validation_due
+                    )
+                    if validations_left and (left := clock.time_left(step, validations_left)):
+                        speed = f"{left} left with {counted(validations_left, 'validation')}, {speed}"
                     bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
                     self.losses = []
-                if step % options.checkpoint_interval == 0 or step == options.steps or due:
+                if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:
                     self._save(step)
-                if due:
+                if validation_due:
                     with clock.pause(bar):
                         rates = self._validate(step, metrics, stop)
                     bar.set_postfix_str(rates, refresh=False)
         return Summary(step, clock.seconds, (step - first) * options.batch_size / clock.step_seconds, loss)
 
-    def _next(self, ahead: Iterator[Batch], step: int, stop: Stop) -> Batch:
+    def _next(self, prefetched: Iterator[Batch], step: int, stop: Stop) -> Batch:
         """The batch of a step; the steps so far are saved before an error, of any process, is raised."""
         try:
-            return self.processes.all_have(lambda: _unless_stopped(ahead, stop))
+            return self.processes.on_all(lambda: _next_or_interrupt(prefetched, stop))
         except Interrupted as error:
-            raise Interrupted(f"{error} {self._keep(step)}") from None
+            raise Interrupted(f"{error} {self._save_before_exit(step)}") from None
         except RuntimeFailure as error:
-            raise RuntimeFailure(f"{error} (training stopped {self._keep(step)})") from error
+            raise RuntimeFailure(f"{error} (training stopped {self._save_before_exit(step)})") from error
         except InputError as error:
-            raise InputError(f"{error} (training stopped {self._keep(step, 'replace the file and ')})") from error
+            raise InputError(
+                f"{error} (training stopped {self._save_before_exit(step, 'replace the file and ')})"
+            ) from error
 
-    def _oriented(self, batch: Batch, step: int, first: int) -> dict[str, int]:
+    def _oriented_files(self, batch: Batch, step: int, first: int) -> dict[str, int]:
         """Files of a batch with an EXIF orientation; once all were read, or in the last step, of all processes."""
         if step - first != self.batches.epoch_steps and step != self.meta.recipe.train.steps:
             return batch.oriented
-        own = {**self.batches.source.oriented, **batch.oriented}
-        return {name: value for found in self.processes.gather(own) for name, value in found.items()}
+        files = {**self.batches.source.oriented, **batch.oriented}
+        return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
-    def _begin_validation(self) -> bool:
+    def _prepare_validation(self) -> bool:
         """Get ready to validate; whether a run that resumes was stopped before its last step was validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
@@ -270,60 +273,60 @@ class _Training:
                 raise Interrupted(f"stopped by {stop.name}") from None
             metrics.write_validation(step, row)
             self._write_card()
-            return summary(row)
+            return format_ap(row)
 
         try:
             return self.processes.on_first(work)
         except Interrupted as error:
-            raise Interrupted(f"{error} in the validation {self._keep(step)}") from None
+            raise Interrupted(f"{error} in the validation {self._save_before_exit(step)}") from None
         except (InputError, RuntimeFailure) as error:
-            raise type(error)(f"{error} (stopped in the validation {self._keep(step)})") from error
+            raise type(error)(f"{error} (stopped in the validation {self._save_before_exit(step)})") from error
 
-    def _keep(self, step: int, first: str = "") -> str:
-        """Save a step; returns the end of a message, with what to do ``first`` before the run is resumed."""
+    def _save_before_exit(self, step: int, advice: str = "") -> str:
+        """Save a step; returns the end of a message, with ``advice`` on what to do before the run is resumed."""
         if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the other for ever
-            return f"in step {step + 1}; what was saved before is kept: {first}continue with `resume=True`"
+            return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
-            return f"before the first step; {first}start again with `resume=True`"
+            return f"before the first step; {advice}start again with `resume=True`"
         if step != self.meta.step:
             self._save(step)
-        return f"after step {step}, which is saved; {first}continue with `resume=True`"
+        return f"after step {step}, which is saved; {advice}continue with `resume=True`"
 
-    def _read(self) -> None:
+    def _read_losses(self) -> None:
         """Read the losses of the step whose losses were not read yet. RuntimeFailure if they are not finite."""
-        if self.started is not None:
+        if self.pending_step is not None:
             try:
-                self.losses.append(self.started.losses())
+                self.losses.append(self.pending_step.losses())
             except RuntimeFailure as error:  # of all processes, as the values are
-                self.processes.agree(error)
-            self.started = None
+                self.processes.share_error(error)
+            self.pending_step = None
 
     def _save(self, step: int) -> None:
-        self._read()  # weights are saved only once the losses of all their steps were read
+        self._read_losses()  # weights are saved only once the losses of all their steps were read
         self.meta = dataclasses.replace(self.meta, step=step)
         self.processes.on_first(self._write)
 
     def _write(self) -> None:
-        state.save(self.out, self.model, self.sgd, self.meta, self.fresh, self.data_sha256, self.average)
+        state.save(self.out, self.model, self.sgd, self.meta, self.new_prefixes, self.data_sha256, self.average)
         self._write_card()
 
     def _write_card(self) -> None:
-        on = self.validator.validated_on if self.validator else ""
-        write_card(self.out, self.meta, read_rows(self.out), on)
+        validated_on = self.validator.validated_on if self.validator else ""
+        write_card(self.out, self.meta, read_rows(self.out), validated_on)
 
 
-def _unless_stopped(ahead: Iterator[Batch], stop: Stop) -> Batch:
+def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
     """The next batch. Interrupted by a signal."""
     try:
         if stop.requested:
             raise StopRequested
-        return next(ahead)
+        return next(prefetched)
     except StopRequested:
         raise Interrupted(f"stopped by {stop.name}") from None
 
 
 @contextmanager
-def _frozen_objects() -> Iterator[None]:
+def _gc_frozen() -> Iterator[None]:
     """Hide existing objects from the garbage collector, which would copy their memory pages in every worker."""
     gc.freeze()
     try:

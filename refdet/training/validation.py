@@ -17,7 +17,7 @@ from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.short_text import counted
 from refer.image_lookup import coco_number
 
-CHOSEN_BY = "val_bbox_AP"
+BEST_METRIC = "val_bbox_AP"
 """The rate by which the best weights of a run are chosen; every network has it."""
 
 
@@ -37,7 +37,7 @@ class ValidationData:
 
     @classmethod
     def open(
-        cls, instances: Path, images: Path, recipe: Recipe, trained: TrainingObjects, crowd_as_object: bool
+        cls, instances: Path, images: Path, recipe: Recipe, training_objects: TrainingObjects, crowd_as_object: bool
     ) -> ValidationData:
         """Read an instances file and find its images.
 
@@ -45,7 +45,7 @@ class ValidationData:
             instances: COCO instances JSON.
             images: folder or zip of its images.
             recipe: the recipe of the training.
-            trained: images and objects that are trained on.
+            training_objects: images and objects that are trained on.
             crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
         Raises:
@@ -53,11 +53,11 @@ class ValidationData:
                 are missing.
         """
         data = EvaluationData.open(instances, images, recipe.input.exif, crowd_as_object)
-        data.check_categories(tuple(trained.index.categories.items()), str(trained.index.path))
+        data.check_categories(tuple(training_objects.index.categories.items()), str(training_objects.index.path))
         if reason := why_undefined(data.index, data.index.images):
             raise InputError(f"`val_instances` {instances}: {reason}")
         warn_about_annotations(data.index, recipe.model.masks)
-        shared = _names(data.records) & _names(trained.records)
+        shared = _image_keys(data.records) & _image_keys(training_objects.records)
         notes = []
         if shared:
             notes.append(
@@ -72,7 +72,7 @@ class ValidationData:
         weights = "the average of the weights (train.ema)" if options.ema else "the weights"
         return (
             f"validation: {counted(len(self.data.records), 'image')} of {self.data.index.path.name}, {every}at the "
-            f"end, with {weights}; best/ keeps those of the highest box AP ({CHOSEN_BY})"
+            f"end, with {weights}; best/ keeps those of the highest box AP ({BEST_METRIC})"
         )
 
 
@@ -89,7 +89,7 @@ def validations_after(step: int, options: TrainOptions) -> int:
     return options.steps // every - step // every + bool(options.steps % every)
 
 
-def _names(records: Iterable[ImageRecord]) -> set[int | str]:
+def _image_keys(records: Iterable[ImageRecord]) -> set[int | str]:
     """The images by the COCO number of their file names, which has several forms, or else by the file's name."""
     names = ((record.file_name or str(record.id)) for record in records)
     return {number if (number := coco_number(name)) is not None else PurePosixPath(name).name for name in names}

@@ -14,9 +14,9 @@ from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
 from refdet.evaluation.detection import detection_ap
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
-from refdet.training.best import Validated, read_best, write_best
+from refdet.training.best import ValidationRecord, read_best, write_best
 from refdet.training.metrics_rows import VALIDATED, is_validation, read_rows
-from refdet.training.validation import CHOSEN_BY, ValidationData, is_due
+from refdet.training.validation import BEST_METRIC, ValidationData, is_due
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ class Validator:
         InputError: the record of the best weights so far is damaged.
     """
 
-    def __init__(self, given: ValidationData, out: Path, workers: int = 2) -> None:
-        self._given, self._out, self._workers = given, out, max(workers, 1)
+    def __init__(self, validation: ValidationData, out: Path, workers: int = 2) -> None:
+        self._validation, self._out, self._workers = validation, out, max(workers, 1)
         self._best = read_best(out)
-        if self._best is not None and (self._best.metric, self._best.data_sha256) != (CHOSEN_BY, given.sha256):
+        if self._best is not None and (self._best.metric, self._best.data_sha256) != (BEST_METRIC, validation.sha256):
             log.warning(
                 "note: `val_instances`: %s/best was chosen on other data (%s); the next validation replaces it",
                 out,
@@ -47,7 +47,7 @@ class Validator:
     @property
     def validated_on(self) -> str:
         """The validation data, for the model card."""
-        index = self._given.data.index
+        index = self._validation.data.index
         return f"{counted(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
@@ -77,34 +77,34 @@ class Validator:
             RuntimeFailure: the device has too little memory.
         """
 
-        def look() -> None:
+        def check_stop() -> None:
             if stop.requested:
                 raise StopRequested
 
-        look()
+        check_stop()
         detector = loading.from_tensors(meta, weights.state_dict(), self._out, device, for_inference=True)
-        found = detection_ap(
-            detector, self._given.data, workers=self._workers, desc="validate", leave=False, between=look
+        results = detection_ap(
+            detector, self._validation.data, workers=self._workers, desc="validate", leave=False, between=check_stop
         )
         rates = {
             f"{VALIDATED}{kind}_{name}": rate
-            for kind, values in found.items()
+            for kind, values in results.items()
             for name, rate in (values or {}).items()
             if rate is not None
         }
-        value, index = rates[CHOSEN_BY], self._given.data.index
-        better = self._best is None or value > self._best.value
-        if better:
-            images, sha256 = len(index.images), self._given.sha256
-            self._best = Validated(CHOSEN_BY, value, meta.step, index.path.name, images, sha256, rates)
+        value, index = rates[BEST_METRIC], self._validation.data.index
+        is_best = self._best is None or value > self._best.value
+        if is_best:
+            images, sha256 = len(index.images), self._validation.sha256
+            self._best = ValidationRecord(BEST_METRIC, value, meta.step, index.path.name, images, sha256, rates)
             write_best(self._out, weights, meta, self._best, self.validated_on)
         assert self._best is not None
-        best = "the best so far" if better else f"the best is {self._best.value:.3f} of step {self._best.step}"
-        log.warning("validation after step %d: %s; %s", meta.step, summary(rates), best)
+        best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
+        log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
         return {**rates, **({"weights": "ema"} if meta.recipe.train.ema else {})}
 
 
-def summary(row: Mapping[str, Any]) -> str:
+def format_ap(row: Mapping[str, Any]) -> str:
     """Box and mask AP of a row: "box AP 0.412, mask AP 0.371"."""
-    kinds: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
-    return ", ".join(f"{name} AP {row[key]:.3f}" for kind, name in kinds if (key := f"{VALIDATED}{kind}_AP") in row)
+    names: Sequence[tuple[str, str]] = (("bbox", "box"), ("segm", "mask"))
+    return ", ".join(f"{name} AP {row[key]:.3f}" for kind, name in names if (key := f"{VALIDATED}{kind}_AP") in row)

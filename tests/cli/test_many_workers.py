@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from refdet.cli.main import main
 from refdet.errors import InputError
-from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_cluster import connect
 
 EXTRACT = ["extract-features", "--checkpoint", "run", "--images", "images", "--instances", "i.json", "--out", "a.h5"]
 EVALUATE = ["evaluate", "--checkpoint", "run", "--images", "images", "--instances", "i.json"]
@@ -41,5 +41,5 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.M
     done = CliRunner().invoke(main, [*EVALUATE, "--ray", "local"])
     assert done.exit_code == 2 and done.stderr == f"error: --ray: {says}\n"
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
-    with pytest.raises(InputError, match="`ray`: Ray is not installed"), connected("local", None):
+    with pytest.raises(InputError, match="`ray`: Ray is not installed"), connect("local", None):
         pass

@@ -39,10 +39,10 @@ def test_rpn_losses_are_their_formulas() -> None:
     score, box, count = 0.0, 0.0, 0
     for logits, deltas, truth in zip(output.logits.double(), output.deltas.double(), truths, strict=True):
         own = PaddedTruth.of([truth], torch.device("cpu"))
-        ((kinds,), _) = assign_labels(output.anchors, own, 0.7, 0.3, best_for_each=True)
-        for anchor in range(len(kinds)):
+        ((labels,), _) = assign_labels(output.anchors, own, 0.7, 0.3, best_for_each=True)
+        for anchor in range(len(labels)):
             probability = 1 / (1 + torch.exp(-logits[anchor]))
-            if kinds[anchor] == POSITIVE:
+            if labels[anchor] == POSITIVE:
                 score -= torch.log(probability)
                 x1, y1, x2, y2 = output.anchors[anchor].double().tolist()
                 w, h = x2 - x1, y2 - y1
@@ -50,9 +50,9 @@ def test_rpn_losses_are_their_formulas() -> None:
                 for d, t in zip(deltas[anchor], wanted, strict=True):
                     distance = abs(d - t)
                     box += 4.5 * distance**2 if distance < 1 / 9 else distance - 0.5 / 9
-            elif kinds[anchor] == NEGATIVE:
+            elif labels[anchor] == NEGATIVE:
                 score -= torch.log(1 - probability)
-            count += int(kinds[anchor] in (POSITIVE, NEGATIVE))
+            count += int(labels[anchor] in (POSITIVE, NEGATIVE))
     torch.testing.assert_close(found["loss_objectness"].double(), score / count, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["loss_rpn_box_reg"].double(), box / count, rtol=1e-5, atol=0)
 

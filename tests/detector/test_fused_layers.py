@@ -106,7 +106,7 @@ def test_a_shortcut_within_another_tensor_is_not_copied_for_cudnn(monkeypatch: p
     x, shortcut = wide.split((8, 16), dim=1)
     with torch.inference_mode():
         exact = torch.relu(nn.functional.conv2d(x, layer.weight, layer.bias) + shortcut)
-        torch.testing.assert_close(layer(x, shortcut, rectify=True), exact)
+        torch.testing.assert_close(layer(x, shortcut, apply_relu=True), exact)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_what_cudnn_refuses_is_done_by_the_kernel(
     with torch.inference_mode():
         if not again:
             with pytest.raises(type(error), match=str(error)):
-                layer(x, x, rectify=True)
+                layer(x, x, apply_relu=True)
             return
-        torch.testing.assert_close(layer(x, x, rectify=True), torch.relu(layer(x) + x))
+        torch.testing.assert_close(layer(x, x, apply_relu=True), torch.relu(layer(x) + x))
     assert layer.epilogue is Epilogue.KERNEL and "does not fuse" in caplog.text
 
 
@@ -142,8 +142,8 @@ def test_layers_that_are_not_taken() -> None:
         nn.Conv2d(8, 8, 3, padding="same"),
         nn.ConvTranspose2d(8, 8, 3),
     ):
-        assert not FusedConv2d.takes(layer)
-    assert FusedConv2d.takes(nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False))
+        assert not FusedConv2d.supports(layer)
+    assert FusedConv2d.supports(nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False))
 
 
 def test_the_choice_is_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,13 +63,13 @@ def beside(layer: nn.Module, packed: nn.Module, x: torch.Tensor, half: bool) -> 
 def test_convolutions(make: Make, taken: bool, half: bool) -> None:
     layer = make()
     if half and next(layer.parameters()).dtype == torch.float32:
-        assert not PackedConv2d.takes(layer, half)  # its weights are not bfloat16
+        assert not PackedConv2d.supports(layer, half)  # its weights are not bfloat16
         layer = layer.bfloat16()
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
         taken = taken and pointwise_is_quicker(CPU, half)
-    assert PackedConv2d.takes(layer, half) == taken
+    assert PackedConv2d.supports(layer, half) == taken
     if taken:
-        assert not half or not PackedConv2d.takes(layer, False)
+        assert not half or not PackedConv2d.supports(layer, False)
         beside(layer, PackedConv2d(layer, half), torch.randn(2, 64, 7, 9), half)  # type: ignore[arg-type]
 
 
@@ -78,21 +78,25 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
 def test_upsampling(half: bool, bias: bool) -> None:
     layer = nn.ConvTranspose2d(128, 64, 2, 2, bias=bias)
     layer = layer.bfloat16() if half else layer
-    assert PackedConvTranspose2x2.takes(layer, half) == pointwise_is_quicker(CPU, half)
+    assert PackedConvTranspose2x2.supports(layer, half) == pointwise_is_quicker(CPU, half)
     for x in (torch.randn(3, 128, 7, 7), torch.randn(1, 128, 1, 5), torch.zeros(0, 128, 7, 7)):
         beside(copy.deepcopy(layer), PackedConvTranspose2x2(layer, half), x, half)
 
 
 @pytest.mark.parametrize("more", [{"stride": 1}, {"padding": 1}, {"groups": 2}, {"output_padding": 1}])
 def test_other_upsampling_is_left(more: dict[str, int]) -> None:
-    assert not PackedConvTranspose2x2.takes(nn.ConvTranspose2d(64, 64, 2, **{"stride": 2, **more}))  # type: ignore[arg-type]
+    assert not PackedConvTranspose2x2.supports(nn.ConvTranspose2d(64, 64, 2, **{"stride": 2, **more}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("half", [HALF])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_in_half(half: bool, bias: bool) -> None:
     layer = nn.Linear(192, 128, bias=bias).bfloat16()
-    assert PackedLinear.takes(layer, half) and not PackedLinear.takes(layer) and not PackedLinear.takes(layer.float())
+    assert (
+        PackedLinear.supports(layer, half)
+        and not PackedLinear.supports(layer)
+        and not PackedLinear.supports(layer.float())
+    )
     for rows in (5, 0):
         beside(layer, PackedLinear(layer, half), torch.randn(rows, 192), half)
 
@@ -153,5 +157,5 @@ def test_without_the_kernels_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -
         for layer in (nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 2, 2), nn.Linear(64, 64)):
             layer = layer.bfloat16() if half else layer
             kinds = (packed_layers.PackedConv2d, packed_layers.PackedConvTranspose2x2, packed_layers.PackedLinear)
-            assert not any(kind.takes(layer, half) for kind in kinds)
+            assert not any(kind.supports(layer, half) for kind in kinds)
     assert not half_is_quickest(CPU)

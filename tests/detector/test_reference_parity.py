@@ -222,9 +222,9 @@ def test_anchor_labels(detectors: dict[tuple[int, str], loading.TrainedDetector]
     boxes = golden["gt_xyxy_inclusive"] + one
     truth = GroundTruth(boxes, torch.ones(len(boxes), dtype=torch.int64), None, torch.zeros(0, 4), (1.0, 1.0))
     padded = PaddedTruth.of([truth], torch.device("cpu"))
-    (kinds,), (matched,) = rpn.assign_targets(anchors, [tuple(golden["image_hw"].tolist())], padded)
-    assert (kinds == POSITIVE).nonzero()[:, 0].tolist() == golden["positive"].tolist()
-    assert (kinds == NEGATIVE).nonzero()[:, 0].tolist() == golden["negative"].tolist()
+    (labels,), (matched,) = rpn.assign_targets(anchors, [tuple(golden["image_hw"].tolist())], padded)
+    assert (labels == POSITIVE).nonzero()[:, 0].tolist() == golden["positive"].tolist()
+    assert (labels == NEGATIVE).nonzero()[:, 0].tolist() == golden["negative"].tolist()
     positive = golden["positive"]
     targets = box_ops.encode(boxes[matched[positive]], anchors[positive], DELTA_WEIGHTS)
     torch.testing.assert_close(targets, golden["positive_targets"], atol=1e-4, rtol=0)

@@ -51,8 +51,8 @@ def test_chunks_have_each_roi_once(count: int, most: int | None, device: torch.d
     else:
         assert all(chunk.size == chunk.count and (most is None or chunk.size <= most) for chunk in chunks)
     values = torch.arange(count * 2.0).reshape(count, 2)
-    assert torch.cat([chunk.of(values)[: chunk.count] for chunk in chunks]).equal(values)
-    assert all(len(chunk.of(values)) == chunk.size for chunk in chunks)
+    assert torch.cat([chunk.take(values)[: chunk.count] for chunk in chunks]).equal(values)
+    assert all(len(chunk.take(values)) == chunk.size for chunk in chunks)
 
 
 def test_with_gradients_all_rois_are_one_chunk() -> None:

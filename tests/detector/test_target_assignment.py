@@ -34,13 +34,13 @@ def truth_of(boxes: list, crowds: list = (), **more: object) -> GroundTruth:
 
 def labels_of(candidates: torch.Tensor, truth: GroundTruth, *given: float, **more: bool) -> tuple:
     """`assign_labels` of one image."""
-    kinds, matched = assign_labels(candidates, PaddedTruth.of([truth], CPU), *given, **more)
-    return kinds[0], matched[0]
+    labels, matched = assign_labels(candidates, PaddedTruth.of([truth], CPU), *given, **more)
+    return labels[0], matched[0]
 
 
-def sampled(kinds: torch.Tensor, count: int, fraction: float, seed: int = 0, **more: bool) -> tuple:
+def sampled(labels: torch.Tensor, count: int, fraction: float, seed: int = 0, **more: bool) -> tuple:
     """`subsample_labels` of one image: indices of the positives and of the negatives."""
-    found = subsample_labels(kinds[None], count, fraction, torch.tensor([seed]), **more)
+    found = subsample_labels(labels[None], count, fraction, torch.tensor([seed]), **more)
     index, positive, valid = found.index[0], found.positive[0], found.valid[0]
     assert not (positive & ~valid).any() and torch.equal(positive, positive.sort(descending=True, stable=True).values)
     return index[positive], index[valid & ~positive]
@@ -49,52 +49,52 @@ def sampled(kinds: torch.Tensor, count: int, fraction: float, seed: int = 0, **m
 def test_match_by_thresholds() -> None:
     truth = truth_of([[0, 0, 10, 10]])
     candidates = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2], [50, 50, 60, 60]])
-    kinds, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=False)
-    assert kinds.tolist() == [POSITIVE, IGNORE, NEGATIVE, NEGATIVE]
+    labels, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=False)
+    assert labels.tolist() == [POSITIVE, IGNORE, NEGATIVE, NEGATIVE]
     assert matched[:3].tolist() == [0, 0, 0]
 
 
 def test_each_object_gets_its_best_anchor() -> None:
     truth = truth_of([[0, 0, 10, 10], [100, 100, 101, 101]])
     candidates = torch.tensor([[0.0, 0, 10, 4], [0, 0, 10, 3], [99, 99, 109, 109]])
-    kinds, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=True)
-    assert kinds.tolist() == [POSITIVE, IGNORE, POSITIVE]
+    labels, matched = labels_of(candidates, truth, 0.7, 0.3, best_for_each=True)
+    assert labels.tolist() == [POSITIVE, IGNORE, POSITIVE]
     assert matched.tolist() == [0, 0, 1]
 
 
 def test_an_object_that_no_anchor_touches_makes_none_positive() -> None:
-    kinds, _ = labels_of(torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, best_for_each=True)
-    assert kinds.tolist() == [NEGATIVE]
+    labels, _ = labels_of(torch.tensor([[0.0, 0, 5, 5]]), truth_of([[50, 50, 60, 60]]), 0.7, 0.3, best_for_each=True)
+    assert labels.tolist() == [NEGATIVE]
 
 
 def test_crowds_are_neither_object_nor_background() -> None:
     truth = truth_of([[0, 0, 10, 10]], crowds=[[20, 0, 60, 40]])
-    kinds, _ = labels_of(torch.tensor([[30.0, 5, 40, 15], [0, 0, 10, 10], [70, 70, 80, 80]]), truth, 0.5, 0.5, False)
-    assert kinds.tolist() == [IGNORE, POSITIVE, NEGATIVE]
+    labels, _ = labels_of(torch.tensor([[30.0, 5, 40, 15], [0, 0, 10, 10], [70, 70, 80, 80]]), truth, 0.5, 0.5, False)
+    assert labels.tolist() == [IGNORE, POSITIVE, NEGATIVE]
 
 
 def test_without_objects_all_is_background() -> None:
-    kinds, matched = labels_of(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, best_for_each=True)
-    assert kinds.tolist() == [NEGATIVE] * 3
+    labels, matched = labels_of(torch.zeros(3, 4), truth_of([]), 0.5, 0.5, best_for_each=True)
+    assert labels.tolist() == [NEGATIVE] * 3
     assert matched.tolist() == [0, 0, 0]
 
 
 def test_sample_counts() -> None:
-    kinds = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 500 + [IGNORE] * 30)
-    positive, negative = sampled(kinds, 64, 0.25)
+    labels = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 500 + [IGNORE] * 30)
+    positive, negative = sampled(labels, 64, 0.25)
     assert len(positive) == 16 and len(negative) == 48
-    assert (kinds[positive] == POSITIVE).all() and (kinds[negative] == NEGATIVE).all()
+    assert (labels[positive] == POSITIVE).all() and (labels[negative] == NEGATIVE).all()
     assert len(set(positive.tolist())) == 16
-    positive, negative = sampled(kinds[49:], 64, 0.25)  # one object: background fills up
+    positive, negative = sampled(labels[49:], 64, 0.25)  # one object: background fills up
     assert len(positive) == 1 and len(negative) == 63
 
 
 def test_refilled_samples_have_the_count_asked_for() -> None:
-    kinds = torch.tensor([POSITIVE] * 3 + [NEGATIVE] * 5 + [IGNORE] * 4)
-    positive, negative = sampled(kinds, 64, 0.25, sample_with_replacement=True)
+    labels = torch.tensor([POSITIVE] * 3 + [NEGATIVE] * 5 + [IGNORE] * 4)
+    positive, negative = sampled(labels, 64, 0.25, sample_with_replacement=True)
     assert sorted(positive.tolist()) == [0, 1, 2]  # objects are drawn once
     assert len(negative) == 61 and set(negative.tolist()) == {3, 4, 5, 6, 7}
-    positive, negative = sampled(kinds[:3], 64, 0.25, sample_with_replacement=True)  # no background: objects fill up
+    positive, negative = sampled(labels[:3], 64, 0.25, sample_with_replacement=True)  # no background: objects fill up
     assert len(positive) == 64 and set(positive.tolist()) == {0, 1, 2} and len(negative) == 0
     positive, negative = sampled(torch.full((5,), IGNORE), 64, 0.25, sample_with_replacement=True)
     assert len(positive) == len(negative) == 0
@@ -157,21 +157,21 @@ def test_a_batch_is_labelled_as_its_images_are(seed: int, images: int, best: boo
     truths = [truth_of(boxes(random.integers(0, 5)), boxes(random.integers(0, 3))) for _ in range(images)]
     rows = [torch.tensor(boxes(60), dtype=torch.float32) for _ in range(1 if shared else images)]
     candidates = rows[0] if shared else torch.stack(rows)
-    kinds, matched = assign_labels(candidates, PaddedTruth.of(truths, CPU), 0.5, 0.3, best_for_each=best)
+    labels, matched = assign_labels(candidates, PaddedTruth.of(truths, CPU), 0.5, 0.3, best_for_each=best)
     for image, truth in enumerate(truths):
         own = labels_of(rows[0 if shared else image], truth, 0.5, 0.3, best_for_each=best)
-        assert torch.equal(kinds[image], own[0]) and torch.equal(matched[image], own[1])
+        assert torch.equal(labels[image], own[0]) and torch.equal(matched[image], own[1])
 
 
 @pytest.mark.parametrize("replacement", [False, True])
 def test_samples_of_an_image_depend_on_its_seed_alone(replacement: bool) -> None:
     random = torch.Generator().manual_seed(0)
-    kinds, seeds = torch.randint(-1, 2, (3, 200), generator=random), image_seeds(3, 2, random)[0]
-    whole = subsample_labels(kinds, 64, 0.25, seeds, replacement)
+    labels, seeds = torch.randint(-1, 2, (3, 200), generator=random), image_seeds(3, 2, random)[0]
+    whole = subsample_labels(labels, 64, 0.25, seeds, replacement)
     for image in range(3):
-        alone = subsample_labels(kinds[image : image + 1], 64, 0.25, seeds[image : image + 1], replacement)
+        alone = subsample_labels(labels[image : image + 1], 64, 0.25, seeds[image : image + 1], replacement)
         assert torch.equal(alone.index[0], whole.index[image])
-    other = subsample_labels(kinds, 64, 0.25, seeds + 1, replacement)
+    other = subsample_labels(labels, 64, 0.25, seeds + 1, replacement)
     assert (other.index != whole.index).float().mean() > 0.5
 
 
@@ -181,8 +181,8 @@ def test_seeds_of_an_image_do_not_depend_on_the_images_after_it() -> None:
 
 
 def test_every_candidate_is_sampled_as_often() -> None:
-    kinds = torch.tensor([POSITIVE] * 40 + [NEGATIVE] * 160).expand(2000, -1)
-    found = subsample_labels(kinds, 20, 0.5, torch.arange(2000))  # seeds in a row, the worst there are
+    labels = torch.tensor([POSITIVE] * 40 + [NEGATIVE] * 160).expand(2000, -1)
+    found = subsample_labels(labels, 20, 0.5, torch.arange(2000))  # seeds in a row, the worst there are
     times = torch.bincount(found.index.flatten(), minlength=200)
     for expected, part in ((500, times[:40]), (125, times[40:])):  # within five standard deviations
         assert (part - expected).abs().max() < 5 * expected**0.5

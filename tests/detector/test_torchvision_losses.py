@@ -67,8 +67,8 @@ def test_rpn() -> None:
     losses = {name: total / sampled_anchors for name, total in sums.items()}
 
     options = rpn.options
-    kinds, _ = rpn.assign_targets(output.anchors, SIZES, padded)
-    samples = subsample_labels(kinds, options.batch_size_per_image, options.positive_fraction, seeds)
+    labels, _ = rpn.assign_targets(output.anchors, SIZES, padded)
+    samples = subsample_labels(labels, options.batch_size_per_image, options.positive_fraction, seeds)
 
     def sampler(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Our samples, as torchvision's sampler returns its own."""

@@ -16,7 +16,7 @@ from refdet.data.transforms import input_size
 from refdet.detector import mask_rcnn
 from refdet.structures.ground_truth import GroundTruth
 from refdet.training import step
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_a_step_waits_no_oftener_for_more_images(changes: list[str], monkeypatch
         model = small_model(*changes).train()
         options = model.recipe.train
         sgd, generator, batch = (
-            optimiser(model, options),
+            build_optimizer(model, options),
             torch.Generator().manual_seed(0),
             batch_of(count, model.recipe.input),
         )

@@ -44,7 +44,7 @@ def images() -> Tensor:
 def detector(weights: Tensors, form: str, style: str | None = None) -> MaskRCNN:
     found = identify_checkpoint(weights, style)
     assert found.classes is not None and not found.untrained
-    model = loading.without_memory(found.recipe, found.classes)
+    model = loading.build_on_meta(found.recipe, found.classes)
     loading.load_weights(model, found.tensors, Path("weights"))
     model.to(memory_format=torch.channels_last).eval()
     return optimize_for_inference(model) if form == "used" else model

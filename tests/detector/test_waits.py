@@ -93,10 +93,10 @@ def test_the_map_is_kept_only_where_it_is_asked_for() -> None:
     model = small_model()
     images, sizes = inputs_of(model, 2)
     boxes = [torch.tensor([[8.0, 8, 48, 40]])] * 2
-    assert model.predict(images, sizes, OPTIONS).head is None
-    assert model.extract_features(images, sizes, boxes).head is None
-    head = model.extract_features(images, sizes, boxes, features=("pool5", "head")).head
-    assert head is not None and torch.equal(head, model.extract_feature_maps(images)[0])
+    assert model.predict(images, sizes, OPTIONS).feature_map is None
+    assert model.extract_features(images, sizes, boxes).feature_map is None
+    feature_map = model.extract_features(images, sizes, boxes, features=("pool5", "head")).feature_map
+    assert feature_map is not None and torch.equal(feature_map, model.extract_feature_maps(images)[0])
 
 
 @pytest.mark.parametrize("describing", [False, True])
@@ -105,7 +105,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
 ) -> None:
     """So that the thread that computes may go on with the next batch."""
     steps: list[str] = []
-    end, encode = predictor._end_of_work, predictor.paste_masks
+    end, encode = predictor._make_wait, predictor.paste_masks
 
     def watched_end(*given: Any) -> Callable[[], None]:
         wait = end(*given)
@@ -115,7 +115,7 @@ def test_masks_are_made_and_results_awaited_when_a_batch_is_finished(
         steps.append("masks")
         return encode(*given)
 
-    monkeypatch.setattr(predictor, "_end_of_work", watched_end)
+    monkeypatch.setattr(predictor, "_make_wait", watched_end)
     monkeypatch.setattr(predictor, "paste_masks", watched_masks)
     model, images = small_model(), some_images(2)
     finish: Callable[[], list[Any]]
@@ -143,7 +143,7 @@ def test_images_are_kept_until_a_gpu_has_fetched_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
     image = np.zeros((2, 2, 3), np.uint8)
-    held, wait = weakref.ref(image), predictor._end_of_work(torch.device("cuda"), [image])
+    held, wait = weakref.ref(image), predictor._make_wait(torch.device("cuda"), [image])
     del image
     wait()
     gc.collect()

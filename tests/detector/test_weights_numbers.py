@@ -16,15 +16,15 @@ from refdet.config import recipe
 from refdet.config.recipe_limits import LIMITS
 from refdet.data.coco import ImageRecord
 from refdet.detector import checkpoint, loading
-from refdet.detector.finite import LARGEST_WEIGHT, unusable
-from refdet.detector.loading import MOST_NUMBERS, load_weights, without_memory
+from refdet.detector.finite import MAX_WEIGHT, find_unusable
+from refdet.detector.loading import MAX_NUMBERS, build_on_meta, load_weights
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import describe_boxes, detect_batch
 from refdet.detector.weights.convert import identify_checkpoint
 from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 from refdet.training.state import newest
 
 TINY = recipe.load("demo").with_changes(["model.width=8", "model.fpn_channels=8", "model.fpn_hidden=16",
@@ -51,7 +51,7 @@ def with_value(run: Path, out: Path, name: str, value: float) -> Path:
     return out
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2 * LARGEST_WEIGHT])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30, 2 * MAX_WEIGHT])
 @pytest.mark.parametrize("name", ["backbone.conv1.weight", "backbone.bn1.running_var", "rpn.score.bias",
                                   "head.fc7.weight", "head.mask.logits.weight"])  # fmt: skip
 def test_absurd_weights_are_refused(run: Path, tmp_path: Path, name: str, value: float) -> None:
@@ -64,7 +64,7 @@ def test_a_negative_variance_is_refused_and_large_numbers_of_use_are_not(run: Pa
     with pytest.raises(InputError, match=r"backbone\.bn1\.running_var contains .* negative variance"):
         loading.load(with_value(run, tmp_path / "bad", "backbone.bn1.running_var", -1e-3))
     loading.load(with_value(run, tmp_path / "large", "backbone.bn1.running_var", 1e6))
-    assert unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
+    assert find_unusable({"a": torch.zeros(0), "b": torch.tensor([3]), "c": torch.tensor(1e8)}) == []
 
 
 def test_loading_gives_the_saved_numbers_in_memory_of_their_own(run: Path) -> None:
@@ -133,8 +133,8 @@ def test_the_largest_recipe_is_too_large() -> None:
     for neck in ("c4", "fpn"):
         chosen = recipe.from_dict({"model": {**largest["model"], "depth": 152, "neck": neck}})
         with pytest.raises(InputError, match="billion numbers .* lower model.width"):
-            without_memory(chosen, 50_000)
-    assert sum(v.numel() for v in without_memory(recipe.load("fpn-res101"), 1203).state_dict().values()) < MOST_NUMBERS
+            build_on_meta(chosen, 50_000)
+    assert sum(v.numel() for v in build_on_meta(recipe.load("fpn-res101"), 1203).state_dict().values()) < MAX_NUMBERS
 
 
 def test_integers_are_no_weights(run: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_damaged_state_is_one_line(tmp_path: Path, meta: str, fresh: str, says
 def test_momentum_of_another_network_is_refused(tmp_path: Path) -> None:
     model = MaskRCNN(TINY, 2)
     path = state_file(tmp_path / "state" / "step-00000003.safetensors", GOOD, momentum=math.nan)
-    state, sgd = newest(tmp_path), optimiser(model, TINY.train)
-    assert state.meta == META and state.fresh is None
+    state, sgd = newest(tmp_path), build_optimizer(model, TINY.train)
+    assert state.meta == META and state.new_prefixes is None
     with pytest.raises(InputError, match=r"rpn\.score\.bias contains NaN or inf"):
         state.restore(model, sgd)
     state_file(path, GOOD, momentum=1e12)

@@ -200,7 +200,7 @@ def test_such_a_run_resumed_is_the_same_run(
     run(tmp_path / "whole", weights=frcn)
     step, calls = train_module.start_step, []
 
-    def killed(*given: Any) -> train_module.StartedStep:
+    def killed(*given: Any) -> train_module.PendingStep:
         calls.append(given)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -22,14 +22,14 @@ from refdet.extraction import shards
 from refdet.extraction.given_regions import annotated_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.pipeline import extract
-from refdet.extraction.plan import cut_into_shards
+from refdet.extraction.plan import split_into_shards
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.files.atomic import MARK
 
 RECORDS = [record(make_regions(i, 0)) for i in range(10)]
 BATCHES = [RECORDS[7:10], RECORDS[0:2], RECORDS[5:7], RECORDS[2:5]]
-SHARDS = cut_into_shards(BATCHES, 2)
+SHARDS = split_into_shards(BATCHES, 2)
 
 
 def load(record: ImageRecord) -> np.ndarray:

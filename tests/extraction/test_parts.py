@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_PATIENCE", 0.3)
+    monkeypatch.setattr(parts, "_LOCK_TIMEOUT", 0.3)
 
 
 def folder_of(out: Path) -> Path:
@@ -132,7 +132,7 @@ def test_parts_continue_what_one_process_began(tmp_path: Path, whole: Path) -> N
 def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
     out, folder = tmp_path / "a.h5", folder_of(tmp_path / "a.h5")
     run_part(out, "1/2")
-    with Part(2, 2).alone(folder):
+    with Part(2, 2).lock(folder):
         with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
             run_part(out, "2/2")
         with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
@@ -228,8 +228,8 @@ def test_two_parts_that_end_at_the_same_time(
     def vanished(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    original = parts._finished
-    monkeypatch.setattr(parts, "_finished", other_first)
+    original = parts._count_finished
+    monkeypatch.setattr(parts, "_count_finished", other_first)
     done = run_part(out, "1/2")
     assert done.merged and done.images == len(RECORDS)
     is_whole(out, whole)

@@ -25,7 +25,7 @@ from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction import pipeline
 from refdet.extraction.pipeline import extract
-from refdet.extraction.plan import cut_into_shards
+from refdet.extraction.plan import split_into_shards
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.extraction.timing import STAGES
@@ -51,7 +51,7 @@ def run(out: Path, **changes: Any) -> Summary:
 @given(sizes=st.lists(st.integers(1, 5), max_size=20), images=st.integers(1, 9))
 def test_shards_are_whole_batches_in_their_order(sizes: list[int], images: int) -> None:
     batches = [[ImageRecord(100 * i + j, "", 1, 1) for j in range(size)] for i, size in enumerate(sizes)]
-    shards = cut_into_shards(batches, images)
+    shards = split_into_shards(batches, images)
     assert [batch for shard in shards for batch in shard] == batches
     for shard in shards[:-1]:
         assert sum(map(len, shard)) >= images > sum(map(len, shard[:-1]))

@@ -20,7 +20,7 @@ from ray_extraction import ENVIRONMENT, NODE, Slowly, cluster_of, run_on, time_l
 from store_examples import contents
 
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.extraction.ray_cluster import check_address, connected
+from refdet.extraction.ray_cluster import check_address, connect
 from refdet.extraction.workers import engine_token, note_workers, who_computes
 
 _ = one_thread  # a fixture
@@ -187,7 +187,7 @@ def test_what_does_not_answer_or_has_no_gpu(cluster: Any) -> None:
         (cluster.address, "cuda", "`device` cuda: the Ray cluster .* has no GPU"),
         (cluster.address, "cuda:1", "`device` cuda:1: with `ray` each worker has a GPU of its own"),
     ]:
-        with pytest.raises(InputError, match=says), connected(address, device):
+        with pytest.raises(InputError, match=says), connect(address, device):
             pass
 
 

@@ -21,7 +21,7 @@ from refdet.data.coco import ImageRecord
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
 from refdet.extraction.options import ExtractOptions
-from refdet.extraction.plan import cut_into_shards
+from refdet.extraction.plan import split_into_shards
 from refdet.extraction.ray_messages import Failed, Finished, Started, Tools, Work
 from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.ray_worker import ShardWorker
@@ -30,7 +30,7 @@ from refdet.extraction.steps import Finish
 from refdet.extraction.workers import note_workers
 from refdet.structures.regions import Regions
 
-SHARDS = cut_into_shards(BATCHES, 2)
+SHARDS = split_into_shards(BATCHES, 2)
 OWN = replace(HEADER, options=PLAN.options)
 _ = one_thread  # a fixture
 Make = Callable[[Callable[[ImageRecord], Regions]], Tools]
@@ -46,7 +46,7 @@ def working(folder: Path, make: Make, strict: bool = False) -> Iterator[ShardWor
     folder.mkdir(exist_ok=True)
     worker = ShardWorker(make)
     assert isinstance(worker.start(), Started)
-    worker.begin(Work(folder, "token", PLAN, OWN, SHARDS, shards_in(folder).of_plan, strict))
+    worker.begin(Work(folder, "token", PLAN, OWN, SHARDS, shards_in(folder).plan_hash, strict))
     try:
         yield worker
     finally:
@@ -120,7 +120,7 @@ def test_what_fails_is_reported_for_every_shard(
         failed = [one for one in all_of(worker) if isinstance(one, Failed)]
         failed.append(worker.compute(0, {}))  # it computes nothing more
     for one in failed:
-        assert one.of_machine == of_machine and re.search(says, one.message)
+        assert one.is_machine_error == of_machine and re.search(says, one.message)
 
 
 def test_a_worker_that_its_driver_has_lost_writes_nothing(tmp_path: Path) -> None:
@@ -163,5 +163,5 @@ def test_a_worker_compares_its_machine_with_the_drivers(tools: DetectorTools, tm
         (replace(tools, images=tmp_path / "images"), "`images` .*: holds other files on .*; missing there: 2, first"),
     ]:
         failed = ShardWorker(other).start()
-        assert isinstance(failed, Failed) and failed.bad_input and not failed.of_machine
+        assert isinstance(failed, Failed) and failed.bad_input and not failed.is_machine_error
         assert re.search(says, failed.message), failed.message

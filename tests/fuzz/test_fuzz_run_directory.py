@@ -29,8 +29,8 @@ from refdet.report import page
 from refdet.splits.detector_audit import audit_provenance
 from refdet.splits.inspect import describe
 from refdet.structures.provenance import Provenance
-from refdet.training.best import Validated, read_best
-from refdet.training.metrics_log import _forget_after as forget_after
+from refdet.training.best import ValidationRecord, read_best
+from refdet.training.metrics_log import _truncate_after as truncate_after
 from refdet.training.metrics_rows import METRICS, read_rows
 from refdet.training.run_card import _text as card_text
 from refdet.training.saved_run import SavedRun
@@ -113,7 +113,7 @@ def test_a_damaged_log_of_a_run_that_goes_on(copy: Path) -> None:
     rates = {"val_bbox_AP": 0.5, "val_segm_AP": 0.25}
     rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1}, {"step": 2, **rates}, {"step": 3, "loss": 0.0}]
     log = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    record = Validated("val_bbox_AP", 0.5, 2, "minival.json", 3, "0" * 64, rates)
+    record = ValidationRecord("val_bbox_AP", 0.5, 2, "minival.json", 3, "0" * 64, rates)
     best = json.dumps(asdict(record)).encode()
 
     def change(chance: random.Random) -> None:
@@ -171,7 +171,7 @@ def test_a_log_that_training_goes_on_with(tmp_path: Path) -> None:
         (tmp_path / METRICS).write_bytes(damaged(rows, chance, JSON_WORDS))
 
     def work() -> None:
-        forget_after(tmp_path / METRICS, 4)
+        truncate_after(tmp_path / METRICS, 4)
         kept = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
         assert all(row["step"] <= 4 for row in kept)
 

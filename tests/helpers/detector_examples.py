@@ -9,9 +9,8 @@ from refdet.data.coco import ImageRecord
 from refdet.detector.mask_rcnn import MaskRCNN
 
 # blocks that start as their shortcut keep the activations of an untrained network in bounds
-SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]",
-         "model.zero_init_residual=true", "model.neck=c4", "model.stride=8",
-         "model.anchor_sizes=[16,32,64]"]  # fmt: skip
+SMALL = ["model.width=8", "model.mask_channels=8", "model.rpn_channels=16", "input.min_sizes=[96]", "model.neck=c4",
+         "model.zero_init_residual=true", "model.stride=8", "model.anchor_sizes=[16,32,64]"]  # fmt: skip
 PYRAMID = ["model.neck=fpn", "model.anchor_sizes=[8,16,32,64,128]", "model.fpn_channels=16", "model.fpn_hidden=32"]
 VARIANTS = {
     "c4": [],

@@ -131,7 +131,7 @@ def _child(case: Case, answer: Path) -> None:
     from refdet.cli.main import describe
 
     out = Path(case.out)
-    merge_reading._IMAGES = PUT_AT_ONCE
+    merge_reading._GROUP_IMAGES = PUT_AT_ONCE
     steps = _disturb(case, out.parent.with_suffix(".replaced"))
     slowly = functools.partial(compute, slowly=0.02 if case.seconds else 0.0)
     try:

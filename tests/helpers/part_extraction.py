@@ -41,7 +41,7 @@ def cut(size: int) -> Sequence[list[ImageRecord]]:
 def run_part(out: Path, part: str, **changes: Any) -> Summary:
     given: dict[str, Any] = {"plan": PLAN, "compute": compute, "load": load, "shard_images": 2, **changes}
     given.setdefault("header", replace(HEADER, options=given["plan"].options))
-    return extract_part(out, cut=cut, records=RECORDS, part=Part.parse(part), **given)
+    return extract_part(out, make_batches=cut, records=RECORDS, part=Part.parse(part), **given)
 
 
 def start_part(out: Path, part: str, *kill: str) -> subprocess.Popen[str]:

@@ -20,10 +20,10 @@ from store_examples import HEADER, PLAN
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
 from refdet.extraction.pipeline import extract
-from refdet.extraction.ray_cluster import connected
+from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
 from refdet.extraction.ray_messages import Tools
-from refdet.extraction.ray_pool import pool_of
+from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 from refdet.structures.regions import Regions
@@ -122,10 +122,10 @@ def run_on(address: str, out: Path, make: Slowly, resume: bool = False, **change
     """Extract on a cluster."""
     header = replace(HEADER, options=PLAN.options)
     make.folder.mkdir(exist_ok=True)
-    with connected(address, "cpu") as cluster, pool_of(cluster, make, patience=5.0) as pool:
+    with connect(address, "cpu") as cluster, worker_pool(cluster, make, timeout=5.0) as pool:
         pool.start()
         engine = RayEngine(pool, strict=changes.pop("strict", False))
         given: dict[str, Any] = {"batches": BATCHES, "records": RECORDS, "shard_images": 2} | changes
         return extract(
-            out, PLAN, header, load=load, compute=compute, resume=resume, elsewhere=engine, **given
+            out, PLAN, header, load=load, compute=compute, resume=resume, engine=engine, **given
         )  # fmt: skip

@@ -119,7 +119,7 @@ def test_many_candidates_as_torchvision_has_it() -> None:
     assert found.best.double().allclose(overlaps.amax(dim=1), atol=1e-6)
     chosen = overlaps.gather(1, found.object[:, None])[:, 0]
     assert chosen.allclose(overlaps.amax(dim=1), atol=1e-6)
-    assert found.reaches[overlaps.argmax(dim=0)].float().mean() > 0.9  # but for what rounding makes a tie
+    assert found.is_best[overlaps.argmax(dim=0)].float().mean() > 0.9  # but for what rounding makes a tie
     assert_same(found, match_boxes_plain(candidates, objects))
 
 
@@ -128,9 +128,9 @@ def test_all_that_reach_the_best_are_told_and_the_first_object_wins() -> None:
     far = torch.tensor([[900.0, 900, 910, 910]])
     candidates = torch.cat((far, same + 1, far.expand(2000, -1), same + 1, same))
     found = match_boxes(candidates, torch.cat((far + 500, same - 1, same - 1)))
-    assert found.reaches.nonzero()[:, 0].tolist() == [2003]
+    assert found.is_best.nonzero()[:, 0].tolist() == [2003]
     found = match_boxes(candidates[:-1], torch.cat((far + 500, same - 1, same - 1)))
-    assert found.reaches.nonzero()[:, 0].tolist() == [1, 2002]
+    assert found.is_best.nonzero()[:, 0].tolist() == [1, 2002]
     assert found.object.unique().tolist() == [0, 1] and found.object[1] == found.object[2002] == 1
     assert found.best[1] == found.best[2002] == f32(64) / f32(136)
 
@@ -151,7 +151,7 @@ def test_strided_and_other_types() -> None:
     candidates = candidates[(candidates <= 256).all(dim=1)]
     objects = objects[(objects.abs() <= 256).all(dim=1)]
     expected = match_boxes_plain(candidates, objects)
-    assert expected.reaches.any()
+    assert expected.is_best.any()
     wide = torch.zeros(len(candidates), 9)
     wide[:, 1::2] = candidates
     for a in (wide[:, 1::2], candidates.bfloat16(), candidates.double(), candidates.clone().requires_grad_()):
@@ -206,7 +206,7 @@ def test_the_operator_is_registered_well_and_traces() -> None:
 
     def chosen(candidates: Tensor, objects: Tensor) -> Tensor:
         found = match_boxes(candidates, objects * 1.5)
-        return objects[found.object] * found.best[:, None] + found.reaches[:, None]
+        return objects[found.object] * found.best[:, None] + found.is_best[:, None]
 
     traced = torch.compile(chosen, backend="eager", fullgraph=True)
     assert traced(candidates, objects).equal(chosen(candidates, objects))

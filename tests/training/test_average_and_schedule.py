@@ -92,11 +92,11 @@ def test_the_time_left_counts_the_validations_to_come(monkeypatch: pytest.Monkey
         disable, start_t, last_print_t = False, 5.0, 7.0
 
     clock, bar = TrainingClock(10, 50), Bar()
-    assert clock.left(10, 0) == ""
+    assert clock.time_left(10, 0) == ""
     now[0] += 20  # ten steps
-    assert clock.left(20, 0) == "01:00" and clock.left(20, 2) == ""
+    assert clock.time_left(20, 0) == "01:00" and clock.time_left(20, 2) == ""
     with clock.pause(bar):  # type: ignore[arg-type]
         now[0] += 30
-    assert clock.left(20, 2) == "02:00" and clock.lap() == 20
+    assert clock.time_left(20, 2) == "02:00" and clock.lap() == 20
     assert (bar.start_t, bar.last_print_t) == (35.0, 37.0)
     assert (clock.seconds, clock.step_seconds) == (50, 20)

@@ -24,7 +24,7 @@ from refdet.detector import checkpoint
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.interrupt import Stop, StopRequested
 from refdet.training import batch_workers
-from refdet.training.batch_workers import batches_ahead, check_shared_memory
+from refdet.training.batch_workers import check_shared_memory, prefetch_batches
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def kill(number: signal.Signals) -> Callable[[], object]:
 
 
 def take(batches: Batches, workers: int = 2, stop: Stop | None = None) -> list[list[int]]:
-    with batches_ahead(batches, range(6), workers, CPU, stop or Stop()) as ahead:
+    with prefetch_batches(batches, range(6), workers, CPU, stop or Stop()) as ahead:
         return [batch.image_ids for batch in ahead]
 
 
@@ -157,9 +157,9 @@ def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = Batches(tmp_path, -1, lambda: None)  # of 2 images of 64x96x3 uint8: 36,864 bytes
     need = 5 * 36864
-    monkeypatch.setattr(batch_workers, "_free", lambda: need)
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: need)
     check_shared_memory(batches, workers=2)
-    monkeypatch.setattr(batch_workers, "_free", lambda: need - 1)
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: need - 1)
     check_shared_memory(batches, workers=0)
     with pytest.raises(
         RuntimeFailure, match=r"/dev/shm is too small: .*--shm-size=1m, or train with `train.workers=0`"
@@ -168,7 +168,7 @@ def test_too_little_shared_memory_is_found_before_the_work(tmp_path: Path, monke
     with pytest.raises(RuntimeFailure, match="/dev/shm"):
         run(tmp_path, "train.workers=2")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(batch_workers, "_free", lambda: None)  # a system that has no such place
+    monkeypatch.setattr(batch_workers, "_free_bytes", lambda: None)  # a system that has no such place
     check_shared_memory(batches, workers=2)
 
 

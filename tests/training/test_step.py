@@ -16,7 +16,7 @@ from refdet.detector.checkpoint import read_tensors
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import RuntimeFailure
 from refdet.training import trainer
-from refdet.training.optim import momentum_of, optimiser, restore_momentum, set_rate
+from refdet.training.optim import build_optimizer, momentum_of, restore_momentum, set_lr
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def backward(model: nn.Module, step: int) -> None:
 def test_steps_are_those_of_plain_sgd() -> None:
     options = tiny("train.momentum=0.9", "train.weight_decay=0.01").train
     ours, plain = network(), network()
-    sgd = optimiser(ours, options)
+    sgd = build_optimizer(ours, options)
     groups = [{k: v for k, v in group.items() if k in ("weight_decay",)} for group in sgd.param_groups]
     sizes = [[p.ndim > 1 for p in group["params"]][0] for group in sgd.param_groups]
     members = [[p for p in plain.parameters() if (p.ndim > 1) == many] for many in sizes]
@@ -45,7 +45,7 @@ def test_steps_are_those_of_plain_sgd() -> None:
     )  # fmt: skip
     for step in range(4):
         rate = 0.1 / (step + 1)
-        set_rate(sgd, rate)
+        set_lr(sgd, rate)
         for group in peer.param_groups:
             group["lr"] = rate
         for model, chosen in ((ours, sgd), (plain, peer)):
@@ -57,25 +57,25 @@ def test_steps_are_those_of_plain_sgd() -> None:
 
 def test_a_parameter_without_a_gradient_or_a_saved_momentum_is_no_matter() -> None:
     model = network()
-    sgd = optimiser(model, tiny().train)
+    sgd = build_optimizer(model, tiny().train)
     backward(model, 0)
     model[3].weight.grad = None
     before = model[3].weight.detach().clone()
     sgd.step()
     assert torch.equal(model[3].weight, before)
     kept = {name: value.clone() for name, value in momentum_of(model, sgd).items() if name != "3.bias"}
-    again = optimiser(model, tiny().train)
+    again = build_optimizer(model, tiny().train)
     restore_momentum(model, again, kept)
     backward(model, 1)
     again.step()
     assert all(p.isfinite().all() for p in model.parameters())
-    assert not momentum_of(model, optimiser(model, tiny("train.momentum=0").train))
+    assert not momentum_of(model, build_optimizer(model, tiny("train.momentum=0").train))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_no_step_after_a_bad_one_changes_anything(bad: float) -> None:
     model = network()
-    sgd = optimiser(model, tiny().train)
+    sgd = build_optimizer(model, tiny().train)
     for step, loss in enumerate((1.0, bad, 1.0)):
         kept = [t.detach().clone() for t in (*model.parameters(), *momentum_of(model, sgd).values())]
         backward(model, step)
@@ -135,7 +135,7 @@ def test_losses_are_read_a_step_late_and_logged_at_their_step(tmp_path: Path, mo
     start = trainer.start_step
 
     class Watched:
-        def __init__(self, number: int, started: trainer.StartedStep) -> None:
+        def __init__(self, number: int, started: trainer.PendingStep) -> None:
             self.number, self.started = number, started
 
         def losses(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The optimiser's groups, its steps and the learning rate beside torchvision's reference scripts and PyTorch's own."""
+"""The optimizer's groups, its steps and the learning rate beside torchvision's reference scripts and PyTorch's own."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from training_examples import tiny
 
 from refdet.config.recipe import TrainOptions
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.training.optim import learning_rate, optimiser, set_rate
+from refdet.training.optim import build_optimizer, learning_rate, set_lr
 
 
 def test_norms_and_biases_have_no_weight_decay() -> None:
@@ -21,7 +21,7 @@ def test_norms_and_biases_have_no_weight_decay() -> None:
     biases = [p for name, p in model.named_parameters() if name.endswith("bias") and not any(p is n for n in norms)]
     groups = {
         group["weight_decay"]: {id(p) for p in group["params"]}
-        for group in optimiser(model, TrainOptions()).param_groups
+        for group in build_optimizer(model, TrainOptions()).param_groups
     }
     assert groups.keys() == {0.0, 0.0001} and len(norms) > 10 and len(biases) > 10
     assert groups[0.0] == {id(p) for p in [*norms, *biases]}
@@ -34,7 +34,7 @@ def test_steps_are_those_of_pytorchs_sgd() -> None:
     theirs = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     theirs.load_state_dict(ours.state_dict())
     options = TrainOptions(steps=100, lr=0.05, warmup_steps=4, lr_milestones=(0.06, 0.09), weight_decay=0.01)
-    sgd = optimiser(ours, options)
+    sgd = build_optimizer(ours, options)
     decayed = [p for p in theirs.parameters() if p.ndim > 1]
     peer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": 0.01}, {"params": [p for p in theirs.parameters() if p.ndim == 1]}],
@@ -42,7 +42,7 @@ def test_steps_are_those_of_pytorchs_sgd() -> None:
     )  # fmt: skip
     for step in range(12):
         x = torch.randn(6, 5, dtype=torch.float64)
-        set_rate(sgd, learning_rate(step, options))
+        set_lr(sgd, learning_rate(step, options))
         for group in peer.param_groups:
             group["lr"] = learning_rate(step, options)
         for model, optimizer in ((ours, sgd), (theirs, peer)):

@@ -23,8 +23,8 @@ from refdet.detector.checkpoint import read_tensors
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.evaluation.detection import evaluate
-from refdet.training.optim import learning_rate, optimiser
-from refdet.training.step import StartedStep
+from refdet.training.optim import build_optimizer, learning_rate
+from refdet.training.step import PendingStep
 from refdet.training.train import train
 from refdet.training.trainer import Summary
 
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_same_run(
     said = rf"{victim.name}: .*\(training stopped after step 4, which is saved; replace the file and continue with"
     with monkeypatch.context() as patch:
         if saved == 3:
-            patch.setattr(train_module._Training, "_keep", lambda self, step, first: "without saving")
+            patch.setattr(train_module._Training, "_save_before_exit", lambda self, step, first: "without saving")
             said = f"{victim.name}: .*without saving"
         with pytest.raises(InputError, match=said):
             train(changes, instances, tmp_path / "images", tmp_path / "halves", device="cpu")
@@ -116,7 +116,7 @@ def test_a_signal_saves_what_was_done(
 ) -> None:
     steps, calls = train_module.start_step, []
 
-    def with_notice(*given: object) -> StartedStep:
+    def with_notice(*given: object) -> PendingStep:
         calls.append(given)
         if len(calls) == 3:  # as a scheduler does it: to every process of the job
             for process in multiprocessing.active_children():
@@ -268,7 +268,7 @@ def test_learning_rate() -> None:
 
 def test_biases_and_norms_do_not_decay() -> None:
     model = MaskRCNN(tiny_recipe(), 3)
-    decayed, free = optimiser(model, tiny_recipe().train).param_groups
+    decayed, free = build_optimizer(model, tiny_recipe().train).param_groups
     assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))

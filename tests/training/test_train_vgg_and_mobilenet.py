@@ -19,7 +19,7 @@ from refdet.data.coco import CocoIndex
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights.import_weights import import_weights
-from refdet.training.optim import optimiser
+from refdet.training.optim import build_optimizer
 from refdet.training.train import train
 from refdet.training.trainer import Summary
 
@@ -127,13 +127,13 @@ def test_all_that_follows_a_detector(name: str, imported: Path, shapes_root: Pat
 def test_rates_and_decays_are_the_references(name: str) -> None:
     chosen = small(name, "model.norm=frozen")
     model = MaskRCNN(chosen, 3)
-    groups = {id(p): group for group in optimiser(model, chosen.train).param_groups for p in group["params"]}
+    groups = {id(p): group for group in build_optimizer(model, chosen.train).param_groups for p in group["params"]}
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert id(parameter) not in groups
             continue
         group, depthwise = groups[id(parameter)], ".depthwise." in key
-        assert group["rate"] == (2 if name == "vgg16" and key.endswith("bias") else 1), key
+        assert group["lr_mult"] == (2 if name == "vgg16" and key.endswith("bias") else 1), key
         assert (group["weight_decay"] == 0) == (key.endswith("bias") or depthwise), key
     decays = {group["weight_decay"] for group in groups.values()}
     assert decays == {0.0, 1e-4 if name == "vgg16" else 4e-5}

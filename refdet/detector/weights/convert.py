@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from refdet.config import recipe as recipes
-from refdet.detector.checkpoint import HEADS
+from refdet.detector.checkpoint import HEAD_PREFIXES
 from refdet.detector.weights import detectron2, imagenet, reference, torchvision
 from refdet.detector.weights.fitting import ConvertedWeights, Naming, fit
 from refdet.detector.weights.reference import IMAGENET_CLASSIFIER, resnet_depth
@@ -66,8 +66,8 @@ def _resnet(given: dict[str, Tensor], style: str | None, caffe: str = "reference
     else:
         name = f"c4-res{depth}" if f"c4-res{depth}" in recipes.names() else "c4-res101"
         recipe = recipes.load(name).with_changes([f"name=c4-res{depth}", f"model.depth={depth}", "model.norm=frozen"])
-    tensors = fit(recipe, 0, given, Naming(RESNET_PARTS, {}), IMAGENET_CLASSIFIER, untrained=HEADS)
-    return ConvertedWeights(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEADS)
+    tensors = fit(recipe, 0, given, Naming(RESNET_PARTS, {}), IMAGENET_CLASSIFIER, untrained=HEAD_PREFIXES)
+    return ConvertedWeights(f"an ImageNet ResNet-{depth} in {style} style", recipe, None, tensors, HEAD_PREFIXES)
 
 
 def _style(given: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
-from refdet.detector.checkpoint import MOST_CATEGORIES
+from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.weights.fitting import (
     BackgroundLast,
@@ -80,8 +80,8 @@ def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
     masks = any(name.startswith("roi_heads.mask_head.") for name in given)
     recipe = recipe if masks else recipe.with_changes(["model.masks=false"])
     classes = max(rows(given, _SCORES, 81) - 1, 1)
-    if classes > MOST_CATEGORIES:
-        raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MOST_CATEGORIES}")
+    if classes > MAX_CATEGORIES:
+        raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
     ignored = [name for name in given if _IGNORED.match(name)]
     tensors = fit(recipe, classes, given, naming(recipe), ignored)
     kind = f"detectron2's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{recipe.model.depth} as {neck.upper()}"

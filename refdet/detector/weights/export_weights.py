@@ -14,7 +14,7 @@ from torch import Tensor
 from refdet.config.recipe import ModelOptions, Recipe
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
-from refdet.detector.loading import check_fit, without_memory
+from refdet.detector.loading import build_on_meta, check_compatible
 from refdet.detector.weights import detectron2, torchvision
 from refdet.errors import ArgumentError, InputError
 from refdet.files.atomic import atomic_write
@@ -61,7 +61,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     folder, meta = checkpoint.run_directory(run), checkpoint.load_meta(run)
     _check(run, meta, format)
     tensors = checkpoint.read_tensors(folder / checkpoint.MODEL)[0]
-    check_fit(without_memory(meta.recipe, len(meta.categories)).state_dict(), tensors, folder / checkpoint.MODEL)
+    check_compatible(build_on_meta(meta.recipe, len(meta.categories)).state_dict(), tensors, folder / checkpoint.MODEL)
     tensors = {name: value.float() for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     if format == "detectron2":
         state = detectron2.naming(meta.recipe).export(tensors)
@@ -82,7 +82,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
 
 def config(recipe: Recipe, classes: int) -> dict[str, Any]:
     """detectron2's configuration of a network, on top of its defaults."""
-    model, proposals, given = recipe.model, recipe.proposals, recipe.input
+    model, proposals, input_options = recipe.model, recipe.proposals, recipe.input
     pyramid, c4 = model.neck == "fpn", model.neck == "c4"
     maps = {"fpn": ["p2", "p3", "p4", "p5", "p6"], "c4": ["res4"], "dc5": ["res5"]}[model.neck]
     pooler = {
@@ -103,11 +103,11 @@ def config(recipe: Recipe, classes: int) -> dict[str, Any]:
     }
     if model.depth < 50:
         resnets["RES2_OUT_CHANNELS"] = 64
-    found: dict[str, Any] = {
+    model_config: dict[str, Any] = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         "MASK_ON": model.masks,
-        "PIXEL_MEAN": list(given.mean),
-        "PIXEL_STD": list(given.std),
+        "PIXEL_MEAN": list(input_options.mean),
+        "PIXEL_STD": list(input_options.std),
         "BACKBONE": {"NAME": "build_resnet_fpn_backbone" if pyramid else "build_resnet_backbone"},
         "RESNETS": resnets,
         "ANCHOR_GENERATOR": {
@@ -133,15 +133,15 @@ def config(recipe: Recipe, classes: int) -> dict[str, Any]:
         "ROI_MASK_HEAD": {**mask, "CONV_DIM": model.mask_channels},
     }
     if pyramid:
-        found["FPN"] = {"IN_FEATURES": stages, "OUT_CHANNELS": model.fpn_channels}
+        model_config["FPN"] = {"IN_FEATURES": stages, "OUT_CHANNELS": model.fpn_channels}
     size = {
-        "FORMAT": given.order.upper(),
-        "MIN_SIZE_TRAIN": list(given.min_sizes),
-        "MIN_SIZE_TEST": given.min_sizes[-1],
-        "MAX_SIZE_TRAIN": given.max_size,
-        "MAX_SIZE_TEST": given.max_size,
+        "FORMAT": input_options.order.upper(),
+        "MIN_SIZE_TRAIN": list(input_options.min_sizes),
+        "MIN_SIZE_TEST": input_options.min_sizes[-1],
+        "MAX_SIZE_TRAIN": input_options.max_size,
+        "MAX_SIZE_TEST": input_options.max_size,
     }
-    return {"VERSION": 2, "MODEL": found, "INPUT": size}
+    return {"VERSION": 2, "MODEL": model_config, "INPUT": size}
 
 
 def _check(run: Path, meta: CheckpointMetadata, format: str) -> None:
@@ -149,28 +149,28 @@ def _check(run: Path, meta: CheckpointMetadata, format: str) -> None:
     model, recipe = meta.recipe.model, meta.recipe
     if meta.untrained:
         raise InputError(f"{run}: its {', '.join(meta.untrained)} are not trained; train it first")
-    odd = [] if model.backbone == "resnet" else [f"model.backbone={model.backbone}"]
+    unsupported = [] if model.backbone == "resnet" else [f"model.backbone={model.backbone}"]
     if format == "torchvision" and model.neck != "fpn":
-        odd.append(f"model.neck={model.neck}")
+        unsupported.append(f"model.neck={model.neck}")
     if model.width != 64:
-        odd.append(f"model.width={model.width}")
-    odd += [name for name in ("legacy_plus_one", "legacy_rounded_anchors") if getattr(model, name)]
+        unsupported.append(f"model.width={model.width}")
+    unsupported += [name for name in ("legacy_plus_one", "legacy_rounded_anchors") if getattr(model, name)]
     if model.pooling not in ("align", "align_legacy"):
-        odd.append(f"model.pooling={model.pooling}")
+        unsupported.append(f"model.pooling={model.pooling}")
     if model.neck == "c4" and (model.pooler_resolution != 14 or model.stride != 16):
-        odd.append(f"model.pooler_resolution={model.pooler_resolution} at stride {model.stride}")
+        unsupported.append(f"model.pooler_resolution={model.pooler_resolution} at stride {model.stride}")
     if format == "detectron2" and model.box_convs:
-        odd.append(f"model.box_convs={model.box_convs}")
+        unsupported.append(f"model.box_convs={model.box_convs}")
     if format == "detectron2" and model.rpn_convs > 1:
-        odd.append(f"model.rpn_convs={model.rpn_convs}")
+        unsupported.append(f"model.rpn_convs={model.rpn_convs}")
     if format == "torchvision" and (model.box_convs, model.box_fcs) not in ((0, 2), (4, 1)):
-        odd.append(f"model.box_convs={model.box_convs} with model.box_fcs={model.box_fcs}")
+        unsupported.append(f"model.box_convs={model.box_convs} with model.box_fcs={model.box_fcs}")
     if format == "torchvision" and recipe.input.order != "rgb":
-        odd.append("input.order=bgr")
+        unsupported.append("input.order=bgr")
     if format == "detectron2" and model.torchvision_anchors:
-        odd.append("model.torchvision_anchors")
-    if odd:
-        raise InputError(f"{run}: {format} has no network with {', '.join(odd)}")
+        unsupported.append("model.torchvision_anchors")
+    if unsupported:
+        raise InputError(f"{run}: {format} has no network with {', '.join(unsupported)}")
 
 
 def _notes(recipe: Recipe, format: str) -> tuple[str, ...]:

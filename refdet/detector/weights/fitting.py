@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from refdet.config.recipe import Recipe
-from refdet.detector.finite import LARGEST_WEIGHT, unusable
+from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
 from refdet.files.short_text import cut
@@ -208,8 +208,8 @@ def fit(
             wrong.append(f"{source} is {tuple(given[source].shape)}, not {shape}")
             continue
         value = given[source].detach().float()
-        if unusable({name: value}):
-            wrong.append(f"{source} contains NaN, inf, values beyond {LARGEST_WEIGHT:g} or a negative variance")
+        if find_unusable({name: value}):
+            wrong.append(f"{source} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative variance")
         found[name] = layout.to_own(value).contiguous()
     left = [n for n in given if n not in used and not n.endswith("num_batches_tracked")]
     if missing or left or wrong:

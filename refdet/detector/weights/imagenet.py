@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from refdet.config import recipe as recipes
-from refdet.detector.checkpoint import HEADS
+from refdet.detector.checkpoint import HEAD_PREFIXES
 from refdet.detector.weights.fitting import ConvertedWeights, Naming, fit
 from refdet.detector.weights.reference import mobilenet_changes, mobilenet_parts, vgg_changes, vgg_parts
 from refdet.errors import InputError
@@ -41,8 +41,8 @@ def identify(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights
         raise InputError("`style='torchvision'`: torchvision has no MobileNet v1")
     prefix = "features." if f"features.{_MOBILENET}" in given else ""
     recipe = recipes.load("reference-mobilenet-v1").with_changes(mobilenet_changes(given, prefix))
-    tensors = fit(recipe, 0, given, Naming(mobilenet_parts(prefix), {}), _classifier(given), untrained=HEADS)
-    return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEADS)
+    tensors = fit(recipe, 0, given, Naming(mobilenet_parts(prefix), {}), _classifier(given), untrained=HEAD_PREFIXES)
+    return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEAD_PREFIXES)
 
 
 def _vgg(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
@@ -59,8 +59,8 @@ def _vgg(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
     parts = vgg_parts("", fc6=int(caffe_numbers))
     own = tuple(parts.values())
     unused = [name for name in _classifier(given) if not name.startswith(own)]
-    tensors = fit(recipe, 0, given, Naming(parts, {}), unused, untrained=HEADS)
-    return ConvertedWeights(f"an ImageNet VGG-16 in {style} style", recipe, None, tensors, HEADS)
+    tensors = fit(recipe, 0, given, Naming(parts, {}), unused, untrained=HEAD_PREFIXES)
+    return ConvertedWeights(f"an ImageNet VGG-16 in {style} style", recipe, None, tensors, HEAD_PREFIXES)
 
 
 def _classifier(given: Mapping[str, Tensor]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.backbones import MOBILENET_WIDTH, network_name
-from refdet.detector.checkpoint import MOST_CATEGORIES
+from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.mobilenet import LAYERS, ON_ROIS
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.vgg import STAGES
@@ -59,8 +59,8 @@ def identify(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights
         raise InputError("a VGG-16 with a mask branch, which cannot be imported; a Faster R-CNN with it can")
     anchors = rows(given, "rpn_cls_score_net.weight", 24) // 2
     classes = max(rows(given, "cls_score_net.weight", 81) - 1, 1)
-    if classes > MOST_CATEGORIES:
-        raise InputError(f"cls_score_net.weight: {classes} classes, more than the limit of {MOST_CATEGORIES}")
+    if classes > MAX_CATEGORIES:
+        raise InputError(f"cls_score_net.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
     recipe = _recipe(given, prefix, anchors)
     if masks != recipe.model.masks:
         recipe = recipe.with_changes([f"model.masks={str(masks).lower()}"])

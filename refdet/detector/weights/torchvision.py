@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
-from refdet.detector.checkpoint import MOST_CATEGORIES
+from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.resnet import BLOCKS
 from refdet.detector.weights.fitting import ConvertedWeights, Naming, count, fit, rows
 from refdet.errors import InputError
@@ -52,8 +52,8 @@ def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
         changes += [f"name={recipe.name.replace('res50', f'res{depth}')}", f"model.depth={depth}"]
     recipe = recipe.with_changes(changes)
     classes = max(rows(given, "roi_heads.box_predictor.cls_score.weight", 91) - 1, 1)
-    if classes > MOST_CATEGORIES:
-        raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MOST_CATEGORIES}")
+    if classes > MAX_CATEGORIES:
+        raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
     kind = f"torchvision's {'Mask' if recipe.model.masks else 'Faster'} R-CNN with a ResNet-{depth}"
     tensors = fit(recipe, classes, given, naming(recipe))
     return ConvertedWeights(kind + ", version 2" * newer, recipe, classes, tensors, (), classes == COCO_IDS)

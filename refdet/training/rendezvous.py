@@ -1,0 +1,46 @@
+"""Where the processes of torchrun exchange addresses: a store of their own for each time that they are started."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from datetime import timedelta
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from refdet.training.launch import Launch
+
+_POLL_SECONDS = 0.02  # seconds between looks at the store
+_TOKEN, _CALL, _ANSWER = "refdet/here/{}", "refdet/call", "refdet/answer/{}/{}"
+
+
+def rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
+    """A store that holds nothing of earlier processes.
+
+    torchrun may keep one store for all that it starts, in which restarted processes find the addresses of those that
+    have ended. So the first process calls the others by marks that each has made for itself, until all have answered.
+
+    Raises:
+        RuntimeError: not all came in time.
+    """
+    url = f"env://?rank={launch.rank}&world_size={launch.world_size}"
+    store, rank, world_size = next(iter(rendezvous(url, timeout=timeout)))
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(_TOKEN.format(rank), token)
+    others = range(1, world_size)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            tokens = [store.get(_TOKEN.format(other)).decode() for other in others]
+            store.set(_CALL, json.dumps([token, *tokens]))
+            answers = [_ANSWER.format(token, other) for other in others]
+            if not answers or store.check(answers):
+                return PrefixStore(token, store)
+        else:
+            call = json.loads(store.get(_CALL))
+            if len(call) == world_size and call[rank] == token:
+                store.set(_ANSWER.format(call[0], rank), "1")
+                return PrefixStore(call[0], store)
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"no answer within {timeout}")
