@@ -109,7 +109,8 @@ def test_examples_in_docstrings_run(folder: Path) -> None:
 
 def _for_the_untrained(code: str) -> str:
     """Code with fewer steps, and a threshold that a detector reaches which has learnt next to nothing."""
-    return code.replace("train.steps=40", "train.steps=2").replace("score_threshold=0.3", "score_threshold=0.01")
+    code = code.replace('"train.steps=40"', '"train.steps=2", "model.zero_init_residual=true"')
+    return code.replace("score_threshold=0.3", "score_threshold=0.01")
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_without_the_examples_there_is_no_listener(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(demo_module, "LISTENER", tmp_path / "listener.py")
     said: list[str] = []
     log = demo_module._Log(lambda args, output=None: None, said.append)
-    assert demo_module._listen(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
+    assert demo_module._run_listener(log, tmp_path, tmp_path, tmp_path, tmp_path) is None
     assert "skipped: listener.py" in said[0] and not log.seconds
 
 

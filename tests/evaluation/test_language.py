@@ -62,7 +62,7 @@ def test_odd_texts_stay_with_their_refs() -> None:
     """PTBTokenizer goes by lines: line ends of all kinds and empty sentences must not shift them."""
     odd = {1: ["a\u2028b\nc", "", "x ||| y", "\ud800"], 2: ["   ", "..."], 5: ["dog\x85", "\x1c"]}
     clean = {ref_id: [language._clean(text) for text in texts] for ref_id, texts in odd.items()}
-    assert Scorers(java=True)._tokens(clean) == {1: ["a b c", "", "x y", ""], 2: ["", ""], 5: ["dog", ""]}
+    assert Scorers(java=True)._tokenize(clean) == {1: ["a b c", "", "x y", ""], 2: ["", ""], 5: ["dog", ""]}
 
 
 @needs_library
@@ -131,7 +131,7 @@ def test_expressions_are_measured_split_by_split(tmp_path: Path, monkeypatch: py
     ("entries", "says"),
     [
         ({}, "expressions are a list"),
-        ([3], "entry 0: it must be an object with an integer ref_id and a text sent"),
+        ([3], "entry 0: it must be an object with an integer ref_id and a str"),
         ([{"ref_id": 1}], "entry 0: it must be"),
         ([{"ref_id": True, "sent": "a"}], "entry 0: it must be"),
         ([{"ref_id": 1, "sent": "a"}, {"ref_id": 8, "sent": "a"}], "entry 1: ref 8 is not in this dataset"),

@@ -36,7 +36,12 @@ IMAGES = 38  # more than one shard
 @pytest.fixture(scope="module", params=["c4-res18", "demo"])
 def detector(request: pytest.FixtureRequest, shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = CocoIndex.load(shapes_root / "annotations" / "instances_train2014.json")
-    changes = [*SMALL, "model.norm=batch", *(PYRAMID if request.param == "demo" else [])]
+    changes = [
+        *SMALL,
+        "model.norm=batch",
+        "model.zero_init_residual=true",
+        *(PYRAMID if request.param == "demo" else []),
+    ]
     chosen = recipe.load(request.param).with_changes(changes)
     torch.manual_seed(0)
     model = MaskRCNN(chosen, len(index.categories))

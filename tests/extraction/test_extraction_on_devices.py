@@ -29,6 +29,7 @@ from refdet.detector import loading, predictor
 from refdet.device import usable_device
 from refdet.errors import Interrupted, RuntimeFailure
 from refdet.evaluation.detection import detected_regions, evaluate
+from refdet.extraction import computing
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 
@@ -44,9 +45,9 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import test_extraction_on_devices as t
-from refdet.detector import predictor
+from refdet.extraction import computing
 root, device = Path(sys.argv[1]), sys.argv[2]
-start, calls = predictor.start_detecting, []
+start, calls = computing.start_detecting, []
 def killed(*given, **named):
     calls.append(given)
     if len(calls) == 12:
@@ -54,7 +55,7 @@ def killed(*given, **named):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return start(*given, **named)
-predictor.start_detecting = killed
+computing.start_detecting = killed
 t.extract(root, device, "killed.h5")
 """
 
@@ -157,13 +158,13 @@ def test_annotations_are_described_as_on_the_cpu(device: str, root: Path, masks:
 def test_images_come_from_pinned_memory_and_are_kept_until_they_are_copied(
     device: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, pinned = predictor.start_detecting, []
+    start, pinned = computing.start_detecting, []
 
     def watched(model: Any, images: list[np.ndarray], *given: Any, **named: Any) -> Any:
         pinned.extend(torch.from_numpy(image).is_pinned() for image in images)
         return start(model, images, *given, **named)
 
-    monkeypatch.setattr(predictor, "start_detecting", watched)
+    monkeypatch.setattr(computing, "start_detecting", watched)
     extract(root, device, f"pinned-{device}.h5", images=12)
     assert pinned == [is_gpu(device)] * 12
 
@@ -184,7 +185,7 @@ def test_what_the_cpu_began_a_gpu_may_finish(
     device: str, root: Path, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linked(tmp_path, root)
-    start, calls = predictor.start_detecting, []
+    start, calls = computing.start_detecting, []
 
     def stops(*given: Any, **named: Any) -> Any:
         calls.append(given)
@@ -193,7 +194,7 @@ def test_what_the_cpu_began_a_gpu_may_finish(
         return start(*given, **named)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="`resume=True`"):
-        patch.setattr(predictor, "start_detecting", stops)
+        patch.setattr(computing, "start_detecting", stops)
         extract(tmp_path, "cpu", "a.h5")
     assert extract(tmp_path, device, "a.h5", resume=True).computed < COUNT
     assert_near(tmp_path / "a.h5", whole("cpu"))
@@ -247,7 +248,7 @@ def memory_for(device: str, images: int, root: Path) -> Iterator[None]:
             return start(model, batch, *given, **named)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(predictor, "start_detecting", limited)
+            patch.setattr(computing, "start_detecting", limited)
             yield
         return
     where = usable_device(device)

@@ -154,4 +154,4 @@ def test_damaged_assignments(tmp_path: Path) -> None:
 
 
 def test_limits_are_what_the_table_uses() -> None:
-    assert (safe_yaml.MAX_DEPTH, safe_yaml.MOST_NODES, safe_yaml.LONGEST_SCALAR) == (16, 10_000, 1_000)
+    assert (safe_yaml.MAX_DEPTH, safe_yaml.MAX_NODES, safe_yaml.MAX_SCALAR_LENGTH) == (16, 10_000, 1_000)

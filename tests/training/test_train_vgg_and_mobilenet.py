@@ -118,8 +118,8 @@ def test_all_that_follows_a_detector(name: str, imported: Path, shapes_root: Pat
     done = call("export", "--store", tmp_path / "f.h5", "--format", "mattnet", "--out", tmp_path / "mattnet")
     assert done.exit_code == 0, done.output
     pool5, fc7 = WIDTHS[name]
-    assert f"pool5 of f.h5 has {pool5} numbers per region, but MAttNet's layers expect 1024" in done.stderr
-    assert f"fc7 of f.h5 has {fc7} numbers per region" in done.stderr and "no masks.json" in done.stderr
+    assert f"pool5 of f.h5 has {pool5} values per region, but MAttNet's layers expect 1024" in done.stderr
+    assert f"fc7 of f.h5 has {fc7} values per region" in done.stderr and "no masks.json" in done.stderr
     done = call("export-weights", "--checkpoint", imported, "--format", "torchvision", "--out", tmp_path / "x.pth")
     assert done.exit_code == 2 and "torchvision has no network with model.backbone=" in done.stderr
 
