@@ -65,7 +65,7 @@ def when(condition: Callable[[], object], then: Callable[[], object]) -> threadi
     """Do something once a condition is met."""
 
     def wait() -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 90
         while not condition():
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -83,7 +83,7 @@ def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any)
     watch = when(
         lambda: list(folder.glob("*.shard")) and who_computes(folder), lambda: shown.extend(who_computes(folder))
     )
-    done = run_on(cluster.address, out, Slowly(who, seconds=0.3))
+    done = run_on(cluster.address, out, Slowly(who, seconds=0.3, together=2))
     watch.join()
     assert (done.images, done.errors, done.computed) == (len(RECORDS), 1, len(RECORDS))
     assert len(computed_by(who)) == 2 and done.stages["compute"] > 0.1
@@ -140,7 +140,7 @@ def test_a_node_that_is_killed_loses_only_what_it_computed(tmp_path: Path, whole
     out, who = tmp_path / "a.h5", tmp_path / "who"
     node = cluster.add_node(**NODE)
     kill = when(lambda: len(computed_by(who)) == 3, lambda: cluster.remove_node(node, allow_graceful=False))
-    done = run_on(cluster.address, out, Slowly(who, seconds=0.5))
+    done = run_on(cluster.address, out, Slowly(who, seconds=0.5, together=3))
     kill.join()
     assert done.computed == len(RECORDS)
     is_whole(out, whole)

@@ -93,6 +93,7 @@ class Slowly:
     missing_on: int | None = None  # the worker that starts as this one, from 0, sees no images; -1 for all
     full_on: int | None = None  # the disk of this one is full
     precision: str = "float32"
+    together: int = 1  # nobody computes before so many workers have started
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
         number = next(n for n in range(100) if self._first(f"started-{n}"))
@@ -100,6 +101,10 @@ class Slowly:
             raise InputError(f"`images` /data: not found on node {number}")
 
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+            until = time.monotonic() + 60
+            while not (self.folder / f"started-{self.together - 1}").exists():
+                assert time.monotonic() < until, f"fewer than {self.together} workers have started"
+                time.sleep(0.01)
             time.sleep(self.seconds)
             (self.folder / f"{os.getpid()}-{batch[0].id}").touch()
             if self.die_at in [record.id for record in batch] and (self.always or self._first("died")):
