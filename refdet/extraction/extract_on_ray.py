@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from refdet.data.coco import ImageRecord
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.training_batches import group_by_input_size
 from refdet.extraction.defaults import CPU_BATCH_SIZE
@@ -21,7 +18,6 @@ from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
 from refdet.extraction.shard_folder import saved_batch_size
 from refdet.extraction.start_lines import start_lines
-from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
 
 
@@ -81,7 +77,7 @@ def extract_on_ray(
                     batches,
                     job.records,
                     job.source.read,
-                    _never_called,
+                    None,  # the workers compute
                     resume,
                     strict=strict,
                     compute_seconds=lambda: engine.computing,
@@ -89,7 +85,3 @@ def extract_on_ray(
                 )
             finally:
                 orientation.add(engine.oriented)
-
-
-def _never_called(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
-    raise NotImplementedError("batches are computed by the workers")

@@ -54,7 +54,7 @@ def extract(
     batches: Sequence[list[ImageRecord]],
     records: Sequence[ImageRecord],
     load: Load,
-    compute: Compute,
+    compute: Compute | None,
     resume: bool = False,
     workers: int = 2,
     shard_images: int = SHARD_IMAGES,
@@ -74,7 +74,8 @@ def extract(
             instead of regions. Other exceptions abort the extraction.
         compute: called with a batch in the main thread. Returns a function that is called once, in another thread and
             in batch order, and returns the `Regions` of each image. Thread-local state (``torch.inference_mode``, CUDA
-            stream) is not passed on. Another image of the batch replaces one that could not be loaded.
+            stream) is not passed on. Another image of the batch replaces one that could not be loaded. None with an
+            ``engine``.
         resume: continue from finished shards. In a finished store, retry unusable images, with their whole batches.
         workers: number of threads that prefetch images.
         shard_images: number of images at which a shard is complete; must be unchanged to resume.
@@ -91,8 +92,10 @@ def extract(
             unusable image if ``strict``; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    compute_here = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
-    work = partial(_work, records, engine or compute_here, compute_seconds)
+    if engine is None:
+        assert compute is not None
+        engine = partial(compute_shards, load=load, compute=compute, workers=workers, strict=strict)
+    work = partial(_work, records, engine, compute_seconds)
     session: Session | None = None
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
