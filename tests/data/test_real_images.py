@@ -75,12 +75,12 @@ def test_annotated_regions_cover_every_referent(
 
 def test_training_on_real_images_lowers_the_loss(shared: Path, tmp_path: Path) -> None:
     root = shared / "data" / "coco_mini"
-    changes = ["train.steps=24", "train.batch_size=2", "train.workers=0", "train.log_every=6", "train.lr=0.01",
+    changes = ["train.steps=36", "train.batch_size=2", "train.workers=0", "train.log_every=6", "train.lr=0.01",
                "train.warmup_steps=4"]  # fmt: skip
     chosen = recipe.load("c4-res18").with_changes([*SMALL, *changes])
     train(chosen, root / "annotations" / "instances_train2017.json", root / "train2017", tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_what_is_not_known_of_imported_weights_is_said(shared: Path, tmp_path: Path) -> None:
