@@ -13,6 +13,9 @@ LINE_INTERVAL = 30  # seconds between two lines without a terminal
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
 
 
+_CURSOR_UP = "\x1b[A"  # a bar beside another one moves there and back
+
+
 class _LineStream:
     """A stream for a bar that writes each update as a new line."""
 
@@ -22,7 +25,7 @@ class _LineStream:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        if text := text.replace(_CURSOR_UP, "").strip("\r\n "):
             self._stream.write(text + "\n")
 
     def flush(self) -> None:

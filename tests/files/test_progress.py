@@ -40,6 +40,18 @@ def test_long_work_leaves_whole_lines_and_few(monkeypatch: pytest.MonkeyPatch) -
         assert line.startswith("train: ") and " of 1000 steps, " in line and "loss 1.00" in line
 
 
+def test_a_bar_within_another_moves_no_cursor_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(2, "train", "step") as outer:
+        for _ in range(2):
+            with progress_bar(3, "validate", "image", leave=False) as inner:
+                inner.update(3)
+                inner.refresh()
+            outer.update()
+    assert "\x1b" not in stream.getvalue() and "validate: 3 of 3 images" in stream.getvalue()
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
