@@ -7,11 +7,13 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from refdet.errors import InputError
+
+log = logging.getLogger(__name__)
 
 NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
 _CONNECT_TIMEOUT = 10.0  # seconds to reach the address
@@ -36,9 +38,10 @@ class Cluster:
     name: str
     gpus: bool
 
-    def slots(self) -> int:
-        """How many workers the cluster has room for now: its GPUs or CPU slots, in use or not."""
-        return int(self.ray.cluster_resources().get("GPU" if self.gpus else "CPU", 0))
+    def slots(self) -> dict[str, int]:
+        """Node -> how many workers it has room for: its GPUs or CPU slots, in use or not."""
+        name = "GPU" if self.gpus else "CPU"
+        return {node["NodeID"]: int(node["Resources"].get(name, 0)) for node in self.ray.nodes() if node["Alive"]}
 
     @property
     def resources(self) -> dict[str, float]:
@@ -85,9 +88,11 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
         except ImportError:
             raise InputError(NOT_INSTALLED) from None
         started_here = not ray.is_initialized()
-        if started_here:
-            _connect(ray, address)
-        try:
+        with ExitStack() as stack:
+            if started_here:
+                stack.enter_context(_logged(ray))
+                _connect(ray, address)
+                stack.callback(ray.shutdown)
             gpus = ray.cluster_resources().get("GPU", 0) >= 1
             if device == "cuda" and not gpus:
                 raise InputError(
@@ -95,9 +100,18 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
                     "give `device='cpu'`"
                 )
             yield Cluster(ray, address, gpus and device != "cpu")
-        finally:
-            if started_here:
-                ray.shutdown()
+
+
+@contextmanager
+def _logged(ray: Any) -> Iterator[None]:
+    """Log what Ray says of processes that died, which it would print on stdout even with log_to_driver=False."""
+    module = ray._private.worker
+    original = getattr(module, "print_to_stdstream", None)
+    module.print_to_stdstream = lambda data, **_: log.info("Ray: %s", " ".join(data["lines"]))
+    try:
+        yield
+    finally:
+        module.print_to_stdstream = original
 
 
 @contextmanager
