@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +145,45 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
     with no_part_running(folder):
         assert [one["state"] for one in who_computes(folder)] == ["finished"]
     assert run_part(out, "2/2").merged
+
+
+def test_parts_that_are_run_again_read_their_shards_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part does not keep others from starting while it does."""
+    out, both = tmp_path / "a.h5", threading.Barrier(2, timeout=20)
+
+    def together(shard_set: parts.ShardSet, number: int) -> None:
+        both.wait()
+        load(shard_set, number)
+
+    load = parts.ShardSet._load
+    for part in ("1/5", "2/5"):
+        run_part(out, part)
+    monkeypatch.setattr(parts.ShardSet, "_load", together)
+    with ThreadPoolExecutor(2) as pool:
+        assert [one.computed for one in pool.map(lambda part: run_part(out, part), ("1/5", "2/5"))] == [0, 0]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_part_that_is_run_again_while_another_one_merges(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    out = tmp_path / "a.h5"
+
+    def merged_first(shard_set: parts.ShardSet, number: int) -> None:
+        monkeypatch.setattr(parts.ShardSet, "_load", load)
+        if not gone:
+            load(shard_set, number)
+        assert run_part(out, "2/2").merged
+        load(shard_set, number + 2 * (not gone))
+
+    load = parts.ShardSet._load
+    run_part(out, "1/2")
+    monkeypatch.setattr(parts.ShardSet, "_load", merged_first)
+    done = run_part(out, "1/2")
+    assert done.merged and done.computed == 0
+    is_whole(out, whole)
 
 
 def test_other_parts_or_settings_are_refused(tmp_path: Path, whole: Path) -> None:
