@@ -224,8 +224,8 @@ def command(
         say=note,
         announce=note,
     )
-    if done.computed == 0:
-        note(f"{out} is complete" if done.merged else f"part {part} was complete")
+    if done.computed == 0 and part is None:
+        note(f"{out} is complete")
     if done.errors and done.merged:
         note(
             f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
@@ -233,6 +233,10 @@ def command(
         )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
+        return
+    if done.computed == 0 and part is not None:
+        complete = f"{out} is complete" if done.merged else f"part {part} was complete"
+        echo_line(f"{complete}: {counted(done.images, 'image')}, {counted(done.regions, 'region')}")
         return
     speed = f"{done.images_per_second:.2f}" if done.computed else "-"
     at_a_time = str(done.batch_size) if done.computed else "-"
