@@ -229,7 +229,8 @@ def command(
     if done.errors and done.merged:
         note(
             f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
-            "the files are repaired, repeat the command with --resume to recompute their batches"
+            f"the files are repaired, repeat the command with --resume{'' if part is None else ', without --part,'} to "
+            "recompute their batches"
         )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})

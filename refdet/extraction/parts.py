@@ -44,6 +44,7 @@ from refdet.extraction.summary import Summary, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import fsync, left_behind, report_disk_full, write_json_once
 from refdet.files.lock import Locked, alone
+from refdet.files.short_text import counted
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
@@ -230,21 +231,21 @@ def _merge_if_last(
     compute_seconds: Callable[[], dict[str, float]],
 ) -> bool:
     """Write the store if all shards are finished; returns whether it is written."""
-    folder, out = shard_set.folder, shard_set.out
-    missing = len(shard_set.shards) - _count_finished(folder)
-    if missing > 0 and read_plan(folder) is not None:
-        are = "is" if missing == 1 else "are"
-        log.warning(
-            "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
-            *(shard_set.part, missing, len(shard_set.shards), are, out),
-        )
-        return False
+    folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
         with alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)
                 return True
+            finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
+            if finished < count:
+                are = "is" if count - finished == 1 else "are"
+                log.warning(
+                    "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
+                    *(shard_set.part, count - finished, count, are, out),
+                )
+                return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
             if not write_json_once(folder / MERGING, owner) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
@@ -252,12 +253,13 @@ def _merge_if_last(
             for path in left_behind(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
-            if still_missing := len(all_shards.missing()):
-                log.warning(
-                    "note: part %s is finished; %s damaged and removed: compute them with `resume=True`",
-                    *(shard_set.part, "1 shard was" if still_missing == 1 else f"{still_missing} shards were"),
+            if damaged := all_shards.missing():
+                of = shard_set.part.of
+                again = ", ".join(str(Part(number, of)) for number in sorted({1 + each % of for each in damaged}))
+                raise RuntimeFailure(
+                    f"{folder}: {counted(len(damaged), 'damaged shard')} removed; check the disk, and run part {again} "
+                    "again or compute what is missing with `resume=True`"
                 )
-                return False
             if len(all_shards.errors) == len(records):
                 raise RuntimeFailure(none_usable(all_shards.errors, f"finished shards are kept in {folder}"))
             with session.timed("merge"):
@@ -278,11 +280,3 @@ def _merge_if_last(
         if read_plan(folder) is None and out.exists():  # another part has just removed the folder
             return True
         raise
-
-
-def _count_finished(folder: Path) -> int:
-    """Number of finished shards, of all parts."""
-    try:
-        return sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
-    except FileNotFoundError:  # merged by another part
-        return 0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,25 +253,34 @@ def test_without_locks_one_part_merges(tmp_path: Path, whole: Path, monkeypatch:
     is_whole(out, whole)
 
 
+def test_a_damaged_shard_of_another_part_is_named_and_computed_again(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "a.h5"
+    run_part(out, "1/2")
+    damaged = folder_of(out) / "000002.shard"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(RuntimeFailure, match=r"1 damaged shard removed; check the disk, and run part 1/2 again or"):
+        run_part(out, "2/2")
+    assert run_part(out, "1/2").computed == len(BATCHES[2])
+    is_whole(out, whole)
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_two_parts_that_end_at_the_same_time(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
-    out, looked = tmp_path / "a.h5", []
+    out, original = tmp_path / "a.h5", parts._merge_if_last
 
-    def other_first(folder: Path) -> int:
-        looked.append(folder)
-        if len(looked) == 1:
-            assert run_part(out, "2/2").merged
-            if gone:  # between the creation of the folder for the lock and that of the lock
-                monkeypatch.setattr(parts, "alone", vanished)
-        return original(folder) if len(looked) == 2 else SHARDS
+    def other_first(*given: Any) -> bool:
+        monkeypatch.setattr(parts, "_merge_if_last", original)
+        assert run_part(out, "2/2").merged
+        if gone:  # between the creation of the folder for the lock and that of the lock
+            monkeypatch.setattr(parts, "alone", vanished)
+        return original(*given)
 
     def vanished(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    original = parts._count_finished
-    monkeypatch.setattr(parts, "_count_finished", other_first)
+    monkeypatch.setattr(parts, "_merge_if_last", other_first)
     done = run_part(out, "1/2")
     assert done.merged and done.images == len(RECORDS)
     is_whole(out, whole)
