@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from refdet import store
 from refdet.data.coco import CocoIndex
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -50,6 +50,7 @@ def regions_on_ray(
     Raises:
         InputError: the cluster cannot be used, or an image cannot be read.
         RuntimeFailure: no worker is left, or has too little memory for an image.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
     """
     listed = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
     options = ExtractOptions(features=(), precision=precision, exif=exif, crowd_as_object=crowd_as_object)
@@ -69,8 +70,11 @@ def regions_on_ray(
                 say=log.warning,
                 announce=log.info,
             )
-        except RuntimeFailure as error:  # in which nothing is kept
-            raise RuntimeFailure(f"{str(error).partition('; finished shards are kept')[0]}; run it again") from error
+        except Interrupted:  # the messages are of an extraction, which keeps something
+            raise Interrupted("interrupted") from None
+        except (InputError, RuntimeFailure) as error:
+            problem, _, kept = str(error).partition("; finished shards are kept")
+            raise (type(error)(f"{problem}; run it again") if kept else error) from error
         with store.open(out) as found:
             if found.errors:
                 raise InputError(next(iter(found.errors.values())))
