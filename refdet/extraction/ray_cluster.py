@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,12 +31,10 @@ class Cluster:
 
     Attributes:
         ray: the package.
-        name: "local", "auto" or an address, for messages.
         gpus: whether the workers have a GPU each, instead of a CPU slot.
     """
 
     ray: Any
-    name: str
     gpus: bool
 
     def slots(self) -> dict[str, int]:
@@ -99,7 +98,7 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
                     f"`device` cuda: the Ray cluster {address} has no GPU; start ray on a machine that has one, or "
                     "give `device='cpu'`"
                 )
-            yield Cluster(ray, address, gpus and device != "cpu")
+            yield Cluster(ray, gpus and device != "cpu")
 
 
 @contextmanager
@@ -134,6 +133,7 @@ def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
     if ":" in address:
         _check_reachable(address)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
@@ -148,6 +148,9 @@ def _connect(ray: Any, address: str) -> None:
             "auto": "no Ray cluster is found from this machine; start one with ray start --head",
         }.get(address, "the Ray cluster does not let this process in")
         raise InputError(f"`ray` {address}: {problem} ({reason})") from error
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's exits with 15, without a word
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _check_reachable(address: str) -> None:

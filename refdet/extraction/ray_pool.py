@@ -207,8 +207,8 @@ class Pool:
                 self._reason = one_line(error)
             yield (*call, answer)
 
-    def _wait(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
-        """Those of ``calls`` that are answered, after at least ``count`` of them or some seconds."""
+    def _wait(self, calls: list[Any], count: int, seconds: float | None = None) -> list[Any]:
+        """Those of ``calls`` that are answered, after at least ``count`` of them or, if given, some seconds."""
         try:
             done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
         except SystemError as error:  # what Ray makes of an exception that a signal handler raises while it waits
@@ -221,7 +221,9 @@ class Pool:
         """The number of images that fit into memory, as the first worker measures it."""
         worker = next(worker for worker in self.workers if worker.started)
         try:
-            size = self.ray.get(worker.actor.auto_batch_size.remote())
+            call = worker.actor.auto_batch_size.remote()
+            self._wait([call], 1)
+            size = self.ray.get(call)
         except self.ray.exceptions.RayError as error:
             raise RuntimeFailure(f"{worker.name}: lost while it measured the batch size ({one_line(error)})") from error
         if isinstance(size, Failed):

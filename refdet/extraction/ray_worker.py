@@ -118,8 +118,14 @@ class ShardWorker:
         except Exception as error:
             return _failed(error)
 
-    def begin(self, work: Work) -> bool:
+    def begin(self, work: Work) -> bool | Failed:
         """Begin to compute shards of an extraction; returns whether the worker sees their folder."""
+        try:
+            return self._begin(work)
+        except OSError as error:  # such as no room for a folder of its own
+            return replace(_failed(error), is_machine_error=True)
+
+    def _begin(self, work: Work) -> bool:
         shared = engine_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
         self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
         folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)

@@ -190,6 +190,12 @@ def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -
     is_whole(out, whole)
 
 
+def test_ray_does_not_keep_its_signal_handler(cluster: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with connect(cluster.address, "cpu"):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("address", ["", "here", "a b:1", "host:0", "host:99999", "ray://host:10001", "http://host:80"])
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(InputError, match=f"^`ray` {address}: "):

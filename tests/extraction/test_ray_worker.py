@@ -143,6 +143,14 @@ def test_a_machine_that_loses_its_images_leaves_the_work_to_others(tmp_path: Pat
     assert isinstance(failed, Failed) and failed.is_machine_error and failed.message.startswith("/data/a.zip/1.jpg: ")
 
 
+def test_a_machine_without_room_leaves_the_work_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    worker = ShardWorker(plain)
+    worker.start()
+    failed = worker.begin(Work(tmp_path, "token", PLAN, OWN, SHARDS, "", False))
+    assert isinstance(failed, Failed) and failed.is_machine_error and "no such folder" in failed.message
+
+
 def rounding(difference: float) -> Make:
     def make(given: Callable[[ImageRecord], Regions]) -> Tools:
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
