@@ -17,6 +17,8 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
+_UNUSABLE = "`strict`: "  # begins the message of an image that cannot be used
+
 
 def regions_on_ray(
     run: Path,
@@ -67,6 +69,7 @@ def regions_on_ray(
                 workers=workers,
                 device=device or "auto",
                 ray=ray,
+                strict=True,
                 say=log.warning,
                 announce=log.info,
             )
@@ -74,9 +77,11 @@ def regions_on_ray(
             raise Interrupted("interrupted") from None
         except (InputError, RuntimeFailure) as error:
             problem, _, kept = str(error).partition("; finished shards are kept")
-            raise (type(error)(f"{problem}; run it again") if kept else error) from error
+            if problem.startswith(_UNUSABLE):
+                raise InputError(problem.removeprefix(_UNUSABLE)) from error
+            if kept:
+                raise type(error)(f"{problem}; run it again") from error
+            raise
         with store.open(out) as found:
-            if found.errors:
-                raise InputError(next(iter(found.errors.values())))
             for image_id in found:
                 yield found.read(image_id)

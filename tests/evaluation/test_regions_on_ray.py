@@ -19,6 +19,7 @@ KEPT = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue wit
     [
         (RuntimeFailure(f"no worker is left (disk full); {KEPT}"), 1, "no worker is left (disk full); run it again"),
         (InputError(f"1.jpg: too wide; {KEPT}"), 2, "1.jpg: too wide; run it again"),
+        (RuntimeFailure(f"`strict`: 1.jpg: not a readable image; {KEPT}"), 2, "1.jpg: not a readable image\n"),
         (InputError("`ray` a:1: does not answer"), 2, "--ray a:1: does not answer\n"),
         (Interrupted("stopped: 3 of 4 images are finished and kept in /tmp/refdet-1"), 130, "interrupted\n"),
     ],
