@@ -224,15 +224,20 @@ def command(
         say=note,
         announce=note,
     )
-    if done.computed == 0:
-        note(f"{out} is complete" if done.merged else f"part {part} was complete")
+    if done.computed == 0 and part is None:
+        note(f"{out} is complete")
     if done.errors and done.merged:
         note(
             f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
-            "the files are repaired, repeat the command with --resume to recompute their batches"
+            f"the files are repaired, repeat the command with --resume{'' if part is None else ', without --part,'} to "
+            "recompute their batches"
         )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
+        return
+    if done.computed == 0 and part is not None:
+        complete = f"{out} is complete" if done.merged else f"part {part} was complete"
+        echo_line(f"{complete}: {counted(done.images, 'image')}, {counted(done.regions, 'region')}")
         return
     speed = f"{done.images_per_second:.2f}" if done.computed else "-"
     at_a_time = str(done.batch_size) if done.computed else "-"

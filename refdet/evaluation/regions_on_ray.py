@@ -9,13 +9,15 @@ from tempfile import TemporaryDirectory
 
 from refdet import store
 from refdet.data.coco import CocoIndex
-from refdet.errors import InputError, RuntimeFailure
+from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
+
+_UNUSABLE = "`strict`: "  # begins the message of an image that cannot be used
 
 
 def regions_on_ray(
@@ -50,6 +52,7 @@ def regions_on_ray(
     Raises:
         InputError: the cluster cannot be used, or an image cannot be read.
         RuntimeFailure: no worker is left, or has too little memory for an image.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
     """
     listed = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
     options = ExtractOptions(features=(), precision=precision, exif=exif, crowd_as_object=crowd_as_object)
@@ -66,13 +69,19 @@ def regions_on_ray(
                 workers=workers,
                 device=device or "auto",
                 ray=ray,
+                strict=True,
                 say=log.warning,
                 announce=log.info,
             )
-        except RuntimeFailure as error:  # in which nothing is kept
-            raise RuntimeFailure(f"{str(error).partition('; finished shards are kept')[0]}; run it again") from error
+        except Interrupted:  # the messages are of an extraction, which keeps something
+            raise Interrupted("interrupted") from None
+        except (InputError, RuntimeFailure) as error:
+            problem, _, kept = str(error).partition("; finished shards are kept")
+            if problem.startswith(_UNUSABLE):
+                raise InputError(problem.removeprefix(_UNUSABLE)) from error
+            if kept:
+                raise type(error)(f"{problem}; run it again") from error
+            raise
         with store.open(out) as found:
-            if found.errors:
-                raise InputError(next(iter(found.errors.values())))
             for image_id in found:
                 yield found.read(image_id)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from refdet import store
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.training_batches import group_by_input_size
+from refdet.errors import InputError
 from refdet.extraction.defaults import CPU_BATCH_SIZE
 from refdet.extraction.job import Job
 from refdet.extraction.pipeline import extract
@@ -16,9 +19,9 @@ from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
 from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
-from refdet.extraction.shard_folder import saved_batch_size
+from refdet.extraction.shard_folder import read_plan, saved_batch_size, shards_folder
 from refdet.extraction.start_lines import start_lines
-from refdet.extraction.summary import Summary
+from refdet.extraction.summary import Summary, summary_of_store
 
 
 def extract_on_ray(
@@ -56,6 +59,8 @@ def extract_on_ray(
         RuntimeFailure: as `refdet.extraction.pipeline.extract`, or no worker is left; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
+    if resume and not strict and _is_complete(job, out):
+        return summary_of_store(out, None, dict, saved_batch_size(out) or 0)
     with connect(address, device) as cluster:
         tools = DetectorTools.of(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
@@ -85,3 +90,19 @@ def extract_on_ray(
                 )
             finally:
                 orientation.add(engine.oriented)
+
+
+def _is_complete(job: Job, out: Path) -> bool:
+    """Whether there is nothing to compute, and so no worker to start, not even for images that can now be read."""
+    if read_plan(shards_folder(out)) is not None or not out.exists():
+        return False
+    with store.open(out) as finished:
+        if finished.options.get("precision") != job.options.precision:  # which workers may not have
+            return False
+        errors = finished.errors
+    for record in job.records:
+        if record.id in errors:
+            with suppress(InputError):
+                job.source.read(record)
+                return False
+    return True

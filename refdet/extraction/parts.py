@@ -3,8 +3,8 @@
 Which shards a part computes depends on nothing but its number, a shard is written atomically, and the same shard has
 the same contents whoever computes it, so that the store is right even where locks do not work. Locks, where there are
 any, keep two processes from the same part, and a part from starting during a merge: a part holds its own lock for as
-long as it runs, and the folder's while it starts and while it merges. Under the folder's lock, shards are only added by
-others, so that nobody computes once all are there.
+long as it runs, and the folder's for a moment when it starts and while it merges. Under the folder's lock, shards are
+only added by others, so that nobody computes once all are there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.part import Part
+from refdet.extraction.part_shards import PartSession, PartShards
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.repair import none_usable, readable
@@ -42,78 +44,16 @@ from refdet.extraction.summary import Summary, summary_of_store
 from refdet.extraction.timing import Session
 from refdet.files.atomic import fsync, left_behind, report_disk_full, write_json_once
 from refdet.files.lock import Locked, alone
+from refdet.files.short_text import counted
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
 
 MERGING = "merging.json"  # who merges, where there are no locks
-_LOCK_TIMEOUT = 20.0  # seconds; a part holds the folder's lock for a moment when it starts and when it ends
+_LOCK_TIMEOUT = 60.0  # seconds; others start or merge
 _SHARD = re.compile(r"\.?(\d{6,})\b.*\.shard")  # finished or temporary
 
 MakeBatches = Callable[[int], Sequence[list[ImageRecord]]]  # maximum size of a batch -> batches
-
-
-class PartShards(ShardSet):
-    """The shards of one part; created by `open_part`."""
-
-    def __init__(self, out: Path, plan: Plan, header: Header, shards: Sequence[Shard], part: Part) -> None:
-        self.shard_numbers = part.shards(len(shards))
-        super().__init__(
-            out, plan, header, shards, saved_plan=read_plan(shards_folder(out)), shard_numbers=self.shard_numbers
-        )
-        self.part = part
-
-    def discard(self, numbers: Sequence[int]) -> None:
-        """Remove finished shards, to compute them again."""
-        for number in numbers:
-            self._path(number).unlink(missing_ok=True)
-            self._rows.pop(number, None)
-
-    @property
-    def images(self) -> int:
-        """Number of images in its shards, finished or not."""
-        return sum(len(batch) for number in self.shard_numbers for batch in self.shards[number])
-
-    def summary(self, session: Session, compute_seconds: dict[str, float]) -> Summary:
-        """The numbers of this part, whose store is not written yet."""
-        rows = [row for rows in self._rows.values() for row, _ in rows]
-        size = sum(path.stat().st_size for path in map(self._path, self._rows) if path.exists())
-        return Summary(
-            images=len(rows),
-            regions=sum(row.regions for row in rows),
-            errors=len(self.errors),
-            computed=session.images,
-            seconds=session.seconds,
-            bytes=size,
-            images_per_second=session.images / session.seconds if session.images else 0.0,
-            stages=session.stages,
-            batch_size=self.plan.batch_size,
-            computing=compute_seconds,
-            merged=False,
-        )
-
-
-class _PartSession(Session):
-    """Timing of one part, which others can read while it runs."""
-
-    def __init__(self, shard_set: PartShards) -> None:
-        self._shard_set = shard_set
-        super().__init__(shard_set.folder, shard_set.part.number)
-        self.report("computing")
-
-    def finished(self, images: int) -> None:
-        super().finished(images)
-        self.report("computing")
-
-    def report(self, state: str) -> None:
-        done, speed = self._shard_set.finished_images, self.images / self.seconds if self.images else 0.0
-        self._shard_set.part.write_progress(
-            self._shard_set.folder,
-            state=state,
-            finished=done,
-            images=self._shard_set.images,
-            images_per_second=round(speed, 2),
-        )
 
 
 def extract_part(
@@ -163,10 +103,10 @@ def extract_part(
         RuntimeFailure: as `refdet.extraction.pipeline.extract`; finished shards are kept.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
-    session: Session | None = None
+    session: PartSession | None = None
     with open_part(out, plan, header, make_batches, part, fixed_batch_size, shard_images) as shard_set:
         if shard_set is not None:
-            session = _PartSession(shard_set)
+            session = PartSession(shard_set)
             with interruptible(shard_set, shard_set.images):
                 retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
                 shard_numbers = _shards_to_compute(shard_set, retry_ids)
@@ -223,12 +163,19 @@ def open_part(
             check_merged_file(out)
             if not out.exists():  # a later file must not be taken for the merged one
                 (folder / MERGED).unlink(missing_ok=True)
-            plan, shards = _agree_on_plan(folder, plan, header, make_batches, shard_images)
-            shard_set = PartShards(out, plan, header, shards, part)
+            plan, shards, saved_plan = _agree_on_plan(folder, plan, header, make_batches, shard_images)
             for path in folder.glob(".*.shard"):  # by a process that was killed
                 match = _SHARD.fullmatch(path.name)
-                if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in shard_set.shard_numbers:
+                if match and OWNED_FILES.fullmatch(path.name) and int(match[1]) in part.shards(len(shards)):
                     path.unlink(missing_ok=True)
+        # Not under the folder's lock, as it reads all finished shards, while other parts want to start.
+        try:
+            shard_set: PartShards | None = PartShards(out, plan, header, shards, saved_plan, part)
+        except (OSError, InputError):
+            if read_plan(folder) is not None:
+                raise
+        if read_plan(folder) is None:  # another part has merged them meanwhile
+            shard_set = None
         yield shard_set
 
 
@@ -249,8 +196,8 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 def _agree_on_plan(
     folder: Path, plan: Plan, header: Header, make_batches: MakeBatches, shard_images: int
-) -> tuple[Plan, list[Shard]]:
-    """The plan and shards that all parts have: those of the part that wrote ``plan.json`` first."""
+) -> tuple[Plan, list[Shard], dict[str, Any]]:
+    """The plan and shards that all parts have, those of the part that wrote ``plan.json`` first, and its contents."""
     shards = split_into_shards(make_batches(plan.batch_size), shard_images)
     if read_plan(folder) is None:
         write_json_once(folder / PLAN, plan.work(shards, header))
@@ -265,7 +212,7 @@ def _agree_on_plan(
             f"{folder} was started with different settings: {difference}; use the same options and "
             "checkpoint, or remove it"
         )
-    return plan, shards
+    return plan, shards, saved_plan
 
 
 def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
@@ -284,21 +231,21 @@ def _merge_if_last(
     compute_seconds: Callable[[], dict[str, float]],
 ) -> bool:
     """Write the store if all shards are finished; returns whether it is written."""
-    folder, out = shard_set.folder, shard_set.out
-    missing = len(shard_set.shards) - _count_finished(folder)
-    if missing > 0 and read_plan(folder) is not None:
-        are = "is" if missing == 1 else "are"
-        log.warning(
-            "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
-            *(shard_set.part, missing, len(shard_set.shards), are, out),
-        )
-        return False
+    folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
         with alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)
                 return True
+            finished = sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
+            if finished < count:
+                are = "is" if count - finished == 1 else "are"
+                log.warning(
+                    "note: part %s is finished; %d of %d shards %s missing: the part that ends last writes %s",
+                    *(shard_set.part, count - finished, count, are, out),
+                )
+                return False
             owner = {"part": str(shard_set.part), "host": socket.gethostname(), "pid": os.getpid()}
             if not write_json_once(folder / MERGING, owner) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
@@ -306,12 +253,13 @@ def _merge_if_last(
             for path in left_behind(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
-            if still_missing := len(all_shards.missing()):
-                log.warning(
-                    "note: part %s is finished; %s damaged and removed: compute them with `resume=True`",
-                    *(shard_set.part, "1 shard was" if still_missing == 1 else f"{still_missing} shards were"),
+            if damaged := all_shards.missing():
+                of = shard_set.part.of
+                again = ", ".join(str(Part(number, of)) for number in sorted({1 + each % of for each in damaged}))
+                raise RuntimeFailure(
+                    f"{folder}: {counted(len(damaged), 'damaged shard')} removed; check the disk, and run part {again} "
+                    "again or compute what is missing with `resume=True`"
                 )
-                return False
             if len(all_shards.errors) == len(records):
                 raise RuntimeFailure(none_usable(all_shards.errors, f"finished shards are kept in {folder}"))
             with session.timed("merge"):
@@ -332,11 +280,3 @@ def _merge_if_last(
         if read_plan(folder) is None and out.exists():  # another part has just removed the folder
             return True
         raise
-
-
-def _count_finished(folder: Path) -> int:
-    """Number of finished shards, of all parts."""
-    try:
-        return sum(1 for name in os.listdir(folder) if name[0] != "." and _SHARD.fullmatch(name))
-    except FileNotFoundError:  # merged by another part
-        return 0

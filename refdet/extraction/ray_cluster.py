@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from refdet.errors import InputError
+
+log = logging.getLogger(__name__)
 
 NOT_INSTALLED = "`ray`: Ray is not installed; install it with pip install 'refdet[ray]'"
 _CONNECT_TIMEOUT = 10.0  # seconds to reach the address
@@ -28,17 +31,16 @@ class Cluster:
 
     Attributes:
         ray: the package.
-        name: "local", "auto" or an address, for messages.
         gpus: whether the workers have a GPU each, instead of a CPU slot.
     """
 
     ray: Any
-    name: str
     gpus: bool
 
-    def slots(self) -> int:
-        """How many workers the cluster has room for now: its GPUs or CPU slots, in use or not."""
-        return int(self.ray.cluster_resources().get("GPU" if self.gpus else "CPU", 0))
+    def slots(self) -> dict[str, int]:
+        """Node -> how many workers it has room for: its GPUs or CPU slots, in use or not."""
+        name = "GPU" if self.gpus else "CPU"
+        return {node["NodeID"]: int(node["Resources"].get(name, 0)) for node in self.ray.nodes() if node["Alive"]}
 
     @property
     def resources(self) -> dict[str, float]:
@@ -85,19 +87,30 @@ def connect(address: str, device: str | None) -> Iterator[Cluster]:
         except ImportError:
             raise InputError(NOT_INSTALLED) from None
         started_here = not ray.is_initialized()
-        if started_here:
-            _connect(ray, address)
-        try:
+        with ExitStack() as stack:
+            if started_here:
+                stack.enter_context(_logged(ray))
+                _connect(ray, address)
+                stack.callback(ray.shutdown)
             gpus = ray.cluster_resources().get("GPU", 0) >= 1
             if device == "cuda" and not gpus:
                 raise InputError(
                     f"`device` cuda: the Ray cluster {address} has no GPU; start ray on a machine that has one, or "
                     "give `device='cpu'`"
                 )
-            yield Cluster(ray, address, gpus and device != "cpu")
-        finally:
-            if started_here:
-                ray.shutdown()
+            yield Cluster(ray, gpus and device != "cpu")
+
+
+@contextmanager
+def _logged(ray: Any) -> Iterator[None]:
+    """Log what Ray says of processes that died, which it would print on stdout even with log_to_driver=False."""
+    module = ray._private.worker
+    original = getattr(module, "print_to_stdstream", None)
+    module.print_to_stdstream = lambda data, **_: log.info("Ray: %s", " ".join(data["lines"]))
+    try:
+        yield
+    finally:
+        module.print_to_stdstream = original
 
 
 @contextmanager
@@ -120,6 +133,7 @@ def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
     if ":" in address:
         _check_reachable(address)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
@@ -134,6 +148,9 @@ def _connect(ray: Any, address: str) -> None:
             "auto": "no Ray cluster is found from this machine; start one with ray start --head",
         }.get(address, "the Ray cluster does not let this process in")
         raise InputError(f"`ray` {address}: {problem} ({reason})") from error
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's exits with 15, without a word
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _check_reachable(address: str) -> None:

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +23,6 @@ from refdet.extraction.ray_pool import MAX_LOST, SHARDS_PER_WORKER, Pool, Worker
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import STAGES, Session
 from refdet.extraction.workers import WORKERS, note_workers
-from refdet.files.atomic import atomic_write, report_disk_full
 from refdet.files.progress import progress_bar
 from refdet.files.short_text import counted
 from refdet.structures.regions import Regions
@@ -161,7 +161,7 @@ class _Run:
 
     def take(self, worker: Worker, done: Finished, session: Session, bar: tqdm[Any]) -> None:
         """Take a finished shard into the set."""
-        number, folder = done.number, self._shard_set.folder
+        number = done.number
         worker.shards.remove(number)
         worker.finished += len(done.rows)
         worker.updated = time.monotonic()
@@ -169,19 +169,18 @@ class _Run:
         for note in done.notes:
             self._pool.log_once(note)
         if number in self.unfinished:
-            if done.data is not None:
-                path = folder / f"{number:06d}.shard"
-                fix = "finished shards are kept; free some space and continue with `resume=True`"
-                with report_disk_full(path, fix), atomic_write(path) as temporary:
-                    temporary.write_bytes(done.data)
-            self._shard_set.adopt(number, done.rows, done.shapes)
+            self._shard_set.adopt(number, done.file, done.rows, done.shapes)
             self.unfinished.discard(number)
             session.finished(len(done.rows))
             bar.update(len(done.rows))
+        elif isinstance(done.file, Path):
+            done.file.unlink(missing_ok=True)
         bar.set_postfix_str(_speeds(self._pool.workers), refresh=False)
         if worker.updated - self._last_progress > _PROGRESS_SECONDS:
             self._last_progress = worker.updated
-            note_workers(folder, self.token, [other.state() for other in self._pool.workers if other.started])
+            note_workers(
+                self._shard_set.folder, self.token, [other.state() for other in self._pool.workers if other.started]
+            )
 
     def drop_failed(self, worker: Worker, failure: Failed | None) -> None:
         """Give up a worker that failed or, without a reason, was lost; its shards are computed by others."""

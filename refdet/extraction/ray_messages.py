@@ -111,7 +111,7 @@ class Finished:
         number: its number.
         rows: its images.
         shapes: feature -> shape per region.
-        data: contents of its file, None if the worker has written that to the folder.
+        file: its file in the folder, under a name that the driver changes, or its contents.
         oriented: files read so far that have an EXIF orientation.
         notes: what the worker logged since it finished another shard.
     """
@@ -119,6 +119,6 @@ class Finished:
     number: int
     rows: list[tuple[ImageRow, BlockLocation]]
     shapes: dict[str, tuple[int, ...]]
-    data: bytes | None
+    file: Path | bytes
     oriented: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

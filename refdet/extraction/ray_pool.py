@@ -31,6 +31,7 @@ class Worker:
 
     Attributes:
         actor: Ray's handle of it.
+        node: Ray's name of its machine.
         name: host and a number, "" before it has started.
         started: what it said when it had started.
         has_work: whether it was told what to compute.
@@ -42,6 +43,7 @@ class Worker:
     """
 
     actor: Any
+    node: str
     name: str = ""
     started: Started | None = None
     has_work: bool = False
@@ -88,13 +90,13 @@ class Pool:
     def __init__(self, cluster: Cluster, make: MakeTools, timeout: float) -> None:
         self.ray, self._cluster, self._timeout = cluster.ray, cluster, timeout
         self._make = self.ray.put(make)
-        self._actor = self.ray.remote(ShardWorker).options(
-            max_concurrency=2 + SHARDS_PER_WORKER, max_restarts=0, scheduling_strategy="SPREAD", **cluster.resources
-        )
+        options = {"max_concurrency": 2 + SHARDS_PER_WORKER, "max_restarts": 0, **cluster.resources}
+        self._actor = self.ray.remote(**options)(ShardWorker)
         self.workers: list[Worker] = []
         self.lost = 0
         self._calls: dict[Any, tuple[Worker, str]] = {}  # reference -> worker and method
-        self._refused: list[Failed] = []  # reasons for slots that cannot be used
+        self._refused: Counter[str] = Counter()  # slots of each node that cannot be used
+        self._refusal: Failed | None = None  # the last reason for that
         self._reason = ""  # why the last worker was lost
         self._on_host: Counter[str] = Counter()
         self._logged: set[str] = set()
@@ -123,10 +125,14 @@ class Pool:
         """Start workers in the slots that are free, also of machines that have joined the cluster."""
         if self.lost >= MAX_LOST:
             return
-        for _ in range(self._cluster.slots() - len(self._refused) - len(self.workers)):
-            worker = Worker(self._actor.remote(self._make))
-            self.workers.append(worker)
-            self.call(worker, "start")
+        used = self._refused + Counter(worker.node for worker in self.workers)
+        for node, count in self._cluster.slots().items():
+            for _ in range(count - used[node]):
+                here = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+                actor = self._actor.options(scheduling_strategy=here).remote(self._make)
+                worker = Worker(actor, node)
+                self.workers.append(worker)
+                self.call(worker, "start")
 
     def note_start(self, worker: Worker, answer: Started | Failed | None) -> None:
         """Note what a worker says of its start; None if it was lost."""
@@ -146,7 +152,8 @@ class Pool:
 
     def refuse(self, worker: Worker, failure: Failed) -> None:
         """Leave out a worker, and its slot, that cannot do the work."""
-        self._refused.append(failure)
+        self._refused[worker.node] += 1
+        self._refusal = failure
         self.drop(worker)
         self.log_once(f"note: a worker is left out: {failure.message}")
 
@@ -164,12 +171,12 @@ class Pool:
         if self.workers:
             self._last_alive = time.monotonic()
             return
-        all_refused = bool(self._refused) and self._cluster.slots() <= len(self._refused)
-        if all_refused and not hint:
-            why = self._refused[-1]
-            raise (InputError if why.bad_input else RuntimeFailure)(why.message)
-        if all_refused or self.lost >= MAX_LOST or time.monotonic() - self._last_alive > self._timeout:
-            reason = self._refused[-1].message if all_refused else self._reason
+        slots = self._cluster.slots().items()
+        refusal = self._refusal if all(count <= self._refused[node] for node, count in slots) else None
+        if refusal and not hint:
+            raise (InputError if refusal.bad_input else RuntimeFailure)(refusal.message)
+        if refusal or self.lost >= MAX_LOST or time.monotonic() - self._last_alive > self._timeout:
+            reason = refusal.message if refusal else self._reason
             problem = f"no worker is left ({reason})" if reason else "the Ray cluster has no room for a worker"
             raise RuntimeFailure(f"{problem}; {hint or 'check the cluster with ray status'}")
         time.sleep(_POLL_SECONDS / 10)
@@ -200,8 +207,8 @@ class Pool:
                 self._reason = one_line(error)
             yield (*call, answer)
 
-    def _wait(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
-        """Those of ``calls`` that are answered, after at least ``count`` of them or some seconds."""
+    def _wait(self, calls: list[Any], count: int, seconds: float | None = None) -> list[Any]:
+        """Those of ``calls`` that are answered, after at least ``count`` of them or, if given, some seconds."""
         try:
             done: list[Any] = self.ray.wait(calls, num_returns=count, timeout=seconds)[0]
         except SystemError as error:  # what Ray makes of an exception that a signal handler raises while it waits
@@ -214,7 +221,9 @@ class Pool:
         """The number of images that fit into memory, as the first worker measures it."""
         worker = next(worker for worker in self.workers if worker.started)
         try:
-            size = self.ray.get(worker.actor.auto_batch_size.remote())
+            call = worker.actor.auto_batch_size.remote()
+            self._wait([call], 1)
+            size = self.ray.get(call)
         except self.ray.exceptions.RayError as error:
             raise RuntimeFailure(f"{worker.name}: lost while it measured the batch size ({one_line(error)})") from error
         if isinstance(size, Failed):

@@ -23,42 +23,57 @@ from refdet.extraction.ray_messages import Failed, Finished, MakeTools, RegionsB
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import Session
 from refdet.extraction.workers import engine_token
+from refdet.files.atomic import fsync, temporary_path
 from refdet.files.progress import progress_bar
 from refdet.structures.regions import Regions
 
 _END = -1  # in place of the number of a shard
 
 
+class _MachineFailure(RuntimeFailure):
+    """A failure of this machine; another one may succeed."""
+
+
 class WorkerShards(ShardSet):
-    """The shards that a worker writes: to the folder of the extraction, or to one of its own."""
+    """The shards that a worker writes, to the folder of the extraction or to one of its own.
+
+    They keep their temporary names: the driver renames one of them. Two workers may compute a shard, on GPUs with
+    different bits, and the driver must not get the rows of one and the file of the other.
+    """
 
     def __init__(self, work: Work, folder: Path, shared: bool, finished: Callable[[int], object]) -> None:
         super().__init__(work.folder, work.plan, work.header, work.shards, folder, shard_numbers=())
         self.plan_hash = work.plan_hash
         self._fix = "the other workers go on"
-        self._shared, self._token, self._finished = shared, work.token, finished
+        self._shared, self._finished = shared, finished
+        self._files: dict[Path, Path] = {}  # path of a shard -> its temporary file
 
     @contextmanager
     def write(self, number: int) -> Iterator[Callable[..., None]]:
-        """As `ShardSet.write`, unless the folder has another driver by then; reports the finished shard."""
-        self._check_driver()
+        """As `ShardSet.write`; reports the finished shard."""
         with super().write(number) as add:
             yield add
-            self._check_driver()
         self._finished(number)
 
-    def _check_driver(self) -> None:
-        """Keep a worker that its driver has lost from writing to a folder that is finished, or of another driver."""
-        if self._shared and engine_token(self.folder) != self._token:
-            raise RuntimeFailure(f"{self.folder}: is not written by the same process any more")
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[Path]:
+        temporary = temporary_path(path)
+        try:
+            yield temporary
+            fsync(temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._files[path] = temporary
 
     def take(self, number: int) -> Finished:
         """A shard that was written, with its contents if they are not in the shared folder."""
-        rows, path, data = self._rows.pop(number), self._path(number), None
+        rows, path = self._rows.pop(number), self._files.pop(self._path(number))
+        file: Path | bytes = path
         if not self._shared:
-            data = path.read_bytes()
+            file = path.read_bytes()
             path.unlink()
-        return Finished(number, rows, dict(self._shapes), data)
+        return Finished(number, rows, dict(self._shapes), file)
 
 
 class ShardWorker:
@@ -103,9 +118,15 @@ class ShardWorker:
         except Exception as error:
             return _failed(error)
 
-    def begin(self, work: Work) -> bool:
+    def begin(self, work: Work) -> bool | Failed:
         """Begin to compute shards of an extraction; returns whether the worker sees their folder."""
-        shared = engine_token(work.folder) == work.token
+        try:
+            return self._begin(work)
+        except OSError as error:  # such as no room for a folder of its own
+            return replace(_failed(error), is_machine_error=True)
+
+    def _begin(self, work: Work) -> bool:
+        shared = engine_token(work.folder) == work.token and os.access(work.folder, os.W_OK)
         self._temporary_folder = None if shared else TemporaryDirectory(prefix="refdet-")
         folder = work.folder if self._temporary_folder is None else Path(self._temporary_folder.name)
         self._shard_set = WorkerShards(work, folder, shared, self._finish)
@@ -207,8 +228,11 @@ class ShardWorker:
 
 
 def _timed_next(loaded: Iterator[list[Any]], session: Session) -> list[Any] | None:
-    with session.timed("load"):
-        return next(loaded, None)
+    try:
+        with session.timed("load"):
+            return next(loaded, None)
+    except RuntimeFailure as error:  # of the disk, the network or memory; unusable images are no exceptions
+        raise _MachineFailure(str(error)) from error
 
 
 class _ReportingBackground(Background):
@@ -258,4 +282,5 @@ def _failed(error: BaseException) -> Failed:
 
 
 def _is_machine_error(error: BaseException) -> bool:
-    return is_disk_full(error) or is_system_error(error) or "OutOfMemory" in type(error).__name__
+    machine = isinstance(error, _MachineFailure) or is_disk_full(error) or is_system_error(error)
+    return machine or "OutOfMemory" in type(error).__name__

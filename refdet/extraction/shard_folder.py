@@ -74,14 +74,12 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         InputError: it is damaged and there are shards.
     """
     path = folder / PLAN
-    if not os.path.lexists(path):
-        return None
     try:
         value = read_small_json(path)
         if not isinstance(value, dict):
             raise InputError(f"{path}: not a JSON object")
     except InputError as error:
-        if not any(folder.glob("[0-9]*.shard")):
+        if not os.path.lexists(path) or not any(folder.glob("[0-9]*.shard")):  # perhaps removed just now
             return None
         raise InputError(
             f"{path}: damaged ({str(error).removeprefix(f'{path}: ')}); remove {folder} and start again"

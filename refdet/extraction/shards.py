@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ class ShardSet:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.shard"
 
+    def _writing(self, path: Path) -> AbstractContextManager[Path]:
+        """The file to write a shard to."""
+        return atomic_write(path)
+
     def _shard_id(self, number: int) -> dict[str, Any]:
         return {"plan": self.plan_hash, "shard": number}
 
@@ -158,9 +163,31 @@ class ShardSet:
         ]
 
     def adopt(
-        self, number: int, rows: Sequence[tuple[ImageRow, BlockLocation]], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        number: int,
+        file: Path | bytes,
+        rows: Sequence[tuple[ImageRow, BlockLocation]],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Take over a shard that another process has written, and the shapes of its features per region."""
+        """Take over a shard that another process has written.
+
+        Args:
+            number: number of the shard.
+            file: its file in the folder, which is renamed, or its contents.
+            rows: its images.
+            shapes: feature -> shape per region.
+
+        Raises:
+            RuntimeFailure: the disk is full.
+        """
+        path = self._path(number)
+        with report_disk_full(path, self._fix):
+            if isinstance(file, Path):
+                os.replace(file, path)
+                fsync(self.folder)
+            else:
+                with atomic_write(path) as temporary:
+                    temporary.write_bytes(file)
         self._rows[number] = list(rows)
         self._shapes |= shapes
 
@@ -183,7 +210,7 @@ class ShardSet:
         """
         path = self._path(number)
         rows: list[tuple[ImageRow, BlockLocation]] = []
-        with report_disk_full(path, self._fix), atomic_write(path) as temporary, temporary.open("wb", 0) as file:
+        with report_disk_full(path, self._fix), self._writing(path) as temporary, temporary.open("wb", 0) as file:
             writer = ShardWriter(file, self._shard_id(number))
 
             def add(images: Sequence[EncodedImage]) -> None:

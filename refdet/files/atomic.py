@@ -40,7 +40,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         fsync(temporary)
@@ -54,6 +54,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and named is not None and Path(named) == temporary:
             error.filename = str(path)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name next to ``path``, of a file that is to replace it."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
 
 
 def left_behind(folder: Path, name: str | None = None) -> list[Path]:
@@ -115,7 +120,7 @@ def write_json_once(path: Path, obj: Any) -> bool:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
         fsync(temporary)

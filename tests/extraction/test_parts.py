@@ -7,9 +7,12 @@ import fcntl
 import json
 import os
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +148,45 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
     assert run_part(out, "2/2").merged
 
 
+def test_parts_that_are_run_again_read_their_shards_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part does not keep others from starting while it does."""
+    out, both = tmp_path / "a.h5", threading.Barrier(2, timeout=20)
+
+    def together(shard_set: parts.ShardSet, number: int) -> None:
+        both.wait()
+        load(shard_set, number)
+
+    load = parts.ShardSet._load
+    for part in ("1/5", "2/5"):
+        run_part(out, part)
+    monkeypatch.setattr(parts.ShardSet, "_load", together)
+    with ThreadPoolExecutor(2) as pool:
+        assert [one.computed for one in pool.map(lambda part: run_part(out, part), ("1/5", "2/5"))] == [0, 0]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_part_that_is_run_again_while_another_one_merges(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    out = tmp_path / "a.h5"
+
+    def merged_first(shard_set: parts.ShardSet, number: int) -> None:
+        monkeypatch.setattr(parts.ShardSet, "_load", load)
+        if not gone:
+            load(shard_set, number)
+        assert run_part(out, "2/2").merged
+        load(shard_set, number + 2 * (not gone))
+
+    load = parts.ShardSet._load
+    run_part(out, "1/2")
+    monkeypatch.setattr(parts.ShardSet, "_load", merged_first)
+    done = run_part(out, "1/2")
+    assert done.merged and done.computed == 0
+    is_whole(out, whole)
+
+
 def test_other_parts_or_settings_are_refused(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "a.h5"
     run_part(out, "1/4")
@@ -211,25 +253,34 @@ def test_without_locks_one_part_merges(tmp_path: Path, whole: Path, monkeypatch:
     is_whole(out, whole)
 
 
+def test_a_damaged_shard_of_another_part_is_named_and_computed_again(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "a.h5"
+    run_part(out, "1/2")
+    damaged = folder_of(out) / "000002.shard"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(RuntimeFailure, match=r"1 damaged shard removed; check the disk, and run part 1/2 again or"):
+        run_part(out, "2/2")
+    assert run_part(out, "1/2").computed == len(BATCHES[2])
+    is_whole(out, whole)
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_two_parts_that_end_at_the_same_time(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
-    out, looked = tmp_path / "a.h5", []
+    out, original = tmp_path / "a.h5", parts._merge_if_last
 
-    def other_first(folder: Path) -> int:
-        looked.append(folder)
-        if len(looked) == 1:
-            assert run_part(out, "2/2").merged
-            if gone:  # between the creation of the folder for the lock and that of the lock
-                monkeypatch.setattr(parts, "alone", vanished)
-        return original(folder) if len(looked) == 2 else SHARDS
+    def other_first(*given: Any) -> bool:
+        monkeypatch.setattr(parts, "_merge_if_last", original)
+        assert run_part(out, "2/2").merged
+        if gone:  # between the creation of the folder for the lock and that of the lock
+            monkeypatch.setattr(parts, "alone", vanished)
+        return original(*given)
 
     def vanished(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    original = parts._count_finished
-    monkeypatch.setattr(parts, "_count_finished", other_first)
+    monkeypatch.setattr(parts, "_merge_if_last", other_first)
     done = run_part(out, "1/2")
     assert done.merged and done.images == len(RECORDS)
     is_whole(out, whole)

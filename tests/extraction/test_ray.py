@@ -92,12 +92,27 @@ def test_workers_write_the_same_store(tmp_path: Path, whole: Path, cluster: Any)
 
 
 def test_a_worker_that_is_killed_is_replaced(
-    tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole: Path, cluster: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, who = tmp_path / "a.h5", tmp_path / "who"
-    run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id))
+    caplog.set_level("INFO", "refdet")
+    run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id, seconds=0.5))
     assert (who / "died").exists() and "was lost" in caplog.text
+    assert capfd.readouterr().out == ""  # which is for results; Ray's own words are in the log
+    assert "Ray: A worker died or was killed" in caplog.text
     is_whole(out, whole)
+
+
+def test_a_worker_that_is_killed_is_not_replaced_on_a_machine_that_is_left_out(
+    tmp_path: Path, whole: Path, cluster: Any
+) -> None:
+    for name in ("one", "other"):
+        out, who = tmp_path / name / "a.h5", tmp_path / f"who-{name}"
+        out.parent.mkdir()
+        without_images = cluster.list_all_nodes()[1].node_id
+        run_on(cluster.address, out, Slowly(who, die_at=RECORDS[3].id, missing_node=without_images))
+        assert (who / "died").exists()
+        is_whole(out, whole)
 
 
 def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path, whole: Path, cluster: Any) -> None:
@@ -173,6 +188,12 @@ def test_a_signal_stops_the_workers(tmp_path: Path, whole: Path, cluster: Any) -
     assert not (folder / "workers.json").exists()
     run_on(cluster.address, out, Slowly(tmp_path / "again"), resume=True)
     is_whole(out, whole)
+
+
+def test_ray_does_not_keep_its_signal_handler(cluster: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with connect(cluster.address, "cpu"):
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("address", ["", "here", "a b:1", "host:0", "host:99999", "ray://host:10001", "http://host:80"])

@@ -18,6 +18,7 @@ from interrupted_extraction import BATCHES, RECORDS, compute, load
 from store_examples import HEADER, PLAN, make_regions
 
 from refdet.data.coco import ImageRecord
+from refdet.errors import RuntimeFailure
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.job import prepare
 from refdet.extraction.options import ExtractOptions
@@ -58,8 +59,12 @@ def plain(given: Callable[[ImageRecord], Regions]) -> Tools:
 
 
 def all_of(worker: ShardWorker, given: dict[int, Regions] | None = None) -> list[Any]:
+    def computed(number: int) -> Finished | Failed:
+        ids = [record.id for batch in SHARDS[number] for record in batch]
+        return worker.compute(number, {id_: given[id_] for id_ in ids} if given else {})
+
     with ThreadPoolExecutor(len(SHARDS)) as pool:
-        return list(pool.map(lambda number: worker.compute(number, given or {}), range(len(SHARDS))))
+        return list(pool.map(computed, range(len(SHARDS))))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -70,12 +75,12 @@ def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     with working(folder, plain) as worker:
         done = all_of(worker)
     for one in done:
-        assert isinstance(one, Finished) and (one.data is None) == shared
-        if one.data is not None:
-            (folder / f"{one.number:06d}.shard").write_bytes(one.data)
-    found, adopted = shards_in(folder), ShardSet(tmp_path / "b.h5", PLAN, OWN, SHARDS)
+        assert isinstance(one, Finished) and isinstance(one.file, Path) == shared
+    adopted = shards_in(folder)
+    assert len(adopted.missing()) == len(SHARDS)
     for one in done:
-        adopted.adopt(one.number, one.rows, one.shapes)
+        adopted.adopt(one.number, one.file, one.rows, one.shapes)
+    found = shards_in(folder)
     assert found.missing() == adopted.missing() == []
     assert found._rows == adopted._rows and found._shapes == adopted._shapes
 
@@ -123,15 +128,51 @@ def test_what_fails_is_reported_for_every_shard(
         assert one.is_machine_error == of_machine and re.search(says, one.message)
 
 
-def test_a_worker_that_its_driver_has_lost_writes_nothing(tmp_path: Path) -> None:
+def without_images(given: Callable[[ImageRecord], Regions]) -> Tools:
+    def lost(record: ImageRecord) -> np.ndarray:
+        raise RuntimeFailure("/data/a.zip/1.jpg: cannot be read now") from FileNotFoundError(
+            errno.ENOENT, "No such file"
+        )
+
+    return Tools(lost, compute)
+
+
+def test_a_machine_that_loses_its_images_leaves_the_work_to_others(tmp_path: Path) -> None:
+    with working(tmp_path / "a.h5.parts", without_images) as worker:
+        failed = worker.compute(0, {})
+    assert isinstance(failed, Failed) and failed.is_machine_error and failed.message.startswith("/data/a.zip/1.jpg: ")
+
+
+def test_a_machine_without_room_leaves_the_work_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    worker = ShardWorker(plain)
+    worker.start()
+    failed = worker.begin(Work(tmp_path, "token", PLAN, OWN, SHARDS, "", False))
+    assert isinstance(failed, Failed) and failed.is_machine_error and "no such folder" in failed.message
+
+
+def rounding(difference: float) -> Make:
+    def make(given: Callable[[ImageRecord], Regions]) -> Tools:
+        def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+            finish = compute(batch, images)
+            return lambda: [replace(one, boxes=one.boxes + np.float32(difference)) for one in finish()]
+
+        return Tools(load, computing)
+
+    return make
+
+
+def test_a_shard_that_two_workers_compute_differently_is_that_of_one(tmp_path: Path) -> None:
     folder = tmp_path / "a.h5.parts"
     folder.mkdir()
     note_workers(folder, "token", [])
-    with working(folder, plain) as worker:
-        note_workers(folder, "of the next driver", [])
-        failed = worker.compute(0, {})
-    assert isinstance(failed, Failed) and "is not written by the same process any more" in failed.message
-    assert not list(folder.glob("*.shard"))
+    adopted = shards_in(folder)
+    with working(folder, rounding(0)) as first, working(folder, rounding(0.5)) as second:
+        done = all_of(first)
+        for one in done:
+            adopted.adopt(one.number, one.file, one.rows, one.shapes)
+        assert isinstance(second.compute(0, {}), Finished)  # also after its driver has lost it
+    assert shards_in(folder)._rows == adopted._rows and not adopted.missing()
 
 
 @pytest.fixture(scope="module")

@@ -91,13 +91,16 @@ class Slowly:
     die_at: int | None = None  # id of an image; once, or always
     always: bool = False
     missing_on: int | None = None  # the worker that starts as this one, from 0, sees no images; -1 for all
+    missing_node: str = ""  # no worker of this node sees images
     full_on: int | None = None  # the disk of this one is full
     precision: str = "float32"
     together: int = 1  # nobody computes before so many workers have started
 
     def __call__(self, given: Callable[[ImageRecord], Regions]) -> Tools:
+        import ray
+
         number = next(n for n in range(100) if self._first(f"started-{n}"))
-        if self.missing_on in (number, -1):
+        if self.missing_on in (number, -1) or ray.get_runtime_context().get_node_id() == self.missing_node:
             raise InputError(f"`images` /data: not found on node {number}")
 
         def computing(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:

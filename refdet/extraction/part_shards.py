@@ -1,0 +1,84 @@
+"""`PartShards` and `PartSession`: the shards of one part of an extraction, and how far it is. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refdet.extraction.part import Part
+from refdet.extraction.plan import Plan, Shard
+from refdet.extraction.shards import ShardSet
+from refdet.extraction.summary import Summary
+from refdet.extraction.timing import Session
+from refdet.store import Header
+
+
+class PartShards(ShardSet):
+    """The shards of one part; created by `refdet.extraction.parts.open_part`."""
+
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        header: Header,
+        shards: Sequence[Shard],
+        saved_plan: Mapping[str, Any],
+        part: Part,
+    ) -> None:
+        self.part, self.shard_numbers = part, part.shards(len(shards))
+        super().__init__(out, plan, header, shards, saved_plan=saved_plan, shard_numbers=self.shard_numbers)
+
+    def discard(self, numbers: Sequence[int]) -> None:
+        """Remove finished shards, to compute them again."""
+        for number in numbers:
+            self._path(number).unlink(missing_ok=True)
+            self._rows.pop(number, None)
+
+    @property
+    def images(self) -> int:
+        """Number of images in its shards, finished or not."""
+        return sum(len(batch) for number in self.shard_numbers for batch in self.shards[number])
+
+    def summary(self, session: Session, compute_seconds: dict[str, float]) -> Summary:
+        """The numbers of this part, whose store is not written yet."""
+        rows = [row for rows in self._rows.values() for row, _ in rows]
+        size = sum(path.stat().st_size for path in map(self._path, self._rows) if path.exists())
+        return Summary(
+            images=len(rows),
+            regions=sum(row.regions for row in rows),
+            errors=len(self.errors),
+            computed=session.images,
+            seconds=session.seconds,
+            bytes=size,
+            images_per_second=session.images / session.seconds if session.images else 0.0,
+            stages=session.stages,
+            batch_size=self.plan.batch_size,
+            computing=compute_seconds,
+            merged=False,
+        )
+
+
+class PartSession(Session):
+    """Timing of one part, which others can read while it runs."""
+
+    def __init__(self, shard_set: PartShards) -> None:
+        self._shard_set = shard_set
+        super().__init__(shard_set.folder, shard_set.part.number)
+        self.report("computing")
+
+    def finished(self, images: int) -> None:
+        """As `Session.finished`; others see it."""
+        super().finished(images)
+        self.report("computing")
+
+    def report(self, state: str) -> None:
+        """Let others see how far the part is, "computing" or "finished"."""
+        done, speed = self._shard_set.finished_images, self.images / self.seconds if self.images else 0.0
+        self._shard_set.part.write_progress(
+            self._shard_set.folder,
+            state=state,
+            finished=done,
+            images=self._shard_set.images,
+            images_per_second=round(speed, 2),
+        )

@@ -1,0 +1,36 @@
+"""Errors of a detection on a Ray cluster, which keeps nothing that could be continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from detector_folder import DetectorFolder
+
+from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure
+from refdet.evaluation import regions_on_ray
+
+KEPT = "finished shards are kept in /tmp/refdet-1/regions.h5.parts, continue with `resume=True`"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RuntimeFailure(f"no worker is left (disk full); {KEPT}"), 1, "no worker is left (disk full); run it again"),
+        (InputError(f"1.jpg: too wide; {KEPT}"), 2, "1.jpg: too wide; run it again"),
+        (RuntimeFailure(f"`strict`: 1.jpg: not a readable image; {KEPT}"), 2, "1.jpg: not a readable image\n"),
+        (InputError("`ray` a:1: does not answer"), 2, "--ray a:1: does not answer\n"),
+        (Interrupted("stopped: 3 of 4 images are finished and kept in /tmp/refdet-1"), 130, "interrupted\n"),
+    ],
+)  # fmt: skip
+def test_errors_name_nothing_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RefdetError, code: int, says: str
+) -> None:
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(regions_on_ray, "extract_features", fails)
+    done = DetectorFolder(tmp_path, 1).command("evaluate", "--ray", "local")
+    assert done.exit_code == code and f"error: {says}" in done.stderr
+    assert "kept" not in done.stderr and "resume" not in done.stderr
