@@ -51,6 +51,7 @@ from refdet.training.step import start_step
 
 SIDES = ("torchvision", "refdet")
 RATES = ("AP", "AP75")
+TIMES = ("step_seconds", "step_processor_seconds")
 DETECTION = DetectionOptions(score_threshold=0.05, nms_threshold=0.5, max_regions=100)  # torchvision's own
 RECIPE = [f"model.{key}={value}" for key, value in FULL_WIDTH.items()]
 
@@ -133,9 +134,9 @@ def torchvision_side(
     return model, prepared
 
 
-def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[float]]:
-    """The trained network, and the seconds of each step."""
-    recipe, seconds = training.recipe, []
+def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[float], list[float]]:
+    """The trained network, and the seconds and the processor seconds, of all threads, of each step."""
+    recipe, seconds, processor = training.recipe, [], []
     torch.manual_seed(recipe.train.seed)
     make = refdet_side if training.side == "refdet" else torchvision_side
     model, prepared = make(recipe, len(data.index.categories))
@@ -145,15 +146,16 @@ def trained(training: Training, data: Dataset) -> tuple[torch.nn.Module, list[fl
         if not isinstance(batch, Batch):
             raise batch
         run = prepared(batch, step)
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         loss = run()
         seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - processor_start)
         if (step + 1) % 50 == 0:
             print(
                 f"  {training.name}, seed {recipe.train.seed}: step {step + 1}, {sum(seconds):.0f} s, {loss}",
                 flush=True,
             )
-    return model.eval(), seconds
+    return model.eval(), seconds, processor
 
 
 @torch.inference_mode()
@@ -189,7 +191,7 @@ def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
     """Train and evaluate."""
     load, started = os.getloadavg()[0], time.perf_counter()
     with exact_float32():
-        model, seconds = trained(training, train)
+        model, seconds, processor = trained(training, train)
         results = detections(model, training.recipe, val)
     rates = {
         kind: {name: round(rate, 4) for name, rate in coco_ap(val.index, val.index.images, results, kind).items()}
@@ -204,6 +206,7 @@ def row_of(training: Training, train: Dataset, val: Dataset) -> dict[str, Any]:
         "batch_size": training.recipe.train.batch_size,
         **rates,
         "step_seconds": round(sum(seconds), 1),
+        "step_processor_seconds": round(sum(processor), 1),
         "median_step": round(statistics.median(seconds), 4),
         "seconds": round(time.perf_counter() - started, 1),
         "threads": torch.get_num_threads(),
@@ -234,20 +237,21 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean: dict[str, Any] = {"side": side, "changes": list(changes), "seed": f"mean of {len(of_side)}"}
         for kind in ("bbox", "segm"):
             mean[kind] = {name: round(statistics.mean(row[kind][name] for row in of_side), 4) for name in RATES}
-        mean["step_seconds"] = round(statistics.mean(row["step_seconds"] for row in of_side), 1)
+        for name in TIMES:
+            mean[name] = round(statistics.mean(row[name] for row in of_side), 1)
         found.append(mean)
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["side                      seed        box AP   AP75  mask AP   AP75   s of steps"]
+    lines = ["side                      seed        box AP   AP75  mask AP   AP75   s of steps  of processors"]
     for row in [*rows, *means(rows)]:
         name = " ".join((row["side"], *row["changes"]))
         rates = (row[kind][rate] for kind in ("bbox", "segm") for rate in RATES)
         lines.append(
             f"{name:25} {row['seed']!s:10}"
             + "  {:.3f}  {:.3f}    {:.3f}  {:.3f}".format(*rates)
-            + f" {row['step_seconds']:12.0f}"
+            + f" {row['step_seconds']:12.0f} {row['step_processor_seconds']:14.0f}"
         )
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ TORCH_LIBRARY(refdet, m) {
   m.def("has_matrix_units() -> bool", &refdet::has_matrix_units);
   m.def("pack_conv3x3(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor scale, Tensor bias, bool relu=False) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor x, Tensor gradient) -> Tensor");
   m.def("pack_conv1x1(Tensor weight, bool half=False) -> (Tensor weight, Tensor scale)");
   m.def(
       "conv1x1(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? shortcut=None, bool relu=False) -> Tensor");

@@ -27,6 +27,7 @@
 #include "conv/scales.h"
 #include "conv/weights.h"
 #include "conv/winograd.h"
+#include "conv/winograd_transforms.h"
 
 namespace refdet {
 namespace {
@@ -78,29 +79,6 @@ struct Block {
   }
 };
 
-// to[i * to_step] = sum over j of matrix[i][j] from[j * from_step], with a compile-time matrix.
-template <const auto& matrix>
-REFDET_INLINE void apply(const Floats* from, int64_t from_step, Floats* to, int64_t to_step) {
-  constexpr size_t kTo = matrix.size(), kFrom = matrix[0].size();
-  Floats values[kFrom];
-#pragma GCC unroll 6
-  for (size_t j = 0; j < kFrom; ++j) values[j] = from[j * from_step];
-#pragma GCC unroll 6
-  for (size_t i = 0; i < kTo; ++i) {
-    Floats sum{};
-#pragma GCC unroll 6
-    for (size_t j = 0; j < kFrom; ++j) {
-      if (matrix[i][j] != 0) sum += matrix[i][j] * values[j];
-    }
-    to[i * to_step] = sum;
-  }
-}
-
-template <int results>
-constexpr auto kInput = input_matrix<results>();
-template <int results>
-constexpr auto kOutput = output_matrix<results>();
-
 // The transformed values of a tile, stored by point; within a point in slices of kDepth channels, each slice by slot.
 //
 // Returns their scale factor, a power of two for each tile, if the product needs one.
@@ -122,27 +100,14 @@ REFDET_INLINE float to_points(const Positions<typename Product::Map>& x, const B
     scale = scale_to(Product::kLargest / kGrowth, largest);
   }
   for (int64_t c = 0; c < x.channels; c += kLanes) {
-    Floats inputs[kHigh][kWide], half[kHigh][kWide], values[kWide];
-    for (int i = 0; i < kHigh; ++i) {
-      for (int j = 0; j < kWide; ++j) {
-        const int64_t at_y = top + i, at_x = left + j;
-        inputs[i][j] = Floats{};
-        if (at_y >= 0 && at_y < x.height && at_x >= 0 && at_x < x.width) {
-          load(image + (at_y * x.width + at_x) * x.pixel + c, inputs[i][j]);
-        }
-      }
-    }
-    for (int j = 0; j < kWide; ++j) apply<kInput<down>>(&inputs[0][j], kWide, &half[0][j], kWide);
     const int64_t part = c / Product::kDepth * Product::kDepth, depth = std::min(Product::kDepth, x.channels - part);
-    for (int i = 0; i < kHigh; ++i) {
-      apply<kInput<across>>(half[i], 1, values, 1);
-      for (int j = 0; j < kWide; ++j) {
-        const int64_t point = i * kPoints + j;
-        const int64_t at = block.at(point, x.channels) + part * block.slots[point];
-        store(Product::kScaled ? values[j] * scale : values[j],
-              points + at + block.slot(row, column, i, j) * depth + (c - part));
-      }
-    }
+    transform_tile<kInput<down>, kInput<across>>(
+        x, image, top, left, c, [&](int i, int j, const Floats& value) __attribute__((always_inline)) {
+          const int64_t point = i * kPoints + j;
+          const int64_t at = block.at(point, x.channels) + part * block.slots[point];
+          store(Product::kScaled ? value * scale : value,
+                points + at + block.slot(row, column, i, j) * depth + (c - part));
+        });
   }
   return scale;
 }

@@ -1,4 +1,4 @@
-"""1x1 and 3x3 convolutions for inference on the CPU, by compiled kernels.
+"""1x1 and 3x3 convolutions on the CPU, by compiled kernels.
 
 Shape shorthand in this module:
 
@@ -10,8 +10,8 @@ Shape shorthand in this module:
 3x3 convolutions, with stride 1 and padding 1, use Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", 2016), which needs a third of the multiplications. 1x1 convolutions are matrix products,
 fused with the sum and the ReLU after them. The result of an image does not depend on the rest of its batch, bit for
-bit. There are no gradients. In a 3x3 convolution inputs beyond 5e36 overflow, and a NaN or inf spoils its whole output
-tile of 4x4.
+bit. Gradients are in `refdet.ops.training_convolution`. In a 3x3 convolution inputs beyond 5e36 overflow, and a NaN or
+inf spoils its whole output tile of 4x4.
 
 Single precision: float32 inputs and sums. The error of a 3x3 convolution is about twice that of PyTorch's, some 2e-6 of
 the standard deviation with 512 channels. Half precision (`half`): bfloat16 inputs, float16 products, on processors with
@@ -89,6 +89,19 @@ def conv3x3(x: Tensor, packed: Packed, bias: Tensor, relu: bool = False) -> Tens
     return torch.ops.refdet.conv3x3(x, packed.weight, packed.scale, bias, relu)
 
 
+def conv3x3_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient (K, C, 3, 3) of the weights of a 3x3 convolution with stride 1 and padding 1, within rounding.
+
+    Args:
+        x: input of the convolution, (N, C, H, W) float32; fastest in channels_last.
+        gradient: of its output, (N, K, H, W) float32; fastest in channels_last.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not match, or C or K is not a multiple of `CHANNELS`.
+    """
+    return torch.ops.refdet.conv3x3_weight_gradient(x, gradient)
+
+
 def pack_conv1x1(weight: Tensor, half: bool = False) -> Packed:
     """Pack float32 weights (K, C) for `conv1x1`.
 
@@ -142,6 +155,10 @@ if DEVICES:
     @torch.library.register_fake("refdet::conv3x3")
     def _conv3x3_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
         return _convolved_fake(x, weight)
+
+    @torch.library.register_fake("refdet::conv3x3_weight_gradient")
+    def _weight_gradient_fake(x: Tensor, gradient: Tensor) -> Tensor:
+        return x.new_empty((3, 3, gradient.shape[1], x.shape[1])).permute(2, 3, 0, 1)
 
     @torch.library.register_fake("refdet::conv1x1")
     def _conv1x1_fake(

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refdet.detector.conv2d import Conv2d
-from refdet.ops import training_convolution
-from refdet.ops.convolution import has_products
+from refdet.ops.convolution import conv3x3_weight_gradient, has_products
 from refdet.ops.training_convolution import conv2d
 
 CPU = torch.device("cpu")
@@ -37,16 +36,19 @@ def gradients(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("chunk", [2**22, 2**19])
 @pytest.mark.parametrize(
     "shape",
-    [(70, 64, 64, 3, 4), (5, 64, 96, 14, 14), (1, 128, 64, 37, 42), (2, 64, 64, 1, 130), (130, 64, 64, 1, 1)],
+    [
+        (70, 64, 64, 3, 4),
+        (5, 64, 96, 14, 14),
+        (1, 128, 64, 37, 42),
+        (2, 64, 64, 1, 130),
+        (130, 64, 64, 1, 1),
+        (3, 64, 80, 49, 52),  # several chunks of tiles, the last one smaller, that begin within an image
+    ],
     ids=str,
 )
-def test_values_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], chunk: int
-) -> None:
-    monkeypatch.setattr(training_convolution, "CHUNK", chunk)
+def test_values_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
     given = drawn(*shape)
     found, wanted = gradients(*given, ours=True), gradients(*(each.double() for each in given), ours=False)
     for ours, exact in zip(found, wanted, strict=True):
@@ -61,6 +63,26 @@ def test_without_a_bias_and_in_both_layouts() -> None:
     found = gradients(x, weight, None, gradient, ours=True)
     again = gradients(x.contiguous(), weight.to(memory_format=torch.channels_last), None, gradient, ours=True)
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("x", "gradient", "message"),
+    [
+        (torch.zeros(2, 64, 5, 5), torch.zeros(2, 64, 5, 6), "is not that of an input"),
+        (torch.zeros(2, 64, 5, 5), torch.zeros(64, 5, 5), "is not that of an input"),
+        (torch.zeros(2, 64, 5, 5, dtype=torch.float64), torch.zeros(2, 64, 5, 5), "must be float32"),
+        (torch.zeros(2, 60, 5, 5), torch.zeros(2, 64, 5, 5), "multiples of 16"),
+    ],
+)
+def test_the_kernel_refuses_other_maps(x: Tensor, gradient: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        conv3x3_weight_gradient(x, gradient)
+
+
+@needs_kernels
+def test_no_images_have_no_gradient() -> None:
+    assert not conv3x3_weight_gradient(torch.zeros(0, 64, 5, 5), torch.zeros(0, 96, 5, 5)).any()
 
 
 @needs_kernels
