@@ -11,6 +11,7 @@ from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
+from refdet.structures.provenance import Selection
 from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
 
 CARD = "README.md"
@@ -61,6 +62,7 @@ def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_
         ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
         ("initial weights", provenance.weights or "random"),
         ("excluded", ", ".join(sorted(provenance.excluded)) or "nothing known"),
+        ("selection", _selection(provenance.selection)),
         ("leaks", _leaks(meta)),
     ]
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
@@ -137,7 +139,20 @@ def _leaks(meta: CheckpointMetadata) -> str:
         return f"not checked ({why}); check with `refdet audit --instances {source} --refer-root DIR`"
     if provenance.weights and meta.warnings():
         return "unknown for the initial weights"
-    return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
+    selection = provenance.selection
+    if selection is None or not selection.by_validation:
+        return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
+    (chosen_on,) = selection.validated_on
+    validation, known = shlex.quote(chosen_on.source), provenance.excluded.keys() <= chosen_on.excluded.keys()
+    which = "its split and its validation file" if known else "its split; its validation file was not checked"
+    return (
+        f"none according to {which}; prove it with "
+        f"`refdet audit --checkpoint RUN --instances {source} --val-instances {validation} --refer-root DIR`"
+    )
+
+
+def _selection(selection: Selection | None) -> str:
+    return "not recorded" if selection is None else selection.one_line()
 
 
 def _cell(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
 from refdet.evaluation.detection import detection_ap
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
+from refdet.structures.provenance import Selection
 from refdet.training.best import ValidationRecord, read_best, write_best
 from refdet.training.metrics_rows import VALIDATED, is_validation, read_rows
 from refdet.training.validation import BEST_METRIC, ValidationData, is_due
@@ -97,7 +99,10 @@ class Validator:
         if is_best:
             images, sha256 = len(index.images), self._validation.sha256
             self._best = ValidationRecord(BEST_METRIC, value, meta.step, index.path.name, images, sha256, rates)
-            write_best(self._out, weights, meta, self._best, self.validated_on)
+            chosen = Selection(by_validation=True, validated_on=(self._validation.provenance,))
+            provenance = dataclasses.replace(meta.provenance, selection=chosen)
+            best_meta = dataclasses.replace(meta, provenance=provenance)
+            write_best(self._out, weights, best_meta, self._best, self.validated_on)
         assert self._best is not None
         best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
