@@ -12,7 +12,7 @@ from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
 from refdet.structures.provenance import Selection
-from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
+from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, number_of
 
 CARD = "README.md"
 _LINES = 12  # of the learning curve, at most
@@ -100,6 +100,7 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     validations = [row for row in rows if is_validation(row)]
     if not validations:
         return ""
+    validations = [row for row in validations if row.get(DATA) == validations[-1].get(DATA)]
     last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
