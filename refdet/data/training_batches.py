@@ -85,8 +85,8 @@ class TrainingBatches(Dataset):
     """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
     A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
-    per epoch, except for a remainder of less than a batch. Landscape and portrait images are batched separately, which
-    saves padding.
+    per epoch, except for a remainder of less than a batch, which is another in each epoch. Landscape and portrait
+    images are batched separately, which saves padding.
 
     Of several processes that train together each makes the images of its share of a batch. They are the same, and
     padded the same, whatever the number of processes.
@@ -165,6 +165,8 @@ class TrainingBatches(Dataset):
         order = random.permutation(len(self.records))
         if len(order) < size:
             return [np.resize(order, size)]
+        # before they are grouped: of a group smaller than a batch, all would be left out, and in every epoch
+        order = order[: len(order) // size * size]
         landscape = self._landscape[order]
         batches, rest = [], []
         for group in (order[landscape], order[~landscape]):
@@ -172,7 +174,7 @@ class TrainingBatches(Dataset):
             batches += list(group[:whole].reshape(-1, size))
             rest.append(group[whole:])
         mixed = np.concatenate(rest)
-        batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
+        batches += list(mixed.reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _size(self, record: ImageRecord, view: tuple[int, int]) -> InputSize:

@@ -56,6 +56,22 @@ def test_an_epoch_has_each_annotated_image_once(tmp_path: Path) -> None:
     assert [batches[s].image_ids for s in range(4)] != [batches[s + 4].image_ids for s in range(4)]
 
 
+@pytest.mark.parametrize(("landscape", "portrait", "batch_size"), [(9, 2, 4), (2, 9, 4), (8, 3, 4), (5, 5, 7)])
+def test_what_an_epoch_leaves_out_is_not_always_the_same(
+    tmp_path: Path, landscape: int, portrait: int, batch_size: int
+) -> None:
+    """Such as all portrait images, where they are fewer than a batch."""
+    index, source = write_dataset(tmp_path, [(50, 60)] * landscape + [(60, 50)] * portrait)
+    batches = TrainingBatches(index, source, small_recipe(f"train.batch_size={batch_size}"))
+    seen: Counter[int] = Counter()
+    for epoch in range(100):
+        plan = np.concatenate(batches._epoch(epoch)).tolist()
+        assert len(plan) == len(set(plan)) == batches.epoch_steps * batch_size
+        seen.update(plan)
+    kept = batches.epoch_steps * batch_size / (landscape + portrait)
+    assert len(seen) == landscape + portrait and min(seen.values()) > 70 * kept
+
+
 def test_few_images_make_a_batch_by_repetition(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60)] * 2)
     assert set(TrainingBatches(index, source, small_recipe())[5].image_ids) == {1, 2}
