@@ -42,7 +42,11 @@ MAX_SHOWN = 10
     help="Another benchmark to look for: Ref-L4's Parquet, or any list of images; may be repeated.",
 )
 @click.option("--val-instances", metavar="F.json", help="File that the detector was validated on, which chose best/.")
-@click.option("--trust-weights", is_flag=True, help="Assume that the initial weights have seen no held-out image.")
+@click.option(
+    "--trust-weights",
+    is_flag=True,
+    help="Assume that the initial weights, and an unrecorded choice of weights, saw no held-out image.",
+)
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
     "--find-duplicates",
