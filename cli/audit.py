@@ -41,7 +41,12 @@ MAX_SHOWN = 10
     metavar="FILE",
     help="Another benchmark to look for: Ref-L4's Parquet, or any list of images; may be repeated.",
 )
-@click.option("--trust-weights", is_flag=True, help="Assume that the initial weights have seen no held-out image.")
+@click.option("--val-instances", metavar="F.json", help="File that the detector was validated on, which chose best/.")
+@click.option(
+    "--trust-weights",
+    is_flag=True,
+    help="Assume that the initial weights, and an unrecorded choice of weights, saw no held-out image.",
+)
 @click.option("--allow-unidentified", is_flag=True, help="Exit 0 even if some images are unknown.")
 @renamed_option(
     "--find-duplicates",
@@ -60,6 +65,7 @@ def command(
     features: str | None,
     exclude: tuple[str, ...],
     benchmark: tuple[str, ...],
+    val_instances: str | None,
     trust_weights: bool,
     allow_unidentified: bool,
     by_content: bool,
@@ -70,7 +76,8 @@ def command(
     """Check training images for REFER's val and test images; exits 0 if there are none and 1 if there are.
 
     Audits the images of F.json. For a checkpoint or a store, audits its provenance, which is only a claim; F.json, the
-    file it was trained on, turns the claim into a proof. Images identified neither by id nor by --find-duplicates are
+    file it was trained on, turns the claim into a proof; weights of a best/ were chosen on a validation file, which
+    must be as clean. Images identified neither by id nor by --find-duplicates are
     not proven clean: exits 1, unless --allow-unidentified. A store of val images is not a leak: its detector matters.
     """
     if instances is None and checkpoint is None and features is None:
@@ -86,9 +93,13 @@ def command(
         raise click.UsageError("--benchmark is for --instances alone; audit the detector without it")
     if trust_weights and detector is None:
         raise click.UsageError("--trust-weights is for --checkpoint and --store")
+    if val_instances is not None and detector is None:
+        raise click.UsageError("--val-instances is for --checkpoint and --store; audit the file alone by --instances")
     check_refer_root(Path(refer_root), "")
     if instances is not None:
         check_json("--instances", Path(instances), "an instances JSON or a list of images")
+    if val_instances is not None:
+        check_json("--val-instances", Path(val_instances), "an instances JSON or a list of images")
     if checkpoint is not None:
         check_run_directory("--checkpoint", Path(checkpoint))
     if features is not None:
@@ -99,7 +110,7 @@ def command(
     if detector is not None:
         from refdet.splits.detector_audit import audit_provenance
 
-        provenance_audit = audit_provenance(detector, refer_root, instances, exclude, trust_weights)
+        provenance_audit = audit_provenance(detector, refer_root, instances, exclude, trust_weights, val_instances)
         provenance_audit = replace(
             provenance_audit,
             problem=as_options(provenance_audit.problem),
@@ -119,6 +130,8 @@ def command(
     for text in notes:
         note(f"note: {text}")
     unproven = "" if allow_unidentified else _unproven(result, content)
+    if not (unproven or allow_unidentified) and provenance_audit is not None:
+        unproven = _unproven_choice(provenance_audit, str(val_instances))
     if as_json:
         tree = result.to_json() if provenance_audit is None and result is not None else {}
         if provenance_audit is not None:
@@ -134,8 +147,8 @@ def command(
     _raise_leaks(instances, result, provenance_audit, content)
     if unproven:
         raise RuntimeFailure(
-            f"{instances}: not proven: {unproven}; compare them with --find-duplicates, or accept them with "
-            "--allow-unidentified"
+            f"{instances or detector}: not proven: {unproven}; compare them with --find-duplicates, or accept them "
+            "with --allow-unidentified"
         )
     if not as_json:
         echo_line()
@@ -208,6 +221,32 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
     return ", ".join(parts)
 
 
+def _choice_verdict(detector: ProvenanceAudit) -> list[str]:
+    """What is known of the images that chose the weights; nothing if none did."""
+    chosen = detector.selection
+    if chosen is None or chosen.selection is None or not chosen.selection.by_validation:
+        return []
+    (file,) = chosen.selection.validated_on
+    if chosen.proof is None:
+        return [
+            f"its weights are {chosen.selection.one_line()}, which is clean according to its own record; this is only "
+            "a claim; to prove it, pass that file with --val-instances"
+        ]
+    return [
+        f"proven: its weights are {chosen.selection.one_line()}, of which "
+        f"{counted(chosen.proof.images, 'image')} were checked"
+    ]
+
+
+def _unproven_choice(detector: ProvenanceAudit, val_instances: str) -> str:
+    """The images of the validation file that are not proven clean, "" if all are or it chose nothing."""
+    chosen = detector.selection
+    if chosen is None or chosen.proof is None or chosen.selection is None or not chosen.selection.by_validation:
+        return ""
+    images = _unproven(chosen.proof, None)
+    return f"{images} in {val_instances}" if images else ""
+
+
 def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, content: ContentResult | None) -> list[str]:
     lines = []
     if detector is not None and detector.provenance is not None:
@@ -216,8 +255,10 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
             lines.append(f"clean according to the provenance of {subject}: {detector.provenance.one_line()}")
             fix = "" if detector.provenance.training_set else "; to prove it, pass the training file with --instances"
             lines.append(f"this is only a claim{fix}")
+            lines += _choice_verdict(detector)
         else:
             lines.append(f"proven: {subject} was trained on the images of this file (the image ids have the same hash)")
+            lines += _choice_verdict(detector)
     if result is not None:
         lines.append(
             f"clean: {counted(result.images, 'image')} checked against "

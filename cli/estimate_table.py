@@ -41,7 +41,7 @@ def print_estimate(found: Estimate, source: str, as_json: bool) -> None:
         )
     rows += [
         ("whole run", _duration(found.seconds)),
-        ("memory", f"{found.memory_bytes / 2**30:.1f} GiB in the measured steps; larger images take more"),
+        ("memory", f"{found.memory_bytes / 2**30:.1f} GiB, with the largest images"),
         ("disk", f"up to {found.disk_bytes / 2**20:.0f} MiB"),
     ]
     echo_table(rows, header=("dry run", "nothing was written"))

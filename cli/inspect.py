@@ -41,6 +41,10 @@ def command(file: str, verify: bool, as_json: bool) -> None:
     echo_line("provenance" if provenance else "no provenance")
     if provenance:
         excluded = provenance.pop("excluded")
+        if "selection" in provenance:
+            from refdet.structures.provenance import Selection
+
+            provenance["selection"] = Selection.from_json(provenance["selection"]).one_line()
         echo_table([(key.replace("_", " "), _text(value)) for key, value in provenance.items()])
         rows = [(name, str(n.get("images")), str(n.get("found"))) for name, n in excluded.items()]
         if rows:

@@ -15,6 +15,7 @@ ONLY_WHERE_SET = (
     ("input", "crop_size", 0),
     ("input", "scale_range", [0.1, 2.0]),
     ("input", "exif", "ignore"),
+    ("input", "short_side_per", "step"),
     ("input", "size_divisibility", 0),
     ("model", "backbone", "resnet"),
     ("model", "zero_init_residual", True),
@@ -31,4 +32,7 @@ ONLY_WHERE_SET = (
 )
 
 # of recipes in YAML; those of older run directories, which do not have these keys, keep the dataclasses' defaults
-NEWER_DEFAULTS = {"input": {"size_divisibility": 32}, "model": {"zero_init_residual": False}}
+NEWER_DEFAULTS = {
+    "input": {"short_side_per": "image", "size_divisibility": 32},
+    "model": {"zero_init_residual": False},
+}

@@ -66,7 +66,10 @@ class ModelOptions:
 class InputOptions:
     """Preprocessing of images: resized, then (0..255 - mean) / std."""
 
-    min_sizes: tuple[int, ...] = (600,)  # one is sampled per training step; the last is used at test time
+    min_sizes: tuple[int, ...] = (600,)  # of the shorter side; one is drawn in training, the last used at test time
+    # what one of min_sizes is drawn for: each image, as in detectron2 and torchvision, or all images of a step, which
+    # need less padding; image in YAML without this key, step in older runs
+    short_side_per: str = "step"
     max_size: int = 1000  # limit of the longer side
     # side of a square for large-scale jitter: training images are resized to fit into it, times a scale drawn for each,
     # and cropped or padded to it; 0 for none. Without it min_sizes and max_size are those of training too
@@ -169,6 +172,7 @@ class Recipe:
         one_of("train.schedule", self.train.schedule, ("step", "cosine"))
         one_of("input.order", self.input.order, ("rgb", "bgr"))
         one_of("input.exif", self.input.exif, ("ignore", "apply"))
+        one_of("input.short_side_per", self.input.short_side_per, ("image", "step"))
         one_of("input.resize", self.input.resize, ("antialias", "opencv", "pillow", "torchvision"))
         if model.neck != "c4" and model.pooling not in ("align", "align_legacy"):
             raise InputError(f"model.pooling: must be align or align_legacy with model.neck={model.neck}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from refdet.data.coco import CocoIndex
 from refdet.data.image_evidence import id_matches_file_name
 from refdet.errors import InputError
@@ -38,7 +40,7 @@ def provenance_of_instances(index: CocoIndex) -> Provenance:
         elif not all(id_matches_file_name(entry, entry["id"]) for entry in index.raw["images"]):
             note = RENAMED
         else:
-            return written
+            return replace(written, selection=None)
     return Provenance(
         source=index.path.name,
         source_sha256=file_sha256(index.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -85,8 +86,8 @@ class TrainingBatches(Dataset):
     """Batches of a training run, indexed by step and determined only by the recipe's seed and the step.
 
     A resumed run therefore continues with the same batches, for any number of worker processes. Each image occurs once
-    per epoch, except for a remainder of less than a batch. Landscape and portrait images are batched separately, which
-    saves padding.
+    per epoch, except for a remainder of less than a batch, which is another in each epoch. Landscape and portrait
+    images are batched separately, which saves padding.
 
     Of several processes that train together each makes the images of its share of a batch. They are the same, and
     padded the same, whatever the number of processes.
@@ -132,27 +133,56 @@ class TrainingBatches(Dataset):
 
         Errors are not raised, as the DataLoader would wrap them in a worker's traceback.
         """
-        options = self.recipe.input
         epoch, position = divmod(step, self.epoch_steps)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._epoch(epoch))
         rows = self._plan[1][position]
         random = np.random.default_rng((self.recipe.train.seed, 1, step))
-        view = (step, int(random.choice(options.min_sizes)))
+        short_side = int(random.choice(self.recipe.input.min_sizes))
         flips = (random.random(len(rows)) < 0.5) & self.recipe.train.flip
-        all_sizes = [self._size(self.records[r], view) for r in rows]
+        return self._batch(rows, [self._size(self.records[r], step, short_side) for r in rows], flips)
+
+    def largest(self) -> Batch | RefdetError:
+        """A batch as large as one may be: of the largest images, at the largest of ``input.min_sizes``."""
+        options, size = self.recipe.input, self.recipe.train.batch_size
+        short_side = max(options.min_sizes)
+        sizes = [self._size(record, 0, short_side, largest=True) for record in self.records]
+        sides = np.array([(one.height, one.width) for one in sizes])
+        long, short, area = sides.max(axis=1), sides.min(axis=1), sides.prod(axis=1)
+
+        def largest_of(group: np.ndarray, count: int) -> list[int]:
+            by_area = group[np.argsort(-area[group], kind="stable")]
+            outermost = [group[side[group].argmax()] for side in (long, short)] if size > 1 else []
+            return list(dict.fromkeys([*outermost, *by_area]))[:count]  # without repeats
+
+        rows = np.arange(len(sizes))
+        landscape, portrait = rows[self._landscape], rows[~self._landscape]
+        candidates = [largest_of(group, size) for group in (landscape, portrait) if len(group) >= size]
+        if len(rows) < size:
+            candidates = [list(np.resize(rows, size))]
+        elif size > 1 and len(landscape) and len(portrait):  # the batch of what is left of both
+            portraits = min(max(size // 2, size - len(landscape)), len(portrait))
+            candidates.append(largest_of(landscape, size - portraits) + largest_of(portrait, portraits))
+        chosen = max(candidates, key=lambda rows: math.prod(self._shape([sizes[row] for row in rows])))
+        return self._batch(np.array(chosen), [sizes[row] for row in chosen], np.zeros(size, bool))
+
+    def _shape(self, sizes: Sequence[InputSize]) -> tuple[int, int]:
+        return padded_shape(sizes, self.recipe.input.size_divisibility, self.recipe.input.crop_size)
+
+    def _batch(self, rows: np.ndarray, sizes: list[InputSize], flips: np.ndarray) -> Batch | RefdetError:
+        """This process's share of the batch of some records, or the error of an unusable image."""
         number, processes = self.share
         own = slice(number * len(rows) // processes, (number + 1) * len(rows) // processes)
         mine = [self.records[r] for r in rows[own]]
         try:
-            examples = [self._example(r, view, bool(f)) for r, f in zip(mine, flips[own], strict=True)]
+            examples = [self._example(*given) for given in zip(mine, sizes[own], flips[own].tolist(), strict=True)]
         except RefdetError as error:
             return error
         return Batch(
             PackedImages.of([image for image, _ in examples]),
-            all_sizes[own],
+            sizes[own],
             flips[own].tolist(),
-            padded_shape(all_sizes, options.size_divisibility, options.crop_size),
+            self._shape(sizes),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
             self.source.oriented_among(mine),
@@ -165,6 +195,8 @@ class TrainingBatches(Dataset):
         order = random.permutation(len(self.records))
         if len(order) < size:
             return [np.resize(order, size)]
+        # before they are grouped: of a group smaller than a batch, all would be left out, and in every epoch
+        order = order[: len(order) // size * size]
         landscape = self._landscape[order]
         batches, rest = [], []
         for group in (order[landscape], order[~landscape]):
@@ -172,20 +204,24 @@ class TrainingBatches(Dataset):
             batches += list(group[:whole].reshape(-1, size))
             rest.append(group[whole:])
         mixed = np.concatenate(rest)
-        batches += list(mixed[: len(mixed) // size * size].reshape(-1, size))
+        batches += list(mixed.reshape(-1, size))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _size(self, record: ImageRecord, view: tuple[int, int]) -> InputSize:
-        """The input size in a step with a short side; where inputs are cropped, drawn for the step and the image."""
-        step, short_side = view
-        if self.recipe.input.crop_size:
-            random = np.random.default_rng((self.recipe.train.seed, 2, step, record.id % 2**64))
-            return jittered_size(record.height, record.width, self.recipe.input, random)
-        return input_size(record.height, record.width, self.recipe.input, short_side)
+    def _size(self, record: ImageRecord, step: int, short_side: int, largest: bool = False) -> InputSize:
+        """The input size in a step, drawn for the step and the image if so the recipe says, else of a short side."""
+        options = self.recipe.input
+        if options.crop_size:
+            return jittered_size(record.height, record.width, options, self._random(2, step, record))
+        if options.short_side_per == "image" and not largest:
+            short_side = int(self._random(3, step, record).choice(options.min_sizes))
+        return input_size(record.height, record.width, options, short_side)
 
-    def _example(self, record: ImageRecord, view: tuple[int, int], flip: bool) -> tuple[np.ndarray, GroundTruth]:
+    def _random(self, purpose: int, step: int, record: ImageRecord) -> np.random.Generator:
+        """Random numbers that depend on the seed, the step and the image."""
+        return np.random.default_rng((self.recipe.train.seed, purpose, step, record.id % 2**64))
+
+    def _example(self, record: ImageRecord, size: InputSize, flip: bool) -> tuple[np.ndarray, GroundTruth]:
         convention = BoxConvention(self.recipe.model.legacy_plus_one)
-        size = self._size(record, view)
         pixels = self.source.read(record)
         objects = self.objects.objects(record.id)
         boxes, crowds = (

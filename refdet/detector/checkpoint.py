@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL, META, STATE = "model.safetensors", "model.json", "state"
+BEST, VALIDATION = "best", "validation.json"  # the folder of the weights with the highest AP, and what that was
 MAX_META_BYTES = 2**23  # bytes of a model.json
 MAX_CATEGORIES = 50_000
 HEAD_PREFIXES = ("rpn.", "head.box.", "head.mask.")  # of the parts that an ImageNet network lacks
@@ -147,6 +148,11 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
         others = f" or another of its {len(inner)}" if len(inner) > 1 else ""
         return f"no {missing} there; give {inner[0]}{others}, which is a run directory"
     return f"no {missing} there; give a run directory that `refdet train` wrote"
+
+
+def was_validated(folder: Path) -> bool:
+    """Whether a run directory holds weights that a validation chose, or lies beside such weights."""
+    return (folder / VALIDATION).exists() or (folder / BEST).exists()
 
 
 def _is_run(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.coco import CocoIndex
+from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
@@ -59,6 +60,7 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
     audit, source_audit = _audits(inputs)
     if audit is not None and provenance is not None and audit["image_ids_sha256"] != provenance.image_ids_sha256:
         raise InputError(f"{inputs.trained_on}: not the images that {inputs.run} was trained on; give that file")
+    proven = False
     body: list[tuple[str, str, Markup]] = []  # id, heading, content
 
     def add(name: str, heading: str, content: Markup) -> None:
@@ -67,8 +69,13 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
     if inputs.steps:
         add("steps", "Steps", sections.steps_section(inputs.steps))
     if provenance is not None:
-        proof = sections.leak_section(provenance, audit, source_audit)
-        add("leak", "No leaks" if audit and audit["clean"] else "Training data", proof)
+        assert inputs.run is not None
+        validated = was_validated(inputs.run)
+        # images that may have chosen the weights are not audited here
+        chosen = validated if provenance.selection is None else provenance.selection.by_validation
+        proven = bool(audit and audit["clean"] and not chosen)
+        proof = sections.leak_section(provenance, audit, source_audit, validated)
+        add("leak", "No leaks" if proven else "Training data", proof)
     if inputs.run is not None:
         log, validations = (read(inputs.run / "metrics.jsonl") for read in (read_log, read_validations))
         if log or validations:
@@ -78,7 +85,7 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
     _add_regions(inputs, parts, metrics, add)
     if not body:
         raise InputError("nothing to report: give a run directory, a store or metrics")
-    subtitle = _subtitle(recipe_name, steps, inputs.run is not None, bool(audit and audit["clean"]))
+    subtitle = _subtitle(recipe_name, steps, inputs.run is not None, proven)
     return render(
         "page.html",
         title=title,

@@ -43,6 +43,7 @@ def leak_section(
     provenance: Provenance,
     audit: Mapping[str, Any] | None,
     source_audit: Mapping[str, Any] | None,
+    validated: bool = False,
 ) -> Markup:
     """The training data of the detector, and the audit for REFER's val and test images.
 
@@ -50,6 +51,7 @@ def leak_section(
         provenance: of the detector.
         audit: `refdet.splits.leak_audit.AuditResult` as JSON, of the training file.
         source_audit: the same of the file that the training file was made from.
+        validated: whether the run has a validation, which may have chosen the weights.
     """
     header, rows = ["held-out split", "images"], []
     if source_audit is not None:
@@ -64,6 +66,7 @@ def leak_section(
         provenance=provenance,
         audit=audit,
         source_audit=source_audit,
+        validated=validated,
         header=header,
         rows=rows,
         excluded=", ".join(provenance.excluded),

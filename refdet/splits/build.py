@@ -74,8 +74,8 @@ def build_split(
         refer.ReferError: invalid REFER data.
     """
     out = Path(out)
-    report_path = out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
-    for path in (out, report_path):
+    report_file_path = report_path(out)
+    for path in (out, report_file_path):
         if path.exists():
             raise InputError(f"{path} exists; choose another `out` or remove it")
     if exclude and keep_only:
@@ -144,11 +144,16 @@ def build_split(
     }
     if images.form != INSTANCES:
         report["provenance"] = provenance.to_json()
-    with atomic_write(report_path) as report_file, atomic_write(out) as out_file:
+    with atomic_write(report_file_path) as report_file, atomic_write(out) as out_file:
         report_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         with out_file.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             images.write(file, keep, {**images.info, "refdet": provenance.to_json()})
-    return SplitResult(out, report_path, report, notes)
+    return SplitResult(out, report_file_path, report, notes)
+
+
+def report_path(out: Path) -> Path:
+    """Path of the report of a list that `build_split` writes."""
+    return out.with_name(out.name.removesuffix(".json").removesuffix(".txt") + ".report.json")
 
 
 def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str, dict[str, int]]:

@@ -8,26 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.splits.held_out import HeldOut, held_out
+from refdet.splits.file_claims import SplitClaim, claims_of, file_problem
+from refdet.splits.held_out import held_out
 from refdet.splits.inspect import describe
 from refdet.splits.leak_audit import AuditResult, audit
+from refdet.splits.selection_audit import SelectionAudit, audit_selection
 from refdet.structures.known_weights import file_of_weights
 from refdet.structures.provenance import Provenance
-
-
-@dataclass(frozen=True)
-class SplitClaim:
-    """What a provenance claims about one held-out split.
-
-    Attributes:
-        name: such as "refcoco/unc/val".
-        images: number of images in the split.
-        uncovered: number of those images that are in none of the excluded splits.
-    """
-
-    name: str
-    images: int
-    uncovered: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +27,7 @@ class ProvenanceAudit:
         provenance: its provenance, None if it has none.
         claims: what the provenance claims about each held-out split.
         proof: audit of the training file, None if none was given.
+        selection: what is known of the images that chose its weights, None if it has no provenance.
         problem: why it is not clean, "" if it is.
         notes: human-readable warnings.
     """
@@ -49,13 +37,15 @@ class ProvenanceAudit:
     provenance: Provenance | None
     claims: list[SplitClaim]
     proof: AuditResult | None
+    selection: SelectionAudit | None
     problem: str
     notes: list[str]
 
     @property
     def proven(self) -> bool:
-        """Whether it is clean according to the training file itself, not only by its own claim."""
-        return self.proof is not None and not self.proof.leaked and not self.problem
+        """Whether it is clean according to the training and validation files themselves, not only by its own claim."""
+        chosen = self.selection is not None and self.selection.proven
+        return self.proof is not None and not self.proof.leaked and not self.problem and chosen
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -68,6 +58,7 @@ class ProvenanceAudit:
             "provenance": None if self.provenance is None else self.provenance.to_json(),
             "claims": {c.name: {"images": c.images, "uncovered": c.uncovered} for c in self.claims},
             "audit": None if self.proof is None else self.proof.to_json(),
+            "selection": None if self.selection is None else self.selection.to_json(),
             "notes": self.notes,
         }
 
@@ -78,12 +69,14 @@ def audit_provenance(
     instances: str | Path | None = None,
     exclude: Sequence[str] = (),
     trust_weights: bool = False,
+    val_instances: str | Path | None = None,
 ) -> ProvenanceAudit:
     """Check whether a detector was trained on any of REFER's val and test images.
 
     A provenance holds a hash of the training image ids and the names of the excluded splits, which is only a claim.
     The training file turns it into a proof: its hash must match, and every image in it is checked. The hash covers
     ids, so it proves something only where ids match the file names; otherwise the identical file is required.
+    Images that chose the weights by validation must be as clean (`refdet.splits.selection_audit`).
     The images that a store describes are irrelevant, as features of val and test images are expected.
 
     Args:
@@ -92,10 +85,12 @@ def audit_provenance(
         instances: the file that the detector was trained on.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.
-        trust_weights: assume that the initial weights have not seen held-out images.
+        trust_weights: assume that the initial weights have not seen held-out images, and that no such images chose the
+            weights of a store that has no record of it.
+        val_instances: the file that the detector was validated on.
 
     Returns:
-        The claims, the proof if ``instances`` was given, and the problem if there is one.
+        The claims, the proofs if ``instances`` and ``val_instances`` were given, and the problem if there is one.
 
     Raises:
         InputError: invalid input, or ``path`` is neither a run directory nor a store.
@@ -107,16 +102,32 @@ def audit_provenance(
     if description["provenance"] is None:
         splits, notes = held_out(refer_root, exclude)
         problem = f"{path}: training data unknown: no provenance"
-        return ProvenanceAudit(description["kind"], str(path), None, _claims(None, splits), None, problem, notes)
+        return ProvenanceAudit(
+            description["kind"], str(path), None, claims_of(None, splits), None, None, problem, notes
+        )
     provenance = Provenance.from_json(description["provenance"])
     splits, notes = held_out(refer_root, exclude)
-    claims = _claims(provenance, splits)
+    claims = claims_of(provenance, splits)
     proof = None if instances is None else audit(instances, refer_root, exclude=exclude)
     if proof is not None:
         notes = proof.notes
     subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
     n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
     problem = _problem(subject, provenance, claims, proof, instances, n_held_out)
+    selection = audit_selection(
+        Path(path),
+        subject,
+        provenance,
+        splits,
+        refer_root,
+        val_instances=val_instances,
+        exclude=exclude,
+        trust_weights=trust_weights,
+    )
+    notes += selection.notes
+    if problem and selection.problem:
+        notes.append(selection.problem)
+    problem = problem or selection.problem
     if provenance.weights is not None:
         known = file_of_weights(provenance.weights)
         if known is not None and known.trained_on.of_refer == "none":
@@ -130,17 +141,7 @@ def audit_provenance(
                 f"{subject}: clean except for its initial weights, which are unproven: {provenance.weights}; if they "
                 "have seen no held-out images (ImageNet's have not; or audit their run), add `trust_weights=True`"
             )
-    return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, problem, notes)
-
-
-def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
-    """Claims for each split, where an excluded split counts only if its number of images is the same."""
-    if provenance is not None and provenance.training_set is not None and provenance.training_set.of_refer == "none":
-        return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
-    excluded = {} if provenance is None else provenance.excluded
-    matching = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
-    covered = frozenset().union(*(split.image_ids for split in matching))
-    return [SplitClaim(split.name, len(split.image_ids), len(split.image_ids - covered)) for split in splits]
+    return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, selection, problem, notes)
 
 
 def _problem(
@@ -168,27 +169,4 @@ def _problem(
         return f"{subject}: leaks {which} of {', '.join(claim.name for claim in claims)}: {provenance.note}"
     if not provenance.image_ids_sha256:
         return f"{subject}: training data unknown: {provenance.note or 'its provenance has no hash of image ids'}"
-    if proof is not None:
-        if proof.image_ids_sha256 != provenance.image_ids_sha256:
-            return (
-                f"{subject}: was not trained on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
-                f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was trained on"
-            )
-        if proof.leaked:
-            return f"{subject}: was trained on {instances}, which contains {len(proof.leaked)} held-out images"
-        # Without exclusions the provenance has the hash of the whole file, which covers the names too.
-        same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
-        if proof.not_known_by_id and not same_file:
-            return (
-                f"{subject}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their "
-                "COCO ids, so other images may have the same hash; train on a file whose ids match its file names"
-            )
-        return ""
-    if not provenance.excluded:
-        why = provenance.note or "its provenance excludes no split"
-        return f"{subject}: training data unknown: {why}; give the file it was trained on with `instances`"
-    uncovered = [claim for claim in claims if claim.uncovered]
-    if uncovered:
-        names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in uncovered)
-        return f"{subject}: its provenance does not exclude {names}; give the file it was trained on with `instances`"
-    return ""
+    return file_problem(subject, provenance, claims, proof, instances)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import counted, shown
 from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet, imported_note
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
@@ -31,6 +31,8 @@ class Provenance:
         excluded: "refcoco/unc/val" -> {"images": images of that split, "found": those of them in source}.
         weights: the weights that training started from, or None.
         note: a human-readable note, or "".
+        selection: how the weights were chosen among those of the training; None for a split, imported weights, and
+            weights of an older refdet, which kept no record of it.
     """
 
     source: str
@@ -41,10 +43,13 @@ class Provenance:
     excluded: dict[str, dict[str, int]] = field(default_factory=dict)
     weights: str | None = None
     note: str = ""
+    selection: Selection | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+        """The fields as a JSON object; without ``selection`` if it is None, as in older files."""
+        tree = asdict(replace(self, selection=None))
+        del tree["selection"]
+        return tree if self.selection is None else {**tree, "selection": self.selection.to_json()}
 
     @classmethod
     def from_json(cls, value: object) -> Provenance:
@@ -52,11 +57,12 @@ class Provenance:
         if not isinstance(value, dict):
             raise InputError(f"provenance must be an object, not {type(value).__name__}")
         names = [f.name for f in fields(cls)]
-        missing = [name for name in names if name not in value]
+        missing = [name for name in names if name not in value and name != "selection"]
         unknown = [str(name) for name in value if name not in names]
         if missing or unknown:
             raise InputError(f"provenance: fields missing: {missing}, fields unknown: {shown(unknown)}")
-        result = cls(**value)
+        selection = Selection.from_json(value["selection"]) if "selection" in value else None
+        result = cls(**{**value, "selection": selection})
         hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
         counts = all(map(_is_count, (result.images, result.annotations)))
         texts = isinstance(result.source, str) and isinstance(result.note, str)
@@ -98,9 +104,57 @@ class Provenance:
         parts.append(f"ids {self.image_ids_sha256[:12]}")
         if self.weights:
             parts.append(f"started from {self.weights}")
+        if self.selection is not None and self.selection.validated_on:
+            parts.append(self.selection.one_line())
         if self.note:
             parts.append(self.note)
         return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How weights were chosen among those of a training.
+
+    Attributes:
+        by_validation: whether they are those of the highest AP on ``validated_on``, a single file; those of the last
+            step otherwise, whatever they were validated on.
+        validated_on: provenance of each file that weights of the training were validated on.
+    """
+
+    by_validation: bool
+    validated_on: tuple[Provenance, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return {"by_validation": self.by_validation, "validated_on": [one.to_json() for one in self.validated_on]}
+
+    @classmethod
+    def from_json(cls, value: object) -> Selection:
+        """The inverse of `to_json`; InputError if a field is missing, unknown or of the wrong type."""
+        tree = value if isinstance(value, dict) and value.keys() == {"by_validation", "validated_on"} else {}
+        chosen, entries = tree.get("by_validation"), tree.get("validated_on")
+        if type(chosen) is not bool or not isinstance(entries, list):
+            raise InputError(f"provenance: selection: by_validation and validated_on are needed, not {shown(value)}")
+        if any(isinstance(entry, dict) and "selection" in entry for entry in entries):
+            raise InputError("provenance: selection: a validation file cannot have a selection itself")
+        files = tuple(map(Provenance.from_json, entries))
+        if any(file.is_unknown for file in files) or (chosen and len(files) != 1):
+            raise InputError("provenance: selection: the file that was validated on is missing or unknown")
+        return cls(chosen, files)
+
+    def with_file(self, file: Provenance) -> Selection:
+        """A copy that names another file that weights were validated on."""
+        return self if file in self.validated_on else replace(self, validated_on=(*self.validated_on, file))
+
+    def one_line(self) -> str:
+        """A human-readable summary in one line."""
+        names = ", ".join(
+            f"{file.source} ({counted(file.images, 'image')}, ids {file.image_ids_sha256[:12]})"
+            for file in self.validated_on
+        )
+        if self.by_validation:
+            return f"chosen by their AP on {names}"
+        return "weights of the last step" + (f", validated on {names}" if names else "")
 
 
 def image_ids_sha256(ids: Iterable[int]) -> str:

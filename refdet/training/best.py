@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refdet.detector import checkpoint
-from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
+from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasWeights
 from refdet.errors import InputError
 from refdet.files.atomic import MARK, fsync, left_behind, write_json
 from refdet.files.json_files import read_bytes
 from refdet.files.short_text import shown
 from refdet.files.small_files import strict_json
 from refdet.training.run_card import write_card
-from refdet.training.run_folder import BEST
 
-VALIDATION = "validation.json"
 _MAX_BYTES = 2**16  # bytes of a validation.json
 _PREVIOUS = f".{BEST}.00000000.{MARK}"  # the folder that is being replaced
 

@@ -16,7 +16,7 @@ from refdet.detector import loading
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.device import arithmetic, described, naming_out_of_memory, usable_device, usable_precision
-from refdet.errors import Interrupted, RuntimeFailure
+from refdet.errors import Interrupted, RefdetError, RuntimeFailure
 from refdet.evaluation.detection import detected_regions
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.progress import progress_bar
@@ -29,7 +29,7 @@ from refdet.training.pretrained import load_pretrained
 from refdet.training.step import in_bfloat16, start_step
 from refdet.training.validation import validations_after
 
-MEASURED = 3  # steps; one before them is not, as libraries choose their kernels in it
+MEASURED = 3  # steps; one of the largest images before them is not, as libraries choose their kernels in it
 _VALIDATION_IMAGES = 4  # images, a batch of a validation
 
 
@@ -51,8 +51,8 @@ class Estimate:
         validations: number of validations that are left.
         validation_images: number of images of each.
         seconds: of all steps and validations, without saving.
-        memory_bytes: the most that the measured steps took: of GPU memory, or of this process's on a CPU. Batches of
-            larger images take more.
+        memory_bytes: the most that these steps and one of the largest images took: of GPU memory, or of this process's
+            on a CPU.
         disk_bytes: the most that the run directory takes while states are replaced.
     """
 
@@ -142,18 +142,20 @@ def _measure_steps(
         state.newest(inputs.out).restore(model, sgd)
     model.train()
     generator, seconds = torch.Generator(), []
-    steps = range(first_step, first_step + MEASURED + 1)
+    largest, steps = batches.largest(), range(first_step, first_step + MEASURED)
+    if isinstance(largest, RefdetError):
+        raise largest
     try:
         with (
             Stop.watching() as stop,
-            progress_bar(len(steps), "measure", "step", leave=False) as bar,
+            progress_bar(1 + len(steps), "measure", "step", leave=False) as bar,
             prefetch_batches(batches, steps, options.workers, device, stop) as prefetched,
         ):
-            for step in steps:
+            for position, step in enumerate((first_step, *steps)):
                 started = time.perf_counter()
                 if stop.requested:
                     raise StopRequested
-                batch = next(prefetched)
+                batch = next(prefetched) if position else largest
                 generator.manual_seed(options.seed * 1_000_003 + step)
                 rate = learning_rate(min(step, options.steps - 1), options)
                 start_step(model, sgd, batch, rate, options.max_grad_norm, generator).losses()

@@ -14,6 +14,8 @@ from refdet.training.run_folder import MAX_LOG_BYTES
 METRICS = "metrics.jsonl"
 VALIDATED = "val_"
 """Prefix of the rates of a validation, such as val_bbox_AP50."""
+DATA = "data_sha256"
+"""Hash of the data of a validation; older rows do not have it."""
 
 
 def row_of(line: str) -> dict[str, Any] | None:

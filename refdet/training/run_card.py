@@ -11,7 +11,8 @@ from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
 from refdet.files.printable_text import printable
-from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
+from refdet.structures.provenance import Selection
+from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, number_of
 
 CARD = "README.md"
 _LINES = 12  # of the learning curve, at most
@@ -61,6 +62,7 @@ def _text(meta: CheckpointMetadata, log: Sequence[Mapping[str, Any]], validated_
         ("images", f"{provenance.images} of {provenance.source}, ids {provenance.image_ids_sha256[:12]}"),
         ("initial weights", provenance.weights or "random"),
         ("excluded", ", ".join(sorted(provenance.excluded)) or "nothing known"),
+        ("selection", _selection(provenance.selection)),
         ("leaks", _leaks(meta)),
     ]
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
@@ -98,6 +100,7 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     validations = [row for row in rows if is_validation(row)]
     if not validations:
         return ""
+    validations = [row for row in validations if row.get(DATA) == validations[-1].get(DATA)]
     last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
@@ -137,7 +140,20 @@ def _leaks(meta: CheckpointMetadata) -> str:
         return f"not checked ({why}); check with `refdet audit --instances {source} --refer-root DIR`"
     if provenance.weights and meta.warnings():
         return "unknown for the initial weights"
-    return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
+    selection = provenance.selection
+    if selection is None or not selection.by_validation:
+        return f"none according to its split; prove it with `refdet audit --instances {source} --refer-root DIR`"
+    (chosen_on,) = selection.validated_on
+    validation, known = shlex.quote(chosen_on.source), provenance.excluded.keys() <= chosen_on.excluded.keys()
+    which = "its split and its validation file" if known else "its split; its validation file was not checked"
+    return (
+        f"none according to {which}; prove it with "
+        f"`refdet audit --checkpoint RUN --instances {source} --val-instances {validation} --refer-root DIR`"
+    )
+
+
+def _selection(selection: Selection | None) -> str:
+    return "not recorded" if selection is None else selection.one_line()
 
 
 def _cell(text: str) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from refdet.detector.checkpoint import META, STATE
 from refdet.errors import InputError
 
 LOCK = ".refdet-train.lock"  # created first, so it marks a run directory
-BEST = "best"  # the folder of the weights with the highest AP in validations
 IN_USE = "let it end or choose another `out`"
 MAX_LOG_BYTES = 2**28  # bytes of metrics.jsonl; the longest training takes a twentieth
-_STATE, _META = "state", "model.json"
 
 
 def states(out: Path) -> list[Path]:
     """The states in a run directory, oldest first."""
-    paths = (path for path in (out / _STATE).glob("step-*.safetensors") if path.stem[len("step-") :].isdecimal())
+    paths = (path for path in (out / STATE).glob("step-*.safetensors") if path.stem[len("step-") :].isdecimal())
     return sorted(paths, key=lambda path: int(path.stem[len("step-") :]))
 
 
@@ -33,7 +32,7 @@ def can_resume(out: Path, resume: bool) -> tuple[bool, str]:
         raise InputError(f"`out` {out} exists; choose another, remove it, or continue it with `resume=True`")
     if states(out):
         return True, ""
-    if (out / _META).exists():
+    if (out / META).exists():
         raise InputError(f"`resume`: {out} holds weights but no training state to resume from; choose another `out`")
     if not (out / LOCK).exists():
         unexpected = min(path.name for path in out.iterdir())

@@ -80,16 +80,21 @@ class SavedRun:
         changes: list[tuple[str, object, object]] = []
         if saved.input.size_divisibility == 0:  # from before there was this key
             changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
+        if saved.input.short_side_per == "step":  # as in all runs before there was this key
+            changes.append(("input.short_side_per", "step", current.input.short_side_per))
         if (current.model.neck, current.model.depth, saved.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
             changes.append(("train.bf16", False, current.train.bf16))
         for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # all recipes had these
             old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
             if old_beta == older:
                 changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
+        same: list[tuple[str, object]] = [("input.size_divisibility", 1)]  # 0 is as 1
+        if len(saved.input.min_sizes) == 1 or saved.input.crop_size:
+            same.append(("input.short_side_per", "image"))
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
             for key, old, new in changes
-            if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 is as 1
+            if new != old and (key, new) not in same
         ]
         if saved.model.zero_init_residual:  # without a note, as weights are initialised once
             changes.append(("model.zero_init_residual", True, current.model.zero_init_residual))
@@ -143,9 +148,11 @@ class SavedRun:
                 "names: that they are the same is not checked"
             )
         if new_steps != old_steps:
+            cosine = recipe.train.schedule == "cosine"
+            rate = "the cosine (train.schedule)" if cosine else "the drops of the rate (train.lr_milestones)"
             lines.append(
-                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and the drops of "
-                "the rate (train.lr_milestones) are counted in parts of the new number"
+                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {rate} are "
+                "counted in parts of the new number"
             )
         return lines
 

@@ -35,7 +35,9 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """X (N, C, H, W) -> (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
-        y, mean, variance, count = _Normalised.apply(x, self.weight, self.bias, self.eps, self.group)
+        # in float32, as by BatchNorm2d too: bfloat16 holds neither a mean of many values nor their number
+        wide = x.float() if x.dtype == torch.bfloat16 else x
+        y, mean, variance, count = _Normalised.apply(wide, self.weight, self.bias, self.eps, self.group)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -43,7 +45,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.0)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
-        return y
+        return y.to(x.dtype)
 
 
 class _Normalised(torch.autograd.Function):

@@ -16,7 +16,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.instances_provenance import provenance_of_instances
-from refdet.detector.checkpoint import CheckpointMetadata, load_meta
+from refdet.detector.checkpoint import BEST, CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
 from refdet.files.lock import alone
@@ -24,7 +24,7 @@ from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import joined_processes
 from refdet.training.pretrained import find_new_prefixes
 from refdet.training.processes import Processes
-from refdet.training.run_folder import BEST, IN_USE, LOCK, can_resume
+from refdet.training.run_folder import IN_USE, LOCK, can_resume
 from refdet.training.saved_run import SavedRun
 from refdet.training.validation import ValidationData
 
@@ -179,10 +179,11 @@ def _check_inputs(
     index = CocoIndex.load(instances, resolved.model.masks, crowd_as_object)
     objects = TrainingObjects(index, resolved.model.masks, resolved.train.empty_images)
     source.check(objects.records, index.path, index.images.values())
+    provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
     validation = None
     if val_instances is not None:
         validation = ValidationData.open(
-            Path(val_instances), Path(val_images or images), resolved, objects, crowd_as_object
+            Path(val_instances), Path(val_images or images), resolved, objects, provenance, crowd_as_object
         )
         notes += [*validation.notes, validation.describe(resolved.train)]
     elif val_images is not None:
@@ -192,7 +193,6 @@ def _check_inputs(
     categories = tuple(index.categories.items())
     if weights is not None and not resumes:
         find_new_prefixes(weights, resolved, categories)
-    provenance, data_sha256 = provenance_of_instances(index), objects.sha256()
     validation_sha256 = None if validation is None else validation.sha256
     processes.check_same(
         {

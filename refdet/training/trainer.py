@@ -38,6 +38,7 @@ from refdet.training.pretrained import load_pretrained
 from refdet.training.processes import LostProcess, Processes
 from refdet.training.run_card import write_card
 from refdet.training.run_folder import IN_USE, LOCK, states
+from refdet.training.selection import of_last_step
 from refdet.training.start_lines import start_lines
 from refdet.training.step import Passes, PendingStep, in_bfloat16, start_step
 from refdet.training.validation import ValidationData, is_due, validations_after
@@ -92,6 +93,8 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         meta = dataclasses.replace(meta, provenance=inputs.saved_run.meta.provenance, step=inputs.saved_run.meta.step)
     elif inputs.weights is not None:
         new_prefixes = load_pretrained(model, meta.categories, inputs.weights)
+    validated_on = None if inputs.validation is None else inputs.validation.provenance
+    meta = dataclasses.replace(meta, provenance=of_last_step(meta.provenance, out, validated_on))
     sgd = build_optimizer(model, recipe.train, new_prefixes)
     average = WeightAverage(model, recipe.train.ema) if recipe.train.ema and processes.first else None
     if saved_state is not None:
@@ -184,6 +187,7 @@ class _Training:
         ):
             clock = TrainingClock(first, options.steps)
             if validate_first:
+                self.processes.on_first(self._write)  # with the file in its provenance, which it may not have had
                 with clock.pause(bar):
                     rates = self._validate(step, metrics, stop)
             while step < options.steps:

@@ -10,11 +10,14 @@ from pathlib import Path, PurePosixPath
 
 from refdet.config.recipe import Recipe, TrainOptions
 from refdet.data.coco import ImageRecord, TrainingObjects
+from refdet.data.instances_provenance import provenance_of_instances
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import why_undefined
 from refdet.evaluation.detection import warn_about_annotations
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.short_text import counted
+from refdet.structures.provenance import Provenance
+from refdet.training.selection import held_out_notes
 from refer.image_lookup import coco_number
 
 BEST_METRIC = "val_bbox_AP"
@@ -28,16 +31,24 @@ class ValidationData:
     Attributes:
         data: the images and annotations.
         sha256: SHA-256 of what the rates depend on: names of the images, boxes, masks, categories and crowds.
+        provenance: of the instances file, for the record of what weights were chosen on.
         notes: human-readable notes.
     """
 
     data: EvaluationData
     sha256: str
+    provenance: Provenance
     notes: tuple[str, ...]
 
     @classmethod
     def open(
-        cls, instances: Path, images: Path, recipe: Recipe, training_objects: TrainingObjects, crowd_as_object: bool
+        cls,
+        instances: Path,
+        images: Path,
+        recipe: Recipe,
+        training_objects: TrainingObjects,
+        trained_on: Provenance,
+        crowd_as_object: bool,
     ) -> ValidationData:
         """Read an instances file and find its images.
 
@@ -46,6 +57,7 @@ class ValidationData:
             images: folder or zip of its images.
             recipe: the recipe of the training.
             training_objects: images and objects that are trained on.
+            trained_on: provenance of their file.
             crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
         Raises:
@@ -64,7 +76,9 @@ class ValidationData:
                 f"`val_instances` {instances}: {counted(len(shared), 'image')} of {len(data.records)} are trained on "
                 "too, by their file names: the AP of the validations is not one of unseen images"
             )
-        return cls(data, _sha256(data), tuple(notes))
+        provenance = provenance_of_instances(data.index)
+        notes += held_out_notes(instances, provenance, trained_on, training_objects.index.path)
+        return cls(data, _sha256(data), provenance, tuple(notes))
 
     def describe(self, options: TrainOptions) -> str:
         """What is validated when, for the first lines of a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
 from refdet.evaluation.detection import detection_ap
 from refdet.files.short_text import counted
 from refdet.interrupt import Stop, StopRequested
+from refdet.structures.provenance import Selection
 from refdet.training.best import ValidationRecord, read_best, write_best
-from refdet.training.metrics_rows import VALIDATED, is_validation, read_rows
+from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, read_rows
 from refdet.training.validation import BEST_METRIC, ValidationData, is_due
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Validator:
         """Whether a run that resumes was stopped before its last step was validated."""
         if meta.step == 0 or not is_due(meta.step, meta.recipe.train):
             return False
+        if self._best is None:  # never on these data
+            return True
         return not any(row["step"] == meta.step and is_validation(row) for row in read_rows(self._out))
 
     def validate(
@@ -97,11 +101,15 @@ class Validator:
         if is_best:
             images, sha256 = len(index.images), self._validation.sha256
             self._best = ValidationRecord(BEST_METRIC, value, meta.step, index.path.name, images, sha256, rates)
-            write_best(self._out, weights, meta, self._best, self.validated_on)
+            chosen = Selection(by_validation=True, validated_on=(self._validation.provenance,))
+            provenance = dataclasses.replace(meta.provenance, selection=chosen)
+            best_meta = dataclasses.replace(meta, provenance=provenance)
+            write_best(self._out, weights, best_meta, self._best, self.validated_on)
         assert self._best is not None
         best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
-        return {**rates, **({"weights": "ema"} if meta.recipe.train.ema else {})}
+        about = {DATA: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
+        return {**rates, **about}
 
 
 def format_ap(row: Mapping[str, Any]) -> str:

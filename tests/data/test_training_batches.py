@@ -56,6 +56,22 @@ def test_an_epoch_has_each_annotated_image_once(tmp_path: Path) -> None:
     assert [batches[s].image_ids for s in range(4)] != [batches[s + 4].image_ids for s in range(4)]
 
 
+@pytest.mark.parametrize(("landscape", "portrait", "batch_size"), [(9, 2, 4), (2, 9, 4), (8, 3, 4), (5, 5, 7)])
+def test_what_an_epoch_leaves_out_is_not_always_the_same(
+    tmp_path: Path, landscape: int, portrait: int, batch_size: int
+) -> None:
+    """Such as all portrait images, where they are fewer than a batch."""
+    index, source = write_dataset(tmp_path, [(50, 60)] * landscape + [(60, 50)] * portrait)
+    batches = TrainingBatches(index, source, small_recipe(f"train.batch_size={batch_size}"))
+    seen: Counter[int] = Counter()
+    for epoch in range(100):
+        plan = np.concatenate(batches._epoch(epoch)).tolist()
+        assert len(plan) == len(set(plan)) == batches.epoch_steps * batch_size
+        seen.update(plan)
+    kept = batches.epoch_steps * batch_size / (landscape + portrait)
+    assert len(seen) == landscape + portrait and min(seen.values()) > 70 * kept
+
+
 def test_few_images_make_a_batch_by_repetition(tmp_path: Path) -> None:
     index, source = write_dataset(tmp_path, [(50, 60)] * 2)
     assert set(TrainingBatches(index, source, small_recipe())[5].image_ids) == {1, 2}
@@ -107,6 +123,73 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "images" / "2.png").unlink()
     with pytest.raises(InputError, match=r"1 of the 3 images .* first: 2\.png"):
         TrainingBatches(index, ImageSource.open(tmp_path / "images"), small_recipe())
+
+
+SIDES = [40, 50, 60, 70]
+SHAPES = [(50, 60), (60, 50), (50, 90), (90, 50), (50, 50), (60, 80), (80, 60), (55, 70), (70, 55)]
+
+
+def short_sides(batches: TrainingBatches, steps: range) -> dict[tuple[int, int], int]:
+    """(step, image) -> short side of its input; the images of this process only."""
+    found: dict[tuple[int, int], int] = {}
+    number, processes = batches.share
+    for step in steps:
+        batch = batches[step]
+        assert isinstance(batch, Batch)
+        count = len(batch.image_ids)
+        own = batch.image_ids[number * count // processes : (number + 1) * count // processes]
+        for image, (height, width) in zip(own, batch.input_sizes, strict=True):
+            found[step, image] = min(height, width)
+    return found
+
+
+def test_short_sides_depend_on_the_seed_the_step_and_the_image(tmp_path: Path) -> None:
+    index, source = write_dataset(tmp_path, SHAPES)
+    changes = [f"input.min_sizes={SIDES}", "input.max_size=400", "train.batch_size=4"]
+    of_one = short_sides(TrainingBatches(index, source, small_recipe(*changes)), range(60))
+    counts = Counter(of_one.values())
+    assert sorted(counts) == SIDES and min(counts.values()) > len(of_one) / len(SIDES) * 0.6
+    shares = [TrainingBatches(index, source, small_recipe(*changes), share=(n, 2)) for n in range(2)]
+    of_both = [short_sides(share, range(60)) for share in shares]
+    assert of_both[0] | of_both[1] == of_one and not of_both[0].keys() & of_both[1].keys()
+    for step in range(5):  # padded the same
+        assert shares[0][step].shape == shares[1][step].shape  # type: ignore[union-attr]
+    assert any(len({of_one[step, i] for s, i in of_one if s == step}) > 1 for step in range(60))
+    # the same image in the same step of other batches, at other places
+    others = short_sides(TrainingBatches(index, source, small_recipe(*changes, "train.batch_size=2")), range(60))
+    shared = of_one.keys() & others.keys()
+    assert len(shared) > 20 and all(of_one[key] == others[key] for key in shared)
+    reseeded = short_sides(TrainingBatches(index, source, small_recipe(*changes, "train.seed=1")), range(60))
+    assert any(of_one[key] != reseeded[key] for key in of_one.keys() & reseeded.keys())
+    images = {image for _, image in of_one}
+    assert all(len({side for (_, other), side in of_one.items() if other == image}) > 1 for image in images)
+
+
+def test_older_runs_draw_a_short_side_for_a_step(tmp_path: Path) -> None:
+    """By the numbers of that time, as do flips; so a run that is resumed has the batches of before."""
+    index, source = write_dataset(tmp_path, SHAPES)
+    tree = small_recipe(f"input.min_sizes={SIDES}", "input.max_size=400").to_dict()
+    del tree["input"]["short_side_per"]
+    batches = TrainingBatches(index, source, recipes.from_dict(tree))
+    for step in range(20):
+        batch, random = batches[step], np.random.default_rng((batches.recipe.train.seed, 1, step))
+        assert isinstance(batch, Batch)
+        assert {min(size) for size in batch.input_sizes} == {random.choice(SIDES)}
+        assert batch.flips == (random.random(3) < 0.5).tolist()
+
+
+@pytest.mark.parametrize("changes", [[], ["input.crop_size=64"], ["input.short_side_per=step"]])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 12])
+def test_no_batch_is_larger_than_the_largest(tmp_path: Path, batch_size: int, changes: list[str]) -> None:
+    index, source = write_dataset(tmp_path, SHAPES)
+    more = [f"input.min_sizes={SIDES[::-1]}", "input.max_size=110", f"train.batch_size={batch_size}", *changes]
+    batches = TrainingBatches(index, source, small_recipe(*more, "train.steps=100"))
+    largest = batches.largest()
+    assert isinstance(largest, Batch) and len(largest.input_sizes) == batch_size
+    found = [np.prod(batches[step].shape) for step in range(60)]  # type: ignore[union-attr]
+    assert max(found) <= np.prod(largest.shape)
+    if batch_size == 1 or changes == ["input.crop_size=64"]:
+        assert max(found) == np.prod(largest.shape)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -28,6 +28,7 @@ from refdet.report.figures import LONG_SIDE, Key, draw
 from refdet.report.samples import Referred, Scene, hardest, sample, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLOURS
+from refdet.structures.provenance import Provenance, Selection
 from refdet.structures.regions import Regions
 from refer import REFER
 
@@ -206,6 +207,27 @@ def test_a_bare_run_has_a_report_too(inputs: Inputs, tmp_path: Path) -> None:
     found = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not found.of("img") and "Provenance of the detector" in found.words
     assert "No leaks" not in found.words and "never seen" not in found.words
+
+
+@pytest.mark.parametrize("chosen", [True, False, None])
+def test_weights_that_validation_chose_are_not_called_clean(
+    inputs: Inputs, tmp_path: Path, chosen: bool | None
+) -> None:
+    """Of the last step they are; without a record, as in older runs with a best/, they are not."""
+    run = tmp_path / "run"
+    shutil.copytree(inputs.run, run)
+    meta = json.loads((run / "model.json").read_text())
+    provenance = Provenance.from_json(meta["provenance"])
+    file = dataclasses.replace(provenance, selection=None, source="minival.json")
+    selection = None if chosen is None else Selection(chosen, (file,))
+    meta["provenance"] = dataclasses.replace(provenance, selection=selection).to_json()
+    (run / "model.json").write_text(json.dumps(meta))
+    (run / "best").mkdir()
+    report.write(tmp_path / "report.html", dataclasses.replace(inputs, run=run, parts=()))
+    words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert ("No leaks" in words) == ("never seen" in words) == (chosen is False)
+    assert ("chosen by their AP on minival.json" in words) == (chosen is True)
+    assert ("did not record on which images" in words) == (chosen is None)
 
 
 def test_a_leak_is_called_one(inputs: Inputs, tmp_path: Path) -> None:

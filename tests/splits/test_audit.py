@@ -242,7 +242,8 @@ def test_a_store_of_val_images_is_judged_by_its_detector(trained: tuple[Path, Pa
         file.attrs["schema"] = "refdet-features/1"
         file.attrs["classes"] = "[]"
         file.attrs["options"] = "{}"
-        file.attrs["provenance"] = json.dumps(provenance_of(split))
+        last_step = {"selection": {"by_validation": False, "validated_on": []}}
+        file.attrs["provenance"] = json.dumps(provenance_of(split) | last_step)
         file["images/id"] = np.array([2, 3])  # both held out
         file.create_dataset("images/error", data=["", ""], dtype=text)
         file["regions/box"] = np.zeros((0, 4), np.float32)

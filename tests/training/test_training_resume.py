@@ -255,6 +255,22 @@ def test_other_padding_is_another_run(begun: Path, then: int, now: int) -> None:
     assert run(begun, "train.steps=3", f"{PADDING}={then}", out="new", resume=True).steps == 3
 
 
+@pytest.mark.parametrize(("sides", "noted"), [("[48,64]", True), ("[64]", False)])
+def test_a_run_of_before_short_sides_of_images_draws_them_for_steps(
+    begun: Path, sides: str, noted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    more, per_step = f"input.min_sizes={sides}", "input.short_side_per=step"
+    run(begun, more, per_step, "train.steps=1", out="older")
+    assert "short_side_per" not in json.loads((begun / "older" / "model.json").read_text())["recipe"]["input"]
+    run(begun, more, "train.steps=3", out="older", resume=True)
+    assert ('input.short_side_per stays "step", as the run was started' in caplog.text) == noted
+    run(begun, more, per_step, "train.steps=3", out="plain")
+    assert contents(begun / "older")["model.safetensors"] == contents(begun / "plain")["model.safetensors"]
+    run(begun, more, "train.steps=3", out="newer")
+    with pytest.raises(InputError, match="input.short_side_per was image and is now step"):
+        run(begun, more, per_step, "train.steps=4", out="newer", resume=True)
+
+
 def test_an_older_run_of_fpn_res50_goes_on_in_float32(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
     for steps, given in ((1, "train.bf16=false"), (2, "train.bf16=true")):
         small = ("model.depth=50", "model.width=4", f"train.steps={steps}", given)

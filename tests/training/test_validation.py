@@ -256,6 +256,10 @@ def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCapture
     assert "best was chosen on other data (instances.json); the next validation replaces it" in caplog.text
     kept = read_best(data / "run")
     assert kept is not None and (kept.step, kept.images) == (3, 2)
+    squares(data / "val", images=1)
+    train(data, *LEARNS, "train.steps=3", resume=True)  # all steps are done
+    kept = read_best(data / "run")
+    assert kept is not None and (kept.step, kept.images) == (3, 1)
     (data / "run/best/validation.json").write_text('{"metric": 3}')
     with pytest.raises(
         InputError, match=r"validation\.json: damaged \(metric: str is needed, not 3\); remove the fold"

@@ -1,0 +1,103 @@
+"""What the provenance of a file claims about REFER's held-out images in it, and what the file itself proves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refdet.splits.held_out import HeldOut
+from refdet.splits.leak_audit import AuditResult
+from refdet.structures.provenance import Provenance
+
+
+@dataclass(frozen=True)
+class SplitClaim:
+    """What a provenance claims about one held-out split.
+
+    Attributes:
+        name: such as "refcoco/unc/val".
+        images: number of images in the split.
+        uncovered: number of those images that are in none of the excluded splits.
+    """
+
+    name: str
+    images: int
+    uncovered: int
+
+
+@dataclass(frozen=True)
+class FileRole:
+    """What a file was to a detector, for messages.
+
+    Attributes:
+        done: "trained", as in "was trained on F.json".
+        data: "training data".
+        verb: "train", as in "train on another file".
+        argument: the argument that takes the file.
+    """
+
+    done: str
+    data: str
+    verb: str
+    argument: str
+
+
+TRAINED = FileRole("trained", "training data", "train", "instances")
+CHOSEN = FileRole("chosen by validation", "validation data", "validate", "val_instances")
+
+
+def claims_of(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[SplitClaim]:
+    """Claims for each split, where an excluded split counts only if its number of images is the same."""
+    if provenance is not None and provenance.training_set is not None and provenance.training_set.of_refer == "none":
+        return [SplitClaim(split.name, len(split.image_ids), 0) for split in splits]
+    excluded = {} if provenance is None else provenance.excluded
+    matching = [split for split in splits if excluded.get(split.name, {}).get("images") == len(split.image_ids)]
+    covered = frozenset().union(*(split.image_ids for split in matching))
+    return [SplitClaim(split.name, len(split.image_ids), len(split.image_ids - covered)) for split in splits]
+
+
+def file_problem(
+    subject: str,
+    provenance: Provenance,
+    claims: Sequence[SplitClaim],
+    proof: AuditResult | None,
+    instances: str | Path | None,
+    role: FileRole = TRAINED,
+) -> str:
+    """Why a file, on which a detector was trained or chosen, is not clean; "" if it is.
+
+    Args:
+        subject: what the message calls the detector.
+        provenance: of the file, as the detector has recorded it, with a hash of image ids.
+        claims: what it claims.
+        proof: audit of the file, None if it was not given.
+        instances: the file that was given.
+        role: what it was to the detector.
+    """
+    if proof is not None:
+        if proof.image_ids_sha256 != provenance.image_ids_sha256:
+            return (
+                f"{subject}: was not {role.done} on {instances}: its image ids hash to {proof.image_ids_sha256[:12]}, "
+                f"but the provenance has {provenance.image_ids_sha256[:12]}; give the file it was {role.done} on"
+            )
+        if proof.leaked:
+            return f"{subject}: was {role.done} on {instances}, which contains {len(proof.leaked)} held-out images"
+        # Without exclusions the provenance has the hash of the whole file, which covers the names too.
+        same_file = not provenance.excluded and proof.file_sha256 == provenance.source_sha256
+        if proof.not_known_by_id and not same_file:
+            return (
+                f"{subject}: cannot be proven: the ids of {proof.not_known_by_id} images in {instances} are not their "
+                f"COCO ids, so other images may have the same hash; {role.verb} on a file whose ids match its "
+                "file names"
+            )
+        return ""
+    give = f"give the file it was {role.done} on with `{role.argument}`"
+    if not provenance.excluded:
+        why = provenance.note or "its provenance excludes no split"
+        return f"{subject}: {role.data} unknown: {why}; {give}"
+    uncovered = [claim for claim in claims if claim.uncovered]
+    if uncovered:
+        names = ", ".join(f"{claim.name} ({claim.uncovered} of {claim.images} images)" for claim in uncovered)
+        return f"{subject}: the provenance of its {role.data} does not exclude {names}; {give}"
+    return ""

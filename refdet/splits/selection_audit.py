@@ -1,0 +1,139 @@
+"""Audit what a detector's weights were chosen on: REFER's val and test images must not choose them either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refdet.config.renamed_keys import current
+from refdet.detector.checkpoint import was_validated
+from refdet.errors import InputError
+from refdet.files.short_text import counted
+from refdet.splits.file_claims import CHOSEN, claims_of, file_problem
+from refdet.splits.held_out import HeldOut
+from refdet.splits.leak_audit import AuditResult, audit
+from refdet.store.hdf5_access import open_store_file
+from refdet.structures.provenance import Provenance, Selection
+
+
+@dataclass(frozen=True)
+class SelectionAudit:
+    """What is known of the images that chose a detector's weights.
+
+    Attributes:
+        selection: the record of it; None if there is none.
+        proof: audit of the validation file, None if none was given.
+        problem: why the choice is not clean, "" if it is.
+        proven: whether that does not rest on the validation file's own claim.
+        notes: human-readable notes.
+    """
+
+    selection: Selection | None
+    proof: AuditResult | None
+    problem: str
+    proven: bool
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object; ``notes`` are those of the whole audit."""
+        return {
+            "recorded": self.selection is not None,
+            "by_validation": None if self.selection is None else self.selection.by_validation,
+            "validated_on": [] if self.selection is None else [one.to_json() for one in self.selection.validated_on],
+            "problem": self.problem,
+            "proven": self.proven,
+            "audit": None if self.proof is None else self.proof.to_json(),
+        }
+
+
+def audit_selection(
+    path: Path,
+    subject: str,
+    provenance: Provenance,
+    splits: Sequence[HeldOut],
+    refer_root: str | Path,
+    *,
+    val_instances: str | Path | None = None,
+    exclude: Sequence[str] = (),
+    trust_weights: bool = False,
+) -> SelectionAudit:
+    """Check whether REFER's val and test images chose a detector's weights.
+
+    Weights of the last step were not chosen, whatever they were validated on: they are clean, and a note names the
+    file. Those of a ``best/`` are judged by their validation file as a detector is by its training file: it claims,
+    and the file itself proves.
+
+    Args:
+        path: a run directory or a store.
+        subject: what messages call the detector.
+        provenance: its provenance.
+        splits: the splits to look for.
+        refer_root: folder with DATASET/refs(SPLIT_BY).p files.
+        val_instances: the file that the weights were validated on.
+        exclude: as of `refdet.splits.leak_audit.audit`.
+        trust_weights: assume that weights of which nothing is recorded were not chosen by held-out images.
+
+    Raises:
+        InputError: ``val_instances`` is not a list of images.
+    """
+    selection, notes = provenance.selection, list[str]()
+    proof = None if val_instances is None else audit(val_instances, refer_root, exclude=exclude)
+    if selection is None:
+        problem = "" if provenance.is_unknown else _problem_without_record(path, subject, trust_weights)
+        if not problem and proof is not None:
+            problem = f"{subject}: has no record of a validation; leave out `val_instances`"
+        return SelectionAudit(selection, proof, problem, not problem, notes)
+    if selection.by_validation:
+        (file,) = selection.validated_on
+        problem = file_problem(subject, file, claims_of(file, splits), proof, val_instances, CHOSEN)
+        if proof is not None:
+            notes += proof.notes
+        return SelectionAudit(selection, proof, problem, proof is not None and not problem, notes)
+    for file in selection.validated_on:
+        notes.append(_note_of_measured(subject, file, splits, proof))
+    is_one = proof is None or any(proof.image_ids_sha256 == file.image_ids_sha256 for file in selection.validated_on)
+    problem = "" if is_one else f"{subject}: was not validated on {val_instances}; leave it out"
+    return SelectionAudit(selection, proof, problem, not problem, notes)
+
+
+def _problem_without_record(path: Path, subject: str, trust_weights: bool) -> str:
+    """Why weights without a record of their selection may have been chosen by held-out images; "" if they were not."""
+    if path.is_dir():
+        if not was_validated(path):
+            return ""
+        return (
+            f"{subject}: cannot be proven: an older refdet validated this run and did not record on which images; they "
+            "may have chosen its weights; train again"
+        )
+    if trust_weights or _is_from_before_validation(path):
+        return ""
+    return (
+        f"{subject}: cannot be proven: whether its weights are those of a run's best/, and on which images they were "
+        "chosen, is not recorded; if they are those of a last step, add `trust_weights=True`"
+    )
+
+
+def _is_from_before_validation(store: Path) -> bool:
+    """Whether a store was made by refdet 0.1, which had no validation: its recipe has keys that were renamed since."""
+    with open_store_file(store) as file:
+        try:
+            return bool(current(json.loads(file.attrs.get("recipe", "null")))[1])
+        except (TypeError, ValueError, RecursionError, InputError):
+            return False
+
+
+def _note_of_measured(subject: str, file: Provenance, splits: Sequence[HeldOut], proof: AuditResult | None) -> str:
+    """What weights of a last step were validated on, and how many held-out images are known to be in it."""
+    if proof is not None and proof.image_ids_sha256 == file.image_ids_sha256:
+        held_out = f", with {counted(len(proof.leaked), 'held-out image')}"
+    elif any(claim.uncovered for claim in claims_of(file, splits)):
+        held_out = ", which may hold held-out images"
+    else:
+        held_out = ", without held-out images according to its record"
+    return (
+        f"{subject}: validated while it was trained on {file.source} ({counted(file.images, 'image')}{held_out}); that "
+        "did not choose these weights, which are those of the last step"
+    )

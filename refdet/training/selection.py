@@ -1,0 +1,79 @@
+"""What weights are chosen on: the record in their provenance, and notes on held-out images before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from refdet.detector.checkpoint import was_validated
+from refdet.errors import InputError
+from refdet.files.json_files import read_small_json
+from refdet.files.short_text import counted
+from refdet.splits.build import report_path
+from refdet.splits.list_reading import read_image_list
+from refdet.structures.provenance import Provenance, Selection
+
+
+def of_last_step(provenance: Provenance, out: Path, validated_on: Provenance | None) -> Provenance:
+    """The provenance of the weights of a run's last step, which no validation chooses.
+
+    Args:
+        provenance: without this record, or from a saved state.
+        out: the run directory.
+        validated_on: provenance of the file that the run is validated on from now on, if any.
+
+    Returns:
+        The provenance; still without the record if an older refdet validated the run and did not record on what.
+    """
+    selection = provenance.selection
+    if selection is None:
+        if was_validated(out):
+            return provenance
+        selection = Selection(by_validation=False)
+    return replace(provenance, selection=selection if validated_on is None else selection.with_file(validated_on))
+
+
+def held_out_notes(val_instances: Path, validated_on: Provenance, training: Provenance, split: Path) -> list[str]:
+    """Notes for the user on held-out images in a validation file, which choose ``best/``.
+
+    Args:
+        val_instances: the validation file.
+        validated_on: its provenance.
+        training: provenance of the training file.
+        split: the training file. The report that build-split wrote beside it lists the held-out images it removed.
+
+    Returns:
+        One line, or none if the file excludes all that the training file does.
+    """
+    audit = f"refdet audit --instances {val_instances} --refer-root DIR"
+    removed = _removed_ids(split) if training.excluded else frozenset()
+    images = read_image_list(val_instances).images if removed else []
+    leaked = sum(not removed.isdisjoint(image.coco_ids) for image in images)
+    if leaked:
+        return [
+            f"`val_instances` {val_instances}: {counted(leaked, 'image')} of {len(images)} are held out of "
+            f"{split.name}, as images of REFER's val and test: best/ is chosen by AP on them, so refdet audit does not "
+            f"call it clean ({audit} lists them)"
+        ]
+    if not validated_on.excluded:
+        why = f"{validated_on.note}; " if validated_on.note else ""
+        unchecked = f"whether images of REFER's val and test are in it was not checked: {audit} does"
+        return [f"`val_instances` {val_instances}, which chooses best/: {why}{unchecked}"]
+    missing = sorted(training.excluded.keys() - validated_on.excluded.keys())
+    if missing:
+        return [
+            f"`val_instances` {val_instances}, which chooses best/: does not exclude {', '.join(missing)}, as "
+            f"{split.name} does; whether images of them are in it was not checked: {audit} does"
+        ]
+    return []
+
+
+def _removed_ids(split: Path) -> frozenset[int]:
+    """COCO ids of the images that build-split removed from a file; none if it has no readable report."""
+    path = report_path(split)
+    try:
+        report = read_small_json(path) if path.is_file() else None
+    except InputError:
+        return frozenset()
+    ids = report.get("removed_image_ids") if isinstance(report, dict) else None
+    return frozenset(id_ for id_ in ids if type(id_) is int) if isinstance(ids, list) else frozenset()

@@ -1,0 +1,30 @@
+"""The model card: AP of different validation data is never compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from training_examples import tiny
+
+from refdet.detector.checkpoint import CheckpointMetadata
+from refdet.structures.provenance import Provenance
+from refdet.training.metrics_rows import DATA
+from refdet.training.run_card import CARD, write_card
+
+META = CheckpointMetadata(tiny(), ((3, "a"),), Provenance("split.json", "ab", 4, 8, "cd"), 6)
+
+
+@pytest.mark.parametrize("first", ["ab", None])
+def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: str | None) -> None:
+    """`first` is the hash of other data; older rows have none."""
+    other = {} if first is None else {DATA: first}
+    rows = [
+        {"step": 2, "val_bbox_AP": 0.9, **other},
+        {"step": 4, "val_bbox_AP": 0.5, DATA: "cd"},
+        {"step": 6, "val_bbox_AP": 0.4, DATA: "cd"},
+    ]
+    write_card(tmp_path, META, rows, "3 images of second.json")
+    card = (tmp_path / CARD).read_text()
+    assert "| boxes, last, step 6 | 0.400 |" in card and "| boxes, best, step 4 | 0.500 |" in card
+    assert "0.900" not in card

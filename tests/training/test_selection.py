@@ -1,0 +1,119 @@
+"""What a run, its best/ and their stores say of the images that chose their weights; and what train says before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from split_examples import write_refs
+from training_examples import squares, tiny
+
+from refdet.extraction.extract import extract_features
+from refdet.extraction.image_list import ImageList
+from refdet.splits.build import build_split
+from refdet.splits.detector_audit import ProvenanceAudit, audit_provenance
+from refdet.training.train import dry_run, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Images 1 to 9, of which 5 and 6 are held out; a split of the first six, and validation files."""
+    write_refs(tmp_path / "refer", {("refcoco", "unc"): [(5, "val"), (6, "testA")]})
+
+    def keep(ids: set[int]) -> Callable[[dict[str, Any]], None]:
+        def change(tree: dict[str, Any]) -> None:
+            tree["images"] = [image for image in tree["images"] if image["id"] in ids]
+            tree["annotations"] = [entry for entry in tree["annotations"] if entry["image_id"] in ids]
+
+        return change
+
+    for name, ids in (("all", {1, 2, 3, 4, 5, 6}), ("leaking", {5, 6, 7}), ("clean", {7, 8, 9})):
+        squares(tmp_path, keep(ids), images=9).rename(tmp_path / f"{name}.json")
+    build_split(tmp_path / "all.json", tmp_path / "refer", tmp_path / "split.json")
+    return tmp_path
+
+
+def trained(data: Path, validate: str | None = None, *changes: str, resume: bool = False) -> Path:
+    more = {} if validate is None else {"val_instances": data / f"{validate}.json"}
+    recipe = tiny("train.steps=1", *changes)
+    train(recipe, data / "split.json", data / "images", data / "run", device="cpu", resume=resume, **more)
+    return data / "run"
+
+
+def audited(data: Path, path: Path, validate: str | None = None) -> ProvenanceAudit:
+    file = None if validate is None else data / f"{validate}.json"
+    return audit_provenance(path, data / "refer", data / "split.json", val_instances=file)
+
+
+def store_of(data: Path, checkpoint: Path) -> Path:
+    images = ImageList.of_instances(data / "clean.json")
+    extract_features(checkpoint, data / "images", data / "f.h5", images, device="cpu", batch_size=1)
+    return data / "f.h5"
+
+
+def test_held_out_images_that_choose_the_best_weights_are_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = trained(data, "leaking")
+    assert "leaking.json: 2 images of 3 are held out of split.json" in caplog.text
+    last = audited(data, out, "leaking")
+    assert last.proven and any("(3 images, with 2 held-out images); that did not choose" in note for note in last.notes)
+    for path in (out / "best", store_of(data, out / "best")):
+        found = audited(data, path, "leaking")
+        assert "leaking.json, which contains 2 held-out images" in found.problem and not found.proven
+        assert "validation data unknown" in audited(data, path).problem
+    card = (out / "best/README.md").read_text()
+    assert "chosen by their AP on leaking.json (3 images" in card and "was not checked" in card
+    assert "--val-instances leaking.json" in card and "weights of the last step" in (out / "README.md").read_text()
+
+
+def test_other_images_that_choose_the_best_weights_are_proven(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = trained(data, "clean")
+    assert "held out of" not in caplog.text and "clean.json, which chooses best/: not built by" in caplog.text
+    for path in (out, out / "best", store_of(data, out / "best")):
+        assert audited(data, path, "clean").proven
+    caplog.clear()
+    build_split(data / "leaking.json", data / "refer", data / "built.json")
+    trained(data, "built", "train.steps=2", resume=True)
+    assert "which chooses best/" not in caplog.text  # it excludes what split.json does
+    assert {file.source for file in _selection(data, out).validated_on} == {"clean.json", "leaking.json"}
+    assert not audited(data, out / "best").problem and audited(data, out / "best", "built").proven
+    assert not audited(data, out / "best").proven
+
+
+def _selection(data: Path, path: Path) -> Any:
+    provenance = audited(data, path).provenance
+    assert provenance is not None and provenance.selection is not None
+    return provenance.selection
+
+
+def test_a_run_without_validation_was_not_chosen(data: Path) -> None:
+    out = trained(data)
+    assert audited(data, out).proven and not audited(data, out).notes[2:]
+    assert not _selection(data, out).by_validation
+    trained(data, "leaking", resume=True)  # the finished run is validated later
+    (file,) = _selection(data, out).validated_on
+    assert file.source == "leaking.json" and audited(data, out / "best", "leaking").problem
+
+
+def test_a_validation_that_was_not_recorded_stays_unknown(data: Path) -> None:
+    out = trained(data, "clean")
+    before = [out / "model.json", out / "best/model.json"]
+    for path in before:
+        tree = json.loads(path.read_text())
+        del tree["provenance"]["selection"]
+        path.write_text(json.dumps(tree))
+    for path in (out, out / "best"):
+        assert "did not record on which images" in audited(data, path, "clean").problem
+    assert "is not recorded" in audited(data, store_of(data, out / "best")).problem
+
+
+def test_a_dry_run_tells_too(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dry_run(tiny(), data / "split.json", data / "images", device="cpu", val_instances=data / "leaking.json")
+    assert "2 images of 3 are held out of split.json" in caplog.text
+    (data / "split.report.json").write_text("{")  # of which nothing can be known then
+    dry_run(tiny(), data / "split.json", data / "images", device="cpu", val_instances=data / "leaking.json")
+    assert "leaking.json, which chooses best/: not built by refdet build-split" in caplog.text
