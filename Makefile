@@ -46,9 +46,10 @@ types: env
 
 # One process per core, each with a single thread.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# The order is that of tests/conftest.py, and not by the number of tests in a file.
 unit: env
 	@echo "==> unit: pytest, $(JOBS) processes"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The sanitizers must be loaded before Python, together with the C++ library whose exceptions they intercept.
 ASAN := build/asan/lib

@@ -8,12 +8,14 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from recorded_results import results_of
 
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size, network_inputs
@@ -85,14 +87,17 @@ def test_parity(network: tuple[str, dict[bool, loading.TrainedDetector]], shared
     assert [size.height, size.width] == golden["input_hw"].tolist()
     inputs = network_inputs([pixels], [size], options)
 
-    maps = model.extract_feature_maps(inputs)
-    (proposals,) = model.rpn.filter_proposals(model.rpn(maps), [(size.height, size.width)])
+    record = ImageRecord(1, f"{image}.png", *pixels.shape[:2])
+    with (
+        results_of(model, "extract_feature_maps") as maps,
+        results_of(model.rpn, "filter_proposals") as filtered,
+        results_of(model, "predict") as predicted,
+    ):
+        (found,) = detect_batch(model, [pixels], [record], detector.meta.category_ids, OPTIONS)
+    ((proposals,),), ((output,),) = filtered, predicted
     overlap = box_ops.iou(proposals, torch.from_numpy(golden["proposals"])).max(dim=1).values
     same = int((overlap > 0.999).sum())
 
-    record = ImageRecord(1, f"{image}.png", *pixels.shape[:2])
-    (found,) = detect_batch(model, [pixels], [record], detector.meta.category_ids, OPTIONS)
-    (output,) = model.predict(inputs, [size], OPTIONS)
     pairs = matched(output.boxes.numpy(), output.labels.numpy(), golden)
     rows, ours = (np.array(side, np.int64) for side in zip(*pairs, strict=True))
     scores = np.abs(output.scores.numpy()[ours] - golden["det_score"][rows]).max()
@@ -105,7 +110,8 @@ def test_parity(network: tuple[str, dict[bool, loading.TrainedDetector]], shared
     pixels_off = np.abs(areas - golden["mask_area"][rows])
     area = (np.maximum(pixels_off - 1, 0) / np.maximum(golden["mask_area"][rows], 1)).max()
 
-    (given,) = model.extract_features(inputs, [size], [torch.from_numpy(golden["given_box_xyxy"])])
+    with patch.object(model, "extract_feature_maps", return_value=maps[0]):  # the same image again
+        (given,) = model.extract_features(inputs, [size], [torch.from_numpy(golden["given_box_xyxy"])])
     pool5, fc7 = (relative(given.features[key].numpy(), golden[f"given_{key}"]) for key in ("pool5", "fc7"))
     how = "used" if fast else "trained"
     print(f"{name} {image} {how}: proposals {same} of 1000, detections {len(pairs)} of 100, score {scores:.1e}, "

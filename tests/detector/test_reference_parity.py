@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recorded_results import results_of
 from torch import Tensor
 
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.detector.outputs import Detections
 from refdet.detector.predictor import detect_batch
 from refdet.detector.rpn import DELTA_WEIGHTS
 from refdet.detector.target_assignment import NEGATIVE, POSITIVE
@@ -42,6 +44,7 @@ TIED = {
     (101, "000000466137", "used"): (288, 97),
 }
 Key = tuple[int, str, str]
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def detectors(
         torch.save(make_state_dict(depth), folder / "seed.pth")
         import_weights(folder / "seed.pth", folder / str(depth))
         (folder / "seed.pth").unlink()
-        for form in ("trained", "used", "bfloat16"):
+        for form in ("trained", "used", *(["bfloat16"] if BFLOAT16 else [])):
             found[depth, form] = loading.load(
                 folder / str(depth),
                 for_inference=form != "trained",
@@ -79,6 +82,11 @@ class Case:
     pixels: np.ndarray
     size: InputSize
     inputs: Tensor
+    conv4: Tensor
+    boxes: Tensor  # the proposals
+    logits: Tensor  # of them
+    deltas: Tensor
+    found: Detections
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"res{depth}-{image}-{form}" for depth, image, form in CASES])
@@ -95,20 +103,28 @@ def case(key: Key, detectors: dict[tuple[int, str], loading.TrainedDetector], sh
     pixels = np.array(Image.open(shared / "seed" / "images" / f"{image}.png").convert("RGB"))
     size = input_size(*pixels.shape[:2], model.recipe.input)
     inputs = network_input(pixels, size, model.recipe.input)[None]
-    return Case(model, golden, pixels, size, inputs.contiguous(memory_format=torch.channels_last))
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with (
+        torch.inference_mode(),
+        results_of(model, "extract_feature_maps") as maps,
+        results_of(model.rpn, "filter_proposals") as proposals,
+        results_of(model.head, "predict_boxes") as classified,
+    ):
+        (found,) = model.predict(inputs, [size], DetectionOptions(score_threshold=0.0))
+    ((conv4,),), ((boxes,),), ((logits, deltas),) = maps, proposals, classified
+    return Case(model, golden, pixels, size, inputs, conv4, boxes, logits, deltas, found)
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
 
 
-@torch.inference_mode()
 def test_input_and_map(case: Case) -> None:
     blob = case.inputs[0].permute(1, 2, 0).numpy()
     assert case.size.scale == (case.golden["im_scale"],) * 2
     assert (1, *blob.shape) == tuple(case.golden["blob_shape"])
     pixels = np.abs(blob[::37, ::41] - case.golden["blob_sample"]).max()
-    (conv4,) = case.model.extract_feature_maps(case.inputs)
+    conv4 = case.conv4
     assert tuple(conv4.shape) == tuple(case.golden["net_conv_shape"])
     error = relative(conv4[0, ::64].numpy(), case.golden["net_conv_sample"])
     print(f"input {pixels:.1e} of 255, conv4 {error:.1e}")
@@ -116,27 +132,20 @@ def test_input_and_map(case: Case) -> None:
     assert np.isclose(np.linalg.norm(conv4.numpy()), case.golden["net_conv_norm"], rtol=1e-5)
 
 
-@torch.inference_mode()
-def post_nms_top_n_test(case: Case, key: Key) -> None:
-    model = case.model
-    maps = model.extract_feature_maps(case.inputs)
-    (boxes,) = model.rpn.filter_proposals(model.rpn(maps), [(case.size.height, case.size.width)])
+def test_proposals(case: Case, key: Key) -> None:
     golden = torch.from_numpy(case.golden["rois"][:, 1:] + ONE_FURTHER)
-    overlap, matched = box_ops.iou(boxes, golden).max(dim=1)
+    overlap, matched = box_ops.iou(case.boxes, golden).max(dim=1)
     same = overlap > 0.999
-    rois = model._pooling_rois(torch.cat((torch.zeros(len(boxes), 1), boxes), 1), maps, case.inputs)
-    logits, deltas = model.head.predict_boxes(model.head.features(maps, rois).fc7)
-    scaled = deltas.flatten(1) * torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(81)
-    scores = np.abs(logits.softmax(1).numpy() - case.golden["cls_prob"][matched])[same].max()
+    scaled = case.deltas.flatten(1) * torch.tensor([0.1, 0.1, 0.2, 0.2]).repeat(81)
+    scores = np.abs(case.logits.softmax(1).numpy() - case.golden["cls_prob"][matched])[same].max()
     moves = np.abs(scaled.numpy() - case.golden["bbox_deltas"][matched])[same].max()
     print(f"proposals {same.sum()} of 300, class probabilities {scores:.1e}, deltas {moves:.1e}")
-    assert len(boxes) == 300 and same.sum() >= TIED.get(key, (299,))[0]
+    assert len(case.boxes) == 300 and same.sum() >= TIED.get(key, (299,))[0]
     assert scores < (1e-3 if key[0] == 50 else 2e-3) and moves < 1e-3
 
 
-@torch.inference_mode()
 def test_detections(case: Case, key: Key) -> None:
-    (found,) = case.model.predict(case.inputs, [case.size], DetectionOptions(score_threshold=0.0))
+    found = case.found
     pairs = []
     for row, (box, label) in enumerate(
         zip(case.golden["dets_xyxy"] + ONE_FURTHER, case.golden["dets_label"], strict=True)
@@ -170,7 +179,7 @@ def test_given_boxes(case: Case) -> None:
 
 
 @pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    not BFLOAT16,
     reason="this processor has no bfloat16 arithmetic: extraction does not use it here, and it would take minutes",
 )
 @torch.inference_mode()

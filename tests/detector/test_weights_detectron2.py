@@ -125,8 +125,7 @@ def caffe2(depth: int) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("depth", [50, 101])
-@pytest.mark.parametrize("blobs", [False, True])
+@pytest.mark.parametrize(("depth", "blobs"), [(50, True), (101, False)])
 def test_backbones_of_caffe2(tmp_path: Path, depth: int, blobs: bool) -> None:
     arrays = caffe2(depth)
     path = tmp_path / "R.pkl"

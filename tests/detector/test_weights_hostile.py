@@ -142,9 +142,9 @@ def test_a_bomb_is_refused_before_torch_reads_it(tmp_path: Path, kind: str) -> N
     make, says = BOMBS[kind]
     path = tmp_path / "weights.pth"
     make(path)
-    started = time.perf_counter()
+    started = time.process_time()
     refused(call("import-weights", "--from", path, "--out", tmp_path / "run"), str(path), says)
-    assert time.perf_counter() - started < 15 and not (tmp_path / "run").exists()
+    assert time.process_time() - started < 15 and not (tmp_path / "run").exists()
 
 
 def test_a_directory_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

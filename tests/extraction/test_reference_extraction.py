@@ -16,7 +16,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from pycocotools import mask as coco_mask
+
+from refdet.cli.main import main
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
@@ -29,12 +32,11 @@ QUICK = {
 FEATURES = ("pool5", "fc7", "head")
 
 
-def refdet(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "refdet", *map(str, arguments)]
-
-
 def run(*arguments: object) -> str:
-    return subprocess.run(refdet(*arguments), capture_output=True, text=True, check=True).stdout
+    """What the command line prints on stdout, in this process."""
+    done = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +62,18 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extraction(folder: Path, shared: Path, out: Path, *more: object) -> list[str]:
-    return refdet(
+def extraction(folder: Path, shared: Path, out: Path) -> list[object]:
+    return [
         "extract-features", "--checkpoint", folder / "run", "--images", shared / "data/coco_mini/train2017",
         "--instances", folder / "instances.json", "--out", out, "--score-threshold", 0.3, "--lower-threshold-if-empty",
-        "--max-regions", 12, "--features", ",".join(FEATURES), *more,
-    )  # fmt: skip
+        "--max-regions", 12, "--features", ",".join(FEATURES),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, shared: Path) -> Path:
     """The store of a run that nothing disturbed."""
-    subprocess.run(extraction(folder, shared, folder / "whole.h5"), check=True, capture_output=True)
+    run(*extraction(folder, shared, folder / "whole.h5"))
     return folder / "whole.h5"
 
 
@@ -83,9 +85,10 @@ def contents(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def killed_when_a_shard_is_there(command: list[str], parts: Path) -> bool:
-    """Whether an extraction was still at work when it was killed."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def killed_when_a_shard_is_there(command: list[object], parts: Path) -> bool:
+    """Whether an extraction, in a process of its own, was still at work when it was killed."""
+    words = [sys.executable, "-m", "refdet", *map(str, command)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(parts.glob("[0-9]*.shard")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -101,7 +104,7 @@ def test_killed_and_resumed_it_is_the_same(folder: Path, shared: Path, whole: Pa
             break
         out.unlink()
     assert list((folder / "killed.h5.parts").glob("[0-9]*.shard")) and not out.exists()
-    subprocess.run(extraction(folder, shared, out, "--resume"), check=True, capture_output=True)
+    run(*extraction(folder, shared, out), "--resume")
     one, other = contents(whole), contents(out)
     assert one.keys() == other.keys()
     for name, values in one.items():

@@ -70,11 +70,11 @@ def test_what_a_recipe_may_not_be(tmp_path: Path, kind: str) -> None:
     text, says = REFUSED[kind]
     path = tmp_path / "odd.yaml"
     path.write_text(text, encoding="utf-8")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError) as caught:
         recipe.load(str(path))
     message = str(caught.value)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert message.startswith(f"{path}: ") and says in message and "\n" not in message and len(message) < 600
 
 

@@ -1,8 +1,8 @@
 """Changing files at random, and what must hold of the program that reads the result.
 
-Each format is tried with REFDET_FUZZ_INPUTS inputs or, where that is not set, for REFDET_FUZZ_SECONDS seconds, by
-default one; `make test-hostile` gives it more. An input is a function of its seed alone, which a failure names:
-REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries that of seed 71 again.
+Each format is tried with REFDET_FUZZ_INPUTS inputs or, as `make test-hostile` does, for REFDET_FUZZ_SECONDS seconds; if
+neither is set, with a number of inputs of its own, the same on every machine. An input is a function of its seed alone,
+which a failure names: REFDET_FUZZ_SEED=71 REFDET_FUZZ_INPUTS=1 tries that of seed 71 again.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import refdet
 from refdet.errors import RefdetError
 from refer import ReferError
 
-SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS") or 1)
-INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for as many as there is time for
+SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS") or 0)
+INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for the format's own number
 FIRST = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
 LONGEST_MESSAGE = 1000
 MOST_SECONDS = 20  # of one input
 MOST_MEMORY = 2**31  # bytes that an input may take beyond what the process has
-ENOUGH = 300  # inputs of which some should be read, where any is
+ENOUGH = 100  # inputs of which some should be read, where any is
 
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, -1e-300, float("nan"), float("inf"), "",
@@ -84,8 +84,8 @@ def changed_bytes(data: bytes, chance: random.Random) -> bytes:
     return data
 
 
-def seeds(least: int = 20) -> Iterator[int]:
-    """The seeds of the inputs of one format; `least` of them where there is a limit of time."""
+def seeds(least: int = 40) -> Iterator[int]:
+    """The seeds of the inputs of one format; `least` of them, or more where there is time for more."""
     started, tried = time.monotonic(), 0
     while tried < INPUTS if INPUTS else tried < least or time.monotonic() - started < SECONDS:
         yield FIRST + tried
@@ -96,7 +96,7 @@ def fuzz(
     change: Callable[[random.Random], object],
     work: Callable[[], object],
     allowed: Path,
-    least: int = 20,
+    least: int = 40,
     passes: bool = True,
 ) -> None:
     """Try the inputs of one format.

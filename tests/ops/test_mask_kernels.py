@@ -1,8 +1,5 @@
 """Masks to RLE and RLE to coverage: the kernels, the fallbacks, pycocotools and one pixel at a time, all alike."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -298,23 +295,6 @@ def test_the_number_of_threads_does_not_matter() -> None:
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
-
-
-def test_without_the_extension_the_answer_is_the_same() -> None:
-    script = """
-import torch
-from refdet.ops.masks import mask_coverage, masks_to_rle
-boxes = torch.tensor([[3.3, 4.4, 50, 60], [-9, 0, 20, 99], [0, 0, 80, 70]])
-cells = torch.rand(3, 14, 14, generator=torch.Generator().manual_seed(0))
-counts = masks_to_rle(cells, boxes, 70, 80)
-rles = [{"size": [70, 80], "counts": text} for text in counts]
-print(counts, mask_coverage(rles, torch.arange(3), boxes, 28).tolist())
-"""
-    found = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
-        for env in ({**os.environ, "REFDET_NO_EXT": "1"}, dict(os.environ))
-    ]
-    assert found[0] == found[1]
 
 
 @cuda

@@ -1,8 +1,5 @@
 """Matching of boxes: the kernel, the fallback and one pair at a time in numpy, all alike."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -224,21 +221,6 @@ def test_the_number_of_threads_does_not_matter() -> None:
         torch.set_num_threads(before)
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
-
-
-def test_without_the_extension_the_answer_is_the_same() -> None:
-    script = """
-import torch
-from refdet.ops.matching import match_boxes
-boxes = torch.arange(4000.0).reshape(1000, 4) % 137
-boxes[:, 2:] += boxes[:, :2]
-print([value.tolist() for value in match_boxes(boxes, boxes[::50] + 1)])
-"""
-    found = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
-        for env in ({**os.environ, "REFDET_NO_EXT": "1"}, dict(os.environ))
-    ]
-    assert found[0] == found[1]
 
 
 @cuda

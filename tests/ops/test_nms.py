@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -156,26 +153,6 @@ def test_traces_with_a_size_that_depends_on_the_data() -> None:
     boxes, scores = clustered(50)
     traced = torch.compile(chosen, backend="eager", fullgraph=True)
     assert traced(boxes, scores).equal(chosen(boxes, scores))
-
-
-def test_without_the_extension_the_answer_is_the_same() -> None:
-    script = """
-import torch
-from refdet.ops._library import DEVICES, load
-from refdet.ops.nms import nms
-assert not DEVICES
-boxes = torch.arange(400.0).reshape(100, 4) % 37
-boxes[:, 2:] += boxes[:, :2]
-print(nms(boxes, boxes[:, 0] / 37, 0.5).tolist())
-"""
-    found = [
-        subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=env).stdout
-        for text, env in (
-            (script, {**os.environ, "REFDET_NO_EXT": "1"}),
-            (script.replace("assert not DEVICES", ""), dict(os.environ)),
-        )
-    ]
-    assert found[0] == found[1]
 
 
 def test_an_extension_that_does_not_load_is_told_once(tmp_path: Path) -> None:

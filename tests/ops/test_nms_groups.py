@@ -1,8 +1,5 @@
 """NMS of many images and groups in one call."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -139,25 +136,6 @@ def test_traces_whole() -> None:
     arguments = (problem.boxes, problem.scores, problem.groups, problem.images)
     traced = torch.compile(chosen, backend="eager", fullgraph=True)
     assert traced(*arguments).equal(chosen(*arguments))
-
-
-def test_without_the_extension_the_answer_is_the_same() -> None:
-    script = """
-import torch
-from refdet.ops._library import DEVICES
-from refdet.ops.nms import nms
-boxes = torch.arange(800.0).reshape(200, 4) % 37
-boxes[:, 2:] += boxes[:, :2]
-places = torch.arange(200)
-print("cpu" in DEVICES)
-print(nms(boxes, boxes[:, 0] / 37, 0.3, 20, groups=places % 3, images=places % 5).tolist())
-"""
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
-        for env in ({**os.environ, "REFDET_NO_EXT": "1"}, dict(os.environ))
-    ]
-    (without, plain), (_, found) = (run.splitlines() for run in runs)
-    assert without == "False" and plain == found
 
 
 @cuda

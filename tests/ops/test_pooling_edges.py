@@ -1,10 +1,6 @@
 """RoI pooling at the edges: what reads nothing, is too large, is wrong, or runs without the kernels."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -189,24 +185,3 @@ def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
         maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
         torch.testing.assert_close(model.head.pool5(maps, rois), model.head.pooled(maps, rois).mean((2, 3)), **CLOSE)
-
-
-def test_without_the_extension(tmp_path: Path) -> None:
-    """REFDET_NO_EXT=1: the same answers, by the fallback."""
-    script = """
-import sys, torch
-from refdet.ops._library import DEVICES
-from refdet.ops.pooling import *
-assert not DEVICES
-x, rois = torch.load(sys.argv[1])
-torch.save([roi_align(x, rois, 7, 8), roi_align(x, rois, 7, 8, 0), roi_crop_mean(x, rois, 7, 8)], sys.argv[1])
-"""
-    generator = torch.Generator().manual_seed(12)
-    x, rois = some_map(generator, 2, 24, 12, 15), some_rois(generator, 9, 2, odd=True)
-    path = tmp_path / "tensors.pt"
-    torch.save((x, rois), path)
-    subprocess.run([sys.executable, "-c", script, path], check=True, env=os.environ | {"REFDET_NO_EXT": "1"})
-    found = torch.load(path)
-    wanted = [roi_align(x, rois, 7, 8), roi_align(x, rois, 7, 8, 0), roi_crop_mean(x, rois, 7, 8)]
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)

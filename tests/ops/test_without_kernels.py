@@ -23,10 +23,21 @@ RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "in
           "train.seed=1"]  # fmt: skip
 
 
-def refdet(kernels: bool, *arguments: object) -> str:
-    command = [sys.executable, "-m", "refdet", *map(str, arguments)]
+COMMANDS = """
+import json, sys
+from click.testing import CliRunner
+from refdet.cli.main import main
+for words in json.load(sys.stdin):
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+"""
+
+
+def refdet(kernels: bool, *commands: list[object]) -> None:
+    """Run command lines in a process of their own, one after the other."""
     environment = {**os.environ, "REFDET_NO_EXT": "0" if kernels else "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    given = json.dumps([list(map(str, words)) for words in commands])
+    subprocess.run([sys.executable, "-c", COMMANDS], input=given, text=True, check=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +49,14 @@ def both(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bo
         instances = shapes_root / "annotations" / "instances_val2014.json"
         given = ("--instances", instances, "--images", shapes_root / "val2014")
         changes = [part for change in RECIPE for part in ("--set", change)]
-        refdet(kernels, "train", "--recipe", "demo", *given, "--out", out / "run", *changes)
         # the detector of the kernels for both: what six steps of training differ by is another question
         checkpoint = found[True] / "run"
-        refdet(kernels, "extract-features", "--checkpoint", checkpoint, *given, "--out", out / "a.h5",
-               "--score-threshold", "0.01", "--max-regions", "20")  # fmt: skip
+        refdet(
+            kernels,
+            ["train", "--recipe", "demo", *given, "--out", out / "run", *changes],
+            ["extract-features", "--checkpoint", checkpoint, *given, "--out", out / "a.h5",
+             "--score-threshold", "0.01", "--max-regions", "20"],
+        )  # fmt: skip
     return found
 
 

@@ -51,12 +51,15 @@ def split(shapes_root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(name: str, split: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a checkpoint in the reference's names."""
+    """The run directory of a checkpoint in the reference's names, whose input is made small."""
     folder = tmp_path_factory.mktemp(name)
     classes = len(CocoIndex.load(split).categories)
     torch.save(NETWORKS[name](classes), folder / "faster_rcnn_iter_1190000.pth")
     found = import_weights(folder / "faster_rcnn_iter_1190000.pth", folder / "run", trained_on=split)
     assert (found.recipe, found.classes, found.untrained) == (f"reference-{name}", classes, ())
+    tree = json.loads((folder / "run" / checkpoint.META).read_text())
+    tree["recipe"]["input"] |= {"min_sizes": [96], "max_size": 160}
+    (folder / "run" / checkpoint.META).write_text(json.dumps(tree))
     return folder / "run"
 
 

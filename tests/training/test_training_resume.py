@@ -44,12 +44,19 @@ run(Path(sys.argv[1]), "train.steps=4", "train.checkpoint_interval=100")
 """
 
 
-@pytest.fixture
-def begun(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset and a finished run of two steps."""
-    squares(tmp_path)
-    run(tmp_path)
-    return tmp_path
+    root = tmp_path_factory.mktemp("finished")
+    squares(root)
+    run(root)
+    return root
+
+
+@pytest.fixture
+def begun(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished`, to be changed."""
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,21 @@
+"""What methods return while something else calls them, so that a test need not compute it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+
+@contextmanager
+def results_of(owner: object, name: str) -> Iterator[list[Any]]:
+    """The results of all calls of the method `name` of an object from here on."""
+    method, results = getattr(owner, name), []
+
+    def recording(*given: Any, **more: Any) -> Any:
+        results.append(method(*given, **more))
+        return results[-1]
+
+    with patch.object(owner, name, recording):
+        yield results
