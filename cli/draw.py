@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import ArgumentError, InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import check_device, check_new_file, check_run_directory, check_store
 from .common import echo_json, echo_line, json_option
@@ -82,7 +82,7 @@ def command(
     if as_json:
         echo_json(found)
     else:
-        echo_line(f"{out}: {drawn} of {counted(len(regions), 'region')} drawn")
+        echo_line(f"{out}: {drawn} of {format_count(len(regions), 'region')} drawn")
 
 
 def _detect(

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import (
     check_device,
@@ -228,8 +228,8 @@ def command(
         note(f"{out} is complete" if done.merged else f"part {part} was complete")
     if done.errors and done.merged:
         note(
-            f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
-            "the files are repaired, repeat the command with --resume to recompute their batches"
+            f"{done.errors} of {format_count(done.images, 'image')} could not be used; see /images/error in {out}; "
+            "once the files are repaired, repeat the command with --resume to recompute their batches"
         )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})

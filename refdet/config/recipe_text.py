@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from refdet.config import recipe as recipes
-from refdet.config.recipe import LARGEST_FILE, Recipe
+from refdet.config.recipe import MAX_FILE_BYTES, Recipe
 from refdet.config.renamed_keys import current_name
 from refdet.files.json_files import read_bytes
 
@@ -127,7 +127,7 @@ def _plain(value: Any) -> str:
 def _comment(source: str) -> list[str]:
     """The lines of the comment at the beginning of a recipe."""
     if Path(source).suffix in (".yaml", ".yml"):
-        text = read_bytes(Path(source), LARGEST_FILE).decode("utf-8", "replace")
+        text = read_bytes(Path(source), MAX_FILE_BYTES).decode("utf-8", "replace")
     else:
         file = resources.files("refdet.config.recipes") / f"{current_name(source)}.yaml"
         text = file.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from refdet.structures.box_convention import InputSize
 Window = tuple[float, float, float, float]
 """A part of the original image, x1 y1 x2 y2 in pixels."""
 
-_LEAST = 0.01  # pixels of a side of what is seen of an object that is cut
+_MIN_SIDE = 0.01  # pixels of a side of what is seen of an object that is cut
 
 
 def jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
@@ -73,7 +73,7 @@ def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Window) -> t
     for row in (~uncut & (seen[:, :2] < seen[:, 2:]).all(dim=1)).nonzero()[:, 0].tolist():
         if (mask := masks[row]) is not None:
             seen[row] = torch.tensor(_seen_of(mask, window))
-    kept = ((seen[:, 2:] - seen[:, :2] >= _LEAST).all(dim=1) | uncut).nonzero()[:, 0]
+    kept = ((seen[:, 2:] - seen[:, :2] >= _MIN_SIDE).all(dim=1) | uncut).nonzero()[:, 0]
     return kept.tolist(), seen[kept]
 
 

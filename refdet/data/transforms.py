@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refdet.config.recipe import InputOptions
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.structures.box_convention import InputSize
 
 
@@ -65,7 +65,7 @@ def network_inputs(
     """Resize (bilinear) and normalise images of equal input size.
 
     Images are copied to the device as uint8, a quarter of the size of floats. Copies from pinned memory
-    (`refdet.device.pinned`) are asynchronous, so the arrays must not change until they are done.
+    (`refdet.device.pin_array`) are asynchronous, so the arrays must not change until they are done.
 
     Args:
         images: B arrays (H, W, 3) uint8 RGB.
@@ -77,7 +77,7 @@ def network_inputs(
         (B, 3, height, width) float32, channels_last; zero-padded to multiples of ``options.size_divisibility``.
     """
     where = device or torch.device("cpu")
-    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    mean, std = (to_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
     resized = []
     if options.resize == "pillow":
         images = [resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
@@ -92,7 +92,7 @@ def network_inputs(
         resized.append(image.permute(0, 2, 3, 1))
     together = torch.cat(resized)
     if 1 < len(groups) < len(images):
-        together = together[on_device(torch.tensor([row for rows in groups for row in rows]).argsort(), where)]
+        together = together[to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), where)]
     together = together.permute(0, 3, 1, 2)  # channels_last
     inputs = together / std if options.resize == "opencv" else (together - mean) / std
     return _padded(inputs, options.size_divisibility)
@@ -113,7 +113,7 @@ def padded_inputs(
         (B, 3, *shape) float32, channels_last. Zero is the mean colour.
     """
     where, opencv = images[0].device, options.resize == "opencv"
-    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    mean, std = (to_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
     # rows of pixels in memory: channels_last
     canvas = torch.empty(len(images), *shape, 3, device=where).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
@@ -155,7 +155,7 @@ def _on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     # mirrored pixels; numpy reports a single column with a negative stride as contiguous
     sound = [pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels) for pixels in images]
     if len(sound) == 1:
-        return on_device(torch.from_numpy(sound[0]), device)[None]
+        return to_device(torch.from_numpy(sound[0]), device)[None]
     together = torch.empty((len(sound), *sound[0].shape), dtype=torch.uint8, device=device)
     for row, pixels in zip(together, sound, strict=True):
         given = torch.from_numpy(pixels)

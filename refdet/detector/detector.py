@@ -28,10 +28,10 @@ from refdet.detector.given_boxes import checked_boxes, checked_categories
 from refdet.detector.loading import TrainedDetector
 from refdet.detector.mask_rcnn import DEFAULT_FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
-from refdet.device import usable_device, usable_precision
+from refdet.device import resolve_device, supported_precision
 from refdet.errors import ArgumentError, RuntimeFailure
-from refdet.files.printable_text import printable
-from refdet.files.short_text import cut
+from refdet.files.printable_text import escape_unprintable
+from refdet.files.short_text import shorten
 from refdet.structures.detection_options import PRECISIONS, DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import NO_CATEGORY, Regions
@@ -72,8 +72,8 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     """
     if precision not in PRECISIONS:
         raise ArgumentError("precision", f"must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    torch_device = usable_device(str(device))
-    usable = usable_precision(precision, torch_device)
+    torch_device = resolve_device(str(device))
+    usable = supported_precision(precision, torch_device)
     if usable != precision:
         log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
     trained = loading.load(path, torch_device, for_inference=True, precision=usable)
@@ -115,8 +115,8 @@ class Detector:
         if provenance.excluded:
             data += f", {len(provenance.excluded)} split{'' if len(provenance.excluded) == 1 else 's'} held out"
         classes = f"{count} class{'' if count == 1 else 'es'}"
-        summary = f"recipe {printable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
-        return f"Detector({str(self.path)!r}: {summary};\n  {printable(cut(data, 100))})"
+        summary = f"recipe {escape_unprintable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
+        return f"Detector({str(self.path)!r}: {summary};\n  {escape_unprintable(shorten(data, 100))})"
 
     @overload
     def detect(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from refdet.ops.nms import nms_padded, unpadded
-from refdet.structures.boxes import numbers
+from refdet.structures.boxes import new_tensor
 
 
 def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, 
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
         lowered.append(lowered[-1] - 0.1)
-    steps = numbers(lowered, highest)  # float32, as in `best_detections`
+    steps = new_tensor(lowered, highest)  # float32, as in `best_detections`
     above = (highest[:, None] < steps).sum(dim=1) * highest.isfinite()  # nothing to reach without a box
     return steps[above.clamp(max=len(lowered) - 1)]
 

@@ -24,7 +24,7 @@ from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.mask_pasting import paste_masks
 from refdet.detector.mask_rcnn import DEFAULT_FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.errors import RuntimeFailure
 from refdet.structures.box_convention import InputSize
 from refdet.structures.detection_options import DetectionOptions
@@ -141,8 +141,8 @@ def start_describing(
     classes = None
     if labels is not None:
         all_labels = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
-        classes = on_device(all_labels, inputs.device).split(counts)
-    device_boxes = on_device(host_boxes, inputs.device).split(counts)
+        classes = to_device(all_labels, inputs.device).split(counts)
+    device_boxes = to_device(host_boxes, inputs.device).split(counts)
     outputs = model.extract_features(inputs, sizes, device_boxes, classes, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
     wait = _make_wait(inputs.device, images)

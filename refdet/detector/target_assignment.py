@@ -70,7 +70,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 def inside(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     """Whether boxes (N, 4) lie within each image of (height, width), (B, N) bool."""
-    limits = box_ops.numbers([side for height, width in sizes for side in (width, height)], boxes)
+    limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], boxes)
     return (boxes[:, :2] >= 0).all(dim=1) & (boxes[:, 2:] <= limits.reshape(-1, 1, 2)).all(dim=2)
 
 

@@ -140,10 +140,10 @@ def _ap(index: CocoIndex, results: list[dict[str, Any]], masks: bool) -> dict[st
 def _loaded(run: Path, device: str | None, precision: str) -> TrainedDetector:
     """The detector on a device, in float32 where that has no arithmetic of the precision."""
     from refdet.detector import loading
-    from refdet.device import usable_device, usable_precision
+    from refdet.device import resolve_device, supported_precision
 
-    torch_device = usable_device(device)
-    if usable_precision(precision, torch_device) != precision:
+    torch_device = resolve_device(device)
+    if supported_precision(precision, torch_device) != precision:
         log.warning(
             "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
@@ -174,7 +174,7 @@ def detected_regions(
     import torch
 
     from refdet.data.training_batches import group_by_input_size
-    from refdet.device import pinned
+    from refdet.device import pin_array
     from refdet.extraction.batch_size import auto_batch_size, split_on_oom
     from refdet.extraction.computing import detecting
     from refdet.extraction.defaults import default_batch_size, default_workers
@@ -184,7 +184,7 @@ def detected_regions(
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = source.read(record)
-        return pinned(pixels) if device.type == "cuda" else pixels
+        return pin_array(pixels) if device.type == "cuda" else pixels
 
     compute = split_on_oom(detecting(detector, options, ()))
     try:

@@ -125,15 +125,15 @@ def extract_features(
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
     from refdet.detector.profiler import Stages
-    from refdet.device import described, pinned, usable_device, usable_precision
+    from refdet.device import describe_device, pin_array, resolve_device, supported_precision
     from refdet.extraction.batch_size import auto_batch_size
     from refdet.extraction.computing import computing
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
     from refdet.ops._library import kernels_state
 
-    torch_device = usable_device(device)
-    job = job.with_precision(usable_precision(job.options.precision, torch_device), say)
-    for line in start_lines(job, described(device), kernels_state()):
+    torch_device = resolve_device(device)
+    job = job.with_precision(supported_precision(job.options.precision, torch_device), say)
+    for line in start_lines(job, describe_device(device), kernels_state()):
         announce(line)
     if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)
@@ -142,7 +142,7 @@ def extract_features(
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = job.source.read(record)
-        return pinned(pixels) if torch_device.type == "cuda" else pixels
+        return pin_array(pixels) if torch_device.type == "cuda" else pixels
 
     def batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)

@@ -40,8 +40,8 @@ from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
 from refdet.extraction.summary import Summary, summary_of_store
 from refdet.extraction.timing import Session
-from refdet.files.atomic import fsync, left_behind, report_disk_full, write_json_once
-from refdet.files.lock import Locked, alone
+from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
+from refdet.files.lock import Locked, exclusive_lock
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
+                stack.enter_context(exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
                 if last:
@@ -272,7 +272,7 @@ def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
     numbers = [number for number in shard_set.missing(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
-        with alone(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
+        with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
     return numbers
 
@@ -294,7 +294,7 @@ def _merge_if_last(
         )
         return False
     try:
-        with alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
+        with exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)
@@ -303,7 +303,7 @@ def _merge_if_last(
             if not write_json_once(folder / MERGING, owner) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
-            for path in left_behind(out.parent, out.name) if locked else ():  # by a process that was killed
+            for path in find_temporary_files(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
             if still_missing := len(all_shards.missing()):

@@ -11,7 +11,7 @@ from typing import Any
 from refdet.config.renamed_keys import current
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store.schema import Columns, Header
 
 Shard = list[list[ImageRecord]]  # batches in order of computation
@@ -183,4 +183,4 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
 
 
 def _shown(value: object) -> str:
-    return cut(value if isinstance(value, str) else json.dumps(value))
+    return shorten(value if isinstance(value, str) else json.dumps(value))

@@ -24,7 +24,7 @@ from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress
 from refdet.store import Header, ImageRow, Store
 from refdet.store.schema import check_starts
@@ -140,7 +140,7 @@ def repair(
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with alone(folder, "lock", "let it end"):
+            with exclusive_lock(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, keep=("lock",))

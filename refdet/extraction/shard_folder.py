@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import MARK, left_behind
+from refdet.files.atomic import MARK, find_temporary_files
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -177,7 +177,7 @@ def remove_partial_files(out: Path) -> None:
     """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
-    partial += left_behind(out.parent, out.name)
+    partial += find_temporary_files(out.parent, out.name)
     if not out.exists():  # a later file must not be taken for the merged one
         partial += folder.glob(MERGED)
     for path in partial:

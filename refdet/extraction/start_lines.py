@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refdet.data.coco import ImageRecord
 from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.store import Columns
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
         columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
         regions = given or (lambda _: options.max_regions)
         bytes_ = estimated_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
-        at_most = f"at most, with {counted(options.max_regions, 'region')} per image,"
+        at_most = f"at most, with {format_count(options.max_regions, 'region')} per image,"
         size = f"; file size: {'about' if given is not None else at_most} {_readable(bytes_)}"
         size += " before compression" if plan.compression != "none" else ""
     lines.append(f"images: {len(job.records)} of {job.image_list.name}{size}")

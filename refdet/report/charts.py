@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.files.spreadsheet_text import xml_characters
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
 SERIES = (INK, *LIGHT[3:])
-LARGEST = 1e30  # of the values of a chart; ticks of larger ones overflow
-LONGEST_NAME = 40  # characters of a name in a chart
+MAX_VALUE = 1e30  # of the values of a chart; ticks of larger ones overflow
+MAX_NAME_LENGTH = 40  # characters of a name in a chart
 
 _STYLE = re.compile(r'style="[^"]*"')
 _SETTINGS: Any = {
@@ -41,7 +41,7 @@ class Series:
 
     Attributes:
         name: label in the legend.
-        points: (x, y), ascending in x; points that are not finite, or not below `LARGEST`, are left out.
+        points: (x, y), ascending in x; points that are not finite, or not below `MAX_VALUE`, are left out.
         style: index of the page's series colours, 0 to 5.
         dashed: whether it is a line to compare with, dashed and without dots.
     """
@@ -129,7 +129,7 @@ def drawn_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot],
     return Chart(title, description, _themed(_svg(axes, draw)))
 
 
-def short_name(text: str, longest: int = LONGEST_NAME) -> str:
+def short_name(text: str, longest: int = MAX_NAME_LENGTH) -> str:
     """A name of a file as a chart has it."""
     return _text(text, longest)
 
@@ -139,7 +139,7 @@ def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
 
     def draw(plot: Plot) -> None:
         _lines(plot, _shown(series, axes.log_y), axes, dots=True)
-        plot.set_title(_text(title, 2 * LONGEST_NAME), color=INK, loc="left", fontweight="bold", pad=24)
+        plot.set_title(_text(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
         for i, one in enumerate(series):
             at = (i / max(len(series), 1), 1.03)
             plot.text(*at, _text(one.name), color=SERIES[one.style], transform=plot.transAxes, fontweight="bold")
@@ -214,7 +214,7 @@ def _themed(svg: str) -> str:
 
 def _shown(series: Sequence[Series], log_y: bool) -> list[Series]:
     kept = [
-        replace(one, points=[p for p in one.points if all(abs(v) < LARGEST for v in p) and (p[1] > 0 or not log_y)])
+        replace(one, points=[p for p in one.points if all(abs(v) < MAX_VALUE for v in p) and (p[1] > 0 or not log_y)])
         for one in series
     ]
     return [one for one in kept if one.points]
@@ -224,5 +224,5 @@ def _step(positions: Sequence[float]) -> float:
     return positions[1] - positions[0] if len(positions) > 1 else 1.0
 
 
-def _text(text: str, longest: int = LONGEST_NAME) -> str:
-    return cut(xml_characters(text), longest)
+def _text(text: str, longest: int = MAX_NAME_LENGTH) -> str:
+    return shorten(xml_characters(text), longest)

@@ -14,8 +14,8 @@ from refdet.report.charts import INK, SERIES, Axes, Chart, drawn_chart, short_na
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-MOST_CATEGORIES = 16
-LONGEST_NAME = 18
+MAX_CATEGORIES = 16
+MAX_NAME_LENGTH = 18
 _CELL = 26  # points
 
 
@@ -38,12 +38,12 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
             wrong[of] += n
             wrong[taken] += n
     # those without an object have no row to be shown in
-    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MOST_CATEGORIES]
+    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MAX_CATEGORIES]
     title = "What objects are taken for, in percent"
     if not shown:
         return Chart(title, "Nothing is confused.", "")
     shares = np.array([_row(errors, of, shown) for of in shown])
-    labels = [short_name(names.get(i, str(i)), LONGEST_NAME) for i in shown]
+    labels = [short_name(names.get(i, str(i)), MAX_NAME_LENGTH) for i in shown]
     columns = [*labels, "another", "no region"]
     told = "; ".join(
         f"{label}: {row[i]:.0%} right, most often taken for {_most_taken(row, i, columns)}"

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 
 def field(tree: Any, key: str, where: str) -> Any:
     """The value of a key. InputError, with `where`, if `tree` is not an object or lacks it."""
     if not isinstance(tree, Mapping) or key not in tree:
-        raise InputError(f"{where}: {cut(key)!r} is missing")
+        raise InputError(f"{where}: {shorten(key)!r} is missing")
     return tree[key]
 
 
@@ -21,7 +21,7 @@ def text(tree: Any, key: str, where: str) -> str:
     """A string; InputError otherwise."""
     value = field(tree, key, where)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {cut(key)!r} is no text but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} is no text but {short_repr(value)}")
     return value
 
 
@@ -29,7 +29,7 @@ def count(tree: Any, key: str, where: str) -> int:
     """An integer, 0 or more; InputError otherwise."""
     value = field(tree, key, where)
     if type(value) is not int or value < 0:
-        raise InputError(f"{where}: {cut(key)!r} is no count but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} is no count but {short_repr(value)}")
     return value
 
 
@@ -37,7 +37,7 @@ def rate(tree: Any, key: str, where: str) -> float | None:
     """A finite number, or None if undefined; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
-        raise InputError(f"{where}: {cut(key)!r} is no number but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} is no number but {short_repr(value)}")
     return value
 
 
@@ -56,9 +56,9 @@ def check_metrics(metrics: Any, where: str) -> None:
     text(metrics, "split_by", where)
     splits = field(metrics, "splits", where)
     if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
-        raise InputError(f"{where}: 'splits' is no object with a split, but {shown(splits)}")
+        raise InputError(f"{where}: 'splits' is no object with a split, but {short_repr(splits)}")
     for name, values in splits.items():
-        _check_split(values, f"{where}, split {cut(name)}")
+        _check_split(values, f"{where}, split {shorten(name)}")
     ticks = [list(values["recall@k"]) for values in splits.values()]
     if any(one != ticks[0] for one in ticks):
         raise InputError(f"{where}: 'recall@k' has other numbers of regions in each split")
@@ -77,7 +77,7 @@ def _check_split(values: Any, where: str) -> None:
             raise InputError(f"{where}: {key!r} of referent_recall is no number")
     kept = field(values, "recall@k", where)
     if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
-        raise InputError(f"{where}: 'recall@k' is no object of numbers, but {shown(kept)}")
+        raise InputError(f"{where}: 'recall@k' is no object of numbers, but {short_repr(kept)}")
     if "comprehension" in values:
         for key in ("random_baseline@0.5", "accuracy@0.5"):
             rate(values["comprehension"], key, where)

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.report.samples import Answer, Scene
 from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
 
 LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
-MOST_OTHERS = 12  # regions drawn without a sentence
+MAX_OTHER_REGIONS = 12  # regions drawn without a sentence
 GREY = "#9aa0aa"
 WRONG = "#d8403f"
 
@@ -28,7 +28,7 @@ class Key:
     Attributes:
         colours: one per referred object; objects found in the same region share its colour.
         numbers: region -> the numbers, from 1, of the referred objects found in it.
-        others: regions without a sentence: the best `MOST_OTHERS` with `SHOWN_SCORE` or more.
+        others: regions without a sentence: the best `MAX_OTHER_REGIONS` with `SHOWN_SCORE` or more.
     """
 
     colours: list[str]
@@ -50,7 +50,7 @@ class Key:
         others = [
             r for r in np.argsort(-scores, kind="stable").tolist() if scores[r] >= SHOWN_SCORE and r not in numbers
         ]
-        return cls(colours, numbers, others[:MOST_OTHERS])
+        return cls(colours, numbers, others[:MAX_OTHER_REGIONS])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     drawn = len(key.others) + len(key.numbers)
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
-    where = f"{scene.split}, image {scene.regions.image_id}: {counted(drawn, 'region')}{less_likely}"
+    where = f"{scene.split}, image {scene.regions.image_id}: {format_count(drawn, 'region')}{less_likely}"
     items = tuple(_item(scene, i, key) for i in range(len(scene.referred)))
     if answer is not None:
         items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)

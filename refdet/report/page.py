@@ -13,7 +13,7 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.report import sections
 from refdet.report.fields import rate
@@ -25,7 +25,7 @@ from refdet.report.stores import stores_section
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import read_validations
 
-MOST_EVALUATED = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
+MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
 TITLE = "refdet: regions for referring expressions"
 
 
@@ -129,7 +129,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
     known = len(ids)
-    ids = evenly(ids, MOST_EVALUATED)
+    ids = evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:
@@ -146,7 +146,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
 def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:
     if not run:
         return "Regions of images, each with a box, a category and a score, for models that understand phrases."
-    model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {counted(steps, 'step')})"
+    model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {format_count(steps, 'step')})"
     subtitle = f"{model} detects the objects of an image, each with a box, a mask and features, for models that "
     subtitle += "understand phrases such as “the small red star”."
     return subtitle + " It has never seen the REFER images it is evaluated on." * clean
@@ -161,7 +161,7 @@ def _highlights(
             found.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
     recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
     if recalls:
-        lowest = f"lowest of {counted(len(recalls), 'split')}"
+        lowest = f"lowest of {format_count(len(recalls), 'split')}"
         found.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
     answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
     for boxes in filter(None, answers):
@@ -169,7 +169,7 @@ def _highlights(
         found.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
     if audit is not None:
         leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
-        found.append((str(leaked), f"of {counted(held_out, 'held-out image')} in the training file"))
+        found.append((str(leaked), f"of {format_count(held_out, 'held-out image')} in the training file"))
     return found
 
 

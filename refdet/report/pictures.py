@@ -9,7 +9,7 @@ from typing import Any
 
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.report.figures import Picture, picture
 from refdet.report.refer_parts import OpenPart
 from refdet.report.samples import FOUND, Answer, Scene, answers, covered, evenly, hardest, images_of, sample, scenes
@@ -18,7 +18,7 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 3_300_000  # of all pictures; a third more in the page, which is to stay under 5 MB
+MAX_BYTES = 3_300_000  # of all pictures; a third more in the page, which is to stay under 5 MB
 
 
 class Pictures:
@@ -39,7 +39,7 @@ class Pictures:
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
-        self._left, self._skipped, self._full = MOST_BYTES, len(missing), 0
+        self._left, self._skipped, self._full = MAX_BYTES, len(missing), 0
         self._first = missing[0] if missing else ""
 
     @property
@@ -47,9 +47,9 @@ class Pictures:
         """What was left out, and why."""
         notes = []
         if self._skipped:
-            notes.append(f"{counted(self._skipped, 'image')} could not be read, first: {self._first}")
+            notes.append(f"{format_count(self._skipped, 'image')} could not be read, first: {self._first}")
         if self._full:
-            notes.append(f"{counted(self._full, 'picture')} left out, to keep the page under 5 MB")
+            notes.append(f"{format_count(self._full, 'picture')} left out, to keep the page under 5 MB")
         return notes
 
     def draw(self, scenes: Sequence[Scene]) -> list[Picture]:

@@ -12,8 +12,8 @@ from refdet.report.templates import Markup, render
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 
-MOST_FAILED = 20  # images that are listed
-MOST_CHARTS = 3  # stores that have charts
+MAX_FAILED_IMAGES = 20  # images that are listed
+MAX_CHARTS = 3  # stores that have charts
 BINS = 20
 
 
@@ -26,9 +26,9 @@ def stores_section(stores: Sequence[Store]) -> Markup:
         if error
     ]
     rows = [_row(store) for store in stores]
-    charts = [chart for store in stores[:MOST_CHARTS] for chart in _charts(store)]
-    more = len(failed) - MOST_FAILED
-    listed = failed[:MOST_FAILED] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
+    charts = [chart for store in stores[:MAX_CHARTS] for chart in _charts(store)]
+    more = len(failed) - MAX_FAILED_IMAGES
+    listed = failed[:MAX_FAILED_IMAGES] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
     detectors = [(store.path.name, _detector(store)) for store in stores]
     return render("store.html", rows=rows, detectors=detectors, charts=charts, failed=listed)
 

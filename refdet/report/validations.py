@@ -8,7 +8,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.fields import count, rate
@@ -74,7 +74,7 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 def _weights(row: Mapping[str, Any]) -> str:
     """What the weights of a row are called: "" for those of the step."""
     given = row.get("weights")
-    return "" if given is None else "averaged weights" if given == "ema" else cut(str(given), 20)
+    return "" if given is None else "averaged weights" if given == "ema" else shorten(str(given), 20)
 
 
 def _highest(series: Sequence[Series]) -> float:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from refdet.files.parts import write_parts
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store.codec import (
     MASK_COUNTS,
     REGION_BYTES,
@@ -231,7 +231,7 @@ def malformed() -> Iterator[None]:
         MemoryError,
         struct.error,
     ) as error:
-        raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
+        raise ShardError(f"damaged: invalid image ({type(error).__name__}: {shorten(error)})") from None
 
 
 def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImage, int]:

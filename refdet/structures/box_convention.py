@@ -113,5 +113,5 @@ class BoxConvention:
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:
     """Factors (..., 4) of boxes (..., 4), as a tensor: on a GPU division by a Python number rounds differently."""
-    pair = scale if isinstance(scale, Tensor) else box_ops.numbers(scale, boxes)
+    pair = scale if isinstance(scale, Tensor) else box_ops.new_tensor(scale, boxes)
     return torch.cat((pair, pair), dim=-1)

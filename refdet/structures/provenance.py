@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet, imported_note
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
@@ -55,7 +55,7 @@ class Provenance:
         missing = [name for name in names if name not in value]
         unknown = [str(name) for name in value if name not in names]
         if missing or unknown:
-            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {shown(unknown)}")
+            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {short_repr(unknown)}")
         result = cls(**value)
         hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
         counts = all(map(_is_count, (result.images, result.annotations)))

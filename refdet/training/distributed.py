@@ -28,7 +28,7 @@ from refdet.detector.loss_counts import LossCounts
 from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure
 from refdet.files.atomic import write_json
 from refdet.files.json_files import read_small_json
-from refdet.files.short_text import counted, shown
+from refdet.files.short_text import format_count, short_repr
 from refdet.files.version import __version__
 from refdet.training.launch import Launch
 from refdet.training.processes import EndedTogether, LostProcess, Processes
@@ -118,8 +118,8 @@ class ProcessGroup(Processes):
                 if other[name] != gathered[0][name]:
                     self.ended = True  # as all see it
                     raise InputError(
-                        f"torchrun: {name} is {shown(other[name])} in process {rank} on {self._hosts[rank]}, and "
-                        f"{shown(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
+                        f"torchrun: {name} is {short_repr(other[name])} in process {rank} on {self._hosts[rank]}, and "
+                        f"{short_repr(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
                     )
 
     def restarted(self, out: Path) -> bool:
@@ -283,7 +283,7 @@ def own_device(launch: Launch, name: str | None) -> str:
     if 0 < gpus < launch.local_world_size:
         raise InputError(
             f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
-            f"{counted(gpus, 'GPU')}; start at most {gpus} there"
+            f"{format_count(gpus, 'GPU')}; start at most {gpus} there"
         )
     return f"cuda:{launch.local_rank}"
 

@@ -10,7 +10,7 @@ from typing import Any
 from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
-from refdet.files.printable_text import printable
+from refdet.files.printable_text import escape_unprintable
 from refdet.training.metrics_rows import VALIDATED, is_validation, number_of
 
 CARD = "README.md"
@@ -142,4 +142,4 @@ def _leaks(meta: CheckpointMetadata) -> str:
 
 def _cell(text: str) -> str:
     """Escape untrusted text for a Markdown table."""
-    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return escape_unprintable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

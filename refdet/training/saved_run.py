@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
@@ -57,7 +57,7 @@ class SavedRun:
         except InputError as error:
             raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
         except (OSError, SafetensorError) as error:
-            raise damaged(path, f"not a readable safetensors file ({cut(error, 200)})") from error
+            raise damaged(path, f"not a readable safetensors file ({shorten(error, 200)})") from error
         return cls.of(path, metadata)
 
     @classmethod
@@ -68,7 +68,7 @@ class SavedRun:
                 raise InputError("its metadata has no 'meta'")
             meta, prefixes = CheckpointMetadata.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
             if not (prefixes is None or (isinstance(prefixes, list) and all(isinstance(p, str) for p in prefixes))):
-                raise InputError(f"fresh: a list of names is needed, not {shown(prefixes)}")
+                raise InputError(f"fresh: a list of names is needed, not {short_repr(prefixes)}")
         except InputError as error:
             raise damaged(path, f"not the state of a run: {error}") from error
         new_prefixes = None if prefixes is None else tuple(prefixes)

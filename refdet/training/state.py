@@ -14,8 +14,8 @@ from refdet.config.recipe import TrainOptions
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
-from refdet.files.atomic import left_behind
-from refdet.files.short_text import cut
+from refdet.files.atomic import find_temporary_files
+from refdet.files.short_text import shorten
 from refdet.training.best import recover
 from refdet.training.ema import WeightAverage
 from refdet.training.metrics_rows import METRICS
@@ -58,7 +58,7 @@ class State(SavedRun):
     def _check(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complete: bool) -> None:
         for name in expected if complete else actual:
             if name not in actual or name not in expected:
-                raise self._damaged(f"{cut(name)} is {'missing' if name in expected else 'not in this network'}")
+                raise self._damaged(f"{shorten(name)} is {'missing' if name in expected else 'not in this network'}")
             if actual[name].shape != expected[name].shape:
                 sizes = f"{tuple(actual[name].shape)}, the recipe expects {tuple(expected[name].shape)}"
                 raise self._damaged(f"{name} is {sizes}")
@@ -130,9 +130,9 @@ def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> 
 
 def clean(out: Path) -> None:
     """Remove temporary files of a run that was killed while saving."""
-    leftovers = left_behind(out / checkpoint.STATE)
+    leftovers = find_temporary_files(out / checkpoint.STATE)
     for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
-        leftovers += left_behind(out, name)
+        leftovers += find_temporary_files(out, name)
     for path in leftovers:
         path.unlink()
     recover(out)

@@ -19,7 +19,7 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector.checkpoint import CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.training.inputs import TrainingInputs
 from refdet.training.joining import joined_processes
 from refdet.training.pretrained import find_new_prefixes
@@ -228,7 +228,7 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None
     """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
-        with alone(out, LOCK, IN_USE):
+        with exclusive_lock(out, LOCK, IN_USE):
             pass  # no other process trains into it
     return resumes, note, SavedRun.newest(out) if resumes else None
 

@@ -18,11 +18,11 @@ from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import build_on_meta
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import arithmetic, described, usable_device, usable_precision
+from refdet.device import describe_device, float32_arithmetic, resolve_device, supported_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress_bar
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state, warn_of_plain_pytorch
 from refdet.structures.provenance import file_sha256
@@ -66,7 +66,7 @@ class Summary:
 def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
     """Train a detector on checked inputs, in one process or in several that were given the same."""
     processes = processes or Processes()
-    target, recipe, out = usable_device(processes.device(device)), inputs.recipe, inputs.out
+    target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
     share = (processes.rank, processes.world_size)
     batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, share)
@@ -101,17 +101,17 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         start = f"resumes from step {meta.step}"
     disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
     warn_of_plain_pytorch(target)
-    precision = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
+    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
-        described(device),
+        describe_device(device),
         "bfloat16" if in_bfloat16(model, target) else precision,
         kernels_state(),
-        counted(len(batches.records), "image"),
+        format_count(len(batches.records), "image"),
         index.path.name,
         recipe.name,
         start,
-        counted(recipe.train.steps, "step"),
+        format_count(recipe.train.steps, "step"),
         recipe.train.batch_size,
         -(-disk_bytes // 2**20),
     )
@@ -125,7 +125,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         processes.prepare(target, out)
         for line in start_lines(recipe, processes):
             log.warning("%s", line)
-        with arithmetic(precision):
+        with float32_arithmetic(precision):
             return _Training(
                 model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, processes, average, inputs.validation
             ).run()
@@ -134,7 +134,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out, LOCK, IN_USE):
+    with exclusive_lock(out, LOCK, IN_USE):
         yield
 
 
@@ -224,7 +224,7 @@ class _Training:
                         0 if self.validation is None else validations_after(step, options) + validation_due
                     )
                     if validations_left and (left := clock.time_left(step, validations_left)):
-                        speed = f"{left} left with {counted(validations_left, 'validation')}, {speed}"
+                        speed = f"{left} left with {format_count(validations_left, 'validation')}, {speed}"
                     bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
                     self.losses = []
                 if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:

@@ -120,7 +120,7 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(loading, "load", loads)
     monkeypatch.setattr(detection, "detected_regions", detects)
-    monkeypatch.setattr("refdet.device.usable_precision", lambda precision, device: precision)
+    monkeypatch.setattr("refdet.device.supported_precision", lambda precision, device: precision)
     done = folder.evaluate("--precision", "bfloat16", "--batch-size", "3", "--workers", "1")
     assert done.exit_code == 0, done.output
     assert asked == {

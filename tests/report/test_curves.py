@@ -15,7 +15,7 @@ from refdet import store
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
 from refdet.report import Inputs, ReferPart, page
-from refdet.report.confusions import MOST_CATEGORIES, confusion_map
+from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
 from refdet.report.samples import images_of, scenes
 from refdet.report.validations import read_validations, validation_chart
@@ -73,7 +73,7 @@ def test_the_map_is_limited_and_well_formed() -> None:
     confused = Counter({(i, (i + 1) % 40): 1 for i in range(40)})
     errors = DetectionErrors(1, 40, of_category=Counter(range(40)), confused=confused)
     svg = confusion_map(errors, names).svg
-    assert "<b>" not in svg and svg.count(">100<") <= MOST_CATEGORIES and len(svg) < 200_000
+    assert "<b>" not in svg and svg.count(">100<") <= MAX_CATEGORIES and len(svg) < 200_000
 
 
 def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +99,6 @@ def test_a_large_store_is_compared_with_annotations_by_a_sample(
     write_store(tmp_path / "s.h5", [regions(i, [[10, 10, 30, 30]]) for i in range(1, 9)], masks=False)
     inputs = Inputs(parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0)
     assert "of this sample" not in page.render_page(inputs, "x")
-    monkeypatch.setattr(page, "MOST_EVALUATED", 3)
+    monkeypatch.setattr(page, "MAX_EVALUATED_IMAGES", 3)
     text = page.render_page(inputs, "x")
     assert "The regions of 3 images" in text and "evenly spaced among the 8" in text and "of this sample" in text

@@ -23,7 +23,7 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import Inputs, ReferPart, Step
-from refdet.report.charts import LARGEST, Axes, Series, line_chart, recall_svg
+from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Key, draw
 from refdet.report.samples import Referred, Scene, hardest, sample, scenes
 from refdet.splits.build import build_split
@@ -325,7 +325,7 @@ def test_regions_are_drawn_where_they_are() -> None:
 def test_any_chart_is_well_formed(points: list[tuple[int, float]], name: str, log: bool) -> None:
     name = "".join(c for c in name if c.isprintable())
     svg = line_chart(name, name, [Series(name, points, 1)], Axes(name, name, log_y=log), dots=True).svg
-    shown = [p for p in points if abs(p[1]) < LARGEST and (p[1] > 0 or not log)]
+    shown = [p for p in points if abs(p[1]) < MAX_VALUE and (p[1] > 0 or not log)]
     assert bool(svg) == bool(shown)
     if svg:
         root = ElementTree.fromstring(svg)

@@ -19,7 +19,7 @@ from training_examples import run, squares, steps_of
 
 from refdet.detector import checkpoint
 from refdet.errors import InputError
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.training.run_folder import LOCK
 
 pytestmark = pytest.mark.slow
@@ -287,7 +287,7 @@ def test_an_older_run_keeps_its_box_losses_and_its_initial_weights(
 
 
 def test_one_process_at_a_time(begun: Path) -> None:
-    with alone(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
+    with exclusive_lock(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
         run(begun, "train.steps=4", resume=True)
     assert run(begun, "train.steps=4", resume=True).steps == 4
 

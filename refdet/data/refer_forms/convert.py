@@ -19,7 +19,7 @@ from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, published_names
 from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 from refer import plain_files
 from refer.statistics import COUNTS, Counts
 from refer.validation import check_refs
@@ -121,7 +121,8 @@ def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _S
     for old, new in renamed.items():
         if old not in existing:
             raise InputError(
-                f"`split_names` {old}={new}: no split {shown(old)} in the sources, which have {', '.join(existing)}"
+                f"`split_names` {old}={new}: no split {short_repr(old)} in the sources, which have "
+                f"{', '.join(existing)}"
             )
 
 
@@ -154,7 +155,7 @@ def _check_new(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
     for dataset, split_by in groups:
         for argument, name in (("dataset", dataset), ("split_by", split_by)):
             if not name.isprintable() or set(name) & set("/\\()") or name in (".", ".."):
-                raise InputError(f"`{argument}` {shown(name)}: cannot be a part of a file name")
+                raise InputError(f"`{argument}` {short_repr(name)}: cannot be a part of a file name")
         path = root / dataset / f"refs({split_by}).p"
         if path.exists():
             raise InputError(f"{path}: exists; choose another `out` or remove it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Row:
 
     def __init__(self, where: str, value: Any) -> None:
         if not isinstance(value, dict):
-            raise InputError(f"{where}: {shown(value)} is not an object with fields")
+            raise InputError(f"{where}: {short_repr(value)} is not an object with fields")
         self.where, self.value = where, value
 
     def integer(self, key: str) -> int:
@@ -123,7 +123,7 @@ class Row:
         if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
             value = int(value)
         if type(value) is not int or not -(2**63) <= value < 2**63:
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be an integer")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be an integer")
         return value
 
     def replace_text(self, *keys: str) -> None:
@@ -136,14 +136,14 @@ class Row:
         """A text field."""
         value = self._get(key)
         if not isinstance(value, str):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be text")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be text")
         return value
 
     def items(self, key: str) -> list[Any]:
         """A list field."""
         value = self._get(key)
         if not isinstance(value, list):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list")
         return value
 
     def entry(self, key: str) -> Row:
@@ -154,14 +154,14 @@ class Row:
         """A field with four finite numbers."""
         value = self.items(key)
         if len(value) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in value):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be four numbers")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be four numbers")
         return [float(number) for number in value]
 
     def texts(self, key: str) -> list[str]:
         """A field with a list of strings."""
         value = self.items(key)
         if not all(isinstance(text, str) for text in value):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list of strings")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list of strings")
         return value
 
     def optional(self, key: str, read: Callable[[str], Any]) -> Any:

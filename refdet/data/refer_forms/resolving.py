@@ -8,7 +8,7 @@ from pathlib import Path
 from refdet.data.refer_forms.coco_annotations import CocoAnnotations, image_id_of
 from refdet.data.refer_forms.records import Source, SourceRef
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 
 def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
@@ -73,7 +73,7 @@ def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
 def _raise_if_any(path: Path, refs: Sequence[SourceRef], invalid: Sequence[SourceRef], problem: str) -> None:
     if invalid:
         first = invalid[0]
-        sentence = f" ({shown(first.sentences[0].sent)})" if first.sentences else ""
+        sentence = f" ({short_repr(first.sentences[0].sent)})" if first.sentences else ""
         raise InputError(
             f"{path}: {len(invalid)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
             "nothing was written"

@@ -47,7 +47,7 @@ def _repeated(picture: Picture) -> dict[str, int]:
 
 
 def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
-    """Up to MOST_REFS of the allowed things, those of a repeated category first, as in REFER."""
+    """Up to MAX_REFS of the allowed things, those of a repeated category first, as in REFER."""
     repeated = _repeated(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)

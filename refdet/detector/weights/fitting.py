@@ -13,7 +13,7 @@ from refdet.config.recipe import Recipe
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def differences(missing: Iterable[str], left: Iterable[str]) -> str:
     for what, names in (("missing", sorted(missing)), ("left over", sorted(left))):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            listed.append(f"{what}: {', '.join(map(cut, names[:8]))}{more}")
+            listed.append(f"{what}: {', '.join(map(shorten, names[:8]))}{more}")
     return "; ".join(listed)
 
 

@@ -23,8 +23,8 @@ from refdet.detector.weights.numpy_pickles import NotPlain, has_arrays, read_pic
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
 from refdet.detector.weights.torchvision import EPS, with_usual_eps
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
-from refdet.files.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
+from refdet.files.short_text import short_repr, shorten
+from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
 from refdet.files.weight_programs import IMPORTED, OWN, STATE, has_all, program_of
 from refdet.structures.coco_categories import coco_categories, unused_name
 from refdet.structures.known_weights import KnownFile, known_file
@@ -32,7 +32,7 @@ from refdet.structures.provenance import Provenance, file_sha256
 
 WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
-MOST_SHARED = 2**27  # numbers in tensors that share storage; the largest network has half as many
+MAX_SHARED_NUMBERS = 2**27  # numbers in tensors that share storage; the largest network has half as many
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         tensors = checkpoint.read_tensors(path)[0]
         refuse_other_programs(path, tensors)
         return _named_tensors(tensors, path)
-    if start[:2] != b"PK" and (what := what_is(path)) and "PyTorch" not in what:
+    if start[:2] != b"PK" and (what := describe_file(path)) and "PyTorch" not in what:
         raise InputError(f"{path}: {what}, not weights of another program")
     if start[257:262] == b"ustar":
         raise InputError(f"{path}: {TAR}")
@@ -145,7 +145,7 @@ def _read_arrays(path: Path) -> Any:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # an unpickler can raise anything on a damaged file
-        raise InputError(f"{path}: damaged, or not a pickle of arrays ({cut(error, 200)})") from None
+        raise InputError(f"{path}: damaged, or not a pickle of arrays ({shorten(error, 200)})") from None
 
 
 def _weights_in(tree: Any, path: Path) -> Mapping[Any, Any]:
@@ -160,7 +160,7 @@ def _weights_in(tree: Any, path: Path) -> Mapping[Any, Any]:
 
 def _no_file(path: Path) -> str:
     """Why a path is not a file, and the fix."""
-    if is_address(path):
+    if is_url(path):
         return "a URL; download the file and give its path"
     if not path.is_dir():
         return "not a regular file" if path.exists() else "no such file"
@@ -173,7 +173,7 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
     """Raise InputError if the names are of a program whose checkpoints are known but not supported."""
     names = list(names)
     if has_all(names, STATE) or has_all(names, OWN):
-        raise InputError(f"{path}: {what_is(path)}; it needs no import")
+        raise InputError(f"{path}: {describe_file(path)}; it needs no import")
     program = program_of(names, classes)
     if program is not None and program not in IMPORTED:
         raise InputError(
@@ -191,12 +191,12 @@ def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
     ]
     if strange or not tree:
-        what = f"{shown(strange[0])} is not a named tensor of real numbers" if strange else "empty"
+        what = f"{short_repr(strange[0])} is not a named tensor of real numbers" if strange else "empty"
         raise InputError(f"{path}: {what}; save the model's state_dict alone")
-    if len(tree) > MOST_TENSORS:
-        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} allowed")
+    if len(tree) > MAX_TENSORS:
+        raise InputError(f"{path}: {len(tree)} tensors, more than the {MAX_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())
-    if numbers > max(MOST_SHARED, path.stat().st_size):
+    if numbers > max(MAX_SHARED_NUMBERS, path.stat().st_size):
         raise InputError(
             f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
             "of each other or of few numbers; save contiguous copies"
@@ -217,7 +217,7 @@ def _refusal(error: Exception) -> str:
         return TAR
     if not isinstance(error, pickle.UnpicklingError):
         reason = ": ".join(filter(None, (type(error).__name__, text.partition(". ")[0])))
-        return f"{DAMAGED} ({cut(reason, 200)})"
+        return f"{DAMAGED} ({shorten(reason, 200)})"
     for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL ", "Unsupported class "):
         if start in text:
             return _unsafe(text.split(start, 1)[1].split()[0].rstrip(".,"))
@@ -225,7 +225,9 @@ def _refusal(error: Exception) -> str:
 
 
 def _unsafe(name: str) -> str:
-    return f"refused to load {shown(name)}, which is not a tensor and could run any code; save the model's state_dict"
+    return (
+        f"refused to load {short_repr(name)}, which is not a tensor and could run any code; save the model's state_dict"
+    )
 
 
 def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:

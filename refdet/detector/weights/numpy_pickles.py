@@ -19,7 +19,7 @@ from torch import Tensor
 
 from refdet.detector.weights.torch_files import Limited
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
@@ -75,7 +75,7 @@ class _Type:
 
     def __init__(self, code: str) -> None:
         if not isinstance(code, str) or code not in _CODES:
-            raise InputError(f"holds an array of {shown(code)}, not of numbers; save the model's tensors alone")
+            raise InputError(f"holds an array of {short_repr(code)}, not of numbers; save the model's tensors alone")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:

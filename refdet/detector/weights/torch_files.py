@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 
-MOST_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
-MOST_VALUES = 10_000_000  # counting shared values each time
-LARGEST_DIRECTORY = 2**24  # bytes of a zip's central directory
+MAX_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
+MAX_VALUES = 10_000_000  # counting shared values each time
+MAX_DIRECTORY_BYTES = 2**24  # bytes of a zip's central directory
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
 _NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
 SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
@@ -98,8 +98,8 @@ def _scan(file: Limited, found: Contents) -> bool:
     weights = _Weights()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
-            if number >= MOST_OPCODES:
-                raise InputError(f"{DAMAGED}: its pickle has more than {MOST_OPCODES} instructions")
+            if number >= MAX_OPCODES:
+                raise InputError(f"{DAMAGED}: its pickle has more than {MAX_OPCODES} instructions")
             weights.step(opcode, argument)
             text = argument if isinstance(argument, str) else ""
             if opcode.name in _STRINGS and len(text) <= 300:
@@ -113,7 +113,7 @@ def _scan(file: Limited, found: Contents) -> bool:
     except Exception as error:  # pickletools can raise anything on a damaged pickle
         if found.refused:
             return False
-        raise InputError(f"{DAMAGED} ({cut(error)})") from None
+        raise InputError(f"{DAMAGED} ({shorten(error)})") from None
     return True
 
 
@@ -131,7 +131,7 @@ class _Weights:
         """Apply one instruction to the stack."""
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            if argument is not None and not 0 <= argument < MOST_OPCODES:  # a list of the memo would be as long
+            if argument is not None and not 0 <= argument < MAX_OPCODES:  # a list of the memo would be as long
                 raise InputError(f"{DAMAGED}: its pickle has an entry {argument} in its memo")
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1] or 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -142,8 +142,8 @@ class _Weights:
             self.stack.append(None)
         else:
             taken = self._take(opcode)
-            if taken > MOST_VALUES:
-                raise InputError(f"{DAMAGED}: it repeats itself, to more than {MOST_VALUES} values")
+            if taken > MAX_VALUES:
+                raise InputError(f"{DAMAGED}: it repeats itself, to more than {MAX_VALUES} values")
             self.stack += [1 + taken] * len(opcode.stack_after)
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> int:
@@ -178,7 +178,7 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
-        raise InputError(f"{DAMAGED} ({cut(error) or type(error).__name__})") from None
+        raise InputError(f"{DAMAGED} ({shorten(error) or type(error).__name__})") from None
 
 
 def _check_directory(file: BinaryIO) -> int:
@@ -198,7 +198,7 @@ def _check_directory(file: BinaryIO) -> int:
         if len(large) < 56 or large[:4] != b"PK\x06\x06":
             raise InputError(f"{DAMAGED} (the zip does not end with its directory)")
         length, start = struct.unpack("<QQ", large[40:56])
-    if start + length != end or length > LARGEST_DIRECTORY:
+    if start + length != end or length > MAX_DIRECTORY_BYTES:
         raise InputError(f"{DAMAGED} (the zip's directory is not where it should be, or too large)")
     return size
 

@@ -23,8 +23,8 @@ from refer import REFER
 
 log = logging.getLogger(__name__)
 
-MOST_STORES = 2
-MOST_PREVIEWED = 100  # regions in a thumbnail
+MAX_STORES = 2
+MAX_PREVIEW_REGIONS = 100  # regions in a thumbnail
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Collection:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.notes: list[str] = []
-        if not 1 <= len(inputs.stores) <= MOST_STORES:
+        if not 1 <= len(inputs.stores) <= MAX_STORES:
             raise ArgumentError("stores", f"{len(inputs.stores)} stores; give one, or two to show side by side")
         self.generalized = False
         self.sentence_images: dict[int, ImageRecord] = {}
@@ -135,7 +135,7 @@ class Collection:
 
         Args:
             position: of the image.
-            most: the top-scoring regions that are wanted; of these at most `MOST_PREVIEWED` are given.
+            most: the top-scoring regions that are wanted; of these at most `MAX_PREVIEW_REGIONS` are given.
             score: lowest score of them, None for all.
 
         Returns:
@@ -150,7 +150,7 @@ class Collection:
         chosen = np.argsort(-scores, kind="stable")[:most]
         if score is not None:
             chosen = chosen[scores[chosen] >= np.float32(score)]
-        return {"boxes": plain(boxes[chosen[:MOST_PREVIEWED]], 1), "wanted": len(chosen)}
+        return {"boxes": plain(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
 
     def box(self, position: int, place: int) -> list[float]:
         """Box of a region of an image in the first store."""

@@ -27,7 +27,7 @@ from refdet.store import Store
 log = logging.getLogger(__name__)
 
 _BLOCK = 64  # images read at a time
-_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
+_PAUSE, _MAX_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
 _RIGHT = 0.5  # IoU from which an answer is right
 
 
@@ -76,7 +76,7 @@ class Indexer:
         return {"stage": self._stage, "part": round(part, 3), "error": self._error, "scores": self._scores}
 
     def _wait_for_requests(self) -> None:
-        latest = time.monotonic() + _LONGEST_PAUSE
+        latest = time.monotonic() + _MAX_PAUSE
         while time.monotonic() < min(latest, self._asked + _PAUSE) and not self._stop.is_set():
             self._stop.wait(_PAUSE / 5)
 

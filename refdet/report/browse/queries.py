@@ -17,8 +17,8 @@ COVERED = 0.5
 SHOWN = ("refs", "images")
 ONLY = ("", "uncovered", "wrong", "failed")
 PAGE = 60
-_MOST = 1000  # of a page
-_LONGEST_SEARCH = 500
+_MAX_PAGE_SIZE = 1000  # of a page
+_MAX_SEARCH_LENGTH = 500
 
 _ORDERS = {
     "refs": {
@@ -75,7 +75,7 @@ class Filter:
         category = given.get("category", "")
         return cls(
             _one_of("show", given.get("show", "images"), SHOWN),
-            given.get("q", "")[:_LONGEST_SEARCH],
+            given.get("q", "")[:_MAX_SEARCH_LENGTH],
             given.get("split", ""),
             id_of("category", category) if category else None,
             _one_of("size", given.get("size", ""), ("", *SIZES)),
@@ -176,7 +176,7 @@ class Part:
         if lowest is not None and not math.isfinite(lowest):
             raise ArgumentError("score", f"{score!r:.40} is not a score")
         offset, top = (_number(name, given, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
-        return cls(offset, _number("limit", given, PAGE, _MOST), top, lowest)
+        return cls(offset, _number("limit", given, PAGE, _MAX_PAGE_SIZE), top, lowest)
 
 
 def id_of(name: str, text: str) -> int:

@@ -17,7 +17,7 @@ from refdet.data.image_source import ImageError, ImageSource, why_unreadable
 SIDE = 240
 """Longest side of a thumbnail in pixels."""
 
-MOST_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
+MAX_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
 _QUALITY, _THUMBNAIL_QUALITY = 92, 80
 
 
@@ -28,7 +28,7 @@ class ByteCache:
         most: maximum total size in bytes.
     """
 
-    def __init__(self, most: int = MOST_BYTES) -> None:
+    def __init__(self, most: int = MAX_BYTES) -> None:
         self.most, self.size = most, 0
         self._values: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
