@@ -68,7 +68,7 @@ def command(
     else:
         assert store is not None
         check_store("--store", store)
-        regions, pixels = _stored(image, store, image_id)
+        regions, pixels = _read_stored(image, store, image_id)
     if no_masks:
         regions = replace(regions, masks=None)
     try:
@@ -98,7 +98,7 @@ def _detect(
     return found, pixels
 
 
-def _stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
+def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
     """The regions that a store has of an image, and its pixels in the orientation that the boxes are of."""
     from refdet import store as stores
     from refdet.data.image_pixels import read_pixels

@@ -273,7 +273,7 @@ def load(name_or_path: str) -> Recipe:
     Raises:
         InputError: no such recipe or file, or an invalid recipe.
     """
-    name_or_path = _renamed(name_or_path)
+    name_or_path = _resolve_old_name(name_or_path)
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
@@ -294,7 +294,7 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: must be a YAML mapping, not {short_repr(tree)}")
     base = tree.pop("base", None)
     if isinstance(base, str):
-        base = _renamed(base)
+        base = _resolve_old_name(base)
     if base is not None and base not in names():
         raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {short_repr(base)}")
     try:
@@ -306,7 +306,7 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: {error}") from error
 
 
-def _renamed(name: str) -> str:
+def _resolve_old_name(name: str) -> str:
     """The name of a shipped recipe, with a note if ``name`` is its old one; any other name as it is."""
     newer = current_name(name)
     if newer == name or newer not in names():

@@ -52,11 +52,11 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
             raise InputError(unknown(key, root))
         type_ = hints[name]
         is_nested = dataclasses.is_dataclass(type_)
-        values[name] = build(type_, value, key + ".", root) if is_nested else _typed(key, value, type_)
+        values[name] = build(type_, value, key + ".", root) if is_nested else _convert(key, value, type_)
     return cls(**values)
 
 
-def _typed(key: str, value: Any, kind: Any) -> Any:
+def _convert(key: str, value: Any, kind: Any) -> Any:
     """Convert a value to the type of its field, or raise an InputError with the expected type."""
     if typing.get_origin(kind) is tuple:
         item_types = typing.get_args(kind)
@@ -65,7 +65,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
             item_types = (item_types[0],) * len(items)
         if len(items) != len(item_types):
             raise InputError(f"{key}: must have {len(item_types)} values, not {short_repr(value)}")
-        return tuple(_typed(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
+        return tuple(_convert(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 parses 1e-4 as text

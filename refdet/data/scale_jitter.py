@@ -21,7 +21,7 @@ Window = tuple[float, float, float, float]
 _MIN_SIDE = 0.01  # pixels of a side of what is seen of an object that is cut
 
 
-def jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
+def sample_jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
     """Draw a scale and a part of the resized image.
 
     At scale 1 the image fits exactly into the square of ``options.crop_size``.

@@ -14,7 +14,7 @@ from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
-from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
+from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, seen_part
 from refdet.data.segmentations import to_rle
 from refdet.data.transforms import input_size, network_input, padded_inputs, resize_pillow
 from refdet.errors import RefdetError
@@ -180,7 +180,7 @@ class TrainingBatches(Dataset):
         step, short_side = view
         if self.recipe.input.crop_size:
             random = np.random.default_rng((self.recipe.train.seed, 2, step, record.id % 2**64))
-            return jittered_size(record.height, record.width, self.recipe.input, random)
+            return sample_jittered_size(record.height, record.width, self.recipe.input, random)
         return input_size(record.height, record.width, self.recipe.input, short_side)
 
     def _example(self, record: ImageRecord, view: tuple[int, int], flip: bool) -> tuple[np.ndarray, GroundTruth]:
@@ -234,7 +234,7 @@ def bytes_of(size: InputSize, options: InputOptions) -> int:
     return 3 * size.image_height * size.image_width
 
 
-def most_bytes_of(height: int, width: int, options: InputOptions) -> int:
+def max_bytes_of(height: int, width: int, options: InputOptions) -> int:
     """`bytes_of` an image of height and width in pixels, in the step in which it takes the most."""
     if options.crop_size:
         return 3 * (options.crop_size**2 if options.resize == "pillow" else height * width)

@@ -95,7 +95,7 @@ def network_inputs(
         together = together[to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), where)]
     together = together.permute(0, 3, 1, 2)  # channels_last
     inputs = together / std if options.resize == "opencv" else (together - mean) / std
-    return _padded(inputs, options.size_divisibility)
+    return _pad(inputs, options.size_divisibility)
 
 
 def padded_inputs(
@@ -164,7 +164,7 @@ def _on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return together
 
 
-def _padded(images: Tensor, divisor: int) -> Tensor:
+def _pad(images: Tensor, divisor: int) -> Tensor:
     """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean colour."""
     height, width = images.shape[2:]
     below, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
@@ -173,7 +173,7 @@ def _padded(images: Tensor, divisor: int) -> Tensor:
     )
 
 
-def _rounded_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+def _detectron2_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
     """Height and width of detectron2's resized image: halves are rounded up."""
     scale = short / min(height, width)
     sides = [float(short) if side == min(height, width) else scale * side for side in (height, width)]
@@ -183,13 +183,13 @@ def _rounded_size(height: int, width: int, short: int, longest: int) -> tuple[in
     return int(sides[0] + 0.5), int(sides[1] + 0.5)
 
 
-def _floored_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+def _torchvision_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
     """Height and width of torchvision's resized image: rounded down."""
     scale = min(short / min(height, width), longest / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
 
 
-_SIZES = {"pillow": _rounded_size, "torchvision": _floored_size}
+_SIZES = {"pillow": _detectron2_size, "torchvision": _torchvision_size}
 
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:

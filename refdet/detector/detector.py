@@ -24,7 +24,7 @@ from refdet.data.image_pixels import read_pixels
 from refdet.data.training_batches import group_by_input_size
 from refdet.detector import loading
 from refdet.detector.feature_names import check_features
-from refdet.detector.given_boxes import checked_boxes, checked_categories
+from refdet.detector.given_boxes import check_boxes, check_category_ids
 from refdet.detector.loading import TrainedDetector
 from refdet.detector.mask_rcnn import DEFAULT_FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
@@ -248,9 +248,9 @@ class Detector:
             for record in records:
                 index = record.id if several else None
                 with _add_index_to_errors(index):
-                    clipped.append(checked_boxes(_select(boxes, index), record.height, record.width))
+                    clipped.append(check_boxes(_select(boxes, index), record.height, record.width))
                     if category_ids is not None:
-                        ids.append(checked_categories(_select(category_ids, index), len(clipped[-1]), self.classes))
+                        ids.append(check_category_ids(_select(category_ids, index), len(clipped[-1]), self.classes))
             labels = None
             if category_ids is not None and self.recipe.model.masks:
                 label_of = {category: label for label, category in enumerate(self.classes, start=1)}

@@ -28,7 +28,7 @@ from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
 from refdet.detector.outputs import BatchFeatures, Detections
-from refdet.detector.postprocess import best_detections, lower_thresholds
+from refdet.detector.postprocess import lower_thresholds, select_detections
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm
 from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
@@ -248,7 +248,7 @@ class MaskRCNN(nn.Module):
         else:
             thresholds = scores.new_full((len(sizes),), options.score_threshold)
         legacy_tie_order = self.recipe.model.legacy_tie_order
-        return best_detections(
+        return select_detections(
             inside, scores, image, thresholds, options.nms_threshold, options.max_regions, legacy_tie_order
         )
 
@@ -303,7 +303,7 @@ class MaskRCNN(nn.Module):
             if "pool5" in names:
                 values["pool5"] = self.head.pool5(maps, rois, levels)
             if "spatial_pool5" in names:
-                values["spatial_pool5"] = self.head.pooled(maps, rois, levels)
+                values["spatial_pool5"] = self.head.pool_cells(maps, rois, levels)
             if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
                 outputs = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
                 values["fc7"] = outputs.fc7

@@ -52,7 +52,7 @@ class RoiHead(Protocol):
     def levels(self, rois: Tensor) -> PyramidLevels | None:
         """Which map each of rois (K, 5) is pooled from, for the other methods, as finding it waits for a GPU."""
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class C4Head(nn.Module):
         """None, as there is one map."""
         return None
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         return self._pool(maps[0], rois)
 
@@ -281,7 +281,7 @@ class StandardHead(nn.Module):
         """The level of the pyramid of each of rois (K, 5)."""
         return pyramid_levels(rois, self.strides)
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
         return self._pool(maps, rois, POOL_SIZE, levels)
 
@@ -295,13 +295,13 @@ class StandardHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        return self._features(self.pooled(maps, rois))
+        return self._features(self.pool_cells(maps, rois))
 
     def _features(self, pooled: Tensor) -> RoiFeatures:
-        hidden = self._convolved(pooled) if self.convs else pooled
+        hidden = self._apply_convs(pooled) if self.convs else pooled
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
 
-    def _convolved(self, pooled: Tensor) -> Tensor:
+    def _apply_convs(self, pooled: Tensor) -> Tensor:
         parts = []
         for chunk in roi_chunks(len(pooled), pooled.device):
             hidden = chunk.take(pooled)

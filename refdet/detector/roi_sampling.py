@@ -110,7 +110,7 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
         options.sample_with_replacement,
         candidate_ids,
     )
-    corners = _gathered(candidates, samples.index)
+    corners = _gather_boxes(candidates, samples.index)
     matched = matched.gather(1, samples.index)
     labels = truth.labels.gather(1, matched) * samples.positive
     image = torch.arange(len(proposals), device=corners.device)[:, None].expand_as(labels)
@@ -118,11 +118,11 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
     packed = torch.cat((torch.stack(table, dim=2).to(corners.dtype), corners), dim=2).flatten(0, 1)
     wait = to_cpu_async(packed)
     rois = torch.cat((image[:, :, None].to(corners.dtype), corners), dim=2).flatten(0, 1)
-    outputs = rois, labels.flatten(), _gathered(truth.boxes, matched).flatten(0, 1)
+    outputs = rois, labels.flatten(), _gather_boxes(truth.boxes, matched).flatten(0, 1)
     return _compact(wait(), *outputs)
 
 
-def _gathered(boxes: Tensor, index: Tensor) -> Tensor:
+def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
     """Boxes (B, N, 4) at indices (B, S) -> (B, S, 4)."""
     return boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
 

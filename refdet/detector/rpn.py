@@ -24,7 +24,7 @@ from refdet.config.recipe import ModelOptions, ProposalOptions
 from refdet.detector.anchors import Anchors
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
-from refdet.detector.postprocess import best_anchors, ranked_nms
+from refdet.detector.postprocess import batched_nms, top_anchors
 from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, assign_labels, inside
 from refdet.structures import boxes as box_ops
@@ -107,7 +107,7 @@ class RegionProposalNetwork(nn.Module):
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
-            scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
+            scores, order = top_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
             all_boxes.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
             all_scores.append(scores)
@@ -124,7 +124,7 @@ class RegionProposalNetwork(nn.Module):
             level_ids = [torch.full_like(s, i, dtype=torch.int64) for i, s in enumerate(all_scores)]
             levels = torch.cat(level_ids, 1).flatten()
         boxes = boxes.flatten(0, 1)
-        keep, counts = ranked_nms(
+        keep, counts = batched_nms(
             boxes,
             scores.flatten(),
             levels,

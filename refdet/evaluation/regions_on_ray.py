@@ -31,7 +31,7 @@ def regions_on_ray(
     exif: str,
     crowd_as_object: bool,
 ) -> Iterator[Regions]:
-    """Regions as `refdet.evaluation.detection.detected_regions` gives them, computed by an extraction.
+    """Regions as `refdet.evaluation.detection.detect_regions` gives them, computed by an extraction.
 
     They pass through a store in a temporary folder, without features.
 

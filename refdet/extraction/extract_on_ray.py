@@ -16,7 +16,7 @@ from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
 from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
-from refdet.extraction.shard_folder import saved_batch_size
+from refdet.extraction.shard_folder import read_batch_size
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.summary import Summary
 
@@ -63,7 +63,7 @@ def extract_on_ray(
             job = job.with_precision(first.precision, say)
             for line in start_lines(job, pool.description(), first.kernels):
                 announce(line)
-            size = job.plan.batch_size or (resume and saved_batch_size(out)) or 0
+            size = job.plan.batch_size or (resume and read_batch_size(out)) or 0
             if not size and batch_size is None and not cluster.gpus:
                 size = CPU_BATCH_SIZE
             plan = replace(job.plan, batch_size=size or pool.auto_batch_size())

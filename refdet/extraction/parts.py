@@ -23,7 +23,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.part import Part
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import none_usable, readable
+from refdet.extraction.repair import find_readable, none_usable_message
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -31,9 +31,9 @@ from refdet.extraction.shard_folder import (
     PLAN,
     check_merged_file,
     check_resumable,
+    read_batch_size,
     read_plan,
     remove_owned_files,
-    saved_batch_size,
     shards_folder,
 )
 from refdet.extraction.shards import ShardSet
@@ -168,7 +168,7 @@ def extract_part(
         if shard_set is not None:
             session = _PartSession(shard_set)
             with interruptible(shard_set, shard_set.images):
-                retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
+                retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
                 shard_numbers = _shards_to_compute(shard_set, retry_ids)
                 with session.computing():
                     compute_shards(shard_set, shard_numbers, session, load, compute, workers, strict)
@@ -176,7 +176,7 @@ def extract_part(
                 merged = _merge_if_last(shard_set, records, session, compute_seconds)
             if not merged:
                 return shard_set.summary(session, compute_seconds())
-    return summary_of_store(out, session, compute_seconds, saved_batch_size(out) or plan.batch_size)
+    return summary_of_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
 
 
 @contextmanager
@@ -270,7 +270,7 @@ def _agree_on_plan(
 
 def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
-    numbers = [number for number in shard_set.missing(retry_ids) if number in shard_set.shard_numbers]
+    numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
         with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
@@ -306,14 +306,14 @@ def _merge_if_last(
             for path in find_temporary_files(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
-            if still_missing := len(all_shards.missing()):
+            if still_missing := len(all_shards.missing_shards()):
                 log.warning(
                     "note: part %s is finished; %s damaged and removed: compute them with `resume=True`",
                     *(shard_set.part, "1 shard was" if still_missing == 1 else f"{still_missing} shards were"),
                 )
                 return False
             if len(all_shards.errors) == len(records):
-                raise RuntimeFailure(none_usable(all_shards.errors, f"finished shards are kept in {folder}"))
+                raise RuntimeFailure(none_usable_message(all_shards.errors, f"finished shards are kept in {folder}"))
             with session.timed("merge"):
                 all_shards.merge(
                     records,

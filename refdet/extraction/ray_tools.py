@@ -112,7 +112,7 @@ class DetectorTools:
         from refdet.detector.profiler import Stages
         from refdet.device import describe_device, pin_array, resolve_device, supported_precision
         from refdet.extraction.batch_size import auto_batch_size
-        from refdet.extraction.computing import computing
+        from refdet.extraction.computing import make_compute
         from refdet.extraction.defaults import default_workers
         from refdet.extraction.ray_messages import Tools
         from refdet.ops._library import kernels_state
@@ -136,7 +136,7 @@ class DetectorTools:
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
             load,
-            computing(detector, self.options, given if self.regions_given else None),
+            make_compute(detector, self.options, given if self.regions_given else None),
             name,
             precision,
             kernels_state(),

@@ -116,7 +116,7 @@ def repair(
     """
     folder = repair_folder(out)
     with store.open(out) as old:
-        usable = readable(old.errors, records, load)
+        usable = find_readable(old.errors, records, load)
         unusable = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and unusable:
             raise RuntimeFailure(
@@ -150,7 +150,9 @@ def repair(
                 yield Repair(old, plan, header, shards)
 
 
-def readable(errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]) -> set[int]:
+def find_readable(
+    errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]
+) -> set[int]:
     """Find unusable images that can now be read, as their files were repaired or added.
 
     Args:
@@ -171,7 +173,7 @@ def readable(errors: Container[int], records: Sequence[ImageRecord], load: Calla
     return ids
 
 
-def none_usable(errors: Mapping[int, str], kept: str) -> str:
+def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
     """Error message of an extraction without usable images, with the first reason and what is kept."""
     return (
         f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "

@@ -142,7 +142,7 @@ class ShardSet:
         """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
-    def missing(self, retry_ids: Container[int] = ()) -> list[int]:
+    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
         """List the shards to compute.
 
         Args:

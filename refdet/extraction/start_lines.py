@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from refdet.data.coco import ImageRecord
-from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
+from refdet.extraction.size_estimate import estimate_bytes, feature_shapes
 from refdet.files.short_text import format_count
 from refdet.store import Columns
 
@@ -41,14 +41,14 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
         features = {name: shapes[name] for name in plan.features}
         columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
         regions = given or (lambda _: options.max_regions)
-        bytes_ = estimated_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
+        bytes_ = estimate_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
         at_most = f"at most, with {format_count(options.max_regions, 'region')} per image,"
-        size = f"; file size: {'about' if given is not None else at_most} {_readable(bytes_)}"
+        size = f"; file size: {'about' if given is not None else at_most} {_format_size(bytes_)}"
         size += " before compression" if plan.compression != "none" else ""
     lines.append(f"images: {len(job.records)} of {job.image_list.name}{size}")
     lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")
     return lines
 
 
-def _readable(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

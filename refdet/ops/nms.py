@@ -90,7 +90,7 @@ def nms_padded(
     return kernel(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
 
 
-def unpadded(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
+def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
     """Indices (K,) of all images and the number per image, from the result of `nms_padded`; waits for a GPU once."""
     counts_list = counts.tolist()
     width = kept.shape[1]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refdet.ops.convolution import CHANNELS, OUTPUTS, POINTS, Packed, conv3x3, has_products, pack_conv3x3
+from refdet.ops.convolution import CHANNELS, OUTPUTS, POINTS, Packed, conv3x3, has_kernels, pack_conv3x3
 
 TILE, TAPS = 4, 3
 INPUTS = TILE + TAPS - 1  # on a side of a tile
@@ -56,12 +56,12 @@ def conv2d(
         (N, K, H', W').
     """
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
-    if plain and torch.is_grad_enabled() and _is_quicker(x, weight):
+    if plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_quicker(x: Tensor, weight: Tensor) -> bool:
+def _is_faster(x: Tensor, weight: Tensor) -> bool:
     outputs, inputs = weight.shape[:2]
     return (
         x.device.type == "cpu"
@@ -70,7 +70,7 @@ def _is_quicker(x: Tensor, weight: Tensor) -> bool:
         and min(inputs, outputs) >= WORTHWHILE["channels"]
         and inputs % OUTPUTS[False] == outputs % OUTPUTS[False] == 0
         and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE["tiles"]
-        and has_products(x.device)
+        and has_kernels(x.device)
     )
 
 
@@ -80,7 +80,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        packed = _packed(weight)
+        packed = _pack_weights(weight)
         return conv3x3(x, packed, torch.zeros_like(packed.scale) if bias is None else bias)
 
     @staticmethod
@@ -89,7 +89,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            packed = _packed(weight.flip(2, 3).transpose(0, 1))
+            packed = _pack_weights(weight.flip(2, 3).transpose(0, 1))
             of_x = conv3x3(gradient, packed, torch.zeros_like(packed.scale))
         if ctx.needs_input_grad[1]:
             of_weight = weight_gradient(x, gradient)
@@ -98,7 +98,7 @@ class _Convolution(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-def _packed(weight: Tensor) -> Packed:
+def _pack_weights(weight: Tensor) -> Packed:
     """`pack_conv3x3` of weights (K, C, 3, 3), as one matrix product."""
     outputs, inputs = weight.shape[:2]
     panel = OUTPUTS[False]

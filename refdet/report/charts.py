@@ -109,9 +109,9 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
         axes: the axes.
         dots: mark each point.
     """
-    shown = _shown(series, axes.log_y)
+    shown = _drop_undrawable(series, axes.log_y)
     svg = _svg(axes, lambda plot: _lines(plot, shown, axes, dots)) if shown else ""
-    return Chart(title, description, _themed(svg), [(one.style, one.name) for one in series])
+    return Chart(title, description, _apply_theme(svg), [(one.style, one.name) for one in series])
 
 
 def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes) -> Chart:
@@ -121,12 +121,12 @@ def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes
         positions = list(axes.x_ticks or range(len(heights)))
         plot.bar(positions, list(heights), color=SERIES[1], width=0.8 * _step(positions))
 
-    return Chart(title, description, _themed(_svg(axes, draw)) if any(heights) else "")
+    return Chart(title, description, _apply_theme(_svg(axes, draw)) if any(heights) else "")
 
 
-def drawn_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
+def custom_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
     """A chart of another kind, which a function draws."""
-    return Chart(title, description, _themed(_svg(axes, draw)))
+    return Chart(title, description, _apply_theme(_svg(axes, draw)))
 
 
 def short_name(text: str, longest: int = MAX_NAME_LENGTH) -> str:
@@ -138,7 +138,7 @@ def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
     """A file that stands alone: lines with dots on white, with title and legend."""
 
     def draw(plot: Plot) -> None:
-        _lines(plot, _shown(series, axes.log_y), axes, dots=True)
+        _lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
         plot.set_title(_text(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
         for i, one in enumerate(series):
             at = (i / max(len(series), 1), 1.03)
@@ -194,7 +194,7 @@ def _matplotlib() -> Iterator[Any]:
         yield Figure
 
 
-def _themed(svg: str) -> str:
+def _apply_theme(svg: str) -> str:
     """The chart in colours that follow the page's light or dark style; paper is light."""
     if not svg:
         return ""
@@ -212,7 +212,7 @@ def _themed(svg: str) -> str:
     return f"{head}>{rules}{_STYLE.sub(variable, rest)}"
 
 
-def _shown(series: Sequence[Series], log_y: bool) -> list[Series]:
+def _drop_undrawable(series: Sequence[Series], log_y: bool) -> list[Series]:
     kept = [
         replace(one, points=[p for p in one.points if all(abs(v) < MAX_VALUE for v in p) and (p[1] > 0 or not log_y)])
         for one in series

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refdet.evaluation.detection_errors import DetectionErrors
-from refdet.report.charts import INK, SERIES, Axes, Chart, drawn_chart, short_name
+from refdet.report.charts import INK, SERIES, Axes, Chart, custom_chart, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
@@ -46,14 +46,14 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
     labels = [short_name(names.get(i, str(i)), MAX_NAME_LENGTH) for i in shown]
     columns = [*labels, "another", "no region"]
     told = "; ".join(
-        f"{label}: {row[i]:.0%} right, most often taken for {_most_taken(row, i, columns)}"
+        f"{label}: {row[i]:.0%} right, most often taken for {_most_confused(row, i, columns)}"
         for i, (label, row) in enumerate(zip(labels, shares, strict=True))
     )
     axes = Axes(
         "category of the best-scoring region", "object", range(len(columns)), x_names=columns,
         width=150 + _CELL * len(columns), height=150 + _CELL * len(labels),
     )  # fmt: skip
-    return drawn_chart(title, told, axes, lambda plot: _draw(plot, shares, labels))
+    return custom_chart(title, told, axes, lambda plot: _draw(plot, shares, labels))
 
 
 def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
@@ -64,7 +64,7 @@ def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
     return [n / objects for n in (*listed, matched - sum(listed), objects - matched)]
 
 
-def _most_taken(row: np.ndarray, own: int, columns: list[str]) -> str:
+def _most_confused(row: np.ndarray, own: int, columns: list[str]) -> str:
     others = np.where(np.arange(len(row)) == own, -1, row)[:-1]
     best = int(others.argmax())
     return f"{columns[best]} ({others[best]:.0%})" if others[best] > 0 else "nothing else"

@@ -159,27 +159,25 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
             paint_mask(image, np.asarray(coco_mask.decode(rles[row])), colour, opacity, edge=5)
     pen = Pen(ImageDraw.Draw(image), size)
     for row, colour, _ in painted:
-        pen.outline(_scaled(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
+        pen.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
     for i, one in enumerate(scene.referred):
         if not one.found:
-            pen.dashes(_scaled(one.box, scale), key.colours[i])
+            pen.dashes(_scale(one.box, scale), key.colours[i])
     if answer is not None:
-        pen.dashes(_scaled(answer.box, scale), WRONG)
-        pen.label(_scaled(answer.box, scale), "answer", WRONG, 19)
+        pen.dashes(_scale(answer.box, scale), WRONG)
+        pen.label(_scale(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, key.numbers.get(row, [])))
-        pen.label(
-            _scaled(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19
-        )
+        pen.label(_scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19)
     for i, one in enumerate(scene.referred):
         if not one.found:
-            pen.label(_scaled(one.box, scale), f"{i + 1}  missed", key.colours[i], 19)
+            pen.label(_scale(one.box, scale), f"{i + 1}  missed", key.colours[i], 19)
     return image
 
 
-def _scaled(box: np.ndarray, scale: float) -> Box:
+def _scale(box: np.ndarray, scale: float) -> Box:
     x1, y1, x2, y2 = (float(value) * scale for value in box)
     return x1, y1, x2, y2

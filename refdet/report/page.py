@@ -20,7 +20,7 @@ from refdet.report.fields import rate
 from refdet.report.inputs import Inputs, read_log, read_meta
 from refdet.report.pictures import Pictures, all_scenes, pictures_section, wrong_answers
 from refdet.report.refer_parts import OpenPart, open_part
-from refdet.report.samples import evenly
+from refdet.report.samples import sample_evenly
 from refdet.report.stores import stores_section
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import read_validations
@@ -129,7 +129,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
     known = len(ids)
-    ids = evenly(ids, MAX_EVALUATED_IMAGES)
+    ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:

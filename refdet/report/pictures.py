@@ -12,7 +12,18 @@ from refdet.errors import InputError
 from refdet.files.short_text import format_count
 from refdet.report.figures import Picture, picture
 from refdet.report.refer_parts import OpenPart
-from refdet.report.samples import FOUND, Answer, Scene, answers, covered, evenly, hardest, images_of, sample, scenes
+from refdet.report.samples import (
+    FOUND,
+    Answer,
+    Scene,
+    answers,
+    covered_scenes,
+    hardest_scenes,
+    images_of,
+    sample,
+    sample_evenly,
+    scenes,
+)
 from refdet.report.templates import Markup, render
 from refdet.store import Store
 
@@ -106,15 +117,15 @@ def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: i
             given += answers(part.store, part.refer, part.dataset, part.splits, part.predictions)
     wrong = [one for one in given if one.iou < FOUND]
     hopeless = sum(not one.scene.referred[0].found for one in wrong)
-    drawn = pictures.draw_answers(evenly(wrong, count)) if pictures is not None else []
+    drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
     return {"answers": len(given), "wrong": len(wrong), "hopeless": hopeless, "pictures": drawn}
 
 
 def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
     """Example images, and those with the worst and the best covered objects."""
     with_refs = [scene for scene in every if scene.referred]
-    worst = pictures.draw(hardest(with_refs, count // 3))
-    best = pictures.draw(covered(with_refs, count // 3))
+    worst = pictures.draw(hardest_scenes(with_refs, count // 3))
+    best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
     images = {scene.image.id: scene for scene in every}.values()
     missed = sum(not one.found for scene in images for one in scene.referred)

@@ -109,7 +109,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     if metrics is None and not (refer_root / dataset).is_dir():
         return OpenPart(store, None, name, (), None, None)  # of images that are called so by chance
     refer = REFER(refer_root, dataset, split_by)
-    splits = split_names(metrics) if metrics else _whole_splits(store, refer)
+    splits = split_names(metrics) if metrics else _complete_splits(store, refer)
     answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())
     if splits and (metrics is None or (part.predictions is not None and not answered)):
         metrics = evaluate_on_refer(
@@ -118,7 +118,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     return OpenPart(store, refer, name, splits, metrics, part.predictions)
 
 
-def _whole_splits(store: Store, refer: REFER) -> list[str]:
+def _complete_splits(store: Store, refer: REFER) -> list[str]:
     """The splits but train all of whose images a store has."""
     lacking = {ref["split"] for ref in refer.data["refs"] if ref["image_id"] not in store}
     return sorted({ref["split"] for ref in refer.data["refs"]} - lacking - {"train"}, key=lambda s: (s != "val", s))

@@ -202,7 +202,7 @@ def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
 
-def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     """Images with missed objects, lowest IoU first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: scene.worst):
@@ -211,7 +211,7 @@ def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     """Images whose objects all have regions, highest IoU of the worst of them first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
@@ -220,7 +220,7 @@ def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
+def sample_evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
     """At most `count` of the things, evenly spaced."""
     count = min(count, len(things))
     return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]

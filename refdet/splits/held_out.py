@@ -9,7 +9,7 @@ from pathlib import Path
 import refer
 from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
-from refdet.splits.unrecognized_refs import unrecognized_refs
+from refdet.splits.unrecognized_refs import find_unrecognized_refs
 
 TRAIN = "train"
 # RefClef has no COCO images; its ids would match unrelated COCO images.
@@ -94,7 +94,7 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     available = refer.available(refer_root)
     pairs = [pair for pair in available if pair[0] not in NOT_COCO]
     skipped = sorted({dataset for dataset, _ in available} & set(NOT_COCO))
-    misnamed = unrecognized_refs(refer_root)
+    misnamed = find_unrecognized_refs(refer_root)
     if not pairs:
         hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
         raise InputError(

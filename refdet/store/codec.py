@@ -201,7 +201,7 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
         if cuts[-1] != len(text):
             raise ValueError(f"{len(text)} bytes of masks, expected {cuts[-1]}")
         masks = tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
-    maps = _named(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
+    maps = _strip_prefix(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
     return Regions(
         row.id,
         row.file_name,
@@ -212,7 +212,7 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
         category_ids=arrays["regions/category_id"],
         ann_ids=arrays.get("regions/ann_id"),
         masks=masks,
-        features=_named(_FEATURE, arrays),
+        features=_strip_prefix(_FEATURE, arrays),
         error=row.error,
         maps=maps,
         im_info=arrays.get(_IM_INFO),
@@ -220,11 +220,11 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
     )
 
 
-def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strip_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
-def missing(image: EncodedImage, columns: Columns) -> set[str]:
+def missing_arrays(image: EncodedImage, columns: Columns) -> set[str]:
     """Required arrays that an image lacks."""
     of_regions = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
     maps = [] if image.row.error else [_MAP + name for name in columns.maps]

@@ -35,7 +35,7 @@ from refdet.store.codec import (
     checksums_of,
     decode,
     dtypes,
-    missing,
+    missing_arrays,
     raw_bytes,
     row_of,
 )
@@ -172,10 +172,10 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
         if found != shard_id:
             raise ShardError("belongs to another extraction")
         for data, start, crc in blocks:
-            with malformed():
+            with as_shard_error():
                 image, head = parse_image(data, columns)
                 decode(image)
-                if absent := missing(image, columns):
+                if absent := missing_arrays(image, columns):
                     raise ValueError(f"{min(absent)} is missing")
                 _check_layout(image, columns, len(data) - head)
                 place = _place(image, start, len(data), crc, head)
@@ -216,7 +216,7 @@ def check_block(data: bytes | memoryview, length: int, crc: int) -> None:
 
 
 @contextmanager
-def malformed() -> Iterator[None]:
+def as_shard_error() -> Iterator[None]:
     """Turn what malformed data cause into a ShardError: a file written with malicious intent has valid checksums."""
     try:
         yield

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches, most_bytes_of
+from refdet.data.training_batches import Batch, TrainingBatches, max_bytes_of
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
@@ -65,11 +65,11 @@ def prefetch_batches(
 def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
     for step in steps:
         with stop.ends_waiting():
-            batch = _pinned(_batch_or_raise(batches[step]), device)
+            batch = _pin(_batch_or_raise(batches[step]), device)
         yield batch
 
 
-def _pinned(batch: Batch, device: torch.device) -> Batch:
+def _pin(batch: Batch, device: torch.device) -> Batch:
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -139,7 +139,7 @@ class _WorkerPool:
         for position in range(len(self._steps)):
             worker = self._worker_of(position)
             try:
-                self._received.put(_pinned(worker.receive(), self._device))
+                self._received.put(_pin(worker.receive(), self._device))
             except _Died:
                 self._received.put(RuntimeFailure(_cause_of_death(worker.process.exitcode)))
                 return
@@ -240,7 +240,7 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
         if (shape := (record.height, record.width)) not in known:
-            known[shape] = most_bytes_of(*shape, options)
+            known[shape] = max_bytes_of(*shape, options)
     return [known[record.height, record.width] for record in batches.records]
 
 

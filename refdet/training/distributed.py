@@ -168,7 +168,7 @@ class ProcessGroup(Processes):
             wrapped = DistributedDataParallel(network, process_group=self._group, gradient_as_bucket_view=True)
             # the statistics of norms are the same anyway; under the name that versions before 2.14 have too
             wrapped.broadcast_buffers = False
-            wrapped.register_comm_hook(self._group, _summed)
+            wrapped.register_comm_hook(self._group, _allreduce_hook)
             for buffer in momentum:
                 values = buffer.contiguous()
                 dist.broadcast(values, 0, group=self._group)
@@ -198,9 +198,9 @@ class ProcessGroup(Processes):
 
     def total(self, counts: LossCounts) -> LossCounts:
         """The counts of all processes together."""
-        values = counts.packed(self._device)
+        values = counts.to_tensor(self._device)
         dist.all_reduce(values, group=self._group)
-        return LossCounts.unpacked(values)
+        return LossCounts.from_tensor(values)
 
     def sum_(self, values: Tensor) -> None:
         """Sum values over the processes, in place."""
@@ -323,7 +323,7 @@ def join_group(launch: Launch) -> Iterator[ProcessGroup]:
             rank_log.close()
 
 
-def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
+def _allreduce_hook(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
     """Sum a bucket of gradients over the processes."""
     future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])

@@ -23,7 +23,7 @@ from refdet.device import (
     supported_precision,
 )
 from refdet.errors import Interrupted, RuntimeFailure
-from refdet.evaluation.detection import detected_regions
+from refdet.evaluation.detection import detect_regions
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.progress import progress_bar
 from refdet.interrupt import Stop, StopRequested
@@ -175,7 +175,7 @@ def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> f
     records, seconds = data.records[:_VALIDATION_IMAGES], 0.0
     for _ in range(2):
         started = time.perf_counter()
-        for _ in detected_regions(detector, data.source, records):
+        for _ in detect_regions(detector, data.source, records):
             pass
         seconds = time.perf_counter() - started
     return seconds / len(records)

@@ -55,9 +55,9 @@ class SavedRun:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
         except InputError as error:
-            raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+            raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
         except (OSError, SafetensorError) as error:
-            raise damaged(path, f"not a readable safetensors file ({shorten(error, 200)})") from error
+            raise damaged_state(path, f"not a readable safetensors file ({shorten(error, 200)})") from error
         return cls.of(path, metadata)
 
     @classmethod
@@ -70,7 +70,7 @@ class SavedRun:
             if not (prefixes is None or (isinstance(prefixes, list) and all(isinstance(p, str) for p in prefixes))):
                 raise InputError(f"fresh: a list of names is needed, not {short_repr(prefixes)}")
         except InputError as error:
-            raise damaged(path, f"not the state of a run: {error}") from error
+            raise damaged_state(path, f"not the state of a run: {error}") from error
         new_prefixes = None if prefixes is None else tuple(prefixes)
         return SavedRun(path, meta, new_prefixes, metadata.get("training_data_sha256"))
 
@@ -105,8 +105,9 @@ class SavedRun:
         for part, options in old.items():
             for key in options if isinstance(options, dict) else ():
                 if options[key] != new[part][key] and (part, key) not in _FREE:
+                    before, now = _format_value(options[key]), _format_value(new[part][key])
                     raise InputError(
-                        f"`resume` {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
+                        f"`resume` {out}: {part}.{key} was {before} and is now {now}; "
                         "give the recipe the run was started with"
                     )
         if recipe.train.steps < self.meta.step:
@@ -150,7 +151,7 @@ class SavedRun:
         return lines
 
 
-def damaged(path: Path, why: str) -> InputError:
+def damaged_state(path: Path, why: str) -> InputError:
     """The error of a damaged state, with the fix."""
     others = [other for other in states(path.parent.parent) if other != path]
     fix = (
@@ -161,5 +162,5 @@ def damaged(path: Path, why: str) -> InputError:
     return InputError(f"{path}: damaged ({why}); {fix}")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)

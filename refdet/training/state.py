@@ -22,7 +22,7 @@ from refdet.training.metrics_rows import METRICS
 from refdet.training.optim import momentum_of, restore_momentum
 from refdet.training.run_card import CARD
 from refdet.training.run_folder import states
-from refdet.training.saved_run import SavedRun, damaged
+from refdet.training.saved_run import SavedRun, damaged_state
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class State(SavedRun):
             raise self._damaged(f"{unexpected[0]} is not in this network")
 
     def _damaged(self, why: str) -> InputError:
-        return damaged(self.path, why)
+        return damaged_state(self.path, why)
 
 
 def newest(out: Path) -> State:
@@ -81,7 +81,7 @@ def newest(out: Path) -> State:
     try:
         tensors, metadata = checkpoint.read_tensors(path)
     except InputError as error:
-        raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+        raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
     saved = SavedRun.of(path, metadata)
     return State(saved.path, saved.meta, saved.new_prefixes, saved.data_sha256, tensors)
 

@@ -28,7 +28,7 @@ from refdet.data.image_source import ImageSource
 from refdet.detector import loading, predictor
 from refdet.device import resolve_device
 from refdet.errors import Interrupted, RuntimeFailure
-from refdet.evaluation.detection import detected_regions, evaluate
+from refdet.evaluation.detection import detect_regions, evaluate
 from refdet.extraction import computing
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -303,7 +303,7 @@ def test_evaluation_measures_what_is_extracted(device: str, root: Path) -> None:
     index = CocoIndex.load(root / "instances.json")
     records = list(index.images.values())[:12]
     with store.open(root / f"measured-{device}.h5") as written:
-        for found in detected_regions(detector, ImageSource.open(root / "images"), records):
+        for found in detect_regions(detector, ImageSource.open(root / "images"), records):
             stored = written[found.image_id]
             for name in ("boxes", "scores", "category_ids"):
                 np.testing.assert_array_equal(getattr(found, name), getattr(stored, name))

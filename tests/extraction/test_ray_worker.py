@@ -76,7 +76,7 @@ def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     found, adopted = shards_in(folder), ShardSet(tmp_path / "b.h5", PLAN, OWN, SHARDS)
     for one in done:
         adopted.adopt(one.number, one.rows, one.shapes)
-    assert found.missing() == adopted.missing() == []
+    assert found.missing_shards() == adopted.missing_shards() == []
     assert found._rows == adopted._rows and found._shapes == adopted._shapes
 
 

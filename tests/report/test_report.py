@@ -25,7 +25,7 @@ from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import Inputs, ReferPart, Step
 from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Key, draw
-from refdet.report.samples import Referred, Scene, hardest, sample, scenes
+from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLOURS
 from refdet.structures.regions import Regions
@@ -298,8 +298,8 @@ def test_sample_takes_of_each_split_and_no_image_twice() -> None:
 
 def test_hardest_is_worst_first_and_only_missed_ones() -> None:
     every = [scene(1, "a", (0.9, 0.3)), scene(2, "a", (0.6,)), scene(3, "a", (0.1,)), scene(3, "b", (0.2,))]
-    assert [s.regions.image_id for s in hardest(every, 5)] == [3, 1]
-    assert [s.regions.image_id for s in hardest(every, 1)] == [3]
+    assert [s.regions.image_id for s in hardest_scenes(every, 5)] == [3, 1]
+    assert [s.regions.image_id for s in hardest_scenes(every, 1)] == [3]
 
 
 def test_objects_in_one_region_share_its_colour() -> None:

@@ -15,7 +15,7 @@ from refdet.data.refer_forms.other_divisions import refs_of_division, size_of
 from refdet.data.refer_forms.reading import read_source, source_files
 from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
 from refdet.data.refer_forms.resolving import resolve
-from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, published_names
+from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, match_split_names
 from refdet.data.refer_statistics import counts_of, differences
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
@@ -179,10 +179,10 @@ def _make_plan(
             for ref in source_refs
         ]
         refs += merge_sentences(file_refs, dataset, split_by) if one_sentence_each else file_refs
-    included = coco or _merged_instances(sources)
+    included = coco or _merge_instances(sources)
     refs, left_out = _refs_of_division(dataset, split_by, refs)
     notes += left_out
-    names = published_names(dataset, split_by, _sizes(refs))
+    names = match_split_names(dataset, split_by, _sizes(refs))
     for old, new in names.items():
         if old != new:
             notes.append(f"split {old!r} is {new}")
@@ -236,7 +236,7 @@ def _matches_published(counts: Counts | None, published: Counts) -> bool:
     return counts is not None and counts._replace(sentences=sentences) == published
 
 
-def _merged_instances(sources: _Sources) -> CocoAnnotations:
+def _merge_instances(sources: _Sources) -> CocoAnnotations:
     merged = SourceInstances(complete=all(source.instances.complete for _, source, _ in sources))
     for _, source, _ in sources:
         merged.images |= source.instances.images

@@ -39,7 +39,7 @@ def split_in(path: Path) -> str:
     return ""
 
 
-def published_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
+def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
     """REFER's names of splits.
 
     A name that REFER uses is kept. Other splits are recognized by their number of refs and images, or by elimination:

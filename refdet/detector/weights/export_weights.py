@@ -69,7 +69,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
         tree: Any = {"model": state, "refdet": about}
         notes = _notes(meta.recipe, format)
     else:
-        state = torchvision.naming(meta.recipe).export(_shifted_anchors(meta.recipe, tensors))
+        state = torchvision.naming(meta.recipe).export(_shift_anchors(meta.recipe, tensors))
         state = torchvision.with_norms(state) if meta.recipe.model.box_convs else state
         tree, notes = state, _notes(meta.recipe, format)
     contiguous = {name: value.contiguous() for name, value in state.items()}
@@ -193,7 +193,7 @@ def _notes(recipe: Recipe, format: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _shifted_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Deltas of anchors whose centres are at the corners of the cells, not at `anchor_offset`."""
     model, name = recipe.model, "rpn.delta.bias"
     if not model.anchor_offset:

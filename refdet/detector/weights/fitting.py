@@ -131,14 +131,14 @@ class SizesOuter(Same):
 
     def to_own(self, value: Tensor) -> Tensor:
         """Ratios outer."""
-        return self._swapped(value, self.sizes, self.ratios)
+        return self._swap(value, self.sizes, self.ratios)
 
     def to_foreign(self, value: Tensor) -> Tensor:
         """Sizes outer."""
-        return self._swapped(value, self.ratios, self.sizes)
+        return self._swap(value, self.ratios, self.sizes)
 
     @staticmethod
-    def _swapped(value: Tensor, outer: int, inner: int) -> Tensor:
+    def _swap(value: Tensor, outer: int, inner: int) -> Tensor:
         return value.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 

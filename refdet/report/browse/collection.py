@@ -150,14 +150,14 @@ class Collection:
         chosen = np.argsort(-scores, kind="stable")[:most]
         if score is not None:
             chosen = chosen[scores[chosen] >= np.float32(score)]
-        return {"boxes": plain(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
+        return {"boxes": to_json_numbers(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
 
     def box(self, position: int, place: int) -> list[float]:
         """Box of a region of an image in the first store."""
         first = self.stores[0]
         row = int(first.region_start[position]) + place
         try:
-            found: list[float] = plain(first.data["regions/box"][row])
+            found: list[float] = to_json_numbers(first.data["regions/box"][row])
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
         return found
@@ -169,7 +169,7 @@ class Collection:
             return {"path": one.path.name, "absent": f"{one.path.name} has no image {image_id}", "regions": []}
         found, rows = one.read(image_id, features=()), one.rows(image_id)
         categories = map(str, found.category_ids.tolist())
-        columns = zip(plain(found.boxes), _shortest(found.scores), categories, strict=True)
+        columns = zip(to_json_numbers(found.boxes), _shortest(found.scores), categories, strict=True)
         regions: list[dict[str, Any]] = [
             {"box": box, "score": score, "category": category, "row": row}
             for row, (box, score, category) in zip(rows, columns, strict=True)
@@ -277,7 +277,7 @@ class Collection:
         log.warning("note: %s", text)
 
 
-def plain(values: np.ndarray, digits: int = 4) -> list[Any]:
+def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
     """Numbers as JSON has them; those of a damaged store may not be finite."""
     listed: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
     return listed
