@@ -8,7 +8,7 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
-from refdet.files.weight_programs import OWN, STATE, has_all, program_of
+from refdet.files.weight_programs import REFDET, TRAINING_STATE, has_all, program_of
 
 MAX_HEADER_BYTES = 2**24  # bytes of the header of a safetensors file
 MAX_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400
@@ -45,9 +45,9 @@ def _describe_safetensors(path: Path) -> str:
         names = [name for name in header(path) if name != "__metadata__"]
     except InputError:
         return "a damaged safetensors file"
-    if has_all(names, STATE):
+    if has_all(names, TRAINING_STATE):
         return "a training state (its run directory is the folder above state/)"
-    if has_all(names, OWN):
+    if has_all(names, REFDET):
         return "the weights of a run directory (give the folder with them and model.json)"
     program = program_of(names) or "weights of another program"
     return f"{program} (convert it with refdet import-weights)"
