@@ -40,11 +40,11 @@ class Key:
         """Number the referred objects of a scene in order."""
         colours: list[str] = []
         numbers: dict[int, list[int]] = {}
-        for i, one in enumerate(scene.referred):
+        for i, obj in enumerate(scene.referred):
             first = i
-            if one.found and one.region is not None:
-                numbers.setdefault(one.region, []).append(i + 1)
-                first = numbers[one.region][0] - 1
+            if obj.found and obj.region is not None:
+                numbers.setdefault(obj.region, []).append(i + 1)
+                first = numbers[obj.region][0] - 1
             colours.append(COLOURS[first % len(COLOURS)])
         scores = scene.regions.scores
         others = [
@@ -127,21 +127,21 @@ def _alt(scene: Scene) -> str:
     title = f"Image {scene.regions.image_id} with its detected regions outlined"
     if not scene.referred:
         return title
-    found = sum(one.found for one in scene.referred)
-    names = ", ".join(one.category for one in scene.referred)
+    found = sum(obj.found for obj in scene.referred)
+    names = ", ".join(obj.category for obj in scene.referred)
     return f"{title}; {found} of {len(scene.referred)} referred objects found ({names})"
 
 
 def _item(scene: Scene, i: int, key: Key) -> Item:
-    one, colour = scene.referred[i], key.colours[i]
-    head = (i + 1, colour, text_colour(colour), one.found, one.sentences)
-    if one.found:
-        assert one.region is not None
-        category = int(scene.regions.category_ids[one.region])
-        wrong = f"(actual category: {one.category})" if category != one.category_id else ""
-        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {one.iou:.2f}", bad=wrong)
-    near = f"best IoU {one.iou:.2f}" if one.region is not None else "no regions"
-    return Item(*head, f": {one.category}; {near}", bad_first="missed")
+    obj, colour = scene.referred[i], key.colours[i]
+    head = (i + 1, colour, text_colour(colour), obj.found, obj.sentences)
+    if obj.found:
+        assert obj.region is not None
+        category = int(scene.regions.category_ids[obj.region])
+        wrong = f"(actual category: {obj.category})" if category != obj.category_id else ""
+        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {obj.iou:.2f}", bad=wrong)
+    near = f"best IoU {obj.iou:.2f}" if obj.region is not None else "no regions"
+    return Item(*head, f": {obj.category}; {near}", bad_first="missed")
 
 
 def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = None) -> Image.Image:
@@ -160,9 +160,9 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
     pen = Pen(ImageDraw.Draw(image), size)
     for row, colour, _ in painted:
         pen.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
-    for i, one in enumerate(scene.referred):
-        if not one.found:
-            pen.dashes(_scale(one.box, scale), key.colours[i])
+    for i, obj in enumerate(scene.referred):
+        if not obj.found:
+            pen.dashes(_scale(obj.box, scale), key.colours[i])
     if answer is not None:
         pen.dashes(_scale(answer.box, scale), WRONG)
         pen.label(_scale(answer.box, scale), "answer", WRONG, 19)
@@ -172,9 +172,9 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, key.numbers.get(row, [])))
         pen.label(_scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19)
-    for i, one in enumerate(scene.referred):
-        if not one.found:
-            pen.label(_scale(one.box, scale), f"{i + 1}  missed", key.colours[i], 19)
+    for i, obj in enumerate(scene.referred):
+        if not obj.found:
+            pen.label(_scale(obj.box, scale), f"{i + 1}  missed", key.colours[i], 19)
     return image
 
 

@@ -100,7 +100,7 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
     if metrics:
         add("refer", "Referring expressions", sections.refer_section(metrics))
     every = all_scenes(parts, inputs.pictures)
-    referred = [one for scene in every for one in scene.referred]
+    referred = [obj for scene in every for obj in scene.referred]
     if referred:
         add("ceiling", "What no region covers", sections.ceiling_section(referred))
     pictures = None
@@ -116,7 +116,9 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
 
 def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     """The section about the first store's detections, None without annotations of its images."""
-    part = next((one for one in parts if one.store is not None and not one.store.has_ann_ids), None)
+    part = next(
+        (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
+    )
     if part is None or part.store is None:
         return None
     path = inputs.instances
@@ -155,22 +157,22 @@ def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:
 def _highlights(
     detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], audit: Mapping[str, Any] | None
 ) -> list[tuple[str, str]]:
-    found = []
+    highlights = []
     for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
         if detection is not None and detection.get(kind):
-            found.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
+            highlights.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
     recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
     if recalls:
         lowest = f"lowest of {format_count(len(recalls), 'split')}"
-        found.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
+        highlights.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
     answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
     for boxes in filter(None, answers):
         guessing = number(boxes["random_baseline@0.5"])
-        found.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
+        highlights.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
     if audit is not None:
         leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
-        found.append((str(leaked), f"of {format_count(held_out, 'held-out image')} in the training file"))
-    return found
+        highlights.append((str(leaked), f"of {format_count(held_out, 'held-out image')} in the training file"))
+    return highlights
 
 
 def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -51,15 +51,15 @@ def _row(store: Store) -> list[object]:
 def _charts(store: Store) -> list[Chart]:
     """Histograms of the regions per image and of their scores."""
     counts, scores = np.diff(store.region_start), store.data["regions/score"][:]
-    made = []
+    charts = []
     for values, label, unit in ((counts, "regions per image", "images"), (scores, "score", "regions")):
         if not len(values) or not np.isfinite(values).all():
             continue
         heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
         axes = Axes(label, unit, [float(x) for x in (edges[:-1] + edges[1:]) / 2], width=320, height=200,
                     x_names=[f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))])  # fmt: skip
-        told = (
+        description = (
             f"{store.path.name}: {label} from {values.min():.3g} to {values.max():.3g}, median {np.median(values):.3g}"
         )
-        made.append(bar_chart(f"{store.path.name}: {label}", told, heights.tolist(), axes))
-    return made
+        charts.append(bar_chart(f"{store.path.name}: {label}", description, heights.tolist(), axes))
+    return charts

@@ -48,9 +48,9 @@ def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
 
 
 def test_a_validation_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 1: 'val_bbox_AP' is no number"):
+    with pytest.raises(InputError, match="line 1: 'val_bbox_AP' must be a number"):
         read_validations(log_of(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
-    with pytest.raises(InputError, match="line 1: 'step' is no count"):
+    with pytest.raises(InputError, match="line 1: 'step' must be a count"):
         read_validations(log_of(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
     assert read_validations(tmp_path / "none.jsonl") == []
 
@@ -63,7 +63,7 @@ def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -
     chart = confusion_map(errors, {1: "cat", 2: "dog"})
     # dog was confused oftenest; 3 never, and 9 has no objects; then another category, and no region
     np.testing.assert_allclose(seen[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
-    assert "cat: 50% right, most often taken for dog (30%)" in chart.description
+    assert "cat: 50% correct, most often taken for dog (30%)" in chart.description
     assert confusion_map(DetectionErrors(), {}).svg == ""
 
 
