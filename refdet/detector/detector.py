@@ -283,7 +283,7 @@ class Detector:
                 pixels[index] = read_pixels(image)
             name = Path(image).name if isinstance(image, str | Path) else ""
             records.append(ImageRecord(index, name, *pixels[index].shape[:2]))
-        found: dict[int, Regions] = {}
+        regions_by_index: dict[int, Regions] = {}
         for batch in group_by_input_size(records, self.recipe.input, BATCH_SIZE):
             try:
                 with self._inference():
@@ -292,8 +292,8 @@ class Detector:
                 raise RuntimeFailure(
                     f"{self.device} has too little memory for {len(batch)} images; free some, or pass them one by one"
                 ) from error
-            found |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
-        return [found[record.id] for record in records]
+            regions_by_index |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
+        return [regions_by_index[record.id] for record in records]
 
 
 def _make_regions(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:

@@ -26,7 +26,7 @@ from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
 from refdet.detector.postprocess import batched_nms, top_anchors
 from refdet.detector.sampling import subsample_labels
-from refdet.detector.target_assignment import IGNORE, assign_labels, inside
+from refdet.detector.target_assignment import IGNORE, anchors_inside, assign_labels
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import PaddedTruth
@@ -117,7 +117,7 @@ class RegionProposalNetwork(nn.Module):
         else:
             boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
         nonempty = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
-        # no box is taken out here, as their number would have to be awaited
+        # boxes are masked, not removed, as reading their number would synchronize with the GPU
         images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(nonempty).masked_fill(~nonempty, -1)
         levels = None
         if len(all_scores) > 1:
@@ -141,7 +141,7 @@ class RegionProposalNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
         options = self.options
-        inside_image = inside(anchors, sizes) if options.inside_only else None
+        inside_image = anchors_inside(anchors, sizes) if options.inside_only else None
         # an empty box overlaps nothing
         candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
         labels, matched = assign_labels(

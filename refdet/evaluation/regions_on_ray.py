@@ -51,7 +51,7 @@ def regions_on_ray(
         InputError: the cluster cannot be used, or an image cannot be read.
         RuntimeFailure: no worker is left, or has too little memory for an image.
     """
-    listed = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
+    image_list = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
     options = ExtractOptions(features=(), precision=precision, exif=exif, crowd_as_object=crowd_as_object)
     with TemporaryDirectory(prefix="refdet-") as folder:
         out = Path(folder) / "regions.h5"
@@ -60,7 +60,7 @@ def regions_on_ray(
                 run,
                 images,
                 out,
-                listed,
+                image_list,
                 options=options,
                 batch_size=batch_size,
                 workers=workers,

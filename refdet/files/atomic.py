@@ -67,10 +67,10 @@ def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
         Their paths, sorted.
     """
     try:
-        found = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
+        matches = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(path for path, match in found if match and name in (None, match[1] + (match[2] or "")))
+    return sorted(path for path, match in matches if match and name in (None, match[1] + (match[2] or "")))
 
 
 @contextmanager

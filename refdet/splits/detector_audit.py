@@ -116,7 +116,7 @@ def audit_provenance(
         notes = proof.notes
     subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
     n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
-    problem = _problem(subject, provenance, claims, proof, instances, n_held_out)
+    problem = _find_problem(subject, provenance, claims, proof, instances, n_held_out)
     if provenance.weights is not None:
         known = file_of_weights(provenance.weights)
         if known is not None and known.trained_on.of_refer == "none":
@@ -143,7 +143,7 @@ def _claims(provenance: Provenance | None, splits: Sequence[HeldOut]) -> list[Sp
     return [SplitClaim(split.name, len(split.image_ids), len(split.image_ids - covered)) for split in splits]
 
 
-def _problem(
+def _find_problem(
     subject: str,
     provenance: Provenance,
     claims: Sequence[SplitClaim],

@@ -79,8 +79,8 @@ def _batch_or_raise(result: Batch | BaseException) -> Batch:
     raise result
 
 
-class _Died(Exception):
-    """The end of a worker's pipe."""
+class _WorkerDied(Exception):
+    """A worker's pipe was closed."""
 
 
 class _Worker:
@@ -103,7 +103,7 @@ class _Worker:
             received = self.pipe.recv()
         except (EOFError, ConnectionError, FileNotFoundError) as error:  # tensors come through a separate socket
             self.process.join(_JOIN_SECONDS)
-            raise _Died from error
+            raise _WorkerDied from error
         if isinstance(received, tuple):
             raised, trace = received
             raise raised from RuntimeError(trace)
@@ -140,7 +140,7 @@ class _WorkerPool:
             worker = self._worker_of(position)
             try:
                 self._received.put(_pin(worker.receive(), self._device))
-            except _Died:
+            except _WorkerDied:
                 self._received.put(RuntimeFailure(_cause_of_death(worker.process.exitcode)))
                 return
             except BaseException as error:
@@ -193,7 +193,7 @@ def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -
             except ConnectionError:
                 raise
             except Exception as error:
-                pipe.send(RuntimeFailure(_not_handed_over(error)))
+                pipe.send(RuntimeFailure(_send_failure(error)))
 
 
 def _cause_of_death(code: int | None) -> str:
@@ -209,10 +209,10 @@ def _cause_of_death(code: int | None) -> str:
     return f"worker process: ended {how}; use `train.workers=0` to avoid worker processes"
 
 
-def _not_handed_over(error: Exception) -> str:
+def _send_failure(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
-        return _no_room("no room for a batch of a worker process")
+        return _shared_memory_message("no room for a batch of a worker process")
     return f"worker process: cannot send its batch ({text}); use `train.workers=0` to avoid worker processes"
 
 
@@ -230,12 +230,14 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
     needed = int(per_image) * batches.recipe.train.batch_size // batches.share[1] * processes
     if free < needed:
         raise RuntimeFailure(
-            _no_room(f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed)
+            _shared_memory_message(
+                f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed
+            )
         )
 
 
 def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
-    """Largest size of each image in a batch, in bytes."""
+    """Maximum size of each image in a batch, in bytes."""
     options = batches.recipe.input
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
@@ -244,7 +246,7 @@ def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
     return [known[record.height, record.width] for record in batches.records]
 
 
-def _no_room(what: str, need: int = 1 << 29) -> str:
+def _shared_memory_message(what: str, need: int = 1 << 29) -> str:
     free = _free_bytes()
     free_text = "" if free is None else f", {_mib(free)} are free"
     suggested = -(-2 * need // 2**20)

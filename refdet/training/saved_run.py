@@ -23,7 +23,7 @@ from refdet.training.run_folder import states
 
 # options that may change on resuming; train.steps is checked separately
 _MAY_CHANGE = ("workers", "checkpoint_interval", "log_every", "steps", "accumulate", "keep", "eval_every")
-_FREE = {("train", key) for key in _MAY_CHANGE}
+_MUTABLE = {("train", key) for key in _MAY_CHANGE}
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,22 @@ class SavedRun:
         """The recipe with the defaults of the run, where a newer refdet has others; and notes for the user."""
         saved, current = self.meta.recipe, recipe
         changes: list[tuple[str, object, object]] = []
-        if saved.input.size_divisibility == 0:  # from before there was this key
+        if saved.input.size_divisibility == 0:  # saved before this key existed
             changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
-        if (current.model.neck, current.model.depth, saved.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
+        if (current.model.neck, current.model.depth, saved.train.bf16) == (
+            "fpn",
+            50,
+            False,
+        ):  # fpn-res50 was trained in float32
             changes.append(("train.bf16", False, current.train.bf16))
-        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # all recipes had these
+        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # the same in all recipes
             old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
             if old_beta == older:
                 changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
         notes = [
             f"`resume` {out}: {key} stays {json.dumps(old)}, as the run was started; new runs have {json.dumps(new)}"
             for key, old, new in changes
-            if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 is as 1
+            if new != old and (key, new) != ("input.size_divisibility", 1)  # 0 means 1
         ]
         if saved.model.zero_init_residual:  # without a note, as weights are initialised once
             changes.append(("model.zero_init_residual", True, current.model.zero_init_residual))
@@ -104,7 +108,7 @@ class SavedRun:
         old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
         for part, options in old.items():
             for key in options if isinstance(options, dict) else ():
-                if options[key] != new[part][key] and (part, key) not in _FREE:
+                if options[key] != new[part][key] and (part, key) not in _MUTABLE:
                     before, now = _format_value(options[key]), _format_value(new[part][key])
                     raise InputError(
                         f"`resume` {out}: {part}.{key} was {before} and is now {now}; "
@@ -140,13 +144,13 @@ class SavedRun:
         lines, old_steps, new_steps = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
             lines.append(
-                f"`resume` {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
-                "names: that they are the same is not checked"
+                f"`resume` {out}: saved by an older refdet, which stored no hash of boxes, masks and file "
+                "names, so they cannot be compared"
             )
         if new_steps != old_steps:
             lines.append(
-                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and the drops of "
-                "the rate (train.lr_milestones) are counted in parts of the new number"
+                f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and the "
+                "learning-rate drops (train.lr_milestones) are fractions of the new number"
             )
         return lines
 
@@ -155,7 +159,7 @@ def damaged_state(path: Path, why: str) -> InputError:
     """The error of a damaged state, with the fix."""
     others = [other for other in states(path.parent.parent) if other != path]
     fix = (
-        f"remove it: `resume=True` then goes on from {others[-1].name}"
+        f"remove it: `resume=True` then continues from {others[-1].name}"
         if others
         else "there is no older one: start again with another `out`"
     )

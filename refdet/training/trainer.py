@@ -64,12 +64,12 @@ class Summary:
 
 
 def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
-    """Train a detector on checked inputs, in one process or in several that were given the same."""
+    """Train a detector on checked inputs, in one process or in several with the same inputs."""
     processes = processes or Processes()
     target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
-    share = (processes.rank, processes.world_size)
-    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, share)
+    rank_and_size = (processes.rank, processes.world_size)
+    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, rank_and_size)
     provenance = inputs.provenance
     if inputs.weights is not None:
         folder = checkpoint.run_directory(inputs.weights)
@@ -117,7 +117,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
     )
     check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
     processes.check_same({"the initial weights": meta.provenance.weights})
-    with _locked(out) if processes.first else nullcontext():
+    with _lock(out) if processes.first else nullcontext():
         if processes.first:
             if states(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
@@ -132,7 +132,7 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _lock(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out, LOCK, IN_USE):
         yield
@@ -176,7 +176,7 @@ class _Training:
         self.model.train()
         with (
             Stop.watching() as stop,
-            _gc_frozen(),
+            _freeze_gc(),
             OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
             MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
@@ -256,7 +256,7 @@ class _Training:
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:
-        """Get ready to validate; whether a run that resumes was stopped before its last step was validated."""
+        """Prepare to validate; returns whether a resumed run was stopped before its last step was validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
         return self.validator.is_pending(self.meta)
@@ -284,7 +284,7 @@ class _Training:
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
         """Save a step; returns the end of a message, with ``advice`` on what to do before the run is resumed."""
-        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the other for ever
+        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the lost process forever
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"
@@ -326,7 +326,7 @@ def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
 
 
 @contextmanager
-def _gc_frozen() -> Iterator[None]:
+def _freeze_gc() -> Iterator[None]:
     """Hide existing objects from the garbage collector, which would copy their memory pages in every worker."""
     gc.freeze()
     try:

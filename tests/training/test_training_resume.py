@@ -203,7 +203,7 @@ def test_a_damaged_state_is_one_line_and_nothing_is_touched(begun: Path, spoil: 
 def test_a_damaged_state_names_the_older_one(begun: Path) -> None:
     shutil.copy(state(begun), begun / "run" / "state" / "step-00000009.safetensors")
     (begun / "run" / "state" / "step-00000009.safetensors").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"step-00000009.*damaged.*goes on from step-00000002.safetensors"):
+    with pytest.raises(InputError, match=r"step-00000009.*damaged.*continues from step-00000002.safetensors"):
         run(begun, "train.steps=4", resume=True)
 
 

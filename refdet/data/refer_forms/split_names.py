@@ -32,9 +32,9 @@ def split_by_in(text: str) -> str:
 def split_in(path: Path) -> str:
     """Name of the split in the name of a file, or else of its folder; "" if there is none."""
     for text in (path.stem, path.parent.name):
-        found = _SPLIT.findall(text)
-        if found:
-            name = found[-1].replace("_", "")
+        matches = _SPLIT.findall(text)
+        if matches:
+            name = matches[-1].replace("_", "")
             return _ALIASES.get(name.lower(), name.lower())
     return ""
 

@@ -59,10 +59,10 @@ def referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
 
 def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
     """Indices of the things that match clearly, or with `loose` arguably. Crowds never match."""
-    fitting = _describe(meaning, things, loose)
+    fitting = _match_attributes(meaning, things, loose)
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
         # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
-        rivals = _describe(meaning, things, not loose)
+        rivals = _match_attributes(meaning, things, not loose)
         fitting = [i for i in fitting if _is_extreme(meaning, things, i, [j for j in rivals if j != i], loose)]
     if meaning.relation is not None and meaning.other is not None:
         anchor = referent(meaning.other, things)
@@ -72,7 +72,7 @@ def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]
     return fitting
 
 
-def _describe(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+def _match_attributes(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
     tolerance = SIZE_MARGIN if loose else -SIZE_MARGIN
     matching = []
     for i, thing in enumerate(things):
