@@ -42,15 +42,15 @@ CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradien
 
 
 class RoiHead(Protocol):
-    """Interface of the second stage, implemented by `C4Head` and `StandardHead`."""
+    """Interface of the second stage, implemented by `C4Head`, `StandardHead` and `VGGHead`."""
 
     mask_size: int
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch; `rois` is about how many follow."""
+        """Prepare the feature maps for the other methods, once per batch; `rois` is the expected number of RoIs."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """Which map each of rois (K, 5) is pooled from, for the other methods, as finding it waits for a GPU."""
+        """The map that each of rois (K, 5) is pooled from, for the other methods, as computing it waits for a GPU."""
 
     def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
@@ -216,15 +216,15 @@ class C4Head(nn.Module):
         return RoiOutput.cat(parts)
 
     def _chunks(self, rois: Tensor) -> list[Chunk]:
-        most = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
-        return roi_chunks(len(rois), rois.device, most)
+        max_rois = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
+        return roi_chunks(len(rois), rois.device, max_rois)
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
         if not isinstance(self.conv5, SplitRes5):
             return self.conv5(self._pool(maps[0], rois))
-        early = len(maps) > 1
-        return self.conv5(self._pool(maps[1], rois) if early else self.conv5.project(self._pool(maps[0], rois)))
+        is_projected = len(maps) > 1
+        return self.conv5(self._pool(maps[1], rois) if is_projected else self.conv5.project(self._pool(maps[0], rois)))
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""

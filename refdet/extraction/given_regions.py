@@ -29,7 +29,7 @@ class GivenRegions:
         categories: category id -> name.
         masks: whether all regions have masks.
         ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMS`.
+        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMATS`.
     """
 
     of: Callable[[ImageRecord], Regions]

@@ -101,7 +101,7 @@ def errors_section(
         [names.get(i, str(i)), errors.of_category[i], *(number(rated[i][name]) for name in shown)] for i in worst
     ]
     used = [i for i in range(BINS) if errors.regions[i]]
-    right = {i: float(errors.right[i] / errors.regions[i]) for i in used}
+    right = {i: float(errors.correct[i] / errors.regions[i]) for i in used}
     rates = [(float(errors.score_sums[i] / errors.regions[i]), right[i]) for i in used]
     axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
     description = "; ".join(f"score {score:.2f}: {rate:.2f} correct" for score, rate in rates)

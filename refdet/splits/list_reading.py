@@ -1,4 +1,4 @@
-"""Read a list of images in any of the forms of `refdet.splits.image_list`."""
+"""Read a list of images in any of the formats of `refdet.splits.image_list`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from training_examples import run, squares, tiny
 from refdet.config.recipe import InputOptions
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
-from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, seen_part
+from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, visible_window
 from refdet.data.training_batches import Batch, TrainingBatches, bytes_of, max_bytes_of
 from refdet.data.transforms import network_input
 from refdet.detector.checkpoint import read_tensors
@@ -46,7 +46,7 @@ def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height
     assert 0 <= x <= whole[1] - size.width and 0 <= y <= whole[0] - size.height
     assert size.scale == (whole[1] / width, whole[0] / height)
     for flip in (False, True):
-        left, top, right, bottom = seen_part(size, flip)
+        left, top, right, bottom = visible_window(size, flip)
         assert -1e-6 <= left < right <= width + 1e-6 and -1e-6 <= top < bottom <= height + 1e-6
         assert right - left == pytest.approx(size.width / size.scale_x)
 
@@ -137,7 +137,7 @@ def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, c
     ys, xs = mask.nonzero()
     box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     size = drawn(height, width, seed)
-    window = seen_part(size, flip)
+    window = visible_window(size, flip)
     kept, boxes = crop_boxes(torch.tensor([box], dtype=torch.float32), [coco_mask.encode(mask)], window)
     spans = [(max(x, window[0]), max(y, window[1]), min(x + 1, window[2]), min(y + 1, window[3]))
              for y, x in zip(ys, xs, strict=True)]  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refdet.data.fetch.catalog import ITEMS, Item, mirror_url
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
 from refdet.files.download import RESERVED_BYTES, check_file, download, format_bytes
@@ -242,10 +242,10 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     """
     try:
         read_instances(root, dataset)
-        counts = {by: counts_of(read_refs(root, name, by)) for name, by in available(root)}
+        counts = {by: count_refs(read_refs(root, name, by)) for name, by in available(root)}
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
     for split_by, split_counts in counts.items():
-        mismatches = differences(dataset, split_by, split_counts, samples=False)
+        mismatches = compare_with_published(dataset, split_by, split_counts, samples=False)
         if mismatches:
             raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

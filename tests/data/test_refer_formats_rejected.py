@@ -6,15 +6,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import refer_form_files as forms
+import refer_format_files as forms
 from click.testing import CliRunner
 
 from refdet.cli.main import main
 from refdet.data.parquet import read_rows
-from refdet.data.refer_forms.convert import convert_refer
-from refdet.data.refer_forms.other_divisions import refs_of_division
-from refdet.data.refer_forms.records import SourceRef
-from refdet.data.refer_forms.split_names import dataset_in, match_split_names, split_by_in, split_in
+from refdet.data.refer_formats.convert import convert_refer
+from refdet.data.refer_formats.other_divisions import refs_of_division
+from refdet.data.refer_formats.records import SourceRef
+from refdet.data.refer_formats.split_names import dataset_in, match_split_names, split_by_in, split_in
 from refdet.errors import InputError, RuntimeFailure
 from refer.statistics import COUNTS, Counts
 
@@ -254,7 +254,7 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "contents", "words"),
     [
-        ("refcoco_val.json", "{}", "in no known form"),
+        ("refcoco_val.json", "{}", "not in a known format"),
         ("refcoco_val.json", "[]", "no entries"),
         ("refcoco_val.json", "[3]", "not an object"),
         ("refcoco_val.json", '[{"image": "a.jpg"}]', "no field with the expression"),

@@ -1,4 +1,4 @@
-"""Convert REFER from the forms found on the web to its own layout."""
+"""Convert REFER from the formats found on the web to its own layout."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.assembling import merge_sentences, refer_instances, refer_refs
-from refdet.data.refer_forms.coco_annotations import CocoAnnotations, read_coco
-from refdet.data.refer_forms.other_divisions import refs_of_division, size_of
-from refdet.data.refer_forms.reading import read_source, source_files
-from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
-from refdet.data.refer_forms.resolving import resolve
-from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, match_split_names
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_formats.assembling import merge_sentences, refer_instances, refer_refs
+from refdet.data.refer_formats.coco_annotations import CocoAnnotations, read_coco
+from refdet.data.refer_formats.other_divisions import refs_of_division, size_of
+from refdet.data.refer_formats.reading import read_source, source_files
+from refdet.data.refer_formats.records import Source, SourceInstances, SourceRef
+from refdet.data.refer_formats.resolving import resolve
+from refdet.data.refer_formats.split_names import USUAL_SPLIT_BY, match_split_names
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
 from refdet.files.short_text import short_repr
@@ -59,12 +59,12 @@ def convert_refer(
     """Convert REFER to ``OUT/DATASET/refs(SPLIT_BY).p`` and ``OUT/DATASET/instances.json``.
 
     Args:
-        sources: files, or folders of files, in any of the forms of this package; all splits of a dataset together.
+        sources: files, or folders of files, in any of the formats of this package; all splits of a dataset together.
         out: the REFER root to write into.
         dataset: name of the dataset, where neither the files nor their names have it; of files with several datasets,
             the one to convert.
         split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog where nothing has it.
-        instances: COCO's instances_train2014.json; needed by forms without annotation ids, and by those without the
+        instances: COCO's instances_train2014.json; needed by formats without annotation ids, and by those without the
             other annotations of an image to write the same instances.json as REFER's.
         split_names: "OLD=NEW" for splits whose names and sizes say nothing.
 
@@ -72,8 +72,8 @@ def convert_refer(
         One result per dataset and split_by. Nothing is written unless everything can be.
 
     Raises:
-        InputError: a file is damaged, in no known form or lacks a field; ids cannot be recovered; a split or dataset
-            cannot be recognized; or the files to write exist.
+        InputError: a file is damaged, in an unknown format or lacks a field; ids cannot be recovered; a split or
+            dataset cannot be recognized; or the files to write exist.
         refer.ReferError: a JSON file is malformed, or the converted refs are invalid.
     """
     root = Path(out)
@@ -168,7 +168,7 @@ def _make_plan(
     notes = [note for _, source, _ in sources for note in source.notes]
     refs: list[SourceRef] = []
     for path, source, file_refs in sources:
-        resolve(path, Source(source.form, file_refs, source.one_sentence_each, source.layouts), coco)
+        resolve(path, Source(source.format, file_refs, source.one_sentence_each, source.layouts), coco)
         for ref in file_refs:
             ref.split = renamed.get(ref.split, ref.split)
     for one_sentence_each in (False, True):  # merges all sentences of an object, from any file
@@ -194,8 +194,8 @@ def _make_plan(
     check_refs(refs_file, entries, generalized=False)
     header = next((source.instances.header for _, source, _ in sources if source.instances.header), {})
     contents, incomplete = refer_instances(refs, included, included.instances.header or header)
-    counts = counts_of(entries)  # type: ignore[arg-type]  # checked just now
-    size_differences = differences(dataset, split_by, counts)
+    counts = count_refs(entries)  # type: ignore[arg-type]  # checked just now
+    size_differences = compare_with_published(dataset, split_by, counts)
     published = COUNTS.get(pair, {})
     complete = bool(published) and all(
         _matches_published(counts.get(split), expected) for split, expected in published.items()

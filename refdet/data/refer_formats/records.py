@@ -1,4 +1,4 @@
-"""Data returned by the readers of the forms: refs with the fields that a form has."""
+"""Data returned by the readers of the formats: refs with the fields that a format has."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from refdet.files.short_text import short_repr
 
 @dataclass
 class SourceSentence:
-    """An expression; None for what a form lacks.
+    """An expression; None for what a format lacks.
 
     Attributes:
-        sent: the expression as REFER cleaned it, or as the form has it.
+        sent: the expression as REFER cleaned it, or as the format has it.
         raw: as the annotator typed it.
         tokens: the words of ``sent``.
         sent_id: id of the sentence.
@@ -30,7 +30,7 @@ class SourceSentence:
 
 @dataclass
 class SourceRef:
-    """A ref, or one sentence of a ref, as a form has it; None or "" for what it lacks.
+    """A ref, or one sentence of a ref, as a format has it; None or "" for what it lacks.
 
     Attributes:
         where: file and row, for error messages.
@@ -39,7 +39,7 @@ class SourceRef:
         dataset: such as "refcoco".
         split_by: such as "unc".
         image_id: COCO id of the image.
-        file_name: name of the image as the form has it.
+        file_name: name of the image as the format has it.
         ref_id: id of the ref.
         ann_id: id of the COCO annotation.
         likely_ann_id: an id that breaks ties between annotations with the same box.
@@ -63,7 +63,7 @@ class SourceRef:
 
 @dataclass
 class SourceInstances:
-    """Parts of a COCO instances file that a form includes.
+    """Parts of a COCO instances file that a format includes.
 
     Attributes:
         images: image id -> entry.
@@ -83,7 +83,7 @@ class Source:
     """The contents of one file.
 
     Attributes:
-        form: name of the form, for messages.
+        format: name of the format, for messages.
         refs: its refs.
         one_sentence_each: whether each entry of ``refs`` is a sentence, so that entries of one object are one ref.
         layouts: names of the box layouts it may have, of `layouts.LAYOUTS`.
@@ -92,7 +92,7 @@ class Source:
         notes: human-readable notes about what was skipped or replaced.
     """
 
-    form: str
+    format: str
     refs: list[SourceRef]
     one_sentence_each: bool = False
     layouts: tuple[str, ...] = ()

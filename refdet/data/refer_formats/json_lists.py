@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.records import Row, Source, SourceRef, SourceSentence
+from refdet.data.refer_formats.records import Row, Source, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 # In order of preference.
