@@ -14,7 +14,7 @@ from timing import Row, Settings
 from torch import Tensor
 from torch.nn import functional as F
 
-from refdet.ops.convolution import conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
+from refdet.ops.convolution import conv1x1, conv3x3, has_kernels, pack_conv1x1, pack_conv3x3
 
 # where, map (N, C, H, W), output channels, size, whether a shortcut is added
 CASES = (
@@ -38,7 +38,7 @@ CASES = (
 def rows(settings: Settings) -> list[Row]:
     """The table, in float32 and where there are kernels for it in bfloat16; empty where there are none."""
     device = torch.device(settings.device)
-    kinds = [half for half in (False, True) if has_products(device, half)]
+    kinds = [half for half in (False, True) if has_kernels(device, half)]
     return [_row(settings, half, *case) for half in kinds for case in CASES]
 
 

@@ -39,7 +39,7 @@ from refdet.config import recipe as recipes
 from refdet.data.image_source import ImageSource
 from refdet.data.transforms import input_size, network_input
 from refdet.detector import loading
-from refdet.device import arithmetic, exact_float32, usable_device, usable_precision
+from refdet.device import exact_float32, float32_arithmetic, resolve_device, supported_precision
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -111,7 +111,7 @@ def alike(theirs: Path, ours: Path) -> float:
 @contextmanager
 def computing_as(precision: str, device: torch.device) -> Iterator[None]:
     """The arithmetic of the peer: refdet's of the same name, and for bfloat16 what autocast makes of it."""
-    with arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with float32_arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
 
 
@@ -202,9 +202,9 @@ def main() -> None:
     options = parser.parse_args()
     if (options.instances is None) != (options.images_dir is None):
         parser.error("--instances and --images-dir go together")
-    device = usable_device(options.device)
-    options.precision = usable_precision(options.precision, device)
-    options.peer_precision = usable_precision(options.peer_precision or options.precision, device)
+    device = resolve_device(options.device)
+    options.precision = supported_precision(options.precision, device)
+    options.peer_precision = supported_precision(options.peer_precision or options.precision, device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = options.prepared or folder

@@ -33,7 +33,7 @@ from refdet.data.packed_images import PackedImages
 from refdet.data.training_batches import Batch, padded_shape
 from refdet.data.transforms import input_size
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import exact_float32, usable_device
+from refdet.device import exact_float32, resolve_device
 from refdet.structures.ground_truth import GroundTruth
 from refdet.training.optim import build_optimizer
 from refdet.training.step import start_step
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
-    device = usable_device(options.device)
+    device = resolve_device(options.device)
     with exact_float32():
         rows = [compared(name, options, device) for name in options.networks.split(",")]
     about = {

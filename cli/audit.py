@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import RuntimeFailure
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import check_json, check_refer_root, check_run_directory, check_store
 from .common import echo_json, echo_line, echo_table, json_option, note, renamed_option, store_option
@@ -197,14 +197,14 @@ def _raise_leaks(
         raise RuntimeFailure(detector.problem)
     if result is not None and result.leaked:
         raise RuntimeFailure(
-            f"{instances}: contains {counted(len(result.leaked), 'held-out image')}; make a clean file with "
+            f"{instances}: contains {format_count(len(result.leaked), 'held-out image')}; make a clean file with "
             "refdet build-split"
         )
     if content is not None and content.copies:
         count = len({copy.image for copy in content.copies})
         raise RuntimeFailure(
-            f"{instances}: contains copies of held-out images under other ids ({counted(count, 'image')}); inspect and "
-            "remove them"
+            f"{instances}: contains copies of held-out images under other ids ({format_count(count, 'image')}); "
+            "inspect and remove them"
         )
 
 
@@ -212,12 +212,14 @@ def _unproven(result: AuditResult | None, content: ContentResult | None) -> str:
     """The images that are not proven clean, "" if all are."""
     if content is None:
         unknown = [] if result is None else result.unknown
-        return f"{counted(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
+        return f"{format_count(len(unknown), 'image')} unknown (first: {unknown[0]})" if unknown else ""
     list_images = [*content.missing, *content.unreadable]
     held_out_images = [*content.refer_missing, *content.refer_unreadable]
-    parts = [f"{counted(len(list_images), 'image')} not compared (first: {list_images[0]})"] if list_images else []
+    parts = [f"{format_count(len(list_images), 'image')} not compared (first: {list_images[0]})"] if list_images else []
     if held_out_images:
-        parts.append(f"{counted(len(held_out_images), 'held-out image')} not compared (first: {held_out_images[0]})")
+        parts.append(
+            f"{format_count(len(held_out_images), 'held-out image')} not compared (first: {held_out_images[0]})"
+        )
     return ", ".join(parts)
 
 
@@ -234,7 +236,7 @@ def _choice_verdict(detector: ProvenanceAudit) -> list[str]:
         ]
     return [
         f"proven: its weights are {chosen.selection.one_line()}, of which "
-        f"{counted(chosen.proof.images, 'image')} were checked"
+        f"{format_count(chosen.proof.images, 'image')} were checked"
     ]
 
 
@@ -261,15 +263,15 @@ def _verdict(result: AuditResult | None, detector: ProvenanceAudit | None, conte
             lines += _choice_verdict(detector)
     if result is not None:
         lines.append(
-            f"clean: {counted(result.images, 'image')} checked against "
-            f"{counted(result.held_out_images, 'val/test image')} of {counted(len(result.splits), 'split')}"
+            f"clean: {format_count(result.images, 'image')} checked against "
+            f"{format_count(result.held_out_images, 'val/test image')} of {format_count(len(result.splits), 'split')}"
         )
         if result.unidentified:
-            lines.append(f"except for {counted(result.unidentified, 'image')} not identified by id")
+            lines.append(f"except for {format_count(result.unidentified, 'image')} not identified by id")
         lines.append(f"image_ids_sha256 {result.image_ids_sha256}")
     if content is not None:
         lines.append(
-            f"no copies: {counted(content.compared, 'image')} compared with "
-            f"{counted(content.refer_compared, 'held-out image')}"
+            f"no copies: {format_count(content.compared, 'image')} compared with "
+            f"{format_count(content.refer_compared, 'held-out image')}"
         )
     return lines

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import check_json, check_new_file, check_refer_root
 from .common import echo_json, echo_line, echo_table, json_option, note
@@ -71,7 +71,7 @@ def command(
     rows = [(what, str(report[f"{what}_before"]), str(report[f"{what}_after"])) for what in ("images", "annotations")]
     echo_table(rows, ("", "before", "after"))
     echo_line()
-    total = counted(report["refer_images"], "image" if keep_only else "held-out image")
+    total = format_count(report["refer_images"], "image" if keep_only else "held-out image")
     echo_line(
         f"found {report['refer_images_found']} of {total}{' to keep' if keep_only else ''} in {instances}, "
         f"{report['refer_images_missing']} missing"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from refdet.files.printable_text import printable
+from refdet.files.printable_text import escape_unprintable
 from refdet.structures.detection_options import PRECISIONS
 
 from .option_names import as_options
@@ -85,7 +85,7 @@ def workers_option(command: F) -> F:
 
 def echo_line(text: str = "") -> None:
     """Print one line on stdout, with unprintable characters escaped."""
-    _print(printable(text))
+    _print(escape_unprintable(text))
 
 
 def renamed_option(new: str, old: str, name: str, *, required: bool = False, **attributes: Any) -> Callable[[F], F]:
@@ -160,7 +160,7 @@ def echo_json(obj: Any) -> None:
 
 def echo_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Print rows of equal length on stdout in aligned columns; columns of numbers are right-aligned."""
-    rows = [tuple(map(printable, row)) for row in rows]
+    rows = [tuple(map(escape_unprintable, row)) for row in rows]
     lines = [header, *rows] if header else rows
     for row in lines:
         if len(row) != len(lines[0]):
@@ -189,7 +189,7 @@ def note(text: str) -> None:
 def print_error(text: str) -> None:
     """Print one line on stderr; a closed stderr is ignored."""
     with suppress(OSError):
-        click.echo(printable(text), err=True)
+        click.echo(escape_unprintable(text), err=True)
 
 
 class NoteHandler(logging.Handler):

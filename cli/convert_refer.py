@@ -52,7 +52,7 @@ def command(
     if instances is not None:
         check_json("--instances", Path(instances), "a COCO instances file")
 
-    from refdet.data.refer_forms.convert import convert_refer
+    from refdet.data.refer_formats.convert import convert_refer
 
     results = convert_refer(sources, out, dataset, split_by, instances, split_names)
     for result in results:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from refdet.errors import ArgumentError, InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import check_device, check_new_file, check_run_directory, check_store
 from .common import echo_json, echo_line, json_option
@@ -68,7 +68,7 @@ def command(
     else:
         assert store is not None
         check_store("--store", store)
-        regions, pixels = _stored(image, store, image_id)
+        regions, pixels = _read_stored(image, store, image_id)
     if no_masks:
         regions = replace(regions, masks=None)
     try:
@@ -82,7 +82,7 @@ def command(
     if as_json:
         echo_json(found)
     else:
-        echo_line(f"{out}: {drawn} of {counted(len(regions), 'region')} drawn")
+        echo_line(f"{out}: {drawn} of {format_count(len(regions), 'region')} drawn")
 
 
 def _detect(
@@ -98,7 +98,7 @@ def _detect(
     return found, pixels
 
 
-def _stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
+def _read_stored(image: Path, path: Path, image_id: int | None) -> tuple[Regions, np.ndarray]:
     """The regions that a store has of an image, and its pixels in the orientation that the boxes are of."""
     from refdet import store as stores
     from refdet.data.image_pixels import read_pixels

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refdet.errors import InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import check_json, check_new_folder, check_not_empty, check_refer_root, check_store
 from .common import box_format_option, echo_json, echo_line, echo_table, json_option, note, store_option
@@ -73,7 +73,9 @@ def command(out: Path, as_json: bool, **options: Any) -> None:
         for group, noun in (("comprehension", "sentences"), ("generalized", "sentences"), ("language", "refs")):
             missing = values.get(group, {}).get("missing", 0)
             if missing:
-                note(f"{split}: {missing} of {counted(values[noun], noun[:-1])} without an answer, counted as wrong")
+                note(
+                    f"{split}: {missing} of {format_count(values[noun], noun[:-1])} without an answer, counted as wrong"
+                )
         if values.get("language", {}).get("METEOR", 0) is None:
             note(f"{split}: java is not on the PATH: no METEOR, and words are split at spaces")
     if as_json:

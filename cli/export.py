@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 from refdet.store.export import consumers
-from refdet.store.export.folder import resolved
+from refdet.store.export.folder import resolve_folder
 
 from .arguments import check_images, check_store
 from .common import echo_json, echo_table, json_option, note, store_option
@@ -92,7 +92,7 @@ def command(store: Path, format_: str, out: Path, as_json: bool, **options: Any)
         raise InputError("--format fiftyone needs --images, the folder of the images")
     if "images" in given:
         check_images("--images", given["images"])
-    resolved(out)
+    resolve_folder(out)
     result = _export(store, format_, out, given)
     for line in result.notes:
         note(f"note: {line}")

@@ -9,7 +9,7 @@ import click
 
 from refdet.errors import InputError
 from refdet.files.file_kinds import FileKind, kind_of
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .arguments import (
     check_device,
@@ -228,16 +228,16 @@ def command(
         note(f"{out} is complete")
     if done.errors and done.merged:
         note(
-            f"{done.errors} of {counted(done.images, 'image')} could not be used; see /images/error in {out}; once "
-            f"the files are repaired, repeat the command with --resume{'' if part is None else ', without --part,'} to "
-            "recompute their batches"
+            f"{done.errors} of {format_count(done.images, 'image')} could not be used; see /images/error in {out}; "
+            f"once the files are repaired, repeat the command with --resume"
+            f"{'' if part is None else ', without --part,'} to recompute their batches"
         )
     if as_json:
         echo_json({**asdict(done), "shares": done.shares})
         return
     if done.computed == 0 and part is not None:
         complete = f"{out} is complete" if done.merged else f"part {part} was complete"
-        echo_line(f"{complete}: {counted(done.images, 'image')}, {counted(done.regions, 'region')}")
+        echo_line(f"{complete}: {format_count(done.images, 'image')}, {format_count(done.regions, 'region')}")
         return
     speed = f"{done.images_per_second:.2f}" if done.computed else "-"
     at_a_time = str(done.batch_size) if done.computed else "-"

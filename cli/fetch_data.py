@@ -67,7 +67,7 @@ def command(out: str, only: tuple[str, ...], mirror: str | None, list_items: boo
 def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
     from refdet.data.fetch.catalog import ITEMS
     from refdet.data.fetch.fetch import choose_items, is_fetched
-    from refdet.files.download import in_bytes
+    from refdet.files.download import format_bytes
 
     items = choose_items(only) if only else list(ITEMS)
     if as_json:
@@ -91,7 +91,7 @@ def _list_items(out: Path, only: tuple[str, ...], as_json: bool) -> None:
         (
             item.name,
             "present" if is_fetched(out, item) else "default" if item.default else "",
-            "unknown" if item.size is None else in_bytes(item.size),
+            "unknown" if item.size is None else format_bytes(item.size),
             (item.checksum or "none").partition(":")[0],
             item.contents,
         )

@@ -13,13 +13,13 @@ from .common import echo_json, echo_table, json_option, note, renamed_option
 @click.command("import-weights")
 @click.option("--from", "source", type=Path, required=True, help="Checkpoint of a detector or of an ImageNet network.")
 @click.option("--out", type=Path, required=True, help="Run directory to write.")
-@click.option("--trained-on", type=Path, help="The split it was trained on, if known.")
+@click.option("--trained-on", type=Path, help="Split that it was trained on, if known.")
 @renamed_option(
     "--weight-format",
     "--style",
     "style",
     type=click.Choice(["caffe", "torchvision", "tf-faster-rcnn", "pytorch-faster-rcnn"]),
-    help="Input of an ImageNet network, detected by default; or the program of a detector with the reference's names.",
+    help="Preprocessing of an ImageNet network (detected by default) or program of a detector like the reference's.",
 )
 @json_option
 def command(source: Path, out: Path, trained_on: Path | None, style: str | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refdet.errors import RuntimeFailure
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 from .common import echo_json, echo_line, echo_table, json_option
 
@@ -63,12 +63,12 @@ def _print_verification(result: Verification, as_json: bool) -> None:
         for what in result.unchecked:
             echo_line(f"not checked: {what}")
     if result.problems:
-        images = f" in {counted(len(result.damaged_images), 'image')}" if result.damaged_images else ""
+        images = f" in {format_count(len(result.damaged_images), 'image')}" if result.damaged_images else ""
         raise RuntimeFailure(
-            f"{result.path}: damaged: {counted(len(result.problems), 'problem')}{images}; extract it again"
+            f"{result.path}: damaged: {format_count(len(result.problems), 'problem')}{images}; extract it again"
         )
     if not as_json:
-        echo_line(f"OK: {counted(result.images, 'image')}, {counted(result.regions, 'region')}")
+        echo_line(f"OK: {format_count(result.images, 'image')}, {format_count(result.regions, 'region')}")
 
 
 def _show_workers(workers: list[dict[str, Any]]) -> None:

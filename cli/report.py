@@ -20,7 +20,7 @@ from .arguments import (
 )
 from .common import echo_json, echo_line, json_option
 
-LARGEST_METRICS = 1 << 26  # bytes
+MAX_METRICS_BYTES = 1 << 26  # bytes
 
 
 @click.command("report")
@@ -123,7 +123,7 @@ def _check(run: Path | None, stores: Sequence[Path], dataset: str | None, given:
 def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The output of evaluate, None without, and the metrics of evaluate-on-refer."""
     from refdet.files.json_files import read_bytes
-    from refdet.files.short_text import cut
+    from refdet.files.short_text import shorten
     from refdet.files.small_files import strict_json
 
     detection, refer = None, []
@@ -131,7 +131,7 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
         file = path / "metrics.json" if path.is_dir() else path
         check_json("--metrics", file, "metrics of evaluate-on-refer or evaluate --json")
         try:
-            tree = strict_json(read_bytes(file, LARGEST_METRICS))
+            tree = strict_json(read_bytes(file, MAX_METRICS_BYTES))
         except InputError as error:
             raise InputError(f"--metrics {file}: not JSON ({error})") from None
         if isinstance(tree, dict) and "splits" in tree:
@@ -141,7 +141,7 @@ def _read_metrics(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, list[di
                 raise InputError(f"--metrics {file}: a second output of evaluate; give one")
             detection = tree
         else:
-            kinds = cut(", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__)
+            kinds = shorten(", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__)
             raise InputError(
                 f"--metrics {file}: not metrics of evaluate-on-refer or evaluate --json, but {kinds}; give one of these"
             )

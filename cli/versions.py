@@ -13,13 +13,13 @@ def versions() -> list[str]:
     try:
         import torch
 
-        from refdet.device import described
+        from refdet.device import describe_device
         from refdet.ops._library import kernels_state
     except (ImportError, OSError) as error:  # possibly what the user is trying to find out
         return [*lines, f"PyTorch cannot be imported: {error}"]
     return [
         *lines,
         f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-        f"device: {described(None)}",
+        f"device: {describe_device(None)}",
         kernels_state(),
     ]

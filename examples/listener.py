@@ -27,7 +27,7 @@ from refdet.evaluation.metrics import box_iou
 from refer import REFER
 
 COMPONENTS = {"pool5": 64, "fc7": 16}  # principal components that are kept: pool5 tells colours, fc7 categories
-LEAST_SCORE, MOST_REGIONS = 0.3, 16
+MIN_SCORE, MAX_REGIONS = 0.3, 16
 NO_WORD, UNKNOWN = 0, 1
 # Their ids (s), images as places in a list (s), words (s, l), and which regions (s, n) they mean.
 Sentences = tuple[list[int], Tensor, Tensor, Tensor]
@@ -49,7 +49,7 @@ def look(file: store.Store, image_id: int, place: int) -> Image:
     regions, rows = file.read(image_id, tuple(COMPONENTS)), list[int]()
     for row in np.argsort(-regions.scores, kind="stable").tolist():
         new = not rows or box_iou(regions.boxes[row], regions.boxes[rows]).max() < 0.5
-        if new and len(rows) < MOST_REGIONS and (regions.scores[row] >= LEAST_SCORE or not rows):
+        if new and len(rows) < MAX_REGIONS and (regions.scores[row] >= MIN_SCORE or not rows):
             rows.append(row)
     kept = {name: np.asarray(values[rows], np.float32) for name, values in regions.features.items()}
     of_file = np.array(rows, np.int64) + file.rows(image_id).start

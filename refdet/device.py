@@ -21,7 +21,7 @@ _MAYBE_NO_MEMORY = ("CUDNN_STATUS_INTERNAL_ERROR", "_STATUS_NOT_INITIALIZED", "u
 _MIN_FREE_BYTES = 2**29  # a library and its handle take less
 
 
-def usable_device(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
     """The device of a name such as "cpu" or "cuda:1"; a GPU if there is one for None and "auto".
 
     A GPU also becomes the current one of this thread, on which PyTorch records events and creates streams.
@@ -41,7 +41,7 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
-def described(name: str | None) -> str:
+def describe_device(name: str | None) -> str:
     """The device of a name and why it was chosen, for the first line of a run.
 
     "cpu (no GPU is visible)", "cuda:0 NVIDIA H100 (chosen by default)", "cpu (as requested)".
@@ -49,13 +49,13 @@ def described(name: str | None) -> str:
     Raises:
         InputError: the device does not exist or cannot be used.
     """
-    device, chosen = usable_device(name), name is None or name == "auto"
+    device, chosen = resolve_device(name), name is None or name == "auto"
     if device.type != "cuda":
         return f"{device} ({'no GPU is visible' if chosen else 'as requested'})"
     return f"{device} {torch.cuda.get_device_name(device)} ({'chosen by default' if chosen else 'as requested'})"
 
 
-def usable_precision(precision: str, device: torch.device) -> str:
+def supported_precision(precision: str, device: torch.device) -> str:
     """The precision to use: float32 if the device does not support the requested one.
 
     CPUs without bfloat16 arithmetic emulate it, 10 to 40 times slower. Only GPUs have TF32.
@@ -77,11 +77,11 @@ def _has_tf32(device: torch.device) -> bool:
 
 def exact_float32() -> AbstractContextManager[None]:
     """Context manager that disables TF32 and reduced-precision float32, then restores the settings."""
-    return arithmetic("float32")
+    return float32_arithmetic("float32")
 
 
 @contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
+def float32_arithmetic(precision: str) -> Iterator[None]:
     """Context manager for how float32 tensors are multiplied, whatever was set before; restores the settings.
 
     By default PyTorch rounds the inputs of convolutions on a GPU to TF32, with 10 bits of mantissa instead of 23, and
@@ -110,14 +110,14 @@ def arithmetic(precision: str) -> Iterator[None]:
 def _read_legacy(setting: Callable[[], _Value], strict: _Value) -> _Value:
     """Read a legacy setting; the strict value if it contradicts the newer ones and cannot be read."""
     try:
-        with _quiet():
+        with _suppress_legacy_warnings():
             return setting()
     except RuntimeError:
         return strict
 
 
 def _apply(convolutions: bool, products: str, newer: Sequence[Any], values: Sequence[str]) -> None:
-    with _quiet():
+    with _suppress_legacy_warnings():
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
     for setting, value in zip(newer, values, strict=True):  # after the legacy ones, which change these
@@ -125,19 +125,19 @@ def _apply(convolutions: bool, products: str, newer: Sequence[Any], values: Sequ
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_legacy_warnings() -> Iterator[None]:
     """Suppress PyTorch's warnings about the older settings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings")
         yield
 
 
-def pinned(values: np.ndarray) -> np.ndarray:
+def pin_array(values: np.ndarray) -> np.ndarray:
     """A copy in pinned memory; can be called from any thread."""
     return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().numpy()
 
 
-def on_device(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device without synchronizing with the GPU."""
     if device.type != "cuda" or values.device.type == "cuda":
         return values.to(device)
@@ -145,7 +145,7 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def naming_out_of_memory() -> Iterator[None]:
+def as_out_of_memory_error() -> Iterator[None]:
     """Context manager that turns the errors of libraries that ran out of GPU memory into `OutOfMemoryError`.
 
     PyTorch raises that for its own allocations only. cuBLAS and cuDNN allocate handles, kernels and workspaces, and the
@@ -175,7 +175,7 @@ def _is_out_of_memory(text: str) -> bool:
         return False
 
 
-def start_fetching(values: Tensor) -> Callable[[], Tensor]:
+def to_cpu_async(values: Tensor) -> Callable[[], Tensor]:
     """Start to copy a tensor to the host; the returned function waits for the copy, but for nothing queued later."""
     fetched = values.detach().to("cpu", non_blocking=True)  # into pinned memory
     if values.device.type != "cuda":

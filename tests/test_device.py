@@ -21,7 +21,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint, predictor
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import arithmetic, exact_float32, on_device, pinned, usable_device, usable_precision
+from refdet.device import exact_float32, float32_arithmetic, pin_array, resolve_device, supported_precision, to_device
 from refdet.errors import InputError
 from refdet.evaluation.detection import evaluate
 from refdet.extraction import computing
@@ -102,9 +102,9 @@ def test_a_precision_is_what_it_says_whatever_was_set(
 ) -> None:
     change()
     before = settings()
-    with arithmetic(precision):
+    with float32_arithmetic(precision):
         assert settings() == wanted
-        with arithmetic("tf32"), exact_float32():
+        with float32_arithmetic("tf32"), exact_float32():
             assert settings() == EXACT
         assert settings() == wanted
     assert settings() == before
@@ -119,20 +119,20 @@ def test_the_gpu_that_is_chosen_becomes_the_current_one(
     monkeypatch.setattr("refdet.device.torch.zeros", lambda count, device: SimpleNamespace(
         device=torch.device(device) if ":" in device else torch.device(device, 0)))  # fmt: skip
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert usable_device(name) == torch.device("cuda", index)
+    assert resolve_device(name) == torch.device("cuda", index)
     assert chosen == [torch.device("cuda", index)]
 
 
 def test_a_device_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", pytest.fail)
-    assert usable_device("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="`device` cuda:97: cannot be used"):
-        usable_device("cuda:97")
+        resolve_device("cuda:97")
 
 
 def test_a_test_without_a_mark_computes_on_the_cpu() -> None:
-    assert usable_device(None) == torch.device("cpu")
-    script = "from refdet.device import usable_device; print(usable_device(None))"
+    assert resolve_device(None) == torch.device("cpu")
+    script = "from refdet.device import resolve_device; print(resolve_device(None))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert found == "cpu\n"
 
@@ -189,9 +189,9 @@ def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     monkeypatch: pytest.MonkeyPatch, there: bool, name: str, given: str, expected: str
 ) -> None:
     processor(monkeypatch, there)
-    assert usable_precision(given, torch.device(name)) == expected
+    assert supported_precision(given, torch.device(name)) == expected
     monkeypatch.setattr("refdet.device.torch.ops", SimpleNamespace())  # a PyTorch without oneDNN
-    assert usable_precision("bfloat16", torch.device("cpu")) == "float32"
+    assert supported_precision("bfloat16", torch.device("cpu")) == "float32"
 
 
 @pytest.mark.parametrize(("capability", "usable"), [((7, 5), "float32"), ((8, 0), "tf32"), ((9, 0), "tf32")])
@@ -199,8 +199,8 @@ def test_tf32_is_computed_where_there_is_arithmetic_for_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], usable: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert usable_precision("tf32", torch.device("cuda:1")) == usable
-    assert usable_precision("float32", torch.device("cuda:1")) == "float32"
+    assert supported_precision("tf32", torch.device("cuda:1")) == usable
+    assert supported_precision("float32", torch.device("cuda:1")) == "float32"
 
 
 def test_tf32_on_a_cpu_is_float32_and_told(run_directory: Path, shapes_root: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_all_that_detects_computes_in_the_precision_asked_for(
     for module in (computing, predictor):
         monkeypatch.setattr(module, "start_detecting", watched)
     for place in ("refdet.device", "refdet.detector.detector"):
-        monkeypatch.setattr(f"{place}.usable_precision", lambda precision, device: precision)
+        monkeypatch.setattr(f"{place}.supported_precision", lambda precision, device: precision)
     older()
     images, instances = shapes_root / "val2014", shapes_root / "annotations" / "instances_val2014.json"
     index = CocoIndex.load(instances)
@@ -251,7 +251,7 @@ def test_a_training_computes_as_its_recipe_says(
     older()
     run(tmp_path, change, "train.steps=1", out="cpu")
     assert seen == [EXACT]  # a CPU has no TF32
-    monkeypatch.setattr(trainer, "usable_precision", lambda precision, device: precision)
+    monkeypatch.setattr(trainer, "supported_precision", lambda precision, device: precision)
     before = settings()
     run(tmp_path, change, "train.steps=1")
     assert seen == [EXACT, wanted] and settings() == before
@@ -260,7 +260,7 @@ def test_a_training_computes_as_its_recipe_says(
 def test_extraction_says_that_it_computes_in_float32_instead(
     run_directory: Path, shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refdet.device.usable_precision", lambda precision, device: "float32")
+    monkeypatch.setattr("refdet.device.supported_precision", lambda precision, device: "float32")
     images, said = images_of(shapes_root, 3), []
     for name, precision in (("a.h5", "bfloat16"), ("b.h5", "float32")):
         extract_features(run_directory, shapes_root / "train2014", tmp_path / name, images,
@@ -284,10 +284,10 @@ def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_is_not_waited_for(monkey
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda values: any(values is copy for copy in copies))
     monkeypatch.setattr(torch.Tensor, "to", lambda values, *where, **how: sent.append((values, where, how)) or values)
     values, cuda = torch.arange(3), torch.device("cuda:1")
-    first = on_device(values, cuda)
-    assert first is copies[0] and on_device(first, cuda) is first
+    first = to_device(values, cuda)
+    assert first is copies[0] and to_device(first, cuda) is first
     assert [(where, how) for _, where, how in sent] == [((cuda,), {"non_blocking": True})] * 2 and len(copies) == 1
     pixels = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
-    held = pinned(pixels)
+    held = pin_array(pixels)
     assert np.shares_memory(held, copies[1].numpy()) and not np.shares_memory(held, pixels)
     np.testing.assert_array_equal(held, pixels)

@@ -32,7 +32,7 @@ from results import read_group, write_step
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LATEST_START, END = 500.0, 535.0  # seconds
-MOST_LOG = 1 << 20  # bytes of a step in the log
+MAX_LOG_BYTES = 1 << 20  # bytes of a step in the log
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Running:
         self._reader.start()
 
     def _read(self) -> None:
-        left = MOST_LOG
+        left = MAX_LOG_BYTES
         assert self._process.stdout is not None
         for line in self._process.stdout:
             left -= len(line)

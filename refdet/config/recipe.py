@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from refdet.config.newer_keys import NEWER_DEFAULTS, ONLY_WHERE_SET
-from refdet.config.recipe_limits import LONGEST_NAME, check_limits
+from refdet.config.recipe_limits import MAX_NAME_LENGTH, check_limits
 from refdet.config.recipe_values import build, one_of, unknown
 from refdet.config.renamed_keys import current, current_name, deprecation
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 log = logging.getLogger(__name__)
 
-LARGEST_FILE = 2**18  # bytes
+MAX_FILE_BYTES = 2**18  # bytes
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model = self.model
-        if not self.name.strip() or len(self.name) > LONGEST_NAME:
-            raise InputError(f"name: must have 1 to {LONGEST_NAME} characters, not {shown(self.name)}")
+        if not self.name.strip() or len(self.name) > MAX_NAME_LENGTH:
+            raise InputError(f"name: must have 1 to {MAX_NAME_LENGTH} characters, not {short_repr(self.name)}")
         one_of("model.depth", model.depth, (18, 34, 50, 101, 152))
         one_of("model.backbone", model.backbone, ("resnet", "vgg16", "mobilenet_v1"))
         one_of("model.neck", model.neck, ("c4", "fpn", "dc5"))
@@ -214,11 +214,11 @@ class Recipe:
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
             if not separator:
-                raise InputError(f"`changes` {cut(assignment)}: no '='; write key=value, such as train.steps=500")
+                raise InputError(f"`changes` {shorten(assignment)}: no '='; write key=value, such as train.steps=500")
             try:
                 value = parse_yaml(text)
             except InputError as error:
-                raise InputError(f"`changes` {cut(assignment)}: {error}") from None
+                raise InputError(f"`changes` {shorten(assignment)}: {error}") from None
             *parents, leaf = key.strip().split(".")
             place: Any = tree
             for parent in parents:
@@ -277,12 +277,12 @@ def load(name_or_path: str) -> Recipe:
     Raises:
         InputError: no such recipe or file, or an invalid recipe.
     """
-    name_or_path = _renamed(name_or_path)
+    name_or_path = _resolve_old_name(name_or_path)
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise InputError(f"`recipe` {name_or_path}: no such file")
-        text: str | bytes = read_bytes(path, LARGEST_FILE)
+        text: str | bytes = read_bytes(path, MAX_FILE_BYTES)
         default_name = path.stem
     elif name_or_path in names():
         text = (resources.files("refdet.config.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
@@ -295,12 +295,12 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise InputError(f"{name_or_path}: must be a YAML mapping, not {shown(tree)}")
+        raise InputError(f"{name_or_path}: must be a YAML mapping, not {short_repr(tree)}")
     base = tree.pop("base", None)
     if isinstance(base, str):
-        base = _renamed(base)
+        base = _resolve_old_name(base)
     if base is not None and base not in names():
-        raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {shown(base)}")
+        raise InputError(f"{name_or_path}: base: must be one of {', '.join(names())}, not {short_repr(base)}")
     try:
         tree, renamed = current(tree)
         _deprecate(renamed)
@@ -310,7 +310,7 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"{name_or_path}: {error}") from error
 
 
-def _renamed(name: str) -> str:
+def _resolve_old_name(name: str) -> str:
     """The name of a shipped recipe, with a note if ``name`` is its old one; any other name as it is."""
     newer = current_name(name)
     if newer == name or newer not in names():

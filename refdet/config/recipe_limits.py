@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Range:
             return
         minimum = f"greater than {self.low:g}" if self.exclusive else f"at least {self.low:g}"
         needs = f"from {self.low:g} to {self.high:g}" if self.high == 1 else f"{minimum} and at most {self.high:,g}"
-        raise InputError(f"{key}: must be {needs}, not {shown(value)}")
+        raise InputError(f"{key}: must be {needs}, not {short_repr(value)}")
 
 
 def _count(high: int) -> Range:
@@ -124,7 +124,7 @@ LIMITS: dict[str, Range] = {
     "train.bias_lr_mult": Range(0, 1000),
 }
 
-LONGEST_NAME = 200  # characters
+MAX_NAME_LENGTH = 200  # characters
 
 
 def check_limits(tree: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from refdet.config import recipe as recipes
-from refdet.config.recipe import LARGEST_FILE, Recipe
+from refdet.config.recipe import MAX_FILE_BYTES, Recipe
 from refdet.config.renamed_keys import current_name
 from refdet.files.json_files import read_bytes
 
@@ -70,7 +70,7 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
         YAML of the same recipe.
     """
     lines = [f"# {line}".rstrip() for line in ([] if source is None else _comment(source))]
-    lines.append(f"name: {_plain(recipe.name)}")
+    lines.append(f"name: {_to_yaml(recipe.name)}")
     kinds: dict[str, Any] = {
         name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)
     }
@@ -78,7 +78,7 @@ def complete_yaml(recipe: Recipe, source: str | None = None) -> str:
         options = getattr(recipe, part)
         lines += ["", f"# {inspect.getdoc(kind)}", f"{part}:"]
         for option in dataclasses.fields(kind):
-            text = f"  {option.name}: {_plain(getattr(options, option.name))}"
+            text = f"  {option.name}: {_to_yaml(getattr(options, option.name))}"
             lines += _with_meaning(text, meanings(kind)[option.name])
     return "\n".join(lines) + "\n"
 
@@ -117,7 +117,7 @@ def _with_meaning(text: str, meaning: str) -> Iterator[str]:
     yield text
 
 
-def _plain(value: Any) -> str:
+def _to_yaml(value: Any) -> str:
     """A value as YAML in one line."""
     value = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
@@ -127,7 +127,7 @@ def _plain(value: Any) -> str:
 def _comment(source: str) -> list[str]:
     """The lines of the comment at the beginning of a recipe."""
     if Path(source).suffix in (".yaml", ".yml"):
-        text = read_bytes(Path(source), LARGEST_FILE).decode("utf-8", "replace")
+        text = read_bytes(Path(source), MAX_FILE_BYTES).decode("utf-8", "replace")
     else:
         file = resources.files("refdet.config.recipes") / f"{current_name(source)}.yaml"
         text = file.read_text(encoding="utf-8")

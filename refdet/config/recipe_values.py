@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
@@ -26,7 +26,7 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 def unknown(key: str, root: Any) -> str:
     """Error message for an unknown key of the dataclass `root`."""
     close = difflib.get_close_matches(key, _keys(root), n=1, cutoff=0.5)
-    return f"{cut(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{shorten(key)}: no such recipe key" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
@@ -43,7 +43,7 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
     """
     root = root or cls
     if not isinstance(tree, Mapping):
-        raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {shown(tree)}")
+        raise InputError(f"{prefix.rstrip('.')}: must be a mapping of options, not {short_repr(tree)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():
@@ -52,11 +52,11 @@ def build(cls: Any, tree: Any, prefix: str = "", root: Any = None) -> Any:
             raise InputError(unknown(key, root))
         type_ = hints[name]
         is_nested = dataclasses.is_dataclass(type_)
-        values[name] = build(type_, value, key + ".", root) if is_nested else _typed(key, value, type_)
+        values[name] = build(type_, value, key + ".", root) if is_nested else _convert(key, value, type_)
     return cls(**values)
 
 
-def _typed(key: str, value: Any, kind: Any) -> Any:
+def _convert(key: str, value: Any, kind: Any) -> Any:
     """Convert a value to the type of its field, or raise an InputError with the expected type."""
     if typing.get_origin(kind) is tuple:
         item_types = typing.get_args(kind)
@@ -64,19 +64,19 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         if item_types[-1] is types.EllipsisType or item_types[-1] is Ellipsis:
             item_types = (item_types[0],) * len(items)
         if len(items) != len(item_types):
-            raise InputError(f"{key}: must have {len(item_types)} values, not {shown(value)}")
-        return tuple(_typed(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
+            raise InputError(f"{key}: must have {len(item_types)} values, not {short_repr(value)}")
+        return tuple(_convert(key, item, item_type) for item, item_type in zip(items, item_types, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 parses 1e-4 as text
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key}: must be finite, not {value}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{key}: must be {kind.__name__}, not {shown(value)}")
+        raise InputError(f"{key}: must be {kind.__name__}, not {short_repr(value)}")
     return value
 
 
 def one_of(key: str, value: object, choices: Sequence[object]) -> None:
     """Raise InputError if a value is not one of the choices."""
     if value not in choices:
-        raise InputError(f"{key}: must be one of {', '.join(map(str, choices))}, not {shown(value)}")
+        raise InputError(f"{key}: must be one of {', '.join(map(str, choices))}, not {short_repr(value)}")

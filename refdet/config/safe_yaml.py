@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 MAX_DEPTH, MAX_NODES, MAX_SCALAR_LENGTH = 16, 10_000, 1_000
 _TEXT = "tag:yaml.org,2002:str"
@@ -28,9 +28,9 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         self._depth += 1
         if isinstance(event, yaml.AliasEvent):
-            raise _refusal(f"alias *{cut(event.anchor)} is not supported; write out the value", event)
+            raise _refusal(f"alias *{shorten(event.anchor)} is not supported; write out the value", event)
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"tag {cut(event.tag)} is not supported; remove it", event)
+            raise _refusal(f"tag {shorten(event.tag)} is not supported; remove it", event)
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_LENGTH:
             raise _refusal(f"value longer than {MAX_SCALAR_LENGTH} characters", event)
         if self._depth > MAX_DEPTH:
@@ -46,9 +46,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != _TEXT:
-                raise _refusal(f"key {shown(key.value)} is not text; put it in quotes", key)
+                raise _refusal(f"key {short_repr(key.value)} is not text; put it in quotes", key)
             if key.value in seen:
-                raise _refusal(f"duplicate key {shown(key.value)}", key)
+                raise _refusal(f"duplicate key {short_repr(key.value)}", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -71,7 +71,7 @@ def parse_yaml(text: str | bytes) -> Any:
     except yaml.YAMLError as error:
         raise InputError(f"invalid or unsupported YAML ({_problem(error)})") from None
     except (ValueError, OverflowError, RecursionError) as error:  # from a scalar such as the date 2001-99-99
-        raise InputError(f"invalid or unsupported YAML ({cut(error)})") from None
+        raise InputError(f"invalid or unsupported YAML ({shorten(error)})") from None
 
 
 def _refusal(what: str, at: Any) -> yaml.MarkedYAMLError:
@@ -82,7 +82,7 @@ def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem:
         mark = error.problem_mark
         problem = error.problem.replace("found unexpected ", "found ")
-        return cut(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
+        return shorten(problem, 200) + ("" if mark is None else f", line {mark.line + 1}")
     if isinstance(error, yaml.reader.ReaderError):
         return f"invalid character at position {error.position}"
-    return cut(error, 200)
+    return shorten(error, 200)

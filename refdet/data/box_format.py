@@ -17,7 +17,7 @@ _ENOUGH = 20  # boxes, at least one of which should use the whole range
 
 
 @dataclass(frozen=True)
-class BoxForm:
+class BoxFormat:
     """A box format.
 
     Attributes:
@@ -89,23 +89,23 @@ class BoxForm:
 
 
 # In order of preference where several fit equally well.
-FORMS: Mapping[str, BoxForm] = MappingProxyType(
+FORMATS: Mapping[str, BoxFormat] = MappingProxyType(
     {
-        "xywh": BoxForm(False, PIXELS, "[x, y, width, height] in pixels"),
-        "xyxy": BoxForm(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
-        "normalized-xyxy": BoxForm(True, FRACTIONS, "[x1, y1, x2, y2] in 0..1 of the image"),
-        "normalized-xywh": BoxForm(False, FRACTIONS, "[x, y, width, height] in 0..1 of the image"),
-        "thousandths-xyxy": BoxForm(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
-        "thousandths-xywh": BoxForm(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
+        "xywh": BoxFormat(False, PIXELS, "[x, y, width, height] in pixels"),
+        "xyxy": BoxFormat(True, PIXELS, "[x1, y1, x2, y2] in pixels"),
+        "normalized-xyxy": BoxFormat(True, FRACTIONS, "[x1, y1, x2, y2] in 0..1 of the image"),
+        "normalized-xywh": BoxFormat(False, FRACTIONS, "[x, y, width, height] in 0..1 of the image"),
+        "thousandths-xyxy": BoxFormat(True, THOUSANDTHS, "[x1, y1, x2, y2] in 0..1000 of the image"),
+        "thousandths-xywh": BoxFormat(False, THOUSANDTHS, "[x, y, width, height] in 0..1000 of the image"),
     }
 )
 # The order of the numbers in these two is inferred from the boxes.
 INFERRED_ORDER = ("normalized", "thousandths")
-NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *list(FORMS)[2:])
+NAMES = ("xywh", "xyxy", *INFERRED_ORDER, *list(FORMATS)[2:])
 DEFAULT = "xywh"
 
 
-def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[str]]:
+def resolve_box_format(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[str]]:
     """Choose the format to read boxes in.
 
     "normalized" and "thousandths" leave the order open. The order that more boxes fit is chosen, or xyxy, which
@@ -117,12 +117,12 @@ def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[s
         sizes: (N, 2) widths and heights of their images in pixels.
 
     Returns:
-        A key of `FORMS`, and human-readable notes about what was inferred and what contradicts it, with counts.
+        A key of `FORMATS`, and human-readable notes about what was inferred and what contradicts it, with counts.
     """
     boxes, sizes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(sizes, np.float64).reshape(-1, 2)
     used = boxes.any(axis=1)  # [0, 0, 0, 0] is not a box in any format
     boxes, sizes = boxes[used], sizes[used]
-    misfits = {form: int(FORMS[form].misfits(boxes, sizes).sum()) for form in FORMS}
+    misfits = {box_format: int(FORMATS[box_format].misfits(boxes, sizes).sum()) for box_format in FORMATS}
     notes = []
     if name in INFERRED_ORDER:
         corners, lengths = f"{name}-xyxy", f"{name}-xywh"
@@ -136,62 +136,62 @@ def settle(name: str, boxes: np.ndarray, sizes: np.ndarray) -> tuple[str, list[s
 def _order_note(corners: str, lengths: str, misfits: Mapping[str, int], count: int) -> str:
     if misfits[corners] == misfits[lengths]:
         return (
-            f"note: reading boxes as {FORMS[corners].text}; if they are {FORMS[lengths].text}, which equally many "
+            f"note: reading boxes as {FORMATS[corners].text}; if they are {FORMATS[lengths].text}, which equally many "
             f"({count - misfits[corners]} of {count}) fit, give `box_format='{lengths}'`"
         )
     chosen, other = (lengths, corners) if misfits[lengths] < misfits[corners] else (corners, lengths)
     return (
-        f"note: reading boxes as {FORMS[chosen].text}, which {misfits[chosen]} of {count} do not fit; "
-        f"{misfits[other]} do not fit {FORMS[other].text}"
+        f"note: reading boxes as {FORMATS[chosen].text}, which {misfits[chosen]} of {count} do not fit; "
+        f"{misfits[other]} do not fit {FORMATS[other].text}"
     )
 
 
 def _format_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
     """Warning about boxes that do not fit a format, with a better format if there is one."""
-    form, count = FORMS[name], len(boxes)
-    tiny = int(form.tiny(boxes, sizes).sum())
+    box_format, count = FORMATS[name], len(boxes)
+    tiny = int(box_format.tiny(boxes, sizes).sum())
     if tiny > count / 2:
         return (
-            f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {form.text}; if they are "
+            f"warning: {tiny} of {count} boxes lie within 0..{_TINY} but are read as {box_format.text}; if they are "
             "in 0..1 of the image, give `box_format='normalized'`"
         )
     share = misfits[name] / count
     # Pixel boxes in images smaller than 1000 also fit thousandths, so a few boxes outside are no evidence for these.
-    candidates = [o for o in FORMS if o != name and (FORMS[o].unit != THOUSANDTHS or share > _MANY)]
-    best = min(candidates, key=lambda other: misfits[other] + (FORMS[other].unit == THOUSANDTHS) * _SOME * count)
-    problem = f"warning: {misfits[name]} of {count} boxes {_describe_misfit(form)} when read as {form.text}"
+    candidates = [o for o in FORMATS if o != name and (FORMATS[o].unit != THOUSANDTHS or share > _MANY)]
+    best = min(candidates, key=lambda other: misfits[other] + (FORMATS[other].unit == THOUSANDTHS) * _SOME * count)
+    problem = f"warning: {misfits[name]} of {count} boxes {_describe_misfit(box_format)} when read as {box_format.text}"
     if share > _SOME and misfits[best] < misfits[name] / 2:
         return (
-            f"{problem}, but {misfits[best]} when read as {FORMS[best].text}; if they are that, give "
+            f"{problem}, but {misfits[best]} when read as {FORMATS[best].text}; if they are that, give "
             f"`box_format='{_without_order(best)}'`"
         )
-    if form.stray(boxes, sizes).mean() > _MANY:
+    if box_format.stray(boxes, sizes).mean() > _MANY:
         return f"{problem}; no other `box_format` fits better, check that the images have the same size"
     return _range_warning(name, boxes, sizes, misfits)
 
 
 def _range_warning(name: str, boxes: np.ndarray, sizes: np.ndarray, misfits: Mapping[str, int]) -> str | None:
     """Warning about boxes that fit, but use little of their unit's range or end where another unit's range ends."""
-    form, count = FORMS[name], len(boxes)
-    if count < _ENOUGH or form.unit == FRACTIONS:
+    box_format, count = FORMATS[name], len(boxes)
+    if count < _ENOUGH or box_format.unit == FRACTIONS:
         return None
-    pixels = min(("xyxy", "xywh"), key=lambda order: (misfits[order], FORMS[order].corners != form.corners))
-    if form.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[pixels] == 0:
+    pixels = min(("xyxy", "xywh"), key=lambda order: (misfits[order], FORMATS[order].corners != box_format.corners))
+    if box_format.unit == THOUSANDTHS and sizes.max() < 0.95 * THOUSANDTHS and misfits[pixels] == 0:
         return (
-            f"warning: all {count} boxes lie within their images when read as {FORMS[pixels].text}, not as "
-            f"{form.text}; if they are that, give `box_format='{pixels}'`"
+            f"warning: all {count} boxes lie within their images when read as {FORMATS[pixels].text}, not as "
+            f"{box_format.text}; if they are that, give `box_format='{pixels}'`"
         )
-    last = float(form.to_pixels(boxes, sizes)[:, 2:].max())
-    if form.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
+    last = float(box_format.to_pixels(boxes, sizes)[:, 2:].max())
+    if box_format.unit == PIXELS and sizes.min() >= 1.2 * THOUSANDTHS and 0.9 * THOUSANDTHS <= last <= THOUSANDTHS + 1:
         return (
-            f"warning: none of {count} boxes exceeds 1000 when read as {form.text}, though all images are larger; "
-            "if they are in 0..1000 of the image, give `box_format='thousandths'`"
+            f"warning: none of {count} boxes exceeds 1000 when read as {box_format.text}, though all images are "
+            "larger; if they are in 0..1000 of the image, give `box_format='thousandths'`"
         )
     return None
 
 
-def _describe_misfit(form: BoxForm) -> str:
-    return "reach outside their images" + (" or have x2 <= x1 or y2 <= y1" if form.corners else "")
+def _describe_misfit(box_format: BoxFormat) -> str:
+    return "reach outside their images" + (" or have x2 <= x1 or y2 <= y1" if box_format.corners else "")
 
 
 def _without_order(name: str) -> str:

@@ -12,15 +12,15 @@ from typing import Any
 import msgspec
 
 from refdet.data.coco_validation import (
-    checked_area,
-    checked_box,
-    checked_category,
-    checked_crowd,
-    checked_ids,
-    checked_image,
-    checked_segmentation,
     is_finite,
     json_type,
+    parse_annotation_ids,
+    parse_area,
+    parse_box,
+    parse_category,
+    parse_image,
+    parse_iscrowd,
+    parse_segmentation,
 )
 from refdet.data.fetch.hints import check_exists
 from refdet.data.image_evidence import goes_by_id
@@ -236,7 +236,7 @@ class TrainingObjects:
 def _categories(path: Path, entries: list[dict]) -> dict[int, str]:
     names: dict[int, str] = {}
     for position, entry in enumerate(entries):
-        category_id, name = checked_category(path, position, entry)
+        category_id, name = parse_category(path, position, entry)
         if category_id in names:
             raise InputError(f"{path}: duplicate category id {category_id}")
         names[category_id] = name
@@ -246,7 +246,7 @@ def _categories(path: Path, entries: list[dict]) -> dict[int, str]:
 def _images(path: Path, entries: list[dict]) -> dict[int, ImageRecord]:
     images: dict[int, ImageRecord] = {}
     for position, entry in enumerate(entries):
-        image_id, file_name, height, width = checked_image(path, position, entry)
+        image_id, file_name, height, width = parse_image(path, position, entry)
         if image_id in images:
             raise InputError(f"{path}: duplicate image id {image_id}")
         by_id = bool(file_name) or goes_by_id(entry, image_id)
@@ -261,7 +261,7 @@ def _annotations(
     dropped: list[str] = []
     seen: set[int] = set()
     for position, entry in enumerate(entries):
-        annotation_id, image_id, category_id = checked_ids(path, position, entry)
+        annotation_id, image_id, category_id = parse_annotation_ids(path, position, entry)
         what = f"annotation {annotation_id}"
         if annotation_id in seen:
             raise InputError(f"{path}: duplicate annotation id {annotation_id}")
@@ -271,18 +271,18 @@ def _annotations(
             raise InputError(f"{path}: {what} refers to image {image_id}, which is not in the file")
         if category_id not in categories:
             raise InputError(f"{path}: {what} has category {category_id}, which is not in the file")
-        x, y, width, height = checked_box(path, entry.get("bbox"), what)
-        segmentation, dropped_polygons = checked_segmentation(
+        x, y, width, height = parse_box(path, entry.get("bbox"), what)
+        segmentation, dropped_polygons = parse_segmentation(
             path, entry.get("segmentation"), what, (image.height, image.width)
         )
         if dropped_polygons:
             dropped.append(f"{what}: {dropped_polygons}")
-        iscrowd = checked_crowd(path, entry, what)
+        iscrowd = parse_iscrowd(path, entry, what)
         reason = _box_problem(x, y, width, height, image)
         if reason:
             dropped.append(f"{what}: {reason}")
             continue
-        area = checked_area(path, entry.get("area", width * height), what)
+        area = parse_area(path, entry.get("area", width * height), what)
         box = (float(x), float(y), float(x + width), float(y + height))
         by_image[image.id].append(Annotation(annotation_id, image.id, category_id, box, segmentation, area, iscrowd))
     return by_image, dropped

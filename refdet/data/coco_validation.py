@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from refdet.data.polygons import check_outlines, checked_polygons
+from refdet.data.polygons import check_outlines, parse_polygons
 from refdet.errors import InputError
 from refdet.structures.limits import is_id, size_problem
 from refer.masks import rle_pixels
@@ -19,7 +19,7 @@ def json_type(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def checked_id(path: Path, entry: dict, key: str, what: str) -> int:
+def parse_id(path: Path, entry: dict, key: str, what: str) -> int:
     """Return the integer ``entry[key]``.
 
     Args:
@@ -43,7 +43,7 @@ def checked_id(path: Path, entry: dict, key: str, what: str) -> int:
     return value
 
 
-def checked_category(path: Path, position: int, entry: dict) -> tuple[int, str]:
+def parse_category(path: Path, position: int, entry: dict) -> tuple[int, str]:
     """Return id and name of ``categories[position]``.
 
     Args:
@@ -57,14 +57,14 @@ def checked_category(path: Path, position: int, entry: dict) -> tuple[int, str]:
     Raises:
         InputError: either is invalid.
     """
-    category_id = checked_id(path, entry, "id", f"categories[{position}]")
+    category_id = parse_id(path, entry, "id", f"categories[{position}]")
     name = entry.get("name")
     if not isinstance(name, str):
         raise InputError(f"{path}: category {category_id} has no name; add one")
     return category_id, name
 
 
-def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int, int]:
+def parse_image(path: Path, position: int, entry: dict) -> tuple[int, str, int, int]:
     """Return id, file name and size of ``images[position]``.
 
     Args:
@@ -78,20 +78,20 @@ def checked_image(path: Path, position: int, entry: dict) -> tuple[int, str, int
     Raises:
         InputError: one of them is invalid.
     """
-    image_id = checked_id(path, entry, "id", f"images[{position}]")
+    image_id = parse_id(path, entry, "id", f"images[{position}]")
     what = f"image {image_id}"
     file_name = entry.get("file_name") or ""
     if not isinstance(file_name, str):
         raise InputError(f"{path}: {what}: 'file_name' is a {json_type(file_name)}; it must be a string")
     if "\0" in file_name or any("\ud800" <= character <= "\udfff" for character in file_name):
         raise InputError(f"{path}: {what}: 'file_name' {file_name!a} contains NUL or unpaired surrogates; rename it")
-    height, width = (checked_id(path, entry, key, what) for key in ("height", "width"))
+    height, width = (parse_id(path, entry, key, what) for key in ("height", "width"))
     if problem := size_problem(height, width):
         raise InputError(f"{path}: {what}: {problem}")
     return image_id, file_name, height, width
 
 
-def checked_ids(path: Path, position: int, entry: dict) -> tuple[int, int, int]:
+def parse_annotation_ids(path: Path, position: int, entry: dict) -> tuple[int, int, int]:
     """Return id, image id and category id of ``annotations[position]``.
 
     Args:
@@ -105,12 +105,12 @@ def checked_ids(path: Path, position: int, entry: dict) -> tuple[int, int, int]:
     Raises:
         InputError: one of them is invalid.
     """
-    annotation_id = checked_id(path, entry, "id", f"annotations[{position}]")
+    annotation_id = parse_id(path, entry, "id", f"annotations[{position}]")
     what = f"annotation {annotation_id}"
-    return annotation_id, checked_id(path, entry, "image_id", what), checked_id(path, entry, "category_id", what)
+    return annotation_id, parse_id(path, entry, "image_id", what), parse_id(path, entry, "category_id", what)
 
 
-def checked_box(path: Path, bbox: object, what: str) -> list[float]:
+def parse_box(path: Path, bbox: object, what: str) -> list[float]:
     """Check that a box is four numbers, which may be infinite or NaN.
 
     Args:
@@ -130,7 +130,7 @@ def checked_box(path: Path, bbox: object, what: str) -> list[float]:
     return bbox
 
 
-def checked_crowd(path: Path, entry: dict, what: str) -> bool:
+def parse_iscrowd(path: Path, entry: dict, what: str) -> bool:
     """Return ``iscrowd`` of an annotation, False by default.
 
     Args:
@@ -150,7 +150,7 @@ def checked_crowd(path: Path, entry: dict, what: str) -> bool:
     return bool(iscrowd)
 
 
-def checked_area(path: Path, area: object, what: str) -> float:
+def parse_area(path: Path, area: object, what: str) -> float:
     """Check an area.
 
     Args:
@@ -177,7 +177,7 @@ def is_finite(value: object) -> bool:
         return False
 
 
-def checked_segmentation(
+def parse_segmentation(
     path: Path, value: object, what: str, size: tuple[int, int] | None
 ) -> tuple[list | dict | None, str]:
     """Check a segmentation and drop polygons with fewer than three points.
@@ -202,7 +202,7 @@ def checked_segmentation(
         return value, ""
     if not isinstance(value, list):
         raise InputError(f"{path}: {what}: 'segmentation' is a {json_type(value)}; it must be polygons or an RLE")
-    polygons, left_out = checked_polygons(path, value, what)
+    polygons, left_out = parse_polygons(path, value, what)
     if polygons is not None and size is not None:
         check_outlines(path, polygons, what, *size)
     return polygons, left_out

@@ -96,7 +96,9 @@ def decode(data: bytes, height: int, width: int, exif: str = "ignore") -> Decode
             pixels = _stored_pixels(image, orientation)
     except Image.DecompressionBombError:
         raise SizeError(f"claims more than {Image.MAX_IMAGE_PIXELS} pixels, but {declared}") from None
-    return Decoded(np.array(upright(pixels, orientation) if exif == "apply" else pixels, order="C"), orientation)
+    return Decoded(
+        np.array(apply_orientation(pixels, orientation) if exif == "apply" else pixels, order="C"), orientation
+    )
 
 
 def decode_any_size(data: bytes) -> Decoded:
@@ -170,7 +172,7 @@ def small_copy(data: bytes, side: int, height: int, width: int) -> Image.Image:
     return copy
 
 
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rotate and mirror pixels (H, W, ...) by an EXIF orientation of 1 to 8."""
     if orientation in _SIDEWAYS:
         pixels = pixels.swapaxes(0, 1)
@@ -181,8 +183,8 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def turned_points(points: np.ndarray, orientation: int) -> np.ndarray:
-    """Where `upright` moves points (n, 2), x and y as fractions of the image."""
+def orient_points(points: np.ndarray, orientation: int) -> np.ndarray:
+    """Where `apply_orientation` moves points (n, 2), x and y as fractions of the image."""
     turned = points[:, ::-1] if orientation in _SIDEWAYS else points
     x = 1 - turned[:, 0] if orientation in (2, 3, 6, 7) else turned[:, 0]
     y = 1 - turned[:, 1] if orientation in (3, 4, 7, 8) else turned[:, 1]
@@ -195,7 +197,7 @@ def _thumbnails(image: Image.Image, side: int) -> list[np.ndarray]:
     orientation = _orientation(image)
     grey = as_rgb(image).convert("L").resize((side, side), Image.Resampling.BOX)
     stored = _undo_pillow_rotation(np.asarray(grey), image, orientation)
-    return [stored] if orientation == _UPRIGHT else [stored, upright(stored, orientation)]
+    return [stored] if orientation == _UPRIGHT else [stored, apply_orientation(stored, orientation)]
 
 
 @contextmanager
@@ -258,7 +260,7 @@ def _stored_pixels(image: Image.Image, orientation: int) -> np.ndarray:
 def _undo_pillow_rotation(pixels: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
     """Undo the rotation that Pillow applies to a TIFF, whose orientation it removes from the tags."""
     if image.format == "TIFF" and _ORIENTATION not in image.getexif():
-        return upright(pixels, {6: 8, 8: 6}.get(orientation, orientation))
+        return apply_orientation(pixels, {6: 8, 8: 6}.get(orientation, orientation))
     return pixels
 
 

@@ -93,7 +93,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     Returns:
         The evidence.
     """
-    if type(entry) is int and not key:  # a list of bare ids is taken at its word
+    if type(entry) is int and not key:  # a list of bare ids is taken at face value
         return Evidence(entry, frozenset(), _coco_range([entry]), frozenset(), False, False, False)
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refdet.data.image_decoder import decode_any_size, upright
+from refdet.data.image_decoder import apply_orientation, decode_any_size
 from refdet.data.image_source import ImageError, why_unreadable
 from refdet.files.json_files import read_bytes
 from refdet.structures.pixels import rgb_pixels
@@ -38,6 +38,6 @@ def read_pixels(image: np.ndarray | Image.Image | str | Path, exif: str = "ignor
     data = read_bytes(Path(image), MAX_BYTES)
     try:
         decoded = decode_any_size(data)
-        return np.array(upright(decoded.pixels, decoded.orientation)) if exif == "apply" else decoded.pixels
+        return np.array(apply_orientation(decoded.pixels, decoded.orientation)) if exif == "apply" else decoded.pixels
     except Exception as error:  # decoders can raise anything on damaged or hostile files
         raise ImageError(f"{image}: not a readable image ({why_unreadable(error)}); give another file") from error

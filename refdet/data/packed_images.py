@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refdet.device import on_device
+from refdet.device import to_device
 
 _BYTES = {torch.uint8: 1, torch.float32: 4}
 
@@ -57,7 +57,7 @@ class PackedImages:
 
     def unpacked(self, device: torch.device) -> list[Tensor]:
         """The images on a device, by a single copy, which is asynchronous from pinned memory."""
-        data, first, images = on_device(self.data, device), 0, []
+        data, first, images = to_device(self.data, device), 0, []
         for dtype, shape in self.layouts:
             size = int(np.prod(shape)) * _BYTES[dtype]
             images.append(data[first : first + size].view(dtype).view(shape))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError, RefdetError, RuntimeFailure
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 
 _ROWS = 4096  # at a time
 
@@ -42,7 +42,7 @@ def read_rows(path: Path, choose: Callable[[Any], Sequence[str]]) -> Iterator[di
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: invalid UTF-8 in a text
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise InputError(f"{path}: damaged or not a Parquet file ({cut(error)}); download it again") from None
+        raise InputError(f"{path}: damaged or not a Parquet file ({shorten(error)}); download it again") from None
 
 
 def is_parquet(path: Path) -> bool:

@@ -13,7 +13,7 @@ from refer.masks import MAX_DISTANCE, MAX_LENGTH, can_be_drawn
 _MIN_NUMBERS = 6  # numbers: three points
 
 
-def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, str]:
+def parse_polygons(path: Path, value: list, what: str) -> tuple[list | None, str]:
     """Check polygons and drop those with fewer than three points.
 
     Args:
@@ -46,7 +46,7 @@ def checked_polygons(path: Path, value: list, what: str) -> tuple[list | None, s
 
 
 def check_outlines(path: Path, polygons: list, what: str, height: int, width: int) -> None:
-    """Check that polygons which passed `checked_polygons` can be drawn (`refer.masks.can_be_drawn`).
+    """Check that polygons which passed `parse_polygons` can be drawn (`refer.masks.can_be_drawn`).
 
     Args:
         path: the file, for error messages.

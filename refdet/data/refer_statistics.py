@@ -8,7 +8,7 @@ from refer.statistics import COUNTS, Counts
 from refer.types import Ref
 
 
-def counts_of(refs: Iterable[Ref]) -> dict[str, Counts]:
+def count_refs(refs: Iterable[Ref]) -> dict[str, Counts]:
     """Number of refs, images and sentences of each split of a dataset and split_by."""
     images: dict[str, set[int]] = {}
     totals: dict[str, list[int]] = {}
@@ -20,7 +20,7 @@ def counts_of(refs: Iterable[Ref]) -> dict[str, Counts]:
     return {split: Counts(total[0], len(images[split]), total[1]) for split, total in totals.items()}
 
 
-def differences(dataset: str, split_by: str, counts: dict[str, Counts], samples: bool = True) -> list[str]:
+def compare_with_published(dataset: str, split_by: str, counts: dict[str, Counts], samples: bool = True) -> list[str]:
     """List the differences between a dataset and the published one, one line per split.
 
     With ``samples``, a dataset with less than half of the published refs in every split is taken as an intentional
@@ -29,7 +29,7 @@ def differences(dataset: str, split_by: str, counts: dict[str, Counts], samples:
     Args:
         dataset: such as "refcoco".
         split_by: such as "unc".
-        counts: counts of each split, as of `counts_of`.
+        counts: counts of each split, as of `count_refs`.
         samples: whether the dataset may be a sample.
 
     Returns:

@@ -18,10 +18,10 @@ from refdet.structures.box_convention import InputSize
 Window = tuple[float, float, float, float]
 """A part of the original image, x1 y1 x2 y2 in pixels."""
 
-_LEAST = 0.01  # pixels of a side of what is seen of an object that is cut
+_MIN_SIDE = 0.01  # pixels; objects with a smaller visible part are removed
 
 
-def jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
+def sample_jittered_size(height: int, width: int, options: InputOptions, random: np.random.Generator) -> InputSize:
     """Draw a scale and a part of the resized image.
 
     At scale 1 the image fits exactly into the square of ``options.crop_size``.
@@ -30,7 +30,7 @@ def jittered_size(height: int, width: int, options: InputOptions, random: np.ran
         height: height of the image in pixels.
         width: width of the image in pixels.
         options: input options with a ``crop_size``; the scale is uniform in ``scale_range``.
-        random: three numbers are drawn: the scale, and the place of the part along x and y.
+        random: three numbers are drawn: the scale, and the position of the part along x and y.
 
     Returns:
         The size of the part, at most ``crop_size`` on a side.
@@ -43,8 +43,8 @@ def jittered_size(height: int, width: int, options: InputOptions, random: np.ran
     return InputSize(*sides, *scales, height, width, resized=whole, origin=(x, y))
 
 
-def seen_part(size: InputSize, flip: bool) -> Window:
-    """The part of the original image that the network's input shows, of which the mirror image was resized if flip."""
+def visible_window(size: InputSize, flip: bool) -> Window:
+    """The part of the original image that the network's input shows; if `flip`, the mirror image was resized."""
     (x, y), (sx, sy) = size.origin, size.scale
     left, right = x / sx, min((x + size.width) / sx, size.image_width)
     if flip:
@@ -53,32 +53,32 @@ def seen_part(size: InputSize, flip: bool) -> Window:
 
 
 def crop_boxes(boxes: Tensor, masks: Sequence[dict | None], window: Window) -> tuple[list[int], Tensor]:
-    """Cut boxes at the sides of a window.
+    """Clip boxes to a window.
 
-    The box of an object that is cut becomes that of what is seen of its mask, as with detectron2's ``recompute_boxes``;
-    without a mask it is clipped. An object of which nothing is seen is removed.
+    The box of an object that is cut becomes that of the visible part of its mask, as with detectron2's
+    ``recompute_boxes``; without a mask it is clipped. Invisible objects are removed.
 
     Args:
         boxes: N boxes.
         masks: N pycocotools RLEs in pixels of the original image; None for an object without a mask.
-        window: the part that is seen.
+        window: the visible part of the image.
 
     Returns:
-        Indices of the K objects that are seen, in order, and their boxes (K, 4).
+        Indices of the K visible objects, in order, and their boxes (K, 4).
     """
     low, high = torch.tensor(window[:2]), torch.tensor(window[2:])
-    uncut = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(dim=1)
-    seen = torch.cat((torch.maximum(boxes[:, :2], low), torch.minimum(boxes[:, 2:], high)), dim=1)
-    seen = torch.where(uncut[:, None], boxes, seen)
-    for row in (~uncut & (seen[:, :2] < seen[:, 2:]).all(dim=1)).nonzero()[:, 0].tolist():
+    inside = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(dim=1)
+    visible = torch.cat((torch.maximum(boxes[:, :2], low), torch.minimum(boxes[:, 2:], high)), dim=1)
+    visible = torch.where(inside[:, None], boxes, visible)
+    for row in (~inside & (visible[:, :2] < visible[:, 2:]).all(dim=1)).nonzero()[:, 0].tolist():
         if (mask := masks[row]) is not None:
-            seen[row] = torch.tensor(_seen_of(mask, window))
-    kept = ((seen[:, 2:] - seen[:, :2] >= _LEAST).all(dim=1) | uncut).nonzero()[:, 0]
-    return kept.tolist(), seen[kept]
+            visible[row] = torch.tensor(_visible_box(mask, window))
+    kept = ((visible[:, 2:] - visible[:, :2] >= _MIN_SIDE).all(dim=1) | inside).nonzero()[:, 0]
+    return kept.tolist(), visible[kept]
 
 
-def _seen_of(mask: dict, window: Window) -> Window:
-    """The box of the part of a mask in a window; of no size if there is none."""
+def _visible_box(mask: dict, window: Window) -> Window:
+    """The box of the part of a mask in a window; an empty box if there is none."""
     left, top, right, bottom = window
     rows, columns = slice(int(top), int(np.ceil(bottom))), slice(int(left), int(np.ceil(right)))
     pixels = coco_mask.decode(mask)[rows, columns]

@@ -40,7 +40,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
             return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"segmentation {_shown(segmentation)} is neither polygons nor RLE") from error
+        raise InputError(f"segmentation {_short_repr(segmentation)} is neither polygons nor RLE") from error
 
 
 def check_polygons(polygons: list, height: int, width: int) -> None:
@@ -57,7 +57,7 @@ def check_polygons(polygons: list, height: int, width: int) -> None:
     if not can_be_drawn(polygons, height, width):
         raise InputError(
             f"polygon is not a list of numbers [x, y, x, y, ...], far outside its image or absurdly long: "
-            f"{_shown(polygons)}"
+            f"{_short_repr(polygons)}"
         )
 
 
@@ -68,6 +68,6 @@ def _covers(counts: object, pixels: int) -> bool:
     return isinstance(counts, str | bytes) and rle_pixels(counts) == pixels
 
 
-def _shown(segmentation: object) -> str:
+def _short_repr(segmentation: object) -> str:
     # the full repr may have megabytes
     return reprlib.repr(segmentation)[:80]

@@ -15,7 +15,7 @@ from refdet.config.recipe import InputOptions, Recipe
 from refdet.data.coco import CocoIndex, ImageRecord, TrainingObjects
 from refdet.data.image_source import ImageSource
 from refdet.data.packed_images import PackedImages
-from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
+from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, visible_window
 from refdet.data.segmentations import to_rle
 from refdet.data.transforms import input_size, network_input, padded_inputs, resize_pillow
 from refdet.errors import RefdetError
@@ -31,10 +31,10 @@ class Batch:
         images: the images as stored, or resized by Pillow where the recipe says so, (H, W, 3) uint8 RGB; or their
             network input, (3, height, width) float32, where that is smaller.
         sizes: input size of each image.
-        flips: whether each image is flipped; network inputs are already.
+        flips: whether each image is flipped; network inputs already are.
         shape: height and width that all are padded to, in pixels of the network's input.
         targets: annotations of each image, in pixels of the network's input.
-        image_ids: COCO ids of the images of the step, also of those that other processes have.
+        image_ids: COCO ids of all images of the step, including those of other processes.
         oriented: file -> EXIF orientation, of the files with an orientation other than 1.
     """
 
@@ -51,7 +51,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
     def parts(self, count: int) -> list[Batch]:
-        """As many batches of equal size, in order, padded as this one."""
+        """Split into `count` batches of equal size, in order, with the same padding."""
         if count == 1:
             return [self]
         size = len(self.sizes) // count
@@ -72,7 +72,7 @@ class Batch:
         return [(size.height, size.width) for size in self.sizes]
 
     def inputs(self, options: InputOptions, device: torch.device) -> Tensor:
-        """The network's inputs (B, 3, *shape) float32, channels_last: copied to the device and made there."""
+        """The network's inputs (B, 3, *shape) float32, channels_last, resized on the device."""
         images = self.images.unpacked(device)
         stored = [image.dtype == torch.uint8 for image in images]
         images = [
@@ -89,15 +89,15 @@ class TrainingBatches(Dataset):
     per epoch, except for a remainder of less than a batch, which is another in each epoch. Landscape and portrait
     images are batched separately, which saves padding.
 
-    Of several processes that train together each makes the images of its share of a batch. They are the same, and
-    padded the same, whatever the number of processes.
+    If several processes train together, each loads its share of a batch. Images and padding do not depend on the number
+    of processes.
 
     Args:
         index: the instances file.
         source: the images.
         recipe: the recipe.
         objects: objects of the index to train on, if already known and their images located.
-        share: number of this process and number of processes.
+        share: rank of this process, and number of processes.
 
     Raises:
         InputError: no objects, or missing image files.
@@ -173,9 +173,9 @@ class TrainingBatches(Dataset):
         """This process's share of the batch of some records, or the error of an unusable image."""
         number, processes = self.share
         own = slice(number * len(rows) // processes, (number + 1) * len(rows) // processes)
-        mine = [self.records[r] for r in rows[own]]
+        own_records = [self.records[r] for r in rows[own]]
         try:
-            examples = [self._example(*given) for given in zip(mine, sizes[own], flips[own].tolist(), strict=True)]
+            examples = [self._example(*each) for each in zip(own_records, sizes[own], flips[own].tolist(), strict=True)]
         except RefdetError as error:
             return error
         return Batch(
@@ -185,7 +185,7 @@ class TrainingBatches(Dataset):
             self._shape(sizes),
             [target for _, target in examples],
             [self.records[r].id for r in rows],
-            self.source.oriented_among(mine),
+            self.source.oriented_among(own_records),
         )
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
@@ -211,7 +211,7 @@ class TrainingBatches(Dataset):
         """The input size in a step, drawn for the step and the image if so the recipe says, else of a short side."""
         options = self.recipe.input
         if options.crop_size:
-            return jittered_size(record.height, record.width, options, self._random(2, step, record))
+            return sample_jittered_size(record.height, record.width, options, self._random(2, step, record))
         if options.short_side_per == "image" and not largest:
             short_side = int(self._random(3, step, record).choice(options.min_sizes))
         return input_size(record.height, record.width, options, short_side)
@@ -234,7 +234,7 @@ class TrainingBatches(Dataset):
                 None if a.segmentation is None else to_rle(a.segmentation, record.height, record.width) for a in objects
             ]
         if size.resized is not None:
-            window = seen_part(size, flip)
+            window = visible_window(size, flip)
             kept, boxes = crop_boxes(boxes, masks or [None] * len(boxes), window)
             objects, masks = [objects[i] for i in kept], masks and [masks[i] for i in kept]
             crowds = crop_boxes(crowds, [None] * len(crowds), window)[1]
@@ -247,17 +247,17 @@ class TrainingBatches(Dataset):
             pixels = network_input(pixels[:, ::-1] if flip else pixels, size, self.recipe.input).numpy()
         corner = torch.tensor(size.origin * 2, dtype=torch.float32)
         boxes, crowds = (convention.scale(b, size.scale) - corner for b in (boxes, crowds))
-        if size.resized is not None:  # which rounding may have left
+        if size.resized is not None:  # rounding may have moved them outside
             boxes, crowds = (convention.clip(b, size.height, size.width) for b in (boxes, crowds))
         labels = torch.tensor([self.labels[a.category_id] for a in objects], dtype=torch.int64)
         flipped_width = float(record.width) if flip else None
         return pixels, GroundTruth(boxes, labels, masks, crowds, size.scale, flipped_width, size.origin)
 
 
-def padded_shape(sizes: Sequence[InputSize], divisor: int, least: int = 0) -> tuple[int, int]:
-    """The common height and width of a batch, at least ``least`` and multiples of a divisor; 0 is as 1."""
+def padded_shape(sizes: Sequence[InputSize], divisor: int, min_side: int = 0) -> tuple[int, int]:
+    """The common height and width of a batch, at least ``min_side`` and multiples of a divisor; 0 means 1."""
     divisor = max(divisor, 1)
-    height, width = max(least, *(size.height for size in sizes)), max(least, *(size.width for size in sizes))
+    height, width = max(min_side, *(size.height for size in sizes)), max(min_side, *(size.width for size in sizes))
     return height + -height % divisor, width + -width % divisor
 
 
@@ -270,7 +270,7 @@ def bytes_of(size: InputSize, options: InputOptions) -> int:
     return 3 * size.image_height * size.image_width
 
 
-def most_bytes_of(height: int, width: int, options: InputOptions) -> int:
+def max_bytes_of(height: int, width: int, options: InputOptions) -> int:
     """`bytes_of` an image of height and width in pixels, in the step in which it takes the most."""
     if options.crop_size:
         return 3 * (options.crop_size**2 if options.resize == "pillow" else height * width)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refdet.config.recipe import InputOptions
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.structures.box_convention import InputSize
 
 
@@ -65,7 +65,7 @@ def network_inputs(
     """Resize (bilinear) and normalise images of equal input size.
 
     Images are copied to the device as uint8, a quarter of the size of floats. Copies from pinned memory
-    (`refdet.device.pinned`) are asynchronous, so the arrays must not change until they are done.
+    (`refdet.device.pin_array`) are asynchronous, so the arrays must not change until they are done.
 
     Args:
         images: B arrays (H, W, 3) uint8 RGB.
@@ -76,26 +76,26 @@ def network_inputs(
     Returns:
         (B, 3, height, width) float32, channels_last; zero-padded to multiples of ``options.size_divisibility``.
     """
-    where = device or torch.device("cpu")
-    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    target = device or torch.device("cpu")
+    mean, std = (to_device(torch.tensor(values), target)[:, None, None] for values in (options.mean, options.std))
     resized = []
     if options.resize == "pillow":
         images = [resize_pillow(pixels, size) for pixels, size in zip(images, sizes, strict=True)]
-    groups = _groups(images, where)
+    groups = _group_by_shape(images, target)
     for rows in groups:
-        pixels, size = _on_device([images[row] for row in rows], where), sizes[rows[0]]
+        pixels, size = _stack_on_device([images[row] for row in rows], target), sizes[rows[0]]
         image = pixels.permute(0, 3, 1, 2).float()
         if options.order == "bgr":
             image = image.flip(1)
         # in the order of the reference, as rounding depends on it
         image = _resize_opencv(image - mean, size) if options.resize == "opencv" else _resize(image, size, options)
         resized.append(image.permute(0, 2, 3, 1))
-    together = torch.cat(resized)
+    batch = torch.cat(resized)
     if 1 < len(groups) < len(images):
-        together = together[on_device(torch.tensor([row for rows in groups for row in rows]).argsort(), where)]
-    together = together.permute(0, 3, 1, 2)  # channels_last
-    inputs = together / std if options.resize == "opencv" else (together - mean) / std
-    return _padded(inputs, options.size_divisibility)
+        batch = batch[to_device(torch.tensor([row for rows in groups for row in rows]).argsort(), target)]
+    batch = batch.permute(0, 3, 1, 2)  # channels_last
+    inputs = batch / std if options.resize == "opencv" else (batch - mean) / std
+    return _pad(inputs, options.size_divisibility)
 
 
 def padded_inputs(
@@ -112,10 +112,10 @@ def padded_inputs(
     Returns:
         (B, 3, *shape) float32, channels_last. Zero is the mean colour.
     """
-    where, opencv = images[0].device, options.resize == "opencv"
-    mean, std = (on_device(torch.tensor(values), where)[:, None, None] for values in (options.mean, options.std))
+    device, opencv = images[0].device, options.resize == "opencv"
+    mean, std = (to_device(torch.tensor(values), device)[:, None, None] for values in (options.mean, options.std))
     # rows of pixels in memory: channels_last
-    canvas = torch.empty(len(images), *shape, 3, device=where).permute(0, 3, 1, 2)
+    canvas = torch.empty(len(images), *shape, 3, device=device).permute(0, 3, 1, 2)
     if any((size.height, size.width) != shape for size in sizes):
         canvas.copy_(torch.zeros_like(mean) if opencv else mean)  # 0 once it is normalised
     for row, image, size in zip(canvas, images, sizes, strict=True):
@@ -134,10 +134,10 @@ def padded_inputs(
     return inputs
 
 
-def _groups(images: Sequence[np.ndarray], device: torch.device) -> list[list[int]]:
-    """Indices of images to process together: of one shape on a GPU, where a few large steps take less time than many.
+def _group_by_shape(images: Sequence[np.ndarray], device: torch.device) -> list[list[int]]:
+    """Indices of images to process together: those of one shape on a GPU, where a few large steps are faster than many.
 
-    On a CPU each is alone, as that needs less memory at a time.
+    On a CPU each is processed on its own, which needs less memory.
     """
     if device.type == "cpu":
         return [[row] for row in range(len(images))]
@@ -147,24 +147,24 @@ def _groups(images: Sequence[np.ndarray], device: torch.device) -> list[list[int
     return list(of_shape.values())
 
 
-def _on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
+def _stack_on_device(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Images of one shape (H, W, 3) uint8 -> (B, H, W, 3) on a device.
 
-    Each is copied by itself: to put them together on the host first would take longer.
+    Each is copied on its own, as stacking them on the host first would take longer.
     """
     # mirrored pixels; numpy reports a single column with a negative stride as contiguous
-    sound = [pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels) for pixels in images]
-    if len(sound) == 1:
-        return on_device(torch.from_numpy(sound[0]), device)[None]
-    together = torch.empty((len(sound), *sound[0].shape), dtype=torch.uint8, device=device)
-    for row, pixels in zip(together, sound, strict=True):
-        given = torch.from_numpy(pixels)
-        wait_free = device.type != "cuda" or given.is_pinned()
-        row.copy_(given if wait_free else given.pin_memory(), non_blocking=True)
-    return together
+    contiguous = [pixels.copy() if min(pixels.strides) < 0 else np.ascontiguousarray(pixels) for pixels in images]
+    if len(contiguous) == 1:
+        return to_device(torch.from_numpy(contiguous[0]), device)[None]
+    batch = torch.empty((len(contiguous), *contiguous[0].shape), dtype=torch.uint8, device=device)
+    for row, pixels in zip(batch, contiguous, strict=True):
+        source = torch.from_numpy(pixels)
+        wait_free = device.type != "cuda" or source.is_pinned()
+        row.copy_(source if wait_free else source.pin_memory(), non_blocking=True)
+    return batch
 
 
-def _padded(images: Tensor, divisor: int) -> Tensor:
+def _pad(images: Tensor, divisor: int) -> Tensor:
     """Zero-pad images (B, 3, H, W) at the bottom and right to multiples of a divisor; zero is the mean colour."""
     height, width = images.shape[2:]
     below, right = (-height % divisor, -width % divisor) if divisor else (0, 0)
@@ -173,23 +173,23 @@ def _padded(images: Tensor, divisor: int) -> Tensor:
     )
 
 
-def _rounded_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+def _detectron2_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
     """Height and width of detectron2's resized image: halves are rounded up."""
     scale = short / min(height, width)
     sides = [float(short) if side == min(height, width) else scale * side for side in (height, width)]
-    if max(sides) > longest:
-        shrink = longest / max(sides)
+    if max(sides) > max_size:
+        shrink = max_size / max(sides)
         sides = [side * shrink for side in sides]
     return int(sides[0] + 0.5), int(sides[1] + 0.5)
 
 
-def _floored_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+def _torchvision_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
     """Height and width of torchvision's resized image: rounded down."""
-    scale = min(short / min(height, width), longest / max(height, width))
+    scale = min(short / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
 
 
-_SIZES = {"pillow": _rounded_size, "torchvision": _floored_size}
+_SIZES = {"pillow": _detectron2_size, "torchvision": _torchvision_size}
 
 
 def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
@@ -200,7 +200,7 @@ def resize_pillow(pixels: np.ndarray, size: InputSize) -> np.ndarray:
 
 
 def _resize(image: Tensor, size: InputSize, options: InputOptions) -> Tensor:
-    """Bilinear resize (B, 3, H, W), and crop; what `resize_pillow` made stays as it is."""
+    """Bilinear resize (B, 3, H, W), and crop; images that `resize_pillow` resized are returned as they are."""
     antialias = options.resize == "antialias"
     if options.resize == "pillow" and image.shape[2:] == (size.height, size.width):
         return image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from refdet.config.recipe import ModelOptions
 
 MOBILENET_WIDTH = 32  # channels of the first convolution of the published MobileNet v1, whose multiplier is 1
-_LEAST_CHANNELS = 8  # of a layer of a MobileNet
+_MIN_CHANNELS = 8  # of a layer of a MobileNet
 _NAMES = {"vgg16": ("VGG-16", 64), "mobilenet_v1": ("MobileNet v1", MOBILENET_WIDTH)}  # and the published width
 
 
@@ -25,7 +25,7 @@ def mobilenet_channels(channels: int, width: int) -> int:
 
     The depth multiplier of Howard et al., "MobileNets", 2017 is ``width / 32``.
     """
-    return max(channels * width // MOBILENET_WIDTH, _LEAST_CHANNELS)
+    return max(channels * width // MOBILENET_WIDTH, _MIN_CHANNELS)
 
 
 def roi_channels(model: ModelOptions) -> tuple[int, int]:

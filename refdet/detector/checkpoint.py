@@ -19,9 +19,9 @@ from refdet.config.recipe import Recipe, from_dict
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write, write_json
 from refdet.files.json_files import read_bytes
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 from refdet.files.small_files import strict_json
-from refdet.files.weight_files import check_safetensors, is_address, what_is
+from refdet.files.weight_files import check_safetensors, describe_file, is_url
 from refdet.structures.known_weights import LEAKS
 from refdet.structures.provenance import UNKNOWN_DATA, Provenance
 
@@ -64,17 +64,17 @@ class CheckpointMetadata:
     def from_json(cls, tree: Any) -> CheckpointMetadata:
         """The inverse of `to_json`. Raises InputError that names a missing or invalid field."""
         if not isinstance(tree, dict):
-            raise InputError(f"an object is needed, not {shown(tree)}")
+            raise InputError(f"an object is needed, not {short_repr(tree)}")
         missing = [name for name in ("recipe", "categories", "provenance", "step") if name not in tree]
         if missing:
             raise InputError(f"{missing[0]!r} is missing")
         step, untrained = tree["step"], tree.get("untrained", [])
         if type(step) is not int or not 0 <= step < 2**63:
-            raise InputError(f"step: a number of steps is needed, not {shown(step)}")
+            raise InputError(f"step: a number of steps is needed, not {short_repr(step)}")
         if not isinstance(untrained, list) or not all(
             isinstance(part, str) and part in HEAD_PREFIXES for part in untrained
         ):
-            raise InputError(f"untrained: a list of {', '.join(HEAD_PREFIXES)} is needed, not {shown(untrained)}")
+            raise InputError(f"untrained: a list of {', '.join(HEAD_PREFIXES)} is needed, not {short_repr(untrained)}")
         provenance = Provenance.from_json(tree["provenance"])
         return cls(from_dict(tree["recipe"]), _categories(tree["categories"]), provenance, step, tuple(untrained))
 
@@ -99,11 +99,13 @@ class CheckpointMetadata:
 def _categories(tree: Any) -> tuple[tuple[int, str], ...]:
     """(COCO id, name) of each category."""
     if not isinstance(tree, list) or not 0 < len(tree) <= MAX_CATEGORIES:
-        raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {shown(tree)}")
+        raise InputError(f"categories: a list of 1 to {MAX_CATEGORIES} is needed, not {short_repr(tree)}")
     for category in tree:
         good = isinstance(category, dict) and type(category.get("id")) is int and isinstance(category.get("name"), str)
         if not good or not -(2**63) <= category["id"] < 2**63:
-            raise InputError(f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {shown(category)}")
+            raise InputError(
+                f"categories: an object with a 64-bit 'id' and a 'name' is needed, not {short_repr(category)}"
+            )
     counts = Counter(category["id"] for category in tree)
     if len(counts) < len(tree):
         raise InputError(f"categories: duplicate category id {counts.most_common(1)[0][0]}")
@@ -127,7 +129,7 @@ def run_directory(path: str | Path) -> Path:
 def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     """Why a path is not a run directory, and the fix."""
     if not path.exists() and not path.is_symlink() and not folder.is_dir():
-        if is_address(path):
+        if is_url(path):
             return "a URL; download the run directory and give its folder"
         return "no such file or folder; give a run directory that `refdet train` wrote"
     enclosing = next((parent for parent in (path.parent, path.parent.parent) if _is_run(parent)), None)
@@ -136,7 +138,7 @@ def _why_not_a_run(path: Path, folder: Path, missing: str) -> str:
     if path.name in (MODEL, META) and path.is_file():
         return f"there is no {missing} beside it; give a run directory that has both"
     if path.is_file():
-        return f"{what_is(path) or 'a file'}, not a run directory"
+        return f"{describe_file(path) or 'a file'}, not a run directory"
     if not path.is_dir():
         return "not a run directory"
     if (folder / META).is_file() or (folder / MODEL).is_file():
@@ -210,4 +212,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({cut(error, 200)})") from error
+        raise InputError(f"{path}: not a readable safetensors file ({shorten(error, 200)})") from error

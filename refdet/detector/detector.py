@@ -24,14 +24,14 @@ from refdet.data.image_pixels import read_pixels
 from refdet.data.training_batches import group_by_input_size
 from refdet.detector import loading
 from refdet.detector.feature_names import check_features
-from refdet.detector.given_boxes import checked_boxes, checked_categories
+from refdet.detector.given_boxes import check_boxes, check_category_ids
 from refdet.detector.loading import TrainedDetector
 from refdet.detector.mask_rcnn import DEFAULT_FEATURES
 from refdet.detector.predictor import ImageFeatures, describe_boxes, detect_batch
-from refdet.device import usable_device, usable_precision
+from refdet.device import resolve_device, supported_precision
 from refdet.errors import ArgumentError, RuntimeFailure
-from refdet.files.printable_text import printable
-from refdet.files.short_text import cut
+from refdet.files.printable_text import escape_unprintable
+from refdet.files.short_text import shorten
 from refdet.structures.detection_options import PRECISIONS, DetectionOptions
 from refdet.structures.provenance import Provenance
 from refdet.structures.regions import NO_CATEGORY, Regions
@@ -72,8 +72,8 @@ def load_detector(path: str | Path, *, device: str | torch.device = "auto", prec
     """
     if precision not in PRECISIONS:
         raise ArgumentError("precision", f"must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    torch_device = usable_device(str(device))
-    usable = usable_precision(precision, torch_device)
+    torch_device = resolve_device(str(device))
+    usable = supported_precision(precision, torch_device)
     if usable != precision:
         log.warning("precision: this processor has no %s arithmetic; computing in %s", precision, usable)
     trained = loading.load(path, torch_device, for_inference=True, precision=usable)
@@ -115,8 +115,8 @@ class Detector:
         if provenance.excluded:
             data += f", {len(provenance.excluded)} split{'' if len(provenance.excluded) == 1 else 's'} held out"
         classes = f"{count} class{'' if count == 1 else 'es'}"
-        summary = f"recipe {printable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
-        return f"Detector({str(self.path)!r}: {summary};\n  {printable(cut(data, 100))})"
+        summary = f"recipe {escape_unprintable(self.recipe.name)}, {classes}, {self.device}, {self.precision}"
+        return f"Detector({str(self.path)!r}: {summary};\n  {escape_unprintable(shorten(data, 100))})"
 
     @overload
     def detect(
@@ -248,9 +248,9 @@ class Detector:
             for record in records:
                 index = record.id if several else None
                 with _add_index_to_errors(index):
-                    clipped.append(checked_boxes(_select(boxes, index), record.height, record.width))
+                    clipped.append(check_boxes(_select(boxes, index), record.height, record.width))
                     if category_ids is not None:
-                        ids.append(checked_categories(_select(category_ids, index), len(clipped[-1]), self.classes))
+                        ids.append(check_category_ids(_select(category_ids, index), len(clipped[-1]), self.classes))
             labels = None
             if category_ids is not None and self.recipe.model.masks:
                 label_of = {category: label for label, category in enumerate(self.classes, start=1)}
@@ -283,7 +283,7 @@ class Detector:
                 pixels[index] = read_pixels(image)
             name = Path(image).name if isinstance(image, str | Path) else ""
             records.append(ImageRecord(index, name, *pixels[index].shape[:2]))
-        found: dict[int, Regions] = {}
+        regions_by_index: dict[int, Regions] = {}
         for batch in group_by_input_size(records, self.recipe.input, BATCH_SIZE):
             try:
                 with self._inference():
@@ -292,8 +292,8 @@ class Detector:
                 raise RuntimeFailure(
                     f"{self.device} has too little memory for {len(batch)} images; free some, or pass them one by one"
                 ) from error
-            found |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
-        return [found[record.id] for record in records]
+            regions_by_index |= {regions.image_id: replace(regions, names=self.classes) for regions in batch_regions}
+        return [regions_by_index[record.id] for record in records]
 
 
 def _make_regions(record: ImageRecord, boxes: np.ndarray, category_ids: np.ndarray, found: ImageFeatures) -> Regions:

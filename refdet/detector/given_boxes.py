@@ -14,7 +14,7 @@ import numpy as np
 from refdet.errors import ArgumentError
 
 
-def checked_boxes(boxes: object, height: int, width: int) -> np.ndarray:
+def check_boxes(boxes: object, height: int, width: int) -> np.ndarray:
     """Boxes (n, 4) float32, clipped to the image.
 
     Args:
@@ -51,7 +51,7 @@ def _problem(box: np.ndarray, height: int, width: int) -> str:
     return f"has no area in the image, which is {width}x{height}"
 
 
-def checked_categories(category_ids: object, count: int, classes: Container[int]) -> np.ndarray:
+def check_category_ids(category_ids: object, count: int, classes: Container[int]) -> np.ndarray:
     """Category ids (n,) int64 of `count` boxes.
 
     Args:

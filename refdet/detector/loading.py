@@ -15,9 +15,9 @@ from refdet.detector import optimize
 from refdet.detector.checkpoint import MODEL, CheckpointMetadata, load_meta, read_tensors, run_directory
 from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import arithmetic, naming_out_of_memory
+from refdet.device import as_out_of_memory_error, float32_arithmetic
 from refdet.errors import InputError, RuntimeFailure
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.ops._library import warn_of_plain_pytorch
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,7 +41,7 @@ class TrainedDetector:
         Raises:
             torch.cuda.OutOfMemoryError: the GPU has too little memory, whichever library said so.
         """
-        with torch.inference_mode(), arithmetic(self.precision), naming_out_of_memory():
+        with torch.inference_mode(), float32_arithmetic(self.precision), as_out_of_memory_error():
             yield
 
 
@@ -77,7 +77,7 @@ def from_tensors(
     load_weights(model, tensors, folder / MODEL, counters=True)
     bf16 = precision == "bfloat16"
     try:
-        with naming_out_of_memory():
+        with as_out_of_memory_error():
             model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
             if for_inference or bf16:
                 model = optimize.optimize_for_inference(model, bf16)
@@ -125,7 +125,7 @@ def load_weights(
     unusable_names = find_unusable(loaded)
     if unusable_names:
         raise InputError(
-            f"{source}: {cut(unusable_names[0])} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative "
+            f"{source}: {shorten(unusable_names[0])} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative "
             f"variance ({len(unusable_names)} such tensors): the file is damaged or training diverged; use another "
             "checkpoint"
         )
@@ -157,7 +157,7 @@ def check_compatible(
     """
     model_state, loaded = _comparable(model_state, skip), _comparable(tensors, skip)
     problems = [f"{name} is missing" for name in model_state if name not in loaded]
-    problems += [f"{cut(name)} is not in this network" for name in loaded if name not in model_state]
+    problems += [f"{shorten(name)} is not in this network" for name in loaded if name not in model_state]
     problems += [
         f"{name} is {tuple(loaded[name].shape)}, the recipe expects {tuple(value.shape)}"
         for name, value in model_state.items()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from refdet.device import on_device
+from refdet.device import to_device
 
 Count: TypeAlias = int | Tensor  # a scalar int64 on the device, where the host does not know it
 
@@ -31,14 +31,14 @@ class LossCounts:
     def __add__(self, other: LossCounts) -> LossCounts:
         return LossCounts(self.anchors + other.anchors, self.rois + other.rois, self.mask_cells + other.mask_cells)
 
-    def packed(self, device: torch.device) -> Tensor:
+    def to_tensor(self, device: torch.device) -> Tensor:
         """(3,) int64 on a device, without waiting for it."""
         counts = (self.anchors, self.rois, self.mask_cells)
-        return torch.stack([c if isinstance(c, Tensor) else on_device(torch.tensor(c), device) for c in counts])
+        return torch.stack([c if isinstance(c, Tensor) else to_device(torch.tensor(c), device) for c in counts])
 
     @classmethod
-    def unpacked(cls, values: Tensor) -> LossCounts:
-        """The inverse of `packed`; the counts stay on the device."""
+    def from_tensor(cls, values: Tensor) -> LossCounts:
+        """The inverse of `to_tensor`; the counts stay on the device."""
         return cls(*values.unbind())
 
     def at_least_one(self) -> LossCounts:

@@ -28,7 +28,7 @@ from refdet.detector.finite import all_finite
 from refdet.detector.fpn import FeaturePyramid
 from refdet.detector.loss_counts import LossCounts, Total, of_this_batch
 from refdet.detector.outputs import BatchFeatures, Detections
-from refdet.detector.postprocess import best_detections, lower_thresholds
+from refdet.detector.postprocess import lower_thresholds, select_detections
 from refdet.detector.profiler import Stages
 from refdet.detector.resnet import FrozenBatchNorm, Norm
 from refdet.detector.roi_heads import C4Head, RoiHead, StandardHead
@@ -38,7 +38,7 @@ from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.sampling import image_seeds
 from refdet.detector.target_assignment import compute_mask_targets
 from refdet.detector.vgg import VGGHead
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention, InputSize
 from refdet.structures.detection_options import DetectionOptions
@@ -138,7 +138,7 @@ class MaskRCNN(nn.Module):
         features = self.head.features(maps, pooling_rois)
         logits, deltas = self.head.predict_boxes(features.fc7)
         losses["loss_classifier"] = F.cross_entropy(logits, labels, reduction="sum") / count.rois
-        positive = on_device(batch.sampled.positive.row, images.device)
+        positive = to_device(batch.sampled.positive.row, images.device)
         box_targets = box_ops.encode(batch.sampled.boxes[positive], rois[positive, 1:], DELTA_WEIGHTS)
         beta = self.recipe.head.smooth_l1_beta
         losses["loss_box_reg"] = (
@@ -159,7 +159,7 @@ class MaskRCNN(nn.Module):
     ) -> _SampledBatch:
         """The first stage with its losses, and the RoIs that the second learns from."""
         truth = PaddedTruth.of(targets, images.device)
-        anchor_seeds, roi_seeds = on_device(image_seeds(len(targets), 2, generator), images.device)
+        anchor_seeds, roi_seeds = to_device(image_seeds(len(targets), 2, generator), images.device)
         maps = self.extract_feature_maps(images)
         output = self.rpn(maps)
         sums, anchors = self.rpn.compute_losses(output, sizes, truth, anchor_seeds)
@@ -174,14 +174,14 @@ class MaskRCNN(nn.Module):
     ) -> Tensor:
         """Sum of the binary cross entropy over the mask cells of the positive RoIs' classes; 0 if there are none."""
         positive, size = batch.with_mask, self.head.mask_size
-        rows = on_device(positive.row, pooling_rois.device)
+        rows = to_device(positive.row, pooling_rois.device)
         logits = self.head.mask_logits(batch.maps, pooling_rois[rows], features[rows], batch.sampled.labels[rows])
         # on the host, while a GPU computes
         image_targets = [
             compute_mask_targets(boxes, objects, target, size, self.convention)
             for (boxes, objects), target in zip(positive.of_images(len(targets)), targets, strict=True)
         ]
-        mask_targets = on_device(torch.cat(image_targets), logits.device)
+        mask_targets = to_device(torch.cat(image_targets), logits.device)
         return F.binary_cross_entropy_with_logits(logits, mask_targets, reduction="sum")
 
     @torch.no_grad()
@@ -242,13 +242,13 @@ class MaskRCNN(nn.Module):
         scales, limits = _image_scales(sizes, boxes)
         proposals = self.convention.unscale(boxes, scales[image])
         decoded = self.convention.decode(deltas[:, 1:], proposals[:, None], DELTA_WEIGHTS)
-        inside = box_ops.cut(decoded, limits[image][:, None])
+        inside = box_ops.clip_to_images(decoded, limits[image][:, None])
         if options.lower_threshold_if_empty:
             thresholds = lower_thresholds(inside, scores, image, len(sizes), options.score_threshold)
         else:
             thresholds = scores.new_full((len(sizes),), options.score_threshold)
         legacy_tie_order = self.recipe.model.legacy_tie_order
-        return best_detections(
+        return select_detections(
             inside, scores, image, thresholds, options.nms_threshold, options.max_regions, legacy_tie_order
         )
 
@@ -303,7 +303,7 @@ class MaskRCNN(nn.Module):
             if "pool5" in names:
                 values["pool5"] = self.head.pool5(maps, rois, levels)
             if "spatial_pool5" in names:
-                values["spatial_pool5"] = self.head.pooled(maps, rois, levels)
+                values["spatial_pool5"] = self.head.pool_cells(maps, rois, levels)
             if labels is not None or not NEEDS_BOX_HEAD.isdisjoint(names):
                 outputs = self.head.forward_inference(maps, rois, labels, "spatial_fc7" in names, levels)
                 values["fc7"] = outputs.fc7
@@ -327,13 +327,13 @@ class MaskRCNN(nn.Module):
                 (cells - 1) / max(pixels - 1, 1) * self.recipe.model.stride
                 for cells, pixels in zip(maps[0].shape[-2:], images.shape[-2:], strict=True)
             ]
-            corners = corners * box_ops.numbers([sides[1], sides[0]] * 2, corners)
+            corners = corners * box_ops.new_tensor([sides[1], sides[0]] * 2, corners)
         return torch.cat((rois[:, :1], corners), dim=1)
 
 
 def _image_of_each(counts: Sequence[int], device: torch.device) -> Tensor:
     """Image index of each box, (N,) int64."""
-    return on_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
+    return to_device(torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int64), counts)), device)
 
 
 def _rois(image: Tensor, boxes: Tensor) -> Tensor:
@@ -344,5 +344,5 @@ def _rois(image: Tensor, boxes: Tensor) -> Tensor:
 def _image_scales(sizes: Sequence[InputSize], like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale (B, 2) and original width and height (B, 2) of each image, with the dtype and device of `like`."""
     rows = [(*size.scale, size.image_width, size.image_height) for size in sizes]
-    scales, limits = on_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
+    scales, limits = to_device(torch.tensor(rows, dtype=like.dtype), like.device).split(2, dim=1)
     return scales, limits

@@ -19,7 +19,7 @@ from refdet.detector.resnet import Bottleneck, FrozenBatchNorm
 from refdet.detector.roi_heads import C4Head, MaskPredictor, StandardHead
 from refdet.detector.rpn import RegionProposalNetwork
 from refdet.detector.vgg import VGG16
-from refdet.ops.convolution import half_is_quickest
+from refdet.ops.convolution import is_half_fastest
 from refdet.ops.epilogue import Epilogue, best_epilogue
 
 # the convolutions that are called by `conv_relu`, and lists of them
@@ -66,7 +66,7 @@ def optimize_for_inference(model: MaskRCNN, bf16: bool = False, epilogue: Epilog
     epilogue = epilogue or best_epilogue(weight.device, weight.dtype)
     if epilogue is not Epilogue.PLAIN:
         fuse_epilogues(model, epilogue)
-    half = bf16 and half_is_quickest(weight.device)
+    half = bf16 and is_half_fastest(weight.device)
     # MaskPredictor indexes the weights of its last layer
     keep = [module.logits for module in model.modules() if isinstance(module, MaskPredictor)]
     pack_layers(model, half, frozenset(keep))
@@ -122,11 +122,11 @@ def fuse_conv_bn(model: nn.Module) -> None:
             if not isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d)):
                 continue
             before = f"conv{name.removeprefix('bn')}" if name.startswith("bn") else names[names.index(name) - 1]
-            setattr(parent, before, _with_norm(children[before], norm))
+            setattr(parent, before, _fold_norm(children[before], norm))
             setattr(parent, name, nn.Identity())
 
 
-def _with_norm(convolution: nn.Module, norm: FrozenBatchNorm | nn.BatchNorm2d) -> nn.Conv2d:
+def _fold_norm(convolution: nn.Module, norm: FrozenBatchNorm | nn.BatchNorm2d) -> nn.Conv2d:
     """The convolution with the norm folded in, computed in float64."""
     if not isinstance(convolution, nn.Conv2d) or convolution.bias is not None:
         raise TypeError(f"cannot fold a norm into {convolution}; a convolution without bias is needed")

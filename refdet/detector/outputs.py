@@ -48,7 +48,9 @@ class BatchFeatures:
     def __iter__(self: _Features) -> Iterator[_Features]:
         first = 0
         for image, count in enumerate(self.counts):
-            yield self._changed([count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1)))
+            yield self._map_tensors(
+                [count], itemgetter(slice(first, first + count)), itemgetter(slice(image, image + 1))
+            )
             first += count
 
     def to_cpu_async(self: _Features, dtype: torch.dtype = torch.float32) -> _Features:
@@ -67,9 +69,9 @@ class BatchFeatures:
         if feature_map is not None and dtype != torch.float32:
             feature_map = feature_map.to(dtype)
         converted = replace(self, features=features, feature_map=feature_map)
-        return replace(converted._changed(self.counts, to_host, to_host), finite=to_host(self.finite))
+        return replace(converted._map_tensors(self.counts, to_host, to_host), finite=to_host(self.finite))
 
-    def _changed(self: _Features, counts: Sequence[int], per_box: _Change, per_image: _Change) -> _Features:
+    def _map_tensors(self: _Features, counts: Sequence[int], per_box: _Change, per_image: _Change) -> _Features:
         features = {name: per_box(values) for name, values in self.features.items()}
         masks, feature_map = self.masks, self.feature_map
         return replace(
@@ -105,7 +107,7 @@ class Detections(BatchFeatures):
     scores: Tensor
     labels: Tensor
 
-    def _changed(self: Detections, counts: Sequence[int], per_box: _Change, per_image: _Change) -> Detections:
-        changed = super()._changed(counts, per_box, per_image)
+    def _map_tensors(self: Detections, counts: Sequence[int], per_box: _Change, per_image: _Change) -> Detections:
+        changed = super()._map_tensors(counts, per_box, per_image)
         boxes, scores, labels = (per_box(values) for values in (self.boxes, self.scores, self.labels))
         return replace(changed, boxes=boxes, scores=scores, labels=labels)

@@ -20,10 +20,10 @@ from refdet.ops.convolution import (
     Packed,
     conv1x1,
     conv3x3,
-    has_products,
+    has_kernels,
+    is_pointwise_faster,
     pack_conv1x1,
     pack_conv3x3,
-    pointwise_is_quicker,
 )
 
 MIN_CHANNELS = 64  # channels; below it PyTorch's convolution is faster
@@ -74,7 +74,7 @@ class PackedConv2d(PackedLayer):
         if not isinstance(module, nn.Conv2d) or module.weight.dtype != _dtype(half):
             return False
         device = module.weight.device
-        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and pointwise_is_quicker(device, half)
+        pointwise = module.kernel_size == (1, 1) and module.padding == (0, 0) and is_pointwise_faster(device, half)
         is_3x3 = module.kernel_size == (3, 3) and module.stride == module.padding == (1, 1)
         return (
             (pointwise or is_3x3)
@@ -152,7 +152,7 @@ class PackedConvTranspose2x2(PackedLayer):
             and module.padding == module.output_padding == (0, 0)
             and module.dilation == (1, 1)
             and module.groups == 1
-            and pointwise_is_quicker(module.weight.device, half)
+            and is_pointwise_faster(module.weight.device, half)
             and _fits(module.in_channels, module.out_channels, module.weight.device, half)
         )
 
@@ -205,7 +205,7 @@ def pack_layers(model: nn.Module, half: bool, keep: frozenset[nn.Module] = froze
 
 def _fits(inputs: int, outputs: int, device: torch.device, half: bool) -> bool:
     enough = min(inputs, outputs) >= MIN_CHANNELS
-    return enough and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_products(device, half)
+    return enough and inputs % CHANNELS == outputs % OUTPUTS[half] == 0 and has_kernels(device, half)
 
 
 def _dtype(half: bool) -> torch.dtype:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refdet.ops.nms import nms_padded, unpadded
-from refdet.structures.boxes import numbers
+from refdet.ops.nms import nms_padded, unpad
+from refdet.structures.boxes import new_tensor
 
 
-def best_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
+def top_anchors(logits: Tensor, count: int, legacy_tie_order: bool) -> tuple[Tensor, Tensor]:
     """The top `count` of each row of logits (B, N).
 
     Returns:
@@ -54,7 +54,7 @@ def _sort_keys(values: Tensor) -> Tensor:
     return (ascending.long() << 32) - torch.arange(values.shape[1], device=values.device)
 
 
-def ranked_nms(
+def batched_nms(
     boxes: Tensor,
     scores: Tensor,
     groups: Tensor | None,
@@ -81,10 +81,10 @@ def ranked_nms(
     """
     order = _legacy_order(scores, groups, images) if legacy_tie_order and boxes.device.type == "cpu" else None
     if order is None:
-        return unpadded(*nms_padded(boxes, scores, iou_threshold, max_keep, images, count, groups=groups))
+        return unpad(*nms_padded(boxes, scores, iou_threshold, max_keep, images, count, groups=groups))
     groups = None if groups is None else groups[order]
     kept = nms_padded(boxes[order], scores[order], iou_threshold, max_keep, images[order], count, groups=groups)
-    indices, counts = unpadded(*kept)
+    indices, counts = unpad(*kept)
     return order[indices], counts
 
 
@@ -115,12 +115,12 @@ def lower_thresholds(boxes: Tensor, scores: Tensor, images: Tensor, count: int, 
     lowered = [threshold]
     while np.float32(lowered[-1]) > 0:
         lowered.append(lowered[-1] - 0.1)
-    steps = numbers(lowered, highest)  # float32, as in `best_detections`
+    steps = new_tensor(lowered, highest)  # float32, as in `select_detections`
     above = (highest[:, None] < steps).sum(dim=1) * highest.isfinite()  # nothing to reach without a box
     return steps[above.clamp(max=len(lowered) - 1)]
 
 
-def best_detections(
+def select_detections(
     boxes: Tensor,
     scores: Tensor,
     images: Tensor,
@@ -146,7 +146,7 @@ def best_detections(
     """
     candidates = (scores >= score_thresholds[images, None]) & _nonempty(boxes)
     labels, rows = candidates.t().nonzero().unbind(dim=1)  # by label, then row: the order of ties
-    kept, counts = ranked_nms(
+    kept, counts = batched_nms(
         boxes[rows, labels],
         scores[rows, labels],
         labels,

@@ -24,7 +24,7 @@ from refdet.detector.feature_names import FEATURE_MAP
 from refdet.detector.mask_pasting import paste_masks
 from refdet.detector.mask_rcnn import DEFAULT_FEATURES, MaskRCNN
 from refdet.detector.outputs import BatchFeatures, Detections
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.errors import RuntimeFailure
 from refdet.structures.box_convention import InputSize
 from refdet.structures.detection_options import DetectionOptions
@@ -88,7 +88,7 @@ def start_detecting(
         A function that waits for the GPU, encodes the masks and returns the regions. It can be called from any
         thread while the GPU computes the next batch.
     """
-    sizes, inputs = _inputs(model, images)
+    sizes, inputs = _prepare_inputs(model, images)
     outputs = model.predict(inputs, sizes, options, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
     wait = _make_wait(inputs.device, images)
@@ -97,7 +97,9 @@ def start_detecting(
         wait()
         _check_finite(outputs)
         results = zip(outputs, records, sizes, strict=True)
-        return [_regions(image_outputs, record, size, category_ids, pasting) for image_outputs, record, size in results]
+        return [
+            _make_regions(image_outputs, record, size, category_ids, pasting) for image_outputs, record, size in results
+        ]
 
     return finish
 
@@ -136,13 +138,13 @@ def start_describing(
     Returns:
         A function that waits for the GPU and returns the features, callable from any thread.
     """
-    sizes, inputs = _inputs(model, images)
-    host_boxes, counts = torch.from_numpy(np.concatenate([_rows(b) for b in boxes])), [len(b) for b in boxes]
+    sizes, inputs = _prepare_inputs(model, images)
+    host_boxes, counts = torch.from_numpy(np.concatenate([_to_float32(b) for b in boxes])), [len(b) for b in boxes]
     classes = None
     if labels is not None:
         all_labels = torch.from_numpy(np.concatenate([np.asarray(n, np.int64) for n in labels]))
-        classes = on_device(all_labels, inputs.device).split(counts)
-    device_boxes = on_device(host_boxes, inputs.device).split(counts)
+        classes = to_device(all_labels, inputs.device).split(counts)
+    device_boxes = to_device(host_boxes, inputs.device).split(counts)
     outputs = model.extract_features(inputs, sizes, device_boxes, classes, features).to_cpu_async(dtype)
     pasting = model.recipe.model.mask_pasting
     wait = _make_wait(inputs.device, images)
@@ -156,7 +158,7 @@ def start_describing(
     return finish
 
 
-def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
+def _prepare_inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSize], Tensor]:
     """Input sizes of the images, all equal, and the batch (B, 3, H', W') on the model's device."""
     options: InputOptions = model.recipe.input
     sizes = [input_size(image.shape[0], image.shape[1], options) for image in images]
@@ -170,7 +172,7 @@ def _inputs(model: MaskRCNN, images: Sequence[np.ndarray]) -> tuple[list[InputSi
         return sizes, inputs.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def _rows(boxes: np.ndarray) -> np.ndarray:
+def _to_float32(boxes: np.ndarray) -> np.ndarray:
     return np.asarray(boxes, np.float32).reshape(-1, 4)
 
 
@@ -185,11 +187,11 @@ def _make_wait(device: torch.device, images: Sequence[np.ndarray]) -> Callable[[
         return lambda: None
     event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps, and others have its core
     event.record(torch.cuda.current_stream(device))
-    kept = [*images]
+    kept_alive = [*images]
 
     def wait() -> None:
         event.synchronize()
-        kept.clear()
+        kept_alive.clear()
 
     return wait
 
@@ -200,7 +202,7 @@ def _check_finite(outputs: BatchFeatures) -> None:
         raise RuntimeFailure("the network's outputs contain NaN or inf; check the checkpoint's weights")
 
 
-def _regions(
+def _make_regions(
     outputs: Detections, record: ImageRecord, size: InputSize, category_ids: Sequence[int], pasting: str
 ) -> Regions:
     """Regions of one image; `outputs` is in host memory."""
@@ -227,11 +229,11 @@ def _image_features(outputs: BatchFeatures, boxes: Tensor, size: InputSize, past
     if outputs.masks is not None:
         masks = tuple(paste_masks(outputs.masks, boxes, size.image_height, size.image_width, pasting))
     features = {name: values.numpy() for name, values in outputs.features.items()}
-    maps = {} if outputs.feature_map is None else {FEATURE_MAP: _numpy(outputs.feature_map[0])}
+    maps = {} if outputs.feature_map is None else {FEATURE_MAP: _to_numpy(outputs.feature_map[0])}
     return ImageFeatures(features, masks, maps, np.array([size.height, size.width, size.scale_y], np.float32))
 
 
-def _numpy(values: Tensor) -> np.ndarray:
+def _to_numpy(values: Tensor) -> np.ndarray:
     """Convert to a contiguous array; numpy has no bfloat16."""
     array: np.ndarray = (values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy()
     return array

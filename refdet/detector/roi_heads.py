@@ -42,17 +42,17 @@ CPU_CHUNK_BYTES = 2**24  # of conv5's float32 output of a chunk, without gradien
 
 
 class RoiHead(Protocol):
-    """Interface of the second stage, implemented by `C4Head` and `StandardHead`."""
+    """Interface of the second stage, implemented by `C4Head`, `StandardHead` and `VGGHead`."""
 
     mask_size: int
 
     def precompute(self, maps: Sequence[Tensor], rois: int) -> Sequence[Tensor]:
-        """Prepare the feature maps for the other methods, once per batch; `rois` is about how many follow."""
+        """Prepare the feature maps for the other methods, once per batch; `rois` is the expected number of RoIs."""
 
     def levels(self, rois: Tensor) -> PyramidLevels | None:
-        """Which map each of rois (K, 5) is pooled from, for the other methods, as finding it waits for a GPU."""
+        """The map that each of rois (K, 5) is pooled from, for the other methods, as computing it waits for a GPU."""
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class C4Head(nn.Module):
         """None, as there is one map."""
         return None
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         return self._pool(maps[0], rois)
 
@@ -216,15 +216,15 @@ class C4Head(nn.Module):
         return RoiOutput.cat(parts)
 
     def _chunks(self, rois: Tensor) -> list[Chunk]:
-        most = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
-        return roi_chunks(len(rois), rois.device, most)
+        max_rois = max(CPU_CHUNK_BYTES // (4 * POOL_SIZE**2 * self.box.score.in_features), 1)
+        return roi_chunks(len(rois), rois.device, max_rois)
 
     def _spatial(self, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
         """conv5's output (K, D, 7, 7) of rois (K, 5), from the result of `precompute`."""
         if not isinstance(self.conv5, SplitRes5):
             return self.conv5(self._pool(maps[0], rois))
-        early = len(maps) > 1
-        return self.conv5(self._pool(maps[1], rois) if early else self.conv5.project(self._pool(maps[0], rois)))
+        is_projected = len(maps) > 1
+        return self.conv5(self._pool(maps[1], rois) if is_projected else self.conv5.project(self._pool(maps[0], rois)))
 
     def pool5(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Mean (K, C) over the pooled cells of rois (K, 5), in float32."""
@@ -281,7 +281,7 @@ class StandardHead(nn.Module):
         """The level of the pyramid of each of rois (K, 5)."""
         return pyramid_levels(rois, self.strides)
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5), from the four finest maps of the pyramid."""
         return self._pool(maps, rois, POOL_SIZE, levels)
 
@@ -295,13 +295,13 @@ class StandardHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        return self._features(self.pooled(maps, rois))
+        return self._features(self.pool_cells(maps, rois))
 
     def _features(self, pooled: Tensor) -> RoiFeatures:
-        hidden = self._convolved(pooled) if self.convs else pooled
+        hidden = self._apply_convs(pooled) if self.convs else pooled
         return RoiFeatures(F.relu(self.fc7(F.relu(self.fc6(hidden.flatten(1))))), pooled)
 
-    def _convolved(self, pooled: Tensor) -> Tensor:
+    def _apply_convs(self, pooled: Tensor) -> Tensor:
         parts = []
         for chunk in roi_chunks(len(pooled), pooled.device):
             hidden = chunk.take(pooled)

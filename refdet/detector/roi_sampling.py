@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from refdet.config.recipe import HeadOptions
 from refdet.detector.sampling import subsample_labels
 from refdet.detector.target_assignment import IGNORE, POSITIVE, assign_labels
-from refdet.device import on_device, start_fetching
+from refdet.device import to_cpu_async, to_device
 from refdet.structures.ground_truth import PaddedTruth
 
 FIRST_OBJECT_ID = 2**20  # of the first annotated box among the candidates, beyond the most proposals
@@ -87,7 +87,7 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
         options: of the recipe.
         seeds: (B,) int64, from `image_seeds`.
     """
-    counts = on_device(torch.tensor([len(boxes) for boxes in proposals]), truth.boxes.device)
+    counts = to_device(torch.tensor([len(boxes) for boxes in proposals]), truth.boxes.device)
     proposed = pad_sequence(list(proposals), batch_first=True)
     max_proposals = proposed.shape[1]
     candidates = torch.cat((proposed, truth.boxes), dim=1)
@@ -110,19 +110,19 @@ def sample_rois(proposals: Sequence[Tensor], truth: PaddedTruth, options: HeadOp
         options.sample_with_replacement,
         candidate_ids,
     )
-    corners = _gathered(candidates, samples.index)
+    corners = _gather_boxes(candidates, samples.index)
     matched = matched.gather(1, samples.index)
     labels = truth.labels.gather(1, matched) * samples.positive
     image = torch.arange(len(proposals), device=corners.device)[:, None].expand_as(labels)
     table = (image, matched, samples.positive, samples.valid)
     packed = torch.cat((torch.stack(table, dim=2).to(corners.dtype), corners), dim=2).flatten(0, 1)
-    wait = start_fetching(packed)
+    wait = to_cpu_async(packed)
     rois = torch.cat((image[:, :, None].to(corners.dtype), corners), dim=2).flatten(0, 1)
-    outputs = rois, labels.flatten(), _gathered(truth.boxes, matched).flatten(0, 1)
+    outputs = rois, labels.flatten(), _gather_boxes(truth.boxes, matched).flatten(0, 1)
     return _compact(wait(), *outputs)
 
 
-def _gathered(boxes: Tensor, index: Tensor) -> Tensor:
+def _gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
     """Boxes (B, N, 4) at indices (B, S) -> (B, S, 4)."""
     return boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
 
@@ -131,7 +131,7 @@ def _compact(table: Tensor, rois: Tensor, labels: Tensor, boxes: Tensor) -> Samp
     """Drop the rows that are not valid according to the table (B * S, 8) on the CPU."""
     valid = table[:, 3] > 0
     if not valid.all():
-        rows = on_device(valid.nonzero()[:, 0], rois.device)
+        rows = to_device(valid.nonzero()[:, 0], rois.device)
         table, rois, labels, boxes = table[valid], rois[rows], labels[rows], boxes[rows]
     row = (table[:, 2] > 0).nonzero()[:, 0]
     image, matched = table[row, :2].long().unbind(dim=1)

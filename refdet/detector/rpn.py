@@ -24,9 +24,9 @@ from refdet.config.recipe import ModelOptions, ProposalOptions
 from refdet.detector.anchors import Anchors
 from refdet.detector.conv2d import Conv2d
 from refdet.detector.packed_layers import conv_relu
-from refdet.detector.postprocess import best_anchors, ranked_nms
+from refdet.detector.postprocess import batched_nms, top_anchors
 from refdet.detector.sampling import subsample_labels
-from refdet.detector.target_assignment import IGNORE, assign_labels, inside
+from refdet.detector.target_assignment import IGNORE, anchors_inside, assign_labels
 from refdet.structures import boxes as box_ops
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import PaddedTruth
@@ -107,7 +107,7 @@ class RegionProposalNetwork(nn.Module):
         for level_size in output.level_sizes:
             level = slice(start, start + level_size)
             start += level_size
-            scores, order = best_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
+            scores, order = top_anchors(output.logits[:, level], min(candidates, level_size), self.legacy_tie_order)
             deltas = output.deltas[:, level].gather(1, order[:, :, None].expand(-1, -1, 4))
             all_boxes.append(self.convention.decode(deltas, output.anchors[level][order], DELTA_WEIGHTS))
             all_scores.append(scores)
@@ -117,14 +117,14 @@ class RegionProposalNetwork(nn.Module):
         else:
             boxes = torch.stack([self.convention.clip(b, *size) for b, size in zip(decoded, sizes, strict=True)])
         nonempty = ((boxes[..., 2:] - boxes[..., :2]) > MIN_SIDE).all(dim=-1)
-        # no box is taken out here, as their number would have to be awaited
+        # boxes are masked, not removed, as reading their number would synchronize with the GPU
         images = torch.arange(len(sizes), device=boxes.device)[:, None].expand_as(nonempty).masked_fill(~nonempty, -1)
         levels = None
         if len(all_scores) > 1:
             level_ids = [torch.full_like(s, i, dtype=torch.int64) for i, s in enumerate(all_scores)]
             levels = torch.cat(level_ids, 1).flatten()
         boxes = boxes.flatten(0, 1)
-        keep, counts = ranked_nms(
+        keep, counts = batched_nms(
             boxes,
             scores.flatten(),
             levels,
@@ -141,7 +141,7 @@ class RegionProposalNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Label the anchors (N, 4) for each image of (height, width); returns the same as `assign_labels`."""
         options = self.options
-        inside_image = inside(anchors, sizes) if options.inside_only else None
+        inside_image = anchors_inside(anchors, sizes) if options.inside_only else None
         # an empty box overlaps nothing
         candidates = anchors if inside_image is None else anchors * inside_image[:, :, None]
         labels, matched = assign_labels(

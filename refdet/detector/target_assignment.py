@@ -68,9 +68,9 @@ def _area(boxes: Tensor) -> Tensor:
     return width * height
 
 
-def inside(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+def anchors_inside(boxes: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     """Whether boxes (N, 4) lie within each image of (height, width), (B, N) bool."""
-    limits = box_ops.numbers([side for height, width in sizes for side in (width, height)], boxes)
+    limits = box_ops.new_tensor([side for height, width in sizes for side in (width, height)], boxes)
     return (boxes[:, :2] >= 0).all(dim=1) & (boxes[:, 2:] <= limits.reshape(-1, 1, 2)).all(dim=2)
 
 

@@ -65,7 +65,7 @@ class VGG16(nn.Module):
         """
         x, maps, layers = images, [], iter(self.convs)
         for index, (_, count) in enumerate(STAGES[: stages + 2]):
-            x = _halved(x) if index else x
+            x = _max_pool_2x2(x) if index else x
             for _ in range(count):
                 x = conv_relu(next(layers), x)
             if index >= 2:
@@ -73,7 +73,7 @@ class VGG16(nn.Module):
         return maps
 
 
-def _halved(x: Tensor) -> Tensor:
+def _max_pool_2x2(x: Tensor) -> Tensor:
     """Maxima of 2x2 of the output of a ReLU (B, C, H, W); a map one position high or wide stays so."""
     height, width = x.shape[-2:]
     if height < 2 or width < 2:
@@ -111,7 +111,7 @@ class VGGHead(nn.Module):
         """None, as there is one map."""
         return None
 
-    def pooled(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
+    def pool_cells(self, maps: Sequence[Tensor], rois: Tensor, levels: PyramidLevels | None = None) -> Tensor:
         """Pooled cells (K, C, 7, 7) of rois (K, 5)."""
         (x,) = maps
         most = max(CPU_CHUNK_BYTES // (16 * POOL_SIZE**2 * x.shape[1]), 1)  # of up to four samples a cell
@@ -128,7 +128,7 @@ class VGGHead(nn.Module):
 
     def features(self, maps: Sequence[Tensor], rois: Tensor) -> RoiFeatures:
         """Features of rois (K, 5)."""
-        pooled = self.pooled(maps, rois)
+        pooled = self.pool_cells(maps, rois)
         fc6 = F.dropout(F.relu(self.fc6(pooled.flatten(1))), DROPOUT, self.training)
         return RoiFeatures(F.dropout(F.relu(self.fc7(fc6)), DROPOUT, self.training), pooled)
 

@@ -106,7 +106,7 @@ def _best_overlap_at_k(predicted: Prediction | None, box: np.ndarray, protocol: 
     return [float(overlaps[:k].max()) for k in RANKS]
 
 
-def generalized(
+def generalized_comprehension(
     refer: REFER, index: CocoIndex, refs: Sequence[Any], predictions: Mapping[int, Prediction]
 ) -> dict[str, Any]:
     """`generalized_scores` of the sentences of refs; masks are compared if all predictions have them."""

@@ -76,7 +76,7 @@ def evaluate(
     data.check_categories(meta.categories, f"`run` {run}")
     warn_about_annotations(data.index, meta.recipe.model.masks)
     if ray is None:
-        return detection_ap(_loaded(run, device, precision), data, batch_size, workers)
+        return detection_ap(_load_detector(run, device, precision), data, batch_size, workers)
     regions = regions_on_ray(
         run,
         data.index,
@@ -118,7 +118,7 @@ def detection_ap(
         OrientationNote(data.source),
         progress_bar(len(data.records), desc, "image", leave=leave) as bar,
     ):
-        for regions in detected_regions(detector, data.source, data.records, batch_size, workers):
+        for regions in detect_regions(detector, data.source, data.records, batch_size, workers):
             results += coco_results([regions])
             bar.update()
             between()
@@ -137,13 +137,13 @@ def _ap(index: CocoIndex, results: list[dict[str, Any]], masks: bool) -> dict[st
     }
 
 
-def _loaded(run: Path, device: str | None, precision: str) -> TrainedDetector:
+def _load_detector(run: Path, device: str | None, precision: str) -> TrainedDetector:
     """The detector on a device, in float32 where that has no arithmetic of the precision."""
     from refdet.detector import loading
-    from refdet.device import usable_device, usable_precision
+    from refdet.device import resolve_device, supported_precision
 
-    torch_device = usable_device(device)
-    if usable_precision(precision, torch_device) != precision:
+    torch_device = resolve_device(device)
+    if supported_precision(precision, torch_device) != precision:
         log.warning(
             "note: `precision` %s: this processor has no %s arithmetic: computing in float32", precision, precision
         )
@@ -151,7 +151,7 @@ def _loaded(run: Path, device: str | None, precision: str) -> TrainedDetector:
     return loading.load(run, torch_device, for_inference=True, precision=precision)
 
 
-def detected_regions(
+def detect_regions(
     detector: TrainedDetector,
     source: ImageSource,
     records: Sequence[ImageRecord],
@@ -174,9 +174,9 @@ def detected_regions(
     import torch
 
     from refdet.data.training_batches import group_by_input_size
-    from refdet.device import pinned
+    from refdet.device import pin_array
     from refdet.extraction.batch_size import auto_batch_size, split_on_oom
-    from refdet.extraction.computing import detecting
+    from refdet.extraction.computing import make_detect
     from refdet.extraction.defaults import default_batch_size, default_workers
 
     device, options = next(detector.model.parameters()).device, DetectionOptions()
@@ -184,9 +184,9 @@ def detected_regions(
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = source.read(record)
-        return pinned(pixels) if device.type == "cuda" else pixels
+        return pin_array(pixels) if device.type == "cuda" else pixels
 
-    compute = split_on_oom(detecting(detector, options, ()))
+    compute = split_on_oom(make_detect(detector, options, ()))
     try:
         with detector.inference():
             size = batch_size or default_batch_size(device) or auto_batch_size(detector, records, options, ())

@@ -13,7 +13,7 @@ from refdet.evaluation.metrics import box_iou
 from refdet.structures.regions import Regions
 
 BINS = 10  # of the scores, which are 0..1
-MATCH = 0.5  # IoU from which a region and an object belong together
+MATCH = 0.5  # IoU from which a region matches an object
 
 
 @dataclass
@@ -25,7 +25,7 @@ class DetectionErrors:
         objects: number of annotated objects, without crowds.
         unfound: objects that no region matches, whatever its category.
         regions: (`BINS`,) number of regions by score; those on crowds are not counted.
-        right: (`BINS`,) number of them that match an object of their category, one region per object.
+        correct: (`BINS`,) number of them that match an object of their category, one region per object.
         score_sums: (`BINS`,) sums of their scores.
         confused: (category of an object, category of its best-scoring region) -> number of objects, of those matched.
         of_category: category id -> number of objects.
@@ -35,7 +35,7 @@ class DetectionErrors:
     objects: int = 0
     unfound: int = 0
     regions: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
-    right: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    correct: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     score_sums: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.float64))
     confused: Counter[tuple[int, int]] = field(default_factory=Counter)
     of_category: Counter[int] = field(default_factory=Counter)
@@ -75,7 +75,7 @@ class DetectionErrors:
                 continue
             self.regions[bins[row]] += 1
             self.score_sums[bins[row]] += float(scores[row])
-            self.right[bins[row]] += int(is_correct)
+            self.correct[bins[row]] += int(is_correct)
 
 
 def detection_errors(index: CocoIndex, images: Iterable[Regions]) -> DetectionErrors:

@@ -9,7 +9,7 @@ from pathlib import Path
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.image_source import ImageSource
 from refdet.errors import InputError
-from refdet.structures.coco_categories import used
+from refdet.structures.coco_categories import used_categories
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EvaluationData:
         Raises:
             InputError: they differ.
         """
-        detector_categories, dataset_categories = used(dict(categories)), self.index.categories
+        detector_categories, dataset_categories = used_categories(dict(categories)), self.index.categories
         if detector_categories != dataset_categories:
             differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
             raise InputError(

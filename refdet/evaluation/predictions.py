@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from refdet.data.box_format import DEFAULT, FORMS, BoxForm, settle
+from refdet.data.box_format import DEFAULT, FORMATS, BoxFormat, resolve_box_format
 from refdet.data.coco import ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
@@ -76,11 +76,11 @@ def load_predictions(
         for box in _boxes(entry):
             boxes.append(box)
             sizes.append((images[sent_id].width, images[sent_id].height))
-    form, warnings = settle(box_format, np.array(boxes), np.array(sizes))
+    form, warnings = resolve_box_format(box_format, np.array(boxes), np.array(sizes))
     for warning in warnings:
         level, _, text = warning.partition(": ")
         log.warning("%s: %s: %s", level, path, text)
-    reader = _Reader(store, FORMS[form], generalized)
+    reader = _Reader(store, FORMATS[form], generalized)
     predictions: dict[int, Prediction] = {}
     for where, sent_id, entry in entries:
         try:
@@ -109,7 +109,7 @@ class _Reader:
     """Converts entries to predictions."""
 
     store: Store
-    form: BoxForm
+    box_format: BoxFormat
     generalized: bool
 
     def prediction(self, entry: Mapping[str, Any], image: ImageRecord) -> Prediction:
@@ -170,12 +170,12 @@ class _Reader:
         invalid = [value for value in values if not _is_box(value)]
         if not invalid:
             sizes = np.full((len(values), 2), (image.width, image.height))
-            corners = self.form.to_pixels(np.array(values, np.float64).reshape(-1, 4), sizes)
+            corners = self.box_format.to_pixels(np.array(values, np.float64).reshape(-1, 4), sizes)
             inverted = (corners[:, 2:] < corners[:, :2]).any(axis=1)
             if not inverted.any():
                 return corners
             invalid = [values[int(inverted.argmax())]]
-        raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.form.text}")
+        raise InputError(f"box {reprlib.repr(invalid[0])[:60]} must be four numbers {self.box_format.text}")
 
 
 def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:

@@ -15,7 +15,7 @@ from refdet.data.refer_splits import choose_splits
 from refdet.errors import InputError
 from refdet.evaluation import targets
 from refdet.evaluation.average_precision import coco_ap, coco_results, why_undefined
-from refdet.evaluation.comprehension import comprehension, generalized
+from refdet.evaluation.comprehension import comprehension, generalized_comprehension
 from refdet.evaluation.language import Scorers, load_expressions
 from refdet.evaluation.metrics import Protocol, mean
 from refdet.evaluation.predictions import Prediction, load_predictions
@@ -180,7 +180,7 @@ class _Benchmark:
         if self.predictions is None:
             return metrics
         if targets.is_generalized(self.refer.data["refs"]):
-            return metrics | generalized(self.refer, self.index, refs, self.predictions)
+            return metrics | generalized_comprehension(self.refer, self.index, refs, self.predictions)
         answered = comprehension(self.refer, self.index, refs, self.predictions, regions, self.protocol)
         rates = answered["comprehension"]
         if rates["accuracy@0.5"] < rates["random_baseline@0.5"]:

@@ -33,7 +33,7 @@ def regions_on_ray(
     exif: str,
     crowd_as_object: bool,
 ) -> Iterator[Regions]:
-    """Regions as `refdet.evaluation.detection.detected_regions` gives them, computed by an extraction.
+    """Regions as `refdet.evaluation.detection.detect_regions` gives them, computed by an extraction.
 
     They pass through a store in a temporary folder, without features.
 
@@ -54,7 +54,7 @@ def regions_on_ray(
         RuntimeFailure: no worker is left, or has too little memory for an image.
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP.
     """
-    listed = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
+    image_list = ImageList(list(index.images.values()), index, index.path.name, crowd_as_object)
     options = ExtractOptions(features=(), precision=precision, exif=exif, crowd_as_object=crowd_as_object)
     with TemporaryDirectory(prefix="refdet-") as folder:
         out = Path(folder) / "regions.h5"
@@ -63,7 +63,7 @@ def regions_on_ray(
                 run,
                 images,
                 out,
-                listed,
+                image_list,
                 options=options,
                 batch_size=batch_size,
                 workers=workers,

@@ -35,12 +35,12 @@ def _both(values: Mapping[str, Any]) -> dict[str, Any]:
 def _new(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
-    renamed = _renamed(values, GROUPS)
+    renamed = _rename(values, GROUPS)
     if isinstance(renamed.get("comprehension"), Mapping):
-        renamed["comprehension"] = _renamed(renamed["comprehension"], COMPREHENSION)
+        renamed["comprehension"] = _rename(renamed["comprehension"], COMPREHENSION)
     return renamed
 
 
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     current = {old: new for new, old in names.items()}
     return {current.get(name, name): value for name, value in values.items() if current.get(name) not in values}

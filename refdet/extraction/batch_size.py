@@ -13,7 +13,7 @@ import torch
 from refdet.data.coco import ImageRecord
 from refdet.data.transforms import input_size
 from refdet.detector.predictor import detect_batch
-from refdet.device import naming_out_of_memory
+from refdet.device import as_out_of_memory_error
 from refdet.extraction.memory import available_bytes
 from refdet.extraction.steps import Compute, Finish
 from refdet.structures.detection_options import DetectionOptions
@@ -51,7 +51,7 @@ def auto_batch_size(
         torch.cuda.reset_peak_memory_stats(device)
         try:
             ids = detector.meta.category_ids
-            with naming_out_of_memory():
+            with as_out_of_memory_error():
                 detect_batch(detector.model, [image] * count, [largest] * count, ids, all_regions, features=features)
         except torch.cuda.OutOfMemoryError:
             if count == 1:
@@ -86,7 +86,7 @@ def split_on_oom(compute: Compute) -> Compute:
         nonlocal failed_size
         if len(batch) < failed_size:
             try:
-                with naming_out_of_memory():
+                with as_out_of_memory_error():
                     return compute(batch, images)
             except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:

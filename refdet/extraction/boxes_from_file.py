@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refdet import store
-from refdet.data.box_format import DEFAULT, FORMS, settle
+from refdet.data.box_format import DEFAULT, FORMATS, resolve_box_format
 from refdet.data.coco import CocoIndex, ImageRecord
 from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
@@ -35,7 +35,7 @@ class BoxFile:
         categories: category id -> name.
         masks: whether all regions have masks.
         ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes, a key of `refdet.data.box_format.FORMS`.
+        box_format: format of the boxes, a key of `refdet.data.box_format.FORMATS`.
     """
 
     regions: Mapping[int, Regions]
@@ -96,14 +96,14 @@ def load_boxes(path: Path, index: CocoIndex, box_format: str = DEFAULT) -> BoxFi
         rows.setdefault(record.id, []).append(number)
     boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     sizes = np.array([(record.width, record.height) for record in records], np.float64).reshape(-1, 2)
-    form, lines = settle(box_format, boxes, sizes)
+    form, lines = resolve_box_format(box_format, boxes, sizes)
     for line in lines:
         kind, _, text = line.partition(": ")
         log.warning("%s: `boxes` %s: %s", kind, path, text)
-    corners = FORMS[form].to_pixels(boxes, sizes)
+    corners = FORMATS[form].to_pixels(boxes, sizes)
     for number in np.flatnonzero(~_inside(corners, sizes)).tolist():
         with _add_entry_to_errors(path, number):
-            _check_inside(corners[number].tolist(), records[number], FORMS[form].text)
+            _check_inside(corners[number].tolist(), records[number], FORMATS[form].text)
     clipped = corners.clip(0, np.tile(sizes, 2)).astype(np.float32)
     scores = np.array([entry.get("score", 1.0) for entry in entries], np.float32)
     categories = np.array([entry["category_id"] for entry in entries], np.int64)

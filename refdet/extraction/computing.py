@@ -18,7 +18,7 @@ from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.regions import Regions
 
 
-def computing(
+def make_compute(
     detector: TrainedDetector, options: ExtractOptions, given: Callable[[ImageRecord], Regions] | None
 ) -> Compute:
     """The function that an extraction calls with each batch of one input size.
@@ -32,13 +32,13 @@ def computing(
         The function. It halves batches that do not fit into memory.
     """
     return split_on_oom(
-        detecting(detector, options, options.features, options.dtype)
+        make_detect(detector, options, options.features, options.dtype)
         if given is None
-        else _describe(detector, given, options)
+        else _make_describe(detector, given, options)
     )
 
 
-def detecting(
+def make_detect(
     detector: TrainedDetector, options: DetectionOptions, features: Sequence[str], dtype: str = "float32"
 ) -> Compute:
     """The function that `refdet.extraction.pipeline.extract` calls to detect regions of a batch of one input size."""
@@ -50,7 +50,9 @@ def detecting(
     return compute
 
 
-def _describe(detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions) -> Compute:
+def _make_describe(
+    detector: TrainedDetector, given: Callable[[ImageRecord], Regions], options: ExtractOptions
+) -> Compute:
     dtype = getattr(torch, options.dtype)
     label_of = {category: label for label, category in enumerate(detector.meta.category_ids, start=1)}
     predicted = options.masks == "predicted"

@@ -19,7 +19,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.parts import extract_part
 from refdet.extraction.pipeline import extract
 from refdet.extraction.ray_cluster import check_address
-from refdet.extraction.shard_folder import saved_batch_size, shards_folder
+from refdet.extraction.shard_folder import read_batch_size, shards_folder
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.summary import Summary
 
@@ -125,31 +125,31 @@ def extract_features(
     from refdet.data.training_batches import group_by_input_size
     from refdet.detector import loading
     from refdet.detector.profiler import Stages
-    from refdet.device import described, pinned, usable_device, usable_precision
+    from refdet.device import describe_device, pin_array, resolve_device, supported_precision
     from refdet.extraction.batch_size import auto_batch_size
-    from refdet.extraction.computing import computing
+    from refdet.extraction.computing import make_compute
     from refdet.extraction.defaults import default_batch_size, default_workers, precision_hint
     from refdet.ops._library import kernels_state
 
-    torch_device = usable_device(device)
-    job = job.with_precision(usable_precision(job.options.precision, torch_device), say)
-    for line in start_lines(job, described(device), kernels_state()):
+    torch_device = resolve_device(device)
+    job = job.with_precision(supported_precision(job.options.precision, torch_device), say)
+    for line in start_lines(job, describe_device(device), kernels_state()):
         announce(line)
     if hint := precision_hint(torch_device, job.options.precision):
         announce(hint)
     detector = loading.load(job.checkpoint, torch_device, for_inference=True, precision=job.options.precision)
-    compute, records = computing(detector, job.options, None if job.given is None else job.given.of), job.records
+    compute, records = make_compute(detector, job.options, None if job.given is None else job.given.of), job.records
 
     def load(record: ImageRecord) -> np.ndarray:
         pixels = job.source.read(record)
-        return pinned(pixels) if torch_device.type == "cuda" else pixels
+        return pin_array(pixels) if torch_device.type == "cuda" else pixels
 
     def batches(size: int) -> list[list[ImageRecord]]:
         return group_by_input_size(records, job.meta.recipe.input, size)
 
     try:
         with detector.inference(), OrientationNote(job.source):
-            size = job.plan.batch_size or ((resume or part is not None) and saved_batch_size(out))
+            size = job.plan.batch_size or ((resume or part is not None) and read_batch_size(out))
             size = size or (default_batch_size(torch_device) if batch_size is None else None)
             size = size or auto_batch_size(detector, records, job.options, job.options.features)
             detector.model.stages = stages = Stages(torch_device)  # after measuring batch sizes

@@ -19,7 +19,7 @@ from refdet.extraction.ray_cluster import connect
 from refdet.extraction.ray_engine import RayEngine
 from refdet.extraction.ray_pool import worker_pool
 from refdet.extraction.ray_tools import DetectorTools
-from refdet.extraction.shard_folder import read_plan, saved_batch_size, shards_folder
+from refdet.extraction.shard_folder import read_batch_size, read_plan, shards_folder
 from refdet.extraction.start_lines import start_lines
 from refdet.extraction.summary import Summary, summary_of_store
 
@@ -60,7 +60,7 @@ def extract_on_ray(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished shards are kept.
     """
     if resume and not strict and _is_complete(job, out):
-        return summary_of_store(out, None, dict, saved_batch_size(out) or 0)
+        return summary_of_store(out, None, dict, read_batch_size(out) or 0)
     with connect(address, device) as cluster:
         tools = DetectorTools.of(job, "cuda" if cluster.gpus else "cpu", workers)
         with worker_pool(cluster, tools) as pool, OrientationNote(job.source) as orientation:
@@ -68,7 +68,7 @@ def extract_on_ray(
             job = job.with_precision(first.precision, say)
             for line in start_lines(job, pool.description(), first.kernels):
                 announce(line)
-            size = job.plan.batch_size or (resume and saved_batch_size(out)) or 0
+            size = job.plan.batch_size or (resume and read_batch_size(out)) or 0
             if not size and batch_size is None and not cluster.gpus:
                 size = CPU_BATCH_SIZE
             plan = replace(job.plan, batch_size=size or pool.auto_batch_size())

@@ -29,7 +29,7 @@ class GivenRegions:
         categories: category id -> name.
         masks: whether all regions have masks.
         ann_ids: whether all regions have annotation ids.
-        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMS`.
+        box_format: format of the boxes in the file, a key of `refdet.data.box_format.FORMATS`.
     """
 
     of: Callable[[ImageRecord], Regions]
@@ -59,7 +59,7 @@ def _check_crowds(image_list: ImageList, say: Callable[[str], object]) -> None:
         )
 
 
-def given_regions(
+def load_given_regions(
     image_list: ImageList, regions: str, boxes: Path | None, box_format: str, say: Callable[[str], object]
 ) -> GivenRegions | None:
     """Select the regions to extract features for, unless they are to be detected.
@@ -86,7 +86,7 @@ def given_regions(
     if regions == "annotations":
         _check_crowds(image_list, say)
         return GivenRegions(
-            lambda record: annotated_regions(record, index.annotations[record.id]),
+            lambda record: regions_from_annotations(record, index.annotations[record.id]),
             lambda record: sum(not annotation.iscrowd for annotation in index.annotations[record.id]),
             index.categories,
             masks=True,
@@ -95,7 +95,7 @@ def given_regions(
     return None
 
 
-def annotated_regions(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
+def regions_from_annotations(record: ImageRecord, annotations: Sequence[Annotation]) -> Regions:
     """Convert annotated objects to regions with score 1 and without features, excluding crowds.
 
     Boxes are clipped to the image. An object without a segmentation gets its box as mask.

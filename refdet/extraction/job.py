@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refdet.data.coco import ImageRecord
 from refdet.errors import ArgumentError, InputError
-from refdet.extraction.given_regions import GivenRegions, given_regions
+from refdet.extraction.given_regions import GivenRegions, load_given_regions
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
 from refdet.extraction.plan import Plan
@@ -114,14 +114,14 @@ def prepare(
             f"note: `images` {images}: {len(missing)} of the {len(records)} images of {image_list.name} are missing "
             f"and get no regions; the first is {missing[0]}"
         )
-    given = given_regions(image_list, options.regions, boxes, box_format, say)
-    _check_masks(options, meta, given, checkpoint)
+    given_regions = load_given_regions(image_list, options.regions, boxes, box_format, say)
+    _check_masks(options, meta, given_regions, checkpoint)
 
     explicit = batch_size if isinstance(batch_size, int) else None
-    plan, header = _make_plan(image_list, given, boxes, options, explicit, meta, checkpoint)
+    plan, header = _make_plan(image_list, given_regions, boxes, options, explicit, meta, checkpoint)
     # whether the device has another arithmetic is known only after torch is imported
     check_resumable(out, plan, header, resume, unset=("precision",) if options.precision != "float32" else ())
-    return Job(checkpoint, image_list, options, meta, source, given, plan, header)
+    return Job(checkpoint, image_list, options, meta, source, given_regions, plan, header)
 
 
 def _make_plan(

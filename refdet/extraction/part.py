@@ -19,7 +19,7 @@ from typing import Any
 from refdet.errors import InputError
 from refdet.files.atomic import write_json, write_json_once
 from refdet.files.json_files import read_small_json
-from refdet.files.lock import Locked, alone
+from refdet.files.lock import Locked, exclusive_lock
 
 PARTS = "parts.json"
 MAX_PARTS = 100_000
@@ -73,7 +73,9 @@ class Part:
             Locked: another process computes the same part.
         """
         doing = f"another process is computing part {self}"
-        with alone(folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, doing=doing) as locked:
+        with exclusive_lock(
+            folder, f"part-{self.number}.lock", "let it end", wait=_LOCK_TIMEOUT, doing=doing
+        ) as locked:
             yield locked
 
     def record_count(self, folder: Path) -> None:
@@ -150,7 +152,7 @@ def progress_of_parts(folder: Path) -> list[dict[str, Any]]:
 def _is_running(folder: Path, number: int) -> bool:
     """Whether a process computes a part; True where that cannot be known."""
     try:
-        with alone(folder, f"part-{number}.lock", "") as locked:
+        with exclusive_lock(folder, f"part-{number}.lock", "") as locked:
             return not locked
     except (Locked, OSError):
         return True

@@ -25,7 +25,7 @@ from refdet.extraction.part import Part
 from refdet.extraction.part_shards import PartSession, PartShards
 from refdet.extraction.pipeline import SHARD_IMAGES, compute_shards, interruptible
 from refdet.extraction.plan import Plan, Shard, split_into_shards
-from refdet.extraction.repair import none_usable, readable
+from refdet.extraction.repair import find_readable, none_usable_message
 from refdet.extraction.shard_folder import (
     LOCK,
     MERGED,
@@ -33,18 +33,18 @@ from refdet.extraction.shard_folder import (
     PLAN,
     check_merged_file,
     check_resumable,
+    read_batch_size,
     read_plan,
     remove_owned_files,
-    saved_batch_size,
     shards_folder,
 )
 from refdet.extraction.shards import ShardSet
 from refdet.extraction.steps import Compute, Load
 from refdet.extraction.summary import Summary, summary_of_store
 from refdet.extraction.timing import Session
-from refdet.files.atomic import fsync, left_behind, report_disk_full, write_json_once
-from refdet.files.lock import Locked, alone
-from refdet.files.short_text import counted
+from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json_once
+from refdet.files.lock import Locked, exclusive_lock
+from refdet.files.short_text import format_count
 from refdet.store import Header
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def extract_part(
         if shard_set is not None:
             session = PartSession(shard_set)
             with interruptible(shard_set, shard_set.images):
-                retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
+                retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
                 shard_numbers = _shards_to_compute(shard_set, retry_ids)
                 with session.computing():
                     compute_shards(shard_set, shard_numbers, session, load, compute, workers, strict)
@@ -116,7 +116,7 @@ def extract_part(
                 merged = _merge_if_last(shard_set, records, session, compute_seconds)
             if not merged:
                 return shard_set.summary(session, compute_seconds())
-    return summary_of_store(out, session, compute_seconds, saved_batch_size(out) or plan.batch_size)
+    return summary_of_store(out, session, compute_seconds, read_batch_size(out) or plan.batch_size)
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         for last in (False, False, True):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
+                stack.enter_context(exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT))
                 break
             except FileNotFoundError:
                 if last:
@@ -217,9 +217,9 @@ def _agree_on_plan(
 
 def _shards_to_compute(shard_set: PartShards, retry_ids: set[int]) -> list[int]:
     """The shards of a part that are missing, and those to compute again, which are removed so that nobody merges."""
-    numbers = [number for number in shard_set.missing(retry_ids) if number in shard_set.shard_numbers]
+    numbers = [number for number in shard_set.missing_shards(retry_ids) if number in shard_set.shard_numbers]
     if retry_ids:
-        with alone(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
+        with exclusive_lock(shard_set.folder, LOCK, "let it end", wait=_LOCK_TIMEOUT):
             shard_set.discard(numbers)
     return numbers
 
@@ -233,7 +233,7 @@ def _merge_if_last(
     """Write the store if all shards are finished; returns whether it is written."""
     folder, out, count = shard_set.folder, shard_set.out, len(shard_set.shards)
     try:
-        with alone(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
+        with exclusive_lock(folder, LOCK, "let it end", wait=_LOCK_TIMEOUT) as locked:
             saved_plan = read_plan(folder)
             if saved_plan is None:  # another part has merged them meanwhile
                 remove_owned_files(folder)
@@ -250,18 +250,18 @@ def _merge_if_last(
             if not write_json_once(folder / MERGING, owner) and not locked:
                 log.warning("note: part %s is finished; another part writes %s", shard_set.part, out)
                 return False
-            for path in left_behind(out.parent, out.name) if locked else ():  # by a process that was killed
+            for path in find_temporary_files(out.parent, out.name) if locked else ():  # by a process that was killed
                 path.unlink()
             all_shards = ShardSet(out, shard_set.plan, shard_set.header, shard_set.shards, saved_plan=saved_plan)
-            if damaged := all_shards.missing():
+            if damaged := all_shards.missing_shards():
                 of = shard_set.part.of
                 again = ", ".join(str(Part(number, of)) for number in sorted({1 + each % of for each in damaged}))
                 raise RuntimeFailure(
-                    f"{folder}: {counted(len(damaged), 'damaged shard')} removed; check the disk, and run part {again} "
-                    "again or compute what is missing with `resume=True`"
+                    f"{folder}: {format_count(len(damaged), 'damaged shard')} removed; check the disk, and run part "
+                    f"{again} again or compute what is missing with `resume=True`"
                 )
             if len(all_shards.errors) == len(records):
-                raise RuntimeFailure(none_usable(all_shards.errors, f"finished shards are kept in {folder}"))
+                raise RuntimeFailure(none_usable_message(all_shards.errors, f"finished shards are kept in {folder}"))
             with session.timed("merge"):
                 all_shards.merge(
                     records,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, Interrupted, RuntimeFailure
 from refdet.extraction.plan import Plan, split_into_shards
-from refdet.extraction.repair import none_usable, readable, repair
+from refdet.extraction.repair import find_readable, none_usable_message, repair
 from refdet.extraction.shards import ShardSet, open_extraction
 from refdet.extraction.steps import Compute, Finish, Load
 from refdet.extraction.summary import Summary, summary_of_store
@@ -100,12 +100,12 @@ def extract(
     log.info("%d images in %d batches; options %s", len(records), len(batches), plan.options)
     with open_extraction(out, plan, header, split_into_shards(batches, shard_images), resume) as shard_set:
         if shard_set is not None:
-            retry_ids = set(shard_set.errors) if strict else readable(shard_set.errors, records, load)
-            session = work(shard_set, shard_set.missing(retry_ids))
+            retry_ids = set(shard_set.errors) if strict else find_readable(shard_set.errors, records, load)
+            session = work(shard_set, shard_set.missing_shards(retry_ids))
     if shard_set is None:
         with repair(out, plan, header, batches, records, load, strict, shard_images) as repaired:
             if repaired is not None:
-                session = work(repaired, repaired.missing())
+                session = work(repaired, repaired.missing_shards())
     return summary_of_store(out, session, compute_seconds, plan.batch_size)
 
 
@@ -122,7 +122,9 @@ def _work(
         with session.computing():
             computing(shard_set, shard_numbers, session)
         if shard_set.errors and len(shard_set.errors) == len(records):
-            raise RuntimeFailure(none_usable(shard_set.errors, f"finished shards are kept in {shard_set.folder}"))
+            raise RuntimeFailure(
+                none_usable_message(shard_set.errors, f"finished shards are kept in {shard_set.folder}")
+            )
         with session.timed("merge"):
             shard_set.merge(
                 records,

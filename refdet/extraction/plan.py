@@ -11,7 +11,7 @@ from typing import Any
 from refdet.config.renamed_keys import current
 from refdet.data.coco import ImageRecord
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store.schema import Columns, Header
 
 Shard = list[list[ImageRecord]]  # batches in order of computation
@@ -72,7 +72,7 @@ class Plan:
             if name.endswith("_sha256"):
                 lines.append(f"another {name.removesuffix('_sha256').replace('_', ' ')}")
             else:
-                lines.append(f"{_NAMES.get(name, f'`{name}`')} was {_shown(old)} and is now {_shown(new)}")
+                lines.append(f"{_NAMES.get(name, f'`{name}`')} was {_short_value(old)} and is now {_short_value(new)}")
         return "; ".join(lines)
 
     def work(self, shards: Sequence[Shard], header: Header) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Plan:
             return "another version of refdet"
         difference = self.differences(other["options"], unset) or header_differences(header, other["header"])
         if not difference and self.batch_size and other.get("batch_size") != self.batch_size:
-            return f"`batch_size` was {_shown(other.get('batch_size'))} and is now {self.batch_size}"
+            return f"`batch_size` was {_short_value(other.get('batch_size'))} and is now {self.batch_size}"
         return difference
 
     def differing_shards(self, shards: Sequence[Shard], other: Mapping[str, Any]) -> str:
@@ -135,15 +135,15 @@ def header_differences(header: Header, other: Mapping[str, Any]) -> str:
     for name, text in _HEADER.items():
         old, new = other.get(name), json.loads(json.dumps(getattr(header, name)))
         if name == "recipe":
-            old, new = _parsed(old), _parsed(new)
+            old, new = _parse_recipe(old), _parse_recipe(new)
         if old != new:
-            parts = list(_changed(old, new))
+            parts = list(_list_changes(old, new))
             named = "; ".join(parts[:_SHOWN]) + ("; ..." if len(parts) > _SHOWN else "")
             found.append(f"{text} of the checkpoint ({named})" if name == "recipe" else f"{text} of the checkpoint")
     return "; ".join(found)
 
 
-def _parsed(recipe: Any) -> Any:
+def _parse_recipe(recipe: Any) -> Any:
     """Parse a recipe and rename old keys; anything else is returned unchanged."""
     try:
         return current(json.loads(recipe))[0]
@@ -151,14 +151,14 @@ def _parsed(recipe: Any) -> Any:
         return recipe
 
 
-def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
+def _list_changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """Describe each difference between two JSON objects, with its dotted key."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
-            yield f"{name or 'it'} was {_shown(old)} and is now {_shown(new)}"
+            yield f"{name or 'it'} was {_short_value(old)} and is now {_short_value(new)}"
         return
     for key in [*new, *(key for key in old if key not in new)]:
-        yield from _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        yield from _list_changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
 
 
 def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list[Shard]:
@@ -182,5 +182,5 @@ def split_into_shards(batches: Sequence[list[ImageRecord]], images: int) -> list
     return shards
 
 
-def _shown(value: object) -> str:
-    return cut(value if isinstance(value, str) else json.dumps(value))
+def _short_value(value: object) -> str:
+    return shorten(value if isinstance(value, str) else json.dumps(value))

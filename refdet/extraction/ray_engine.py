@@ -24,7 +24,7 @@ from refdet.extraction.shards import ShardSet
 from refdet.extraction.timing import STAGES, Session
 from refdet.extraction.workers import WORKERS, note_workers
 from refdet.files.progress import progress_bar
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.structures.regions import Regions
 
 _PROGRESS_SECONDS = 2.0  # seconds between two notes of who computes what
@@ -194,7 +194,7 @@ class _Run:
             return
         self._pool.drop(worker, lost=True)
         self._pool.log_once(
-            f"note: worker {worker.name} was lost; {counted(len(retries), 'shard')} will be computed again"
+            f"note: worker {worker.name} was lost; {format_count(len(retries), 'shard')} will be computed again"
         )
         for number in retries[:1]:
             self._tries[number] += 1

@@ -14,7 +14,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.ray_cluster import Cluster
 from refdet.extraction.ray_messages import Failed, MakeTools, Started
 from refdet.extraction.ray_worker import ShardWorker
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 
 log = logging.getLogger(__name__)
 
@@ -239,8 +239,8 @@ class Pool:
         )
         starting = len(self.workers) - len(started)
         starting_text = f", {starting} starting" if starting else ""
-        machines = counted(len({worker.host for worker in started}), "machine")
-        return f"Ray, {counted(len(started), 'worker')} on {machines}{starting_text}: {device_text}"
+        machines = format_count(len({worker.host for worker in started}), "machine")
+        return f"Ray, {format_count(len(started), 'worker')} on {machines}{starting_text}: {device_text}"
 
     def stop(self) -> list[tuple[dict[str, float], dict[str, float]]]:
         """End the workers; returns what `ShardWorker.stop` returned where they ended in time."""

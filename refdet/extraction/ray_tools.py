@@ -110,33 +110,33 @@ class DetectorTools:
 
         from refdet.detector import loading
         from refdet.detector.profiler import Stages
-        from refdet.device import described, pinned, usable_device, usable_precision
+        from refdet.device import describe_device, pin_array, resolve_device, supported_precision
         from refdet.extraction.batch_size import auto_batch_size
-        from refdet.extraction.computing import computing
+        from refdet.extraction.computing import make_compute
         from refdet.extraction.defaults import default_workers
         from refdet.extraction.ray_messages import Tools
         from refdet.ops._library import kernels_state
 
-        device = usable_device(self.device)
+        device = resolve_device(self.device)
         if device.type == "cpu":
             torch.set_num_threads(1)  # of its slot; rounding depends on the number of threads
-        precision = usable_precision(self.options.precision, device)
+        precision = supported_precision(self.options.precision, device)
         detector = loading.load(self.checkpoint, device, for_inference=True, precision=precision)
         stages = Stages(device)
 
         def load(record: ImageRecord) -> np.ndarray:
             pixels = source.read(record)
-            return pinned(pixels) if device.type == "cuda" else pixels
+            return pin_array(pixels) if device.type == "cuda" else pixels
 
         def measure_batch_size() -> int:
             return auto_batch_size(detector, self.records, self.options, self.options.features)
 
         detector.model.stages = stages
-        name, _, _ = described(self.device).partition(" (")
+        name, _, _ = describe_device(self.device).partition(" (")
         name += ", 1 thread each" if device.type == "cpu" else ""
         return Tools(
             load,
-            computing(detector, self.options, given if self.regions_given else None),
+            make_compute(detector, self.options, given if self.regions_given else None),
             name,
             precision,
             kernels_state(),

@@ -24,7 +24,7 @@ from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
 from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress
 from refdet.store import Header, ImageRow, Store
 from refdet.store.schema import check_starts
@@ -116,7 +116,7 @@ def repair(
     """
     folder = repair_folder(out)
     with store.open(out) as old:
-        usable = readable(old.errors, records, load)
+        usable = find_readable(old.errors, records, load)
         unusable = [error for image_id, error in old.errors.items() if image_id not in usable]
         if strict and unusable:
             raise RuntimeFailure(
@@ -140,7 +140,7 @@ def repair(
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
-            with alone(folder, "lock", "let it end"):
+            with exclusive_lock(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, keep=("lock",))
@@ -150,7 +150,9 @@ def repair(
                 yield Repair(old, plan, header, shards)
 
 
-def readable(errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]) -> set[int]:
+def find_readable(
+    errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]
+) -> set[int]:
     """Find unusable images that can now be read, as their files were repaired or added.
 
     Args:
@@ -171,7 +173,7 @@ def readable(errors: Container[int], records: Sequence[ImageRecord], load: Calla
     return ids
 
 
-def none_usable(errors: Mapping[int, str], kept: str) -> str:
+def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
     """Error message of an extraction without usable images, with the first reason and what is kept."""
     return (
         f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "

@@ -15,7 +15,7 @@ from typing import Any
 from refdet import store
 from refdet.errors import InputError
 from refdet.extraction.plan import Plan, header_differences
-from refdet.files.atomic import MARK, left_behind
+from refdet.files.atomic import MARK, find_temporary_files
 from refdet.files.json_files import read_small_json
 from refdet.store import Header
 
@@ -51,7 +51,7 @@ def progress(folder: Path) -> dict[str, Any] | None:
     return None if plan is None else {**plan, "finished": len(list(folder.glob("[0-9]*.shard")))}
 
 
-def saved_batch_size(out: Path) -> int | None:
+def read_batch_size(out: Path) -> int | None:
     """Batch size of an unfinished or finished extraction into ``out``, None if unknown."""
     plan = read_plan(shards_folder(out))
     if plan is None and out.exists():
@@ -137,12 +137,12 @@ def check_resumable(
             difference = plan.differences(finished.options, unset) or header_differences(header, stored)
         if difference:
             raise InputError(f"{out} is complete but has different settings: {difference}; choose another `out`")
-    elif unexpected := _unexpected(folder):
+    elif unexpected := _find_unexpected(folder):
         raise InputError(f"{folder}: contains {unexpected}, not part of an extraction; move it or choose another `out`")
     return saved_plan
 
 
-def _unexpected(folder: Path) -> str:
+def _find_unexpected(folder: Path) -> str:
     """First file name in a folder that is not part of an extraction, "" if there is none."""
     try:
         return min((path.name for path in folder.iterdir() if not OWNED_FILES.fullmatch(path.name)), default="")
@@ -159,11 +159,11 @@ def check_merged_file(out: Path) -> None:
     folder = shards_folder(out)
     if not out.exists():
         return
-    if out.stat().st_ino not in _merged(folder):
+    if out.stat().st_ino not in _merged_inodes(folder):
         raise InputError(f"{out} exists, but {folder} is an unfinished extraction; remove one of them")
 
 
-def _merged(folder: Path) -> list[int]:
+def _merged_inodes(folder: Path) -> list[int]:
     """Inodes of the files that were merged from the shards in a folder."""
     try:
         return [int(inode) for inode in read_small_json(folder / MERGED)["inodes"]]
@@ -175,7 +175,7 @@ def remove_partial_files(out: Path) -> None:
     """Remove what processes that were killed left of an extraction into ``out``, which nobody else may be writing."""
     folder = shards_folder(out)
     partial = [path for path in folder.glob(".*") if OWNED_FILES.fullmatch(path.name)]
-    partial += left_behind(out.parent, out.name)
+    partial += find_temporary_files(out.parent, out.name)
     if not out.exists():  # a later file must not be taken for the merged one
         partial += folder.glob(MERGED)
     for path in partial:

@@ -36,7 +36,7 @@ from refdet.extraction.shard_folder import (
     shards_folder,
 )
 from refdet.files.atomic import atomic_write, fsync, report_disk_full, write_json
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.store import Header, ImageRow
 from refdet.store.codec import EncodedImage, RawImage, encode_all
 from refdet.store.shard_file import BlockLocation, ShardError, ShardWriter, read
@@ -147,7 +147,7 @@ class ShardSet:
         """Image id -> reason, of the unusable images in finished shards."""
         return {row.id: row.error for rows in self._rows.values() for row, _ in rows if row.error}
 
-    def missing(self, retry_ids: Container[int] = ()) -> list[int]:
+    def missing_shards(self, retry_ids: Container[int] = ()) -> list[int]:
         """List the shards to compute.
 
         Args:
@@ -333,7 +333,7 @@ def open_extraction(
         log.warning("note: `resume`: nothing to resume in %s, starting from the beginning", folder)
     with report_disk_full(folder, "free some space and run it again"):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
+        with exclusive_lock(folder, LOCK, "let it end or choose another `out`"), no_part_running(folder):
             current_plan = read_plan(folder)
             if (current_plan is None) != (saved_plan is None) or (current_plan is None and out.exists()):
                 raise InputError(f"{folder}: another process has just written to it; try again")

@@ -27,7 +27,7 @@ def feature_shapes(recipe: Recipe, classes: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def estimated_bytes(
+def estimate_bytes(
     records: Sequence[ImageRecord],
     regions: Callable[[ImageRecord], int],
     recipe: Recipe,

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from refdet.data.coco import ImageRecord
-from refdet.extraction.size_estimate import estimated_bytes, feature_shapes
-from refdet.files.short_text import counted
+from refdet.extraction.size_estimate import estimate_bytes, feature_shapes
+from refdet.files.short_text import format_count
 from refdet.store import Columns
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
     from refdet.data.transforms import input_size
 
     meta, options, plan = job.meta, job.options, job.plan
-    given = None if job.given is None else job.given.count
+    region_count = None if job.given is None else job.given.count
 
     def map_size(record: ImageRecord) -> tuple[int, int]:
         size = input_size(record.height, record.width, meta.recipe.input)
@@ -36,19 +36,19 @@ def start_lines(job: Job, device: str, kernels: str) -> list[str]:
 
     lines = [f"device: {device}, {options.precision}, {kernels}"]
     size = ""
-    if given is not None or options.regions == "detections":
+    if region_count is not None or options.regions == "detections":
         shapes = feature_shapes(meta.recipe, len(meta.categories))
         features = {name: shapes[name] for name in plan.features}
         columns = Columns(features, plan.dtype, plan.masks, plan.ann_ids, plan.maps)  # uncompressed
-        regions = given or (lambda _: options.max_regions)
-        bytes_ = estimated_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
-        at_most = f"at most, with {counted(options.max_regions, 'region')} per image,"
-        size = f"; file size: {'about' if given is not None else at_most} {_readable(bytes_)}"
+        regions = region_count or (lambda _: options.max_regions)
+        bytes_ = estimate_bytes(job.records, regions, meta.recipe, job.header, columns, map_size)
+        at_most = f"at most, with {format_count(options.max_regions, 'region')} per image,"
+        size = f"; file size: {'about' if region_count is not None else at_most} {_format_size(bytes_)}"
         size += " before compression" if plan.compression != "none" else ""
     lines.append(f"images: {len(job.records)} of {job.image_list.name}{size}")
     lines.append(f"detector: recipe {meta.recipe.name}, trained on: {meta.provenance.one_line()}")
     return lines
 
 
-def _readable(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refdet import store
 from refdet.errors import RuntimeFailure
-from refdet.extraction.repair import none_usable
+from refdet.extraction.repair import none_usable_message
 from refdet.extraction.timing import STAGES, Session, shares
 
 
@@ -67,7 +67,7 @@ def summary_of_store(
     with store.open(out) as finished:
         images, regions, errors = len(finished), finished.regions, finished.errors
     if errors and len(errors) == images:
-        raise RuntimeFailure(none_usable(errors, f"{out} has no regions"))
+        raise RuntimeFailure(none_usable_message(errors, f"{out} has no regions"))
     computed, seconds = (session.images, session.seconds) if session else (0, 0.0)
     return Summary(
         images,

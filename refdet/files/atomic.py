@@ -27,7 +27,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The temporary file is in the same folder as ``path`` (created if missing), as a rename is atomic only within a
     file system, and has the same suffix, as some writers choose the format by it. It is synced to disk before the
     rename, so ``path`` has its old or its new contents even after a power failure. On an exception it is deleted
-    and ``path`` is unchanged. A process that is killed leaves it behind, for `left_behind` to find.
+    and ``path`` is unchanged. A process that is killed leaves it behind, for `find_temporary_files` to find.
 
     Args:
         path: the file to write.
@@ -61,7 +61,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
 
 
-def left_behind(folder: Path, name: str | None = None) -> list[Path]:
+def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
     """Find temporary files of `atomic_write`, from processes that were killed or are still running.
 
     Args:
@@ -72,10 +72,10 @@ def left_behind(folder: Path, name: str | None = None) -> list[Path]:
         Their paths, sorted.
     """
     try:
-        found = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
+        matches = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(path for path, match in found if match and name in (None, match[1] + (match[2] or "")))
+    return sorted(path for path, match in matches if match and name in (None, match[1] + (match[2] or "")))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from refdet.errors import InputError, RuntimeFailure, is_disk_full
 from refdet.files.progress import progress_bar
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 
 RESERVED_BYTES = 2**26  # bytes of disk space to leave
 _CHUNK = 2**20
@@ -160,8 +160,8 @@ class ResumingDownloader:
         free = shutil.disk_usage(self._part.parent).free
         if needed is not None and free < needed + RESERVED_BYTES:
             raise RuntimeFailure(
-                f"{url}: needs {in_bytes(needed)}, {self._part.parent} has {in_bytes(free)} left; free some space and "
-                "run it again (finished downloads are kept)"
+                f"{url}: needs {format_bytes(needed)}, {self._part.parent} has {format_bytes(free)} left; free some "
+                "space and run it again (finished downloads are kept)"
             )
 
     def _bar(self, total: int | None, start: int) -> tqdm[Any]:
@@ -242,7 +242,7 @@ def check_file(path: Path, name: str, checksum: str | None, remove: bool = False
     return sha256
 
 
-def in_bytes(number: int) -> str:
+def format_bytes(number: int) -> str:
     """Human-readable size, such as "13.5 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if number >= size:
@@ -263,4 +263,4 @@ def _content_range(response: requests.Response) -> tuple[int, int | None]:
 
 def _reason(error: Exception) -> str:
     inner = error.args[0] if error.args else error
-    return cut(getattr(inner, "reason", None) or inner, 160)
+    return shorten(getattr(inner, "reason", None) or inner, 160)

@@ -22,7 +22,7 @@ class Locked(InputError):
 
 
 @contextmanager
-def alone(
+def exclusive_lock(
     folder: Path, name: str, fix: str, *, wait: float = 0.0, doing: str = "another process is writing to it"
 ) -> Iterator[bool]:
     """Hold a lock file within the block.

@@ -24,18 +24,18 @@ def write_parts(file: int, parts: Iterable[bytes | bytearray | memoryview], at: 
     Raises:
         OSError: the disk is full, or something else went wrong.
     """
-    left, done = deque(memoryview(part) for part in parts if part), 0
-    while left:  # a disk that becomes full takes some bytes first
-        some = list(islice(left, _AT_ONCE))
+    remaining, done = deque(memoryview(part) for part in parts if part), 0
+    while remaining:  # a disk that becomes full takes some bytes first
+        chunk = list(islice(remaining, _AT_ONCE))
         if at is None:
-            written = os.writev(file, some)
+            written = os.writev(file, chunk)
         elif hasattr(os, "pwritev"):
-            written = os.pwritev(file, some, at + done)
+            written = os.pwritev(file, chunk, at + done)
         else:
-            written = os.pwrite(file, some[0], at + done)
+            written = os.pwrite(file, chunk[0], at + done)
         done += written
-        while left and written >= len(left[0]):
-            written -= len(left.popleft())
+        while remaining and written >= len(remaining[0]):
+            written -= len(remaining.popleft())
         if written:
-            left[0] = left[0][written:]
+            remaining[0] = remaining[0][written:]
     return done

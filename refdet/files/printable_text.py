@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Escape every character that is not printable, such as ``\n``, ``\x1b`` and ``\u202e``.
 
     Escape sequences could otherwise move the cursor or overwrite the screen, new lines could pass for output of

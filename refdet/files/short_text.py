@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
-LONGEST = 80  # characters of a value in a message
+MAX_LENGTH = 80  # characters of a value in a message
 
 
 class _Repr(reprlib.Repr):
@@ -15,22 +15,22 @@ class _Repr(reprlib.Repr):
 
 
 _REPR = _Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, LONGEST, LONGEST
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, MAX_LENGTH, MAX_LENGTH
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 4
 
 
-def shown(value: object) -> str:
-    """Repr of a value, shortened to about `LONGEST` characters."""
-    return cut(_REPR.repr(value), 2 * LONGEST)
+def short_repr(value: object) -> str:
+    """Repr of a value, shortened to about `MAX_LENGTH` characters."""
+    return shorten(_REPR.repr(value), 2 * MAX_LENGTH)
 
 
-def counted(n: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count with its noun: "1 image", "2 images". For nouns with a regular plural."""
-    return f"{n} {noun}" + "s" * (n != 1)
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
-def cut(text: object, longest: int = LONGEST) -> str:
-    """Text on one line, with the middle replaced by "..." if it is longer than ``longest`` characters."""
-    line = " ".join(str(text)[: 100 * longest].split())
-    half = (longest - 3) // 2
-    return line if len(line) <= longest else f"{line[:half]}...{line[-half:]}"
+def shorten(text: object, max_length: int = MAX_LENGTH) -> str:
+    """Text on one line, with the middle replaced by "..." if it is longer than ``max_length`` characters."""
+    line = " ".join(str(text)[: 100 * max_length].split())
+    half = (max_length - 3) // 2
+    return line if len(line) <= max_length else f"{line[:half]}...{line[-half:]}"

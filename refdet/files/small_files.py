@@ -7,7 +7,7 @@ import re
 from typing import Any, NoReturn
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
@@ -50,7 +50,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(tree) < len(pairs):
         seen: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InputError(f"duplicate key {shown(duplicate)}")
+        raise InputError(f"duplicate key {short_repr(duplicate)}")
     return tree
 
 
@@ -61,11 +61,11 @@ def _reject_constant(name: str) -> NoReturn:
 def _finite_float(text: str) -> float:
     value = float(text)
     if value - value != 0:
-        raise InputError(f"number {cut(text)} is too large")
+        raise InputError(f"number {shorten(text)} is too large")
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > 20:
-        raise InputError(f"integer {cut(text)} is too large")
+        raise InputError(f"integer {shorten(text)} is too large")
     return int(text)

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import report_disk_full
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 _RESERVED_BYTES = 2**26
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -55,7 +55,9 @@ class _Member:
 
 
 @contextmanager
-def unpacked(archive: Path, name: str, target_path: Callable[[str], str | None], parent: Path) -> Iterator[Path]:
+def unpack_temporarily(
+    archive: Path, name: str, target_path: Callable[[str], str | None], parent: Path
+) -> Iterator[Path]:
     """Unpack the selected files of an archive into a temporary folder, which is removed at the end.
 
     Args:
@@ -82,7 +84,7 @@ def unpacked(archive: Path, name: str, target_path: Callable[[str], str | None],
                 # gzip and bz2 raise an OSError without errno for damaged contents
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                raise InputError(f"{name}: damaged archive ({shown(str(error))}); download it again") from None
+                raise InputError(f"{name}: damaged archive ({short_repr(str(error))}); download it again") from None
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,7 +141,7 @@ def _copy(source: IO[bytes], file: IO[bytes], member: _Member, name: str) -> Non
             break
         file.write(chunk)
     if remaining != 0:
-        raise InputError(f"{name}: {shown(member.name)} has another size than the archive says; download it again")
+        raise InputError(f"{name}: {short_repr(member.name)} has another size than the archive says; download it again")
 
 
 @contextmanager
@@ -159,16 +161,16 @@ def _open_archive(archive: Path, name: str) -> Iterator[list[_Member]]:
 def _zip_member(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Member:
     _check_inside(info.filename, name)
     if info.flag_bits & 1:
-        raise InputError(f"{name}: {shown(info.filename)} is encrypted")
+        raise InputError(f"{name}: {short_repr(info.filename)} is encrypted")
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise InputError(f"{name}: {shown(info.filename)} is a link or device")
+        raise InputError(f"{name}: {short_repr(info.filename)} is a link or device")
     return _Member(info.filename, info.file_size, lambda: file.open(info))
 
 
 def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> _Member:
     _check_inside(info.name, name)
     if not info.isreg():
-        raise InputError(f"{name}: {shown(info.name)} is a link or device")
+        raise InputError(f"{name}: {short_repr(info.name)} is a link or device")
 
     def open_member() -> Any:
         return tar.extractfile(info)
@@ -179,4 +181,4 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> _Memb
 def _check_inside(member: str, name: str) -> None:
     path = PurePosixPath(member.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or _DRIVE.match(member) or "\0" in member:
-        raise InputError(f"{name}: {shown(member)} would be written outside its folder; do not use this archive")
+        raise InputError(f"{name}: {short_repr(member)} would be written outside its folder; do not use this archive")

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
-from refdet.files.weight_programs import OWN, STATE, has_all, program_of
+from refdet.files.weight_programs import REFDET, TRAINING_STATE, has_all, program_of
 
-LARGEST_HEADER = 2**24  # bytes of the header of a safetensors file
-MOST_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400
+MAX_HEADER_BYTES = 2**24  # bytes of the header of a safetensors file
+MAX_TENSORS = 20_000  # in a file; a ResNet-152 with its momentum has 1,400
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _HEAD_BYTES = 2**20  # bytes to read to tell JSON files apart
 
 
-def what_is(path: Path) -> str | None:
+def describe_file(path: Path) -> str | None:
     """Describe a file, and where it belongs if it is one of refdet's; None if unknown."""
     if not path.is_file():
         return None
@@ -45,15 +45,15 @@ def _describe_safetensors(path: Path) -> str:
         names = [name for name in header(path) if name != "__metadata__"]
     except InputError:
         return "a damaged safetensors file"
-    if has_all(names, STATE):
+    if has_all(names, TRAINING_STATE):
         return "a training state (its run directory is the folder above state/)"
-    if has_all(names, OWN):
+    if has_all(names, REFDET):
         return "the weights of a run directory (give the folder with them and model.json)"
     program = program_of(names) or "weights of another program"
     return f"{program} (convert it with refdet import-weights)"
 
 
-def is_address(path: Path) -> bool:
+def is_url(path: Path) -> bool:
     """Whether a path is a URL; Path has turned its double slash into a single one."""
     return path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",), ("ftp:",), ("hf:",))
 
@@ -73,12 +73,12 @@ def header(path: Path) -> dict[str, Any]:
         Name -> dtype, shape and offsets of each tensor, and ``__metadata__``.
 
     Raises:
-        InputError: the header is damaged or larger than `LARGEST_HEADER`.
+        InputError: the header is damaged or larger than `MAX_HEADER_BYTES`.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > LARGEST_HEADER:
-            raise InputError(f"{path}: not safetensors, or its header is larger than {LARGEST_HEADER} bytes")
+        if length > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: not safetensors, or its header is larger than {MAX_HEADER_BYTES} bytes")
         text = file.read(length)
     if len(text) < length:
         raise InputError(f"{path}: not a readable safetensors file (its header is truncated)")
@@ -87,7 +87,7 @@ def header(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: not a readable safetensors file (its header is {cut(type(tree).__name__)})")
+        raise InputError(f"{path}: not a readable safetensors file (its header is {shorten(type(tree).__name__)})")
     return tree
 
 
@@ -100,10 +100,10 @@ def check_safetensors(path: Path) -> None:
         path: the file.
 
     Raises:
-        InputError: the file does not exist, has no valid header, or has more than `MOST_TENSORS` tensors.
+        InputError: the file does not exist, has no valid header, or has more than `MAX_TENSORS` tensors.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     count = len(header(path))
-    if count > MOST_TENSORS:
-        raise InputError(f"{path}: {count} tensors, more than the limit of {MOST_TENSORS}")
+    if count > MAX_TENSORS:
+        raise InputError(f"{path}: {count} tensors, more than the limit of {MAX_TENSORS}")

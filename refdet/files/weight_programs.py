@@ -1,6 +1,6 @@
 """Detect the program and network of a checkpoint from the names of its tensors and classes, without torch.
 
-Used only in error messages; `refdet.detector.weights.convert` decides what can be imported.
+Used only in error messages; `refdet.detector.weights.identify` decides what can be imported.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ IMPORTED = frozenset(
         "an ImageNet VGG-16",
     )
 )
-OWN = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")
-STATE = (r"model/", r"model/rpn\.conv\.weight$")
+REFDET = (r"backbone\.conv1\.weight$", r"rpn\.conv\.weight$", r"head\.box\.score\.weight$")
+TRAINING_STATE = (r"model/", r"model/rpn\.conv\.weight$")
 _WRAPPERS = re.compile(r"^((module|model|state_dict|_orig_mod|ema_model)\.)+")
 
 

@@ -46,19 +46,19 @@ class Packed(NamedTuple):
     scale: Tensor
 
 
-def has_products(device: torch.device, half: bool = False) -> bool:
+def has_kernels(device: torch.device, half: bool = False) -> bool:
     """Whether there are kernels for a device: CPUs with AVX2, or with AVX512-FP16 for `half`."""
     return device.type == "cpu" and "cpu" in DEVICES and torch.ops.refdet.has_products(half)
 
 
-def pointwise_is_quicker(device: torch.device, half: bool) -> bool:
+def is_pointwise_faster(device: torch.device, half: bool) -> bool:
     """Whether `conv1x1` is faster than PyTorch's: with `half`, or in float32 with the 32 registers of AVX-512."""
-    return has_products(device, half) and (half or torch.ops.refdet.has_avx512())
+    return has_kernels(device, half) and (half or torch.ops.refdet.has_avx512())
 
 
-def half_is_quickest(device: torch.device) -> bool:
+def is_half_fastest(device: torch.device) -> bool:
     """Whether bfloat16 layers should use `half`: there are kernels, and no AMX, which PyTorch would use."""
-    return has_products(device, half=True) and not torch.ops.refdet.has_matrix_units()
+    return has_kernels(device, half=True) and not torch.ops.refdet.has_matrix_units()
 
 
 def pack_conv3x3(weight: Tensor, half: bool = False) -> Packed:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refdet.device import on_device
+from refdet.device import to_device
 from refdet.ops._library import DEVICES
 
 BLOCK = 512  # boxes per block of nms_plain; each block synchronizes twice with the device
@@ -90,14 +90,14 @@ def nms_padded(
     return kernel(boxes, scores, iou_threshold, max_keep, images, count, groups=groups)
 
 
-def unpadded(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
+def unpad(kept: Tensor, counts: Tensor) -> tuple[Tensor, list[int]]:
     """Indices (K,) of all images and the number per image, from the result of `nms_padded`; waits for a GPU once."""
     counts_list = counts.tolist()
     width = kept.shape[1]
     indices = np.concatenate(
         [np.arange(count) + row * width for row, count in enumerate(counts_list)] or [np.arange(0)]
     )
-    return kept.flatten()[on_device(torch.from_numpy(indices), kept.device)], counts_list
+    return kept.flatten()[to_device(torch.from_numpy(indices), kept.device)], counts_list
 
 
 def _check_inputs(

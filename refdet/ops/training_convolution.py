@@ -29,7 +29,7 @@ from refdet.ops.convolution import (
     Packed,
     conv3x3,
     conv3x3_weight_gradient,
-    has_products,
+    has_kernels,
     pack_conv3x3,
 )
 
@@ -61,12 +61,12 @@ def conv2d(
         (N, K, H', W').
     """
     plain = stride == padding == dilation == (1, 1) and groups == 1 and weight.shape[2:] == (TAPS, TAPS)
-    if plain and torch.is_grad_enabled() and _is_quicker(x, weight):
+    if plain and torch.is_grad_enabled() and _is_faster(x, weight):
         return cast("Tensor", _Convolution.apply(x, weight, bias))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_quicker(x: Tensor, weight: Tensor) -> bool:
+def _is_faster(x: Tensor, weight: Tensor) -> bool:
     outputs, inputs = weight.shape[:2]
     return (
         x.device.type == "cpu"
@@ -75,7 +75,7 @@ def _is_quicker(x: Tensor, weight: Tensor) -> bool:
         and min(inputs, outputs) >= WORTHWHILE["channels"]
         and inputs % OUTPUTS[False] == outputs % OUTPUTS[False] == 0
         and x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE) >= WORTHWHILE["tiles"]
-        and has_products(x.device)
+        and has_kernels(x.device)
     )
 
 
@@ -85,7 +85,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        packed = _packed(weight)
+        packed = _pack_weights(weight)
         return conv3x3(x, packed, torch.zeros_like(packed.scale) if bias is None else bias)
 
     @staticmethod
@@ -94,7 +94,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            packed = _packed(weight.flip(2, 3).transpose(0, 1))
+            packed = _pack_weights(weight.flip(2, 3).transpose(0, 1))
             of_x = conv3x3(gradient, packed, torch.zeros_like(packed.scale))
         if ctx.needs_input_grad[1]:
             of_weight = conv3x3_weight_gradient(x, gradient)
@@ -103,7 +103,7 @@ class _Convolution(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-def _packed(weight: Tensor) -> Packed:
+def _pack_weights(weight: Tensor) -> Packed:
     """`pack_conv3x3` of weights (K, C, 3, 3), as one matrix product."""
     outputs, inputs = weight.shape[:2]
     panel = OUTPUTS[False]

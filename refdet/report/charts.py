@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by matplotlib: for the page in its light and dark colours, or as a file that stands alone."""
+"""Charts as SVG, drawn by matplotlib: for the page in its light and dark colours, or as a standalone file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.files.spreadsheet_text import xml_characters
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ LIGHT = ("#16181d", "#555b66", "#dfe1e6", "#2a78d6", "#0f9a68", "#c98500", "#7a4
 DARK = ("#eceef2", "#a6adba", "#343942", "#5a9ff0", "#2fbd88", "#e0a030", "#a78bfa", "#f07170")
 INK, SOFT, LINE = LIGHT[:3]
 SERIES = (INK, *LIGHT[3:])
-LARGEST = 1e30  # of the values of a chart; ticks of larger ones overflow
-LONGEST_NAME = 40  # characters of a name in a chart
+MAX_VALUE = 1e30  # of the values of a chart; ticks of larger ones overflow
+MAX_NAME_LENGTH = 40  # characters of a name in a chart
 
 _STYLE = re.compile(r'style="[^"]*"')
 _SETTINGS: Any = {
@@ -41,9 +41,9 @@ class Series:
 
     Attributes:
         name: label in the legend.
-        points: (x, y), ascending in x; points that are not finite, or not below `LARGEST`, are left out.
+        points: (x, y), ascending in x; points that are not finite, or not below `MAX_VALUE`, are left out.
         style: index of the page's series colours, 0 to 5.
-        dashed: whether it is a line to compare with, dashed and without dots.
+        dashed: whether it is a reference line, dashed and without dots.
     """
 
     name: str
@@ -109,9 +109,9 @@ def line_chart(title: str, description: str, series: Sequence[Series], axes: Axe
         axes: the axes.
         dots: mark each point.
     """
-    shown = _shown(series, axes.log_y)
+    shown = _drop_undrawable(series, axes.log_y)
     svg = _svg(axes, lambda plot: _lines(plot, shown, axes, dots)) if shown else ""
-    return Chart(title, description, _themed(svg), [(one.style, one.name) for one in series])
+    return Chart(title, description, _apply_theme(svg), [(curve.style, curve.name) for curve in series])
 
 
 def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes) -> Chart:
@@ -121,39 +121,39 @@ def bar_chart(title: str, description: str, heights: Sequence[float], axes: Axes
         positions = list(axes.x_ticks or range(len(heights)))
         plot.bar(positions, list(heights), color=SERIES[1], width=0.8 * _step(positions))
 
-    return Chart(title, description, _themed(_svg(axes, draw)) if any(heights) else "")
+    return Chart(title, description, _apply_theme(_svg(axes, draw)) if any(heights) else "")
 
 
-def drawn_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
-    """A chart of another kind, which a function draws."""
-    return Chart(title, description, _themed(_svg(axes, draw)))
+def custom_chart(title: str, description: str, axes: Axes, draw: Callable[[Plot], None]) -> Chart:
+    """A chart drawn by a function."""
+    return Chart(title, description, _apply_theme(_svg(axes, draw)))
 
 
-def short_name(text: str, longest: int = LONGEST_NAME) -> str:
-    """A name of a file as a chart has it."""
-    return _text(text, longest)
+def short_name(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    """A name from a file, shortened for a chart."""
+    return _text(text, max_length)
 
 
 def recall_svg(title: str, series: Sequence[Series], axes: Axes) -> str:
-    """A file that stands alone: lines with dots on white, with title and legend."""
+    """A standalone file: lines with dots on white, with title and legend."""
 
     def draw(plot: Plot) -> None:
-        _lines(plot, _shown(series, axes.log_y), axes, dots=True)
-        plot.set_title(_text(title, 2 * LONGEST_NAME), color=INK, loc="left", fontweight="bold", pad=24)
-        for i, one in enumerate(series):
+        _lines(plot, _drop_undrawable(series, axes.log_y), axes, dots=True)
+        plot.set_title(_text(title, 2 * MAX_NAME_LENGTH), color=INK, loc="left", fontweight="bold", pad=24)
+        for i, curve in enumerate(series):
             at = (i / max(len(series), 1), 1.03)
-            plot.text(*at, _text(one.name), color=SERIES[one.style], transform=plot.transAxes, fontweight="bold")
+            plot.text(*at, _text(curve.name), color=SERIES[curve.style], transform=plot.transAxes, fontweight="bold")
 
     return _svg(axes, draw, "white")
 
 
 def _lines(plot: Plot, series: Sequence[Series], axes: Axes, dots: bool) -> None:
-    for place, one in enumerate(series):
-        x, y = zip(*one.points, strict=True)
-        width = 2.2 if one.style == 0 else 1.6
-        line = plot.plot(x, y, color=SERIES[one.style], linewidth=width, zorder=10 + len(series) - place)[0]
+    for place, curve in enumerate(series):
+        x, y = zip(*curve.points, strict=True)
+        width = 2.2 if curve.style == 0 else 1.6
+        line = plot.plot(x, y, color=SERIES[curve.style], linewidth=width, zorder=10 + len(series) - place)[0]
         line.set_gid(f"series-{place}")
-        if one.dashed:
+        if curve.dashed:
             line.set(linestyle="--", linewidth=1)
         elif dots:
             line.set(marker="o", markersize=4)
@@ -194,7 +194,7 @@ def _matplotlib() -> Iterator[Any]:
         yield Figure
 
 
-def _themed(svg: str) -> str:
+def _apply_theme(svg: str) -> str:
     """The chart in colours that follow the page's light or dark style; paper is light."""
     if not svg:
         return ""
@@ -212,17 +212,19 @@ def _themed(svg: str) -> str:
     return f"{head}>{rules}{_STYLE.sub(variable, rest)}"
 
 
-def _shown(series: Sequence[Series], log_y: bool) -> list[Series]:
+def _drop_undrawable(series: Sequence[Series], log_y: bool) -> list[Series]:
     kept = [
-        replace(one, points=[p for p in one.points if all(abs(v) < LARGEST for v in p) and (p[1] > 0 or not log_y)])
-        for one in series
+        replace(
+            curve, points=[p for p in curve.points if all(abs(v) < MAX_VALUE for v in p) and (p[1] > 0 or not log_y)]
+        )
+        for curve in series
     ]
-    return [one for one in kept if one.points]
+    return [curve for curve in kept if curve.points]
 
 
 def _step(positions: Sequence[float]) -> float:
     return positions[1] - positions[0] if len(positions) > 1 else 1.0
 
 
-def _text(text: str, longest: int = LONGEST_NAME) -> str:
-    return cut(xml_characters(text), longest)
+def _text(text: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    return shorten(xml_characters(text), max_length)

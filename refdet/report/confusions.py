@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refdet.evaluation.detection_errors import DetectionErrors
-from refdet.report.charts import INK, SERIES, Axes, Chart, drawn_chart, short_name
+from refdet.report.charts import INK, SERIES, Axes, Chart, custom_chart, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Plot
 
-MOST_CATEGORIES = 16
-LONGEST_NAME = 18
+MAX_CATEGORIES = 16
+MAX_NAME_LENGTH = 18
 _CELL = 26  # points
 
 
 def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
-    """What the objects of a category are taken for, in percent of them, for the most confused categories.
+    """What the objects of the most confused categories are taken for, in percent.
 
     A row is a category of objects, a column the category of their best-scoring region; the last two columns are all
     other categories, and no region at all. Each row adds up to 100%.
@@ -38,33 +38,33 @@ def confusion_map(errors: DetectionErrors, names: Mapping[int, str]) -> Chart:
             wrong[of] += n
             wrong[taken] += n
     # those without an object have no row to be shown in
-    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MOST_CATEGORIES]
+    shown = [i for i, _ in wrong.most_common() if errors.of_category[i]][:MAX_CATEGORIES]
     title = "What objects are taken for, in percent"
     if not shown:
         return Chart(title, "Nothing is confused.", "")
     shares = np.array([_row(errors, of, shown) for of in shown])
-    labels = [short_name(names.get(i, str(i)), LONGEST_NAME) for i in shown]
+    labels = [short_name(names.get(i, str(i)), MAX_NAME_LENGTH) for i in shown]
     columns = [*labels, "another", "no region"]
-    told = "; ".join(
-        f"{label}: {row[i]:.0%} right, most often taken for {_most_taken(row, i, columns)}"
+    description = "; ".join(
+        f"{label}: {row[i]:.0%} correct, most often taken for {_most_confused(row, i, columns)}"
         for i, (label, row) in enumerate(zip(labels, shares, strict=True))
     )
     axes = Axes(
         "category of the best-scoring region", "object", range(len(columns)), x_names=columns,
         width=150 + _CELL * len(columns), height=150 + _CELL * len(labels),
     )  # fmt: skip
-    return drawn_chart(title, told, axes, lambda plot: _draw(plot, shares, labels))
+    return custom_chart(title, description, axes, lambda plot: _draw(plot, shares, labels))
 
 
 def _row(errors: DetectionErrors, of: int, shown: list[int]) -> list[float]:
     """Shares of the objects of a category."""
     objects = errors.of_category[of]
-    matched = sum(n for (one, _), n in errors.confused.items() if one == of)
-    listed = [errors.confused[of, taken] for taken in shown]
-    return [n / objects for n in (*listed, matched - sum(listed), objects - matched)]
+    matched = sum(n for (category, _), n in errors.confused.items() if category == of)
+    counts = [errors.confused[of, taken] for taken in shown]
+    return [n / objects for n in (*counts, matched - sum(counts), objects - matched)]
 
 
-def _most_taken(row: np.ndarray, own: int, columns: list[str]) -> str:
+def _most_confused(row: np.ndarray, own: int, columns: list[str]) -> str:
     others = np.where(np.arange(len(row)) == own, -1, row)[:-1]
     best = int(others.argmax())
     return f"{columns[best]} ({others[best]:.0%})" if others[best] > 0 else "nothing else"

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 
 def field(tree: Any, key: str, where: str) -> Any:
     """The value of a key. InputError, with `where`, if `tree` is not an object or lacks it."""
     if not isinstance(tree, Mapping) or key not in tree:
-        raise InputError(f"{where}: {cut(key)!r} is missing")
+        raise InputError(f"{where}: {shorten(key)!r} is missing")
     return tree[key]
 
 
@@ -21,7 +21,7 @@ def text(tree: Any, key: str, where: str) -> str:
     """A string; InputError otherwise."""
     value = field(tree, key, where)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {cut(key)!r} is no text but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} must be a string, not {short_repr(value)}")
     return value
 
 
@@ -29,7 +29,7 @@ def count(tree: Any, key: str, where: str) -> int:
     """An integer, 0 or more; InputError otherwise."""
     value = field(tree, key, where)
     if type(value) is not int or value < 0:
-        raise InputError(f"{where}: {cut(key)!r} is no count but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} must be a count, not {short_repr(value)}")
     return value
 
 
@@ -37,7 +37,7 @@ def rate(tree: Any, key: str, where: str) -> float | None:
     """A finite number, or None if undefined; InputError otherwise."""
     value = field(tree, key, where)
     if value is not None and not is_number(value):
-        raise InputError(f"{where}: {cut(key)!r} is no number but {shown(value)}")
+        raise InputError(f"{where}: {shorten(key)!r} must be a number, not {short_repr(value)}")
     return value
 
 
@@ -56,12 +56,12 @@ def check_metrics(metrics: Any, where: str) -> None:
     text(metrics, "split_by", where)
     splits = field(metrics, "splits", where)
     if not isinstance(splits, Mapping) or not splits or not all(isinstance(name, str) for name in splits):
-        raise InputError(f"{where}: 'splits' is no object with a split, but {shown(splits)}")
+        raise InputError(f"{where}: 'splits' must be an object with at least one split, not {short_repr(splits)}")
     for name, values in splits.items():
-        _check_split(values, f"{where}, split {cut(name)}")
+        _check_split(values, f"{where}, split {shorten(name)}")
     ticks = [list(values["recall@k"]) for values in splits.values()]
-    if any(one != ticks[0] for one in ticks):
-        raise InputError(f"{where}: 'recall@k' has other numbers of regions in each split")
+    if any(other != ticks[0] for other in ticks):
+        raise InputError(f"{where}: 'recall@k' must have the same numbers of regions in every split")
 
 
 def _check_split(values: Any, where: str) -> None:
@@ -74,10 +74,10 @@ def _check_split(values: Any, where: str) -> None:
     recall = field(values, "referent_recall", where)
     for key in ("0.5", "0.6", "0.7", "0.8", "0.9", "mean_best_iou"):
         if rate(recall, key, where) is None:
-            raise InputError(f"{where}: {key!r} of referent_recall is no number")
+            raise InputError(f"{where}: {key!r} of referent_recall must be a number")
     kept = field(values, "recall@k", where)
     if not isinstance(kept, Mapping) or not kept or not all(map(is_number, kept.values())):
-        raise InputError(f"{where}: 'recall@k' is no object of numbers, but {shown(kept)}")
+        raise InputError(f"{where}: 'recall@k' must be an object of numbers, not {short_repr(kept)}")
     if "comprehension" in values:
         for key in ("random_baseline@0.5", "accuracy@0.5"):
             rate(values["comprehension"], key, where)

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.report.samples import Answer, Scene
 from refdet.structures.drawing import COLOURS, Box, Pen, paint_mask, text_colour
 
 LONG_SIDE = 640  # pixels of a picture in the report, about 60 kB
 SHOWN_SCORE = 0.5  # regions with a lower score are drawn only if a sentence refers to them
-MOST_OTHERS = 12  # regions drawn without a sentence
+MAX_OTHER_REGIONS = 12  # regions drawn without a sentence
 GREY = "#9aa0aa"
 WRONG = "#d8403f"
 
@@ -28,7 +28,7 @@ class Key:
     Attributes:
         colours: one per referred object; objects found in the same region share its colour.
         numbers: region -> the numbers, from 1, of the referred objects found in it.
-        others: regions without a sentence: the best `MOST_OTHERS` with `SHOWN_SCORE` or more.
+        others: regions without a sentence: the best `MAX_OTHER_REGIONS` with `SHOWN_SCORE` or more.
     """
 
     colours: list[str]
@@ -40,17 +40,17 @@ class Key:
         """Number the referred objects of a scene in order."""
         colours: list[str] = []
         numbers: dict[int, list[int]] = {}
-        for i, one in enumerate(scene.referred):
+        for i, obj in enumerate(scene.referred):
             first = i
-            if one.found and one.region is not None:
-                numbers.setdefault(one.region, []).append(i + 1)
-                first = numbers[one.region][0] - 1
+            if obj.found and obj.region is not None:
+                numbers.setdefault(obj.region, []).append(i + 1)
+                first = numbers[obj.region][0] - 1
             colours.append(COLOURS[first % len(COLOURS)])
         scores = scene.regions.scores
         others = [
             r for r in np.argsort(-scores, kind="stable").tolist() if scores[r] >= SHOWN_SCORE and r not in numbers
         ]
-        return cls(colours, numbers, others[:MOST_OTHERS])
+        return cls(colours, numbers, others[:MAX_OTHER_REGIONS])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def picture(scene: Scene, pixels: np.ndarray, answer: Answer | None = None) -> P
     drawn = len(key.others) + len(key.numbers)
     left_out = len(scene.regions) - drawn
     less_likely = f"; {left_out} with lower scores not drawn" if left_out else ""
-    where = f"{scene.split}, image {scene.regions.image_id}: {counted(drawn, 'region')}{less_likely}"
+    where = f"{scene.split}, image {scene.regions.image_id}: {format_count(drawn, 'region')}{less_likely}"
     items = tuple(_item(scene, i, key) for i in range(len(scene.referred)))
     if answer is not None:
         items = tuple(replace(item, bad=f"answer: IoU {answer.iou:.2f}") for item in items)
@@ -127,21 +127,21 @@ def _alt(scene: Scene) -> str:
     title = f"Image {scene.regions.image_id} with its detected regions outlined"
     if not scene.referred:
         return title
-    found = sum(one.found for one in scene.referred)
-    names = ", ".join(one.category for one in scene.referred)
+    found = sum(obj.found for obj in scene.referred)
+    names = ", ".join(obj.category for obj in scene.referred)
     return f"{title}; {found} of {len(scene.referred)} referred objects found ({names})"
 
 
 def _item(scene: Scene, i: int, key: Key) -> Item:
-    one, colour = scene.referred[i], key.colours[i]
-    head = (i + 1, colour, text_colour(colour), one.found, one.sentences)
-    if one.found:
-        assert one.region is not None
-        category = int(scene.regions.category_ids[one.region])
-        wrong = f"(actual category: {one.category})" if category != one.category_id else ""
-        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {one.iou:.2f}", bad=wrong)
-    near = f"best IoU {one.iou:.2f}" if one.region is not None else "no regions"
-    return Item(*head, f": {one.category}; {near}", bad_first="missed")
+    obj, colour = scene.referred[i], key.colours[i]
+    head = (i + 1, colour, text_colour(colour), obj.found, obj.sentences)
+    if obj.found:
+        assert obj.region is not None
+        category = int(scene.regions.category_ids[obj.region])
+        wrong = f"(actual category: {obj.category})" if category != obj.category_id else ""
+        return Item(*head, f"found as {scene.names.get(category, str(category))}, IoU {obj.iou:.2f}", bad=wrong)
+    near = f"best IoU {obj.iou:.2f}" if obj.region is not None else "no regions"
+    return Item(*head, f": {obj.category}; {near}", bad_first="missed")
 
 
 def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = None) -> Image.Image:
@@ -159,27 +159,25 @@ def draw(scene: Scene, pixels: np.ndarray, key: Key, answer: Answer | None = Non
             paint_mask(image, np.asarray(coco_mask.decode(rles[row])), colour, opacity, edge=5)
     pen = Pen(ImageDraw.Draw(image), size)
     for row, colour, _ in painted:
-        pen.outline(_scaled(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
-    for i, one in enumerate(scene.referred):
-        if not one.found:
-            pen.dashes(_scaled(one.box, scale), key.colours[i])
+        pen.outline(_scale(regions.boxes[row], scale), colour, 2 if colour == GREY else 4, halo=colour != GREY)
+    for i, obj in enumerate(scene.referred):
+        if not obj.found:
+            pen.dashes(_scale(obj.box, scale), key.colours[i])
     if answer is not None:
-        pen.dashes(_scaled(answer.box, scale), WRONG)
-        pen.label(_scaled(answer.box, scale), "answer", WRONG, 19)
+        pen.dashes(_scale(answer.box, scale), WRONG)
+        pen.label(_scale(answer.box, scale), "answer", WRONG, 19)
     # labels last, the important ones first: later labels avoid earlier ones
     for row, colour, _ in reversed(painted):
         category = int(regions.category_ids[row])
         text = f"{scene.names.get(category, category)} {regions.scores[row]:.2f}"
         numbers = ", ".join(map(str, key.numbers.get(row, [])))
-        pen.label(
-            _scaled(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19
-        )
-    for i, one in enumerate(scene.referred):
-        if not one.found:
-            pen.label(_scaled(one.box, scale), f"{i + 1}  missed", key.colours[i], 19)
+        pen.label(_scale(regions.boxes[row], scale), f"{numbers}  {text}".strip(), colour, 15 if colour == GREY else 19)
+    for i, obj in enumerate(scene.referred):
+        if not obj.found:
+            pen.label(_scale(obj.box, scale), f"{i + 1}  missed", key.colours[i], 19)
     return image
 
 
-def _scaled(box: np.ndarray, scale: float) -> Box:
+def _scale(box: np.ndarray, scale: float) -> Box:
     x1, y1, x2, y2 = (float(value) * scale for value in box)
     return x1, y1, x2, y2

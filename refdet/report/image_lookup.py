@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store import Store
 
 
@@ -28,9 +28,9 @@ def image_of_file(store: Store, file: Path) -> int:
             shared[image_id] = same
     best = [image_id for image_id, same in shared.items() if same == max(shared.values())]
     if not best:
-        raise InputError(f"{store.path}: has no image named {cut(file.name)}; give its `image_id` in the store")
+        raise InputError(f"{store.path}: has no image named {shorten(file.name)}; give its `image_id` in the store")
     if len(best) > 1:
         raise InputError(
-            f"{store.path}: images {best[0]} and {best[1]} both fit the name {cut(file.name)}; give `image_id`"
+            f"{store.path}: images {best[0]} and {best[1]} both fit the name {shorten(file.name)}; give `image_id`"
         )
     return best[0]

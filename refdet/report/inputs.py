@@ -93,7 +93,7 @@ class Inputs:
 def read_meta(path: Path) -> tuple[str, int, Provenance]:
     """Name of the recipe, steps and provenance of a ``model.json``."""
     if not path.exists():
-        raise InputError(f"{path}: not there; give a run directory that refdet train wrote")
+        raise InputError(f"{path}: no such file; give a run directory that refdet train wrote")
     data = read_bytes(path, MAX_META_BYTES)
     try:
         tree = strict_json(data)
@@ -133,7 +133,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             row |= {name: row[old] for name, old in LOSSES.items() if old in row and name not in row}
         for name in ("step", "loss", *(key for key, _ in LOSS_NAMES if isinstance(row, dict) and key in row)):
             if rate(row, name, where) is None:
-                raise InputError(f"{where}: {name!r} is no number")
+                raise InputError(f"{where}: {name!r} is not a number")
         log.append(row)
     return log
 
@@ -147,10 +147,12 @@ def read_steps(path: Path) -> list[Step]:
     if not isinstance(tree, list):
         raise InputError(f"{path}: not a list of steps")
     steps = []
-    for i, one in enumerate(tree):
+    for i, entry in enumerate(tree):
         where = f"{path}, step {i + 1}"
-        commands, seconds = field(one, "commands", where), rate(one, "seconds", where)
+        commands, seconds = field(entry, "commands", where), rate(entry, "seconds", where)
         if not isinstance(commands, list) or not all(isinstance(line, str) for line in commands):
-            raise InputError(f"{where}: 'commands' is no list of texts")
-        steps.append(Step(text(one, "name", where), text(one, "about", where), tuple(commands), max(seconds or 0.0, 0)))
+            raise InputError(f"{where}: 'commands' is not a list of strings")
+        steps.append(
+            Step(text(entry, "name", where), text(entry, "about", where), tuple(commands), max(seconds or 0.0, 0))
+        )
     return steps

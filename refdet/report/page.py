@@ -14,19 +14,19 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import ap_by_category
 from refdet.evaluation.detection_errors import detection_errors
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.report import sections
 from refdet.report.fields import rate
 from refdet.report.inputs import Inputs, read_log, read_meta
 from refdet.report.pictures import Pictures, all_scenes, pictures_section, wrong_answers
 from refdet.report.refer_parts import OpenPart, open_part
-from refdet.report.samples import evenly
+from refdet.report.samples import sample_evenly
 from refdet.report.stores import stores_section
 from refdet.report.templates import Markup, number, render
 from refdet.report.validations import read_validations
 
-MOST_EVALUATED = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
+MAX_EVALUATED_IMAGES = 3000  # images whose regions are compared with annotations; 100 regions each take 1 GB
 TITLE = "refdet: regions for referring expressions"
 
 
@@ -107,7 +107,7 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
     if metrics:
         add("refer", "Referring expressions", sections.refer_section(metrics))
     every = all_scenes(parts, inputs.pictures)
-    referred = [one for scene in every for one in scene.referred]
+    referred = [obj for scene in every for obj in scene.referred]
     if referred:
         add("ceiling", "What no region covers", sections.ceiling_section(referred))
     pictures = None
@@ -123,7 +123,9 @@ def _add_regions(inputs: Inputs, parts: Sequence[OpenPart], metrics: Sequence[Ma
 
 def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     """The section about the first store's detections, None without annotations of its images."""
-    part = next((one for one in parts if one.store is not None and not one.store.has_ann_ids), None)
+    part = next(
+        (candidate for candidate in parts if candidate.store is not None and not candidate.store.has_ann_ids), None
+    )
     if part is None or part.store is None:
         return None
     path = inputs.instances
@@ -136,7 +138,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
     if not ids:
         raise InputError(f"{path}: has none of the images of {store.path}; give the file that lists them")
     known = len(ids)
-    ids = evenly(ids, MOST_EVALUATED)
+    ids = sample_evenly(ids, MAX_EVALUATED_IMAGES)
     results: list[dict[str, Any]] = []
 
     def images() -> Any:
@@ -153,7 +155,7 @@ def _errors(inputs: Inputs, parts: Sequence[OpenPart]) -> Markup | None:
 def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:
     if not run:
         return "Regions of images, each with a box, a category and a score, for models that understand phrases."
-    model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {counted(steps, 'step')})"
+    model = f"A Mask R-CNN ({recipe or 'custom'} recipe, {format_count(steps, 'step')})"
     subtitle = f"{model} detects the objects of an image, each with a box, a mask and features, for models that "
     subtitle += "understand phrases such as “the small red star”."
     return subtitle + " It has never seen the REFER images it is evaluated on." * clean
@@ -162,22 +164,22 @@ def _subtitle(recipe: str, steps: int, run: bool, clean: bool) -> str:
 def _highlights(
     detection: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], audit: Mapping[str, Any] | None
 ) -> list[tuple[str, str]]:
-    found = []
+    highlights = []
     for kind, name in (("bbox", "box AP50"), ("segm", "mask AP50")):
         if detection is not None and detection.get(kind):
-            found.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
+            highlights.append((number(detection[kind]["AP50"]), f"{name} on the val images"))
     recalls = [values["referent_recall"]["0.5"] for part in metrics for values in part["splits"].values()]
     if recalls:
-        lowest = f"lowest of {counted(len(recalls), 'split')}"
-        found.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
+        lowest = f"lowest of {format_count(len(recalls), 'split')}"
+        highlights.append((number(min(recalls)), f"referent recall at IoU 0.5, {lowest}"))
     answers = [part["splits"].get("val", {}).get("comprehension") for part in metrics]
     for boxes in filter(None, answers):
         guessing = number(boxes["random_baseline@0.5"])
-        found.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
+        highlights.append((number(boxes["accuracy@0.5"]), f"accuracy of a listener on val; random baseline {guessing}"))
     if audit is not None:
         leaked, held_out = len(audit["leaked_image_ids"]), audit["held_out_images"]
-        found.append((str(leaked), f"of {counted(held_out, 'held-out image')} in the training file"))
-    return found
+        highlights.append((str(leaked), f"of {format_count(held_out, 'held-out image')} in the training file"))
+    return highlights
 
 
 def _audits(inputs: Inputs) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

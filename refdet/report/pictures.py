@@ -9,20 +9,31 @@ from typing import Any
 
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.report.figures import Picture, picture
 from refdet.report.refer_parts import OpenPart
-from refdet.report.samples import FOUND, Answer, Scene, answers, covered, evenly, hardest, images_of, sample, scenes
+from refdet.report.samples import (
+    FOUND,
+    Answer,
+    Scene,
+    answers,
+    covered_scenes,
+    hardest_scenes,
+    images_of,
+    sample,
+    sample_evenly,
+    scenes,
+)
 from refdet.report.templates import Markup, render
 from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 3_300_000  # of all pictures; a third more in the page, which is to stay under 5 MB
+MAX_BYTES = 3_300_000  # of all pictures; a third more in the page, which is to stay under 5 MB
 
 
 class Pictures:
-    """Draws images that are read as they are needed, until the pictures are too large together.
+    """Draws images, which are read as they are needed, until the pictures reach a total size.
 
     Args:
         images: folder or zip of the images.
@@ -39,7 +50,7 @@ class Pictures:
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
-        self._left, self._skipped, self._full = MOST_BYTES, len(missing), 0
+        self._left, self._skipped, self._full = MAX_BYTES, len(missing), 0
         self._first = missing[0] if missing else ""
 
     @property
@@ -47,34 +58,34 @@ class Pictures:
         """What was left out, and why."""
         notes = []
         if self._skipped:
-            notes.append(f"{counted(self._skipped, 'image')} could not be read, first: {self._first}")
+            notes.append(f"{format_count(self._skipped, 'image')} could not be read, first: {self._first}")
         if self._full:
-            notes.append(f"{counted(self._full, 'picture')} left out, to keep the page under 5 MB")
+            notes.append(f"{format_count(self._full, 'picture')} left out, to keep the page under 5 MB")
         return notes
 
     def draw(self, scenes: Sequence[Scene]) -> list[Picture]:
         """Pictures of images; those that cannot be read, or have no room, are left out and counted."""
-        return [made for scene in scenes if (made := self._draw(scene)) is not None]
+        return [drawn for scene in scenes if (drawn := self._draw(scene)) is not None]
 
     def draw_answers(self, wrong: Sequence[Answer]) -> list[Picture]:
         """Pictures of answers beside the right region."""
-        return [made for one in wrong if (made := self._draw(one.scene, one)) is not None]
+        return [drawn for answer in wrong if (drawn := self._draw(answer.scene, answer)) is not None]
 
     def _draw(self, scene: Scene, answer: Answer | None = None) -> Picture | None:
         record = scene.image
         if self._source.find(record) is None:
             return None  # counted
         try:
-            made = picture(scene, self._source.read(record), answer)
+            drawn = picture(scene, self._source.read(record), answer)
         except ImageError as error:
             self._first = self._first or str(error)
             self._skipped += 1
             return None
-        if len(made.jpeg) > self._left:
+        if len(drawn.jpeg) > self._left:
             self._full += 1
             return None
-        self._left -= len(made.jpeg)
-        return made
+        self._left -= len(drawn.jpeg)
+        return drawn
 
 
 def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
@@ -100,24 +111,24 @@ def _of_store(store: Store, count: int) -> list[Scene]:
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:
     """The values of the listener's template: wrong answers beside the right region."""
-    given: list[Answer] = []
+    all_answers: list[Answer] = []
     for part in parts:
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
-            given += answers(part.store, part.refer, part.dataset, part.splits, part.predictions)
-    wrong = [one for one in given if one.iou < FOUND]
-    hopeless = sum(not one.scene.referred[0].found for one in wrong)
-    drawn = pictures.draw_answers(evenly(wrong, count)) if pictures is not None else []
-    return {"answers": len(given), "wrong": len(wrong), "hopeless": hopeless, "pictures": drawn}
+            all_answers += answers(part.store, part.refer, part.dataset, part.splits, part.predictions)
+    wrong = [answer for answer in all_answers if answer.iou < FOUND]
+    hopeless = sum(not answer.scene.referred[0].found for answer in wrong)
+    drawn = pictures.draw_answers(sample_evenly(wrong, count)) if pictures is not None else []
+    return {"answers": len(all_answers), "wrong": len(wrong), "hopeless": hopeless, "pictures": drawn}
 
 
 def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
     """Example images, and those with the worst and the best covered objects."""
     with_refs = [scene for scene in every if scene.referred]
-    worst = pictures.draw(hardest(with_refs, count // 3))
-    best = pictures.draw(covered(with_refs, count // 3))
+    worst = pictures.draw(hardest_scenes(with_refs, count // 3))
+    best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
     images = {scene.image.id: scene for scene in every}.values()
-    missed = sum(not one.found for scene in images for one in scene.referred)
+    missed = sum(not obj.found for scene in images for obj in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)

@@ -42,9 +42,9 @@ def charts_by_iou(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def _chart(part: Mapping[str, Any], by: str, series: Sequence[Series], axes: Axes) -> Chart:
-    told = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
+    description = "; ".join(f"{s.name} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
     title = f"{part['dataset']} {part['split_by']}"
-    return line_chart(title, f"Referent recall of {title} by {by}: {told}", series, axes, dots=True)
+    return line_chart(title, f"Referent recall of {title} by {by}: {description}", series, axes, dots=True)
 
 
 def _by_regions(metrics: Mapping[str, Any]) -> list[Series]:
@@ -55,9 +55,9 @@ def _by_regions(metrics: Mapping[str, Any]) -> list[Series]:
 
 def _axes(metrics: Mapping[str, Any], **size: Any) -> Axes:
     """Evenly spaced ticks of x, one per number of regions."""
-    kept = list(next(iter(metrics["splits"].values()))["recall@k"])
+    counts = list(next(iter(metrics["splits"].values()))["recall@k"])
     label = "top-scoring regions per image"
-    return Axes(label, "referent recall at IoU 0.5", range(len(kept)), (0.0, 1.0), x_names=kept, **size)
+    return Axes(label, "referent recall at IoU 0.5", range(len(counts)), (0.0, 1.0), x_names=counts, **size)
 
 
 def _series(lines: Mapping[str, list[tuple[float, float]]]) -> list[Series]:

@@ -26,7 +26,7 @@ class OpenPart:
 
     Attributes:
         store: the store, None for metrics alone.
-        refer: its REFER dataset, None if it has none or nobody gave the REFER data.
+        refer: its REFER dataset, None if it has none or the REFER data was not given.
         dataset: path of its folder in the REFER data and split_by, such as "refcoco/unc"; "" without.
         splits: the splits to show.
         metrics: the metrics of evaluate-on-refer, None without.
@@ -42,7 +42,7 @@ class OpenPart:
 
     @property
     def has_scenes(self) -> bool:
-        """Whether refs can be shown: each has one object, which gRefCOCO's have not."""
+        """Whether refs can be shown, which needs one object per ref, unlike in gRefCOCO."""
         return self.store is not None and self.refer is not None and not targets.is_generalized(self.refer.data["refs"])
 
 
@@ -60,19 +60,19 @@ def pair_up(
     Raises:
         InputError: a store or metrics are damaged.
     """
-    left = [in_new_names(one) for one in metrics]
-    for one in left:
-        check_metrics(one, "metrics of evaluate-on-refer")
+    unpaired = [in_new_names(entry) for entry in metrics]
+    for entry in unpaired:
+        check_metrics(entry, "metrics of evaluate-on-refer")
     parts = []
     for place, path in enumerate(paths):
         with stores.open(path) as store:
             name = dataset or dataset_of(store)
-        same = [one for one in left if f"{one['dataset']}/{one['split_by']}" == name]
-        same = same or (left if len(paths) == len(metrics) == 1 else [])
-        if same:
-            left.remove(same[0])
-        parts.append(ReferPart(path, same[0] if same else None, None if place else predictions, name))
-    return parts + [ReferPart(None, one) for one in left]
+        matching = [entry for entry in unpaired if f"{entry['dataset']}/{entry['split_by']}" == name]
+        matching = matching or (unpaired if len(paths) == len(metrics) == 1 else [])
+        if matching:
+            unpaired.remove(matching[0])
+        parts.append(ReferPart(path, matching[0] if matching else None, None if place else predictions, name))
+    return parts + [ReferPart(None, entry) for entry in unpaired]
 
 
 def dataset_of(store: Store) -> str:
@@ -90,7 +90,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         refer_root: folder of the REFER data, None if it is not at hand.
 
     Raises:
-        InputError: a file is missing or damaged, or predictions lack what they refer to.
+        InputError: a file is missing or damaged, or predictions come without their store or refs.
         refer.ReferError: the refs cannot be read.
     """
     store = None if part.store is None else stack.enter_context(stores.open(part.store))
@@ -107,9 +107,11 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
         return OpenPart(store, None, name, split_names(metrics) if metrics else (), metrics, None)
     dataset, _, split_by = name.partition("/")
     if metrics is None and not (refer_root / dataset).is_dir():
-        return OpenPart(store, None, name, (), None, None)  # of images that are called so by chance
+        return OpenPart(
+            store, None, name, (), None, None
+        )  # the name of the image list only looks like that of a dataset
     refer = REFER(refer_root, dataset, split_by)
-    splits = split_names(metrics) if metrics else _whole_splits(store, refer)
+    splits = split_names(metrics) if metrics else _complete_splits(store, refer)
     answered = metrics is not None and any("comprehension" in values for values in metrics["splits"].values())
     if splits and (metrics is None or (part.predictions is not None and not answered)):
         metrics = evaluate_on_refer(
@@ -118,7 +120,7 @@ def open_part(stack: ExitStack, part: ReferPart, refer_root: Path | None) -> Ope
     return OpenPart(store, refer, name, splits, metrics, part.predictions)
 
 
-def _whole_splits(store: Store, refer: REFER) -> list[str]:
-    """The splits but train all of whose images a store has."""
+def _complete_splits(store: Store, refer: REFER) -> list[str]:
+    """The splits, except train, whose images are all in a store."""
     lacking = {ref["split"] for ref in refer.data["refs"] if ref["image_id"] not in store}
     return sorted({ref["split"] for ref in refer.data["refs"]} - lacking - {"train"}, key=lambda s: (s != "val", s))

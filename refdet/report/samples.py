@@ -49,7 +49,7 @@ class Referred:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image. Its regions are read when they are asked for: stores have tens of thousands of images.
+    """One image. Its regions are read on demand, as stores have tens of thousands of images.
 
     Attributes:
         split: the split, such as "refcoco/unc/val".
@@ -78,7 +78,7 @@ class Scene:
     @property
     def worst(self) -> float:
         """The lowest IoU of its referred objects, 1 without any."""
-        return min((one.iou for one in self.referred), default=1.0)
+        return min((obj.iou for obj in self.referred), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -123,26 +123,26 @@ def answers(store: Store, refer: REFER, where: str, splits: Sequence[str], predi
     records = {
         sent_id: images[ref["image_id"]] for sent_id, ref in refer.sentToRef.items() if ref["image_id"] in images
     }
-    given = load_predictions(predictions, store, records)
-    found = []
+    loaded = load_predictions(predictions, store, records)
+    results = []
     for split in splits:
         for image_id, ref_ids in _refs_of(refer, split).items():
             if image_id not in store:
                 continue
             boxes = store.boxes(image_id)
             for ref_id in ref_ids:
-                one = _referred(refer, ref_id, boxes)
+                obj = _referred(refer, ref_id, boxes)
                 for sentence in refer.Refs[ref_id]["sentences"]:
-                    predicted = given.get(sentence["sent_id"])
+                    predicted = loaded.get(sentence["sent_id"])
                     if predicted is None:
                         continue
-                    alone = replace(one, sentences=(str(sentence["sent"]),))
+                    alone = replace(obj, sentences=(str(sentence["sent"]),))
                     box = predicted.boxes[0]
-                    iou = float(box_iou(box[None], one.box[None])[0, 0])
-                    found.append(
+                    iou = float(box_iou(box[None], obj.box[None])[0, 0])
+                    results.append(
                         Answer(Scene.of_store(f"{where}/{split}", store, images[image_id], (alone,)), box, iou)
                     )
-    return found
+    return results
 
 
 def images_of(store: Store) -> dict[int, ImageRecord]:
@@ -192,17 +192,17 @@ def sample(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     chosen: dict[int, Scene] = {}
     share = -(-count // max(len(of_split), 1))
     for turn in range(share):
-        for some in of_split.values():
-            start = (2 * turn + 1) * len(some) // (2 * share)
+        for split_scenes in of_split.values():
+            start = (2 * turn + 1) * len(split_scenes) // (2 * share)
             # RefCOCO and RefCOCO+ share images: take the next one that is new
-            new = (s for s in [*some[start:], *some[:start]] if s.image.id not in chosen)
+            new = (s for s in [*split_scenes[start:], *split_scenes[:start]] if s.image.id not in chosen)
             if len(chosen) < count and (found := next(new, None)) is not None:
                 chosen[found.image.id] = found
     order = list(of_split)
     return sorted(chosen.values(), key=lambda scene: order.index(scene.split))
 
 
-def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+def hardest_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     """Images with missed objects, lowest IoU first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: scene.worst):
@@ -211,7 +211,7 @@ def hardest(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
+def covered_scenes(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     """Images whose objects all have regions, highest IoU of the worst of them first, without duplicates."""
     chosen: dict[int, Scene] = {}
     for scene in sorted(all_scenes, key=lambda scene: -scene.worst):
@@ -220,7 +220,7 @@ def covered(all_scenes: Sequence[Scene], count: int) -> list[Scene]:
     return list(chosen.values())
 
 
-def evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
+def sample_evenly(things: Sequence[_Thing], count: int) -> list[_Thing]:
     """At most `count` of the things, evenly spaced."""
     count = min(count, len(things))
     return [things[(2 * i + 1) * len(things) // (2 * count)] for i in range(count)]

@@ -104,10 +104,10 @@ def errors_section(
         [names.get(i, str(i)), errors.of_category[i], *(number(rated[i][name]) for name in shown)] for i in worst
     ]
     used = [i for i in range(BINS) if errors.regions[i]]
-    right = {i: float(errors.right[i] / errors.regions[i]) for i in used}
+    right = {i: float(errors.correct[i] / errors.regions[i]) for i in used}
     rates = [(float(errors.score_sums[i] / errors.regions[i]), right[i]) for i in used]
-    axes = Axes("score", "share that is right", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
-    told = "; ".join(f"score {score:.2f}: {rate:.2f} right" for score, rate in rates)
+    axes = Axes("score", "share that is correct", [i / 5 for i in range(6)], (0.0, 1.0), width=400, height=280)
+    description = "; ".join(f"score {score:.2f}: {rate:.2f} correct" for score, rate in rates)
     lines = [Series("regions", rates, 1), Series("a score is a probability", [(0.0, 0.0), (1.0, 1.0)], 0, dashed=True)]
     wrong = [(pair, n) for pair, n in errors.confused.most_common() if pair[0] != pair[1]]
     return render(
@@ -119,7 +119,7 @@ def errors_section(
         file=file,
         categories=categories,
         left_out=len(by_category) - len(rated),
-        calibration=line_chart("Calibration of the scores", told, lines, axes, dots=True),
+        calibration=line_chart("Calibration of the scores", description, lines, axes, dots=True),
         bins=[[f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", int(errors.regions[i]), number(right[i])] for i in used],
         confusion_map=confusion_map(errors, names),
         confusions=[
@@ -156,9 +156,9 @@ def refer_section(metrics: Sequence[Mapping[str, Any]]) -> Markup:
 def ceiling_section(referred: Sequence[Referred]) -> Markup:
     """The referred objects without a region, by size and category."""
 
-    def size(one: Referred) -> str:
-        area = float(np.prod(one.box[2:] - one.box[:2]))
-        return next(name for name, most in SIZES if area <= most)
+    def size(obj: Referred) -> str:
+        area = float(np.prod(obj.box[2:] - obj.box[:2]))
+        return next(name for name, max_area in SIZES if area <= max_area)
 
     sizes = _misses(referred, size)
     categories = _misses(referred, lambda one: one.category)
@@ -176,11 +176,11 @@ def ceiling_section(referred: Sequence[Referred]) -> Markup:
 
 def _misses(referred: Sequence[Referred], kind: Callable[[Referred], str]) -> dict[str, tuple[int, int, float]]:
     """Kind of objects -> their number, how many have no region, and the sum of their best IoU."""
-    found: dict[str, tuple[int, int, float]] = {}
-    for one in referred:
-        objects, missed, ious = found.get(kind(one), (0, 0, 0.0))
-        found[kind(one)] = (objects + 1, missed + (not one.found), ious + one.iou)
-    return found
+    counts: dict[str, tuple[int, int, float]] = {}
+    for obj in referred:
+        objects, missed, ious = counts.get(kind(obj), (0, 0, 0.0))
+        counts[kind(obj)] = (objects + 1, missed + (not obj.found), ious + obj.iou)
+    return counts
 
 
 def _rates(values: tuple[int, int, float]) -> list[Any]:
@@ -227,8 +227,10 @@ def loss_section(log: Sequence[Mapping[str, float]], validations: Sequence[Mappi
     ]
     axes = Axes("training step", "loss (log scale)", log_y=True)
     first, last = log[0], log[-1]
-    told = f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
-    chart = line_chart("Training loss by step", told, series, axes, dots=len(log) < FEW)
+    description = (
+        f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
+    )
+    chart = line_chart("Training loss by step", description, series, axes, dots=len(log) < FEW)
     return render("loss.html", chart=chart, validation=validation)
 
 

@@ -12,8 +12,8 @@ from refdet.report.templates import Markup, render
 from refdet.store import Store
 from refdet.structures.provenance import Provenance
 
-MOST_FAILED = 20  # images that are listed
-MOST_CHARTS = 3  # stores that have charts
+MAX_FAILED_IMAGES = 20  # images that are listed
+MAX_CHARTS = 3  # stores that have charts
 BINS = 20
 
 
@@ -26,9 +26,9 @@ def stores_section(stores: Sequence[Store]) -> Markup:
         if error
     ]
     rows = [_row(store) for store in stores]
-    charts = [chart for store in stores[:MOST_CHARTS] for chart in _charts(store)]
-    more = len(failed) - MOST_FAILED
-    listed = failed[:MOST_FAILED] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
+    charts = [chart for store in stores[:MAX_CHARTS] for chart in _charts(store)]
+    more = len(failed) - MAX_FAILED_IMAGES
+    listed = failed[:MAX_FAILED_IMAGES] + ([["...", f"and {more} more", "see refdet inspect"]] if more > 0 else [])
     detectors = [(store.path.name, _detector(store)) for store in stores]
     return render("store.html", rows=rows, detectors=detectors, charts=charts, failed=listed)
 
@@ -51,15 +51,15 @@ def _row(store: Store) -> list[object]:
 def _charts(store: Store) -> list[Chart]:
     """Histograms of the regions per image and of their scores."""
     counts, scores = np.diff(store.region_start), store.data["regions/score"][:]
-    made = []
+    charts = []
     for values, label, unit in ((counts, "regions per image", "images"), (scores, "score", "regions")):
         if not len(values) or not np.isfinite(values).all():
             continue
         heights, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1.0)))
         axes = Axes(label, unit, [float(x) for x in (edges[:-1] + edges[1:]) / 2], width=320, height=200,
                     x_names=[f"{x:g}" if i % 5 == 0 else "" for i, x in enumerate(edges[:-1].round(2))])  # fmt: skip
-        told = (
+        description = (
             f"{store.path.name}: {label} from {values.min():.3g} to {values.max():.3g}, median {np.median(values):.3g}"
         )
-        made.append(bar_chart(f"{store.path.name}: {label}", told, heights.tolist(), axes))
-    return made
+        charts.append(bar_chart(f"{store.path.name}: {label}", description, heights.tolist(), axes))
+    return charts

@@ -8,7 +8,7 @@ from typing import Any
 
 from refdet.errors import InputError
 from refdet.files.json_files import read_bytes
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.fields import count, rate
@@ -37,7 +37,7 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for number, line in enumerate(read_bytes(path, MAX_LOG_BYTES).split(b"\n"), 1):
         if b'"val_' not in line:
             continue
@@ -50,8 +50,8 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
             for name, _ in RATES:
                 if name in row:
                     rate(row, name, where)
-            found[_weights(row), count(row, "step", where)] = row
-    return [found[key] for key in sorted(found, key=lambda key: key[1])]
+            rows[_weights(row), count(row, "step", where)] = row
+    return [rows[key] for key in sorted(rows, key=lambda key: key[1])]
 
 
 def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
@@ -63,19 +63,19 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
             points = [(row["step"], row[key]) for row in of_kind if row.get(key) is not None]
             if points:
                 series.append(Series(f"{name} ({kind})" if kind else name, points, style))
-    told = "; ".join(
-        f"{one.name} {one.points[-1][1]:.3f} at step {one.points[-1][0]}, highest "
-        f"{max(y for _, y in one.points):.3f}" for one in series
+    description = "; ".join(
+        f"{curve.name} {curve.points[-1][1]:.3f} at step {curve.points[-1][0]}, highest "
+        f"{max(y for _, y in curve.points):.3f}" for curve in series
     )  # fmt: skip
     axes = Axes("training step", "average precision", y_range=(0.0, max(_highest(series), 0.05)))
-    return line_chart("Validation AP by step", told, series, axes, dots=len(rows) < FEW)
+    return line_chart("Validation AP by step", description, series, axes, dots=len(rows) < FEW)
 
 
 def _weights(row: Mapping[str, Any]) -> str:
     """What the weights of a row are called: "" for those of the step."""
-    given = row.get("weights")
-    return "" if given is None else "averaged weights" if given == "ema" else cut(str(given), 20)
+    weights = row.get("weights")
+    return "" if weights is None else "averaged weights" if weights == "ema" else shorten(str(weights), 20)
 
 
 def _highest(series: Sequence[Series]) -> float:
-    return max((min(y, 1.0) for one in series for _, y in one.points), default=1.0)
+    return max((min(y, 1.0) for curve in series for _, y in curve.points), default=1.0)

@@ -126,7 +126,7 @@ def build_split(
         images=len(kept),
         annotations=annotations,
         image_ids_sha256=image_ids_sha256(ids),
-        excluded={**_previously_excluded(images), **excluded},
+        excluded={**_previous_exclusions(images), **excluded},
         note=f"only images of {', '.join(counts)}" if keep_only else "",
     )
     report: dict[str, Any] = {
@@ -160,7 +160,7 @@ def _counts(splits: Sequence[HeldOut], present_ids: frozenset[int]) -> dict[str,
     return {s.name: {"images": len(s.image_ids), "found": len(s.image_ids & present_ids)} for s in splits}
 
 
-def _previously_excluded(images: ImageList) -> dict[str, dict[str, int]]:
+def _previous_exclusions(images: ImageList) -> dict[str, dict[str, int]]:
     """Splits excluded by an earlier build-split, if the images are unchanged and their ids match their names."""
     if "refdet" not in images.info:
         return {}

@@ -113,7 +113,7 @@ def audit_provenance(
         notes = proof.notes
     subject = str(path) if description["kind"] == "checkpoint" else f"the detector of {path}"
     n_held_out = len(frozenset().union(*(split.image_ids for split in splits)))
-    problem = _problem(subject, provenance, claims, proof, instances, n_held_out)
+    problem = _find_problem(subject, provenance, claims, proof, instances, n_held_out)
     selection = audit_selection(
         Path(path),
         subject,
@@ -144,7 +144,7 @@ def audit_provenance(
     return ProvenanceAudit(description["kind"], str(path), provenance, claims, proof, selection, problem, notes)
 
 
-def _problem(
+def _find_problem(
     subject: str,
     provenance: Provenance,
     claims: Sequence[SplitClaim],

@@ -102,7 +102,7 @@ def audit_content(
     """Look for copies of held-out images among the images of a list whose ids are not held out.
 
     Args:
-        instances: the list, in any of the forms of `refdet.splits.image_list`.
+        instances: the list, in any of the formats of `refdet.splits.image_list`.
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
         images: folder or zip with the images of the list.
         refer_images: folder or zip with the held-out images, None if they are in ``images``.

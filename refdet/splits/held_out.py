@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import refer
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
-from refdet.splits.unrecognized_refs import unrecognized_refs
+from refdet.splits.unrecognized_refs import find_unrecognized_refs
 
 TRAIN = "train"
 # RefClef has no COCO images; its ids would match unrelated COCO images.
@@ -94,7 +94,7 @@ def _pairs(refer_root: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     available = refer.available(refer_root)
     pairs = [pair for pair in available if pair[0] not in NOT_COCO]
     skipped = sorted({dataset for dataset, _ in available} & set(NOT_COCO))
-    misnamed = unrecognized_refs(refer_root)
+    misnamed = find_unrecognized_refs(refer_root)
     if not pairs:
         hint = f" (rename {str(misnamed[0])!r}, which is not read)" if misnamed else ""
         raise InputError(
@@ -145,6 +145,6 @@ def _images_by_split(root: str | Path, dataset: str, split_by: str) -> tuple[dic
     refs = refer.read_refs(root, dataset, split_by)
     for ref in refs:
         images.setdefault(ref["split"], set()).add(ref["image_id"])
-    lines = differences(dataset, split_by, counts_of(refs))
+    lines = compare_with_published(dataset, split_by, count_refs(refs))
     notes = [f"{line}; {Path(root) / dataset} may be a damaged download" for line in lines]
     return {split: frozenset(ids) for split, ids in images.items()}, notes

@@ -41,24 +41,24 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         plan = progress(path)
-        return _checkpoint(path) if plan is None else _unfinished(path, plan)
+        return _describe_checkpoint(path) if plan is None else _describe_unfinished(path, plan)
     kind = kind_of(path)
     if kind is FileKind.MISSING:
-        raise InputError(f"{path}: {_missing(path, 'file or folder')}")
+        raise InputError(f"{path}: {_missing_message(path, 'file or folder')}")
     if kind in (FileKind.ADDRESS, FileKind.SPECIAL, FileKind.FORBIDDEN):
         raise InputError(f"{path}: {kind.value}")
     if path.name in ("model.json", "model.safetensors"):
-        return _checkpoint(path.parent)
+        return _describe_checkpoint(path.parent)
     if kind is FileKind.STORE:
-        return _store(path)
+        return _describe_store(path)
     if kind is FileKind.JSON:
-        return _split(path)
+        return _describe_split(path)
     near = run_directory_near(path) if kind is FileKind.STATE else None
     hint = f"; give its run directory {near}" if near else ""
     raise InputError(f"{path}: {kind.value}, not an instances JSON, run directory or feature store{hint}")
 
 
-def _split(path: Path) -> dict[str, Any]:
+def _describe_split(path: Path) -> dict[str, Any]:
     index = CocoIndex.load(path)
     annotations = [annotation for image_annotations in index.annotations.values() for annotation in image_annotations]
     return {
@@ -75,7 +75,7 @@ def _split(path: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(folder: Path) -> dict[str, Any]:
+def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     weights = folder / "model.safetensors"
@@ -107,7 +107,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def _store(path: Path) -> dict[str, Any]:
+def _describe_store(path: Path) -> dict[str, Any]:
     try:
         with open_store_file(path) as file:
             images = file["images"]
@@ -123,7 +123,7 @@ def _store(path: Path) -> dict[str, Any]:
                 "regions": len(file["regions/box"]),
                 "masks": _masks(file),
                 "ann_ids": "ann_id" in file["regions"],
-                "features": {name: _feature(data) for name, data in file.get("features", {}).items()},
+                "features": {name: _describe_feature(data) for name, data in file.get("features", {}).items()},
                 "maps": {name: str(file[f"maps/{name}"].dtype) for name in MAPS if f"maps/{name}" in file},
                 "checksums": CHECKSUMS in file,
                 "categories": len(classes) if isinstance(classes, list) else None,
@@ -142,7 +142,7 @@ def _masks(file: h5py.File) -> int:
     return int(np.count_nonzero(np.diff(file["regions/mask_start"][:])))
 
 
-def _unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def _describe_unfinished(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     header = plan.get("header")
     header = header if isinstance(header, dict) else {}
     classes = header.get("classes")
@@ -173,14 +173,14 @@ def _count(plan: dict[str, Any], name: str) -> int | None:
     return value if type(value) is int and is_id(value) else None
 
 
-def _missing(path: Path, what: str) -> str:
+def _missing_message(path: Path, what: str) -> str:
     """Error message for a missing path."""
     folder = shards_folder(path)
     plan = progress(folder) if folder.is_dir() else None
     return f"no such {what}" if plan is None else f"not finished yet: in {folder}, {_state(plan)}"
 
 
-def _feature(data: h5py.Dataset) -> dict[str, Any]:
+def _describe_feature(data: h5py.Dataset) -> dict[str, Any]:
     """Describe a feature: vector width or map shape, dtype, and compression if it has one."""
     shape = {"width": data.shape[1]} if data.ndim == 2 else {"shape": list(data.shape[1:])}
     return {**shape, "dtype": str(data.dtype), **({"compression": data.compression} if data.compression else {})}
@@ -204,7 +204,7 @@ def check(path: str | Path) -> Verification:
         what = "a folder; only a file written by refdet extract-features can be verified"
         raise InputError(f"{path}: {what if plan is None else f'an unfinished store: {_state(plan)}'}")
     if not path.exists():
-        raise InputError(f"{path}: {_missing(path, 'file')}")
+        raise InputError(f"{path}: {_missing_message(path, 'file')}")
     check_regular(path)
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:

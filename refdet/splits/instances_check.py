@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from refdet.data.coco_validation import (
-    checked_area,
-    checked_box,
-    checked_category,
-    checked_crowd,
-    checked_ids,
-    checked_image,
-    checked_segmentation,
+    parse_annotation_ids,
+    parse_area,
+    parse_box,
+    parse_category,
+    parse_image,
+    parse_iscrowd,
+    parse_segmentation,
 )
 from refdet.data.polygons import check_outlines, is_surely_drawn
 from refdet.errors import InputError
@@ -54,10 +54,10 @@ class InstancesCheck:
     def _check(self, json_value: JsonValue) -> None:
         path, position, entry = self._path, json_value.position or 0, json_value.value
         if json_value.key == "images":
-            image_id, _, height, width = checked_image(path, position, entry)
+            image_id, _, height, width = parse_image(path, position, entry)
             self._sizes[image_id] = (height, width)
         elif json_value.key == "categories":
-            category_id, _ = checked_category(path, position, entry)
+            category_id, _ = parse_category(path, position, entry)
             if category_id in self._categories:
                 raise InputError(f"{path}: duplicate category id {category_id}")
             self._categories.add(category_id)
@@ -66,21 +66,21 @@ class InstancesCheck:
 
     def _check_annotation(self, position: int, entry: dict) -> None:
         path = self._path
-        annotation_id, image_id, category_id = checked_ids(path, position, entry)
+        annotation_id, image_id, category_id = parse_annotation_ids(path, position, entry)
         what = f"annotation {annotation_id}"
         if annotation_id in self._annotations:
             raise InputError(f"{path}: duplicate annotation id {annotation_id}")
         self._annotations.add(annotation_id)
         self._first_annotation.setdefault(category_id, annotation_id)
-        checked_box(path, entry.get("bbox"), what)
+        parse_box(path, entry.get("bbox"), what)
         segmentation = entry.get("segmentation")
-        polygons, _ = checked_segmentation(path, segmentation, what, None)
+        polygons, _ = parse_segmentation(path, segmentation, what, None)
         if isinstance(segmentation, dict):
             self._rle_sizes.append((annotation_id, image_id, tuple(segmentation["size"])))
         elif isinstance(polygons, list) and not is_surely_drawn(polygons):
             self._unchecked_polygons.append((annotation_id, image_id, polygons))
-        checked_crowd(path, entry, what)
-        checked_area(path, entry.get("area", 0), what)
+        parse_iscrowd(path, entry, what)
+        parse_area(path, entry.get("area", 0), what)
 
     def finish(self, images: ImageList) -> None:
         """Check the references between entries and raise the first error of the file.

@@ -105,7 +105,7 @@ def audit(
         True
 
     Args:
-        instances: an instances JSON or another list, in any of the forms of `refdet.splits.image_list`.
+        instances: an instances JSON or another list, in any of the formats of `refdet.splits.image_list`.
         refer_root: folder with DATASET/refs(SPLIT_BY).p files.
         exclude: splits to look for, each "DATASET:SPLIT_BY" (all but train) or "DATASET:SPLIT_BY:SPLIT,...". Empty
             looks for all but train of every dataset found.

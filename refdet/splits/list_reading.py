@@ -1,4 +1,4 @@
-"""Read a list of images in any of the forms of `refdet.splits.image_list`."""
+"""Read a list of images in any of the formats of `refdet.splits.image_list`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refdet.data.coco_validation import checked_id, json_type
+from refdet.data.coco_validation import json_type, parse_id
 from refdet.data.image_evidence import (
     COCO_IDS,
     IDS,
@@ -132,7 +132,7 @@ def _add(image_list: ImageList, ids: set[int], item: JsonValue) -> None:
     if key == "images":
         what, image_id = f"images[{position}]", None
         if value.get("id") is not None or not _is_named(value):
-            image_id = checked_id(path, value, "id", what)
+            image_id = parse_id(path, value, "id", what)
             what = f"image {image_id}"
         if image_id in ids:
             raise InputError(f"{path}: duplicate image id {image_id}; keep one entry per image")
@@ -144,7 +144,7 @@ def _add(image_list: ImageList, ids: set[int], item: JsonValue) -> None:
         label = position if image_id is None else image_id
         image_list.images.append(ImageEntry(image_id, _name(value), label, evidence, matches, start, end))
     elif key == "annotations":
-        image_id = checked_id(path, value, "image_id", f"annotations[{position}]")
+        image_id = parse_id(path, value, "image_id", f"annotations[{position}]")
         image_list.annotations.append(ListedAnnotation(image_id, start, end))
 
 
@@ -158,7 +158,7 @@ def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> Imag
         _check_coco_ids(path, value, what)
         for id_key in IDS:
             if value.get(id_key) is not None and not isinstance(value[id_key], str | list | dict):
-                checked_id(path, value, id_key, what)
+                parse_id(path, value, id_key, what)
     evidence = evidence_of(value)
     name = _name(value) if isinstance(value, dict) else ""
     matches = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
@@ -193,7 +193,7 @@ def _is_named(value: dict) -> bool:
 def _check_coco_ids(path: Path, value: dict, what: str) -> None:
     for key in COCO_IDS:
         if value.get(key) is not None:
-            checked_id(path, value, key, what)
+            parse_id(path, value, key, what)
 
 
 def _line_spans(text: str) -> Iterator[tuple[int, str, int, int]]:

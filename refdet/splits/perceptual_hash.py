@@ -67,11 +67,11 @@ def matches(first: np.ndarray, second: np.ndarray) -> list[Match]:
     """
     if not len(first) or not len(second):
         return []
-    first_hashes, first_flat = hashes(first), _normalised(first)
+    first_hashes, first_flat = hashes(first), _normalise(first)
     pairs = []
     for mirrored in (False, True):
         second_images = second[:, :, ::-1] if mirrored else second
-        second_hashes, second_flat = hashes(second_images), _normalised(second_images)
+        second_hashes, second_flat = hashes(second_images), _normalise(second_images)
         for start in range(0, len(first_hashes), _ROWS):
             distances = (BITS - first_hashes[start : start + _ROWS] @ second_hashes.T) / 2
             for row, column in np.argwhere(distances <= MAX_HAMMING_DISTANCE).tolist():
@@ -87,7 +87,7 @@ def _dct() -> np.ndarray:
     return np.cos(np.pi * (2 * position + 1) * frequency / (2 * SIDE)).astype(np.float32)
 
 
-def _normalised(thumbnails: np.ndarray) -> np.ndarray:
+def _normalise(thumbnails: np.ndarray) -> np.ndarray:
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     length = np.sqrt((flat * flat).sum(axis=1, keepdims=True))

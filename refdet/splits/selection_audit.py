@@ -11,7 +11,7 @@ from typing import Any
 from refdet.config.renamed_keys import current
 from refdet.detector.checkpoint import was_validated
 from refdet.errors import InputError
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.splits.file_claims import CHOSEN, claims_of, file_problem
 from refdet.splits.held_out import HeldOut
 from refdet.splits.leak_audit import AuditResult, audit
@@ -128,12 +128,12 @@ def _is_from_before_validation(store: Path) -> bool:
 def _note_of_measured(subject: str, file: Provenance, splits: Sequence[HeldOut], proof: AuditResult | None) -> str:
     """What weights of a last step were validated on, and how many held-out images are known to be in it."""
     if proof is not None and proof.image_ids_sha256 == file.image_ids_sha256:
-        held_out = f", with {counted(len(proof.leaked), 'held-out image')}"
+        held_out = f", with {format_count(len(proof.leaked), 'held-out image')}"
     elif any(claim.uncovered for claim in claims_of(file, splits)):
         held_out = ", which may hold held-out images"
     else:
         held_out = ", without held-out images according to its record"
     return (
-        f"{subject}: validated while it was trained on {file.source} ({counted(file.images, 'image')}{held_out}); that "
-        "did not choose these weights, which are those of the last step"
+        f"{subject}: validated while it was trained on {file.source} ({format_count(file.images, 'image')}{held_out}); "
+        "that did not choose these weights, which are those of the last step"
     )

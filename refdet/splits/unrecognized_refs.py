@@ -13,7 +13,7 @@ _LIKE_REFS = re.compile(r"g?refs([\W_].*)?\.(p|pkl|pickle|json)", re.IGNORECASE)
 _DEPTH = 3  # ROOT/X/DATASET/file: one folder too deep
 
 
-def unrecognized_refs(refer_root: str | Path) -> list[Path]:
+def find_unrecognized_refs(refer_root: str | Path) -> list[Path]:
     """Sorted files below a REFER root that look like refs but are not found by `refer.available`."""
     root = Path(refer_root)
     recognized = set(refer.available(root))

@@ -1,4 +1,4 @@
-"""Serialize the regions of an image: what shards and stores have in common.
+"""Serialize the regions of an image, for shards and stores alike.
 
 An image is encoded as arrays under the names of a store's datasets. A store writes them to its datasets, a shard writes
 them one after another (`refdet.store.shard_file`).
@@ -81,8 +81,8 @@ def _dtypes(features: tuple[str, ...], maps: tuple[str, ...], dtype: str) -> Map
         _IM_INFO: "<f4",
     }
     named = [_FEATURE + name for name in features] + [_MAP + name for name in maps]
-    large = np.dtype(dtype).newbyteorder("<")
-    return {name: np.dtype(code) for name, code in fixed.items()} | dict.fromkeys(named, large)
+    feature_dtype = np.dtype(dtype).newbyteorder("<")
+    return {name: np.dtype(code) for name, code in fixed.items()} | dict.fromkeys(named, feature_dtype)
 
 
 def region_bytes(columns: Columns) -> dict[str, int]:
@@ -96,8 +96,8 @@ def region_bytes(columns: Columns) -> dict[str, int]:
 def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage]:
     """Convert the regions of images to arrays with checksums, and check that no number is NaN or infinite.
 
-    What reads all numbers comes last: it displaces from the processor's caches what the interpreter needs for the rest,
-    which would then take three times as long.
+    Checksums come last, in a pass of their own: reading all numbers evicts from the processor's caches what the
+    interpreter needs for the rest, which would then take three times as long.
 
     Args:
         images: regions of each image.
@@ -112,7 +112,10 @@ def encode_all(images: Sequence[Regions], columns: Columns) -> list[EncodedImage
     """
     encoded = [encode(image, columns) for image in images]
     with np.errstate(over="ignore", invalid="ignore"):
-        return [replace(image, checksums=_sums(image, regions)) for image, regions in zip(encoded, images, strict=True)]
+        return [
+            replace(image, checksums=_checksums_of_finite(image, regions))
+            for image, regions in zip(encoded, images, strict=True)
+        ]
 
 
 def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -120,8 +123,8 @@ def checksums_of(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {name: crc32(raw_bytes(values)) for name, values in arrays.items()}
 
 
-def _sums(image: EncodedImage, regions: Regions) -> dict[str, int]:
-    """CRC-32 of each array, which is in the processor's cache after it was found to be finite."""
+def _checksums_of_finite(image: EncodedImage, regions: Regions) -> dict[str, int]:
+    """CRC-32 of each array; the check that it is finite leaves it in the processor's cache."""
     sums = {}
     for name, values in image.arrays.items():
         _check_finite(name, values, regions)
@@ -145,7 +148,7 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
     n, where, masks = len(regions), f"image {regions.image_id}", regions.masks or () if columns.masks else ()
     if columns.masks and len(masks) != n:
         raise ValueError(f"{where}: no masks, which are required")
-    found: dict[str, np.ndarray | None] = {
+    raw: dict[str, np.ndarray | None] = {
         MASK_COUNTS: np.frombuffer(b"".join(masks), np.uint8) if columns.masks else None,
         "regions/box": regions.boxes,
         "regions/score": regions.scores,
@@ -154,21 +157,19 @@ def encode(regions: Regions, columns: Columns) -> EncodedImage:
     if columns.ann_ids and n:
         if regions.ann_ids is None:
             raise ValueError(f"{where}: no annotation ids, which are required")
-        found["regions/ann_id"] = regions.ann_ids
+        raw["regions/ann_id"] = regions.ann_ids
     for name in columns.features:
         if n and name not in regions.features:
             raise ValueError(f"{where}: no {name} features")
-        found[_FEATURE + name] = regions.features.get(name)  # without regions, they may still have a known shape
+        raw[_FEATURE + name] = regions.features.get(name)  # without regions, they may still have a known shape
     for name in columns.maps:
         if name not in regions.maps and not regions.error:
             raise ValueError(f"{where}: no {name} map")
-        found[_MAP + name] = regions.maps.get(name)
-        found[_IM_INFO] = regions.im_info
+        raw[_MAP + name] = regions.maps.get(name)
+        raw[_IM_INFO] = regions.im_info
     types = dtypes(columns)
     with np.errstate(over="ignore"):
-        arrays = {
-            name: np.ascontiguousarray(values, types[name]) for name, values in found.items() if values is not None
-        }
+        arrays = {name: np.ascontiguousarray(values, types[name]) for name, values in raw.items() if values is not None}
     head = (regions.image_id, regions.file_name, regions.height, regions.width, regions.error)
     return EncodedImage(row_of(head, arrays), [len(mask) for mask in masks], arrays)
 
@@ -197,11 +198,11 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
     """
     row, arrays, masks = image.row, image.arrays, None
     if MASK_COUNTS in arrays:
-        text, cuts = arrays[MASK_COUNTS].tobytes(), np.cumsum([0, *image.mask_sizes]).tolist()
-        if cuts[-1] != len(text):
-            raise ValueError(f"{len(text)} bytes of masks, expected {cuts[-1]}")
-        masks = tuple(text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
-    maps = _named(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
+        text, offsets = arrays[MASK_COUNTS].tobytes(), np.cumsum([0, *image.mask_sizes]).tolist()
+        if offsets[-1] != len(text):
+            raise ValueError(f"{len(text)} bytes of masks, expected {offsets[-1]}")
+        masks = tuple(text[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    maps = _strip_prefix(_MAP, {name: values for name, values in arrays.items() if name != _IM_INFO})
     return Regions(
         row.id,
         row.file_name,
@@ -212,7 +213,7 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
         category_ids=arrays["regions/category_id"],
         ann_ids=arrays.get("regions/ann_id"),
         masks=masks,
-        features=_named(_FEATURE, arrays),
+        features=_strip_prefix(_FEATURE, arrays),
         error=row.error,
         maps=maps,
         im_info=arrays.get(_IM_INFO),
@@ -220,11 +221,11 @@ def decode(image: EncodedImage, names: Mapping[int, str] | None = None) -> Regio
     )
 
 
-def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strip_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
-def missing(image: EncodedImage, columns: Columns) -> set[str]:
+def missing_arrays(image: EncodedImage, columns: Columns) -> set[str]:
     """Required arrays that an image lacks."""
     of_regions = ["regions/ann_id"] * columns.ann_ids + [_FEATURE + name for name in columns.features]
     maps = [] if image.row.error else [_MAP + name for name in columns.maps]
@@ -237,19 +238,19 @@ def _check_finite(name: str, values: np.ndarray, regions: Regions) -> None:
         return
     name = name.split("/")[-1]
     where = f"image {regions.image_id} ({regions.file_name}): {name}"
-    given, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
+    original, dtype = {**regions.features, **regions.maps}.get(name), values.dtype.name
     limit = f"beyond the range of {dtype} ({np.finfo(dtype).max:g}); start again with `dtype='float32'`"
-    if given is not None and _is_finite(given):
-        raise RuntimeFailure(f"{where} reaches {float(np.abs(given).max()):g}, {limit}")
-    if dtype == "float16" and given is not None and given.dtype == dtype and not np.isnan(given).any():
+    if original is not None and _is_finite(original):
+        raise RuntimeFailure(f"{where} reaches {float(np.abs(original).max()):g}, {limit}")
+    if dtype == "float16" and original is not None and original.dtype == dtype and not np.isnan(original).any():
         raise RuntimeFailure(f"{where} is {limit}")  # converted on the device, after a check there
     raise RuntimeFailure(f"{where} contains NaN or inf; check the checkpoint's weights")
 
 
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype != np.float16:
-        # a sum is quicker, and finite only if every number is; one that overflows says nothing
+        # a sum is faster, and finite only if every number is; if it overflows, every number is checked
         return math.isfinite(np.add.reduce(values, axis=None)) or bool(np.isfinite(values).all())
-    # numpy looks at one float16 at a time; inf and NaN are the largest numbers of either sign
+    # numpy checks float16 one by one; as integers, inf and NaN are the largest numbers of either sign
     positive, negative = values.view(np.int16).max(initial=0), values.view(np.uint16).max(initial=0)
     return bool(positive < _HALF_INF and negative < _HALF_MINUS_INF)

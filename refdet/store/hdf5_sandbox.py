@@ -62,7 +62,7 @@ def check_in_subprocess(path: Path) -> str:
         try:
             output = _wait(child, path, WALL_TIME_FACTOR * seconds)
         except subprocess.TimeoutExpired:
-            return _damaged(f"HDF5 does not finish within {WALL_TIME_FACTOR * seconds:.3g} seconds")
+            return _damage_message(f"HDF5 does not finish within {WALL_TIME_FACTOR * seconds:.3g} seconds")
         finally:
             child.kill()
     if not output.startswith(_STARTED):
@@ -92,11 +92,11 @@ def verdict(output: bytes, code: int, seconds: float) -> str:
     with suppress(ValueError):
         return str(json.loads(output.removeprefix(_STARTED))["wrong"])
     if code >= 0:
-        return _damaged(f"HDF5 exits with {code}")
+        return _damage_message(f"HDF5 exits with {code}")
     name = signal.Signals(-code).name
     if name == "SIGXCPU":
-        return _damaged(f"HDF5 does not finish within {seconds:.3g} seconds of CPU time")
-    return _damaged(f"HDF5 crashes ({name})")
+        return _damage_message(f"HDF5 does not finish within {seconds:.3g} seconds of CPU time")
+    return _damage_message(f"HDF5 crashes ({name})")
 
 
 def _check_without_sandbox(path: Path, why: str) -> str:
@@ -151,9 +151,9 @@ def check_in_process(path: Path) -> str:
     except StructureError as error:
         return f"refused: {_one_line(error)}; extract it again"
     except MemoryError:
-        return _damaged("HDF5 needs more memory than any store")
+        return _damage_message("HDF5 needs more memory than any store")
     except Exception as error:
-        return _damaged(_one_line(error))
+        return _damage_message(_one_line(error))
 
 
 def _check(path: Path) -> str:
@@ -174,7 +174,7 @@ def _check(path: Path) -> str:
     return ""
 
 
-def _damaged(how: str) -> str:
+def _damage_message(how: str) -> str:
     return f"damaged: {how}; extract it again"
 
 

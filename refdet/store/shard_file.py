@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from refdet.files.parts import write_parts
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store.codec import (
     MASK_COUNTS,
     REGION_BYTES,
@@ -35,7 +35,7 @@ from refdet.store.codec import (
     checksums_of,
     decode,
     dtypes,
-    missing,
+    missing_arrays,
     raw_bytes,
     row_of,
 )
@@ -172,10 +172,10 @@ def read(path: Path, shard_id: Mapping[str, Any], columns: Columns) -> Iterator[
         if found != shard_id:
             raise ShardError("belongs to another extraction")
         for data, start, crc in blocks:
-            with malformed():
+            with as_shard_error():
                 image, head = parse_image(data, columns)
                 decode(image)
-                if absent := missing(image, columns):
+                if absent := missing_arrays(image, columns):
                     raise ValueError(f"{min(absent)} is missing")
                 _check_layout(image, columns, len(data) - head)
                 place = _place(image, start, len(data), crc, head)
@@ -216,7 +216,7 @@ def check_block(data: bytes | memoryview, length: int, crc: int) -> None:
 
 
 @contextmanager
-def malformed() -> Iterator[None]:
+def as_shard_error() -> Iterator[None]:
     """Turn what malformed data cause into a ShardError: a file written with malicious intent has valid checksums."""
     try:
         yield
@@ -231,7 +231,7 @@ def malformed() -> Iterator[None]:
         MemoryError,
         struct.error,
     ) as error:
-        raise ShardError(f"damaged: invalid image ({type(error).__name__}: {cut(error)})") from None
+        raise ShardError(f"damaged: invalid image ({type(error).__name__}: {shorten(error)})") from None
 
 
 def parse_image(data: bytes | memoryview, columns: Columns) -> tuple[EncodedImage, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refdet.store.codec import EncodedImage, RawImage, region_bytes
 from refdet.store.schema import Columns, ImageRow
-from refdet.store.shard_file import BlockLocation, ShardError, check_block, malformed, parse_image
+from refdet.store.shard_file import BlockLocation, ShardError, as_shard_error, check_block, parse_image
 
 _OPEN = 64  # shards that are kept open
 _HEADS = 2**16  # bytes for the heads of a group
@@ -68,7 +68,7 @@ class ImageReader:
             filled += count
         check_block(data[:filled], place.length, place.crc)
         if self._columns.maps:
-            with malformed():
+            with as_shard_error():
                 return parse_image(data, self._columns)[0]
         # The checksum is that of the data that were parsed when they were written, or found on resuming.
         sizes = [each * row.regions for each in self._bytes]

@@ -83,7 +83,7 @@ class BoxConvention:
 
     def decode(self, deltas: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
         """Apply deltas (..., 4) to anchors (..., 4); returns boxes (..., 4) in the same pixels."""
-        return self._shifted(box_ops.decode(deltas, anchors, weights, self._max_log_scale), self._corner_offset)
+        return self._shift(box_ops.decode(deltas, anchors, weights, self._max_log_scale), self._corner_offset)
 
     def clip(self, boxes: Tensor, height: float, width: float) -> Tensor:
         """Clip boxes (..., 4) to an image of the given size in pixels; inclusive ones keep at least one pixel."""
@@ -97,21 +97,21 @@ class BoxConvention:
 
     def scale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """Scale boxes (..., 4) by (sx, sy)."""
-        return self._shifted(self.corners(boxes) * _factors(scale, boxes), self._corner_offset)
+        return self._shift(self.corners(boxes) * _factors(scale, boxes), self._corner_offset)
 
     def unscale(self, boxes: Tensor, scale: Scale) -> Tensor:
         """The inverse of `scale`."""
-        return self._shifted(self.corners(boxes) / _factors(scale, boxes), self._corner_offset)
+        return self._shift(self.corners(boxes) / _factors(scale, boxes), self._corner_offset)
 
     def corners(self, boxes: Tensor) -> Tensor:
         """The corners (..., 4) to pool boxes (..., 4) at."""
-        return self._shifted(boxes, -self._corner_offset)
+        return self._shift(boxes, -self._corner_offset)
 
-    def _shifted(self, boxes: Tensor, by: float) -> Tensor:
+    def _shift(self, boxes: Tensor, by: float) -> Tensor:
         return torch.cat((boxes[..., :2], boxes[..., 2:] + by), dim=-1) if by else boxes
 
 
 def _factors(scale: Scale, boxes: Tensor) -> Tensor:
     """Factors (..., 4) of boxes (..., 4), as a tensor: on a GPU division by a Python number rounds differently."""
-    pair = scale if isinstance(scale, Tensor) else box_ops.numbers(scale, boxes)
+    pair = scale if isinstance(scale, Tensor) else box_ops.new_tensor(scale, boxes)
     return torch.cat((pair, pair), dim=-1)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refdet.device import on_device
+from refdet.device import to_device
 
 # A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; the limit keeps exp() from overflowing.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
-def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+def new_tensor(values: Sequence[float], like: Tensor) -> Tensor:
     """`like.new_tensor(values)`, but without synchronizing with the GPU."""
-    return on_device(torch.tensor(values, dtype=like.dtype), like.device)
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def clip(boxes: Tensor, height: float, width: float) -> Tensor:
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
-def cut(boxes: Tensor, limits: Tensor) -> Tensor:
+def clip_to_images(boxes: Tensor, limits: Tensor) -> Tensor:
     """Clip boxes (..., 4) to their images; a box outside its image gets a negative width or height.
 
     Args:
@@ -71,7 +71,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, f
     size = boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + 0.5 * size - anchors[:, :2] - 0.5 * anchor_size) / anchor_size
     deltas = torch.cat((shift, torch.log(size / anchor_size)), dim=1)
-    return deltas * numbers(weights, deltas)
+    return deltas * new_tensor(weights, deltas)
 
 
 def decode(
@@ -81,7 +81,7 @@ def decode(
 
     Sides grow by a factor of at most ``exp(max_log_scale)``.
     """
-    deltas = deltas / numbers(weights, deltas)
+    deltas = deltas / new_tensor(weights, deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
     half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))

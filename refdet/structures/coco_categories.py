@@ -28,6 +28,6 @@ def unused_name(label: int) -> str:
     return f"N/A {label}"
 
 
-def used(categories: Mapping[int, str]) -> dict[int, str]:
+def used_categories(categories: Mapping[int, str]) -> dict[int, str]:
     """The categories that have objects: all but those of `unused_name`."""
     return {id_: name for id_, name in categories.items() if name != unused_name(id_)}

@@ -20,7 +20,7 @@ MAX_LABELED_AREA = 1 / 3  # of a picture, which labels may cover
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnRegion:
     """A region to draw.
 
     Attributes:
@@ -34,7 +34,7 @@ class Drawn:
     mask: np.ndarray | None
 
 
-def draw_regions(pixels: np.ndarray, regions: Sequence[Drawn]) -> Image.Image:
+def draw_regions(pixels: np.ndarray, regions: Sequence[DrawnRegion]) -> Image.Image:
     """A copy of an image with regions drawn on it, the first on top, in different colours.
 
     Args:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refdet.device import on_device
+from refdet.device import to_device
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ class PaddedTruth:
             count = len(target.boxes)
             boxes[row, :count], labels[row, :count] = target.boxes, target.labels
             crowds[row, : len(target.crowds)] = target.crowds
-        return cls(*(on_device(values, device) for values in (boxes, labels, valid, crowds)))
+        return cls(*(to_device(values, device) for values in (boxes, labels, valid, crowds)))

@@ -119,11 +119,11 @@ def file_of_weights(weights: str) -> KnownFile | None:
         The file, if that provenance is its `imported_note` alone; None for other weights, as those of a detector that
         was trained from it.
     """
-    found = re.fullmatch(r".*\(sha256 [0-9a-f]{12}; (imported: (.*), sha256 ([0-9a-f]{64}), is .*)\)", weights)
-    if found is None:
+    match = re.fullmatch(r".*\(sha256 [0-9a-f]{12}; (imported: (.*), sha256 ([0-9a-f]{64}), is .*)\)", weights)
+    if match is None:
         return None
-    known = _TORCHVISION.get(found[3][:8])
-    return known if known is not None and found[1] == imported_note(found[2], found[3], known) else None
+    known = _TORCHVISION.get(match[3][:8])
+    return known if known is not None and match[1] == imported_note(match[2], match[3], known) else None
 
 
 def known_file(path: Path, sha256: str) -> KnownFile | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import counted, shown
+from refdet.files.short_text import format_count, short_repr
 from refdet.structures.known_weights import TRAINING_SETS, KnownFile, TrainingSet, imported_note
 
 UNKNOWN = "not built by refdet build-split: nothing is known to be excluded"
@@ -60,7 +60,7 @@ class Provenance:
         missing = [name for name in names if name not in value and name != "selection"]
         unknown = [str(name) for name in value if name not in names]
         if missing or unknown:
-            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {shown(unknown)}")
+            raise InputError(f"provenance: fields missing: {missing}, fields unknown: {short_repr(unknown)}")
         selection = Selection.from_json(value["selection"]) if "selection" in value else None
         result = cls(**{**value, "selection": selection})
         hashes = all(_is_hash(value[name]) for name in ("source_sha256", "image_ids_sha256"))
@@ -134,7 +134,9 @@ class Selection:
         tree = value if isinstance(value, dict) and value.keys() == {"by_validation", "validated_on"} else {}
         chosen, entries = tree.get("by_validation"), tree.get("validated_on")
         if type(chosen) is not bool or not isinstance(entries, list):
-            raise InputError(f"provenance: selection: by_validation and validated_on are needed, not {shown(value)}")
+            raise InputError(
+                f"provenance: selection: by_validation and validated_on are needed, not {short_repr(value)}"
+            )
         if any(isinstance(entry, dict) and "selection" in entry for entry in entries):
             raise InputError("provenance: selection: a validation file cannot have a selection itself")
         files = tuple(map(Provenance.from_json, entries))
@@ -149,7 +151,7 @@ class Selection:
     def one_line(self) -> str:
         """A human-readable summary in one line."""
         names = ", ".join(
-            f"{file.source} ({counted(file.images, 'image')}, ids {file.image_ids_sha256[:12]})"
+            f"{file.source} ({format_count(file.images, 'image')}, ids {file.image_ids_sha256[:12]})"
             for file in self.validated_on
         )
         if self.by_validation:

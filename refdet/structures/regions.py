@@ -166,7 +166,7 @@ class Regions:
         """
         from pycocotools import mask as coco_mask
 
-        from refdet.structures.drawing import Drawn, draw_regions
+        from refdet.structures.drawing import DrawnRegion, draw_regions
         from refdet.structures.pixels import open_image, rgb_pixels
 
         pixels = rgb_pixels(open_image(image) if isinstance(image, str | Path) else image)
@@ -185,7 +185,7 @@ class Regions:
             name = labels.get(category, "" if category == NO_CATEGORY else str(category))
             x1, y1, x2, y2 = self.boxes[row].tolist()
             mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
-            drawn.append(Drawn((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
+            drawn.append(DrawnRegion((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
         return draw_regions(pixels, drawn)
 
     @classmethod

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as processes
 
-from refdet.data.training_batches import Batch, TrainingBatches, most_bytes_of
+from refdet.data.training_batches import Batch, TrainingBatches, max_bytes_of
 from refdet.errors import RuntimeFailure
 from refdet.interrupt import Stop, StopRequested, ignore
 
@@ -65,11 +65,11 @@ def prefetch_batches(
 def _in_main_process(batches: TrainingBatches, steps: range, device: torch.device, stop: Stop) -> Iterator[Batch]:
     for step in steps:
         with stop.ends_waiting():
-            batch = _pinned(_batch_or_raise(batches[step]), device)
+            batch = _pin(_batch_or_raise(batches[step]), device)
         yield batch
 
 
-def _pinned(batch: Batch, device: torch.device) -> Batch:
+def _pin(batch: Batch, device: torch.device) -> Batch:
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -79,8 +79,8 @@ def _batch_or_raise(result: Batch | BaseException) -> Batch:
     raise result
 
 
-class _Died(Exception):
-    """The end of a worker's pipe."""
+class _WorkerDied(Exception):
+    """A worker's pipe was closed."""
 
 
 class _Worker:
@@ -103,7 +103,7 @@ class _Worker:
             received = self.pipe.recv()
         except (EOFError, ConnectionError, FileNotFoundError) as error:  # tensors come through a separate socket
             self.process.join(_JOIN_SECONDS)
-            raise _Died from error
+            raise _WorkerDied from error
         if isinstance(received, tuple):
             raised, trace = received
             raise raised from RuntimeError(trace)
@@ -139,8 +139,8 @@ class _WorkerPool:
         for position in range(len(self._steps)):
             worker = self._worker_of(position)
             try:
-                self._received.put(_pinned(worker.receive(), self._device))
-            except _Died:
+                self._received.put(_pin(worker.receive(), self._device))
+            except _WorkerDied:
                 self._received.put(RuntimeFailure(_cause_of_death(worker.process.exitcode)))
                 return
             except BaseException as error:
@@ -193,7 +193,7 @@ def _work(batches: TrainingBatches, pipe: Connection, parent_pipe: Connection) -
             except ConnectionError:
                 raise
             except Exception as error:
-                pipe.send(RuntimeFailure(_not_handed_over(error)))
+                pipe.send(RuntimeFailure(_send_failure(error)))
 
 
 def _cause_of_death(code: int | None) -> str:
@@ -209,10 +209,10 @@ def _cause_of_death(code: int | None) -> str:
     return f"worker process: ended {how}; use `train.workers=0` to avoid worker processes"
 
 
-def _not_handed_over(error: Exception) -> str:
+def _send_failure(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left" in text or "shared memory" in text or "shm" in text:
-        return _no_room("no room for a batch of a worker process")
+        return _shared_memory_message("no room for a batch of a worker process")
     return f"worker process: cannot send its batch ({text}); use `train.workers=0` to avoid worker processes"
 
 
@@ -230,21 +230,23 @@ def check_shared_memory(batches: TrainingBatches, workers: int, processes: int =
     needed = int(per_image) * batches.recipe.train.batch_size // batches.share[1] * processes
     if free < needed:
         raise RuntimeFailure(
-            _no_room(f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed)
+            _shared_memory_message(
+                f"batches of {workers * processes} worker processes need about {_mib(needed)}", needed
+            )
         )
 
 
 def _image_bytes(batches: TrainingBatches) -> Sequence[int]:
-    """Largest size of each image in a batch, in bytes."""
+    """Maximum size of each image in a batch, in bytes."""
     options = batches.recipe.input
     known: dict[tuple[int, int], int] = {}
     for record in batches.records:
         if (shape := (record.height, record.width)) not in known:
-            known[shape] = most_bytes_of(*shape, options)
+            known[shape] = max_bytes_of(*shape, options)
     return [known[record.height, record.width] for record in batches.records]
 
 
-def _no_room(what: str, need: int = 1 << 29) -> str:
+def _shared_memory_message(what: str, need: int = 1 << 29) -> str:
     free = _free_bytes()
     free_text = "" if free is None else f", {_mib(free)} are free"
     suggested = -(-2 * need // 2**20)

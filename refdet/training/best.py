@@ -12,9 +12,9 @@ from pathlib import Path
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import BEST, VALIDATION, CheckpointMetadata, HasWeights
 from refdet.errors import InputError
-from refdet.files.atomic import MARK, fsync, left_behind, write_json
+from refdet.files.atomic import MARK, find_temporary_files, fsync, write_json
 from refdet.files.json_files import read_bytes
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 from refdet.files.small_files import strict_json
 from refdet.training.run_card import write_card
 
@@ -61,7 +61,7 @@ def read_best(out: Path) -> ValidationRecord | None:
         for name, expected in types.items():
             value = tree.get(name) if isinstance(tree, dict) else tree
             if type(value) is not expected:
-                raise InputError(f"{name}: {expected.__name__} is needed, not {shown(value)}")
+                raise InputError(f"{name}: {expected.__name__} is needed, not {short_repr(value)}")
         return ValidationRecord(**{name: tree[name] for name in types})
     except InputError as error:
         raise InputError(
@@ -91,5 +91,5 @@ def recover(out: Path) -> None:
     """Undo what a process left that was killed while it replaced ``best/``."""
     if (out / _PREVIOUS).exists() and not (out / BEST).exists():
         os.replace(out / _PREVIOUS, out / BEST)
-    for folder in left_behind(out, BEST):
+    for folder in find_temporary_files(out, BEST):
         shutil.rmtree(folder)

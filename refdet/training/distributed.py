@@ -28,7 +28,7 @@ from refdet.detector.loss_counts import LossCounts
 from refdet.errors import InputError, Interrupted, RefdetError, RuntimeFailure
 from refdet.files.atomic import write_json
 from refdet.files.json_files import read_small_json
-from refdet.files.short_text import counted, shown
+from refdet.files.short_text import format_count, short_repr
 from refdet.files.version import __version__
 from refdet.training.launch import Launch
 from refdet.training.processes import EndedTogether, LostProcess, Processes
@@ -118,8 +118,8 @@ class ProcessGroup(Processes):
                 if other[name] != gathered[0][name]:
                     self.ended = True  # as all see it
                     raise InputError(
-                        f"torchrun: {name} is {shown(other[name])} in process {rank} on {self._hosts[rank]}, and "
-                        f"{shown(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
+                        f"torchrun: {name} is {short_repr(other[name])} in process {rank} on {self._hosts[rank]}, and "
+                        f"{short_repr(gathered[0][name])} in process 0 on {self._hosts[0]}; all must have the same"
                     )
 
     def restarted(self, out: Path) -> bool:
@@ -168,7 +168,7 @@ class ProcessGroup(Processes):
             wrapped = DistributedDataParallel(network, process_group=self._group, gradient_as_bucket_view=True)
             # the statistics of norms are the same anyway; under the name that versions before 2.14 have too
             wrapped.broadcast_buffers = False
-            wrapped.register_comm_hook(self._group, _summed)
+            wrapped.register_comm_hook(self._group, _allreduce_hook)
             for buffer in momentum:
                 values = buffer.contiguous()
                 dist.broadcast(values, 0, group=self._group)
@@ -198,9 +198,9 @@ class ProcessGroup(Processes):
 
     def total(self, counts: LossCounts) -> LossCounts:
         """The counts of all processes together."""
-        values = counts.packed(self._device)
+        values = counts.to_tensor(self._device)
         dist.all_reduce(values, group=self._group)
-        return LossCounts.unpacked(values)
+        return LossCounts.from_tensor(values)
 
     def sum_(self, values: Tensor) -> None:
         """Sum values over the processes, in place."""
@@ -283,7 +283,7 @@ def own_device(launch: Launch, name: str | None) -> str:
     if 0 < gpus < launch.local_world_size:
         raise InputError(
             f"torchrun: {launch.local_world_size} processes on {socket.gethostname()}, which has "
-            f"{counted(gpus, 'GPU')}; start at most {gpus} there"
+            f"{format_count(gpus, 'GPU')}; start at most {gpus} there"
         )
     return f"cuda:{launch.local_rank}"
 
@@ -323,7 +323,7 @@ def join_group(launch: Launch) -> Iterator[ProcessGroup]:
             rank_log.close()
 
 
-def _summed(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
+def _allreduce_hook(group, bucket):  # type: ignore[no-untyped-def]  # PyTorch refuses annotations in quotes
     """Sum a bucket of gradients over the processes."""
     future = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])

@@ -15,9 +15,15 @@ from refdet.data.training_batches import TrainingBatches
 from refdet.detector import loading
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import arithmetic, described, naming_out_of_memory, usable_device, usable_precision
+from refdet.device import (
+    as_out_of_memory_error,
+    describe_device,
+    float32_arithmetic,
+    resolve_device,
+    supported_precision,
+)
 from refdet.errors import Interrupted, RefdetError, RuntimeFailure
-from refdet.evaluation.detection import detected_regions
+from refdet.evaluation.detection import detect_regions
 from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.files.progress import progress_bar
 from refdet.interrupt import Stop, StopRequested
@@ -81,18 +87,18 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
         RuntimeFailure: the loss is not finite, or the device has too little memory.
         Interrupted: by a signal.
     """
-    target, recipe, index = usable_device(device), inputs.recipe, inputs.objects.index
+    target, recipe, index = resolve_device(device), inputs.recipe, inputs.objects.index
     categories = tuple(index.categories.items())
     loading.build_on_meta(recipe, len(categories))  # raises InputError if it is far too large
     batches = TrainingBatches(index, inputs.source, recipe, inputs.objects)
     check_shared_memory(batches, recipe.train.workers)
     first_step = inputs.saved_run.meta.step if inputs.saved_run else 0
     steps_left = max(recipe.train.steps - first_step, 0)
-    precision = usable_precision("tf32" if recipe.train.tf32 else "float32", target)
+    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     try:
-        with naming_out_of_memory(), arithmetic(precision):
+        with as_out_of_memory_error(), float32_arithmetic(precision):
             model, seconds = _measure_steps(inputs, batches, target, first_step)
     except torch.cuda.OutOfMemoryError as error:
         raise RuntimeFailure(
@@ -114,7 +120,7 @@ def estimate(inputs: TrainingInputs, device: str | None = None) -> Estimate:
         len(categories),
         steps_left,
         steps_left / batches.epoch_steps,
-        described(device),
+        describe_device(device),
         "bfloat16" if in_bfloat16(model, target) else precision,
         step_seconds,
         image_seconds,
@@ -171,7 +177,7 @@ def _measure_image(detector: loading.TrainedDetector, data: EvaluationData) -> f
     records, seconds = data.records[:_VALIDATION_IMAGES], 0.0
     for _ in range(2):
         started = time.perf_counter()
-        for _ in detected_regions(detector, data.source, records):
+        for _ in detect_regions(detector, data.source, records):
             pass
         seconds = time.perf_counter() - started
     return seconds / len(records)

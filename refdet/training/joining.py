@@ -15,7 +15,7 @@ _CURRENT: ContextVar[Processes | None] = ContextVar("processes", default=None)
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def join_processes() -> Iterator[Processes]:
     """Context manager for the processes that train together; within it, what other calls of it give too.
 
     Raises:
@@ -43,7 +43,7 @@ def in_all_processes(work: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(work)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:
-        with joined_processes():
+        with join_processes():
             return work(*arguments, **keywords)
 
     return wrapper

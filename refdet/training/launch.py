@@ -1,4 +1,4 @@
-"""What torchrun tells the processes that it starts, in environment variables. No torch."""
+"""The environment variables that torchrun sets for the processes it starts. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from refdet.errors import InputError
 
 _REQUIRED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NO_ID = ("", "none")  # torchrun's run id where none is given
+_NO_ID = ("", "none")  # torchrun's run id if none is given
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Launch:
     Attributes:
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes on all machines.
-        local_rank: number of this process among those of its machine.
-        local_world_size: number of processes of its machine.
+        local_rank: number of this process among those on its machine.
+        local_world_size: number of processes on its machine.
         restarts: how often torchrun has started the processes again; None if they are not torchrun's.
         run_id: ``--rdzv-id``, "" if it is not given.
     """
@@ -39,7 +39,7 @@ class Launch:
         """Read the variables; None outside torchrun.
 
         Raises:
-            InputError: there are several processes, but not what they need to find each other.
+            InputError: there are several processes, but variables that they need to find each other are missing.
         """
         count = environment.get("WORLD_SIZE", "")
         missing = [name for name in _REQUIRED if not environment.get(name)]
@@ -63,23 +63,23 @@ class Launch:
         return cls(rank, world_size, local_rank, local_world_size, restart_count, "" if run_id in _NO_ID else run_id)
 
     def job(self) -> dict[str, str]:
-        """What identifies this start of torchrun: its id if it has one, its process on this machine, and this process.
+        """Identify this start of torchrun: its id if it has one, its process on this machine, and this process.
 
-        torchrun's process is the same however often it starts others.
+        torchrun's own process stays the same when it restarts the others.
         """
         return {"run_id": self.run_id, "agent": _identity(os.getppid()), "process": _identity(os.getpid())}
 
     def takes_over(self, job: Mapping[str, object], restarts: int) -> bool:
-        """Whether this process takes the place of the one of a `job`, after so many restarts on any machine."""
+        """Whether this process replaces that of a `job`, after a number of restarts on any machine."""
         this = self.job()
         if self.restarts is None or job.get("process") == this["process"]:
             return False
         same_id = this["run_id"] != "" and job.get("run_id") == this["run_id"]
-        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # ids may be used again
+        return job.get("agent") == this["agent"] or (same_id and restarts > 0)  # ids may be reused
 
 
 def _identity(process: int) -> str:
-    """What tells a process from all others, also of other machines and times."""
+    """An identifier of a process, unique across machines and over time."""
     try:
         started = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -88,5 +88,5 @@ def _identity(process: int) -> str:
 
 
 def repeats_usage_errors(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process of this machine has the same command line and says what is wrong with it."""
+    """Whether another process on this machine has the same command line and reports its usage errors."""
     return environment.get("LOCAL_RANK", "0") != "0" and "LOCAL_WORLD_SIZE" in environment

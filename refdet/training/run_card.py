@@ -10,7 +10,7 @@ from typing import Any
 from refdet.detector.backbones import network_name
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.files.atomic import atomic_write
-from refdet.files.printable_text import printable
+from refdet.files.printable_text import escape_unprintable
 from refdet.structures.provenance import Selection
 from refdet.training.metrics_rows import DATA, VALIDATED, is_validation, number_of
 
@@ -158,4 +158,4 @@ def _selection(selection: Selection | None) -> str:
 
 def _cell(text: str) -> str:
     """Escape untrusted text for a Markdown table."""
-    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return escape_unprintable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 from refdet.files.small_files import strict_json
 from refdet.files.weight_files import check_safetensors
 from refdet.structures.provenance import Provenance
@@ -23,7 +23,7 @@ from refdet.training.run_folder import states
 
 # options that may change on resuming; train.steps is checked separately
 _MAY_CHANGE = ("workers", "checkpoint_interval", "log_every", "steps", "accumulate", "keep", "eval_every")
-_FREE = {("train", key) for key in _MAY_CHANGE}
+_MUTABLE = {("train", key) for key in _MAY_CHANGE}
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class SavedRun:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
         except InputError as error:
-            raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+            raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
         except (OSError, SafetensorError) as error:
-            raise damaged(path, f"not a readable safetensors file ({cut(error, 200)})") from error
+            raise damaged_state(path, f"not a readable safetensors file ({shorten(error, 200)})") from error
         return cls.of(path, metadata)
 
     @classmethod
@@ -68,9 +68,9 @@ class SavedRun:
                 raise InputError("its metadata has no 'meta'")
             meta, prefixes = CheckpointMetadata.parse(metadata["meta"]), strict_json(metadata.get("fresh", "null"))
             if not (prefixes is None or (isinstance(prefixes, list) and all(isinstance(p, str) for p in prefixes))):
-                raise InputError(f"fresh: a list of names is needed, not {shown(prefixes)}")
+                raise InputError(f"fresh: a list of names is needed, not {short_repr(prefixes)}")
         except InputError as error:
-            raise damaged(path, f"not the state of a run: {error}") from error
+            raise damaged_state(path, f"not the state of a run: {error}") from error
         new_prefixes = None if prefixes is None else tuple(prefixes)
         return SavedRun(path, meta, new_prefixes, metadata.get("training_data_sha256"))
 
@@ -78,13 +78,14 @@ class SavedRun:
         """The recipe with the defaults of the run, where a newer refdet has others; and notes for the user."""
         saved, current = self.meta.recipe, recipe
         changes: list[tuple[str, object, object]] = []
-        if saved.input.size_divisibility == 0:  # from before there was this key
+        if saved.input.size_divisibility == 0:  # saved before this key existed
             changes.append(("input.size_divisibility", 0, current.input.size_divisibility))
-        if saved.input.short_side_per == "step":  # as in all runs before there was this key
+        if saved.input.short_side_per == "step":  # as in all runs before this key existed
             changes.append(("input.short_side_per", "step", current.input.short_side_per))
-        if (current.model.neck, current.model.depth, saved.train.bf16) == ("fpn", 50, False):  # fpn-res50 had float32
+        network = (current.model.neck, current.model.depth)
+        if network == ("fpn", 50) and not saved.train.bf16:  # fpn-res50 was trained in float32
             changes.append(("train.bf16", False, current.train.bf16))
-        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # all recipes had these
+        for part, older in (("proposals", 1 / 9), ("head", 1.0)):  # the same in all recipes
             old_beta, new_beta = (getattr(options, part).smooth_l1_beta for options in (saved, current))
             if old_beta == older:
                 changes.append((f"{part}.smooth_l1_beta", old_beta, new_beta))
@@ -109,9 +110,10 @@ class SavedRun:
         old, new = dataclasses.asdict(self.meta.recipe), dataclasses.asdict(recipe)
         for part, options in old.items():
             for key in options if isinstance(options, dict) else ():
-                if options[key] != new[part][key] and (part, key) not in _FREE:
+                if options[key] != new[part][key] and (part, key) not in _MUTABLE:
+                    before, now = _format_value(options[key]), _format_value(new[part][key])
                     raise InputError(
-                        f"`resume` {out}: {part}.{key} was {_shown(options[key])} and is now {_shown(new[part][key])}; "
+                        f"`resume` {out}: {part}.{key} was {before} and is now {now}; "
                         "give the recipe the run was started with"
                     )
         if recipe.train.steps < self.meta.step:
@@ -144,29 +146,29 @@ class SavedRun:
         lines, old_steps, new_steps = [], self.meta.recipe.train.steps, recipe.train.steps
         if self.data_sha256 is None:
             lines.append(
-                f"`resume` {out}: saved by an older refdet, which kept no hash of boxes, masks and file "
-                "names: that they are the same is not checked"
+                f"`resume` {out}: saved by an older refdet, which stored no hash of boxes, masks and file "
+                "names, so they cannot be compared"
             )
         if new_steps != old_steps:
             cosine = recipe.train.schedule == "cosine"
             rate = "the cosine (train.schedule)" if cosine else "the drops of the rate (train.lr_milestones)"
             lines.append(
                 f"`resume` {out}: train.steps was {old_steps} and is now {new_steps}: the warm-up and {rate} are "
-                "counted in parts of the new number"
+                "fractions of the new number"
             )
         return lines
 
 
-def damaged(path: Path, why: str) -> InputError:
+def damaged_state(path: Path, why: str) -> InputError:
     """The error of a damaged state, with the fix."""
     others = [other for other in states(path.parent.parent) if other != path]
     fix = (
-        f"remove it: `resume=True` then goes on from {others[-1].name}"
+        f"remove it: `resume=True` then continues from {others[-1].name}"
         if others
         else "there is no older one: start again with another `out`"
     )
     return InputError(f"{path}: damaged ({why}); {fix}")
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refdet.config.recipe import Recipe
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.training.processes import Processes
 
 
@@ -15,7 +15,7 @@ def start_lines(recipe: Recipe, processes: Processes) -> list[str]:
         share += f", {options.batch_size // processes.world_size} in each process"
     if options.accumulate > 1:
         in_pass = options.batch_size // processes.world_size // options.accumulate
-        share += f", in {options.accumulate} passes of {counted(in_pass, 'image')}"
+        share += f", in {options.accumulate} passes of {format_count(in_pass, 'image')}"
     if where or options.accumulate > 1:
         lines.append(f"train: {where}{'; ' if where else ''}{share}")
     if options.accumulate > 1 and recipe.model.norm == "batch":

@@ -14,15 +14,15 @@ from refdet.config.recipe import TrainOptions
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.errors import InputError
-from refdet.files.atomic import left_behind
-from refdet.files.short_text import cut
+from refdet.files.atomic import find_temporary_files
+from refdet.files.short_text import shorten
 from refdet.training.best import recover
 from refdet.training.ema import WeightAverage
 from refdet.training.metrics_rows import METRICS
 from refdet.training.optim import momentum_of, restore_momentum
 from refdet.training.run_card import CARD
 from refdet.training.run_folder import states
-from refdet.training.saved_run import SavedRun, damaged
+from refdet.training.saved_run import SavedRun, damaged_state
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class State(SavedRun):
     def _check(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complete: bool) -> None:
         for name in expected if complete else actual:
             if name not in actual or name not in expected:
-                raise self._damaged(f"{cut(name)} is {'missing' if name in expected else 'not in this network'}")
+                raise self._damaged(f"{shorten(name)} is {'missing' if name in expected else 'not in this network'}")
             if actual[name].shape != expected[name].shape:
                 sizes = f"{tuple(actual[name].shape)}, the recipe expects {tuple(expected[name].shape)}"
                 raise self._damaged(f"{name} is {sizes}")
@@ -68,7 +68,7 @@ class State(SavedRun):
             raise self._damaged(f"{unexpected[0]} is not in this network")
 
     def _damaged(self, why: str) -> InputError:
-        return damaged(self.path, why)
+        return damaged_state(self.path, why)
 
 
 def newest(out: Path) -> State:
@@ -81,7 +81,7 @@ def newest(out: Path) -> State:
     try:
         tensors, metadata = checkpoint.read_tensors(path)
     except InputError as error:
-        raise damaged(path, str(error).removeprefix(f"{path}: ")) from error
+        raise damaged_state(path, str(error).removeprefix(f"{path}: ")) from error
     saved = SavedRun.of(path, metadata)
     return State(saved.path, saved.meta, saved.new_prefixes, saved.data_sha256, tensors)
 
@@ -130,9 +130,9 @@ def max_disk_bytes(model: nn.Module, options: TrainOptions, validated: bool) -> 
 
 def clean(out: Path) -> None:
     """Remove temporary files of a run that was killed while saving."""
-    leftovers = left_behind(out / checkpoint.STATE)
+    leftovers = find_temporary_files(out / checkpoint.STATE)
     for name in (checkpoint.MODEL, checkpoint.META, METRICS, CARD):
-        leftovers += left_behind(out, name)
+        leftovers += find_temporary_files(out, name)
     for path in leftovers:
         path.unlink()
     recover(out)

@@ -22,7 +22,7 @@ from refdet.data.training_batches import Batch
 from refdet.detector.loss_counts import LossCounts, Total
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.sampling import image_seeds
-from refdet.device import start_fetching, usable_precision
+from refdet.device import supported_precision, to_cpu_async
 from refdet.errors import RuntimeFailure
 from refdet.training.optim import GuardedSGD, set_lr
 from refdet.training.processes import Processes
@@ -96,7 +96,7 @@ def start_step(
     results = torch.cat((terms, norm.detach().to(terms.dtype)[None]))
     sgd.guard(results)
     sgd.step()
-    return PendingStep(names, start_fetching(results), batch.image_ids)
+    return PendingStep(names, to_cpu_async(results), batch.image_ids)
 
 
 class LossNetwork(nn.Module):
@@ -193,7 +193,7 @@ class Passes:
 
 def in_bfloat16(model: MaskRCNN, device: torch.device) -> bool:
     """Whether to compute in bfloat16: if the recipe says so, and not on a CPU that only emulates it."""
-    return model.recipe.train.bf16 and usable_precision("bfloat16", device) == "bfloat16"
+    return model.recipe.train.bf16 and supported_precision("bfloat16", device) == "bfloat16"
 
 
 @contextmanager

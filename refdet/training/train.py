@@ -19,9 +19,9 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector.checkpoint import BEST, CheckpointMetadata, load_meta
 from refdet.errors import InputError
 from refdet.files.atomic import report_disk_full
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.training.inputs import TrainingInputs
-from refdet.training.joining import joined_processes
+from refdet.training.joining import join_processes
 from refdet.training.pretrained import find_new_prefixes
 from refdet.training.processes import Processes
 from refdet.training.run_folder import IN_USE, LOCK, can_resume
@@ -81,7 +81,7 @@ def train(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the last step is saved.
     """
     args = (recipe, instances, images, Path(out), changes, weights, resume, crowd_as_object, val_instances, val_images)
-    with joined_processes() as processes:
+    with join_processes() as processes:
         inputs = _check_inputs(processes, *args)
 
         from refdet.training.trainer import train_on  # imports torch, which takes seconds
@@ -129,7 +129,7 @@ def dry_run(
     """
     folder = None if out is None else Path(out)
     args = (recipe, instances, images, folder, changes, weights, resume, crowd_as_object, val_instances, val_images)
-    with joined_processes() as processes:
+    with join_processes() as processes:
         if processes.world_size > 1:
             raise InputError("torchrun: a dry run measures the steps of one process; start it without torchrun")
         inputs = _check_inputs(processes, *args)
@@ -228,7 +228,7 @@ def _find_saved_run(out: Path, resume: bool) -> tuple[bool, str, SavedRun | None
     """Whether there is a state in `out` to resume from, a note, and the state; InputError if another run writes it."""
     resumes, note = can_resume(out, resume)
     if (out / LOCK).exists():
-        with alone(out, LOCK, IN_USE):
+        with exclusive_lock(out, LOCK, IN_USE):
             pass  # no other process trains into it
     return resumes, note, SavedRun.newest(out) if resumes else None
 

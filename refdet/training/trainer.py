@@ -18,11 +18,11 @@ from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.loading import build_on_meta
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.device import arithmetic, described, usable_device, usable_precision
+from refdet.device import describe_device, float32_arithmetic, resolve_device, supported_precision
 from refdet.errors import InputError, Interrupted, RuntimeFailure
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress_bar
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
 from refdet.ops._library import kernels_state, warn_of_plain_pytorch
 from refdet.structures.provenance import file_sha256
@@ -65,12 +65,12 @@ class Summary:
 
 
 def train_on(inputs: TrainingInputs, device: str | None = None, processes: Processes | None = None) -> Summary:
-    """Train a detector on checked inputs, in one process or in several that were given the same."""
+    """Train a detector on checked inputs, in one process or in several with the same inputs."""
     processes = processes or Processes()
-    target, recipe, out = usable_device(processes.device(device)), inputs.recipe, inputs.out
+    target, recipe, out = resolve_device(processes.device(device)), inputs.recipe, inputs.out
     index = inputs.objects.index
-    share = (processes.rank, processes.world_size)
-    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, share)
+    rank_and_size = (processes.rank, processes.world_size)
+    batches = TrainingBatches(index, inputs.source, recipe, inputs.objects, rank_and_size)
     provenance = inputs.provenance
     if inputs.weights is not None:
         folder = checkpoint.run_directory(inputs.weights)
@@ -104,23 +104,23 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         start = f"resumes from step {meta.step}"
     disk_bytes = state.max_disk_bytes(model, recipe.train, inputs.validation is not None)
     warn_of_plain_pytorch(target)
-    precision = usable_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
+    precision = supported_precision("tf32" if recipe.train.tf32 else "float32", target)  # of what is not bfloat16
     log.warning(
         "train: %s, %s, %s; %s of %s; recipe %s, %s; %s, batch size %d; up to %d MiB on disk",
-        described(device),
+        describe_device(device),
         "bfloat16" if in_bfloat16(model, target) else precision,
         kernels_state(),
-        counted(len(batches.records), "image"),
+        format_count(len(batches.records), "image"),
         index.path.name,
         recipe.name,
         start,
-        counted(recipe.train.steps, "step"),
+        format_count(recipe.train.steps, "step"),
         recipe.train.batch_size,
         -(-disk_bytes // 2**20),
     )
     check_shared_memory(batches, recipe.train.workers, processes.local_world_size)
     processes.check_same({"the initial weights": meta.provenance.weights})
-    with _locked(out) if processes.first else nullcontext():
+    with _lock(out) if processes.first else nullcontext():
         if processes.first:
             if states(out)[-1:] != ([saved_state.path] if saved_state else []):
                 raise _concurrent_write_error(out)
@@ -128,16 +128,16 @@ def train_on(inputs: TrainingInputs, device: str | None = None, processes: Proce
         processes.prepare(target, out)
         for line in start_lines(recipe, processes):
             log.warning("%s", line)
-        with arithmetic(precision):
+        with float32_arithmetic(precision):
             return _Training(
                 model, meta, batches, out, sgd, new_prefixes, inputs.data_sha256, processes, average, inputs.validation
             ).run()
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _lock(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out, LOCK, IN_USE):
+    with exclusive_lock(out, LOCK, IN_USE):
         yield
 
 
@@ -179,7 +179,7 @@ class _Training:
         self.model.train()
         with (
             Stop.watching() as stop,
-            _gc_frozen(),
+            _freeze_gc(),
             OrientationNote(self.batches.source, self.batches.epoch_steps) as orientations,
             MetricsLog(self.out, first) if self.processes.first else nullcontext() as metrics,
             progress_bar(options.steps, "train", "step", initial=first, disable=not self.processes.first) as bar,
@@ -228,7 +228,7 @@ class _Training:
                         0 if self.validation is None else validations_after(step, options) + validation_due
                     )
                     if validations_left and (left := clock.time_left(step, validations_left)):
-                        speed = f"{left} left with {counted(validations_left, 'validation')}, {speed}"
+                        speed = f"{left} left with {format_count(validations_left, 'validation')}, {speed}"
                     bar.set_postfix_str(f"{rates}, {speed}" if rates else speed, refresh=False)
                     self.losses = []
                 if step % options.checkpoint_interval == 0 or step == options.steps or validation_due:
@@ -260,7 +260,7 @@ class _Training:
         return {name: value for others in self.processes.gather(files) for name, value in others.items()}
 
     def _prepare_validation(self) -> bool:
-        """Get ready to validate; whether a run that resumes was stopped before its last step was validated."""
+        """Prepare to validate; returns whether a resumed run was stopped before its last step was validated."""
         assert self.validation is not None
         self.validator = Validator(self.validation, self.out, self.meta.recipe.train.workers)
         return self.validator.is_pending(self.meta)
@@ -288,7 +288,7 @@ class _Training:
 
     def _save_before_exit(self, step: int, advice: str = "") -> str:
         """Save a step; returns the end of a message, with ``advice`` on what to do before the run is resumed."""
-        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the other for ever
+        if self.processes.lost and next(self.model.parameters()).is_cuda:  # which may wait for the lost process forever
             return f"in step {step + 1}; what was saved before is kept: {advice}continue with `resume=True`"
         if step == 0:
             return f"before the first step; {advice}start again with `resume=True`"
@@ -330,7 +330,7 @@ def _next_or_interrupt(prefetched: Iterator[Batch], stop: Stop) -> Batch:
 
 
 @contextmanager
-def _gc_frozen() -> Iterator[None]:
+def _freeze_gc() -> Iterator[None]:
     """Hide existing objects from the garbage collector, which would copy their memory pages in every worker."""
     gc.freeze()
     try:

@@ -15,7 +15,7 @@ from refdet.errors import InputError
 from refdet.evaluation.average_precision import why_undefined
 from refdet.evaluation.detection import warn_about_annotations
 from refdet.evaluation.evaluation_data import EvaluationData
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.structures.provenance import Provenance
 from refdet.training.selection import held_out_notes
 from refer.image_lookup import coco_number
@@ -73,8 +73,8 @@ class ValidationData:
         notes = []
         if shared:
             notes.append(
-                f"`val_instances` {instances}: {counted(len(shared), 'image')} of {len(data.records)} are trained on "
-                "too, by their file names: the AP of the validations is not one of unseen images"
+                f"`val_instances` {instances}: {format_count(len(shared), 'image')} of {len(data.records)} are trained "
+                "on too, by their file names: the AP of the validations is not one of unseen images"
             )
         provenance = provenance_of_instances(data.index)
         notes += held_out_notes(instances, provenance, trained_on, training_objects.index.path)
@@ -82,11 +82,11 @@ class ValidationData:
 
     def describe(self, options: TrainOptions) -> str:
         """What is validated when, for the first lines of a run."""
-        every = f"every {counted(options.eval_every, 'step')} and " if options.eval_every else ""
+        every = f"every {format_count(options.eval_every, 'step')} and " if options.eval_every else ""
         weights = "the average of the weights (train.ema)" if options.ema else "the weights"
         return (
-            f"validation: {counted(len(self.data.records), 'image')} of {self.data.index.path.name}, {every}at the "
-            f"end, with {weights}; best/ keeps those of the highest box AP ({BEST_METRIC})"
+            f"validation: {format_count(len(self.data.records), 'image')} of {self.data.index.path.name}, {every}at "
+            f"the end, with {weights}; best/ keeps those of the highest box AP ({BEST_METRIC})"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from refdet.detector import loading
 from refdet.detector.checkpoint import CheckpointMetadata, HasWeights
 from refdet.evaluation.detection import detection_ap
-from refdet.files.short_text import counted
+from refdet.files.short_text import format_count
 from refdet.interrupt import Stop, StopRequested
 from refdet.structures.provenance import Selection
 from refdet.training.best import ValidationRecord, read_best, write_best
@@ -50,7 +50,7 @@ class Validator:
     def validated_on(self) -> str:
         """The validation data, for the model card."""
         index = self._validation.data.index
-        return f"{counted(len(index.images), 'image')} of {index.path.name}"
+        return f"{format_count(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
         """Whether a run that resumes was stopped before its last step was validated."""

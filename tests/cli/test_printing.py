@@ -24,7 +24,7 @@ from split_examples import coco, write, write_refs
 from refdet.cli import common
 from refdet.cli.main import OUTPUT_LOST, describe, fail, main
 from refdet.errors import InputError
-from refdet.files.printable_text import printable
+from refdet.files.printable_text import escape_unprintable
 from refdet.structures.provenance import Provenance
 
 pytestmark = pytest.mark.slow
@@ -36,8 +36,8 @@ ANY = st.one_of(st.text(), st.text(st.characters(min_codepoint=0, max_codepoint=
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(ANY)
 def test_any_text_becomes_one_line_that_is_shown_as_it_is(text: str) -> None:
-    shown = printable(text)
-    assert shown.isprintable() and printable(shown) == shown
+    shown = escape_unprintable(text)
+    assert shown.isprintable() and escape_unprintable(shown) == shown
     shown.encode()  # would fail at half characters
     if text.isprintable():
         assert shown == text
@@ -54,7 +54,7 @@ def test_any_text_becomes_one_line_that_is_shown_as_it_is(text: str) -> None:
     ],
 )
 def test_how_it_is_written_out(text: str, shown: str) -> None:
-    assert printable(text) == shown
+    assert escape_unprintable(text) == shown
 
 
 def log_warning(text: str) -> None:

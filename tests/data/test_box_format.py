@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refdet.cli.common import BOX_FORMATS
-from refdet.data.box_format import DEFAULT, FORMS, INFERRED_ORDER, NAMES, settle
+from refdet.data.box_format import DEFAULT, FORMATS, INFERRED_ORDER, NAMES, resolve_box_format
 from refdet.data.coco import CocoIndex
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
@@ -44,50 +44,50 @@ def test_the_names_of_the_option() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(sorted(FORMS)))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(sorted(FORMATS)))
 def test_every_form_comes_back_as_pixels(seed: int, count: int, name: str) -> None:
     corners, sizes = some_boxes(seed, count)
-    np.testing.assert_allclose(FORMS[name].to_pixels(written(name, corners, sizes), sizes), corners, atol=1e-9)
-    assert not FORMS[name].misfits(written(name, corners, sizes), sizes).any()
+    np.testing.assert_allclose(FORMATS[name].to_pixels(written(name, corners, sizes), sizes), corners, atol=1e-9)
+    assert not FORMATS[name].misfits(written(name, corners, sizes), sizes).any()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(sorted(FORMS)))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(sorted(FORMATS)))
 def test_the_right_form_is_never_doubted(seed: int, count: int, name: str) -> None:
     corners, sizes = some_boxes(seed, count)
-    assert settle(name, written(name, corners, sizes), sizes) == (name, [])
+    assert resolve_box_format(name, written(name, corners, sizes), sizes) == (name, [])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FORMS)), st.sampled_from(sorted(FORMS)))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FORMATS)), st.sampled_from(sorted(FORMATS)))
 def test_another_form_is_warned_of_with_the_right_one(seed: int, name: str, said: str) -> None:
     corners, sizes = some_boxes(seed, 60)
-    settled, lines = settle(said, written(name, corners, sizes), sizes)
+    settled, lines = resolve_box_format(said, written(name, corners, sizes), sizes)
     assert settled == said and len(lines) == (said != name)
     if said != name:
         (line,) = lines
         advised = line.rsplit("`box_format='", 1)[1].rstrip("`'")
         assert line.startswith("warning: ") and "60 boxes" in line and line.count("\n") == 0
-        assert settle(advised, written(name, corners, sizes), sizes)[0] == name
+        assert resolve_box_format(advised, written(name, corners, sizes), sizes)[0] == name
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(INFERRED_ORDER), st.sampled_from(["xyxy", "xywh"]))
 def test_the_order_is_that_which_the_boxes_fit(seed: int, unit: str, order: str) -> None:
     corners, sizes = some_boxes(seed, 30)
-    settled, lines = settle(unit, written(f"{unit}-{order}", corners, sizes), sizes)
+    settled, lines = resolve_box_format(unit, written(f"{unit}-{order}", corners, sizes), sizes)
     assert settled == f"{unit}-{order}" and len(lines) == 1
     assert lines[0].startswith("note: reading boxes as [x") and "0 of 30 do not fit" in lines[0]
 
 
 def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
-    settled, lines = settle("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
+    settled, lines = resolve_box_format("normalized", np.array([[0.1, 0.1, 0.3, 0.3]]), np.array([[640, 480]]))
     assert (
         settled == "normalized-xyxy"
         and "if they are [x, y, width, height] in 0..1 of the image, which equally many (1 of 1) fit" in lines[0]
     )
     assert "`box_format='normalized-xywh'`" in lines[0]
-    assert settle("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
+    assert resolve_box_format("thousandths", np.zeros((0, 4)), np.zeros((0, 2))) == ("thousandths-xyxy", [])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_fits_both_orders_is_read_as_corners_and_said() -> None:
     ],
 )
 def test_no_false_alarm_of_pixels(boxes: list) -> None:
-    assert settle("xywh", np.array(boxes), np.array([[640, 480]] * len(boxes))) == ("xywh", [])
+    assert resolve_box_format("xywh", np.array(boxes), np.array([[640, 480]] * len(boxes))) == ("xywh", [])
 
 
 @pytest.mark.parametrize(
@@ -124,15 +124,18 @@ def test_no_false_alarm_of_pixels(boxes: list) -> None:
     ],
 )
 def test_what_is_said_of_few_boxes(said: str, boxes: list, size: tuple[int, int], says: str) -> None:
-    _, lines = settle(said, np.array(boxes), np.array([size] * len(boxes)))
+    _, lines = resolve_box_format(said, np.array(boxes), np.array([size] * len(boxes)))
     assert says in lines[-1] and lines[-1].startswith("warning: ")
 
 
 def test_large_images_in_pixels_are_not_taken_for_thousandths() -> None:
     corners, sizes = some_boxes(0, 60, [(4000, 3000), (1600, 1200)])
-    for name in FORMS:
-        assert settle(name, written(name, corners, sizes), sizes) == (name, [])
-    assert "`box_format='thousandths'`" in settle("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
+    for name in FORMATS:
+        assert resolve_box_format(name, written(name, corners, sizes), sizes) == (name, [])
+    assert (
+        "`box_format='thousandths'`"
+        in resolve_box_format("xyxy", written("thousandths-xyxy", corners, sizes), sizes)[1][0]
+    )
 
 
 def refer_folder(root: Path, corners: np.ndarray, sizes: np.ndarray) -> Path:
@@ -179,7 +182,7 @@ def test_true_boxes_of_each_form_are_all_right(
     assert ("note: " in caplog.text and "p.json: reading boxes as" in caplog.text) == (asked in INFERRED_ORDER)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n != "xywh"])
+@pytest.mark.parametrize("name", [n for n in FORMATS if n != "xywh"])
 def test_predictions_of_another_form_than_said_are_warned_of(
     dataset: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from refdet.cli.main import main
 from refdet.config import recipe
 from refdet.data.coco import CocoIndex
-from refdet.data.image_decoder import upright
+from refdet.data.image_decoder import apply_orientation
 from refdet.data.image_orientation import OrientationNote
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
@@ -38,7 +38,7 @@ def write_dataset(root: Path, orientations: Sequence[int]) -> Path:
         seen = photograph(random, 48, 64)
         exif = Image.Exif()
         exif[0x112] = orientation
-        stored = upright(seen, {6: 8, 8: 6}.get(orientation, orientation))  # the inverse
+        stored = apply_orientation(seen, {6: 8, 8: 6}.get(orientation, orientation))  # the inverse
         (root / "images" / f"{number}.png").write_bytes(encoded(stored, "PNG", exif=exif))
         images.append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 64})
         box = [4 + number, 6, 30, 20]

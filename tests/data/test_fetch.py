@@ -21,7 +21,7 @@ import refer
 from refdet.cli.main import main
 from refdet.data.fetch.catalog import ITEMS, Item, instances_path, mirror_url, refer_path
 from refdet.data.fetch.fetch import fetch_data
-from refdet.data.refer_statistics import counts_of
+from refdet.data.refer_statistics import count_refs
 from refdet.errors import InputError, RuntimeFailure
 from refer.statistics import COUNTS
 
@@ -52,7 +52,7 @@ def refcoco(shapes_root: Path) -> bytes:
 def published(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the embedded dataset were the published one."""
     for by in ("unc", "google"):
-        found = counts_of(refer.files.read_refs(shapes_root / "refer", "refcoco", by))
+        found = count_refs(refer.files.read_refs(shapes_root / "refer", "refcoco", by))
         monkeypatch.setitem(COUNTS, ("refcoco", by), found)
 
 

@@ -20,7 +20,7 @@ from split_examples import coco, write, write_refs
 
 from refdet.data import image_decoder
 from refdet.data.coco import CocoIndex, ImageRecord
-from refdet.data.image_decoder import SizeError, decode, decode_any_size, thumbnails, upright
+from refdet.data.image_decoder import SizeError, apply_orientation, decode, decode_any_size, thumbnails
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.splits.duplicates import audit_content
 from refdet.splits.perceptual_hash import SIDE
@@ -93,7 +93,7 @@ def test_orientation_is_left_alone_or_applied(kind: str, orientation: int) -> No
         np.testing.assert_array_equal(stored, PHOTO)
     turned = decode(data, *shown.shape[:2], exif="apply").pixels
     np.testing.assert_array_equal(turned, shown)
-    np.testing.assert_array_equal(upright(stored, orientation), shown)
+    np.testing.assert_array_equal(apply_orientation(stored, orientation), shown)
     for pixels in (stored, turned):
         assert pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
     both = thumbnails(data, SIDE)
@@ -111,7 +111,7 @@ def test_orientation_of_16_bits(orientation: int) -> None:
         grey = np.stack([(DEEP >> 8).astype(np.uint8)] * 3, axis=2)
         np.testing.assert_array_equal(decode(data, 120, 160).pixels, grey)
         size = (160, 120) if orientation > 4 else (120, 160)
-        np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, upright(grey, orientation))
+        np.testing.assert_array_equal(decode(data, *size, exif="apply").pixels, apply_orientation(grey, orientation))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (3, 2)])

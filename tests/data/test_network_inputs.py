@@ -26,8 +26,8 @@ def test_together_as_alone(
     images = images_of(shapes)
     images[0] = images[0][:, ::-1]  # mirrored
     sizes = [input_size(*image.shape[:2], options) for image in images]
-    grouped = transforms._groups
-    monkeypatch.setattr(transforms, "_groups", lambda images, device: grouped(images, torch.device("cuda")))
+    grouped = transforms._group_by_shape
+    monkeypatch.setattr(transforms, "_group_by_shape", lambda images, device: grouped(images, torch.device("cuda")))
     found = network_inputs(images, sizes, options)
     assert found.is_contiguous(memory_format=torch.channels_last)
     for image, size, one in zip(images, sizes, found, strict=True):
@@ -46,9 +46,9 @@ def test_on_a_gpu_the_steps_are_as_many_as_the_shapes(monkeypatch: pytest.Monkey
 
     options, images = InputOptions(min_sizes=(90,), max_size=400), images_of(SHAPES)
     sizes = [input_size(*image.shape[:2], options) for image in images]
-    grouped, counts = transforms._groups, []
+    grouped, counts = transforms._group_by_shape, []
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(transforms, "_groups", lambda images, _, d=device: grouped(images, torch.device(d)))
+        monkeypatch.setattr(transforms, "_group_by_shape", lambda images, _, d=device: grouped(images, torch.device(d)))
         with torch.inference_mode(), Steps() as steps:
             network_inputs(images, sizes, options)
         counts.append(steps.calls)

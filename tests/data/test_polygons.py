@@ -13,7 +13,7 @@ from polygon_files import HEIGHT, SQUARE, WIDTH, check, load, write
 from refdet.data.coco import CocoIndex
 from refdet.data.polygons import is_surely_drawn
 from refdet.data.segmentations import to_rle
-from refdet.extraction.given_regions import annotated_regions
+from refdet.extraction.given_regions import regions_from_annotations
 from refer.masks import can_be_drawn
 
 REFUSED = {
@@ -86,7 +86,7 @@ def test_what_is_read_can_be_extracted(tmp_path_factory: pytest.TempPathFactory,
         assert "annotation 7" in index and check(path) == index
         return
     assert check(path) == ""
-    [regions] = [annotated_regions(record, index.annotations[record.id]) for record in index.images.values()]
+    [regions] = [regions_from_annotations(record, index.annotations[record.id]) for record in index.images.values()]
     assert len(regions) == 1
     kept = index.annotations[3][0].segmentation
     if kept:

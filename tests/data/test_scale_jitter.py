@@ -18,8 +18,8 @@ from training_examples import run, squares, tiny
 from refdet.config.recipe import InputOptions
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
-from refdet.data.scale_jitter import crop_boxes, jittered_size, seen_part
-from refdet.data.training_batches import Batch, TrainingBatches, bytes_of, most_bytes_of
+from refdet.data.scale_jitter import crop_boxes, sample_jittered_size, visible_window
+from refdet.data.training_batches import Batch, TrainingBatches, bytes_of, max_bytes_of
 from refdet.data.transforms import network_input
 from refdet.detector.checkpoint import read_tensors
 from refdet.detector.target_assignment import compute_mask_targets
@@ -32,7 +32,7 @@ sides, seeds = st.integers(1, 150), st.integers(0, 2**32 - 1)
 
 
 def drawn(height: int, width: int, seed: int, options: InputOptions = OPTIONS) -> InputSize:
-    return jittered_size(height, width, options, np.random.default_rng(seed))
+    return sample_jittered_size(height, width, options, np.random.default_rng(seed))
 
 
 @settings(max_examples=150, deadline=None)
@@ -46,14 +46,14 @@ def test_the_input_is_a_part_of_an_image_that_fits_into_the_scaled_square(height
     assert 0 <= x <= whole[1] - size.width and 0 <= y <= whole[0] - size.height
     assert size.scale == (whole[1] / width, whole[0] / height)
     for flip in (False, True):
-        left, top, right, bottom = seen_part(size, flip)
+        left, top, right, bottom = visible_window(size, flip)
         assert -1e-6 <= left < right <= width + 1e-6 and -1e-6 <= top < bottom <= height + 1e-6
         assert right - left == pytest.approx(size.width / size.scale_x)
 
 
 def test_scales_and_places_are_spread_evenly() -> None:
     random = np.random.default_rng(0)
-    found = [jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
+    found = [sample_jittered_size(640, 640, replace(OPTIONS, crop_size=1000), random) for _ in range(4000)]
     scales = np.array([size.whole[0] / 1000 for size in found])
     assert abs(scales.mean() - 1.05) < 0.03 and scales.min() < 0.11 and scales.max() > 1.99
     places = np.array([size.origin[0] / (size.whole[1] - size.width) for size in found if size.whole[1] > 1200])
@@ -94,7 +94,7 @@ def test_pixels_are_those_of_the_whole_resized_image(noisy: Path, resize: str) -
             torch.testing.assert_close(seen, whole[(slice(None), *size.part)], atol=1e-5, rtol=1e-5)
             assert not inputs[row, :, size.height :].any() and not inputs[row, :, :, size.width :].any()
             kinds.add((flip, max(size.whole) > 64, found.images.layouts[row][0]))
-            assert bytes_of(size, options) <= most_bytes_of(64, 96, options)
+            assert bytes_of(size, options) <= max_bytes_of(64, 96, options)
     assert {kind[:2] for kind in kinds} == {(a, b) for a in (False, True) for b in (False, True)}
 
 
@@ -137,7 +137,7 @@ def test_boxes_of_cut_objects_are_those_of_what_is_seen(seed: int, flip: bool, c
     ys, xs = mask.nonzero()
     box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     size = drawn(height, width, seed)
-    window = seen_part(size, flip)
+    window = visible_window(size, flip)
     kept, boxes = crop_boxes(torch.tensor([box], dtype=torch.float32), [coco_mask.encode(mask)], window)
     spans = [(max(x, window[0]), max(y, window[1]), min(x + 1, window[2]), min(y + 1, window[3]))
              for y, x in zip(ys, xs, strict=True)]  # fmt: skip

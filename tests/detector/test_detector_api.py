@@ -263,10 +263,10 @@ def test_unknown_training_data_is_told(tmp_path: Path, caplog: pytest.LogCapture
 def test_bfloat16_is_computed_where_there_is_arithmetic_for_it(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("refdet.detector.detector.usable_precision", lambda precision, device: "float32")
+    monkeypatch.setattr("refdet.detector.detector.supported_precision", lambda precision, device: "float32")
     assert refdet.load_detector(run, device="cpu", precision="bfloat16").precision == "float32"
     assert "no bfloat16 arithmetic; computing in float32" in caplog.text
-    monkeypatch.setattr("refdet.detector.detector.usable_precision", lambda precision, device: precision)
+    monkeypatch.setattr("refdet.detector.detector.supported_precision", lambda precision, device: precision)
     rough = refdet.load_detector(run, device="cpu", precision="bfloat16")
     assert rough.precision == "bfloat16" and rough.describe(IMAGES[0], BOXES).features["fc7"].dtype == np.float32
 

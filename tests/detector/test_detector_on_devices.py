@@ -19,7 +19,7 @@ from trained_models import saved_model
 import refdet
 from refdet.detector.roi_sampling import sample_rois
 from refdet.detector.sampling import image_seeds
-from refdet.device import arithmetic, usable_device
+from refdet.device import float32_arithmetic, resolve_device
 from refdet.errors import RuntimeFailure
 from refdet.structures import boxes as box_ops
 from refdet.structures.ground_truth import GroundTruth, PaddedTruth
@@ -156,7 +156,7 @@ def truths() -> list[GroundTruth]:
 
 def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of all anchors and RoIs, so that nothing is sampled; on the host."""
-    where = usable_device(device)
+    where = resolve_device(device)
     model = small_model(
         *VARIANTS[variant], "proposals.batch_size_per_image=100000", "head.batch_size_per_image=20000",
         "proposals.post_nms_top_n_train=60", "head.positive_fraction=1.0", "proposals.positive_fraction=1.0",
@@ -164,9 +164,9 @@ def losses_and_gradients(device: str, variant: str, bf16: bool = False) -> tuple
     model = model.train().to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
     generator = torch.Generator().manual_seed(0)
-    with arithmetic("float32"), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+    with float32_arithmetic("float32"), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
         found = model.compute_losses(images, [(96, 128), (90, 128), (96, 100)], truths(), generator)
-    with arithmetic("float32"):
+    with float32_arithmetic("float32"):
         torch.stack(list(found.values())).sum().backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach().cpu() for name, value in found.items()}, gradients
@@ -196,7 +196,7 @@ def test_losses_in_bfloat16(device: str, variant: str) -> None:
 
 @on_devices
 def test_sampling_is_repeated_with_its_seed(device: str) -> None:
-    where = usable_device(device)
+    where = resolve_device(device)
     model = small_model(*PYRAMID, "head.batch_size_per_image=16").train().to(where)
     images = torch.randn(3, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(where)
     maps = model.extract_feature_maps(images)

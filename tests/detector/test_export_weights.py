@@ -17,8 +17,8 @@ from refdet.data.transforms import input_size, network_inputs
 from refdet.detector import checkpoint, loading
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import identify_checkpoint
 from refdet.detector.weights.export_weights import config
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.structures.provenance import Provenance
 
@@ -52,7 +52,7 @@ def test_torchvision_loads_it_and_proposes_the_same(tmp_path: Path, name: str, m
     recipe = recipes.load(name).with_changes([*SMALL, f"model.masks={str(masks).lower()}"])
     ours = run_of(tmp_path / "run", recipe)
     notes = export(tmp_path / "run", tmp_path / "out.pth", "torchvision")
-    assert ("pools half a cell away" in notes) == (name == "fpn-res50")
+    assert ("pools half a cell off" in notes) == (name == "fpn-res50")
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     kind = TorchvisionMaskRCNN if masks else FasterRCNN
     theirs = kind(backbone, 4, min_size=160, max_size=256, rpn_post_nms_top_n_test=50).eval()

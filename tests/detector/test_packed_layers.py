@@ -18,13 +18,13 @@ from refdet.detector.packed_layers import (
 )
 from refdet.detector.resnet import Bottleneck
 from refdet.ops import convolution
-from refdet.ops.convolution import half_is_quickest, has_products, pointwise_is_quicker
+from refdet.ops.convolution import has_kernels, is_half_fastest, is_pointwise_faster
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or the processor has no AVX2")
+pytestmark = pytest.mark.skipif(not has_kernels(CPU), reason="the kernels are not built, or the processor has no AVX2")
 SINGLE = pytest.param(False, id="single")
 HALF = pytest.param(
-    True, id="half", marks=pytest.mark.skipif(not has_products(CPU, half=True), reason="the processor has no float16")
+    True, id="half", marks=pytest.mark.skipif(not has_kernels(CPU, half=True), reason="the processor has no float16")
 )
 TOLERANCE = {False: 1e-4, True: 0.1}
 Make = Callable[[], nn.Module]
@@ -66,7 +66,7 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
         assert not PackedConv2d.supports(layer, half)  # its weights are not bfloat16
         layer = layer.bfloat16()
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        taken = taken and pointwise_is_quicker(CPU, half)
+        taken = taken and is_pointwise_faster(CPU, half)
     assert PackedConv2d.supports(layer, half) == taken
     if taken:
         assert not half or not PackedConv2d.supports(layer, False)
@@ -78,7 +78,7 @@ def test_convolutions(make: Make, taken: bool, half: bool) -> None:
 def test_upsampling(half: bool, bias: bool) -> None:
     layer = nn.ConvTranspose2d(128, 64, 2, 2, bias=bias)
     layer = layer.bfloat16() if half else layer
-    assert PackedConvTranspose2x2.supports(layer, half) == pointwise_is_quicker(CPU, half)
+    assert PackedConvTranspose2x2.supports(layer, half) == is_pointwise_faster(CPU, half)
     for x in (torch.randn(3, 128, 7, 7), torch.randn(1, 128, 1, 5), torch.zeros(0, 128, 7, 7)):
         beside(copy.deepcopy(layer), PackedConvTranspose2x2(layer, half), x, half)
 
@@ -119,7 +119,7 @@ def test_a_bottleneck(half: bool, stride: int, in_1x1: bool) -> None:
         used.to(torch.bfloat16)
     pack_layers(used, half)
     packed = [isinstance(layer, PackedConv2d) for layer in (used.conv1, used.conv2, used.conv3, used.downsample[0])]
-    pointwise = pointwise_is_quicker(CPU, half)
+    pointwise = is_pointwise_faster(CPU, half)
     assert packed == [pointwise, in_1x1 or stride == 1, pointwise, pointwise]  # a 3x3 with a stride is PyTorch's
     found = used(x.bfloat16() if half else x)
     torch.testing.assert_close(found.float(), block(x), rtol=0, atol=TOLERANCE[half])
@@ -158,4 +158,4 @@ def test_without_the_kernels_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -
             layer = layer.bfloat16() if half else layer
             kinds = (packed_layers.PackedConv2d, packed_layers.PackedConvTranspose2x2, packed_layers.PackedLinear)
             assert not any(kind.supports(layer, half) for kind in kinds)
-    assert not half_is_quickest(CPU)
+    assert not is_half_fastest(CPU)

@@ -12,9 +12,9 @@ from refdet.detector.target_assignment import (
     IGNORE,
     NEGATIVE,
     POSITIVE,
+    anchors_inside,
     assign_labels,
     compute_mask_targets,
-    inside,
 )
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.ground_truth import GroundTruth, PaddedTruth
@@ -105,7 +105,10 @@ def test_refilled_samples_have_the_count_asked_for() -> None:
 
 def test_inside_the_image() -> None:
     boxes = torch.tensor([[0.0, 0, 20, 10], [-1, 0, 5, 5], [0, 0, 21, 5], [0, 0, 5, 11]])
-    assert inside(boxes, [(10, 20), (11, 21)]).tolist() == [[True, False, False, False], [True, False, True, True]]
+    assert anchors_inside(boxes, [(10, 20), (11, 21)]).tolist() == [
+        [True, False, False, False],
+        [True, False, True, True],
+    ]
 
 
 def test_inclusive_rois_get_the_mask_under_their_pixels() -> None:

@@ -25,7 +25,7 @@ from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference
 from refdet.detector.predictor import detect_batch
 from refdet.detector.weights import torchvision as theirs
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.structures.detection_options import DetectionOptions
 
 SIZES = {"min_size": 320, "max_size": 512, "rpn_post_nms_top_n_test": 100}
@@ -140,9 +140,9 @@ def test_names_of_each_version_and_back(name: str) -> None:
         network = MODELS[name](weights=None, weights_backbone=None)
     state = {key: torch.rand(value.shape) for key, value in network.state_dict().items()}
     found = identify_checkpoint(state)
-    exported = theirs.naming(found.recipe).export(found.tensors)
+    exported = theirs.name_mapping(found.recipe).export(found.tensors)
     if name.endswith("v2"):  # norms of the neck and the heads come back as norms that add a bias
-        exported = theirs.with_norms(exported)
+        exported = theirs.unfold_norms(exported)
         again = identify_checkpoint(exported)
         for key, value in found.tensors.items():
             torch.testing.assert_close(again.tensors[key], value, atol=1e-5, rtol=1e-5)
@@ -172,7 +172,7 @@ def test_norms_of_another_epsilon() -> None:
     norm, x = FrozenBatchNorm2d(8, eps=0.0), torch.randn(2, 8, 4, 4)
     for value in norm.state_dict().values():
         value.copy_(torch.rand(8) * 1e-4 + 1e-6)
-    changed = theirs.with_usual_eps({f"bn1.{key}": value for key, value in norm.state_dict().items()}, eps=0.0)
+    changed = theirs.convert_eps({f"bn1.{key}": value for key, value in norm.state_dict().items()}, eps=0.0)
     usual = FrozenBatchNorm2d(8, eps=1e-5)
     usual.load_state_dict({key.removeprefix("bn1."): value for key, value in changed.items()})
     torch.testing.assert_close(usual(x), norm(x), atol=1e-4, rtol=1e-4)

@@ -60,7 +60,7 @@ def test_a_step_waits_no_oftener_for_more_images(changes: list[str], monkeypatch
             batch_of(count, model.recipe.input),
         )
         fetches = []
-        monkeypatch.setattr(step, "start_fetching", lambda values, fetches=fetches: fetches.append(values))
+        monkeypatch.setattr(step, "to_cpu_async", lambda values, fetches=fetches: fetches.append(values))
         with counted() as (python, aten):
             step.start_step(model, sgd, batch, 0.01, 1.0, generator)
         assert len(fetches) == 1  # of the losses and the norm; nothing waits for it

@@ -25,7 +25,7 @@ from refdet.detector.backbones import network_name
 from refdet.detector.feature_names import check_features
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.optimize import optimize_for_inference
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import import_weights
 from refdet.errors import ArgumentError, InputError
 from refdet.structures import known_weights
@@ -43,7 +43,7 @@ def images() -> Tensor:
 
 def detector(weights: Tensors, form: str, style: str | None = None) -> MaskRCNN:
     found = identify_checkpoint(weights, style)
-    assert found.classes is not None and not found.untrained
+    assert found.classes is not None and not found.missing_prefixes
     model = loading.build_on_meta(found.recipe, found.classes)
     loading.load_weights(model, found.tensors, Path("weights"))
     model.to(memory_format=torch.channels_last).eval()
@@ -125,8 +125,8 @@ def test_every_tensor_arrives(weights: type[Tensors]) -> None:
 WRONG = {
     "masks": (vgg_weights() | {"mask_pred_net.bias": torch.ones(5)}, "a VGG-16 with a mask branch"),
     "missing": ({n: v for n, v in vgg_weights().items() if "classifier.3" not in n}, "missing: vgg.classifier.3.bias"),
-    "left over": (vgg_weights() | {"vgg.classifier.6.bias": torch.ones(3)}, "left over: vgg.classifier.6.bias"),
-    "anchors": (vgg_weights(anchors=15), "15 anchors a cell with a vgg match no recipe"),
+    "unexpected": (vgg_weights() | {"vgg.classifier.6.bias": torch.ones(3)}, "unexpected: vgg.classifier.6.bias"),
+    "anchors": (vgg_weights(anchors=15), "15 anchors per cell with a vgg match no recipe"),
     "width": (mobilenet_weights() | {"mobilenet.Conv2d_0.0.weight": torch.ones(0, 3, 3, 3)}, "model.width: must be"),
     "no axis": (mobilenet_weights() | {"mobilenet.Conv2d_0.0.weight": torch.ones(())}, "model.width: must be"),
 }
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_said(kind: str) -> None:
 def test_formats_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="`style` caffe: this is a detector; only tf-faster-rcnn and pytorch-"):
         identify_checkpoint(vgg_weights(), "caffe")
-    with pytest.raises(InputError, match="`style` tf-faster-rcnn: these are not the names of its detectors"):
+    with pytest.raises(InputError, match="`style` tf-faster-rcnn: the tensors do not have the names of its detectors"):
         identify_checkpoint(torchvision_vgg().state_dict(), "tf-faster-rcnn")
 
 
@@ -169,7 +169,7 @@ def test_a_vgg_has_no_spatial_fc7() -> None:
 
 def test_a_known_file_shows_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(torchvision_vgg().state_dict(), tmp_path / "vgg16.pth")
-    with pytest.raises(InputError, match="vgg16.pth: a VGG-16 of ImageNet, whose tensors do not show its input"):
+    with pytest.raises(InputError, match="vgg16.pth: an ImageNet VGG-16, whose tensors do not show its preprocessing"):
         import_weights(tmp_path / "vgg16.pth", tmp_path / "run")
     known = KnownFile("somebody's vgg16", IMAGENET, style="torchvision")
     monkeypatch.setitem(known_weights._TORCHVISION, file_sha256(tmp_path / "vgg16.pth")[:8], known)
@@ -183,7 +183,7 @@ def test_imagenet_networks_start_the_training() -> None:
         identify_checkpoint(theirs)
     ours = identify_checkpoint(theirs, "torchvision")
     assert ours.kind == "an ImageNet VGG-16 in torchvision style" and ours.recipe.input.order == "rgb"
-    assert ours.untrained == ("rpn.", "head.box.", "head.mask.")
+    assert ours.missing_prefixes == ("rpn.", "head.box.", "head.mask.")
     assert torch.equal(ours.tensors["backbone.convs.12.bias"], theirs["features.28.bias"])
     assert torch.equal(ours.tensors["head.fc7.weight"], theirs["classifier.3.weight"])
     numbers = {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}  # of Caffe, whose first layer flattens

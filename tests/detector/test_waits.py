@@ -20,7 +20,7 @@ from host_waits import GIVEN, InAten, answers, counted, waits
 from refdet.data.transforms import input_size, network_inputs
 from refdet.detector import predictor
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.postprocess import best_anchors, ranked_nms
+from refdet.detector.postprocess import batched_nms, top_anchors
 from refdet.detector.predictor import detect_batch, start_describing, start_detecting
 from refdet.structures.box_convention import BoxConvention
 from refdet.structures.detection_options import DetectionOptions
@@ -163,18 +163,18 @@ def test_scales_of_many_images_are_those_of_each(inclusive: bool) -> None:
 def test_the_best_anchors_come_by_index_where_they_are_equal() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     logits[0, 5], logits[0, 9], logits[2] = -0.0, 0.0, -1.5
-    scores, places = best_anchors(logits, 6000, legacy_tie_order=False)
+    scores, places = top_anchors(logits, 6000, legacy_tie_order=False)
     wanted = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(scores, wanted.values[:, :6000]) and torch.equal(places, wanted.indices[:, :6000])
     assert (logits.topk(6000, dim=1).indices != places).any()  # which is why it is not `topk` of the logits
     for batch in (logits[:1], logits[1:]):
-        assert torch.equal(best_anchors(batch, 50, False)[1], places[[0] if len(batch) == 1 else [1, 2], :50])
+        assert torch.equal(top_anchors(batch, 50, False)[1], places[[0] if len(batch) == 1 else [1, 2], :50])
 
 
 def test_the_seeds_ranking_is_one_sort_where_its_order_cannot_be_had() -> None:
     """On another device than the CPU; here on one that computes shapes alone."""
     with InAten() as aten:
-        scores, places = best_anchors(torch.empty(4, 500, device="meta"), 20, legacy_tie_order=True)
+        scores, places = top_anchors(torch.empty(4, 500, device="meta"), 20, legacy_tie_order=True)
     assert scores.shape == places.shape == (4, 20) and aten.calls["sort"] == 1
 
 
@@ -190,7 +190,7 @@ def test_the_seeds_nms_is_one_call_where_its_order_cannot_be_had(monkeypatch: py
     monkeypatch.setattr(postprocess, "nms_padded", called)
     boxes, scores, ids = torch.empty(9, 4, device="meta"), torch.empty(9, device="meta"), torch.empty(9, device="meta")
     with InAten() as aten:
-        kept, counts = ranked_nms(boxes, scores, ids, ids, 2, 0.3, 3, legacy_tie_order=True)
+        kept, counts = batched_nms(boxes, scores, ids, ids, 2, 0.3, 3, legacy_tie_order=True)
     assert len(calls) == 1 and calls[0][0][0] is boxes and aten.calls["sort"] == 0
     assert kept.tolist() == [4, 0, 7] and counts == [2, 1]
 

@@ -12,7 +12,7 @@ from foreign_weights import Tensors, call, refused, resnet_shapes
 from refdet.config import recipe as recipes
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.weights import detectron2
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 
@@ -34,7 +34,7 @@ def weights(name: str, classes: int = 80, masks: bool = True) -> tuple[Tensors, 
         for end in ("weight", "bias") if masks or "mask" not in key else ():
             own[key + end] = own[key + end].clone()
             own[key + end][:rows] = 0
-    theirs = detectron2.naming(recipe).export(own)
+    theirs = detectron2.name_mapping(recipe).export(own)
     theirs["pixel_mean"] = torch.ones(3, 1, 1)
     theirs["proposal_generator.anchor_generator.cell_anchors.0"] = torch.ones(15, 4)
     return own, theirs
@@ -46,7 +46,7 @@ def test_each_network_of_the_model_zoo_is_recognized(name: str, masks: bool) -> 
     own, theirs = weights(name, masks=masks)
     found = identify_checkpoint(theirs)
     assert found.recipe == recipes.load(name).with_changes([f"model.masks={str(masks).lower()}"])
-    assert found.classes == 80 and not found.untrained and set(found.tensors) == set(own)
+    assert found.classes == 80 and not found.missing_prefixes and set(found.tensors) == set(own)
     for key, value in own.items():
         assert torch.equal(found.tensors[key], value), key
 
@@ -100,7 +100,7 @@ def test_another_backbone_is_named() -> None:
     less = {key: value for key, value in theirs.items() if not key.startswith("backbone.bottom_up.res4.22.")}
     with pytest.raises(InputError, match="another backbone .blocks per stage: 3, 4, 22, 3."):
         identify_checkpoint(less)
-    with pytest.raises(InputError, match=r"left over: backbone\.bottom_up\.res3\.0\.conv2_offset\.weight"):
+    with pytest.raises(InputError, match=r"unexpected: backbone\.bottom_up\.res3\.0\.conv2_offset\.weight"):
         identify_checkpoint({**theirs, "backbone.bottom_up.res3.0.conv2_offset.weight": torch.ones(18, 128, 3, 3)})
 
 
@@ -131,7 +131,7 @@ def test_backbones_of_caffe2(tmp_path: Path, depth: int, blobs: bool) -> None:
     path = tmp_path / "R.pkl"
     path.write_bytes(pickle.dumps({"blobs": arrays} if blobs else arrays, protocol=2))
     found = identify_checkpoint(read_foreign(path))
-    assert found.recipe == recipes.load(f"d2-c4-res{depth}") and found.classes is None and found.untrained
+    assert found.recipe == recipes.load(f"d2-c4-res{depth}") and found.classes is None and found.missing_prefixes
     np.testing.assert_array_equal(found.tensors["head.conv5.1.conv2.weight"], arrays["res5_1_branch2b_w"])
     np.testing.assert_array_equal(found.tensors["backbone.layer1.0.downsample.1.bias"], arrays["res2_0_branch1_bn_b"])
     assert (found.tensors["backbone.bn1.running_mean"] == 0).all() and (

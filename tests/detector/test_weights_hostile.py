@@ -149,7 +149,7 @@ def test_a_bomb_is_refused_before_torch_reads_it(tmp_path: Path, kind: str) -> N
 
 def test_a_directory_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resnet(tmp_path / "resnet.pth")
-    monkeypatch.setattr(torch_files, "LARGEST_DIRECTORY", 1000)
+    monkeypatch.setattr(torch_files, "MAX_DIRECTORY_BYTES", 1000)
     with pytest.raises(InputError, match="the zip's directory is not where it should be, or too large"):
         read_contents(tmp_path / "resnet.pth")
 
@@ -186,7 +186,7 @@ def test_what_torch_saves_passes(tmp_path: Path, new: bool) -> None:
 def test_tensors_that_are_none_of_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict, says: str
 ) -> None:
-    monkeypatch.setattr(import_weights, "MOST_TENSORS", 300)
+    monkeypatch.setattr(import_weights, "MAX_TENSORS", 300)
     path = tmp_path / "weights.pth"
     torch.save(tensors, path)
     done = call("import-weights", "--from", path, "--out", tmp_path / "run")
@@ -256,7 +256,7 @@ def test_safetensors_headers_within_limits(tmp_path: Path, monkeypatch: pytest.M
     )
     assert "not a readable safetensors file" in header(overlap.encode())
     save_file({f"{i}": torch.ones(1) for i in range(30)}, path)
-    monkeypatch.setattr(weight_files, "MOST_TENSORS", 20)
+    monkeypatch.setattr(weight_files, "MAX_TENSORS", 20)
     with pytest.raises(InputError, match="30 tensors, more than the limit of 20"):
         read_tensors(path)
 

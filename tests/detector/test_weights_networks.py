@@ -17,7 +17,7 @@ from torchvision import models
 from refdet.config import recipe
 from refdet.detector import loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import import_weights
 
 
@@ -34,9 +34,9 @@ def test_every_tensor_of_the_seed_arrives(depth: int, anchors: int, masks: bool,
     given = seed_weights(depth, anchors, masks=masks)
     found = identify_checkpoint({f"module.{key}": value for key, value in given.items()})
     assert found.kind == f"the reference's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{depth}, " + (
-        f"{anchors} anchors a cell"
+        f"{anchors} anchors per cell"
     )
-    assert (found.recipe.name, found.recipe.model.masks, found.classes, found.untrained) == (name, masks, 80, ())
+    assert (found.recipe.name, found.recipe.model.masks, found.classes, found.missing_prefixes) == (name, masks, 80, ())
     unlike = [] if masks else ["model.masks=false"]
     assert found.recipe == recipe.load(name).with_changes(unlike)
     with torch.device("meta"):
@@ -62,8 +62,8 @@ def test_imagenet_styles_are_told_apart() -> None:
     assert (ours.recipe.input.order, ours.recipe.model.stride_in_1x1) == ("rgb", False)
     assert (caffe.recipe.input.order, caffe.recipe.model.stride_in_1x1) == ("bgr", True)
     assert ours.recipe.model.norm == caffe.recipe.model.norm == "frozen"
-    assert ours.classes is None and ours.untrained == ("rpn.", "head.box.", "head.mask.")
-    assert not [name for name in ours.tensors if name.startswith(ours.untrained)]
+    assert ours.classes is None and ours.missing_prefixes == ("rpn.", "head.box.", "head.mask.")
+    assert not [name for name in ours.tensors if name.startswith(ours.missing_prefixes)]
     # whoever knows better says so
     assert identify_checkpoint(resnet50_of_inputs(60.0), "torchvision").recipe.name == "c4-res50"
     assert identify_checkpoint(resnet50_of_inputs(1.0), "caffe").recipe.name == "reference-c4-res50"

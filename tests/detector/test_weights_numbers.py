@@ -20,7 +20,7 @@ from refdet.detector.finite import MAX_WEIGHT, find_unusable
 from refdet.detector.loading import MAX_NUMBERS, build_on_meta, load_weights
 from refdet.detector.mask_rcnn import MaskRCNN
 from refdet.detector.predictor import describe_boxes, detect_batch
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.errors import InputError, RuntimeFailure
 from refdet.structures.detection_options import DetectionOptions
 from refdet.structures.provenance import Provenance

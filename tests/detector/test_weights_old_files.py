@@ -108,12 +108,14 @@ def test_a_published_file_becomes_a_run(instances: Path, tmp_path: Path) -> None
     old_checkpoint(source, given, torch.cuda.FloatStorage, "cuda:0")
     unnamed = call("import-weights", "--from", source, "--out", out)
     refused(
-        unnamed, str(source), f"{len(index.categories)} classes, which are not COCO's 80; name them by --trained-on"
+        unnamed,
+        str(source),
+        f"{len(index.categories)} classes, which are not COCO's 80; give --trained-on to name them",
     )
     assert not out.exists()
     done = call("import-weights", "--from", source, "--out", out, "--trained-on", instances)
     assert done.exit_code == 0, done.output
-    assert "is the reference's Mask R-CNN with a ResNet-50, 12 anchors a cell" in done.stderr
+    assert "is the reference's Mask R-CNN with a ResNet-50, 12 anchors per cell" in done.stderr
     assert done.stdout.split("\n")[1].split()[:2] == ["reference-c4-res50", str(len(index.categories))]
     loaded = loading.load(out)
     assert loaded.meta.categories == tuple(index.categories.items())

@@ -13,7 +13,7 @@ import torch
 from foreign_weights import Tensors, call, of_one_number, refused, resnet_shapes, seed_weights
 from torch import Tensor, nn
 
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         without("rpn_net.bias", "resnet.bn1.weight"),
         ("looks like the weights of reference-c4-res50, but missing: resnet.bn1.weight, rpn_net.bias",),
     ),
-    "left over": (with_("rpn_extra.bias", torch.ones(1)), ("left over: rpn_extra.bias",)),
+    "unexpected": (with_("rpn_extra.bias", torch.ones(1)), ("unexpected: rpn_extra.bias",)),
     "half a mask branch": (without("mask_up_sampling.weight"), ("missing: mask_up_sampling.weight",)),
     "misshapen": (
         with_("rpn_net.weight", torch.ones(512, 1024)), ("rpn_net.weight is (512, 1024), not (512, 1024, 3, 3)",),
@@ -166,10 +166,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "no axis": (with_("cls_score_net.weight", torch.ones(())), ("cls_score_net.weight is ()",)),
     "odd scores": (with_("rpn_cls_score_net.bias", torch.ones(23)), ("rpn_cls_score_net.bias is (23,), not (24,)",)),
     "6 anchors": (
-        with_("rpn_cls_score_net.weight", torch.ones(12, 512, 1, 1)), ("6 anchors a cell with a ResNet-50", "12 "),
+        with_("rpn_cls_score_net.weight", torch.ones(12, 512, 1, 1)), ("6 anchors per cell with a ResNet-50", "12 "),
     ),
-    "15 anchors of res50": (with_("rpn_cls_score_net.weight", torch.ones(30, 512, 1, 1)), ("15 anchors a cell",)),
-    "no anchors": (with_("rpn_cls_score_net.weight", torch.ones(())), ("0 anchors a cell",)),
+    "15 anchors of res50": (with_("rpn_cls_score_net.weight", torch.ones(30, 512, 1, 1)), ("15 anchors per cell",)),
+    "no anchors": (with_("rpn_cls_score_net.weight", torch.ones(())), ("0 anchors per cell",)),
     "NaN": (with_("resnet.layer4.0.bn1.bias", NAN.expand(512)), ("resnet.layer4.0.bn1.bias contains NaN, inf",)),
     "too large": (
         with_("resnet.layer4.0.bn1.bias", torch.full((512,), 1e300, dtype=torch.float64)), ("bias contains NaN, inf",)
@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "no block": (no_block, ("unknown network", "blocks per stage: 3, 4, 5, 3")),
     "another network": (
         lambda _: {"features.0.weight": torch.ones(1), "classifier.bias": torch.ones(1)},
-        ("unknown network", "missing: conv1.weight", "left over: classifier.bias, features.0.weight"),
+        ("unknown network", "missing: conv1.weight", "unexpected: classifier.bias, features.0.weight"),
     ),
 }  # fmt: skip
 

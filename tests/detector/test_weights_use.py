@@ -18,7 +18,7 @@ from refdet.config.recipe import Recipe
 from refdet.data.coco import CocoIndex
 from refdet.detector import checkpoint
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import import_weights, read_foreign
 from refdet.errors import InputError
 from refdet.structures.coco_categories import coco_categories

@@ -73,7 +73,7 @@ def test_what_is_measured_is_what_is_extracted(tmp_path: Path, variant: str) -> 
                      device="cpu")  # fmt: skip
     detector = loading.load(folder.run, "cpu", for_inference=True)
     source = ImageSource.open(folder.images)
-    measured = list(detection.detected_regions(detector, source, list(index.images.values())))
+    measured = list(detection.detect_regions(detector, source, list(index.images.values())))
     with store.open(tmp_path / "a.h5") as written:
         assert {r.image_id for r in measured} == set(written) and written.regions > 50
         for regions in measured:
@@ -108,7 +108,7 @@ def test_threads_and_batches_are_by_default_those_of_an_extraction(
 
 def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, asked = Folder(tmp_path / "d"), {}
-    load, regions = loading.load, detection.detected_regions
+    load, regions = loading.load, detection.detect_regions
 
     def loads(path: Path, device: Any, **how: Any) -> Any:
         asked.update(how)
@@ -119,8 +119,8 @@ def test_the_options_reach_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return regions(detector, source, records, batch_size, workers)
 
     monkeypatch.setattr(loading, "load", loads)
-    monkeypatch.setattr(detection, "detected_regions", detects)
-    monkeypatch.setattr("refdet.device.usable_precision", lambda precision, device: precision)
+    monkeypatch.setattr(detection, "detect_regions", detects)
+    monkeypatch.setattr("refdet.device.supported_precision", lambda precision, device: precision)
     done = folder.evaluate("--precision", "bfloat16", "--batch-size", "3", "--workers", "1")
     assert done.exit_code == 0, done.output
     assert asked == {

@@ -26,7 +26,7 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.average_precision import coco_ap
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
-from refdet.extraction.given_regions import annotated_regions
+from refdet.extraction.given_regions import regions_from_annotations
 from refer import ReferError
 
 corner = st.floats(0, 50, width=32)
@@ -258,7 +258,7 @@ def test_images_that_the_store_lacks_are_named(toy: tuple[Path, Path]) -> None:
 def test_real_annotations_recall_every_ref(shared: Path, tmp_path: Path, dataset: str, split_by: str) -> None:
     data = shared / "data/coco_mini"
     index = CocoIndex.load(data / "annotations/instances_train2017.json")
-    images = [annotated_regions(record, index.annotations[i]) for i, record in index.images.items()]
+    images = [regions_from_annotations(record, index.annotations[i]) for i, record in index.images.items()]
     write_store(tmp_path / "a.h5", images, masks=True)
     found = evaluate_on_refer(tmp_path / "a.h5", data / "refer", dataset, split_by)
     assert found["splits"]

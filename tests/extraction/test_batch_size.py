@@ -13,7 +13,7 @@ from trained_models import IDS, trained_model
 from refdet.cli.main import main
 from refdet.config import recipe as recipes
 from refdet.data.coco import ImageRecord
-from refdet.device import naming_out_of_memory
+from refdet.device import as_out_of_memory_error
 from refdet.extraction import batch_size
 from refdet.extraction.batch_size import auto_batch_size, split_on_oom
 from refdet.extraction.options import ExtractOptions
@@ -105,7 +105,7 @@ def test_a_gpu_that_cannot_be_used_any_more_is_not_asked_for_its_memory(monkeypa
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
-    with pytest.raises(RuntimeError, match="CUDNN_STATUS_INTERNAL_ERROR"), naming_out_of_memory():
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_INTERNAL_ERROR"), as_out_of_memory_error():
         raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
 
 

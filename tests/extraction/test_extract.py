@@ -19,7 +19,7 @@ from refdet import store
 from refdet.data.coco import Annotation, CocoIndex, ImageRecord
 from refdet.errors import InputError, Interrupted
 from refdet.extraction import shards
-from refdet.extraction.given_regions import annotated_regions
+from refdet.extraction.given_regions import regions_from_annotations
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.pipeline import extract
 from refdet.extraction.plan import split_into_shards
@@ -157,18 +157,18 @@ def test_annotations_become_regions() -> None:
     over_the_border = Annotation(11, 1, 5, (-4.0, 2.5, 10.5, 30.0), None, 1.0, False)
     crowd = Annotation(12, 1, 5, (0.0, 0.0, 30.0, 20.0), None, 1.0, True)
     square = Annotation(13, 1, 5, (1, 1, 4, 4), [[1, 1, 4, 1, 4, 4, 1, 4]], 9.0, False)
-    regions = annotated_regions(image, [over_the_border, crowd, square])
+    regions = regions_from_annotations(image, [over_the_border, crowd, square])
     assert regions.ann_ids is not None
     assert regions.ann_ids.tolist() == [11, 13]
     assert regions.boxes.tolist() == [[0, 2.5, 10.5, 20], [1, 1, 4, 4]]
     assert coco_mask.area(regions.rles()).tolist() == pytest.approx([10.5 * 17.5, 9], abs=20)
     assert coco_mask.area(regions.rles()[1]) == 9
-    assert len(annotated_regions(image, [])) == 0
+    assert len(regions_from_annotations(image, [])) == 0
 
 
 def test_real_annotations_become_regions(shared: Path) -> None:
     index = CocoIndex.load(shared / "data/coco_mini/annotations/instances_train2017.json")
-    found = [annotated_regions(record, index.annotations[i]) for i, record in index.images.items()]
+    found = [regions_from_annotations(record, index.annotations[i]) for i, record in index.images.items()]
     ids = [int(i) for regions in found if regions.ann_ids is not None for i in regions.ann_ids]
     assert len(ids) == 739 - 8
     assert sorted(ids) == sorted(a["id"] for a in index.raw["annotations"] if not a["iscrowd"])

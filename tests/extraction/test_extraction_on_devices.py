@@ -26,9 +26,9 @@ from refdet import store
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.detector import loading, predictor
-from refdet.device import usable_device
+from refdet.device import resolve_device
 from refdet.errors import Interrupted, RuntimeFailure
-from refdet.evaluation.detection import detected_regions, evaluate
+from refdet.evaluation.detection import detect_regions, evaluate
 from refdet.extraction import computing
 from refdet.extraction.image_list import ImageList
 from refdet.extraction.options import ExtractOptions
@@ -251,7 +251,7 @@ def memory_for(device: str, images: int, root: Path) -> Iterator[None]:
             patch.setattr(computing, "start_detecting", limited)
             yield
         return
-    where = usable_device(device)
+    where = resolve_device(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(where)
     detector = loading.load(root / "run", where, for_inference=True)
@@ -299,11 +299,11 @@ def test_too_little_memory_for_one_image_is_told(device: str, roomy: Callable[[s
 def test_evaluation_measures_what_is_extracted(device: str, root: Path) -> None:
     """Bit for bit, on one device, as both are one computation."""
     extract(root, device, f"measured-{device}.h5", images=12, options=ExtractOptions(features=()))
-    detector = loading.load(root / "run", usable_device(device), for_inference=True)
+    detector = loading.load(root / "run", resolve_device(device), for_inference=True)
     index = CocoIndex.load(root / "instances.json")
     records = list(index.images.values())[:12]
     with store.open(root / f"measured-{device}.h5") as written:
-        for found in detected_regions(detector, ImageSource.open(root / "images"), records):
+        for found in detect_regions(detector, ImageSource.open(root / "images"), records):
             stored = written[found.image_id]
             for name in ("boxes", "scores", "category_ids"):
                 np.testing.assert_array_equal(getattr(found, name), getattr(stored, name))

@@ -28,7 +28,7 @@ from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction import parts
 from refdet.extraction.part import Part, no_part_running
 from refdet.extraction.workers import who_computes
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.splits.inspect import describe
 from refdet.structures.regions import Regions
 
@@ -141,7 +141,10 @@ def test_a_part_is_computed_by_one_process_only(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another process is computing part 2/2; let it end"):
             run(out, resume=True)
         assert run_part(out, "1/2").merged is False
-    with alone(folder, "lock", ""), pytest.raises(InputError, match="another process is writing to it; let it end"):
+    with (
+        exclusive_lock(folder, "lock", ""),
+        pytest.raises(InputError, match="another process is writing to it; let it end"),
+    ):
         run_part(out, "2/2")
     with no_part_running(folder):
         assert [one["state"] for one in who_computes(folder)] == ["finished"]
@@ -274,7 +277,7 @@ def test_two_parts_that_end_at_the_same_time(
         monkeypatch.setattr(parts, "_merge_if_last", original)
         assert run_part(out, "2/2").merged
         if gone:  # between the creation of the folder for the lock and that of the lock
-            monkeypatch.setattr(parts, "alone", vanished)
+            monkeypatch.setattr(parts, "exclusive_lock", vanished)
         return original(*given)
 
     def vanished(*_: object, **__: object) -> None:

@@ -77,11 +77,11 @@ def test_shards_are_written_or_sent(tmp_path: Path, shared: bool) -> None:
     for one in done:
         assert isinstance(one, Finished) and isinstance(one.file, Path) == shared
     adopted = shards_in(folder)
-    assert len(adopted.missing()) == len(SHARDS)
+    assert len(adopted.missing_shards()) == len(SHARDS)
     for one in done:
         adopted.adopt(one.number, one.file, one.rows, one.shapes)
     found = shards_in(folder)
-    assert found.missing() == adopted.missing() == []
+    assert found.missing_shards() == adopted.missing_shards() == []
     assert found._rows == adopted._rows and found._shapes == adopted._shapes
 
 
@@ -172,7 +172,7 @@ def test_a_shard_that_two_workers_compute_differently_is_that_of_one(tmp_path: P
         for one in done:
             adopted.adopt(one.number, one.file, one.rows, one.shapes)
         assert isinstance(second.compute(0, {}), Finished)  # also after its driver has lost it
-    assert shards_in(folder)._rows == adopted._rows and not adopted.missing()
+    assert shards_in(folder)._rows == adopted._rows and not adopted.missing_shards()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.files.atomic import MARK, atomic_write, left_behind, write_json
+from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
@@ -58,6 +58,6 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
     with atomic_write(target) as temporary, atomic_write(tmp_path / "b.h5") as second:
         temporary.write_text("")
         second.write_text("")
-        assert left_behind(tmp_path, name) == [temporary]
-        assert set(left_behind(tmp_path)) == {temporary, second}
-    assert left_behind(tmp_path) == [] and left_behind(tmp_path / "no") == []
+        assert find_temporary_files(tmp_path, name) == [temporary]
+        assert set(find_temporary_files(tmp_path)) == {temporary, second}
+    assert find_temporary_files(tmp_path) == [] and find_temporary_files(tmp_path / "no") == []

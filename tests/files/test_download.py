@@ -12,7 +12,7 @@ import pytest
 from loopback_server import Site, serving
 
 from refdet.errors import RuntimeFailure
-from refdet.files.download import DownloadFailure, WrongDownload, download, in_bytes
+from refdet.files.download import DownloadFailure, WrongDownload, download, format_bytes
 
 DATA = b"PK\x03\x04" + random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -218,4 +218,9 @@ def test_a_disk_that_gets_full_keeps_what_is_there(site: Site, tmp_path: Path, m
 
 
 def test_sizes() -> None:
-    assert [in_bytes(n) for n in (5, 1000, 45_613_210, 13_510_573_713)] == ["5 bytes", "1.0 kB", "45.6 MB", "13.5 GB"]
+    assert [format_bytes(n) for n in (5, 1000, 45_613_210, 13_510_573_713)] == [
+        "5 bytes",
+        "1.0 kB",
+        "45.6 MB",
+        "13.5 GB",
+    ]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from refdet.errors import InputError
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from refdet.files.lock import alone\n"
-    "with alone(Path(sys.argv[1]), 'lock', 'x'): print('held', flush=True); time.sleep(60)\n"
+    "import sys, time; from pathlib import Path; from refdet.files.lock import exclusive_lock\n"
+    "with exclusive_lock(Path(sys.argv[1]), 'lock', 'x'): print('held', flush=True); time.sleep(60)\n"
 )
 
 
@@ -26,12 +26,12 @@ def test_another_process_is_kept_out_until_it_dies(tmp_path: Path, number: signa
     for _ in range(2):
         with (
             pytest.raises(InputError, match="another process is writing to it; let it end$"),
-            alone(tmp_path, "lock", "let it end"),
+            exclusive_lock(tmp_path, "lock", "let it end"),
         ):
             raise AssertionError("got in")
     holder.send_signal(number)
     holder.wait()
-    with alone(tmp_path, "lock", "let it end"):
+    with exclusive_lock(tmp_path, "lock", "let it end"):
         pass
 
 
@@ -44,18 +44,18 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "flock", fails)
     ran = []
-    with alone(tmp_path, "lock", "x"):
+    with exclusive_lock(tmp_path, "lock", "x"):
         ran.append(1)
     assert ran and f"without locks ({os.strerror(number)})" in caplog.text
 
 
 def test_a_folder_that_cannot_hold_it_is_an_error_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError), alone(tmp_path / "file", "lock", "x"):
+    with pytest.raises(OSError), exclusive_lock(tmp_path / "file", "lock", "x"):
         pass
 
 
 def test_an_error_within_releases_it(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), alone(tmp_path, "lock", "x"):
+        with pytest.raises(ZeroDivisionError), exclusive_lock(tmp_path, "lock", "x"):
             raise ZeroDivisionError

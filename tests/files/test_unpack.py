@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from refdet.errors import InputError, RuntimeFailure
-from refdet.files.unpack import move_files, remove_unfinished, unpacked
+from refdet.files.unpack import move_files, remove_unfinished, unpack_temporarily
 
 FILES = {"top/a.json": b"{}", "top/b.p": b"x" * 5000, "other.txt": b"not wanted"}
 
@@ -42,7 +42,7 @@ def place(member: str) -> str | None:
 
 
 def unpack(archive: Path, out: Path) -> list[Path]:
-    with unpacked(archive, "the archive", place, out) as folder:
+    with unpack_temporarily(archive, "the archive", place, out) as folder:
         return move_files(folder, out)[0]
 
 
@@ -125,7 +125,7 @@ def test_files_that_exist_are_kept(tmp_path: Path) -> None:
     (out / "data" / "b.p").write_bytes(FILES["top/b.p"])
     (out / ".unpacking-of-another-time").mkdir()
     remove_unfinished(out)
-    with unpacked(as_zip(tmp_path / "archive", FILES), "the archive", place, out) as folder:
+    with unpack_temporarily(as_zip(tmp_path / "archive", FILES), "the archive", place, out) as folder:
         assert move_files(folder, out) == ([out / "data" / "b.p"], [out / "data" / "a.json"])
     assert (out / "data" / "a.json").read_bytes() == b"my own" and os.listdir(out) == ["data"]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from refdet.config import recipe, safe_yaml
 from refdet.config.safe_yaml import parse_yaml
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
+from refdet.files.short_text import short_repr, shorten
 
 pytestmark = pytest.mark.slow
 
@@ -87,14 +87,14 @@ def test_the_same_of_set(kind: str) -> None:
 
 
 def test_a_file_that_is_large_or_no_file(tmp_path: Path) -> None:
-    (tmp_path / "large.yaml").write_bytes(b"#" * (recipe.LARGEST_FILE + 1))
+    (tmp_path / "large.yaml").write_bytes(b"#" * (recipe.MAX_FILE_BYTES + 1))
     (tmp_path / "folder.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe.yaml")
     for name, says in (("large", "larger than 262144 bytes"), ("folder", "not a regular file"),
                        ("pipe", "not a regular file")):  # fmt: skip
         with pytest.raises(InputError, match=f"{name}.yaml: {says}"):
             recipe.load(str(tmp_path / f"{name}.yaml"))
-    (tmp_path / "comments.yaml").write_bytes(b"#" * (recipe.LARGEST_FILE - 1) + b"\n")
+    (tmp_path / "comments.yaml").write_bytes(b"#" * (recipe.MAX_FILE_BYTES - 1) + b"\n")
     assert recipe.load(str(tmp_path / "comments.yaml")).name == "comments"
 
 
@@ -118,9 +118,9 @@ def test_shipped_recipes_and_what_they_dump_are_plain() -> None:
                     lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=9)
                     | st.tuples(inner, inner), max_leaves=40))  # fmt: skip
 def test_any_value_is_shown_in_a_line(value: object) -> None:
-    text = shown(value)
+    text = short_repr(value)
     assert text and len(text) <= 160 and "\n" not in text
-    assert len(cut(value)) <= 80 and "\n" not in cut(value)
+    assert len(shorten(value)) <= 80 and "\n" not in shorten(value)
 
 
 WORDS = (

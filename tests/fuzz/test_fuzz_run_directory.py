@@ -22,7 +22,7 @@ from split_examples import write_refs
 from refdet.config import recipe
 from refdet.detector import checkpoint, loading
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import identify_checkpoint
+from refdet.detector.weights.identify import identify_checkpoint
 from refdet.detector.weights.import_weights import read_foreign
 from refdet.errors import InputError
 from refdet.report import page

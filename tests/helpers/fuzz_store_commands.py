@@ -21,7 +21,7 @@ from fuzzing import watched
 from refdet.cli.main import describe, main
 from refdet.data.coco import CocoIndex
 from refdet.extraction.boxes_from_file import load_boxes
-from refdet.files.printable_text import printable
+from refdet.files.printable_text import escape_unprintable
 from refdet.store import (
     hdf5_access,
     hdf5_sandbox,  # noqa: F401  # what a child imports is watched otherwise
@@ -59,7 +59,7 @@ def read_boxes(store: str, instances: str) -> tuple[int, str, str]:
             found.of(record)
     except Exception as error:
         code, text = describe(error)
-        return code, f"error: {printable(text)}", ""
+        return code, f"error: {escape_unprintable(text)}", ""
     return 0, "", ""
 
 

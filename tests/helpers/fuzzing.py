@@ -26,9 +26,9 @@ from refer import ReferError
 SECONDS = float(os.environ.get("REFDET_FUZZ_SECONDS") or 0)
 INPUTS = int(os.environ.get("REFDET_FUZZ_INPUTS") or 0)  # 0 for the format's own number
 FIRST = int(os.environ.get("REFDET_FUZZ_SEED") or 0)
-LONGEST_MESSAGE = 1000
-MOST_SECONDS = 20  # of one input
-MOST_MEMORY = 2**31  # bytes that an input may take beyond what the process has
+MAX_MESSAGE_LENGTH = 1000
+MAX_SECONDS = 20  # of one input
+MAX_MEMORY = 2**31  # bytes that an input may take beyond what the process has
 ENOUGH = 100  # inputs of which some should be read, where any is
 
 HOSTILE: list[Any] = [
@@ -127,7 +127,7 @@ def fuzz(
 
 def check_message(text: str, seed: int) -> None:
     """An error is one line of bearable length, and names no class of Python but in brackets."""
-    assert text and len(text) < LONGEST_MESSAGE and "\n" not in text, f"seed {seed}: {text[:300]!r}"
+    assert text and len(text) < MAX_MESSAGE_LENGTH and "\n" not in text, f"seed {seed}: {text[:300]!r}"
     assert "Error" not in text.partition(" (")[0], f"seed {seed}: {text}"
 
 
@@ -137,23 +137,23 @@ class TooMuch(BaseException):
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Fail if what is done meanwhile takes longer than `MOST_SECONDS`, or more than `MOST_MEMORY`."""
+    """Fail if what is done meanwhile takes longer than `MAX_SECONDS`, or more than `MAX_MEMORY`."""
 
     def late(number: int, frame: object) -> None:
-        raise TooMuch(f"more than {MOST_SECONDS} s")
+        raise TooMuch(f"more than {MAX_SECONDS} s")
 
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the largest memory is from now on
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     handler = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        if taken > MOST_MEMORY:
+        if taken > MAX_MEMORY:
             raise TooMuch(f"{taken} bytes of memory")
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # In Python: numbers that become a tensor and tensors that become numbers. In ATen, also called from C++.
 PYTHON = {"tensor", "as_tensor", "new_tensor", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 ATEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "bincount", "lift_fresh", "nms"}
-# Numbers of the host that become a tensor, for which `on_device` cares: through pinned memory, without waiting.
+# Numbers of the host that become a tensor, for which `to_device` cares: through pinned memory, without waiting.
 GIVEN = {"python tensor", "lift_fresh"}
 
 

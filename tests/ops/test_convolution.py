@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from refdet.ops.convolution import Packed, conv1x1, conv3x3, has_products, pack_conv1x1, pack_conv3x3
+from refdet.ops.convolution import Packed, conv1x1, conv3x3, has_kernels, pack_conv1x1, pack_conv3x3
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or the processor has no AVX2")
+pytestmark = pytest.mark.skipif(not has_kernels(CPU), reason="the kernels are not built, or the processor has no AVX2")
 SINGLE = pytest.param(False, id="single")
 HALF = pytest.param(
-    True, id="half", marks=pytest.mark.skipif(not has_products(CPU, half=True), reason="the processor has no float16")
+    True, id="half", marks=pytest.mark.skipif(not has_kernels(CPU, half=True), reason="the processor has no float16")
 )
-KINDS = [(size, half) for size in (1, 3) for half in (False, True) if not half or has_products(CPU, half=True)]
+KINDS = [(size, half) for size in (1, 3) for half in (False, True) if not half or has_kernels(CPU, half=True)]
 
 # of a result of a standard deviation of 1, with up to 512 channels: more than twice what was seen
 TOLERANCE = {False: 1e-4, True: 0.2}
@@ -100,7 +100,7 @@ def test_sizes_of_the_detector(size: int, shape: tuple[int, ...], half: bool) ->
 @pytest.mark.parametrize("size", [1, 3])
 def test_half_is_about_as_near_as_bfloat16(size: int) -> None:
     """Of a map that ReLU left, beside PyTorch's convolution in bfloat16; a 3x3 is 3 times as far from the exact one."""
-    if not has_products(CPU, half=True):
+    if not has_kernels(CPU, half=True):
         pytest.skip("the processor has no float16")
     x, weight, _ = drawn(size, True, 4, 512, 128, 7, 7)
     example = Example(x.relu(), weight.bfloat16().float(), torch.zeros(128))

@@ -69,7 +69,7 @@ def test_the_state_of_the_kernels(
     monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], gpu: bool, said: str
 ) -> None:
     built(monkeypatch, *devices, gpu=gpu)
-    monkeypatch.setattr("refdet.device.described", lambda name: "a device")
+    monkeypatch.setattr("refdet.device.describe_device", lambda name: "a device")
     assert kernels_state() == said
     assert CliRunner().invoke(main, ["--version"]).output.splitlines()[-1] == said
     monkeypatch.setenv("REFDET_NO_EXT", "1")

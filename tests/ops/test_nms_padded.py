@@ -10,7 +10,7 @@ from nms_problems import Problem, problems, scene
 from torch import Tensor
 
 from refdet.ops._library import DEVICES
-from refdet.ops.nms import nms_padded, nms_padded_plain, unpadded
+from refdet.ops.nms import nms_padded, nms_padded_plain, unpad
 
 compiled = pytest.mark.skipif("cpu" not in DEVICES, reason="the kernels are not built here")
 both = pytest.mark.parametrize("function", [nms_padded, nms_padded_plain])
@@ -24,7 +24,7 @@ def solved(problem: Problem, function: Callable[..., tuple[Tensor, Tensor]], dev
     boxes, scores = problem.boxes.to(device), problem.scores.to(device)
     kept, counts = function(boxes, scores, problem.threshold, limit, images.to(device), COUNT, groups=groups)
     assert kept.shape == (COUNT, limit) and counts.shape == (COUNT,) and kept.dtype == counts.dtype == torch.int64
-    flat, numbers = unpadded(kept, counts)
+    flat, numbers = unpad(kept, counts)
     rows = [row[:number].tolist() for row, number in zip(kept, counts.tolist(), strict=True)]
     assert flat.tolist() == sum(rows, []) and numbers == counts.tolist()
     assert all((row[number:] == -1).all() for row, number in zip(kept, numbers, strict=True))
@@ -81,7 +81,7 @@ def test_of_no_images_and_no_boxes(function: Callable[..., tuple[Tensor, Tensor]
     kept, counts = function(none, scores, 0.5, 3, ids, 2)
     assert kept.tolist() == [[-1] * 3] * 2 and counts.tolist() == [0, 0]
     kept, counts = function(torch.zeros(2, 4), torch.zeros(2), 0.5, 3, torch.zeros(2, dtype=torch.int64), 0)
-    assert kept.shape == (0, 3) and unpadded(kept, counts)[1] == []
+    assert kept.shape == (0, 3) and unpad(kept, counts)[1] == []
 
 
 @pytest.mark.parametrize(("max_keep", "count"), [(-1, 2), (3, -1)])
@@ -118,6 +118,6 @@ def test_traces_whole() -> None:
 
 def test_the_indices_of_each_image_are_put_together() -> None:
     kept = torch.tensor([[5, 2, -1], [-1, -1, -1], [9, 8, 7]])
-    flat, numbers = unpadded(kept, torch.tensor([2, 0, 3]))
+    flat, numbers = unpad(kept, torch.tensor([2, 0, 3]))
     np.testing.assert_array_equal(flat, [5, 2, 9, 8, 7])
     assert numbers == [2, 0, 3]

@@ -184,4 +184,6 @@ def test_pool5_is_the_mean_of_the_cells(pooling: str) -> None:
     with torch.no_grad():
         maps = model.extract_feature_maps(torch.randn(2, 3, 128, 160, generator=generator))
         rois = some_rois(generator, 12, 2, turned=False)
-        torch.testing.assert_close(model.head.pool5(maps, rois), model.head.pooled(maps, rois).mean((2, 3)), **CLOSE)
+        torch.testing.assert_close(
+            model.head.pool5(maps, rois), model.head.pool_cells(maps, rois).mean((2, 3)), **CLOSE
+        )

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refdet.detector.conv2d import Conv2d
-from refdet.ops.convolution import conv3x3_weight_gradient, has_products
+from refdet.ops.convolution import conv3x3_weight_gradient, has_kernels
 from refdet.ops.training_convolution import conv2d
 
 CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(not has_products(CPU), reason="the kernels are not built, or there is no AVX2")
+needs_kernels = pytest.mark.skipif(not has_kernels(CPU), reason="the kernels are not built, or there is no AVX2")
 ONE = (1, 1)
 
 

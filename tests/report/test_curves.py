@@ -15,7 +15,7 @@ from refdet import store
 from refdet.errors import InputError
 from refdet.evaluation.detection_errors import DetectionErrors
 from refdet.report import Inputs, ReferPart, page
-from refdet.report.confusions import MOST_CATEGORIES, confusion_map
+from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
 from refdet.report.samples import images_of, scenes
 from refdet.report.validations import read_validations, validation_chart
@@ -48,9 +48,9 @@ def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
 
 
 def test_a_validation_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="line 1: 'val_bbox_AP' is no number"):
+    with pytest.raises(InputError, match="line 1: 'val_bbox_AP' must be a number"):
         read_validations(log_of(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
-    with pytest.raises(InputError, match="line 1: 'step' is no count"):
+    with pytest.raises(InputError, match="line 1: 'step' must be a count"):
         read_validations(log_of(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
     assert read_validations(tmp_path / "none.jsonl") == []
 
@@ -63,7 +63,7 @@ def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -
     chart = confusion_map(errors, {1: "cat", 2: "dog"})
     # dog was confused oftenest; 3 never, and 9 has no objects; then another category, and no region
     np.testing.assert_allclose(seen[0], [[0.8, 0, 0.2, 0], [0.3, 0.5, 0, 0.2]])
-    assert "cat: 50% right, most often taken for dog (30%)" in chart.description
+    assert "cat: 50% correct, most often taken for dog (30%)" in chart.description
     assert confusion_map(DetectionErrors(), {}).svg == ""
 
 
@@ -73,7 +73,7 @@ def test_the_map_is_limited_and_well_formed() -> None:
     confused = Counter({(i, (i + 1) % 40): 1 for i in range(40)})
     errors = DetectionErrors(1, 40, of_category=Counter(range(40)), confused=confused)
     svg = confusion_map(errors, names).svg
-    assert "<b>" not in svg and svg.count(">100<") <= MOST_CATEGORIES and len(svg) < 200_000
+    assert "<b>" not in svg and svg.count(">100<") <= MAX_CATEGORIES and len(svg) < 200_000
 
 
 def test_regions_are_read_when_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +99,6 @@ def test_a_large_store_is_compared_with_annotations_by_a_sample(
     write_store(tmp_path / "s.h5", [regions(i, [[10, 10, 30, 30]]) for i in range(1, 9)], masks=False)
     inputs = Inputs(parts=[ReferPart(tmp_path / "s.h5")], instances=tmp_path / "toy" / "instances.json", pictures=0)
     assert "of this sample" not in page.render_page(inputs, "x")
-    monkeypatch.setattr(page, "MOST_EVALUATED", 3)
+    monkeypatch.setattr(page, "MAX_EVALUATED_IMAGES", 3)
     text = page.render_page(inputs, "x")
     assert "The regions of 3 images" in text and "evenly spaced among the 8" in text and "of this sample" in text

@@ -23,9 +23,9 @@ from refdet.data.segmentations import to_rle
 from refdet.errors import InputError
 from refdet.evaluation.refer_benchmark import evaluate_on_refer
 from refdet.report import Inputs, ReferPart, Step
-from refdet.report.charts import LARGEST, Axes, Series, line_chart, recall_svg
+from refdet.report.charts import MAX_VALUE, Axes, Series, line_chart, recall_svg
 from refdet.report.figures import LONG_SIDE, Key, draw
-from refdet.report.samples import Referred, Scene, hardest, sample, scenes
+from refdet.report.samples import Referred, Scene, hardest_scenes, sample, scenes
 from refdet.splits.build import build_split
 from refdet.structures.drawing import COLOURS
 from refdet.structures.provenance import Provenance, Selection
@@ -320,8 +320,8 @@ def test_sample_takes_of_each_split_and_no_image_twice() -> None:
 
 def test_hardest_is_worst_first_and_only_missed_ones() -> None:
     every = [scene(1, "a", (0.9, 0.3)), scene(2, "a", (0.6,)), scene(3, "a", (0.1,)), scene(3, "b", (0.2,))]
-    assert [s.regions.image_id for s in hardest(every, 5)] == [3, 1]
-    assert [s.regions.image_id for s in hardest(every, 1)] == [3]
+    assert [s.regions.image_id for s in hardest_scenes(every, 5)] == [3, 1]
+    assert [s.regions.image_id for s in hardest_scenes(every, 1)] == [3]
 
 
 def test_objects_in_one_region_share_its_colour() -> None:
@@ -347,7 +347,7 @@ def test_regions_are_drawn_where_they_are() -> None:
 def test_any_chart_is_well_formed(points: list[tuple[int, float]], name: str, log: bool) -> None:
     name = "".join(c for c in name if c.isprintable())
     svg = line_chart(name, name, [Series(name, points, 1)], Axes(name, name, log_y=log), dots=True).svg
-    shown = [p for p in points if abs(p[1]) < LARGEST and (p[1] > 0 or not log)]
+    shown = [p for p in points if abs(p[1]) < MAX_VALUE and (p[1] > 0 or not log)]
     assert bool(svg) == bool(shown)
     if svg:
         root = ElementTree.fromstring(svg)

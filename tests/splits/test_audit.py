@@ -18,7 +18,7 @@ from split_examples import coco, write, write_refs
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.data.instances_provenance import provenance_of_instances
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.splits.build import build_split
 from refdet.splits.detector_audit import audit_provenance
@@ -96,18 +96,21 @@ def real_size(dataset: str, split_by: str) -> dict[str, Counts]:
 def test_published_counts() -> None:
     for dataset, split_by in COUNTS:
         found = real_size(dataset, split_by)
-        assert differences(dataset, split_by, found) == []
+        assert compare_with_published(dataset, split_by, found) == []
         small = {split: Counts(counts.refs // 3, 5, 9) for split, counts in found.items()}
-        assert differences(dataset, split_by, small) == []  # somebody's sample
+        assert compare_with_published(dataset, split_by, small) == []  # somebody's sample
     found = real_size("refcoco", "unc")
     found["val"] = found["val"]._replace(refs=3800, images=1499)
-    [line] = differences("refcoco", "unc", found)
+    [line] = compare_with_published("refcoco", "unc", found)
     assert line.startswith(
         "refcoco/unc/val: 3,800 refs instead of the published 3,811, 1,499 images instead of the published 1,500"
     )
     del found["testB"]
-    assert any("testB: 0 refs instead of the published 1,810" in line for line in differences("refcoco", "unc", found))
-    assert differences("mine", "unc", {"val": Counts(1, 1, 1)}) == []
+    assert any(
+        "testB: 0 refs instead of the published 1,810" in line
+        for line in compare_with_published("refcoco", "unc", found)
+    )
+    assert compare_with_published("mine", "unc", {"val": Counts(1, 1, 1)}) == []
 
 
 def test_a_damaged_download_is_a_note(tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_damaged_download_is_a_note(tmp_path: Path) -> None:
     )
     assert any("may be a damaged download" in note for note in notes)
     refs: Any = [{"split": "val", "image_id": 1, "sentences": [1, 2]}, {"split": "val", "image_id": 1, "sentences": []}]
-    assert counts_of(refs) == {"val": Counts(2, 1, 2)}
+    assert count_refs(refs) == {"val": Counts(2, 1, 2)}
 
 
 @pytest.fixture

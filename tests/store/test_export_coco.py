@@ -17,10 +17,10 @@ from pycocotools.coco import COCO
 
 from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
-from refdet.data.image_decoder import turned_points, upright
+from refdet.data.image_decoder import apply_orientation, orient_points
 from refdet.errors import InputError, RuntimeFailure
 from refdet.store.export.coco import export_coco
-from refdet.store.export.fiftyone import cropped_mask, export_fiftyone, relative_boxes
+from refdet.store.export.fiftyone import crop_mask, export_fiftyone, relative_boxes
 from refdet.structures.regions import NO_CATEGORY, Regions
 
 
@@ -128,7 +128,7 @@ def test_boxes_and_masks_of_fiftyone() -> None:
         x1, y1, x2, y2 = one.boxes[row]
         assert (x * WIDTH, y * HEIGHT) == pytest.approx((x1, y1), abs=1e-5)
         assert (width * WIDTH, height * HEIGHT) == pytest.approx((x2 - x1, y2 - y1), abs=1e-5)
-        mask = cropped_mask(one, row)
+        mask = crop_mask(one, row)
         assert mask is not None and mask.any() and mask.dtype == bool
         assert mask.shape == (np.ceil(y2) - np.floor(y1), np.ceil(x2) - np.floor(x1))
 
@@ -137,9 +137,9 @@ def test_boxes_and_masks_of_fiftyone() -> None:
 def test_points_are_turned_as_pixels_are(orientation: int) -> None:
     pixels = np.zeros((4, 5), np.uint8)
     pixels[1, 3] = 1
-    turned = upright(pixels, orientation)
+    turned = apply_orientation(pixels, orientation)
     (y, x), (height, width) = np.argwhere(turned)[0], turned.shape
-    (point,) = turned_points(np.array([[3.5 / 5, 1.5 / 4]]), orientation)
+    (point,) = orient_points(np.array([[3.5 / 5, 1.5 / 4]]), orientation)
     assert point * (width, height) == pytest.approx((x + 0.5, y + 0.5))
 
 
@@ -193,7 +193,7 @@ def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         x, y, width, height = found.bounding_box
         x1, y1, x2, y2 = turned.boxes[row] / (WIDTH, HEIGHT, WIDTH, HEIGHT)  # turned clockwise: x is 1 - y, y is x
         assert (x, y, x + width, y + height) == pytest.approx((1 - y2, x1, 1 - y1, x2), abs=1e-6)
-        np.testing.assert_array_equal(found.mask, np.rot90(cropped_mask(turned, row), -1))
+        np.testing.assert_array_equal(found.mask, np.rot90(crop_mask(turned, row), -1))
 
     def broken(name: str) -> None:
         raise OSError("no mongod")

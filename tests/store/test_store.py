@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path: Path, monkeypatch: pyte
     assert sorted(p.name for p in (tmp_path / "a.h5.parts").iterdir()) == ["000000.shard", "lock", "plan.json"]
     with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
         assert parts is not None
-        assert parts.missing() == [1] and parts.finished_images == 1
+        assert parts.missing_shards() == [1] and parts.finished_images == 1
 
 
 @pytest.mark.parametrize(
@@ -248,5 +248,5 @@ def test_a_damaged_shard_is_named_and_not_merged(tmp_path: Path, caplog: pytest.
     other.write_bytes(other.read_bytes()[:100])
     with shards.open_extraction(tmp_path / "a.h5", PLAN, HEADER, planned, resume=True) as parts:
         assert parts is not None
-        assert parts.missing() == [0, 1]
+        assert parts.missing_shards() == [0, 1]
     assert "000001.shard: damaged" in caplog.text and not other.exists()

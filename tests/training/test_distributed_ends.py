@@ -15,7 +15,7 @@ from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.data.training_batches import TrainingBatches
 from refdet.detector import checkpoint
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.training.run_folder import IN_USE, LOCK
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def test_bad_arguments_are_said_once(launcher: Launcher, noise: Path) -> None:
     assert_ended(ended, 2, "among 2 processes, each in 4 passes (train.accumulate); give a multiple of 8")
     assert_ended(train(launcher, noise, "no", 2, options=["--bogus"]), 2, "--bogus")
     assert_ended(train(launcher, noise, "weights", 2), 2, "exists; choose another")
-    with alone(noise / "weights", LOCK, IN_USE):
+    with exclusive_lock(noise / "weights", LOCK, IN_USE):
         ended = train(launcher, noise, "weights", 2, *SIX, options=["--resume"])
     assert_ended(ended, 2, "another process is writing to it")
     assert not (noise / "no").exists()

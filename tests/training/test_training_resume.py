@@ -19,7 +19,7 @@ from training_examples import run, squares, steps_of
 
 from refdet.detector import checkpoint
 from refdet.errors import InputError
-from refdet.files.lock import alone
+from refdet.files.lock import exclusive_lock
 from refdet.training.run_folder import LOCK
 
 pytestmark = pytest.mark.slow
@@ -210,7 +210,7 @@ def test_a_damaged_state_is_one_line_and_nothing_is_touched(begun: Path, spoil: 
 def test_a_damaged_state_names_the_older_one(begun: Path) -> None:
     shutil.copy(state(begun), begun / "run" / "state" / "step-00000009.safetensors")
     (begun / "run" / "state" / "step-00000009.safetensors").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"step-00000009.*damaged.*goes on from step-00000002.safetensors"):
+    with pytest.raises(InputError, match=r"step-00000009.*damaged.*continues from step-00000002.safetensors"):
         run(begun, "train.steps=4", resume=True)
 
 
@@ -310,7 +310,7 @@ def test_an_older_run_keeps_its_box_losses_and_its_initial_weights(
 
 
 def test_one_process_at_a_time(begun: Path) -> None:
-    with alone(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
+    with exclusive_lock(begun / "run", LOCK, "x"), pytest.raises(InputError, match="another process is writing to it"):
         run(begun, "train.steps=4", resume=True)
     assert run(begun, "train.steps=4", resume=True).steps == 4
 

@@ -1,9 +1,9 @@
-"""The items that can be downloaded, and their sources: the only file with addresses.
+"""The items that can be downloaded, and their sources: the only file with URLs.
 
 REFER's server, bvisionweb1.cs.unc.edu, stopped answering in September 2022; the Web Archive captured its archives that
-April (``id_`` in an address asks for the bytes as they were). Sizes and SHA-256 of COCO's archives are those that
+April (``id_`` in a URL asks for the original bytes). Sizes and SHA-256 of COCO's archives are those that
 TensorFlow Datasets records, of REFER's those that users of these captures have published; MD5 of the minival lists is
-that of the scripts that download them. refdet has not been run against these addresses.
+that of the scripts that download them. refdet has not been run against these URLs.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _parquet(dataset: str, repository: str, split: str) -> Item:
     return Item(
         name=f"{folder}/{split}",
         archive=f"{folder}-{split}.parquet",
-        contents=f"{split} split in another form, without google's division; for refdet convert-refer",
+        contents=f"{split} split in another format, without google's division; for refdet convert-refer",
         urls=(
             f"https://huggingface.co/datasets/{repository}/resolve/refs%2Fconvert%2Fparquet/default/{split}/0000.parquet",
         ),

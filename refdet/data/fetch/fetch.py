@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refdet.data.fetch.catalog import ITEMS, Item, mirror_url
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError, RuntimeFailure
 from refdet.files.atomic import atomic_write
-from refdet.files.download import RESERVED_BYTES, check_file, download, in_bytes
-from refdet.files.lock import alone
-from refdet.files.unpack import move_files, remove_unfinished, unpacked
+from refdet.files.download import RESERVED_BYTES, check_file, download, format_bytes
+from refdet.files.lock import exclusive_lock
+from refdet.files.unpack import move_files, remove_unfinished, unpack_temporarily
 from refer import ReferError
 from refer.files import available, read_instances, read_refs
 from refer.statistics import COUNTS
@@ -78,7 +78,7 @@ def fetch_data(
     if mirror is not None and not mirror.startswith(("http://", "https://")) and not Path(mirror).is_dir():
         raise InputError(f"`mirror` {mirror}: not an http address and not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out, ".fetch-data.lock", "wait for it to finish"):
+    with exclusive_lock(out, ".fetch-data.lock", "wait for it to finish"):
         _remove_leftovers(out)
         missing = [item for item in selected if not is_fetched(out, item)]
         if mirror is None or not Path(mirror).is_dir():
@@ -141,9 +141,10 @@ def _check_space(out: Path, items: Sequence[Item]) -> None:
     needed = sum(item.size or 0 for item in items) - downloaded
     free = shutil.disk_usage(out).free
     if free < needed + RESERVED_BYTES:
+        names = ", ".join(item.name for item in items)
         raise RuntimeFailure(
-            f"{out}: {', '.join(item.name for item in items)} need {in_bytes(needed)}, {in_bytes(free)} are left; free "
-            "some space or choose fewer with `only`"
+            f"{out}: {names} need {format_bytes(needed)}, {format_bytes(free)} are left; free some space or choose "
+            "fewer with `only`"
         )
 
 
@@ -215,7 +216,7 @@ def _install(out: Path, item: Item, archive: Path, url: str, sha256: str, local:
         else:
             os.replace(archive, target)
         return [target]
-    with unpacked(archive, url, item.target_path, out) as folder:
+    with unpack_temporarily(archive, url, item.target_path, out) as folder:
         missing = [name for name in item.outputs if not (folder / name).is_file()]
         if missing:
             raise InputError(f"{url}: no {', '.join(Path(name).name for name in missing)} in it (sha256 {sha256})")
@@ -241,10 +242,10 @@ def _check_refer(root: Path, dataset: str, url: str, sha256: str) -> None:
     """
     try:
         read_instances(root, dataset)
-        counts = {by: counts_of(read_refs(root, name, by)) for name, by in available(root)}
+        counts = {by: count_refs(read_refs(root, name, by)) for name, by in available(root)}
     except ReferError as error:
         raise InputError(f"{url} (sha256 {sha256}): {str(error).replace(f'{root}{os.sep}', '')}") from None
     for split_by, split_counts in counts.items():
-        mismatches = differences(dataset, split_by, split_counts, samples=False)
+        mismatches = compare_with_published(dataset, split_by, split_counts, samples=False)
         if mismatches:
             raise InputError(f"{url}: {'; '.join(mismatches)} (sha256 {sha256})")

@@ -19,7 +19,7 @@ from refdet.errors import InputError
 
 TRAIN_IMAGES = 800
 MIN_IMAGES = 20
-_LARGEST_IMAGE_ID = 581_929  # of COCO 2014
+_MAX_IMAGE_ID = 581_929  # of COCO 2014
 
 __all__ = ["MIN_IMAGES", "TRAIN_IMAGES", "write"]
 
@@ -61,7 +61,7 @@ def write(out: Path, seed: int = 0, images: int | None = None) -> Path:
 def _write_all(out: Path, seed: int, train: int) -> None:
     val = max(2, train // 5)
     rng = np.random.default_rng([seed, 0])
-    ids = (1 + rng.choice(_LARGEST_IMAGE_ID, train + val, replace=False)).tolist()
+    ids = (1 + rng.choice(_MAX_IMAGE_ID, train + val, replace=False)).tolist()
     train_pictures = _draw_split(out, "train2014", ids[:train], [seed, 1], first_annotation=1001)
     val_pictures = _draw_split(out, "val2014", ids[train:], [seed, 2], first_annotation=1_000_001)
     annotations = out / "annotations"

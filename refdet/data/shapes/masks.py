@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from refdet.data.shapes.outlines import Outline, area, clip
 
 
-def flat(points: np.ndarray) -> list[float]:
+def to_coco_polygon(points: np.ndarray) -> list[float]:
     """Points (K, 2) as a COCO polygon: [x0, y0, x1, y1, ...] with two decimals."""
     return [round(float(v), 2) for v in points.reshape(-1)]
 
@@ -28,7 +28,7 @@ def drawn_polygons(outline: Outline, height: int, width: int) -> tuple[list[list
 
     def inside(polygons: tuple[np.ndarray, ...]) -> list[list[float]]:
         clipped = [clip(p, height, width) for p in polygons]
-        return [flat(p) for p in clipped if len(p) >= 3 and area(p) >= 1.0]
+        return [to_coco_polygon(p) for p in clipped if len(p) >= 3 and area(p) >= 1.0]
 
     return inside(outline.parts), inside(outline.holes)
 

@@ -59,20 +59,20 @@ def referent(meaning: Meaning, things: Sequence[Thing]) -> int | None:
 
 def matches(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
     """Indices of the things that match clearly, or with `loose` arguably. Crowds never match."""
-    fitting = _described(meaning, things, loose)
+    fitting = _match_attributes(meaning, things, loose)
     if meaning.size in ("smallest", "biggest") or meaning.place is not None:
         # strictly the leftmost star is left of all that are arguably stars; loosely, of all that clearly are
-        rivals = _described(meaning, things, not loose)
+        rivals = _match_attributes(meaning, things, not loose)
         fitting = [i for i in fitting if _is_extreme(meaning, things, i, [j for j in rivals if j != i], loose)]
     if meaning.relation is not None and meaning.other is not None:
         anchor = referent(meaning.other, things)
         if anchor is None:
             return []
-        fitting = [i for i in fitting if i != anchor and related(meaning.relation, things[i], things[anchor], loose)]
+        fitting = [i for i in fitting if i != anchor and is_related(meaning.relation, things[i], things[anchor], loose)]
     return fitting
 
 
-def _described(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
+def _match_attributes(meaning: Meaning, things: Sequence[Thing], loose: bool) -> list[int]:
     tolerance = SIZE_MARGIN if loose else -SIZE_MARGIN
     matching = []
     for i, thing in enumerate(things):
@@ -121,7 +121,7 @@ def _rank_fits(things: Sequence[Thing], i: int, rivals: list[int], place: str, r
     return before == rank - 1 and before + after == len(rivals) and (rank == 1 or after > 0)
 
 
-def related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
+def is_related(relation: str, thing: Thing, anchor: Thing, loose: bool) -> bool:
     """Whether a relation holds between two boxes, by their centres, or by their gap for "next to"."""
     if relation == NEXT_TO:
         a, b = thing.box, anchor.box

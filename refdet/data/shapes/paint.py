@@ -12,7 +12,7 @@ from refdet.data.shapes.scene import Scene
 TEXTURES = ("gradient", "clouds", "stripes", "checks")
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
+def _random_muted_colour(rng: np.random.Generator) -> np.ndarray:
     rgb = colorsys.hsv_to_rgb(float(rng.random()), float(rng.uniform(0.05, 0.28)), float(rng.uniform(0.36, 0.62)))
     return 255 * np.array(rgb)
 
@@ -34,7 +34,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         cell = float(rng.uniform(7, 20))
         across = y * np.cos(angle) - x * np.sin(angle)
         mix = ((np.floor(along / cell) + np.floor(across / cell)) % 2).astype(np.float64)
-    first, second = _muted(rng), _muted(rng)
+    first, second = _random_muted_colour(rng), _random_muted_colour(rng)
     second = first + (second - first) * (0.5 if texture in ("stripes", "checks") else 1.0)
     grain = rng.normal(0, float(rng.uniform(1, 6)), (height, width, 1))
     return first + np.clip(mix, 0, 1)[..., None] * (second - first) + grain

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refdet.data.shapes.meaning import CORNERS, DIRECTIONS, NEXT_TO, SIDES, Meaning, referent, related
+from refdet.data.shapes.meaning import CORNERS, DIRECTIONS, NEXT_TO, SIDES, Meaning, is_related, referent
 from refdet.data.shapes.scene import Thing
 
 ORDINALS = {2: "second", 3: "third"}
@@ -52,7 +52,7 @@ def meanings(target: int, things: Sequence[Thing], style: Style) -> tuple[list[M
         if anchor_meaning is None:
             continue
         for word in (*DIRECTIONS, NEXT_TO) if style.locations else (NEXT_TO,):
-            if related(word, thing, anchor, loose=False):
+            if is_related(word, thing, anchor, loose=False):
                 unranked = [m for m in plain if m.size not in ("smallest", "biggest")]
                 relation += [replace(m, relation=word, other=anchor_meaning) for m in unranked]
 

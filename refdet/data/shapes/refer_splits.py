@@ -41,14 +41,14 @@ def _referable(picture: Picture, styles: Sequence[Style]) -> list[int]:
     ]
 
 
-def _repeated(picture: Picture) -> dict[str, int]:
+def _count_repeated(picture: Picture) -> dict[str, int]:
     counts = Counter(t.category.name for t in picture.things if not t.crowd)
     return {name: n for name, n in counts.items() if n > 1}
 
 
 def _sample_things(rng: np.random.Generator, picture: Picture, allowed: list[int]) -> list[int]:
-    """Up to MOST_REFS of the allowed things, those of a repeated category first, as in REFER."""
-    repeated = _repeated(picture)
+    """Up to MAX_REFS of the allowed things, those of a repeated category first, as in REFER."""
+    repeated = _count_repeated(picture)
     shuffled = [allowed[k] for k in rng.permutation(len(allowed)).tolist()]
     shuffled.sort(key=lambda i: picture.things[i].category.name not in repeated)
     return shuffled[: int(rng.integers(1, MAX_REFS + 1))]
@@ -68,7 +68,7 @@ def unc(rng: np.random.Generator, pictures: Sequence[Picture]) -> list[Referred]
     for k in rng.permutation(total).tolist():
         picture = pictures[k]
         persons = [i for i, t in enumerate(picture.things) if t.category == PERSON]
-        if not _repeated(picture):
+        if not _count_repeated(picture):
             continue
         referable = _referable(picture, (REFCOCO, REFCOCO_PLUS))
         for split in [s for s in held_out if remaining[s]] or ["train"]:

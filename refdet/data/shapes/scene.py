@@ -147,10 +147,10 @@ def _draw_shape(
     margin = side * (float(rng.uniform(0.2, 0.4)) if rng.random() < 0.125 else 0.56)
     centre = (float(rng.uniform(margin, width - margin)), float(rng.uniform(margin, height - margin)))
     colour, rgb = _paint_for(rng, grey)
-    return _rasterised(category, colour, rgb, centre, size, angle, height, width)
+    return _rasterise(category, colour, rgb, centre, size, angle, height, width)
 
 
-def _rasterised(
+def _rasterise(
     category: Category,
     colour: str,
     rgb: tuple[int, int, int],
@@ -216,7 +216,7 @@ def _draw_crowd(rng: np.random.Generator, plan: Plan, used: list[Category], heig
             x, y = rng.uniform(-2, 2, 2).tolist()
             centre = (left + (column + 0.5) * pitch + x, top + (row + 0.5) * pitch + y)
             size = float(rng.uniform(10, 13))
-            shape = _rasterised(category, colour, rgb, centre, (size, size), 0.0, height, width)
+            shape = _rasterise(category, colour, rgb, centre, (size, size), 0.0, height, width)
             if shape is not None:
                 mask |= shape.mask
     return _Drawn(category, colour, rgb, mask, masks.box_of(mask), [], True, float(mask.sum()))

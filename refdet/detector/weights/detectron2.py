@@ -17,16 +17,16 @@ from refdet.config import recipe as recipes
 from refdet.config.recipe import Recipe
 from refdet.detector.checkpoint import MAX_CATEGORIES
 from refdet.detector.resnet import BLOCKS
-from refdet.detector.weights.fitting import (
+from refdet.detector.weights.conversion import (
     BackgroundLast,
     ConvertedWeights,
     Layout,
-    Naming,
+    NameMapping,
     NoBackground,
     SizesOuter,
-    count,
-    fit,
-    rows,
+    convert_tensors,
+    count_blocks,
+    num_rows,
 )
 from refdet.errors import InputError
 
@@ -49,50 +49,51 @@ _CAFFE2 = (
     (r"^(res\d)_(\d+)_branch2([abc])_", r"\1.\2.conv\3."),
 )
 _CAFFE2_LETTERS = {"a": "1", "b": "2", "c": "3"}
-_CAFFE2_ENDS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+_CAFFE2_SUFFIXES = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
-def is_detector(given: Mapping[str, Tensor]) -> bool:
+def is_detector(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether tensors have the names of a detectron2 detector."""
-    return any(name.startswith(("proposal_generator.", "backbone.bottom_up.", "backbone.res2.")) for name in given)
+    return any(name.startswith(("proposal_generator.", "backbone.bottom_up.", "backbone.res2.")) for name in state_dict)
 
 
-def identify(given: Mapping[str, Tensor]) -> ConvertedWeights:
-    """Recognise a detector of the model zoo, and convert its weights.
+def identify(state_dict: Mapping[str, Tensor]) -> ConvertedWeights:
+    """Identify a detector of the model zoo and convert its weights.
 
     Raises:
         InputError: another head or backbone; the message says which and what is supported.
     """
-    for prefix, what in _OTHER_HEADS.items():
-        if any(name.startswith(prefix) for name in given):
-            raise InputError(f"{what}, which cannot be imported; {SUPPORTED}")
-    if not any(name.startswith("proposal_generator.") for name in given):
+    for prefix, description in _OTHER_HEADS.items():
+        if any(name.startswith(prefix) for name in state_dict):
+            raise InputError(f"{description}, which cannot be imported; {SUPPORTED}")
+    if not any(name.startswith("proposal_generator.") for name in state_dict):
         raise InputError(f"a detectron2 network without proposals, such as RetinaNet; {SUPPORTED}")
-    if any(_MORE_NORMS.match(name) for name in given):
+    if any(_MORE_NORMS.match(name) for name in state_dict):
         raise InputError(f"a detectron2 detector with norms in its pyramid or heads (GN or SyncBN); {SUPPORTED}")
-    if rows(given, "roi_heads.box_predictor.bbox_pred.weight", 0) == 4 < rows(given, _SCORES, 2) * 4 - 4:
+    box_rows = num_rows(state_dict, "roi_heads.box_predictor.bbox_pred.weight", 0)
+    if box_rows == 4 < num_rows(state_dict, _SCORES, 2) * 4 - 4:
         raise InputError(f"a detectron2 detector with one box for all classes (CLS_AGNOSTIC_BBOX_REG); {SUPPORTED}")
-    pyramid = any(name.startswith("backbone.fpn_") for name in given)
+    pyramid = any(name.startswith("backbone.fpn_") for name in state_dict)
     backbone = "backbone.bottom_up." if pyramid else "backbone."
-    neck = "fpn" if pyramid else "c4" if any(name.startswith("roi_heads.res5.") for name in given) else "dc5"
+    neck = "fpn" if pyramid else "c4" if any(name.startswith("roi_heads.res5.") for name in state_dict) else "dc5"
     last = "roi_heads.res5." if neck == "c4" else f"{backbone}res5."
-    recipe = recipes.load(f"d2-{neck}-res{_depth(given, backbone, last)}")
-    masks = any(name.startswith("roi_heads.mask_head.") for name in given)
+    recipe = recipes.load(f"d2-{neck}-res{_depth(state_dict, backbone, last)}")
+    masks = any(name.startswith("roi_heads.mask_head.") for name in state_dict)
     recipe = recipe if masks else recipe.with_changes(["model.masks=false"])
-    classes = max(rows(given, _SCORES, 81) - 1, 1)
+    classes = max(num_rows(state_dict, _SCORES, 81) - 1, 1)
     if classes > MAX_CATEGORIES:
         raise InputError(f"cls_score.weight: {classes} classes, more than the limit of {MAX_CATEGORIES}")
-    ignored = [name for name in given if _IGNORED.match(name)]
-    tensors = fit(recipe, classes, given, naming(recipe), ignored)
+    ignored = [name for name in state_dict if _IGNORED.match(name)]
+    tensors = convert_tensors(recipe, classes, state_dict, name_mapping(recipe), ignored)
     kind = f"detectron2's {'Mask' if masks else 'Faster'} R-CNN with a ResNet-{recipe.model.depth} as {neck.upper()}"
     return ConvertedWeights(kind, recipe, classes, tensors, ())
 
 
-def naming(recipe: Recipe) -> Naming:
+def name_mapping(recipe: Recipe) -> NameMapping:
     """detectron2's names for a network of refdet."""
     model = recipe.model
     box, mask = "roi_heads.box_predictor.", "roi_heads.mask_head."
-    parts = {
+    prefixes = {
         "rpn.conv.": "proposal_generator.rpn_head.conv.",
         "rpn.score.": "proposal_generator.rpn_head.objectness_logits.",
         "rpn.delta.": "proposal_generator.rpn_head.anchor_deltas.",
@@ -104,16 +105,16 @@ def naming(recipe: Recipe) -> Naming:
         "head.conv5.": "roi_heads.res5.",
     }
     if model.neck == "c4":
-        parts["head.mask.hidden.0."] = f"{mask}deconv."
+        prefixes["head.mask.hidden.0."] = f"{mask}deconv."
     else:
-        parts |= {f"head.mask.hidden.{2 * index}.": f"{mask}mask_fcn{index + 1}." for index in range(4)}
-        parts["head.mask.hidden.8."] = f"{mask}deconv."
+        prefixes |= {f"head.mask.hidden.{2 * index}.": f"{mask}mask_fcn{index + 1}." for index in range(4)}
+        prefixes["head.mask.hidden.8."] = f"{mask}deconv."
     backbone = "backbone.bottom_up." if model.neck == "fpn" else "backbone."
     for level in range(4):
-        parts[f"neck.lateral.{level}."] = f"backbone.fpn_lateral{level + 2}."
-        parts[f"neck.output.{level}."] = f"backbone.fpn_output{level + 2}."
-        parts[f"backbone.layer{level + 1}."] = f"{backbone}res{level + 2}."
-    parts["backbone."] = f"{backbone}stem."
+        prefixes[f"neck.lateral.{level}."] = f"backbone.fpn_lateral{level + 2}."
+        prefixes[f"neck.output.{level}."] = f"backbone.fpn_output{level + 2}."
+        prefixes[f"backbone.layer{level + 1}."] = f"{backbone}res{level + 2}."
+    prefixes["backbone."] = f"{backbone}stem."
     sizes = 1 if model.neck == "fpn" else len(model.anchor_sizes)
     anchors = SizesOuter(sizes, len(model.anchor_ratios))
     layouts: dict[str, Layout] = {
@@ -123,55 +124,60 @@ def naming(recipe: Recipe) -> Naming:
         "head.box.delta.": NoBackground(4),
         "head.mask.logits.": NoBackground(1),
     }
-    return Naming(parts, layouts, _in_block)
+    return NameMapping(prefixes, layouts, _block_name)
 
 
-def _in_block(name: str) -> str:
-    """A name inside a ResNet: torchvision's ``bn1`` is detectron2's ``conv1.norm``."""
+def _block_name(name: str) -> str:
+    """Rename a tensor of a ResNet: torchvision's ``bn1`` is detectron2's ``conv1.norm``."""
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
     return re.sub(r"(^|\.)bn(\d)\.", r"\1conv\2.norm.", name)
 
 
-def _depth(given: Mapping[str, Tensor], backbone: str, last: str) -> int:
-    blocks = (*(count(given, f"{backbone}res{stage}.") for stage in (2, 3, 4)), count(given, last))
+def _depth(state_dict: Mapping[str, Tensor], backbone: str, last: str) -> int:
+    blocks = (
+        *(count_blocks(state_dict, f"{backbone}res{stage}.") for stage in (2, 3, 4)),
+        count_blocks(state_dict, last),
+    )
     depth = next((depth for depth in (50, 101) if BLOCKS[depth] == blocks), None)
-    if depth is None or f"{backbone}stem.conv1.weight" not in given:
-        raise InputError(f"a detectron2 detector with another backbone ({_blocks(blocks)}); {SUPPORTED}")
-    shape = given.get(f"{backbone}res2.0.conv1.weight", torch.zeros(0)).shape
+    if depth is None or f"{backbone}stem.conv1.weight" not in state_dict:
+        raise InputError(f"a detectron2 detector with another backbone ({_describe_blocks(blocks)}); {SUPPORTED}")
+    shape = state_dict.get(f"{backbone}res2.0.conv1.weight", torch.zeros(0)).shape
     if shape[:1] != (64,):
         raise InputError(f"a detectron2 detector with a ResNeXt or another width; {SUPPORTED}")
     return depth
 
 
-def _blocks(blocks: tuple[int, ...]) -> str:
+def _describe_blocks(blocks: tuple[int, ...]) -> str:
     return f"blocks per stage: {', '.join(map(str, blocks))}" if any(blocks) else "no ResNet"
 
 
-def is_backbone(given: Mapping[str, Tensor]) -> bool:
+def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether tensors are an ImageNet backbone in the names of detectron2 or Caffe2."""
-    return {"stem.conv1.weight", "res2.0.conv1.weight"} <= set(given) or {"conv1_w", "res2_0_branch2a_w"} <= set(given)
+    return {"stem.conv1.weight", "res2.0.conv1.weight"} <= set(state_dict) or {"conv1_w", "res2_0_branch2a_w"} <= set(
+        state_dict
+    )
 
 
-def in_torchvision_names(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An ImageNet backbone in torchvision's names.
+def to_torchvision_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of an ImageNet backbone as torchvision does.
 
     Caffe2's files hold scales and shifts only; mean 0 and variance 1 are filled in, as detectron2 does.
     """
-    found = {}
-    for name, value in given.items():
+    renamed = {}
+    for name, value in state_dict.items():
         name = _from_caffe2(name)
         if name.startswith("stem.fc.") or name.endswith("_momentum"):  # the classifier, and momentum of Caffe2's solver
             continue
         name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name.removeprefix("stem."))
         name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
-        name = re.sub(r"^res(\d)\.", lambda stage: f"layer{int(stage[1]) - 1}.", name)
-        found[name] = value
-    for name, value in list(found.items()):
+        name = re.sub(r"^res(\d)\.", lambda match: f"layer{int(match[1]) - 1}.", name)
+        renamed[name] = value
+    for name, value in list(renamed.items()):
         norm, _, end = name.rpartition(".")
         if end == "bias" and ("bn" in norm or norm.endswith("downsample.1")):
-            found.setdefault(f"{norm}.running_mean", torch.zeros_like(value))
-            found.setdefault(f"{norm}.running_var", torch.ones_like(value))
-    return found
+            renamed.setdefault(f"{norm}.running_mean", torch.zeros_like(value))
+            renamed.setdefault(f"{norm}.running_var", torch.ones_like(value))
+    return renamed
 
 
 def _from_caffe2(name: str) -> str:
@@ -181,7 +187,7 @@ def _from_caffe2(name: str) -> str:
     for expression, replacement in _CAFFE2:
         changed, done = re.subn(expression, replacement, name)
         if done:
-            changed = re.sub(r"conv([abc])\.", lambda found: f"conv{_CAFFE2_LETTERS[found[1]]}.", changed)
+            changed = re.sub(r"conv([abc])\.", lambda match: f"conv{_CAFFE2_LETTERS[match[1]]}.", changed)
             start, _, end = changed.rpartition(".")
-            return f"{start}.{_CAFFE2_ENDS.get(end, end)}"
+            return f"{start}.{_CAFFE2_SUFFIXES.get(end, end)}"
     return name

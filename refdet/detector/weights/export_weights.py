@@ -20,17 +20,17 @@ from refdet.errors import ArgumentError, InputError
 from refdet.files.atomic import atomic_write
 
 FORMATS = ("detectron2", "torchvision")
-_RESIZE = {"pillow": "detectron2", "torchvision": "torchvision"}  # the program whose resizing it is
+_RESIZE = {"pillow": "detectron2", "torchvision": "torchvision"}  # input.resize -> the program that resizes this way
 
 
 @dataclass(frozen=True)
 class ExportedWeights:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
         files: the files written.
         tensors: number of tensors.
-        notes: in what the other program will compute something else, one line each.
+        notes: how the other program's results will differ, one line each.
     """
 
     files: tuple[Path, ...]
@@ -54,7 +54,7 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
         raise ArgumentError("format", f"must be one of {', '.join(FORMATS)}, not {format!r}")
     files: tuple[Path, ...] = (out, out.with_suffix(".yaml")) if format == "detectron2" else (out,)
     if len({*files}) < len(files):
-        raise ArgumentError("out", f"{out}: is the name of the configuration that is written beside it; give a .pth")
+        raise ArgumentError("out", f"{out}: is also the name of the configuration written beside it; give a .pth")
     for file in files:
         if file.exists():
             raise ArgumentError("out", f"{file} exists; choose another or remove it")
@@ -64,13 +64,13 @@ def export_weights(run: Path, out: Path, format: str) -> ExportedWeights:
     check_compatible(build_on_meta(meta.recipe, len(meta.categories)).state_dict(), tensors, folder / checkpoint.MODEL)
     tensors = {name: value.float() for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     if format == "detectron2":
-        state = detectron2.naming(meta.recipe).export(tensors)
+        state = detectron2.name_mapping(meta.recipe).export(tensors)
         about = {"categories": list(meta.categories), "trained_on": meta.provenance.one_line()}
         tree: Any = {"model": state, "refdet": about}
         notes = _notes(meta.recipe, format)
     else:
-        state = torchvision.naming(meta.recipe).export(_shifted_anchors(meta.recipe, tensors))
-        state = torchvision.with_norms(state) if meta.recipe.model.box_convs else state
+        state = torchvision.name_mapping(meta.recipe).export(_shift_anchors(meta.recipe, tensors))
+        state = torchvision.unfold_norms(state) if meta.recipe.model.box_convs else state
         tree, notes = state, _notes(meta.recipe, format)
     contiguous = {name: value.contiguous() for name, value in state.items()}
     tree = contiguous if tree is state else {**tree, "model": contiguous}
@@ -148,7 +148,7 @@ def _check(run: Path, meta: CheckpointMetadata, format: str) -> None:
     """Raise InputError for a network that the other program cannot build."""
     model, recipe = meta.recipe.model, meta.recipe
     if meta.untrained:
-        raise InputError(f"{run}: its {', '.join(meta.untrained)} are not trained; train it first")
+        raise InputError(f"{run}: {', '.join(meta.untrained)} are not trained; train it first")
     unsupported = [] if model.backbone == "resnet" else [f"model.backbone={model.backbone}"]
     if format == "torchvision" and model.neck != "fpn":
         unsupported.append(f"model.neck={model.neck}")
@@ -174,27 +174,29 @@ def _check(run: Path, meta: CheckpointMetadata, format: str) -> None:
 
 
 def _notes(recipe: Recipe, format: str) -> tuple[str, ...]:
-    """In what the other program computes something else."""
+    """How the other program's results will differ."""
     model, notes = recipe.model, []
     if _RESIZE.get(recipe.input.resize) != format:
-        notes.append(f"{format} resizes images otherwise than input.resize={recipe.input.resize}")
+        notes.append(f"{format} resizes images differently from input.resize={recipe.input.resize}")
     if model.masks and model.mask_pasting != {"detectron2": "padded"}.get(format, format):
-        notes.append(f"{format} pastes masks otherwise, within half a cell of the edge of their box")
+        notes.append(f"{format} pastes masks differently within half a cell of the edges of their boxes")
     if recipe.input.size_divisibility != 32 and model.neck == "fpn":
-        notes.append(f"{format} pads images to multiples of 32, this network was trained without")
+        notes.append(f"{format} pads images to multiples of 32; this network was trained without padding")
     if format == "torchvision":
         if model.pooling == "align":
-            notes.append("torchvision pools half a cell away from where this network was trained to: accuracy is lost")
+            notes.append(
+                "torchvision pools half a cell off from where this network was trained to, which costs accuracy"
+            )
         if not model.torchvision_anchors:
-            notes.append("torchvision rounds the corners of anchors, by less than half a pixel")
-        sizes, usual = tuple((size,) for size in model.anchor_sizes), ModelOptions()
-        if (model.anchor_sizes, model.anchor_ratios) != (usual.anchor_sizes, usual.anchor_ratios):
+            notes.append("torchvision rounds the corners of anchors, changing them by less than half a pixel")
+        sizes, defaults = tuple((size,) for size in model.anchor_sizes), ModelOptions()
+        if (model.anchor_sizes, model.anchor_ratios) != (defaults.anchor_sizes, defaults.anchor_ratios):
             notes.append(f"build it with AnchorGenerator({sizes}, ({model.anchor_ratios},) * {len(sizes)})")
     return tuple(notes)
 
 
-def _shifted_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Deltas of anchors whose centres are at the corners of the cells, not at `anchor_offset`."""
+def _shift_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shift the deltas for anchors centred at the corners of the cells instead of at `anchor_offset`."""
     model, name = recipe.model, "rpn.delta.bias"
     if not model.anchor_offset:
         return tensors
@@ -202,8 +204,8 @@ def _shifted_anchors(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, Te
     per_size = [stride / size for stride, size in zip(strides, model.anchor_sizes, strict=True)]
     if max(per_size) - min(per_size) > 1e-6:
         raise InputError(
-            "model.anchor_offset: torchvision's anchors have none, and it can be moved into the deltas only where each "
-            "of model.anchor_sizes is the same multiple of its stride"
+            "model.anchor_offset: torchvision's anchors have none, and it can be moved into the deltas only if each of "
+            "model.anchor_sizes is the same multiple of its stride"
         )
     shift = model.anchor_offset * per_size[0]
     roots = [ratio**0.5 for ratio in model.anchor_ratios]

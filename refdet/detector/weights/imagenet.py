@@ -1,4 +1,4 @@
-"""ImageNet VGG-16 and MobileNet v1, as starting weights of the reference's detectors."""
+"""ImageNet VGG-16 and MobileNet v1, as initial weights of the reference's detectors."""
 
 from __future__ import annotations
 
@@ -8,60 +8,67 @@ from torch import Tensor
 
 from refdet.config import recipe as recipes
 from refdet.detector.checkpoint import HEAD_PREFIXES
-from refdet.detector.weights.fitting import ConvertedWeights, Naming, fit
-from refdet.detector.weights.reference import mobilenet_changes, mobilenet_parts, vgg_changes, vgg_parts
+from refdet.detector.weights.conversion import ConvertedWeights, NameMapping, convert_tensors
+from refdet.detector.weights.reference import mobilenet_changes, mobilenet_prefixes, vgg_changes, vgg_prefixes
 from refdet.errors import InputError
 
 _VGG, _MOBILENET = "features.26.weight", "Conv2d_13.pointwise.0.weight"
-_TORCHVISION = (  # changes of the reference's recipe
+_TORCHVISION = (  # changes to the reference's recipe
     "input.order=rgb",
     "input.mean=[123.675,116.28,103.53]",
     "input.std=[58.395,57.12,57.375]",
 )
 
 
-def is_network(given: Mapping[str, Tensor]) -> bool:
+def is_network(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether tensors have the names of one of these networks."""
-    return _VGG in given or any(name.removeprefix("features.") == _MOBILENET for name in given)
+    return _VGG in state_dict or any(name.removeprefix("features.") == _MOBILENET for name in state_dict)
 
 
-def identify(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
+def identify(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
     """Identify a VGG-16 or a MobileNet v1.
 
     Args:
-        given: name -> tensor.
-        style: "caffe" for inputs as the reference's, "torchvision" for those of torchvision; None to detect it.
+        state_dict: name -> tensor.
+        style: "caffe" for the reference's preprocessing, "torchvision" for torchvision's; None to detect it.
 
     Raises:
-        InputError: missing or unexpected tensors, or a style that does not show.
+        InputError: missing or unexpected tensors, or a style that cannot be detected.
     """
-    if _VGG in given:
-        return _vgg(given, style)
+    if _VGG in state_dict:
+        return _vgg(state_dict, style)
     if style == "torchvision":
         raise InputError("`style='torchvision'`: torchvision has no MobileNet v1")
-    prefix = "features." if f"features.{_MOBILENET}" in given else ""
-    recipe = recipes.load("reference-mobilenet-v1").with_changes(mobilenet_changes(given, prefix))
-    tensors = fit(recipe, 0, given, Naming(mobilenet_parts(prefix), {}), _classifier(given), untrained=HEAD_PREFIXES)
+    prefix = "features." if f"features.{_MOBILENET}" in state_dict else ""
+    recipe = recipes.load("reference-mobilenet-v1").with_changes(mobilenet_changes(state_dict, prefix))
+    tensors = convert_tensors(
+        recipe,
+        0,
+        state_dict,
+        NameMapping(mobilenet_prefixes(prefix), {}),
+        _classifier(state_dict),
+        missing_prefixes=HEAD_PREFIXES,
+    )
     return ConvertedWeights("an ImageNet MobileNet v1 in caffe style", recipe, None, tensors, HEAD_PREFIXES)
 
 
-def _vgg(given: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
-    caffe_numbers = "classifier.1.weight" in given  # of Caffe's layers, whose first one flattens
-    style = style or ("caffe" if caffe_numbers else None)
+def _vgg(state_dict: Mapping[str, Tensor], style: str | None) -> ConvertedWeights:
+    has_caffe_indices = "classifier.1.weight" in state_dict  # in the conversions from Caffe, layer 0 flattens
+    style = style or ("caffe" if has_caffe_indices else None)
     if style is None:
         raise InputError(
-            "a VGG-16 of ImageNet, whose tensors do not show its input; `style='torchvision'` for torchvision's, "
-            "`style='caffe'` for one converted from Caffe (BGR without division)"
+            "an ImageNet VGG-16, whose tensors do not show its preprocessing; give `style='torchvision'` for "
+            "torchvision's, `style='caffe'` for one converted from Caffe (BGR, not divided by a standard deviation)"
         )
     recipe = recipes.load("reference-vgg16")
-    changes = vgg_changes(given, "", fc6=int(caffe_numbers))
+    changes = vgg_changes(state_dict, "", fc6=int(has_caffe_indices))
     recipe = recipe.with_changes(changes if style == "caffe" else [*_TORCHVISION, *changes])
-    parts = vgg_parts("", fc6=int(caffe_numbers))
-    own = tuple(parts.values())
-    unused = [name for name in _classifier(given) if not name.startswith(own)]
-    tensors = fit(recipe, 0, given, Naming(parts, {}), unused, untrained=HEAD_PREFIXES)
+    prefixes = vgg_prefixes("", fc6=int(has_caffe_indices))
+    used_prefixes = tuple(prefixes.values())
+    unused = [name for name in _classifier(state_dict) if not name.startswith(used_prefixes)]
+    tensors = convert_tensors(recipe, 0, state_dict, NameMapping(prefixes, {}), unused, missing_prefixes=HEAD_PREFIXES)
     return ConvertedWeights(f"an ImageNet VGG-16 in {style} style", recipe, None, tensors, HEAD_PREFIXES)
 
 
-def _classifier(given: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in given if name.startswith(("classifier.", "fc."))]
+def _classifier(state_dict: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in state_dict if name.startswith(("classifier.", "fc."))]

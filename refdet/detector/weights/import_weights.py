@@ -17,34 +17,43 @@ from refdet.data.instances_provenance import provenance_of_instances
 from refdet.detector import checkpoint
 from refdet.detector.checkpoint import CheckpointMetadata
 from refdet.detector.mask_rcnn import MaskRCNN
-from refdet.detector.weights.convert import identify_checkpoint
-from refdet.detector.weights.fitting import ConvertedWeights
-from refdet.detector.weights.numpy_pickles import NotPlain, has_arrays, read_pickle
+from refdet.detector.weights.conversion import ConvertedWeights
+from refdet.detector.weights.identify import identify_checkpoint
+from refdet.detector.weights.numpy_pickles import UnsafeImport, has_arrays, read_pickle
 from refdet.detector.weights.torch_files import DAMAGED, SCRIPT, TAR, read_contents
-from refdet.detector.weights.torchvision import EPS, with_usual_eps
+from refdet.detector.weights.torchvision import EPS, convert_eps
 from refdet.errors import InputError
-from refdet.files.short_text import cut, shown
-from refdet.files.weight_files import MOST_TENSORS, is_address, is_safetensors, what_is
-from refdet.files.weight_programs import IMPORTED, OWN, STATE, has_all, program_of
+from refdet.files.short_text import short_repr, shorten
+from refdet.files.weight_files import MAX_TENSORS, describe_file, is_safetensors, is_url
+from refdet.files.weight_programs import IMPORTED, REFDET, TRAINING_STATE, has_all, program_of
 from refdet.structures.coco_categories import coco_categories, unused_name
 from refdet.structures.known_weights import KnownFile, known_file
 from refdet.structures.provenance import Provenance, file_sha256
 
 WRAPPERS = ("state_dict", "model", "blobs")  # keys of the weights in checkpoints that hold more
-REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64)
-MOST_SHARED = 2**27  # numbers in tensors that share storage; the largest network has half as many
+REAL_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+)
+MAX_SHARED_NUMBERS = 2**27  # numbers in tensors that share storage; the largest network has half as many
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What was imported.
+class ImportedWeights:
+    """Result of an import.
 
     Attributes:
         kind: human-readable description.
         recipe: name of the recipe.
         classes: number of categories.
-        numbers: parameters and buffers imported.
-        untrained: prefixes of the names that the file does not have.
+        numbers: number of values in the parameters and buffers imported.
+        untrained: prefixes of the parameters that the file does not have.
         provenance: the training data, if known.
     """
 
@@ -56,7 +65,9 @@ class Imported:
     provenance: Provenance
 
 
-def import_weights(source: Path, out: Path, trained_on: Path | None = None, style: str | None = None) -> Imported:
+def import_weights(
+    source: Path, out: Path, trained_on: Path | None = None, style: str | None = None
+) -> ImportedWeights:
     """Import another program's weights as a run directory.
 
     Args:
@@ -74,25 +85,27 @@ def import_weights(source: Path, out: Path, trained_on: Path | None = None, styl
         raise InputError(f"`out` {out} exists; choose another or remove it")
     try:
         tensors = read_foreign(source)
-        digest = file_sha256(source)
-        known = known_file(source, digest)
+        sha256 = file_sha256(source)
+        known = known_file(source, sha256)
         if known is not None and known.norm_eps != EPS:
-            tensors = with_usual_eps(tensors, known.norm_eps)
-        shown_by_file = None if known is None else known.style
-        found = identify_checkpoint(tensors, style or shown_by_file)
+            tensors = convert_eps(tensors, known.norm_eps)
+        known_style = None if known is None else known.style
+        converted = identify_checkpoint(tensors, style or known_style)
     except InputError as error:
         raise InputError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     index = None if trained_on is None else CocoIndex.load(trained_on)
-    categories = _categories(found, source, index)
-    provenance = _provenance(source, digest, known, index)
-    meta = CheckpointMetadata(found.recipe, categories, provenance, 0, found.untrained)
-    torch.manual_seed(found.recipe.train.seed)  # missing tensors start as they would in training
-    model = MaskRCNN(found.recipe, len(categories))
-    model.load_state_dict({**model.state_dict(), **found.tensors})
+    categories = _categories(converted, source, index)
+    provenance = _provenance(source, sha256, known, index)
+    meta = CheckpointMetadata(converted.recipe, categories, provenance, 0, converted.missing_prefixes)
+    torch.manual_seed(converted.recipe.train.seed)  # missing tensors start as they would in training
+    model = MaskRCNN(converted.recipe, len(categories))
+    model.load_state_dict({**model.state_dict(), **converted.tensors})
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, model, meta)
-    numbers = sum(value.numel() for value in found.tensors.values())
-    return Imported(found.kind, found.recipe.name, len(categories), numbers, found.untrained, provenance)
+    numbers = sum(value.numel() for value in converted.tensors.values())
+    return ImportedWeights(
+        converted.kind, converted.recipe.name, len(categories), numbers, converted.missing_prefixes, provenance
+    )
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
@@ -103,14 +116,14 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
             an unsupported program.
     """
     if not path.is_file():
-        raise InputError(f"{path}: {_no_file(path)}")
+        raise InputError(f"{path}: {_why_not_a_file(path)}")
     with path.open("rb") as file:
         start = file.read(4096)
     if is_safetensors(start):
         tensors = checkpoint.read_tensors(path)[0]
         refuse_other_programs(path, tensors)
-        return _named_tensors(tensors, path)
-    if start[:2] != b"PK" and (what := what_is(path)) and "PyTorch" not in what:
+        return _check_tensors(tensors, path)
+    if start[:2] != b"PK" and (what := describe_file(path)) and "PyTorch" not in what:
         raise InputError(f"{path}: {what}, not weights of another program")
     if start[257:262] == b"ustar":
         raise InputError(f"{path}: {TAR}")
@@ -120,9 +133,9 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {error}") from None
     refuse_other_programs(path, contents.strings, contents.classes)
     if has_arrays(contents.classes) and start[:2] != b"PK":
-        return _named_tensors(_weights_in(_read_arrays(path), path), path)
+        return _check_tensors(_find_weights(_read_arrays(path), path), path)
     if contents.refused is not None:
-        raise InputError(f"{path}: {_unsafe(contents.refused)}")
+        raise InputError(f"{path}: {_unsafe_message(contents.refused)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about old file formats
@@ -130,8 +143,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # torch.load can raise anything on a damaged file
-        raise InputError(f"{path}: {_refusal(error)}") from error
-    return _named_tensors(_weights_in(tree, path), path)
+        raise InputError(f"{path}: {_refusal_message(error)}") from error
+    return _check_tensors(_find_weights(tree, path), path)
 
 
 def _read_arrays(path: Path) -> Any:
@@ -140,15 +153,15 @@ def _read_arrays(path: Path) -> Any:
         return read_pickle(path)
     except MemoryError:
         raise
-    except NotPlain as error:
-        raise InputError(f"{path}: {_unsafe(str(error))}") from None
+    except UnsafeImport as error:
+        raise InputError(f"{path}: {_unsafe_message(str(error))}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # an unpickler can raise anything on a damaged file
-        raise InputError(f"{path}: damaged, or not a pickle of arrays ({cut(error, 200)})") from None
+        raise InputError(f"{path}: damaged, or not a pickle of arrays ({shorten(error, 200)})") from None
 
 
-def _weights_in(tree: Any, path: Path) -> Mapping[Any, Any]:
+def _find_weights(tree: Any, path: Path) -> Mapping[Any, Any]:
     """The named tensors of a checkpoint that may hold more."""
     for wrapper in WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
@@ -158,9 +171,9 @@ def _weights_in(tree: Any, path: Path) -> Mapping[Any, Any]:
     return tree
 
 
-def _no_file(path: Path) -> str:
+def _why_not_a_file(path: Path) -> str:
     """Why a path is not a file, and the fix."""
-    if is_address(path):
+    if is_url(path):
         return "a URL; download the file and give its path"
     if not path.is_dir():
         return "not a regular file" if path.exists() else "no such file"
@@ -172,8 +185,8 @@ def _no_file(path: Path) -> str:
 def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[str] = ()) -> None:
     """Raise InputError if the names are of a program whose checkpoints are known but not supported."""
     names = list(names)
-    if has_all(names, STATE) or has_all(names, OWN):
-        raise InputError(f"{path}: {what_is(path)}; it needs no import")
+    if has_all(names, TRAINING_STATE) or has_all(names, REFDET):
+        raise InputError(f"{path}: {describe_file(path)}; it needs no import")
     program = program_of(names, classes)
     if program is not None and program not in IMPORTED:
         raise InputError(
@@ -183,20 +196,20 @@ def refuse_other_programs(path: Path, names: Iterable[str], classes: Iterable[st
         )
 
 
-def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+def _check_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """Check that every name is printable text and every value a dense tensor on the CPU."""
-    strange = [
+    invalid = [
         name
         for name, value in tree.items()
         if not (isinstance(name, str) and name.isprintable() and isinstance(value, Tensor) and _is_plain(value))
     ]
-    if strange or not tree:
-        what = f"{shown(strange[0])} is not a named tensor of real numbers" if strange else "empty"
+    if invalid or not tree:
+        what = f"{short_repr(invalid[0])} is not a named tensor of real numbers" if invalid else "empty"
         raise InputError(f"{path}: {what}; save the model's state_dict alone")
-    if len(tree) > MOST_TENSORS:
-        raise InputError(f"{path}: {len(tree)} tensors, more than the {MOST_TENSORS} allowed")
+    if len(tree) > MAX_TENSORS:
+        raise InputError(f"{path}: {len(tree)} tensors, more than the {MAX_TENSORS} allowed")
     numbers = sum(value.numel() for value in tree.values())
-    if numbers > max(MOST_SHARED, path.stat().st_size):
+    if numbers > max(MAX_SHARED_NUMBERS, path.stat().st_size):
         raise InputError(
             f"{path}: {numbers} numbers in a file of {path.stat().st_size} bytes: its tensors are views "
             "of each other or of few numbers; save contiguous copies"
@@ -205,10 +218,15 @@ def _named_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: Tensor) -> bool:
-    return value.dtype in REAL and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    return (
+        value.dtype in REAL_DTYPES
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
-def _refusal(error: Exception) -> str:
+def _refusal_message(error: Exception) -> str:
     """Why torch refused a file, without its advice to load it unsafely."""
     text = str(error)
     if "TorchScript archives" in text:
@@ -217,43 +235,49 @@ def _refusal(error: Exception) -> str:
         return TAR
     if not isinstance(error, pickle.UnpicklingError):
         reason = ": ".join(filter(None, (type(error).__name__, text.partition(". ")[0])))
-        return f"{DAMAGED} ({cut(reason, 200)})"
+        return f"{DAMAGED} ({shorten(reason, 200)})"
     for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL ", "Unsupported class "):
         if start in text:
-            return _unsafe(text.split(start, 1)[1].split()[0].rstrip(".,"))
+            return _unsafe_message(text.split(start, 1)[1].split()[0].rstrip(".,"))
     return "not a torch.save file of tensors alone; save the model's state_dict"
 
 
-def _unsafe(name: str) -> str:
-    return f"refused to load {shown(name)}, which is not a tensor and could run any code; save the model's state_dict"
+def _unsafe_message(name: str) -> str:
+    return (
+        f"refused to load {short_repr(name)}, which is not a tensor and could run any code; save the model's state_dict"
+    )
 
 
-def _categories(found: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
+def _categories(converted: ConvertedWeights, source: Path, index: CocoIndex | None) -> tuple[tuple[int, str], ...]:
     """(id, name) of the labels 1, 2, ..., in the order of the instances file, as in the reference."""
-    if found.classes is None:
+    if converted.classes is None:
         return coco_categories()
     if index is not None:
         categories = tuple(index.categories.items())
-        if found.coco_ids and set(dict(categories)) <= set(range(1, found.classes + 1)):
-            return _by_id(dict(categories), found.classes)
-        if len(categories) != found.classes:
-            raise InputError(f"`trained_on` {index.path}: {len(categories)} categories, {source} has {found.classes}")
+        if converted.coco_ids and set(dict(categories)) <= set(range(1, converted.classes + 1)):
+            return _categories_by_id(dict(categories), converted.classes)
+        if len(categories) != converted.classes:
+            raise InputError(
+                f"`trained_on` {index.path}: {len(categories)} categories, {source} has {converted.classes}"
+            )
         return categories
-    if found.coco_ids:
-        return _by_id(dict(coco_categories()), found.classes)
-    if found.classes != len(coco_categories()):
-        raise InputError(f"{source}: {found.classes} classes, which are not COCO's 80; name them by `trained_on`")
+    if converted.coco_ids:
+        return _categories_by_id(dict(coco_categories()), converted.classes)
+    if converted.classes != len(coco_categories()):
+        raise InputError(
+            f"{source}: {converted.classes} classes, which are not COCO's 80; give `trained_on` to name them"
+        )
     return coco_categories()
 
 
-def _by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
-    """Categories whose ids are their labels; ids without a category are outputs of the network all the same."""
+def _categories_by_id(names: Mapping[int, str], classes: int) -> tuple[tuple[int, str], ...]:
+    """Categories whose ids are their labels; ids without a category are still outputs of the network."""
     return tuple((label, names.get(label, unused_name(label))) for label in range(1, classes + 1))
 
 
-def _provenance(source: Path, digest: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
+def _provenance(source: Path, sha256: str, known: KnownFile | None, index: CocoIndex | None) -> Provenance:
     if index is None:
-        return Provenance.imported(source.name, digest, known)
+        return Provenance.imported(source.name, sha256, known)
     return provenance_of_instances(index).with_weights(
-        f"{source.name} (sha256 {digest}), imported; that it was trained on these images is the user's word"
+        f"{source.name} (sha256 {sha256}), imported; that it was trained on these images is the user's word"
     )

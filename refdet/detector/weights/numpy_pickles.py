@@ -1,8 +1,8 @@
 """Pickles of NumPy arrays and plain values, such as detectron2's ``.pkl``, read without importing or calling anything.
 
 `torch_files.read_contents` checks a file first: lengths are within it, and it neither repeats itself nor uses large
-indices of the memo. Here the names that pickles of arrays import stand for classes of this module, which keep what they
-are given; tensors are made of it once everything was read.
+indices of the memo. Here the names that pickles of arrays import stand for classes of this module, which only store
+their arguments; tensors are created once everything was read.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from refdet.detector.weights.torch_files import Limited
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 _CODES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
-class NotPlain(pickle.UnpicklingError):
-    """The pickle imports something else than arrays; the text is its name."""
+class UnsafeImport(pickle.UnpicklingError):
+    """The pickle imports something other than arrays; the message is its name."""
 
 
 def has_arrays(classes: Iterable[str]) -> bool:
@@ -42,19 +42,20 @@ def read_pickle(path: Path) -> Any:
         path: the file.
 
     Raises:
-        NotPlain: it imports anything but arrays and plain types.
-        InputError: an array has another dtype or another number of bytes than its shape; without the file's name.
+        UnsafeImport: the pickle imports anything but arrays and plain types.
+        InputError: an array is not numeric, or its shape and its number of bytes disagree. The message has no file
+            name.
     """
     with path.open("rb") as file:
         value = _Reader(file).load()
-        # each array becomes a tensor of its own, even of bytes that others have too
-        if sum(len(array.bytes) for array in _arrays(value, 4)) > 2 * file.tell():
+        # arrays that share bytes become separate tensors
+        if sum(len(array.bytes) for array in _iter_arrays(value, 4)) > 2 * file.tell():
             raise InputError("damaged: it repeats itself")
-        return _with_tensors(value, 4)
+        return _to_tensors(value, 4)
 
 
-class _Fixed:
-    """Something that a pickle may call but not change."""
+class _ReadOnlyCallable:
+    """A callable that a pickle may call but not modify."""
 
     __slots__ = ("_call",)
 
@@ -68,14 +69,14 @@ class _Fixed:
         raise pickle.UnpicklingError("a function has no state")
 
 
-class _Type:
-    """A dtype, of a plain number."""
+class _DType:
+    """A numeric dtype."""
 
     __slots__ = ("dtype",)
 
     def __init__(self, code: str) -> None:
         if not isinstance(code, str) or code not in _CODES:
-            raise InputError(f"holds an array of {shown(code)}, not of numbers; save the model's tensors alone")
+            raise InputError(f"holds an array of {short_repr(code)}, not of numbers; save the model's tensors alone")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -84,7 +85,7 @@ class _Type:
 
 
 class _Array:
-    """An array whose bytes are not yet numbers."""
+    """An array whose bytes are not decoded yet."""
 
     __slots__ = ("bytes", "dtype", "order", "shape")
 
@@ -98,7 +99,7 @@ class _Array:
 
     def fill(self, content: Any, kind: Any, shape: Any, order: Any) -> _Array:
         """Check and keep the parts of an array."""
-        if not isinstance(kind, _Type) or not isinstance(content, (bytes, bytearray)) or order not in ("C", "F"):
+        if not isinstance(kind, _DType) or not isinstance(content, (bytes, bytearray)) or order not in ("C", "F"):
             raise pickle.UnpicklingError("not an array of numbers")
         sides = shape if isinstance(shape, tuple) else ()
         if sides != shape or len(sides) > 8 or not all(type(side) is int and 0 <= side < 2**40 for side in sides):
@@ -114,7 +115,7 @@ class _Array:
         return torch.from_numpy(np.array(values, self.dtype.newbyteorder("="), order="C"))
 
 
-class _Dict(dict):
+class _OrderedDict(dict):
     """An ordered dictionary; attributes, such as the versions of modules, are dropped."""
 
     __slots__ = ()
@@ -124,7 +125,7 @@ class _Dict(dict):
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler that knows the names in `find_class` only."""
+    """An unpickler that allows only the names in `find_class`."""
 
     def __init__(self, file: Any) -> None:
         limited = Limited(file)
@@ -132,27 +133,27 @@ class _Reader(pickle.Unpickler):
         super().__init__(limited, encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name of a pickle stands for."""
+        """The class or function that a name in a pickle stands for."""
         if module in _ARRAY_MODULES and name == "_reconstruct":
-            return _Fixed(lambda *_: _Text(self))
+            return _ReadOnlyCallable(lambda *_: _TextArray(self))
         if module in _ARRAY_MODULES and name == "scalar":
-            return _Fixed(self._scalar)
+            return _ReadOnlyCallable(self._scalar)
         if module in _BUFFER_MODULES and name == "_frombuffer":
-            return _Fixed(lambda content, kind, shape, order: _Array().fill(content, kind, shape, order))
+            return _ReadOnlyCallable(lambda content, kind, shape, order: _Array().fill(content, kind, shape, order))
         if (module, name) == ("numpy", "ndarray"):
-            return _Fixed(_Array)
+            return _ReadOnlyCallable(_Array)
         if (module, name) == ("numpy", "dtype"):
-            return _Fixed(lambda code, *_: _Type(code))
+            return _ReadOnlyCallable(lambda code, *_: _DType(code))
         if (module, name) == ("_codecs", "encode"):
-            return _Fixed(self.encode)
+            return _ReadOnlyCallable(self.encode)
         if module in ("__builtin__", "builtins") and name == "bytes":
-            return _Fixed(lambda: b"")  # protocol 2 of no bytes
+            return _ReadOnlyCallable(lambda: b"")  # protocol 2 of no bytes
         if (module, name) == ("collections", "OrderedDict"):
-            return _Fixed(lambda: _Dict())
-        raise NotPlain(f"{module}.{name}")
+            return _ReadOnlyCallable(lambda: _OrderedDict())
+        raise UnsafeImport(f"{module}.{name}")
 
     def encode(self, text: Any, encoding: str = "latin1") -> bytes:
-        """Bytes that an old protocol holds as text."""
+        """Bytes that an old protocol stores as text."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError("not bytes as text")
         self._budget -= len(text)
@@ -165,7 +166,7 @@ class _Reader(pickle.Unpickler):
         return _Array().fill(content, kind, (), "C").tensor().item()
 
 
-class _Text(_Array):
+class _TextArray(_Array):
     """An array whose bytes are text in files of Python 2."""
 
     __slots__ = ("_reader",)
@@ -179,19 +180,19 @@ class _Text(_Array):
         super().__setstate__((*start, self._reader.encode(content) if isinstance(content, str) else content))
 
 
-def _arrays(value: Any, depth: int) -> Iterator[_Array]:
-    """The arrays that `_with_tensors` converts."""
+def _iter_arrays(value: Any, depth: int) -> Iterator[_Array]:
+    """The arrays that `_to_tensors` converts."""
     if isinstance(value, _Array):
         yield value
     elif isinstance(value, Mapping) and depth:
         for item in value.values():
-            yield from _arrays(item, depth - 1)
+            yield from _iter_arrays(item, depth - 1)
 
 
-def _with_tensors(value: Any, depth: int) -> Any:
-    """Arrays as tensors, in a few levels of dictionaries; what is deeper is no weight."""
+def _to_tensors(value: Any, depth: int) -> Any:
+    """Convert arrays to tensors, in dictionaries up to a depth; anything deeper is not a weight."""
     if isinstance(value, _Array):
         return value.tensor()
     if isinstance(value, Mapping) and depth:
-        return {key: _with_tensors(item, depth - 1) for key, item in value.items()}
+        return {key: _to_tensors(item, depth - 1) for key, item in value.items()}
     return value

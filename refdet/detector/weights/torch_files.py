@@ -1,7 +1,7 @@
 """Checks of a torch.save file before torch.load, so that loading takes time and memory in proportion to its size.
 
-torch.load with ``weights_only`` runs no code from the file. It does unpack, build and hash whatever the file contains,
-which may be far larger than the file.
+torch.load with ``weights_only`` runs no code from the file. It does unpack, build and hash whatever the file describes,
+which may be far larger than the file itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refdet.errors import InputError
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 
-MOST_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
-MOST_VALUES = 10_000_000  # counting shared values each time
-LARGEST_DIRECTORY = 2**24  # bytes of a zip's central directory
+MAX_OPCODES = 400_000  # of a pickle; a ResNet-152 has 40,000
+MAX_VALUES = 10_000_000  # counting shared values each time
+MAX_DIRECTORY_BYTES = 2**24  # bytes of a zip's central directory
 LEGACY_PICKLES = 5  # magic number, version, system, tensors, keys of the storages
-_NOT_RUN = "which cannot be read without running what is in it; save the model's state_dict"
-SCRIPT, TAR = f"a TorchScript archive, {_NOT_RUN}", f"a tar archive of PyTorch before 0.2, {_NOT_RUN}"
+_NEEDS_CODE = "which cannot be read without running code from it; save the model's state_dict"
+SCRIPT, TAR = f"a TorchScript archive, {_NEEDS_CODE}", f"a tar archive of PyTorch before 0.2, {_NEEDS_CODE}"
 DAMAGED = "damaged, or not written by torch.save"
 # modules that torch.load checks itself; from others it would also load values that are not tensors, such as bytearray
 _LEFT_TO_TORCH = ("torch", "collections")
@@ -46,9 +46,9 @@ class Contents:
     @property
     def refused(self) -> str | None:
         """The first class that is not part of a tensor, as torch would name it."""
-        strange = [name.lstrip(".") for name in self.classes if _is_strange(name)]
-        strange.sort(key=lambda name: _without_builtins(name) in _PLAIN)  # least informative last
-        return _without_builtins(strange[0]) if strange else None
+        suspicious = [name.lstrip(".") for name in self.classes if _is_suspicious(name)]
+        suspicious.sort(key=lambda name: _without_builtins(name) in _PLAIN)  # least informative last
+        return _without_builtins(suspicious[0]) if suspicious else None
 
 
 def read_contents(path: Path) -> Contents:
@@ -58,17 +58,17 @@ def read_contents(path: Path) -> Contents:
         InputError: the file is compressed or repeats itself, so that it would expand far beyond its size; or it is
             damaged. The message has no file name.
     """
-    found = Contents()
+    contents = Contents()
     with path.open("rb") as file:
         if file.read(2) == b"PK":
-            _scan(Limited(io.BytesIO(_pickle_of_zip(path, file))), found)
-            return found
+            _scan(Limited(io.BytesIO(_pickle_of_zip(path, file))), contents)
+            return contents
         file.seek(0)
         limited = Limited(file)
         for _ in range(LEGACY_PICKLES):
-            if not limited.left or not _scan(limited, found):
+            if not limited.left or not _scan(limited, contents):
                 break
-    return found
+    return contents
 
 
 class Limited:
@@ -93,31 +93,31 @@ class Limited:
         return data
 
 
-def _scan(file: Limited, found: Contents) -> bool:
+def _scan(file: Limited, contents: Contents) -> bool:
     """Scan one pickle without building anything; False if it ended early after a refused class."""
-    weights = _Weights()
+    weights = _ValueCounts()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
-            if number >= MOST_OPCODES:
-                raise InputError(f"{DAMAGED}: its pickle has more than {MOST_OPCODES} instructions")
+            if number >= MAX_OPCODES:
+                raise InputError(f"{DAMAGED}: its pickle has more than {MAX_OPCODES} instructions")
             weights.step(opcode, argument)
             text = argument if isinstance(argument, str) else ""
             if opcode.name in _STRINGS and len(text) <= 300:
-                found.strings.append(text)
+                contents.strings.append(text)
             elif opcode.name in ("GLOBAL", "INST"):
-                found.classes.append(text.replace(" ", "."))
+                contents.classes.append(text.replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":  # from the two strings before it, unless they are in the memo
-                found.classes.append(".".join(["", *found.strings[-2:]]))
+                contents.classes.append(".".join(["", *contents.strings[-2:]]))
     except InputError:
         raise
     except Exception as error:  # pickletools can raise anything on a damaged pickle
-        if found.refused:
+        if contents.refused:
             return False
-        raise InputError(f"{DAMAGED} ({cut(error)})") from None
+        raise InputError(f"{DAMAGED} ({shorten(error)})") from None
     return True
 
 
-class _Weights:
+class _ValueCounts:
     """Number of values in each item on the stack of a pickle, counting shared ones each time.
 
     Nested tuples that each hold another one twice are small in memory, but take exponential time to hash.
@@ -131,7 +131,7 @@ class _Weights:
         """Apply one instruction to the stack."""
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            if argument is not None and not 0 <= argument < MOST_OPCODES:  # a list of the memo would be as long
+            if argument is not None and not 0 <= argument < MAX_OPCODES:  # the memo would grow to this length
                 raise InputError(f"{DAMAGED}: its pickle has an entry {argument} in its memo")
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1] or 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -142,8 +142,8 @@ class _Weights:
             self.stack.append(None)
         else:
             taken = self._take(opcode)
-            if taken > MOST_VALUES:
-                raise InputError(f"{DAMAGED}: it repeats itself, to more than {MOST_VALUES} values")
+            if taken > MAX_VALUES:
+                raise InputError(f"{DAMAGED}: it repeats itself, to more than {MAX_VALUES} values")
             self.stack += [1 + taken] * len(opcode.stack_after)
 
     def _take(self, opcode: pickletools.OpcodeInfo) -> int:
@@ -178,7 +178,7 @@ def _pickle_of_zip(path: Path, file: BinaryIO) -> bytes:
     except InputError:
         raise
     except Exception as error:  # zipfile can raise anything on a damaged zip
-        raise InputError(f"{DAMAGED} ({cut(error) or type(error).__name__})") from None
+        raise InputError(f"{DAMAGED} ({shorten(error) or type(error).__name__})") from None
 
 
 def _check_directory(file: BinaryIO) -> int:
@@ -198,12 +198,12 @@ def _check_directory(file: BinaryIO) -> int:
         if len(large) < 56 or large[:4] != b"PK\x06\x06":
             raise InputError(f"{DAMAGED} (the zip does not end with its directory)")
         length, start = struct.unpack("<QQ", large[40:56])
-    if start + length != end or length > LARGEST_DIRECTORY:
+    if start + length != end or length > MAX_DIRECTORY_BYTES:
         raise InputError(f"{DAMAGED} (the zip's directory is not where it should be, or too large)")
     return size
 
 
-def _is_strange(name: str) -> bool:
+def _is_suspicious(name: str) -> bool:
     if name.startswith("torch.nn."):
         return name != "torch.nn.parameter.Parameter"
     return name.partition(".")[0] not in _LEFT_TO_TORCH

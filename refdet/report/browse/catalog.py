@@ -102,9 +102,9 @@ class Catalog:
 
     def write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a statement for each of some rows."""
-        listed = list(rows)
+        values = list(rows)
         with self._lock, self._connection:
-            self._connection.executemany(statement, listed)
+            self._connection.executemany(statement, values)
 
     def add_images(self, rows: Iterable[tuple[int, int, str, int, int, int, str]]) -> None:
         """Add (position, id, file name, width, height, number of regions, error) of each image."""
@@ -141,9 +141,9 @@ class Catalog:
 
     def segmentations(self, key: int) -> list[Any]:
         """The segmentations of a referent's objects, as in the file."""
-        found = self.rows("SELECT segmentations FROM outline WHERE object = ?", (key,))
-        listed: list[Any] = msgspec.json.decode(found[0][0]) if found else []
-        return listed
+        rows = self.rows("SELECT segmentations FROM outline WHERE object = ?", (key,))
+        decoded: list[Any] = msgspec.json.decode(rows[0][0]) if rows else []
+        return decoded
 
     def add_answers(self, answers: Mapping[int, AnswerRow]) -> None:
         """Add a model's answers by sentence id; in splits with answers, sentences without one count as wrong."""
@@ -156,7 +156,7 @@ class Catalog:
         self.write(
             "UPDATE sentence SET answer = ?, answer_masks = ?, iou = ?, wrong = ? WHERE sent_id = ?",
             (
-                (json.dumps(one.boxes), json.dumps(one.masks), one.iou, int(one.wrong), sent_id)
-                for sent_id, one in answers.items()
+                (json.dumps(answer.boxes), json.dumps(answer.masks), answer.iou, int(answer.wrong), sent_id)
+                for sent_id, answer in answers.items()
             ),
         )

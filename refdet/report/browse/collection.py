@@ -23,8 +23,8 @@ from refer import REFER
 
 log = logging.getLogger(__name__)
 
-MOST_STORES = 2
-MOST_PREVIEWED = 100  # regions in a thumbnail
+MAX_STORES = 2
+MAX_PREVIEW_REGIONS = 100  # regions in a thumbnail
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Collection:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.notes: list[str] = []
-        if not 1 <= len(inputs.stores) <= MOST_STORES:
+        if not 1 <= len(inputs.stores) <= MAX_STORES:
             raise ArgumentError("stores", f"{len(inputs.stores)} stores; give one, or two to show side by side")
         self.generalized = False
         self.sentence_images: dict[int, ImageRecord] = {}
         self._states = [FileState.of(path) if path.is_file() else None for path in inputs.stores]
         self.stores = [stores.open(path) for path in inputs.stores]
         first = self.stores[0]
-        self.names: list[dict[int, str]] = [dict(one.names) for one in self.stores]
+        self.names: list[dict[int, str]] = [dict(store.names) for store in self.stores]
         self.referent_names: dict[int, str] = {}
         self.annotation_names: dict[int, str] = {}
         self._positions = {image_id: position for position, image_id in enumerate(first.image_ids.tolist())}
@@ -123,19 +123,21 @@ class Collection:
 
     def close(self) -> None:
         """Close the stores."""
-        for one in self.stores:
-            one.close()
+        for store in self.stores:
+            store.close()
 
     def changed(self) -> list[str]:
         """The stores whose files are no longer what was opened."""
-        return [str(one.path) for one, state in zip(self.stores, self._states, strict=True) if _state(one) != state]
+        return [
+            str(store.path) for store, state in zip(self.stores, self._states, strict=True) if _state(store) != state
+        ]
 
-    def preview(self, position: int, most: int, score: float | None) -> dict[str, Any]:
+    def preview(self, position: int, count: int, score: float | None) -> dict[str, Any]:
         """Boxes of the top-scoring regions of an image in the first store, for a thumbnail.
 
         Args:
             position: of the image.
-            most: the top-scoring regions that are wanted; of these at most `MOST_PREVIEWED` are given.
+            count: the top-scoring regions that are wanted; of these at most `MAX_PREVIEW_REGIONS` are given.
             score: lowest score of them, None for all.
 
         Returns:
@@ -147,41 +149,41 @@ class Collection:
             boxes, scores = first.data["regions/box"][begin:end], first.data["regions/score"][begin:end]
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
-        chosen = np.argsort(-scores, kind="stable")[:most]
+        chosen = np.argsort(-scores, kind="stable")[:count]
         if score is not None:
             chosen = chosen[scores[chosen] >= np.float32(score)]
-        return {"boxes": plain(boxes[chosen[:MOST_PREVIEWED]], 1), "wanted": len(chosen)}
+        return {"boxes": to_json_numbers(boxes[chosen[:MAX_PREVIEW_REGIONS]], 1), "wanted": len(chosen)}
 
     def box(self, position: int, place: int) -> list[float]:
         """Box of a region of an image in the first store."""
         first = self.stores[0]
         row = int(first.region_start[position]) + place
         try:
-            found: list[float] = plain(first.data["regions/box"][row])
+            box: list[float] = to_json_numbers(first.data["regions/box"][row])
         except stores.CORRUPTION_ERRORS as error:
             raise InputError(f"{first.path}: damaged: {error}; extract it again") from None
-        return found
+        return box
 
     def regions(self, number: int, image_id: int) -> dict[str, Any]:
         """The regions of an image in a store: boxes, scores, categories and masks."""
-        one = self.stores[number]
-        if image_id not in one:
-            return {"path": one.path.name, "absent": f"{one.path.name} has no image {image_id}", "regions": []}
-        found, rows = one.read(image_id, features=()), one.rows(image_id)
-        categories = map(str, found.category_ids.tolist())
-        columns = zip(plain(found.boxes), _shortest(found.scores), categories, strict=True)
+        store = self.stores[number]
+        if image_id not in store:
+            return {"path": store.path.name, "absent": f"{store.path.name} has no image {image_id}", "regions": []}
+        image_regions, rows = store.read(image_id, features=()), store.rows(image_id)
+        categories = map(str, image_regions.category_ids.tolist())
+        columns = zip(to_json_numbers(image_regions.boxes), _shortest(image_regions.scores), categories, strict=True)
         regions: list[dict[str, Any]] = [
             {"box": box, "score": score, "category": category, "row": row}
             for row, (box, score, category) in zip(rows, columns, strict=True)
         ]
-        for region, mask in zip(regions, found.masks or (), strict=False):
+        for region, mask in zip(regions, image_regions.masks or (), strict=False):
             region["mask"] = mask.decode("ascii")
         return {
-            "path": one.path.name,
+            "path": store.path.name,
             "absent": "",
-            "error": found.error,
-            "size": [found.height, found.width],
-            "masks": one.has_masks,
+            "error": image_regions.error,
+            "size": [image_regions.height, image_regions.width],
+            "masks": store.has_masks,
             "regions": regions,
         }
 
@@ -239,9 +241,9 @@ class Collection:
 
     def _add_referents(self) -> None:
         inputs = self.inputs
-        given = [inputs.refer_root, inputs.dataset, inputs.split_by]
-        if any(value is not None for value in given):
-            if None in given:
+        refer_options = [inputs.refer_root, inputs.dataset, inputs.split_by]
+        if any(value is not None for value in refer_options):
+            if None in refer_options:
                 raise InputError("refs need all of `refer_root`, `dataset` and `split_by`")
             self._add_refs(str(inputs.refer_root), str(inputs.dataset), str(inputs.split_by))
         elif inputs.predictions is not None:
@@ -277,10 +279,10 @@ class Collection:
         log.warning("note: %s", text)
 
 
-def plain(values: np.ndarray, digits: int = 4) -> list[Any]:
+def to_json_numbers(values: np.ndarray, digits: int = 4) -> list[Any]:
     """Numbers as JSON has them; those of a damaged store may not be finite."""
-    listed: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
-    return listed
+    numbers: list[Any] = np.nan_to_num(values.astype(np.float64), posinf=1e9, neginf=-1e9).round(digits).tolist()
+    return numbers
 
 
 def _shortest(scores: np.ndarray) -> list[float]:
@@ -293,8 +295,8 @@ def _record(image: Any) -> ImageRecord:
     return ImageRecord(image["id"], "", int(image.get("height") or 1), int(image.get("width") or 1))
 
 
-def _state(one: Store) -> FileState | None:
+def _state(store: Store) -> FileState | None:
     try:
-        return FileState.of(one.path)
+        return FileState.of(store.path)
     except OSError:
         return None

@@ -27,7 +27,7 @@ from refdet.store import Store
 log = logging.getLogger(__name__)
 
 _BLOCK = 64  # images read at a time
-_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
+_PAUSE, _MAX_PAUSE = 0.1, 1.0  # seconds after a request, and before any block
 _RIGHT = 0.5  # IoU from which an answer is right
 
 
@@ -42,7 +42,7 @@ class Indexer:
         self._collection = collection
         self._thread = threading.Thread(target=self._run, name="refdet-browse-index", daemon=True)
         self._stop = threading.Event()
-        self._total = sum(len(one) for one in collection.stores)
+        self._total = sum(len(store) for store in collection.stores)
         self._done = 0
         self._stage = "regions"
         self._error = ""
@@ -76,14 +76,14 @@ class Indexer:
         return {"stage": self._stage, "part": round(part, 3), "error": self._error, "scores": self._scores}
 
     def _wait_for_requests(self) -> None:
-        latest = time.monotonic() + _LONGEST_PAUSE
+        latest = time.monotonic() + _MAX_PAUSE
         while time.monotonic() < min(latest, self._asked + _PAUSE) and not self._stop.is_set():
             self._stop.wait(_PAUSE / 5)
 
     def _run(self) -> None:
         try:
-            for number, one in enumerate(self._collection.stores):
-                self._regions(number, one)
+            for number, store in enumerate(self._collection.stores):
+                self._regions(number, store)
             self._stage = "answers"
             if self._collection.inputs.predictions is not None and not self._stop.is_set():
                 self._answers()
@@ -95,19 +95,19 @@ class Indexer:
             log.error("error: %s", self._error)
         self._stage = ""
 
-    def _regions(self, number: int, one: Store) -> None:
-        for begin in range(0, len(one), _BLOCK):
+    def _regions(self, number: int, store: Store) -> None:
+        for begin in range(0, len(store), _BLOCK):
             self._wait_for_requests()
             if self._stop.is_set():
                 return
-            end = min(begin + _BLOCK, len(one))
+            end = min(begin + _BLOCK, len(store))
             try:
-                block = _Block.read(one, begin, end)
+                block = _Block.read(store, begin, end)
             except stores.CORRUPTION_ERRORS as error:
-                raise InputError(f"{one.path}: damaged: {error}; extract it again") from None
-            found = block.scores[np.isfinite(block.scores)]
+                raise InputError(f"{store.path}: damaged: {error}; extract it again") from None
+            scores = block.scores[np.isfinite(block.scores)]
             low, high = self._scores
-            self._scores = (float(found.min(initial=low)), float(found.max(initial=high)))
+            self._scores = (float(scores.min(initial=low)), float(scores.max(initial=high)))
             if number == 0:
                 block.describe(self._collection.catalog, begin)
             block.cover(self._collection.catalog, number)
@@ -136,11 +136,11 @@ class _Block:
         self.boxes, self.scores, self.categories = columns
 
     @classmethod
-    def read(cls, one: Store, begin: int, end: int) -> _Block:
-        starts = one.region_start[begin : end + 1]
+    def read(cls, store: Store, begin: int, end: int) -> _Block:
+        starts = store.region_start[begin : end + 1]
         names = ("regions/box", "regions/score", "regions/category_id")
-        columns = [one.data[name][int(starts[0]) : int(starts[-1])] for name in names]
-        return cls(one.image_ids[begin:end].tolist(), starts - starts[0], columns)
+        columns = [store.data[name][int(starts[0]) : int(starts[-1])] for name in names]
+        return cls(store.image_ids[begin:end].tolist(), starts - starts[0], columns)
 
     def describe(self, catalog: Catalog, first: int) -> None:
         """Add the highest score of each image, and which categories of which sizes it has."""
@@ -159,12 +159,12 @@ class _Block:
     def cover(self, catalog: Catalog, number: int) -> None:
         """Add the best region of each referent and its IoU, the lowest of several objects."""
         marks = ",".join("?" * len(self.ids))
-        found = catalog.rows(
+        rows = catalog.rows(
             f"SELECT o.key, i.id, o.boxes FROM image i JOIN object o USING (position) WHERE i.id IN ({marks})",
             self.ids,
         )
         by_image: dict[int, list[tuple[int, Any]]] = defaultdict(list)
-        for key, image_id, boxes in found:
+        for key, image_id, boxes in rows:
             by_image[image_id].append((key, json.loads(boxes)))
         updates = []
         for place, image_id in enumerate(self.ids):

@@ -66,8 +66,8 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        by_address = self._is_token(given)
+        query_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        by_address = self._is_token(query_token)
         refusal = self._refusal(scope, headers, by_address)
         path = scope["path"] if self._is_own(scope["path"]) else self.folder + scope["path"]
         inner = {**scope, "path": path, "root_path": self.folder}
@@ -105,7 +105,7 @@ class Guard:
 
     def _cookie_of(self, header: str) -> str:
         try:
-            found = SimpleCookie(header).get(COOKIE)
+            cookie = SimpleCookie(header).get(COOKIE)
         except CookieError:
             return ""
-        return "" if found is None else found.value
+        return "" if cookie is None else cookie.value

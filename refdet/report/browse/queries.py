@@ -17,8 +17,8 @@ COVERED = 0.5
 SHOWN = ("refs", "images")
 ONLY = ("", "uncovered", "wrong", "failed")
 PAGE = 60
-_MOST = 1000  # of a page
-_LONGEST_SEARCH = 500
+_MAX_PAGE_SIZE = 1000  # of a page
+_MAX_SEARCH_LENGTH = 500
 
 _ORDERS = {
     "refs": {
@@ -66,22 +66,22 @@ class Filter:
     descending: bool = False
 
     @classmethod
-    def parse(cls, given: Mapping[str, str]) -> Filter:
+    def parse(cls, params: Mapping[str, str]) -> Filter:
         """Read the parameters of an address.
 
         Raises:
             ArgumentError: a parameter has a value that it cannot have.
         """
-        category = given.get("category", "")
+        category = params.get("category", "")
         return cls(
-            _one_of("show", given.get("show", "images"), SHOWN),
-            given.get("q", "")[:_LONGEST_SEARCH],
-            given.get("split", ""),
+            _one_of("show", params.get("show", "images"), SHOWN),
+            params.get("q", "")[:_MAX_SEARCH_LENGTH],
+            params.get("split", ""),
             id_of("category", category) if category else None,
-            _one_of("size", given.get("size", ""), ("", *SIZES)),
-            _one_of("only", given.get("only", ""), ONLY),
-            _one_of("sort", given.get("sort", "order"), ORDERS),
-            given.get("desc", "") == "1",
+            _one_of("size", params.get("size", ""), ("", *SIZES)),
+            _one_of("only", params.get("only", ""), ONLY),
+            _one_of("sort", params.get("sort", "order"), ORDERS),
+            params.get("desc", "") == "1",
         )
 
     def count(self, catalog: Catalog) -> int:
@@ -162,21 +162,21 @@ class Part:
     score: float | None = None
 
     @classmethod
-    def parse(cls, given: Mapping[str, str]) -> Part:
+    def parse(cls, params: Mapping[str, str]) -> Part:
         """Read the parameters of an address.
 
         Raises:
             ArgumentError: one is not a number, or is out of range.
         """
-        score = given.get("score") or None
+        score = params.get("score") or None
         try:
             lowest = None if score is None else float(score)
         except ValueError:
             lowest = math.nan
         if lowest is not None and not math.isfinite(lowest):
             raise ArgumentError("score", f"{score!r:.40} is not a score")
-        offset, top = (_number(name, given, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
-        return cls(offset, _number("limit", given, PAGE, _MOST), top, lowest)
+        offset, top = (_number(name, params, default, 1 << 40) for name, default in (("offset", 0), ("top", 1 << 40)))
+        return cls(offset, _number("limit", params, PAGE, _MAX_PAGE_SIZE), top, lowest)
 
 
 def id_of(name: str, text: str) -> int:
@@ -190,10 +190,10 @@ def id_of(name: str, text: str) -> int:
     return int(text)
 
 
-def _number(name: str, given: Mapping[str, str], default: int, most: int) -> int:
-    text = given.get(name) or str(default)
-    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > most:
-        raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {most}")
+def _number(name: str, params: Mapping[str, str], default: int, maximum: int) -> int:
+    text = params.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) > maximum:
+        raise ArgumentError(name, f"{text!r:.40} is not a number from 0 to {maximum}")
     return int(text)
 
 

@@ -35,8 +35,8 @@ def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> I
         if ref["image_id"] not in positions:
             continue
         objects = objects_of(refer, ref)
-        found = boxes(refer, objects)
-        sides = found[:1, 2:] - found[:1, :2]
+        object_boxes = boxes(refer, objects)
+        sides = object_boxes[:1, 2:] - object_boxes[:1, :2]
         area = objects[0].get("area") if objects else None
         yield Referent(
             f"ref {ref['ref_id']}",
@@ -44,9 +44,9 @@ def _referents(refs: list[Any], positions: Mapping[int, int], refer: REFER) -> I
             ref["split"],
             objects[0]["category_id"] if objects else None,
             float(sides.prod(axis=1).sum()) if not isinstance(area, int | float) else float(area),
-            found.tolist(),
+            object_boxes.tolist(),
             [(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]],
-            [one["segmentation"] for one in objects if one.get("segmentation")],
+            [annotation["segmentation"] for annotation in objects if annotation.get("segmentation")],
         )
 
 
@@ -62,21 +62,25 @@ def add_annotations(catalog: Catalog, positions: Mapping[int, int], index: CocoI
     Returns:
         The number of images of the store that the annotations lack.
     """
-    of_store = [(positions[i], one) for i in index.images if i in positions for one in index.annotations[i]]
-    catalog.add_annotations((position, one.category_id, list(one.box)) for position, one in of_store)
+    of_store = [
+        (positions[i], annotation) for i in index.images if i in positions for annotation in index.annotations[i]
+    ]
+    catalog.add_annotations(
+        (position, annotation.category_id, list(annotation.box)) for position, annotation in of_store
+    )
     if as_referents:
         catalog.add_referents(
             Referent(
-                f"object {one.id}",
+                f"object {annotation.id}",
                 position,
                 "",
-                one.category_id,
-                one.area,
-                [list(one.box)],
+                annotation.category_id,
+                annotation.area,
+                [list(annotation.box)],
                 (),
-                [one.segmentation] if one.segmentation else (),
+                [annotation.segmentation] if annotation.segmentation else (),
             )  # fmt: skip
-            for position, one in of_store
-            if not one.iscrowd
+            for position, annotation in of_store
+            if not annotation.iscrowd
         )
     return sum(i not in index.images for i in positions)

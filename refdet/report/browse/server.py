@@ -52,7 +52,9 @@ class Pages:
         self.collection, self.indexer = collection, indexer
         self.thumbnails = ByteCache()
         folder = resources.files("refdet.report.browse") / "static"
-        self.static = {one.name: one.read_bytes() for one in folder.iterdir() if Path(one.name).suffix in _TYPES}
+        self.static = {
+            entry.name: entry.read_bytes() for entry in folder.iterdir() if Path(entry.name).suffix in _TYPES
+        }
 
     def app(self) -> Starlette:
         """The application, without its `Guard`."""
@@ -100,8 +102,8 @@ class Pages:
 
     def items(self, request: Request) -> Response:
         """A part of a list."""
-        given = request.query_params
-        return Json(views.items(self.collection, Filter.parse(given), Part.parse(given)))
+        params = request.query_params
+        return Json(views.items(self.collection, Filter.parse(params), Part.parse(params)))
 
     def image(self, request: Request) -> Response:
         """One image."""
@@ -109,8 +111,8 @@ class Pages:
 
     def list(self, request: Request) -> Response:
         """A list as a file."""
-        listed = views.whole_list(self.collection, Filter.parse(request.query_params))
-        return Json(listed, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
+        entries = views.whole_list(self.collection, Filter.parse(request.query_params))
+        return Json(entries, headers={"Content-Disposition": 'attachment; filename="refdet-list.json"'})
 
     def thumbnail(self, request: Request) -> Response:
         """A thumbnail."""
@@ -118,16 +120,16 @@ class Pages:
         source = self.collection.source
         if source is None:
             return PlainTextResponse("no images were given\n", 404)
-        made = self.thumbnails.get(position, lambda: thumbnail(source, self.collection.record(position)))
-        return Response(made, media_type="image/jpeg", headers=_KEPT)
+        jpeg = self.thumbnails.get(position, lambda: thumbnail(source, self.collection.record(position)))
+        return Response(jpeg, media_type="image/jpeg", headers=_KEPT)
 
     def picture(self, request: Request) -> Response:
         """An image at full size."""
         position = self._position(request)
         if self.collection.source is None:
             return PlainTextResponse("no images were given\n", 404)
-        made = full_image(self.collection.source, self.collection.record(position))
-        return Response(made, media_type="image/jpeg", headers=_KEPT)
+        jpeg = full_image(self.collection.source, self.collection.record(position))
+        return Response(jpeg, media_type="image/jpeg", headers=_KEPT)
 
     def _position(self, request: Request) -> int:
         position: int = request.path_params["position"]

@@ -17,7 +17,7 @@ from refdet.data.image_source import ImageError, ImageSource, why_unreadable
 SIDE = 240
 """Longest side of a thumbnail in pixels."""
 
-MOST_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
+MAX_BYTES = 64 << 20  # of all thumbnails; 28,000 of them take about 200 MB
 _QUALITY, _THUMBNAIL_QUALITY = 92, 80
 
 
@@ -25,11 +25,11 @@ class ByteCache:
     """Values of the most recently used keys, up to a total size; safe for threads.
 
     Args:
-        most: maximum total size in bytes.
+        max_bytes: maximum total size in bytes.
     """
 
-    def __init__(self, most: int = MOST_BYTES) -> None:
-        self.most, self.size = most, 0
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes, self.size = max_bytes, 0
         self._values: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -43,7 +43,7 @@ class ByteCache:
         with self._lock:
             self.size += len(value) - len(self._values.pop(key, b""))
             self._values[key] = value
-            while self.size > self.most and self._values:
+            while self.size > self.max_bytes and self._values:
                 self.size -= len(self._values.popitem(last=False)[1])
         return value
 

@@ -24,19 +24,21 @@ def about(collection: Collection) -> dict[str, Any]:
     splits = [row[0] for row in catalog.rows("SELECT DISTINCT split FROM object WHERE split != '' ORDER BY split")]
     first = collection.stores[0]
     return {
-        "stores": [{"name": one.path.name, "images": len(one), "regions": one.regions} for one in collection.stores],
+        "stores": [
+            {"name": store.path.name, "images": len(store), "regions": store.regions} for store in collection.stores
+        ],
         "names": {
             "stores": [_pairs(names) for names in collection.names],
             "referents": _pairs(collection.referent_names),
             "annotations": _pairs(collection.annotation_names),
         },
-        "most_regions": max(int(np.diff(one.region_start).max(initial=0)) for one in collection.stores),
+        "most_regions": max(int(np.diff(store.region_start).max(initial=0)) for store in collection.stores),
         "splits": splits,
         "refs": catalog.count("object"),
         "sentences": catalog.count("sentence"),
         "annotations": catalog.count("annotation"),
         "failed": catalog.count("image", "error != ''"),
-        "masks": any(one.has_masks for one in collection.stores) or catalog.count("outline") > 0,
+        "masks": any(store.has_masks for store in collection.stores) or catalog.count("outline") > 0,
         "images": collection.source is not None,
         "predictions": collection.inputs.predictions is not None,
         "notes": collection.notes if len(first) else [*collection.notes, f"{first.path.name} has no images"],
@@ -47,10 +49,10 @@ def items(collection: Collection, chosen: Filter, part: Part) -> dict[str, Any]:
     """A part of a list for the grid, and its length."""
     keys = chosen.keys(collection.catalog, part.offset, part.limit)
     if chosen.show == "refs":
-        made = [_ref_item(collection, key) for key in keys]
+        entries = [_ref_item(collection, key) for key in keys]
     else:
-        made = [_image(collection, key) | collection.preview(key, part.top, part.score) for key in keys]
-    return {"total": chosen.count(collection.catalog), "offset": part.offset, "items": made}
+        entries = [_image(collection, key) | collection.preview(key, part.top, part.score) for key in keys]
+    return {"total": chosen.count(collection.catalog), "offset": part.offset, "items": entries}
 
 
 def single(collection: Collection, image_id: int) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
     if position is None:
         raise ArgumentError("image", f"no image {image_id} in {collection.stores[0].path.name}")
     record, catalog = collection.record(position), collection.catalog
-    found = catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.position = ? ORDER BY o.key", (position,))
+    rows = catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.position = ? ORDER BY o.key", (position,))
     size = (record.height, record.width)
     annotated = catalog.rows("SELECT category, box FROM annotation WHERE position = ?", (position,))
     return {
@@ -71,7 +73,7 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
         "stores": [collection.regions(number, image_id) for number in range(len(collection.stores))],
         "objects": [
             {**_object(row), "sentences": _sentences(collection, row[0]), **_mask(collection, row[0], size)}
-            for row in found
+            for row in rows
         ],
         "annotations": [{"category": str(category), "box": json.loads(box)} for category, box in annotated],
     }
@@ -79,9 +81,9 @@ def single(collection: Collection, image_id: int) -> dict[str, Any]:
 
 def _mask(collection: Collection, key: int, size: tuple[int, int]) -> dict[str, str]:
     """The mask of a referent as compressed RLE, "" without; and why it has none if its segmentation is unusable."""
-    found = collection.catalog.segmentations(key)
+    segmentations = collection.catalog.segmentations(key)
     try:
-        rles = [to_rle(one, *size) for one in found]
+        rles = [to_rle(segmentation, *size) for segmentation in segmentations]
     except InputError as error:
         return {"mask": "", "mask_error": str(error)}
     counts = coco_mask.merge(rles)["counts"].decode("ascii") if rles else ""
@@ -100,23 +102,23 @@ def whole_list(collection: Collection, chosen: Filter) -> list[dict[str, Any]]:
     for key, sent_id, text, wrong in catalog.rows("SELECT object, sent_id, text, wrong FROM sentence ORDER BY key"):
         entry = {"sent_id": sent_id, "sent": text} | ({} if wrong is None else {"wrong": bool(wrong)})
         sentences.setdefault(key, []).append(entry)
-    listed = []
+    entries = []
     for key in positions:
-        one = objects[key]
-        _, image_id, name, _, _ = images[one["position"]]
-        about_it = {"label": one["label"], "image_id": image_id, "file_name": name, "split": one["split"]}
-        category = None if one["category"] is None else int(one["category"])
-        what = {"category_id": category, "size": one["size"], "boxes": one["boxes"]}
-        listed.append({**about_it, **what, "best_iou": one["iou"], "sentences": sentences.get(key, [])})
-    return listed
+        obj = objects[key]
+        _, image_id, name, _, _ = images[obj["position"]]
+        header = {"label": obj["label"], "image_id": image_id, "file_name": name, "split": obj["split"]}
+        category = None if obj["category"] is None else int(obj["category"])
+        details = {"category_id": category, "size": obj["size"], "boxes": obj["boxes"]}
+        entries.append({**header, **details, "best_iou": obj["iou"], "sentences": sentences.get(key, [])})
+    return entries
 
 
 def _image(collection: Collection, position: int) -> dict[str, Any]:
     row = collection.catalog.rows(
         "SELECT position, id, name, width, height, regions, error FROM image WHERE position = ?", (position,)
     )[0]
-    found = dict(zip(("position", "image_id", "name", "width", "height", "regions", "error"), row, strict=True))
-    return found | {"image_id": str(row[1]), "missing": _why_missing(collection, position)}
+    image = dict(zip(("position", "image_id", "name", "width", "height", "regions", "error"), row, strict=True))
+    return image | {"image_id": str(row[1]), "missing": _why_missing(collection, position)}
 
 
 def _why_missing(collection: Collection, position: int) -> str:
@@ -168,10 +170,10 @@ def _pairs(names: Mapping[int, str]) -> list[list[str]]:
 
 def _ref_item(collection: Collection, key: int) -> dict[str, Any]:
     row = collection.catalog.rows(f"SELECT {_OBJECT} FROM object o WHERE o.key = ?", (key,))[0]
-    one = _object(row)
-    best = one["best"][0]
+    obj = _object(row)
+    best = obj["best"][0]
     return {
-        **_image(collection, one["position"]),
-        "object": {**one, "sentences": _sentences(collection, key)},
-        "best_box": None if best is None else collection.box(one["position"], best),
+        **_image(collection, obj["position"]),
+        "object": {**obj, "sentences": _sentences(collection, key)},
+        "best_box": None if best is None else collection.box(obj["position"], best),
     }

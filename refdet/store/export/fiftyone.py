@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from refdet.data.coco import ImageRecord
-from refdet.data.image_decoder import turned_points, upright
+from refdet.data.image_decoder import apply_orientation, orient_points
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
@@ -23,7 +23,7 @@ from refdet.structures.regions import Regions
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _DisplayedImage:
     """An image, its file in the folder, and the EXIF orientation by which its regions must be turned, or 1."""
 
     record: ImageRecord
@@ -64,7 +64,7 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         ]
         files = ImageSource.open(images, "apply" if of.options.get("exif") == "apply" else "ignore")
         files.check(records, store)
-        shown, unread = _readable(records, files)
+        shown, unread = _find_readable(records, files)
         dataset = _new_dataset(fiftyone)
         try:
             samples = (_sample(fiftyone, source, images, one) for one in shown)
@@ -107,7 +107,7 @@ def _new_dataset(fiftyone: Any) -> Any:
         ) from error
 
 
-def _readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_Shown], list[str]]:
+def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_DisplayedImage], list[str]]:
     """The images whose files have the sizes of the store, and why others have not."""
     shown, unread = [], []
     for record in progress(records, "check", "image", total=len(records)):
@@ -118,11 +118,11 @@ def _readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[
         except ImageError as error:
             unread.append(str(error))
         else:
-            shown.append(_Shown(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
+            shown.append(_DisplayedImage(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
     return shown, unread
 
 
-def _sample(fiftyone: Any, source: Source, images: Path, shown: _Shown) -> Any:
+def _sample(fiftyone: Any, source: Source, images: Path, shown: _DisplayedImage) -> Any:
     record, orientation = shown.record, shown.orientation
     regions = source.read(record.id, ())
     rows = source.store.rows(record.id)
@@ -132,7 +132,7 @@ def _sample(fiftyone: Any, source: Source, images: Path, shown: _Shown) -> Any:
             label=source.names[int(regions.category_ids[i])],
             bounding_box=boxes[i],
             confidence=float(regions.scores[i]),
-            mask=cropped_mask(regions, i, orientation),
+            mask=crop_mask(regions, i, orientation),
             region=row,
         )
         for i, row in enumerate(rows)
@@ -144,17 +144,17 @@ def _sample(fiftyone: Any, source: Source, images: Path, shown: _Shown) -> Any:
 def relative_boxes(regions: Regions, orientation: int = 1) -> list[list[float]]:
     """Left, top, width and height of each box as fractions of the image, turned by an EXIF orientation."""
     boxes = regions.boxes.astype(np.float64) / ([regions.width, regions.height] * 2)
-    corners = turned_points(boxes.reshape(-1, 2), orientation).reshape(-1, 2, 2)
+    corners = orient_points(boxes.reshape(-1, 2), orientation).reshape(-1, 2, 2)
     low = corners.min(axis=1)
     relative: list[list[float]] = np.concatenate([low, corners.max(axis=1) - low], axis=1).tolist()
     return relative
 
 
-def cropped_mask(regions: Regions, row: int, orientation: int = 1) -> np.ndarray | None:
+def crop_mask(regions: Regions, row: int, orientation: int = 1) -> np.ndarray | None:
     """(h, w) bool, the part of a mask within the pixels of its box, turned; None without masks or pixels."""
     if regions.masks is None:
         return None
     low, high = np.floor(regions.boxes[row, :2]).astype(int), np.ceil(regions.boxes[row, 2:]).astype(int)
     x1, y1 = np.maximum(low, 0)
     mask = np.asarray(coco_mask.decode(regions.rles()[row]))[y1 : max(high[1], y1), x1 : max(high[0], x1)]
-    return upright(mask.astype(bool), orientation) if mask.size else None
+    return apply_orientation(mask.astype(bool), orientation) if mask.size else None

@@ -37,7 +37,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             it in the meantime, which is kept.
         RuntimeFailure: the disk is full.
     """
-    path = resolved(out)
+    path = resolve_folder(out)
     temporary = path.with_name(f".{_truncate(path.name)}.{secrets.token_hex(4)}")
     created = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -93,7 +93,7 @@ def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
         file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
-def resolved(out: Path) -> Path:
+def resolve_folder(out: Path) -> Path:
     """Resolve the path of an export folder and check that it can be created.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 
 from refdet.errors import InputError
 from refdet.files.json_files import read_json
-from refdet.files.short_text import cut
+from refdet.files.short_text import shorten
 from refdet.store.hdf5_file import ANY_READER, new_file
 from refer import REFER
 from refer.validation import Types, box_of, check_fields
@@ -241,7 +241,7 @@ def attributes(refer: REFER, options: PreproOptions) -> tuple[dict[str, int], di
     except (TypeError, KeyError) as error:
         raise InputError(
             f"`attributes` {options.attributes}: not refer-parser2's sents.json of this dataset "
-            f"({type(error).__name__}: {cut(error)})"
+            f"({type(error).__name__}: {shorten(error)})"
         ) from None
     counts = Counter(word for words in words_by_ref.values() for word in words)
     top = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: options.top_attributes])

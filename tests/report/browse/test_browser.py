@@ -162,7 +162,7 @@ def test_wrong_answers_are_found(watched: Watched) -> None:
     watched.ready(lambda: page.fill("input[name=q]", "unheard"))
     watched.ready(lambda: page.select_option("select[name=only]", "wrong"))
     watched.ready(cards(watched).first.click)
-    assert "answered wrongly, IoU 0.00" in page.inner_text(".objects .chosen")
+    assert "incorrect, IoU 0.00" in page.inner_text(".objects .chosen")
 
 
 def test_two_stores_are_side_by_side_and_sliders_hide_regions(watched: Watched) -> None:
@@ -220,4 +220,4 @@ def test_a_missing_image_and_an_unknown_one_are_said(browser: Any, data: Path) -
         found.page.goto(f"{found.page.url.split('?')[0]}?image=77")
         found.page.wait_for_selector("#banner:not([hidden])")
         assert "no image 77 in b.h5" in found.page.inner_text("#banner")
-        assert "Go to the start" in found.page.inner_text("main")
+        assert "Back to the grid" in found.page.inner_text("main")

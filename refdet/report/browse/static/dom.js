@@ -27,7 +27,7 @@ export async function getJson(address, signal) {
     response = await fetch(address, { signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("No answer: refdet browse has ended, or the connection is lost. Start it again and open the address it prints.");
+    throw new Error("No response: refdet browse has stopped, or the connection is lost. Start it again and open the address it prints.");
   }
   if (response.ok) return response.json();
   const text = await response.text();

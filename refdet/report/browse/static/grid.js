@@ -37,8 +37,8 @@ export function render(main, page, state, about, go) {
 function empty(state, about) {
   if (!about.stores[0].images) return "This store has no images.";
   if (state.show === "refs" && !about.refs) return "No refs: start refdet browse with --refer-root, --dataset and --split-by, or choose Show: images.";
-  if (state.only === "wrong" && !about.predictions) return "No answers: start refdet browse with --predictions.";
-  if (about.index.stage) return "Nothing found yet; the regions are still being read. The list fills by itself.";
+  if (state.only === "wrong" && !about.predictions) return "No predictions: start refdet browse with --predictions.";
+  if (about.index.stage) return "Nothing found yet; the regions are still being read. The list updates by itself.";
   return "Nothing matches. Change the filters or the search.";
 }
 
@@ -71,7 +71,7 @@ function iouText(object, about) {
 function sentences(object) {
   if (!object.sentences.length) return [element("span", {}, object.label)];
   const shown = object.sentences.slice(0, 3).map((one) =>
-    element("q", { class: one.wrong ? "wrong" : "" }, one.text, one.wrong ? element("small", {}, one.answer.length ? " (answered wrongly)" : " (no answer)") : null));
+    element("q", { class: one.wrong ? "wrong" : "" }, one.text, one.wrong ? element("small", {}, one.answer.length ? " (incorrect)" : " (no prediction)") : null));
   const more = object.sentences.length - shown.length;
   return more > 0 ? [...shown, element("small", {}, `and ${more} more`)] : shown;
 }

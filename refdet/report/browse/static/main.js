@@ -84,7 +84,7 @@ async function show() {
   } catch (error) {
     if (error.name === "AbortError") return;
     [single, page] = [null, null];
-    main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: ROOT }, "Go to the start")));
+    main.replaceChildren(element("p", { class: "nothing" }, "This view cannot be shown. ", element("a", { href: ROOT }, "Back to the grid")));
     complain(error.message);
   }
 }
@@ -164,7 +164,7 @@ addEventListener("keydown", (event) => {
   action();
 });
 
-const STAGES = { regions: (part) => `reading the regions: ${Math.round(part * 100)} % (sorting and filters become complete)`, answers: () => "reading the answers" };
+const STAGES = { regions: (part) => `reading the regions: ${Math.round(part * 100)} % (sorting and filters are incomplete until then)`, answers: () => "reading the predictions" };
 
 function showStatus(status) {
   const { stage, part, error } = status.index;

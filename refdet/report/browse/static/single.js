@@ -160,7 +160,7 @@ export class Single {
         if (best) marks.push({ box: best.box, kind: "best", label: `best region, IoU ${number(object.iou[side.number])}`, mask: best.mask });
       }
       if (object) for (const sentence of side.number ? [] : object.sentences) {
-        const [kind, label] = sentence.wrong ? ["answer", "wrong answer"] : ["right", "right answer"];
+        const [kind, label] = sentence.wrong ? ["answer", "incorrect prediction"] : ["right", "correct prediction"];
         for (const [i, box] of sentence.answer.entries()) {
           const same = marks.some((mark) => mark.kind === kind && String(mark.box) === String(box) && mark.mask === sentence.answer_masks[i]);
           if (!same) marks.push({ box, kind, label, mask: sentence.answer_masks[i] });
@@ -203,7 +203,7 @@ export class Single {
     });
     this.objects.replaceChildren(
       element("h3", {}, count(data.objects.length, "referent")),
-      entries.length ? element("p", { class: "facts" }, this.chosen() ? "Click the chosen one again to see all regions alike." : "Click one to see its best region and the answers.") : "",
+      entries.length ? element("p", { class: "facts" }, this.chosen() ? "Click it again to show all regions equally." : "Click one to see its best region and the predictions.") : "",
       ...entries,
       entries.length ? "" : element("p", {}, about.refs ? "No sentence refers to this image." : "No refs were given."));
   }
@@ -211,7 +211,7 @@ export class Single {
 
 function answer(sentence, about) {
   if (!about.predictions || sentence.wrong === null) return "";
-  const text = sentence.wrong ? (sentence.answer.length ? "answered wrongly" : "no answer") : "answered rightly";
+  const text = sentence.wrong ? (sentence.answer.length ? "incorrect" : "no prediction") : "correct";
   const iou = sentence.iou === null ? "" : `, IoU ${number(sentence.iou)}`;
   return element("small", { class: sentence.wrong ? "bad" : "good" }, ` ${text}${iou}`);
 }

@@ -1,4 +1,4 @@
-"""Find the files of a source and read each in its form."""
+"""Find the files of a source and read each in its format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.parquet import is_parquet
-from refdet.data.refer_forms.hugging_face import read_parquet
-from refdet.data.refer_forms.json_lists import read_list
-from refdet.data.refer_forms.mdetr import is_mdetr, read_mdetr
-from refdet.data.refer_forms.records import Source
-from refdet.data.refer_forms.split_names import dataset_in, split_by_in, split_in
-from refdet.data.refer_forms.tensorflow_datasets import (
+from refdet.data.refer_formats.hugging_face import read_parquet
+from refdet.data.refer_formats.json_lists import read_list
+from refdet.data.refer_formats.mdetr import is_mdetr, read_mdetr
+from refdet.data.refer_formats.records import Source
+from refdet.data.refer_formats.split_names import dataset_in, split_by_in, split_in
+from refdet.data.refer_formats.tensorflow_datasets import (
     is_examples,
     is_manual_download,
     read_examples,
@@ -67,7 +67,7 @@ def source_files(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def read_source(path: Path) -> Source:
-    """Read a file in the form recognized by its contents.
+    """Read a file in the format recognized by its contents.
 
     Args:
         path: a Parquet, JSON or JSON-lines file.
@@ -76,7 +76,7 @@ def read_source(path: Path) -> Source:
         Its refs; dataset and split come from the file's name if its contents lack them.
 
     Raises:
-        InputError: the form is unknown, or the file is damaged or has a wrong value.
+        InputError: the format is unknown, or the file is damaged or has a wrong value.
         refer.ReferError: malformed JSON.
     """
     split = split_in(path)
@@ -107,8 +107,8 @@ def _read_json(path: Path, split: str) -> Source:
     if isinstance(value, list):
         return read_list(path, value, split)
     raise InputError(
-        f"{path}: in no known form of REFER; give Parquet of Hugging Face, MDETR's finetune_*.json, or a list of boxes "
-        "and expressions"
+        f"{path}: not in a known format of REFER; give Parquet of Hugging Face, MDETR's finetune_*.json, or a list of "
+        "boxes and expressions"
     )
 
 

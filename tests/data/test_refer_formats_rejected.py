@@ -6,15 +6,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import refer_form_files as forms
+import refer_format_files as forms
 from click.testing import CliRunner
 
 from refdet.cli.main import main
 from refdet.data.parquet import read_rows
-from refdet.data.refer_forms.convert import convert_refer
-from refdet.data.refer_forms.other_divisions import refs_of_division
-from refdet.data.refer_forms.records import SourceRef
-from refdet.data.refer_forms.split_names import dataset_in, published_names, split_by_in, split_in
+from refdet.data.refer_formats.convert import convert_refer
+from refdet.data.refer_formats.other_divisions import refs_of_division
+from refdet.data.refer_formats.records import SourceRef
+from refdet.data.refer_formats.split_names import dataset_in, match_split_names, split_by_in, split_in
 from refdet.errors import InputError, RuntimeFailure
 from refer.statistics import COUNTS, Counts
 
@@ -65,21 +65,21 @@ def test_names_of_splits(path: str, split: str) -> None:
 @pytest.mark.parametrize("pair", sorted(COUNTS))
 def test_splits_are_recognized_by_their_published_size(pair: tuple[str, str]) -> None:
     sizes = {f"part{number}": counts for number, counts in enumerate(COUNTS[pair].values())}
-    assert published_names(*pair, sizes) == dict(zip(sizes, COUNTS[pair], strict=True))
+    assert match_split_names(*pair, sizes) == dict(zip(sizes, COUNTS[pair], strict=True))
 
 
 def test_test_is_test_a_beside_test_b() -> None:
     few = Counts(3, 2)
-    assert published_names("refcoco", "unc", {"test": few, "testB": few, "validation": few}) == {
+    assert match_split_names("refcoco", "unc", {"test": few, "testB": few, "validation": few}) == {
         "test": "testA",
         "testB": "testB",
         "validation": "val",
     }
-    assert published_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
+    assert match_split_names("refcoco", "unc", {"test": Counts(1810, 750)}) == {"test": "testB"}
     with pytest.raises(InputError, match="3 refs on 2 images are none of refcoco/unc's"):
-        published_names("refcoco", "unc", {"test": few})
+        match_split_names("refcoco", "unc", {"test": few})
     with pytest.raises(InputError, match="are both val"):
-        published_names("refcoco", "unc", {"val": few, "validation": few})
+        match_split_names("refcoco", "unc", {"val": few, "validation": few})
 
 
 def test_names_of_hugging_face(shapes_root: Path, coco: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_files_that_exist_are_kept(shapes_root: Path, coco: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "contents", "words"),
     [
-        ("refcoco_val.json", "{}", "in no known form"),
+        ("refcoco_val.json", "{}", "not in a known format"),
         ("refcoco_val.json", "[]", "no entries"),
         ("refcoco_val.json", "[3]", "not an object"),
         ("refcoco_val.json", '[{"image": "a.jpg"}]', "no field with the expression"),

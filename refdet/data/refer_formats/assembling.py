@@ -1,4 +1,4 @@
-"""Assemble REFER's refs and instances from the data of the forms."""
+"""Assemble REFER's refs and instances from the data of the formats."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from refdet.data.refer_forms.coco_annotations import CocoAnnotations
-from refdet.data.refer_forms.records import SourceInstances, SourceRef
+from refdet.data.refer_formats.coco_annotations import CocoAnnotations
+from refdet.data.refer_formats.records import SourceInstances, SourceRef
 from refdet.errors import InputError
 from refdet.structures.coco_categories import coco_categories
 from refer.statistics import COUNTS

@@ -1,4 +1,4 @@
-"""COCO's instances, to recover the ids that a form of REFER lacks."""
+"""COCO's instances, to recover the ids that a format of REFER lacks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.fetch.hints import check_exists
-from refdet.data.refer_forms.layouts import LAYOUTS, agreement, last_digit
-from refdet.data.refer_forms.records import Row, SourceInstances, SourceRef
+from refdet.data.refer_formats.layouts import LAYOUTS, agreement, last_digit
+from refdet.data.refer_formats.records import Row, SourceInstances, SourceRef
 from refdet.errors import InputError
 from refdet.structures.coco_ids import bare_number, numbers_in_name
 from refer import plain_files

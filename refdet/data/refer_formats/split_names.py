@@ -32,14 +32,14 @@ def split_by_in(text: str) -> str:
 def split_in(path: Path) -> str:
     """Name of the split in the name of a file, or else of its folder; "" if there is none."""
     for text in (path.stem, path.parent.name):
-        found = _SPLIT.findall(text)
-        if found:
-            name = found[-1].replace("_", "")
+        matches = _SPLIT.findall(text)
+        if matches:
+            name = matches[-1].replace("_", "")
             return _ALIASES.get(name.lower(), name.lower())
     return ""
 
 
-def published_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
+def match_split_names(dataset: str, split_by: str, sizes: Mapping[str, Counts]) -> dict[str, str]:
     """REFER's names of splits.
 
     A name that REFER uses is kept. Other splits are recognized by their number of refs and images, or by elimination:

@@ -1,4 +1,4 @@
-"""Convert REFER from the forms found on the web to its own layout."""
+"""Convert REFER from the formats found on the web to its own layout."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.assembling import merge_sentences, refer_instances, refer_refs
-from refdet.data.refer_forms.coco_annotations import CocoAnnotations, read_coco
-from refdet.data.refer_forms.other_divisions import refs_of_division, size_of
-from refdet.data.refer_forms.reading import read_source, source_files
-from refdet.data.refer_forms.records import Source, SourceInstances, SourceRef
-from refdet.data.refer_forms.resolving import resolve
-from refdet.data.refer_forms.split_names import USUAL_SPLIT_BY, published_names
-from refdet.data.refer_statistics import counts_of, differences
+from refdet.data.refer_formats.assembling import merge_sentences, refer_instances, refer_refs
+from refdet.data.refer_formats.coco_annotations import CocoAnnotations, read_coco
+from refdet.data.refer_formats.other_divisions import refs_of_division, size_of
+from refdet.data.refer_formats.reading import read_source, source_files
+from refdet.data.refer_formats.records import Source, SourceInstances, SourceRef
+from refdet.data.refer_formats.resolving import resolve
+from refdet.data.refer_formats.split_names import USUAL_SPLIT_BY, match_split_names
+from refdet.data.refer_statistics import compare_with_published, count_refs
 from refdet.errors import InputError
 from refdet.files.atomic import atomic_write
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 from refer import plain_files
 from refer.statistics import COUNTS, Counts
 from refer.validation import check_refs
@@ -59,12 +59,12 @@ def convert_refer(
     """Convert REFER to ``OUT/DATASET/refs(SPLIT_BY).p`` and ``OUT/DATASET/instances.json``.
 
     Args:
-        sources: files, or folders of files, in any of the forms of this package; all splits of a dataset together.
+        sources: files, or folders of files, in any of the formats of this package; all splits of a dataset together.
         out: the REFER root to write into.
         dataset: name of the dataset, where neither the files nor their names have it; of files with several datasets,
             the one to convert.
         split_by: likewise; "unc" for refcoco and refcoco+ and "umd" for refcocog where nothing has it.
-        instances: COCO's instances_train2014.json; needed by forms without annotation ids, and by those without the
+        instances: COCO's instances_train2014.json; needed by formats without annotation ids, and by those without the
             other annotations of an image to write the same instances.json as REFER's.
         split_names: "OLD=NEW" for splits whose names and sizes say nothing.
 
@@ -72,8 +72,8 @@ def convert_refer(
         One result per dataset and split_by. Nothing is written unless everything can be.
 
     Raises:
-        InputError: a file is damaged, in no known form or lacks a field; ids cannot be recovered; a split or dataset
-            cannot be recognized; or the files to write exist.
+        InputError: a file is damaged, in an unknown format or lacks a field; ids cannot be recovered; a split or
+            dataset cannot be recognized; or the files to write exist.
         refer.ReferError: a JSON file is malformed, or the converted refs are invalid.
     """
     root = Path(out)
@@ -121,7 +121,8 @@ def _check_split_names(renamed: dict[str, str], groups: dict[tuple[str, str], _S
     for old, new in renamed.items():
         if old not in existing:
             raise InputError(
-                f"`split_names` {old}={new}: no split {shown(old)} in the sources, which have {', '.join(existing)}"
+                f"`split_names` {old}={new}: no split {short_repr(old)} in the sources, which have "
+                f"{', '.join(existing)}"
             )
 
 
@@ -154,7 +155,7 @@ def _check_new(root: Path, groups: dict[tuple[str, str], _Sources]) -> None:
     for dataset, split_by in groups:
         for argument, name in (("dataset", dataset), ("split_by", split_by)):
             if not name.isprintable() or set(name) & set("/\\()") or name in (".", ".."):
-                raise InputError(f"`{argument}` {shown(name)}: cannot be a part of a file name")
+                raise InputError(f"`{argument}` {short_repr(name)}: cannot be a part of a file name")
         path = root / dataset / f"refs({split_by}).p"
         if path.exists():
             raise InputError(f"{path}: exists; choose another `out` or remove it")
@@ -167,7 +168,7 @@ def _make_plan(
     notes = [note for _, source, _ in sources for note in source.notes]
     refs: list[SourceRef] = []
     for path, source, file_refs in sources:
-        resolve(path, Source(source.form, file_refs, source.one_sentence_each, source.layouts), coco)
+        resolve(path, Source(source.format, file_refs, source.one_sentence_each, source.layouts), coco)
         for ref in file_refs:
             ref.split = renamed.get(ref.split, ref.split)
     for one_sentence_each in (False, True):  # merges all sentences of an object, from any file
@@ -178,10 +179,10 @@ def _make_plan(
             for ref in source_refs
         ]
         refs += merge_sentences(file_refs, dataset, split_by) if one_sentence_each else file_refs
-    included = coco or _merged_instances(sources)
+    included = coco or _merge_instances(sources)
     refs, left_out = _refs_of_division(dataset, split_by, refs)
     notes += left_out
-    names = published_names(dataset, split_by, _sizes(refs))
+    names = match_split_names(dataset, split_by, _sizes(refs))
     for old, new in names.items():
         if old != new:
             notes.append(f"split {old!r} is {new}")
@@ -193,8 +194,8 @@ def _make_plan(
     check_refs(refs_file, entries, generalized=False)
     header = next((source.instances.header for _, source, _ in sources if source.instances.header), {})
     contents, incomplete = refer_instances(refs, included, included.instances.header or header)
-    counts = counts_of(entries)  # type: ignore[arg-type]  # checked just now
-    size_differences = differences(dataset, split_by, counts)
+    counts = count_refs(entries)  # type: ignore[arg-type]  # checked just now
+    size_differences = compare_with_published(dataset, split_by, counts)
     published = COUNTS.get(pair, {})
     complete = bool(published) and all(
         _matches_published(counts.get(split), expected) for split, expected in published.items()
@@ -235,7 +236,7 @@ def _matches_published(counts: Counts | None, published: Counts) -> bool:
     return counts is not None and counts._replace(sentences=sentences) == published
 
 
-def _merged_instances(sources: _Sources) -> CocoAnnotations:
+def _merge_instances(sources: _Sources) -> CocoAnnotations:
     merged = SourceInstances(complete=all(source.instances.complete for _, source, _ in sources))
     for _, source, _ in sources:
         merged.images |= source.instances.images

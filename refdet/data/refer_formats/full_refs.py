@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refdet.data.refer_forms.records import Row, SourceRef, SourceSentence
+from refdet.data.refer_formats.records import Row, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 

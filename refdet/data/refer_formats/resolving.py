@@ -1,14 +1,14 @@
-"""Give the refs of a source the image, annotation and category ids that its form lacks."""
+"""Give the refs of a source the image, annotation and category ids that its format lacks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from refdet.data.refer_forms.coco_annotations import CocoAnnotations, image_id_of
-from refdet.data.refer_forms.records import Source, SourceRef
+from refdet.data.refer_formats.coco_annotations import CocoAnnotations, image_id_of
+from refdet.data.refer_formats.records import Source, SourceRef
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 
 def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
@@ -32,7 +32,7 @@ def resolve(path: Path, source: Source, coco: CocoAnnotations | None) -> None:
     without_ann_id = [ref for ref in source.refs if ref.ann_id is None]
     if without_ann_id and coco is None:
         raise InputError(
-            f"{path}: {source.form} has no annotation ids; give `instances=instances_train2014.json`, in which they "
+            f"{path}: {source.format} has no annotation ids; give `instances=instances_train2014.json`, in which they "
             "are looked up by image and box"
         )
     if coco is None:
@@ -73,7 +73,7 @@ def _is_consistent(ref: SourceRef, coco: CocoAnnotations) -> bool:
 def _raise_if_any(path: Path, refs: Sequence[SourceRef], invalid: Sequence[SourceRef], problem: str) -> None:
     if invalid:
         first = invalid[0]
-        sentence = f" ({shown(first.sentences[0].sent)})" if first.sentences else ""
+        sentence = f" ({short_repr(first.sentences[0].sent)})" if first.sentences else ""
         raise InputError(
             f"{path}: {len(invalid)} of {len(refs)} refs or sentences: {problem}, the first {first.where}{sentence}; "
             "nothing was written"

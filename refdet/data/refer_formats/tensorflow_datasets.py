@@ -1,4 +1,4 @@
-"""The two JSON forms around TensorFlow Datasets' ``ref_coco``.
+"""The two JSON formats around TensorFlow Datasets' ``ref_coco``.
 
 ``refcoco.json``, which its manual download script writes, has all refs of all datasets and all annotations of their
 images. Examples of the dataset itself, saved as a JSON list, have an entry per image with its objects, whose boxes are
@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.full_refs import read_full_ref
-from refdet.data.refer_forms.records import Row, Source, SourceInstances, SourceRef, SourceSentence
+from refdet.data.refer_formats.full_refs import read_full_ref
+from refdet.data.refer_formats.records import Row, Source, SourceInstances, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 

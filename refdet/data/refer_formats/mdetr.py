@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.records import Row, Source, SourceInstances, SourceRef, SourceSentence
+from refdet.data.refer_formats.records import Row, Source, SourceInstances, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 _HEADER = ("info", "licenses", "categories")

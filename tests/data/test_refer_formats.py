@@ -5,9 +5,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import refer_form_files as forms
+import refer_format_files as forms
 
-from refdet.data.refer_forms.convert import convert_refer
+from refdet.data.refer_formats.convert import convert_refer
 
 PAIRS = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
 REAL = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refdet.data.refer_forms.records import SourceRef
+from refdet.data.refer_formats.records import SourceRef
 from refer.statistics import COUNTS, Counts
 
 

@@ -1,4 +1,4 @@
-"""Box layouts of the forms, for comparison with COCO's."""
+"""Box layouts of the formats, for comparison with COCO's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def agreement(box: Iterable[float], other: Iterable[float], unit: float) -> int 
     """How closely a rounded box agrees with an exact one.
 
     Args:
-        box: the box as a form has it.
+        box: the box as a format has it.
         other: the exact box in the same layout.
         unit: see `last_digit`.
 

@@ -1,4 +1,4 @@
-"""Data returned by the readers of the forms: refs with the fields that a form has."""
+"""Data returned by the readers of the formats: refs with the fields that a format has."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refdet.errors import InputError
-from refdet.files.short_text import shown
+from refdet.files.short_text import short_repr
 
 
 @dataclass
 class SourceSentence:
-    """An expression; None for what a form lacks.
+    """An expression; None for what a format lacks.
 
     Attributes:
-        sent: the expression as REFER cleaned it, or as the form has it.
+        sent: the expression as REFER cleaned it, or as the format has it.
         raw: as the annotator typed it.
         tokens: the words of ``sent``.
         sent_id: id of the sentence.
@@ -30,7 +30,7 @@ class SourceSentence:
 
 @dataclass
 class SourceRef:
-    """A ref, or one sentence of a ref, as a form has it; None or "" for what it lacks.
+    """A ref, or one sentence of a ref, as a format has it; None or "" for what it lacks.
 
     Attributes:
         where: file and row, for error messages.
@@ -39,7 +39,7 @@ class SourceRef:
         dataset: such as "refcoco".
         split_by: such as "unc".
         image_id: COCO id of the image.
-        file_name: name of the image as the form has it.
+        file_name: name of the image as the format has it.
         ref_id: id of the ref.
         ann_id: id of the COCO annotation.
         likely_ann_id: an id that breaks ties between annotations with the same box.
@@ -63,7 +63,7 @@ class SourceRef:
 
 @dataclass
 class SourceInstances:
-    """Parts of a COCO instances file that a form includes.
+    """Parts of a COCO instances file that a format includes.
 
     Attributes:
         images: image id -> entry.
@@ -83,7 +83,7 @@ class Source:
     """The contents of one file.
 
     Attributes:
-        form: name of the form, for messages.
+        format: name of the format, for messages.
         refs: its refs.
         one_sentence_each: whether each entry of ``refs`` is a sentence, so that entries of one object are one ref.
         layouts: names of the box layouts it may have, of `layouts.LAYOUTS`.
@@ -92,7 +92,7 @@ class Source:
         notes: human-readable notes about what was skipped or replaced.
     """
 
-    form: str
+    format: str
     refs: list[SourceRef]
     one_sentence_each: bool = False
     layouts: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class Row:
 
     def __init__(self, where: str, value: Any) -> None:
         if not isinstance(value, dict):
-            raise InputError(f"{where}: {shown(value)} is not an object with fields")
+            raise InputError(f"{where}: {short_repr(value)} is not an object with fields")
         self.where, self.value = where, value
 
     def integer(self, key: str) -> int:
@@ -123,7 +123,7 @@ class Row:
         if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
             value = int(value)
         if type(value) is not int or not -(2**63) <= value < 2**63:
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be an integer")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be an integer")
         return value
 
     def replace_text(self, *keys: str) -> None:
@@ -136,14 +136,14 @@ class Row:
         """A text field."""
         value = self._get(key)
         if not isinstance(value, str):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be text")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be text")
         return value
 
     def items(self, key: str) -> list[Any]:
         """A list field."""
         value = self._get(key)
         if not isinstance(value, list):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list")
         return value
 
     def entry(self, key: str) -> Row:
@@ -154,14 +154,14 @@ class Row:
         """A field with four finite numbers."""
         value = self.items(key)
         if len(value) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in value):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be four numbers")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be four numbers")
         return [float(number) for number in value]
 
     def texts(self, key: str) -> list[str]:
         """A field with a list of strings."""
         value = self.items(key)
         if not all(isinstance(text, str) for text in value):
-            raise InputError(f"{self.where}: {key!r} is {shown(value)}; it must be a list of strings")
+            raise InputError(f"{self.where}: {key!r} is {short_repr(value)}; it must be a list of strings")
         return value
 
     def optional(self, key: str, read: Callable[[str], Any]) -> Any:

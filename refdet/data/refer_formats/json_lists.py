@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refdet.data.refer_forms.records import Row, Source, SourceRef, SourceSentence
+from refdet.data.refer_formats.records import Row, Source, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 # In order of preference.
@@ -28,7 +28,7 @@ _MARKED = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
 
 
 def read_list(path: Path, entries: list[Any], split: str) -> Source:
-    """Read a list of either form.
+    """Read a list in either format.
 
     Args:
         path: the file, for error messages.
@@ -42,7 +42,7 @@ def read_list(path: Path, entries: list[Any], split: str) -> Source:
         InputError: no entries, or an entry lacks a field or has a wrong value.
     """
     if not entries:
-        raise InputError(f"{path}: no entries in it")
+        raise InputError(f"{path}: no entries")
     first = Row(f"{path}: [0]", entries[0])
     if "conversations" in first.value:
         return _read_conversations(path, entries, split)

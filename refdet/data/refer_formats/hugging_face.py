@@ -1,4 +1,4 @@
-"""Parquet files of Hugging Face, in the forms of jxu124/refcoco and lmms-lab/RefCOCO.
+"""Parquet files of Hugging Face, in the formats of jxu124/refcoco and lmms-lab/RefCOCO.
 
 jxu124/refcoco has a row per ref with all fields of REFER, and the ref's annotation and image as JSON texts. Its
 ``bbox`` is ``x1 y1 x2 y2``; the annotation has REFER's own ``x y w h``.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from refdet.data.parquet import read_rows
-from refdet.data.refer_forms.full_refs import read_full_ref
-from refdet.data.refer_forms.records import Row, Source, SourceInstances, SourceRef, SourceSentence
+from refdet.data.refer_formats.full_refs import read_full_ref
+from refdet.data.refer_formats.records import Row, Source, SourceInstances, SourceRef, SourceSentence
 from refdet.errors import InputError
 
 _REFS = ("ref_id", "ann_id", "image_id", "split", "sentences", "category_id")
@@ -25,11 +25,11 @@ _WITH_IMAGES = ("answer", "bbox", "file_name")
 
 
 def read_parquet(path: Path, split: str) -> Source:
-    """Read a Parquet file of either form.
+    """Read a Parquet file of either format.
 
     Args:
         path: the file.
-        split: name of the split, where the form does not have it.
+        split: name of the split, where the format does not have it.
 
     Returns:
         Its refs.
@@ -49,15 +49,15 @@ def read_parquet(path: Path, split: str) -> Source:
 
 
 def _columns_of(path: Path, columns: list[str]) -> tuple[list[str], bool]:
-    """The columns to read, and whether they are those of jxu124's form; images are never read."""
+    """The columns to read, and whether they are those of jxu124's format; images are never read."""
     if not {"ref_id", "ann_id"} & set(columns) and {"answer", "question_id"} & set(columns):
-        form, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
+        format, needed, full = "lmms-lab/RefCOCO", list(_WITH_IMAGES), False
     else:
-        form, needed, full = "jxu124/refcoco", list(_REFS), True
+        format, needed, full = "jxu124/refcoco", list(_REFS), True
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InputError(
-            f"{path}: no column {', '.join(missing)}; a Parquet file in the form of {form} has {', '.join(needed)}"
+            f"{path}: no column {', '.join(missing)}; a Parquet file in the format of {format} has {', '.join(needed)}"
         )
     known = (*_IN_FULL, "anns_id") if full else (*_WITH_IMAGES, "question_id")
     return [name for name in known if name in columns], full
@@ -76,7 +76,7 @@ def _read_full(rows: Iterable[Row]) -> Source:
             if text is not None and id_ is not None:
                 entries[id_] = _parse_json(row, key, text, id_)
         refs.append(ref)
-    return Source("Parquet in the form of jxu124/refcoco", refs, ref_file_names=True, instances=instances)
+    return Source("Parquet in the format of jxu124/refcoco", refs, ref_file_names=True, instances=instances)
 
 
 def _parse_json(row: Row, key: str, text: str, id_: int) -> dict[str, Any]:
@@ -103,4 +103,4 @@ def _read_with_images(rows: Iterable[Row], split: str) -> Source:
                 box=row.box("bbox"),
             )
         )
-    return Source("Parquet in the form of lmms-lab/RefCOCO", refs, layouts=("xywh",), ref_file_names=True)
+    return Source("Parquet in the format of lmms-lab/RefCOCO", refs, layouts=("xywh",), ref_file_names=True)

@@ -1,1 +1,0 @@
-"""The forms in which REFER is distributed besides its own, and their conversion to its own layout."""

@@ -1,0 +1,240 @@
+"""Convert tensors between the state dicts of refdet and of another program: names, layouts and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from refdet.config.recipe import Recipe
+from refdet.detector.finite import MAX_WEIGHT, find_unusable
+from refdet.detector.mask_rcnn import MaskRCNN
+from refdet.errors import InputError
+from refdet.files.short_text import shorten
+
+
+@dataclass(frozen=True)
+class ConvertedWeights:
+    """Weights under refdet's names.
+
+    Attributes:
+        kind: human-readable description.
+        recipe: the network.
+        classes: number of object classes, None for a network without detection heads.
+        tensors: name -> float32 tensor, for all parameters and buffers but those with `missing_prefixes`.
+        missing_prefixes: prefixes of the parameters that the file does not have.
+        coco_ids: whether the label of a class is its COCO category id, 1..90, as in torchvision.
+    """
+
+    kind: str
+    recipe: Recipe
+    classes: int | None
+    tensors: dict[str, Tensor]
+    missing_prefixes: tuple[str, ...]
+    coco_ids: bool = False
+
+
+class Layout(Protocol):
+    """How the rows of another program's tensor correspond to those of refdet's."""
+
+    def foreign_rows(self, rows: int) -> int:
+        """Number of rows of the other program's tensor if refdet's has `rows`."""
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """Convert the other program's tensor to refdet's layout."""
+
+    def to_foreign(self, value: Tensor) -> Tensor:
+        """The inverse of `to_refdet`, where it has one."""
+
+
+@dataclass(frozen=True)
+class SameLayout:
+    """The same rows in the same order."""
+
+    def foreign_rows(self, rows: int) -> int:
+        """Number of rows of the other program's tensor."""
+        return rows
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """The tensor itself."""
+        return value
+
+    def to_foreign(self, value: Tensor) -> Tensor:
+        """The tensor itself."""
+        return value
+
+
+@dataclass(frozen=True)
+class LogitPairs(SameLayout):
+    """Two logits per anchor, all backgrounds first; a softmax over the pair is the sigmoid of the difference."""
+
+    def foreign_rows(self, rows: int) -> int:
+        """Number of rows of the other program's tensor."""
+        return 2 * rows
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """Object minus background."""
+        background, objects = value.chunk(2)
+        return objects - background
+
+
+@dataclass(frozen=True)
+class BackgroundLast(SameLayout):
+    """The background is the last class instead of the first."""
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """Move the last row to the front."""
+        return value.roll(1, 0)
+
+    def to_foreign(self, value: Tensor) -> Tensor:
+        """Move the first row to the end."""
+        return value.roll(-1, 0)
+
+
+@dataclass(frozen=True)
+class NoBackground(SameLayout):
+    """No rows for the background, which has neither boxes nor masks.
+
+    Attributes:
+        rows_per_class: number of rows of each class.
+    """
+
+    rows_per_class: int
+
+    def foreign_rows(self, rows: int) -> int:
+        """Number of rows of the other program's tensor."""
+        return rows - self.rows_per_class
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """Prepend rows of zeros."""
+        return torch.cat((torch.zeros_like(value[:1]).repeat_interleave(self.rows_per_class, 0), value))
+
+    def to_foreign(self, value: Tensor) -> Tensor:
+        """Drop the rows of the background."""
+        return value[self.rows_per_class :]
+
+
+@dataclass(frozen=True)
+class SizesOuter(SameLayout):
+    """Anchors ordered by size, then ratio; refdet orders them by ratio, then size.
+
+    Attributes:
+        sizes: number of anchor sizes.
+        ratios: number of ratios.
+    """
+
+    sizes: int
+    ratios: int
+
+    def to_refdet(self, value: Tensor) -> Tensor:
+        """Order by ratio, then size."""
+        return self._swap(value, self.sizes, self.ratios)
+
+    def to_foreign(self, value: Tensor) -> Tensor:
+        """Order by size, then ratio."""
+        return self._swap(value, self.ratios, self.sizes)
+
+    @staticmethod
+    def _swap(value: Tensor, outer: int, inner: int) -> Tensor:
+        return value.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class NameMapping:
+    """The names and layouts that another program has for the tensors of a network.
+
+    Attributes:
+        prefixes: refdet's prefix -> the other program's; longer ones come first.
+        layouts: refdet's prefix -> layout of the tensors below it, where it differs.
+        rename_rest: converts the rest of a name, after a prefix of `prefixes`.
+    """
+
+    prefixes: Mapping[str, str]
+    layouts: Mapping[str, Layout]
+    rename_rest: Callable[[str], str] = str
+
+    def foreign_name(self, name: str) -> str:
+        """The other program's name of a tensor."""
+        prefix = next(prefix for prefix in self.prefixes if name.startswith(prefix))
+        return self.prefixes[prefix] + self.rename_rest(name[len(prefix) :])
+
+    def layout(self, name: str) -> Layout:
+        """The layout of a tensor, by refdet's name."""
+        return next((layout for prefix, layout in self.layouts.items() if name.startswith(prefix)), SameLayout())
+
+    def export(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert refdet's tensors to the other program's."""
+        return {self.foreign_name(name): self.layout(name).to_foreign(value) for name, value in tensors.items()}
+
+
+def convert_tensors(
+    recipe: Recipe,
+    classes: int,
+    state_dict: Mapping[str, Tensor],
+    mapping: NameMapping,
+    ignored: Iterable[str] = (),
+    missing_prefixes: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Convert another program's state dict to that of a network of refdet.
+
+    Args:
+        recipe: the network.
+        classes: number of object classes.
+        state_dict: the other program's tensors.
+        mapping: its names and layouts.
+        ignored: names in `state_dict` that a detector does not use; batch counters are ignored too.
+        missing_prefixes: prefixes of refdet's names that `state_dict` need not have.
+
+    Raises:
+        InputError: missing, unexpected, misshapen or unusable tensors; the message lists them.
+    """
+    with torch.device("meta"):
+        model_state = MaskRCNN(recipe, classes).state_dict()
+    expected = {name: value for name, value in model_state.items() if not name.startswith(missing_prefixes)}
+    converted, missing, problems, used = {}, [], [], set(ignored)
+    for name, model_value in expected.items():
+        key, layout = mapping.foreign_name(name), mapping.layout(name)
+        if key not in state_dict:
+            missing.append(key)
+            continue
+        used.add(key)
+        shape = (layout.foreign_rows(model_value.shape[0]), *model_value.shape[1:])
+        if state_dict[key].shape != shape:
+            problems.append(f"{key} is {tuple(state_dict[key].shape)}, not {shape}")
+            continue
+        value = state_dict[key].detach().float()
+        if find_unusable({name: value}):
+            problems.append(f"{key} contains NaN, inf, values beyond {MAX_WEIGHT:g} or a negative variance")
+        converted[name] = layout.to_refdet(value).contiguous()
+    unexpected = [key for key in state_dict if key not in used and not key.endswith("num_batches_tracked")]
+    if missing or unexpected or problems:
+        raise InputError(
+            f"looks like the weights of {recipe.name}, but "
+            + "; ".join(filter(None, (describe_mismatch(missing, unexpected), ", ".join(problems[:5]))))
+        )
+    return converted
+
+
+def describe_mismatch(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """List the first missing and the first unexpected keys."""
+    parts = []
+    for label, keys in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if keys:
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            parts.append(f"{label}: {', '.join(map(shorten, keys[:8]))}{more}")
+    return "; ".join(parts)
+
+
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """Number of different indices that follow a prefix in the keys, such as the blocks of a ResNet stage."""
+    indices = {key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)}
+    return len([index for index in indices if index.isdigit()])
+
+
+def num_rows(state_dict: Mapping[str, Tensor], key: str, default: int) -> int:
+    """Length of the first axis of a tensor; `default` if it is missing."""
+    shape = state_dict[key].shape if key in state_dict else (default,)
+    return shape[0] if shape else 0
