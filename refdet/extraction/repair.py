@@ -105,7 +105,7 @@ def repair(
         records: all images, in the order of the store.
         load: loads an image, raising InputError if it is unusable.
         strict: fail if an image is still unusable.
-        shard_images: number of images from which on a shard is complete.
+        shard_images: a shard is complete once it has this many images.
 
     Yields:
         The shards of the repair; None if no unusable image can be read now.
