@@ -1,15 +1,15 @@
-"""Records of REFER and COCO files."""
+"""Types of the records in REFER and COCO files."""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-# Annotation and category id of a ref without target in gRefCOCO.
+# Annotation id and category id of a gRefCOCO ref that has no target.
 NO_TARGET = -1
 
 
 class Sentence(TypedDict):
-    """An expression of a ref."""
+    """A referring expression: as the annotator wrote it (``raw``), cleaned (``sent``) and in words (``tokens``)."""
 
     sent_id: int
     sent: str
@@ -20,7 +20,7 @@ class Sentence(TypedDict):
 class Ref(TypedDict):
     """A referred object: the annotation ``ann_id`` in image ``image_id``.
 
-    In gRefCOCO ``ann_id`` and ``category_id`` are lists of integers, [-1] without a target; in RefClef ``ann_id`` may
+    In gRefCOCO, ``ann_id`` and ``category_id`` are lists of integers, [-1] without a target. In RefClef, ``ann_id`` may
     be a string.
     """
 
@@ -35,7 +35,10 @@ class Ref(TypedDict):
 
 
 class Annotation(TypedDict, total=False):
-    """A COCO annotation; ``bbox`` is ``[x, y, width, height]`` in pixels. RefClef's ``id`` may be a string."""
+    """A COCO annotation; ``bbox`` is ``[x, y, width, height]`` and ``area`` that of the mask, in pixels.
+
+    In RefClef, ``id`` may be a string.
+    """
 
     id: Any
     image_id: int
@@ -47,7 +50,7 @@ class Annotation(TypedDict, total=False):
 
 
 class Image(TypedDict, total=False):
-    """A COCO image."""
+    """A COCO image; ``height`` and ``width`` are in pixels."""
 
     id: int
     file_name: str
@@ -64,7 +67,7 @@ class Category(TypedDict, total=False):
 
 
 class Instances(TypedDict):
-    """Contents of ``instances.json``."""
+    """Contents of an ``instances.json``."""
 
     images: list[Image]
     annotations: list[Annotation]
@@ -72,6 +75,6 @@ class Instances(TypedDict):
 
 
 def target_ids(ref: Ref) -> list[Any]:
-    """Annotation ids of a ref's targets: one, or any number in gRefCOCO."""
+    """Annotation ids of a ref's targets: one, but any number, also none, in gRefCOCO."""
     ids = ref["ann_id"]
     return [ids] if not isinstance(ids, list) else [ann_id for ann_id in ids if ann_id != NO_TARGET]

@@ -1,4 +1,4 @@
-"""Evidence in an entry of an image list about which COCO image it is."""
+"""What an entry of an image list says about which COCO image it is."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from refer.image_lookup import coco_number
 NAMES = ("file_name", "filename", "coco_url", "url", "image_url", "image", "img", "path")
 IDS = ("image_id", "id", "img_id")
 COCO_IDS = ("coco_id", "cocoid")
-# COCO ids under other keys at any depth: coco_image_id, MDETR's original_id, COCO_ID.
+# Keys of COCO ids at any depth, such as coco_image_id, COCO_ID and MDETR's original_id.
 _COCO_ID_KEY = re.compile(r"coco[a-z_]*id|original_(?:image_)?id", re.IGNORECASE)
 _ID_KEY = re.compile(r"(?:image|img|picture|photo)[a-z_]*ids?|images?|imgs?", re.IGNORECASE)
-# Entries of Visual Genome's other files have no image name but lists under these keys.
+# Entries of Visual Genome's annotation files have no image name, but a list under one of these keys, whose items are
+# objects with the key on the right (None: any items).
 _VISUAL_GENOME_LISTS = {
     "regions": None,
     "relationships": None,
@@ -28,16 +29,17 @@ _VISUAL_GENOME_LISTS = {
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Evidence in an entry.
+    """What an entry says about which COCO image it is.
 
     Attributes:
         id: its id in the list, None if it has none.
         named: COCO-style numbers in any of its strings or keys, at any depth, and its ``coco_id``.
-        bare: numbers that are an entire name, such as "9.jpg".
+        bare: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
         ids: integers under id keys that its names do not contradict. As lists may have their own numbering, these are
             COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
-        is_non_coco: whether a null ``coco_id`` marks the image as not from COCO.
-        is_visual_genome: whether it is an entry of Visual Genome, which has its own ids.
+        is_non_coco: whether its ``coco_id`` marks the image as not from COCO: it is null or outside the range of COCO's
+            ids, and no string has a COCO-style number.
+        is_visual_genome: whether it is an entry of Visual Genome, which has ids of its own.
         has_unnumbered_name: whether it has a file name or URL without a number.
         addresses: its file names and URLs.
         looked_up: in an instances file, the number by which training may look its image up (`lookup_number`).
@@ -65,7 +67,7 @@ class Evidence:
             ids_confirmed: whether names in the same file confirm that its ids are COCO's.
 
         Returns:
-            False if the COCO image is unknown.
+            False if it is unknown which COCO image it is, if any.
         """
         if self.has_unnumbered_name:
             return False
@@ -98,55 +100,56 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
     addresses = [text for text in texts if text.text and (text.key in NAMES or is_image_file(text.text))]
-    explicit = [top[name] for name in COCO_IDS if name in top]
+    has_coco_id_key = any(name in top for name in COCO_IDS)
     coco_ids = _coco_range(_integers(entry, _COCO_ID_KEY))
     named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
     bare = frozenset(number for text in texts if text.text != key and (number := _bare(text)) is not None)
     entry_id = next((_integer(top[name]) for name in id_keys if top.get(name) is not None), None)
-    genome = _is_genome_entry(top, [text.text for text in texts])
+    is_genome = _is_genome_entry(top, [text.text for text in texts])
     ids = _coco_range([entry_id, *_integers(entry, _ID_KEY), *(_bare_integers(entry))])
     key_number = bare_number(key) if key else None
     if key_number is not None and (named or bare or ids or addresses):  # may be a sequential index
         ids |= _coco_range([key_number])
     elif key_number is not None:
         bare = frozenset([key_number])
-    # Ids are sequential, as in MDETR's files, if a name has another number. A coco_id says nothing about file names.
-    unread = _has_unnumbered(addresses, bool(coco_ids))
+    has_unnumbered = _has_unnumbered(addresses, bool(coco_ids))
     numbers_in_names = frozenset().union(*(numbers_in_name(text.text) for text in (*addresses, *_id_texts(texts))))
-    contradicted = genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
-    is_non_coco = bool(explicit) and not named
+    # Ids are taken as sequential, as in MDETR's files, if a name has a number or there is a coco_id. A coco_id says
+    # nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
+    contradicted = is_genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
+    is_non_coco = has_coco_id_key and not named
     return Evidence(
         id=entry_id,
         named=frozenset(named),
         bare=frozenset(bare),
         ids=frozenset() if contradicted else ids,
         is_non_coco=is_non_coco,
-        is_visual_genome=genome,
-        has_unnumbered_name=unread and not (coco_ids or is_non_coco),
+        is_visual_genome=is_genome,
+        has_unnumbered_name=has_unnumbered and not (coco_ids or is_non_coco),
         addresses=tuple(dict.fromkeys(text.text for text in addresses)),
     )
 
 
 def ids_are_confirmed(entries: Iterable[Evidence]) -> bool:
-    """Whether most ids that can be compared with names or a ``coco_id`` in the same file are COCO's."""
-    votes = [entry.id in entry.named for entry in entries if entry.id is not None and entry.named]
-    return 2 * sum(votes) > len(votes)
+    """Whether most ids of entries that also have a COCO-style name or a ``coco_id`` agree with it."""
+    agreements = [entry.id in entry.named for entry in entries if entry.id is not None and entry.named]
+    return 2 * sum(agreements) > len(agreements)
 
 
 def evidence_of_image(entry: Mapping[str, Any], image_id: int | None) -> Evidence:
     """Collect the evidence in an entry of ``images`` in an instances file, whose id is ``image_id``."""
     evidence = evidence_of(entry, ("id", "image_id", "img_id"))
     name = entry.get("file_name")
-    # training reads the file of that name, whatever number a URL has
-    other_file = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
-    unread = evidence.has_unnumbered_name or (other_file and not evidence.is_non_coco)
-    return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), has_unnumbered_name=unread)
+    # Training reads the file of that name, whatever number a URL has.
+    is_unnumbered = isinstance(name, str) and bool(name) and not numbers_in_name(name) and bare_number(name) is None
+    has_unnumbered = evidence.has_unnumbered_name or (is_unnumbered and not evidence.is_non_coco)
+    return replace(evidence, looked_up=lookup_number(entry, image_id, evidence), has_unnumbered_name=has_unnumbered)
 
 
 def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> int | None:
     """Return the number by which training may look an image up under COCO's file names.
 
-    It is the number in the ``file_name``, or without a ``file_name`` the id if `goes_by_id`.
+    It is the number in the ``file_name``; without a ``file_name``, it is the id if `goes_by_id` allows it.
 
     Args:
         entry: an entry of ``images`` in an instances file.
@@ -163,7 +166,7 @@ def lookup_number(entry: Mapping[str, Any], image_id: int | None, evidence: Evid
 
 
 def goes_by_id(entry: Mapping[str, Any], image_id: int | None, evidence: Evidence | None = None) -> bool:
-    """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts a COCO id."""
+    """Whether an entry without a ``file_name`` may be looked up by its id: nothing in it contradicts that COCO id."""
     evidence = evidence or evidence_of(entry, ("id",))
     return not evidence.is_visual_genome and not evidence.is_non_coco and evidence.named | evidence.bare <= {image_id}
 
@@ -215,24 +218,25 @@ def _texts(value: Any) -> Iterator[_Text]:
 def _has_unnumbered(addresses: Collection[_Text], has_coco_id: bool) -> bool:
     """Whether an image has a file name or URL without a number.
 
-    An image may have several: other names need no number next to COCO's own URL, nor do URLs next to a file name.
-    Every item of a list is a separate image.
+    An image may have several: next to COCO's own URL or a ``coco_id`` other names need no number, nor do URLs next to a
+    file name. Every item of a list is a separate image.
     """
-    numbered = {a: bool(numbers_in_name(a.text)) or _bare(a) is not None for a in addresses}
-    if any(not has for a, has in numbered.items() if a.listed and "url" not in a.key):
+    is_numbered = {address: bool(numbers_in_name(address.text)) or _bare(address) is not None for address in addresses}
+    if any(not numbered for address, numbered in is_numbered.items() if address.listed and "url" not in address.key):
         return True
-    if has_coco_id or any(has for a, has in numbered.items() if a.key == "coco_url"):
+    if has_coco_id or any(numbered for address, numbered in is_numbered.items() if address.key == "coco_url"):
         return False
-    files = [has for a, has in numbered.items() if "url" not in a.key]
-    return not all(files) if files else bool(numbered) and not any(numbered.values())
+    files = [numbered for address, numbered in is_numbered.items() if "url" not in address.key]
+    return not all(files) if files else bool(is_numbered) and not any(is_numbered.values())
 
 
 def _bare(text: _Text) -> int | None:
-    """Number that is an entire file name; a suffix is required under keys that are not for image names."""
+    """The number that is an entire file name, or None; under keys that are not for image names it needs a suffix."""
     return bare_number(text.text) if text.key in NAMES or text.key == "" or is_image_file(text.text) else None
 
 
 def _id_texts(texts: Collection[_Text]) -> list[_Text]:
+    """Strings under id keys, and those without a key."""
     return [text for text in texts if text.key in IDS or text.key == ""]
 
 
@@ -264,6 +268,7 @@ def _bare_integers(entry: Any) -> list[int]:
 
 
 def _coco_range(numbers: Any) -> frozenset[int]:
+    """The integers in the range of COCO's image ids."""
     return frozenset(number for number in numbers if type(number) is int and 0 <= number <= MAX_ID)
 
 

@@ -1,9 +1,11 @@
-"""ResNet (He et al., 2015) of any width, in four stages.
+"""ResNet (He et al., "Deep residual learning", 2015) of any width, in four stages.
 
 Shape shorthand in this module:
 
-    N: images or RoIs (B: images in the batch)
-    Cin, C: input and output channels (of a bottleneck, of its 3x3 convolution)
+    B: images in the batch
+    N: images or RoIs
+    Cin: input channels
+    C: output channels, for a bottleneck those of its 3x3 convolution
     H, W: height and width of the input
 """
 
@@ -18,13 +20,14 @@ from torch.nn import functional as F
 from refdet.detector.conv2d import Conv2d
 from refdet.ops.training_convolution import conv2d
 
+# Depth -> number of blocks in each of the four stages.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and affine parameters, as buffers with the names of BatchNorm2d."""
+    """Batch norm with fixed statistics and affine parameters, in buffers with the same names as in BatchNorm2d."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -39,9 +42,15 @@ class FrozenBatchNorm(nn.Module):
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
     def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (C, Cin, k, k) and bias (C,) of the convolution before this norm and the norm in one.
+        """Fold this norm into the convolution before it.
 
-        What does not change in training is computed once: scale and shift, and the weights if they are frozen.
+        What training does not change is computed once: scale and bias, and the folded weights if they are frozen.
+
+        Args:
+            weight: weights (C, Cin, k, k) of the convolution, which has no bias.
+
+        Returns:
+            Weights (C, Cin, k, k) and bias (C,) of a convolution that computes both.
         """
         buffers = list(self.buffers())
         fixed = buffers if weight.requires_grad else [weight, *buffers]
@@ -53,12 +62,12 @@ class FrozenBatchNorm(nn.Module):
                 factor = scale.to(weight.dtype)[:, None, None, None]
                 versions = [(tensor, tensor._version) for tensor in fixed]
                 self._folded = versions, factor if weight.requires_grad else weight * factor, bias
-        _, factor, bias = self._folded
-        return weight * factor if weight.requires_grad else factor, bias
+        _, factor_or_weight, bias = self._folded
+        return weight * factor_or_weight if weight.requires_grad else factor_or_weight, bias
 
 
 def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
-    """Whether these are the same tensors and were not written to since."""
+    """Whether these are the same tensors, none of which has been written to since."""
     if len(versions) != len(tensors):
         return False
     return all(a is b and version == b._version for (a, version), b in zip(versions, tensors, strict=True))
@@ -67,7 +76,7 @@ def _unchanged(versions: list[tuple[Tensor, int]], tensors: list[Tensor]) -> boo
 def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(convolution(x))``; with gradients a frozen norm is folded into the convolution.
 
-    That saves passes over the maps, forward and backward, and the memory of what is between the two.
+    That saves passes over the maps, forward and backward, and the memory of the maps between the two.
     """
     if not (torch.is_grad_enabled() and isinstance(norm, FrozenBatchNorm) and isinstance(convolution, nn.Conv2d)):
         return norm(convolution(x))
@@ -82,7 +91,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def add_relu(x: Tensor, shortcut: Tensor) -> Tensor:
-    """ReLU of x + shortcut (N, C, H, W), in place of x, which must be as for `relu`."""
+    """ReLU of x + shortcut (N, C, H, W), in place in x, for which the same holds as in `relu`."""
     return x.add_(shortcut).relu_()
 
 
@@ -95,7 +104,7 @@ class Shortcut(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, for ResNet-18 and 34."""
+    """Two 3x3 convolutions and a shortcut, for ResNet-18 and 34; ``stride_in_1x1`` is ignored."""
 
     expansion = 1
 
@@ -115,7 +124,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut; the stride is in the 3x3 as in torchvision, or in the first 1x1 as in Caffe."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride is in the 3x3 (torchvision) or first 1x1 (Caffe)."""
 
     expansion = 4
 
@@ -141,6 +150,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module:
+    """The identity if a block does not change the shape, else a `Shortcut`."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return Shortcut(Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
@@ -152,11 +162,11 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34, 50, 101 or 152.
         width: channels of the first stage (64 in the paper).
-        norm: makes a norm of the given number of channels.
+        norm: makes a norm layer for a number of channels.
         strides: stride of each of the four stages.
         stride_in_1x1: put the stride of a bottleneck in its first 1x1 convolution; ignored by basic blocks.
-        dilation: of the 3x3 convolutions of the last stage; needs bottlenecks.
-        zero_init_residual: initialise the last trained norm of each block to zero.
+        dilation: dilation of the 3x3 convolutions of the last stage; above 1 it needs bottlenecks (depth 50 or more).
+        zero_init_residual: initialise the weight of the last norm of each block to zero, unless it is frozen.
     """
 
     def __init__(
@@ -187,7 +197,7 @@ class ResNet(nn.Module):
         _initialise(self, zero_init_residual)
 
     def first_layers(self) -> list[nn.Module]:
-        """The layers that stay as they are when pretrained weights are trained further."""
+        """The layers that are frozen in fine-tuning with frozen norms, as with FREEZE_AT=2 in detectron2."""
         return [self.conv1, self.get_submodule("layer1")]
 
     def forward(self, images: Tensor, stages: int) -> list[Tensor]:
@@ -198,7 +208,8 @@ class ResNet(nn.Module):
             stages: number of stages to run, 1 to 4.
 
         Returns:
-            Feature maps (B, channels[i], H / s, W / s), where s is 4 times the product of the strides so far.
+            Feature maps (B, channels[i], H / s, W / s), rounded up, where s is 4 times the product of the strides of
+            stages 0 to i.
         """
         x = self.maxpool(relu(conv_norm(self.conv1, self.bn1, images)))
         maps = []
@@ -211,8 +222,8 @@ class ResNet(nn.Module):
 def _initialise(network: nn.Module, zero_init_residual: bool) -> None:
     """He initialisation; the last norm of each block may be zero, so that the block starts as its shortcut.
 
-    As in Goyal et al., "Accurate, large minibatch SGD", section 5.1. In the few hundred steps of
-    `benchmarks/learning.py` a network learns less that way.
+    Zero is the choice of Goyal et al., "Accurate, large minibatch SGD", section 5.1; in the few hundred steps of
+    `benchmarks/learning.py` a network learns less with it.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,12 +1,12 @@
-"""Chunks in which RoIs go through convolutions.
+"""Chunks in which RoIs are passed through convolutions.
 
 On a GPU, cuDNN selects an algorithm again for each new shape of a convolution, which takes about as long as the
 convolution itself, and the number of detections differs in nearly every batch. So chunks have only a few distinct
-sizes, and the last one is padded. On a CPU they only bound the memory.
+sizes, and the last one is padded. On other devices they only bound the memory.
 
 Shape shorthand in this module:
 
-    K: RoIs of the batch
+    K: RoIs of all images in the batch
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIZES = {"cuda": (2048, 512, 128, 32)}  # of chunks, largest first, by type of device; the smallest bounds the padding
+# Device type -> sizes of chunks, largest first. Padding is less than the smallest.
+SIZES = {"cuda": (2048, 512, 128, 32)}
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Chunk:
     """A chunk of RoIs.
 
     Attributes:
-        first: index of the first RoI.
-        count: number of RoIs.
-        size: number of rows, with padding.
+        first: index of its first RoI.
+        count: number of its RoIs.
+        size: ``count`` plus the number of padding rows.
     """
 
     first: int
@@ -34,7 +35,7 @@ class Chunk:
     size: int
 
     def take(self, values: Tensor) -> Tensor:
-        """Rows (size, ...) of values (K, ...), padded with zeros."""
+        """The chunk's rows (size, ...) of values (K, ...), padded with zeros."""
         rows = values[self.first : self.first + self.count]
         if self.count == self.size:
             return rows
@@ -42,12 +43,15 @@ class Chunk:
 
 
 def roi_chunks(count: int, device: torch.device, max_size: int | None = None) -> list[Chunk]:
-    """Chunks for a number of RoIs, at least one; a single one if gradients are enabled, as training samples few RoIs.
+    """Divide RoIs into chunks; into a single one if gradients are enabled, as training samples few RoIs.
 
     Args:
         count: number of RoIs, K.
         device: their device.
-        max_size: largest size of a chunk on devices that are not in `SIZES`; None for no limit.
+        max_size: largest size of a chunk on devices that are not in `SIZES`, None for no limit; ignored with gradients.
+
+    Returns:
+        At least one chunk, even if there are no RoIs.
     """
     sizes = None if torch.is_grad_enabled() else SIZES.get(device.type)
     if sizes is None:

@@ -17,8 +17,8 @@ class EvaluationData:
     """Images and annotations to evaluate a detector on.
 
     Attributes:
-        index: the instances file.
-        source: folder or zip of the images, which all have been found.
+        index: the instances file, indexed.
+        source: folder or zip with the images; each of them has been found.
     """
 
     index: CocoIndex
@@ -27,6 +27,12 @@ class EvaluationData:
     @classmethod
     def open(cls, instances: Path, images: Path, exif: str = "ignore", crowd_as_object: bool = False) -> EvaluationData:
         """Read an instances file and find its images.
+
+        Args:
+            instances: COCO instances JSON.
+            images: folder or zip of its images.
+            exif: "ignore" or "apply" the EXIF orientation of the images.
+            crowd_as_object: take annotations of ``iscrowd`` 1 as objects.
 
         Raises:
             InputError: the file is invalid or has no images, or an image is missing.
@@ -44,11 +50,11 @@ class EvaluationData:
         return list(self.index.images.values())
 
     def check_categories(self, categories: Sequence[tuple[int, str]], owner: str) -> None:
-        """Check that the annotations have the categories of a detector.
+        """Check that the annotations have the same categories as a detector.
 
         Args:
-            categories: COCO id and name of each class of the detector.
-            owner: what has them, for the error message.
+            categories: COCO category id and name of each of the detector's classes.
+            owner: what the detector's categories are read from, for the error message.
 
         Raises:
             InputError: they differ.

@@ -1,7 +1,7 @@
-"""Predictions of a comprehension model: a region of the store, a box or a segmentation per sentence.
+"""Predictions of a comprehension model: a region of the store, a box or a segmentation for each sentence.
 
-For gRefCOCO, where a sentence may refer to no or several objects, a list of them; for other datasets optionally a
-ranked list of boxes or regions, best first.
+For gRefCOCO, where a sentence may refer to any number of objects, a prediction may also be a list of these; for other
+datasets, a ranked list of boxes or regions, best first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refdet.store import Store
 log = logging.getLogger(__name__)
 
 _SINGLE = ("region", "box", "segmentation")
-_MAX_COORDINATE = 1e9  # pixels; areas do not overflow
+_MAX_COORDINATE = 1e9  # in pixels, which keeps areas from overflowing
 _LISTS = {"regions": "region", "boxes": "box", "segmentations": "segmentation"}
 _RANKED = {"ranked_regions": "region", "ranked_boxes": "box"}
 
@@ -37,8 +37,8 @@ class Prediction:
 
     Attributes:
         boxes: (n, 4) float64 half-open xyxy in pixels of the image; n is 1 except for gRefCOCO.
-        masks: n RLEs of the whole image, or None without masks.
-        ranked: (k, 4) boxes, best first, of which ``boxes`` has the first; None without a ranking.
+        masks: n COCO RLEs of full-image masks, or None if a region or box has no mask.
+        ranked: (k, 4) float64 boxes like ``boxes``, best first; ``boxes`` is the first of them. None without a ranking.
     """
 
     boxes: np.ndarray
@@ -53,19 +53,20 @@ def load_predictions(
     generalized: bool = False,
     box_format: str = DEFAULT,
 ) -> dict[int, Prediction]:
-    """Read and check a predictions JSON; warns if the boxes look like another format.
+    """Read and check a predictions JSON; log a warning if the boxes seem to be in another format.
 
     Args:
         path: ``[{"sent_id", "region": row} | {"sent_id", "box": [x, y, w, h]} | {"sent_id", "segmentation"}]``, or
             ``ranked_regions`` or ``ranked_boxes``, a list with the best first.
-        store: the store of the region rows.
+        store: the store that ``region`` counts rows of.
         images: sentence id -> its image, for every sentence of the dataset.
-        generalized: entries may have a list instead, empty for "no such object": ``regions``, ``boxes`` or
-            ``segmentations``. An empty segmentation then counts as no object. There are no ranked lists.
+        generalized: whether the dataset is gRefCOCO. Entries may then have a list instead, empty for "no such object":
+            ``regions``, ``boxes`` or ``segmentations``; an answer whose mask is empty counts as no object, and ranked
+            lists are refused.
         box_format: format of the boxes, one of `refdet.data.box_format.NAMES`.
 
     Returns:
-        sentence id -> prediction.
+        Sentence id -> prediction.
 
     Raises:
         InputError: an entry is invalid; the message names the file and the entry.
@@ -76,11 +77,11 @@ def load_predictions(
         for box in _boxes(entry):
             boxes.append(box)
             sizes.append((images[sent_id].width, images[sent_id].height))
-    form, warnings = resolve_box_format(box_format, np.array(boxes), np.array(sizes))
+    format_name, warnings = resolve_box_format(box_format, np.array(boxes), np.array(sizes))
     for warning in warnings:
         level, _, text = warning.partition(": ")
         log.warning("%s: %s: %s", level, path, text)
-    reader = _Reader(store, FORMATS[form], generalized)
+    reader = _Reader(store, FORMATS[format_name], generalized)
     predictions: dict[int, Prediction] = {}
     for where, sent_id, entry in entries:
         try:
@@ -91,7 +92,7 @@ def load_predictions(
 
 
 def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
-    """The boxes of an entry that are four numbers."""
+    """The boxes of an entry, in the format of the file, without invalid ones."""
     lists = [entry.get(kind) for kind in ("boxes", "ranked_boxes")]
     for boxes in ([entry.get("box")], *lists):
         if isinstance(boxes, list):
@@ -99,20 +100,28 @@ def _boxes(entry: Mapping[str, Any]) -> Iterator[list[float]]:
 
 
 def _is_box(value: Any) -> bool:
-    # comparison works for integers beyond the range of floats too, and is False for NaN
-    numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-    return numbers and all(-_MAX_COORDINATE <= v <= _MAX_COORDINATE for v in value)
+    """Whether a JSON value is a list of four numbers within +-`_MAX_COORDINATE`."""
+    is_four_numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    # These comparisons work for integers beyond the range of floats too, and are False for NaN.
+    return is_four_numbers and all(-_MAX_COORDINATE <= v <= _MAX_COORDINATE for v in value)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Converts entries to predictions."""
+    """Converts entries of a predictions JSON to predictions.
+
+    Attributes:
+        store: the store that regions are rows of.
+        box_format: format of the boxes.
+        generalized: whether the dataset is gRefCOCO.
+    """
 
     store: Store
     box_format: BoxFormat
     generalized: bool
 
     def prediction(self, entry: Mapping[str, Any], image: ImageRecord) -> Prediction:
+        """The prediction of an entry, whose sentence is about ``image``; InputError if it is invalid."""
         keys = [key for key in (*_SINGLE, *_LISTS, *_RANKED) if key in entry]
         if len(keys) != 1:
             lists = " or a list of them: " + ", ".join(_LISTS if self.generalized else _RANKED)
@@ -132,6 +141,7 @@ class _Reader:
         )
 
     def _check_list(self, kind: str, value: Any) -> None:
+        """Raise an InputError if the dataset does not allow this kind of list, or it is not a list."""
         if kind in _LISTS:
             if not self.generalized:
                 raise InputError(
@@ -149,12 +159,13 @@ class _Reader:
             )
 
     def _read(self, kind: str, values: list[Any], image: ImageRecord) -> list[tuple[np.ndarray, dict | None]]:
-        """Box (xyxy in pixels) and mask, if any, of each answer."""
+        """Box (4,), xyxy in pixels of the image, and RLE, None without a mask, of each answer."""
         if kind == "box":
             return [(corners, None) for corners in self._corners(values, image)]
         return [self._region(v, image) if kind == "region" else _segmentation(v, image) for v in values]
 
     def _region(self, row: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+        """Box and RLE of a row of the store."""
         store = self.store
         if type(row) is not int or not 0 <= row < store.regions:
             raise InputError(f"region {row!r:.40} is not a row of {store.path}; rows are 0 to {store.regions - 1}")
@@ -166,7 +177,7 @@ class _Reader:
         return regions.boxes[index].astype(np.float64), masks[index] if masks else None
 
     def _corners(self, values: list[Any], image: ImageRecord) -> np.ndarray:
-        """Boxes (n, 4) xyxy in pixels of the image."""
+        """Convert boxes to (n, 4) float64 xyxy in pixels of the image."""
         invalid = [value for value in values if not _is_box(value)]
         if not invalid:
             sizes = np.full((len(values), 2), (image.width, image.height))
@@ -179,6 +190,7 @@ class _Reader:
 
 
 def _segmentation(value: Any, image: ImageRecord) -> tuple[np.ndarray, dict | None]:
+    """The box around an RLE, and the RLE."""
     if not isinstance(value, dict):
         raise InputError('segmentation must be an RLE {"size": [height, width], "counts": ...}')
     mask = to_rle(value, image.height, image.width)

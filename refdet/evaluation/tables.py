@@ -14,14 +14,18 @@ from refdet.files.spreadsheet_text import spreadsheet_cell
 
 COLUMNS = ("dataset", "split_by", "split", "group", "metric", "value")
 COUNTS = "counts"
+"""Group of the numbers of a split that are in no group in metrics.json."""
 
 
 def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """All numbers of metrics.json, one per row.
+    """All numbers of metrics.json, one per row; text is left out.
+
+    Args:
+        metrics: contents of metrics.json, with old or new names of metrics.
 
     Returns:
-        Columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on, ``metric`` is "images",
-        "AP50", "0.5" and so on; ``value`` is float64, NaN if undefined. Texts are left out.
+        A table with the columns `COLUMNS`: ``group`` is "counts", "detection.bbox", "referent_recall" and so on,
+        ``metric`` is "images", "AP50", "0.5" and so on; ``value`` is float64, NaN if undefined.
     """
     metrics = in_new_names(metrics)
     rows = [
@@ -34,6 +38,7 @@ def to_dataframe(metrics: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _values(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, float | None]]:
+    """Iterate over (group, metric, value) at any depth; names of nested groups are joined with dots."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _values(name if group == COUNTS else f"{group}.{name}", value)
@@ -42,7 +47,11 @@ def _values(group: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, f
 
 
 def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Group -> table with one row per split and one column per metric, in the order of `to_dataframe`."""
+    """One table per group, by its name, with a row per split and a column per metric, in the order of ``frame``.
+
+    Args:
+        frame: a table of `to_dataframe`.
+    """
     by_group = {}
     for group, rows in frame.groupby("group", sort=False):
         wide = rows.pivot(index="split", columns="metric", values="value")
@@ -51,7 +60,7 @@ def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics.json, then metrics.csv (`to_dataframe`), into the folder ``out``.
+    """Write metrics.json, with new and old names, and metrics.csv (`to_dataframe`) into the folder ``out``.
 
     In the CSV, names that a spreadsheet would take for a formula are prefixed with an apostrophe.
     """

@@ -1,7 +1,7 @@
-"""Compute unusable images of a finished store after their files have been repaired. No torch.
+"""Extract the images of a finished store that were unusable, after their files have been repaired. No torch.
 
-Only the batches with such images are computed, to shards in a folder ``F.h5.repair``; the other images are copied from
-the store. The result replaces the store atomically, so a store is always complete.
+Only batches with such images are computed, into shards in a folder ``F.h5.repair`` next to the store ``F.h5``; the
+other images are copied from the store. The result replaces the store atomically, so a store is always complete.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from refdet.structures.regions import Regions
 
 log = logging.getLogger(__name__)
 
-_REPAIR = "repair.json"  # the store and the plan of its repair
+_REPAIR = "repair.json"  # identifies the store and the plan of its repair
 
 
 def repair_folder(out: Path) -> Path:
-    """Folder of the shards of repaired images until they are merged."""
+    """Folder for the shards of repaired images until they are merged into the store."""
     return out.with_name(out.name + ".repair")
 
 
 class Repair(ShardSet):
-    """Shards of repaired images; created by `repair`.
+    """The shards of repaired images; created by `repair`.
 
     Args:
-        old: the store.
-        plan: what is computed.
+        old: the store before the repair.
+        plan: what to compute.
         header: metadata of the store.
-        shards: batches of each shard.
+        shards: the shards to compute, each with its batches.
     """
 
     def __init__(self, old: Store, plan: Plan, header: Header, shards: Sequence[Shard]) -> None:
@@ -61,10 +61,10 @@ class Repair(ShardSet):
     def merge(self, records: Sequence[ImageRecord], run: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Write a new store, replace the old one with it, and remove the folder.
 
-        The store keeps the information about its run, and that of this run is added as "repaired".
+        The new store keeps the information about the original run; that about this run is added as "repaired".
 
         Args:
-            records: images in the order of the store.
+            records: all images, in the order of the store.
             run: called after writing; returns the information about this run.
 
         Raises:
@@ -93,22 +93,22 @@ def repair(
     strict: bool,
     shard_images: int,
 ) -> Iterator[Repair | None]:
-    """Start or continue computing unusable images of a finished store that can now be read.
+    """Start or continue the repair of a finished store: computing its unusable images that can now be read.
 
-    Finished shards of another repair, for an earlier store or other images, are discarded.
+    Finished shards of another repair, of an earlier store or with other images, are discarded.
 
     Args:
         out: the store, complete and with this plan, header and batches.
         plan: what to compute.
         header: metadata of the store.
         batches: all batches of the extraction.
-        records: all images in the order of the store.
+        records: all images, in the order of the store.
         load: loads an image, raising InputError if it is unusable.
         strict: fail if an image is still unusable.
-        shard_images: number of images at which a shard is complete.
+        shard_images: a shard is complete once it has this many images.
 
     Yields:
-        The shards of the repair, None if there is nothing to do.
+        The shards of the repair; None if no unusable image can be read now.
 
     Raises:
         InputError: the store has another batch size, the folder has other files, or another process is using it.
@@ -116,27 +116,27 @@ def repair(
     """
     folder = repair_folder(out)
     with store.open(out) as old:
-        usable = find_readable(old.errors, records, load)
-        unusable = [error for image_id, error in old.errors.items() if image_id not in usable]
-        if strict and unusable:
+        readable = find_readable(old.errors, records, load)
+        remaining_errors = [error for image_id, error in old.errors.items() if image_id not in readable]
+        if strict and remaining_errors:
             raise RuntimeFailure(
-                f"`strict`: {unusable[0]}; {out} has no regions of {len(old.errors)} images, repair "
+                f"`strict`: {remaining_errors[0]}; {out} has no regions of {len(old.errors)} images, repair "
                 "their files and run it again with `resume=True`"
             )
-        if not usable:
+        if not readable:
             if (folder / _REPAIR).is_file():  # interrupted after replacing the store
                 _remove(folder, out)
             yield None
             return
-        size = old.run.get("batch_size", plan.batch_size)
-        if size != plan.batch_size:
+        batch_size = old.run.get("batch_size", plan.batch_size)
+        if batch_size != plan.batch_size:
             raise InputError(
-                f"{out} is complete but has different settings: `batch_size` was {size} and is now "
+                f"{out} is complete but has different settings: `batch_size` was {batch_size} and is now "
                 f"{plan.batch_size}; use the same to compute its repaired images"
             )
         if folder.exists() and any(folder.iterdir()) and not (folder / _REPAIR).is_file():
             raise InputError(f"{folder}: needed for repaired images, but contains other files; move it")
-        affected = [batch for batch in batches if any(record.id in usable for record in batch)]
+        affected = [batch for batch in batches if any(record.id in readable for record in batch)]
         shards = split_into_shards(affected, shard_images)
         with report_disk_full(folder, "free some space and run it again"):
             folder.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def repair(
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, keep=("lock",))
                     write_json(folder / _REPAIR, work)
-                for path in (folder / out.name, *_partial_files(folder)):  # by a process that was killed
+                for path in (folder / out.name, *_partial_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
@@ -153,7 +153,7 @@ def repair(
 def find_readable(
     errors: Container[int], records: Sequence[ImageRecord], load: Callable[[ImageRecord], object]
 ) -> set[int]:
-    """Find unusable images that can now be read, as their files were repaired or added.
+    """Find unusable images that can now be read, because their files were repaired or added.
 
     Args:
         errors: ids of the unusable images.
@@ -161,20 +161,20 @@ def find_readable(
         load: loads an image, raising InputError if it is unusable.
 
     Returns:
-        Ids of the images that can be read.
+        Ids of the unusable images that can now be read.
     """
-    ids = set()
+    readable = set()
     for record in progress([r for r in records if r.id in errors], "look for repaired images", "image", leave=False):
         with suppress(InputError):
             load(record)
-            ids.add(record.id)
-    if ids:
-        log.warning("note: %d previously unusable images can now be read", len(ids))
-    return ids
+            readable.add(record.id)
+    if readable:
+        log.warning("note: %d previously unusable images can now be read", len(readable))
+    return readable
 
 
 def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
-    """Error message of an extraction without usable images, with the first reason and what is kept."""
+    """Error message of an extraction without usable images: the first error, and ``kept``, which says what is kept."""
     return (
         f"none of the {len(errors)} images could be used (first: {next(iter(errors.values()))}); {kept}, check the "
         "files or `images` and run it again with `resume=True`"
@@ -182,6 +182,7 @@ def none_usable_message(errors: Mapping[int, str], kept: str) -> str:
 
 
 def _read_repair(folder: Path) -> Any:
+    """Contents of `_REPAIR`, None if it is missing or damaged."""
     try:
         return read_small_json(folder / _REPAIR)
     except InputError:
@@ -189,7 +190,7 @@ def _read_repair(folder: Path) -> Any:
 
 
 def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
-    """Remove the files of a repair, `_REPAIR` last, and the folder if it is then empty."""
+    """Remove the files of a repair, but not ``keep``, `_REPAIR` last, and the folder if it is then empty."""
     owned = [*folder.glob("[0-9]*.shard"), *_partial_files(folder), folder / "sessions.jsonl", folder / out.name]
     owned.append(folder / "workers.json")
     for path in (*owned, folder / "lock", folder / _REPAIR):
@@ -200,36 +201,36 @@ def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
 
 
 def _partial_files(folder: Path) -> list[Path]:
-    """Temporary files of a process that was killed."""
+    """Temporary files in the folder, from processes that were killed."""
     return list(folder.glob(f".*.{MARK}.*"))
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:
-    """Rows of a store by image id, as a writer needs them.
+    """What a writer needs to know about each image of a store.
 
     Args:
         old: the store.
 
     Returns:
-        Image id -> row.
+        Image id -> row, in the order of the store.
 
     Raises:
         InputError: the store is damaged.
     """
     try:
-        ends = old.region_start
+        region_start = old.region_start
         mask_bytes = np.zeros(len(old), np.int64)
         if old.has_masks:
-            starts = old.data["regions/mask_start"][:]
-            check_starts("regions/mask_start", starts, len(old.data["regions/mask_counts"]))
-            mask_bytes = np.diff(starts[ends])
+            mask_start = old.data["regions/mask_start"][:]
+            check_starts("regions/mask_start", mask_start, len(old.data["regions/mask_counts"]))
+            mask_bytes = np.diff(mask_start[region_start])
         shapes = old.data["maps/head_shape"][:] if old.map_names else np.zeros((len(old), 3), np.int32)
     except store.CORRUPTION_ERRORS as error:
         raise InputError(f"{old.path}: damaged: {error}; extract it again") from None
-    columns = np.column_stack([old.heights, old.widths, np.diff(ends), mask_bytes, shapes]).tolist()
+    columns = np.column_stack([old.heights, old.widths, np.diff(region_start), mask_bytes, shapes]).tolist()
     return {
-        image_id: ImageRow(image_id, str(name), height, width, str(error), regions, length, (c, h, w))
-        for image_id, name, error, (height, width, regions, length, c, h, w) in zip(
+        image_id: ImageRow(image_id, str(name), height, width, str(error), num_regions, num_bytes, (c, h, w))
+        for image_id, name, error, (height, width, num_regions, num_bytes, c, h, w) in zip(
             old, old.file_names, old.image_errors, columns, strict=True
         )
     }

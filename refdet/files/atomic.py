@@ -14,9 +14,10 @@ from typing import Any
 
 from refdet.errors import RuntimeFailure, is_disk_full
 
-# Part of every temporary name, so that cleaning up removes only our own files.
+# Part of every temporary file name, so that cleaning up removes only files of refdet.
 MARK = "refdet-tmp"
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}  # errors of such file systems
+# Errors of os.link on file systems without hard links.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
@@ -25,7 +26,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` when the block ends without an exception.
 
     The temporary file is in the same folder as ``path`` (created if missing), as a rename is atomic only within a
-    file system, and has the same suffix, as some writers choose the format by it. It is synced to disk before the
+    file system, and has the same suffix, from which some writers infer the format. It is synced to disk before the
     rename, so ``path`` has its old or its new contents even after a power failure. On an exception it is deleted
     and ``path`` is unchanged. A process that is killed leaves it behind, for `find_temporary_files` to find.
 
@@ -36,7 +37,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         The temporary path; the block must write a file there.
 
     Raises:
-        OSError: the file cannot be written; the error has ``path``, not the temporary path.
+        OSError: the file cannot be written; the error names ``path``, not the temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,16 +49,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         fsync(path.parent)  # the rename itself
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        named = error.filename if isinstance(error, OSError) else None
-        if named is None and is_disk_full(error):  # some writers give no file name or raise their own exceptions
+        filename = error.filename if isinstance(error, OSError) else None
+        if filename is None and is_disk_full(error):  # some writers give no file name or raise their own exceptions
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if isinstance(error, OSError) and named is not None and Path(named) == temporary:
+        if isinstance(error, OSError) and filename is not None and Path(filename) == temporary:
             error.filename = str(path)
         raise
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name next to ``path``, of a file that is to replace it."""
+    """A new path in the folder of ``path``, for a file that is to replace it."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
 
 
@@ -83,8 +84,8 @@ def report_disk_full(path: Path, fix: str) -> Iterator[None]:
     """Turn "no space left" errors into a RuntimeFailure.
 
     Args:
-        path: the file to name where the error names none.
-        fix: what to do, the end of the message.
+        path: the file to name if the error names none.
+        fix: what the user can do, for the end of the message.
 
     Raises:
         RuntimeFailure: the disk is full.
@@ -112,7 +113,7 @@ def write_json_once(path: Path, obj: Any) -> bool:
 
     Args:
         path: the file.
-        obj: the value.
+        obj: the value, which must be JSON serializable.
 
     Returns:
         Whether this process wrote it.

@@ -1,4 +1,4 @@
-"""What a report is made of, and the reading of the run directory."""
+"""The inputs of a report, and readers for the files of a run directory and for the list of commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refdet.report.fields import count, field, rate, text
 from refdet.structures.provenance import Provenance
 from refdet.training.run_folder import MAX_LOG_BYTES
 
-# The losses in metrics.jsonl, and their labels in the chart.
+# Names of the losses in metrics.jsonl, and their labels in the chart.
 LOSS_NAMES = (
     ("loss", "total"),
     ("loss_classifier", "class: which category is it?"),
@@ -46,13 +46,13 @@ class Step:
 
 @dataclass(frozen=True)
 class ReferPart:
-    """A store, and what is known of its regions on a REFER dataset.
+    """A store, and the results of evaluating its regions on a REFER dataset.
 
     Attributes:
         store: the store; None for metrics alone.
         metrics: the metrics.json of evaluate-on-refer; None if the store was not evaluated.
-        predictions: JSON of a model's answers to the sentences, which refer to the store.
-        dataset: dataset and split_by of the store without metrics, such as "refcoco/unc"; "" for what it says.
+        predictions: predictions JSON: a model's answers to the sentences, whose region rows are those of the store.
+        dataset: dataset and split_by, such as "refcoco/unc", if there are no metrics; "" to use those in the store.
     """
 
     store: Path | None
@@ -72,10 +72,10 @@ class Inputs:
         parts: the stores and their metrics.
         detection: output of ``refdet evaluate --json``.
         instances: instances file with the objects of the stores' images; None for that of a REFER dataset.
-        trained_on: instances file that the detector was trained on, to audit again with ``refer_root``.
-        made_from: the instances file that ``trained_on`` was made from, also audited.
+        trained_on: instances file that the detector was trained on, to be audited again against ``refer_root``.
+        made_from: the instances file from which the split ``trained_on`` was built, audited for comparison.
         steps: the commands that were run.
-        pictures: approximate number of images; a third as many of the worst and of the best ones are added.
+        pictures: approximate number of example images; a third as many of the worst and of the best are added.
     """
 
     run: Path | None = None
@@ -91,7 +91,7 @@ class Inputs:
 
 
 def read_meta(path: Path) -> tuple[str, int, Provenance]:
-    """Name of the recipe, steps and provenance of a ``model.json``."""
+    """Name of the recipe, number of training steps and provenance in a ``model.json``."""
     if not path.exists():
         raise InputError(f"{path}: no such file; give a run directory that refdet train wrote")
     data = read_bytes(path, MAX_META_BYTES)
@@ -109,14 +109,14 @@ def read_meta(path: Path) -> tuple[str, int, Provenance]:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; empty without a log, as after an import.
+    """The training steps in metrics.jsonl, without the validations; empty without a log, as after an import.
 
-    A truncated last line of a killed run is left out.
+    The last line is skipped if it was truncated when the run was killed. Old names of losses are converted.
     """
     if not path.exists():
         return []
     lines = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
-    log = []
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -124,7 +124,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         try:
             row = strict_json(line)
         except InputError as error:
-            if number == len(lines):  # cut when the run was killed
+            if number == len(lines):  # truncated when the run was killed
                 break
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
         if isinstance(row, dict):
@@ -134,12 +134,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
         for name in ("step", "loss", *(key for key, _ in LOSS_NAMES if isinstance(row, dict) and key in row)):
             if rate(row, name, where) is None:
                 raise InputError(f"{where}: {name!r} is not a number")
-        log.append(row)
-    return log
+        rows.append(row)
+    return rows
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The commands of a JSON list of {"name", "about", "commands", "seconds"}."""
+    """The steps in a JSON file, a list of {"name", "about", "commands", "seconds"}."""
     try:
         tree = strict_json(read_bytes(path, MAX_META_BYTES))
     except InputError as error:
@@ -147,8 +147,8 @@ def read_steps(path: Path) -> list[Step]:
     if not isinstance(tree, list):
         raise InputError(f"{path}: not a list of steps")
     steps = []
-    for i, entry in enumerate(tree):
-        where = f"{path}, step {i + 1}"
+    for number, entry in enumerate(tree, 1):
+        where = f"{path}, step {number}"
         commands, seconds = field(entry, "commands", where), rate(entry, "seconds", where)
         if not isinstance(commands, list) or not all(isinstance(line, str) for line in commands):
             raise InputError(f"{where}: 'commands' is not a list of strings")

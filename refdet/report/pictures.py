@@ -1,4 +1,4 @@
-"""The pictures of a report, which share a limit on their size."""
+"""The pictures of a report, which share a limit on their total size."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from refdet.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 3_300_000  # of all pictures; a third more in the page, which is to stay under 5 MB
+MAX_BYTES = 3_300_000  # of all JPEGs together; base64 adds a third, and the page is to stay under 5 MB
 
 
 class Pictures:
-    """Draws images, which are read as they are needed, until the pictures reach a total size.
+    """Draws pictures of images, read on demand, until the total size reaches `MAX_BYTES`.
 
     Args:
         images: folder or zip of the images.
-        exif: "ignore" or "apply", as the regions were extracted.
+        exif: "ignore" or "apply" the EXIF orientation, as when the regions were extracted.
         every: all images that may be drawn.
 
-    Attributes:
-        notes: what was left out.
+    Raises:
+        InputError: ``images`` has none of them.
     """
 
     def __init__(self, images: Path, exif: str, every: Sequence[Scene]) -> None:
@@ -64,17 +64,17 @@ class Pictures:
         return notes
 
     def draw(self, scenes: Sequence[Scene]) -> list[Picture]:
-        """Pictures of images; those that cannot be read, or have no room, are left out and counted."""
+        """Pictures of images. Those that cannot be read or exceed the limit are left out, and counted in `notes`."""
         return [drawn for scene in scenes if (drawn := self._draw(scene)) is not None]
 
     def draw_answers(self, wrong: Sequence[Answer]) -> list[Picture]:
-        """Pictures of answers beside the right region."""
+        """Pictures of wrong answers and the regions that would have been best; left out as in `draw`."""
         return [drawn for answer in wrong if (drawn := self._draw(answer.scene, answer)) is not None]
 
     def _draw(self, scene: Scene, answer: Answer | None = None) -> Picture | None:
         record = scene.image
         if self._source.find(record) is None:
-            return None  # counted
+            return None  # counted in __init__
         try:
             drawn = picture(scene, self._source.read(record), answer)
         except ImageError as error:
@@ -89,7 +89,7 @@ class Pictures:
 
 
 def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
-    """The images of REFER's splits with their refs; of stores without refs, `count` evenly spaced images."""
+    """The images of REFER's splits with their refs; of a store without refs, ``count`` evenly spaced images."""
     every: list[Scene] = []
     for part in parts:
         if part.store is None:
@@ -102,6 +102,7 @@ def all_scenes(parts: Sequence[OpenPart], count: int) -> list[Scene]:
 
 
 def _of_store(store: Store, count: int) -> list[Scene]:
+    """Evenly spaced usable images of a store, without refs."""
     ids = [image_id for image_id in store if image_id not in store.errors]
     count = min(count, len(ids))
     chosen = [ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)]
@@ -110,7 +111,7 @@ def _of_store(store: Store, count: int) -> list[Scene]:
 
 
 def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: int) -> dict[str, Any]:
-    """The values of the listener's template: wrong answers beside the right region."""
+    """The values of ``listener.html``: numbers of answers, and pictures of at most ``count`` wrong ones."""
     all_answers: list[Answer] = []
     for part in parts:
         if part.predictions is not None and part.store is not None and part.refer is not None and part.has_scenes:
@@ -122,13 +123,13 @@ def wrong_answers(parts: Sequence[OpenPart], pictures: Pictures | None, count: i
 
 
 def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> Markup:
-    """Example images, and those with the worst and the best covered objects."""
+    """Example images, and those whose objects are covered worst and best; ``count`` is as in `Inputs.pictures`."""
     with_refs = [scene for scene in every if scene.referred]
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
-    images = {scene.image.id: scene for scene in every}.values()
-    missed = sum(not obj.found for scene in images for obj in scene.referred)
+    scenes_by_image = {scene.image.id: scene for scene in every}
+    missed = sum(not obj.found for scene in scenes_by_image.values() for obj in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)

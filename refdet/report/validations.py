@@ -20,17 +20,19 @@ RATES = (
     ("val_segm_AP", "mask AP"),
     ("val_segm_AP50", "mask AP50"),
 )
-FEW = 30  # points, which are marked
+FEW = 30  # validations below which each point of the curves is marked
 
 
 def read_validations(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that have rates of a validation; of a step that was repeated the last one.
+    """The validations in metrics.jsonl; if a step was validated repeatedly, the last of them.
+
+    Lines that are not JSON are skipped, as `read_log` refuses them.
 
     Args:
-        path: the file; without it there are none. Lines that are not JSON are left to `read_log`.
+        path: the file; if it does not exist, there are no rows.
 
     Returns:
-        Rows with "step" and rates in 0..1, ascending in the step.
+        Rows with "step" and rates in 0..1, in ascending order of the step.
 
     Raises:
         InputError: a step or a rate is not a number.
@@ -55,14 +57,14 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
 
 
 def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """AP and AP50 of boxes and masks by step; weights that are averaged have lines of their own."""
+    """AP and AP50 of boxes and masks by step, with separate curves for averaged weights."""
     series = []
-    for kind in dict.fromkeys(_weights(row) for row in rows):
-        of_kind = [row for row in rows if _weights(row) == kind]
+    for weights in dict.fromkeys(_weights(row) for row in rows):
+        rows_of_weights = [row for row in rows if _weights(row) == weights]
         for style, (key, name) in enumerate(RATES, 1):
-            points = [(row["step"], row[key]) for row in of_kind if row.get(key) is not None]
+            points = [(row["step"], row[key]) for row in rows_of_weights if row.get(key) is not None]
             if points:
-                series.append(Series(f"{name} ({kind})" if kind else name, points, style))
+                series.append(Series(f"{name} ({weights})" if weights else name, points, style))
     description = "; ".join(
         f"{curve.name} {curve.points[-1][1]:.3f} at step {curve.points[-1][0]}, highest "
         f"{max(y for _, y in curve.points):.3f}" for curve in series
@@ -72,10 +74,11 @@ def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def _weights(row: Mapping[str, Any]) -> str:
-    """What the weights of a row are called: "" for those of the step."""
+    """Label of the weights that a row is of: "" for the trained weights, as they were at its step."""
     weights = row.get("weights")
     return "" if weights is None else "averaged weights" if weights == "ema" else shorten(str(weights), 20)
 
 
 def _highest(series: Sequence[Series]) -> float:
+    """The highest rate of all curves, at most 1; 1 without any."""
     return max((min(y, 1.0) for curve in series for _, y in curve.points), default=1.0)

@@ -1,8 +1,8 @@
-"""Box operations. Boxes are half-open ``x1 y1 x2 y2`` in pixels, so the width is ``x2 - x1``.
+"""Box operations. Boxes are half-open ``x1 y1 x2 y2`` (xyxy) in pixels, so the width is ``x2 - x1``.
 
 Shape shorthand in this module:
 
-    N, M: boxes
+    N, M: number of boxes
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from refdet.device import to_device
 
-# A delta of log(1000 / 16) makes a 16 px anchor 1000 px wide; the limit keeps exp() from overflowing.
+# Upper limit of dw and dh, as in detectron2 and torchvision, which keeps exp() from overflowing: a 16 px anchor becomes
+# at most 1000 px wide.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
@@ -38,7 +39,7 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union (N, M) of boxes a (N, 4) and b (M, 4); 0 if both are empty."""
+    """Intersection over union (N, M) of boxes a (N, 4) and b (M, 4); 0 for two empty boxes."""
     overlap = intersection(a, b)
     union = area(a)[:, None] + area(b)[None, :] - overlap
     return torch.where(union > 0, overlap / union.clamp(min=1e-12), torch.zeros_like(overlap))
@@ -64,8 +65,13 @@ def clip_to_images(boxes: Tensor, limits: Tensor) -> Tensor:
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
     """Deltas (N, 4) that transform anchors (N, 4) into boxes (N, 4).
 
-    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)`` for centres and sizes, likewise for y and h
-    (Girshick et al., "Rich feature hierarchies", appendix C), with the weights of Fast R-CNN.
+    ``dx = wx (x - xa) / wa``, ``dw = ww log(w / wa)``, likewise for y and h, where x, y are centres, w, h sizes, and a
+    stands for the anchor (Girshick et al., "Rich feature hierarchies", appendix C, with weights added).
+
+    Args:
+        boxes: (N, 4) xyxy, not empty.
+        anchors: (N, 4) xyxy, not empty.
+        weights: factors (wx, wy, ww, wh) of the deltas.
     """
     anchor_size = anchors[:, 2:] - anchors[:, :2]
     size = boxes[:, 2:] - boxes[:, :2]
@@ -79,10 +85,14 @@ def decode(
 ) -> Tensor:
     """Apply deltas (..., 4) to anchors (..., 4): the inverse of `encode`.
 
-    Sides grow by a factor of at most ``exp(max_log_scale)``.
+    Args:
+        deltas: (..., 4) ``dx dy dw dh``.
+        anchors: (..., 4) xyxy.
+        weights: factors (wx, wy, ww, wh) that the deltas were multiplied by.
+        max_log_scale: upper limit of dw and dh: a side grows by a factor of at most ``exp(max_log_scale)``.
     """
     deltas = deltas / new_tensor(weights, deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
-    half = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))
-    return torch.cat((centre - half, centre + half), dim=-1)
+    half_size = 0.5 * anchor_size * torch.exp(deltas[..., 2:].clamp(max=max_log_scale))
+    return torch.cat((centre - half_size, centre + half_size), dim=-1)

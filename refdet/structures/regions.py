@@ -32,18 +32,18 @@ class Regions:
     Attributes:
         image_id: COCO image id.
         file_name: file name from the instances JSON ("" if unknown).
-        height: of the original image in pixels.
-        width: of the original image in pixels.
+        height: height of the original image in pixels.
+        width: width of the original image in pixels.
         boxes: (n, 4) float32, half-open ``x1 y1 x2 y2`` in pixels of the original image.
-        scores: (n,) float32 in 0..1, or the scores of a file of boxes; 1 for annotations.
+        scores: (n,) float32: 0..1 for detections, 1 for annotations, any finite value for boxes from a file.
         category_ids: (n,) int64, COCO category ids; `NO_CATEGORY` for boxes without one.
         ann_ids: (n,) int64 annotation ids, or None for detections.
         masks: n COCO compressed RLE ``counts`` (bytes) of full-image masks, or None.
         features: name -> (n, C) array, or (n, C, 7, 7) for spatial features.
         error: why this image has no regions, or "".
         maps: name -> (C, H, W) array: "head" is the feature map that boxes are pooled from.
-        im_info: (3,) float32: height and width of the network's input in pixels, and input height / image height; the
-            scale of x is the ratio of the widths. None without maps.
+        im_info: (3,) float32: height and width of the network's input in pixels, and the scale of y, input height /
+            image height (the scale of x is input width / image width). None without maps.
         names: category id -> name, for labels, or None. Neither compared nor stored.
     """
 
@@ -104,10 +104,10 @@ class Regions:
         return [{"size": size, "counts": counts} for counts in self.masks or ()]
 
     def reaching(self, min_score: float) -> np.ndarray:
-        """Which regions have at least a score, (n,) bool.
+        """Whether the score of each region is at least ``min_score``, (n,) bool.
 
-        The threshold is rounded to float32, as scores are: a score of 0.7 reaches 0.7, though it is 0.69999999 as a
-        Python float.
+        The threshold is rounded to float32, as scores are: a stored score of 0.7 reaches 0.7, although it is 0.69999999
+        as a Python float.
 
         Args:
             min_score: the lowest score.
@@ -148,8 +148,8 @@ class Regions:
     ) -> Image.Image:
         """A copy of the image with boxes, translucent masks and labels drawn on it; notebooks display it.
 
-        Labels never cover more than a third of the picture: where it is small, those of the best regions are written,
-        and a note says how many are not.
+        Labels never cover more than a third of the image: on a small image, only the highest-scoring regions are
+        labeled, and a note on it says how many labels are missing.
 
         Examples:
             >>> regions.draw(image, min_score=0.3).save("regions.png")
@@ -157,11 +157,11 @@ class Regions:
         Args:
             image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
             min_score: lowest score of a region to draw.
-            max_regions: maximum number of regions to draw, best first; None for all.
+            max_regions: maximum number of regions to draw, highest scores first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
 
         Raises:
-            ArgumentError: not an image, or an image of another size.
+            ArgumentError: ``image`` is not an image, or has another size.
             InputError: the path is not a readable image file.
         """
         from pycocotools import mask as coco_mask
@@ -176,13 +176,13 @@ class Regions:
                 "image",
                 f"is {width}x{height}, but the regions are of an image of {self.width}x{self.height}; give that image",
             )
-        labels = names if names is not None else self.names or {}
+        category_names = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        reaching = self.reaching(min_score)
-        best_first = [r for r in np.argsort(-self.scores, kind="stable").tolist() if reaching[r]]
+        above_threshold = self.reaching(min_score)
+        best_first = [row for row in np.argsort(-self.scores, kind="stable").tolist() if above_threshold[row]]
         for row in best_first[:max_regions]:
             category = int(self.category_ids[row])
-            name = labels.get(category, "" if category == NO_CATEGORY else str(category))
+            name = category_names.get(category, "" if category == NO_CATEGORY else str(category))
             x1, y1, x2, y2 = self.boxes[row].tolist()
             mask = np.asarray(coco_mask.decode(rles[row])) if rles else None
             drawn.append(DrawnRegion((x1, y1, x2, y2), f"{name} {self.scores[row]:.2f}".strip(), mask))
@@ -190,7 +190,7 @@ class Regions:
 
     @classmethod
     def empty(cls, image_id: int, file_name: str, height: int, width: int, error: str = "") -> Regions:
-        """An image without regions; `error` says why."""
+        """The regions of an image that has none; ``error`` says why, or is "" if there is no error."""
         return cls(
             image_id,
             file_name,

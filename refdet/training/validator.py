@@ -1,4 +1,4 @@
-"""Validation of the weights of a training, exactly as ``refdet evaluate`` measures them once they are saved."""
+"""Validation of the weights during training, exactly as ``refdet evaluate`` measures them once they are saved."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Validates weights and keeps the best; called by one process of a training.
+    """Validates weights and keeps the best; used by only one of the training processes.
 
     Args:
-        given: the validation data.
+        validation: the validation data.
         out: the run directory, locked by the caller.
-        workers: threads that read images ahead.
+        workers: number of threads that read images ahead.
 
     Raises:
         InputError: the record of the best weights so far is damaged.
@@ -53,10 +53,10 @@ class Validator:
         return f"{format_count(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
-        """Whether a run that resumes was stopped before its last step was validated."""
+        """Whether validation of the step that a resumed run continues from is due, but was not completed."""
         if meta.step == 0 or not is_due(meta.step, meta.recipe.train):
             return False
-        if self._best is None:  # never on these data
+        if self._best is None:  # nothing was validated on these data yet
             return True
         return not any(row["step"] == meta.step and is_validation(row) for row in read_rows(self._out))
 
@@ -65,20 +65,22 @@ class Validator:
     ) -> dict[str, float | str]:
         """Measure AP, and replace ``best/`` if it is the highest so far.
 
-        A run that is killed before it logs the rates repeats this when it is resumed, with the same result.
+        If the run is killed before the returned row is logged, resuming it repeats this, with the same result.
 
         Args:
-            weights: the weights, which have been saved.
+            weights: the weights, already saved.
             meta: their metadata.
             device: device to compute on.
-            stop: a signal ends the validation with StopRequested.
+            stop: checked after each image; a signal ends the validation.
 
         Returns:
-            The row for metrics.jsonl: "val_bbox_AP" and the others, 0..1, without those that are undefined.
+            The row for metrics.jsonl: "val_bbox_AP" and the other rates, 0..1, without those that are undefined; the
+            hash of the data; and "weights" if they are averaged.
 
         Raises:
             InputError: an image cannot be read.
             RuntimeFailure: the device has too little memory.
+            StopRequested: a signal was received.
         """
 
         def check_stop() -> None:
@@ -108,8 +110,8 @@ class Validator:
         assert self._best is not None
         best = "the best so far" if is_best else f"the best is {self._best.value:.3f} of step {self._best.step}"
         log.warning("validation after step %d: %s; %s", meta.step, format_ap(rates), best)
-        about = {DATA: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
-        return {**rates, **about}
+        extra = {DATA: self._validation.sha256, **({"weights": "ema"} if meta.recipe.train.ema else {})}
+        return {**rates, **extra}
 
 
 def format_ap(row: Mapping[str, Any]) -> str:

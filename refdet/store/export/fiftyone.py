@@ -1,4 +1,4 @@
-"""Export to a dataset of FiftyOne, which must be installed."""
+"""Export to a FiftyOne dataset; needs the package fiftyone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from refdet.structures.regions import Regions
 
 @dataclass(frozen=True)
 class _DisplayedImage:
-    """An image, its file in the folder, and the EXIF orientation by which its regions must be turned, or 1."""
+    """An image, the name of its file in the folder, and the EXIF orientation to apply to its regions (1: none)."""
 
     record: ImageRecord
     name: str
@@ -35,13 +35,13 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
     """Write a ``FiftyOneDataset`` folder, whose samples refer to the image files where they are.
 
     Each sample has its image, ``image_id``, and ``regions``: detections with label, box, score, mask and ``region``,
-    the row in the store. FiftyOne shows images upright by their EXIF orientation: regions of a store that ignores it
-    are turned with them. Images of another size than the store says are left out.
+    the row in the store. FiftyOne applies the EXIF orientation of images it displays, so the regions of a store
+    that ignores it are rotated and flipped with them. Images whose size differs from the store's are left out.
 
     Args:
         store: the store.
-        out: the folder.
-        images: folder of the images.
+        out: the folder to write, new or empty.
+        images: folder of the images, not a zip.
 
     Returns:
         What was written, with notes.
@@ -54,36 +54,42 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
     if not images.is_dir():
         raise ArgumentError("images", f"{images} is no folder, but FiftyOne opens image files; unpack it")
     with Source(store) as source, new_folder(out) as folder:
-        of = source.store
+        reader = source.store
         records = [
             ImageRecord(id=image_id, file_name=str(name), height=height, width=width)
             for image_id, name, height, width in zip(
-                of.image_ids.tolist(), of.file_names, of.heights.tolist(), of.widths.tolist(), strict=True
+                reader.image_ids.tolist(),
+                reader.file_names,
+                reader.heights.tolist(),
+                reader.widths.tolist(),
+                strict=True,
             )
-            if image_id not in of.errors
+            if image_id not in reader.errors
         ]
-        files = ImageSource.open(images, "apply" if of.options.get("exif") == "apply" else "ignore")
+        files = ImageSource.open(images, "apply" if reader.options.get("exif") == "apply" else "ignore")
         files.check(records, store)
-        shown, unread = _find_readable(records, files)
+        shown, rejected = _find_readable(records, files)
         dataset = _new_dataset(fiftyone)
         try:
-            samples = (_sample(fiftyone, source, images, one) for one in shown)
+            samples = (_sample(fiftyone, source, images, image) for image in shown)
             dataset.add_samples(progress(samples, "export", "image", total=len(shown)), num_samples=len(shown))
-            kind = fiftyone.types.FiftyOneDataset
-            dataset.export(export_dir=str(folder), dataset_type=kind, export_media=False)
+            dataset_type = fiftyone.types.FiftyOneDataset
+            dataset.export(export_dir=str(folder), dataset_type=dataset_type, export_media=False)
         finally:
             dataset.delete()
-        empty = {i: why for i in of if (why := source.why_empty(i))}
-        notes = [f"{len(of.errors)} images that could not be used are left out"] if of.errors else []
-        if unread:
-            notes.append(f"{len(unread)} images whose file is not as the store says are left out, first: {unread[0]}")
-        if turned := sum(one.orientation != 1 for one in shown):
+        empty = {image_id: why for image_id in reader if (why := source.why_empty(image_id))}
+        notes = [f"{len(reader.errors)} images that could not be used are left out"] if reader.errors else []
+        if rejected:
+            notes.append(
+                f"{len(rejected)} images whose file is not as the store says are left out, first: {rejected[0]}"
+            )
+        if turned := sum(image.orientation != 1 for image in shown):
             notes.append(f"the regions of {turned} images are turned as FiftyOne turns these, by EXIF orientation")
         names = sorted(path.name for path in folder.iterdir())
-        regions = sum(len(of.rows(one.record.id)) for one in shown)
-        done = Exported("fiftyone", len(shown), regions, names, empty, notes)
-        write_record(folder, done, {"images": images.name}, {"features": source})
-    return done
+        num_regions = sum(len(reader.rows(image.record.id)) for image in shown)
+        exported = Exported("fiftyone", len(shown), num_regions, names, empty, notes)
+        write_record(folder, exported, {"images": images.name}, {"features": source})
+    return exported
 
 
 def _fiftyone() -> Any:
@@ -98,28 +104,28 @@ def _fiftyone() -> Any:
 
 
 def _new_dataset(fiftyone: Any) -> Any:
-    """A dataset in FiftyOne's own database, where it is until it has been exported."""
+    """A new dataset in FiftyOne's own database, to be deleted from it after the export."""
     try:
         return fiftyone.Dataset(f"refdet-{secrets.token_hex(8)}")
-    except Exception as error:  # of its database, which it starts now
+    except Exception as error:  # of its database, which FiftyOne starts here
         raise RuntimeFailure(
             f"FiftyOne cannot use its database ({error}); repair it, or export with `format='coco'`, which it imports"
         ) from error
 
 
 def _find_readable(records: Sequence[ImageRecord], files: ImageSource) -> tuple[list[_DisplayedImage], list[str]]:
-    """The images whose files have the sizes of the store, and why others have not."""
-    shown, unread = [], []
+    """The images whose files can be read and have the size in the store, and an error message for each other one."""
+    shown, rejected = [], []
     for record in progress(records, "check", "image", total=len(records)):
         name = files.find(record)
-        assert name is not None  # they were checked
+        assert name is not None  # as `files.check` found all of them
         try:
             files.read(record)
         except ImageError as error:
-            unread.append(str(error))
+            rejected.append(str(error))
         else:
             shown.append(_DisplayedImage(record, name, files.oriented.get(name, 1) if files.exif == "ignore" else 1))
-    return shown, unread
+    return shown, rejected
 
 
 def _sample(fiftyone: Any, source: Source, images: Path, shown: _DisplayedImage) -> Any:
@@ -142,7 +148,7 @@ def _sample(fiftyone: Any, source: Source, images: Path, shown: _DisplayedImage)
 
 
 def relative_boxes(regions: Regions, orientation: int = 1) -> list[list[float]]:
-    """Left, top, width and height of each box as fractions of the image, turned by an EXIF orientation."""
+    """``[x, y, width, height]`` of each box as fractions of the image, after applying an EXIF orientation."""
     boxes = regions.boxes.astype(np.float64) / ([regions.width, regions.height] * 2)
     corners = orient_points(boxes.reshape(-1, 2), orientation).reshape(-1, 2, 2)
     low = corners.min(axis=1)
@@ -151,7 +157,10 @@ def relative_boxes(regions: Regions, orientation: int = 1) -> list[list[float]]:
 
 
 def crop_mask(regions: Regions, row: int, orientation: int = 1) -> np.ndarray | None:
-    """(h, w) bool, the part of a mask within the pixels of its box, turned; None without masks or pixels."""
+    """The part of a mask in the pixels that its box touches, (h, w) bool, after applying an EXIF orientation.
+
+    None if the regions have no masks, or the box has no pixels in the image.
+    """
     if regions.masks is None:
         return None
     low, high = np.floor(regions.boxes[row, :2]).astype(int), np.ceil(regions.boxes[row, 2:]).astype(int)
