@@ -128,8 +128,7 @@ def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> 
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
-    scenes_by_image = {scene.image.id: scene for scene in every}
-    missed = sum(not obj.found for scene in scenes_by_image.values() for obj in scene.referred)
+    missed = sum(not obj.found for scene in every for obj in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)
