@@ -1,4 +1,4 @@
-"""The pictures of a report: missed objects are counted over all scenes."""
+"""The pictures of a report: missed objects are counted over all scenes, unreadable images once."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def test_missed_objects_of_all_splits_that_share_an_image_are_counted(tmp_path: 
     every = [scene(1, "refcoco/unc/val", 0.1, 0.3), scene(1, "refcocog/umd/val", 0.2), scene(1, "refcoco+/unc/val")]
     section = pictures_section(every, Pictures(tmp_path, "ignore", every), 3)
     assert "missed objects in total: 3)" in section
+
+
+def test_an_unreadable_image_is_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"no image")
+    Image.new("RGB", (100, 80)).save(tmp_path / "2.png")
+    every = [scene(1, "a", 0.1), scene(2, "a", 0.9), scene(3, "a", 0.2)]  # 3 has no file
+    pictures = Pictures(tmp_path, "ignore", every)
+    assert "2 images could not be read, first: 3.png" in pictures_section(every, pictures, 9)
