@@ -11,6 +11,8 @@ from refdet.data.image_source import ImageSource
 from refdet.errors import InputError
 from refdet.structures.coco_categories import used_categories
 
+_SHOWN = 3  # categories that an error message names
+
 
 @dataclass(frozen=True)
 class EvaluationData:
@@ -62,8 +64,8 @@ class EvaluationData:
         detector_categories, dataset_categories = used_categories(dict(categories)), self.index.categories
         if detector_categories != dataset_categories:
             differing = sorted(set(detector_categories.items()) ^ set(dataset_categories.items()))
+            shown = ", ".join(f"{i} {name}" for i, name in differing[:_SHOWN]) + ", ..." * (len(differing) > _SHOWN)
             raise InputError(
-                f"{owner} has {len(detector_categories)} classes, {self.index.path} has {len(dataset_categories)}, "
-                f"and they differ ({', '.join(f'{i} {name}' for i, name in differing[:3])} ...); evaluate on the "
-                "dataset it was trained for"
+                f"{owner} has other classes than {self.index.path} ({len(detector_categories)} and "
+                f"{len(dataset_categories)}; {shown}); evaluate on the dataset it was trained for"
             )

@@ -151,7 +151,10 @@ class _Reader:
             if not isinstance(value, list):
                 raise InputError(f"{kind} must be a list, [] for no object, not {value!r:.40}")
         elif self.generalized:
-            raise InputError(f"{kind} is not for gRefCOCO, where an answer is what all objects are: {kind[7:]}")
+            raise InputError(
+                f"{kind} is not for gRefCOCO, whose answers are all the objects that a sentence refers to, unranked: "
+                f"give {kind[7:]}"
+            )
         elif not isinstance(value, list) or not value:
             raise InputError(
                 f"{kind} must be a list of at least one, the best first, not {value!r:.40}; leave out a "

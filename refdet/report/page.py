@@ -77,9 +77,10 @@ def _render(inputs: Inputs, parts: Sequence[OpenPart], title: str) -> str:
         proof = sections.leak_section(provenance, audit, source_audit, validated)
         add("leak", "No leaks" if proven else "Training data", proof)
     if inputs.run is not None:
-        log, validations = (read(inputs.run / "metrics.jsonl") for read in (read_log, read_validations))
+        log = read_log(inputs.run / "metrics.jsonl")
+        validations, on_other_data = read_validations(inputs.run / "metrics.jsonl")
         if log or validations:
-            add("loss", "Training", sections.loss_section(log, validations))
+            add("loss", "Training", sections.loss_section(log, validations, on_other_data))
     if inputs.detection is not None:
         add("detection", "Detection", sections.detection_section(inputs.detection))
     _add_regions(inputs, parts, metrics, add)

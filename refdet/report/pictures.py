@@ -50,15 +50,16 @@ class Pictures:
         missing = self._source.locate(records)
         if records and len(missing) == len(records):
             raise InputError(f"`images` {images}: has none of the {len(records)} images, first: {missing[0]}")
-        self._left, self._skipped, self._full = MAX_BYTES, len(missing), 0
+        self._left, self._full = MAX_BYTES, 0
+        self._missing, self._unreadable = len(missing), set[int]()  # number of images, and ids of others
         self._first = missing[0] if missing else ""
 
     @property
     def notes(self) -> list[str]:
         """What was left out, and why."""
         notes = []
-        if self._skipped:
-            notes.append(f"{format_count(self._skipped, 'image')} could not be read, first: {self._first}")
+        if skipped := self._missing + len(self._unreadable):
+            notes.append(f"{format_count(skipped, 'image')} could not be read, first: {self._first}")
         if self._full:
             notes.append(f"{format_count(self._full, 'picture')} left out, to keep the page under 5 MB")
         return notes
@@ -79,7 +80,7 @@ class Pictures:
             drawn = picture(scene, self._source.read(record), answer)
         except ImageError as error:
             self._first = self._first or str(error)
-            self._skipped += 1
+            self._unreadable.add(record.id)  # which other scenes may show too
             return None
         if len(drawn.jpeg) > self._left:
             self._full += 1
@@ -128,8 +129,7 @@ def pictures_section(every: Sequence[Scene], pictures: Pictures, count: int) -> 
     worst = pictures.draw(hardest_scenes(with_refs, count // 3))
     best = pictures.draw(covered_scenes(with_refs, count // 3))
     shown = pictures.draw(sample(every, count))
-    scenes_by_image = {scene.image.id: scene for scene in every}
-    missed = sum(not obj.found for scene in scenes_by_image.values() for obj in scene.referred)
+    missed = sum(not obj.found for scene in every for obj in scene.referred)
     for note in pictures.notes:
         log.warning("note: report: %s", note)
     return render("pictures.html", shown=shown, worst=worst, best=best, missed=missed, notes=pictures.notes)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refdet.evaluation.detection_errors import BINS, DetectionErrors
+from refdet.files.short_text import format_count
 from refdet.report.charts import Axes, Series, line_chart
 from refdet.report.confusions import confusion_map
 from refdet.report.inputs import LOSS_NAMES, Step
@@ -210,16 +211,22 @@ def listener_section(metrics: Sequence[Mapping[str, Any]], **answers: Any) -> Ma
     return render("listener.html", rows=rows, **answers)
 
 
-def loss_section(log: Sequence[Mapping[str, float]], validations: Sequence[Mapping[str, Any]] = ()) -> Markup:
+def loss_section(
+    log: Sequence[Mapping[str, float]], validations: Sequence[Mapping[str, Any]] = (), on_other_data: int = 0
+) -> Markup:
     """The curves of the loss and of AP.
 
     Args:
         log: the rows of metrics.jsonl.
-        validations: those of validations.
+        validations: those of validations, on the same data.
+        on_other_data: number of validations on other data, which are left out.
     """
-    validation = validation_chart(validations) if validations else None
+    values: dict[str, Any] = {
+        "validation": validation_chart(validations) if validations else None,
+        "left_out": format_count(on_other_data, "validation") if on_other_data else "",
+    }
     if not log:
-        return render("loss.html", chart=None, validation=validation)
+        return render("loss.html", chart=None, **values)
     series = [
         Series(name, [(line["step"], line[key]) for line in log if key in line], style)
         for style, (key, name) in enumerate(LOSS_NAMES)
@@ -231,7 +238,7 @@ def loss_section(log: Sequence[Mapping[str, float]], validations: Sequence[Mappi
         f"The total was {first['loss']:.2f} at step {first['step']} and {last['loss']:.2f} at step {last['step']}."
     )
     chart = line_chart("Training loss by step", description, series, axes, dots=len(log) < FEW)
-    return render("loss.html", chart=chart, validation=validation)
+    return render("loss.html", chart=chart, **values)
 
 
 def _seconds(seconds: float) -> str:

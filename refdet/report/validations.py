@@ -12,6 +12,7 @@ from refdet.files.short_text import shorten
 from refdet.files.small_files import strict_json
 from refdet.report.charts import Axes, Chart, Series, line_chart
 from refdet.report.fields import count, rate
+from refdet.training.metrics_rows import DATA
 from refdet.training.run_folder import MAX_LOG_BYTES
 
 RATES = (
@@ -23,8 +24,8 @@ RATES = (
 FEW = 30  # validations below which each point of the curves is marked
 
 
-def read_validations(path: Path) -> list[dict[str, Any]]:
-    """The validations in metrics.jsonl; if a step was validated repeatedly, the last of them.
+def read_validations(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The validations in metrics.jsonl on the newest data; if a step was validated repeatedly, the last of them.
 
     Lines that are not JSON are skipped, as `read_log` refuses them.
 
@@ -32,14 +33,16 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
         path: the file; if it does not exist, there are no rows.
 
     Returns:
-        Rows with "step" and rates in 0..1, in ascending order of the step.
+        Rows with "step" and rates in 0..1, in ascending order of the step; and the number of validations on other
+        data, whose rates are not comparable.
 
     Raises:
         InputError: a step or a rate is not a number.
     """
     if not path.exists():
-        return []
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+        return [], 0
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    newest = ""
     for number, line in enumerate(read_bytes(path, MAX_LOG_BYTES).split(b"\n"), 1):
         if b'"val_' not in line:
             continue
@@ -52,8 +55,10 @@ def read_validations(path: Path) -> list[dict[str, Any]]:
             for name, _ in RATES:
                 if name in row:
                     rate(row, name, where)
-            rows[_weights(row), count(row, "step", where)] = row
-    return [rows[key] for key in sorted(rows, key=lambda key: key[1])]
+            newest = str(row.get(DATA))
+            rows[newest, _weights(row), count(row, "step", where)] = row
+    kept = [row for (data, *_), row in rows.items() if data == newest]
+    return sorted(kept, key=lambda row: row["step"]), len(rows) - len(kept)
 
 
 def validation_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:

@@ -142,7 +142,7 @@ class Regions:
         self,
         image: np.ndarray | Image.Image | str | Path,
         *,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         max_regions: int | None = None,
         names: Mapping[int, str] | None = None,
     ) -> Image.Image:
@@ -156,7 +156,7 @@ class Regions:
 
         Args:
             image: the image of the regions: (H, W, 3) uint8 RGB, a PIL image or a path.
-            min_score: lowest score of a region to draw.
+            min_score: lowest score of a region to draw; None to draw regions of any score.
             max_regions: maximum number of regions to draw, highest scores first; None for all.
             names: category id -> name for the labels; by default those of the detector or the store.
 
@@ -178,8 +178,8 @@ class Regions:
             )
         category_names = names if names is not None else self.names or {}
         rles, drawn = self.rles(), []
-        above_threshold = self.reaching(min_score)
-        best_first = [row for row in np.argsort(-self.scores, kind="stable").tolist() if above_threshold[row]]
+        shown = np.ones(len(self), bool) if min_score is None else self.reaching(min_score)
+        best_first = [row for row in np.argsort(-self.scores, kind="stable").tolist() if shown[row]]
         for row in best_first[:max_regions]:
             category = int(self.category_ids[row])
             name = category_names.get(category, "" if category == NO_CATEGORY else str(category))

@@ -95,12 +95,17 @@ def _weights(meta: CheckpointMetadata) -> str:
     return f"an exponential average over the steps (train.ema={decay:g})" if decay else f"those after step {meta.step}"
 
 
+def _validations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The validations on the data of the last one, as AP on other data is not comparable."""
+    validations = [row for row in rows if is_validation(row)]
+    return [row for row in validations if row.get(DATA) == validations[-1].get(DATA)]
+
+
 def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
     """A table of the last and of the best validation; "" without any."""
-    validations = [row for row in rows if is_validation(row)]
+    validations = _validations(rows)
     if not validations:
         return ""
-    validations = [row for row in validations if row.get(DATA) == validations[-1].get(DATA)]
     last, best = validations[-1], max(validations, key=lambda row: number_of(row, _BOX_AP) or 0.0)
     heading = f"## AP on {_cell(validated_on)}" if validated_on else "## AP on the validation images"
     lines = ["", heading, "", f"| | {' | '.join(_RATES)} |", "|---" * (1 + len(_RATES)) + "|"]
@@ -118,7 +123,7 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], validated_on: str) -> str:
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
     """The loss as bars of text, with the box AP of the validations up to each line; "" without any."""
     losses = [(row["step"], loss) for row in rows if (loss := number_of(row, "loss")) is not None]
-    rates = [(row["step"], number_of(row, _BOX_AP)) for row in rows if is_validation(row)]
+    rates = [(row["step"], number_of(row, _BOX_AP)) for row in _validations(rows)]
     if len(losses) < 2:
         return ""
     max_loss = max(max(loss for _, loss in losses), 1e-9)

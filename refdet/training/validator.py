@@ -53,12 +53,15 @@ class Validator:
         return f"{format_count(len(index.images), 'image')} of {index.path.name}"
 
     def is_pending(self, meta: CheckpointMetadata) -> bool:
-        """Whether validation of the step that a resumed run continues from is due, but was not completed."""
+        """Whether validation of the step that a resumed run continues from is due, but not logged on these data yet."""
         if meta.step == 0 or not is_due(meta.step, meta.recipe.train):
             return False
         if self._best is None:  # nothing was validated on these data yet
             return True
-        return not any(row["step"] == meta.step and is_validation(row) for row in read_rows(self._out))
+        return not any(
+            row["step"] == meta.step and is_validation(row) and row.get(DATA) == self._validation.sha256
+            for row in read_rows(self._out)
+        )
 
     def validate(
         self, weights: HasWeights, meta: CheckpointMetadata, device: torch.device, stop: Stop

@@ -18,8 +18,10 @@ from refdet.cli.main import main
 from refdet.data.coco import CocoIndex
 from refdet.data.image_source import ImageSource
 from refdet.detector import checkpoint, loading
+from refdet.errors import InputError
 from refdet.evaluation import detection
 from refdet.evaluation.average_precision import METRICS, coco_ap, coco_results
+from refdet.evaluation.evaluation_data import EvaluationData
 from refdet.extraction import defaults
 from refdet.extraction.extract import extract_features
 from refdet.extraction.image_list import ImageList
@@ -185,3 +187,24 @@ def test_cheap_mistakes_are_found_before_the_weights_are_read(tmp_path: Path) ->
     shutil.move(folder.images, tmp_path / "gone")
     done = folder.evaluate()
     assert done.exit_code == 2 and "no such file or folder" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (((1, "cat"), (2, "cow")), r"run has other classes than .*instances\.json \(2 and 2; 2 cow, 2 dog\); evaluate"),
+        (((3, "cat"), (4, "cow")), r"\(2 and 2; 1 cat, 2 dog, 3 cat, \.\.\.\); evaluate on the dataset"),
+    ],
+)
+def test_other_classes_are_named(tmp_path: Path, classes: tuple[tuple[int, str], ...], message: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    tree = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 4, "width": 4}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    data = EvaluationData.open(tmp_path / "instances.json", tmp_path)
+    data.check_categories(((1, "cat"), (2, "dog")), "run")
+    with pytest.raises(InputError, match=message):
+        data.check_categories(classes, "run")

@@ -302,9 +302,13 @@ def test_generalized_predictions(tmp_path: Path) -> None:
     assert scores["cIoU"] == pytest.approx((400 + 50) / (500 + 500 + 0 + 100 + 100 + 100))
     assert (scores["precision@0.5"], scores["precision@0.8"]) == (2 / 4, 1 / 4)
 
-    (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, "boxes": 3}]))
-    with pytest.raises(InputError, match=r"entry 0 \(sentence 0\): boxes must be a list, \[\] for no object"):
-        evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")
+    for entry, says in (
+        ({"boxes": 3}, r"entry 0 \(sentence 0\): boxes must be a list, \[\] for no object"),
+        ({"ranked_boxes": [[1, 2, 3, 4]]}, "ranked_boxes is not for gRefCOCO, .* refers to, unranked: give boxes$"),
+    ):
+        (tmp_path / "p.json").write_text(json.dumps([{"sent_id": 0, **entry}]))
+        with pytest.raises(InputError, match=says):
+            evaluate_on_refer(tmp_path / "a.h5", root, "toy", "me", predictions=tmp_path / "p.json")
 
 
 def rle(box: list[int]) -> dict[str, Any]:

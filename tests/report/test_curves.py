@@ -18,6 +18,7 @@ from refdet.report import Inputs, ReferPart, page
 from refdet.report.confusions import MAX_CATEGORIES, confusion_map
 from refdet.report.inputs import read_log
 from refdet.report.samples import images_of, scenes
+from refdet.report.sections import loss_section
 from refdet.report.validations import read_validations, validation_chart
 from refer import REFER
 
@@ -39,7 +40,8 @@ def test_validations_stand_between_the_losses(tmp_path: Path) -> None:
         {"step": 4, "val_bbox_AP": 0.25, "weights": "ema"},
     )
     assert [row["step"] for row in read_log(path)] == [1, 3]
-    rows = read_validations(path)
+    rows, on_other_data = read_validations(path)
+    assert on_other_data == 0
     assert [(row["step"], row["val_bbox_AP"]) for row in rows] == [(2, 0.1), (4, 0.2), (4, 0.25)]
     chart = validation_chart(rows)
     names = [name for _, name in chart.legend]
@@ -52,7 +54,24 @@ def test_a_validation_that_is_no_number_is_refused(tmp_path: Path) -> None:
         read_validations(log_of(tmp_path, {"step": 1, "val_bbox_AP": "high"}))
     with pytest.raises(InputError, match="line 1: 'step' must be a count"):
         read_validations(log_of(tmp_path, {"step": -1, "val_bbox_AP": 0.1}))
-    assert read_validations(tmp_path / "none.jsonl") == []
+    assert read_validations(tmp_path / "none.jsonl") == ([], 0)
+
+
+def test_validations_on_other_data_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = log_of(
+        tmp_path,
+        {"step": 2, "val_bbox_AP": 0.5},  # before rows had the hash
+        {"step": 2, "val_bbox_AP": 0.9, "data_sha256": "a"},
+        {"step": 4, "val_bbox_AP": 0.8, "data_sha256": "a"},
+        {"step": 4, "val_bbox_AP": 0.1, "data_sha256": "b"},
+        {"step": 6, "val_bbox_AP": 0.2, "data_sha256": "b"},
+    )
+    rows, on_other_data = read_validations(path)
+    assert [(row["step"], row["val_bbox_AP"]) for row in rows] == [(4, 0.1), (6, 0.2)] and on_other_data == 3
+    section = loss_section([], rows, on_other_data)
+    assert "box AP 0.200 at step 6, highest 0.200." in section
+    assert "Left out: 3 validations on other images or annotations" in section
+    assert "Left out" not in loss_section([], rows)
 
 
 def test_confusions_are_shares_of_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("--store", store, "--format", "coco", "--out", work / "out", "--score-threshold", 0.85)
     assert result.exit_code == 0, result.stderr
     assert "note: instances.json has the 3 of 5 regions with a score of 0.85 or more" in result.stderr
-    assert "leaves out 1 images" in result.stderr
+    assert "leaves out 1 image that could not be used" in result.stderr
     return work / "out"
 
 
@@ -173,7 +173,7 @@ def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / regions.file_name)
     done = export_fiftyone(write_store(tmp_path / "d.h5", DETECTIONS), tmp_path / "out", tmp_path)
     assert (done.images, done.files, calls) == (2, ["samples.json"], ["made", "deleted"])
-    assert done.notes == ["1 images that could not be used are left out"]
+    assert done.notes == ["1 image that could not be used is left out"]
     assert [s.path for s in samples] == [str(tmp_path / r.file_name) for r in DETECTIONS[:2]]
     found = samples[0].regions.detections
     assert [d.label for d in found] == ["dog", "cat", "dog", "cat"] and [d.region for d in found] == [0, 1, 2, 3]
@@ -187,13 +187,16 @@ def test_samples_of_fiftyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Image.new("RGB", (WIDTH + 1, HEIGHT)).save(tmp_path / DETECTIONS[1].file_name)
     done = export_fiftyone(tmp_path / "d.h5", tmp_path / "turned", tmp_path)
     assert (done.images, done.regions, len(samples)) == (1, len(turned), 1)
-    assert "1 images whose file is not as the store says are left out, first: " in done.notes[1]
-    assert done.notes[2] == "the regions of 1 images are turned as FiftyOne turns these, by EXIF orientation"
+    assert "1 image whose file is not as the store says is left out, first: " in done.notes[1]
+    assert done.notes[2] == "regions of 1 image are turned by EXIF orientation, as FiftyOne turns the pixels"
     for row, found in enumerate(samples[0].regions.detections):
         x, y, width, height = found.bounding_box
         x1, y1, x2, y2 = turned.boxes[row] / (WIDTH, HEIGHT, WIDTH, HEIGHT)  # turned clockwise: x is 1 - y, y is x
         assert (x, y, x + width, y + height) == pytest.approx((1 - y2, x1, 1 - y1, x2), abs=1e-6)
         np.testing.assert_array_equal(found.mask, np.rot90(crop_mask(turned, row), -1))
+
+    with pytest.raises(InputError, match=r"d\.h5 is not a folder; FiftyOne needs a folder of image files"):
+        export_fiftyone(tmp_path / "d.h5", tmp_path / "again", tmp_path / "d.h5")
 
     def broken(name: str) -> None:
         raise OSError("no mongod")

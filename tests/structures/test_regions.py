@@ -102,6 +102,16 @@ def test_labels_have_the_names_that_are_given(monkeypatch: pytest.MonkeyPatch) -
     assert seen == ["dog 0.90", "cat 0.40", "hound 0.90", "3 0.90", "0.90"]
 
 
+def test_regions_of_any_score_are_drawn_unless_a_lowest_score_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("refdet.structures.drawing.Pen.label", lambda self, box, text, *more: seen.append(text))
+    logits = replace(two(), scores=np.float32([-2.5, 3]))
+    logits.draw(BLACK)
+    assert seen == ["cat 3.00", "dog -2.50"]
+    logits.draw(BLACK, min_score=0.0)
+    assert seen[2:] == ["cat 3.00"]
+
+
 def test_labels_leave_a_small_picture_visible(caplog: pytest.LogCaptureFixture) -> None:
     n = 40
     boxes = np.tile(np.float32([10, 10, 30, 30]), (n, 1))

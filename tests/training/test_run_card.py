@@ -28,3 +28,12 @@ def test_the_best_is_of_the_data_of_the_last_validation(tmp_path: Path, first: s
     card = (tmp_path / CARD).read_text()
     assert "| boxes, last, step 6 | 0.400 |" in card and "| boxes, best, step 4 | 0.500 |" in card
     assert "0.900" not in card
+
+
+def test_the_learning_curve_has_ap_on_the_data_of_the_last_validation(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 2.0} for step in (2, 4)]
+    validated = [{"step": 2, "val_bbox_AP": 0.9, DATA: "ab"}, {"step": 4, "val_bbox_AP": 0.5, DATA: "cd"}]
+    write_card(tmp_path, META, [*rows, *validated], "3 images of second.json")
+    card = (tmp_path / CARD).read_text()
+    curve = card[card.index("## Learning curve") : card.index("## How to use it")]
+    assert "0.500" in curve and "0.900" not in curve

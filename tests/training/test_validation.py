@@ -267,6 +267,22 @@ def test_other_validation_data_begins_anew(data: Path, caplog: pytest.LogCapture
         train(data, *LEARNS, "train.steps=4", resume=True)
 
 
+def test_killed_during_the_first_validation_on_other_data_nothing_is_lost(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(data, *LEARNS, "train.steps=2")
+    squares(data / "val", images=2)
+    with monkeypatch.context() as patch:
+        before_the_row(patch)
+        with pytest.raises(Killed):
+            train(data, *LEARNS, "train.steps=2", resume=True)
+    train(data, *LEARNS, "train.steps=2", resume=True)
+    first, second = validations(data / "run")
+    kept = read_best(data / "run")
+    assert kept is not None and (first["step"], second["step"]) == (2, 2)
+    assert first["data_sha256"] != second["data_sha256"] == kept.data_sha256
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a category": (lambda t: t["categories"][0].update(name="c"), "classes"),
     "no objects": (lambda t: t["annotations"].clear(), "`val_instances` .*AP is not defined"),

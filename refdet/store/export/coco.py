@@ -10,6 +10,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from refdet.files.progress import progress
+from refdet.files.short_text import format_count
 from refdet.files.version import __version__
 from refdet.store.export.folder import json_list, new_folder, require_space
 from refdet.store.export.record import Exported, write_record
@@ -56,7 +57,8 @@ def export_coco(store: Path, out: Path, score_threshold: float = SCORE_THRESHOLD
         empty = {i: why for i in source.store if (why := source.why_empty(i))}
         notes = [f"instances.json has the {kept} of {row} regions with a score of {score_threshold:g} or more"]
         if source.store.errors:
-            notes.append(f"instances.json leaves out {len(source.store.errors)} images that could not be used")
+            unusable = format_count(len(source.store.errors), "image")
+            notes.append(f"instances.json leaves out {unusable} that could not be used")
         if not source.store.has_masks:
             notes.append("the store has no masks, so no region has a segmentation")
         done = Exported("coco", len(source.store), row, ["instances.json", "results.json"], empty, notes)

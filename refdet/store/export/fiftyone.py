@@ -16,6 +16,7 @@ from refdet.data.image_decoder import apply_orientation, orient_points
 from refdet.data.image_source import ImageError, ImageSource
 from refdet.errors import ArgumentError, InputError, RuntimeFailure
 from refdet.files.progress import progress
+from refdet.files.short_text import format_count
 from refdet.store.export.folder import new_folder
 from refdet.store.export.record import Exported, write_record
 from refdet.store.export.source import Source
@@ -52,7 +53,7 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
     """
     fiftyone = _fiftyone()
     if not images.is_dir():
-        raise ArgumentError("images", f"{images} is no folder, but FiftyOne opens image files; unpack it")
+        raise ArgumentError("images", f"{images} is not a folder; FiftyOne needs a folder of image files")
     with Source(store) as source, new_folder(out) as folder:
         reader = source.store
         records = [
@@ -78,13 +79,14 @@ def export_fiftyone(store: Path, out: Path, images: Path) -> Exported:
         finally:
             dataset.delete()
         empty = {image_id: why for image_id in reader if (why := source.why_empty(image_id))}
-        notes = [f"{len(reader.errors)} images that could not be used are left out"] if reader.errors else []
+        notes = []
+        if reader.errors:
+            notes.append(_left_out(len(reader.errors), "that could not be used"))
         if rejected:
-            notes.append(
-                f"{len(rejected)} images whose file is not as the store says are left out, first: {rejected[0]}"
-            )
+            notes.append(f"{_left_out(len(rejected), 'whose file is not as the store says')}, first: {rejected[0]}")
         if turned := sum(image.orientation != 1 for image in shown):
-            notes.append(f"the regions of {turned} images are turned as FiftyOne turns these, by EXIF orientation")
+            images_turned = format_count(turned, "image")
+            notes.append(f"regions of {images_turned} are turned by EXIF orientation, as FiftyOne turns the pixels")
         names = sorted(path.name for path in folder.iterdir())
         num_regions = sum(len(reader.rows(image.record.id)) for image in shown)
         exported = Exported("fiftyone", len(shown), num_regions, names, empty, notes)
@@ -101,6 +103,10 @@ def _fiftyone() -> Any:
             "which FiftyOne imports)"
         ) from error
     return fiftyone
+
+
+def _left_out(count: int, which: str) -> str:
+    return f"{format_count(count, 'image')} {which} {'is' if count == 1 else 'are'} left out"
 
 
 def _new_dataset(fiftyone: Any) -> Any:
