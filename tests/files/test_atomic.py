@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,36 @@ def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, atomic_write(target):
         pass  # nothing was written
     assert caught.value.filename == str(target)
+
+
+def test_removing_the_temporary_file_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(ValueError, match="the error itself"), atomic_write(tmp_path / "a.json"):
+        raise ValueError("the error itself")
+
+
+def test_a_name_that_is_too_long_is_in_the_error(tmp_path: Path) -> None:
+    target = tmp_path / ("n" * 260 + ".json")
+    with pytest.raises(OSError, match="name too long") as caught, atomic_write(target) as temporary:
+        temporary.write_text("text")
+        pytest.fail("the work was done in vain")
+    assert caught.value.filename == str(target)
+
+
+LONG = ["n" * 250 + ".json", "n" * 245 + ".json", "ü" * 125 + ".json", "n" * 255, "n." + "s" * 250, "n" * 221 + ".json"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
+    others = [other for other in LONG if other != name]
+    with atomic_write(tmp_path / name) as temporary:
+        temporary.write_text("text")
+        assert find_temporary_files(tmp_path, name) == [temporary]
+        assert not any(find_temporary_files(tmp_path, other) for other in others)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
