@@ -137,7 +137,8 @@ def write_json(path: str | Path, obj: Any) -> None:
 def write_json_once(path: Path, obj: Any) -> bool:
     """Write ``obj`` as JSON unless the file exists; of several processes, on any machines, exactly one writes it.
 
-    Needs no locks: a hard link is made only if its name is free. Without hard links, the last process wins.
+    Needs no locks: a hard link is made only if its name is free. Without hard links an empty file is, which is then
+    replaced; a process killed in between leaves it empty.
 
     Args:
         path: the file.
@@ -149,19 +150,19 @@ def write_json_once(path: Path, obj: Any) -> bool:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = temporary_path(path)
     try:
-        temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
-        fsync(temporary)
-        os.link(temporary, path)
+        with _temporary_file(path) as temporary:
+            temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+            fsync(temporary)
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                path.touch(exist_ok=False)  # takes the name
+                os.replace(temporary, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     fsync(path.parent)
     return True
 

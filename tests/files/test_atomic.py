@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json
+from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json, write_json_once
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
@@ -93,3 +93,15 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
         assert find_temporary_files(tmp_path, name) == [temporary]
         assert set(find_temporary_files(tmp_path)) == {temporary, second}
     assert find_temporary_files(tmp_path) == [] and find_temporary_files(tmp_path / "no") == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_only_the_first_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "merging.json"
+    assert write_json_once(target, {"part": 1}) and not write_json_once(target, {"part": 2})
+    assert json.loads(target.read_text()) == {"part": 1} and list(tmp_path.iterdir()) == [target]
