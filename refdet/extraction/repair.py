@@ -22,7 +22,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
-from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
+from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress
@@ -145,7 +145,7 @@ def repair(
                 if _read_repair(folder) != json.loads(json.dumps(work)):
                     _remove(folder, out, keep=("lock",))
                     write_json(folder / _REPAIR, work)
-                for path in (folder / out.name, *_partial_files(folder)):  # left by a process that was killed
+                for path in (folder / out.name, *find_temporary_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
@@ -191,18 +191,13 @@ def _read_repair(folder: Path) -> Any:
 
 def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
     """Remove the files of a repair, but not ``keep``, `_REPAIR` last, and the folder if it is then empty."""
-    owned = [*folder.glob("[0-9]*.shard"), *_partial_files(folder), folder / "sessions.jsonl", folder / out.name]
+    owned = [*folder.glob("[0-9]*.shard"), *find_temporary_files(folder), folder / "sessions.jsonl", folder / out.name]
     owned.append(folder / "workers.json")
     for path in (*owned, folder / "lock", folder / _REPAIR):
         if path.name not in keep:
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def _partial_files(folder: Path) -> list[Path]:
-    """Temporary files in the folder, from processes that were killed."""
-    return list(folder.glob(f".*.{MARK}.*"))
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:

@@ -23,6 +23,7 @@ from refdet.extraction.plan import Plan
 from refdet.extraction.repair import repair_folder
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
+from refdet.files.atomic import temporary_path
 from refdet.structures.regions import Regions
 
 pytestmark = pytest.mark.slow
@@ -139,9 +140,12 @@ def test_a_repair_that_is_stopped_goes_on(tmp_path: Path) -> None:
     assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
 
 
+@pytest.mark.parametrize("name", ["a.h5", "refcoco"])
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_repair_that_is_killed_in_its_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    run = Extraction(tmp_path / "a.h5")
+def test_a_repair_that_is_killed_in_its_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, name: str
+) -> None:
+    run = Extraction(tmp_path / name)
     run((4,))
     replace_file: Callable[..., None] = repair.os.replace
 
@@ -156,7 +160,7 @@ def test_a_repair_that_is_killed_in_its_merge(tmp_path: Path, monkeypatch: pytes
         patch.setattr(repair.os, "replace", killed)
         with pytest.raises(RuntimeError):
             run(resume=True)
-    assert repair_folder(run.out).exists()
+    temporary_path(repair_folder(run.out) / name).write_text("half a store")
     assert run(resume=True).errors == 0 and not run.computed
     assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
 
