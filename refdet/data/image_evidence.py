@@ -37,8 +37,8 @@ class Evidence:
         bare: numbers that are an entire file name without its suffix, such as 9 in "9.jpg".
         ids: integers under id keys that its names do not contradict. As lists may have their own numbering, these are
             COCO ids only if names or a ``coco_id`` in the same file confirm it (`ids_are_confirmed`).
-        is_non_coco: whether its ``coco_id`` marks the image as not from COCO: it is null or outside the range of COCO's
-            ids, and no string has a COCO-style number.
+        is_non_coco: whether its ``coco_id`` marks the image as not from COCO: it is null or an integer outside the
+            range of COCO's ids, and no string has a COCO-style number.
         is_visual_genome: whether it is an entry of Visual Genome, which has ids of its own.
         has_unnumbered_name: whether it has a file name or URL without a number.
         addresses: its file names and URLs.
@@ -100,7 +100,7 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     top: Mapping[str, Any] = entry if isinstance(entry, dict) else {}
     texts = [*_texts(entry), *([_Text("", key, False)] if key else [])]
     addresses = [text for text in texts if text.text and (text.key in NAMES or is_image_file(text.text))]
-    has_coco_id_key = any(name in top for name in COCO_IDS)
+    top_coco_ids = [top[name] for name in COCO_IDS if name in top]
     coco_ids = _coco_range(_integers(entry, _COCO_ID_KEY))
     named = coco_ids.union(*(numbers_in_name(text.text) for text in texts))
     bare = frozenset(number for text in texts if text.text != key and (number := _bare(text)) is not None)
@@ -117,7 +117,8 @@ def evidence_of(entry: Any, id_keys: Sequence[str] = IDS, key: str = "") -> Evid
     # Ids are taken as sequential, as in MDETR's files, if a name has a number or there is a coco_id. A coco_id says
     # nothing about which file is read, so next to an unnumbered file name the ids stay as evidence.
     contradicted = is_genome or bool(numbers_in_names) or (bool(coco_ids) and not _has_unnumbered(addresses, False))
-    is_non_coco = has_coco_id_key and not named
+    are_read = all(value is None or _integer(value) is not None for value in top_coco_ids)
+    is_non_coco = bool(top_coco_ids) and are_read and not named
     return Evidence(
         id=entry_id,
         named=frozenset(named),
@@ -186,7 +187,7 @@ def id_matches_file_name(entry: Mapping[str, Any], image_id: int | None, evidenc
         Whether the id is the number in the file name, without a contradiction.
     """
     evidence = evidence or evidence_of(entry, ("id", "image_id", "img_id"))
-    if evidence.is_visual_genome or evidence.is_non_coco or evidence.coco_ids | {image_id} != {image_id}:
+    if image_id is None or evidence.is_visual_genome or evidence.is_non_coco or not evidence.coco_ids <= {image_id}:
         return False
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:

@@ -22,7 +22,7 @@ from refdet.data.coco import ImageRecord
 from refdet.errors import InputError, RuntimeFailure
 from refdet.extraction.plan import Plan, Shard, split_into_shards
 from refdet.extraction.shards import ShardSet
-from refdet.files.atomic import MARK, fsync, report_disk_full, write_json
+from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, write_json
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress
@@ -34,6 +34,7 @@ from refdet.structures.regions import Regions
 log = logging.getLogger(__name__)
 
 _REPAIR = "repair.json"  # identifies the store and the plan of its repair
+_SHARDS = "[0-9]*.shard"
 
 
 def repair_folder(out: Path) -> Path:
@@ -95,7 +96,8 @@ def repair(
 ) -> Iterator[Repair | None]:
     """Start or continue the repair of a finished store: computing its unusable images that can now be read.
 
-    Finished shards of another repair, of an earlier store or with other images, are discarded.
+    Finished shards of another repair, of an earlier store or with other images, are discarded. They are kept if no
+    unusable image can be read now.
 
     Args:
         out: the store, complete and with this plan, header and batches.
@@ -124,8 +126,8 @@ def repair(
                 "their files and run it again with `resume=True`"
             )
         if not readable:
-            if (folder / _REPAIR).is_file():  # interrupted after replacing the store
-                _remove(folder, out)
+            if (folder / _REPAIR).is_file():
+                _clean_up(folder, out)
             yield None
             return
         batch_size = old.run.get("batch_size", plan.batch_size)
@@ -143,9 +145,11 @@ def repair(
             with exclusive_lock(folder, "lock", "let it end"):
                 work = {"inode": out.stat().st_ino, "plan": plan.work(shards, header)}
                 if _read_repair(folder) != json.loads(json.dumps(work)):
+                    if any(folder.glob(_SHARDS)):
+                        log.warning("note: finished shards in %s are of another repair and are discarded", folder)
                     _remove(folder, out, keep=("lock",))
                     write_json(folder / _REPAIR, work)
-                for path in (folder / out.name, *_partial_files(folder)):  # left by a process that was killed
+                for path in (folder / out.name, *find_temporary_files(folder)):  # left by a process that was killed
                     path.unlink(missing_ok=True)
                 yield Repair(old, plan, header, shards)
 
@@ -189,20 +193,30 @@ def _read_repair(folder: Path) -> Any:
         return None
 
 
+def _clean_up(folder: Path, out: Path) -> None:
+    """Remove the folder of a repair that had already replaced the store; keep the shards of an unfinished one."""
+    with exclusive_lock(folder, "lock", "let it end"):
+        work = _read_repair(folder)
+        unfinished = isinstance(work, dict) and work.get("inode") == out.stat().st_ino
+        if unfinished and any(folder.glob(_SHARDS)):
+            log.warning(
+                "note: %s is kept: it has finished shards of repaired images, which cannot be read now; run it again "
+                "with `resume=True` when they can",
+                folder,
+            )
+        else:
+            _remove(folder, out)
+
+
 def _remove(folder: Path, out: Path, keep: Sequence[str] = ()) -> None:
     """Remove the files of a repair, but not ``keep``, `_REPAIR` last, and the folder if it is then empty."""
-    owned = [*folder.glob("[0-9]*.shard"), *_partial_files(folder), folder / "sessions.jsonl", folder / out.name]
+    owned = [*folder.glob(_SHARDS), *find_temporary_files(folder), folder / "sessions.jsonl", folder / out.name]
     owned.append(folder / "workers.json")
     for path in (*owned, folder / "lock", folder / _REPAIR):
         if path.name not in keep:
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def _partial_files(folder: Path) -> list[Path]:
-    """Temporary files in the folder, from processes that were killed."""
-    return list(folder.glob(f".*.{MARK}.*"))
 
 
 def _rows(old: Store) -> dict[int, ImageRow]:

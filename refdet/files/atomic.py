@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from refdet.errors import RuntimeFailure, is_disk_full
 MARK = "refdet-tmp"
 # Errors of os.link on file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
+_LONGEST_NAME = 255  # bytes that file systems allow
+_LONGEST_SUFFIX = 32  # characters; what is longer names no format
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
 
 
@@ -41,25 +44,49 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
+    with _temporary_file(path) as temporary:
         yield temporary
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)  # the rename itself
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for ``path``, remove what is still there at the end, and name ``path`` in errors."""
+    temporary = temporary_path(path)
+    try:
+        yield temporary
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         filename = error.filename if isinstance(error, OSError) else None
         if filename is None and is_disk_full(error):  # some writers give no file name or raise their own exceptions
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if isinstance(error, OSError) and filename is not None and Path(filename) == temporary:
+        if isinstance(error, OSError) and filename in (temporary, str(temporary)):
             error.filename = str(path)
         raise
+    finally:
+        with suppress(OSError):  # must not hide the error above
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path) -> Path:
     """A new path in the folder of ``path``, for a file that is to replace it."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{MARK}{path.suffix}")
+    stem, suffix = _temporary_stem_and_suffix(path)
+    return path.with_name(f".{stem}.{secrets.token_hex(4)}.{MARK}{suffix}")
+
+
+def _temporary_stem_and_suffix(path: Path) -> tuple[str, str]:
+    """Stem and suffix for a temporary file of ``path``.
+
+    A stem that would make its name too long is cut and ends in a hash. If even ``path`` is too long, it is not cut, so
+    that writing fails at the start and not in the rename.
+    """
+    stem, suffix = (path.stem, path.suffix) if len(path.suffix) <= _LONGEST_SUFFIX else (path.name, "")
+    room = _LONGEST_NAME - len(os.fsencode(f"..01234567.{MARK}{suffix}"))
+    if len(os.fsencode(stem)) > room and len(os.fsencode(path.name)) <= _LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+        stem = os.fsencode(stem)[: room - len(digest)].decode(errors="ignore") + digest
+    return stem, suffix
 
 
 def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
@@ -76,7 +103,8 @@ def find_temporary_files(folder: Path, name: str | None = None) -> list[Path]:
         matches = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return sorted(path for path, match in matches if match and name in (None, match[1] + (match[2] or "")))
+    wanted = None if name is None else _temporary_stem_and_suffix(Path(name))
+    return sorted(path for path, match in matches if match and wanted in (None, (match[1], match[2] or "")))
 
 
 @contextmanager
@@ -109,7 +137,8 @@ def write_json(path: str | Path, obj: Any) -> None:
 def write_json_once(path: Path, obj: Any) -> bool:
     """Write ``obj`` as JSON unless the file exists; of several processes, on any machines, exactly one writes it.
 
-    Needs no locks: a hard link is made only if its name is free. Without hard links, the last process wins.
+    Needs no locks: a hard link is made only if its name is free. Without hard links an empty file is, which is then
+    replaced; a process killed in between leaves it empty.
 
     Args:
         path: the file.
@@ -121,19 +150,19 @@ def write_json_once(path: Path, obj: Any) -> bool:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = temporary_path(path)
     try:
-        temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
-        fsync(temporary)
-        os.link(temporary, path)
+        with _temporary_file(path) as temporary:
+            temporary.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+            fsync(temporary)
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                path.touch(exist_ok=False)  # takes the name
+                os.replace(temporary, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     fsync(path.parent)
     return True
 

@@ -84,7 +84,7 @@ def _read(path: Path, text: str, check: Callable[[JsonValue], None] | None) -> I
         return image_list
     tree, members = object_entries(path, text)
     images = [
-        _object_entry(member)
+        _object_entry(path, member)
         if member.key
         else _list_entry(path, f"entry {number}", member.value, member.start, member.end)
         for number, member in enumerate(members)
@@ -154,11 +154,7 @@ def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> Imag
         return _bare_entry(value, start, end)
     if not isinstance(value, dict | list):
         raise InputError(f"{path}: {what} is {value!r:.40}; it must be an image id, a file name or an object with one")
-    if isinstance(value, dict):
-        _check_coco_ids(path, value, what)
-        for id_key in IDS:
-            if value.get(id_key) is not None and not isinstance(value[id_key], str | list | dict):
-                parse_id(path, value, id_key, what)
+    _check_ids(path, value, what)
     evidence = evidence_of(value)
     name = _name(value) if isinstance(value, dict) else ""
     matches = isinstance(value, dict) and id_matches_file_name(value, evidence.id, evidence)
@@ -166,8 +162,9 @@ def _list_entry(path: Path, what: str, value: Any, start: int, end: int) -> Imag
     return ImageEntry(evidence.id, name, label, evidence, matches, start, end)
 
 
-def _object_entry(member: Entry) -> ImageEntry:
+def _object_entry(path: Path, member: Entry) -> ImageEntry:
     """A member of an object, whose key may be the name or number of its image."""
+    _check_ids(path, member.value, f"{member.key!r:.60}")
     evidence = evidence_of(member.value, key=member.key)
     matches = isinstance(member.value, dict) and id_matches_file_name(member.value, evidence.id, evidence)
     label = member.key if evidence.id is None else evidence.id
@@ -188,6 +185,16 @@ def _name(value: dict) -> str:
 def _is_named(value: dict) -> bool:
     """Whether an entry without an id can be identified otherwise, as in Karpathy's lists."""
     return any(value.get(key) is not None for key in COCO_IDS) or any(isinstance(value.get(key), str) for key in NAMES)
+
+
+def _check_ids(path: Path, value: Any, what: str) -> None:
+    """Raise an InputError if an entry, in a list or an object, has an id or COCO id that cannot be read."""
+    if not isinstance(value, dict):
+        return
+    _check_coco_ids(path, value, what)
+    for key in IDS:
+        if value.get(key) is not None and not isinstance(value[key], str | list | dict):
+            parse_id(path, value, key, what)
 
 
 def _check_coco_ids(path: Path, value: dict, what: str) -> None:

@@ -55,7 +55,8 @@ def object_entries(path: Path, text: str) -> tuple[Node, list[Entry]]:
     """Find the entries of the top-level object of a JSON text.
 
     An entry is a member whose key is an image name, an item of a list, or an object that holds other values than
-    lists and objects. Numbers and strings that do not name an image are ignored.
+    lists and objects. Numbers and strings that do not name an image are ignored, and so are lists of only fractions,
+    booleans and nulls.
 
     Args:
         path: the file, for error messages.
@@ -82,8 +83,6 @@ def _fill(path: Path, text: str, node: Node, entries: list[Entry], depth: int) -
         if not is_list and _holds_entries(item, depth):
             _fill(path, text, child, entries, depth - 1)
         elif is_list or _is_entry(item):
-            if is_list and type(item.value) in (float, bool, type(None)):
-                continue
             child.entry = len(entries)
             entries.append(Entry("" if is_list else item.key, item.value, child.start, child.end))
 
@@ -93,17 +92,24 @@ def _holds_entries(item: JsonValue, depth: int) -> bool:
     if depth == 0 or item.key in _NOT_IMAGES or _names_an_image(item.key):
         return False
     if isinstance(item.value, list):
-        return True
+        return _may_hold_images(item.value)
     if not isinstance(item.value, dict) or not item.value:
         return False
     return any(map(_names_an_image, item.value)) or all(isinstance(v, list | dict) for v in item.value.values())
 
 
+def _may_hold_images(values: list[Any]) -> bool:
+    """Whether a list has an item other than fractions, booleans and nulls; pandas writes ids as floats such as 9.0."""
+    return any(v.is_integer() if isinstance(v, float) else not isinstance(v, bool | None) for v in values)
+
+
 def _is_entry(item: JsonValue) -> bool:
     if item.key in _NOT_IMAGES:
         return bool(names_in(item.value))
-    if _names_an_image(item.key) or isinstance(item.value, dict | list):
+    if _names_an_image(item.key) or isinstance(item.value, dict):
         return True
+    if isinstance(item.value, list):
+        return _may_hold_images(item.value)
     return isinstance(item.value, str) and (bool(numbers_in_name(item.value)) or is_image_file(item.value))
 
 

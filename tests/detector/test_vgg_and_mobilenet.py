@@ -141,7 +141,7 @@ def test_what_is_wrong_is_said(kind: str) -> None:
 
 
 def test_formats_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="`style` caffe: this is a detector; only tf-faster-rcnn and pytorch-"):
+    with pytest.raises(InputError, match="`style` caffe: this is a detector, for which only tf-faster-rcnn and"):
         identify_checkpoint(vgg_weights(), "caffe")
     with pytest.raises(InputError, match="`style` tf-faster-rcnn: the tensors do not have the names of its detectors"):
         identify_checkpoint(torchvision_vgg().state_dict(), "tf-faster-rcnn")

@@ -157,7 +157,7 @@ LOGS: dict[str, tuple[str, str | int]] = {
     "a line that was cut before others": ('{"step": 1\n' + GOOD, "line 1 is not JSON"),
     "a list": (GOOD + "[1]\n" + GOOD, ", line 2: 'step' is missing"),
     "no loss": ('{"step": 1}\n', ", line 1: 'loss' is missing"),
-    "text": ('{"step": 1, "loss": "x"}\n', ", line 1: 'loss' is not a number"),
+    "text": ('{"step": 1, "loss": "x"}\n', ", line 1: 'loss' must be a number"),
     "NaN": ('{"step": 1, "loss": NaN}\n', "line 1 is not JSON"),
     "nested": ("[" * 100_000 + "\n" + GOOD, "line 1 is not JSON"),
 }

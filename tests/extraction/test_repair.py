@@ -23,6 +23,8 @@ from refdet.extraction.plan import Plan
 from refdet.extraction.repair import repair_folder
 from refdet.extraction.steps import Finish
 from refdet.extraction.summary import Summary
+from refdet.files.atomic import temporary_path
+from refdet.files.lock import exclusive_lock
 from refdet.structures.regions import Regions
 
 pytestmark = pytest.mark.slow
@@ -139,9 +141,34 @@ def test_a_repair_that_is_stopped_goes_on(tmp_path: Path) -> None:
     assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_repair_that_is_killed_in_its_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_finished_shards_are_kept_while_their_images_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Extraction(tmp_path / "a.h5")
+    run((0, 3, 5))
+    folder, compute = repair_folder(run.out), run.compute
+
+    def stops(batch: list[ImageRecord], images: list[np.ndarray]) -> Finish:
+        if batch == BATCHES[3]:
+            raise KeyboardInterrupt
+        return compute(batch, images)
+
+    with pytest.raises(Exception, match="`resume=True`"):
+        run(resume=True, compute=stops)
+    assert run((0, 3, 5), resume=True).errors == 3 and len(list(folder.glob("*.shard"))) == 2  # an unmounted disk
+    assert "a.h5.repair is kept: it has finished shards of repaired images, which cannot be read now" in caplog.text
+    with exclusive_lock(folder, "lock", "let it end"), pytest.raises(InputError, match="another process .*let it end"):
+        run((0, 3, 5), resume=True)
+    assert run(resume=True).errors == 0 and run.computed == [[2, 3, 4]]
+    assert contents(run.out) == whole(tmp_path) and not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["a.h5", "refcoco"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_repair_that_is_killed_in_its_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, name: str
+) -> None:
+    run = Extraction(tmp_path / name)
     run((4,))
     replace_file: Callable[..., None] = repair.os.replace
 
@@ -156,12 +183,12 @@ def test_a_repair_that_is_killed_in_its_merge(tmp_path: Path, monkeypatch: pytes
         patch.setattr(repair.os, "replace", killed)
         with pytest.raises(RuntimeError):
             run(resume=True)
-    assert repair_folder(run.out).exists()
+    temporary_path(repair_folder(run.out) / name).write_text("half a store")
     assert run(resume=True).errors == 0 and not run.computed
     assert contents(run.out) == whole(tmp_path) and not repair_folder(run.out).exists()
 
 
-def test_what_is_left_of_another_repair_is_not_used(tmp_path: Path) -> None:
+def test_what_is_left_of_another_repair_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = Extraction(tmp_path / "a.h5")
     first((0, 4))
 
@@ -175,6 +202,7 @@ def test_what_is_left_of_another_repair_is_not_used(tmp_path: Path) -> None:
     first.out.rename(tmp_path / "old.h5")  # which keeps its inode from being used again
     first((0, 4))
     assert first(resume=True).errors == 0 and first.computed == [[0, 1], [2, 3, 4]]
+    assert "finished shards in" in caplog.text and "a.h5.repair are of another repair and are discarded" in caplog.text
     assert contents(first.out) == whole(tmp_path)
 
 

@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json
+from refdet.files.atomic import MARK, atomic_write, find_temporary_files, write_json, write_json_once
 
 
 def test_the_file_appears_when_it_is_done(tmp_path: Path) -> None:
@@ -34,6 +36,36 @@ def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
     assert caught.value.filename == str(target)
 
 
+def test_removing_the_temporary_file_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(ValueError, match="the error itself"), atomic_write(tmp_path / "a.json"):
+        raise ValueError("the error itself")
+
+
+def test_a_name_that_is_too_long_is_in_the_error(tmp_path: Path) -> None:
+    target = tmp_path / ("n" * 260 + ".json")
+    with pytest.raises(OSError, match="name too long") as caught, atomic_write(target) as temporary:
+        temporary.write_text("text")
+        pytest.fail("the work was done in vain")
+    assert caught.value.filename == str(target)
+
+
+LONG = ["n" * 250 + ".json", "n" * 245 + ".json", "ü" * 125 + ".json", "n" * 255, "n." + "s" * 250, "n" * 221 + ".json"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
+    others = [other for other in LONG if other != name]
+    with atomic_write(tmp_path / name) as temporary:
+        temporary.write_text("text")
+        assert find_temporary_files(tmp_path, name) == [temporary]
+        assert not any(find_temporary_files(tmp_path, other) for other in others)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"z": 1, "a": [1.5, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
@@ -61,3 +93,15 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
         assert find_temporary_files(tmp_path, name) == [temporary]
         assert set(find_temporary_files(tmp_path)) == {temporary, second}
     assert find_temporary_files(tmp_path) == [] and find_temporary_files(tmp_path / "no") == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_only_the_first_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "merging.json"
+    assert write_json_once(target, {"part": 1}) and not write_json_once(target, {"part": 2})
+    assert json.loads(target.read_text()) == {"part": 1} and list(tmp_path.iterdir()) == [target]

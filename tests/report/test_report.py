@@ -257,7 +257,7 @@ def test_bad_input(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(InputError, match="exists; choose another `out`"):
         report.write(tmp_path / "report.html", inputs)
-    with pytest.raises(InputError, match="model.json: not there"):
+    with pytest.raises(InputError, match="model.json: no such file"):
         report.write(tmp_path / "new.html", dataclasses.replace(inputs, run=tmp_path))
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(InputError, match="model.json: not JSON"):

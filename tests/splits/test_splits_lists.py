@@ -180,6 +180,11 @@ BAD: dict[str, str] = {
     "infinite": '{"images": [{"id": Infinity}]}',
     "nothing to know it by": '[{"name": "x"}]',
     "a coco_id of words": '[{"coco_id": "nine", "id": 1}]',
+    "a coco_id of words below a name": '{"kitchen.jpg": {"coco_id": "nine"}, "garden.jpg": {"coco_id": null}}',
+    "half an id below a name": '{"9.jpg": {"image_id": 9.5}}',
+    "a float among names": '{"val": ["9.jpg", 12.0]}',
+    "a null among names": '{"val": ["9.jpg", null]}',
+    "ids as pandas writes them": '{"train": [9.0, 12.0], "val": ["9.jpg"], "mean": [0.5, 0.25]}',
     "empty list": "[]",
     "a word": '"images"',
     "a number": "12",
@@ -215,6 +220,11 @@ def test_bad_lists_are_one_clear_line(root: Path, tmp_path: Path, kind: str) -> 
             work()
         assert "bad.json" in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "refer"]
+
+
+def test_only_ids_that_match_names_are_known_by_id(root: Path, tmp_path: Path) -> None:
+    entries = [{"filename": "kitchen.jpg"}, {"id": 9}, {"id": 25, "file_name": "000000000025.jpg"}, "000000000009.jpg"]
+    assert audit(write(tmp_path / "names.json", entries), root).not_known_by_id == 1
 
 
 def test_bad_text(root: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_an_entry_is_understood_if_each_of_its_images_is() -> None:
     assert not understood({"id": 9, "image": "kitchen.jpg"}) and not understood({"id": 9, "image_path": ["a.png"]})
     assert understood({"id": 9, "caption": "a cat"}) and not understood({"id": 9, "caption": "a cat"}, False)
     assert understood({"coco_id": None, "file_name": "kitchen.jpg"}) and not understood({"caption": "a cat"})
+    assert not understood({"coco_id": "nine", "file_name": "kitchen.jpg"}) and understood({"coco_id": -1})
     assert understood({"coco_id": 3}) and understood(9) and understood("9") and not understood("kitchen.jpg")
 
 
