@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from refdet.errors import RuntimeFailure, is_disk_full
 MARK = "refdet-tmp"
 # Errors of os.link on file systems without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
+_RENAME_TIMEOUT = 5.0  # seconds to wait for the rename by another process
 _LONGEST_NAME = 255  # bytes that file systems allow
 _LONGEST_SUFFIX = 32  # characters; what is longer names no format
 _TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{8}}\.{MARK}(\.[^.]*)?", re.DOTALL)
@@ -137,8 +139,8 @@ def write_json(path: str | Path, obj: Any) -> None:
 def write_json_once(path: Path, obj: Any) -> bool:
     """Write ``obj`` as JSON unless the file exists; of several processes, on any machines, exactly one writes it.
 
-    Needs no locks: a hard link is made only if its name is free. Without hard links an empty file is, which is then
-    replaced; a process killed in between leaves it empty.
+    Needs no locks: a hard link is made only if its name is free. On a file system without hard links, a temporary file
+    is created first whose name is the same for all processes, as only one of them can.
 
     Args:
         path: the file.
@@ -159,12 +161,30 @@ def write_json_once(path: Path, obj: Any) -> bool:
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                path.touch(exist_ok=False)  # takes the name
-                os.replace(temporary, path)
+                _rename_once(temporary, path)
     except FileExistsError:
         return False
     fsync(path.parent)
     return True
+
+
+def _rename_once(temporary: Path, path: Path) -> None:
+    """Rename a temporary file to ``path`` without hard links; raises FileExistsError if another process did or does."""
+    stem, suffix = _temporary_stem_and_suffix(path)
+    claim = path.with_name(f".{stem}.00000000.{MARK}{suffix}")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        deadline = time.monotonic() + _RENAME_TIMEOUT
+        while not os.path.lexists(path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.replace(temporary, path)
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

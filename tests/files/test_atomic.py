@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,13 +97,40 @@ def test_only_our_own_temporary_files_are_found(tmp_path: Path, name: str) -> No
     assert find_temporary_files(tmp_path) == [] and find_temporary_files(tmp_path / "no") == []
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_only_the_first_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    def no_links(source: Path, target: Path) -> None:
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
 
-    if not links:
-        monkeypatch.setattr(os, "link", no_links)
-    target = tmp_path / "merging.json"
-    assert write_json_once(target, {"part": 1}) and not write_json_once(target, {"part": 2})
-    assert json.loads(target.read_text()) == {"part": 1} and list(tmp_path.iterdir()) == [target]
+    monkeypatch.setattr(os, "link", link)
+
+
+def only_the_first_writes_once(target: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda part: write_json_once(target, {"part": part}), range(8)))
+    assert wrote.count(True) == 1 and json.loads(target.read_text()) == {"part": wrote.index(True)}
+    assert not write_json_once(target, {"part": 9}) and json.loads(target.read_text())["part"] != 9
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_only_the_first_writes_once(tmp_path: Path) -> None:
+    only_the_first_writes_once(tmp_path / "merging.json")
+
+
+def test_only_the_first_writes_once_without_hard_links(tmp_path: Path, no_links: None) -> None:
+    only_the_first_writes_once(tmp_path / "merging.json")
+
+
+def test_without_hard_links_the_file_is_there_for_the_second(
+    tmp_path: Path, no_links: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename, wrote = tmp_path / "plan.json", os.replace, []
+
+    def while_another_waits(source: Path, destination: Path) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: rename(source, destination))  # the first goes on
+        wrote.append(write_json_once(target, {"part": 2}))
+        assert json.loads(target.read_text()) == {"part": 1}
+
+    monkeypatch.setattr(os, "replace", while_another_waits)
+    assert write_json_once(target, {"part": 1}) and wrote == [False]
+    assert list(tmp_path.iterdir()) == [target]
