@@ -16,10 +16,10 @@ from refdet.ops._library import DEVICES
 
 pytestmark = pytest.mark.slow
 
-# In later steps rounding may swap two proposals of nearly the same score, so that another one is sampled.
+# With some seeds rounding swaps two proposals, or two detections, of nearly the same score.
 RECIPE = ["model.width=8", "model.rpn_channels=16", "model.mask_channels=8", "input.min_sizes=[96]",
           "input.max_size=160", "model.fpn_channels=16", "model.fpn_hidden=32", "train.steps=4", "train.log_every=1",
-          "train.batch_size=4", "proposals.post_nms_top_n_test=40"]  # fmt: skip
+          "train.batch_size=4", "proposals.post_nms_top_n_test=40", "train.seed=3"]  # fmt: skip
 
 
 COMMANDS = """
