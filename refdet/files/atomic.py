@@ -55,20 +55,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for ``path``, remove what is still there at the end, and name ``path`` in errors."""
+    """Yield a temporary path for ``path``; after an error, remove the file and name ``path`` in the error."""
     temporary = temporary_path(path)
     try:
         yield temporary
     except BaseException as error:
+        with suppress(OSError):  # must not hide the error
+            temporary.unlink(missing_ok=True)
         filename = error.filename if isinstance(error, OSError) else None
         if filename is None and is_disk_full(error):  # some writers give no file name or raise their own exceptions
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if isinstance(error, OSError) and filename in (temporary, str(temporary)):
             error.filename = str(path)
         raise
-    finally:
-        with suppress(OSError):  # must not hide the error above
-            temporary.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path) -> Path:
@@ -162,6 +161,8 @@ def write_json_once(path: Path, obj: Any) -> bool:
                 if error.errno not in _NO_LINKS:
                     raise
                 _rename_once(temporary, path)
+            else:
+                temporary.unlink()
     except FileExistsError:
         return False
     fsync(path.parent)
