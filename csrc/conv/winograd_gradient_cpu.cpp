@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -35,7 +34,7 @@ constexpr auto kOutputTransposed = [] {
   return matrix;
 }();
 
-// Tiles of a map, and the first row and column of a tile, in outputs.
+// The tiles of a map; each begins `margin` rows and columns before its outputs, 1 for inputs and 0 for gradients.
 struct Grid {
   int64_t down, across, margin;
 

@@ -26,6 +26,7 @@ from refdet.files.atomic import find_temporary_files, fsync, report_disk_full, w
 from refdet.files.json_files import read_small_json
 from refdet.files.lock import exclusive_lock
 from refdet.files.progress import progress
+from refdet.files.short_text import format_count
 from refdet.store import Header, ImageRow, Store
 from refdet.store.schema import check_starts
 from refdet.store.shard_images import ImageReader
@@ -173,7 +174,7 @@ def find_readable(
             load(record)
             readable.add(record.id)
     if readable:
-        log.warning("note: %d previously unusable images can now be read", len(readable))
+        log.warning("note: %s can now be read", format_count(len(readable), "previously unusable image"))
     return readable
 
 

@@ -78,10 +78,8 @@ class ShardSet:
         saved_plan: Mapping[str, Any] | None = None,
         shard_numbers: Iterable[int] | None = None,
     ) -> None:
-        self.out = out
-        self.folder = folder or shards_folder(out)
-        self.plan, self.header = plan, header
-        self.shards = shards
+        self.out, self.folder = out, folder or shards_folder(out)
+        self.plan, self.header, self.shards = plan, header, shards
         self._columns = plan.columns()
         self._fix = "finished shards are kept; free some space and continue with `resume=True`"
         work = plan.work(shards, header)

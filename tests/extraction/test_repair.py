@@ -94,7 +94,8 @@ def test_only_their_batches_are_computed_and_the_file_is_the_same(
     done = run(resume=True)
     affected = [[r.id for r in batch] for batch in BATCHES if any(r.id in broken for r in batch)]
     assert run.computed == affected and (done.errors, done.computed) == (0, sum(map(len, affected)))
-    assert f"{len(broken)} previously unusable images can now be read" in caplog.text
+    images = "1 previously unusable image" if len(broken) == 1 else f"{len(broken)} previously unusable images"
+    assert f"note: {images} can now be read" in caplog.text
     assert contents(run.out) == whole(tmp_path, plan)
     with store.open(run.out) as found:
         assert found.run["images"] == 10 and found.run["repaired"]["images"] == done.computed
